@@ -1,0 +1,48 @@
+//! `BACKENDS`: mmapable array, id to one endpoint of one Service port. Id 0 is never used.
+//!
+//! `addr`, `port` and `service` never change while the id is published; `state` is one aligned word.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::{addr::Addr, be::Be16};
+
+/// Flags and generation of a backend; loaded and stored as one aligned 64-bit word.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct BackendState {
+    /// Bits of [`flags`].
+    pub flags: u32,
+    /// Grows each time the id is given out anew and each time the endpoint enters a set again.
+    pub generation: u32,
+}
+
+/// Bits of [`BackendState::flags`].
+pub mod flags {
+    /// In the cluster set of its Service port.
+    pub const IN_CLUSTER: u32 = 1 << 0;
+    /// In the local set of its Service port.
+    pub const IN_LOCAL: u32 = 1 << 1;
+    /// The endpoint is serving: UDP flows to it may go on.
+    pub const SERVING: u32 = 1 << 2;
+    /// The endpoint runs on this node.
+    pub const ON_THIS_NODE: u32 = 1 << 3;
+}
+
+/// Element of `BACKENDS`.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Backend {
+    /// Where the endpoint listens.
+    pub addr: Addr,
+    /// Its port.
+    pub port: Be16,
+    /// Zero.
+    pub pad: [u8; 2],
+    /// The Service port it belongs to; 0 for a free id.
+    pub service: u32,
+    /// Flags and generation.
+    pub state: BackendState,
+}
+
+const _: () = assert!(size_of::<Backend>() == 32);
+const _: () = assert!(core::mem::offset_of!(Backend, state) == 24);

@@ -1,0 +1,65 @@
+//! The map ABI: every type that lives in a BPF map, with its size asserted.
+//!
+//! All types are `#[repr(C)]`, without implicit padding, and any bit pattern is a valid value: enums are
+//! integers with constants. Addresses and ports are in network byte order ([`crate::addr::Addr`],
+//! [`crate::be::Be16`]), everything else in host order. Changing a size, an offset or a meaning here needs a new
+//! [`ABI_VERSION`]: the agent pins maps below a directory that carries it.
+
+pub mod affinity;
+pub mod backend;
+pub mod counters;
+pub mod frontend;
+#[cfg(feature = "user")]
+mod pod;
+pub mod service;
+pub mod socket;
+
+pub use affinity::{AffinityKey, AffinityValue};
+pub use backend::{Backend, BackendState};
+pub use counters::Counter;
+pub use frontend::{FrontendKey, FrontendKind, FrontendValue};
+pub use service::{Affinity, Service, ServiceName, SlotRange};
+pub use socket::{FlowDirection, SocketRecord, UdpFlow, UdpFlowKey};
+
+/// Version of everything in this module. Maps are pinned below `<pin-dir>/v<ABI_VERSION>/`.
+pub const ABI_VERSION: u32 = 1;
+
+/// IP protocol numbers (RFC 9293, RFC 768, RFC 9260) as map keys hold them.
+pub mod proto {
+    /// Transmission Control Protocol.
+    pub const TCP: u8 = 6;
+    /// User Datagram Protocol.
+    pub const UDP: u8 = 17;
+    /// Stream Control Transmission Protocol.
+    pub const SCTP: u8 = 132;
+}
+
+/// `NODE`: one element, facts about this node that BPF programs need. Written by the agent, except
+/// `host_netns`, which the socket edge writes when it sees the agent's own probe connection.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Node {
+    /// Cookie of the host's network namespace (`bpf_get_netns_cookie`); 0 until it is known.
+    pub host_netns: u64,
+}
+
+/// Key of the `SERVICE_CIDRS` LPM trie, in the layout that `struct bpf_lpm_trie_key` demands.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PrefixKey {
+    /// Bits of `addr` that count, in the 128-bit form (an IPv4 /16 is 112).
+    pub len: u32,
+    /// The first address of the prefix.
+    pub addr: crate::addr::Addr,
+}
+
+/// Bits of a `LOCAL_ADDRESSES` value.
+pub mod local_address {
+    /// The address is configured on an interface of this host.
+    pub const HOST: u32 = 1;
+    /// nodePorts are served on it.
+    pub const NODEPORT: u32 = 2;
+}
+
+const _: () = assert!(size_of::<Node>() == 8);
+const _: () = assert!(size_of::<PrefixKey>() == 20);

@@ -1,0 +1,33 @@
+//! Marks the ABI types as plain old data for aya's userspace maps. The crate's only `unsafe`.
+
+#![allow(unsafe_code, reason = "aya::Pod is an unsafe marker; bytemuck has checked the same property")]
+
+use super::{
+    AffinityKey, AffinityValue, Backend, FrontendKey, FrontendValue, Node, PrefixKey, Service, ServiceName,
+    SocketRecord, UdpFlow, UdpFlowKey,
+};
+use crate::addr::Addr;
+
+macro_rules! pod {
+    ($($t:ty),* $(,)?) => {$(
+        // SAFETY: the bound of `checked` shows that bytemuck's derive proved: no padding, any bits valid.
+        unsafe impl aya::Pod for $t {}
+        const _: () = { const fn checked<T: bytemuck::Pod>() {} checked::<$t>() };
+    )*};
+}
+
+pod!(
+    Addr,
+    AffinityKey,
+    AffinityValue,
+    Backend,
+    FrontendKey,
+    FrontendValue,
+    Node,
+    PrefixKey,
+    Service,
+    ServiceName,
+    SocketRecord,
+    UdpFlow,
+    UdpFlowKey,
+);

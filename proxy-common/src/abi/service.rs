@@ -1,0 +1,79 @@
+//! `SERVICES`, `SLOTS` and `NAMES`: what a Service port is, in each family.
+//!
+//! `SERVICES` is an mmapable array. The agent writes each 64-bit word of an element with one aligned release
+//! store; a reader loads each word once. Nothing in it is ever half old and half new.
+
+use bytemuck::{Pod, Zeroable};
+
+/// A range of `SLOTS`; loaded and stored as one aligned 64-bit word.
+///
+/// With `len` 0 the range is empty and `base` holds the verdict for that: [`SlotRange::REJECT`] or
+/// [`SlotRange::DROP`].
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct SlotRange {
+    /// First slot.
+    pub base: u32,
+    /// Number of slots.
+    pub len: u32,
+}
+
+impl SlotRange {
+    /// Empty: the client is refused.
+    pub const REJECT: Self = Self { base: 1, len: 0 };
+    /// Empty: the client hears nothing.
+    pub const DROP: Self = Self { base: 2, len: 0 };
+
+    /// Whether there is no slot.
+    #[inline(always)]
+    pub const fn is_empty(self) -> bool {
+        self.len == 0
+    }
+}
+
+/// Session affinity of a Service port; loaded and stored as one aligned 64-bit word.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Affinity {
+    /// How long a client is remembered after its last connection; 0 for no affinity.
+    pub seconds: u32,
+    /// Entries of another epoch do not count: a new epoch forgets every client.
+    pub epoch: u32,
+}
+
+/// Element of `SERVICES`: one Service port in one family.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Service {
+    /// The cluster-wide set.
+    pub cluster: SlotRange,
+    /// The set of this node's endpoints.
+    pub local: SlotRange,
+    /// Session affinity.
+    pub affinity: Affinity,
+}
+
+const _: () = assert!(size_of::<Service>() == 24);
+
+/// Longest namespace, Service name or port name (RFC 1123 label).
+pub const NAME_LEN: usize = 63;
+
+/// Value of `NAMES`: what a service id stands for. Strings are NUL-padded.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct ServiceName {
+    /// Namespace.
+    pub namespace: [u8; NAME_LEN + 1],
+    /// Service name.
+    pub name: [u8; NAME_LEN + 1],
+    /// Port name; empty for an unnamed port.
+    pub port_name: [u8; NAME_LEN + 1],
+    /// IP protocol number.
+    pub proto: u8,
+    /// 4 or 6.
+    pub family: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+
+const _: () = assert!(size_of::<ServiceName>() == 196);

@@ -1,0 +1,51 @@
+//! Whose address is it? One hash lookup for a clusterIP, externalIP or load-balancer address.
+
+use super::tables::Tables;
+use crate::abi::{FrontendKey, FrontendValue, local_address};
+use crate::addr::Addr;
+use crate::be::Be16;
+
+/// What an address and port mean on this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A frontend of a Service.
+    Frontend(FrontendValue),
+    /// An active clusterIP, but no Service port has this port and protocol.
+    UnusedPort,
+    /// Inside a ServiceCIDR, but no Service has the address.
+    InactiveAddress,
+    /// Not ours.
+    Other,
+    /// The element was reused under the reader twice in a row.
+    Retry,
+}
+
+/// Exact frontend, then nodePort on this node's addresses, then what remains of clusterIPs and ServiceCIDRs.
+#[inline(always)]
+pub fn find(tables: &impl Tables, addr: &Addr, port: Be16, proto: u8) -> Target {
+    match frontend(tables, &FrontendKey::exact(*addr, port, proto)) {
+        Target::Other => {}
+        found => return found,
+    }
+    if tables.local_address(addr) & local_address::NODEPORT != 0 {
+        return frontend(tables, &FrontendKey::node_port(addr.unspecified(), port, proto));
+    }
+    // Without a known ServiceCIDR an active clusterIP is still one.
+    if tables.frontend(&FrontendKey::address(*addr)).is_some() {
+        return Target::UnusedPort;
+    }
+    if tables.in_service_cidr(addr) { Target::InactiveAddress } else { Target::Other }
+}
+
+#[inline(always)]
+fn frontend(tables: &impl Tables, key: &FrontendKey) -> Target {
+    // The kernel may reuse the element between its lookup and our load: the check bits tell, a second try decides.
+    for _ in 0..2 {
+        match tables.frontend(key) {
+            Some(value) if value.is_for(key) => return Target::Frontend(value),
+            Some(_) => {}
+            None => return Target::Other,
+        }
+    }
+    Target::Retry
+}

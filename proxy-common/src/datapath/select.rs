@@ -1,0 +1,133 @@
+//! Which backend serves: the set that the client gets, session affinity, and one random pick.
+
+use super::tables::Tables;
+use crate::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
+use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
+use crate::abi::{Affinity, AffinityKey, AffinityValue, Backend, Counter, FrontendValue, SlotRange};
+use crate::addr::Addr;
+
+/// Where a connection comes from, as far as policies care.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Client {
+    /// A process in the host's network namespace.
+    Host,
+    /// A pod of this node, seen at its socket.
+    Pod,
+    /// A packet from a near source (detect-local matches).
+    Near,
+    /// A packet from anywhere else.
+    Far,
+}
+
+impl Client {
+    /// Flags of a frontend that refuse this client at the socket, and that give it the local set.
+    #[inline(always)]
+    const fn bits(self) -> (u16, u16) {
+        match self {
+            Self::Host => (DENY_HOST, NEAR_LOCAL),
+            Self::Pod => (DENY_POD, POD_LOCAL),
+            Self::Near => (0, NEAR_LOCAL),
+            Self::Far => (0, FAR_LOCAL),
+        }
+    }
+}
+
+/// What became of a selection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Selection {
+    /// This backend, with its id.
+    Backend(u32, Backend),
+    /// None, and the client is to be refused.
+    Reject(Counter),
+    /// None, and the client is to hear nothing.
+    Drop(Counter),
+}
+
+/// Picks a backend of `frontend` for a new connection.
+///
+/// `identity` is what session affinity remembers a client by: its address, or its network namespace at the socket
+/// edge ([`AffinityKey::netns_client`]).
+#[inline(always)]
+pub fn select(tables: &impl Tables, frontend: FrontendValue, client: Client, identity: Addr) -> Selection {
+    let (deny, local) = client.bits();
+    if frontend.flags & deny != 0 {
+        return Selection::Drop(Counter::DropSourceRange);
+    }
+    let Some(service) = tables.service(frontend.service) else {
+        return Selection::Drop(Counter::DropRetry);
+    };
+    let (range, in_set) =
+        if frontend.flags & local != 0 { (service.local, IN_LOCAL) } else { (service.cluster, IN_CLUSTER) };
+    if range.is_empty() {
+        return if range == SlotRange::DROP {
+            Selection::Drop(Counter::DropNoLocalEndpoint)
+        } else {
+            Selection::Reject(Counter::RejectNoEndpoint)
+        };
+    }
+    if service.affinity.seconds == 0 {
+        return pick(tables, frontend.service, range);
+    }
+
+    let key = AffinityKey { client: identity, service: frontend.service };
+    let now = tables.now();
+    let selection = match remembered(tables, &key, service.affinity, in_set, now) {
+        Some((id, backend)) => Selection::Backend(id, backend),
+        None => pick(tables, frontend.service, range),
+    };
+    if let Selection::Backend(id, backend) = selection {
+        let value = AffinityValue {
+            backend: id,
+            generation: backend.state.generation,
+            epoch: service.affinity.epoch,
+            pad: 0,
+            last_seen: now,
+        };
+        tables.remember(&key, &value);
+    }
+    selection
+}
+
+/// The backend that the client had last, if that still counts.
+#[inline(always)]
+fn remembered(
+    tables: &impl Tables,
+    key: &AffinityKey,
+    affinity: Affinity,
+    in_set: u32,
+    now: u64,
+) -> Option<(u32, Backend)> {
+    let entry = tables.affinity(key)?;
+    if entry.epoch != affinity.epoch {
+        return None;
+    }
+    let age = now.saturating_sub(entry.last_seen);
+    if age >= u64::from(affinity.seconds).wrapping_mul(1_000_000_000) {
+        return None;
+    }
+    // The entry may be of another key (LRU elements are reused under readers): the backend itself vouches.
+    let backend = tables.backend(entry.backend)?;
+    if backend.service != key.service
+        || backend.state.generation != entry.generation
+        || backend.state.flags & in_set == 0
+    {
+        tables.count(Counter::AffinityStale);
+        return None;
+    }
+    tables.count(Counter::AffinityHit);
+    Some((entry.backend, backend))
+}
+
+/// One random slot of the range.
+#[inline(always)]
+fn pick(tables: &impl Tables, service: u32, range: SlotRange) -> Selection {
+    // A multiply and a shift spread 32 random bits over the range without a division.
+    let offset = (u64::from(tables.random()).wrapping_mul(u64::from(range.len)) >> 32) as u32;
+    let Some(id) = tables.slot(range.base.wrapping_add(offset)) else {
+        return Selection::Drop(Counter::DropRetry);
+    };
+    match tables.backend(id) {
+        Some(backend) if backend.service == service => Selection::Backend(id, backend),
+        _ => Selection::Drop(Counter::DropRetry),
+    }
+}

@@ -1,0 +1,220 @@
+//! The socket edge: connect, sendmsg, recvmsg and getpeername of pods and host processes.
+//!
+//! The application asks for a VIP and keeps seeing it; the socket is connected to a pod. After connect() there is
+//! no work per packet at all.
+
+use super::lookup::{self, Target};
+use super::select::{Client, Selection, select};
+use super::tables::{Socket, Tables};
+use crate::abi::frontend::flags::PROBE;
+use crate::abi::{
+    AffinityKey, Backend, Counter, FlowDirection, FrontendValue, SocketRecord, UdpFlow, UdpFlowKey,
+    backend::flags::SERVING, proto,
+};
+use crate::addr::Addr;
+use crate::be::Be16;
+
+/// IPPROTO_MPTCP: a stream socket that speaks TCP with anyone.
+const MPTCP: u32 = 262;
+
+/// What the hook answers the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Go on, address untouched.
+    Pass,
+    /// Go on, address rewritten.
+    Translated,
+    /// Fail with ECONNREFUSED (EPERM on kernels that cannot say it).
+    Reject,
+    /// Fail with EPERM: the packet would have been dropped.
+    Drop,
+    /// Fail with ENOMEM: what was asked for could not be remembered, so nothing was translated.
+    Fail,
+}
+
+/// connect(): of a stream socket, or of a datagram socket that will then send without an address.
+#[inline(always)]
+pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
+    let Some(proto) = protocol(socket) else { return Verdict::Pass };
+    let (vip, vip_port) = (socket.addr(), socket.port());
+    let frontend = match target(socket, tables, vip, vip_port, proto) {
+        Ok(frontend) => frontend,
+        Err(verdict) => {
+            // The socket may have been connected through us before.
+            socket.drop_record();
+            return verdict;
+        }
+    };
+    match choose(socket, tables, frontend) {
+        Selection::Backend(id, backend) => {
+            let record = SocketRecord {
+                vip,
+                vip_port,
+                backend_addr: backend.addr,
+                backend_port: backend.port,
+                service: frontend.service,
+                backend: id,
+            };
+            if !socket.put_record(&record) {
+                tables.count(Counter::FailRecord);
+                return Verdict::Fail;
+            }
+            socket.rewrite(backend.addr, backend.port);
+            tables.count(Counter::Connected);
+            Verdict::Translated
+        }
+        Selection::Reject(why) => {
+            tables.count(why);
+            Verdict::Reject
+        }
+        Selection::Drop(why) => {
+            tables.count(why);
+            Verdict::Drop
+        }
+    }
+}
+
+/// sendmsg() with an address on a UDP socket.
+///
+/// Datagrams of one socket to one VIP are a flow: they go to one backend while that serves.
+#[inline(always)]
+pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
+    let Some(proto) = protocol(socket) else { return Verdict::Pass };
+    let (vip, vip_port) = (socket.addr(), socket.port());
+    let frontend = match target(socket, tables, vip, vip_port, proto) {
+        Ok(frontend) => frontend,
+        Err(verdict) => return verdict,
+    };
+    let key = flow_key(socket, vip, vip_port, FlowDirection::Original);
+    let flow = tables.udp_flow(&key).filter(|flow| flow.is_for(&key));
+    let fresh = flow.and_then(|flow| serving(tables, frontend, &flow));
+    let (id, addr, port) = match fresh {
+        Some(found) => found,
+        None => match (choose(socket, tables, frontend), flow) {
+            (Selection::Backend(id, backend), before) => {
+                if before.is_some() {
+                    tables.count(Counter::UdpRepick);
+                }
+                let flow = UdpFlow { addr: backend.addr, port: backend.port, pad: 0, backend: id, check: 0 };
+                if !tables.put_udp_flow(&key, &flow.seal(&key)) {
+                    tables.count(Counter::FailRecord);
+                    return Verdict::Fail;
+                }
+                (id, backend.addr, backend.port)
+            }
+            // Nothing serves any more: as with conntrack, the flow is left to itself.
+            (_, Some(flow)) => (flow.backend, flow.addr, flow.port),
+            (Selection::Reject(why), None) => {
+                tables.count(why);
+                return Verdict::Reject;
+            }
+            (Selection::Drop(why), None) => {
+                tables.count(why);
+                return Verdict::Drop;
+            }
+        },
+    };
+    // Answers are translated back by this entry; it is looked up on each send because the LRU may have evicted it.
+    let back = flow_key(socket, addr, port, FlowDirection::Reply);
+    let want = UdpFlow { addr: vip, port: vip_port, pad: 0, backend: id, check: 0 }.seal(&back);
+    if tables.udp_flow(&back) != Some(want) && !tables.put_udp_flow(&back, &want) {
+        tables.count(Counter::FailRecord);
+        return Verdict::Fail;
+    }
+    socket.rewrite(addr, port);
+    tables.count(Counter::Datagram);
+    Verdict::Translated
+}
+
+/// recvmsg() that reports where a datagram came from.
+#[inline(always)]
+pub fn recvmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
+    if peername(socket) == Verdict::Translated {
+        return Verdict::Translated;
+    }
+    let key = flow_key(socket, socket.addr(), socket.port(), FlowDirection::Reply);
+    match tables.udp_flow(&key) {
+        Some(flow) if flow.is_for(&key) => {
+            socket.rewrite(flow.addr, flow.port);
+            Verdict::Translated
+        }
+        _ => Verdict::Pass,
+    }
+}
+
+/// getpeername(): the VIP, if that is what the application connected to.
+#[inline(always)]
+pub fn peername(socket: &mut impl Socket) -> Verdict {
+    match socket.record() {
+        Some(record) if record.backend_addr == socket.addr() && record.backend_port == socket.port() => {
+            socket.rewrite(record.vip, record.vip_port);
+            Verdict::Translated
+        }
+        _ => Verdict::Pass,
+    }
+}
+
+#[inline(always)]
+fn protocol(socket: &impl Socket) -> Option<u8> {
+    const TCP: u32 = proto::TCP as u32;
+    const UDP: u32 = proto::UDP as u32;
+    const SCTP: u32 = proto::SCTP as u32;
+    match socket.protocol() {
+        TCP | MPTCP => Some(proto::TCP),
+        UDP => Some(proto::UDP),
+        SCTP => Some(proto::SCTP),
+        _ => None,
+    }
+}
+
+/// The frontend at `addr`, or the verdict for an address that is none.
+#[inline(always)]
+fn target(
+    socket: &impl Socket,
+    tables: &impl Tables,
+    addr: Addr,
+    port: Be16,
+    proto: u8,
+) -> Result<FrontendValue, Verdict> {
+    match lookup::find(tables, &addr, port, proto) {
+        Target::Frontend(frontend) => {
+            if frontend.flags & PROBE != 0 {
+                tables.learn_host_netns(socket.netns());
+            }
+            Ok(frontend)
+        }
+        Target::Other => Err(Verdict::Pass),
+        Target::UnusedPort => {
+            tables.count(Counter::RejectUnusedPort);
+            Err(Verdict::Reject)
+        }
+        Target::InactiveAddress => {
+            tables.count(Counter::DropInactiveAddress);
+            Err(Verdict::Drop)
+        }
+        Target::Retry => {
+            tables.count(Counter::DropRetry);
+            Err(Verdict::Drop)
+        }
+    }
+}
+
+#[inline(always)]
+fn choose(socket: &impl Socket, tables: &impl Tables, frontend: FrontendValue) -> Selection {
+    let netns = socket.netns();
+    let client = if netns == tables.host_netns() { Client::Host } else { Client::Pod };
+    select(tables, frontend, client, AffinityKey::netns_client(netns))
+}
+
+/// The backend of a flow, while it belongs to the Service port and serves.
+#[inline(always)]
+fn serving(tables: &impl Tables, frontend: FrontendValue, flow: &UdpFlow) -> Option<(u32, Addr, Be16)> {
+    let Backend { addr, port, service, state, .. } = tables.backend(flow.backend)?;
+    let same = addr == flow.addr && port == flow.port && service == frontend.service;
+    (same && state.flags & SERVING != 0).then_some((flow.backend, addr, port))
+}
+
+#[inline(always)]
+fn flow_key(socket: &impl Socket, addr: Addr, port: Be16, direction: FlowDirection) -> UdpFlowKey {
+    UdpFlowKey { cookie: socket.cookie(), addr, port, direction: direction as u16, pad: 0 }
+}

@@ -1,0 +1,64 @@
+//! What decisions may look at and write: traits that BPF maps implement in the kernel and ordered maps in tests.
+
+use crate::abi::{
+    AffinityKey, AffinityValue, Backend, Counter, FrontendKey, FrontendValue, Service, SocketRecord, UdpFlow,
+    UdpFlowKey,
+};
+use crate::addr::Addr;
+use crate::be::Be16;
+
+/// Maps that the agent fills, and the two sources of randomness and time.
+pub trait Tables {
+    /// `FRONTENDS`, one aligned load. The value may be another key's: see [`FrontendValue::is_for`].
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue>;
+    /// `SERVICES`: every word loaded once.
+    fn service(&self, id: u32) -> Option<Service>;
+    /// `SLOTS`.
+    fn slot(&self, index: u32) -> Option<u32>;
+    /// `BACKENDS`: `state` is loaded first.
+    fn backend(&self, id: u32) -> Option<Backend>;
+    /// `LOCAL_ADDRESSES`: bits of [`crate::abi::local_address`], 0 for an address that is not this host's.
+    fn local_address(&self, addr: &Addr) -> u32;
+    /// Whether `SERVICE_CIDRS` contains the address.
+    fn in_service_cidr(&self, addr: &Addr) -> bool;
+    /// `NODE`: cookie of the host's network namespace, 0 while unknown.
+    fn host_netns(&self) -> u64;
+    /// Notes the cookie of the host's network namespace.
+    fn learn_host_netns(&self, cookie: u64);
+    /// `AFFINITY`.
+    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue>;
+    /// Remembers a client. Failure is not an error: the client is only forgotten.
+    fn remember(&self, key: &AffinityKey, value: &AffinityValue);
+    /// `UDP_FLOWS`.
+    fn udp_flow(&self, key: &UdpFlowKey) -> Option<UdpFlow>;
+    /// Writes an entry of `UDP_FLOWS`; false when that failed.
+    fn put_udp_flow(&self, key: &UdpFlowKey, flow: &UdpFlow) -> bool;
+    /// Adds one to a counter.
+    fn count(&self, counter: Counter);
+    /// 32 random bits.
+    fn random(&self) -> u32;
+    /// Nanoseconds of the monotonic clock.
+    fn now(&self) -> u64;
+}
+
+/// The socket and the address that a cgroup hook was called for.
+pub trait Socket {
+    /// The peer address in question: what the application asked for, or where a datagram came from.
+    fn addr(&self) -> Addr;
+    /// Its port.
+    fn port(&self) -> Be16;
+    /// The socket's protocol number as the kernel has it (262 for MPTCP, so wider than a byte).
+    fn protocol(&self) -> u32;
+    /// Cookie of the socket.
+    fn cookie(&self) -> u64;
+    /// Cookie of the socket's network namespace.
+    fn netns(&self) -> u64;
+    /// Replaces the peer address. `addr` is of the family that the hook is for, or IPv4-mapped.
+    fn rewrite(&mut self, addr: Addr, port: Be16);
+    /// `SOCKETS`: this socket's record.
+    fn record(&self) -> Option<SocketRecord>;
+    /// Writes this socket's record; false when that failed.
+    fn put_record(&mut self, record: &SocketRecord) -> bool;
+    /// Forgets this socket's record, if there is one.
+    fn drop_record(&mut self);
+}

@@ -1,0 +1,1 @@
+//! The datapath against tables made of ordered maps.
