@@ -1,0 +1,111 @@
+//! Vipr's BPF programs: entry points that hand the kernel's context to `proxy_common::datapath` and turn its
+//! verdict into a return value. No decision is made here.
+
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+// On other targets the crate compiles (for lints and documentation) but nothing calls the entry points.
+#![cfg_attr(not(target_arch = "bpf"), allow(dead_code, reason = "entry points are called by the kernel"))]
+
+mod maps;
+mod sock;
+
+use aya_ebpf::Global;
+use aya_ebpf::helpers::generated::bpf_set_retval;
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+use proxy_common::datapath::socket::{self, Verdict};
+
+use crate::maps::Maps;
+use crate::sock::SockAddr;
+
+/// Whether the kernel lets these programs choose the errno (`bpf_set_retval`). Set by the loader; the verifier
+/// removes the branch where it is 0.
+#[unsafe(no_mangle)]
+static HAS_SET_RETVAL: Global<u8> = Global::new(0);
+
+const ALLOW: i32 = 1;
+/// Without `bpf_set_retval` the kernel makes this EPERM.
+const DENY: i32 = 0;
+
+const ENOMEM: i32 = 12;
+const ECONNREFUSED: i32 = 111;
+
+#[inline(always)]
+fn answer(verdict: Verdict) -> i32 {
+    match verdict {
+        Verdict::Pass | Verdict::Translated => ALLOW,
+        Verdict::Drop => DENY,
+        Verdict::Reject => deny_with(ECONNREFUSED),
+        Verdict::Fail => deny_with(ENOMEM),
+    }
+}
+
+#[inline(always)]
+fn deny_with(errno: i32) -> i32 {
+    if HAS_SET_RETVAL.load() != 0 {
+        // SAFETY: a helper without preconditions; refused by the verifier where the hook cannot have it.
+        unsafe { bpf_set_retval(-errno) };
+    }
+    DENY
+}
+
+#[cgroup_sock_addr(connect4)]
+fn connect4(ctx: SockAddrContext) -> i32 {
+    answer(socket::connect(&mut SockAddr::<false>::new(ctx), &Maps))
+}
+
+#[cgroup_sock_addr(connect6)]
+fn connect6(ctx: SockAddrContext) -> i32 {
+    answer(socket::connect(&mut SockAddr::<true>::new(ctx), &Maps))
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    answer(socket::sendmsg(&mut SockAddr::<false>::new(ctx), &Maps))
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    answer(socket::sendmsg(&mut SockAddr::<true>::new(ctx), &Maps))
+}
+
+// The kernel accepts nothing but ALLOW from the hooks below.
+
+#[cgroup_sock_addr(recvmsg4)]
+fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    socket::recvmsg(&mut SockAddr::<false>::new(ctx), &Maps);
+    ALLOW
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    socket::recvmsg(&mut SockAddr::<true>::new(ctx), &Maps);
+    ALLOW
+}
+
+#[cgroup_sock_addr(getpeername4)]
+fn getpeername4(ctx: SockAddrContext) -> i32 {
+    socket::peername(&mut SockAddr::<false>::new(ctx));
+    ALLOW
+}
+
+#[cgroup_sock_addr(getpeername6)]
+fn getpeername6(ctx: SockAddrContext) -> i32 {
+    socket::peername(&mut SockAddr::<true>::new(ctx));
+    ALLOW
+}
+
+/// The kernel offers some helpers only to programs under a GPL-compatible licence.
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // The verifier refuses programs from which this can be reached.
+    loop {}
+}
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}

@@ -1,0 +1,177 @@
+//! Every BPF map, and [`Maps`]: the datapath's view of them. All map `unsafe` of the kernel side is here.
+//!
+//! Sizes are placeholders: the agent sets them when it creates the maps. Names and types are the ABI
+//! (`docs/maps.md`).
+
+use core::ptr::read_volatile;
+
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage, lpm_trie};
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
+use aya_ebpf::macros::btf_map;
+use proxy_common::abi::{
+    AffinityKey, AffinityValue, Backend, Counter, FrontendKey, FrontendValue, Node, Service, ServiceName,
+    SocketRecord, UdpFlow, UdpFlowKey,
+};
+use proxy_common::addr::Addr;
+use proxy_common::datapath::tables::Tables;
+
+const BPF_F_NO_PREALLOC: usize = 1;
+const BPF_F_MMAPABLE: usize = 1 << 10;
+
+#[btf_map]
+static FRONTENDS: HashMap<FrontendKey, FrontendValue, 1> = HashMap::new();
+
+#[btf_map]
+static SERVICES: Array<Service, 1, BPF_F_MMAPABLE> = Array::new();
+
+#[btf_map]
+static SLOTS: Array<u32, 1, BPF_F_MMAPABLE> = Array::new();
+
+#[btf_map]
+static BACKENDS: Array<Backend, 1, BPF_F_MMAPABLE> = Array::new();
+
+#[btf_map]
+static NODE: Array<Node, 1, BPF_F_MMAPABLE> = Array::new();
+
+/// Read by nobody in the kernel: it lets tools work without the agent, and the agent find its ids again.
+#[btf_map]
+static NAMES: HashMap<u32, ServiceName, 1, BPF_F_NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+static LOCAL_ADDRESSES: HashMap<Addr, u32, 1> = HashMap::new();
+
+#[btf_map]
+static SERVICE_CIDRS: LpmTrie<Addr, u32, 1, BPF_F_NO_PREALLOC> = LpmTrie::new();
+
+#[btf_map]
+static AFFINITY: LruHashMap<AffinityKey, AffinityValue, 1> = LruHashMap::new();
+
+#[btf_map]
+static UDP_FLOWS: LruHashMap<UdpFlowKey, UdpFlow, 1> = LruHashMap::new();
+
+#[btf_map]
+pub(crate) static SOCKETS: SkStorage<SocketRecord> = SkStorage::new();
+
+#[btf_map]
+static COUNTERS: PerCpuArray<u64, 32> = PerCpuArray::new();
+
+/// The maps above.
+pub(crate) struct Maps;
+
+/// Loads a value of one aligned 64-bit word (or several) word by word, each exactly once: the agent stores whole
+/// words.
+macro_rules! load_words {
+    ($ptr:expr, $t:ty, $n:literal) => {{
+        const { assert!(size_of::<$t>() == $n * 8 && align_of::<$t>() == 8) };
+        let words = $ptr.cast::<u64>();
+        let mut copy = [0u64; $n];
+        let mut i = 0;
+        while i < $n {
+            // SAFETY: the kernel's lookup returned a pointer to a whole `$t`, which has `$n` aligned words.
+            copy[i] = unsafe { read_volatile(words.add(i)) };
+            i += 1;
+        }
+        bytemuck::cast::<[u64; $n], $t>(copy)
+    }};
+}
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        Some(load_words!(FRONTENDS.get_ptr(key)?, FrontendValue, 1))
+    }
+
+    #[inline(always)]
+    fn service(&self, id: u32) -> Option<Service> {
+        Some(load_words!(SERVICES.get_ptr(id)?, Service, 3))
+    }
+
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<u32> {
+        let slot = SLOTS.get_ptr(index)?;
+        // SAFETY: the kernel's lookup returned a pointer to a whole element.
+        Some(unsafe { read_volatile(slot) })
+    }
+
+    #[inline(always)]
+    fn backend(&self, id: u32) -> Option<Backend> {
+        let backend = BACKENDS.get_ptr(id)?;
+        // `state` first: whoever finds it current may trust the rest, which changes only while it is not.
+        // SAFETY: the kernel's lookup returned a pointer to a whole, aligned element.
+        let state = unsafe { read_volatile(backend.byte_add(24).cast::<u64>()) };
+        // SAFETY: as above.
+        let rest = unsafe { read_volatile(backend.cast::<[u64; 3]>()) };
+        let [a, b, c] = rest;
+        Some(bytemuck::cast::<[u64; 4], Backend>([a, b, c, state]))
+    }
+
+    #[inline(always)]
+    fn local_address(&self, addr: &Addr) -> u32 {
+        // SAFETY: the value is copied at once; one of a reused element misleads by one lookup at worst.
+        unsafe { LOCAL_ADDRESSES.get(addr) }.copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn in_service_cidr(&self, addr: &Addr) -> bool {
+        SERVICE_CIDRS.get(&lpm_trie::Key::new(128, *addr)).is_some()
+    }
+
+    #[inline(always)]
+    fn host_netns(&self) -> u64 {
+        match NODE.get_ptr(0) {
+            Some(node) => load_words!(node, Node, 1).host_netns,
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn learn_host_netns(&self, cookie: u64) {
+        if let Some(node) = NODE.get_ptr_mut(0) {
+            // SAFETY: the kernel's lookup returned a pointer to a whole element: one aligned word.
+            unsafe { node.cast::<u64>().write_volatile(cookie) };
+        }
+    }
+
+    #[inline(always)]
+    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
+        // SAFETY: copied at once; what the copy says is checked against the backend it names.
+        unsafe { AFFINITY.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
+        // A full LRU evicts; what else can fail leaves the client unremembered, which is allowed.
+        let _ = AFFINITY.insert(key, value, 0);
+    }
+
+    #[inline(always)]
+    fn udp_flow(&self, key: &UdpFlowKey) -> Option<UdpFlow> {
+        // SAFETY: copied at once; the copy carries a digest of key and value.
+        unsafe { UDP_FLOWS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn put_udp_flow(&self, key: &UdpFlowKey, flow: &UdpFlow) -> bool {
+        UDP_FLOWS.insert(key, flow, 0).is_ok()
+    }
+
+    #[inline(always)]
+    fn count(&self, counter: Counter) {
+        if let Some(count) = COUNTERS.get_ptr_mut(counter as u32) {
+            // SAFETY: a per-CPU element: nobody else writes this CPU's copy while the program runs.
+            unsafe { *count = (*count).wrapping_add(1) };
+        }
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: a helper without arguments or preconditions.
+        unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: a helper without arguments or preconditions.
+        unsafe { bpf_ktime_get_ns() }
+    }
+}
