@@ -1,0 +1,525 @@
+//! The loop: takes in what the source says, and brings the kernel maps to it.
+//!
+//! One task owns everything, so there is nothing to lock. Whatever blocks (waiting for a grace period, sweeping
+//! sockets) runs beside it and reports back.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
+use proxy_common::addr::{Addr, Family};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use crate::bpf::dataplane::{Dataplane, DataplaneError};
+use crate::bpf::sys;
+use crate::cluster::{Change, Cluster, ObjectKey, Scope};
+use crate::config::{Config, Source};
+use crate::desired::{Context, DesiredService, desired_service};
+use crate::health::{self, Health};
+use crate::http::{self, HttpError, OnBindFailure};
+use crate::metrics::{self, MapUsage, Metrics, Readers};
+use crate::model::{Freed, Model};
+use crate::node::{AddressesError, local_addresses, watch_addresses};
+use crate::plan::{Wanted, lost_claims, plan, plan_node};
+use crate::report::{Report, State};
+use crate::selftest::{self, SelfTestError};
+use crate::sockets::{Places, SocketSweeper};
+use crate::sources::{SourceError, Update, api, manifests};
+use crate::stale::Serving;
+use crate::store::{Capacity, MapStore, Op, StoreError};
+
+/// Why the agent ends other than by a signal.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The dataplane cannot be set up.
+    #[error(transparent)]
+    Dataplane(#[from] DataplaneError),
+    /// The source cannot be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The host's addresses cannot be read.
+    #[error(transparent)]
+    Addresses(#[from] AddressesError),
+    /// A server cannot serve.
+    #[error(transparent)]
+    Http(#[from] HttpError),
+    /// The socket edge does not work.
+    #[error(transparent)]
+    SelfTest(#[from] SelfTestError),
+    /// The maps cannot be read back or written.
+    #[error("reading the pinned maps back: {0}")]
+    ReadBack(#[from] aya::maps::MapError),
+    /// The source ended, which it never should.
+    #[error("the source of objects has ended; restart the agent")]
+    SourceEnded,
+    /// A signal handler could not be installed.
+    #[error("signals: {0}")]
+    Signals(std::io::Error),
+}
+
+/// After a failed map operation everything is read back and planned anew, this much later.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Updates that may wait while the agent programs.
+const QUEUE: usize = 64;
+
+/// Runs the agent until `stop` is ready.
+///
+/// # Errors
+///
+/// [`AgentError`]; the dataplane stays as it is.
+pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), AgentError> {
+    config.pins.create().map_err(DataplaneError::from)?;
+    let _lock = config.pins.lock().map_err(DataplaneError::from)?;
+    warn_about_cgroup(&config);
+
+    let health = Health::default();
+    health.waiting_for("the first full list has not arrived");
+    let metrics = Arc::new(Metrics::new(readers(&config)));
+    if let Some(address) = config.healthz {
+        let router = health::router(health.clone(), Arc::clone(&metrics));
+        tokio::spawn(http::serve("health", address, router, OnBindFailure::Retry(http::BIND_RETRY)));
+    }
+    if let Some(address) = config.metrics {
+        let router = metrics::router(Arc::clone(&metrics));
+        tokio::spawn(http::serve("metrics", address, router, OnBindFailure::Retry(http::BIND_RETRY)));
+    }
+
+    let addresses = watch_addresses().await?;
+    let (tx, updates) = mpsc::channel(QUEUE);
+    let mut source = tokio::spawn(run_source(config.clone(), tx));
+    tracing::info!(node = %config.node_name, source = %config.source, cgroup = %config.cgroup.display(), "starting");
+    let mut agent = Agent::new(config, health, metrics, addresses);
+
+    tokio::pin!(stop);
+    tokio::select! {
+        () = &mut stop => {
+            tracing::info!("stopping; the dataplane stays in place");
+            Ok(())
+        }
+        ended = agent.follow(updates) => ended,
+        ended = &mut source => match ended {
+            Ok(Err(error)) => Err(error.into()),
+            Ok(Ok(())) | Err(_) => Err(AgentError::SourceEnded),
+        },
+    }
+}
+
+async fn run_source(config: Config, updates: mpsc::Sender<Update>) -> Result<(), SourceError> {
+    match config.source {
+        Source::Manifests(dir) => manifests::run(dir, &config.node_name, updates).await,
+        Source::Kubeconfig(file) => run_api(Some(&file), &config.node_name, updates).await,
+        Source::InCluster => run_api(None, &config.node_name, updates).await,
+    }
+}
+
+async fn run_api(
+    kubeconfig: Option<&Path>,
+    node_name: &str,
+    updates: mpsc::Sender<Update>,
+) -> Result<(), SourceError> {
+    api::run(api::Server::configured(kubeconfig).await?, node_name, updates).await;
+    Ok(())
+}
+
+/// What has been set up in the kernel, and what is known of it.
+struct Programmed {
+    dataplane: Dataplane,
+    model: Model,
+    sweeper: Option<(Arc<SocketSweeper>, OwnedFd)>,
+}
+
+struct Agent {
+    config: Config,
+    cluster: Cluster,
+    context: Context,
+    addresses: watch::Receiver<BTreeSet<Addr>>,
+    programmed: Option<Programmed>,
+    synced: bool,
+    /// The node's own tables have to be looked at.
+    node_changed: bool,
+    /// Everything has to be looked at: at the start, and after a failure.
+    everything: bool,
+    /// Freed numbers: those that wait for a grace period which has begun, and those that came later.
+    waiting: Option<(JoinHandle<std::io::Result<()>>, Freed)>,
+    freed: Freed,
+    sweep: Option<JoinHandle<()>>,
+    sweep_again: bool,
+    trigger_times: Vec<(Family, i64)>,
+    report: Report,
+    health: Health,
+    metrics: Arc<Metrics>,
+}
+
+impl Agent {
+    fn new(
+        config: Config,
+        health: Health,
+        metrics: Arc<Metrics>,
+        addresses: watch::Receiver<BTreeSet<Addr>>,
+    ) -> Self {
+        let state = State {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            node: config.node_name.to_string(),
+            source: config.source.to_string(),
+            cgroup: config.cgroup.display().to_string(),
+            ..State::default()
+        };
+        let context = Context {
+            node_name: Arc::clone(&config.node_name),
+            cluster_cidr: config.cluster_cidr,
+            ..Context::default()
+        };
+        Self {
+            report: Report::new(config.state_file.clone(), state),
+            config,
+            cluster: Cluster::default(),
+            context,
+            addresses,
+            programmed: None,
+            synced: false,
+            node_changed: true,
+            everything: true,
+            waiting: None,
+            freed: Freed::default(),
+            sweep: None,
+            sweep_again: false,
+            trigger_times: Vec::new(),
+            health,
+            metrics,
+        }
+    }
+
+    async fn follow(&mut self, mut updates: mpsc::Receiver<Update>) -> Result<(), AgentError> {
+        let mut retry: Option<Instant> = None;
+        loop {
+            let retry_at = retry.map(tokio::time::Instant::from_std);
+            tokio::select! {
+                update = updates.recv() => match update {
+                    // The source task tells why, if there is a reason.
+                    None => std::future::pending().await,
+                    Some(update) => self.take_in(update),
+                },
+                changed = self.addresses.changed() => match changed {
+                    Ok(()) => self.take_addresses(),
+                    Err(_) => std::future::pending().await,
+                },
+                Some(()) = grace_over(&mut self.waiting) => self.release(),
+                Some(()) = finished(&mut self.sweep) => self.sweep = None,
+                () = async { tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)).await },
+                    if retry_at.is_some() => self.everything = true,
+            }
+            // What has arrived meanwhile is programmed together.
+            while let Ok(update) = updates.try_recv() {
+                self.take_in(update);
+            }
+            if !self.synced {
+                continue;
+            }
+            retry = match self.sync() {
+                Ok(()) => None,
+                Err(AgentError::SelfTest(SelfTestError::Store(error))) => Some(self.failed(&error)),
+                Err(AgentError::ReadBack(error)) => Some(self.failed(&error)),
+                Err(error) => return Err(error),
+            };
+            self.report.write();
+            self.metrics.problems(self.report.count());
+        }
+    }
+
+    fn failed(&mut self, error: &dyn std::error::Error) -> Instant {
+        tracing::error!(%error, "programming failed; trying again");
+        self.everything = true;
+        Instant::now() + RETRY
+    }
+
+    fn take_in(&mut self, update: Update) {
+        match update {
+            Update::Changes(changes) => {
+                for change in changes {
+                    self.take_change(change);
+                }
+            }
+            Update::Synced => {
+                self.synced = true;
+                self.take_addresses();
+            }
+            Update::Problems(problems) => self.report.source(problems),
+        }
+    }
+
+    fn take_change(&mut self, change: Change) {
+        match &change {
+            Change::Service(_) | Change::ServiceGone(_) => self.metrics.service_changes(1),
+            Change::Slice(slice) => {
+                self.metrics.endpoint_changes(1);
+                // Of what was there before the start nobody waits for.
+                if let Some(time) = slice.trigger_time.filter(|_| self.synced) {
+                    self.trigger_times.push((slice.family, time));
+                }
+            }
+            Change::SliceGone(_) => self.metrics.endpoint_changes(1),
+            Change::Node(node) => self.health.node(!node.leaving),
+            Change::ServiceCidr(..) | Change::ServiceCidrGone(_) => {}
+        }
+        if self.cluster.apply(change) == Scope::Node {
+            self.context.node = self.cluster.node().clone();
+            self.node_changed = true;
+        }
+        for family in Family::ALL {
+            self.health.queued(family);
+        }
+    }
+
+    fn take_addresses(&mut self) {
+        self.context.host_addresses = self.addresses.borrow_and_update().iter().copied().collect();
+        self.cluster.touch_with_source_ranges();
+        self.node_changed = true;
+    }
+
+    /// Programs what has changed. With nothing changed it does nothing.
+    fn sync(&mut self) -> Result<(), AgentError> {
+        let start = Instant::now();
+        if self.everything {
+            self.cluster.touch_all();
+        }
+        let dirty = self.cluster.take_dirty();
+        if dirty.is_empty() && !self.everything && !self.node_changed {
+            return Ok(());
+        }
+        let mut wanted: BTreeMap<ObjectKey, Option<Wanted>> =
+            dirty.into_iter().map(|key| (key.clone(), self.wanted(&key))).collect();
+
+        let first = self.programmed.is_none();
+        let mut programmed = match self.programmed.take() {
+            Some(mut programmed) if self.everything => {
+                programmed.model =
+                    Model::restore(programmed.dataplane.maps.capacity(), &programmed.dataplane.maps.contents()?);
+                programmed
+            }
+            Some(programmed) => programmed,
+            None => self.set_up(&wanted)?,
+        };
+        if self.everything {
+            // Numbers that the lost knowledge had freed are found free again; a grace period makes them so.
+            (self.waiting, self.freed) = (None, Freed::default());
+            if let Err(error) = sys::grace_period() {
+                tracing::warn!(%error, "waiting for running programs");
+            }
+            for key in programmed.model.ports.keys() {
+                wanted.entry(key.service.clone()).or_insert(None);
+            }
+        }
+        let result = self.program(&mut programmed, wanted, first);
+        self.programmed = Some(programmed);
+        let took = start.elapsed();
+        for family in Family::ALL {
+            self.metrics.synced(family, took, result.is_ok());
+        }
+        result?;
+        (self.everything, self.node_changed) = (false, false);
+        if first {
+            tracing::info!(?took, "the first full list is programmed; ready");
+            self.health.programmed();
+        }
+        for family in Family::ALL {
+            self.health.updated(family);
+        }
+        self.observe_programming();
+        Ok(())
+    }
+
+    fn wanted(&self, key: &ObjectKey) -> Option<Wanted> {
+        let service = self.cluster.service(key)?;
+        let desired = desired_service(service, self.cluster.slices(key), &self.context);
+        Some(Wanted { created: service.created, desired })
+    }
+
+    /// Makes or takes over maps that are large enough, and loads the programs.
+    fn set_up(&mut self, wanted: &BTreeMap<ObjectKey, Option<Wanted>>) -> Result<Programmed, AgentError> {
+        let desired = wanted.values().flatten().map(|wanted| &wanted.desired);
+        let dataplane = Dataplane::open(self.config.pins.clone(), capacity_for(desired))?;
+        self.report.verified(&dataplane.verified);
+        let capacity = dataplane.maps.capacity();
+        let model = if dataplane.resumed {
+            Model::restore(capacity, &dataplane.maps.contents()?)
+        } else {
+            Model::new(capacity)
+        };
+        let sweeper = match SocketSweeper::new(Places::default()) {
+            Ok(sweeper) => Some((Arc::new(sweeper), dataplane.sockets()?)),
+            Err(error) => {
+                self.report.set("node".to_owned(), vec![error.to_string()]);
+                None
+            }
+        };
+        Ok(Programmed { dataplane, model, sweeper })
+    }
+
+    fn program(
+        &mut self,
+        programmed: &mut Programmed,
+        wanted: BTreeMap<ObjectKey, Option<Wanted>>,
+        first: bool,
+    ) -> Result<(), AgentError> {
+        let Programmed { dataplane, model, .. } = programmed;
+        let maps = &mut dataplane.maps;
+        if self.node_changed || self.everything {
+            let host = self.context.host_addresses.iter().copied().collect();
+            let ips = &self.context.node.ips;
+            let addresses = local_addresses(&self.config.nodeport_addresses, ips, &host);
+            let cidrs = self.cluster.service_cidrs().collect();
+            carry_out(maps, &plan_node(model, addresses, cidrs))?;
+            self.report.set("--nodeport-addresses".to_owned(), self.config.nodeport_addresses.warnings(ips));
+        }
+        let plan = plan(model, &wanted, self.everything);
+        tracing::debug!(services = wanted.len(), operations = plan.ops.len(), "programming");
+        carry_out(maps, &plan.ops)?;
+        self.freed.append(plan.freed);
+        if first {
+            dataplane.attach(&self.config.cgroup)?;
+            selftest::run(&mut dataplane.maps)?;
+        }
+        self.begin_grace();
+        if plan.udp_departures || first {
+            self.sweep_again = true;
+        }
+        self.begin_sweep(programmed);
+        for (service, wanted) in wanted {
+            let mut reasons = wanted.map(|wanted| wanted.desired.problems).unwrap_or_default();
+            reasons.extend(plan.refused.get(&service).into_iter().flatten().cloned());
+            reasons.extend(lost_claims(&programmed.model, &service));
+            self.report.service(&service, reasons);
+        }
+        Ok(())
+    }
+
+    /// Waits for running programs beside the loop, unless that is under way.
+    fn begin_grace(&mut self) {
+        if self.waiting.is_none() && !self.freed.is_empty() {
+            let freed = std::mem::take(&mut self.freed);
+            self.waiting = Some((tokio::task::spawn_blocking(sys::grace_period), freed));
+        }
+    }
+
+    fn release(&mut self) {
+        if let (Some((_, freed)), Some(programmed)) = (self.waiting.take(), &mut self.programmed) {
+            programmed.model.release(freed);
+        }
+        self.begin_grace();
+    }
+
+    /// Destroys sockets that are connected to UDP backends which have left, beside the loop.
+    fn begin_sweep(&mut self, programmed: &Programmed) {
+        if !self.sweep_again || self.sweep.is_some() {
+            return;
+        }
+        let Some((sweeper, sockets)) = &programmed.sweeper else { return };
+        let Ok(sockets) = sockets.try_clone() else { return };
+        self.sweep_again = false;
+        let (sweeper, metrics) = (Arc::clone(sweeper), Arc::clone(&self.metrics));
+        let serving = Serving::of(&programmed.model);
+        self.sweep = Some(tokio::task::spawn_blocking(move || {
+            use std::os::fd::AsFd as _;
+            match sweeper.destroy_stale(sockets.as_fd(), |record| serving.is_stale(record)) {
+                Ok(report) => {
+                    metrics.sockets_destroyed(report.destroyed);
+                    tracing::debug!(?report, "stale UDP sockets swept");
+                }
+                Err(error) => tracing::warn!(%error, "stale UDP sockets could not be swept"),
+            }
+        }));
+    }
+
+    fn observe_programming(&mut self) {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        for (family, time) in self.trigger_times.drain(..) {
+            let since = Duration::from_nanos(u64::try_from(time).unwrap_or(0));
+            self.metrics.network_programmed(family, now.saturating_sub(since));
+        }
+    }
+}
+
+fn carry_out(maps: &mut impl MapStore, ops: &[Op]) -> Result<(), SelfTestError> {
+    ops.iter().try_for_each(|op| maps.apply(op)).map_err(|error: StoreError| error.into())
+}
+
+/// Ready when the grace period that is waited for is over; never when there is none.
+async fn grace_over(waiting: &mut Option<(JoinHandle<std::io::Result<()>>, Freed)>) -> Option<()> {
+    let Some((grace, _)) = waiting else { return std::future::pending().await };
+    match grace.await {
+        Ok(Ok(())) => Some(()),
+        failed => {
+            // Without a grace period the numbers are never used again; the next full plan finds them.
+            tracing::warn!(?failed, "waiting for running programs failed");
+            *waiting = None;
+            std::future::pending().await
+        }
+    }
+}
+
+async fn finished(task: &mut Option<JoinHandle<()>>) -> Option<()> {
+    let Some(task) = task else { return std::future::pending().await };
+    // A panic in it has been printed; the next sweep is a new task.
+    let _ = task.await;
+    Some(())
+}
+
+/// Sizes with room to double, over floors that cost little.
+fn capacity_for<'a>(services: impl Iterator<Item = &'a DesiredService>) -> Capacity {
+    let (mut ports, mut frontends, mut backends, mut slots) = (0, 0, 0, 0);
+    for port in services.flat_map(|service| &service.ports) {
+        ports += 1;
+        frontends += port.frontends.len();
+        backends += port.backends.len();
+        for set in [IN_CLUSTER, IN_LOCAL] {
+            slots += port.backends.iter().filter(|backend| backend.flags & set != 0).count();
+        }
+    }
+    let size = |count: usize, factor: usize, floor: u32| {
+        u32::try_from(count.saturating_mul(factor)).unwrap_or(u32::MAX / 16).max(floor)
+    };
+    Capacity {
+        frontends: size(frontends, 2, 16_384),
+        services: size(ports, 2, 8_192),
+        backends: size(backends, 2, 65_536),
+        // A changed set is written beside the old one.
+        slots: size(slots, 3, 131_072),
+    }
+}
+
+fn warn_about_cgroup(config: &Config) {
+    use std::os::unix::fs::MetadataExt as _;
+    // The root of a cgroup hierarchy is its first inode.
+    if std::fs::metadata(&config.cgroup).is_ok_and(|dir| dir.ino() != 1) {
+        tracing::warn!(
+            cgroup = %config.cgroup.display(),
+            "not the root of the cgroup v2 hierarchy: only processes below it are served"
+        );
+    }
+}
+
+/// What a scrape reads from the maps. They are opened for each scrape: the agent may replace them.
+fn readers(config: &Config) -> Readers {
+    use crate::bpf::maps::KernelMaps;
+    use proxy_common::abi::Counter;
+    let (pins, for_maps) = (config.pins.clone(), config.pins.clone());
+    Readers {
+        verdicts: Box::new(move || {
+            let maps = KernelMaps::open(&pins, false)?;
+            let read = |counter: Counter| Ok((counter.name(), maps.counter(counter)?));
+            Counter::ALL.into_iter().map(read).collect()
+        }),
+        maps: Box::new(move || {
+            let maps = KernelMaps::open(&for_maps, false)?;
+            let usage = maps.usage()?;
+            Ok(usage.map(|(map, entries, capacity)| MapUsage { map, entries, capacity }).to_vec())
+        }),
+    }
+}

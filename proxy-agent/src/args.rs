@@ -1,0 +1,112 @@
+//! The command line, as given. [`crate::config`] resolves it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Makes Kubernetes Services work on this node, in place of kube-proxy, by eBPF and with any CNI.
+///
+/// `run` is the agent: one per node, in the host's network namespace. The other commands read the pinned BPF maps
+/// and work while no agent runs.
+#[derive(Debug, Parser)]
+#[command(name = "proxy-agent", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Watch Services and keep the BPF maps in sync, until SIGTERM or SIGINT.
+    ///
+    /// The dataplane stays in place when the agent ends, also by SIGKILL: connections go on, new ones are served
+    /// from the last state. `proxy-agent cleanup` removes it.
+    Run(RunArgs),
+    /// What is programmed, attached and counted, and what a user should mend.
+    Status(Inspect),
+    /// Every Service port: frontends, endpoints, affinity.
+    Services(Inspect),
+    /// Every backend with its state.
+    Backends(Inspect),
+    /// Detach the programs and remove everything pinned. Services stop working on this node.
+    Cleanup {
+        /// Where everything is pinned.
+        #[command(flatten)]
+        pins: Pins,
+    },
+}
+
+/// Where everything is pinned.
+#[derive(Args, Clone, Debug)]
+pub struct Pins {
+    /// Directory on a BPF file system in which maps and links are pinned; made, and the file system mounted, if
+    /// missing. One agent per directory.
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/vipr")]
+    pub pin_dir: PathBuf,
+    /// Directory in which the agent keeps what `status` shows beside the maps: its source, and problems by object.
+    #[arg(long, value_name = "DIR", default_value = "/run/vipr")]
+    pub run_dir: PathBuf,
+}
+
+/// Options of the inspection commands.
+#[derive(Args, Clone, Debug)]
+pub struct Inspect {
+    /// Where everything is pinned.
+    #[command(flatten)]
+    pub pins: Pins,
+    /// How to print.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// Output formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// Options of `run`. Names and meanings are kube-proxy's where it has them.
+#[derive(Args, Clone, Debug)]
+pub struct RunArgs {
+    /// Kubeconfig file of the cluster to watch. Without it and without --manifests: the cluster whose pod this is.
+    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Directory of Kubernetes manifests (YAML or JSON) to serve instead of a cluster, followed live.
+    ///
+    /// Read are Services, EndpointSlices, Endpoints, this Node and ServiceCIDRs.
+    #[arg(long, value_name = "DIR")]
+    pub manifests: Option<PathBuf>,
+    /// Name of this node, if it is not the host name. Trimmed and lower-cased.
+    #[arg(long, value_name = "NAME")]
+    pub hostname_override: Option<String>,
+    /// cgroup v2 directory whose processes are served [default: the root of the hierarchy that is mounted].
+    #[arg(long, value_name = "DIR")]
+    pub cgroup_path: Option<PathBuf>,
+    /// Pod addresses of the cluster: one CIDR, or one of each family, separated by a comma.
+    ///
+    /// What lies inside counts as local pod traffic: with externalTrafficPolicy Local it is still served by the
+    /// whole cluster's endpoints.
+    #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
+    pub cluster_cidr: Vec<String>,
+    /// Addresses of this node that serve nodePorts: CIDRs separated by commas, or `primary` for the Node's own
+    /// addresses [default: primary].
+    #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
+    pub nodeport_addresses: Vec<String>,
+    /// Address of /healthz, /livez and /readyz; empty for none.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:10256")]
+    pub healthz_bind_address: String,
+    /// Address of /metrics and /proxyMode; empty for none.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:10249")]
+    pub metrics_bind_address: String,
+    /// Where everything is pinned.
+    #[command(flatten)]
+    pub pins: Pins,
+    /// Verbosity of the log on stderr: 0 is normal, 4 and more adds decisions, 6 and more everything.
+    #[arg(short, long = "v", value_name = "LEVEL", num_args = 0..=1, default_value_t = 0, default_missing_value = "4")]
+    pub verbosity: u8,
+}

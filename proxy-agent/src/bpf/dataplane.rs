@@ -1,0 +1,260 @@
+//! Creates or takes over the pinned maps, loads the programs onto them and attaches them to the cgroup.
+//!
+//! Everything is pinned: the dataplane outlives the agent. Starting again replaces the programs one by one, each in
+//! one step, on the same maps; no connection notices.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use aya::maps::MapData;
+use aya::programs::links::FdLink;
+use aya::programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, ProgramType};
+use aya::sys::{BpfHelper, is_helper_supported};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+
+use super::maps::{KernelMaps, OpenError};
+use super::pins::{MAPS, PinDir, PinError};
+use super::sys;
+use crate::store::Capacity;
+
+/// The programs, in the order in which they are attached: those of the reply direction first, so that no request is
+/// translated whose answer would not be.
+pub const PROGRAMS: [&str; 8] = [
+    "getpeername4",
+    "getpeername6",
+    "recvmsg4",
+    "recvmsg6",
+    "sendmsg4",
+    "sendmsg6",
+    "connect4",
+    "connect6",
+];
+
+/// Oldest kernel with everything that the programs need.
+const KERNEL_FLOOR: (u32, u32) = (5, 10);
+
+/// Elements of `AFFINITY`: clients remembered, over all Services with session affinity.
+const AFFINITY_ENTRIES: u32 = 65_536;
+/// Elements of `UDP_FLOWS`: two for each unconnected socket and VIP.
+const UDP_FLOW_ENTRIES: u32 = 65_536;
+const LOCAL_ADDRESS_ENTRIES: u32 = 4_096;
+const SERVICE_CIDR_ENTRIES: u32 = 256;
+
+/// Why the dataplane cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum DataplaneError {
+    /// Too old.
+    #[error("kernel {0} is too old: Vipr needs 5.10 or newer")]
+    Kernel(String),
+    /// The pin directory.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// The pinned maps.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// Not allowed.
+    #[error("the kernel does not allow BPF here: {0}; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN")]
+    Permission(io::Error),
+    /// The maps could not be made or the object could not be read.
+    #[error("creating the BPF maps: {0}")]
+    Load(#[from] EbpfError),
+    /// The verifier or the kernel refused a program.
+    #[error("BPF program {program}: {source}")]
+    Program {
+        /// Its name.
+        program: &'static str,
+        /// What aya or the verifier said.
+        source: ProgramError,
+    },
+    /// A link could not be made, pinned or updated.
+    #[error("attaching {program} to {cgroup}: {reason}")]
+    Attach {
+        /// Name of the program.
+        program: &'static str,
+        /// The cgroup.
+        cgroup: PathBuf,
+        /// What went wrong.
+        reason: String,
+    },
+    /// The cgroup cannot be opened.
+    #[error("cgroup {path}: {source}; name the root of the cgroup v2 hierarchy with --cgroup-path")]
+    Cgroup {
+        /// The directory.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Programs and maps of this node.
+#[derive(Debug)]
+pub struct Dataplane {
+    /// The maps.
+    pub maps: KernelMaps,
+    /// Whether the maps were there already, with what an earlier agent had written.
+    pub resumed: bool,
+    /// Verified instructions per program, where the kernel tells (5.16).
+    pub verified: Vec<(&'static str, Option<u32>)>,
+    pins: PinDir,
+    programs: Ebpf,
+}
+
+impl Dataplane {
+    /// Creates or takes over the maps and loads the programs. Nothing is attached yet.
+    ///
+    /// # Errors
+    ///
+    /// [`DataplaneError`] says what is missing and what to do.
+    pub fn open(pins: PinDir, want: Capacity) -> Result<Self, DataplaneError> {
+        check_kernel()?;
+        // Kernels before 5.11 charge maps against this limit.
+        let unlimited = rustix::process::Rlimit { current: None, maximum: None };
+        if let Err(errno) = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited) {
+            tracing::debug!(%errno, "RLIMIT_MEMLOCK could not be raised");
+        }
+        let resumed = pins.drop_unusable(|map| entries(map, want))?;
+
+        let set_retval =
+            is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false);
+        let has_set_retval = u8::from(set_retval);
+        let mut loader = EbpfLoader::new();
+        loader.btf(None).override_global("HAS_SET_RETVAL", &has_set_retval, true);
+        let sizes: Vec<(&str, PathBuf, u32)> =
+            MAPS.iter().map(|spec| (spec.name, pins.map(spec.name), entries(spec.name, want))).collect();
+        for (name, pin, entries) in &sizes {
+            // Zero: the object says how many.
+            if *entries > 0 {
+                loader.map_max_entries(name, *entries);
+            }
+            loader.map_pin_path(name, pin.as_path());
+        }
+        let mut programs = loader.load(OBJECT).map_err(permission)?;
+        let mut verified = Vec::new();
+        for name in PROGRAMS {
+            let failed = |source| DataplaneError::Program { program: name, source };
+            let program = sock_addr(&mut programs, name)?;
+            program.load().map_err(failed)?;
+            let info = program.info().map_err(failed)?;
+            verified.push((name, info.verified_instruction_count()));
+        }
+        let maps = KernelMaps::open(&pins, true)?;
+        tracing::info!(resumed, set_retval, capacity = ?maps.capacity(), "BPF programs loaded");
+        Ok(Self { maps, resumed, verified, pins, programs })
+    }
+
+    /// Attaches the programs to `cgroup`, or replaces those that are attached there.
+    ///
+    /// # Errors
+    ///
+    /// [`DataplaneError::Attach`]; what was attached before stays.
+    pub fn attach(&mut self, cgroup: &Path) -> Result<(), DataplaneError> {
+        let no_cgroup = |source| DataplaneError::Cgroup { path: cgroup.to_path_buf(), source };
+        let dir = File::open(cgroup).map_err(no_cgroup)?;
+        let cgroup_id = dir.metadata().map_err(no_cgroup)?.ino();
+        for name in PROGRAMS {
+            let failed = |reason: String| DataplaneError::Attach {
+                program: name,
+                cgroup: cgroup.to_path_buf(),
+                reason,
+            };
+            let pin = self.pins.link(name);
+            let program = sock_addr(&mut self.programs, name)?;
+            let old = match sys::open_link(&pin) {
+                Ok(link) => Some(link),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+                Err(error) => return Err(failed(format!("{}: {error}", pin.display()))),
+            };
+            if let Some(link) = &old
+                && sys::cgroup_link_info(link.as_fd()).is_ok_and(|info| info.cgroup_id == cgroup_id)
+            {
+                let fd = program.fd().map_err(|error| failed(error.to_string()))?;
+                sys::update_link(link.as_fd(), fd.as_fd()).map_err(|error| failed(error.to_string()))?;
+                continue;
+            }
+            // Another cgroup than before, or the first time: attach here, then let the old link go.
+            let id = program.attach(&dir, CgroupAttachMode::Single).map_err(|e| failed(chain(&e)))?;
+            let link = program.take_link(id).map_err(|error| failed(error.to_string()))?;
+            let link = FdLink::try_from(link).map_err(|error| failed(error.to_string()))?;
+            if old.is_some() {
+                std::fs::remove_file(&pin).map_err(|error| failed(error.to_string()))?;
+            }
+            link.pin(&pin).map_err(|error| failed(chain(&error)))?;
+        }
+        self.pins.drop_other_versions()?;
+        Ok(())
+    }
+
+    /// The socket storage map, as sock_diag wants it.
+    ///
+    /// # Errors
+    ///
+    /// [`DataplaneError::Open`] when the pin is gone.
+    pub fn sockets(&self) -> Result<OwnedFd, DataplaneError> {
+        let path = self.pins.map("SOCKETS");
+        let open = |source| OpenError::Pin { path: path.clone(), source };
+        let map = MapData::from_pin(&path).map_err(open)?;
+        let fd = map.fd().as_fd().try_clone_to_owned();
+        Ok(fd.map_err(|source| OpenError::Mmap { path: path.clone(), source })?)
+    }
+}
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("VIPR_EBPF_OBJECT"));
+
+fn sock_addr<'a>(
+    programs: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut CgroupSockAddr, DataplaneError> {
+    let failed = |source| DataplaneError::Program { program: name, source };
+    let program = programs.program_mut(name).ok_or_else(|| failed(ProgramError::UnexpectedProgramType))?;
+    program.try_into().map_err(failed)
+}
+
+/// Elements that a map should have; 0 where the object decides.
+fn entries(map: &str, want: Capacity) -> u32 {
+    match map {
+        "FRONTENDS" => want.frontends,
+        "SERVICES" | "NAMES" => want.services,
+        "SLOTS" => want.slots,
+        "BACKENDS" => want.backends,
+        "AFFINITY" => AFFINITY_ENTRIES,
+        "UDP_FLOWS" => UDP_FLOW_ENTRIES,
+        "LOCAL_ADDRESSES" => LOCAL_ADDRESS_ENTRIES,
+        "SERVICE_CIDRS" => SERVICE_CIDR_ENTRIES,
+        _ => 0,
+    }
+}
+
+fn check_kernel() -> Result<(), DataplaneError> {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < KERNEL_FLOOR { Err(DataplaneError::Kernel(release)) } else { Ok(()) }
+}
+
+/// Tells missing permission apart from other failures of the first BPF system calls.
+fn permission(error: EbpfError) -> DataplaneError {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+    while let Some(cause) = source {
+        if let Some(io) = cause.downcast_ref::<io::Error>()
+            && io.kind() == io::ErrorKind::PermissionDenied
+        {
+            return DataplaneError::Permission(io::Error::from(io.kind()));
+        }
+        source = cause.source();
+    }
+    DataplaneError::Load(error)
+}
+
+/// An error with its causes on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,12 @@
+//! The kernel: loading programs, attaching them, and the maps between them and the agent.
+//!
+//! [`dataplane`] is what the agent holds; [`maps`] is all that the inspection commands need; [`pins`] is the layout
+//! of the pin directory; [`sys`] holds the agent's only `unsafe`.
+
+pub mod sys;
+
+pub mod pins;
+
+pub mod maps;
+
+pub mod dataplane;

@@ -1,0 +1,235 @@
+//! What lies pinned below the pin directory, and who may touch it.
+//!
+//! ```text
+//! <pin-dir>/links/<program>        the cgroup links: they outlive the agent, and every ABI version
+//! <pin-dir>/v<ABI_VERSION>/<MAP>   the maps of this version's layout
+//! ```
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use aya::maps::{MapInfo, MapType};
+use proxy_common::abi::{self, ABI_VERSION};
+use proxy_common::addr::Addr;
+
+/// `BPF_FS_MAGIC` of linux/magic.h.
+const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
+const BPF_FS: &str = "/sys/fs/bpf";
+
+/// Why the pin directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// No bpffs there and none could be mounted.
+    #[error("{path} is not on a BPF file system: {source}; mount one: mount -t bpf bpf {BPF_FS}")]
+    NoBpfFs {
+        /// The pin directory.
+        path: PathBuf,
+        /// Why mounting failed.
+        source: io::Error,
+    },
+    /// A file operation failed.
+    #[error("{path}: {source}")]
+    File {
+        /// File or directory.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Another agent holds the directory.
+    #[error("another agent is running on {0}; stop it first, or give this one another --pin-dir")]
+    Locked(PathBuf),
+}
+
+/// A map as this version of the agent knows it.
+#[derive(Debug)]
+pub struct MapSpec {
+    /// Name, also of the pin.
+    pub name: &'static str,
+    /// Type.
+    pub map_type: MapType,
+    /// Bytes of a key.
+    pub key: usize,
+    /// Bytes of a value.
+    pub value: usize,
+    /// Whether the map can be kept while the others are replaced, because its contents refer to none of them.
+    pub independent: bool,
+}
+
+const fn spec<K, V>(name: &'static str, map_type: MapType, independent: bool) -> MapSpec {
+    MapSpec { name, map_type, key: size_of::<K>(), value: size_of::<V>(), independent }
+}
+
+/// Every map. What each holds is told in `docs/maps.md`.
+pub const MAPS: [MapSpec; 12] = [
+    spec::<abi::FrontendKey, abi::FrontendValue>("FRONTENDS", MapType::Hash, false),
+    spec::<u32, abi::Service>("SERVICES", MapType::Array, false),
+    spec::<u32, u32>("SLOTS", MapType::Array, false),
+    spec::<u32, abi::Backend>("BACKENDS", MapType::Array, false),
+    spec::<u32, abi::ServiceName>("NAMES", MapType::Hash, false),
+    spec::<abi::AffinityKey, abi::AffinityValue>("AFFINITY", MapType::LruHash, false),
+    spec::<abi::UdpFlowKey, abi::UdpFlow>("UDP_FLOWS", MapType::LruHash, false),
+    spec::<u32, abi::Node>("NODE", MapType::Array, true),
+    spec::<Addr, u32>("LOCAL_ADDRESSES", MapType::Hash, false),
+    spec::<abi::PrefixKey, u32>("SERVICE_CIDRS", MapType::LpmTrie, false),
+    spec::<i32, abi::SocketRecord>("SOCKETS", MapType::SkStorage, true),
+    spec::<u32, u64>("COUNTERS", MapType::PerCpuArray, true),
+];
+
+/// A pin directory.
+#[derive(Clone, Debug)]
+pub struct PinDir {
+    root: PathBuf,
+}
+
+impl PinDir {
+    /// The directory at `root`, which need not exist yet.
+    pub fn new(root: &Path) -> Self {
+        Self { root: root.to_path_buf() }
+    }
+
+    /// The directory itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where the maps of this ABI version are pinned.
+    pub fn maps(&self) -> PathBuf {
+        self.root.join(format!("v{ABI_VERSION}"))
+    }
+
+    /// Where a map is pinned.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    /// Where a program's link is pinned.
+    pub fn link(&self, program: &str) -> PathBuf {
+        self.root.join("links").join(program)
+    }
+
+    /// Makes the directories, mounting a BPF file system first if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError`].
+    pub fn create(&self) -> Result<(), PinError> {
+        if !on_bpf_fs(&self.root) {
+            let no_bpf_fs = |source| PinError::NoBpfFs { path: self.root.clone(), source };
+            if !self.root.starts_with(BPF_FS) {
+                return Err(no_bpf_fs(io::ErrorKind::InvalidInput.into()));
+            }
+            rustix::mount::mount("bpf", BPF_FS, "bpf", rustix::mount::MountFlags::empty(), None)
+                .map_err(|errno| no_bpf_fs(errno.into()))?;
+            tracing::info!(path = BPF_FS, "mounted a BPF file system");
+        }
+        for dir in [self.root.clone(), self.maps(), self.root.join("links")] {
+            std::fs::create_dir_all(&dir).map_err(|source| PinError::File { path: dir, source })?;
+        }
+        Ok(())
+    }
+
+    /// Takes the directory for this process, until the lock is dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Locked`] when another process has it.
+    pub fn lock(&self) -> Result<OwnedFd, PinError> {
+        let file = |source| PinError::File { path: self.root.clone(), source };
+        let dir = File::open(&self.root).map_err(file)?;
+        match dir.try_lock() {
+            Ok(()) => Ok(dir.into()),
+            Err(std::fs::TryLockError::WouldBlock) => Err(PinError::Locked(self.root.clone())),
+            Err(std::fs::TryLockError::Error(source)) => Err(file(source)),
+        }
+    }
+
+    /// Removes the pins of maps that this agent cannot use: of another layout, or smaller than `entries` asks for.
+    /// Maps that refer to each other go together. Programs that are attached keep what they use until they are
+    /// replaced. True when the maps that hold Services are there and stay.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::File`] when a pin cannot be removed.
+    pub fn drop_unusable(&self, entries: impl Fn(&str) -> u32) -> Result<bool, PinError> {
+        let mut keep = true;
+        for spec in &MAPS {
+            let pin = self.map(spec.name);
+            let usable = MapInfo::from_pin(&pin).is_ok_and(|info| fits(spec, &info, entries(spec.name)));
+            if spec.independent && pin.exists() && !usable {
+                remove(&pin)?;
+            }
+            keep &= usable || spec.independent;
+        }
+        if !keep {
+            for spec in MAPS.iter().filter(|spec| !spec.independent) {
+                let pin = self.map(spec.name);
+                if pin.exists() {
+                    tracing::info!(map = spec.name, "replacing a pinned map of another layout or size");
+                    remove(&pin)?;
+                }
+            }
+        }
+        Ok(keep)
+    }
+
+    /// Removes the maps of every other ABI version. Only after this version's programs have been attached.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::File`] when a pin cannot be removed.
+    pub fn drop_other_versions(&self) -> Result<(), PinError> {
+        for dir in entries(&self.root)? {
+            let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let version = name.strip_prefix('v').and_then(|version| version.parse::<u32>().ok());
+            if version.is_some_and(|version| version != ABI_VERSION) {
+                tracing::info!(path = %dir.display(), "removing the maps of another version");
+                remove_tree(&dir)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes everything, which also detaches the programs.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::File`] when a pin cannot be removed.
+    pub fn remove(&self) -> Result<(), PinError> {
+        // Links first: no program must run on after its maps have lost their names.
+        let links = self.root.join("links");
+        if links.exists() {
+            remove_tree(&links)?;
+        }
+        if self.root.exists() { remove_tree(&self.root) } else { Ok(()) }
+    }
+}
+
+/// Whether a pinned map has the layout of `spec` and at least `entries` elements.
+fn fits(spec: &MapSpec, info: &MapInfo, entries: u32) -> bool {
+    info.map_type().is_ok_and(|map_type| map_type == spec.map_type)
+        && info.key_size() as usize == spec.key
+        && info.value_size() as usize == spec.value
+        && info.max_entries() >= entries
+}
+
+fn on_bpf_fs(path: &Path) -> bool {
+    let existing = path.ancestors().find(|path| path.exists());
+    let magic = existing.and_then(|path| rustix::fs::statfs(path).ok()).map(|fs| fs.f_type as u32);
+    magic == Some(BPF_FS_MAGIC)
+}
+
+fn entries(dir: &Path) -> Result<Vec<PathBuf>, PinError> {
+    let file = |source| PinError::File { path: dir.to_path_buf(), source };
+    let listing = std::fs::read_dir(dir).map_err(file)?;
+    listing.map(|entry| entry.map(|entry| entry.path()).map_err(file)).collect()
+}
+
+fn remove(path: &Path) -> Result<(), PinError> {
+    std::fs::remove_file(path).map_err(|source| PinError::File { path: path.to_path_buf(), source })
+}
+
+fn remove_tree(dir: &Path) -> Result<(), PinError> {
+    std::fs::remove_dir_all(dir).map_err(|source| PinError::File { path: dir.to_path_buf(), source })
+}

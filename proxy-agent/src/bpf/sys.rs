@@ -1,0 +1,206 @@
+//! System calls that no library wraps safely: the agent's only `unsafe`.
+//!
+//! Each function says from which aya version on it can be deleted.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
+
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
+use rustix::mm::{MapFlags, ProtFlags};
+
+/// A BPF array map's values in this process's memory (`BPF_F_MMAPABLE`, kernel 5.5).
+#[derive(Debug)]
+pub struct Mapping {
+    start: NonNull<AtomicU64>,
+    words: usize,
+    stride: usize,
+}
+
+// SAFETY: the mapping is shared memory by nature and reached only through atomics.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps the `len` elements of `value_size` bytes that `map` holds.
+    ///
+    /// # Errors
+    ///
+    /// What mmap(2) says: EINVAL when the map is not mmapable, EPERM when it is read-only.
+    pub fn new(map: BorrowedFd<'_>, len: u32, value_size: usize, writable: bool) -> io::Result<Self> {
+        // The kernel rounds elements up to 8 bytes and the whole up to pages.
+        let stride = value_size.div_ceil(8);
+        let words = stride * len as usize;
+        let protection = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
+        let start = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), words * 8, protection, MapFlags::SHARED, map, 0)
+        }?;
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Self { start, words, stride })
+    }
+
+    /// Word `word` of element `index`; `None` outside of the map. Writing to a mapping that was made read-only
+    /// ends the process.
+    pub fn word(&self, index: u32, word: usize) -> Option<&AtomicU64> {
+        let at = (index as usize).checked_mul(self.stride)?.checked_add(word)?;
+        if word >= self.stride || at >= self.words {
+            return None;
+        }
+        // SAFETY: `at` is inside of the mapping, which is aligned to a page and lives as long as `self`.
+        Some(unsafe { self.start.add(at).as_ref() })
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> u32 {
+        u32::try_from(self.words / self.stride).unwrap_or(u32::MAX)
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.words == 0
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: this is the very mapping that `new` made, and no reference into it outlives `self`.
+        let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.words * 8) };
+    }
+}
+
+/// What the kernel says about a link to a cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CgroupLinkInfo {
+    /// Id of the cgroup (its inode number); 0 when the cgroup is gone.
+    pub cgroup_id: u64,
+    /// `enum bpf_attach_type`.
+    pub attach_type: u32,
+}
+
+fn bpf(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
+    let size = size_of::<bpf_attr>();
+    // SAFETY: `attr` is a whole, initialised bpf_attr, and every caller fills what `cmd` reads.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, cmd as libc::c_long, std::ptr::from_mut(attr), size) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn zeroed_attr() -> bpf_attr {
+    // SAFETY: bpf_attr is a union of C structs of integers: zero is a value of each.
+    unsafe { std::mem::zeroed() }
+}
+
+/// Opens a pinned link (`BPF_OBJ_GET`, kernel 5.7). aya 0.14's `PinnedLink` gives no descriptor away; 0.15 does.
+///
+/// # Errors
+///
+/// What bpf(2) says: ENOENT when there is no such pin.
+pub fn open_link(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = zeroed_attr();
+    // SAFETY: writes the member of the union that BPF_OBJ_GET reads.
+    let get = unsafe { &mut attr.__bindgen_anon_4 };
+    get.pathname = path.as_ptr() as u64;
+    owned(bpf(bpf_cmd::BPF_OBJ_GET, &mut attr)?)
+}
+
+/// Makes a link run another program, in one step (`BPF_LINK_UPDATE`, kernel 5.7). In aya from 0.15 on.
+///
+/// # Errors
+///
+/// What bpf(2) says: EINVAL when the program is of another type.
+pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = zeroed_attr();
+    // SAFETY: writes the member of the union that BPF_LINK_UPDATE reads.
+    let update = unsafe { &mut attr.link_update };
+    update.link_fd = u32::try_from(link.as_raw_fd()).map_err(io::Error::other)?;
+    update.__bindgen_anon_1.new_prog_fd = u32::try_from(program.as_raw_fd()).map_err(io::Error::other)?;
+    bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(|_| ())
+}
+
+/// Which cgroup a link is on (`BPF_OBJ_GET_INFO_BY_FD`).
+///
+/// # Errors
+///
+/// What bpf(2) says.
+pub fn cgroup_link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
+    // SAFETY: bpf_link_info is a C struct of integers: zero is a value of it.
+    let mut info: bpf_link_info = unsafe { std::mem::zeroed() };
+    let mut attr = zeroed_attr();
+    attr.info.bpf_fd = u32::try_from(link.as_raw_fd()).map_err(io::Error::other)?;
+    attr.info.info_len = size_of::<bpf_link_info>() as u32;
+    attr.info.info = std::ptr::from_mut(&mut info) as u64;
+    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    // SAFETY: integers of a C union; for a link of another kind they mean nothing, and no pin of ours is one.
+    let cgroup = unsafe { info.__bindgen_anon_1.cgroup };
+    Ok(CgroupLinkInfo { cgroup_id: cgroup.cgroup_id, attach_type: cgroup.attach_type })
+}
+
+/// Waits until every BPF program that runs now has ended: an RCU grace period. Takes some milliseconds.
+///
+/// `membarrier(MEMBARRIER_CMD_GLOBAL)` (kernel 4.3) is one; where it is refused (`nohz_full`), replacing a map inside
+/// of a map waits for one as well (kernel 4.20).
+///
+/// # Errors
+///
+/// What bpf(2) says, when both ways fail.
+pub fn grace_period() -> io::Result<()> {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: takes three integers and touches no memory of ours.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result == 0 { Ok(()) } else { replace_inner_map() }
+}
+
+/// Makes a one-element array of maps and replaces its element.
+fn replace_inner_map() -> io::Result<()> {
+    let inner = create_array(bpf_map_type::BPF_MAP_TYPE_ARRAY, None)?;
+    let outer = create_array(bpf_map_type::BPF_MAP_TYPE_ARRAY_OF_MAPS, Some(inner.as_fd()))?;
+    let (key, value) = (0_u32, inner.as_raw_fd());
+    let mut attr = zeroed_attr();
+    // SAFETY: writes the member of the union that BPF_MAP_UPDATE_ELEM reads.
+    let update = unsafe { &mut attr.__bindgen_anon_2 };
+    update.map_fd = u32::try_from(outer.as_raw_fd()).map_err(io::Error::other)?;
+    update.key = std::ptr::from_ref(&key) as u64;
+    update.__bindgen_anon_1.value = std::ptr::from_ref(&value) as u64;
+    bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).map(|_| ())
+}
+
+fn create_array(map_type: bpf_map_type, inner: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
+    let mut attr = zeroed_attr();
+    // SAFETY: writes the member of the union that BPF_MAP_CREATE reads.
+    let create = unsafe { &mut attr.__bindgen_anon_1 };
+    create.map_type = map_type as u32;
+    create.key_size = 4;
+    create.value_size = 4;
+    create.max_entries = 1;
+    if let Some(inner) = inner {
+        create.inner_map_fd = u32::try_from(inner.as_raw_fd()).map_err(io::Error::other)?;
+    }
+    owned(bpf(bpf_cmd::BPF_MAP_CREATE, &mut attr)?)
+}
+
+/// Takes over a descriptor that bpf(2) returned.
+fn owned(fd: i64) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just opened this descriptor for us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    /// Needs CAP_BPF, as everything that this module is for.
+    #[test]
+    fn both_ways_to_wait_for_a_grace_period_work() {
+        if rustix::process::geteuid().is_root() {
+            super::grace_period().unwrap();
+            super::replace_inner_map().unwrap();
+        } else {
+            assert!(super::replace_inner_map().is_err());
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! What the API says, reduced to what a service proxy needs.
+//!
+//! Plain data: the sources ([`crate::sources`]) write it by [`Change`]s, [`crate::desired`] reads it. Nothing here
+//! does I/O, and nothing is kept that no decision reads.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::Arc;
+
+use proxy_common::addr::{Addr, Family, Prefix};
+
+/// Namespace and name of a namespaced object.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectKey {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+}
+
+impl ObjectKey {
+    /// From two strings.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl fmt::Debug for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// `spec.type` as far as it matters (semantics: it decides ExternalName, and whether a policy has a meaning).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServiceType {
+    /// Inside the cluster only (unless it has externalIPs).
+    ClusterIp,
+    /// Also on a port of every node.
+    NodePort,
+    /// Also on the addresses of a load balancer.
+    LoadBalancer,
+    /// A DNS alias: nothing to proxy.
+    ExternalName,
+}
+
+/// `internalTrafficPolicy` or `externalTrafficPolicy`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TrafficPolicy {
+    /// Endpoints of the whole cluster.
+    #[default]
+    Cluster,
+    /// Endpoints of this node only.
+    Local,
+}
+
+/// One entry of `spec.ports[]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// Name; empty when unnamed.
+    pub name: Arc<str>,
+    /// IP protocol number ([`proxy_common::abi::proto`]).
+    pub proto: u8,
+    /// The port of clusterIP, externalIPs and load-balancer addresses.
+    pub port: u16,
+    /// nodePort; 0 for none.
+    pub node_port: u16,
+}
+
+/// A Service that is to be proxied, or that a source delivered and [`crate::desired`] finds nothing to proxy in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Namespace and name.
+    pub key: ObjectKey,
+    /// `metadata.creationTimestamp` in seconds since 1970; `i64::MAX` when absent (manifests). The older Service
+    /// wins a frontend that two claim.
+    pub created: i64,
+    /// `spec.type`.
+    pub service_type: ServiceType,
+    /// The clusterIP of each family (index: [`Family::index`]), resolved from `ipFamilies`, `clusterIPs` and
+    /// `clusterIP`. Both `None`: headless or not yet allocated, nothing is proxied.
+    pub cluster_ips: [Option<Addr>; 2],
+    /// `spec.ports`.
+    pub ports: Vec<ServicePort>,
+    /// `spec.externalIPs`, both families.
+    pub external_ips: Vec<Addr>,
+    /// `status.loadBalancer.ingress[].ip` where `ipMode` is not `Proxy`, both families.
+    pub load_balancer_ips: Vec<Addr>,
+    /// `spec.internalTrafficPolicy`.
+    pub internal_policy: TrafficPolicy,
+    /// `spec.externalTrafficPolicy`.
+    pub external_policy: TrafficPolicy,
+    /// `sessionAffinity: ClientIP` timeout in seconds; `None` without affinity.
+    pub affinity_seconds: Option<u32>,
+    /// `spec.loadBalancerSourceRanges`, both families, the valid ones.
+    pub source_ranges: Vec<Prefix>,
+    /// `spec.healthCheckNodePort`; 0 for none.
+    pub health_check_node_port: u16,
+    /// What was wrong with the object, field by field; it was skipped, the rest is served.
+    pub problems: Vec<String>,
+}
+
+/// One entry of a slice's `ports[]` that can be used: it has a name (maybe empty) and a number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlicePort {
+    /// Name; matches [`ServicePort::name`].
+    pub name: Arc<str>,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Port number on the endpoint.
+    pub port: u16,
+}
+
+/// Topology hints of an endpoint that is hinted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Hints {
+    /// `hints.forZones[].name`.
+    pub zones: Vec<Arc<str>>,
+    /// `hints.forNodes[].name`.
+    pub nodes: Vec<Arc<str>>,
+}
+
+/// One endpoint of a slice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// `addresses[0]`.
+    pub addr: Addr,
+    /// `conditions.ready`, nil being true.
+    pub ready: bool,
+    /// `conditions.serving`, nil being true.
+    pub serving: bool,
+    /// `conditions.terminating`, nil being false.
+    pub terminating: bool,
+    /// `nodeName` is this node's name.
+    pub local: bool,
+    /// Topology hints; `None` when it has none. Slices share equal hints.
+    pub hints: Option<Arc<Hints>>,
+}
+
+/// An EndpointSlice (or the older Endpoints object, split by address family).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slice {
+    /// Namespace and name of the slice.
+    pub key: ObjectKey,
+    /// The Service it belongs to (label `kubernetes.io/service-name`, same namespace).
+    pub service: ObjectKey,
+    /// `addressType`.
+    pub family: Family,
+    /// Usable ports.
+    pub ports: Vec<SlicePort>,
+    /// Usable endpoints.
+    pub endpoints: Vec<Endpoint>,
+    /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, nanoseconds since 1970.
+    pub trigger_time: Option<i64>,
+    /// What was wrong with the object, field by field.
+    pub problems: Vec<String>,
+}
+
+/// This node, as the Node object tells.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    /// Label `topology.kubernetes.io/zone`; `None` when absent or empty.
+    pub zone: Option<Arc<str>>,
+    /// The node's IP of each family (index: [`Family::index`]): InternalIPs before ExternalIPs.
+    pub ips: [Option<Addr>; 2],
+    /// Load balancers must not send traffic here: the Node is being deleted, or the cluster autoscaler is about to
+    /// (taint `ToBeDeletedByClusterAutoscaler`).
+    pub leaving: bool,
+}
+
+/// One change that a source delivers. Keys name what is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A Service appeared or changed.
+    Service(Service),
+    /// A Service is gone, or is not ours any more.
+    ServiceGone(ObjectKey),
+    /// A slice appeared or changed.
+    Slice(Slice),
+    /// A slice is gone, or is not ours any more.
+    SliceGone(ObjectKey),
+    /// This node's object appeared or changed. (That it is gone changes nothing: the last state stays.)
+    Node(Node),
+    /// A ServiceCIDR appeared or changed.
+    ServiceCidr(Arc<str>, Vec<Prefix>),
+    /// A ServiceCIDR is gone.
+    ServiceCidrGone(Arc<str>),
+}
+
+/// What a [`Cluster::apply`] touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Nothing that a decision reads.
+    Nothing,
+    /// One Service, already noted in [`Cluster::take_dirty`].
+    Service,
+    /// Node or ServiceCIDRs.
+    Node,
+}
+
+/// Everything known, and which Services have changed since they were last looked at.
+#[derive(Debug, Default)]
+pub struct Cluster {
+    services: BTreeMap<ObjectKey, Service>,
+    slices: BTreeMap<ObjectKey, BTreeMap<Arc<str>, Slice>>,
+    owner: BTreeMap<ObjectKey, ObjectKey>,
+    node: Node,
+    service_cidrs: BTreeMap<Arc<str>, Vec<Prefix>>,
+    dirty: BTreeSet<ObjectKey>,
+}
+
+impl Cluster {
+    /// Takes one change in. A redelivered, equal object touches nothing.
+    pub fn apply(&mut self, change: Change) -> Scope {
+        match change {
+            Change::Service(service) => {
+                if self.services.get(&service.key) == Some(&service) {
+                    return Scope::Nothing;
+                }
+                self.dirty.insert(service.key.clone());
+                self.services.insert(service.key.clone(), service);
+                Scope::Service
+            }
+            Change::ServiceGone(key) => {
+                if self.services.remove(&key).is_none() {
+                    return Scope::Nothing;
+                }
+                self.dirty.insert(key);
+                Scope::Service
+            }
+            Change::Slice(slice) => self.put_slice(slice),
+            Change::SliceGone(key) => self.drop_slice(&key),
+            Change::Node(node) => {
+                if self.node == node {
+                    return Scope::Nothing;
+                }
+                // Endpoint selection looks at the zone, source ranges at the addresses.
+                if self.node.zone != node.zone {
+                    self.touch_all();
+                }
+                if self.node.ips != node.ips {
+                    self.touch_with_source_ranges();
+                }
+                self.node = node;
+                Scope::Node
+            }
+            Change::ServiceCidr(name, prefixes) => {
+                if self.service_cidrs.get(&name) == Some(&prefixes) {
+                    return Scope::Nothing;
+                }
+                self.service_cidrs.insert(name, prefixes);
+                Scope::Node
+            }
+            Change::ServiceCidrGone(name) => match self.service_cidrs.remove(&name) {
+                Some(_) => Scope::Node,
+                None => Scope::Nothing,
+            },
+        }
+    }
+
+    fn put_slice(&mut self, slice: Slice) -> Scope {
+        let of_service = self.slices.entry(slice.service.clone()).or_default();
+        if of_service.get(&slice.key.name) == Some(&slice) {
+            return Scope::Nothing;
+        }
+        let owner = slice.service.clone();
+        of_service.insert(Arc::clone(&slice.key.name), slice.clone());
+        self.dirty.insert(owner.clone());
+        if let Some(before) = self.owner.insert(slice.key.clone(), owner.clone())
+            && before != owner
+        {
+            self.forget(&slice.key, &before);
+        }
+        Scope::Service
+    }
+
+    fn drop_slice(&mut self, key: &ObjectKey) -> Scope {
+        let Some(owner) = self.owner.remove(key) else { return Scope::Nothing };
+        self.forget(key, &owner);
+        Scope::Service
+    }
+
+    fn forget(&mut self, slice: &ObjectKey, owner: &ObjectKey) {
+        if let Some(of_service) = self.slices.get_mut(owner) {
+            of_service.remove(&slice.name);
+            if of_service.is_empty() {
+                self.slices.remove(owner);
+            }
+        }
+        self.dirty.insert(owner.clone());
+    }
+
+    /// Marks every Service as changed.
+    pub fn touch_all(&mut self) {
+        self.dirty.extend(self.services.keys().cloned());
+    }
+
+    /// Marks every Service that has source ranges: whether this host is in them depends on its addresses.
+    pub fn touch_with_source_ranges(&mut self) {
+        let ranged = self.services.values().filter(|service| !service.source_ranges.is_empty());
+        self.dirty.extend(ranged.map(|service| service.key.clone()));
+    }
+
+    /// The Services that changed, or whose endpoints did, since the last call; those that are gone too.
+    pub fn take_dirty(&mut self) -> BTreeSet<ObjectKey> {
+        std::mem::take(&mut self.dirty)
+    }
+
+    /// A Service by its key.
+    pub fn service(&self, key: &ObjectKey) -> Option<&Service> {
+        self.services.get(key)
+    }
+
+    /// All Services, by key.
+    pub fn services(&self) -> impl Iterator<Item = &Service> {
+        self.services.values()
+    }
+
+    /// The slices of a Service, by name.
+    pub fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &Slice> + Clone {
+        self.slices.get(service).into_iter().flat_map(BTreeMap::values)
+    }
+
+    /// This node.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// Every ServiceCIDR prefix.
+    pub fn service_cidrs(&self) -> impl Iterator<Item = Prefix> {
+        self.service_cidrs.values().flatten().copied()
+    }
+}

@@ -1,0 +1,209 @@
+//! The command line resolved: names looked up, addresses parsed, contradictions refused.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use proxy_common::addr::Prefix;
+
+use crate::args::RunArgs;
+use crate::bpf::pins::PinDir;
+use crate::http::{HttpError, bind_address};
+use crate::{health, metrics};
+use crate::node::{NodePortAddresses, NodePortAddressesError};
+
+/// Where objects come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A directory of manifests.
+    Manifests(PathBuf),
+    /// The cluster that a kubeconfig file names.
+    Kubeconfig(PathBuf),
+    /// The cluster whose pod this is.
+    InCluster,
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Manifests(dir) => write!(f, "manifests in {}", dir.display()),
+            Self::Kubeconfig(file) => write!(f, "Kubernetes API ({})", file.display()),
+            Self::InCluster => f.write_str("Kubernetes API (in cluster)"),
+        }
+    }
+}
+
+/// Everything `run` needs to know.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// This node's name.
+    pub node_name: Arc<str>,
+    /// Where objects come from.
+    pub source: Source,
+    /// The cgroup whose processes are served.
+    pub cgroup: PathBuf,
+    /// Pin directory.
+    pub pins: PinDir,
+    /// File with what `status` shows beside the maps.
+    pub state_file: PathBuf,
+    /// Pod CIDR of each family.
+    pub cluster_cidr: [Option<Prefix>; 2],
+    /// Which addresses serve nodePorts.
+    pub nodeport_addresses: NodePortAddresses,
+    /// Address of the health server.
+    pub healthz: Option<SocketAddr>,
+    /// Address of the metrics server.
+    pub metrics: Option<SocketAddr>,
+}
+
+/// What is wrong with the command line or this host.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The node has no name.
+    #[error("this node's name is empty; give it with --hostname-override")]
+    NoName,
+    /// Not a CIDR, or too many.
+    #[error("--cluster-cidr {0:?}: must be one CIDR, or one IPv4 and one IPv6 CIDR separated by a comma")]
+    ClusterCidr(String),
+    /// nodePort addresses.
+    #[error(transparent)]
+    NodePortAddresses(#[from] NodePortAddressesError),
+    /// Bind addresses.
+    #[error(transparent)]
+    Address(#[from] HttpError),
+    /// There is no cgroup v2 hierarchy.
+    #[error(
+        "no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup/unified) or boot with \
+         systemd.unified_cgroup_hierarchy=1"
+    )]
+    NoCgroup2,
+    /// Not a directory of a cgroup v2 hierarchy.
+    #[error("--cgroup-path {0}: not a directory of a cgroup v2 hierarchy")]
+    NotCgroup2(PathBuf),
+    /// A file of /proc cannot be read.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl Config {
+    /// Resolves the command line against this host.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] names the flag.
+    pub fn resolve(args: &RunArgs) -> Result<Self, ConfigError> {
+        let source = match (&args.manifests, &args.kubeconfig) {
+            (Some(dir), _) => Source::Manifests(dir.clone()),
+            (None, Some(file)) => Source::Kubeconfig(file.clone()),
+            (None, None) => Source::InCluster,
+        };
+        Ok(Self {
+            node_name: node_name(args.hostname_override.as_deref())?,
+            source,
+            cgroup: match &args.cgroup_path {
+                Some(path) => cgroup2(path)?,
+                None => cgroup_root()?,
+            },
+            pins: PinDir::new(&args.pins.pin_dir),
+            state_file: state_file(&args.pins.run_dir, &args.pins.pin_dir),
+            cluster_cidr: cluster_cidr(&args.cluster_cidr)?,
+            nodeport_addresses: NodePortAddresses::parse(&args.nodeport_addresses)?,
+            healthz: bind_address("--healthz-bind-address", &args.healthz_bind_address, health::DEFAULT_PORT)?,
+            metrics: bind_address("--metrics-bind-address", &args.metrics_bind_address, metrics::DEFAULT_PORT)?,
+        })
+    }
+}
+
+/// The state file that belongs to a pin directory.
+pub fn state_file(run_dir: &Path, pin_dir: &Path) -> PathBuf {
+    let name = pin_dir.to_string_lossy().trim_matches('/').replace('/', "-");
+    run_dir.join(format!("{name}.json"))
+}
+
+fn node_name(given: Option<&str>) -> Result<Arc<str>, ConfigError> {
+    let host = rustix::system::uname();
+    let name = given.map_or_else(|| host.nodename().to_string_lossy(), Into::into).trim().to_lowercase();
+    if name.is_empty() { Err(ConfigError::NoName) } else { Ok(name.into()) }
+}
+
+fn cluster_cidr(given: &[String]) -> Result<[Option<Prefix>; 2], ConfigError> {
+    let wrong = || ConfigError::ClusterCidr(given.join(","));
+    let mut cidrs = [None; 2];
+    for text in given.iter().map(|text| text.trim()).filter(|text| !text.is_empty()) {
+        let prefix = crate::sources::lenient::prefix(text).map_err(|_: &str| wrong())?;
+        let slot = cidrs.get_mut(prefix.family().index()).filter(|slot| slot.is_none());
+        *slot.ok_or_else(wrong)? = Some(prefix);
+    }
+    Ok(cidrs)
+}
+
+/// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
+const CGROUP2_MAGIC: u32 = 0x6367_7270;
+
+fn cgroup2(path: &Path) -> Result<PathBuf, ConfigError> {
+    match rustix::fs::statfs(path) {
+        Ok(fs) if fs.f_type as u32 == CGROUP2_MAGIC => Ok(path.to_path_buf()),
+        _ => Err(ConfigError::NotCgroup2(path.to_path_buf())),
+    }
+}
+
+/// The shortest mount point of a cgroup v2 hierarchy: `/sys/fs/cgroup`, or on hybrid hosts
+/// `/sys/fs/cgroup/unified`.
+fn cgroup_root() -> Result<PathBuf, ConfigError> {
+    let path = PathBuf::from("/proc/self/mountinfo");
+    let mounts = match std::fs::read_to_string(&path) {
+        Ok(mounts) => mounts,
+        Err(source) => return Err(ConfigError::File { path, source }),
+    };
+    mount_points(&mounts, "cgroup2").min_by_key(|path| path.as_os_str().len()).ok_or(ConfigError::NoCgroup2)
+}
+
+/// Mount points of a file system type in the format of /proc/self/mountinfo (proc(5)).
+fn mount_points<'a>(mounts: &'a str, fs_type: &'a str) -> impl Iterator<Item = PathBuf> + 'a {
+    mounts.lines().filter_map(move |line| {
+        let (mount, fs) = line.split_once(" - ")?;
+        let point = mount.split(' ').nth(4)?;
+        (fs.split(' ').next()? == fs_type).then(|| PathBuf::from(point.replace("\\040", " ")))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cgroup_root_is_found_on_unified_and_hybrid_hosts() {
+        let hybrid = "30 24 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
+                      31 30 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:5 - cgroup2 cgroup2 rw\n\
+                      32 30 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
+        let unified = "31 30 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n\
+                       40 30 0:27 /sub /mnt/other/cgroup rw - cgroup2 cgroup2 rw\n";
+        let root = |mounts| mount_points(mounts, "cgroup2").min_by_key(|path| path.as_os_str().len());
+        assert_eq!(root(hybrid), Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!(root(unified), Some("/sys/fs/cgroup".into()));
+        assert_eq!(root(""), None);
+    }
+
+    #[test]
+    fn p234_the_node_name_is_trimmed_and_lower_cased() {
+        assert_eq!(&*node_name(Some("  Node-A ")).unwrap(), "node-a");
+        assert!(matches!(node_name(Some("  ")), Err(ConfigError::NoName)));
+    }
+
+    #[test]
+    fn p241_cluster_cidrs_are_one_or_a_dual_stack_pair() {
+        let parse = |text: &str| cluster_cidr(&text.split(',').map(str::to_owned).collect::<Vec<_>>());
+        assert_eq!(parse("").unwrap(), [None, None]);
+        let pair = parse("fd00:64::/48, 10.64.0.0/12").unwrap();
+        assert_eq!(pair.map(|cidr| cidr.unwrap().to_string()), ["10.64.0.0/12", "fd00:64::/48"]);
+        for wrong in ["10.64.0.0/12,10.80.0.0/12", "10.64.0.0/33", "pods"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Where a Service port can be reached, and which set each kind of client gets there.
+
+use std::collections::BTreeMap;
+
+use proxy_common::abi::FrontendKey;
+use proxy_common::abi::frontend::flags;
+use proxy_common::addr::{Addr, Family, Prefix};
+use proxy_common::be::Be16;
+
+use super::Context;
+use crate::cluster::{Service, ServicePort, ServiceType, TrafficPolicy};
+
+/// The addresses of a Service in one family, with the flags of their frontends: the same for all its ports.
+pub(super) struct OfFamily<'s> {
+    service: &'s Service,
+    family: Family,
+    cluster_ip: Addr,
+    external_ips: &'s [Addr],
+    /// Flags of the clusterIP.
+    internal: u16,
+    /// Flags of externalIPs, load-balancer addresses and nodePorts.
+    external: u16,
+    /// Flags that load-balancer addresses have besides: source ranges.
+    filter: u16,
+}
+
+impl<'s> OfFamily<'s> {
+    /// For `service`, whose clusterIP in `family` is `cluster_ip`.
+    pub(super) fn new(
+        service: &'s Service,
+        family: Family,
+        cluster_ip: Addr,
+        context: &Context,
+        problems: &mut Vec<String>,
+    ) -> Self {
+        let internal = match service.internal_policy {
+            TrafficPolicy::Local => flags::NEAR_LOCAL | flags::FAR_LOCAL | flags::POD_LOCAL,
+            TrafficPolicy::Cluster => 0,
+        };
+        let external = flags::EXTERNAL
+            | match service.external_policy {
+                TrafficPolicy::Local if external_policy_counts(service) => {
+                    // Near clients need no detour over a node that has an endpoint: they get the cluster set.
+                    // Without detect-local nobody can tell a pod from a far client.
+                    flags::FAR_LOCAL
+                        | match context.cluster_cidr[family.index()] {
+                            Some(_) => 0,
+                            None => flags::POD_LOCAL,
+                        }
+                }
+                TrafficPolicy::Local | TrafficPolicy::Cluster => 0,
+            };
+        Self {
+            service,
+            family,
+            cluster_ip,
+            external_ips: if context.ignore_external_ips { &[] } else { &service.external_ips },
+            internal,
+            external,
+            filter: filter_flags(service, family, context, problems),
+        }
+    }
+
+    /// The frontends of `port`, by key. `node_port` 0 means that it has none.
+    pub(super) fn of_port(&self, port: &ServicePort, node_port: u16) -> Vec<(FrontendKey, u16)> {
+        let exact = |addr| FrontendKey::exact(addr, Be16::new(port.port), port.proto);
+        let mut frontends = BTreeMap::from([
+            (FrontendKey::address(self.cluster_ip), 0),
+            (exact(self.cluster_ip), self.internal),
+        ]);
+        // One address in two roles is one frontend: the first role decides the policy, and a filter always stays.
+        for addr in in_family(self.external_ips, self.family) {
+            frontends.entry(exact(addr)).or_insert(self.external);
+        }
+        for addr in in_family(&self.service.load_balancer_ips, self.family) {
+            *frontends.entry(exact(addr)).or_insert(self.external) |= self.filter;
+        }
+        if node_port != 0 {
+            let any = match self.family {
+                Family::V4 => Addr::v4([0; 4]),
+                Family::V6 => Addr::ZERO,
+            };
+            frontends.insert(FrontendKey::node_port(any, Be16::new(node_port), port.proto), self.external);
+        }
+        frontends.into_iter().collect()
+    }
+}
+
+fn in_family(addrs: &[Addr], family: Family) -> impl Iterator<Item = Addr> {
+    addrs.iter().copied().filter(move |addr| addr.family() == family)
+}
+
+/// `externalTrafficPolicy` means something only for a Service that is meant to be reached from outside.
+fn external_policy_counts(service: &Service) -> bool {
+    match service.service_type {
+        ServiceType::LoadBalancer | ServiceType::NodePort => true,
+        ServiceType::ClusterIp => !service.external_ips.is_empty(),
+        ServiceType::ExternalName => false,
+    }
+}
+
+/// What `loadBalancerSourceRanges` mean for the load-balancer addresses of `family`. Without a range of the family,
+/// or with one that holds the whole family, nothing is filtered.
+fn filter_flags(service: &Service, family: Family, context: &Context, problems: &mut Vec<String>) -> u16 {
+    let ranges: Vec<Prefix> =
+        service.source_ranges.iter().copied().filter(|r| r.family() == family).collect();
+    if ranges.is_empty() || ranges.iter().any(Prefix::matches_all) {
+        return 0;
+    }
+
+    let allowed = |addr: &Addr| ranges.iter().any(|range| range.contains(*addr));
+    let host_allowed = match &context.node.ips[family.index()] {
+        Some(ip) => allowed(ip),
+        None => context.host_addresses.iter().any(|addr| !addr.is_loopback() && allowed(addr)),
+    };
+    let pods = context.cluster_cidr[family.index()];
+    let pods_allowed = pods.is_some_and(|pods| cover(&ranges, &pods));
+
+    if !pods_allowed {
+        let why = match pods {
+            Some(pods) => format!("do not contain every pod ({pods})"),
+            None => format!("cannot be compared with the addresses of pods (no cluster CIDR for {family})"),
+        };
+        for vip in in_family(&service.load_balancer_ips, family) {
+            problems.push(format!(
+                "sockets of pods are refused on load-balancer address {vip}: spec.loadBalancerSourceRanges {why}, \
+                 and a socket has no source address yet when it connects"
+            ));
+        }
+    }
+    let deny_host = if host_allowed { 0 } else { flags::DENY_HOST };
+    let deny_pod = if pods_allowed { 0 } else { flags::DENY_POD };
+    flags::SOURCE_RANGES | deny_host | deny_pod
+}
+
+/// Whether `ranges` together contain every address of `whole`; all are of one family.
+fn cover(ranges: &[Prefix], whole: &Prefix) -> bool {
+    let mut spans: Vec<(u128, u128)> = ranges.iter().map(span).collect();
+    spans.sort_unstable();
+    let (mut next, last) = span(whole);
+    for (from, to) in spans {
+        if from > next {
+            return false;
+        }
+        if to >= last {
+            return true;
+        }
+        next = next.max(to + 1);
+    }
+    false
+}
+
+/// First and last address, as numbers.
+fn span(prefix: &Prefix) -> (u128, u128) {
+    let first = u128::from_be_bytes(prefix.addr().bytes);
+    let hosts = u128::MAX.checked_shr(u32::from(prefix.mapped_len())).unwrap_or(0);
+    (first, first | hosts)
+}

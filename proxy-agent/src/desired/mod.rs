@@ -1,0 +1,161 @@
+//! What should be programmed: a pure and total function of the cluster's state.
+//!
+//! [`desired_service`] looks at one Service, its slices and this node, nothing else: a change that touches one
+//! Service costs one Service's work. A bad object costs only itself.
+//!
+//! [`frontends`] says where a Service port can be reached and what its policies mean there, [`endpoints`] which
+//! endpoints are in which set. The claims index and the plan read the result.
+
+use std::sync::Arc;
+
+use proxy_common::abi::{FrontendKey, SlotRange};
+use proxy_common::addr::{Addr, Family, Prefix};
+use proxy_common::be::Be16;
+
+use crate::cluster::{Node, ObjectKey, Service, ServicePort, ServiceType, Slice};
+
+mod frontends;
+
+mod endpoints;
+
+#[cfg(test)]
+mod tests;
+
+/// A Service port in one family: the unit that gets an id in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortKey {
+    /// The Service.
+    pub service: ObjectKey,
+    /// Port name; empty when unnamed.
+    pub port_name: Arc<str>,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Family.
+    pub family: Family,
+}
+
+/// Facts about this node and its configuration that endpoint selection and frontends depend on.
+#[derive(Clone, Debug, Default)]
+pub struct Context {
+    /// This node's name, lower case.
+    pub node_name: Arc<str>,
+    /// What the Node object tells.
+    pub node: Node,
+    /// detect-local by source: the pod CIDR of each family, `None` where detect-local is not implemented.
+    pub cluster_cidr: [Option<Prefix>; 2],
+    /// Every address of this host, loopback included.
+    pub host_addresses: Vec<Addr>,
+    /// The feature gate `AllowServiceExternalIPs` is off: externalIPs are no frontends.
+    pub ignore_external_ips: bool,
+}
+
+/// A backend of a Service port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DesiredBackend {
+    /// Where the endpoint listens.
+    pub addr: Addr,
+    /// Its port.
+    pub port: Be16,
+    /// Bits of [`proxy_common::abi::backend::flags`].
+    pub flags: u32,
+}
+
+/// What one Service port in one family wants programmed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DesiredPort {
+    /// Which.
+    pub key: PortKey,
+    /// Frontends with their flags ([`proxy_common::abi::frontend::flags`]), by key, each once.
+    pub frontends: Vec<(FrontendKey, u16)>,
+    /// Endpoints that are in a set or serving, by address and port, each once.
+    pub backends: Vec<DesiredBackend>,
+    /// Verdict while the local set is empty: [`SlotRange::REJECT`] or [`SlotRange::DROP`]. (An empty cluster set
+    /// always rejects.)
+    pub empty_local: SlotRange,
+    /// Session affinity timeout; 0 for none.
+    pub affinity_seconds: u32,
+}
+
+/// What one Service wants programmed. Without ports when there is nothing to proxy.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DesiredService {
+    /// By [`PortKey`].
+    pub ports: Vec<DesiredPort>,
+    /// What a user should know: fields of the Service and its slices that were skipped, frontends that cannot be
+    /// served everywhere.
+    pub problems: Vec<String>,
+}
+
+/// What `service` with `slices` wants on the node that `context` describes.
+///
+/// The order of `slices` counts only where two of them contradict each other about one endpoint; give them by
+/// name, so that the answer does not depend on their arrival.
+pub fn desired_service<'a>(
+    service: &Service,
+    slices: impl Iterator<Item = &'a Slice> + Clone,
+    context: &Context,
+) -> DesiredService {
+    let mut problems = service.problems.clone();
+    let served =
+        service.service_type != ServiceType::ExternalName && service.cluster_ips.iter().any(Option::is_some);
+    if !served {
+        return DesiredService { ports: Vec::new(), problems };
+    }
+    for slice in slices.clone() {
+        problems.extend(slice.problems.iter().map(|p| format!("EndpointSlice {}: {p}", slice.key.name)));
+    }
+
+    let distinct = distinct_ports(&service.ports, &mut problems);
+    let mut ports = Vec::with_capacity(distinct.len());
+    for family in Family::ALL {
+        let Some(cluster_ip) = service.cluster_ips[family.index()] else { continue };
+        let frontends = frontends::OfFamily::new(service, family, cluster_ip, context, &mut problems);
+        for &(port, node_port) in &distinct {
+            let endpoints = endpoints::select(port, slices.clone().filter(|s| s.family == family), context);
+            ports.push(DesiredPort {
+                key: PortKey {
+                    service: service.key.clone(),
+                    port_name: Arc::clone(&port.name),
+                    proto: port.proto,
+                    family,
+                },
+                frontends: frontends.of_port(port, node_port),
+                backends: endpoints.backends,
+                empty_local: endpoints.empty_local,
+                affinity_seconds: service.affinity_seconds.unwrap_or(0),
+            });
+        }
+    }
+    ports.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+    DesiredService { ports, problems }
+}
+
+/// The ports that do not contradict an earlier one, each with the nodePort that it may have (0 for none). The API
+/// server refuses contradictions; manifests meet no API server.
+fn distinct_ports<'s>(ports: &'s [ServicePort], problems: &mut Vec<String>) -> Vec<(&'s ServicePort, u16)> {
+    let mut kept: Vec<(&ServicePort, u16)> = Vec::with_capacity(ports.len());
+    for (index, port) in ports.iter().enumerate() {
+        let of_proto = || kept.iter().filter(|(earlier, _)| earlier.proto == port.proto);
+        let proto = crate::proto_name(port.proto);
+        if of_proto().any(|(earlier, _)| earlier.port == port.port) {
+            problems.push(format!(
+                "spec.ports[{index}]: an earlier entry has {proto} port {} already; this entry is not served",
+                port.port
+            ));
+        } else if of_proto().any(|(earlier, _)| earlier.name == port.name) {
+            problems.push(format!(
+                "spec.ports[{index}]: an earlier {proto} entry is named {:?} already; this entry is not served",
+                &*port.name
+            ));
+        } else if port.node_port != 0 && of_proto().any(|&(_, node_port)| node_port == port.node_port) {
+            problems.push(format!(
+                "spec.ports[{index}].nodePort: an earlier entry has {proto} nodePort {} already; this entry has none",
+                port.node_port
+            ));
+            kept.push((port, 0));
+        } else {
+            kept.push((port, port.node_port));
+        }
+    }
+    kept
+}

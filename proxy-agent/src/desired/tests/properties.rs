@@ -1,0 +1,99 @@
+//! What holds for any slices.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// Where an endpoint runs and what it is hinted for follows from its address, as in a cluster; its conditions are
+/// free, so that slices may contradict each other about them.
+fn any_endpoint() -> impl Strategy<Value = Endpoint> {
+    (0..12_u8, any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(id, ready, serving, terminating)| {
+        let zone = |name: &str| Hints { zones: vec![name.into()], nodes: Vec::new() };
+        let hints = match id % 6 {
+            0 => None,
+            1 => Some(zone("zb")),
+            2 => Some(Hints { zones: vec!["za".into()], nodes: vec!["n1".into()] }),
+            _ => Some(zone("za")),
+        };
+        let addr = match id % 4 {
+            3 => addr(&format!("fd00:64::{id}")),
+            _ => addr(&format!("10.64.0.{id}")),
+        };
+        Endpoint { addr, ready, serving, terminating, local: id % 3 == 0, hints: hints.map(Arc::new) }
+    })
+}
+
+fn any_slices() -> impl Strategy<Value = Vec<Slice>> {
+    let one = (prop::collection::vec(any_endpoint(), 0..8), any::<bool>(), any::<bool>()).prop_map(
+        |(mut endpoints, v6, other_number)| {
+            let family = if v6 { Family::V6 } else { Family::V4 };
+            endpoints.retain(|e| e.addr.family() == family);
+            let mut slice = slice("s", if other_number { "web TCP 9090" } else { "web TCP 8080" }, "");
+            (slice.family, slice.endpoints) = (family, endpoints);
+            slice
+        },
+    );
+    prop::collection::vec(one, 0..5)
+}
+
+fn world(slices: Vec<Slice>) -> World {
+    s_with(slices).with(|w| w.service.cluster_ips[1] = Some(addr("fd00:96::10")))
+}
+
+proptest! {
+    #[test]
+    fn sets_are_sound(slices in any_slices()) {
+        let world = world(slices);
+        let desired = world.desired();
+        prop_assert_eq!(desired.ports.len(), 2);
+        for port in &desired.ports {
+            let keys: Vec<_> = port.backends.iter().map(|b| (b.addr, b.port.get())).collect();
+            prop_assert!(keys.windows(2).all(|pair| pair[0] < pair[1]), "sorted, each once: {:?}", keys);
+            let keys: Vec<_> = port.frontends.iter().map(|(key, _)| key).collect();
+            prop_assert!(keys.windows(2).all(|pair| pair[0] < pair[1]), "sorted, each once: {:?}", keys);
+            for b in &port.backends {
+                prop_assert_eq!(b.addr.family(), port.key.family);
+                prop_assert!(b.flags & backend::IN_LOCAL == 0 || b.flags & backend::ON_THIS_NODE != 0);
+                let used = backend::IN_CLUSTER | backend::IN_LOCAL | backend::SERVING;
+                prop_assert!(b.flags & used != 0);
+            }
+            let any = |bit| port.backends.iter().any(|b| b.flags & bit != 0);
+            // Somebody could answer: then, and only then, an empty local set is silent.
+            prop_assert_eq!(any(backend::IN_CLUSTER), port.empty_local == SlotRange::DROP);
+            let of_family = |s: &&Slice| s.family == port.key.family;
+            let sure = |e: &&Endpoint| e.ready && !e.terminating;
+            let mut ready = world.slices.iter().filter(of_family).flat_map(|s| &s.endpoints).filter(sure);
+            prop_assert!(ready.clone().count() == 0 || any(backend::IN_CLUSTER));
+            prop_assert!(!ready.any(|e| e.local) || any(backend::IN_LOCAL));
+        }
+    }
+
+    /// Slices of different names have no order. What two of them say about one endpoint may differ in its
+    /// readiness only: the rest is left to the order upstream, too.
+    #[test]
+    fn the_order_of_slices_does_not_matter(slices in any_slices(), seed in any::<usize>()) {
+        let settled = |mut slice: Slice| {
+            for endpoint in &mut slice.endpoints {
+                (endpoint.serving, endpoint.terminating) = (true, false);
+            }
+            slice
+        };
+        let slices: Vec<Slice> = slices.into_iter().map(settled).collect();
+        let mut turned = slices.clone();
+        if !turned.is_empty() {
+            let middle = seed % turned.len();
+            turned.rotate_left(middle);
+            turned.swap(0, middle);
+        }
+        prop_assert_eq!(world(slices).desired(), world(turned).desired());
+    }
+
+    #[test]
+    fn the_last_entry_that_does_not_terminate_wins(states in prop::collection::vec(0..3_u8, 1..6)) {
+        let text: Vec<&str> = states.iter().map(|s| ["L1/nr", "L1/t", "L1/st"][usize::from(*s)]).collect();
+        let served = s(&text.join(", ")).answer(&s(&text.join(", ")).desired(), "P", "CIP");
+        // Only the first entry counts while all terminate; one that does not takes over for good.
+        let want = if states.iter().all(|s| *s != 0) && states[0] == 2 { "L1" } else { "REJECT" };
+        prop_assert_eq!(served, want);
+    }
+}

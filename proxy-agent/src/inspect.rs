@@ -1,0 +1,317 @@
+//! `proxy-agent status | services | backends`: the pinned maps, read back and put into words.
+//!
+//! Works while no agent runs: names, sets and states are all in the maps. Only problems and the source come from the
+//! file that the agent leaves.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::net::SocketAddr;
+
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
+use proxy_common::abi::frontend::{FrontendKind, flags};
+use proxy_common::abi::{ABI_VERSION, Counter, FrontendKey, FrontendValue};
+use serde::Serialize;
+
+use crate::args::{Inspect, Output};
+use crate::bpf::dataplane::PROGRAMS;
+use crate::bpf::maps::{KernelMaps, OpenError};
+use crate::bpf::pins::PinDir;
+use crate::bpf::sys;
+use crate::config::state_file;
+use crate::model::{Model, PortBackend};
+use crate::plan::FrontendName;
+use crate::proto_name;
+use crate::report::{self, State};
+
+/// Why nothing can be shown.
+#[derive(Debug, thiserror::Error)]
+pub enum InspectError {
+    /// The maps cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The maps cannot be read.
+    #[error("reading the pinned maps: {0}")]
+    Read(#[from] aya::maps::MapError),
+    /// Standard output is gone.
+    #[error("writing: {0}")]
+    Write(#[from] io::Error),
+}
+
+/// A Service port in one family, as printed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceView {
+    /// Namespace.
+    pub namespace: String,
+    /// Service name.
+    pub name: String,
+    /// Port name; empty when unnamed.
+    pub port: String,
+    /// TCP, UDP or SCTP.
+    pub protocol: &'static str,
+    /// IPv4 or IPv6.
+    pub family: String,
+    /// Index into `SERVICES`.
+    pub id: u32,
+    /// Where it can be reached.
+    pub frontends: Vec<FrontendView>,
+    /// Endpoints of the cluster set.
+    pub cluster: Vec<SocketAddr>,
+    /// Endpoints of the local set.
+    pub local: Vec<SocketAddr>,
+    /// Session affinity timeout; 0 for none.
+    pub affinity_seconds: u32,
+}
+
+/// A frontend, as printed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FrontendView {
+    /// `ADDRESS:PORT/PROTOCOL`, or `nodePort PORT/PROTOCOL (FAMILY)`.
+    pub name: String,
+    /// Names of the flags.
+    pub flags: Vec<&'static str>,
+}
+
+/// A backend, as printed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BackendView {
+    /// Index into `BACKENDS`.
+    pub id: u32,
+    /// Namespace and name of the Service.
+    pub service: String,
+    /// Port name; empty when unnamed.
+    pub port: String,
+    /// TCP, UDP or SCTP.
+    pub protocol: &'static str,
+    /// Address and port of the endpoint.
+    pub endpoint: SocketAddr,
+    /// Names of the flags.
+    pub flags: Vec<&'static str>,
+    /// How often the id has been given out, and the endpoint has entered a set.
+    pub generation: u32,
+}
+
+/// The whole state, as printed.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StatusView {
+    /// Layout version of the maps.
+    pub abi_version: u32,
+    /// Whether an agent runs on this pin directory.
+    pub agent_running: bool,
+    /// Whether each program is attached.
+    pub programs: BTreeMap<&'static str, bool>,
+    /// Used elements and size, by map.
+    pub maps: BTreeMap<&'static str, (u64, u64)>,
+    /// The datapath's counters.
+    pub counters: BTreeMap<&'static str, u64>,
+    /// Cookie of the host's network namespace.
+    pub host_netns: u64,
+    /// What the agent left, if anything.
+    pub agent: Option<State>,
+}
+
+/// `proxy-agent services`.
+///
+/// # Errors
+///
+/// [`InspectError`].
+pub fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
+    let model = read(args)?;
+    let views = service_views(&model);
+    if args.output == Output::Json {
+        return json(&views, out);
+    }
+    let rows = views.iter().map(|view| {
+        let list = |set: &[SocketAddr]| set.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(" ");
+        let frontends: Vec<&str> = view.frontends.iter().map(|frontend| frontend.name.as_str()).collect();
+        [
+            format!("{}/{}", view.namespace, view.name),
+            view.port.clone(),
+            frontends.join(" "),
+            format!("{}: {}", view.cluster.len(), list(&view.cluster)),
+            format!("{}: {}", view.local.len(), list(&view.local)),
+            if view.affinity_seconds == 0 { "-".to_owned() } else { format!("{}s", view.affinity_seconds) },
+        ]
+    });
+    table(["SERVICE", "PORT", "FRONTENDS", "ENDPOINTS", "LOCAL", "AFFINITY"], rows, out)
+}
+
+/// `proxy-agent backends`.
+///
+/// # Errors
+///
+/// [`InspectError`].
+pub fn backends(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
+    let views = backend_views(&read(args)?);
+    if args.output == Output::Json {
+        return json(&views, out);
+    }
+    let rows = views.iter().map(|view| {
+        [
+            view.id.to_string(),
+            view.endpoint.to_string(),
+            view.protocol.to_owned(),
+            view.service.clone(),
+            view.port.clone(),
+            view.flags.join(","),
+            view.generation.to_string(),
+        ]
+    });
+    table(["ID", "ENDPOINT", "PROTOCOL", "SERVICE", "PORT", "STATE", "GENERATION"], rows, out)
+}
+
+/// `proxy-agent status`.
+///
+/// # Errors
+///
+/// [`InspectError`].
+pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
+    let pins = PinDir::new(&args.pins.pin_dir);
+    let maps = KernelMaps::open(&pins, false)?;
+    let counter = |counter: Counter| Ok((counter.name(), maps.counter(counter)?));
+    let view = StatusView {
+        abi_version: ABI_VERSION,
+        agent_running: pins.lock().is_err(),
+        programs: PROGRAMS.map(|name| (name, sys::open_link(&pins.link(name)).is_ok())).into(),
+        maps: maps.usage()?.map(|(map, entries, capacity)| (map, (entries, capacity))).into(),
+        counters: Counter::ALL.into_iter().map(counter).collect::<Result<_, aya::maps::MapError>>()?,
+        host_netns: maps.host_netns(),
+        agent: report::read(&state_file(&args.pins.run_dir, &args.pins.pin_dir)).ok(),
+    };
+    if args.output == Output::Json {
+        return json(&view, out);
+    }
+    writeln!(out, "agent:     {}", if view.agent_running { "running" } else { "not running" })?;
+    if let Some(agent) = &view.agent {
+        writeln!(out, "node:      {}", agent.node)?;
+        writeln!(out, "source:    {}", agent.source)?;
+        writeln!(out, "cgroup:    {}", agent.cgroup)?;
+    }
+    let attached = view.programs.values().filter(|attached| **attached).count();
+    writeln!(out, "programs:  {attached} of {} attached", view.programs.len())?;
+    for (name, _) in view.programs.iter().filter(|(_, attached)| !**attached) {
+        writeln!(out, "           {name} is NOT attached: restart the agent")?;
+    }
+    for (map, (used, size)) in &view.maps {
+        writeln!(out, "{:<11}{used} of {size}", format!("{}:", map.to_lowercase()))?;
+    }
+    writeln!(out, "counters:")?;
+    for (name, value) in view.counters.iter().filter(|(_, value)| **value > 0) {
+        writeln!(out, "  {name:<24}{value}")?;
+    }
+    let problems = view.agent.map(|agent| agent.problems).unwrap_or_default();
+    writeln!(out, "problems:  {}", if problems.is_empty() { "none" } else { "" })?;
+    for (object, reasons) in problems {
+        for reason in reasons {
+            writeln!(out, "  {object}: {reason}")?;
+        }
+    }
+    Ok(())
+}
+
+fn read(args: &Inspect) -> Result<Model, InspectError> {
+    let maps = KernelMaps::open(&PinDir::new(&args.pins.pin_dir), false)?;
+    Ok(Model::restore(maps.capacity(), &maps.contents()?))
+}
+
+/// Every Service port of `model`.
+pub fn service_views(model: &Model) -> Vec<ServiceView> {
+    let mut frontends: BTreeMap<u32, Vec<FrontendView>> = BTreeMap::new();
+    for (key, value) in model.frontends.iter().filter(|(key, _)| key.kind != FrontendKind::Address as u8) {
+        frontends.entry(value.service).or_default().push(frontend_view(key, value));
+    }
+    let ports = model.ports.iter().map(|(key, port)| {
+        let set = |flag: u32| {
+            let members = port.backends.iter().filter(|b| b.state.flags & flag != 0);
+            members.map(endpoint).collect()
+        };
+        ServiceView {
+            namespace: key.service.namespace.to_string(),
+            name: key.service.name.to_string(),
+            port: key.port_name.to_string(),
+            protocol: proto_name(key.proto),
+            family: key.family.to_string(),
+            id: port.id,
+            frontends: frontends.remove(&port.id).unwrap_or_default(),
+            cluster: set(IN_CLUSTER),
+            local: set(IN_LOCAL),
+            affinity_seconds: port.service.affinity.seconds,
+        }
+    });
+    ports.collect()
+}
+
+fn backend_views(model: &Model) -> Vec<BackendView> {
+    let all = model.ports.iter().flat_map(|(key, port)| port.backends.iter().map(move |b| (key, b)));
+    let mut views: Vec<BackendView> = all
+        .map(|(key, backend)| BackendView {
+            id: backend.id,
+            service: key.service.to_string(),
+            port: key.port_name.to_string(),
+            protocol: proto_name(key.proto),
+            endpoint: endpoint(backend),
+            flags: names(
+                backend.state.flags,
+                &[
+                    (IN_CLUSTER, "in-cluster"),
+                    (IN_LOCAL, "in-local"),
+                    (SERVING, "serving"),
+                    (ON_THIS_NODE, "on-this-node"),
+                ],
+            ),
+            generation: backend.state.generation,
+        })
+        .collect();
+    views.sort_by_key(|view| view.id);
+    views
+}
+
+fn frontend_view(key: &FrontendKey, value: &FrontendValue) -> FrontendView {
+    let known = [
+        (flags::NEAR_LOCAL, "near-local"),
+        (flags::FAR_LOCAL, "far-local"),
+        (flags::POD_LOCAL, "pod-local"),
+        (flags::SOURCE_RANGES, "source-ranges"),
+        (flags::DENY_HOST, "deny-host"),
+        (flags::DENY_POD, "deny-pod"),
+        (flags::EXTERNAL, "external"),
+        (flags::PROBE, "probe"),
+    ];
+    let flags = names(u32::from(value.flags), &known.map(|(bit, name)| (u32::from(bit), name)));
+    FrontendView { name: FrontendName(key).to_string(), flags }
+}
+
+fn names(bits: u32, known: &[(u32, &'static str)]) -> Vec<&'static str> {
+    known.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect()
+}
+
+fn endpoint(backend: &PortBackend) -> SocketAddr {
+    SocketAddr::new(backend.addr.to_ip(), backend.port.get())
+}
+
+fn json(value: &impl Serialize, out: &mut impl Write) -> Result<(), InspectError> {
+    serde_json::to_writer_pretty(&mut *out, value).map_err(io::Error::from)?;
+    writeln!(out)?;
+    Ok(())
+}
+
+/// Columns as wide as their widest cell, the last one as it comes.
+fn table<const N: usize>(
+    head: [&str; N],
+    rows: impl Iterator<Item = [String; N]>,
+    out: &mut impl Write,
+) -> Result<(), InspectError> {
+    let rows: Vec<[String; N]> = std::iter::once(head.map(str::to_owned)).chain(rows).collect();
+    let mut widths = [0; N];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    for row in &rows {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}"));
+        writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,169 @@
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::*;
+use crate::http::testing::{request, with_server};
+
+/// The samples of `metrics` whose names start with `prefix`, in order.
+fn samples(metrics: &Metrics, prefix: &str) -> Vec<String> {
+    let mut lines: Vec<String> =
+        metrics.text().lines().filter(|line| line.starts_with(prefix)).map(str::to_owned).collect();
+    lines.sort();
+    lines
+}
+
+fn check(metrics: &Metrics, prefix: &str, want: &[&str]) {
+    assert_eq!(samples(metrics, prefix), want, "{prefix}");
+}
+
+#[test]
+fn names_types_and_labels_are_kube_proxys() {
+    let metrics = Metrics::new(Readers::default());
+    metrics.endpoint_changes(3);
+    metrics.endpoint_changes_pending(2);
+    metrics.service_changes(5);
+    metrics.service_changes_pending(4);
+    metrics.no_local_endpoints(PolicyKind::Internal, Family::V4, 1);
+    metrics.no_local_endpoints(PolicyKind::External, Family::V6, 0);
+    metrics.probed(Probe::Healthz, 503);
+    metrics.probed(Probe::Readyz, 503);
+    check(
+        &metrics,
+        "kubeproxy_",
+        &[
+            "kubeproxy_proxy_healthz_total{code=\"200\"} 0",
+            "kubeproxy_proxy_healthz_total{code=\"503\"} 1",
+            "kubeproxy_proxy_livez_total{code=\"200\"} 0",
+            "kubeproxy_proxy_livez_total{code=\"503\"} 0",
+            "kubeproxy_sync_proxy_rules_endpoint_changes_pending 2",
+            "kubeproxy_sync_proxy_rules_endpoint_changes_total 3",
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy=\"external\",ip_family=\"IPv6\"} 0",
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy=\"internal\",ip_family=\"IPv4\"} 1",
+            "kubeproxy_sync_proxy_rules_service_changes_pending 4",
+            "kubeproxy_sync_proxy_rules_service_changes_total 5",
+        ],
+    );
+    let types = samples(&metrics, "# TYPE");
+    for want in [
+        "# TYPE kubeproxy_sync_proxy_rules_no_local_endpoints_total gauge",
+        "# TYPE kubeproxy_sync_proxy_rules_endpoint_changes counter",
+        "# TYPE kubeproxy_sync_proxy_rules_endpoint_changes_pending gauge",
+    ] {
+        assert!(types.iter().any(|line| line == want), "{want} in {types:?}");
+    }
+}
+
+#[test]
+fn a_failed_sync_has_a_duration_but_no_timestamp() {
+    let metrics = Metrics::new(Readers::default());
+    metrics.synced(Family::V6, Duration::from_millis(3), false);
+    check(&metrics, "kubeproxy_sync_proxy_rules_last_timestamp_seconds", &[]);
+    check(
+        &metrics,
+        "kubeproxy_sync_proxy_rules_duration_seconds_count",
+        &["kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv6\"} 1"],
+    );
+    let before = now();
+    metrics.synced(Family::V6, Duration::from_millis(3), true);
+    metrics.sync_queued(Family::V4);
+    for name in ["last_timestamp", "last_queued_timestamp"] {
+        let [line] = &samples(&metrics, &format!("kubeproxy_sync_proxy_rules_{name}_seconds"))[..] else {
+            panic!("one sample of {name}");
+        };
+        let value: f64 = line.split_once(' ').unwrap().1.parse().unwrap();
+        assert!((before..=now()).contains(&value), "{line}");
+    }
+}
+
+#[test]
+fn buckets_are_kube_proxys() {
+    let metrics = Metrics::new(Readers::default());
+    metrics.synced(Family::V4, Duration::from_millis(2), true);
+    metrics.network_programmed(Family::V4, Duration::from_secs(61));
+    let buckets = |name: &str| -> Vec<String> {
+        let text = metrics.text();
+        let prefix = format!("kubeproxy_{name}_bucket{{le=\"");
+        text.lines()
+            .filter_map(|line| line.strip_prefix(&prefix)?.split_once("\",ip_family=\"IPv4\"} "))
+            .map(|(le, count)| format!("{le}:{count}"))
+            .collect()
+    };
+    let sync = buckets("sync_proxy_rules_duration_seconds");
+    assert_eq!(sync.len(), 16, "{sync:?}");
+    assert_eq!(sync[..3], ["0.001:0", "0.002:1", "0.004:1"]);
+    assert_eq!(sync[14..], ["16.384:1", "+Inf:1"]);
+    let programming = buckets("network_programming_duration_seconds");
+    assert_eq!(programming.len(), 2 + 59 + 12 + 7 + 1, "{programming:?}");
+    assert_eq!(programming[..4], ["0.25:0", "0.5:0", "1.0:0", "2.0:0"]);
+    assert_eq!(programming[60..64], ["59.0:0", "60.0:0", "65.0:1", "70.0:1"]);
+    assert_eq!(
+        programming[72..],
+        ["115.0:1", "120.0:1", "150.0:1", "180.0:1", "210.0:1", "240.0:1", "270.0:1", "300.0:1", "+Inf:1"]
+    );
+}
+
+#[test]
+fn maps_are_read_at_each_scrape() {
+    let connected = Arc::new(AtomicU64::new(7));
+    let broken = Arc::new(AtomicBool::new(false));
+    let readers = Readers {
+        verdicts: {
+            let (connected, broken) = (Arc::clone(&connected), Arc::clone(&broken));
+            Box::new(move || {
+                if broken.load(Ordering::Relaxed) {
+                    return Err("no such map".into());
+                }
+                Ok(vec![("connected", connected.load(Ordering::Relaxed)), ("datagram", 0)])
+            })
+        },
+        maps: Box::new(|| Ok(vec![MapUsage { map: "FRONTENDS", entries: 12, capacity: 1024 }])),
+    };
+    let metrics = Metrics::new(readers);
+    metrics.sockets_destroyed(2);
+    metrics.problems(1);
+    let version = env!("CARGO_PKG_VERSION");
+    let build = format!("vipr_build_info{{version=\"{version}\"}} 1");
+    check(
+        &metrics,
+        "vipr_",
+        &[
+            &*build,
+            "vipr_map_capacity{map=\"FRONTENDS\"} 1024",
+            "vipr_map_entries{map=\"FRONTENDS\"} 12",
+            "vipr_problems 1",
+            "vipr_scrape_errors_total{source=\"maps\"} 0",
+            "vipr_scrape_errors_total{source=\"verdicts\"} 0",
+            "vipr_sockets_destroyed_total 2",
+            "vipr_verdicts_total{verdict=\"connected\"} 7",
+            "vipr_verdicts_total{verdict=\"datagram\"} 0",
+        ],
+    );
+    connected.store(8, Ordering::Relaxed);
+    assert_eq!(samples(&metrics, "vipr_verdicts_total")[0], "vipr_verdicts_total{verdict=\"connected\"} 8");
+    // A map that cannot be read costs its own metrics and is counted; the rest is served.
+    broken.store(true, Ordering::Relaxed);
+    check(&metrics, "vipr_verdicts_total", &[]);
+    assert_eq!(
+        samples(&metrics, "vipr_scrape_errors_total")[1],
+        "vipr_scrape_errors_total{source=\"verdicts\"} 1"
+    );
+}
+
+#[test]
+fn served_over_http() {
+    let metrics = Arc::new(Metrics::new(Readers::default()));
+    metrics.synced(Family::V4, Duration::from_millis(1), true);
+    with_server(router(Arc::clone(&metrics)), |address| async move {
+        let scraped = request(address, "GET", "/metrics").await.unwrap();
+        assert_eq!(scraped.status, 200);
+        let content_type = "content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n";
+        assert!(scraped.head.contains(content_type), "{}", scraped.head);
+        assert!(scraped.body.ends_with("# EOF\n"), "{}", scraped.body);
+        assert!(
+            scraped.body.contains("kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"} 1")
+        );
+        for (path, want) in [("/healthz", "ok"), ("/proxyMode", "ebpf")] {
+            let response = request(address, "GET", path).await.unwrap();
+            assert_eq!((response.status, &*response.body), (200, want), "{path}");
+        }
+    });
+}

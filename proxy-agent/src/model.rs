@@ -1,0 +1,270 @@
+//! What the kernel maps hold, as the agent knows it: built by reading the pinned maps back, advanced by each plan.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
+use proxy_common::abi::service::NAME_LEN;
+use proxy_common::abi::{Backend, BackendState, FrontendKey, FrontendValue, Service, ServiceName, SlotRange};
+use proxy_common::addr::{Addr, Family, Prefix};
+use proxy_common::be::Be16;
+
+use crate::cluster::ObjectKey;
+use crate::desired::PortKey;
+use crate::ids::{IdPool, SlotPool};
+use crate::store::{Capacity, Contents};
+
+/// A backend that has an id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortBackend {
+    /// Where the endpoint listens.
+    pub addr: Addr,
+    /// Its port.
+    pub port: Be16,
+    /// Index into `BACKENDS`.
+    pub id: u32,
+    /// Flags and generation.
+    pub state: BackendState,
+}
+
+impl PortBackend {
+    /// The element of `BACKENDS`.
+    pub fn element(&self, service: u32) -> Backend {
+        Backend { addr: self.addr, port: self.port, pad: [0; 2], service, state: self.state }
+    }
+}
+
+/// A Service port that has an id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// Index into `SERVICES`.
+    pub id: u32,
+    /// The element of `SERVICES`.
+    pub service: Service,
+    /// By address and port.
+    pub backends: Vec<PortBackend>,
+    /// Frontends that the Service port claims, by key, with the flags it wants. Empty after a restart until the
+    /// source has spoken.
+    pub claims: Vec<(FrontendKey, u16)>,
+}
+
+impl Port {
+    /// The backends of a set, in slot order.
+    pub fn members(&self, set: u32) -> impl Iterator<Item = u32> {
+        members(&self.backends, set)
+    }
+}
+
+/// Ids of the backends that carry the flag of a set, in slot order.
+pub fn members(backends: &[PortBackend], set: u32) -> impl Iterator<Item = u32> {
+    backends.iter().filter(move |b| b.state.flags & set != 0).map(|b| b.id)
+}
+
+/// A wish for a frontend. The oldest Service gets it; ties are decided by name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Claim {
+    /// Creation time of the Service, seconds since 1970.
+    pub created: i64,
+    /// Who claims.
+    pub port: Arc<PortKey>,
+}
+
+/// Numbers that nothing refers to any more, but that a BPF program may still hold: free after a grace period.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Freed {
+    /// Service ids with their last affinity epoch.
+    pub services: Vec<(u32, u32)>,
+    /// Backend ids with their last generation.
+    pub backends: Vec<(u32, u32)>,
+    /// Slot ranges.
+    pub ranges: Vec<SlotRange>,
+}
+
+impl Freed {
+    /// Whether there is nothing to give back.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty() && self.backends.is_empty() && self.ranges.is_empty()
+    }
+
+    /// Takes `other` in.
+    pub fn append(&mut self, mut other: Self) {
+        self.services.append(&mut other.services);
+        self.backends.append(&mut other.backends);
+        self.ranges.append(&mut other.ranges);
+    }
+}
+
+/// The agent's knowledge of the maps.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Service ports, by name.
+    pub ports: BTreeMap<Arc<PortKey>, Port>,
+    /// Who claims which frontend.
+    pub claims: BTreeMap<FrontendKey, BTreeSet<Claim>>,
+    /// `FRONTENDS`.
+    pub frontends: BTreeMap<FrontendKey, FrontendValue>,
+    /// `LOCAL_ADDRESSES`.
+    pub local_addresses: BTreeMap<Addr, u32>,
+    /// `SERVICE_CIDRS`.
+    pub service_cidrs: BTreeSet<Prefix>,
+    /// Sizes of the maps.
+    pub capacity: Capacity,
+    /// Free service ids.
+    pub service_ids: IdPool,
+    /// Free backend ids.
+    pub backend_ids: IdPool,
+    /// Free slots.
+    pub slots: SlotPool,
+    /// Service ids (with their epochs) found in the maps that are nobody's: cleared by the next full plan.
+    pub orphans: Vec<(u32, u32)>,
+}
+
+impl Model {
+    /// Empty maps.
+    pub fn new(capacity: Capacity) -> Self {
+        Self::restore(capacity, &Contents::default())
+    }
+
+    /// What the maps hold, from their contents. Whatever does not fit together is left out, so that the next full
+    /// plan writes it anew.
+    pub fn restore(capacity: Capacity, contents: &Contents) -> Self {
+        let mut ports: BTreeMap<Arc<PortKey>, Port> = BTreeMap::new();
+        let mut orphans = Vec::new();
+        let mut by_service: BTreeMap<u32, Vec<PortBackend>> = BTreeMap::new();
+        for (id, b) in (0..).zip(&contents.backends).skip(1) {
+            if b.state.flags != 0 {
+                let backend = PortBackend { addr: b.addr, port: b.port, id, state: b.state };
+                by_service.entry(b.service).or_default().push(backend);
+            }
+        }
+        let mut names = contents.names.clone();
+        names.sort_by_key(|(id, _)| *id);
+        for (id, name) in &names {
+            let Some(service) = contents.services.get(*id as usize) else { continue };
+            let Some(key) = parse_name(name).filter(|key| !ports.contains_key(key)) else {
+                orphans.push((*id, service.affinity.epoch));
+                continue;
+            };
+            let mut backends = by_service.remove(id).unwrap_or_default();
+            backends.sort_by_key(|b| (b.addr, b.port, b.id));
+            backends.dedup_by_key(|b| (b.addr, b.port));
+            let mut port = Port { id: *id, service: *service, backends, claims: Vec::new() };
+            port.service.cluster = intact(contents, &port, port.service.cluster, IN_CLUSTER);
+            port.service.local = intact(contents, &port, port.service.local, IN_LOCAL);
+            ports.insert(Arc::new(key), port);
+        }
+
+        let slots = loop {
+            let ranges = ports.values().flat_map(|p| [p.service.cluster, p.service.local]);
+            match SlotPool::restore(capacity.slots, ranges.filter(|r| !r.is_empty()).collect()) {
+                Ok(pool) => break pool,
+                Err(bad) => {
+                    for port in ports.values_mut() {
+                        for range in [&mut port.service.cluster, &mut port.service.local] {
+                            if *range == bad {
+                                *range = UNKNOWN;
+                            }
+                        }
+                    }
+                }
+            }
+        };
+        let used = ports.values().map(|p| p.id).chain(orphans.iter().map(|(id, _)| *id)).collect();
+        let epoch = |id: u32| contents.services.get(id as usize).map_or(0, |s| s.affinity.epoch);
+        let service_ids = IdPool::restore(capacity.services, &used, epoch);
+        let used = ports.values().flat_map(|p| p.backends.iter().map(|b| b.id)).collect();
+        let generation = |id: u32| contents.backends.get(id as usize).map_or(0, |b| b.state.generation);
+        let backend_ids = IdPool::restore(capacity.backends, &used, generation);
+        Self {
+            ports,
+            claims: BTreeMap::new(),
+            frontends: contents.frontends.iter().copied().collect(),
+            local_addresses: contents.local_addresses.iter().copied().collect(),
+            service_cidrs: contents.service_cidrs.iter().copied().collect(),
+            capacity,
+            service_ids,
+            backend_ids,
+            slots,
+            orphans,
+        }
+    }
+
+    /// The ports of a Service.
+    pub fn ports_of<'a>(&'a self, service: &ObjectKey) -> impl Iterator<Item = &'a Arc<PortKey>> + use<'a> {
+        let first = PortKey {
+            service: service.clone(),
+            port_name: Arc::from(""),
+            proto: 0,
+            family: Family::V4,
+        };
+        let service = service.clone();
+        self.ports.range(first..).map(|(key, _)| key).take_while(move |key| key.service == service)
+    }
+
+    /// Gives numbers back, after a grace period.
+    pub fn release(&mut self, freed: Freed) {
+        for (id, epoch) in freed.services {
+            self.service_ids.give_back(id, epoch);
+        }
+        for (id, generation) in freed.backends {
+            self.backend_ids.give_back(id, generation);
+        }
+        for range in freed.ranges {
+            self.slots.give_back(range);
+        }
+    }
+}
+
+/// A range that differs from every real one: it makes the next plan write the set anew.
+pub const UNKNOWN: SlotRange = SlotRange { base: 0, len: 0 };
+
+/// The range, if `SLOTS` holds there what the backends' flags say.
+fn intact(contents: &Contents, port: &Port, range: SlotRange, set: u32) -> SlotRange {
+    if range.is_empty() {
+        return if port.members(set).next().is_none() { range } else { UNKNOWN };
+    }
+    let (base, len) = (range.base as usize, range.len as usize);
+    match base.checked_add(len).and_then(|end| contents.slots.get(base..end)) {
+        Some(slots) if slots.iter().copied().eq(port.members(set)) => range,
+        _ => UNKNOWN,
+    }
+}
+
+/// What `NAMES` holds for a Service port. Longer names than a DNS label are cut (conversion refuses them).
+pub fn service_name(key: &PortKey) -> ServiceName {
+    let family = match key.family {
+        Family::V4 => 4,
+        Family::V6 => 6,
+    };
+    ServiceName {
+        namespace: pad(&key.service.namespace),
+        name: pad(&key.service.name),
+        port_name: pad(&key.port_name),
+        proto: key.proto,
+        family,
+        pad: [0; 2],
+    }
+}
+
+/// Reads [`service_name`] back; `None` for what it never writes.
+pub fn parse_name(name: &ServiceName) -> Option<PortKey> {
+    let family = match name.family {
+        4 => Family::V4,
+        6 => Family::V6,
+        _ => return None,
+    };
+    let service = ObjectKey::new(unpad(&name.namespace)?, unpad(&name.name)?);
+    Some(PortKey { service, port_name: unpad(&name.port_name)?.into(), proto: name.proto, family })
+}
+
+fn pad(text: &str) -> [u8; NAME_LEN + 1] {
+    let mut padded = [0; NAME_LEN + 1];
+    for (to, from) in padded.iter_mut().take(NAME_LEN).zip(text.bytes()) {
+        *to = from;
+    }
+    padded
+}
+
+fn unpad(padded: &[u8; NAME_LEN + 1]) -> Option<&str> {
+    std::ffi::CStr::from_bytes_until_nul(padded).ok()?.to_str().ok()
+}

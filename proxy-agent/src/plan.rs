@@ -1,0 +1,385 @@
+//! From what should be to what has to be written: pure, and ordered so that any prefix is safe.
+//!
+//! After each single operation of a [`Plan`] every frontend names a Service port whose sets name live backends.
+//! The order, over all Services of a plan together:
+//!
+//! 1. names, new backends, new slot ranges, then the Services flip to them;
+//! 2. frontends appear or move (one replacement each), then frontends vanish;
+//! 3. what nothing refers to any more is marked dead; its numbers are free after a grace period ([`Freed`]).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, SERVING};
+use proxy_common::abi::frontend::FrontendKind;
+use proxy_common::abi::{Affinity, BackendState, FrontendKey, FrontendValue, Service, SlotRange, proto};
+use proxy_common::addr::{Addr, Prefix};
+
+use crate::cluster::ObjectKey;
+use crate::desired::{DesiredPort, DesiredService, PortKey};
+use crate::model::{Claim, Freed, Model, Port, PortBackend, members, service_name};
+use crate::store::Op;
+
+/// What one Service should become; `None` when it is gone.
+pub struct Wanted {
+    /// `metadata.creationTimestamp`.
+    pub created: i64,
+    /// What to program.
+    pub desired: DesiredService,
+}
+
+/// Operations in order, and what they free.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// To be carried out from first to last.
+    pub ops: Vec<Op>,
+    /// Numbers to give back after a grace period.
+    pub freed: Freed,
+    /// Services of which something could not be planned, with the reason. They keep what they had.
+    pub refused: BTreeMap<ObjectKey, Vec<String>>,
+    /// Whether a backend that served UDP has left its Service port.
+    pub udp_departures: bool,
+}
+
+/// A map that is too small for a Service port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("map {map} is full: {need} more needed, {available} free; restart the agent to grow it, or raise its size")]
+pub struct Full {
+    map: &'static str,
+    need: usize,
+    available: u32,
+}
+
+/// Plans the change of `services` and advances `model` to the state after it.
+///
+/// `full` also removes every frontend that nobody claims: only after every source has delivered its first list.
+pub fn plan(model: &mut Model, services: &BTreeMap<ObjectKey, Option<Wanted>>, full: bool) -> Plan {
+    let mut plan = Plan::default();
+    let mut touched: BTreeSet<FrontendKey> = BTreeSet::new();
+    let mut dead: Vec<Op> = Vec::new();
+
+    for (service, wanted) in services {
+        let mut gone: BTreeSet<Arc<PortKey>> = model.ports_of(service).cloned().collect();
+        for port in wanted.iter().flat_map(|wanted| &wanted.desired.ports) {
+            gone.remove(&port.key);
+            let created = wanted.as_ref().map_or(i64::MAX, |wanted| wanted.created);
+            match change_port(model, port, &mut plan, &mut dead) {
+                Ok(key) => claim(model, &key, created, &port.frontends, &mut touched),
+                Err(full) => {
+                    let reasons = plan.refused.entry(service.clone()).or_default();
+                    reasons.push(format!("port {:?}: {full}", port.key.port_name));
+                }
+            }
+        }
+        for key in gone {
+            claim(model, &key, 0, &[], &mut touched);
+            remove_port(model, &key, &mut plan, &mut dead);
+        }
+    }
+    if full {
+        touched.extend(model.frontends.keys().copied());
+        for (id, epoch) in std::mem::take(&mut model.orphans) {
+            dead.push(Op::Name(id, None));
+            plan.freed.services.push((id, epoch));
+        }
+    }
+    frontends(model, &touched, &mut plan);
+    plan.ops.append(&mut dead);
+    plan
+}
+
+/// Brings one Service port's backends, sets and affinity to what is desired.
+fn change_port(
+    model: &mut Model,
+    desired: &DesiredPort,
+    plan: &mut Plan,
+    dead: &mut Vec<Op>,
+) -> Result<Arc<PortKey>, Full> {
+    let known = model.ports.get_key_value(&desired.key).map(|(key, port)| (Arc::clone(key), port.clone()));
+    let fresh = known.is_none();
+    if let Some((key, before)) = &known
+        && unchanged(before, desired)
+    {
+        return Ok(Arc::clone(key));
+    }
+    let mut needed = desired.backends.len();
+    if let Some((_, before)) = &known {
+        let has = |d: &&crate::desired::DesiredBackend| find(&before.backends, d.addr, d.port).is_some();
+        needed -= desired.backends.iter().filter(has).count();
+    }
+    check("BACKENDS", needed, model.backend_ids.available())?;
+
+    // Everything that can fail comes before anything is taken.
+    let wants = |set: u32| desired.backends.iter().filter(|b| b.flags & set != 0).count();
+    let cluster_range = range_for(model, wants(IN_CLUSTER))?;
+    let local_range = range_for(model, wants(IN_LOCAL)).inspect_err(|_| {
+        cluster_range.into_iter().for_each(|range| model.slots.give_back(range));
+    })?;
+    let give_up = |model: &mut Model| {
+        cluster_range.into_iter().chain(local_range).for_each(|range| model.slots.give_back(range));
+    };
+    let (key, before) = match known {
+        Some(known) => known,
+        None => {
+            let Some((id, epoch)) = model.service_ids.take() else {
+                give_up(model);
+                return Err(Full { map: "SERVICES", need: 1, available: 0 });
+            };
+            let affinity = Affinity { seconds: 0, epoch };
+            let service = Service { cluster: SlotRange::REJECT, local: SlotRange::REJECT, affinity };
+            let key = Arc::new(desired.key.clone());
+            plan.ops.push(Op::Name(id, Some(Box::new(service_name(&key)))));
+            (key, Port { id, service, backends: Vec::new(), claims: Vec::new() })
+        }
+    };
+
+    let mut backends: Vec<PortBackend> = Vec::with_capacity(desired.backends.len());
+    for wanted in &desired.backends {
+        let old = find(&before.backends, wanted.addr, wanted.port);
+        let (id, state) = match old {
+            Some(old) => {
+                // Entering a set again: whoever was remembered there is not sent back (semantics: affinity).
+                let enters = old.state.flags & IN_SETS == 0 && wanted.flags & IN_SETS != 0;
+                let generation = old.state.generation.wrapping_add(u32::from(enters));
+                // Until the flip the old set is still offered, so the bits of both count.
+                let both = BackendState { flags: old.state.flags | wanted.flags, generation };
+                if both != old.state {
+                    plan.ops.push(Op::BackendState(old.id, both));
+                }
+                let state = BackendState { flags: wanted.flags, generation };
+                if state != both {
+                    dead.push(Op::BackendState(old.id, state));
+                }
+                (old.id, state)
+            }
+            None => {
+                let Some((id, generation)) = model.backend_ids.take() else { continue };
+                (id, BackendState { flags: wanted.flags, generation })
+            }
+        };
+        let backend = PortBackend { addr: wanted.addr, port: wanted.port, id, state };
+        if old.is_none() {
+            plan.ops.push(Op::Backend(id, backend.element(before.id)));
+        }
+        backends.push(backend);
+    }
+    for old in &before.backends {
+        let new = find(&backends, old.addr, old.port);
+        if new.is_none() {
+            bury(old, plan, dead);
+        }
+        let serves = new.is_some_and(|new| new.state.flags & SERVING != 0);
+        plan.udp_departures |= key.proto == proto::UDP && old.state.flags & SERVING != 0 && !serves;
+    }
+
+    let mut set = |range: Option<SlotRange>, empty: SlotRange, flag: u32, old: SlotRange| {
+        let same = before.members(flag).eq(members(&backends, flag)) && !fresh;
+        if same && (if old.is_empty() { old == empty } else { range.is_some() }) {
+            range.into_iter().for_each(|range| model.slots.give_back(range));
+            return old;
+        }
+        if !old.is_empty() {
+            plan.freed.ranges.push(old);
+        }
+        let Some(range) = range else { return empty };
+        plan.ops.push(Op::Slots(range.base, members(&backends, flag).collect()));
+        range
+    };
+    let old = before.service;
+    let cluster = set(cluster_range, SlotRange::REJECT, IN_CLUSTER, old.cluster);
+    let local = set(local_range, desired.empty_local, IN_LOCAL, old.local);
+    let starts = old.affinity.seconds == 0 && desired.affinity_seconds != 0;
+    let affinity = Affinity {
+        seconds: desired.affinity_seconds,
+        epoch: old.affinity.epoch.wrapping_add(u32::from(starts)),
+    };
+    let service = Service { cluster, local, affinity };
+    if fresh || service != old {
+        plan.ops.push(Op::Service(before.id, service));
+    }
+    let port = Port { id: before.id, service, backends, claims: before.claims };
+    model.ports.insert(Arc::clone(&key), port);
+    Ok(key)
+}
+
+const IN_SETS: u32 = IN_CLUSTER | IN_LOCAL;
+
+/// Whether the kernel holds exactly what is desired already (frontends aside).
+fn unchanged(port: &Port, desired: &DesiredPort) -> bool {
+    let whole = |range: SlotRange, set: u32, empty: SlotRange| {
+        if port.members(set).next().is_some() { !range.is_empty() } else { range == empty }
+    };
+    port.service.affinity.seconds == desired.affinity_seconds
+        && whole(port.service.cluster, IN_CLUSTER, SlotRange::REJECT)
+        && whole(port.service.local, IN_LOCAL, desired.empty_local)
+        && port.backends.len() == desired.backends.len()
+        && port.backends.iter().zip(&desired.backends).all(|(have, want)| {
+            have.addr == want.addr && have.port == want.port && have.state.flags == want.flags
+        })
+}
+
+/// Removes a Service port that nothing claims frontends for any more.
+fn remove_port(model: &mut Model, key: &Arc<PortKey>, plan: &mut Plan, dead: &mut Vec<Op>) {
+    let Some(port) = model.ports.remove(key) else { return };
+    let epoch = port.service.affinity.epoch;
+    let affinity = Affinity { seconds: 0, epoch };
+    let service = Service { cluster: SlotRange::REJECT, local: SlotRange::REJECT, affinity };
+    dead.push(Op::Service(port.id, service));
+    for backend in &port.backends {
+        bury(backend, plan, dead);
+    }
+    dead.push(Op::Name(port.id, None));
+    plan.freed.services.push((port.id, epoch));
+    let ranges = [port.service.cluster, port.service.local];
+    plan.freed.ranges.extend(ranges.into_iter().filter(|range| !range.is_empty()));
+}
+
+/// Marks a backend dead. Its address stays readable until the grace period is over.
+fn bury(backend: &PortBackend, plan: &mut Plan, dead: &mut Vec<Op>) {
+    let generation = backend.state.generation;
+    dead.push(Op::BackendState(backend.id, BackendState { flags: 0, generation }));
+    plan.freed.backends.push((backend.id, generation));
+}
+
+/// Replaces what a Service port claims, and notes every frontend that this concerns.
+fn claim(
+    model: &mut Model,
+    key: &Arc<PortKey>,
+    created: i64,
+    frontends: &[(FrontendKey, u16)],
+    touched: &mut BTreeSet<FrontendKey>,
+) {
+    let Some(port) = model.ports.get_mut(key) else { return };
+    let before = std::mem::replace(&mut port.claims, frontends.to_vec());
+    for (frontend, _) in &before {
+        if let Some(claims) = model.claims.get_mut(frontend) {
+            claims.retain(|claim| claim.port != *key);
+            if claims.is_empty() {
+                model.claims.remove(frontend);
+            }
+        }
+        touched.insert(*frontend);
+    }
+    for (frontend, _) in frontends {
+        let claim = Claim { created, port: Arc::clone(key) };
+        model.claims.entry(*frontend).or_default().insert(claim);
+        touched.insert(*frontend);
+    }
+}
+
+/// Gives every touched frontend to the first of its claims.
+fn frontends(model: &mut Model, touched: &BTreeSet<FrontendKey>, plan: &mut Plan) {
+    let mut appear = Vec::new();
+    let mut vanish = Vec::new();
+    for key in touched {
+        let value = model.claims.get(key).and_then(|claims| {
+            let winner = model.ports.get(&claims.first()?.port)?;
+            let flags = find_claim(&winner.claims, key)?;
+            // An active clusterIP as such belongs to all ports of the Service.
+            let id = if key.kind == FrontendKind::Address as u8 { 0 } else { winner.id };
+            Some(FrontendValue::new(key, id, flags))
+        });
+        let has = model.frontends.get(key).copied();
+        match value {
+            Some(value) if has == Some(value) => {}
+            Some(value) => {
+                let capacity = model.capacity.frontends;
+                if has.is_none() && model.frontends.len() >= capacity as usize {
+                    let full = Full { map: "FRONTENDS", need: 1, available: 0 };
+                    if let Some(claim) = model.claims.get(key).and_then(|claims| claims.first()) {
+                        let reasons = plan.refused.entry(claim.port.service.clone()).or_default();
+                        reasons.push(format!("frontend {}: {full}", FrontendName(key)));
+                    }
+                    continue;
+                }
+                model.frontends.insert(*key, value);
+                appear.push((*key, value));
+            }
+            None => {
+                if model.frontends.remove(key).is_some() {
+                    vanish.push(*key);
+                }
+            }
+        }
+    }
+    // A clusterIP refuses unused ports only once its used ones are there, and no longer than they are.
+    appear.sort_by_key(|(key, _)| key.kind);
+    vanish.sort_by_key(|key| std::cmp::Reverse(key.kind));
+    plan.ops.extend(appear.into_iter().map(|(key, value)| Op::Frontend(key, Some(value))));
+    plan.ops.extend(vanish.into_iter().map(|key| Op::Frontend(key, None)));
+}
+
+/// Frontends that a Service claims and another, older Service has: for each, who has it.
+pub fn lost_claims(model: &Model, service: &ObjectKey) -> Vec<String> {
+    let mut lost = Vec::new();
+    for key in model.ports_of(service) {
+        for (frontend, _) in model.ports.get(key).into_iter().flat_map(|port| &port.claims) {
+            let winner = model.claims.get(frontend).and_then(|claims| claims.first());
+            if let Some(winner) = winner
+                && winner.port.service != *service
+            {
+                let (name, of) = (FrontendName(frontend), &winner.port.service);
+                lost.push(format!("{name} is not served: Service {of} has it and is older"));
+            }
+        }
+    }
+    lost.sort();
+    lost.dedup();
+    lost
+}
+
+/// Plans the node's own tables: `LOCAL_ADDRESSES` and `SERVICE_CIDRS`. Additions come first.
+pub fn plan_node(model: &mut Model, addresses: BTreeMap<Addr, u32>, cidrs: BTreeSet<Prefix>) -> Vec<Op> {
+    let mut ops = Vec::new();
+    for (addr, bits) in &addresses {
+        if model.local_addresses.get(addr) != Some(bits) {
+            ops.push(Op::LocalAddress(*addr, Some(*bits)));
+        }
+    }
+    let stale = model.local_addresses.keys().filter(|addr| !addresses.contains_key(addr));
+    ops.extend(stale.map(|addr| Op::LocalAddress(*addr, None)));
+    ops.extend(cidrs.difference(&model.service_cidrs).map(|cidr| Op::ServiceCidr(*cidr, true)));
+    ops.extend(model.service_cidrs.difference(&cidrs).map(|cidr| Op::ServiceCidr(*cidr, false)));
+    model.local_addresses = addresses;
+    model.service_cidrs = cidrs;
+    ops
+}
+
+/// A frontend as users write it.
+pub struct FrontendName<'a>(pub &'a FrontendKey);
+
+impl std::fmt::Display for FrontendName<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let FrontendKey { addr, port, proto, kind } = self.0;
+        let proto = crate::proto_name(*proto);
+        if *kind == FrontendKind::Address as u8 {
+            write!(f, "address {addr}")
+        } else if *kind == FrontendKind::NodePort as u8 {
+            write!(f, "nodePort {port}/{proto} ({})", addr.family())
+        } else {
+            write!(f, "{}/{proto}", std::net::SocketAddr::new(addr.to_ip(), port.get()))
+        }
+    }
+}
+
+fn range_for(model: &mut Model, len: usize) -> Result<Option<SlotRange>, Full> {
+    if len == 0 {
+        return Ok(None);
+    }
+    let taken = u32::try_from(len).ok().and_then(|len| model.slots.take(len));
+    taken.map(Some).ok_or_else(|| Full { map: "SLOTS", need: len, available: model.slots.available() })
+}
+
+fn check(map: &'static str, need: usize, available: u32) -> Result<(), Full> {
+    if need > available as usize { Err(Full { map, need, available }) } else { Ok(()) }
+}
+
+fn find(backends: &[PortBackend], addr: Addr, port: proxy_common::be::Be16) -> Option<&PortBackend> {
+    let at = backends.binary_search_by_key(&(addr, port), |b| (b.addr, b.port)).ok()?;
+    backends.get(at)
+}
+
+fn find_claim(claims: &[(FrontendKey, u16)], key: &FrontendKey) -> Option<u16> {
+    let at = claims.binary_search_by_key(key, |(key, _)| *key).ok()?;
+    claims.get(at).map(|(_, flags)| *flags)
+}

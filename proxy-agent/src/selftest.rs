@@ -1,0 +1,92 @@
+//! Proof that the socket edge works, by a connection of our own.
+//!
+//! A probe frontend leads to a socket of ours. When a datagram sent to the probe address arrives there, the programs
+//! run for processes of this cgroup and translate; on the way the socket edge learns which network namespace is the
+//! host's: the one the agent runs in.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::time::Duration;
+
+use proxy_common::abi::frontend::flags::PROBE;
+use proxy_common::abi::{Affinity, Backend, BackendState, FrontendKey, FrontendValue, Service, SlotRange};
+use proxy_common::abi::{backend, proto};
+use proxy_common::addr::Addr;
+use proxy_common::be::Be16;
+
+use crate::store::{MapStore, Op, StoreError};
+
+/// The IPv4 dummy address (RFC 7600): never a real destination.
+const PROBE_ADDR: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
+const PROBE_PORT: u16 = 9;
+const TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Why the self-test failed.
+#[derive(Debug, thiserror::Error)]
+pub enum SelfTestError {
+    /// The probe frontend could not be written.
+    #[error("self-test: {0}")]
+    Store(#[from] StoreError),
+    /// No socket on the loopback address.
+    #[error("self-test: a UDP socket on 127.0.0.1: {0}; is the loopback interface up?")]
+    Socket(io::Error),
+    /// The connection was not translated.
+    #[error(
+        "self-test: a datagram of this process to a Service address was not translated ({0}): the agent does not run \
+         below the cgroup that the programs are attached to; give the root of the host's cgroup v2 hierarchy with \
+         --cgroup-path (in a container: mount the host's /sys/fs/cgroup)"
+    )]
+    NotTranslated(String),
+}
+
+/// Sends a datagram through the socket edge and removes every trace of it.
+///
+/// # Errors
+///
+/// [`SelfTestError`] says what to look at.
+pub fn run(maps: &mut impl MapStore) -> Result<(), SelfTestError> {
+    let receiver = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).map_err(SelfTestError::Socket)?;
+    let to = receiver.local_addr().map_err(SelfTestError::Socket)?;
+    let key = FrontendKey::exact(Addr::from(PROBE_ADDR), Be16::new(PROBE_PORT), proto::UDP);
+    // Id 0 of every array is set aside for this.
+    let state = BackendState { flags: backend::flags::IN_CLUSTER | backend::flags::IN_LOCAL, generation: 0 };
+    let target = Backend { addr: to.ip().into(), port: Be16::new(to.port()), pad: [0; 2], service: 0, state };
+    let range = SlotRange { base: 0, len: 1 };
+    let service = Service { cluster: range, local: range, affinity: Affinity::default() };
+    let setup = [
+        Op::Backend(0, target),
+        Op::Slots(0, vec![0]),
+        Op::Service(0, service),
+        Op::Frontend(key, Some(FrontendValue::new(&key, 0, PROBE))),
+    ];
+    let teardown = [
+        Op::Frontend(key, None),
+        Op::Service(0, Service { cluster: SlotRange::REJECT, local: SlotRange::REJECT, ..service }),
+        Op::Backend(0, Backend::default()),
+    ];
+    for op in &setup {
+        maps.apply(op)?;
+    }
+    let proof = exchange(&receiver, to);
+    for op in &teardown {
+        maps.apply(op)?;
+    }
+    proof
+}
+
+fn exchange(receiver: &UdpSocket, to: SocketAddr) -> Result<(), SelfTestError> {
+    let not_translated = |error: io::Error| SelfTestError::NotTranslated(error.to_string());
+    let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).map_err(SelfTestError::Socket)?;
+    receiver.set_read_timeout(Some(TIMEOUT)).map_err(SelfTestError::Socket)?;
+    // From a loopback source the kernel refuses to route to the probe address: nothing can leave the host.
+    sender.connect((PROBE_ADDR, PROBE_PORT)).map_err(not_translated)?;
+    let token = to.port().to_be_bytes();
+    sender.send(&token).map_err(not_translated)?;
+    let mut buffer = [0; 16];
+    let len = receiver.recv(&mut buffer).map_err(not_translated)?;
+    if buffer.get(..len) == Some(&token) {
+        Ok(())
+    } else {
+        Err(SelfTestError::NotTranslated("something else arrived".to_owned()))
+    }
+}

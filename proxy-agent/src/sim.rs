@@ -1,0 +1,217 @@
+//! The maps as ordered maps: what a plan does to them, and what the datapath then decides, without a kernel.
+//!
+//! The simulator carries out the very operations that the kernel maps get ([`MapStore`]), and is looked at by the
+//! very code that the BPF programs are made of ([`Tables`]).
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+
+use proxy_common::abi::{
+    AffinityKey, AffinityValue, Backend, Counter, FrontendKey, FrontendValue, Service, ServiceName,
+    SocketRecord, UdpFlow, UdpFlowKey,
+};
+use proxy_common::addr::{Addr, Prefix};
+use proxy_common::be::Be16;
+use proxy_common::datapath::tables::{Socket, Tables};
+
+use crate::store::{Contents, MapStore, Op, StoreError};
+
+/// Map contents, a clock and a source of randomness.
+#[derive(Debug, Default)]
+pub struct Simulator {
+    names: BTreeMap<u32, ServiceName>,
+    frontends: BTreeMap<FrontendKey, FrontendValue>,
+    services: BTreeMap<u32, Service>,
+    slots: BTreeMap<u32, u32>,
+    backends: BTreeMap<u32, Backend>,
+    local_addresses: BTreeMap<Addr, u32>,
+    service_cidrs: BTreeSet<Prefix>,
+    affinity: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
+    udp_flows: RefCell<BTreeMap<UdpFlowKey, UdpFlow>>,
+    counters: RefCell<BTreeMap<Counter, u64>>,
+    random: Cell<u64>,
+    /// The monotonic clock, in nanoseconds.
+    pub clock: Cell<u64>,
+    /// Cookie of the host's network namespace.
+    pub host_netns: Cell<u64>,
+}
+
+impl Simulator {
+    /// The contents as an agent would read them back. Arrays end at the last element ever written.
+    pub fn contents(&self) -> Contents {
+        fn array<T: Copy + Default>(elements: &BTreeMap<u32, T>) -> Vec<T> {
+            let len = elements.last_key_value().map_or(0, |(last, _)| last + 1);
+            (0..len).map(|index| elements.get(&index).copied().unwrap_or_default()).collect()
+        }
+        Contents {
+            names: self.names.iter().map(|(id, name)| (*id, *name)).collect(),
+            frontends: self.frontends.iter().map(|(key, value)| (*key, *value)).collect(),
+            services: array(&self.services),
+            slots: array(&self.slots),
+            backends: array(&self.backends),
+            local_addresses: self.local_addresses.iter().map(|(addr, bits)| (*addr, *bits)).collect(),
+            service_cidrs: self.service_cidrs.iter().copied().collect(),
+        }
+    }
+
+    /// How often the datapath counted `counter`.
+    pub fn counted(&self, counter: Counter) -> u64 {
+        self.counters.borrow().get(&counter).copied().unwrap_or(0)
+    }
+}
+
+impl MapStore for Simulator {
+    fn apply(&mut self, op: &Op) -> Result<(), StoreError> {
+        fn set<K: Ord + Copy, V: Clone>(map: &mut BTreeMap<K, V>, key: K, value: Option<V>) {
+            match value {
+                Some(value) => map.insert(key, value),
+                None => map.remove(&key),
+            };
+        }
+        match op {
+            Op::Name(id, name) => set(&mut self.names, *id, name.as_deref().copied()),
+            Op::Backend(id, backend) => set(&mut self.backends, *id, Some(*backend)),
+            Op::BackendState(id, state) => self.backends.entry(*id).or_default().state = *state,
+            Op::Slots(base, ids) => self.slots.extend((*base..).zip(ids.iter().copied())),
+            Op::Service(id, service) => set(&mut self.services, *id, Some(*service)),
+            Op::Frontend(key, value) => set(&mut self.frontends, *key, *value),
+            Op::LocalAddress(addr, bits) => set(&mut self.local_addresses, *addr, *bits),
+            Op::ServiceCidr(cidr, true) => {
+                self.service_cidrs.insert(*cidr);
+            }
+            Op::ServiceCidr(cidr, false) => {
+                self.service_cidrs.remove(cidr);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Tables for Simulator {
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        self.frontends.get(key).copied()
+    }
+
+    fn service(&self, id: u32) -> Option<Service> {
+        // As in an array, an element that was never written is zero.
+        Some(self.services.get(&id).copied().unwrap_or_default())
+    }
+
+    fn slot(&self, index: u32) -> Option<u32> {
+        Some(self.slots.get(&index).copied().unwrap_or_default())
+    }
+
+    fn backend(&self, id: u32) -> Option<Backend> {
+        Some(self.backends.get(&id).copied().unwrap_or_default())
+    }
+
+    fn local_address(&self, addr: &Addr) -> u32 {
+        self.local_addresses.get(addr).copied().unwrap_or(0)
+    }
+
+    fn in_service_cidr(&self, addr: &Addr) -> bool {
+        self.service_cidrs.iter().any(|cidr| cidr.contains(*addr))
+    }
+
+    fn host_netns(&self) -> u64 {
+        self.host_netns.get()
+    }
+
+    fn learn_host_netns(&self, cookie: u64) {
+        self.host_netns.set(cookie);
+    }
+
+    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
+        self.affinity.borrow().get(key).copied()
+    }
+
+    fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
+        self.affinity.borrow_mut().insert(*key, *value);
+    }
+
+    fn udp_flow(&self, key: &UdpFlowKey) -> Option<UdpFlow> {
+        self.udp_flows.borrow().get(key).copied()
+    }
+
+    fn put_udp_flow(&self, key: &UdpFlowKey, flow: &UdpFlow) -> bool {
+        self.udp_flows.borrow_mut().insert(*key, *flow);
+        true
+    }
+
+    fn count(&self, counter: Counter) {
+        *self.counters.borrow_mut().entry(counter).or_default() += 1;
+    }
+
+    fn random(&self) -> u32 {
+        // SplitMix64 (Steele, Lea, Flood 2014): the same sequence in every run.
+        let state = self.random.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
+        self.random.set(state);
+        let mut z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z >> 32) as u32
+    }
+
+    fn now(&self) -> u64 {
+        self.clock.get()
+    }
+}
+
+/// A socket for [`Simulator`]: what a cgroup hook would be called with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SimSocket {
+    /// Peer address.
+    pub addr: Addr,
+    /// Peer port.
+    pub port: Be16,
+    /// IP protocol number as the kernel has it.
+    pub protocol: u32,
+    /// Socket cookie.
+    pub cookie: u64,
+    /// Cookie of the network namespace.
+    pub netns: u64,
+    /// What the socket storage holds.
+    pub record: Option<SocketRecord>,
+    /// Whether writing the socket storage fails.
+    pub storage_fails: bool,
+}
+
+impl Socket for SimSocket {
+    fn addr(&self) -> Addr {
+        self.addr
+    }
+
+    fn port(&self) -> Be16 {
+        self.port
+    }
+
+    fn protocol(&self) -> u32 {
+        self.protocol
+    }
+
+    fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
+    fn netns(&self) -> u64 {
+        self.netns
+    }
+
+    fn rewrite(&mut self, addr: Addr, port: Be16) {
+        (self.addr, self.port) = (addr, port);
+    }
+
+    fn record(&self) -> Option<SocketRecord> {
+        self.record
+    }
+
+    fn put_record(&mut self, record: &SocketRecord) -> bool {
+        if !self.storage_fails {
+            self.record = Some(*record);
+        }
+        !self.storage_fails
+    }
+
+    fn drop_record(&mut self) {
+        self.record = None;
+    }
+}

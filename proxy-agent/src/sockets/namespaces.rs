@@ -1,0 +1,93 @@
+//! The network namespaces of this host: those of its processes, and those that are kept alive by a name.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{fstat, fstatfs};
+
+use super::SocketsError;
+
+/// `f_type` of the file system that namespaces live in (`NSFS_MAGIC` in `linux/magic.h`).
+const NSFS_MAGIC: i64 = 0x6e73_6673;
+
+/// Where network namespaces are looked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// The host's procfs: each process' own namespace is in `<pid>/ns/net`. (Threads that left the namespace of
+    /// their process are not looked at.)
+    pub proc: PathBuf,
+    /// Directories whose entries are namespaces. One that does not exist is skipped.
+    pub named: Vec<PathBuf>,
+}
+
+impl Default for Places {
+    /// `/proc`, and where iproute2, CNI runtimes and Docker keep theirs.
+    fn default() -> Self {
+        Self {
+            proc: PathBuf::from("/proc"),
+            named: ["/run/netns", "/run/docker/netns", "/var/run/netns", "/var/run/docker/netns"]
+                .map(PathBuf::from)
+                .into(),
+        }
+    }
+}
+
+/// An open namespace; it cannot go away meanwhile.
+#[derive(Debug)]
+pub(super) struct Namespace {
+    pub path: PathBuf,
+    pub fd: File,
+}
+
+/// What [`find`] found.
+#[derive(Debug)]
+pub(super) struct Namespaces {
+    /// Each once, however many paths lead to it.
+    pub namespaces: Vec<Namespace>,
+    /// Processes whose namespace may not be opened.
+    pub hidden: usize,
+}
+
+pub(super) fn find(places: &Places) -> Result<Namespaces, SocketsError> {
+    let processes = entries(&places.proc)
+        .map_err(|source| SocketsError::Processes { path: places.proc.clone(), source })?
+        .into_iter()
+        .filter(|path| {
+            path.file_name().is_some_and(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit))
+        })
+        .map(|process| process.join("ns/net"));
+    // Where there are no names there is no directory either.
+    let named = places.named.iter().flat_map(|dir| entries(dir).unwrap_or_default());
+
+    let mut found = Namespaces { namespaces: Vec::new(), hidden: 0 };
+    let mut seen = BTreeSet::new();
+    for path in processes.chain(named) {
+        match File::open(&path) {
+            Ok(fd) => {
+                if let Some(identity) = identity(&fd)
+                    && seen.insert(identity)
+                {
+                    found.namespaces.push(Namespace { path, fd });
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => found.hidden += 1,
+            // The process has ended.
+            Err(_) => {}
+        }
+    }
+    Ok(found)
+}
+
+/// Device and inode, which name a namespace; `None` for a file that is none, such as a mount point that iproute2
+/// left, or one whose mount this mount namespace does not see.
+fn identity(file: &File) -> Option<(u64, u64)> {
+    let is_namespace = fstatfs(file).is_ok_and(|fs| fs.f_type == NSFS_MAGIC);
+    let stat = fstat(file).ok().filter(|_| is_namespace)?;
+    Some((stat.st_dev, stat.st_ino))
+}
+
+fn entries(dir: &Path) -> std::io::Result<BTreeSet<PathBuf>> {
+    std::fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect()
+}

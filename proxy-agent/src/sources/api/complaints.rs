@@ -1,0 +1,109 @@
+//! What goes wrong with the API server, said to people: once, with what to do, and again only if it goes on.
+
+use std::collections::BTreeMap;
+use std::error::Error as _;
+use std::time::{Duration, Instant};
+
+use kube::runtime::watcher::Error;
+
+use super::{Kind, watch};
+use crate::sources::Problem;
+
+/// How often the same complaint is logged.
+const REPEAT: Duration = Duration::from_secs(60);
+
+/// What is wrong at present.
+pub(super) struct Complaints {
+    url: String,
+    /// Reason and time of the last line in the log.
+    logged: BTreeMap<Kind, (String, Instant)>,
+    /// Kinds whose list cannot be had, and why.
+    problems: BTreeMap<Kind, String>,
+    changed: bool,
+}
+
+impl Complaints {
+    pub(super) fn new(url: String) -> Self {
+        Self { url, logged: BTreeMap::new(), problems: BTreeMap::new(), changed: false }
+    }
+
+    /// An error came from the watch of `kind`.
+    pub(super) fn note(&mut self, kind: Kind, error: &Error) {
+        let (resource, _) = kind.resource();
+        if watch::status_code(error) == Some(410) {
+            tracing::debug!(resource, "the API server has forgotten where we were; listing again");
+            return;
+        }
+        let reason = self.explain(kind, error);
+        let is_new = match self.logged.get(&kind) {
+            Some((last, at)) => *last != reason || at.elapsed() >= REPEAT,
+            None => true,
+        };
+        if is_new {
+            self.logged.insert(kind, (reason.clone(), Instant::now()));
+        }
+        let not_served = kind.is_optional() && watch::status_code(error) == Some(404);
+        match (is_new, not_served) {
+            (false, _) => tracing::debug!(resource, reason, "still the same"),
+            (true, true) => tracing::info!(resource, "{reason}"),
+            (true, false) => tracing::warn!(resource, server = self.url, "{reason}"),
+        }
+        // A broken watch is not told as a problem: that it works again shows only with the next object.
+        if matches!(error, Error::InitialListFailed(_)) && !not_served {
+            self.changed |= self.problems.insert(kind, reason.clone()).as_ref() != Some(&reason);
+        }
+    }
+
+    /// The list of `kind` is complete.
+    pub(super) fn settle(&mut self, kind: Kind) {
+        self.logged.remove(&kind);
+        if self.problems.remove(&kind).is_some() {
+            let (resource, _) = kind.resource();
+            tracing::info!(resource, server = self.url, "the API server answers again");
+            self.changed = true;
+        }
+    }
+
+    /// The whole list of problems, if it has changed since the last call.
+    pub(super) fn changed(&mut self) -> Option<Vec<Problem>> {
+        let problem = |(kind, reason): (&Kind, &String)| Problem {
+            object: format!("API server {}, {}", self.url, kind.resource().0),
+            reason: format!("{reason}; what was known stays in force"),
+        };
+        std::mem::take(&mut self.changed).then(|| self.problems.iter().map(problem).collect())
+    }
+
+    fn explain(&self, kind: Kind, error: &Error) -> String {
+        let (resource, group) = kind.resource();
+        match watch::status_code(error) {
+            Some(401) => {
+                "the API server does not accept our credentials: check the ServiceAccount token or the \
+                          kubeconfig"
+                    .to_owned()
+            }
+            Some(403) => format!(
+                "we may not list and watch {resource} (API group {group:?}): bind our ServiceAccount to the \
+                 ClusterRole system:node-proxier, or add that rule to its role"
+            ),
+            Some(404) if kind.is_optional() => {
+                format!("the API server does not serve {resource}; going on without them")
+            }
+            Some(code) => format!("the API server answers {code} to {resource}: {}", causes(error)),
+            None => format!("cannot get {resource} from the API server: {}", causes(error)),
+        }
+    }
+}
+
+/// An error with what caused it; kube's errors repeat some of it.
+fn causes(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}

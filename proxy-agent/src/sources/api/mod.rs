@@ -1,0 +1,146 @@
+//! The Kubernetes API as the source of objects.
+//!
+//! Four watches (Services, EndpointSlices, this Node, ServiceCIDRs) run in one task and end in one channel, so the
+//! agent sees one order of changes. Each object is reduced at once and dropped. Whatever fails is retried for ever,
+//! each watch by itself; what was known stays known, and only a complete new list makes an object go.
+
+use std::path::Path;
+
+use futures::{FutureExt as _, StreamExt as _};
+use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::runtime::watcher::Event;
+use kube::{Client, Config};
+use tokio::sync::mpsc::Sender;
+
+use super::{SourceError, Update};
+use complaints::Complaints;
+use intake::Intake;
+
+mod complaints;
+mod intake;
+mod watch;
+
+/// The most changes in one message while lists come in.
+const BATCH_MAX: usize = 256;
+
+/// An API server and our credentials for it.
+#[derive(Clone)]
+pub struct Server {
+    /// Its client.
+    pub client: Client,
+    /// Its address, for messages.
+    pub url: String,
+}
+
+impl Server {
+    /// Reads `kubeconfig`, or the ServiceAccount of this pod. Nothing is sent yet: a server that is down is no
+    /// error here.
+    ///
+    /// # Errors
+    /// The configuration cannot be read or used.
+    pub async fn configured(kubeconfig: Option<&Path>) -> Result<Self, SourceError> {
+        let config = match kubeconfig {
+            Some(path) => {
+                let failed =
+                    |source| SourceError::Kubeconfig { path: path.to_owned(), source: Box::new(source) };
+                let kubeconfig = Kubeconfig::read_from(path).map_err(failed)?;
+                let options = KubeConfigOptions::default();
+                Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(failed)?
+            }
+            None => {
+                Config::incluster().map_err(|source| SourceError::InCluster { source: Box::new(source) })?
+            }
+        };
+        let url = config.cluster_url.to_string();
+        let client = Client::try_from(config)
+            .map_err(|source| SourceError::Client { server: url.clone(), source: Box::new(source) })?;
+        Ok(Self { client, url })
+    }
+}
+
+/// The four kinds that are watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Services,
+    EndpointSlices,
+    Node,
+    ServiceCidrs,
+}
+
+impl Kind {
+    /// As RBAC rules name it: resource and API group.
+    fn resource(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Services => ("services", ""),
+            Self::EndpointSlices => ("endpointslices", "discovery.k8s.io"),
+            Self::Node => ("nodes", ""),
+            Self::ServiceCidrs => ("servicecidrs", "networking.k8s.io"),
+        }
+    }
+
+    /// Whether the agent works without it: ServiceCIDRs are newer than everything else, and so are the RBAC rules
+    /// that allow to read them.
+    fn is_optional(self) -> bool {
+        self == Self::ServiceCidrs
+    }
+}
+
+/// An event of one of the watches.
+#[expect(clippy::large_enum_variant, reason = "taken apart at once, never kept")]
+enum KindEvent {
+    Service(Event<Service>),
+    Slice(Event<EndpointSlice>),
+    Node(Event<Node>),
+    ServiceCidr(Event<ServiceCIDR>),
+}
+
+/// Sends what the API server says until the receiver is dropped. `node_name` is the name of this node in lower
+/// case.
+pub async fn run(server: Server, node_name: &str, updates: Sender<Update>) {
+    let mut events = watch::all(&server.client, node_name);
+    let mut intake = Intake::new(node_name);
+    let mut complaints = Complaints::new(server.url);
+    let mut synced = false;
+    while let Some(first) = tokio::select! {
+        event = events.next() => event,
+        () = updates.closed() => None,
+    } {
+        let mut changes = Vec::new();
+        let mut next = Some(first);
+        // What is ready goes with it; nothing is waited for.
+        while let Some((kind, event)) = next {
+            match event {
+                Ok(event) => {
+                    intake.take(event, &mut changes);
+                    if intake.has_list(kind) {
+                        complaints.settle(kind);
+                    }
+                }
+                Err(error) => {
+                    complaints.note(kind, &error);
+                    if kind.is_optional() && watch::is_refused(&error) {
+                        intake.go_without_service_cidrs();
+                    }
+                }
+            }
+            next = if changes.len() < BATCH_MAX { events.next().now_or_never().flatten() } else { None };
+        }
+        let mut messages = Vec::new();
+        if !changes.is_empty() {
+            messages.push(Update::Changes(changes));
+        }
+        messages.extend(complaints.changed().map(Update::Problems));
+        if !synced && intake.is_complete() {
+            messages.push(Update::Synced);
+            synced = true;
+        }
+        for message in messages {
+            if updates.send(message).await.is_err() {
+                return;
+            }
+        }
+    }
+}

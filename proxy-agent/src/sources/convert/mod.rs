@@ -1,0 +1,173 @@
+//! From Kubernetes objects to [`crate::cluster`]: pure, total, and lenient field by field.
+//!
+//! A field that cannot be used is skipped with a sentence that names it and the rest of the object is served; only
+//! an object without a usable name is refused. The filters that the API server applies to watches are applied here
+//! too, so that manifests and a server that ignores selectors behave alike.
+
+use std::fmt;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use proxy_common::addr::Prefix;
+
+use super::Problem;
+use super::lenient;
+use super::share::Shared;
+use crate::cluster::{Node, ObjectKey};
+
+mod service;
+mod slice;
+
+#[cfg(test)]
+mod tests;
+
+/// Longest namespace, Service name and port name: a DNS label.
+const LABEL_MAX: usize = 63;
+/// Longest name of anything else: a DNS subdomain.
+const SUBDOMAIN_MAX: usize = 253;
+/// How many sentences one object gets; the others are counted.
+const FINDINGS_MAX: usize = 16;
+
+/// Another proxy serves the Services that carry this label.
+const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+/// Slices with this label are not for proxies.
+const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+/// Names the Service of a slice.
+const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// The zone of a node.
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+
+/// Converts objects for one node; equal strings and hints of all its results share memory.
+#[derive(Debug)]
+pub struct Converter {
+    node_name: String,
+    shared: Shared,
+}
+
+/// A ServiceCIDR.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ServiceCidr {
+    /// Its name.
+    pub name: Arc<str>,
+    /// The valid ones of `spec.cidrs`.
+    pub prefixes: Vec<Prefix>,
+    /// What was wrong with the object, field by field.
+    pub problems: Vec<String>,
+}
+
+impl Converter {
+    /// For the node of this name (lower case).
+    pub fn new(node_name: &str) -> Self {
+        Self { node_name: node_name.to_owned(), shared: Shared::default() }
+    }
+
+    /// This node; `None` for any other. Addresses that are none are skipped.
+    pub fn node(&mut self, object: &core::Node) -> Option<Node> {
+        if object.metadata.name.as_deref() != Some(&self.node_name) {
+            return None;
+        }
+        let zone = label(&object.metadata, ZONE_LABEL).filter(|zone| !zone.is_empty());
+        let mut node = Node { zone: zone.map(|zone| self.shared.string(zone)), ..Node::default() };
+        let addresses = object.status.iter().flat_map(|status| status.addresses.iter().flatten());
+        for kind in ["InternalIP", "ExternalIP"] {
+            for address in addresses.clone().filter(|address| address.type_ == kind) {
+                if let Ok(addr) = lenient::addr(&address.address) {
+                    node.ips[addr.family().index()].get_or_insert(addr);
+                }
+            }
+        }
+        Some(node)
+    }
+
+    /// A ServiceCIDR.
+    ///
+    /// # Errors
+    /// The object has no usable name.
+    pub fn service_cidr(&mut self, object: &ServiceCIDR) -> Result<ServiceCidr, Problem> {
+        let name = object.metadata.name.as_deref().unwrap_or_default();
+        check_name(name, SUBDOMAIN_MAX).map_err(|reason| Problem {
+            object: format!("ServiceCIDR {}", excerpt(name)),
+            reason: format!("metadata.name {reason}; the object is ignored"),
+        })?;
+        let mut findings = Findings::default();
+        let mut prefixes = Vec::new();
+        for (i, cidr) in object.spec.iter().flat_map(|spec| spec.cidrs.iter().flatten()).enumerate() {
+            match lenient::prefix(cidr.trim()) {
+                Ok(prefix) => prefixes.push(prefix),
+                Err(what) => findings.quoted(format_args!("spec.cidrs[{i}]"), cidr, what),
+            }
+        }
+        Ok(ServiceCidr { name: self.shared.string(name), prefixes, problems: findings.finish() })
+    }
+
+    /// Namespace and name, checked. `name_max` is the longest name of this kind.
+    fn key(&mut self, kind: &str, meta: &ObjectMeta, name_max: usize) -> Result<ObjectKey, Problem> {
+        let namespace = meta.namespace.as_deref().unwrap_or_default();
+        let name = meta.name.as_deref().unwrap_or_default();
+        for (field, value, max) in [("namespace", namespace, LABEL_MAX), ("name", name, name_max)] {
+            check_name(value, max).map_err(|reason| Problem {
+                object: format!("{kind} {}/{}", excerpt(namespace), excerpt(name)),
+                reason: format!("metadata.{field} {reason}; the object is ignored"),
+            })?;
+        }
+        Ok(ObjectKey { namespace: self.shared.string(namespace), name: self.shared.string(name) })
+    }
+}
+
+/// Namespace and name as they are, to look up what is known about an object that is gone.
+pub fn key_of(meta: &ObjectMeta) -> ObjectKey {
+    ObjectKey::new(meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
+}
+
+fn label<'a>(meta: &'a ObjectMeta, name: &str) -> Option<&'a str> {
+    meta.labels.as_ref()?.get(name).map(String::as_str)
+}
+
+fn check_name(name: &str, max: usize) -> Result<(), String> {
+    match name.len() {
+        0 => Err("is missing".to_owned()),
+        len if len > max => Err(format!("has {len} bytes, more than the {max} that Kubernetes allows")),
+        _ => Ok(()),
+    }
+}
+
+fn check_port_name(name: &str) -> Result<(), String> {
+    if name.is_empty() { Ok(()) } else { check_name(name, LABEL_MAX) }
+}
+
+/// Enough of a user's text to recognise it.
+fn excerpt(text: &str) -> &str {
+    text.char_indices().nth(80).map_or(text, |(end, _)| &text[..end])
+}
+
+/// Collects what is wrong with an object.
+#[derive(Default)]
+struct Findings {
+    sentences: Vec<String>,
+    more: usize,
+}
+
+impl Findings {
+    /// `field reason`.
+    fn note(&mut self, field: fmt::Arguments<'_>, reason: fmt::Arguments<'_>) {
+        if self.sentences.len() < FINDINGS_MAX {
+            self.sentences.push(format!("{field} {reason}"));
+        } else {
+            self.more += 1;
+        }
+    }
+
+    /// `field "value" what; it is ignored`.
+    fn quoted(&mut self, field: fmt::Arguments<'_>, value: &str, what: &str) {
+        self.note(field, format_args!("{:?} {what}; it is ignored", excerpt(value)));
+    }
+
+    fn finish(mut self) -> Vec<String> {
+        if self.more > 0 {
+            self.sentences.push(format!("and {} more of the kind", self.more));
+        }
+        self.sentences
+    }
+}

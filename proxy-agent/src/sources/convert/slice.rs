@@ -1,0 +1,197 @@
+//! EndpointSlices, and the older Endpoints.
+
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::jiff::Timestamp;
+use proxy_common::addr::Family;
+
+use super::{
+    Converter, Findings, HEADLESS_LABEL, LABEL_MAX, Problem, SERVICE_NAME_LABEL, SUBDOMAIN_MAX, check_name,
+    check_port_name, label, lenient,
+};
+use crate::cluster::{Endpoint, Hints, ObjectKey, Slice, SlicePort};
+
+/// When the change that led to this slice happened.
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+
+impl Converter {
+    /// A slice; `None` when it is not for a proxy: headless, of no Service, or of names instead of addresses.
+    ///
+    /// # Errors
+    /// The object has no usable namespace, name, Service name or address type.
+    pub fn slice(&mut self, object: &discovery::EndpointSlice) -> Result<Option<Slice>, Problem> {
+        let key = self.key("EndpointSlice", &object.metadata, SUBDOMAIN_MAX)?;
+        let refused = |reason: String| Problem { object: format!("EndpointSlice {key}"), reason };
+        if label(&object.metadata, HEADLESS_LABEL).is_some() {
+            return Ok(None);
+        }
+        let Some(name) = label(&object.metadata, SERVICE_NAME_LABEL).filter(|name| !name.is_empty()) else {
+            return Ok(None);
+        };
+        check_name(name, LABEL_MAX).map_err(|reason| {
+            refused(format!("label {SERVICE_NAME_LABEL} {reason}; the object is ignored"))
+        })?;
+        let family = match object.address_type.as_str() {
+            "IPv4" => Family::V4,
+            "IPv6" => Family::V6,
+            "FQDN" => return Ok(None),
+            other => {
+                return Err(refused(format!(
+                    "addressType {other:?} is not IPv4 or IPv6; the object is ignored"
+                )));
+            }
+        };
+        let service = ObjectKey { namespace: Arc::clone(&key.namespace), name: self.shared.string(name) };
+        let mut findings = Findings::default();
+        let ports = self.slice_ports(object, &mut findings);
+        let endpoints = self.slice_endpoints(object, family, &mut findings);
+        Ok(Some(Slice {
+            key,
+            service,
+            family,
+            ports,
+            endpoints,
+            trigger_time: trigger_time(&object.metadata),
+            problems: findings.finish(),
+        }))
+    }
+
+    /// The slices that say the same as an Endpoints object: one for each subset and family. Their names contain
+    /// slashes, which no slice of a cluster has; what is wrong is told in terms of slices.
+    ///
+    /// # Errors
+    /// The object has no usable namespace or name.
+    pub fn endpoints(&mut self, object: &core::Endpoints) -> Result<Vec<Slice>, Problem> {
+        let key = self.key("Endpoints", &object.metadata, LABEL_MAX)?;
+        let mut slices = Vec::new();
+        for (i, subset) in object.subsets.iter().flatten().enumerate() {
+            for family in Family::ALL {
+                let mut slice = slice_of_subset(subset, family);
+                if slice.endpoints.as_ref().is_none_or(Vec::is_empty) {
+                    continue;
+                }
+                slice.metadata = object.metadata.clone();
+                slice.metadata.name = Some(format!("{}/endpoints/{i}/{family}", key.name));
+                let labels = slice.metadata.labels.get_or_insert_default();
+                labels.insert(SERVICE_NAME_LABEL.to_owned(), key.name.to_string());
+                slices.extend(self.slice(&slice)?);
+            }
+        }
+        Ok(slices)
+    }
+
+    fn slice_ports(&mut self, object: &discovery::EndpointSlice, findings: &mut Findings) -> Vec<SlicePort> {
+        let mut ports = Vec::new();
+        for (i, entry) in object.ports.iter().flatten().enumerate() {
+            let Some(name) = entry.name.as_deref() else {
+                findings
+                    .note(format_args!("ports[{i}].name"), format_args!("is missing; the port is ignored"));
+                continue;
+            };
+            if let Err(reason) = check_port_name(name) {
+                findings.note(format_args!("ports[{i}].name"), format_args!("{reason}; the port is ignored"));
+                continue;
+            }
+            let Some(proto) = lenient::protocol(entry.protocol.as_deref()) else {
+                let given = entry.protocol.as_deref().unwrap_or_default();
+                let what = "is not TCP, UDP or SCTP; the port is ignored";
+                findings.note(format_args!("ports[{i}].protocol"), format_args!("{given:?} {what}"));
+                continue;
+            };
+            // Absent means every port, which no proxy implements.
+            let Some(port) = lenient::port(entry.port.unwrap_or_default()) else {
+                let what = "is missing or not in 1..65535; the port is ignored";
+                findings.note(format_args!("ports[{i}].port"), format_args!("{what}"));
+                continue;
+            };
+            ports.push(SlicePort { name: self.shared.string(name), proto, port });
+        }
+        ports
+    }
+
+    fn slice_endpoints(
+        &mut self,
+        object: &discovery::EndpointSlice,
+        family: Family,
+        findings: &mut Findings,
+    ) -> Vec<Endpoint> {
+        let given = object.endpoints.as_deref().unwrap_or_default();
+        let mut endpoints = Vec::with_capacity(given.len());
+        for (i, endpoint) in given.iter().enumerate() {
+            // The API allows several addresses, but they would all be of one pod.
+            let Some(text) = endpoint.addresses.first() else { continue };
+            let addr = match lenient::addr(text) {
+                Ok(addr) if addr.family() == family => addr,
+                Ok(_) => {
+                    let what = format!("is not {family}, the addressType of the slice");
+                    findings.quoted(format_args!("endpoints[{i}].addresses[0]"), text, &what);
+                    continue;
+                }
+                Err(what) => {
+                    findings.quoted(format_args!("endpoints[{i}].addresses[0]"), text, what);
+                    continue;
+                }
+            };
+            let conditions = endpoint.conditions.as_ref();
+            endpoints.push(Endpoint {
+                addr,
+                ready: conditions.and_then(|conditions| conditions.ready).unwrap_or(true),
+                serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(true),
+                terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
+                local: endpoint.node_name.as_deref() == Some(&self.node_name),
+                hints: endpoint.hints.as_ref().and_then(|hints| self.hints(hints)),
+            });
+        }
+        endpoints.shrink_to_fit();
+        endpoints
+    }
+
+    fn hints(&mut self, hints: &discovery::EndpointHints) -> Option<Arc<Hints>> {
+        let zones: Vec<_> =
+            hints.for_zones.iter().flatten().map(|zone| self.shared.string(&zone.name)).collect();
+        let nodes: Vec<_> =
+            hints.for_nodes.iter().flatten().map(|node| self.shared.string(&node.name)).collect();
+        (!zones.is_empty() || !nodes.is_empty()).then(|| self.shared.hints(Hints { zones, nodes }))
+    }
+}
+
+/// The addresses of one family in a subset, without metadata.
+fn slice_of_subset(subset: &core::EndpointSubset, family: Family) -> discovery::EndpointSlice {
+    let endpoint = |address: &core::EndpointAddress, ready| discovery::Endpoint {
+        addresses: vec![address.ip.clone()],
+        conditions: Some(discovery::EndpointConditions {
+            ready: Some(ready),
+            serving: Some(ready),
+            terminating: Some(false),
+        }),
+        node_name: address.node_name.clone(),
+        ..discovery::Endpoint::default()
+    };
+    let ready = subset.addresses.iter().flatten().map(|address| (address, true));
+    let not_ready = subset.not_ready_addresses.iter().flatten().map(|address| (address, false));
+    let endpoints = ready
+        .chain(not_ready)
+        .filter(|(address, _)| address.ip.contains(':') == (family == Family::V6))
+        .map(|(address, ready)| endpoint(address, ready))
+        .collect();
+    let port = |port: &core::EndpointPort| discovery::EndpointPort {
+        name: Some(port.name.clone().unwrap_or_default()),
+        port: Some(port.port),
+        protocol: port.protocol.clone(),
+        app_protocol: None,
+    };
+    discovery::EndpointSlice {
+        address_type: family.to_string(),
+        endpoints: Some(endpoints),
+        ports: subset.ports.as_ref().map(|ports| ports.iter().map(port).collect()),
+        metadata: ObjectMeta::default(),
+    }
+}
+
+fn trigger_time(meta: &ObjectMeta) -> Option<i64> {
+    let time: Timestamp = meta.annotations.as_ref()?.get(TRIGGER_TIME)?.parse().ok()?;
+    i64::try_from(time.as_nanosecond()).ok()
+}

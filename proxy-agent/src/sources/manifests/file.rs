@@ -1,0 +1,347 @@
+//! One manifest file: documents, lists, and the objects in them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::{self, Metadata};
+use std::io::{self, Read as _};
+use std::path::Path;
+
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use kube::Resource;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use thiserror::Error;
+
+use crate::cluster::{Change, ObjectKey};
+use crate::sources::Problem;
+use crate::sources::convert::Converter;
+
+/// The largest file that is read, bytes.
+const FILE_MAX: u64 = 64 << 20;
+/// How deep a document may be nested. Kubernetes objects stay below 20.
+const DEPTH_MAX: usize = 64;
+/// How many YAML nodes aliases may stand for in one file: ten times what an honest file has.
+const ALIAS_NODES_MAX: usize = 100_000;
+/// The namespace of an object that names none.
+const DEFAULT_NAMESPACE: &str = "default";
+
+/// The kinds that are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kind {
+    Service,
+    EndpointSlice,
+    Endpoints,
+    Node,
+    ServiceCidr,
+}
+
+/// What makes an object the same object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Id {
+    pub(super) kind: Kind,
+    /// The namespace is empty for objects that have none.
+    pub(super) key: ObjectKey,
+}
+
+/// The objects of a file and what each amounts to: nothing when it is not ours, several slices for an Endpoints.
+pub(super) type Objects = BTreeMap<Id, Vec<Change>>;
+
+/// What is in a file.
+#[derive(Default)]
+pub(super) struct Parsed {
+    pub(super) objects: Objects,
+    pub(super) problems: Vec<Problem>,
+}
+
+/// Why nothing of a file can be used.
+#[derive(Debug, Error)]
+pub(super) enum FileError {
+    #[error("cannot be read: {0}")]
+    Io(#[source] io::Error),
+    #[error("is not a regular file")]
+    NotAFile,
+    #[error("is larger than {FILE_MAX} bytes, the limit for one file; split it")]
+    TooLarge,
+    #[error("document {document}: {message}")]
+    Syntax { document: usize, message: String },
+}
+
+impl FileError {
+    pub(super) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io(error) if error.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+impl Kind {
+    const ALL: [Self; 5] =
+        [Self::Service, Self::EndpointSlice, Self::Endpoints, Self::Node, Self::ServiceCidr];
+
+    /// `kind`, API group and version.
+    fn names(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            Self::Service => ("Service", "", "v1"),
+            Self::EndpointSlice => ("EndpointSlice", "discovery.k8s.io/", "v1"),
+            Self::Endpoints => ("Endpoints", "", "v1"),
+            Self::Node => ("Node", "", "v1"),
+            Self::ServiceCidr => ("ServiceCIDR", "networking.k8s.io/", "v1"),
+        }
+    }
+
+    fn is_namespaced(self) -> bool {
+        match self {
+            Self::Service | Self::EndpointSlice | Self::Endpoints => true,
+            Self::Node | Self::ServiceCidr => false,
+        }
+    }
+}
+
+impl fmt::Display for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (kind, ..) = self.kind.names();
+        if self.kind.is_namespaced() {
+            write!(f, "{kind} {}", self.key)
+        } else {
+            write!(f, "{kind} {}", self.key.name)
+        }
+    }
+}
+
+/// Reads a file. `shown` is its name in problems, `before` what it held: an object that is broken keeps that.
+///
+/// # Errors
+/// The file cannot be read, or is not YAML (JSON) from begin to end.
+pub(super) fn read(
+    path: &Path,
+    metadata: &Metadata,
+    shown: &str,
+    before: &Objects,
+    converter: &mut Converter,
+) -> Result<Parsed, FileError> {
+    // Opening a pipe would wait for a writer.
+    if !metadata.is_file() {
+        return Err(FileError::NotAFile);
+    }
+    let mut text = Vec::new();
+    fs::File::open(path)
+        .and_then(|file| file.take(FILE_MAX + 1).read_to_end(&mut text))
+        .map_err(FileError::Io)?;
+    if text.len() as u64 > FILE_MAX {
+        return Err(FileError::TooLarge);
+    }
+    let mut reader = Reader { shown, before, converter, parsed: Parsed::default() };
+    if path.extension().is_some_and(|extension| extension == "json") {
+        read_json(&text, &mut reader)?;
+    } else {
+        read_yaml(&text, &mut reader)?;
+    }
+    Ok(reader.parsed)
+}
+
+fn read_json(text: &[u8], reader: &mut Reader<'_>) -> Result<(), FileError> {
+    for (i, value) in serde_json::Deserializer::from_slice(text).into_iter::<Value>().enumerate() {
+        let document = i + 1;
+        let value = value.map_err(|error| FileError::Syntax { document, message: error.to_string() })?;
+        reader.document(value, &At { document, line: None, item: None });
+    }
+    Ok(())
+}
+
+fn read_yaml(mut text: &[u8], reader: &mut Reader<'_>) -> Result<(), FileError> {
+    // The size of the file bounds what it says itself; what remains to be bounded is what aliases multiply.
+    let options = serde_saphyr::options! {
+        budget: serde_saphyr::budget! {
+            max_depth: DEPTH_MAX,
+            max_documents: usize::MAX,
+            max_events: usize::MAX,
+            max_nodes: usize::MAX,
+        },
+        alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: ALIAS_NODES_MAX },
+        emit_comments: false,
+        with_snippet: false,
+    };
+    let documents = serde_saphyr::read_with_options::<_, serde_saphyr::Spanned<Value>>(&mut text, options);
+    for (i, value) in documents.enumerate() {
+        let document = i + 1;
+        let value = value.map_err(|error| FileError::Syntax { document, message: explain(&error) })?;
+        let line = Some(value.referenced.line());
+        reader.document(value.value, &At { document, line, item: None });
+    }
+    Ok(())
+}
+
+/// The parser's words; our limits are named where they are what stopped it.
+fn explain(error: &serde_saphyr::Error) -> String {
+    let error = error.without_snippet();
+    if matches!(error, serde_saphyr::Error::AliasReplayLimitExceeded { .. }) {
+        format!("{error}; the aliases of a file may stand for {ALIAS_NODES_MAX} nodes")
+    } else if matches!(error, serde_saphyr::Error::Budget { .. }) {
+        format!("{error}; a document may be nested {DEPTH_MAX} levels deep")
+    } else if let serde_saphyr::Error::DuplicateMappingKey { key: Some(key), location } = error {
+        format!("the key {key:?} is there twice at line {}, column {}", location.line(), location.column())
+    } else {
+        error.to_string()
+    }
+}
+
+/// Where in a file something is.
+struct At {
+    document: usize,
+    line: Option<u64>,
+    item: Option<usize>,
+}
+
+struct Reader<'a> {
+    shown: &'a str,
+    before: &'a Objects,
+    converter: &'a mut Converter,
+    parsed: Parsed,
+}
+
+impl Reader<'_> {
+    /// One document: an object, or a list of objects.
+    fn document(&mut self, mut value: Value, at: &At) {
+        let kind = text(&value, "kind").to_owned();
+        let api_version = text(&value, "apiVersion").to_owned();
+        let Some(item_kind) = kind.strip_suffix("List") else {
+            return self.object(value, &kind, &api_version, at);
+        };
+        let items = match value.get_mut("items").map(Value::take) {
+            Some(Value::Array(items)) => items,
+            None | Some(Value::Null) => return,
+            Some(_) => return self.problem(at, None, "items is not a list; the document is ignored"),
+        };
+        for (i, item) in items.into_iter().enumerate() {
+            let at = At { item: Some(i), ..*at };
+            // The API server's own lists leave the type out of the items.
+            let own = (text(&item, "kind").to_owned(), text(&item, "apiVersion").to_owned());
+            let (kind, api_version) = match &own {
+                (kind, version) if kind.is_empty() && version.is_empty() => (item_kind, api_version.as_str()),
+                (kind, version) => (kind.as_str(), version.as_str()),
+            };
+            self.object(item, kind, api_version, &at);
+        }
+    }
+
+    fn object(&mut self, value: Value, kind_name: &str, api_version: &str, at: &At) {
+        for (field, value) in [("kind", kind_name), ("apiVersion", api_version)] {
+            if value.is_empty() {
+                return self.problem(
+                    at,
+                    None,
+                    &format!("{field} is missing or not a string; the object is ignored"),
+                );
+            }
+        }
+        let known = Kind::ALL.into_iter().find(|kind| {
+            let (name, group, _) = kind.names();
+            name == kind_name && api_version.strip_prefix(group).is_some_and(|version| !version.contains('/'))
+        });
+        let Some(kind) = known else {
+            tracing::debug!(
+                file = self.shown,
+                document = at.document,
+                kind = kind_name,
+                api_version,
+                "not read"
+            );
+            return;
+        };
+        let (name, group, version) = kind.names();
+        if api_version.strip_prefix(group) != Some(version) {
+            let reason =
+                format!("apiVersion {api_version} is not read, use {group}{version}; the object is ignored");
+            return self.problem(at, Some(name), &reason);
+        }
+        let id = id_of(kind, &value);
+        let named = id.to_string();
+        if self.parsed.objects.contains_key(&id) {
+            return self.problem(at, Some(&named), "the object is in this file already; this one is ignored");
+        }
+        match convert(kind, value, self.converter) {
+            Ok((changes, problems)) => {
+                for problem in problems {
+                    self.problem(at, Some(&named), &problem);
+                }
+                self.parsed.objects.insert(id, changes);
+            }
+            Err(reason) => {
+                let kept = self.before.get(&id).cloned();
+                let state =
+                    if kept.is_some() { "its last good state stays in force" } else { "it is ignored" };
+                self.problem(at, Some(&named), &format!("{reason}; {state}"));
+                self.parsed.objects.extend(kept.map(|changes| (id, changes)));
+            }
+        }
+    }
+
+    fn problem(&mut self, at: &At, object: Option<&str>, reason: &str) {
+        let mut place = format!("{}, document {}", self.shown, at.document);
+        if let Some(line) = at.line {
+            place += &format!(" (line {line})");
+        }
+        if let Some(item) = at.item {
+            place += &format!(", items[{item}]");
+        }
+        if let Some(object) = object {
+            place += &format!(", {object}");
+        }
+        self.parsed.problems.push(Problem { object: place, reason: reason.to_owned() });
+    }
+}
+
+/// What the object amounts to, and sentences about parts of it that have no other place to go.
+fn convert(
+    kind: Kind,
+    value: Value,
+    converter: &mut Converter,
+) -> Result<(Vec<Change>, Vec<String>), String> {
+    let refused = |problem: Problem| problem.reason;
+    let changes = match kind {
+        Kind::Service => {
+            let service = converter.service(&typed::<core::Service>(kind, value)?).map_err(refused)?;
+            service.map(Change::Service).into_iter().collect()
+        }
+        Kind::EndpointSlice => {
+            let slice = converter.slice(&typed::<EndpointSlice>(kind, value)?).map_err(refused)?;
+            slice.map(Change::Slice).into_iter().collect()
+        }
+        Kind::Endpoints => {
+            let slices = converter.endpoints(&typed::<core::Endpoints>(kind, value)?).map_err(refused)?;
+            slices.into_iter().map(Change::Slice).collect()
+        }
+        Kind::Node => {
+            converter.node(&typed::<core::Node>(kind, value)?).map(Change::Node).into_iter().collect()
+        }
+        Kind::ServiceCidr => {
+            let cidr = converter.service_cidr(&typed::<ServiceCIDR>(kind, value)?).map_err(refused)?;
+            return Ok((vec![Change::ServiceCidr(cidr.name, cidr.prefixes)], cidr.problems));
+        }
+    };
+    Ok((changes, Vec::new()))
+}
+
+fn typed<T: DeserializeOwned + Resource>(kind: Kind, value: Value) -> Result<T, String> {
+    let mut object: T = serde_path_to_error::deserialize(value).map_err(|error| error.to_string())?;
+    let namespace = &mut object.meta_mut().namespace;
+    if kind.is_namespaced() && namespace.as_deref().unwrap_or_default().is_empty() {
+        *namespace = Some(DEFAULT_NAMESPACE.to_owned());
+    }
+    Ok(object)
+}
+
+/// Namespace and name of an object that may be broken otherwise.
+fn id_of(kind: Kind, value: &Value) -> Id {
+    let meta = value.get("metadata").unwrap_or(&Value::Null);
+    let namespace = match text(meta, "namespace") {
+        _ if !kind.is_namespaced() => "",
+        "" => DEFAULT_NAMESPACE,
+        namespace => namespace,
+    };
+    Id { kind, key: ObjectKey::new(namespace, text(meta, "name")) }
+}
+
+fn text<'a>(value: &'a Value, field: &str) -> &'a str {
+    value.get(field).and_then(Value::as_str).unwrap_or_default()
+}

@@ -1,0 +1,225 @@
+//! The state of a directory: what each file holds, and which file an object is taken from.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::file::{self, FileError, Id, Objects};
+use super::{Changed, is_manifest};
+use crate::cluster::Change;
+use crate::sources::Problem;
+use crate::sources::convert::Converter;
+
+/// Everything read so far.
+pub(super) struct Snapshot {
+    directory: PathBuf,
+    converter: Converter,
+    files: BTreeMap<OsString, File>,
+    /// The files that an object is in; the first one is where it is taken from.
+    places: BTreeMap<Id, BTreeSet<OsString>>,
+    /// What was told last.
+    problems: Vec<Problem>,
+}
+
+/// What one look at the directory brought.
+pub(super) struct Reading {
+    /// Differences to what was read before.
+    pub(super) changes: Vec<Change>,
+    /// The whole list, if it differs from the one before.
+    pub(super) problems: Option<Vec<Problem>>,
+    /// The directory could not be read; nothing has changed then.
+    pub(super) unreadable: Option<io::Error>,
+}
+
+#[derive(Default)]
+struct File {
+    stamp: Option<Stamp>,
+    objects: Objects,
+    problems: Vec<Problem>,
+}
+
+/// Differs after any change of a file that its metadata shows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Snapshot {
+    pub(super) fn new(directory: PathBuf, node_name: &str) -> Self {
+        Self {
+            directory,
+            converter: Converter::new(node_name),
+            files: BTreeMap::new(),
+            places: BTreeMap::new(),
+            problems: Vec::new(),
+        }
+    }
+
+    /// Looks at what may have changed.
+    pub(super) fn read(&mut self, changed: &Changed) -> Reading {
+        let mut unreadable = None;
+        let mut names = changed.files.clone();
+        if changed.any {
+            match self.listed() {
+                Ok(listed) => {
+                    names.extend(self.files.keys().filter(|name| !listed.contains(*name)).cloned());
+                    names.extend(listed.into_iter().filter(|name| self.differs(name)));
+                }
+                // While the directory is gone nothing in it counts as deleted.
+                Err(error) => {
+                    names.clear();
+                    unreadable = Some(error);
+                }
+            }
+        }
+        let mut before = BTreeMap::new();
+        for name in names {
+            self.read_file(name, &mut before);
+        }
+        let mut changes = Vec::new();
+        for (id, before) in before {
+            difference(&before, self.winner(&id), &mut changes);
+        }
+        let problems = self.list_problems(unreadable.as_ref());
+        let problems = (problems != self.problems).then(|| {
+            self.problems.clone_from(&problems);
+            problems
+        });
+        Reading { changes, problems, unreadable }
+    }
+
+    /// The names of all manifests in the directory.
+    fn listed(&self) -> io::Result<BTreeSet<OsString>> {
+        let mut names = BTreeSet::new();
+        for entry in fs::read_dir(&self.directory)? {
+            let name = entry?.file_name();
+            if is_manifest(&name) {
+                names.insert(name);
+            }
+        }
+        Ok(names)
+    }
+
+    fn differs(&self, name: &OsStr) -> bool {
+        let stamp = fs::metadata(self.directory.join(name)).ok().map(|metadata| Stamp::of(&metadata));
+        self.files.get(name).map_or(stamp.is_some(), |file| file.stamp != stamp)
+    }
+
+    /// Reads one file anew; puts what was in force of the objects it touches into `before`.
+    fn read_file(&mut self, name: OsString, before: &mut BTreeMap<Id, Vec<Change>>) {
+        let mut file = self.files.remove(&name).unwrap_or_default();
+        let path = self.directory.join(&name);
+        // The stamp is from before the reading: a write in between makes it differ.
+        let metadata = fs::metadata(&path);
+        file.stamp = metadata.as_ref().ok().map(Stamp::of);
+        let shown = name.to_string_lossy();
+        let new = match metadata {
+            Ok(metadata) => file::read(&path, &metadata, &shown, &file.objects, &mut self.converter),
+            Err(error) => Err(FileError::Io(error)),
+        };
+        let (objects, exists) = match new {
+            Ok(parsed) => {
+                file.problems = parsed.problems;
+                (parsed.objects, true)
+            }
+            Err(error) if error.is_not_found() => (Objects::new(), false),
+            Err(error) => {
+                let kept = match file.objects.len() {
+                    0 => String::new(),
+                    kept => format!("; its last good state ({kept} objects) stays in force"),
+                };
+                file.problems =
+                    vec![Problem { object: shown.into_owned(), reason: format!("{error}{kept}") }];
+                self.files.insert(name, file);
+                return;
+            }
+        };
+        let old = std::mem::take(&mut file.objects);
+        let touched: BTreeSet<Id> = old.keys().chain(objects.keys()).cloned().collect();
+        // Put back for a moment: what is in force is asked of all files.
+        self.files.insert(name.clone(), File { objects: old, ..File::default() });
+        for id in touched {
+            if !before.contains_key(&id) {
+                before.insert(id.clone(), self.winner(&id).to_vec());
+            }
+            let places = self.places.entry(id.clone()).or_default();
+            if objects.contains_key(&id) {
+                places.insert(name.clone());
+            } else {
+                places.remove(&name);
+                if places.is_empty() {
+                    self.places.remove(&id);
+                }
+            }
+        }
+        if exists {
+            file.objects = objects;
+            self.files.insert(name, file);
+        } else {
+            self.files.remove(&name);
+        }
+    }
+
+    /// What is in force of an object.
+    fn winner(&self, id: &Id) -> &[Change] {
+        let file = self.places.get(id).and_then(BTreeSet::first).and_then(|name| self.files.get(name));
+        file.and_then(|file| file.objects.get(id)).map_or(&[], Vec::as_slice)
+    }
+
+    fn list_problems(&self, unreadable: Option<&io::Error>) -> Vec<Problem> {
+        let mut problems: Vec<_> = unreadable
+            .map(|error| Problem {
+                object: self.directory.display().to_string(),
+                reason: format!("cannot be read: {error}; what was in it stays in force until it is back"),
+            })
+            .into_iter()
+            .collect();
+        problems.extend(self.files.values().flat_map(|file| file.problems.iter().cloned()));
+        for (id, places) in self.places.iter().filter(|(_, places)| places.len() > 1) {
+            let mut names = places.iter().map(|name| name.to_string_lossy());
+            let first = names.next().unwrap_or_default();
+            problems.extend(names.map(|name| Problem {
+                object: format!("{name} ({id})"),
+                reason: format!("the object is in {first} too, which comes first; this one is ignored"),
+            }));
+        }
+        problems
+    }
+}
+
+impl Stamp {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+/// What must be said for `before` to become `after`.
+fn difference(before: &[Change], after: &[Change], changes: &mut Vec<Change>) {
+    let kept: Vec<_> = after.iter().filter_map(gone).collect();
+    changes.extend(before.iter().filter_map(gone).filter(|gone| !kept.contains(gone)));
+    changes.extend(after.iter().filter(|change| !before.contains(change)).cloned());
+}
+
+/// The opposite of a change. (A node never goes.)
+fn gone(change: &Change) -> Option<Change> {
+    match change {
+        Change::Service(service) => Some(Change::ServiceGone(service.key.clone())),
+        Change::Slice(slice) => Some(Change::SliceGone(slice.key.clone())),
+        Change::ServiceCidr(name, _) => Some(Change::ServiceCidrGone(Arc::clone(name))),
+        Change::Node(_) | Change::ServiceGone(_) | Change::SliceGone(_) | Change::ServiceCidrGone(_) => None,
+    }
+}

@@ -1,0 +1,93 @@
+//! The last arrow: single map operations, and who carries them out.
+//!
+//! [`crate::plan`] writes them in an order of which any prefix is safe. [`crate::bpf`] carries them out on kernel
+//! maps, [`crate::sim`] on ordered maps.
+
+use proxy_common::abi::{Backend, BackendState, FrontendKey, FrontendValue, Service, ServiceName};
+use proxy_common::addr::{Addr, Prefix};
+
+/// One write to one map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// `NAMES`: says what an id stands for, or forgets it.
+    Name(u32, Option<Box<ServiceName>>),
+    /// `BACKENDS`: a whole element, at an id that nothing refers to.
+    Backend(u32, Backend),
+    /// `BACKENDS`: the state word of an element in use.
+    BackendState(u32, BackendState),
+    /// `SLOTS`: backend ids from a base on, in a range that nothing refers to.
+    Slots(u32, Vec<u32>),
+    /// `SERVICES`: the words of one element, each flipped by one store.
+    Service(u32, Service),
+    /// `FRONTENDS`: adds or replaces (`Some`), or removes.
+    Frontend(FrontendKey, Option<FrontendValue>),
+    /// `LOCAL_ADDRESSES`: adds or replaces (`Some`), or removes.
+    LocalAddress(Addr, Option<u32>),
+    /// `SERVICE_CIDRS`: adds or removes.
+    ServiceCidr(Prefix, bool),
+}
+
+/// Why an operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The kernel refused a map operation.
+    #[error("map {map}: {source}; the agent reads the maps again and retries")]
+    Map {
+        /// Name of the map.
+        map: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// An index lies outside the mapped array: the plan and the map disagree about its size.
+    #[error("map {map}: index {index} is outside of its {len} elements")]
+    Range {
+        /// Name of the map.
+        map: &'static str,
+        /// The index.
+        index: u32,
+        /// Elements of the map.
+        len: u32,
+    },
+}
+
+/// Carries operations out, one by one, in order.
+pub trait MapStore {
+    /// Carries out one operation.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`]; the operation then had no effect.
+    fn apply(&mut self, op: &Op) -> Result<(), StoreError>;
+}
+
+/// Sizes of the maps whose numbers the agent gives out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Elements of `FRONTENDS`.
+    pub frontends: u32,
+    /// Elements of `SERVICES` (and `NAMES`).
+    pub services: u32,
+    /// Elements of `SLOTS`.
+    pub slots: u32,
+    /// Elements of `BACKENDS`.
+    pub backends: u32,
+}
+
+/// What the maps hold, read back from them.
+#[derive(Clone, Debug, Default)]
+pub struct Contents {
+    /// `NAMES`.
+    pub names: Vec<(u32, ServiceName)>,
+    /// `FRONTENDS`.
+    pub frontends: Vec<(FrontendKey, FrontendValue)>,
+    /// `SERVICES`, from index 0.
+    pub services: Vec<Service>,
+    /// `SLOTS`, from index 0.
+    pub slots: Vec<u32>,
+    /// `BACKENDS`, from index 0.
+    pub backends: Vec<Backend>,
+    /// `LOCAL_ADDRESSES`.
+    pub local_addresses: Vec<(Addr, u32)>,
+    /// `SERVICE_CIDRS`.
+    pub service_cidrs: Vec<Prefix>,
+}
