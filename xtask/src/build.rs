@@ -1,0 +1,155 @@
+//! `build`: the BPF object, then the agent that embeds it, and the test tools (demo, benchmarks).
+//!
+//! A release build is one static binary per program, so that the agent runs on any distribution and in an empty
+//! container image.
+
+use std::env;
+use std::fs;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::build_ebpf;
+use crate::process::{exec, run as run_command, say};
+use crate::workspace;
+
+/// Arguments of `build`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Optimised and static.
+    #[arg(long)]
+    release: bool,
+    /// An agent and a BPF object that log every decision, for debugging.
+    #[arg(long)]
+    debug_log: bool,
+}
+
+/// Builds everything and says where the agent is.
+///
+/// # Errors
+/// When a build fails, or a release build is not static.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let dir = programs(args.release, args.debug_log)?;
+    let agent = dir.join("proxy-agent");
+    let kind = if args.release {
+        ensure!(is_static(&agent)?, "{} is not static: it names a dynamic linker", agent.display());
+        "static release binary"
+    } else {
+        "development binary"
+    };
+    let mib = fs::metadata(&agent).context("the agent was built but is not there")?.len() >> 20;
+    say(&format!("agent ({kind}, {mib} MiB): {}", agent.display()));
+    Ok(())
+}
+
+/// Builds the BPF object, the agent and the test tools; returns the directory of the programs.
+///
+/// # Errors
+/// When a build fails.
+pub(crate) fn programs(release: bool, debug_log: bool) -> Result<PathBuf> {
+    build_ebpf::run(&build_ebpf::Args { debug_log })?;
+    let mut cargo = workspace::cargo();
+    cargo.args(["build", "--package", "proxy-agent", "--package", "proxy-tests", "--bins"]);
+    if debug_log {
+        cargo.args(["--features", "proxy-agent/debug-log"]);
+    }
+    let mut dir = workspace::target_dir();
+    if release {
+        let target = static_target()?;
+        // With --target the flag reaches only what runs in the end: procedural macros cannot be static.
+        cargo.args(["--release", "--target", &target]);
+        let flags = env::var("RUSTFLAGS").unwrap_or_default();
+        cargo.env("RUSTFLAGS", format!("{flags} -C target-feature=+crt-static").trim_start());
+        dir.push(target);
+        dir.push("release");
+    } else {
+        dir.push("debug");
+    }
+    run_command(&mut cargo)?;
+    Ok(dir)
+}
+
+/// Builds for release and becomes `tool` of crate `tests`, which finds the agent by `VIPR_AGENT`.
+///
+/// # Errors
+/// When a build fails or the tool cannot be started.
+pub(crate) fn exec_tool(tool: &str, args: &[impl AsRef<std::ffi::OsStr>]) -> Result<()> {
+    let dir = programs(true, false)?;
+    exec(Command::new(dir.join(tool)).args(args).env("VIPR_AGENT", dir.join("proxy-agent")))
+}
+
+/// The GNU target of this machine: glibc links statically there, and no further target has to be installed.
+fn static_target() -> Result<String> {
+    let arch = env::consts::ARCH;
+    ensure!(
+        cfg!(target_os = "linux") && cfg!(target_env = "gnu"),
+        "release builds are made on a GNU/Linux host, for that host"
+    );
+    Ok(match arch {
+        "x86_64" | "aarch64" => format!("{arch}-unknown-linux-gnu"),
+        "riscv64" => "riscv64gc-unknown-linux-gnu".to_owned(),
+        other => bail!("no release target for the architecture {other}"),
+    })
+}
+
+/// Whether a 64-bit little-endian ELF program has no interpreter, that is, needs no dynamic linker.
+///
+/// # Errors
+/// When the file cannot be read or is not such a program.
+fn is_static(program: &Path) -> Result<bool> {
+    let mut elf = Vec::new();
+    // Program headers come right after the ELF header.
+    let file = fs::File::open(program).with_context(|| format!("cannot open {}", program.display()))?;
+    file.take(64 * 1024)
+        .read_to_end(&mut elf)
+        .with_context(|| format!("cannot read {}", program.display()))?;
+    has_interpreter(&elf)
+        .map(|interpreter| !interpreter)
+        .with_context(|| format!("{} is not a 64-bit ELF program", program.display()))
+}
+
+/// Looks for a program header of type PT_INTERP (3); `None` if this is not a little-endian ELF64.
+fn has_interpreter(elf: &[u8]) -> Option<bool> {
+    if elf.get(..6)? != b"\x7fELF\x02\x01" {
+        return None;
+    }
+    let half = |at: usize| Some(usize::from(u16::from_le_bytes(elf.get(at..at + 2)?.try_into().ok()?)));
+    let table = usize::try_from(u64::from_le_bytes(elf.get(32..40)?.try_into().ok()?)).ok()?;
+    let (size, count) = (half(54)?, half(56)?);
+    for index in 0..count {
+        let header = elf.get(table + index * size..)?;
+        if header.get(..4)? == 3u32.to_le_bytes() {
+            return Some(true);
+        }
+    }
+    Some(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_test_is_a_dynamic_program_and_text_is_none() {
+        let dynamic = cfg!(not(target_feature = "crt-static"));
+        assert_eq!(is_static(&env::current_exe().unwrap()).unwrap(), !dynamic);
+        assert!(is_static(&workspace::root().join("Cargo.toml")).is_err());
+    }
+
+    #[test]
+    fn an_elf_without_interpreter_is_static() {
+        let mut elf = vec![0; 64 + 56];
+        elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        elf[32] = 64;
+        elf[54] = 56;
+        elf[56] = 1;
+        elf[64] = 1;
+        assert_eq!(has_interpreter(&elf), Some(false));
+        elf[64] = 3;
+        assert_eq!(has_interpreter(&elf), Some(true));
+        assert_eq!(has_interpreter(&elf[..70]), Some(true));
+        assert_eq!(has_interpreter(&elf[..66]), None);
+    }
+}

@@ -1,0 +1,128 @@
+//! `build-ebpf`: builds package `proxy-ebpf` for the BPF target and puts the object where the agent's build script
+//! looks for it.
+//!
+//! It has a target directory of its own, so that building for the host and building for BPF do not invalidate each
+//! other, and the object is replaced only when its bytes changed, so that the agent is not rebuilt for nothing.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::process::{run as run_command, say};
+use crate::toolchain::{self, Toolchain};
+use crate::workspace;
+
+/// Little-endian, like every architecture that Vipr runs on.
+const TARGET: &str = "bpfel-unknown-none";
+
+/// Arguments of `build-ebpf`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Log every decision through a perf buffer. For debugging a datapath; never ship such an object.
+    #[arg(long)]
+    pub(crate) debug_log: bool,
+}
+
+/// Builds the BPF object.
+///
+/// # Errors
+/// When the toolchain is missing or the build fails.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let mut cargo = cargo("build")?;
+    if args.debug_log {
+        cargo.args(["--features", "debug-log"]);
+    }
+    run_command(&mut cargo)?;
+    let built = build_dir().join(TARGET).join("ebpf").join("vipr");
+    let object = workspace::ebpf_object();
+    let how = if install(&built, &object)? { "written" } else { "unchanged" };
+    say(&format!("BPF object {how}: {}", object.display()));
+    Ok(())
+}
+
+/// `cargo <subcommand>` for the BPF target, with the linker and flags that the object needs.
+///
+/// # Errors
+/// When the toolchain or the linker is missing.
+pub(crate) fn cargo(subcommand: &str) -> Result<Command> {
+    const SETUP: &str = "`cargo xtask setup` has to run first";
+    let toolchain = Toolchain::find().context(SETUP)?;
+    let linker = toolchain::bpf_linker().context(SETUP)?;
+    say(&format!("BPF target with {toolchain} and {}", linker.display()));
+    let flags = [
+        "--cfg".to_owned(),
+        format!("bpf_target_arch=\"{}\"", bpf_arch(env::consts::ARCH)?),
+        "-Cdebuginfo=2".to_owned(),
+        format!("-Clinker={}", linker.display()),
+        "-Clink-arg=--btf".to_owned(),
+    ];
+    let mut cargo = toolchain.cargo();
+    cargo
+        .arg(subcommand)
+        .args(["--package", "proxy-ebpf", "--bin", "vipr", "--profile", "ebpf"])
+        .args(["--target", TARGET, "-Zbuild-std=core"])
+        .arg("--target-dir")
+        .arg(build_dir())
+        // Flags are separated by 0x1f, so that paths may contain spaces.
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    Ok(cargo)
+}
+
+fn build_dir() -> PathBuf {
+    workspace::target_dir().join("ebpf-build")
+}
+
+/// The kernel's name, as aya's bindings know it, of the architecture whose register layout the programs see.
+fn bpf_arch(host: &str) -> Result<&'static str> {
+    Ok(match host {
+        "x86_64" => "x86_64",
+        "aarch64" => "aarch64",
+        "riscv64" => "riscv64",
+        other => bail!("no BPF bindings for the architecture {other}"),
+    })
+}
+
+/// Copies `built` to `object` if they differ, and tells whether they did.
+fn install(built: &Path, object: &Path) -> Result<bool> {
+    let bytes =
+        fs::read(built).with_context(|| format!("cannot read the built object {}", built.display()))?;
+    if fs::read(object).is_ok_and(|old| old == bytes) {
+        return Ok(false);
+    }
+    let dir = object.parent().context("the object has no directory")?;
+    fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    // Renamed into place: a build of the agent beside this one reads the old object or the new, never half of it.
+    let beside = object.with_extension("o.new");
+    fs::write(&beside, &bytes).with_context(|| format!("cannot write {}", beside.display()))?;
+    fs::rename(&beside, object).with_context(|| format!("cannot write {}", object.display()))?;
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unchanged_object_is_left_alone() {
+        let dir = env::temp_dir().join(format!("vipr-xtask-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let (built, object) = (dir.join("vipr"), dir.join("ebpf/vipr.o"));
+        fs::write(&built, b"one").unwrap();
+        let first = install(&built, &object).unwrap();
+        let second = install(&built, &object).unwrap();
+        fs::write(&built, b"two").unwrap();
+        let third = install(&built, &object).unwrap();
+        let content = fs::read(&object).unwrap();
+        fs::remove_dir_all(&dir).unwrap();
+        assert_eq!((first, second, third, content.as_slice()), (true, false, true, b"two".as_slice()));
+    }
+
+    #[test]
+    fn the_host_architecture_has_bindings() {
+        assert!(bpf_arch(env::consts::ARCH).is_ok());
+        assert!(bpf_arch("sparc").is_err());
+    }
+}

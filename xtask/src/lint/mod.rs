@@ -1,0 +1,110 @@
+//! `lint`: every check that needs no test run. All checks run, also after one failed, and the failed ones are named
+//! at the end.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::build_ebpf;
+use crate::process::{run as run_command, say};
+use crate::toolchain::Toolchain;
+use crate::workspace::{self, find_program};
+
+mod manifests;
+
+mod unsafe_code;
+
+/// Arguments of `lint`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Also look for known vulnerabilities; fetches the RustSec database from GitHub.
+    #[arg(long)]
+    advisories: bool,
+}
+
+/// Runs all checks.
+///
+/// # Errors
+/// When a check failed, or the BPF object cannot be built.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let mut checks = Checks::default();
+    checks.run("formatting", || run_command(workspace::cargo().args(["fmt", "--all", "--check"])));
+    checks.run("manifests", manifests::check);
+    checks.run("unsafe code", unsafe_code::check);
+    checks.run("licences, bans and sources of dependencies", || cargo_deny(&["licenses", "bans", "sources"]));
+    if args.advisories {
+        checks.run("known vulnerabilities", || cargo_deny(&["advisories"]));
+    } else {
+        say("known vulnerabilities: skipped, `--advisories` fetches the database they are looked up in");
+    }
+    // The agent embeds the object, so nothing that uses the agent compiles without it.
+    checks.run("BPF object", || build_ebpf::run(&build_ebpf::Args { debug_log: false }));
+    checks.run("clippy on the host", || {
+        let mut clippy = workspace::cargo();
+        run_command(clippy.args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--locked",
+            "--",
+            "-D",
+            "warnings",
+        ]))
+    });
+    checks.run("clippy on the BPF target", ebpf_clippy);
+    checks.run("documentation", || {
+        let mut doc = workspace::cargo();
+        doc.args(["doc", "--workspace", "--no-deps", "--document-private-items"])
+            .env("RUSTDOCFLAGS", "-D warnings");
+        run_command(&mut doc)
+    });
+    checks.finish()
+}
+
+/// What has been checked and what failed.
+#[derive(Default)]
+struct Checks {
+    count: usize,
+    failed: Vec<String>,
+}
+
+impl Checks {
+    fn run(&mut self, name: &str, check: impl FnOnce() -> Result<()>) {
+        say(name);
+        self.count += 1;
+        if let Err(error) = check() {
+            eprintln!("error: {error:#}");
+            self.failed.push(name.to_owned());
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        if !self.failed.is_empty() {
+            bail!("{} of {} checks failed: {}", self.failed.len(), self.count, self.failed.join("; "));
+        }
+        say(&format!("lint: {} checks, none failed", self.count));
+        Ok(())
+    }
+}
+
+fn cargo_deny(checks: &[&str]) -> Result<()> {
+    let deny = find_program("cargo-deny").context("cargo-deny is missing: run `cargo xtask setup lint`")?;
+    let mut command = Command::new(deny);
+    run_command(
+        command.current_dir(workspace::root()).args(["--workspace", "--locked", "check"]).args(checks),
+    )
+}
+
+/// Only here does clippy see the code behind `cfg(target_arch = "bpf")`.
+fn ebpf_clippy() -> Result<()> {
+    let toolchain = Toolchain::find()?;
+    if !toolchain.has_clippy() {
+        say(&format!("skipped: {toolchain} has no clippy; `cargo xtask setup lint` installs it"));
+        return Ok(());
+    }
+    for features in ["", "debug-log"] {
+        let mut clippy = build_ebpf::cargo("clippy")?;
+        run_command(clippy.args(["--features", features, "--", "-D", "warnings"]))?;
+    }
+    Ok(())
+}

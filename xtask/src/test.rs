@@ -1,0 +1,249 @@
+//! `test`: the test rings by name.
+//!
+//! - `unit` needs no privileges: unit and property tests of every crate, doc tests, and the integration tests whose
+//!   name does not start with `lab`.
+//! - `lab` needs root: the integration tests whose name starts with `lab`, which load the real BPF programs and
+//!   build nodes, pods and clients from network namespaces.
+//!
+//! A new test file is picked up by its name alone. All rings build the same packages with the same features, so that
+//! going from one to another rebuilds no dependency; and in the dev profile, because building for release takes longer
+//! than the tests themselves.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::build_ebpf;
+use crate::process::{run as run_command, say};
+use crate::setup::mounted;
+use crate::workspace::{self, Package, find_program, is_root};
+
+/// Arguments of `test`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// A ring (`unit`, `lab` or `all`; without one: all), then filters: tests whose name contains one of them run.
+    #[arg(value_name = "[RING] [FILTER]")]
+    ring_and_filters: Vec<String>,
+    /// Show the output of tests while they run, one test at a time.
+    #[arg(long)]
+    no_capture: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ring {
+    Unit,
+    Lab,
+    All,
+}
+
+/// What to run, in terms of cargo's options.
+#[derive(Debug, PartialEq, Eq)]
+struct Selection {
+    /// Options that name the packages; the same for every ring.
+    packages: Vec<String>,
+    /// Options that name every integration test of the ring.
+    tests: Vec<String>,
+    /// Whether unit tests and doc tests are part of it.
+    unit: bool,
+}
+
+/// Builds and runs a ring.
+///
+/// # Errors
+/// When something is missing, a build or a test fails, or there was no test to run.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let (ring, filters) = split(&args.ring_and_filters);
+    let selection = select(&workspace::packages()?, ring);
+    if ring != Ring::Unit && !selection.tests.is_empty() {
+        check_lab()?;
+    }
+    ensure!(selection.unit || !selection.tests.is_empty(), "there is no integration test named lab*");
+
+    build_ebpf::run(&build_ebpf::Args { debug_log: false })?;
+    let mut agent = workspace::cargo();
+    // The test programs are built in the same go: a build of the agent alone would see other features.
+    agent.arg("build").args(&selection.packages).args(["--bin", "proxy-agent"]).args(&selection.tests);
+    run_command(&mut agent)?;
+
+    if selection.unit && filters.is_empty() {
+        run_command(workspace::cargo().args(["test", "--doc"]).args(&selection.packages))?;
+    }
+    if find_program("cargo-nextest").is_some() {
+        with_nextest(&selection, filters, args.no_capture)
+    } else {
+        with_cargo_test(&selection, filters, args.no_capture)
+    }
+}
+
+/// Takes a leading ring name off the arguments.
+fn split(args: &[String]) -> (Ring, &[String]) {
+    let ring = match args.first().map(String::as_str) {
+        Some("unit") => Ring::Unit,
+        Some("lab") => Ring::Lab,
+        Some("all") => Ring::All,
+        _ => return (Ring::All, args),
+    };
+    (ring, &args[1..])
+}
+
+fn select(packages: &[Package], ring: Ring) -> Selection {
+    // The programs themselves run nowhere but in the kernel.
+    let packages = || packages.iter().filter(|package| package.name != "proxy-ebpf");
+    let in_ring = |name: &&String| match ring {
+        Ring::Unit => !name.starts_with("lab"),
+        Ring::Lab => name.starts_with("lab"),
+        Ring::All => true,
+    };
+    let option = |option: &str, value: &str| [option.to_owned(), value.to_owned()];
+    Selection {
+        packages: packages().flat_map(|package| option("--package", &package.name)).collect(),
+        tests: packages()
+            .flat_map(|package| package.tests.iter().filter(in_ring))
+            .flat_map(|test| option("--test", test))
+            .collect(),
+        unit: ring != Ring::Lab,
+    }
+}
+
+/// The lab changes the machine's kernel; what it needs is checked here once, so that no test has to skip itself.
+fn check_lab() -> Result<()> {
+    let only_unit = "`cargo xtask test unit` runs the tests that need no privileges";
+    ensure!(
+        is_root(),
+        "the lab tests load BPF programs and create network namespaces: run as root; {only_unit}"
+    );
+    ensure!(
+        !mounted("cgroup2")?.is_empty(),
+        "the lab tests need a cgroup v2 hierarchy, and none is mounted; {only_unit}"
+    );
+    ensure!(
+        mounted("bpf")?.iter().any(|point| point == "/sys/fs/bpf"),
+        "the lab tests need the BPF filesystem at /sys/fs/bpf: `cargo xtask setup` mounts it; {only_unit}"
+    );
+    Ok(())
+}
+
+fn test_command(runner: &[&str], selection: &Selection) -> Command {
+    let mut cargo = workspace::cargo();
+    cargo.args(runner).args(&selection.packages);
+    if selection.unit {
+        cargo.args(["--lib", "--bins"]);
+    }
+    cargo.args(&selection.tests).arg("--no-fail-fast");
+    cargo.env("VIPR_AGENT", workspace::target_dir().join("debug").join("proxy-agent"));
+    cargo
+}
+
+/// nextest fails by itself when it finds no test to run.
+fn with_nextest(selection: &Selection, filters: &[String], no_capture: bool) -> Result<()> {
+    let mut cargo = test_command(&["nextest", "run"], selection);
+    if no_capture {
+        cargo.arg("--no-capture");
+    }
+    run_command(cargo.args(filters))
+}
+
+/// `cargo test` reports per test program and calls it a success when no test ran: its output is counted.
+fn with_cargo_test(selection: &Selection, filters: &[String], no_capture: bool) -> Result<()> {
+    let mut cargo = test_command(&["test"], selection);
+    cargo.arg("--").args(filters);
+    if no_capture {
+        cargo.args(["--nocapture", "--test-threads=1"]);
+    }
+    say("running the tests with cargo test");
+    let mut child = cargo.stdout(Stdio::piped()).spawn().context("cannot start cargo test")?;
+    let stdout = child.stdout.take().context("cargo test has no output")?;
+    let mut total = Total::default();
+    let mut shown = std::io::stdout().lock();
+    for line in BufReader::new(stdout).lines() {
+        let line = line.context("cannot read the output of cargo test")?;
+        total.add(&line);
+        writeln!(shown, "{line}").context("cannot write the output of cargo test")?;
+    }
+    let status = child.wait().context("cannot wait for cargo test")?;
+    writeln!(shown, "tests: {} passed, {} failed", total.passed, total.failed)
+        .context("cannot write the result")?;
+    ensure!(status.success(), "cargo test failed: {status}");
+    if total.passed + total.failed == 0 {
+        bail!("no test ran: none matches {filters:?}");
+    }
+    Ok(())
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Total {
+    passed: u64,
+    failed: u64,
+}
+
+impl Total {
+    /// Adds what a closing line of one test program says; other lines say nothing.
+    fn add(&mut self, line: &str) {
+        let Some(result) = line.strip_prefix("test result: ") else { return };
+        let counts = result.split_once(". ").map_or("", |(_, counts)| counts);
+        for count in counts.split("; ") {
+            match count.split_once(' ') {
+                Some((number, "passed")) => self.passed += number.parse::<u64>().unwrap_or(0),
+                Some((number, "failed")) => self.failed += number.parse::<u64>().unwrap_or(0),
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(words: &[&str]) -> Vec<String> {
+        words.iter().map(|&word| word.to_owned()).collect()
+    }
+
+    #[test]
+    fn the_first_word_may_name_a_ring() {
+        let check = |args: &[&str], ring, filters: &[&str]| {
+            assert_eq!(split(&strings(args)), (ring, strings(filters).as_slice()));
+        };
+        check(&[], Ring::All, &[]);
+        check(&["lab"], Ring::Lab, &[]);
+        check(&["unit", "addr", "be"], Ring::Unit, &["addr", "be"]);
+        check(&["addr", "lab"], Ring::All, &["addr", "lab"]);
+    }
+
+    #[test]
+    fn tests_are_chosen_by_name_and_none_falls_through() {
+        let package = |name: &str, tests: &[&str]| Package {
+            name: name.into(),
+            manifest: "Cargo.toml".into(),
+            tests: strings(tests),
+        };
+        let packages = [
+            package("proxy-ebpf", &[]),
+            package("proxy-common", &[]),
+            package("proxy-tests", &["apiserver", "lab_socket", "pure_cases"]),
+        ];
+        let check = |ring, tests: &[&str]| {
+            let selection = select(&packages, ring);
+            assert_eq!(
+                selection.packages,
+                strings(&["--package", "proxy-common", "--package", "proxy-tests"])
+            );
+            assert_eq!(selection.tests, strings(tests));
+        };
+        check(Ring::Unit, &["--test", "apiserver", "--test", "pure_cases"]);
+        check(Ring::Lab, &["--test", "lab_socket"]);
+        check(Ring::All, &["--test", "apiserver", "--test", "lab_socket", "--test", "pure_cases"]);
+    }
+
+    #[test]
+    fn closing_lines_are_added_up() {
+        let mut total = Total::default();
+        total.add("running 3 tests");
+        total.add(
+            "test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.00s",
+        );
+        total.add("test result: FAILED. 1 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out");
+        assert_eq!(total, Total { passed: 3, failed: 3 });
+    }
+}

@@ -1,0 +1,191 @@
+//! Finds the compiler for the BPF target and the linker that goes with it. It only looks; [`crate::setup`] installs.
+//!
+//! Building for BPF needs `core` from source, hence a compiler that accepts `-Z` flags and the library source of
+//! exactly that compiler. There are two ways to have both:
+//!
+//! - rustup's nightly with the component `rust-src`;
+//! - Debian's packages `rustc-web cargo-web rust-web-src`, a stable compiler that `RUSTC_BOOTSTRAP` opens.
+
+use std::env;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::process;
+use crate::workspace;
+
+/// The version of bpf-linker that `setup` builds and that is taken from `PATH`.
+pub(crate) const BPF_LINKER: &str = "0.13.0";
+
+/// The LLVM that bpf-linker is built with. A compiler with a newer one writes bitcode that it cannot read.
+pub(crate) const LLVM: u32 = 22;
+
+/// The version of cargo-deny that `setup` builds. Any version on `PATH` is taken.
+pub(crate) const CARGO_DENY: &str = "0.20.2";
+
+/// The oldest compiler the workspace builds with: `rust-version` of the workspace.
+const OLDEST_RUSTC: (u32, u32) = (1, 95);
+
+/// Chooses the compiler by hand: `debian`, or the name of a rustup toolchain.
+pub(crate) const CHOICE: &str = "VIPR_EBPF_TOOLCHAIN";
+
+/// A compiler that can build for BPF, with its library source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Toolchain {
+    /// A toolchain of rustup's, by name.
+    Rustup(String),
+    /// Debian's packages.
+    Debian,
+}
+
+impl fmt::Display for Toolchain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rustup(name) => write!(f, "rustup's {name}"),
+            Self::Debian => f.write_str("Debian's rustc-web"),
+        }
+    }
+}
+
+impl Toolchain {
+    /// What [`CHOICE`] asks for, if anything.
+    pub(crate) fn chosen() -> Option<Self> {
+        let choice = env::var(CHOICE).ok().filter(|choice| !choice.is_empty())?;
+        Some(if choice == "debian" { Self::Debian } else { Self::Rustup(choice) })
+    }
+
+    /// The first usable toolchain, in order of preference.
+    ///
+    /// # Errors
+    /// When there is none, with the reason for each.
+    pub(crate) fn find() -> Result<Self> {
+        let candidates = match Self::chosen() {
+            Some(chosen) => vec![chosen],
+            None => vec![Self::Rustup("nightly".into()), Self::Debian],
+        };
+        let mut reasons = Vec::new();
+        for candidate in candidates {
+            match candidate.check() {
+                Ok(()) => return Ok(candidate),
+                Err(reason) => reasons.push(format!("{candidate}: {reason:#}")),
+            }
+        }
+        bail!("no compiler for the BPF target ({})", reasons.join("; "))
+    }
+
+    /// Whether this toolchain can build the BPF object.
+    ///
+    /// # Errors
+    /// The reason why it cannot.
+    pub(crate) fn check(&self) -> Result<()> {
+        if let Self::Rustup(name) = self {
+            let installed = process::output(Command::new("rustup").args(["toolchain", "list"]))?;
+            if !installed.lines().any(|line| line.starts_with(name.as_str())) {
+                bail!("not installed");
+            }
+        }
+        let version = process::output(self.program("rustc").arg("-vV"))?;
+        check_version(&version)?;
+        let sysroot = process::output(self.program("rustc").args(["--print", "sysroot"]))?;
+        let core = Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/Cargo.toml");
+        if !core.is_file() {
+            bail!("library source is missing ({})", core.display());
+        }
+        process::output(self.program("cargo").arg("--version"))?;
+        Ok(())
+    }
+
+    /// Cargo of this toolchain, started in the workspace's root, with `-Z` flags allowed.
+    ///
+    /// What `cargo run` and rustup set for xtask's own toolchain is not passed on.
+    pub(crate) fn cargo(&self) -> Command {
+        let mut cargo = self.program("cargo");
+        cargo.current_dir(workspace::root()).env_remove("CARGO_ENCODED_RUSTFLAGS");
+        if *self == Self::Debian {
+            cargo.env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1");
+        }
+        cargo
+    }
+
+    /// Whether this toolchain has clippy.
+    pub(crate) fn has_clippy(&self) -> bool {
+        process::output(self.program("cargo-clippy").arg("--version")).is_ok()
+    }
+
+    fn program(&self, name: &str) -> Command {
+        let mut command = match self {
+            Self::Rustup(toolchain) => {
+                let mut command = Command::new("rustup");
+                command.args(["run", toolchain, name]);
+                command
+            }
+            Self::Debian => Command::new(Path::new("/usr/bin").join(name)),
+        };
+        for variable in ["LD_LIBRARY_PATH", "RUSTUP_TOOLCHAIN", "RUSTC", "RUSTDOC", "CARGO"] {
+            command.env_remove(variable);
+        }
+        command
+    }
+}
+
+/// Judges what `rustc -vV` printed.
+fn check_version(verbose: &str) -> Result<()> {
+    let field = |name: &str| verbose.lines().find_map(|line| line.strip_prefix(name));
+    let release = field("release: ").context("rustc does not say its version")?;
+    let mut numbers = release.split(['.', '-']).map(str::parse);
+    let version = match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
+        _ => bail!("rustc's version {release:?} is not understood"),
+    };
+    if version < OLDEST_RUSTC {
+        bail!("rustc {release} is older than {}.{}", OLDEST_RUSTC.0, OLDEST_RUSTC.1);
+    }
+    let llvm: u32 = field("LLVM version: ")
+        .and_then(|llvm| llvm.split('.').next()?.parse().ok())
+        .context("rustc does not say which LLVM it has")?;
+    if llvm > LLVM {
+        bail!("its LLVM {llvm} is newer than bpf-linker's {LLVM}; name an older toolchain in {CHOICE}");
+    }
+    Ok(())
+}
+
+/// bpf-linker of version [`BPF_LINKER`], from the tools directory or `PATH`.
+///
+/// # Errors
+/// When there is none.
+pub(crate) fn bpf_linker() -> Result<PathBuf> {
+    let found = workspace::find_program("bpf-linker");
+    let Some(linker) = found else {
+        bail!("bpf-linker {BPF_LINKER} is not installed");
+    };
+    // It also fails to start when the LLVM it was linked with has been removed.
+    let version = process::output(Command::new(&linker).arg("--version"))?;
+    if version.split_whitespace().nth(1) != Some(BPF_LINKER) {
+        bail!("{} is {}, not {BPF_LINKER}", linker.display(), version.trim());
+    }
+    Ok(linker)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(release: &str, llvm: &str) -> Result<(), String> {
+        let verbose =
+            format!("rustc {release} (abc)\nbinary: rustc\nrelease: {release}\nLLVM version: {llvm}\n");
+        check_version(&verbose).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn versions_are_judged_by_release_and_llvm() {
+        assert_eq!(check("1.95.0", "22.1.2"), Ok(()));
+        assert_eq!(check("1.97.0-nightly", "22.1.4"), Ok(()));
+        assert_eq!(check("1.96.0", "21.0.0"), Ok(()));
+        assert!(check("1.85.0", "19.1.0").unwrap_err().contains("older than 1.95"));
+        assert!(check("1.99.0-nightly", "23.0.0").unwrap_err().contains("LLVM 23 is newer"));
+        assert!(check("odd", "22").unwrap_err().contains("not understood"));
+        assert!(check_version("rustc").is_err());
+    }
+}

@@ -1,0 +1,140 @@
+//! Where things are: the workspace, its target directory, and programs on `PATH`.
+
+use std::env;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use crate::process;
+
+/// The workspace's root directory.
+pub(crate) fn root() -> &'static Path {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().unwrap_or(manifest)
+}
+
+/// Cargo's target directory, absolute: `CARGO_TARGET_DIR`, else `target` in the workspace.
+///
+/// `proxy-agent/build.rs` follows the same rule to find the BPF object.
+pub(crate) fn target_dir() -> PathBuf {
+    match env::var_os("CARGO_TARGET_DIR").filter(|dir| !dir.is_empty()) {
+        Some(dir) => root().join(dir),
+        None => root().join("target"),
+    }
+}
+
+/// Where `setup` puts the tools it builds. Programs are in its `bin`.
+pub(crate) fn tools_dir() -> PathBuf {
+    target_dir().join("tools")
+}
+
+/// The BPF object that the agent embeds.
+pub(crate) fn ebpf_object() -> PathBuf {
+    target_dir().join("ebpf").join("vipr.o")
+}
+
+/// Cargo of the workspace's own toolchain, started in the workspace's root.
+///
+/// `LD_LIBRARY_PATH` is what `cargo run` set for xtask itself; another compiler must not inherit it.
+pub(crate) fn cargo() -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root()).env_remove("LD_LIBRARY_PATH");
+    // Build scripts watch this variable: where it is unset it must stay unset, or they would run again.
+    if env::var_os("CARGO_TARGET_DIR").is_some() {
+        cargo.env("CARGO_TARGET_DIR", target_dir());
+    }
+    cargo
+}
+
+/// A member of the workspace.
+pub(crate) struct Package {
+    /// Its name for `--package`.
+    pub(crate) name: String,
+    /// Its `Cargo.toml`.
+    pub(crate) manifest: PathBuf,
+    /// The names of its integration test targets, sorted.
+    pub(crate) tests: Vec<String>,
+}
+
+/// The members of the workspace, as cargo sees them.
+///
+/// # Errors
+/// When cargo cannot read the workspace.
+pub(crate) fn packages() -> Result<Vec<Package>> {
+    let metadata = process::output(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    let metadata: Value = serde_json::from_str(&metadata).context("cargo metadata is not JSON")?;
+    let packages = metadata["packages"].as_array().context("cargo metadata names no packages")?;
+    packages.iter().map(|package| read_package(package).context("cargo metadata is incomplete")).collect()
+}
+
+fn read_package(package: &Value) -> Option<Package> {
+    let is_test =
+        |target: &&Value| target["kind"].as_array().is_some_and(|kinds| kinds.contains(&"test".into()));
+    let tests = package["targets"].as_array()?.iter().filter(is_test);
+    let mut tests: Vec<_> = tests.filter_map(|target| Some(target["name"].as_str()?.to_owned())).collect();
+    tests.sort();
+    Some(Package {
+        name: package["name"].as_str()?.to_owned(),
+        manifest: package["manifest_path"].as_str()?.into(),
+        tests,
+    })
+}
+
+/// The first executable called `name` in the tools directory or on `PATH`.
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    find_in(tools_dir().join("bin"), &path, name)
+}
+
+fn find_in(first: PathBuf, path: &OsStr, name: &str) -> Option<PathBuf> {
+    // Debian keeps bpftool and ip in sbin, which an ordinary user's PATH leaves out.
+    let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    std::iter::once(first)
+        .chain(env::split_paths(path))
+        .chain(system)
+        .map(|dir| dir.join(name))
+        .find(|candidate| is_executable(candidate))
+}
+
+fn is_executable(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt as _;
+    path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+/// Whether this process runs as root.
+pub(crate) fn is_root() -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    // /proc/self belongs to the effective user.
+    Path::new("/proc/self").metadata().is_ok_and(|meta| meta.uid() == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_is_the_workspace() {
+        let manifest = std::fs::read_to_string(root().join("Cargo.toml")).unwrap();
+        assert!(manifest.contains("[workspace]"));
+    }
+
+    #[test]
+    fn cargo_names_this_package() {
+        let packages = packages().unwrap();
+        let own = packages.iter().find(|package| package.name == "xtask").unwrap();
+        assert_eq!(own.manifest, root().join("xtask/Cargo.toml"));
+        assert_eq!(own.tests, Vec::<String>::new());
+    }
+
+    #[test]
+    fn programs_are_found_in_order_and_only_if_executable() {
+        let nowhere = PathBuf::from("/nonexistent");
+        assert_eq!(find_in("/bin".into(), OsStr::new("/usr/bin"), "sh"), Some("/bin/sh".into()));
+        assert_eq!(find_in(nowhere.clone(), OsStr::new("/nonexistent:/bin"), "sh"), Some("/bin/sh".into()));
+        assert_eq!(find_in(nowhere.clone(), OsStr::new(""), "sh"), None);
+        assert_eq!(find_in(nowhere, OsStr::new("/etc"), "passwd"), None);
+    }
+}
