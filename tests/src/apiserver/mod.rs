@@ -1,0 +1,231 @@
+//! A small Kubernetes API server for tests, and a starter for the real one.
+//!
+//! [`ApiServer`] speaks the list and watch protocol over plain HTTP and can misbehave on request: [`ApiServer`]'s
+//! fault methods cut watches, go away, fail requests, hold lists back, lose or shuffle events. It stores what it is
+//! given: it neither validates nor defaults nor allocates addresses, and nobody has to log in. [`ControlPlane`]
+//! starts a real etcd and kube-apiserver with the same basic surface. [`client::apply`] writes to either.
+//!
+//! What the protocol is: <https://kubernetes.io/docs/reference/using-api/api-concepts/>.
+
+pub mod client;
+mod control_plane;
+mod faults;
+mod http;
+mod object;
+mod resource;
+mod selector;
+mod server;
+mod status;
+mod store;
+mod watch;
+mod write;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use serde_json::Value;
+use tokio::sync::mpsc;
+
+pub use control_plane::ControlPlane;
+pub use faults::Cut;
+pub use resource::{Request, Resource, Verb};
+
+use faults::{Faults, Gate};
+use object::Key;
+use server::Command;
+use store::Store;
+
+/// What the handle and the connections share.
+struct Shared {
+    state: Mutex<State>,
+    /// The lists that wait.
+    gates: tokio::sync::watch::Sender<BTreeSet<Gate>>,
+}
+
+#[derive(Default)]
+struct State {
+    store: Store,
+    requests: Vec<Request>,
+    faults: Faults,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A running server. It has a thread of its own, so that tests without a runtime can use it, and stops when dropped.
+pub struct ApiServer {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    commands: mpsc::UnboundedSender<Command>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ApiServer {
+    /// Starts a server on a free port of 127.0.0.1.
+    ///
+    /// # Errors
+    /// If there is no port or no thread to be had.
+    pub fn start() -> Result<Self> {
+        Self::start_on(TcpListener::bind("127.0.0.1:0").context("no port for the API server")?)
+    }
+
+    /// Starts a server on a listener, which may belong to another network namespace.
+    ///
+    /// # Errors
+    /// If the listener cannot be used or there is no thread to be had.
+    pub fn start_on(listener: TcpListener) -> Result<Self> {
+        let address = listener.local_addr()?;
+        let gates = tokio::sync::watch::Sender::default();
+        let shared = Arc::new(Shared { state: Mutex::default(), gates });
+        let (commands, orders) = mpsc::unbounded_channel();
+        let serve = server::prepare(Arc::clone(&shared), listener, orders)?;
+        let thread = thread::Builder::new().name("apiserver".to_owned()).spawn(serve)?;
+        Ok(Self { shared, address, commands, thread: Some(thread) })
+    }
+
+    /// The address it listens on.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The URL it serves, without a trailing slash.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// A kubeconfig that names this server.
+    pub fn kubeconfig(&self) -> String {
+        client::kubeconfig(&self.url(), None)
+    }
+
+    /// Writes [`Self::kubeconfig`] to a file.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write_kubeconfig(&self, path: &Path) -> Result<()> {
+        fs::write(path, self.kubeconfig()).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Creates or replaces an object, status included; its `apiVersion` and `kind` decide the resource. uid and
+    /// creationTimestamp are kept, or made if absent. Returns the object's revision: an object that does not change
+    /// keeps its own.
+    ///
+    /// # Errors
+    /// If the object is of no served kind, or lacks its name or namespace.
+    pub fn apply(&self, object: Value) -> Result<u64> {
+        let resource = Resource::of(&object)?;
+        let put = self.shared.state().store.put(resource, object, true);
+        Ok(put.map_err(|problem| anyhow!(problem))?.revision)
+    }
+
+    /// [`Self::apply`] for many objects.
+    ///
+    /// # Errors
+    /// As [`Self::apply`]; the objects before the faulty one are in.
+    pub fn apply_all(&self, objects: impl IntoIterator<Item = Value>) -> Result<()> {
+        objects.into_iter().try_for_each(|object| self.apply(object).map(drop))
+    }
+
+    /// Deletes the object of that kind, namespace and name; says whether it was there.
+    ///
+    /// # Errors
+    /// If the object is of no served kind, or lacks its name or namespace.
+    pub fn delete(&self, object: &Value) -> Result<bool> {
+        let resource = Resource::of(object)?;
+        let key = Key::of(resource, object).map_err(|problem| anyhow!(problem))?;
+        Ok(self.shared.state().store.delete(resource, &key, true).is_some())
+    }
+
+    /// Deletes by name; the namespace of cluster-scoped objects is empty. Says whether the object was there.
+    pub fn delete_named(&self, resource: Resource, namespace: &str, name: &str) -> bool {
+        self.shared.state().store.delete(resource, &Key::new(namespace, name), true).is_some()
+    }
+
+    /// Deletes every object of a resource; returns how many there were.
+    pub fn delete_all(&self, resource: Resource) -> usize {
+        let mut state = self.shared.state();
+        let objects = state.store.all(resource);
+        objects.iter().filter(|object| state.store.delete(resource, &object.key, true).is_some()).count()
+    }
+
+    /// An object as a client would get it; the namespace of cluster-scoped objects is empty.
+    pub fn get(&self, resource: Resource, namespace: &str, name: &str) -> Option<Value> {
+        let object = self.shared.state().store.get(resource, &Key::new(namespace, name))?;
+        Some(object.to_value(resource))
+    }
+
+    /// Every object of a resource, by namespace and name.
+    pub fn list(&self, resource: Resource) -> Vec<Value> {
+        let objects = self.shared.state().store.all(resource);
+        objects.iter().map(|object| object.to_value(resource)).collect()
+    }
+
+    /// The Events that clients have recorded, of both API groups.
+    pub fn recorded_events(&self) -> Vec<Value> {
+        let mut events = self.list(Resource::CoreEvents);
+        events.extend(self.list(Resource::Events));
+        events
+    }
+
+    /// The newest revision.
+    pub fn revision(&self) -> u64 {
+        self.shared.state().store.revision()
+    }
+
+    /// Every request for a resource since the start or [`Self::forget_requests`], failed ones included.
+    pub fn requests(&self) -> Vec<Request> {
+        self.shared.state().requests.clone()
+    }
+
+    /// How many of [`Self::requests`] had this verb and resource.
+    pub fn count(&self, verb: Verb, resource: Resource) -> usize {
+        let state = self.shared.state();
+        state.requests.iter().filter(|request| request.verb == verb && request.resource == resource).count()
+    }
+
+    /// Starts counting anew.
+    pub fn forget_requests(&self) {
+        self.shared.state().requests.clear();
+    }
+
+    /// How many watches of a resource are open.
+    pub fn open_watches(&self, resource: Resource) -> usize {
+        self.shared.state().store.open_watches(resource)
+    }
+
+    /// Blocks the thread until `count` watches of a resource are open.
+    ///
+    /// # Errors
+    /// If that does not happen within `limit`.
+    pub fn wait_for_watches(&self, resource: Resource, count: usize, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let open = self.open_watches(resource);
+            if open == count {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("{open} watches of {resource} instead of {count} after {limit:?}");
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        let _thread_gone = self.commands.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _panicked = thread.join();
+        }
+    }
+}

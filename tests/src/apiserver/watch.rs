@@ -1,0 +1,134 @@
+//! The body of a watch response: one JSON document per line, until the client goes, the time is up or a fault ends it.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use axum::body::{Body, Bytes};
+use futures::Stream;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::Shared;
+use super::object::Object;
+use super::resource::Resource;
+use super::selector::Selection;
+use super::status::Status;
+use super::store::{Change, Item};
+
+/// Marks the bookmark that ends the initial events.
+const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
+
+/// A watch in progress.
+pub(super) struct Watch {
+    pub(super) shared: Arc<Shared>,
+    pub(super) resource: Resource,
+    pub(super) selection: Selection,
+    pub(super) items: mpsc::UnboundedReceiver<Item>,
+    /// The revision that the client began at.
+    pub(super) from: u64,
+    pub(super) bookmarks: bool,
+    pub(super) until: Instant,
+    /// Tells the connection to break within its next write.
+    pub(super) break_write: Arc<AtomicBool>,
+    pub(super) cut_next_event: bool,
+}
+
+impl Watch {
+    pub(super) fn into_body(self) -> Body {
+        Body::from_stream(self.into_lines())
+    }
+
+    fn into_lines(self) -> impl Stream<Item = io::Result<Bytes>> {
+        futures::stream::unfold(Some(self), |watch| async move {
+            let mut watch = watch?;
+            loop {
+                let item = match tokio::time::timeout_at(watch.until, watch.items.recv()).await {
+                    Ok(item) => item?,
+                    Err(_elapsed) => match watch.last() {
+                        Ok(item) => item,
+                        Err(bookmark) => return Some((Ok(bookmark?), None)),
+                    },
+                };
+                match watch.line(item) {
+                    Ok(Some(line)) => return Some((Ok(line), Some(watch))),
+                    Ok(None) => {}
+                    Err(broken) => return Some((Err(broken), None)),
+                }
+            }
+        })
+    }
+
+    /// When the time is up: what is still to be sent, or the bookmark from which the client can resume.
+    fn last(&mut self) -> Result<Item, Option<Bytes>> {
+        // In this order: everything up to the revision is in the channel by the time that is looked into.
+        let revision = self.shared.state().store.delivered(self.resource).max(self.from);
+        let item = self.items.try_recv();
+        item.map_err(|_empty| self.bookmarks.then(|| self.bookmark(revision, false)))
+    }
+
+    fn line(&mut self, item: Item) -> io::Result<Option<Bytes>> {
+        Ok(match item {
+            Item::Initial(object) => Some(self.event("ADDED", &object)),
+            Item::InitialEnd(revision) => Some(self.bookmark(revision, true)),
+            Item::Change(change) => self.change(&change),
+            Item::Bookmark(revision) => self.bookmarks.then(|| self.bookmark(revision, false)),
+            Item::Error(status) => Some(error_line(&status)),
+            Item::Abort => return Err(io::ErrorKind::ConnectionReset.into()),
+            Item::CutNextEvent => {
+                self.cut_next_event = true;
+                None
+            }
+        })
+    }
+
+    /// An object that begins or ceases to match is added or deleted, whatever happened to it.
+    fn change(&self, change: &Change) -> Option<Bytes> {
+        let selected = |object: &&Arc<Object>| self.selection.matches(object);
+        let line = match (change.before.as_ref().filter(selected), change.after.as_ref().filter(selected)) {
+            (None, Some(after)) => self.event("ADDED", after),
+            (Some(_), Some(after)) => self.event("MODIFIED", after),
+            // The object as it last matched, at the revision of the change.
+            (Some(before), None) => {
+                let value = before.to_value(self.resource);
+                let last = Object::new(self.resource, value, change.revision).ok()?;
+                self.event("DELETED", &last)
+            }
+            (None, None) => return None,
+        };
+        if self.cut_next_event {
+            self.break_write.store(true, Ordering::Relaxed);
+        }
+        Some(line)
+    }
+
+    fn event(&self, event: &str, object: &Object) -> Bytes {
+        let mut line = Vec::with_capacity(object.as_item().len() + 128);
+        line.extend_from_slice(format!(r#"{{"type":"{event}","object":"#).as_bytes());
+        object.write(self.resource, &mut line);
+        line.extend_from_slice(b"}\n");
+        Bytes::from(line)
+    }
+
+    fn bookmark(&self, revision: u64, ends_initial: bool) -> Bytes {
+        let mut metadata = json!({ "resourceVersion": revision.to_string(), "creationTimestamp": null });
+        if ends_initial {
+            metadata["annotations"] = json!({ INITIAL_EVENTS_END: "true" });
+        }
+        let (kind, api_version) = (self.resource.kind(), self.resource.api_version());
+        to_line(&json!({
+            "type": "BOOKMARK",
+            "object": { "kind": kind, "apiVersion": api_version, "metadata": metadata },
+        }))
+    }
+}
+
+/// An ERROR event.
+pub(super) fn error_line(status: &Status) -> Bytes {
+    to_line(&json!({ "type": "ERROR", "object": status.to_value() }))
+}
+
+fn to_line(event: &Value) -> Bytes {
+    Bytes::from(format!("{event}\n"))
+}

@@ -1,0 +1,300 @@
+//! The behaviour of a Service proxy as one table of cases: Kubernetes objects in, fates of connections out.
+//!
+//! A case says nothing about how it is run. One runner may turn the objects into maps and ask the pure datapath,
+//! another may start the agent and open real sockets. Each step of a case gives the whole cluster; what is not in
+//! it is gone.
+//!
+//! All cases share one world (RFC 5737 and RFC 2544 addresses):
+//!
+//! - Node **n1** is under test: zone `za`, 192.0.2.10 and 2001:db8:1::10, further local addresses 198.51.100.10 and
+//!   2001:db8:2::10. Other nodes are n2 (zone `zb`, 192.0.2.20) and n3 (zone `za`, 192.0.2.30).
+//! - Pods have addresses in 10.64.0.0/12 and fd00:64::/48, Services in 10.96.0.0/16 and fd00:96::/112.
+//! - Endpoints and senders: [`ENDPOINTS`] and [`Sender`].
+//! - Service `a/s` has clusterIP 10.96.0.10 and one port `web`, TCP 80, to port 8080 of the endpoints.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use proxy_common::addr::Family;
+use serde_json::Value;
+
+mod checks;
+mod objects;
+
+mod affinity;
+mod eligibility;
+mod frontends;
+mod intake;
+mod no_endpoints;
+mod policies;
+mod source_ranges;
+mod topology;
+
+#[cfg(test)]
+mod tests;
+
+/// Every case, by id.
+pub fn all() -> Vec<Case> {
+    let groups = [
+        eligibility::cases(),
+        frontends::cases(),
+        intake::cases(),
+        policies::cases(),
+        topology::cases(),
+        no_endpoints::cases(),
+        source_ranges::cases(),
+        affinity::cases(),
+    ];
+    groups.into_iter().flatten().collect()
+}
+
+/// One row of the table.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// Stable id, like `P041`: the letter P, the group in hundreds and tens.
+    pub id: &'static str,
+    /// What it is about, in a few words.
+    pub title: &'static str,
+    /// How the proxy is configured.
+    pub config: Config,
+    /// What happens, in order. The proxy keeps running from one to the next.
+    pub steps: Vec<Step>,
+}
+
+/// Configuration that differs between cases.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// detect-local by source: what `clusterCIDR` says. Empty: detect-local is not implemented.
+    pub cluster_cidr: Vec<&'static str>,
+    /// `nodePortAddresses`: CIDRs, or the one word `primary`.
+    pub node_port_addresses: Vec<&'static str>,
+    /// Feature gate `AllowServiceExternalIPs`.
+    pub allow_external_ips: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            cluster_cidr: vec!["10.64.0.0/12", "fd00:64::/48"],
+            node_port_addresses: vec!["primary"],
+            allow_external_ips: true,
+        }
+    }
+}
+
+/// A state of the cluster, and what must be true in it.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// Every object there is, as manifests: Nodes, ServiceCIDRs, Services, EndpointSlices.
+    pub objects: Vec<Value>,
+    /// Checked in this order, once the proxy has taken the objects in.
+    pub checks: Vec<Check>,
+}
+
+/// One thing to look at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// New connections (datagrams, for UDP; echo requests, for ping).
+    Connect(Connect),
+    /// Exactly these frontends exist in the family.
+    Frontends(Family, BTreeSet<Frontend>),
+    /// So many endpoints are in the cluster set behind a frontend.
+    ClusterSet(Dest, usize),
+    /// The affinity timeout, in seconds, of the Service port behind a frontend.
+    AffinitySeconds(Dest, u32),
+}
+
+/// Connections of one kind of client to one destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connect {
+    /// Who.
+    pub sender: Sender,
+    /// Where to.
+    pub dest: Dest,
+    /// What becomes of them.
+    pub expect: Expect,
+    /// How many and how fast, where that matters; otherwise as many as it takes, without pause.
+    pub pace: Option<Pace>,
+}
+
+/// A number of connections of each client, with pauses between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pace {
+    /// How many connections each client makes, one after the other, each from another source port.
+    pub connections: u32,
+    /// Idle time between two of them.
+    pub pause: Duration,
+}
+
+/// Who sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sender {
+    /// A pod on n1.
+    P,
+    /// The IPv6 address of a pod on n1.
+    P6,
+    /// Each of many pods on n1.
+    Pods,
+    /// A process of the host n1.
+    H,
+    /// A client off the cluster, routed to n1; inside 203.0.113.0/25.
+    X,
+    /// Another one; outside 203.0.113.0/25.
+    Y,
+    /// An IPv6 client off the cluster.
+    X6,
+}
+
+impl Sender {
+    /// The clients' addresses.
+    pub fn addresses(self) -> Vec<IpAddr> {
+        let v4 = |octets: [u8; 4]| IpAddr::V4(octets.into());
+        let v6 = |segments: [u16; 8]| IpAddr::V6(segments.into());
+        match self {
+            Self::P => vec![v4([10, 64, 1, 50])],
+            Self::P6 => vec![v6([0xfd00, 0x64, 0, 1, 0, 0, 0, 0x50])],
+            Self::Pods => (100..132).map(|last| v4([10, 64, 1, last])).collect(),
+            Self::H => vec![v4([192, 0, 2, 10])],
+            Self::X => vec![v4([203, 0, 113, 7])],
+            Self::Y => vec![v4([203, 0, 113, 200])],
+            Self::X6 => vec![v6([0x2001, 0xdb8, 0xff, 0, 0, 0, 0, 7])],
+        }
+    }
+
+    /// Whether the sockets are on n1, so that its socket edge sees them. The packets of the others come to n1 over
+    /// the network.
+    pub const fn on_this_node(self) -> bool {
+        match self {
+            Self::P | Self::P6 | Self::Pods | Self::H => true,
+            Self::X | Self::Y | Self::X6 => false,
+        }
+    }
+}
+
+/// A transport protocol, or ping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Proto {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+    /// ICMP(v6) echo; the port means nothing.
+    Ping,
+}
+
+/// Where a client connects to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Dest {
+    /// Protocol.
+    pub proto: Proto,
+    /// Address and port.
+    pub addr: SocketAddr,
+}
+
+/// What becomes of connections.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// Each goes to one of these, at random, so that every one of them is reached in time.
+    Spread(BTreeSet<Target>, Source),
+    /// All of one client go to the same one of these. Many clients together reach every one of them.
+    Sticky(BTreeSet<Target>, Source),
+    /// Connection refused.
+    Reject,
+    /// Silence. (A proxy that acts on sockets alone may fail the call instead.)
+    Drop,
+    /// The proxy does not touch them.
+    Pass,
+}
+
+/// What source address the endpoint sees, with a proxy that acts on packets. One that acts on the sockets of a node
+/// has nothing to rewrite there: the endpoint sees the client itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The client's own.
+    Kept,
+    /// One of this node's.
+    Masqueraded,
+    /// The case does not say.
+    Unsaid,
+}
+
+/// Where an endpoint of the table listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Target {
+    /// Which endpoint.
+    pub endpoint: Endpoint,
+    /// Port.
+    pub port: u16,
+}
+
+/// A pod that can be an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Endpoint {
+    /// Its name in the table.
+    pub name: &'static str,
+    /// Its address.
+    pub ip: IpAddr,
+    /// The node that it runs on.
+    pub node: &'static str,
+}
+
+/// Every endpoint there is. Each listens on every port that a slice mentions, and answers with its name.
+pub const ENDPOINTS: [Endpoint; 5] = [
+    Endpoint { name: "L1", ip: IpAddr::V4(Ipv4Addr::new(10, 64, 1, 11)), node: "n1" },
+    Endpoint { name: "L2", ip: IpAddr::V4(Ipv4Addr::new(10, 64, 1, 12)), node: "n1" },
+    Endpoint { name: "R1", ip: IpAddr::V4(Ipv4Addr::new(10, 64, 2, 21)), node: "n2" },
+    Endpoint { name: "R2", ip: IpAddr::V4(Ipv4Addr::new(10, 64, 3, 31)), node: "n3" },
+    Endpoint { name: "V1", ip: IpAddr::V6(Ipv6Addr::new(0xfd00, 0x64, 0, 1, 0, 0, 0, 0x11)), node: "n1" },
+];
+
+/// A place where a Service can be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Frontend {
+    /// An address with a port.
+    Address(Proto, SocketAddr),
+    /// A nodePort.
+    NodePort(Proto, u16),
+}
+
+impl Case {
+    /// The same with every pause, and every affinity timeout but the default, divided by `divisor`: what takes
+    /// minutes by the clock then takes seconds.
+    pub fn faster(mut self, divisor: u32) -> Self {
+        for step in &mut self.steps {
+            for object in &mut step.objects {
+                let timeout = object.pointer_mut("/spec/sessionAffinityConfig/clientIP/timeoutSeconds");
+                if let Some(timeout) = timeout
+                    && let Some(seconds) = timeout.as_u64().filter(|seconds| *seconds != 10_800)
+                {
+                    *timeout = (seconds / u64::from(divisor)).max(1).into();
+                }
+            }
+            for check in &mut step.checks {
+                if let Check::Connect(Connect { pace: Some(pace), .. }) = check {
+                    pace.pause /= divisor;
+                }
+            }
+        }
+        self
+    }
+
+    /// Every protocol and port that a slice of this case mentions.
+    pub fn listening(&self) -> BTreeSet<(Proto, u16)> {
+        let objects = self.steps.iter().flat_map(|step| &step.objects);
+        let slices = objects.filter(|object| object["kind"] == "EndpointSlice");
+        let ports = slices.filter_map(|slice| slice["ports"].as_array()).flatten();
+        ports
+            .filter_map(|port| {
+                let proto = match port["protocol"].as_str() {
+                    Some("UDP") => Proto::Udp,
+                    Some("SCTP") => Proto::Sctp,
+                    Some(_) | None => Proto::Tcp,
+                };
+                Some((proto, u16::try_from(port["port"].as_u64()?).ok()?))
+            })
+            .collect()
+    }
+}

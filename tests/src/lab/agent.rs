@@ -1,0 +1,233 @@
+//! Running the agent in a node.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::net::SocketAddr;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use super::binary;
+use super::exec::Proc;
+use super::place::{Node, Place};
+
+/// Every node has its own loopback, so that the agents' usual addresses do not collide.
+const HEALTH: &str = "127.0.0.1:10256";
+const METRICS: &str = "127.0.0.1:10249";
+/// How many lines of the log a dropped agent prints.
+const SHOWN_LINES: usize = 200;
+
+/// A `proxy-agent run` of one node; it can be started, killed and started again. Killed when dropped, and its log goes
+/// to standard error, which test runners show for failed tests only.
+#[derive(Debug)]
+pub struct Agent {
+    host: Place,
+    pin_dir: String,
+    flags: BTreeMap<String, String>,
+    env: BTreeMap<String, String>,
+    log: File,
+    show_log: bool,
+    running: Option<Proc>,
+}
+
+impl Agent {
+    pub(super) fn new(node: &Node) -> Result<Self> {
+        binary::proxy_agent()?;
+        let pin_dir = node.pin_dir().display().to_string();
+        let flags = [
+            ("hostname-override", node.name()),
+            ("cgroup-path", &node.cgroup().display().to_string()),
+            ("pin-dir", &pin_dir),
+            ("cluster-cidr", node.cluster_cidr()),
+            ("healthz-bind-address", HEALTH),
+            ("metrics-bind-address", METRICS),
+        ];
+        let flags = flags.map(|(flag, value)| (flag.to_owned(), value.to_owned())).into();
+        // Without a name, so that nothing stays behind whatever happens.
+        let log = tempfile::tempfile().context("no temporary file for the agent's log")?;
+        let host = node.host().clone();
+        Ok(Self { host, pin_dir, flags, env: BTreeMap::new(), log, show_log: true, running: None })
+    }
+
+    /// Sets `--flag value`, also in place of a default.
+    #[must_use]
+    pub fn flag(mut self, flag: &str, value: impl ToString) -> Self {
+        self.flags.insert(flag.to_owned(), value.to_string());
+        self
+    }
+
+    /// Leaves out a flag that is given by default.
+    #[must_use]
+    pub fn without(mut self, flag: &str) -> Self {
+        self.flags.remove(flag);
+        self
+    }
+
+    /// Reads the objects in a directory.
+    #[must_use]
+    pub fn manifests(self, dir: &Path) -> Self {
+        self.flag("manifests", dir.display())
+    }
+
+    /// Reads the objects of an API server.
+    #[must_use]
+    pub fn kubeconfig(self, file: &Path) -> Self {
+        self.flag("kubeconfig", file.display())
+    }
+
+    /// Sets an environment variable, such as `RUST_LOG`.
+    #[must_use]
+    pub fn env(mut self, key: &str, value: &str) -> Self {
+        self.env.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Does not print the log when dropped.
+    #[must_use]
+    pub fn quiet(mut self) -> Self {
+        self.show_log = false;
+        self
+    }
+
+    /// Starts the process. Its output is added to the log.
+    ///
+    /// # Errors
+    /// If it runs already, or cannot be run.
+    pub fn start(&mut self) -> Result<()> {
+        ensure!(self.running.is_none(), "the agent runs already");
+        let mut command = self.host.command(binary::proxy_agent()?);
+        command.arg("run");
+        for (flag, value) in &self.flags {
+            command.arg(format!("--{flag}={value}"));
+        }
+        for (key, value) in &self.env {
+            command.env(key, value);
+        }
+        let log = || self.log.try_clone().context("the agent's log");
+        command.stdin(Stdio::null()).stdout(log()?).stderr(log()?);
+        self.running = Some(command.spawn()?);
+        Ok(())
+    }
+
+    /// Waits until `/readyz` says 200.
+    ///
+    /// # Errors
+    /// With the log, if it does not within `patience` or the process ends.
+    pub fn wait_ready(&mut self, patience: Duration) -> Result<()> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let process = self.running.as_mut().context("the agent is not started")?;
+            if let Some(status) = process.ended()? {
+                self.running = None;
+                bail!("the agent ended ({status}) before it was ready; its log:\n{}", self.log());
+            }
+            let answer = self.get("/readyz");
+            if matches!(answer, Ok((200, _))) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                bail!("the agent is not ready after {patience:?} ({answer:?}); its log:\n{}", self.log());
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// [`Agent::start`], then [`Agent::wait_ready`] for up to 20 seconds.
+    ///
+    /// # Errors
+    /// As those two.
+    pub fn start_ready(&mut self) -> Result<()> {
+        self.start()?;
+        self.wait_ready(Duration::from_secs(20))
+    }
+
+    /// Kills it with SIGKILL.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn kill9(&mut self) -> Result<()> {
+        self.running.take().context("the agent does not run")?.kill9();
+        Ok(())
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    ///
+    /// # Errors
+    /// If it does not run, or not end within 10 seconds.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        self.running.take().context("the agent does not run")?.terminate(Duration::from_secs(10))
+    }
+
+    /// Its process id, while it runs.
+    pub fn id(&self) -> Option<u32> {
+        self.running.as_ref().map(Proc::id)
+    }
+
+    /// Fetches a path of its health server: status code and body.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub fn get(&self, path: &str) -> Result<(u16, String)> {
+        self.http("healthz-bind-address", path)
+    }
+
+    /// Its metrics, in the text format.
+    ///
+    /// # Errors
+    /// If it does not answer with them.
+    pub fn metrics(&self) -> Result<String> {
+        let (status, body) = self.http("metrics-bind-address", "/metrics")?;
+        ensure!(status == 200, "/metrics: status {status}: {body}");
+        Ok(body)
+    }
+
+    fn http(&self, flag: &str, path: &str) -> Result<(u16, String)> {
+        let address: SocketAddr = self
+            .flags
+            .get(flag)
+            .and_then(|value| value.parse().ok())
+            .with_context(|| format!("--{flag} is not an address and port"))?;
+        self.host.http_get(address, path)
+    }
+
+    /// Runs `proxy-agent SUBCOMMAND -o json` on this node's pins (the agent need not run) and returns what it prints.
+    ///
+    /// # Errors
+    /// With its standard error if it fails, or if it does not print JSON.
+    pub fn tool(&self, subcommand: &str, args: &[&str]) -> Result<Value> {
+        let mut command = self.host.command(binary::proxy_agent()?);
+        command.args([subcommand, "-o", "json", "--pin-dir", &self.pin_dir]).args(args);
+        let text = command.text()?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("proxy-agent {subcommand} printed no JSON: {text:?}"))
+    }
+
+    /// What all its runs wrote to standard output and standard error.
+    pub fn log(&self) -> String {
+        let length = self.log.metadata().map_or(0, |metadata| metadata.len());
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+        // The offset belongs to the agent, which may be writing.
+        match self.log.read_exact_at(&mut bytes, 0) {
+            Ok(()) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) => format!("(the log cannot be read: {error})"),
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.running = None;
+        if self.show_log {
+            let log = self.log();
+            let lines: Vec<&str> = log.lines().collect();
+            let skipped = lines.len().saturating_sub(SHOWN_LINES);
+            eprintln!("--- log of the agent on {}, without its first {skipped} lines", self.host.name());
+            eprintln!("{}", lines[skipped..].join("\n"));
+        }
+    }
+}

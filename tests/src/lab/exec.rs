@@ -1,0 +1,252 @@
+//! Running programs inside a place of the lab, and ending them with it.
+
+use std::ffi::OsStr;
+use std::fs::OpenOptions;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Output, Stdio};
+use std::sync::{OnceLock, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::netns::Netns;
+use super::sys::{self, Confinement};
+
+/// A program to be run in a network namespace and a cgroup: `std::process::Command` with a place.
+#[derive(Debug)]
+pub struct Exec {
+    command: Command,
+    net: Netns,
+    cgroup: Option<PathBuf>,
+}
+
+impl Exec {
+    /// Runs `program` in `net` and `cgroup`.
+    pub fn new(net: &Netns, cgroup: &Path, program: impl AsRef<OsStr>) -> Self {
+        Self { command: Command::new(program), net: net.clone(), cgroup: Some(cgroup.to_path_buf()) }
+    }
+
+    /// Runs `program` in `net` and the cgroup of this process.
+    pub(super) fn in_netns(net: &Netns, program: impl AsRef<OsStr>) -> Self {
+        Self { command: Command::new(program), net: net.clone(), cgroup: None }
+    }
+
+    /// Adds an argument.
+    pub fn arg(&mut self, arg: impl AsRef<OsStr>) -> &mut Self {
+        self.command.arg(arg);
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args<S: AsRef<OsStr>>(&mut self, args: impl IntoIterator<Item = S>) -> &mut Self {
+        self.command.args(args);
+        self
+    }
+
+    /// Sets an environment variable.
+    pub fn env(&mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> &mut Self {
+        self.command.env(key, value);
+        self
+    }
+
+    /// Standard input; inherited by default.
+    pub fn stdin(&mut self, stdin: impl Into<Stdio>) -> &mut Self {
+        self.command.stdin(stdin);
+        self
+    }
+
+    /// Standard output; inherited by default.
+    pub fn stdout(&mut self, stdout: impl Into<Stdio>) -> &mut Self {
+        self.command.stdout(stdout);
+        self
+    }
+
+    /// Standard error; inherited by default.
+    pub fn stderr(&mut self, stderr: impl Into<Stdio>) -> &mut Self {
+        self.command.stderr(stderr);
+        self
+    }
+
+    /// Starts the program.
+    ///
+    /// # Errors
+    /// Names the program if it is missing or its place is gone.
+    pub fn spawn(self) -> Result<Proc> {
+        let (program, child) = self.spawn_child()?;
+        Ok(Proc { program, child })
+    }
+
+    fn spawn_child(self) -> Result<(String, Child)> {
+        let Self { mut command, net, cgroup } = self;
+        let program = command.get_program().to_string_lossy().into_owned();
+        let procs = match &cgroup {
+            Some(dir) => {
+                let path = dir.join("cgroup.procs");
+                let file = OpenOptions::new().write(true).open(&path);
+                Some(file.with_context(|| format!("cannot open {}: is the lab gone?", path.display()))?)
+            }
+            None => None,
+        };
+        sys::confine(&mut command, Confinement { net: net.fd(), procs });
+        let child = spawn_from_lasting_thread(command);
+        let child = child
+            .with_context(|| format!("cannot run {program} in the lab: is it installed and in PATH?"))?;
+        Ok((program, child))
+    }
+
+    /// Runs the program to its end, with no input, and returns its output.
+    ///
+    /// # Errors
+    /// As [`Exec::spawn`]; a failing program is not an error here.
+    pub fn output(self) -> Result<Output> {
+        self.output_with_input("")
+    }
+
+    /// Runs the program to its end with `input` as standard input, which has to fit a pipe (64 KiB), and returns
+    /// its output.
+    ///
+    /// # Errors
+    /// As [`Exec::spawn`]; a failing program is not an error here.
+    pub fn output_with_input(mut self, input: &str) -> Result<Output> {
+        self.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let (program, mut child) = self.spawn_child()?;
+        let sent = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input.as_bytes()));
+        let output = child.wait_with_output().with_context(|| format!("cannot wait for {program}"))?;
+        match sent {
+            // A program may end without reading its input.
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context(program),
+            _ => Ok(output),
+        }
+    }
+
+    /// Runs the program to its end and returns what it wrote to standard output.
+    ///
+    /// # Errors
+    /// With its standard error if it fails.
+    pub fn text(self) -> Result<String> {
+        let shown = format!("{:?}", self.command);
+        let output = self.output()?;
+        if !output.status.success() {
+            bail!("{shown}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+        }
+        String::from_utf8(output.stdout).with_context(|| format!("{shown}: its output is not UTF-8"))
+    }
+}
+
+/// A running program; killed and reaped when dropped.
+#[derive(Debug)]
+pub struct Proc {
+    program: String,
+    child: Child,
+}
+
+impl Proc {
+    /// Process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its standard input, if it was piped.
+    ///
+    /// # Errors
+    /// If it was not piped, or is taken.
+    pub fn take_stdin(&mut self) -> Result<ChildStdin> {
+        self.child.stdin.take().with_context(|| format!("{}: no standard input", self.program))
+    }
+
+    /// Its standard output, if it was piped.
+    ///
+    /// # Errors
+    /// If it was not piped, or is taken.
+    pub fn take_stdout(&mut self) -> Result<ChildStdout> {
+        self.child.stdout.take().with_context(|| format!("{}: no standard output", self.program))
+    }
+
+    /// How it ended, `None` while it runs.
+    ///
+    /// # Errors
+    /// If the process cannot be waited for.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        self.child.try_wait().with_context(|| format!("cannot wait for {}", self.program))
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// If the process has ended.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        // A child that is not yet waited for keeps its id, so the signal cannot reach another process.
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal)
+            .with_context(|| format!("cannot signal {} ({})", self.program, self.child.id()))
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    ///
+    /// # Errors
+    /// If it is still running after `patience`; it is killed then.
+    pub fn terminate(mut self, patience: Duration) -> Result<ExitStatus> {
+        self.signal(Signal::TERM)?;
+        self.wait(patience)
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// If it is still running after `patience`.
+    pub fn wait(&mut self, patience: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(status) = self.ended()? {
+                return Ok(status);
+            }
+            if Instant::now() >= deadline {
+                bail!("{} ({}) still runs after {patience:?}", self.program, self.id());
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Kills it with SIGKILL and waits for its end.
+    pub fn kill9(mut self) {
+        self.kill_and_reap();
+    }
+
+    fn kill_and_reap(&mut self) {
+        // Both fail only if the process is gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Proc {
+    fn drop(&mut self) {
+        self.kill_and_reap();
+    }
+}
+
+/// A command to start, and where its child goes.
+type Job = (Command, mpsc::Sender<io::Result<Child>>);
+
+/// Spawns from a thread that lives as long as the process: the death signal of a child is bound to the *thread* that
+/// forked it, and a test may spawn from threads that end before it does.
+fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
+    static SPAWNER: OnceLock<mpsc::Sender<Job>> = OnceLock::new();
+    let spawner = SPAWNER.get_or_init(|| {
+        let (jobs, inbox) = mpsc::channel::<Job>();
+        thread::spawn(move || {
+            for (mut command, reply) in inbox {
+                // The receiver waits below, unless its thread is unwinding.
+                let _ = reply.send(command.spawn());
+            }
+        });
+        jobs
+    });
+    let (reply, result) = mpsc::channel();
+    let gone = |_| io::Error::other("the lab's spawner thread has ended");
+    spawner.send((command, reply)).map_err(|error| gone(error.to_string()))?;
+    result.recv().map_err(|error| gone(error.to_string()))?
+}

@@ -1,0 +1,238 @@
+//! Places: where a program of the lab can run. Pods, clients, and the host side of nodes.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+use super::agent::Agent;
+use super::exec::{Exec, Proc};
+use super::netns::Netns;
+use super::residue;
+use super::serve::Serve;
+use super::spec::NodeSpec;
+use super::traffic::{Connect, Hold};
+
+/// A network namespace and a cgroup of its own. Clones are the same place.
+#[derive(Clone, Debug)]
+pub struct Place(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    name: String,
+    net: Netns,
+    cgroup: PathBuf,
+    addresses: Vec<IpAddr>,
+    servers: Mutex<Vec<Proc>>,
+}
+
+impl Place {
+    /// Makes the cgroup and takes the namespace.
+    pub(super) fn new(name: &str, net: Netns, cgroup: PathBuf, addresses: Vec<IpAddr>) -> Result<Self> {
+        fs::create_dir_all(&cgroup)
+            .with_context(|| format!("cannot create the cgroup {}", cgroup.display()))?;
+        Ok(Self(Arc::new(Inner { name: name.to_owned(), net, cgroup, addresses, servers: Mutex::default() })))
+    }
+
+    /// Its name; servers in it answer with it.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The addresses of its devices, loopback aside.
+    pub fn addresses(&self) -> &[IpAddr] {
+        &self.0.addresses
+    }
+
+    /// Its network namespace.
+    pub fn net(&self) -> &Netns {
+        &self.0.net
+    }
+
+    /// Its cgroup directory.
+    pub fn cgroup(&self) -> &Path {
+        &self.0.cgroup
+    }
+
+    /// A program to be run here.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Exec {
+        Exec::new(&self.0.net, &self.0.cgroup, program)
+    }
+
+    /// Connections from here to `target`, an `address:port`.
+    pub fn connect(&self, target: impl ToString) -> Connect {
+        Connect::new(self, target.to_string())
+    }
+
+    /// One connection from here to `target` that stays open.
+    pub fn hold(&self, target: impl ToString) -> Hold {
+        Hold::new(self, target.to_string())
+    }
+
+    /// Servers here.
+    pub fn serve(&self) -> Serve {
+        Serve::new(self)
+    }
+
+    /// Keeps a server running until the place is stopped or gone.
+    pub(super) fn keep(&self, server: Proc) {
+        self.servers().push(server);
+    }
+
+    /// Kills every process that runs here, on the host of a node also its agent. The place itself stays and can serve again.
+    ///
+    /// # Errors
+    /// If a process does not die.
+    pub fn stop(&self) -> Result<()> {
+        residue::kill_cgroup(&self.0.cgroup)?;
+        self.servers().clear();
+        Ok(())
+    }
+
+    /// Fetches `path` from an HTTP server by a connection from here; returns the status code and the body.
+    ///
+    /// # Errors
+    /// If nothing answers within 5 seconds, or not in HTTP.
+    pub fn http_get(&self, server: SocketAddr, path: &str) -> Result<(u16, String)> {
+        self.0.net.enter(|| http_get(server, path))?.with_context(|| format!("GET http://{server}{path}"))
+    }
+
+    fn servers(&self) -> std::sync::MutexGuard<'_, Vec<Proc>> {
+        self.0.servers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn http_get(server: SocketAddr, path: &str) -> Result<(u16, String)> {
+    let patience = Duration::from_secs(5);
+    let mut stream = TcpStream::connect_timeout(&server, patience)?;
+    stream.set_read_timeout(Some(patience))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no end of the headers")?;
+    let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no status line")?;
+    Ok((status, body.to_owned()))
+}
+
+/// A pod: a place on a node. Clones are the same pod.
+#[derive(Clone, Debug)]
+pub struct Pod {
+    place: Place,
+    node: String,
+    device: String,
+}
+
+impl Pod {
+    pub(super) fn new(place: Place, node: &str, device: String) -> Self {
+        Self { place, node: node.to_owned(), device }
+    }
+
+    /// The name of its node.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// The name of the node's end of its veth.
+    pub fn host_device(&self) -> &str {
+        &self.device
+    }
+}
+
+impl Deref for Pod {
+    type Target = Place;
+
+    fn deref(&self) -> &Place {
+        &self.place
+    }
+}
+
+/// A node: a host place, a cgroup that holds it and all its pods, a directory for pins.
+#[derive(Clone, Debug)]
+pub struct Node {
+    host: Place,
+    spec: NodeSpec,
+    cgroup: PathBuf,
+    pin_dir: PathBuf,
+    cluster_cidr: String,
+}
+
+impl Node {
+    pub(super) fn new(
+        spec: &NodeSpec,
+        net: Netns,
+        cgroup: &Path,
+        pins: &Path,
+        cluster_cidr: &str,
+    ) -> Result<Self> {
+        let cgroup = cgroup.join(&spec.name);
+        let addresses = spec.eth0.iter().chain(&spec.eth1).copied().collect();
+        let host = Place::new(&spec.name, net, cgroup.join("host"), addresses)?;
+        let pin_dir = pins.join(&spec.name);
+        Ok(Self { host, spec: spec.clone(), cgroup, pin_dir, cluster_cidr: cluster_cidr.to_owned() })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.spec.name
+    }
+
+    /// What it was built from.
+    pub fn spec(&self) -> &NodeSpec {
+        &self.spec
+    }
+
+    /// Where its host processes run.
+    pub fn host(&self) -> &Place {
+        &self.host
+    }
+
+    /// The cgroup of the whole node: host processes in `host`, pods in `pods/NAME`.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// A directory on bpffs for this node's pins. It does not exist; its parent does, and is removed with the lab.
+    pub fn pin_dir(&self) -> &Path {
+        &self.pin_dir
+    }
+
+    /// The cluster's pod prefixes, as `--cluster-cidr` takes them.
+    pub fn cluster_cidr(&self) -> &str {
+        &self.cluster_cidr
+    }
+
+    /// An agent for this node, not yet started.
+    ///
+    /// # Errors
+    /// If there is no `proxy-agent` executable.
+    pub fn agent(&self) -> Result<Agent> {
+        Agent::new(self)
+    }
+
+    /// The `Node` object that the API server would have for it.
+    pub fn object(&self) -> Value {
+        let mut labels = json!({ "kubernetes.io/hostname": self.name() });
+        if let Some(zone) = &self.spec.zone {
+            labels["topology.kubernetes.io/zone"] = json!(zone);
+        }
+        let addresses: Vec<Value> = self
+            .spec
+            .eth0
+            .iter()
+            .map(|address| json!({ "type": "InternalIP", "address": address }))
+            .collect();
+        json!({
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": { "name": self.name(), "labels": labels },
+            "spec": { "podCIDR": self.spec.pod_cidrs.first(), "podCIDRs": self.spec.pod_cidrs },
+            "status": { "addresses": addresses },
+        })
+    }
+}

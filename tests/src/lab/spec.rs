@@ -1,0 +1,185 @@
+//! What a lab consists of, as data: nodes, pods and clients with their addresses.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use anyhow::{Context as _, Result};
+use proxy_common::addr::Prefix;
+
+/// A node: a router namespace with its own pods.
+#[derive(Clone, Debug, Default)]
+pub struct NodeSpec {
+    /// Name; also the agent's `--hostname-override`.
+    pub name: String,
+    /// Value of the zone label, if the node has one.
+    pub zone: Option<String>,
+    /// Addresses of `eth0`: IPv4 ones in a /24, IPv6 ones in a /64 that all nodes share; the first of each family is
+    /// the node's primary address.
+    pub eth0: Vec<IpAddr>,
+    /// Addresses of `eth1`, in another /24 and /64; none for no such device.
+    pub eth1: Vec<IpAddr>,
+    /// Prefixes of its pods, such as `10.64.1.0/24`: the other nodes route them here.
+    pub pod_cidrs: Vec<String>,
+}
+
+impl NodeSpec {
+    /// A node with two addresses and one pod prefix of each family.
+    ///
+    /// # Errors
+    /// If an address does not parse.
+    pub fn new(name: &str, eth0: &[&str], pod_cidrs: &[&str]) -> Result<Self> {
+        let pod_cidrs = pod_cidrs.iter().map(|&cidr| cidr.to_owned()).collect();
+        Ok(Self { name: name.to_owned(), eth0: parse_all(eth0)?, pod_cidrs, ..Self::default() })
+    }
+
+    /// Sets the zone label.
+    #[must_use]
+    pub fn zone(self, zone: &str) -> Self {
+        Self { zone: Some(zone.to_owned()), ..self }
+    }
+
+    /// Gives it a second device.
+    ///
+    /// # Errors
+    /// If an address does not parse.
+    pub fn eth1(self, addresses: &[&str]) -> Result<Self> {
+        Ok(Self { eth1: parse_all(addresses)?, ..self })
+    }
+
+    /// The first address of the family of `like` on `eth0`.
+    pub fn primary(&self, like: IpAddr) -> Option<IpAddr> {
+        self.eth0.iter().copied().find(|address| address.is_ipv4() == like.is_ipv4())
+    }
+}
+
+/// A pod or an outside client: a namespace with `eth0` and host routes to it.
+#[derive(Clone, Debug)]
+pub struct LeafSpec {
+    /// Name, unique in the lab.
+    pub name: String,
+    /// Its addresses, of either family.
+    pub addresses: Vec<IpAddr>,
+}
+
+impl LeafSpec {
+    /// From textual addresses.
+    ///
+    /// # Errors
+    /// If an address does not parse.
+    pub fn new(name: &str, addresses: &[&str]) -> Result<Self> {
+        Ok(Self { name: name.to_owned(), addresses: parse_all(addresses)? })
+    }
+}
+
+/// A whole lab.
+#[derive(Clone, Debug, Default)]
+pub struct LabSpec {
+    /// The nodes; the first one is where outside clients' traffic to anything but nodes and pods goes at first.
+    pub nodes: Vec<NodeSpec>,
+    /// The pods, each with the name of its node.
+    pub pods: Vec<(String, LeafSpec)>,
+    /// The clients outside of the cluster.
+    pub clients: Vec<LeafSpec>,
+    /// The prefixes of all pods, separated by commas: the agents' `--cluster-cidr`.
+    pub cluster_cidr: String,
+}
+
+impl LabSpec {
+    /// Adds a node.
+    #[must_use]
+    pub fn node(mut self, node: NodeSpec) -> Self {
+        self.nodes.push(node);
+        self
+    }
+
+    /// Adds a pod on `node`.
+    ///
+    /// # Errors
+    /// If an address does not parse.
+    pub fn pod(mut self, node: &str, name: &str, addresses: &[&str]) -> Result<Self> {
+        self.pods.push((node.to_owned(), LeafSpec::new(name, addresses)?));
+        Ok(self)
+    }
+
+    /// Adds a client outside of the cluster.
+    ///
+    /// # Errors
+    /// If an address does not parse.
+    pub fn client(mut self, name: &str, addresses: &[&str]) -> Result<Self> {
+        self.clients.push(LeafSpec::new(name, addresses)?);
+        Ok(self)
+    }
+
+    /// Three nodes without pods: `n1` and `n3` in zone `za`, `n2` in `zb`; `n1` has a second device.
+    ///
+    /// # Errors
+    /// Never, as long as its addresses parse.
+    pub fn three_nodes() -> Result<Self> {
+        let n1 =
+            NodeSpec::new("n1", &["192.0.2.10", "2001:db8:1::10"], &["10.64.1.0/24", "fd00:64:0:1::/64"])?;
+        let n2 =
+            NodeSpec::new("n2", &["192.0.2.20", "2001:db8:1::20"], &["10.64.2.0/24", "fd00:64:0:2::/64"])?;
+        let n3 =
+            NodeSpec::new("n3", &["192.0.2.30", "2001:db8:1::30"], &["10.64.3.0/24", "fd00:64:0:3::/64"])?;
+        let n1 = n1.zone("za").eth1(&["198.51.100.10", "2001:db8:2::10"])?;
+        let empty = Self { cluster_cidr: "10.64.0.0/12,fd00:64::/48".to_owned(), ..Self::default() };
+        Ok(empty.node(n1).node(n2.zone("zb")).node(n3.zone("za")))
+    }
+
+    /// The world of the behaviour cases: [`LabSpec::three_nodes`], the senders P (also P6), Q, X (also X6) and Y, and
+    /// the endpoints L1, L2, R1, R2 and V1.
+    ///
+    /// # Errors
+    /// Never, as long as its addresses parse.
+    pub fn cases() -> Result<Self> {
+        Self::three_nodes()?
+            .pod("n1", "P", &["10.64.1.50", "fd00:64:0:1::50"])?
+            .pod("n1", "L1", &["10.64.1.11"])?
+            .pod("n1", "L2", &["10.64.1.12"])?
+            .pod("n1", "V1", &["fd00:64:0:1::11"])?
+            .pod("n2", "Q", &["10.64.2.50"])?
+            .pod("n2", "R1", &["10.64.2.21"])?
+            .pod("n3", "R2", &["10.64.3.31"])?
+            .client("X", &["203.0.113.7", "2001:db8:ff::7"])?
+            .client("Y", &["203.0.113.200"])
+    }
+}
+
+/// The address of the network between the nodes (its router) in the subnet of `address`.
+pub(super) fn hub_address(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(v4) => {
+            let [a, b, c, _] = v4.octets();
+            Ipv4Addr::new(a, b, c, 1).into()
+        }
+        IpAddr::V6(v6) => {
+            let [a, b, c, d, ..] = v6.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 1).into()
+        }
+    }
+}
+
+/// Prefix length of the subnet that nodes share.
+pub(super) fn subnet_length(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 24 } else { 64 }
+}
+
+/// Prefix length of a single host.
+pub(super) fn host_length(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
+}
+
+/// True if `cidr` contains `address`.
+pub(super) fn covers(cidr: &str, address: IpAddr) -> Result<bool> {
+    let parse = || -> Option<Prefix> {
+        let (base, length) = cidr.split_once('/')?;
+        let base: IpAddr = base.parse().ok()?;
+        Prefix::new(base.into(), length.parse().ok()?)
+    };
+    let prefix = parse().with_context(|| format!("not a prefix: {cidr:?}"))?;
+    Ok(prefix.contains(address.into()))
+}
+
+fn parse_all(addresses: &[&str]) -> Result<Vec<IpAddr>> {
+    let parse = |text: &&str| text.parse().with_context(|| format!("not an IP address: {text:?}"));
+    addresses.iter().map(parse).collect()
+}

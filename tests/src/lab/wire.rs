@@ -1,0 +1,123 @@
+//! What `lab-pod` prints and the lab reads: one JSON object per line.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// How a client talks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Proto {
+    /// Connects and reads the server's greeting.
+    #[default]
+    Tcp,
+    /// The same over a socket of protocol IPPROTO_MPTCP.
+    Mptcp,
+    /// The same over one-to-one SCTP.
+    Sctp,
+    /// One HTTP/1.1 request per connection.
+    Http,
+    /// UDP by connect, send, recv.
+    Udp,
+    /// UDP by sendto, recvfrom.
+    UdpUnconnected,
+    /// ICMP(v6) echo by a connected ping socket; the port is ignored.
+    Ping,
+}
+
+impl Proto {
+    /// Its name on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Mptcp => "mptcp",
+            Self::Sctp => "sctp",
+            Self::Http => "http",
+            Self::Udp => "udp",
+            Self::UdpUnconnected => "udp-unconnected",
+            Self::Ping => "ping",
+        }
+    }
+}
+
+/// One line of output.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+#[expect(clippy::large_enum_variant, reason = "nearly every line is an attempt")]
+pub enum Line {
+    /// A server listens on all its addresses.
+    Ready,
+    /// One connection, datagram or request.
+    Attempt(Attempt),
+    /// The last line of a client.
+    Summary(Summary),
+}
+
+/// How one connection, datagram or request ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attempt {
+    /// A server answered.
+    pub ok: bool,
+    /// Name of the server.
+    pub server: Option<String>,
+    /// The client's address, as the server saw it.
+    pub peer: Option<SocketAddr>,
+    /// The server's own address, as the server saw it.
+    pub endpoint: Option<SocketAddr>,
+    /// What getpeername says to the client (connected sockets).
+    pub peername: Option<SocketAddr>,
+    /// What getsockname says to the client.
+    pub local: Option<SocketAddr>,
+    /// The source address of the answer (unconnected UDP).
+    pub from: Option<SocketAddr>,
+    /// The answer's text, where the client sent some.
+    pub text: Option<String>,
+    /// Why it failed: a name such as `ECONNREFUSED`; `ETIMEDOUT` for every kind of silence; `EOF` if the server closed.
+    pub error: Option<String>,
+    /// The call that failed: `connect`, `send` or `recv`.
+    pub stage: Option<String>,
+    /// When it began, microseconds since the client started.
+    pub at_us: u64,
+    /// How long it took, microseconds.
+    pub elapsed_us: u64,
+}
+
+/// Totals of a list of attempts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Summary {
+    /// How many.
+    pub total: usize,
+    /// How many were answered.
+    pub ok: usize,
+    /// How many each server answered.
+    pub by_server: BTreeMap<String, usize>,
+    /// How many failed, by error.
+    pub by_error: BTreeMap<String, usize>,
+}
+
+impl Summary {
+    /// Counts `attempts`.
+    pub fn of<'a>(attempts: impl IntoIterator<Item = &'a Attempt>) -> Self {
+        let mut summary = Self::default();
+        attempts.into_iter().for_each(|attempt| summary.add(attempt));
+        summary
+    }
+
+    /// Counts one more.
+    pub fn add(&mut self, attempt: &Attempt) {
+        self.total += 1;
+        self.ok += usize::from(attempt.ok);
+        if let Some(server) = &attempt.server {
+            *self.by_server.entry(server.clone()).or_default() += 1;
+        }
+        if let Some(error) = &attempt.error {
+            *self.by_error.entry(error.clone()).or_default() += 1;
+        }
+    }
+
+    /// The names of the servers that answered, in order.
+    pub fn servers(&self) -> Vec<&str> {
+        self.by_server.keys().map(String::as_str).collect()
+    }
+}

@@ -1,0 +1,5 @@
+//! tests
+
+pub mod apiserver;
+pub mod lab;
+pub mod cases;
