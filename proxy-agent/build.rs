@@ -15,7 +15,10 @@ fn main() {
     if object.is_file() {
         println!("cargo::rustc-env=VIPR_EBPF_OBJECT={}", object.display());
     } else {
-        println!("cargo::error=the BPF object {} is missing: run `cargo xtask build-ebpf` first", object.display());
+        println!(
+            "cargo::error=the BPF object {} is missing: run `cargo xtask build-ebpf` first",
+            object.display()
+        );
     }
 }
 

@@ -248,6 +248,10 @@ impl Agent {
             }
             Update::Synced => {
                 self.synced = true;
+                // Without a cluster there need not be a Node: this one is then as good as any.
+                if matches!(self.config.source, Source::Manifests(_)) && !self.cluster.node().leaving {
+                    self.health.node(true);
+                }
                 self.take_addresses();
             }
             Update::Problems(problems) => self.report.source(problems),
@@ -274,6 +278,7 @@ impl Agent {
         }
         for family in Family::ALL {
             self.health.queued(family);
+            self.metrics.sync_queued(family);
         }
     }
 
@@ -299,8 +304,10 @@ impl Agent {
         let first = self.programmed.is_none();
         let mut programmed = match self.programmed.take() {
             Some(mut programmed) if self.everything => {
-                programmed.model =
-                    Model::restore(programmed.dataplane.maps.capacity(), &programmed.dataplane.maps.contents()?);
+                programmed.model = Model::restore(
+                    programmed.dataplane.maps.capacity(),
+                    &programmed.dataplane.maps.contents()?,
+                );
                 programmed
             }
             Some(programmed) => programmed,
@@ -430,6 +437,15 @@ impl Agent {
             match sweeper.destroy_stale(sockets.as_fd(), |record| serving.is_stale(record)) {
                 Ok(report) => {
                     metrics.sockets_destroyed(report.destroyed);
+                    if report.destroyed > 0 {
+                        tracing::info!(
+                            destroyed = report.destroyed,
+                            "destroyed sockets of UDP backends that have left"
+                        );
+                    }
+                    for error in &report.errors {
+                        tracing::warn!(%error, "sweeping stale UDP sockets");
+                    }
                     tracing::debug!(?report, "stale UDP sockets swept");
                 }
                 Err(error) => tracing::warn!(%error, "stale UDP sockets could not be swept"),

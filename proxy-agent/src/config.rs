@@ -10,8 +10,8 @@ use proxy_common::addr::Prefix;
 use crate::args::RunArgs;
 use crate::bpf::pins::PinDir;
 use crate::http::{HttpError, bind_address};
-use crate::{health, metrics};
 use crate::node::{NodePortAddresses, NodePortAddressesError};
+use crate::{health, metrics};
 
 /// Where objects come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,8 +114,16 @@ impl Config {
             state_file: state_file(&args.pins.run_dir, &args.pins.pin_dir),
             cluster_cidr: cluster_cidr(&args.cluster_cidr)?,
             nodeport_addresses: NodePortAddresses::parse(&args.nodeport_addresses)?,
-            healthz: bind_address("--healthz-bind-address", &args.healthz_bind_address, health::DEFAULT_PORT)?,
-            metrics: bind_address("--metrics-bind-address", &args.metrics_bind_address, metrics::DEFAULT_PORT)?,
+            healthz: bind_address(
+                "--healthz-bind-address",
+                &args.healthz_bind_address,
+                health::DEFAULT_PORT,
+            )?,
+            metrics: bind_address(
+                "--metrics-bind-address",
+                &args.metrics_bind_address,
+                metrics::DEFAULT_PORT,
+            )?,
         })
     }
 }

@@ -191,12 +191,8 @@ impl Model {
 
     /// The ports of a Service.
     pub fn ports_of<'a>(&'a self, service: &ObjectKey) -> impl Iterator<Item = &'a Arc<PortKey>> + use<'a> {
-        let first = PortKey {
-            service: service.clone(),
-            port_name: Arc::from(""),
-            proto: 0,
-            family: Family::V4,
-        };
+        let first =
+            PortKey { service: service.clone(), port_name: Arc::from(""), proto: 0, family: Family::V4 };
         let service = service.clone();
         self.ports.range(first..).map(|(key, _)| key).take_while(move |key| key.service == service)
     }

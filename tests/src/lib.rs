@@ -1,5 +1,5 @@
 //! tests
 
 pub mod apiserver;
-pub mod lab;
 pub mod cases;
+pub mod lab;

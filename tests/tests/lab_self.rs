@@ -131,9 +131,8 @@ fn failures_have_their_names() -> Result<()> {
 
     // What no node serves comes back from the hub, so that it differs from a dropped packet.
     for (client, target) in [(&*p, "198.18.5.5:80"), (&x, "198.18.5.5:80"), (&x, "[2001:db8:99::9]:80")] {
-        for attempt in client.connect(target).times(30).run()? {
-            assert_eq!(why(attempt), (false, "ENETUNREACH".to_owned(), "connect".to_owned()), "{target}");
-        }
+        let attempt = client.connect(target).one()?;
+        assert_eq!(why(attempt), (false, "ENETUNREACH".to_owned(), "connect".to_owned()), "{target}");
     }
 
     let attempt = p.connect("10.64.1.11:8080").bind("10.64.1.99").one()?;

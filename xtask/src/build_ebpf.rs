@@ -59,9 +59,8 @@ pub(crate) fn cargo(subcommand: &str) -> Result<Command> {
         format!("-Clinker={}", linker.display()),
         "-Clink-arg=--btf".to_owned(),
     ];
-    let mut cargo = toolchain.cargo();
+    let mut cargo = toolchain.cargo(subcommand);
     cargo
-        .arg(subcommand)
         .args(["--package", "proxy-ebpf", "--bin", "vipr", "--profile", "ebpf"])
         .args(["--target", TARGET, "-Zbuild-std=core"])
         .arg("--target-dir")

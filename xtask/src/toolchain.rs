@@ -97,14 +97,13 @@ impl Toolchain {
         Ok(())
     }
 
-    /// Cargo of this toolchain, started in the workspace's root, with `-Z` flags allowed.
-    ///
-    /// What `cargo run` and rustup set for xtask's own toolchain is not passed on.
-    pub(crate) fn cargo(&self) -> Command {
-        let mut cargo = self.program("cargo");
-        cargo.current_dir(workspace::root()).env_remove("CARGO_ENCODED_RUSTFLAGS");
+    /// `cargo <subcommand>` of this toolchain, started in the workspace's root, with `-Z` flags allowed.
+    pub(crate) fn cargo(&self, subcommand: &str) -> Command {
+        // By its own name: cargo would look for it on PATH, where another toolchain's may come first.
+        let mut cargo = self.program(if subcommand == "clippy" { "cargo-clippy" } else { "cargo" });
+        cargo.arg(subcommand).current_dir(workspace::root());
         if *self == Self::Debian {
-            cargo.env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1");
+            cargo.env("CARGO", "/usr/bin/cargo").env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1");
         }
         cargo
     }
@@ -114,6 +113,7 @@ impl Toolchain {
         process::output(self.program("cargo-clippy").arg("--version")).is_ok()
     }
 
+    /// A program of this toolchain, without what `cargo run` and rustup set for xtask's own toolchain.
     fn program(&self, name: &str) -> Command {
         let mut command = match self {
             Self::Rustup(toolchain) => {

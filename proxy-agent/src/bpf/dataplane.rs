@@ -22,16 +22,8 @@ use crate::store::Capacity;
 
 /// The programs, in the order in which they are attached: those of the reply direction first, so that no request is
 /// translated whose answer would not be.
-pub const PROGRAMS: [&str; 8] = [
-    "getpeername4",
-    "getpeername6",
-    "recvmsg4",
-    "recvmsg6",
-    "sendmsg4",
-    "sendmsg6",
-    "connect4",
-    "connect6",
-];
+pub const PROGRAMS: [&str; 8] =
+    ["getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6", "connect4", "connect6"];
 
 /// Oldest kernel with everything that the programs need.
 const KERNEL_FLOOR: (u32, u32) = (5, 10);
@@ -56,7 +48,9 @@ pub enum DataplaneError {
     #[error(transparent)]
     Open(#[from] OpenError),
     /// Not allowed.
-    #[error("the kernel does not allow BPF here: {0}; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN")]
+    #[error(
+        "the kernel does not allow BPF here: {0}; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN"
+    )]
     Permission(io::Error),
     /// The maps could not be made or the object could not be read.
     #[error("creating the BPF maps: {0}")]
@@ -187,7 +181,7 @@ impl Dataplane {
         Ok(())
     }
 
-    /// The socket storage map, as sock_diag wants it.
+    /// The socket storage map.
     ///
     /// # Errors
     ///

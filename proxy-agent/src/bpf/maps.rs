@@ -227,9 +227,8 @@ fn load<const N: usize>(mapping: &Mapping, index: u32) -> Option<[u64; N]> {
 
 /// All elements up to the last one that is not zero.
 fn array<T>(mapping: &Mapping, get: impl Fn(u32) -> Option<T>) -> Vec<T> {
-    let used = |index: &u32| {
-        (0..).map_while(|word| mapping.word(*index, word)).any(|word| word.load(Acquire) != 0)
-    };
+    let used =
+        |index: &u32| (0..).map_while(|word| mapping.word(*index, word)).any(|word| word.load(Acquire) != 0);
     let len = (0..mapping.len()).rev().find(used).map_or(0, |last| last + 1);
     (0..len).map_while(get).collect()
 }

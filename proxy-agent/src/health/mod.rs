@@ -1,7 +1,7 @@
 //! `/healthz`, `/livez` and `/readyz` on `--healthz-bind-address` (default 0.0.0.0:10256).
 //!
 //! The sync loop tells [`Health`] what it does, the Node watcher tells it whether load balancers may send traffic
-//! here, and [`judge`] turns that into an answer. `/healthz` and `/livez` answer exactly as kube-proxy does: load
+//! here, and [`judge()`] turns that into an answer. `/healthz` and `/livez` answer exactly as kube-proxy does: load
 //! balancers and autoscalers read them.
 
 mod judge;

@@ -5,10 +5,11 @@
 //! says so to the user.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
 use proxy_common::abi::local_address::{HOST, NODEPORT};
 use proxy_common::addr::{Addr, Family, Prefix};
+
+use crate::sources::lenient;
 
 /// The one word that may stand in place of prefixes.
 const PRIMARY: &str = "primary";
@@ -60,7 +61,8 @@ impl NodePortAddresses {
             return Err(NodePortAddressesError::Mixed { other: (*other).to_owned() });
         }
         let prefixes = values.iter().map(|value| {
-            parse_cidr(value).ok_or_else(|| NodePortAddressesError::NotACidr { value: (*value).to_owned() })
+            lenient::prefix(value)
+                .map_err(|_what: &str| NodePortAddressesError::NotACidr { value: (*value).to_owned() })
         });
         Ok(Self::Prefixes(prefixes.collect::<Result<_, _>>()?))
     }
@@ -132,16 +134,10 @@ fn known(family: Family, node_ips: &[Option<Addr>; 2]) -> Option<Addr> {
     node_ips.iter().flatten().copied().find(|addr| addr.family() == family && !addr.is_loopback())
 }
 
-fn parse_cidr(value: &str) -> Option<Prefix> {
-    let (addr, len) = value.split_once('/')?;
-    if !len.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    Prefix::new(addr.parse::<IpAddr>().ok()?.into(), len.parse().ok()?)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     const ETH0: &str = "192.0.2.10";
@@ -193,8 +189,8 @@ mod tests {
         // No IPv6 prefix in the list, hence every IPv6 address (as p030).
         check(&["192.0.2.0/24", "198.51.100.0/24"], &[ETH0, ETH1, ETH0_V6, ETH1_V6]);
         check(&["198.51.100.0/24", "2001:db8:2::/64"], &[ETH1, ETH1_V6]);
-        // Host bits do not matter.
-        check(&["198.51.100.77/24", "2001:db8:2::77/64"], &[ETH1, ETH1_V6]);
+        // Neither host bits nor leading zeros matter.
+        check(&["198.51.100.077/24", "2001:db8:2::77/64"], &[ETH1, ETH1_V6]);
     }
 
     #[test]

@@ -1,27 +1,30 @@
-//! A sock_diag socket: one question, its answers.
+//! A sock_diag socket: lists connected UDP sockets of one network namespace and destroys them.
+//!
+//! It belongs to the namespace in which it was opened, wherever its thread goes afterwards.
 
 use std::io;
-use std::os::fd::RawFd;
 
-use netlink_packet_sock_diag::inet::SocketId;
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags};
+use netlink_packet_sock_diag::{SockDiagDestroy, SockDiagMessage};
 use rtnetlink::packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
 use rtnetlink::sys::{Socket, SocketAddr};
 
 use super::SocketsError;
-use super::message::{Found, Message};
 
 const LISTING: &str = "listing connected UDP sockets";
 const DESTROYING: &str = "destroying a socket";
 
-/// A sock_diag socket of the network namespace in which it was opened.
+/// A sock_diag socket.
+#[derive(Debug)]
 pub(super) struct Diag {
     socket: Socket,
 }
 
 impl Diag {
+    /// Opens one in the network namespace of the calling thread.
     pub(super) fn open() -> Result<Self, SocketsError> {
         let failed = |source| SocketsError::Diag { what: "opening a netlink socket", source };
         let mut socket = Socket::new(NETLINK_SOCK_DIAG).map_err(failed)?;
@@ -30,33 +33,32 @@ impl Diag {
         Ok(Self { socket })
     }
 
-    /// Whether the kernel knows both requests, found out by two that cannot succeed.
+    /// Whether the kernel can list and destroy, found out by requests that find nothing.
     pub(super) fn probe(&self) -> Result<(), SocketsError> {
-        // A kernel that looks at the attribute refuses a descriptor that nobody has.
-        match self.list(libc::AF_INET as u8, Some(-1), |_| {}) {
-            Err(SocketsError::Diag { source, .. }) if source.raw_os_error() == Some(libc::EBADF) => {}
-            Err(error) => return Err(error),
-            Ok(()) => return Err(SocketsError::NoStorageListing),
-        }
         // No socket has the cookie 0.
-        let nobody = Found { family: libc::AF_INET as u8, id: SocketId::new_v4(), record: None };
-        self.destroy(&nobody).map(drop)
+        self.destroy(libc::AF_INET as u8, SocketId::new_v4()).map(drop)
     }
 
-    /// Calls `each` for every connected UDP socket of an address family, with its value in the map `storage`.
-    pub(super) fn list(
+    /// Calls `each` for every connected UDP socket of both families.
+    pub(super) fn list(&self, mut each: impl FnMut(InetResponseHeader)) -> Result<(), SocketsError> {
+        for (family, any) in [(libc::AF_INET, SocketId::new_v4()), (libc::AF_INET6, SocketId::new_v6())] {
+            self.list_family(request(family as u8, any), &mut each)?;
+        }
+        Ok(())
+    }
+
+    fn list_family(
         &self,
-        family: u8,
-        storage: Option<RawFd>,
-        mut each: impl FnMut(Found),
+        request: InetRequest,
+        each: &mut impl FnMut(InetResponseHeader),
     ) -> Result<(), SocketsError> {
         let failed = |source| SocketsError::Diag { what: LISTING, source };
-        self.send(Message::list(family, storage), NLM_F_DUMP).map_err(failed)?;
+        self.send(SockDiagMessage::InetRequest(request), NLM_F_DUMP).map_err(failed)?;
         loop {
             let (datagram, _) = self.socket.recv_from_full().map_err(failed)?;
             for message in messages(&datagram, LISTING) {
                 match message? {
-                    NetlinkPayload::InnerMessage(Message::Found(found)) => each(found),
+                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found)) => each(found.header),
                     NetlinkPayload::Done(done) if done.code == 0 => return Ok(()),
                     NetlinkPayload::Done(done) => {
                         return Err(failed(io::Error::from_raw_os_error(done.code.saturating_abs())));
@@ -71,10 +73,11 @@ impl Diag {
         }
     }
 
-    /// Destroys the socket; `false` if it is gone already, or is not the same any more.
-    pub(super) fn destroy(&self, found: &Found) -> Result<bool, SocketsError> {
+    /// Destroys the socket with this identity, cookie included; `false` if there is none any more.
+    pub(super) fn destroy(&self, family: u8, id: SocketId) -> Result<bool, SocketsError> {
         let failed = |source| SocketsError::Diag { what: DESTROYING, source };
-        self.send(Message::destroy(found.family, found.id.clone()), NLM_F_ACK).map_err(failed)?;
+        let request = SockDiagDestroy::new(SockDiagMessage::InetRequest(request(family, id)));
+        self.send(request, NLM_F_ACK).map_err(failed)?;
         loop {
             let (datagram, _) = self.socket.recv_from_full().map_err(failed)?;
             for message in messages(&datagram, DESTROYING) {
@@ -92,7 +95,7 @@ impl Diag {
         }
     }
 
-    fn send(&self, message: Message, flags: u16) -> io::Result<()> {
+    fn send<M: NetlinkSerializable>(&self, message: M, flags: u16) -> io::Result<()> {
         let mut header = NetlinkHeader::default();
         header.flags = NLM_F_REQUEST | flags;
         let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
@@ -103,16 +106,33 @@ impl Diag {
     }
 }
 
+fn request(family: u8, socket_id: SocketId) -> InetRequest {
+    InetRequest {
+        family,
+        protocol: libc::IPPROTO_UDP as u8,
+        extensions: ExtensionFlags::empty(),
+        // A connected UDP socket has this state too.
+        states: StateFlags::ESTABLISHED,
+        socket_id,
+    }
+}
+
+/// The cookie of a socket as SO_COOKIE tells it: the kernel sends the low half first.
+pub(super) fn cookie(id: &SocketId) -> u64 {
+    let [a, b, c, d, e, f, g, h] = id.cookie;
+    u64::from(u32::from_ne_bytes([a, b, c, d])) | u64::from(u32::from_ne_bytes([e, f, g, h])) << 32
+}
+
 /// The messages of one datagram.
 fn messages(
     mut datagram: &[u8],
     what: &'static str,
-) -> impl Iterator<Item = Result<NetlinkPayload<Message>, SocketsError>> {
+) -> impl Iterator<Item = Result<NetlinkPayload<SockDiagMessage>, SocketsError>> {
     std::iter::from_fn(move || {
         if datagram.is_empty() {
             return None;
         }
-        match NetlinkMessage::<Message>::deserialize(datagram) {
+        match NetlinkMessage::<SockDiagMessage>::deserialize(datagram) {
             Ok(message) => {
                 let len = (message.header.length as usize).next_multiple_of(4);
                 datagram = datagram.get(len..).unwrap_or_default();
@@ -124,4 +144,69 @@ fn messages(
             }
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A list of connected UDP sockets as the kernel sends it: two sockets, by hand.
+    fn datagram() -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for port in [1053_u16, 1054] {
+            bytes.extend(88_u32.to_ne_bytes().into_iter().chain(20_u16.to_ne_bytes()));
+            // NLM_F_MULTI; sequence number and port id.
+            bytes.extend(2_u16.to_ne_bytes().into_iter().chain([0; 8]));
+            // struct inet_diag_msg: family, state, timer, retransmits; ports, addresses, device, cookie.
+            bytes.extend([libc::AF_INET as u8, 1, 0, 0]);
+            bytes.extend(40000_u16.to_be_bytes().into_iter().chain(port.to_be_bytes()));
+            bytes.extend([192, 0, 2, 1].into_iter().chain([0; 12]));
+            bytes.extend([10, 64, 1, 11].into_iter().chain([0; 12]));
+            bytes.extend(0_u32.to_ne_bytes());
+            bytes.extend(0x1234_5678_u32.to_ne_bytes().into_iter().chain(9_u32.to_ne_bytes()));
+            // Expiry, queues, uid, inode.
+            bytes.extend([0; 16].into_iter().chain(77_u32.to_ne_bytes()));
+        }
+        bytes
+    }
+
+    fn headers(datagram: &[u8]) -> Result<Vec<InetResponseHeader>, String> {
+        messages(datagram, LISTING)
+            .map(|message| match message {
+                Ok(NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found))) => Ok(found.header),
+                Ok(other) => panic!("{other:?}"),
+                Err(error) => Err(error.to_string()),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_datagram_holds_several_sockets() {
+        let found = headers(&datagram()).unwrap();
+        let ports: Vec<u16> = found.iter().map(|found| found.socket_id.destination_port).collect();
+        assert_eq!(ports, [1053, 1054]);
+        assert_eq!(found[0].inode, 77);
+        assert_eq!(cookie(&found[0].socket_id), 9 << 32 | 0x1234_5678);
+    }
+
+    #[test]
+    fn a_broken_datagram_is_an_error_not_an_endless_loop() {
+        let whole = datagram();
+        for len in (1..88).chain(89..176) {
+            let error = headers(&whole[..len]).unwrap_err();
+            assert!(error.starts_with("sock_diag, listing connected UDP sockets: "), "{len}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_request_to_destroy_carries_the_identity_that_was_listed() {
+        let found = headers(&datagram()).unwrap();
+        let message = SockDiagMessage::InetRequest(request(found[0].family, found[0].socket_id.clone()));
+        let mut bytes = vec![0; NetlinkSerializable::buffer_len(&message)];
+        message.serialize(&mut bytes);
+        assert_eq!(bytes.len(), 56);
+        assert_eq!(bytes[..4], [libc::AF_INET as u8, libc::IPPROTO_UDP as u8, 0, 0]);
+        assert_eq!(bytes[4..8], (1_u32 << 1).to_ne_bytes());
+        assert_eq!(bytes[8..], datagram()[20..68]);
+    }
 }

@@ -15,8 +15,9 @@ const NSFS_MAGIC: i64 = 0x6e73_6673;
 /// Where network namespaces are looked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Places {
-    /// The host's procfs: each process' own namespace is in `<pid>/ns/net`. (Threads that left the namespace of
-    /// their process are not looked at.)
+    /// The procfs of our own pid namespace, which has to be the host's: each process' network namespace is in
+    /// `<pid>/ns/net`, its descriptors in `<pid>/fd`. (Threads that left the namespace of their process are not
+    /// looked at.)
     pub proc: PathBuf,
     /// Directories whose entries are namespaces. One that does not exist is skipped.
     pub named: Vec<PathBuf>,
@@ -51,12 +52,8 @@ pub(super) struct Namespaces {
 }
 
 pub(super) fn find(places: &Places) -> Result<Namespaces, SocketsError> {
-    let processes = entries(&places.proc)
+    let processes = processes(&places.proc)
         .map_err(|source| SocketsError::Processes { path: places.proc.clone(), source })?
-        .into_iter()
-        .filter(|path| {
-            path.file_name().is_some_and(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit))
-        })
         .map(|process| process.join("ns/net"));
     // Where there are no names there is no directory either.
     let named = places.named.iter().flat_map(|dir| entries(dir).unwrap_or_default());
@@ -86,6 +83,14 @@ fn identity(file: &File) -> Option<(u64, u64)> {
     let is_namespace = fstatfs(file).is_ok_and(|fs| fs.f_type == NSFS_MAGIC);
     let stat = fstat(file).ok().filter(|_| is_namespace)?;
     Some((stat.st_dev, stat.st_ino))
+}
+
+/// The directories of a procfs that are processes.
+pub(super) fn processes(proc: &Path) -> std::io::Result<impl Iterator<Item = PathBuf>> {
+    let is_pid = |path: &PathBuf| {
+        path.file_name().is_some_and(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit))
+    };
+    Ok(entries(proc)?.into_iter().filter(is_pid))
 }
 
 fn entries(dir: &Path) -> std::io::Result<BTreeSet<PathBuf>> {

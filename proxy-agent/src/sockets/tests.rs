@@ -2,8 +2,9 @@
 //! by where it is connected.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use proxy_common::be::Be16;
 use tempfile::TempDir;
@@ -11,16 +12,25 @@ use tempfile::TempDir;
 use super::*;
 use crate::node::testing::in_new_netns;
 
-/// A directory in the shape of procfs, with the namespace of the calling thread as process `pid`.
-fn show_this_namespace(root: &Path, pid: u32) {
-    let dir = root.join("proc").join(pid.to_string()).join("ns");
-    std::fs::create_dir_all(&dir).unwrap();
+fn this_namespace() -> PathBuf {
     let thread = rustix::thread::gettid().as_raw_nonzero();
-    symlink(format!("/proc/{}/task/{thread}/ns/net", std::process::id()), dir.join("net")).unwrap();
+    format!("/proc/{}/task/{thread}/ns/net", std::process::id()).into()
 }
 
+/// Makes `root/proc` a procfs in which this process is the only one that has descriptors.
 fn places(root: &TempDir) -> Places {
+    let process = root.path().join("proc").join(std::process::id().to_string());
+    std::fs::create_dir_all(&process).unwrap();
+    symlink("/proc/self/fd", process.join("fd")).unwrap();
+    std::fs::create_dir(root.path().join("netns")).unwrap();
     Places { proc: root.path().join("proc"), named: vec![root.path().join("netns")] }
+}
+
+/// Shows the namespace of the calling thread as that of a process.
+fn show_as_process(root: &Path, pid: u32) {
+    let dir = root.join("proc").join(pid.to_string()).join("ns");
+    std::fs::create_dir_all(&dir).unwrap();
+    symlink(this_namespace(), dir.join("net")).unwrap();
 }
 
 fn loopback_up() {
@@ -46,13 +56,15 @@ fn is_destroyed(socket: &UdpSocket) -> bool {
     }
 }
 
-fn destination(found: &Found) -> (Addr, u16) {
-    (found.id.destination_address.into(), found.id.destination_port)
-}
-
-fn endpoint(s: &str) -> (Addr, u16) {
-    let socket: SocketAddr = s.parse().unwrap();
-    (socket.ip().into(), socket.port())
+/// Condemns sockets connected to `destination`, and checks that the copy is the socket that is meant.
+fn to(destination: &str) -> impl Fn(&SocketId, OwnedFd) -> Result<bool, SocketsError> + Sync {
+    let destination: SocketAddr = destination.parse().unwrap();
+    let canonical = |addr: SocketAddr| (Addr::from(addr.ip()), addr.port());
+    move |id, copy| {
+        let seen = SocketAddr::new(id.destination_address, id.destination_port);
+        assert_eq!(canonical(UdpSocket::from(copy).peer_addr().unwrap()), canonical(seen));
+        Ok(canonical(seen) == canonical(destination))
+    }
 }
 
 #[test]
@@ -63,9 +75,10 @@ fn this_kernel_can_do_it() {
 #[test]
 fn sockets_to_one_destination_are_destroyed_in_every_namespace() {
     let root = TempDir::new().unwrap();
+    let places = places(&root);
     in_new_netns(|| {
         loopback_up();
-        show_this_namespace(root.path(), 1);
+        show_as_process(root.path(), 1);
         let stale = [
             connected("127.0.0.1:0", "127.0.0.7:1053"),
             // An AF_INET6 socket that talks IPv4 is found by its canonical address.
@@ -79,16 +92,15 @@ fn sockets_to_one_destination_are_destroyed_in_every_namespace() {
         let unconnected = UdpSocket::bind("127.0.0.1:0").unwrap();
         in_new_netns(|| {
             loopback_up();
-            show_this_namespace(root.path(), 2);
+            show_as_process(root.path(), 2);
             // The same namespace once more: it is looked into once.
-            show_this_namespace(root.path(), 3);
+            show_as_process(root.path(), 3);
             let stale_there = connected("127.0.0.1:0", "127.0.0.7:1053");
 
-            let report =
-                sweep(&places(&root), None, &|found| destination(found) == endpoint("127.0.0.7:1053"))
-                    .unwrap();
-            assert!(report.errors.is_empty(), "{:?}", report.errors);
-            assert_eq!((report.namespaces, report.examined, report.destroyed), (2, 6, 3));
+            let report = sweep(&places, &to("127.0.0.7:1053")).unwrap();
+            assert!(report.errors.is_empty(), "{report:?}");
+            assert_eq!((report.namespaces, report.examined, report.destroyed), (2, 6, 3), "{report:?}");
+            assert_eq!((report.ownerless, report.hidden), (0, 0), "{report:?}");
             assert!(is_destroyed(&stale_there));
         });
         assert!(stale.iter().all(is_destroyed));
@@ -99,12 +111,13 @@ fn sockets_to_one_destination_are_destroyed_in_every_namespace() {
 #[test]
 fn the_caller_stays_in_its_namespace() {
     let root = TempDir::new().unwrap();
+    let places = places(&root);
     in_new_netns(|| {
-        show_this_namespace(root.path(), 1);
+        show_as_process(root.path(), 1);
         in_new_netns(|| {
             let here = || std::fs::read_link("/proc/thread-self/ns/net").unwrap();
             let before = here();
-            assert_eq!(sweep(&places(&root), None, &|_| false).unwrap().namespaces, 1);
+            assert_eq!(sweep(&places, &|_, _| Ok(false)).unwrap().namespaces, 1);
             assert_eq!(here(), before);
         });
     });
@@ -113,62 +126,83 @@ fn the_caller_stays_in_its_namespace() {
 #[test]
 fn v6_sockets_and_named_namespaces() {
     let root = TempDir::new().unwrap();
-    std::fs::create_dir(root.path().join("proc")).unwrap();
-    std::fs::create_dir(root.path().join("netns")).unwrap();
+    let places = places(&root);
     // What iproute2 leaves when a mount is gone: not a namespace, and no reason to complain.
     std::fs::write(root.path().join("netns/leftover"), "").unwrap();
     in_new_netns(|| {
         loopback_up();
-        let thread = rustix::thread::gettid().as_raw_nonzero();
-        let path = format!("/proc/{}/task/{thread}/ns/net", std::process::id());
-        symlink(path, root.path().join("netns/mine")).unwrap();
+        symlink(this_namespace(), root.path().join("netns/mine")).unwrap();
         let stale = connected("[::1]:0", "[::1]:1053");
         let kept = connected("127.0.0.1:0", "127.0.0.7:1053");
-        let report =
-            sweep(&places(&root), None, &|found| destination(found) == endpoint("[::1]:1053")).unwrap();
-        assert!(report.errors.is_empty(), "{:?}", report.errors);
-        assert_eq!((report.namespaces, report.examined, report.destroyed), (1, 2, 1));
+        let report = sweep(&places, &to("[::1]:1053")).unwrap();
+        assert!(report.errors.is_empty(), "{report:?}");
+        assert_eq!((report.namespaces, report.examined, report.destroyed), (1, 2, 1), "{report:?}");
         assert!(is_destroyed(&stale));
         assert!(!is_destroyed(&kept));
     });
 }
 
 #[test]
-fn a_descriptor_that_is_no_socket_storage_is_told_by_namespace() {
+fn a_socket_without_a_visible_owner_is_left_alone() {
     let root = TempDir::new().unwrap();
+    let mut places = places(&root);
+    // Nobody but an empty process here, as for an agent that does not see the host's processes.
+    places.proc = root.path().join("lonely");
+    std::fs::create_dir_all(places.proc.join("1/fd")).unwrap();
     in_new_netns(|| {
-        show_this_namespace(root.path(), 1);
-        let not_a_map = std::fs::File::open("/dev/null").unwrap();
-        let sweeper = SocketSweeper::new(places(&root)).unwrap();
-        let report = sweeper.destroy_stale(not_a_map.as_fd(), |_| true).unwrap();
-        let errors: Vec<String> = report.errors.iter().map(ToString::to_string).collect();
-        assert_eq!(errors.len(), 1, "{errors:?}");
-        assert!(errors[0].contains("/proc/1/ns/net: sock_diag, listing"), "{errors:?}");
+        loopback_up();
+        symlink(this_namespace(), root.path().join("netns/mine")).unwrap();
+        let socket = connected("127.0.0.1:0", "127.0.0.7:1053");
+        let report = sweep(&places, &to("127.0.0.7:1053")).unwrap();
+        assert_eq!((report.examined, report.ownerless, report.destroyed), (1, 1, 0), "{report:?}");
+        assert!(!is_destroyed(&socket));
     });
+}
+
+#[test]
+fn a_socket_that_cannot_be_judged_is_left_alone() {
+    let root = TempDir::new().unwrap();
+    let places = places(&root);
+    in_new_netns(|| {
+        loopback_up();
+        show_as_process(root.path(), 1);
+        let socket = connected("127.0.0.1:0", "127.0.0.7:1053");
+        let report = sweep(&places, &|_, _| Err(SocketsError::NoDestroy)).unwrap();
+        assert_eq!((report.errors.len(), report.destroyed), (1, 0), "{report:?}");
+        assert!(!is_destroyed(&socket));
+    });
+}
+
+#[test]
+fn a_descriptor_that_is_no_map_is_an_error() {
+    let root = TempDir::new().unwrap();
+    let sweeper = SocketSweeper::new(places(&root)).unwrap();
+    let not_a_map = std::fs::File::open("/dev/null").unwrap();
+    let error = sweeper.destroy_stale(not_a_map.as_fd(), |_| true).unwrap_err();
+    assert!(matches!(error, SocketsError::Storage(_)), "{error}");
 }
 
 #[test]
 fn no_processes_is_an_error_that_names_the_path() {
     let places = Places { proc: "/nonexistent/proc".into(), named: Vec::new() };
-    let error = sweep(&places, None, &|_| true).unwrap_err().to_string();
+    let error = sweep(&places, &|_, _| Ok(true)).unwrap_err().to_string();
     assert!(error.contains("/nonexistent/proc"), "{error}");
 }
 
 #[test]
 fn a_socket_counts_only_while_it_is_connected_where_its_record_says() {
-    let found = |destination: &str, port| {
-        let mut id = netlink_packet_sock_diag::inet::SocketId::new_v6();
-        id.destination_address = destination.parse::<IpAddr>().unwrap();
-        id.destination_port = port;
-        Found { family: libc::AF_INET6 as u8, id, record: None }
+    let id = |destination: &str, port| SocketId {
+        destination_address: destination.parse::<IpAddr>().unwrap(),
+        destination_port: port,
+        ..SocketId::new_v6()
     };
     let record = SocketRecord {
         backend_addr: Addr::v4([10, 64, 1, 11]),
         backend_port: Be16::new(1053),
         ..SocketRecord::default()
     };
-    assert!(connected_by(&found("10.64.1.11", 1053), &record));
-    assert!(connected_by(&found("::ffff:10.64.1.11", 1053), &record));
-    assert!(!connected_by(&found("10.64.1.11", 1054), &record));
-    assert!(!connected_by(&found("10.64.1.12", 1053), &record));
+    assert!(connected_by(&id("10.64.1.11", 1053), &record));
+    assert!(connected_by(&id("::ffff:10.64.1.11", 1053), &record));
+    assert!(!connected_by(&id("10.64.1.11", 1054), &record));
+    assert!(!connected_by(&id("10.64.1.12", 1053), &record));
 }

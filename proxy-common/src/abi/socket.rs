@@ -1,8 +1,9 @@
 //! What the socket edge remembers per socket: the address that the application asked for.
 //!
 //! `SOCKETS` is socket storage (freed with the socket) for connected sockets. `UDP_FLOWS` is a small LRU hash for
-//! datagrams sent from unconnected UDP sockets. Both are written and read by the socket edge; the agent reads
-//! `SOCKETS` through sock_diag to find sockets whose backend has left.
+//! datagrams sent from unconnected UDP sockets. Both are written and read by the socket edge; the agent
+//! reads `SOCKETS` by descriptor to find connected UDP sockets whose backend has left (sock_diag lists the storage of
+//! TCP sockets only).
 
 use bytemuck::{Pod, Zeroable};
 

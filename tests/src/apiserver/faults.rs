@@ -94,7 +94,8 @@ impl ApiServer {
         self.order(Command::CutConnections);
     }
 
-    /// Goes away: connections break, new ones are refused. The port stays taken and the objects stay.
+    /// Goes away: connections break, new ones are refused. The objects stay, and the socket stays bound, so
+    /// that nobody who asks for some free port is given this one.
     pub fn go_away(&self) {
         self.order(|done| Command::Away(None, done));
     }

@@ -7,7 +7,8 @@
 //! Pods and clients hold single addresses (/32, /128), as with most routed CNIs: their router has a host route to them,
 //! and they reach everything by a gateway address that exists only as a permanent neighbour entry. Nodes route each
 //! other's pod prefixes directly. The hub has no default route for nodes: what a node passes on although nobody
-//! serves it comes back as "network unreachable", so that a test can tell it from a packet that was dropped.
+//! serves it comes back as "network unreachable", so that a test can tell it from a packet that was dropped (over TCP
+//! after about a second: the kernel heeds the message at the first retransmission).
 
 use std::fmt::Write as _;
 use std::net::IpAddr;

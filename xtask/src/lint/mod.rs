@@ -41,22 +41,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     checks.run("BPF object", || build_ebpf::run(&build_ebpf::Args { debug_log: false }));
     checks.run("clippy on the host", || {
         let mut clippy = workspace::cargo();
-        run_command(clippy.args([
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--locked",
-            "--",
-            "-D",
-            "warnings",
-        ]))
+        clippy.args(["clippy", "--workspace", "--all-targets", "--all-features", "--locked"]);
+        run_command(clippy.args(["--", "-D", "warnings"]))
     });
     checks.run("clippy on the BPF target", ebpf_clippy);
     checks.run("documentation", || {
         let mut doc = workspace::cargo();
-        doc.args(["doc", "--workspace", "--no-deps", "--document-private-items"])
-            .env("RUSTDOCFLAGS", "-D warnings");
-        run_command(&mut doc)
+        doc.args(["doc", "--workspace", "--all-features", "--no-deps", "--document-private-items"]);
+        // The documentation is for contributors and always built with private items: links to them do resolve.
+        run_command(doc.env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links"))
     });
     checks.finish()
 }

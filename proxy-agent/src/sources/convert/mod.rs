@@ -36,6 +36,8 @@ const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 /// Names the Service of a slice.
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// The cluster autoscaler is about to delete a node with this taint.
+const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 /// The zone of a node.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
@@ -69,7 +71,12 @@ impl Converter {
             return None;
         }
         let zone = label(&object.metadata, ZONE_LABEL).filter(|zone| !zone.is_empty());
-        let mut node = Node { zone: zone.map(|zone| self.shared.string(zone)), ..Node::default() };
+        let mut taints = object.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+        let mut node = Node {
+            zone: zone.map(|zone| self.shared.string(zone)),
+            ips: [None; 2],
+            leaving: object.metadata.deletion_timestamp.is_some() || taints.any(|taint| taint.key == LEAVING_TAINT),
+        };
         let addresses = object.status.iter().flat_map(|status| status.addresses.iter().flatten());
         for kind in ["InternalIP", "ExternalIP"] {
             for address in addresses.clone().filter(|address| address.type_ == kind) {

@@ -171,12 +171,10 @@ fn read_yaml(mut text: &[u8], reader: &mut Reader<'_>) -> Result<(), FileError> 
     Ok(())
 }
 
-/// The parser's words; our limits are named where they are what stopped it.
+/// The parser's words, where they make sense to people who do not know it.
 fn explain(error: &serde_saphyr::Error) -> String {
     let error = error.without_snippet();
-    if matches!(error, serde_saphyr::Error::AliasReplayLimitExceeded { .. }) {
-        format!("{error}; the aliases of a file may stand for {ALIAS_NODES_MAX} nodes")
-    } else if matches!(error, serde_saphyr::Error::Budget { .. }) {
+    if matches!(error, serde_saphyr::Error::Budget { .. }) {
         format!("{error}; a document may be nested {DEPTH_MAX} levels deep")
     } else if let serde_saphyr::Error::DuplicateMappingKey { key: Some(key), location } = error {
         format!("the key {key:?} is there twice at line {}, column {}", location.line(), location.column())

@@ -20,7 +20,11 @@ use crate::desired::{DesiredPort, DesiredService, PortKey};
 use crate::model::{Claim, Freed, Model, Port, PortBackend, members, service_name};
 use crate::store::Op;
 
+#[cfg(test)]
+mod tests;
+
 /// What one Service should become; `None` when it is gone.
+#[derive(Clone, Debug)]
 pub struct Wanted {
     /// `metadata.creationTimestamp`.
     pub created: i64,
@@ -43,7 +47,9 @@ pub struct Plan {
 
 /// A map that is too small for a Service port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("map {map} is full: {need} more needed, {available} free; restart the agent to grow it, or raise its size")]
+#[error(
+    "map {map} is full: {need} more needed, {available} free; restart the agent to grow it, or raise its size"
+)]
 pub struct Full {
     map: &'static str,
     need: usize,

@@ -1,0 +1,113 @@
+//! Random histories of random Services, with crashes at any operation.
+//!
+//! `VIPR_HISTORIES` says how many histories each property tries (256 by default). A failure prints the smallest
+//! history that fails, and its seed is kept in `proptest-regressions`.
+
+use proptest::prelude::*;
+use proxy_common::abi::frontend::flags as frontend;
+use proxy_common::abi::proto::{TCP, UDP};
+
+use super::machine::{Grace, Machine, Step};
+use super::*;
+
+const NAMES: [&str; 4] = ["s0", "s1", "s2", "s3"];
+/// Two of one number: a port that is renamed keeps its frontends.
+const PORTS: [(&str, u8, u16); 4] = [("dns", UDP, 53), ("http", TCP, 80), ("web", TCP, 80), ("x", TCP, 81)];
+
+/// A port with frontends that other ports and Services may claim as well.
+fn any_port() -> impl Strategy<Value = DesiredPort> {
+    let flags = prop::sample::select(vec![0, frontend::NEAR_LOCAL, frontend::EXTERNAL | frontend::FAR_LOCAL]);
+    let frontends = prop::collection::btree_map(0..9_u8, flags, 1..5);
+    let flags = prop::sample::select(vec![REMOTE, HERE, HERE, DRAINING, IN_CLUSTER, DRAINING | ON_THIS_NODE]);
+    let backends = prop::collection::btree_map(0..7_u8, flags, 0..6);
+    let empty_local = prop::sample::select(vec![SlotRange::REJECT, SlotRange::DROP]);
+    let affinity = prop::sample::select(vec![0, 0, 10, 20]);
+    (0..PORTS.len(), frontends, backends, empty_local, affinity).prop_map(
+        |(port, frontends, backends, empty_local, affinity_seconds)| {
+            let (name, proto, number) = PORTS[port];
+            let frontends = frontends.into_iter().map(|(which, flags)| match which {
+                0..4 => (exact(which, number, proto), flags),
+                4..6 => (node_port(31_000 + u16::from(which), proto), flags),
+                _ => (FrontendKey::address(vip(which - 6)), 0),
+            });
+            let frontends: BTreeMap<FrontendKey, u16> = frontends.collect();
+            let key = PortKey { service: service(""), port_name: name.into(), proto, family: Family::V4 };
+            DesiredPort {
+                key,
+                frontends: frontends.into_iter().collect(),
+                backends: endpoints(&backends.into_iter().collect::<Vec<_>>()),
+                empty_local,
+                affinity_seconds,
+            }
+        },
+    )
+}
+
+fn any_wanted() -> impl Strategy<Value = Wanted> {
+    (0..3_i64, prop::collection::vec(any_port(), 0..3)).prop_map(|(created, ports)| {
+        let ports: BTreeMap<PortKey, DesiredPort> =
+            ports.into_iter().map(|port| (port.key.clone(), port)).collect();
+        let desired = DesiredService { ports: ports.into_values().collect(), problems: Vec::new() };
+        Wanted { created, desired }
+    })
+}
+
+fn any_change() -> impl Strategy<Value = (ObjectKey, Option<Wanted>)> {
+    (prop::sample::select(NAMES.to_vec()), prop::option::weighted(0.8, any_wanted())).prop_map(
+        |(name, mut wanted)| {
+            for port in wanted.iter_mut().flat_map(|wanted| &mut wanted.desired.ports) {
+                port.key.service = service(name);
+            }
+            (service(name), wanted)
+        },
+    )
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    let crashes = prop_oneof![2 => Just(Vec::new()), 1 => prop::collection::vec(any::<u8>(), 1..4)];
+    let grace = prop::sample::select(vec![Grace::Nothing, Grace::Begins, Grace::Ends]);
+    let changes = prop::collection::vec(any_change(), 1..4);
+    (changes, crashes, grace).prop_map(|(mut changes, crashes, grace)| {
+        // The last word on a Service is what counts.
+        changes.reverse();
+        changes.sort_by(|(a, _), (b, _)| a.cmp(b));
+        changes.dedup_by(|(a, _), (b, _)| a == b);
+        Step { changes, crashes, grace }
+    })
+}
+
+fn histories() -> ProptestConfig {
+    let cases = std::env::var("VIPR_HISTORIES").map_or(256, |n| n.parse().expect("VIPR_HISTORIES is a number"));
+    ProptestConfig { cases, ..ProptestConfig::default() }
+}
+
+proptest! {
+    #![proptest_config(histories())]
+
+    #[test]
+    fn any_prefix_of_any_plan_is_safe_and_a_restart_converges(steps in prop::collection::vec(any_step(), 1..12)) {
+        let mut machine = Machine::new(ROOMY);
+        for step in &steps {
+            machine.step(step);
+            prop_assert_eq!(&machine.refused, &BTreeSet::new(), "everything fits");
+        }
+        machine.settle();
+        machine.clear();
+    }
+
+    #[test]
+    fn full_maps_cost_nobody_else_and_lose_nothing(
+        steps in prop::collection::vec(any_step(), 1..12),
+        frontends in 4..20_u32,
+        services in 2..8_u32,
+        slots in 4..40_u32,
+        backends in 4..30_u32,
+    ) {
+        let mut machine = Machine::new(Capacity { frontends, services, slots, backends });
+        for step in &steps {
+            machine.step(step);
+        }
+        machine.settle();
+        machine.clear();
+    }
+}

@@ -1,0 +1,248 @@
+//! What a plan does to the maps: tables of single changes, and random histories with crashes.
+//!
+//! Everything is looked at in the [`Simulator`], which carries out the very operations that the kernel maps get:
+//! the names, sets and verdicts that its contents spell out are compared with what the Services ask for.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
+use proxy_common::abi::{FrontendKey, FrontendKind, Service, SlotRange};
+use proxy_common::addr::{Addr, Family};
+use proxy_common::be::Be16;
+
+use super::{Plan, Wanted, plan};
+use crate::cluster::ObjectKey;
+use crate::desired::{DesiredBackend, DesiredPort, DesiredService, PortKey};
+use crate::model::{Freed, Model, parse_name};
+use crate::sim::Simulator;
+use crate::store::{Capacity, Contents, MapStore as _, Op};
+
+mod changes;
+mod full_maps;
+mod histories;
+mod machine;
+mod restart;
+
+/// Flags of an endpoint in the cluster set, in both sets, and in none (it drains).
+const REMOTE: u32 = IN_CLUSTER | SERVING;
+const HERE: u32 = IN_CLUSTER | IN_LOCAL | SERVING | ON_THIS_NODE;
+const DRAINING: u32 = SERVING;
+
+const ROOMY: Capacity = Capacity { frontends: 256, services: 64, slots: 512, backends: 256 };
+
+type Services = BTreeMap<ObjectKey, Wanted>;
+type Endpoint = (Addr, Be16);
+
+/// What the maps mean, without the numbers in them.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Meaning {
+    /// Who answers at a frontend (nobody in particular at an active clusterIP as such), and its flags.
+    frontends: BTreeMap<FrontendKey, (Option<PortKey>, u16)>,
+    ports: BTreeMap<PortKey, PortMeaning>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct PortMeaning {
+    cluster: Set,
+    local: Set,
+    affinity_seconds: u32,
+    flags: BTreeMap<Endpoint, u32>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Set {
+    Endpoints(Vec<Endpoint>),
+    Verdict(SlotRange),
+}
+
+/// What the maps mean.
+#[track_caller]
+fn read(contents: &Contents) -> Meaning {
+    let names: BTreeMap<u32, PortKey> =
+        contents.names.iter().map(|(id, name)| (*id, parse_name(name).expect("a name that parses"))).collect();
+    let mut meaning = Meaning::default();
+    for (id, key) in &names {
+        let service = contents.services[*id as usize];
+        let backends = (0..).zip(&contents.backends).filter(|(_, b)| b.service == *id && b.state.flags != 0);
+        let port = PortMeaning {
+            cluster: set(contents, service.cluster),
+            local: set(contents, service.local),
+            affinity_seconds: service.affinity.seconds,
+            flags: backends.map(|(_, b)| ((b.addr, b.port), b.state.flags)).collect(),
+        };
+        assert!(meaning.ports.insert(key.clone(), port).is_none(), "two ids are named {key:?}");
+    }
+    for (key, value) in &contents.frontends {
+        assert!(value.is_for(key));
+        let owner = (key.kind != FrontendKind::Address as u8).then(|| names[&value.service].clone());
+        meaning.frontends.insert(*key, (owner, value.flags));
+    }
+    meaning
+}
+
+fn set(contents: &Contents, range: SlotRange) -> Set {
+    if range.is_empty() {
+        return Set::Verdict(range);
+    }
+    let slots = &contents.slots[range.base as usize..][..range.len as usize];
+    let endpoint = |id: &u32| contents.backends[*id as usize];
+    Set::Endpoints(slots.iter().map(endpoint).map(|b| (b.addr, b.port)).collect())
+}
+
+/// What the maps ought to mean: worked out from the Services alone, without ids and without an order of events.
+fn ought(services: &Services) -> Meaning {
+    let mut meaning = Meaning::default();
+    let mut best: BTreeMap<FrontendKey, (i64, PortKey, u16)> = BTreeMap::new();
+    for wanted in services.values() {
+        for port in &wanted.desired.ports {
+            for (key, flags) in &port.frontends {
+                let claim = (wanted.created, port.key.clone(), *flags);
+                let holder = best.entry(*key).or_insert_with(|| claim.clone());
+                if (claim.0, &claim.1) < (holder.0, &holder.1) {
+                    *holder = claim;
+                }
+            }
+            let set = |bit: u32, empty: SlotRange| {
+                let members = port.backends.iter().filter(|b| b.flags & bit != 0);
+                let members: Vec<Endpoint> = members.map(|b| (b.addr, b.port)).collect();
+                if members.is_empty() { Set::Verdict(empty) } else { Set::Endpoints(members) }
+            };
+            meaning.ports.insert(
+                port.key.clone(),
+                PortMeaning {
+                    cluster: set(IN_CLUSTER, SlotRange::REJECT),
+                    local: set(IN_LOCAL, port.empty_local),
+                    affinity_seconds: port.affinity_seconds,
+                    flags: port.backends.iter().map(|b| ((b.addr, b.port), b.flags)).collect(),
+                },
+            );
+        }
+    }
+    for (key, (_, owner, flags)) in best {
+        let owner = (key.kind != FrontendKind::Address as u8).then_some(owner);
+        meaning.frontends.insert(key, (owner, flags));
+    }
+    meaning
+}
+
+/// Maps and what is known of them, brought from one set of Services to the next.
+struct Bench {
+    model: Model,
+    sim: Simulator,
+    services: Services,
+}
+
+impl Bench {
+    fn new(capacity: Capacity) -> Self {
+        Self { model: Model::new(capacity), sim: Simulator::default(), services: Services::new() }
+    }
+
+    /// Plans a change of some Services and carries it out, without giving back what becomes free.
+    fn change(&mut self, changes: &[(&str, Option<Wanted>)]) -> Plan {
+        let mut services = BTreeMap::new();
+        for (name, wanted) in changes {
+            match wanted {
+                Some(wanted) => self.services.insert(service(name), wanted.clone()),
+                None => self.services.remove(&service(name)),
+            };
+            services.insert(service(name), wanted.clone());
+        }
+        self.carry_out(&services, false)
+    }
+
+    /// As an agent does that knows nothing but what the maps hold.
+    fn restart(&mut self) -> Plan {
+        self.model = Model::restore(self.model.capacity, &self.sim.contents());
+        let services = everything(&self.model, &self.services);
+        self.carry_out(&services, true)
+    }
+
+    fn carry_out(&mut self, services: &BTreeMap<ObjectKey, Option<Wanted>>, full: bool) -> Plan {
+        let plan = plan(&mut self.model, services, full);
+        for op in &plan.ops {
+            self.sim.apply(op).unwrap();
+        }
+        plan
+    }
+
+    /// Changes something that fits, waits for the grace period, and compares what the maps mean.
+    #[track_caller]
+    fn becomes(&mut self, changes: &[(&str, Option<Wanted>)]) -> Plan {
+        let mut plan = self.change(changes);
+        assert_eq!(plan.refused, BTreeMap::new());
+        self.model.release(std::mem::take(&mut plan.freed));
+        assert_eq!(read(&self.sim.contents()), ought(&self.services));
+        account(&self.model, &Freed::default());
+        plan
+    }
+
+    #[track_caller]
+    fn id(&self, name: &str) -> u32 {
+        self.model.ports[self.model.ports_of(&service(name)).next().expect("a port")].id
+    }
+
+    #[track_caller]
+    fn element(&self, name: &str) -> Service {
+        self.sim.contents().services[self.id(name) as usize]
+    }
+
+    /// Id and generation of an endpoint of a Service.
+    #[track_caller]
+    fn backend(&self, name: &str, endpoint: u8) -> (u32, u32) {
+        let id = self.id(name);
+        let contents = self.sim.contents();
+        let mut found = (0..).zip(&contents.backends).filter(|(_, b)| {
+            b.service == id && b.state.flags != 0 && (b.addr, b.port) == self::endpoint(endpoint)
+        });
+        let (backend, element) = found.next().expect("the endpoint has an id");
+        assert!(found.next().is_none(), "the endpoint has two ids");
+        (backend, element.state.generation)
+    }
+}
+
+/// What a full plan looks at: every Service there is, and every one that the maps still hold.
+fn everything(model: &Model, services: &Services) -> BTreeMap<ObjectKey, Option<Wanted>> {
+    let gone = model.ports.keys().map(|key| (key.service.clone(), None));
+    gone.chain(services.iter().map(|(key, wanted)| (key.clone(), Some(wanted.clone())))).collect()
+}
+
+/// Every number is either in use, free, or waiting for a grace period.
+#[track_caller]
+fn account(model: &Model, freed: &Freed) {
+    let ids = model.ports.len() + model.orphans.len() + freed.services.len();
+    assert_eq!(model.service_ids.available() as usize + ids, model.capacity.services as usize - 1, "service ids");
+    let ids: usize = model.ports.values().map(|port| port.backends.len()).sum();
+    let ids = ids + freed.backends.len() + model.backend_ids.available() as usize;
+    assert_eq!(ids, model.capacity.backends as usize - 1, "backend ids");
+    let ranges = model.ports.values().flat_map(|port| [port.service.cluster, port.service.local]);
+    let slots: u32 = ranges.chain(freed.ranges.iter().copied()).map(|range| range.len).sum();
+    assert_eq!(slots + model.slots.available(), model.capacity.slots - 1, "slots");
+}
+
+fn service(name: &str) -> ObjectKey {
+    ObjectKey::new("a", name)
+}
+
+fn vip(number: u8) -> Addr {
+    Addr::v4([10, 96, 0, number])
+}
+
+fn endpoint(number: u8) -> Endpoint {
+    (Addr::v4([10, 64, 1, number]), Be16::new(8080))
+}
+
+fn endpoints(list: &[(u8, u32)]) -> Vec<DesiredBackend> {
+    let backend = |&(number, flags): &(u8, u32)| {
+        let (addr, port) = endpoint(number);
+        DesiredBackend { addr, port, flags }
+    };
+    list.iter().map(backend).collect()
+}
+
+fn exact(number: u8, port: u16, proto: u8) -> FrontendKey {
+    FrontendKey::exact(vip(number), Be16::new(port), proto)
+}
+
+fn node_port(port: u16, proto: u8) -> FrontendKey {
+    FrontendKey::node_port(Addr::v4([0; 4]), Be16::new(port), proto)
+}
