@@ -48,50 +48,89 @@ fn deny_with(errno: i32) -> i32 {
     DENY
 }
 
+/// Runs one decision on the hook's socket.
+#[inline(always)]
+fn decide<const V6: bool>(
+    hook: &'static str,
+    ctx: SockAddrContext,
+    decision: impl FnOnce(&mut SockAddr<V6>) -> Verdict,
+) -> Verdict {
+    let mut socket = SockAddr::new(ctx);
+    if cfg!(feature = "debug-log") {
+        log_address(hook, "asked", &socket);
+    }
+    let verdict = decision(&mut socket);
+    if cfg!(feature = "debug-log") {
+        log_address(hook, verdict_name(verdict), &socket);
+    }
+    verdict
+}
+
 #[cgroup_sock_addr(connect4)]
 fn connect4(ctx: SockAddrContext) -> i32 {
-    answer(socket::connect(&mut SockAddr::<false>::new(ctx), &Maps))
+    answer(decide::<false>("connect4", ctx, |socket| socket::connect(socket, &Maps)))
 }
 
 #[cgroup_sock_addr(connect6)]
 fn connect6(ctx: SockAddrContext) -> i32 {
-    answer(socket::connect(&mut SockAddr::<true>::new(ctx), &Maps))
+    answer(decide::<true>("connect6", ctx, |socket| socket::connect(socket, &Maps)))
 }
 
 #[cgroup_sock_addr(sendmsg4)]
 fn sendmsg4(ctx: SockAddrContext) -> i32 {
-    answer(socket::sendmsg(&mut SockAddr::<false>::new(ctx), &Maps))
+    answer(decide::<false>("sendmsg4", ctx, |socket| socket::sendmsg(socket, &Maps)))
 }
 
 #[cgroup_sock_addr(sendmsg6)]
 fn sendmsg6(ctx: SockAddrContext) -> i32 {
-    answer(socket::sendmsg(&mut SockAddr::<true>::new(ctx), &Maps))
+    answer(decide::<true>("sendmsg6", ctx, |socket| socket::sendmsg(socket, &Maps)))
 }
 
 // The kernel accepts nothing but ALLOW from the hooks below.
 
 #[cgroup_sock_addr(recvmsg4)]
 fn recvmsg4(ctx: SockAddrContext) -> i32 {
-    socket::recvmsg(&mut SockAddr::<false>::new(ctx), &Maps);
+    decide::<false>("recvmsg4", ctx, |socket| socket::recvmsg(socket, &Maps));
     ALLOW
 }
 
 #[cgroup_sock_addr(recvmsg6)]
 fn recvmsg6(ctx: SockAddrContext) -> i32 {
-    socket::recvmsg(&mut SockAddr::<true>::new(ctx), &Maps);
+    decide::<true>("recvmsg6", ctx, |socket| socket::recvmsg(socket, &Maps));
     ALLOW
 }
 
 #[cgroup_sock_addr(getpeername4)]
 fn getpeername4(ctx: SockAddrContext) -> i32 {
-    socket::peername(&mut SockAddr::<false>::new(ctx));
+    decide::<false>("getpeername4", ctx, |socket| socket::peername(socket));
     ALLOW
 }
 
 #[cgroup_sock_addr(getpeername6)]
 fn getpeername6(ctx: SockAddrContext) -> i32 {
-    socket::peername(&mut SockAddr::<true>::new(ctx));
+    decide::<true>("getpeername6", ctx, |socket| socket::peername(socket));
     ALLOW
+}
+
+#[cfg(feature = "debug-log")]
+#[inline(always)]
+fn log_address<const V6: bool>(hook: &'static str, what: &'static str, socket: &SockAddr<V6>) {
+    use proxy_common::datapath::tables::Socket as _;
+    let (addr, port) = (socket.addr().bytes, socket.port().get());
+    aya_log_ebpf::info!(socket.ctx(), "{} {} [{:i}]:{}", hook, what, addr, port);
+}
+
+#[cfg(not(feature = "debug-log"))]
+fn log_address<const V6: bool>(_: &'static str, _: &'static str, _: &SockAddr<V6>) {}
+
+const fn verdict_name(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Pass => "pass",
+        Verdict::Translated => "translated to",
+        Verdict::Reject => "reject",
+        Verdict::Drop => "drop",
+        Verdict::Fail => "fail",
+    }
 }
 
 /// The kernel offers some helpers only to programs under a GPL-compatible licence.

@@ -24,6 +24,11 @@ impl<const V6: bool> SockAddr<V6> {
     pub(crate) const fn new(ctx: SockAddrContext) -> Self {
         Self { ctx }
     }
+
+    #[cfg(feature = "debug-log")]
+    pub(crate) const fn ctx(&self) -> &SockAddrContext {
+        &self.ctx
+    }
 }
 
 /// Reads a context field exactly once, at its own width: the verifier rewrites each access by offset and width.
