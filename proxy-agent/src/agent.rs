@@ -148,6 +148,10 @@ struct Agent {
     /// Freed numbers: those that wait for a grace period which has begun, and those that came later.
     waiting: Option<(JoinHandle<std::io::Result<()>>, Freed)>,
     freed: Freed,
+    /// Services of which something did not fit into the maps: tried again with every change, and whenever numbers
+    /// have come back.
+    refused: BTreeSet<ObjectKey>,
+    numbers_came_back: bool,
     sweep: Option<JoinHandle<()>>,
     sweep_again: bool,
     trigger_times: Vec<(Family, i64)>,
@@ -174,6 +178,7 @@ impl Agent {
         let context = Context {
             node_name: Arc::clone(&config.node_name),
             cluster_cidr: config.cluster_cidr,
+            ignore_external_ips: !config.allow_external_ips,
             ..Context::default()
         };
         Self {
@@ -188,6 +193,8 @@ impl Agent {
             everything: true,
             waiting: None,
             freed: Freed::default(),
+            refused: BTreeSet::new(),
+            numbers_came_back: false,
             sweep: None,
             sweep_again: false,
             trigger_times: Vec::new(),
@@ -294,10 +301,12 @@ impl Agent {
         if self.everything {
             self.cluster.touch_all();
         }
-        let dirty = self.cluster.take_dirty();
-        if dirty.is_empty() && !self.everything && !self.node_changed {
+        let mut dirty = self.cluster.take_dirty();
+        let again = std::mem::take(&mut self.numbers_came_back) && !self.refused.is_empty();
+        if dirty.is_empty() && !self.everything && !self.node_changed && !again {
             return Ok(());
         }
+        dirty.extend(self.refused.iter().cloned());
         let mut wanted: BTreeMap<ObjectKey, Option<Wanted>> =
             dirty.into_iter().map(|key| (key.clone(), self.wanted(&key))).collect();
 
@@ -324,7 +333,8 @@ impl Agent {
             }
         }
         let result = self.program(&mut programmed, wanted, first);
-        self.programmed = Some(programmed);
+        // Programs are attached once all is written for the first time: if that fails, all of it is done again.
+        self.programmed = (!first || result.is_ok()).then_some(programmed);
         let took = start.elapsed();
         for family in Family::ALL {
             self.metrics.synced(family, took, result.is_ok());
@@ -383,7 +393,7 @@ impl Agent {
             let addresses = local_addresses(&self.config.nodeport_addresses, ips, &host);
             let cidrs = self.cluster.service_cidrs().collect();
             carry_out(maps, &plan_node(model, addresses, cidrs))?;
-            self.report.set("--nodeport-addresses".to_owned(), self.config.nodeport_addresses.warnings(ips));
+            self.report.set("--nodeport-addresses".to_owned(), self.config.nodeport_addresses.warnings(ips, &host));
         }
         let plan = plan(model, &wanted, self.everything);
         tracing::debug!(services = wanted.len(), operations = plan.ops.len(), "programming");
@@ -394,13 +404,21 @@ impl Agent {
             selftest::run(&mut dataplane.maps)?;
         }
         self.begin_grace();
-        if plan.udp_departures || first {
+        if plan.udp_stale || first {
             self.sweep_again = true;
         }
         self.begin_sweep(programmed);
         for (service, wanted) in wanted {
             let mut reasons = wanted.map(|wanted| wanted.desired.problems).unwrap_or_default();
-            reasons.extend(plan.refused.get(&service).into_iter().flatten().cloned());
+            match plan.refused.get(&service) {
+                Some(refused) => {
+                    reasons.extend(refused.iter().cloned());
+                    self.refused.insert(service.clone());
+                }
+                None => {
+                    self.refused.remove(&service);
+                }
+            }
             reasons.extend(lost_claims(&programmed.model, &service));
             self.report.service(&service, reasons);
         }
@@ -418,6 +436,7 @@ impl Agent {
     fn release(&mut self) {
         if let (Some((_, freed)), Some(programmed)) = (self.waiting.take(), &mut self.programmed) {
             programmed.model.release(freed);
+            self.numbers_came_back = true;
         }
         self.begin_grace();
     }

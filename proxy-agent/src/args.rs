@@ -103,6 +103,11 @@ pub struct RunArgs {
     /// Address of /metrics and /proxyMode; empty for none.
     #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:10249")]
     pub metrics_bind_address: String,
+    /// Feature gates of kube-proxy as NAME=true or NAME=false, separated by commas.
+    ///
+    /// Known is AllowServiceExternalIPs (default true); others have no meaning here and are named in the log.
+    #[arg(long, value_name = "GATES", value_delimiter = ',')]
+    pub feature_gates: Vec<String>,
     /// Where everything is pinned.
     #[command(flatten)]
     pub pins: Pins,

@@ -51,6 +51,8 @@ pub struct Config {
     pub cluster_cidr: [Option<Prefix>; 2],
     /// Which addresses serve nodePorts.
     pub nodeport_addresses: NodePortAddresses,
+    /// Whether externalIPs are served (feature gate `AllowServiceExternalIPs`).
+    pub allow_external_ips: bool,
     /// Address of the health server.
     pub healthz: Option<SocketAddr>,
     /// Address of the metrics server.
@@ -69,6 +71,9 @@ pub enum ConfigError {
     /// nodePort addresses.
     #[error(transparent)]
     NodePortAddresses(#[from] NodePortAddressesError),
+    /// Not NAME=true or NAME=false.
+    #[error("--feature-gates {0:?}: must be NAME=true or NAME=false, separated by commas")]
+    FeatureGate(String),
     /// Bind addresses.
     #[error(transparent)]
     Address(#[from] HttpError),
@@ -114,6 +119,7 @@ impl Config {
             state_file: state_file(&args.pins.run_dir, &args.pins.pin_dir),
             cluster_cidr: cluster_cidr(&args.cluster_cidr)?,
             nodeport_addresses: NodePortAddresses::parse(&args.nodeport_addresses)?,
+            allow_external_ips: feature_gate(&args.feature_gates, "AllowServiceExternalIPs", true)?,
             healthz: bind_address(
                 "--healthz-bind-address",
                 &args.healthz_bind_address,
@@ -149,6 +155,22 @@ fn cluster_cidr(given: &[String]) -> Result<[Option<Prefix>; 2], ConfigError> {
         *slot.ok_or_else(wrong)? = Some(prefix);
     }
     Ok(cidrs)
+}
+
+/// The value of a feature gate; the last mention counts, as with kube-proxy.
+fn feature_gate(given: &[String], name: &str, default: bool) -> Result<bool, ConfigError> {
+    let mut value = default;
+    for gate in given.iter().filter(|gate| !gate.trim().is_empty()) {
+        let wrong = || ConfigError::FeatureGate(gate.clone());
+        let (gate_name, gate_value) = gate.split_once('=').ok_or_else(wrong)?;
+        let gate_value = gate_value.trim().parse().map_err(|_: std::str::ParseBoolError| wrong())?;
+        if gate_name.trim() == name {
+            value = gate_value;
+        } else {
+            tracing::info!(gate = gate_name, "feature gate without a meaning here");
+        }
+    }
+    Ok(value)
 }
 
 /// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
@@ -212,6 +234,20 @@ mod tests {
         assert_eq!(pair.map(|cidr| cidr.unwrap().to_string()), ["10.64.0.0/12", "fd00:64::/48"]);
         for wrong in ["10.64.0.0/12,10.80.0.0/12", "10.64.0.0/33", "pods"] {
             assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn p022_feature_gates_are_names_with_a_truth_value() {
+        let gate = |text: &str| {
+            let given: Vec<String> = text.split(',').map(str::to_owned).collect();
+            feature_gate(&given, "AllowServiceExternalIPs", true)
+        };
+        assert!(gate("").unwrap());
+        assert!(!gate("AllowServiceExternalIPs=false").unwrap());
+        assert!(gate("Other=false,AllowServiceExternalIPs=false,AllowServiceExternalIPs=true").unwrap());
+        for wrong in ["AllowServiceExternalIPs", "AllowServiceExternalIPs=no"] {
+            assert!(matches!(gate(wrong), Err(ConfigError::FeatureGate(_))), "{wrong}");
         }
     }
 }

@@ -43,12 +43,21 @@ pub struct Port {
     pub service: Service,
     /// By address and port.
     pub backends: Vec<PortBackend>,
+    /// Ranges that the kernel's element names and that do not hold what they should, after a crash: BPF programs
+    /// read them until the element has been rewritten.
+    pub replaced: Vec<SlotRange>,
     /// Frontends that the Service port claims, by key, with the flags it wants. Empty after a restart until the
     /// source has spoken.
     pub claims: Vec<(FrontendKey, u16)>,
 }
 
 impl Port {
+    /// Every slot range that BPF programs may read.
+    pub fn ranges(&self) -> impl Iterator<Item = SlotRange> {
+        let sets = [self.service.cluster, self.service.local].into_iter().filter(|range| !range.is_empty());
+        sets.chain(self.replaced.iter().copied())
+    }
+
     /// The backends of a set, in slot order.
     pub fn members(&self, set: u32) -> impl Iterator<Item = u32> {
         members(&self.backends, set)
@@ -140,7 +149,8 @@ impl Model {
         let mut names = contents.names.clone();
         names.sort_by_key(|(id, _)| *id);
         for (id, name) in &names {
-            let Some(service) = contents.services.get(*id as usize) else { continue };
+            // The name is written first: after a crash there may be nothing more.
+            let service = contents.services.get(*id as usize).copied().unwrap_or_default();
             let Some(key) = parse_name(name).filter(|key| !ports.contains_key(key)) else {
                 orphans.push((*id, service.affinity.epoch));
                 continue;
@@ -148,15 +158,18 @@ impl Model {
             let mut backends = by_service.remove(id).unwrap_or_default();
             backends.sort_by_key(|b| (b.addr, b.port, b.id));
             backends.dedup_by_key(|b| (b.addr, b.port));
-            let mut port = Port { id: *id, service: *service, backends, claims: Vec::new() };
-            port.service.cluster = intact(contents, &port, port.service.cluster, IN_CLUSTER);
-            port.service.local = intact(contents, &port, port.service.local, IN_LOCAL);
+            let mut port = Port { id: *id, service, backends, replaced: Vec::new(), claims: Vec::new() };
+            port.service.cluster = intact(contents, &port, service.cluster, IN_CLUSTER);
+            port.service.local = intact(contents, &port, service.local, IN_LOCAL);
+            let pairs = [(service.cluster, port.service.cluster), (service.local, port.service.local)];
+            let replaced = pairs.into_iter().filter(|(names, keeps)| names != keeps && !names.is_empty());
+            port.replaced = replaced.map(|(names, _)| names).collect();
             ports.insert(Arc::new(key), port);
         }
 
         let slots = loop {
-            let ranges = ports.values().flat_map(|p| [p.service.cluster, p.service.local]);
-            match SlotPool::restore(capacity.slots, ranges.filter(|r| !r.is_empty()).collect()) {
+            let ranges = ports.values().flat_map(Port::ranges);
+            match SlotPool::restore(capacity.slots, ranges.collect()) {
                 Ok(pool) => break pool,
                 Err(bad) => {
                     for port in ports.values_mut() {
@@ -165,6 +178,7 @@ impl Model {
                                 *range = UNKNOWN;
                             }
                         }
+                        port.replaced.retain(|range| *range != bad);
                     }
                 }
             }

@@ -3,3 +3,4 @@
 pub mod apiserver;
 pub mod cases;
 pub mod lab;
+pub mod scenarios;

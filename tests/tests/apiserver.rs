@@ -1,5 +1,7 @@
 //! The test API server, seen through the client library that the agent uses.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "test code outside of test functions")]
+
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -91,6 +93,20 @@ async fn until(condition: impl Fn() -> bool) {
     while !condition() {
         assert!(start.elapsed() < PATIENCE, "the condition does not come true");
         tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// The watcher says `want`, after nothing but failures to connect.
+async fn retry_until(watcher: &mut Watcher, want: &str) {
+    let start = Instant::now();
+    loop {
+        let said = next(watcher).await;
+        if said == want {
+            return;
+        }
+        assert_eq!(said, "error 0");
+        assert!(start.elapsed() < PATIENCE, "the watcher does not recover");
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -354,13 +370,7 @@ async fn cut_connections_lose_nothing() {
         let watches = server.count(Verb::Watch, Resource::Services);
         cut();
         server.apply(service("a", &format!("10.96.1.{i}"))).unwrap();
-        loop {
-            let said = next(&mut watcher).await;
-            if said == format!("apply a 10.96.1.{i}") {
-                break;
-            }
-            assert_eq!(said, "error 0", "cut {i}");
-        }
+        retry_until(&mut watcher, &format!("apply a 10.96.1.{i}")).await;
         assert_eq!(server.count(Verb::Watch, Resource::Services), watches + 1, "cut {i}");
         silent_until(&mut watcher, || server.open_watches(Resource::Services) == 1).await;
     }
@@ -402,15 +412,7 @@ async fn away_and_back_on_the_same_port() {
         } else {
             server.come_back();
         }
-        let back = format!("apply a 10.96.2.{round}");
-        loop {
-            let said = next(&mut watcher).await;
-            if said == back {
-                break;
-            }
-            assert_eq!(said, "error 0");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        retry_until(&mut watcher, &format!("apply a 10.96.2.{round}")).await;
     }
     assert_eq!(server.count(Verb::List, Resource::Services), 1);
 }
@@ -582,8 +584,7 @@ async fn events_are_recorded() {
 
 #[tokio::test]
 async fn a_large_cluster_is_listed_and_discovered() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let server = ApiServer::start_on(listener).unwrap();
+    let server = ApiServer::start().unwrap();
     server.apply_all(services(10_000)).unwrap();
     let kube = connect(&server).await;
     let all = Api::<Service>::all(kube.clone());
@@ -599,6 +600,20 @@ async fn a_large_cluster_is_listed_and_discovered() {
     let slices = kube.list_api_group_resources("discovery.k8s.io/v1").await.unwrap();
     assert_eq!(slices.resources.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["endpointslices"]);
     assert_eq!(kube.list_api_groups().await.unwrap().groups.len(), 3);
+}
+
+#[test]
+fn a_listener_is_handed_in() {
+    let some_port = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let Err(refused) = ApiServer::start_on(some_port()) else { panic!("it could not come back on its port") };
+    assert!(refused.to_string().contains("explicit port"), "{refused}");
+
+    let address = some_port().local_addr().unwrap();
+    let server = ApiServer::start_on(std::net::TcpListener::bind(address).unwrap()).unwrap();
+    assert_eq!(server.address(), address);
+    server.go_away();
+    server.come_back();
+    std::net::TcpStream::connect(address).unwrap();
 }
 
 #[test]

@@ -4,15 +4,16 @@
 //! container image.
 
 use std::env;
+use std::ffi::OsString;
 use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::build_ebpf;
 use crate::process::{exec, run as run_command, say};
+use crate::setup;
 use crate::workspace;
 
 /// Arguments of `build`.
@@ -71,13 +72,17 @@ pub(crate) fn programs(release: bool, debug_log: bool) -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Builds for release and becomes `tool` of crate `tests`, which finds the agent by `VIPR_AGENT`.
+/// Builds for release and becomes `tool` of crate `tests`, as root, which finds the agent by `VIPR_AGENT`.
 ///
 /// # Errors
-/// When a build fails or the tool cannot be started.
-pub(crate) fn exec_tool(tool: &str, args: &[impl AsRef<std::ffi::OsStr>]) -> Result<()> {
+/// When something is missing and cannot be installed, a build fails, or the tool cannot be started.
+pub(crate) fn exec_tool(tool: &str, args: &[OsString]) -> Result<()> {
     let dir = programs(true, false)?;
-    exec(Command::new(dir.join(tool)).args(args).env("VIPR_AGENT", dir.join("proxy-agent")))
+    setup::lab(setup::quiet)?;
+    let mut agent = OsString::from("VIPR_AGENT=");
+    agent.push(dir.join("proxy-agent"));
+    // Through env, because sudo hands no variables on.
+    exec(setup::as_root("env")?.arg(agent).arg(dir.join(tool)).args(args))
 }
 
 /// The GNU target of this machine: glibc links statically there, and no further target has to be installed.

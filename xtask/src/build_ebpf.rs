@@ -12,7 +12,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::process::{run as run_command, say};
-use crate::toolchain::{self, Toolchain};
+use crate::setup;
 use crate::workspace;
 
 /// Little-endian, like every architecture that Vipr runs on.
@@ -29,7 +29,7 @@ pub(crate) struct Args {
 /// Builds the BPF object.
 ///
 /// # Errors
-/// When the toolchain is missing or the build fails.
+/// When the toolchain is missing and cannot be installed, or the build fails.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let mut cargo = cargo("build")?;
     if args.debug_log {
@@ -46,11 +46,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// `cargo <subcommand>` for the BPF target, with the linker and flags that the object needs.
 ///
 /// # Errors
-/// When the toolchain or the linker is missing.
+/// When the toolchain or the linker is missing and cannot be installed.
 pub(crate) fn cargo(subcommand: &str) -> Result<Command> {
-    const SETUP: &str = "`cargo xtask setup` has to run first";
-    let toolchain = Toolchain::find().context(SETUP)?;
-    let linker = toolchain::bpf_linker().context(SETUP)?;
+    let (toolchain, linker) = setup::build(setup::quiet)?;
     say(&format!("BPF target with {toolchain} and {}", linker.display()));
     let flags = [
         "--cfg".to_owned(),

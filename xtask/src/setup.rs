@@ -1,15 +1,18 @@
-//! `setup`: finds what the other commands need and installs what is missing, each time it is run. It says what it
-//! found, and it changes the machine only through the system's package manager, rustup, and the tools directory in
-//! the target directory. No other command installs anything.
+//! `setup`: finds what the other commands need and installs what is missing. It says what it found and what it
+//! installs, and it changes the machine only through the system's package manager, rustup, mounting the BPF
+//! filesystem, and the tools directory in the target directory.
+//!
+//! The other commands call the same functions for the parts they need, and those speak only when something is
+//! missing: nobody has to know about `setup` to run the demo.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::process::{output, run as run_command, say};
+use crate::process::{run as run_command, say};
 use crate::toolchain::{self, BPF_LINKER, CARGO_DENY, CHOICE, LLVM, Toolchain};
 use crate::workspace::{find_program, is_root, tools_dir};
 
@@ -36,27 +39,67 @@ enum Part {
 /// # Errors
 /// When something is missing and cannot be installed.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    if args.parts.contains(&Part::Build) {
-        ebpf_toolchain()?;
-        bpf_linker()?;
-    }
-    if args.parts.contains(&Part::Lab) {
-        lab()?;
-    }
-    if args.parts.contains(&Part::Lint) {
-        let toolchain = ebpf_toolchain()?;
-        ebpf_clippy(&toolchain);
-        cargo_deny()?;
+    for part in &args.parts {
+        match part {
+            Part::Build => build(say).map(drop)?,
+            Part::Lab => lab(say)?,
+            Part::Lint => lint(say)?,
+        }
     }
     say("setup is complete");
     Ok(())
 }
 
+/// Called with a line about each thing that is there already: [`say`], or [`quiet`].
+type Found = fn(&str);
+
+/// For commands that only want to get on with it.
+pub(crate) fn quiet(_: &str) {}
+
+/// The compiler and the linker for the BPF object.
+///
+/// # Errors
+/// When one is missing and cannot be installed.
+pub(crate) fn build(found: Found) -> Result<(Toolchain, PathBuf)> {
+    Ok((ebpf_toolchain(found)?, bpf_linker(found)?))
+}
+
+/// What the demo, the lab tests and the benchmarks use.
+///
+/// # Errors
+/// When a tool is missing and cannot be installed, or the BPF filesystem cannot be mounted.
+pub(crate) fn lab(found: Found) -> Result<()> {
+    let tools = [("ip", "iproute2"), ("bpftool", "bpftool")];
+    let missing: Vec<_> = tools.iter().filter(|(program, _)| find_program(program).is_none()).collect();
+    if missing.is_empty() {
+        found("ip and bpftool: found");
+    } else {
+        let packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
+        apt_install(&packages, "network and BPF tools")?;
+    }
+    mount_bpffs(found)?;
+    match find_program("cargo-nextest") {
+        Some(nextest) => found(&format!("cargo-nextest: found {}", nextest.display())),
+        None => found("cargo-nextest: not found, tests will run with cargo test"),
+    }
+    Ok(())
+}
+
+/// What `lint` uses beyond rustfmt and clippy of the workspace's own toolchain.
+///
+/// # Errors
+/// When something is missing and cannot be installed; clippy for the BPF target may stay missing.
+pub(crate) fn lint(found: Found) -> Result<()> {
+    let toolchain = ebpf_toolchain(found)?;
+    ebpf_clippy(&toolchain, found);
+    cargo_deny(found)
+}
+
 /// A compiler for the BPF target: the one that is there, else rustup's nightly, else Debian's packages.
-fn ebpf_toolchain() -> Result<Toolchain> {
+fn ebpf_toolchain(found: Found) -> Result<Toolchain> {
     let missing = match Toolchain::find() {
         Ok(toolchain) => {
-            say(&format!("compiler for the BPF target: found {toolchain}"));
+            found(&format!("compiler for the BPF target: found {toolchain}"));
             return Ok(toolchain);
         }
         Err(missing) => missing,
@@ -91,21 +134,17 @@ fn ebpf_toolchain() -> Result<Toolchain> {
 /// Bounded in time: behind a firewall that swallows packets rustup would wait for very long.
 fn rustup_install(name: &str) -> Result<()> {
     say(&format!("installing rustup's {name} with rust-src (at most 10 minutes)"));
-    run_command(Command::new("timeout").args(["600", "rustup", "toolchain", "install", name]).args([
-        "--profile",
-        "minimal",
-        "--component",
-        "rust-src",
-        "--no-self-update",
-    ]))
+    let mut rustup = Command::new("timeout");
+    rustup.args(["600", "rustup", "toolchain", "install", name, "--no-self-update"]);
+    run_command(rustup.args(["--profile", "minimal", "--component", "rust-src"]))
 }
 
 /// bpf-linker, built from source against the system's LLVM if it is not there.
-fn bpf_linker() -> Result<()> {
+fn bpf_linker(found: Found) -> Result<PathBuf> {
     match toolchain::bpf_linker() {
         Ok(linker) => {
-            say(&format!("bpf-linker {BPF_LINKER}: found {}", linker.display()));
-            return Ok(());
+            found(&format!("bpf-linker {BPF_LINKER}: found {}", linker.display()));
+            return Ok(linker);
         }
         Err(missing) => say(&format!("{missing:#}")),
     }
@@ -122,31 +161,13 @@ fn bpf_linker() -> Result<()> {
     let mut install = cargo_install("bpf-linker", BPF_LINKER);
     install.args(["--no-default-features", "--features", &llvm]).env("LLVM_PREFIX", &prefix);
     build_tool(&mut install, "bpf-linker", "about a minute")?;
-    say(&format!("bpf-linker {BPF_LINKER}: {}", toolchain::bpf_linker()?.display()));
-    Ok(())
-}
-
-fn lab() -> Result<()> {
-    let tools = [("ip", "iproute2"), ("bpftool", "bpftool")];
-    let missing: Vec<_> = tools.iter().filter(|(program, _)| find_program(program).is_none()).collect();
-    if missing.is_empty() {
-        say("ip and bpftool: found");
-    } else {
-        let packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
-        apt_install(&packages, "network and BPF tools")?;
-    }
-    mount_bpffs()?;
-    match find_program("cargo-nextest") {
-        Some(nextest) => say(&format!("cargo-nextest: found {}", nextest.display())),
-        None => say("cargo-nextest: not found, tests will run with cargo test"),
-    }
-    Ok(())
+    toolchain::bpf_linker().context("bpf-linker was built, but cannot be used")
 }
 
 /// Maps and links are pinned in a BPF filesystem; systemd mounts it at boot, a plain container does not.
-fn mount_bpffs() -> Result<()> {
+fn mount_bpffs(found: Found) -> Result<()> {
     if mounted("bpf")?.iter().any(|point| point == "/sys/fs/bpf") {
-        say("BPF filesystem: mounted at /sys/fs/bpf");
+        found("BPF filesystem: mounted at /sys/fs/bpf");
         return Ok(());
     }
     say("mounting the BPF filesystem at /sys/fs/bpf");
@@ -174,32 +195,26 @@ fn mounted_in(mounts: &str, kind: &str) -> Vec<String> {
 }
 
 /// Linting the BPF target is worth having, not worth failing for: the host build of the crate is linted anyway.
-fn ebpf_clippy(toolchain: &Toolchain) {
+fn ebpf_clippy(toolchain: &Toolchain, found: Found) {
     if toolchain.has_clippy() {
-        say(&format!("clippy for the BPF target: found, of {toolchain}"));
+        found(&format!("clippy for the BPF target: found, of {toolchain}"));
         return;
     }
     let result = match toolchain {
         Toolchain::Debian => apt_install(&["rust-web-clippy"], "clippy for the BPF target"),
-        Toolchain::Rustup(name) => run_command(Command::new("timeout").args([
-            "300",
-            "rustup",
-            "component",
-            "add",
-            "clippy",
-            "--toolchain",
-            name,
-        ])),
+        Toolchain::Rustup(name) => {
+            let mut rustup = Command::new("timeout");
+            run_command(rustup.args(["300", "rustup", "component", "add", "clippy", "--toolchain", name]))
+        }
     };
     if let Err(reason) = result {
         say(&format!("lint will skip clippy for the BPF target: {reason:#}"));
     }
 }
 
-fn cargo_deny() -> Result<()> {
-    if let Some(found) = find_program("cargo-deny") {
-        let version = output(Command::new(&found).arg("--version"))?;
-        say(&format!("{}: found {}", version.trim(), found.display()));
+fn cargo_deny(found: Found) -> Result<()> {
+    if let Some(deny) = find_program("cargo-deny") {
+        found(&format!("cargo-deny: found {}", deny.display()));
         return Ok(());
     }
     let mut install = cargo_install("cargo-deny", CARGO_DENY);
@@ -245,12 +260,15 @@ fn apt_install(packages: &[&str], what: &str) -> Result<()> {
 }
 
 /// `program`, through sudo unless this is root.
-fn as_root(program: &str) -> Result<Command> {
+///
+/// # Errors
+/// When this is not root and there is no sudo.
+pub(crate) fn as_root(program: &str) -> Result<Command> {
     if is_root() {
         return Ok(Command::new(program));
     }
     if find_program("sudo").is_none() {
-        bail!("`{program}` needs root: run `cargo xtask setup` as root, or install sudo");
+        bail!("`{program}` has to be run as root, and there is no sudo");
     }
     let mut sudo = Command::new("sudo");
     sudo.arg(program);

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::build_ebpf;
 use crate::process::{run as run_command, say};
-use crate::setup::mounted;
+use crate::setup::{self, mounted};
 use crate::workspace::{self, Package, find_program, is_root};
 
 /// Arguments of `test`.
@@ -117,11 +117,7 @@ fn check_lab() -> Result<()> {
         !mounted("cgroup2")?.is_empty(),
         "the lab tests need a cgroup v2 hierarchy, and none is mounted; {only_unit}"
     );
-    ensure!(
-        mounted("bpf")?.iter().any(|point| point == "/sys/fs/bpf"),
-        "the lab tests need the BPF filesystem at /sys/fs/bpf: `cargo xtask setup` mounts it; {only_unit}"
-    );
-    Ok(())
+    setup::lab(setup::quiet)
 }
 
 fn test_command(runner: &[&str], selection: &Selection) -> Command {

@@ -1,4 +1,4 @@
-//! Finds the compiler for the BPF target and the linker that goes with it. It only looks; [`crate::setup`] installs.
+//! Finds the compiler for the BPF target and the linker that goes with it. It only looks: [`crate::setup`] installs.
 //!
 //! Building for BPF needs `core` from source, hence a compiler that accepts `-Z` flags and the library source of
 //! exactly that compiler. There are two ways to have both:

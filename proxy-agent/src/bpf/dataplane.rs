@@ -134,6 +134,8 @@ impl Dataplane {
             let info = program.info().map_err(failed)?;
             verified.push((name, info.verified_instruction_count()));
         }
+        #[cfg(feature = "debug-log")]
+        super::debug_log::follow(&mut programs);
         let maps = KernelMaps::open(&pins, true)?;
         tracing::info!(resumed, set_retval, capacity = ?maps.capacity(), "BPF programs loaded");
         Ok(Self { maps, resumed, verified, pins, programs })

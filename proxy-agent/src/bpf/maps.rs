@@ -136,6 +136,24 @@ impl KernelMaps {
         ])
     }
 
+    /// What `FRONTENDS` holds for a key.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn frontend(&self, key: &FrontendKey) -> Result<Option<FrontendValue>, MapError> {
+        match self.frontends.get(key, 0) {
+            Ok(value) => Ok(Some(value)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// An element of `SERVICES`.
+    pub fn service(&self, id: u32) -> Option<Service> {
+        load::<3>(&self.services, id).map(bytemuck::cast)
+    }
+
     /// An element of `BACKENDS`.
     pub fn backend(&self, id: u32) -> Option<Backend> {
         load::<4>(&self.backends, id).map(bytemuck::cast)
@@ -156,7 +174,7 @@ impl KernelMaps {
         Ok(Contents {
             names: self.names.iter().collect::<Result<_, _>>()?,
             frontends: self.frontends.iter().collect::<Result<_, _>>()?,
-            services: array(&self.services, |index| load::<3>(&self.services, index).map(bytemuck::cast)),
+            services: array(&self.services, |index| self.service(index)),
             slots: array(&self.slots, |index| load::<1>(&self.slots, index).map(|[word]| word as u32)),
             backends: array(&self.backends, |index| self.backend(index)),
             local_addresses: self.local_addresses.iter().collect::<Result<_, _>>()?,

@@ -10,3 +10,6 @@ pub mod pins;
 pub mod maps;
 
 pub mod dataplane;
+
+#[cfg(feature = "debug-log")]
+mod debug_log;

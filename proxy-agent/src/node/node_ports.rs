@@ -5,6 +5,7 @@
 //! says so to the user.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use proxy_common::abi::local_address::{HOST, NODEPORT};
 use proxy_common::addr::{Addr, Family, Prefix};
@@ -90,10 +91,14 @@ impl NodePortAddresses {
                 })
     }
 
-    /// What the setting does that its author may not expect, one sentence each.
-    pub fn warnings(&self, node_ips: &[Option<Addr>; 2]) -> Vec<String> {
+    /// What the setting does that its author may not expect, one sentence each. Of a family in which the host has no
+    /// address that others could reach, nothing is to be said.
+    pub fn warnings(&self, node_ips: &[Option<Addr>; 2], host: &BTreeSet<Addr>) -> Vec<String> {
         let mut warnings = Vec::new();
-        for family in Family::ALL {
+        let in_use = |family: &Family| {
+            host.iter().any(|addr| addr.family() == *family && !addr.is_loopback() && !is_link_local(*addr))
+        };
+        for family in Family::ALL.into_iter().filter(in_use) {
             let every =
                 format!("nodePorts are served on every {family} address of this host except loopback");
             match self {
@@ -130,14 +135,19 @@ pub fn local_addresses(
     host.iter().map(|&addr| (addr, bits(addr))).collect()
 }
 
+fn is_link_local(addr: Addr) -> bool {
+    match addr.to_ip() {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
+}
+
 fn known(family: Family, node_ips: &[Option<Addr>; 2]) -> Option<Addr> {
     node_ips.iter().flatten().copied().find(|addr| addr.family() == family && !addr.is_loopback())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
-
     use super::*;
 
     const ETH0: &str = "192.0.2.10";
@@ -260,9 +270,19 @@ mod tests {
             (&["192.0.2.0/24"], both, &["no IPv6 CIDR"]),
             (&["127.0.0.0/8", "::/0"], both, &["`127.0.0.0/8` has no effect"]),
         ] {
-            let got = NodePortAddresses::parse(values).unwrap().warnings(&ips);
+            let host = OF_N1.into_iter().map(addr).collect();
+            let got = NodePortAddresses::parse(values).unwrap().warnings(&ips, &host);
             assert_eq!(got.len(), want.len(), "{values:?}: {got:?}");
             assert!(got.iter().zip(want).all(|(got, want)| got.contains(want)), "{values:?}: {got:?}");
         }
+    }
+
+    #[test]
+    fn a_family_that_is_not_in_use_is_no_surprise() {
+        let host = ["192.0.2.10", "127.0.0.1", "::1", "fe80::1"].into_iter().map(addr).collect();
+        let ips = node_ips(Some(ETH0), None);
+        assert_eq!(NodePortAddresses::Primary.warnings(&ips, &host), [""; 0]);
+        let listed = NodePortAddresses::parse(&["192.0.2.0/24"]).unwrap();
+        assert_eq!(listed.warnings(&ips, &host), [""; 0]);
     }
 }

@@ -41,8 +41,9 @@ pub struct Plan {
     pub freed: Freed,
     /// Services of which something could not be planned, with the reason. They keep what they had.
     pub refused: BTreeMap<ObjectKey, Vec<String>>,
-    /// Whether a backend that served UDP has left its Service port.
-    pub udp_departures: bool,
+    /// Whether connected UDP sockets may lead to backends that are not theirs any more: a serving backend has left,
+    /// the first one has come, or a frontend has a new owner.
+    pub udp_stale: bool,
 }
 
 /// A map that is too small for a Service port.
@@ -74,6 +75,7 @@ pub fn plan(model: &mut Model, services: &BTreeMap<ObjectKey, Option<Wanted>>, f
                 Err(full) => {
                     let reasons = plan.refused.entry(service.clone()).or_default();
                     reasons.push(format!("port {:?}: {full}", port.key.port_name));
+                    keep_claims(model, port, created, &mut touched);
                 }
             }
         }
@@ -135,7 +137,7 @@ fn change_port(
             let service = Service { cluster: SlotRange::REJECT, local: SlotRange::REJECT, affinity };
             let key = Arc::new(desired.key.clone());
             plan.ops.push(Op::Name(id, Some(Box::new(service_name(&key)))));
-            (key, Port { id, service, backends: Vec::new(), claims: Vec::new() })
+            (key, Port { id, service, backends: Vec::new(), replaced: Vec::new(), claims: Vec::new() })
         }
     };
 
@@ -175,8 +177,11 @@ fn change_port(
             bury(old, plan, dead);
         }
         let serves = new.is_some_and(|new| new.state.flags & SERVING != 0);
-        plan.udp_departures |= key.proto == proto::UDP && old.state.flags & SERVING != 0 && !serves;
+        plan.udp_stale |= key.proto == proto::UDP && old.state.flags & SERVING != 0 && !serves;
     }
+    // While nothing serves, sockets are left alone; the first backend that serves ends that.
+    let any_serves = |backends: &[PortBackend]| backends.iter().any(|b| b.state.flags & SERVING != 0);
+    plan.udp_stale |= key.proto == proto::UDP && !any_serves(&before.backends) && any_serves(&backends);
 
     let mut set = |range: Option<SlotRange>, empty: SlotRange, flag: u32, old: SlotRange| {
         let same = before.members(flag).eq(members(&backends, flag)) && !fresh;
@@ -203,7 +208,9 @@ fn change_port(
     if fresh || service != old {
         plan.ops.push(Op::Service(before.id, service));
     }
-    let port = Port { id: before.id, service, backends, claims: before.claims };
+    // Sets that are not what they should be have just been written anew.
+    plan.freed.ranges.extend(before.replaced);
+    let port = Port { id: before.id, service, backends, replaced: Vec::new(), claims: before.claims };
     model.ports.insert(Arc::clone(&key), port);
     Ok(key)
 }
@@ -236,8 +243,7 @@ fn remove_port(model: &mut Model, key: &Arc<PortKey>, plan: &mut Plan, dead: &mu
     }
     dead.push(Op::Name(port.id, None));
     plan.freed.services.push((port.id, epoch));
-    let ranges = [port.service.cluster, port.service.local];
-    plan.freed.ranges.extend(ranges.into_iter().filter(|range| !range.is_empty()));
+    plan.freed.ranges.extend(port.ranges());
 }
 
 /// Marks a backend dead. Its address stays readable until the grace period is over.
@@ -273,10 +279,32 @@ fn claim(
     }
 }
 
+/// After a restart nobody claims what a Service port still serves: a port that is refused then claims what it has.
+fn keep_claims(
+    model: &mut Model,
+    desired: &DesiredPort,
+    created: i64,
+    touched: &mut BTreeSet<FrontendKey>,
+) {
+    let Some((key, port)) = model.ports.get_key_value(&desired.key) else { return };
+    if !port.claims.is_empty() {
+        return;
+    }
+    let has = |key: &FrontendKey| {
+        let value = model.frontends.get(key);
+        value.is_some_and(|value| value.service == port.id || key.kind == FrontendKind::Address as u8)
+    };
+    let kept: Vec<_> = desired.frontends.iter().copied().filter(|(key, _)| has(key)).collect();
+    let key = Arc::clone(key);
+    claim(model, &key, created, &kept, touched);
+}
+
 /// Gives every touched frontend to the first of its claims.
 fn frontends(model: &mut Model, touched: &BTreeSet<FrontendKey>, plan: &mut Plan) {
     let mut appear = Vec::new();
     let mut vanish = Vec::new();
+    // What vanishes makes no room yet: it goes last.
+    let mut room = (model.capacity.frontends as usize).saturating_sub(model.frontends.len());
     for key in touched {
         let value = model.claims.get(key).and_then(|claims| {
             let winner = model.ports.get(&claims.first()?.port)?;
@@ -289,8 +317,7 @@ fn frontends(model: &mut Model, touched: &BTreeSet<FrontendKey>, plan: &mut Plan
         match value {
             Some(value) if has == Some(value) => {}
             Some(value) => {
-                let capacity = model.capacity.frontends;
-                if has.is_none() && model.frontends.len() >= capacity as usize {
+                if has.is_none() && room == 0 {
                     let full = Full { map: "FRONTENDS", need: 1, available: 0 };
                     if let Some(claim) = model.claims.get(key).and_then(|claims| claims.first()) {
                         let reasons = plan.refused.entry(claim.port.service.clone()).or_default();
@@ -298,6 +325,8 @@ fn frontends(model: &mut Model, touched: &BTreeSet<FrontendKey>, plan: &mut Plan
                     }
                     continue;
                 }
+                room -= usize::from(has.is_none());
+                plan.udp_stale |= key.proto == proto::UDP && has.map(|has| has.service) != Some(value.service);
                 model.frontends.insert(*key, value);
                 appear.push((*key, value));
             }

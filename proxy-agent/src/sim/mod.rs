@@ -16,6 +16,9 @@ use proxy_common::datapath::tables::{Socket, Tables};
 
 use crate::store::{Contents, MapStore, Op, StoreError};
 
+#[cfg(test)]
+mod tests;
+
 /// Map contents, a clock and a source of randomness.
 #[derive(Debug, Default)]
 pub struct Simulator {
@@ -34,6 +37,8 @@ pub struct Simulator {
     pub clock: Cell<u64>,
     /// Cookie of the host's network namespace.
     pub host_netns: Cell<u64>,
+    /// How many more entries of `UDP_FLOWS` can be written; `None` for any number.
+    pub udp_flow_room: Cell<Option<u32>>,
 }
 
 impl Simulator {
@@ -52,6 +57,11 @@ impl Simulator {
             local_addresses: self.local_addresses.iter().map(|(addr, bits)| (*addr, *bits)).collect(),
             service_cidrs: self.service_cidrs.iter().copied().collect(),
         }
+    }
+
+    /// Takes an entry of `UDP_FLOWS` away, as the LRU may at any time.
+    pub fn evict_udp_flow(&self, key: &UdpFlowKey) -> Option<UdpFlow> {
+        self.udp_flows.borrow_mut().remove(key)
     }
 
     /// How often the datapath counted `counter`.
@@ -134,6 +144,11 @@ impl Tables for Simulator {
     }
 
     fn put_udp_flow(&self, key: &UdpFlowKey, flow: &UdpFlow) -> bool {
+        match self.udp_flow_room.get() {
+            Some(0) => return false,
+            Some(room) => self.udp_flow_room.set(Some(room - 1)),
+            None => {}
+        }
         self.udp_flows.borrow_mut().insert(*key, *flow);
         true
     }

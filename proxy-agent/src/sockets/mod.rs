@@ -1,9 +1,10 @@
 //! Ends sockets that are still connected over UDP, *through us*, to a backend that has left.
 //!
 //! A connected UDP socket keeps the address that the socket edge gave it and would talk to nobody for ever.
-//! Destroying it makes the application's next call fail with ECONNABORTED; it connects again and gets a backend
-//! that lives. Whether a socket went through us is told by our own record in its socket storage (`SOCKETS`). A
-//! socket without a record, or one that has since been connected elsewhere, is left alone. TCP is not touched.
+//! Destroying it makes the application's next call fail: one that receives with ECONNABORTED (also one that waits
+//! already), one that sends with EDESTADDRREQ. It connects again and gets a backend that lives. Whether a socket went
+//! through us is told by our own record in its socket storage (`SOCKETS`). A socket without a record, or one that has
+//! since been connected elsewhere, is left alone. TCP is not touched.
 //!
 //! Three steps, because no kernel lists the storage of UDP sockets by sock_diag (up to 6.18 it does so for TCP only):
 //! sock_diag lists the connected UDP sockets of every network namespace (`diag`); a copy of each is taken from

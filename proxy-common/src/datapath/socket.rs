@@ -40,8 +40,10 @@ pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let frontend = match target(socket, tables, vip, vip_port, proto) {
         Ok(frontend) => frontend,
         Err(verdict) => {
-            // The socket may have been connected through us before.
-            socket.drop_record();
+            // The socket may have been connected through us before. When this connect() fails, it still is.
+            if verdict == Verdict::Pass {
+                socket.drop_record();
+            }
             return verdict;
         }
     };

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use axum::body::{self, Body, Bytes};
 use axum::extract::Query;
+use futures::StreamExt as _;
 use hyper::body::Incoming;
 use hyper::http::request::Parts;
 use hyper::{Method, Response, StatusCode, header};
@@ -137,7 +138,9 @@ async fn serve(
             let selection = select(target, &params)?;
             let further_pages = !params.r#continue.is_empty();
             shared.pass(Gate { resource, further_pages }).await;
-            list(&mut shared.state(), resource, &selection, &params)
+            let response = list(&mut shared.state(), resource, &selection, &params)?;
+            let shared = Arc::clone(shared);
+            Ok(response.map(|body| noted_at_end(body, shared, resource)))
         }
         Verb::Watch => watch(shared, break_write, resource, select(target, &params)?, &params).await,
         Verb::Create | Verb::Update | Verb::Patch | Verb::Delete => {
@@ -264,6 +267,15 @@ fn list_response(resource: Resource, selection: &Selection, page: Page) -> Respo
     let all = std::iter::once(Bytes::from(head)).chain(pieces).chain([Bytes::from("]}\n")]);
     let body = Body::from_stream(futures::stream::iter(all.map(Ok::<_, Infallible>)));
     respond(StatusCode::OK, body)
+}
+
+/// Notes when the body has been taken to its end, which is when its last piece goes to the socket.
+fn noted_at_end(body: Body, shared: Arc<Shared>, resource: Resource) -> Body {
+    let end = futures::stream::once(async move {
+        shared.state().lists_sent.insert(resource, std::time::Instant::now());
+        Ok(Bytes::new())
+    });
+    Body::from_stream(body.into_data_stream().chain(end))
 }
 
 fn items(objects: &[Arc<Object>]) -> Vec<u8> {

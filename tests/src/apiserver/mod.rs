@@ -20,7 +20,7 @@ mod store;
 mod watch;
 mod write;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -53,6 +53,9 @@ struct State {
     store: Store,
     requests: Vec<Request>,
     faults: Faults,
+    /// When the last list and the last watch event of a resource went out.
+    lists_sent: BTreeMap<Resource, Instant>,
+    events_sent: BTreeMap<Resource, Instant>,
 }
 
 impl Shared {
@@ -75,13 +78,23 @@ impl ApiServer {
     /// # Errors
     /// If there is no port or no thread to be had.
     pub fn start() -> Result<Self> {
-        Self::start_on(TcpListener::bind("127.0.0.1:0").context("no port for the API server")?)
+        let mut attempts = 0;
+        loop {
+            // A free port is asked for, then bound by its number; someone else may be quicker.
+            let address =
+                TcpListener::bind("127.0.0.1:0").context("no port for the API server")?.local_addr()?;
+            match TcpListener::bind(address).map_err(Into::into).and_then(Self::start_on) {
+                Err(_taken) if attempts < 10 => attempts += 1,
+                started => return started,
+            }
+        }
     }
 
-    /// Starts a server on a listener, which may belong to another network namespace.
+    /// Starts a server on a listener, which may belong to another network namespace. It must have been bound to an
+    /// explicit port, not to port 0: a port that the kernel chose is lost when the server goes away.
     ///
     /// # Errors
-    /// If the listener cannot be used or there is no thread to be had.
+    /// If the listener cannot be used, the kernel chose its port, or there is no thread to be had.
     pub fn start_on(listener: TcpListener) -> Result<Self> {
         let address = listener.local_addr()?;
         let gates = tokio::sync::watch::Sender::default();
@@ -190,6 +203,16 @@ impl ApiServer {
     pub fn count(&self, verb: Verb, resource: Resource) -> usize {
         let state = self.shared.state();
         state.requests.iter().filter(|request| request.verb == verb && request.resource == resource).count()
+    }
+
+    /// When the last byte of the last list (or page of it) of a resource went to the socket.
+    pub fn list_sent(&self, resource: Resource) -> Option<Instant> {
+        self.shared.state().lists_sent.get(&resource).copied()
+    }
+
+    /// When the last event of a resource went to the socket of a watch.
+    pub fn event_sent(&self, resource: Resource) -> Option<Instant> {
+        self.shared.state().events_sent.get(&resource).copied()
     }
 
     /// Starts counting anew.

@@ -52,12 +52,8 @@ impl Object {
     pub(super) fn new(resource: Resource, mut value: Value, revision: u64) -> Result<Self, String> {
         let key = Key::of(resource, &value)?;
         value["metadata"]["resourceVersion"] = Value::String(revision.to_string());
-        let labels = match &value["metadata"]["labels"] {
-            Value::Object(labels) => {
-                labels.iter().map(|(k, v)| (k.clone(), v.as_str().unwrap_or_default().to_owned())).collect()
-            }
-            _ => BTreeMap::new(),
-        };
+        let labels = value["metadata"]["labels"].as_object().into_iter().flatten();
+        let labels = labels.map(|(k, v)| (k.clone(), v.as_str().unwrap_or_default().to_owned())).collect();
         let fields = ["spec.clusterIP", "spec.type", "spec.nodeName", "status.phase", "status.podIP"]
             .into_iter()
             .filter(|field| resource.has_field(field))

@@ -11,7 +11,7 @@ use std::sync::mpsc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -43,6 +43,13 @@ pub(super) fn prepare(
     commands: UnboundedReceiver<Command>,
 ) -> Result<impl FnOnce() + Send + 'static> {
     listener.set_nonblocking(true)?;
+    // What going away and coming back do. The kernel gives up a port of its own choice meanwhile.
+    let address = listener.local_addr()?;
+    rustix::net::shutdown(&listener, Shutdown::Read)?;
+    rustix::net::listen(&listener, BACKLOG)?;
+    if listener.local_addr()? != address {
+        bail!("the API server's listener on {address} was bound to port 0: bind it to an explicit port");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(move || {
         let server = Server { shared, listener, commands, connections: JoinSet::new() };
@@ -73,10 +80,11 @@ impl Server {
                 }
                 command = self.commands.recv() => match command {
                     Some(Command::Away(time, done)) => {
-                        acceptor = None;
                         back_at = time.map(|time| Instant::now() + time);
                         // The socket keeps its port and refuses connections until it listens again.
-                        rustix::net::shutdown(&self.listener, Shutdown::Read)?;
+                        if acceptor.take().is_some() {
+                            rustix::net::shutdown(&self.listener, Shutdown::Read)?;
+                        }
                         self.connections.shutdown().await;
                         let _caller_gone = done.send(());
                     }

@@ -52,7 +52,10 @@ impl Watch {
                     },
                 };
                 match watch.line(item) {
-                    Ok(Some(line)) => return Some((Ok(line), Some(watch))),
+                    Ok(Some(line)) => {
+                        watch.shared.state().events_sent.insert(watch.resource, std::time::Instant::now());
+                        return Some((Ok(line), Some(watch)));
+                    }
                     Ok(None) => {}
                     Err(broken) => return Some((Err(broken), None)),
                 }

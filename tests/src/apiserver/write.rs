@@ -155,10 +155,11 @@ fn replace(
 
 fn set_or_remove(value: &mut Value, field: &str, to: &Value) {
     if let Value::Object(map) = value {
-        match to {
-            Value::Null => map.remove(field),
-            _ => map.insert(field.to_owned(), to.clone()),
-        };
+        if to.is_null() {
+            map.remove(field);
+        } else {
+            map.insert(field.to_owned(), to.clone());
+        }
     }
 }
 

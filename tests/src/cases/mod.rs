@@ -11,6 +11,9 @@
 //! - Pods have addresses in 10.64.0.0/12 and fd00:64::/48, Services in 10.96.0.0/16 and fd00:96::/112.
 //! - Endpoints and senders: [`ENDPOINTS`] and [`Sender`].
 //! - Service `a/s` has clusterIP 10.96.0.10 and one port `web`, TCP 80, to port 8080 of the endpoints.
+//!
+//! The table speaks of a proxy that acts on packets. What one that acts on sockets alone does differently is a table
+//! of its own: [`Case::on_sockets`].
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -21,6 +24,7 @@ use serde_json::Value;
 
 mod checks;
 mod objects;
+mod sockets;
 
 mod affinity;
 mod eligibility;
@@ -260,6 +264,12 @@ pub enum Frontend {
 }
 
 impl Case {
+    /// Id and title as the name of a test: `p080_external_policy_local_far_clients`.
+    pub fn test_name(&self) -> String {
+        let words = self.title.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+        std::iter::once(self.id).chain(words).collect::<Vec<_>>().join("_").to_lowercase()
+    }
+
     /// The same with every pause, and every affinity timeout but the default, divided by `divisor`: what takes
     /// minutes by the clock then takes seconds.
     pub fn faster(mut self, divisor: u32) -> Self {

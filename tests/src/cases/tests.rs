@@ -127,3 +127,13 @@ fn a_faster_case_keeps_its_proportions() {
     let case = all().into_iter().find(|case| case.id == "P160").unwrap();
     assert_eq!(case.clone().faster(5).steps[0].objects, case.steps[0].objects);
 }
+
+#[test]
+fn names_of_tests_are_identifiers() {
+    let names: BTreeSet<String> = all().iter().map(Case::test_name).collect();
+    assert_eq!(names.len(), all().len());
+    assert!(names.contains("p080_external_policy_local_far_clients"));
+    let identifier =
+        |name: &String| name.bytes().all(|b| b == b'_' || b.is_ascii_lowercase() || b.is_ascii_digit());
+    assert_eq!(names.iter().find(|name| !identifier(name)), None);
+}

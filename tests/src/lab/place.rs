@@ -81,7 +81,7 @@ impl Place {
     }
 
     /// Keeps a server running until the place is stopped or gone.
-    pub(super) fn keep(&self, server: Proc) {
+    pub fn keep(&self, server: Proc) {
         self.servers().push(server);
     }
 

@@ -18,6 +18,8 @@ pub enum Proto {
     Sctp,
     /// One HTTP/1.1 request per connection.
     Http,
+    /// Redis: PING on each connection; on one that is held, what is said is a command.
+    Redis,
     /// UDP by connect, send, recv.
     Udp,
     /// UDP by sendto, recvfrom.
@@ -34,6 +36,7 @@ impl Proto {
             Self::Mptcp => "mptcp",
             Self::Sctp => "sctp",
             Self::Http => "http",
+            Self::Redis => "redis",
             Self::Udp => "udp",
             Self::UdpUnconnected => "udp-unconnected",
             Self::Ping => "ping",

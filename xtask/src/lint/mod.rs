@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::build_ebpf;
 use crate::process::{run as run_command, say};
+use crate::setup;
 use crate::toolchain::Toolchain;
 use crate::workspace::{self, find_program};
 
@@ -25,8 +26,9 @@ pub(crate) struct Args {
 /// Runs all checks.
 ///
 /// # Errors
-/// When a check failed, or the BPF object cannot be built.
+/// When something is missing and cannot be installed, or a check failed.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    setup::lint(setup::quiet)?;
     let mut checks = Checks::default();
     checks.run("formatting", || run_command(workspace::cargo().args(["fmt", "--all", "--check"])));
     checks.run("manifests", manifests::check);
@@ -81,7 +83,7 @@ impl Checks {
 }
 
 fn cargo_deny(checks: &[&str]) -> Result<()> {
-    let deny = find_program("cargo-deny").context("cargo-deny is missing: run `cargo xtask setup lint`")?;
+    let deny = find_program("cargo-deny").context("cargo-deny is missing")?;
     let mut command = Command::new(deny);
     run_command(
         command.current_dir(workspace::root()).args(["--workspace", "--locked", "check"]).args(checks),
@@ -92,7 +94,7 @@ fn cargo_deny(checks: &[&str]) -> Result<()> {
 fn ebpf_clippy() -> Result<()> {
     let toolchain = Toolchain::find()?;
     if !toolchain.has_clippy() {
-        say(&format!("skipped: {toolchain} has no clippy; `cargo xtask setup lint` installs it"));
+        say(&format!("skipped: {toolchain} has no clippy"));
         return Ok(());
     }
     for features in ["", "debug-log"] {

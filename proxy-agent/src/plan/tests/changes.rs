@@ -1,1 +1,268 @@
+//! One change at a time: what it costs, in which order, and what it leaves alone.
+
+use proxy_common::abi::frontend::flags::{EXTERNAL, NEAR_LOCAL};
+use proxy_common::abi::local_address::{HOST, NODEPORT};
+use proxy_common::addr::Prefix;
+
 use super::*;
+
+#[test]
+fn a_new_service_is_whole_before_it_has_a_frontend() {
+    let mut bench = Bench::new(ROOMY);
+    let plan = bench.becomes(&[("s", web("s", 10, &[(1, HERE), (2, REMOTE), (3, DRAINING)]))]);
+    let ops = ["+name", "backend", "backend", "backend", "2 slots", "1 slots", "service"];
+    assert_eq!(outline(&plan)[..7], ops);
+    // Unused ports are refused only once the used one is there.
+    assert_eq!(outline(&plan)[7..], ["+10.96.0.10:80/TCP", "+address 10.96.0.10"]);
+}
+
+#[test]
+fn a_service_without_endpoints_is_programmed_with_its_verdicts() {
+    let mut bench = Bench::new(ROOMY);
+    let plan = bench.becomes(&[("s", web("s", 10, &[]))]);
+    assert_eq!(outline(&plan), ["+name", "service", "+10.96.0.10:80/TCP", "+address 10.96.0.10"]);
+    let mut drop = web("s", 10, &[]);
+    drop.as_mut().unwrap().desired.ports[0].empty_local = SlotRange::DROP;
+    assert_eq!(outline(&bench.becomes(&[("s", drop)])), ["service"]);
+    assert_eq!(bench.element("s").local, SlotRange::DROP);
+}
+
+#[test]
+fn scaling_costs_the_new_endpoints_and_the_sets() {
+    let mut bench = Bench::new(ROOMY);
+    bench.becomes(&[("s", web("s", 10, &[(1, HERE), (2, REMOTE)])), ("t", web("t", 11, &[(1, HERE)]))]);
+    let (id, one, two) = (bench.id("s"), bench.backend("s", 1), bench.backend("s", 2));
+
+    let up = bench.becomes(&[("s", web("s", 10, &[(1, HERE), (2, REMOTE), (3, REMOTE)]))]);
+    assert_eq!(outline(&up), ["backend", "3 slots", "service"]);
+    let down = bench.becomes(&[("s", web("s", 10, &[(1, HERE)]))]);
+    assert_eq!(outline(&down), ["1 slots", "service", "state 0x0", "state 0x0"]);
+    let none = bench.becomes(&[("s", web("s", 10, &[]))]);
+    assert_eq!(outline(&none), ["service", "state 0x0"]);
+    bench.becomes(&[("s", web("s", 10, &[(1, HERE)]))]);
+    assert_eq!(bench.id("s"), id);
+    assert_ne!(bench.backend("s", 1), one, "the same id with another generation, or another id");
+    assert_ne!(bench.backend("s", 1), two);
+}
+
+#[test]
+fn nothing_is_written_when_nothing_has_changed() {
+    let mut bench = Bench::new(ROOMY);
+    let (s, t) = (sticky("s", 10, &[(1, HERE), (2, DRAINING)], 10), web("t", 10, &[]));
+    bench.becomes(&[("s", s.clone()), ("t", t.clone())]);
+    assert_eq!(bench.becomes(&[("s", s), ("t", t), ("u", None)]).ops, Vec::new());
+    assert_eq!(bench.restart().ops, Vec::new());
+}
+
+#[test]
+fn flags_of_an_endpoint_change_alone_while_its_sets_stay() {
+    let mut bench = Bench::new(ROOMY);
+    bench.becomes(&[("s", web("s", 10, &[(1, REMOTE), (2, REMOTE)]))]);
+    let before = bench.backend("s", 2);
+    // Adding a bit comes first, taking one away last: in between both count.
+    let plan = bench.becomes(&[("s", web("s", 10, &[(1, REMOTE), (2, REMOTE | ON_THIS_NODE)]))]);
+    assert_eq!(outline(&plan), ["state 0xd"]);
+    let plan = bench.becomes(&[("s", web("s", 10, &[(1, REMOTE), (2, IN_CLUSTER)]))]);
+    assert_eq!(outline(&plan), ["state 0x1"]);
+    assert_eq!(bench.backend("s", 2), before);
+    // A draining endpoint leaves the set first and loses its bits then.
+    let plan = bench.becomes(&[("s", web("s", 10, &[(1, DRAINING), (2, IN_CLUSTER)]))]);
+    assert_eq!(outline(&plan), ["1 slots", "service", "state 0x4"]);
+}
+
+#[test]
+fn flags_of_a_frontend_change_in_one_replacement() {
+    let mut bench = Bench::new(ROOMY);
+    bench.becomes(&[("s", web("s", 10, &[(1, HERE)]))]);
+    let mut local = web("s", 10, &[(1, HERE)]);
+    for (_, flags) in local.iter_mut().flat_map(|wanted| &mut wanted.desired.ports[0].frontends) {
+        *flags = NEAR_LOCAL;
+    }
+    let plan = bench.becomes(&[("s", local)]);
+    // By kind: the clusterIP with its port, then the clusterIP as such.
+    assert_eq!(outline(&plan), ["+10.96.0.10:80/TCP", "+address 10.96.0.10"]);
+}
+
+#[test]
+fn a_removed_service_loses_its_frontends_first_and_its_name_last() {
+    let mut bench = Bench::new(ROOMY);
+    bench.becomes(&[("s", web("s", 10, &[(1, HERE), (2, REMOTE)]))]);
+    let plan = bench.becomes(&[("s", None)]);
+    let frontends = ["-address 10.96.0.10", "-10.96.0.10:80/TCP"];
+    assert_eq!(outline(&plan)[..2], frontends);
+    assert_eq!(outline(&plan)[2..], ["service", "state 0x0", "state 0x0", "-name"]);
+}
+
+#[test]
+fn two_services_swap_their_addresses_in_one_replacement_each() {
+    let mut bench = Bench::new(ROOMY);
+    bench.becomes(&[("s", web("s", 10, &[(1, HERE)])), ("t", web("t", 11, &[(2, HERE)]))]);
+    let swapped = [("s", web("s", 11, &[(1, HERE)])), ("t", web("t", 10, &[(2, HERE)]))];
+    let plan = bench.becomes(&swapped);
+    assert_eq!(outline(&plan), ["+10.96.0.10:80/TCP", "+10.96.0.11:80/TCP"]);
+}
+
+#[test]
+fn a_port_moves_to_another_service_and_to_another_name() {
+    let mut bench = Bench::new(ROOMY);
+    bench.becomes(&[("s", web("s", 10, &[(1, HERE)])), ("t", web("t", 11, &[(2, HERE)]))]);
+    let frontends = [exact(10, 80, TCP), exact(11, 80, TCP), FrontendKey::address(vip(11))];
+    let both = wanted(1, vec![port("t", TCP, &frontends, &[(2, HERE)])]);
+    let plan = bench.becomes(&[("s", None), ("t", both)]);
+    assert_eq!(outline(&plan)[..2], ["+10.96.0.10:80/TCP", "-address 10.96.0.10"]);
+
+    // A renamed port is another Service port with the same frontends.
+    let id = bench.id("t");
+    let mut renamed = port("t", TCP, &frontends, &[(2, HERE)]);
+    renamed.key.port_name = "http".into();
+    let plan = bench.becomes(&[("t", wanted(1, vec![renamed]))]);
+    let ops = ["+name", "backend", "1 slots", "1 slots", "service", "+10.96.0.10:80/TCP", "+10.96.0.11:80/TCP"];
+    assert_eq!(outline(&plan)[..7], ops);
+    assert_eq!(outline(&plan)[7..], ["service", "state 0x0", "-name"]);
+    assert_ne!(bench.id("t"), id);
+}
+
+#[test]
+fn a_node_port_is_taken_over_without_a_gap_and_the_type_changes_nothing_else() {
+    let mut bench = Bench::new(ROOMY);
+    let with = |name: &str, ip: u8| {
+        let frontends = [exact(ip, 80, TCP), FrontendKey::address(vip(ip)), node_port(31_080, TCP)];
+        let mut port = port(name, TCP, &frontends, &[(ip, HERE)]);
+        port.frontends.iter_mut().filter(|(key, _)| *key == frontends[2]).for_each(|(_, flags)| *flags = EXTERNAL);
+        wanted(1, vec![port])
+    };
+    bench.becomes(&[("s", with("s", 10))]);
+    let plan = bench.becomes(&[("s", None), ("t", with("t", 11))]);
+    let frontends: Vec<String> = outline(&plan).into_iter().filter(|op| op.contains("31080")).collect();
+    assert_eq!(frontends, ["+nodePort 31080/TCP (IPv4)"]);
+
+    let plan = bench.becomes(&[("t", web("t", 11, &[(11, HERE)]))]);
+    assert_eq!(outline(&plan), ["-nodePort 31080/TCP (IPv4)"]);
+    let plan = bench.becomes(&[("t", with("t", 11))]);
+    assert_eq!(outline(&plan), ["+nodePort 31080/TCP (IPv4)"]);
+}
+
+#[test]
+fn affinity_that_is_switched_on_again_starts_from_nothing() {
+    let mut bench = Bench::new(ROOMY);
+    let mut epoch = |wanted| {
+        bench.becomes(&[("s", wanted)]);
+        bench.element("s").affinity
+    };
+    let backends = [(1, HERE)];
+    let first = epoch(sticky("s", 10, &backends, 10));
+    assert_eq!(epoch(sticky("s", 10, &backends, 20)).epoch, first.epoch, "another timeout forgets nobody");
+    assert_eq!(epoch(sticky("s", 10, &[], 20)).epoch, first.epoch);
+    assert_eq!(epoch(web("s", 10, &backends)).seconds, 0);
+    let again = epoch(sticky("s", 10, &backends, 10));
+    assert!(again.epoch > first.epoch, "{again:?} after {first:?}");
+
+    // Another Service that gets the id starts from nothing, too.
+    let id = bench.id("s");
+    bench.becomes(&[("s", None)]);
+    bench.becomes(&[("t", sticky("t", 10, &backends, 10))]);
+    assert_eq!(bench.id("t"), id);
+    assert!(bench.element("t").affinity.epoch > again.epoch);
+}
+
+#[test]
+fn an_endpoint_that_returns_has_a_new_generation() {
+    let mut bench = Bench::new(ROOMY);
+    let mut generation = |flags: Option<u32>| {
+        let backends: Vec<(u8, u32)> = [(1, REMOTE)].into_iter().chain(flags.map(|flags| (2, flags))).collect();
+        bench.becomes(&[("s", sticky("s", 10, &backends, 10))]);
+        flags.map(|_| bench.backend("s", 2))
+    };
+    let first = generation(Some(HERE));
+    // Between the sets it is remembered; only out of both it is forgotten.
+    assert_eq!(generation(Some(REMOTE)), first);
+    assert_eq!(generation(Some(HERE)), first);
+    assert_eq!(generation(Some(DRAINING)), first);
+    let second = generation(Some(REMOTE));
+    assert_eq!(second.map(|(id, _)| id), first.map(|(id, _)| id));
+    assert!(second > first);
+    generation(None);
+    let third = generation(Some(REMOTE));
+    assert_eq!(third.map(|(id, _)| id), first.map(|(id, _)| id), "the lowest free number");
+    assert!(third > second);
+}
+
+#[test]
+fn the_oldest_service_gets_a_frontend_and_the_next_one_inherits_it() {
+    let mut bench = Bench::new(ROOMY);
+    let claims = |name: &str, created| wanted(created, vec![port(name, TCP, &[exact(10, 80, TCP)], &[(1, HERE)])]);
+    let owner = |bench: &Bench| bench.model.frontends[&exact(10, 80, TCP)].service;
+    bench.becomes(&[("m", claims("m", 5))]);
+    bench.becomes(&[("z", claims("z", 3))]);
+    assert_eq!(owner(&bench), bench.id("z"), "older");
+    bench.becomes(&[("a", claims("a", 3))]);
+    assert_eq!(owner(&bench), bench.id("a"), "as old, and first by name");
+    let lost = |bench: &Bench, name: &str| lost_claims(&bench.model, &service(name));
+    assert_eq!(
+        lost(&bench, "m"),
+        ["10.96.0.10:80/TCP is not served: Service a/a has it and is older".to_owned()]
+    );
+    assert_eq!(lost(&bench, "a"), Vec::<String>::new());
+
+    // Each step is one replacement; the frontend never vanishes.
+    for (gone, heir) in [("a", "z"), ("z", "m")] {
+        let plan = bench.becomes(&[(gone, None)]);
+        let frontends: Vec<String> = outline(&plan).into_iter().filter(|op| op.contains(':')).collect();
+        assert_eq!(frontends, ["+10.96.0.10:80/TCP"]);
+        assert_eq!(owner(&bench), bench.id(heir));
+    }
+    // Not only by going: also by asking for something else, or by having become younger.
+    bench.becomes(&[("a", claims("a", 1))]);
+    assert_eq!(owner(&bench), bench.id("a"));
+    bench.becomes(&[("a", web("a", 12, &[(1, HERE)]))]);
+    assert_eq!(owner(&bench), bench.id("m"));
+    bench.becomes(&[("a", claims("a", 1))]);
+    bench.becomes(&[("a", claims("a", 9))]);
+    assert_eq!(owner(&bench), bench.id("m"));
+}
+
+#[test]
+fn udp_sockets_are_looked_at_when_their_backends_may_have_left() {
+    let mut bench = Bench::new(ROOMY);
+    let mut step = |name: &'static str, proto: u8, ip: u8, backends: Option<&[(u8, u32)]>| {
+        let wanted = backends.and_then(|list| wanted(1, vec![port(name, proto, &[exact(ip, 53, proto)], list)]));
+        bench.becomes(&[(name, wanted)]).udp_stale
+    };
+    let mut steps = Vec::new();
+    for proto in [UDP, TCP] {
+        steps.push([
+            step("s", proto, 10, Some(&[])),
+            step("s", proto, 10, Some(&[(1, REMOTE)])),
+            step("s", proto, 10, Some(&[(1, REMOTE), (2, REMOTE)])),
+            step("s", proto, 10, Some(&[(1, REMOTE), (2, DRAINING)])),
+            step("s", proto, 10, Some(&[(1, REMOTE)])),
+            step("s", proto, 10, Some(&[(1, IN_CLUSTER)])),
+            step("s", proto, 10, None),
+        ]);
+    }
+    // Sockets that connected before there was a backend, the first one, another one, one that drains and still
+    // serves, one that leaves, one that stops serving, a Service that goes.
+    let udp = [true, true, false, false, true, true, false];
+    assert_eq!(steps, [udp, [false; 7]]);
+
+    let mut bench = Bench::new(ROOMY);
+    let at = |name, ip| wanted(1, vec![port(name, UDP, &[exact(ip, 53, UDP)], &[(ip, REMOTE)])]);
+    bench.becomes(&[("s", at("s", 10)), ("t", at("t", 11))]);
+    let both = wanted(0, vec![port("t", UDP, &[exact(10, 53, UDP), exact(11, 53, UDP)], &[(11, REMOTE)])]);
+    assert!(bench.becomes(&[("t", both)]).udp_stale, "a frontend has another owner");
+}
+
+#[test]
+fn node_tables_gain_before_they_lose() {
+    let mut model = Model::new(ROOMY);
+    let cidr = |number: u8| Prefix::new(Addr::v4([10, number, 0, 0]), 16).unwrap();
+    let mut node = |addresses: &[(u8, u32)], cidrs: &[u8]| {
+        let addresses = addresses.iter().map(|(number, bits)| (vip(*number), *bits)).collect();
+        let ops = plan_node(&mut model, addresses, cidrs.iter().map(|number| cidr(*number)).collect());
+        outline(&Plan { ops, ..Plan::default() })
+    };
+    assert_eq!(node(&[(1, HOST), (2, HOST)], &[96]), ["+10.96.0.1", "+10.96.0.2", "+10.96.0.0/16"]);
+    assert_eq!(node(&[(1, HOST), (2, HOST)], &[96]), Vec::<String>::new());
+    let ops = ["+10.96.0.2", "+10.96.0.3", "-10.96.0.1", "+10.97.0.0/16", "-10.96.0.0/16"];
+    assert_eq!(node(&[(2, HOST | NODEPORT), (3, HOST)], &[97]), ops);
+}

@@ -1,1 +1,84 @@
+//! Each map that is too small: only the Service that does not fit is refused, keeps what it had, and is programmed
+//! as soon as there is room.
+
 use super::*;
+
+/// `s` and `t` fit; the second word of `s` does not, until `t` is gone.
+#[track_caller]
+fn check(capacity: Capacity, s: Option<Wanted>, t: Option<Wanted>, more: Option<Wanted>, reason: &str) {
+    let mut bench = Bench::new(capacity);
+    bench.becomes(&[("s", s.clone())]);
+    bench.becomes(&[("t", t)]);
+    let before = bench.sim.contents();
+
+    let plan = bench.change(&[("s", more.clone()), ("v", None)]);
+    let reasons = plan.refused.get(&service("s")).expect("refused");
+    assert!(reasons.iter().all(|text| text.contains(reason)), "{reasons:?}");
+    assert_eq!(plan.refused.len(), 1);
+    account(&bench.model, &plan.freed);
+    let after = bench.sim.contents();
+    let (before, mut after) = (read(&before), read(&after));
+    if reason.contains("FRONTENDS") {
+        // What did fit is there.
+        let kept = |key: &FrontendKey| before.frontends.contains_key(key);
+        after.frontends.retain(|key, _| kept(key));
+    }
+    assert_eq!(after, before, "what it had is what it has");
+
+    // Others still change.
+    let plan = bench.change(&[("t", None), ("s", more.clone())]);
+    assert_eq!(plan.refused.len(), 1, "what others free waits for a grace period");
+    bench.model.release(plan.freed);
+    bench.becomes(&[("s", more)]);
+}
+
+#[test]
+fn backends() {
+    let capacity = Capacity { backends: 4, ..ROOMY };
+    let more = web("s", 10, &[(1, REMOTE), (2, REMOTE), (3, REMOTE)]);
+    check(capacity, web("s", 10, &[(1, REMOTE)]), web("t", 11, &[(2, REMOTE)]), more, "map BACKENDS is full: 2 more");
+}
+
+#[test]
+fn slots() {
+    // Three for the old sets, three for the new ones beside them.
+    let capacity = Capacity { slots: 7, ..ROOMY };
+    let more = web("s", 10, &[(1, REMOTE), (2, REMOTE), (3, REMOTE), (4, REMOTE)]);
+    let s = web("s", 10, &[(1, REMOTE)]);
+    check(capacity, s.clone(), web("t", 11, &[(2, REMOTE), (3, REMOTE)]), more, "map SLOTS is full: 4 more");
+    // The local set is the one that does not fit: the range for the other one is given back.
+    let more = web("s", 10, &[(1, HERE), (2, HERE)]);
+    check(capacity, s, web("t", 11, &[(2, REMOTE), (3, REMOTE)]), more, "map SLOTS is full: 2 more");
+}
+
+#[test]
+fn services() {
+    let capacity = Capacity { services: 3, ..ROOMY };
+    let ports = |udp: bool| {
+        let tcp = port("s", TCP, &[exact(10, 80, TCP)], &[(1, HERE)]);
+        let second = port("s", UDP, &[exact(10, 80, UDP)], &[(1, HERE)]);
+        wanted(1, [tcp].into_iter().chain(udp.then_some(second)).collect())
+    };
+    check(capacity, ports(false), web("t", 11, &[(2, REMOTE)]), ports(true), "map SERVICES is full");
+}
+
+#[test]
+fn frontends() {
+    let capacity = Capacity { frontends: 5, ..ROOMY };
+    let more = [exact(10, 80, TCP), exact(12, 80, TCP), exact(13, 80, TCP), FrontendKey::address(vip(10))];
+    let more = wanted(1, vec![port("s", TCP, &more, &[(1, HERE)])]);
+    let (s, t) = (web("s", 10, &[(1, HERE)]), web("t", 11, &[(2, HERE)]));
+    check(capacity, s, t, more, "map FRONTENDS is full: 1 more needed");
+}
+
+#[test]
+fn a_full_map_is_not_overfilled_by_what_takes_the_place_of_others() {
+    // In the order of keys the old address comes first, in the order of operations the new one.
+    let mut bench = Bench::new(Capacity { frontends: 2, ..ROOMY });
+    bench.becomes(&[("s", web("s", 10, &[(1, HERE)]))]);
+    let moved = web("s", 11, &[(1, HERE)]);
+    let plan = bench.change(&[("s", moved.clone())]);
+    assert_eq!(outline(&plan), ["-address 10.96.0.10", "-10.96.0.10:80/TCP"]);
+    assert!(plan.refused.contains_key(&service("s")));
+    bench.becomes(&[("s", moved)]);
+}

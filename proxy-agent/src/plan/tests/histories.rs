@@ -5,7 +5,6 @@
 
 use proptest::prelude::*;
 use proxy_common::abi::frontend::flags as frontend;
-use proxy_common::abi::proto::{TCP, UDP};
 
 use super::machine::{Grace, Machine, Step};
 use super::*;

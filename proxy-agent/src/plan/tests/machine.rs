@@ -5,8 +5,8 @@
 
 use super::*;
 
-/// What a BPF program may hold: a service id, a range, and the backends in it.
-type Held = BTreeMap<(u32, SlotRange), Vec<(u32, Endpoint)>>;
+/// What a BPF program may hold: a service id and a range (base, length), and the backends in it.
+type Held = BTreeMap<(u32, u32, u32), Vec<(u32, Endpoint)>>;
 
 /// An affinity entry that would count: service id and epoch, backend id and generation.
 type Memory = (u32, u32, u32, u32);
@@ -56,7 +56,7 @@ impl Machine {
     }
 
     pub(super) fn step(&mut self, step: &Step) {
-        let bystanders = Bystanders::of(&self.bench, &step.changes);
+        let bystanders = Bystanders::of(&self.bench, &step.changes, &self.refused);
         let ids = self.ids();
         let mut plan_for: BTreeMap<ObjectKey, Option<Wanted>> = BTreeMap::new();
         for (key, wanted) in &step.changes {
@@ -70,9 +70,8 @@ impl Machine {
             };
         }
         let mut crashes = step.crashes.iter();
+        let mut full = false;
         loop {
-            let full = !plan_for.keys().all(|key| step.changes.iter().any(|(changed, _)| changed == key))
-                || self.bench.model.claims.is_empty();
             let plan = plan(&mut self.bench.model, &plan_for, full);
             let crash = crashes.next().map(|at| plan.ops.len() * usize::from(*at) / 255);
             self.carry_out(&plan, crash.unwrap_or(plan.ops.len()), &bystanders);
@@ -87,6 +86,7 @@ impl Machine {
             // The agent waits for a grace period before it plans from what it read.
             (self.held, self.waiting, self.freed) = Default::default();
             self.observe();
+            full = true;
             plan_for = everything(&self.bench.model, &self.bench.services);
         }
         self.converged(&ids);
@@ -131,7 +131,7 @@ impl Machine {
                 "{key:?} never was a frontend of {port:?} with flags {}",
                 value.flags
             );
-            let service = contents.services[value.service as usize];
+            let service = element(&contents, value.service);
             for (range, bit) in [(service.cluster, IN_CLUSTER), (service.local, IN_LOCAL)] {
                 if range.is_empty() {
                     assert!([SlotRange::REJECT, SlotRange::DROP].contains(&range), "{port:?}: {range:?}");
@@ -152,7 +152,7 @@ impl Machine {
                 };
                 assert!(asked.iter().any(|asked| wanted(asked) == members), "{port:?} never asked for {members:?}");
                 let [_, held] = &mut self.held;
-                held.insert((value.service, range), seen);
+                held.insert((value.service, range.base, range.len), seen);
             }
         }
     }
@@ -160,8 +160,8 @@ impl Machine {
     /// Whoever has read a range before still finds the backends that it named.
     fn readable(&self) {
         let contents = self.bench.sim.contents();
-        for ((service, range), seen) in self.held.iter().flatten() {
-            for (slot, (id, endpoint)) in (range.base..).zip(seen) {
+        for ((service, base, _), seen) in self.held.iter().flatten() {
+            for (slot, (id, endpoint)) in (*base..).zip(seen) {
                 assert_eq!(contents.slots[slot as usize], *id, "slot {slot} is reused under readers");
                 let backend = contents.backends[*id as usize];
                 assert_eq!((backend.addr, backend.port), *endpoint, "backend {id} is reused under readers");
@@ -249,7 +249,7 @@ impl Machine {
     fn remember(&mut self, contents: &Contents) {
         let mut memories = BTreeMap::new();
         for (id, name) in &contents.names {
-            let service = contents.services[*id as usize];
+            let service = element(contents, *id);
             for (backend, b) in (0..).zip(&contents.backends) {
                 let counts = b.service == *id && b.state.flags & (IN_CLUSTER | IN_LOCAL) != 0;
                 if counts && service.affinity.seconds != 0 {
@@ -308,18 +308,23 @@ impl Machine {
     }
 }
 
-/// The Services that a step does not name, as they lie in the maps.
+/// The Services that a step leaves alone, as they lie in the maps.
 struct Bystanders {
     ports: BTreeMap<u32, String>,
     frontends: BTreeMap<FrontendKey, String>,
 }
 
 impl Bystanders {
-    fn of(bench: &Bench, changes: &[(ObjectKey, Option<Wanted>)]) -> Self {
+    fn of(bench: &Bench, changes: &[(ObjectKey, Option<Wanted>)], refused: &BTreeSet<ObjectKey>) -> Self {
         let contents = bench.sim.contents();
-        let changed = |key: &ObjectKey| changes.iter().any(|(changed, _)| changed == key);
+        // What was refused is tried again by every full plan.
+        let changed = |key: &ObjectKey| {
+            refused.contains(key) || changes.iter().any(|(changed, _)| changed == key)
+        };
         let old = bench.model.claims.iter().filter(|(_, claims)| claims.iter().any(|c| changed(&c.port.service)));
-        let new = changes.iter().flat_map(|(_, wanted)| wanted).flat_map(|wanted| &wanted.desired.ports);
+        let waiting = refused.iter().filter_map(|key| bench.services.get(key));
+        let new = changes.iter().flat_map(|(_, wanted)| wanted).chain(waiting);
+        let new = new.flat_map(|wanted| &wanted.desired.ports);
         let new = new.flat_map(|port| port.frontends.iter().map(|(key, _)| *key));
         let contested: BTreeSet<FrontendKey> = old.map(|(key, _)| *key).chain(new).collect();
         let ports = contents.names.iter().filter(|(_, name)| !changed(&parse_name(name).unwrap().service));
@@ -335,7 +340,7 @@ impl Bystanders {
     }
 
     fn port(contents: &Contents, id: u32) -> String {
-        let service = contents.services[id as usize];
+        let service = element(contents, id);
         let slots = |range: SlotRange| {
             if range.is_empty() { &[] } else { &contents.slots[range.base as usize..][..range.len as usize] }
         };

@@ -6,14 +6,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
+use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{FrontendKey, FrontendKind, Service, SlotRange};
 use proxy_common::addr::{Addr, Family};
 use proxy_common::be::Be16;
 
-use super::{Plan, Wanted, plan};
+use super::{FrontendName, Plan, Wanted, lost_claims, plan, plan_node};
 use crate::cluster::ObjectKey;
 use crate::desired::{DesiredBackend, DesiredPort, DesiredService, PortKey};
-use crate::model::{Freed, Model, parse_name};
+use crate::model::{Freed, Model, Port, parse_name};
 use crate::sim::Simulator;
 use crate::store::{Capacity, Contents, MapStore as _, Op};
 
@@ -62,7 +63,7 @@ fn read(contents: &Contents) -> Meaning {
         contents.names.iter().map(|(id, name)| (*id, parse_name(name).expect("a name that parses"))).collect();
     let mut meaning = Meaning::default();
     for (id, key) in &names {
-        let service = contents.services[*id as usize];
+        let service = element(contents, *id);
         let backends = (0..).zip(&contents.backends).filter(|(_, b)| b.service == *id && b.state.flags != 0);
         let port = PortMeaning {
             cluster: set(contents, service.cluster),
@@ -78,6 +79,11 @@ fn read(contents: &Contents) -> Meaning {
         meaning.frontends.insert(*key, (owner, value.flags));
     }
     meaning
+}
+
+/// An element of `SERVICES`: zero where nothing was ever written.
+fn element(contents: &Contents, id: u32) -> Service {
+    contents.services.get(id as usize).copied().unwrap_or_default()
 }
 
 fn set(contents: &Contents, range: SlotRange) -> Set {
@@ -183,7 +189,7 @@ impl Bench {
 
     #[track_caller]
     fn element(&self, name: &str) -> Service {
-        self.sim.contents().services[self.id(name) as usize]
+        element(&self.sim.contents(), self.id(name))
     }
 
     /// Id and generation of an endpoint of a Service.
@@ -214,7 +220,7 @@ fn account(model: &Model, freed: &Freed) {
     let ids: usize = model.ports.values().map(|port| port.backends.len()).sum();
     let ids = ids + freed.backends.len() + model.backend_ids.available() as usize;
     assert_eq!(ids, model.capacity.backends as usize - 1, "backend ids");
-    let ranges = model.ports.values().flat_map(|port| [port.service.cluster, port.service.local]);
+    let ranges = model.ports.values().flat_map(Port::ranges);
     let slots: u32 = ranges.chain(freed.ranges.iter().copied()).map(|range| range.len).sum();
     assert_eq!(slots + model.slots.available(), model.capacity.slots - 1, "slots");
 }
@@ -245,4 +251,50 @@ fn exact(number: u8, port: u16, proto: u8) -> FrontendKey {
 
 fn node_port(port: u16, proto: u8) -> FrontendKey {
     FrontendKey::node_port(Addr::v4([0; 4]), Be16::new(port), proto)
+}
+
+fn wanted(created: i64, ports: Vec<DesiredPort>) -> Option<Wanted> {
+    Some(Wanted { created, desired: DesiredService { ports, problems: Vec::new() } })
+}
+
+/// A port of the Service `name`, without session affinity.
+fn port(name: &str, proto: u8, frontends: &[FrontendKey], backends: &[(u8, u32)]) -> DesiredPort {
+    let frontends: BTreeMap<FrontendKey, u16> = frontends.iter().map(|key| (*key, 0)).collect();
+    DesiredPort {
+        key: PortKey { service: service(name), port_name: "".into(), proto, family: Family::V4 },
+        frontends: frontends.into_iter().collect(),
+        backends: endpoints(backends),
+        empty_local: SlotRange::REJECT,
+        affinity_seconds: 0,
+    }
+}
+
+/// A Service with TCP port 80 on one clusterIP.
+fn web(name: &str, ip: u8, backends: &[(u8, u32)]) -> Option<Wanted> {
+    wanted(1, vec![port(name, TCP, &[exact(ip, 80, TCP), FrontendKey::address(vip(ip))], backends)])
+}
+
+/// The same, with session affinity.
+fn sticky(name: &str, ip: u8, backends: &[(u8, u32)], seconds: u32) -> Option<Wanted> {
+    let mut wanted = web(name, ip, backends);
+    for port in wanted.iter_mut().flat_map(|wanted| &mut wanted.desired.ports) {
+        port.affinity_seconds = seconds;
+    }
+    wanted
+}
+
+/// What kinds of operations a plan has, in order: `+` adds or replaces, `-` removes.
+fn outline(plan: &Plan) -> Vec<String> {
+    let sign = |adds: bool| if adds { '+' } else { '-' };
+    let one = |op: &Op| match op {
+        Op::Name(_, name) => format!("{}name", sign(name.is_some())),
+        Op::Backend(..) => "backend".to_owned(),
+        Op::BackendState(_, state) => format!("state {:#x}", state.flags),
+        Op::Slots(_, ids) => format!("{} slots", ids.len()),
+        Op::Service(..) => "service".to_owned(),
+        Op::Frontend(key, value) => format!("{}{}", sign(value.is_some()), FrontendName(key)),
+        Op::LocalAddress(addr, bits) => format!("{}{addr}", sign(bits.is_some())),
+        Op::ServiceCidr(cidr, add) => format!("{}{cidr}", sign(*add)),
+    };
+    plan.ops.iter().map(one).collect()
 }

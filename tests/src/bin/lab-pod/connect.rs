@@ -11,7 +11,7 @@ use proxy_tests::lab::{Attempt, Line, Proto, Summary};
 use rustix::net::sockopt::Timeout;
 
 use crate::sock::{Failure, Target, limit};
-use crate::{http, icmp, print};
+use crate::{http, icmp, print, redis};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -84,6 +84,10 @@ fn one(
                 limit(&stream, Timeout::Recv, deadline).and_then(|()| http::request(&stream, target.target));
             let (server, peer, endpoint) = answer.map_err(|error| Failure::new("recv", &error))?;
             (attempt.server, attempt.peer, attempt.endpoint) = (Some(server), Some(peer), Some(endpoint));
+        }
+        Proto::Redis => {
+            let stream = stream(target, deadline, attempt)?;
+            attempt.text = Some(redis::ask(&mut BufReader::new(&stream), "PING", deadline)?);
         }
         Proto::Udp | Proto::UdpUnconnected => {
             let socket = match kept {

@@ -8,8 +8,8 @@ use anyhow::{Result, bail};
 use proxy_tests::lab::{Attempt, Line, Proto};
 
 use crate::connect::{ask, datagram_socket, greeting, line, stream};
-use crate::print;
 use crate::sock::{Failure, Target};
+use crate::{print, redis};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -29,6 +29,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 let greeted = greeting(&mut reader, target.deadline(), &mut attempt);
                 opened(greeted, attempt, start)?;
                 talk(start, |text, attempt| say(&mut reader, text, target, attempt))
+            }
+            Err(failure) => opened(Err(failure), attempt, start),
+        },
+        Proto::Redis => match stream(target, target.deadline(), &mut attempt) {
+            Ok(stream) => {
+                let mut reader = BufReader::new(&stream);
+                opened(Ok(()), attempt, start)?;
+                talk(start, |text, attempt| {
+                    attempt.peername = stream.peer_addr().ok();
+                    attempt.text = Some(redis::ask(&mut reader, text, target.deadline())?);
+                    Ok(())
+                })
             }
             Err(failure) => opened(Err(failure), attempt, start),
         },

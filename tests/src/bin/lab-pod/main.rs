@@ -6,6 +6,7 @@ mod connect;
 mod hold;
 mod http;
 mod icmp;
+mod redis;
 mod serve;
 mod sock;
 

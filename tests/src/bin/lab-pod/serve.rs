@@ -1,7 +1,7 @@
 //! `lab-pod serve`.
 //!
 //! TCP and SCTP: on connect the server sends `NAME PEER LOCAL`, then echoes lines until the client closes. UDP: it
-//! answers `NAME PEER LOCAL PAYLOAD`. HTTP: see [`crate::http`].
+//! answers `NAME PEER LOCAL PAYLOAD`. HTTP: see [`crate::http`]; Redis: see [`crate::redis`].
 
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -18,8 +18,8 @@ pub(crate) struct Args {
     /// The name to answer with.
     #[arg(long)]
     name: String,
-    /// What to serve: KIND=ADDRESS:PORT, with KIND one of tcp, sctp, http, udp, echo (TCP, raw), sink (TCP, discards),
-    /// udp-echo (raw).
+    /// What to serve: KIND=ADDRESS:PORT, with KIND one of tcp, sctp, http, redis, udp, echo (TCP, raw), sink (TCP,
+    /// discards), udp-echo (raw).
     #[arg(required = true)]
     listeners: Vec<Listener>,
 }
@@ -35,6 +35,7 @@ enum Kind {
     Tcp,
     Sctp,
     Http,
+    Redis,
     Udp,
     Echo,
     Sink,
@@ -50,6 +51,7 @@ impl FromStr for Listener {
             "tcp" => Kind::Tcp,
             "sctp" => Kind::Sctp,
             "http" => Kind::Http,
+            "redis" => Kind::Redis,
             "udp" => Kind::Udp,
             "echo" => Kind::Echo,
             "sink" => Kind::Sink,
@@ -91,7 +93,7 @@ impl Listener {
                 let listener = listen_sctp(self.address)?;
                 thread::spawn(move || serve_streams(&listener, kind, &name))
             }
-            Kind::Tcp | Kind::Http | Kind::Echo | Kind::Sink => {
+            Kind::Tcp | Kind::Http | Kind::Redis | Kind::Echo | Kind::Sink => {
                 let listener = TcpListener::bind(self.address)?;
                 thread::spawn(move || serve_streams(&listener, kind, &name))
             }
@@ -127,6 +129,7 @@ fn serve_stream(mut stream: &TcpStream, peer: SocketAddr, kind: Kind, name: &str
     let (peer, local) = (canonical(peer), canonical(stream.local_addr()?));
     match kind {
         Kind::Http => return crate::http::serve(stream, name, peer, local),
+        Kind::Redis => return crate::redis::serve(stream),
         Kind::Echo => _ = io::copy(&mut { stream }, &mut stream)?,
         Kind::Sink => _ = io::copy(&mut stream, &mut io::sink())?,
         Kind::Tcp | Kind::Sctp | Kind::Udp | Kind::UdpEcho => {

@@ -77,7 +77,7 @@ impl Target {
 
 fn socket_type(proto: Proto, v6: bool) -> (SocketType, Option<Protocol>) {
     match proto {
-        Proto::Tcp | Proto::Http => (SocketType::STREAM, None),
+        Proto::Tcp | Proto::Http | Proto::Redis => (SocketType::STREAM, None),
         Proto::Mptcp => (SocketType::STREAM, Some(ipproto::MPTCP)),
         Proto::Sctp => (SocketType::STREAM, Some(ipproto::SCTP)),
         Proto::Udp | Proto::UdpUnconnected => (SocketType::DGRAM, None),

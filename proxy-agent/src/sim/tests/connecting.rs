@@ -1,0 +1,242 @@
+//! connect() and getpeername().
+
+use super::*;
+
+/// What connect() to an address must answer and count; unless translated, nothing may have been touched.
+#[track_caller]
+fn check(sim: &Simulator, mut socket: SimSocket, verdict: Verdict, counted: Option<Counter>) -> SimSocket {
+    let before = (socket.clone(), counts(sim));
+    assert_eq!(connect(&mut socket, sim), verdict, "{before:?}");
+    let more: Vec<_> = Counter::ALL
+        .into_iter()
+        .filter(|counter| {
+            sim.counted(*counter) != before.1.iter().find(|(c, _)| c == counter).map_or(0, |(_, n)| *n)
+        })
+        .collect();
+    assert_eq!(more, counted.into_iter().collect::<Vec<_>>(), "{before:?}");
+    if verdict != Translated {
+        assert_eq!(socket, before.0);
+    }
+    socket
+}
+
+#[test]
+fn a_connection_leads_to_a_backend_and_is_remembered_whole() {
+    let sim = world();
+    let socket = check(&sim, socket(vip(10), 80, TCP), Translated, Some(Counter::Connected));
+    let id = backend_of(&socket);
+    let record = SocketRecord {
+        vip: vip(10),
+        vip_port: Be16::new(80),
+        backend_addr: pod(id),
+        backend_port: Be16::new(8080),
+        service: 1,
+        backend: id,
+    };
+    assert_eq!(socket.record, Some(record));
+    let mut asked = socket.clone();
+    assert_eq!(peername(&mut asked), Translated);
+    assert_eq!((asked.addr, asked.port), (vip(10), Be16::new(80)));
+    // A socket that is connected to something else, or that was never ours.
+    for other in [
+        SimSocket { addr: pod(9), ..socket.clone() },
+        SimSocket { port: Be16::new(1), ..socket.clone() },
+        SimSocket { record: None, ..socket },
+    ] {
+        let mut asked = other.clone();
+        assert_eq!(peername(&mut asked), Pass);
+        assert_eq!(asked, other);
+    }
+}
+
+#[test]
+fn every_backend_of_the_set_is_as_likely() {
+    // Pearson's statistic over 3 and over 7 cells; the bounds are the 0.9999 quantiles for 2 and 6 degrees of
+    // freedom, and the simulator draws the same numbers in every run.
+    for (len, bound) in [(3_u32, 18.4), (7, 27.9)] {
+        let mut sim = world();
+        for id in 1..=len {
+            set_backend(&mut sim, id, IN_CLUSTER | SERVING, 1);
+        }
+        sim.apply(&Op::Slots(30, (1..=len).collect())).unwrap();
+        set_service(&mut sim, |service| service.cluster = SlotRange { base: 30, len });
+        let draws = 21_000;
+        let mut seen = BTreeMap::new();
+        for _ in 0..draws {
+            let mut socket = socket(vip(10), 80, TCP);
+            connect(&mut socket, &sim);
+            *seen.entry(backend_of(&socket)).or_insert(0_u32) += 1;
+        }
+        assert_eq!(seen.len(), len as usize);
+        let expected = f64::from(draws) / f64::from(len);
+        let square = |count: &u32| (f64::from(*count) - expected).powi(2) / expected;
+        let statistic: f64 = seen.values().map(square).sum();
+        assert!(statistic < bound, "{statistic} for {seen:?}");
+    }
+}
+
+#[test]
+fn whoever_cannot_be_served_is_told_so_or_nothing() {
+    let mut sim = world();
+    frontend(&mut sim, exact(vip(21), 80, TCP), 2, POD_LOCAL);
+    let table = [
+        (vip(20), 80, Reject, Some(Counter::RejectNoEndpoint)),
+        (vip(21), 80, Drop, Some(Counter::DropNoLocalEndpoint)),
+        (vip(10), 81, Reject, Some(Counter::RejectUnusedPort)),
+        (vip(99), 80, Drop, Some(Counter::DropInactiveAddress)),
+        // An address that has frontends but is no active clusterIP, inside and outside of the ServiceCIDR.
+        (vip(21), 81, Drop, Some(Counter::DropInactiveAddress)),
+        (pod(1), 8080, Pass, None),
+    ];
+    for (addr, port, verdict, counted) in table {
+        check(&sim, socket(addr, port, TCP), verdict, counted);
+    }
+    // Of another protocol the port is unused; what is neither TCP, UDP nor SCTP is not looked at.
+    check(&sim, socket(vip(10), 80, SCTP), Reject, Some(Counter::RejectUnusedPort));
+    check(&sim, SimSocket { protocol: 1, ..socket(vip(99), 80, 1) }, Pass, None);
+    check(&sim, SimSocket { protocol: 256 + u32::from(UDP), ..socket(vip(10), 80, UDP) }, Pass, None);
+    // Before the ServiceCIDR is known an active clusterIP is one already.
+    let cidr = Prefix::new(Addr::v4([10, 96, 0, 0]), 16).unwrap();
+    sim.apply(&Op::ServiceCidr(cidr, false)).unwrap();
+    check(&sim, socket(vip(10), 81, TCP), Reject, Some(Counter::RejectUnusedPort));
+    check(&sim, socket(vip(99), 80, TCP), Pass, None);
+}
+
+#[test]
+fn a_service_that_was_never_written_refuses() {
+    let mut sim = world();
+    frontend(&mut sim, exact(vip(30), 80, TCP), 9, 0);
+    check(&sim, socket(vip(30), 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
+}
+
+#[test]
+fn a_slot_of_another_service_is_never_followed() {
+    let mut sim = world();
+    sim.apply(&Op::Slots(10, vec![9, 9, 9])).unwrap();
+    check(&sim, socket(vip(10), 80, TCP), Drop, Some(Counter::DropRetry));
+    let stranger = Backend { service: 2, ..sim.backend(1).unwrap() };
+    sim.apply(&Op::Backend(9, stranger)).unwrap();
+    check(&sim, socket(vip(10), 80, TCP), Drop, Some(Counter::DropRetry));
+}
+
+#[test]
+fn an_element_of_another_key_is_never_followed() {
+    let mut sim = world();
+    let (key, other) = (exact(vip(10), 80, TCP), exact(vip(11), 80, TCP));
+    sim.apply(&Op::Frontend(key, Some(FrontendValue::new(&other, 1, 0)))).unwrap();
+    check(&sim, socket(vip(10), 80, TCP), Drop, Some(Counter::DropRetry));
+}
+
+#[test]
+fn node_ports_are_served_on_marked_addresses_only() {
+    let mut sim = world();
+    let any = Addr::v4([0; 4]);
+    frontend(&mut sim, FrontendKey::node_port(any, Be16::new(31_080), TCP), 1, 0);
+    let (marked, unmarked, remote) =
+        (Addr::v4([192, 0, 2, 10]), Addr::v4([198, 51, 100, 10]), Addr::v4([192, 0, 2, 20]));
+    let socket_ = check(&sim, socket(marked, 31_080, TCP), Translated, Some(Counter::Connected));
+    assert_eq!(socket_.record.map(|record| record.vip), Some(marked));
+    for addr in [unmarked, remote, any] {
+        check(&sim, socket(addr, 31_080, TCP), Pass, None);
+    }
+    check(&sim, socket(marked, 31_081, TCP), Pass, None);
+    check(&sim, socket(marked, 31_080, UDP), Pass, None);
+    // IPv6 has nodePorts of its own.
+    let v6: Addr = "2001:db8:1::10".parse::<std::net::IpAddr>().unwrap().into();
+    sim.apply(&Op::LocalAddress(v6, Some(HOST | NODEPORT))).unwrap();
+    check(&sim, socket(v6, 31_080, TCP), Pass, None);
+    frontend(&mut sim, FrontendKey::node_port(Addr::ZERO, Be16::new(31_080), TCP), 2, 0);
+    check(&sim, socket(v6, 31_080, TCP), Reject, Some(Counter::RejectNoEndpoint));
+
+    // An exact frontend on a marked address wins.
+    frontend(&mut sim, exact(marked, 31_080, TCP), 2, 0);
+    check(&sim, socket(marked, 31_080, TCP), Reject, Some(Counter::RejectNoEndpoint));
+}
+
+#[test]
+fn mapped_addresses_and_mptcp_meet_the_same_frontends() {
+    let sim = world();
+    let mapped: Addr = "::ffff:10.96.0.10".parse::<std::net::IpAddr>().unwrap().into();
+    check(&sim, socket(mapped, 80, TCP), Translated, Some(Counter::Connected));
+    let mptcp = SimSocket { protocol: 262, ..socket(vip(10), 80, TCP) };
+    check(&sim, mptcp, Translated, Some(Counter::Connected));
+    let mptcp = SimSocket { protocol: 262, ..socket(vip(10), 81, TCP) };
+    check(&sim, mptcp, Reject, Some(Counter::RejectUnusedPort));
+}
+
+#[test]
+fn a_socket_that_goes_elsewhere_forgets_its_record() {
+    let sim = world();
+    let mut socket = check(&sim, socket(vip(10), 80, UDP), Translated, Some(Counter::Connected));
+    (socket.addr, socket.port) = (pod(3), Be16::new(8080));
+    assert_eq!(connect(&mut socket, &sim), Pass);
+    assert_eq!((socket.addr, socket.port, socket.record), (pod(3), Be16::new(8080), None));
+}
+
+#[test]
+fn a_socket_that_is_refused_stays_what_it_was() {
+    // The kernel leaves a connected UDP socket connected when the next connect() fails.
+    let mut sim = world();
+    frontend(&mut sim, exact(vip(30), 80, UDP), 1, DENY_POD);
+    let torn = exact(vip(31), 80, UDP);
+    sim.apply(&Op::Frontend(torn, Some(FrontendValue::new(&exact(vip(32), 80, UDP), 1, 0)))).unwrap();
+    let connected = check(&sim, socket(vip(10), 80, UDP), Translated, Some(Counter::Connected));
+    let table = [(vip(20), 80), (vip(10), 81), (vip(99), 80), (vip(30), 80), (vip(31), 80)];
+    for (addr, port) in table {
+        let mut again = SimSocket { addr, port: Be16::new(port), ..connected.clone() };
+        assert!([Reject, Drop].contains(&connect(&mut again, &sim)));
+        assert_eq!(again.record, connected.record, "{addr}:{port}");
+    }
+}
+
+#[test]
+fn a_connection_that_cannot_be_remembered_fails_untouched() {
+    let sim = world();
+    let failing = SimSocket { storage_fails: true, ..socket(vip(10), 80, TCP) };
+    check(&sim, failing, Fail, Some(Counter::FailRecord));
+}
+
+#[test]
+fn clients_get_the_set_and_the_refusal_that_is_theirs() {
+    let mut sim = world();
+    let host = |socket: SimSocket| SimSocket { netns: HOST_NETNS, ..socket };
+    let mut verdicts = |flags: u16| {
+        frontend(&mut sim, exact(vip(10), 80, TCP), 1, flags);
+        let connected = |from: SimSocket| {
+            let mut ids = BTreeSet::new();
+            for _ in 0..60 {
+                let mut socket = from.clone();
+                match connect(&mut socket, &sim) {
+                    Translated => ids.insert(backend_of(&socket)),
+                    verdict => {
+                        assert_eq!(verdict, Drop);
+                        ids.insert(0)
+                    }
+                };
+            }
+            ids.into_iter().collect::<Vec<_>>()
+        };
+        (connected(host(socket(vip(10), 80, TCP))), connected(socket(vip(10), 80, TCP)))
+    };
+    let (all, local, refused) = (vec![1, 2, 3], vec![1], vec![0]);
+    assert_eq!(verdicts(0), (all.clone(), all.clone()));
+    assert_eq!(verdicts(NEAR_LOCAL), (local.clone(), all.clone()));
+    assert_eq!(verdicts(POD_LOCAL), (all.clone(), local.clone()));
+    assert_eq!(verdicts(DENY_HOST | POD_LOCAL), (refused.clone(), local));
+    assert_eq!(verdicts(DENY_POD), (all, refused));
+    assert_eq!(sim.counted(Counter::DropSourceRange), 120);
+}
+
+#[test]
+fn the_probe_and_nothing_else_teaches_which_namespace_is_the_hosts() {
+    let mut sim = world();
+    sim.host_netns.set(0);
+    check(&sim, socket(vip(10), 80, UDP), Translated, Some(Counter::Connected));
+    assert_eq!(sim.host_netns.get(), 0);
+    let probe = Addr::v4([192, 0, 0, 8]);
+    frontend(&mut sim, exact(probe, 9, UDP), 1, PROBE | NEAR_LOCAL);
+    let mut caller = SimSocket { netns: 42, ..socket(probe, 9, UDP) };
+    assert_eq!(connect(&mut caller, &sim), Translated);
+    assert_eq!(sim.host_netns.get(), 42);
+    assert_eq!(backend_of(&caller), 1, "the caller is near already");
+}

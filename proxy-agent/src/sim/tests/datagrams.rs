@@ -1,0 +1,246 @@
+//! sendmsg() with an address, and recvmsg() that reports one.
+
+use super::*;
+
+fn flow_key(socket: &SimSocket, addr: Addr, port: u16, direction: FlowDirection) -> UdpFlowKey {
+    let port = Be16::new(port);
+    UdpFlowKey { cookie: socket.cookie, addr, port, direction: direction as u16, pad: 0 }
+}
+
+fn original(socket: &SimSocket) -> UdpFlowKey {
+    flow_key(socket, vip(10), 80, FlowDirection::Original)
+}
+
+fn reply(socket: &SimSocket, backend: u32) -> UdpFlowKey {
+    flow_key(socket, pod(backend), 8080, FlowDirection::Reply)
+}
+
+/// Sends a datagram of `from` to the VIP and says which backend it goes to.
+#[track_caller]
+fn send(sim: &Simulator, from: &SimSocket) -> u32 {
+    let mut socket = from.clone();
+    assert_eq!(sendmsg(&mut socket, sim), Translated);
+    assert_eq!(socket.record, from.record, "the socket is not connected");
+    backend_of(&socket)
+}
+
+/// Receives a datagram from a backend and says whom the application is told it came from.
+fn receive(sim: &Simulator, to: &SimSocket, backend: u32) -> (Addr, u16) {
+    let mut socket = SimSocket { addr: pod(backend), port: Be16::new(8080), ..to.clone() };
+    let verdict = recvmsg(&mut socket, sim);
+    assert_eq!(verdict == Translated, socket.addr != pod(backend));
+    (socket.addr, socket.port.get())
+}
+
+const FROM_VIP: fn() -> (Addr, u16) = || (vip(10), 80);
+
+#[test]
+fn datagrams_of_a_socket_stay_with_one_backend() {
+    let sim = world();
+    let mut backends = BTreeSet::new();
+    for cookie in 0..30 {
+        let socket = SimSocket { cookie, ..socket(vip(10), 80, UDP) };
+        let first = send(&sim, &socket);
+        backends.insert(first);
+        for _ in 0..20 {
+            assert_eq!(send(&sim, &socket), first);
+        }
+        assert_eq!(receive(&sim, &socket, first), FROM_VIP());
+    }
+    assert_eq!(backends, BTreeSet::from([1, 2, 3]));
+    assert_eq!(counts(&sim), [(Counter::Datagram, 30 * 21)]);
+}
+
+#[test]
+fn answers_come_from_the_vip_for_this_socket_only() {
+    let sim = world();
+    let socket = socket(vip(10), 80, UDP);
+    let id = send(&sim, &socket);
+    assert_eq!(receive(&sim, &socket, id), FROM_VIP());
+    // Another socket, another backend, another port of the same pod.
+    assert_eq!(receive(&sim, &SimSocket { cookie: 501, ..socket.clone() }, id), (pod(id), 8080));
+    assert_eq!(receive(&sim, &socket, id % 3 + 1), (pod(id % 3 + 1), 8080));
+    let mut other = SimSocket { addr: pod(id), port: Be16::new(9), ..socket };
+    assert_eq!(recvmsg(&mut other, &sim), Pass);
+    assert_eq!((other.addr, other.port), (pod(id), Be16::new(9)));
+}
+
+#[test]
+fn answers_to_a_connected_socket_come_from_the_vip() {
+    let sim = world();
+    let mut socket = socket(vip(10), 80, UDP);
+    connect(&mut socket, &sim);
+    let id = backend_of(&socket);
+    assert_eq!(receive(&sim, &socket, id), FROM_VIP());
+    assert_eq!(receive(&sim, &socket, id % 3 + 1), (pod(id % 3 + 1), 8080));
+}
+
+#[test]
+fn a_flow_moves_when_its_backend_stops_serving_and_hears_late_answers() {
+    for gone in ["not serving", "another owner", "another address"] {
+        let mut sim = world();
+        let socket = socket(vip(10), 80, UDP);
+        let first = send(&sim, &socket);
+        let old = sim.backend(first).unwrap();
+        // What takes the place of the old backend keeps one of its properties each.
+        match gone {
+            "not serving" => set_backend(&mut sim, first, 0, 5),
+            "another owner" => sim.apply(&Op::Backend(first, Backend { service: 2, ..old })).unwrap(),
+            _ => sim.apply(&Op::Backend(first, Backend { addr: pod(200), ..old })).unwrap(),
+        }
+        let rest: Vec<u32> = (1..=3).filter(|id| *id != first).collect();
+        sim.apply(&Op::Slots(30, rest)).unwrap();
+        set_service(&mut sim, |service| service.cluster = SlotRange { base: 30, len: 2 });
+
+        let second = send(&sim, &socket);
+        assert_ne!(second, first, "{gone}");
+        assert_eq!(send(&sim, &socket), second);
+        assert_eq!(sim.counted(Counter::UdpRepick), 1);
+        assert_eq!(receive(&sim, &socket, second), FROM_VIP());
+        assert_eq!(receive(&sim, &socket, first), FROM_VIP(), "an answer that was under way");
+    }
+}
+
+#[test]
+fn a_flow_outlives_the_set_while_its_backend_serves() {
+    let mut sim = world();
+    let socket = socket(vip(10), 80, UDP);
+    let first = send(&sim, &socket);
+    // It drains: in no set, still serving.
+    set_backend(&mut sim, first, SERVING, 5);
+    set_service(&mut sim, |service| service.cluster = SlotRange::REJECT);
+    assert_eq!(send(&sim, &socket), first);
+    assert_eq!(sim.counted(Counter::UdpRepick), 0);
+}
+
+#[test]
+fn a_flow_is_left_to_itself_when_nothing_serves_and_a_new_one_is_refused() {
+    for (verdict, answer, counter) in [
+        (SlotRange::REJECT, Reject, Counter::RejectNoEndpoint),
+        (SlotRange::DROP, Drop, Counter::DropNoLocalEndpoint),
+    ] {
+        let mut sim = world();
+        let socket = socket(vip(10), 80, UDP);
+        let first = send(&sim, &socket);
+        for id in 1..=3 {
+            set_backend(&mut sim, id, 0, 5);
+        }
+        set_service(&mut sim, |service| service.cluster = verdict);
+        assert_eq!(send(&sim, &socket), first);
+        assert_eq!(sim.counted(counter), 0);
+        let mut other = SimSocket { cookie: 501, ..socket.clone() };
+        assert_eq!(sendmsg(&mut other, &sim), answer);
+        assert_eq!((other.addr, sim.counted(counter)), (vip(10), 1));
+        // The first backend that serves again gets it.
+        set_backend(&mut sim, first % 3 + 1, SERVING | IN_CLUSTER, 6);
+        sim.apply(&Op::Slots(30, vec![first % 3 + 1])).unwrap();
+        set_service(&mut sim, |service| service.cluster = SlotRange { base: 30, len: 1 });
+        assert_eq!(send(&sim, &socket), first % 3 + 1);
+    }
+}
+
+#[test]
+fn a_flow_ends_with_its_frontend() {
+    let mut sim = world();
+    let from = socket(vip(10), 80, UDP);
+    send(&sim, &from);
+    sim.apply(&Op::Frontend(exact(vip(10), 80, UDP), None)).unwrap();
+    let mut socket = from.clone();
+    assert_eq!(sendmsg(&mut socket, &sim), Reject);
+    assert_eq!((socket, sim.counted(Counter::RejectUnusedPort)), (from, 1));
+}
+
+#[test]
+fn addresses_that_are_no_frontends_are_answered_as_connect_answers() {
+    let sim = world();
+    for (addr, port, verdict) in
+        [(vip(20), 80, Reject), (vip(10), 81, Reject), (vip(99), 80, Drop), (pod(1), 8080, Pass)]
+    {
+        let from = SimSocket { record: Some(SocketRecord::default()), ..socket(addr, port, UDP) };
+        let mut socket = from.clone();
+        assert_eq!(sendmsg(&mut socket, &sim), verdict);
+        assert_eq!(socket, from, "a datagram elsewhere does not disconnect");
+    }
+}
+
+#[test]
+fn a_datagram_that_cannot_be_remembered_fails_untouched_and_the_next_one_heals() {
+    for room in [0, 1] {
+        let sim = world();
+        sim.udp_flow_room.set(Some(room));
+        let from = socket(vip(10), 80, UDP);
+        let mut socket = from.clone();
+        assert_eq!(sendmsg(&mut socket, &sim), Fail);
+        assert_eq!(socket, from);
+        assert_eq!(counts(&sim), [(Counter::FailRecord, 1)]);
+        sim.udp_flow_room.set(None);
+        let id = send(&sim, &from);
+        assert_eq!(receive(&sim, &from, id), FROM_VIP());
+    }
+}
+
+#[test]
+fn either_entry_may_be_evicted() {
+    let sim = world();
+    let socket = socket(vip(10), 80, UDP);
+    let id = send(&sim, &socket);
+    assert!(sim.evict_udp_flow(&reply(&socket, id)).is_some());
+    assert_eq!(receive(&sim, &socket, id), (pod(id), 8080));
+    assert_eq!(send(&sim, &socket), id);
+    assert_eq!(receive(&sim, &socket, id), FROM_VIP(), "healed by the next send");
+
+    assert!(sim.evict_udp_flow(&original(&socket)).is_some());
+    assert_eq!(receive(&sim, &socket, id), FROM_VIP());
+    let id = send(&sim, &socket);
+    assert_eq!(receive(&sim, &socket, id), FROM_VIP());
+}
+
+#[test]
+fn entries_that_are_torn_or_of_another_flow_do_not_count() {
+    let tears: [fn(UdpFlow, UdpFlow) -> UdpFlow; 5] = [
+        |_, stranger| stranger,
+        |own, stranger| UdpFlow { addr: stranger.addr, ..own },
+        |own, _| UdpFlow { port: Be16::new(1), ..own },
+        |own, _| UdpFlow { backend: own.backend % 3 + 1, ..own },
+        |own, _| UdpFlow { check: own.check ^ 1, ..own },
+    ];
+    let from = socket(vip(10), 80, UDP);
+    for (at, tear) in tears.iter().enumerate() {
+        // Another socket's flow, to another VIP and another backend.
+        let mut sim = world();
+        frontend(&mut sim, exact(vip(11), 80, UDP), 1, 0);
+        let id = send(&sim, &from);
+        let (other, stranger) = (501..)
+            .map(|cookie| SimSocket { cookie, ..socket(vip(11), 80, UDP) })
+            .map(|other| (other.clone(), send(&sim, &other)))
+            .find(|(_, stranger)| *stranger != id)
+            .unwrap();
+        let flow = |key: UdpFlowKey| (key, sim.udp_flow(&key).unwrap());
+
+        let (key, own) = flow(reply(&from, id));
+        let (_, theirs) = flow(reply(&other, stranger));
+        assert!(sim.put_udp_flow(&key, &tear(own, theirs)));
+        assert_eq!(receive(&sim, &from, id), (pod(id), 8080), "tear {at}");
+
+        let (key, own) = flow(original(&from));
+        let (_, theirs) = flow(flow_key(&other, vip(11), 80, FlowDirection::Original));
+        assert!(sim.put_udp_flow(&key, &tear(own, theirs)));
+        let again = send(&sim, &from);
+        assert_eq!(receive(&sim, &from, again), FROM_VIP(), "tear {at}: both entries are written anew");
+        let (_, healed) = flow(original(&from));
+        assert_eq!((healed.addr, healed.backend), (pod(again), again), "tear {at}");
+        assert_eq!(sim.counted(Counter::UdpRepick), 0, "tear {at}: no entry, so no repick");
+    }
+}
+
+#[test]
+fn a_mapped_datagram_leaves_through_one_family_and_its_answer_arrives_through_the_other() {
+    // sendmsg4 sees four bytes, recvmsg6 sixteen: both are the same address here.
+    let sim = world();
+    let socket = socket(vip(10), 80, UDP);
+    let id = send(&sim, &socket);
+    let mapped: Addr = format!("::ffff:10.64.0.{id}").parse::<std::net::IpAddr>().unwrap().into();
+    let mut answer = SimSocket { addr: mapped, port: Be16::new(8080), ..socket };
+    assert_eq!(recvmsg(&mut answer, &sim), Translated);
+    assert_eq!(answer.addr, vip(10));
+}

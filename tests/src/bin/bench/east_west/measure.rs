@@ -1,0 +1,193 @@
+//! Short rounds of each side in turn, so that whatever else the machine does meets all alike.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail};
+
+use super::Options;
+use super::sides::{Ground, Pair, Side};
+use super::wire::{Answer, Call, Job, Workload};
+use crate::report::{Bar, Figure};
+use crate::stats::{Estimate, median_of, percentile};
+
+/// The sides change their order from round to round: none always follows the same other one.
+const ORDERS: [[Side; 3]; 6] = {
+    use Side::{Control as C, Plain as P, Vipr as V};
+    [[V, P, C], [C, P, V], [P, C, V], [V, C, P], [C, V, P], [P, V, C]]
+};
+/// Not counted at the beginning of a round: caches and socket buffers belong to somebody else at first.
+const WARM_UP_US: u64 = 4_000;
+
+/// Operations per second of each side in one round.
+type Rates = BTreeMap<Side, f64>;
+
+/// Everything that was measured in one world.
+#[derive(Default)]
+pub(super) struct Measurements {
+    rates: BTreeMap<Workload, Vec<Rates>>,
+    lost: BTreeMap<Workload, u64>,
+    calls: BTreeMap<Call, Calls>,
+}
+
+/// Durations in nanoseconds: by round, then of all rounds.
+#[derive(Default)]
+struct Calls {
+    rounds: Vec<BTreeMap<Target, f64>>,
+    all: BTreeMap<Target, Vec<u32>>,
+}
+
+/// What a single call goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Target {
+    /// The clusterIP, from below the programs.
+    Vip,
+    /// The pod, from below the programs: an address that is none of theirs.
+    NotOurs,
+    /// The pod, without programs.
+    Plain,
+    Control,
+}
+
+impl Measurements {
+    /// Runs `rounds` rounds of a workload.
+    pub(super) fn run(
+        &mut self,
+        ground: &Ground,
+        pairs: &mut BTreeMap<Side, Pair>,
+        workload: Workload,
+        options: &Options,
+        rounds: usize,
+    ) -> Result<()> {
+        for order in ORDERS.iter().cycle().take(rounds) {
+            let mut rates = Rates::new();
+            for side in order {
+                let Some(pair) = pairs.get_mut(side) else { continue };
+                let job = Job::Run {
+                    workload,
+                    server: ground.target(*side, workload.listener()),
+                    warm_up_us: WARM_UP_US,
+                    measure_us: options.round_ms * 1000,
+                };
+                let Answer::Ran { operations, nanos, lost } = pair.ask(&job)? else {
+                    bail!("not an answer to {job:?}")
+                };
+                rates.insert(*side, operations as f64 * 1e9 / nanos as f64);
+                *self.lost.entry(workload).or_default() += lost;
+            }
+            self.rates.entry(workload).or_default().push(rates);
+        }
+        Ok(())
+    }
+
+    /// Times single calls, `rounds` times `options.calls` of each kind of target.
+    pub(super) fn time(
+        &mut self,
+        ground: &Ground,
+        pairs: &mut BTreeMap<Side, Pair>,
+        call: Call,
+        options: &Options,
+        rounds: usize,
+    ) -> Result<()> {
+        let calls = self.calls.entry(call).or_default();
+        for order in ORDERS.iter().cycle().take(rounds) {
+            let mut medians = BTreeMap::new();
+            for side in order {
+                let Some(pair) = pairs.get_mut(side) else { continue };
+                let own = ground.target(*side, call.listener());
+                let targets = match side {
+                    Side::Vipr => {
+                        vec![(Target::Vip, own), (Target::NotOurs, ground.pod(*side, call.listener()))]
+                    }
+                    Side::Plain => vec![(Target::Plain, own)],
+                    Side::Control => vec![(Target::Control, own)],
+                };
+                let servers = targets.iter().map(|(_, server)| *server).collect();
+                let job = Job::Time { call, servers, rounds: options.calls };
+                let Answer::Timed { nanos } = pair.ask(&job)? else { bail!("not an answer to {job:?}") };
+                for ((target, _), nanos) in targets.iter().zip(nanos) {
+                    medians.insert(*target, median_of(nanos.iter().map(|ns| f64::from(*ns))));
+                    calls.all.entry(*target).or_default().extend(nanos);
+                }
+            }
+            calls.rounds.push(medians);
+        }
+        Ok(())
+    }
+
+    /// The ratio of a workload's rates, round by round.
+    pub(super) fn ratio(&self, workload: Workload) -> Option<Estimate> {
+        let rounds = self.rates.get(&workload)?;
+        Some(Estimate::of(rounds.iter().filter_map(|r| Some(r.get(&Side::Vipr)? / r.get(&Side::Plain)?))))
+    }
+
+    /// What there is to report, in a world of so many Services.
+    pub(super) fn figures(&self, world: &str) -> Vec<Figure> {
+        let mut figures = Vec::new();
+        for workload in Workload::ALL {
+            let (Some(rounds), Some(ratio)) = (self.rates.get(&workload), self.ratio(workload)) else {
+                continue;
+            };
+            let rate = |side| median_of(rounds.iter().filter_map(|rates| rates.get(&side).copied()));
+            let control = Estimate::of(
+                rounds.iter().filter_map(|r| Some(r.get(&Side::Control)? / r.get(&Side::Plain)?)),
+            );
+            let (scale, vipr, plain) = match workload {
+                Workload::TcpStream => (8e-9, "vipr Gbit/s", "no proxy Gbit/s"),
+                _ => (1.0, "vipr /s", "no proxy /s"),
+            };
+            let mut figure = Figure::estimated(workload.name(), world, "ratio", ratio)
+                .detail(vipr, rate(Side::Vipr) * scale)
+                .detail(plain, rate(Side::Plain) * scale)
+                .bar(bar(workload));
+            if control.samples > 0 {
+                figure = figure.detail("control ratio", control.median);
+            }
+            if let Some(lost) = self.lost.get(&workload).filter(|lost| **lost > 0) {
+                figure = figure.detail("lost datagrams", *lost as f64);
+            }
+            figures.push(figure);
+        }
+        for (call, calls) in &self.calls {
+            figures.extend(calls.figures(*call, world));
+        }
+        figures
+    }
+}
+
+impl Calls {
+    fn figures(&self, call: Call, world: &str) -> [Figure; 2] {
+        [(Target::Vip, ""), (Target::NotOurs, ", no Service")].map(|(target, suffix)| {
+            let added = |of: Target| {
+                let difference = move |r: &BTreeMap<Target, f64>| Some(r.get(&of)? - r.get(&Target::Plain)?);
+                Estimate::of(self.rounds.iter().filter_map(difference))
+            };
+            let of = |target: Target, p: f64| {
+                let all = self.all.get(&target).into_iter().flatten();
+                percentile(all.map(|nanos| f64::from(*nanos)), p)
+            };
+            let name = format!("{}{suffix}: added p50", call.name());
+            let mut figure = Figure::estimated(name, world, "ns", added(target))
+                .detail("vipr p50", of(target, 0.5))
+                .detail("vipr p99", of(target, 0.99))
+                .detail("no proxy p50", of(Target::Plain, 0.5))
+                .detail("no proxy p99", of(Target::Plain, 0.99));
+            let control = added(Target::Control);
+            if control.samples > 0 {
+                figure = figure.detail("control added p50", control.median);
+            }
+            match call {
+                Call::UdpConnect | Call::TcpConnect => figure.bar(Bar::AtMost(1000.0)),
+                Call::FirstSend | Call::NextSend => figure,
+            }
+        })
+    }
+}
+
+fn bar(workload: Workload) -> Bar {
+    Bar::AtLeast(match workload {
+        Workload::TcpRr | Workload::TcpStream => 0.99,
+        Workload::TcpCrr => 0.97,
+        Workload::UdpRr => 0.98,
+        Workload::UdpUnconnectedRr => 0.93,
+    })
+}

@@ -1,0 +1,113 @@
+//! The server side: one process with a thread per listener and connection.
+
+use std::io::{self, Read, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread;
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+
+use super::wire::Listener;
+use crate::cpu;
+
+/// How the server is started.
+#[derive(Debug, Args)]
+pub(crate) struct ServerArgs {
+    /// CPU to run on.
+    #[arg(long)]
+    pub(super) cpu: usize,
+    /// Address to listen on.
+    #[arg(long)]
+    pub(super) address: IpAddr,
+    /// First port; one for each listener.
+    #[arg(long)]
+    pub(super) port: u16,
+}
+
+/// Listens, says `ready`, and serves until standard input ends.
+///
+/// # Errors
+/// If a port cannot be had.
+pub(crate) fn server(args: &ServerArgs) -> Result<()> {
+    cpu::pin(args.cpu)?;
+    for listener in Listener::ALL {
+        let address = SocketAddr::new(args.address, listener.port(args.port));
+        serve(listener, address).with_context(|| format!("{listener:?} on {address}"))?;
+    }
+    println!("ready");
+    io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+fn serve(listener: Listener, address: SocketAddr) -> io::Result<()> {
+    let tcp = |serve: fn(TcpStream) -> io::Result<()>, threads: bool| {
+        let listener = TcpListener::bind(address)?;
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                // A client that has gone is no concern of the others.
+                if threads {
+                    thread::spawn(move || drop(serve(stream)));
+                } else {
+                    drop(serve(stream));
+                }
+            }
+        });
+        Ok(())
+    };
+    match listener {
+        Listener::Echo => tcp(echo, true),
+        Listener::AnswerAndClose => tcp(answer, false),
+        Listener::Sink => tcp(sink, true),
+        Listener::Accept => tcp(|stream| read_to_end(stream, &mut [0; 16]), false),
+        Listener::UdpEcho => {
+            let socket = UdpSocket::bind(address)?;
+            thread::spawn(move || {
+                let mut buffer = [0; 2048];
+                loop {
+                    if let Ok((len, peer)) = socket.recv_from(&mut buffer) {
+                        // A lost answer is the client's to notice.
+                        let _ = socket.send_to(&buffer[..len], peer);
+                    }
+                }
+            });
+            Ok(())
+        }
+        Listener::UdpHole => {
+            let socket = UdpSocket::bind(address)?;
+            thread::spawn(move || {
+                let _open = socket;
+                loop {
+                    thread::park();
+                }
+            });
+            Ok(())
+        }
+    }
+}
+
+fn echo(mut stream: TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut buffer = [0; 2048];
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return Ok(()),
+            len => stream.write_all(&buffer[..len])?,
+        }
+    }
+}
+
+/// The server closes first, so that the port numbers of the client are free again at once.
+fn answer(mut stream: TcpStream) -> io::Result<()> {
+    let mut byte = [0];
+    stream.read_exact(&mut byte)?;
+    stream.write_all(&byte)
+}
+
+fn sink(stream: TcpStream) -> io::Result<()> {
+    read_to_end(stream, &mut vec![0; 256 << 10])
+}
+
+fn read_to_end(mut stream: impl Read, buffer: &mut [u8]) -> io::Result<()> {
+    while stream.read(buffer)? > 0 {}
+    Ok(())
+}

@@ -1,0 +1,152 @@
+//! What the benchmark asks its clients, and what they answer: one JSON object per line.
+
+use std::net::SocketAddr;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// What a client does over and over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
+pub(super) enum Workload {
+    /// Connect, one byte each way, close.
+    TcpCrr,
+    /// One byte each way on one connection.
+    TcpRr,
+    /// Write as fast as the server reads.
+    TcpStream,
+    /// One byte each way on a connected UDP socket.
+    UdpRr,
+    /// One byte each way by sendto() and recvfrom().
+    UdpUnconnectedRr,
+}
+
+impl Workload {
+    /// All, in the order in which they are measured.
+    pub(super) const ALL: [Self; 5] =
+        [Self::TcpRr, Self::TcpStream, Self::UdpRr, Self::UdpUnconnectedRr, Self::TcpCrr];
+
+    /// Its name on the command line and in reports.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::TcpCrr => "tcp-crr",
+            Self::TcpRr => "tcp-rr",
+            Self::TcpStream => "tcp-stream",
+            Self::UdpRr => "udp-rr",
+            Self::UdpUnconnectedRr => "udp-unconnected-rr",
+        }
+    }
+
+    /// The listener that it needs.
+    pub(super) fn listener(self) -> Listener {
+        match self {
+            Self::TcpCrr => Listener::AnswerAndClose,
+            Self::TcpRr => Listener::Echo,
+            Self::TcpStream => Listener::Sink,
+            Self::UdpRr | Self::UdpUnconnectedRr => Listener::UdpEcho,
+        }
+    }
+}
+
+/// A system call whose duration is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(super) enum Call {
+    /// connect() of a fresh UDP socket: no packet is sent.
+    UdpConnect,
+    /// connect() of a fresh TCP socket: the handshake with a listening server.
+    TcpConnect,
+    /// sendto() of a fresh UDP socket.
+    FirstSend,
+    /// sendto() of a UDP socket that has sent to the same address before.
+    NextSend,
+}
+
+impl Call {
+    /// All, in the order in which they are measured.
+    pub(super) const ALL: [Self; 4] = [Self::UdpConnect, Self::TcpConnect, Self::FirstSend, Self::NextSend];
+
+    /// Its name in reports.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::UdpConnect => "connect-udp",
+            Self::TcpConnect => "connect-tcp",
+            Self::FirstSend => "sendto-first",
+            Self::NextSend => "sendto-next",
+        }
+    }
+
+    /// The listener that it needs.
+    pub(super) fn listener(self) -> Listener {
+        match self {
+            Self::TcpConnect => Listener::Accept,
+            Self::UdpConnect | Self::FirstSend | Self::NextSend => Listener::UdpHole,
+        }
+    }
+}
+
+/// What a server listens for, in the order of its ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Listener {
+    /// TCP: sends back every byte.
+    Echo,
+    /// TCP: reads a byte, answers with one and closes.
+    AnswerAndClose,
+    /// TCP: reads and discards.
+    Sink,
+    /// TCP: accepts and closes when the client has.
+    Accept,
+    /// UDP: sends back every datagram.
+    UdpEcho,
+    /// UDP: never reads. Once its buffer is full the kernel discards what comes.
+    UdpHole,
+}
+
+impl Listener {
+    /// All.
+    pub(super) const ALL: [Self; 6] =
+        [Self::Echo, Self::AnswerAndClose, Self::Sink, Self::Accept, Self::UdpEcho, Self::UdpHole];
+
+    /// Its port, for a server whose ports begin at `base`.
+    pub(super) fn port(self, base: u16) -> u16 {
+        (base..).zip(Self::ALL).find(|(_, listener)| *listener == self).map_or(base, |(port, _)| port)
+    }
+
+    /// Its protocol, as Services name it.
+    pub(super) fn protocol(self) -> &'static str {
+        match self {
+            Self::UdpEcho | Self::UdpHole => "UDP",
+            Self::Echo | Self::AnswerAndClose | Self::Sink | Self::Accept => "TCP",
+        }
+    }
+}
+
+/// What a client is asked to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum Job {
+    /// A workload, for some time. Sockets that it keeps open are kept for the next time.
+    Run {
+        workload: Workload,
+        server: SocketAddr,
+        /// Not counted, at the beginning.
+        warm_up_us: u64,
+        measure_us: u64,
+    },
+    /// Single calls, in turn to each of the servers.
+    Time { call: Call, servers: Vec<SocketAddr>, rounds: u32 },
+}
+
+/// What it answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum Answer {
+    /// Of [`Job::Run`].
+    Ran {
+        /// Transactions, or bytes of a stream.
+        operations: u64,
+        nanos: u64,
+        /// Datagrams that were not answered in time.
+        lost: u64,
+    },
+    /// Of [`Job::Time`]: nanoseconds of each call, by server.
+    Timed { nanos: Vec<Vec<u32>> },
+    /// The job failed.
+    Failed(String),
+}

@@ -1,0 +1,109 @@
+//! Benchmarks: what Vipr costs a connection (`east-west`), and how fast the agent follows the API (`sync`).
+//!
+//! Both build a lab of their own, run the real agent in it, print one table or one JSON document on standard output
+//! and progress on standard error. What the figures mean is told in `docs/performance.md`.
+
+mod cpu;
+mod east_west;
+mod machine;
+mod objects;
+mod report;
+mod stats;
+mod sync;
+mod sys;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use rustix::process::setpriority_process;
+
+use report::Report;
+
+/// Benchmarks of Vipr.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask bench", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Connections and datagrams through a clusterIP against the pod's own address without any programs.
+    EastWest {
+        #[command(flatten)]
+        options: east_west::Options,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Time and memory that the agent needs to program what the API server says.
+    Sync {
+        #[command(flatten)]
+        options: sync::Options,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// The client side of `east-west`; started by it.
+    #[command(hide = true)]
+    Client(east_west::ClientArgs),
+    /// The server side of `east-west`; started by it.
+    #[command(hide = true)]
+    Server(east_west::ServerArgs),
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+struct OutputArgs {
+    /// How to print the figures.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    output: Output,
+    /// Exit with status 1 if a figure misses its bar.
+    #[arg(long)]
+    enforce: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Table,
+    /// For programs; docs/performance.md describes it.
+    Json,
+}
+
+fn main() -> ExitCode {
+    run().unwrap_or_else(|error| {
+        progress(format_args!("error: {error:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+fn run() -> Result<ExitCode> {
+    let command = Cli::parse().command;
+    // Whatever else the machine does comes second; the processes that are started inherit it.
+    setpriority_process(None, -20)
+        .context("cannot raise the priority: benchmarks need root, see `sudo -E`")?;
+    let (report, output) = match command {
+        Command::EastWest { options, output } => (east_west::run(&options)?, output),
+        Command::Sync { options, output } => (sync::run(&options)?, output),
+        Command::Client(args) => return east_west::client(&args).map(|()| ExitCode::SUCCESS),
+        Command::Server(args) => return east_west::server(&args).map(|()| ExitCode::SUCCESS),
+    };
+    print(&report, output.output)?;
+    Ok(if output.enforce && !report.all_met() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn print(report: &Report, output: Output) -> Result<()> {
+    let text = match output {
+        Output::Table => report.table(),
+        Output::Json => serde_json::to_string_pretty(report)? + "\n",
+    };
+    std::io::stdout().write_all(text.as_bytes())?;
+    Ok(())
+}
+
+/// Tells what is going on.
+fn progress(text: std::fmt::Arguments<'_>) {
+    // Nobody reading is no reason to stop.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}

@@ -1,0 +1,97 @@
+//! Changes while the agent runs: from the API server's socket to the map.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use proxy_tests::apiserver::{ApiServer, Resource};
+
+use super::view::View;
+use crate::objects::World;
+
+/// How long a change may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Between two changes, so that what the agent does behind one is not always in the way of the next.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// Takes the first endpoint of Services out and in again, one Service after the other; returns how long each change
+/// took to be in the map.
+///
+/// # Errors
+/// If a change does not arrive.
+pub(super) fn single(api: &ApiServer, view: &View, world: World, count: usize) -> Result<Vec<Duration>> {
+    let mut took = Vec::with_capacity(count);
+    // Two changes of each Service.
+    for change in 0..count {
+        let index = change / 2 % world.services;
+        let ready = change % 2 == 1;
+        let id = view.id(index)?.with_context(|| format!("Service {index} is not programmed"))?;
+        api.apply(world.slice(index, 0, ready))?;
+        let endpoints = world.endpoints - usize::from(!ready);
+        let arrived = view.spin_until(id, endpoints, Instant::now() + PATIENCE)?;
+        took.push(since_sent(api, arrived)?);
+        thread::sleep(PAUSE);
+    }
+    Ok(took)
+}
+
+/// Makes new Services behind those of the world; returns how long each took until its clusterIP worked.
+///
+/// # Errors
+/// If a Service does not arrive.
+pub(super) fn new_services(
+    api: &ApiServer,
+    view: &View,
+    world: World,
+    count: usize,
+) -> Result<Vec<Duration>> {
+    let mut took = Vec::with_capacity(count);
+    for index in world.services..world.services + count {
+        api.apply_all(world.service_and_slices(index))?;
+        let deadline = Instant::now() + PATIENCE;
+        let id = loop {
+            if let Some(id) = view.id(index)? {
+                break id;
+            }
+            ensure!(Instant::now() < deadline, "Service {index} never had a frontend");
+            thread::yield_now();
+        };
+        let arrived = view.spin_until(id, world.endpoints, deadline)?;
+        took.push(since_sent(api, arrived)?);
+        thread::sleep(PAUSE);
+    }
+    Ok(took)
+}
+
+/// Takes the first endpoint of many Services out at once, then in again; returns how long it took until each was in
+/// the map, both times.
+///
+/// # Errors
+/// If a change does not arrive.
+pub(super) fn burst(api: &ApiServer, view: &View, world: World, count: usize) -> Result<Vec<Duration>> {
+    let ids = (0..count)
+        .map(|index| view.id(index)?.with_context(|| format!("Service {index} is not programmed")))
+        .collect::<Result<Vec<u32>>>()?;
+    let mut took = Vec::new();
+    for ready in [false, true] {
+        api.hold_events(Resource::EndpointSlices);
+        for index in 0..count {
+            api.apply(world.slice(index, 0, ready))?;
+        }
+        let began = Instant::now();
+        api.release_events(Resource::EndpointSlices);
+        let endpoints = world.endpoints - usize::from(!ready);
+        let mut arrived = began;
+        for id in &ids {
+            arrived = view.spin_until(*id, endpoints, began + PATIENCE)?;
+        }
+        took.push(arrived - began);
+    }
+    Ok(took)
+}
+
+/// From the last event of a slice that the server sent.
+fn since_sent(api: &ApiServer, arrived: Instant) -> Result<Duration> {
+    let sent = api.event_sent(Resource::EndpointSlices).context("no event was sent")?;
+    Ok(arrived.saturating_duration_since(sent))
+}

@@ -1,0 +1,204 @@
+//! `sync`: how fast the agent programs what the API server says, and what that costs.
+//!
+//! The API server of the tests runs in this process, the real agent in a lab node, each on a CPU of its own. What
+//! has been programmed is read from the pinned maps, not asked of the agent.
+
+mod changes;
+mod process;
+mod start;
+mod view;
+
+use std::net::TcpListener;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::Args;
+use proxy_tests::apiserver::ApiServer;
+use proxy_tests::lab::{Lab, LabSpec, Node};
+
+use crate::cpu;
+use crate::objects::World;
+use crate::progress;
+use crate::report::{Bar, Figure, Report};
+use crate::stats::{median_of, percentile};
+use process::{CpuTime, memory};
+use start::Start;
+use view::View;
+
+/// How long the agent is watched doing nothing.
+const IDLE: Duration = Duration::from_secs(3);
+/// What an agent does behind its readiness (watches, freed memory) is over after this.
+const SETTLE: Duration = Duration::from_millis(500);
+const MIB: f64 = (1 << 20) as f64;
+
+/// Options of `sync`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Options {
+    /// Clusters: Services x endpoints of each.
+    #[arg(long, value_delimiter = ',', default_value = "100x10,1000x250,10000x10")]
+    worlds: Vec<World>,
+    /// Cold starts in each world.
+    #[arg(long, default_value_t = 3)]
+    starts: usize,
+    /// Single changes of an endpoint.
+    #[arg(long, default_value_t = 500)]
+    changes: usize,
+    /// New Services.
+    #[arg(long, default_value_t = 100)]
+    new_services: usize,
+    /// Services that change at once, at most.
+    #[arg(long, default_value_t = 1000)]
+    burst: usize,
+    /// CPU of the API server and the watching benchmark, and CPU of the agent.
+    #[arg(long, value_delimiter = ',', default_values_t = [0, 1])]
+    cpus: Vec<usize>,
+}
+
+/// Runs the benchmark.
+///
+/// # Errors
+/// If the lab or the agent cannot be had, or something is never programmed.
+pub(crate) fn run(options: &Options) -> Result<Report> {
+    let mut report = Report::new("sync", format!("{options:?}"));
+    let &[server_cpu, agent_cpu] = options.cpus.as_slice() else { bail!("--cpus takes two numbers") };
+    ensure!(options.starts > 0, "--starts has to be at least 1");
+    for world in &options.worlds {
+        // Threads that are started here stay on this CPU: the API server's too.
+        cpu::on_cpu(server_cpu, || in_world(*world, options, agent_cpu, &mut report))
+            .with_context(|| format!("world {world}"))?;
+    }
+    report.machine.end();
+    Ok(report)
+}
+
+fn in_world(world: World, options: &Options, agent_cpu: usize, report: &mut Report) -> Result<()> {
+    let lab = Lab::build(LabSpec::three_nodes()?)?;
+    let node = lab.node("n1");
+    // The node's loopback is its own: the port is free.
+    let listener = node.host().net().enter(|| TcpListener::bind("127.0.0.1:6443"))?;
+    let api = ApiServer::start_on(listener?)?;
+    let folder = tempfile::tempdir()?;
+    let kubeconfig = folder.path().join("kubeconfig");
+    api.write_kubeconfig(&kubeconfig)?;
+    api.apply(node.object())?;
+    api.apply_all(world.objects())?;
+    progress(format_args!("{world}: the API server has {} objects", api.revision()));
+
+    let mut agent = node.agent()?.kubeconfig(&kubeconfig).flag("run-dir", folder.path().display()).quiet();
+    let mut starts = Vec::new();
+    for attempt in 0..options.starts {
+        if attempt > 0 {
+            agent.kill9()?;
+            start::cleanup(node, folder.path())?;
+        }
+        starts.push(start::start(&mut agent, node, &api, world, agent_cpu)?);
+    }
+    cold_starts(&starts, world, report);
+    progress(format_args!("{world}: {} cold starts", starts.len()));
+
+    thread::sleep(SETTLE);
+    let pid = agent.id().context("the agent has ended")?;
+    let before = CpuTime::of(node.host().cgroup())?;
+    thread::sleep(IDLE);
+    let idle = CpuTime::of(node.host().cgroup())?.since(before).total();
+    let name = world.to_string();
+    let figures = &mut report.figures;
+    figures.push(
+        Figure::new("idle: CPU", &name, "%", idle.as_secs_f64() / IDLE.as_secs_f64() * 100.0)
+            .detail("RssAnon MiB", memory(pid, "RssAnon")? as f64 / MIB),
+    );
+
+    let view = View::open(node.pin_dir())?;
+    let single = changes::single(&api, &view, world, options.changes / 2 * 2)?;
+    // Both have to hold: the second figure is there for its own bar.
+    figures.push(latency("endpoint change: p50", &name, &single, 0.5).bar(Bar::AtMost(1.0)));
+    figures.push(latency("endpoint change: p99", &name, &single, 0.99).bar(Bar::AtMost(10.0)));
+    let burst = changes::burst(&api, &view, world, options.burst.min(world.services))?;
+    figures.push(
+        Figure::new("burst: all in the map", &name, "ms", median_of(burst.iter().map(millis)))
+            .samples(burst.len())
+            .detail("Services", options.burst.min(world.services) as f64),
+    );
+    let new = changes::new_services(&api, &view, world, options.new_services)?;
+    figures.push(latency("new Service: p50", &name, &new, 0.5));
+    progress(format_args!("{world}: {} changes", single.len() + new.len()));
+
+    restart(node, &mut agent, &api, world, agent_cpu, figures)
+}
+
+fn cold_starts(starts: &[Start], world: World, report: &mut Report) {
+    let name = world.to_string();
+    let of = |value: &dyn Fn(&Start) -> f64| median_of(starts.iter().map(value));
+    let figure = |what: &str, unit, value: &dyn Fn(&Start) -> f64| {
+        Figure::new(format!("cold start: {what}"), &name, unit, of(value)).samples(starts.len())
+    };
+    let behind_lists = |start: &Start| start.programmed.saturating_sub(start.listed).as_secs_f64();
+    report.figures.extend([
+        figure("ready", "s", &|start| start.ready.as_secs_f64())
+            .detail("lists sent s", of(&|start| start.listed.as_secs_f64()))
+            .detail("programmed s", of(&|start| start.programmed.as_secs_f64())),
+        figure("programmed, from lists sent", "s", &behind_lists)
+            .detail("longest s", starts.iter().map(behind_lists).fold(0.0, f64::max))
+            .bar(Bar::AtMost(1.0)),
+        figure("CPU", "s", &|start| start.cpu.total().as_secs_f64())
+            .detail("user s", of(&|start| start.cpu.user.as_secs_f64()))
+            .detail("system s", of(&|start| start.cpu.system.as_secs_f64())),
+        figure("peak RssAnon", "MiB", &|start| start.anonymous as f64 / MIB)
+            .detail("VmHWM MiB", of(&|start| start.high_water as f64 / MIB))
+            .bar(Bar::AtMost(80.0)),
+    ]);
+    match starts.iter().map(|start| start.syscalls.as_ref()).collect::<Result<Vec<_>, _>>() {
+        Ok(counts) => {
+            let median = median_of(counts.iter().map(|count| **count as f64));
+            report
+                .figures
+                .push(Figure::new("cold start: system calls", &name, "", median).samples(counts.len()));
+        }
+        Err(reason) => {
+            let note = format!("System calls are not counted: {reason:#}.");
+            if !report.notes.contains(&note) {
+                report.notes.push(note);
+            }
+        }
+    }
+}
+
+/// Kills the agent and starts it on the maps that it has left.
+fn restart(
+    node: &Node,
+    agent: &mut proxy_tests::lab::Agent,
+    api: &ApiServer,
+    world: World,
+    agent_cpu: usize,
+    figures: &mut Vec<Figure>,
+) -> Result<()> {
+    let before = View::open(node.pin_dir())?.ids()?;
+    agent.kill9()?;
+    let restarted = start::start(agent, node, api, world, agent_cpu)?;
+    let after = View::open(node.pin_dir())?.ids()?;
+    let changed = before.iter().filter(|(name, id)| after.get(*name) != Some(*id)).count();
+    let name = world.to_string();
+    figures.extend([
+        Figure::new("restart: ready", &name, "s", restarted.ready.as_secs_f64())
+            .detail("CPU s", restarted.cpu.total().as_secs_f64())
+            .detail("peak RssAnon MiB", restarted.anonymous as f64 / MIB),
+        Figure::new("restart: ids changed", &name, "", changed as f64)
+            .detail("ids", before.len() as f64)
+            .bar(Bar::AtMost(0.0)),
+    ]);
+    progress(format_args!("{world}: restarted"));
+    Ok(())
+}
+
+fn latency(name: &str, world: &str, took: &[Duration], p: f64) -> Figure {
+    let at = |p| percentile(took.iter().map(millis), p);
+    Figure::new(name, world, "ms", at(p))
+        .samples(took.len())
+        .detail("p99 ms", at(0.99))
+        .detail("max ms", at(1.0))
+}
+
+fn millis(time: &Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}

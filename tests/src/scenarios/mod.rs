@@ -1,0 +1,337 @@
+//! The manifests of `examples/` brought to life: nodes, pods and servers as the manifests say, and the real agent
+//! reading a copy of the files, which can be changed while it serves.
+//!
+//! Who is behind which address is read off the EndpointSlices: the pods that they refer to, the nodes themselves, and
+//! machines outside for what is neither. Every one of them answers on every port that a slice gives it. Beside them
+//! there is a pod [`CLIENT`] on [`NODE`] that serves nothing.
+
+mod checks;
+mod loops;
+mod manifests;
+mod view;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::lab::{Agent, Exec, Lab, LabSpec, LeafSpec, NodeSpec, Place, Pod, Proto, Serve, binary};
+
+pub use checks::{at_most, evenly, refusal, served};
+pub use loops::Loops;
+pub use manifests::{Manifests, endpoint, examples};
+pub use view::{FrontendView, PortView};
+
+use manifests::Member;
+
+/// The node that most clients are on.
+pub const NODE: &str = "node-a";
+/// A pod on [`NODE`].
+pub const CLIENT: &str = "client";
+/// Its address.
+pub const CLIENT_ADDRESS: &str = "172.16.1.50";
+/// The pods' addresses.
+const CLUSTER_CIDR: &str = "172.16.0.0/16";
+/// How long anything may take that happens at once on a machine with nothing else to do.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A lab made from manifests, with its agents.
+#[derive(Debug)]
+pub struct World {
+    // Dropped in this order: the agents before what they serve.
+    agents: BTreeMap<String, Agent>,
+    manifests: Manifests,
+    dir: TempDir,
+    lab: Lab,
+}
+
+impl World {
+    /// Builds the lab of some files of `examples/` (all of them if none is named) and starts every server. No agent runs.
+    ///
+    /// # Errors
+    /// If a file is missing, or the lab cannot be built.
+    pub fn new(files: &[&str]) -> Result<Self> {
+        let dir = tempfile::tempdir().context("a temporary directory for manifests")?;
+        let manifests = Manifests::copy(&dir.path().join("manifests"), files)?;
+        let nodes = manifests.nodes()?;
+        let members = manifests.members()?;
+        let lab = Lab::build(lab_spec(&nodes, &members)?)?;
+        let world = Self { agents: BTreeMap::new(), manifests, dir, lab };
+        for member in &members {
+            let place = match (&member.pod, nodes.iter().find(|node| node.eth0.contains(&member.address))) {
+                (Some(pod), _) => Place::clone(&world.lab.pod(pod)),
+                (None, Some(node)) => world.lab.node(&node.name).host().clone(),
+                (None, None) => world.lab.client(&member.address.to_string()),
+            };
+            serve(&place, member.address, &member.ports)?;
+        }
+        Ok(world)
+    }
+
+    /// [`World::new`], with an agent on [`NODE`].
+    ///
+    /// # Errors
+    /// As [`World::new`], or if the agent does not become ready.
+    pub fn start(files: &[&str]) -> Result<Self> {
+        let mut world = Self::new(files)?;
+        world.start_agent(NODE)?;
+        Ok(world)
+    }
+
+    /// Starts an agent on a node; it reads the manifests.
+    ///
+    /// # Errors
+    /// If it does not become ready.
+    pub fn start_agent(&mut self, node: &str) -> Result<&mut Agent> {
+        let mut agent = self.new_agent(node)?.manifests(self.manifests.dir());
+        agent.start()?;
+        agent.wait_ready(PATIENCE)?;
+        Ok(self.adopt(node, agent))
+    }
+
+    /// An agent for a node, neither started nor told where its objects are.
+    ///
+    /// # Errors
+    /// If there is no agent to run.
+    pub fn new_agent(&self, node: &str) -> Result<Agent> {
+        Ok(self.lab.node(node).agent()?.flag("run-dir", self.run_dir().display()))
+    }
+
+    /// Keeps an agent as that of its node; the one before is killed.
+    pub fn adopt(&mut self, node: &str, agent: Agent) -> &mut Agent {
+        self.agents.remove(node);
+        self.agents.entry(node.to_owned()).or_insert(agent)
+    }
+
+    /// The agent of a node.
+    ///
+    /// # Panics
+    /// If none was started: a mistake of the test.
+    #[track_caller]
+    #[expect(clippy::expect_used, reason = "a wrong name is a mistake in the test's text")]
+    pub fn agent(&mut self, node: &str) -> &mut Agent {
+        self.agents.get_mut(node).expect("no agent was started on this node")
+    }
+
+    /// Ends the agent of a node in the test's own way.
+    ///
+    /// # Errors
+    /// If none was started.
+    pub fn take_agent(&mut self, node: &str) -> Result<Agent> {
+        self.agents.remove(node).with_context(|| format!("no agent on {node}"))
+    }
+
+    /// The files that the agents read.
+    pub fn manifests(&self) -> &Manifests {
+        &self.manifests
+    }
+
+    /// The lab.
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// The pod [`CLIENT`].
+    pub fn client(&self) -> Pod {
+        self.lab.pod(CLIENT)
+    }
+
+    /// The host side of [`NODE`].
+    pub fn host(&self) -> &Place {
+        self.lab.node(NODE).host()
+    }
+
+    /// A client of each kind: the pod [`CLIENT`], and its node.
+    pub fn clients(&self) -> [Place; 2] {
+        [Place::clone(&self.client()), self.host().clone()]
+    }
+
+    /// The agents' `--run-dir`.
+    pub fn run_dir(&self) -> PathBuf {
+        self.dir.path().join("run")
+    }
+
+    /// The directory that holds everything of this world; more files may be put there.
+    pub fn dir(&self) -> &std::path::Path {
+        self.dir.path()
+    }
+
+    /// Adds a pod that serves `kind` (a word of `lab-pod serve --help`) on a port.
+    ///
+    /// # Errors
+    /// If the name or the address is taken.
+    pub fn add_pod(
+        &self,
+        node: &str,
+        name: &str,
+        address: &str,
+        serving: (&'static str, u16),
+    ) -> Result<Pod> {
+        let pod = self.lab.add_pod(node, name, &[address])?;
+        serve(&pod, address.parse()?, &BTreeSet::from([serving]))?;
+        Ok(pod)
+    }
+
+    /// A `proxy-agent` command on a node, with the flags that say where its state is.
+    ///
+    /// # Errors
+    /// If there is no agent to run.
+    pub fn command(&self, node: &str, subcommand: &str) -> Result<Exec> {
+        let node = self.lab.node(node);
+        let mut command = node.host().command(binary::proxy_agent()?);
+        command.arg(subcommand).arg("--pin-dir").arg(node.pin_dir()).arg("--run-dir").arg(self.run_dir());
+        Ok(command)
+    }
+
+    /// What a `proxy-agent` command prints as JSON.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn tool(&self, node: &str, subcommand: &str) -> Result<Value> {
+        let mut command = self.command(node, subcommand)?;
+        command.args(["-o", "json"]);
+        Ok(serde_json::from_str(&command.text()?)?)
+    }
+
+    /// The ports of a Service (`namespace/name`) as a node has them.
+    ///
+    /// # Errors
+    /// If the node's maps cannot be read.
+    pub fn ports(&self, node: &str, service: &str) -> Result<Vec<PortView>> {
+        let all: Vec<PortView> = serde_json::from_value(self.tool(node, "services")?)?;
+        Ok(all.into_iter().filter(|port| port.service() == service).collect())
+    }
+
+    /// Waits until the ports of a Service are as `done` wants them.
+    ///
+    /// # Errors
+    /// With what they are, if that does not happen.
+    pub fn wait_ports(
+        &self,
+        node: &str,
+        service: &str,
+        done: impl Fn(&[PortView]) -> bool,
+    ) -> Result<Vec<PortView>> {
+        let mut last = Vec::new();
+        let result = until(&format!("{service} on {node}"), || {
+            last = self.ports(node, service)?;
+            Ok(done(&last).then(|| last.clone()))
+        });
+        result.with_context(|| format!("the ports are {last:#?}"))
+    }
+
+    /// Waits until a Service with one port has exactly these endpoints (`address:port`).
+    ///
+    /// # Errors
+    /// With those that it has, if that does not happen.
+    pub fn wait_endpoints(&self, node: &str, service: &str, endpoints: &[&str]) -> Result<()> {
+        let parse = |text: &&str| text.parse::<SocketAddr>().with_context(|| format!("{text:?}"));
+        let wanted: BTreeSet<_> = endpoints.iter().map(parse).collect::<Result<_>>()?;
+        let same = |ports: &[PortView]| matches!(ports, [port] if BTreeSet::from_iter(port.cluster.clone()) == wanted);
+        self.wait_ports(node, service, same).map(drop)
+    }
+
+    /// What an agent reports as problems, by object.
+    ///
+    /// # Errors
+    /// If the node's state cannot be read.
+    pub fn problems(&self, node: &str) -> Result<BTreeMap<String, Vec<String>>> {
+        let status = self.tool(node, "status")?;
+        let problems = status["agent"]["problems"].clone();
+        serde_json::from_value(problems).context("status shows no problems of the agent")
+    }
+
+    /// Waits until the problems are as `done` wants them.
+    ///
+    /// # Errors
+    /// With what they are, if that does not happen.
+    pub fn wait_problems(
+        &self,
+        node: &str,
+        done: impl Fn(&BTreeMap<String, Vec<String>>) -> bool,
+    ) -> Result<BTreeMap<String, Vec<String>>> {
+        let mut last = BTreeMap::new();
+        let result = until(&format!("problems on {node}"), || {
+            last = self.problems(node)?;
+            Ok(done(&last).then(|| last.clone()))
+        });
+        result.with_context(|| format!("the problems are {last:#?}"))
+    }
+}
+
+/// Name, node and address of a pod of the Service that is scaled, by its number from 1 on. The first three are in the
+/// example.
+pub fn scaled_pod(number: usize) -> (String, &'static str, String) {
+    let (node, subnet) = if number % 2 == 1 { ("node-a", 1) } else { ("node-b", 2) };
+    (format!("kubia-scaled-{number:02}"), node, format!("172.16.{subnet}.{}", 100 + number))
+}
+
+/// Looks again and again until there is something to return.
+///
+/// # Errors
+/// If looking fails, or nothing comes of it in half a minute.
+pub fn until<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        if Instant::now() >= deadline {
+            bail!("{what}: not as expected after {PATIENCE:?}");
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn lab_spec(nodes: &[NodeSpec], members: &[Member]) -> Result<LabSpec> {
+    let mut spec = LabSpec { cluster_cidr: CLUSTER_CIDR.to_owned(), ..LabSpec::default() };
+    spec.nodes = nodes.to_vec();
+    for member in members {
+        let address = member.address.to_string();
+        match (&member.pod, &member.node) {
+            (Some(pod), Some(node)) => spec = spec.pod(node, pod, &[&address])?,
+            (Some(pod), None) => bail!("the endpoint {address} of pod {pod} has no nodeName"),
+            (None, _) if nodes.iter().any(|node| node.eth0.contains(&member.address)) => {}
+            (None, _) => spec.clients.push(LeafSpec::new(&address, &[&address])?),
+        }
+    }
+    spec.pod(NODE, CLIENT, &[CLIENT_ADDRESS])
+}
+
+/// Starts the servers of one address.
+fn serve(place: &Place, address: IpAddr, ports: &BTreeSet<(&'static str, u16)>) -> Result<()> {
+    let mut own = ports.clone();
+    for &port in ports.iter().filter(|(kind, _)| *kind == "redis") {
+        if start_redis_server(place, address, port.1)? {
+            own.remove(&port);
+        }
+    }
+    if own.is_empty() {
+        return Ok(());
+    }
+    let at = |serve: Serve, &(kind, port): &(&str, u16)| serve.at(kind, SocketAddr::new(address, port));
+    own.iter().fold(place.serve(), at).start()
+}
+
+/// The real Redis, where there is one; says whether.
+fn start_redis_server(place: &Place, address: IpAddr, port: u16) -> Result<bool> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let Some(program) =
+        std::env::split_paths(&path).map(|dir| dir.join("redis-server")).find(|program| program.is_file())
+    else {
+        return Ok(false);
+    };
+    let mut command = place.command(program);
+    command.args(["--bind", &address.to_string(), "--port", &port.to_string()]);
+    command.args(["--save", "", "--appendonly", "no", "--protected-mode", "no", "--daemonize", "no"]);
+    command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
+    place.keep(command.spawn()?);
+    until("redis-server", || {
+        Ok(place.connect(SocketAddr::new(address, port)).proto(Proto::Redis).one()?.ok.then_some(true))
+    })
+}

@@ -1,0 +1,103 @@
+//! The agent of a case: what it reads, and how to know that it has done everything.
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use proxy_tests::cases::Config;
+use proxy_tests::lab::Agent;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::world::World;
+
+/// Namespace of [`marker`], which no case uses.
+const MARKER: &str = "marker";
+/// How long a step may take to be programmed.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// An agent that reads a directory, which holds the objects of the current step.
+pub(super) struct Proxy {
+    agent: Agent,
+    dir: TempDir,
+}
+
+impl Proxy {
+    pub(super) fn new(world: &World, config: &Config) -> Result<Self> {
+        let dir = tempfile::tempdir().context("a temporary directory for manifests")?;
+        let manifests = dir.path().join("manifests");
+        fs::create_dir(&manifests)?;
+        let agent = world.node().agent()?;
+        let agent = agent.manifests(&manifests).flag("run-dir", dir.path().join("run").display());
+        let agent = if config.cluster_cidr.is_empty() {
+            agent.without("cluster-cidr")
+        } else {
+            agent.flag("cluster-cidr", config.cluster_cidr.join(","))
+        };
+        let agent = agent.flag("nodeport-addresses", config.node_port_addresses.join(","));
+        let agent =
+            agent.flag("feature-gates", format!("AllowServiceExternalIPs={}", config.allow_external_ips));
+        Ok(Self { agent, dir })
+    }
+
+    /// Makes `objects` the whole state of the cluster and waits until the agent has programmed it.
+    pub(super) fn program(&mut self, step: usize, objects: &[Value]) -> Result<()> {
+        let mut items = objects.to_vec();
+        items.push(marker(step));
+        let list = json!({ "apiVersion": "v1", "kind": "List", "items": items });
+        let next = self.dir.path().join("next.json");
+        fs::write(&next, serde_json::to_vec_pretty(&list)?)?;
+        fs::rename(&next, self.dir.path().join("manifests").join("objects.json"))?;
+
+        if self.agent.id().is_none() {
+            self.agent.start_ready()?;
+        }
+        self.wait_for(step)
+    }
+
+    /// The agent reports what is wrong with a Service when everything that arrived with it is in the maps. (That the
+    /// marker's own frontend is there would say less: it appears in the midst of a plan.)
+    fn wait_for(&self, step: usize) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let run_dir = self.dir.path().join("run").display().to_string();
+            let status = self.agent.tool("status", &["--run-dir", &run_dir])?;
+            let problems = &status["agent"]["problems"];
+            let of_marker = &problems[format!("Service {MARKER}/{MARKER}")];
+            if of_marker.to_string().contains(&name(step)) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                bail!("the agent does not report the marker of step {step}; its problems are {problems}");
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What `proxy-agent services` shows, without the marker.
+    pub(super) fn services(&self) -> Result<Vec<Value>> {
+        let Value::Array(services) = self.agent.tool("services", &[])? else { bail!("not a list") };
+        Ok(services.into_iter().filter(|service| service["namespace"] != MARKER).collect())
+    }
+}
+
+/// A Service of which one field cannot be used, and which says so with the number of the step.
+fn marker(step: usize) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": { "namespace": MARKER, "name": MARKER },
+        "spec": {
+            "clusterIP": "10.96.255.254",
+            "clusterIPs": ["10.96.255.254"],
+            "ipFamilies": ["IPv4"],
+            "ports": [{ "port": 1 }],
+            "externalIPs": [name(step)],
+        },
+    })
+}
+
+fn name(step: usize) -> String {
+    format!("step-{step};")
+}

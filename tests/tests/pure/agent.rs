@@ -1,0 +1,240 @@
+//! The agent without a kernel: what `proxy_agent::agent` does with each change of its source, on [`Simulator`]'s maps
+//! and without waiting.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use proxy_agent::cluster::{self, Change, Cluster, ObjectKey, Scope};
+use proxy_agent::desired::{Context, desired_service};
+use proxy_agent::model::Model;
+use proxy_agent::node::{NodePortAddresses, local_addresses};
+use proxy_agent::plan::{Plan, Wanted, plan, plan_node};
+use proxy_agent::sim::Simulator;
+use proxy_agent::sources::convert::Converter;
+use proxy_agent::store::{Capacity, MapStore as _, Op};
+use proxy_common::abi;
+use proxy_common::addr::{Addr, Prefix};
+use proxy_common::datapath::lookup;
+use proxy_common::datapath::tables::Tables as _;
+use proxy_tests::cases::{Config, Dest};
+use serde_json::Value;
+
+use super::clients::{HOST_NETNS, number_of};
+use super::show;
+
+/// Node under test, and every address that it has.
+const NODE: &str = "n1";
+const ADDRESSES: [&str; 6] =
+    ["192.0.2.10", "2001:db8:1::10", "198.51.100.10", "2001:db8:2::10", "127.0.0.1", "::1"];
+
+/// Kind, namespace and name.
+type Id = (String, String, String);
+
+/// An agent that has been running since the first step of its case.
+pub(super) struct Agent {
+    converter: Converter,
+    objects: BTreeMap<Id, Vec<Change>>,
+    cluster: Cluster,
+    context: Context,
+    node_ports: NodePortAddresses,
+    model: Model,
+    maps: Simulator,
+    first: bool,
+}
+
+impl Agent {
+    pub(super) fn new(config: &Config) -> Result<Self> {
+        let mut cluster_cidr = [None; 2];
+        for text in &config.cluster_cidr {
+            let cidr = prefix(text).with_context(|| format!("cluster CIDR {text}"))?;
+            cluster_cidr[cidr.family().index()] = Some(cidr);
+        }
+        let node_ports = if config.node_port_addresses == ["primary"] {
+            NodePortAddresses::Primary
+        } else {
+            NodePortAddresses::parse(&config.node_port_addresses)?
+        };
+        let addresses = ADDRESSES.iter().map(|text| Ok(text.parse::<IpAddr>()?.into()));
+        let maps = Simulator::default();
+        maps.host_netns.set(HOST_NETNS);
+        maps.clock.set(3_600_000_000_000);
+        Ok(Self {
+            converter: Converter::new(NODE),
+            objects: BTreeMap::new(),
+            cluster: Cluster::default(),
+            context: Context {
+                node_name: Arc::from(NODE),
+                cluster_cidr,
+                host_addresses: addresses.collect::<Result<_>>()?,
+                ignore_external_ips: !config.allow_external_ips,
+                ..Context::default()
+            },
+            node_ports,
+            model: Model::new(Capacity { frontends: 256, services: 64, slots: 512, backends: 256 }),
+            maps,
+            first: true,
+        })
+    }
+
+    /// Makes `objects` the whole state of the cluster: what differs from the state before is told to the cluster, and
+    /// what that touches is programmed.
+    pub(super) fn take_in(&mut self, objects: &[Value]) -> Result<()> {
+        let mut after = BTreeMap::new();
+        for object in objects {
+            let id = id(object);
+            let changes = self.convert(object).with_context(|| format!("{id:?}"))?;
+            ensure!(after.insert(id.clone(), changes).is_none(), "{id:?} is there twice");
+        }
+        let before = std::mem::replace(&mut self.objects, after);
+        let mut node_changed = self.first;
+        for change in difference(&before, &self.objects) {
+            if self.cluster.apply(change) == Scope::Node {
+                self.context.node = self.cluster.node().clone();
+                node_changed = true;
+            }
+        }
+        self.program(node_changed)
+    }
+
+    fn convert(&mut self, object: &Value) -> Result<Vec<Change>> {
+        // Through text, as everything that a real agent reads.
+        let text = serde_json::to_string(object)?;
+        let refused = |problem: proxy_agent::sources::Problem| anyhow::anyhow!("{}", problem.reason);
+        let change = match object["kind"].as_str() {
+            Some("Service") => {
+                let service: Service = serde_json::from_str(&text)?;
+                self.converter.service(&service).map_err(refused)?.map(Change::Service)
+            }
+            Some("EndpointSlice") => {
+                let slice: EndpointSlice = serde_json::from_str(&text)?;
+                self.converter.slice(&slice).map_err(refused)?.map(Change::Slice)
+            }
+            Some("Node") => {
+                let node: Node = serde_json::from_str(&text)?;
+                self.converter.node(&node).map(Change::Node)
+            }
+            Some("ServiceCIDR") => {
+                let cidr: ServiceCIDR = serde_json::from_str(&text)?;
+                let cidr = self.converter.service_cidr(&cidr).map_err(refused)?;
+                Some(Change::ServiceCidr(cidr.name, cidr.prefixes))
+            }
+            other => bail!("kind {other:?}"),
+        };
+        Ok(change.into_iter().collect())
+    }
+
+    fn program(&mut self, node_changed: bool) -> Result<()> {
+        if self.first {
+            self.cluster.touch_all();
+        }
+        if node_changed {
+            let host = self.context.host_addresses.iter().copied().collect();
+            let addresses = local_addresses(&self.node_ports, &self.context.node.ips, &host);
+            let ops = plan_node(&mut self.model, addresses, self.cluster.service_cidrs().collect());
+            self.carry_out(&ops)?;
+        }
+        let dirty = self.cluster.take_dirty();
+        let wanted = dirty.into_iter().map(|key| (key.clone(), self.wanted(&key))).collect();
+        let Plan { ops, freed, refused, .. } = plan(&mut self.model, &wanted, self.first);
+        ensure!(refused.is_empty(), "refused: {refused:?}");
+        self.carry_out(&ops)?;
+        // Nobody reads the maps meanwhile: the grace period is over.
+        self.model.release(freed);
+        self.first = false;
+        Ok(())
+    }
+
+    fn wanted(&self, key: &ObjectKey) -> Option<Wanted> {
+        let service = self.cluster.service(key)?;
+        let desired = desired_service(service, self.cluster.slices(key), &self.context);
+        Some(Wanted { created: service.created, desired })
+    }
+
+    fn carry_out(&mut self, ops: &[Op]) -> Result<()> {
+        Ok(ops.iter().try_for_each(|op| self.maps.apply(op))?)
+    }
+
+    /// What has been programmed.
+    pub(super) fn maps(&self) -> &Simulator {
+        &self.maps
+    }
+
+    /// Whether packets from `source` are near: from a pod, or from this host.
+    pub(super) fn is_near(&self, source: Addr) -> bool {
+        let pods = self.context.cluster_cidr[source.family().index()];
+        pods.is_some_and(|pods| pods.contains(source)) || self.context.host_addresses.contains(&source)
+    }
+
+    /// The Service port behind a frontend.
+    pub(super) fn service_behind(&self, dest: &Dest) -> Result<abi::Service> {
+        let (addr, port) = (dest.addr.ip().into(), abi_port(dest));
+        match lookup::find(&self.maps, &addr, port, number_of(dest)) {
+            lookup::Target::Frontend(frontend) => {
+                self.maps.service(frontend.service).context("no such Service port")
+            }
+            none @ (lookup::Target::UnusedPort
+            | lookup::Target::InactiveAddress
+            | lookup::Target::Other
+            | lookup::Target::Retry) => bail!("{} is {none:?}", show(dest)),
+        }
+    }
+
+    /// The Service object that has the Service port `id`.
+    pub(super) fn object_of(&self, id: u32) -> Option<&cluster::Service> {
+        let (key, _) = self.model.ports.iter().find(|(_, port)| port.id == id)?;
+        self.cluster.service(&key.service)
+    }
+
+    /// Lets time pass.
+    pub(super) fn pass(&self, time: Duration) {
+        let clock = &self.maps.clock;
+        clock.set(clock.get() + u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    }
+}
+
+/// A destination's port as maps have it.
+pub(super) fn abi_port(dest: &Dest) -> proxy_common::be::Be16 {
+    proxy_common::be::Be16::new(dest.addr.port())
+}
+
+fn id(object: &Value) -> Id {
+    let text = |pointer| object.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
+    (text("/kind"), text("/metadata/namespace"), text("/metadata/name"))
+}
+
+/// What must be said for `before` to become `after`, object by object.
+fn difference(before: &BTreeMap<Id, Vec<Change>>, after: &BTreeMap<Id, Vec<Change>>) -> Vec<Change> {
+    let no_changes = Vec::new();
+    let mut changes = Vec::new();
+    for (id, was) in before {
+        let is = after.get(id).unwrap_or(&no_changes);
+        let kept: Vec<Change> = is.iter().filter_map(gone).collect();
+        changes.extend(was.iter().filter_map(gone).filter(|gone| !kept.contains(gone)));
+    }
+    for (id, is) in after {
+        let was = before.get(id).unwrap_or(&no_changes);
+        changes.extend(is.iter().filter(|change| !was.contains(change)).cloned());
+    }
+    changes
+}
+
+/// That an object is there no more. (A node never goes.)
+fn gone(change: &Change) -> Option<Change> {
+    match change {
+        Change::Service(service) => Some(Change::ServiceGone(service.key.clone())),
+        Change::Slice(slice) => Some(Change::SliceGone(slice.key.clone())),
+        Change::ServiceCidr(name, _) => Some(Change::ServiceCidrGone(Arc::clone(name))),
+        Change::Node(_) | Change::ServiceGone(_) | Change::SliceGone(_) | Change::ServiceCidrGone(_) => None,
+    }
+}
+
+fn prefix(text: &str) -> Option<Prefix> {
+    let (addr, len) = text.split_once('/')?;
+    Prefix::new(addr.parse::<IpAddr>().ok()?.into(), len.parse().ok()?)
+}

@@ -1,0 +1,166 @@
+//! Who connects: sockets of this node, which meet the real socket edge, and packets from elsewhere.
+//!
+//! For packets there is no edge yet that would translate them. What is judged is everything before that: whose
+//! address it is ([`lookup::find`]), the set that a far or near client gets, the pick, affinity by the client's
+//! address ([`select`]). Source ranges of packets are compared here, as the packet edge will do by a table that is
+//! filled from the same Service; that the frontend tells it to look there is checked.
+
+use std::cell::Cell;
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Result, bail, ensure};
+use proxy_agent::sim::SimSocket;
+use proxy_common::abi::frontend::flags::SOURCE_RANGES;
+use proxy_common::abi::{FrontendValue, proto};
+use proxy_common::addr::Addr;
+use proxy_common::be::Be16;
+use proxy_common::datapath::lookup;
+use proxy_common::datapath::select::{Client as Origin, Selection, select};
+use proxy_common::datapath::socket::{self, Verdict};
+use proxy_tests::cases::{Dest, Proto, Sender};
+
+use super::agent::{Agent, abi_port};
+use super::show;
+
+/// Cookie of the host's network namespace. Those of pods follow.
+pub(super) const HOST_NETNS: u64 = 1;
+
+/// How a connection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Fate {
+    /// At an endpoint.
+    To(SocketAddr),
+    /// Refused.
+    Reject,
+    /// In silence; at a socket, with EPERM.
+    Drop,
+    /// Where the client wanted to go.
+    Pass,
+}
+
+/// How a socket is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// connect().
+    Connect,
+    /// sendmsg() with an address.
+    Datagram,
+}
+
+/// One client.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Client {
+    /// A process in the network namespace with this cookie.
+    Socket { netns: u64 },
+    /// A machine with this address.
+    Packets { source: IpAddr, origin: Origin },
+}
+
+/// The clients that `sender` stands for.
+pub(super) fn of(sender: Sender, agent: &Agent) -> Vec<Client> {
+    let netns = |first: u64| {
+        let pods = (first..).zip(sender.addresses());
+        pods.map(|(netns, _)| Client::Socket { netns }).collect()
+    };
+    let packets = |source: IpAddr| {
+        let origin = if agent.is_near(source.into()) { Origin::Near } else { Origin::Far };
+        Client::Packets { source, origin }
+    };
+    match sender {
+        Sender::H => netns(HOST_NETNS),
+        // One pod with two addresses.
+        Sender::P | Sender::P6 => netns(HOST_NETNS + 1),
+        Sender::Pods => netns(HOST_NETNS + 2),
+        Sender::X | Sender::Y | Sender::X6 => sender.addresses().into_iter().map(packets).collect(),
+    }
+}
+
+impl Client {
+    /// A new connection (or the first datagram of a new socket).
+    pub(super) fn connect(&self, agent: &Agent, dest: &Dest, way: Way) -> Result<Fate> {
+        match *self {
+            Self::Socket { netns } => at_socket(agent, netns, dest, way),
+            Self::Packets { source, origin } => as_packet(agent, source.into(), origin, dest),
+        }
+    }
+}
+
+fn at_socket(agent: &Agent, netns: u64, dest: &Dest, way: Way) -> Result<Fate> {
+    thread_local! {
+        static COOKIES: Cell<u64> = const { Cell::new(0) };
+    }
+    let cookie = COOKIES.replace(COOKIES.get() + 1);
+    let (addr, port) = (Addr::from(dest.addr.ip()), abi_port(dest));
+    let protocol = u32::from(number_of(dest));
+    let mut socket = SimSocket { addr, port, protocol, cookie, netns, record: None, storage_fails: false };
+    let verdict = match way {
+        Way::Connect => socket::connect(&mut socket, agent.maps()),
+        Way::Datagram => socket::sendmsg(&mut socket, agent.maps()),
+    };
+    let now = SocketAddr::new(socket.addr.to_ip(), socket.port.get());
+    if verdict == Verdict::Translated {
+        back(agent, socket, way, (addr, port))?;
+        return Ok(Fate::To(now));
+    }
+    ensure!(now == dest.addr && socket.record.is_none(), "{verdict:?}, but it left {socket:?}");
+    Ok(match verdict {
+        Verdict::Reject => Fate::Reject,
+        Verdict::Drop => Fate::Drop,
+        Verdict::Pass => Fate::Pass,
+        Verdict::Translated | Verdict::Fail => bail!("{verdict:?}"),
+    })
+}
+
+/// The application sees what it asked for.
+fn back(agent: &Agent, mut socket: SimSocket, way: Way, asked: (Addr, Be16)) -> Result<()> {
+    let seen = match way {
+        Way::Connect => socket::peername(&mut socket),
+        Way::Datagram => socket::recvmsg(&mut socket, agent.maps()),
+    };
+    ensure!(
+        seen == Verdict::Translated && (socket.addr, socket.port) == asked,
+        "the application asked for {asked:?} and sees {socket:?}"
+    );
+    Ok(())
+}
+
+fn as_packet(agent: &Agent, source: Addr, origin: Origin, dest: &Dest) -> Result<Fate> {
+    let frontend = match lookup::find(agent.maps(), &dest.addr.ip().into(), abi_port(dest), number_of(dest)) {
+        lookup::Target::Frontend(frontend) => frontend,
+        lookup::Target::UnusedPort => return Ok(Fate::Reject),
+        lookup::Target::InactiveAddress => return Ok(Fate::Drop),
+        lookup::Target::Other => return Ok(Fate::Pass),
+        lookup::Target::Retry => bail!("{} has the value of another frontend", show(dest)),
+    };
+    if !in_range(agent, frontend, source) {
+        return Ok(Fate::Drop);
+    }
+    Ok(match select(agent.maps(), frontend, origin, source) {
+        Selection::Backend(_, backend) => Fate::To(SocketAddr::new(backend.addr.to_ip(), backend.port.get())),
+        Selection::Reject(_) => Fate::Reject,
+        Selection::Drop(_) => Fate::Drop,
+    })
+}
+
+fn in_range(agent: &Agent, frontend: FrontendValue, source: Addr) -> bool {
+    let ranges = agent.object_of(frontend.service).map_or(&[][..], |service| &service.source_ranges);
+    frontend.flags & SOURCE_RANGES == 0 || ranges.iter().any(|range| range.contains(source))
+}
+
+/// IP protocol number.
+pub(super) fn number_of(dest: &Dest) -> u8 {
+    match dest.proto {
+        Proto::Tcp => proto::TCP,
+        Proto::Udp => proto::UDP,
+        Proto::Sctp => proto::SCTP,
+        Proto::Ping if dest.addr.is_ipv4() => 1,
+        Proto::Ping => 58,
+    }
+}
+
+/// The reverse of [`number_of`] for what a Service can have.
+pub(super) fn proto_of(number: u8) -> Option<Proto> {
+    [(proto::TCP, Proto::Tcp), (proto::UDP, Proto::Udp), (proto::SCTP, Proto::Sctp)]
+        .into_iter()
+        .find_map(|(known, proto)| (known == number).then_some(proto))
+}
