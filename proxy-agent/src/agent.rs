@@ -393,7 +393,8 @@ impl Agent {
             let addresses = local_addresses(&self.config.nodeport_addresses, ips, &host);
             let cidrs = self.cluster.service_cidrs().collect();
             carry_out(maps, &plan_node(model, addresses, cidrs))?;
-            self.report.set("--nodeport-addresses".to_owned(), self.config.nodeport_addresses.warnings(ips, &host));
+            self.report
+                .set("--nodeport-addresses".to_owned(), self.config.nodeport_addresses.warnings(ips, &host));
         }
         let plan = plan(model, &wanted, self.everything);
         tracing::debug!(services = wanted.len(), operations = plan.ops.len(), "programming");

@@ -32,7 +32,8 @@ fn main() -> ExitCode {
 
 fn run(args: &RunArgs) -> anyhow::Result<()> {
     let level = match args.verbosity {
-        0..=3 => "info",
+        // kube's clients log every attempt; the API source says the same once.
+        0..=3 => "info,kube_client=off,kube_runtime=off",
         4..=5 => "proxy_agent=debug,info",
         _ => "proxy_agent=trace,debug",
     };

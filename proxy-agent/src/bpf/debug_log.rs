@@ -11,7 +11,10 @@ pub(super) fn follow(programs: &mut Ebpf) {
         Ok(logger) => logger,
         Err(error) => return tracing::warn!(%error, "the BPF object has no log; build it with --debug-log"),
     };
-    #[expect(deprecated, reason = "its successor is unsafe; the logger keeps its descriptor as long as it lives")]
+    #[expect(
+        deprecated,
+        reason = "its successor is unsafe; the logger keeps its descriptor as long as it lives"
+    )]
     let registered = AsyncFd::with_interest(logger, Interest::READABLE);
     let mut logger = match registered {
         Ok(logger) => logger,

@@ -280,12 +280,7 @@ fn claim(
 }
 
 /// After a restart nobody claims what a Service port still serves: a port that is refused then claims what it has.
-fn keep_claims(
-    model: &mut Model,
-    desired: &DesiredPort,
-    created: i64,
-    touched: &mut BTreeSet<FrontendKey>,
-) {
+fn keep_claims(model: &mut Model, desired: &DesiredPort, created: i64, touched: &mut BTreeSet<FrontendKey>) {
     let Some((key, port)) = model.ports.get_key_value(&desired.key) else { return };
     if !port.claims.is_empty() {
         return;
@@ -326,7 +321,8 @@ fn frontends(model: &mut Model, touched: &BTreeSet<FrontendKey>, plan: &mut Plan
                     continue;
                 }
                 room -= usize::from(has.is_none());
-                plan.udp_stale |= key.proto == proto::UDP && has.map(|has| has.service) != Some(value.service);
+                plan.udp_stale |=
+                    key.proto == proto::UDP && has.map(|has| has.service) != Some(value.service);
                 model.frontends.insert(*key, value);
                 appear.push((*key, value));
             }

@@ -116,7 +116,8 @@ fn a_port_moves_to_another_service_and_to_another_name() {
     let mut renamed = port("t", TCP, &frontends, &[(2, HERE)]);
     renamed.key.port_name = "http".into();
     let plan = bench.becomes(&[("t", wanted(1, vec![renamed]))]);
-    let ops = ["+name", "backend", "1 slots", "1 slots", "service", "+10.96.0.10:80/TCP", "+10.96.0.11:80/TCP"];
+    let ops =
+        ["+name", "backend", "1 slots", "1 slots", "service", "+10.96.0.10:80/TCP", "+10.96.0.11:80/TCP"];
     assert_eq!(outline(&plan)[..7], ops);
     assert_eq!(outline(&plan)[7..], ["service", "state 0x0", "-name"]);
     assert_ne!(bench.id("t"), id);
@@ -128,7 +129,10 @@ fn a_node_port_is_taken_over_without_a_gap_and_the_type_changes_nothing_else() {
     let with = |name: &str, ip: u8| {
         let frontends = [exact(ip, 80, TCP), FrontendKey::address(vip(ip)), node_port(31_080, TCP)];
         let mut port = port(name, TCP, &frontends, &[(ip, HERE)]);
-        port.frontends.iter_mut().filter(|(key, _)| *key == frontends[2]).for_each(|(_, flags)| *flags = EXTERNAL);
+        port.frontends
+            .iter_mut()
+            .filter(|(key, _)| *key == frontends[2])
+            .for_each(|(_, flags)| *flags = EXTERNAL);
         wanted(1, vec![port])
     };
     bench.becomes(&[("s", with("s", 10))]);
@@ -169,7 +173,8 @@ fn affinity_that_is_switched_on_again_starts_from_nothing() {
 fn an_endpoint_that_returns_has_a_new_generation() {
     let mut bench = Bench::new(ROOMY);
     let mut generation = |flags: Option<u32>| {
-        let backends: Vec<(u8, u32)> = [(1, REMOTE)].into_iter().chain(flags.map(|flags| (2, flags))).collect();
+        let backends: Vec<(u8, u32)> =
+            [(1, REMOTE)].into_iter().chain(flags.map(|flags| (2, flags))).collect();
         bench.becomes(&[("s", sticky("s", 10, &backends, 10))]);
         flags.map(|_| bench.backend("s", 2))
     };
@@ -190,7 +195,8 @@ fn an_endpoint_that_returns_has_a_new_generation() {
 #[test]
 fn the_oldest_service_gets_a_frontend_and_the_next_one_inherits_it() {
     let mut bench = Bench::new(ROOMY);
-    let claims = |name: &str, created| wanted(created, vec![port(name, TCP, &[exact(10, 80, TCP)], &[(1, HERE)])]);
+    let claims =
+        |name: &str, created| wanted(created, vec![port(name, TCP, &[exact(10, 80, TCP)], &[(1, HERE)])]);
     let owner = |bench: &Bench| bench.model.frontends[&exact(10, 80, TCP)].service;
     bench.becomes(&[("m", claims("m", 5))]);
     bench.becomes(&[("z", claims("z", 3))]);
@@ -225,7 +231,8 @@ fn the_oldest_service_gets_a_frontend_and_the_next_one_inherits_it() {
 fn udp_sockets_are_looked_at_when_their_backends_may_have_left() {
     let mut bench = Bench::new(ROOMY);
     let mut step = |name: &'static str, proto: u8, ip: u8, backends: Option<&[(u8, u32)]>| {
-        let wanted = backends.and_then(|list| wanted(1, vec![port(name, proto, &[exact(ip, 53, proto)], list)]));
+        let wanted =
+            backends.and_then(|list| wanted(1, vec![port(name, proto, &[exact(ip, 53, proto)], list)]));
         bench.becomes(&[(name, wanted)]).udp_stale
     };
     let mut steps = Vec::new();

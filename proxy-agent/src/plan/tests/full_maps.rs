@@ -36,7 +36,13 @@ fn check(capacity: Capacity, s: Option<Wanted>, t: Option<Wanted>, more: Option<
 fn backends() {
     let capacity = Capacity { backends: 4, ..ROOMY };
     let more = web("s", 10, &[(1, REMOTE), (2, REMOTE), (3, REMOTE)]);
-    check(capacity, web("s", 10, &[(1, REMOTE)]), web("t", 11, &[(2, REMOTE)]), more, "map BACKENDS is full: 2 more");
+    check(
+        capacity,
+        web("s", 10, &[(1, REMOTE)]),
+        web("t", 11, &[(2, REMOTE)]),
+        more,
+        "map BACKENDS is full: 2 more",
+    );
 }
 
 #[test]

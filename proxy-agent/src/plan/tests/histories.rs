@@ -76,7 +76,8 @@ fn any_step() -> impl Strategy<Value = Step> {
 }
 
 fn histories() -> ProptestConfig {
-    let cases = std::env::var("VIPR_HISTORIES").map_or(256, |n| n.parse().expect("VIPR_HISTORIES is a number"));
+    let cases =
+        std::env::var("VIPR_HISTORIES").map_or(256, |n| n.parse().expect("VIPR_HISTORIES is a number"));
     ProptestConfig { cases, ..ProptestConfig::default() }
 }
 

@@ -105,7 +105,10 @@ impl Machine {
             let now = self.frontends();
             assert!(now.is_superset(&(&before & &after)), "a frontend that stays has vanished with {op:?}");
             assert!(now.is_subset(&(&before | &after)));
-            assert!(now.len() <= self.bench.model.capacity.frontends as usize, "FRONTENDS overflows with {op:?}");
+            assert!(
+                now.len() <= self.bench.model.capacity.frontends as usize,
+                "FRONTENDS overflows with {op:?}"
+            );
             bystanders.are_untouched(&self.bench.sim.contents());
         }
     }
@@ -142,7 +145,10 @@ impl Machine {
                     let id = contents.slots[slot as usize];
                     let backend = contents.backends[id as usize];
                     assert_eq!(backend.service, value.service, "{port:?}: slot {slot} names backend {id}");
-                    assert!(backend.state.flags & bit != 0, "{port:?}: backend {id} is offered, but marked dead");
+                    assert!(
+                        backend.state.flags & bit != 0,
+                        "{port:?}: backend {id} is offered, but marked dead"
+                    );
                     seen.push((id, (backend.addr, backend.port)));
                 }
                 let members: Vec<Endpoint> = seen.iter().map(|(_, endpoint)| *endpoint).collect();
@@ -150,7 +156,10 @@ impl Machine {
                     let members = asked.backends.iter().filter(|b| b.flags & bit != 0);
                     members.map(|b| (b.addr, b.port)).collect::<Vec<_>>()
                 };
-                assert!(asked.iter().any(|asked| wanted(asked) == members), "{port:?} never asked for {members:?}");
+                assert!(
+                    asked.iter().any(|asked| wanted(asked) == members),
+                    "{port:?} never asked for {members:?}"
+                );
                 let [_, held] = &mut self.held;
                 held.insert((value.service, range.base, range.len), seen);
             }
@@ -318,10 +327,10 @@ impl Bystanders {
     fn of(bench: &Bench, changes: &[(ObjectKey, Option<Wanted>)], refused: &BTreeSet<ObjectKey>) -> Self {
         let contents = bench.sim.contents();
         // What was refused is tried again by every full plan.
-        let changed = |key: &ObjectKey| {
-            refused.contains(key) || changes.iter().any(|(changed, _)| changed == key)
-        };
-        let old = bench.model.claims.iter().filter(|(_, claims)| claims.iter().any(|c| changed(&c.port.service)));
+        let changed =
+            |key: &ObjectKey| refused.contains(key) || changes.iter().any(|(changed, _)| changed == key);
+        let old =
+            bench.model.claims.iter().filter(|(_, claims)| claims.iter().any(|c| changed(&c.port.service)));
         let waiting = refused.iter().filter_map(|key| bench.services.get(key));
         let new = changes.iter().flat_map(|(_, wanted)| wanted).chain(waiting);
         let new = new.flat_map(|wanted| &wanted.desired.ports);
@@ -355,7 +364,8 @@ impl Bystanders {
             assert!(contents.names.iter().any(|(named, _)| named == id));
         }
         for (key, value) in &self.frontends {
-            let now = contents.frontends.iter().find(|(now, _)| now == key).map(|(_, now)| format!("{now:?}"));
+            let now =
+                contents.frontends.iter().find(|(now, _)| now == key).map(|(_, now)| format!("{now:?}"));
             assert_eq!(now.as_ref(), Some(value), "frontend {key:?}, which nobody changed");
         }
     }

@@ -59,8 +59,11 @@ enum Set {
 /// What the maps mean.
 #[track_caller]
 fn read(contents: &Contents) -> Meaning {
-    let names: BTreeMap<u32, PortKey> =
-        contents.names.iter().map(|(id, name)| (*id, parse_name(name).expect("a name that parses"))).collect();
+    let names: BTreeMap<u32, PortKey> = contents
+        .names
+        .iter()
+        .map(|(id, name)| (*id, parse_name(name).expect("a name that parses")))
+        .collect();
     let mut meaning = Meaning::default();
     for (id, key) in &names {
         let service = element(contents, *id);
@@ -216,7 +219,11 @@ fn everything(model: &Model, services: &Services) -> BTreeMap<ObjectKey, Option<
 #[track_caller]
 fn account(model: &Model, freed: &Freed) {
     let ids = model.ports.len() + model.orphans.len() + freed.services.len();
-    assert_eq!(model.service_ids.available() as usize + ids, model.capacity.services as usize - 1, "service ids");
+    assert_eq!(
+        model.service_ids.available() as usize + ids,
+        model.capacity.services as usize - 1,
+        "service ids"
+    );
     let ids: usize = model.ports.values().map(|port| port.backends.len()).sum();
     let ids = ids + freed.backends.len() + model.backend_ids.available() as usize;
     assert_eq!(ids, model.capacity.backends as usize - 1, "backend ids");

@@ -30,7 +30,10 @@ fn sets_that_are_still_offered_are_not_written_over() {
     for op in &plan.ops {
         if let Op::Slots(base, ids) = op {
             let end = base + u32::try_from(ids.len()).unwrap();
-            assert!(end <= offered.base || offered.base + offered.len <= *base, "{op:?} writes into {offered:?}");
+            assert!(
+                end <= offered.base || offered.base + offered.len <= *base,
+                "{op:?} writes into {offered:?}"
+            );
         }
     }
     assert!(plan.freed.ranges.contains(&offered), "{:?}", plan.freed);
@@ -92,7 +95,9 @@ fn a_service_that_does_not_fit_after_a_restart_keeps_what_it_had() {
     let mut bench = Bench::new(capacity);
     bench.becomes(&[("s", web("s", 10, &[(1, HERE), (2, HERE)]))]);
     let before = read(&bench.sim.contents());
-    bench.services.extend(web("s", 10, &[(1, HERE), (2, HERE), (3, HERE)]).map(|wanted| (service("s"), wanted)));
+    bench
+        .services
+        .extend(web("s", 10, &[(1, HERE), (2, HERE), (3, HERE)]).map(|wanted| (service("s"), wanted)));
     let plan = bench.restart();
     assert!(plan.refused.contains_key(&service("s")));
     assert_eq!(plan.ops, Vec::new());

@@ -42,7 +42,8 @@ fn world() -> Simulator {
         local: SlotRange { base: 20, len: 1 },
         affinity: Affinity { seconds: 0, epoch: 1 },
     };
-    let nobody = Service { cluster: SlotRange::REJECT, local: SlotRange::DROP, affinity: Affinity::default() };
+    let nobody =
+        Service { cluster: SlotRange::REJECT, local: SlotRange::DROP, affinity: Affinity::default() };
     let cidr = Prefix::new(Addr::v4([10, 96, 0, 0]), 16).unwrap();
     let ops = [
         Op::Slots(10, vec![1, 2, 3]),

@@ -5,6 +5,7 @@
 //! each watch by itself; what was known stays known, and only a complete new list makes an object go.
 
 use std::path::Path;
+use std::time::Duration;
 
 use futures::{FutureExt as _, StreamExt as _};
 use k8s_openapi::api::core::v1::{Node, Service};
@@ -26,6 +27,9 @@ mod watch;
 /// The most changes in one message while lists come in.
 const BATCH_MAX: usize = 256;
 
+/// How long a connection may be silent, also while a list is awaited.
+const SILENCE_MAX: Duration = Duration::from_secs(180);
+
 /// An API server and our credentials for it.
 #[derive(Clone)]
 pub struct Server {
@@ -42,7 +46,7 @@ impl Server {
     /// # Errors
     /// The configuration cannot be read or used.
     pub async fn configured(kubeconfig: Option<&Path>) -> Result<Self, SourceError> {
-        let config = match kubeconfig {
+        let mut config = match kubeconfig {
             Some(path) => {
                 let failed =
                     |source| SourceError::Kubeconfig { path: path.to_owned(), source: Box::new(source) };
@@ -54,6 +58,8 @@ impl Server {
                 Config::incluster().map_err(|source| SourceError::InCluster { source: Box::new(source) })?
             }
         };
+        // Every watch is ended by the server before that, so a connection on which nothing comes for this long is dead.
+        config.read_timeout = Some(SILENCE_MAX);
         let url = config.cluster_url.to_string();
         let client = Client::try_from(config)
             .map_err(|source| SourceError::Client { server: url.clone(), source: Box::new(source) })?;

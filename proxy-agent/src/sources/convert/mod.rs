@@ -75,7 +75,8 @@ impl Converter {
         let mut node = Node {
             zone: zone.map(|zone| self.shared.string(zone)),
             ips: [None; 2],
-            leaving: object.metadata.deletion_timestamp.is_some() || taints.any(|taint| taint.key == LEAVING_TAINT),
+            leaving: object.metadata.deletion_timestamp.is_some()
+                || taints.any(|taint| taint.key == LEAVING_TAINT),
         };
         let addresses = object.status.iter().flat_map(|status| status.addresses.iter().flatten());
         for kind in ["InternalIP", "ExternalIP"] {

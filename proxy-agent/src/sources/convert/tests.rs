@@ -483,8 +483,16 @@ fn p230_p231_node_addresses_and_zone() {
 fn a_node_that_is_leaving() {
     for (meta, taints, want) in [
         (json!({"name": "n1"}), Value::Null, false),
-        (json!({"name": "n1"}), json!([{"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}]), false),
-        (json!({"name": "n1"}), json!([{"key": LEAVING_TAINT, "effect": "PreferNoSchedule", "value": "1"}]), true),
+        (
+            json!({"name": "n1"}),
+            json!([{"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}]),
+            false,
+        ),
+        (
+            json!({"name": "n1"}),
+            json!([{"key": LEAVING_TAINT, "effect": "PreferNoSchedule", "value": "1"}]),
+            true,
+        ),
         (json!({"name": "n1", "deletionTimestamp": "2026-01-01T00:00:00Z"}), Value::Null, true),
     ] {
         let object = json!({"metadata": meta, "spec": {"taints": taints, "unschedulable": true}});

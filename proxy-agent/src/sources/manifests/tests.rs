@@ -66,7 +66,8 @@ impl Followed {
 
     /// Takes one message in; true when it was the end of the first state.
     async fn take_next(&mut self) -> bool {
-        match timeout(2 * SOON, self.updates.recv()).await.expect("no message").expect("the source has ended") {
+        match timeout(2 * SOON, self.updates.recv()).await.expect("no message").expect("the source has ended")
+        {
             Update::Synced => return true,
             Update::Problems(problems) => self.problems = problems,
             Update::Changes(changes) => {
@@ -275,7 +276,9 @@ async fn hostile_files_are_refused_quickly() {
     ])
     .await;
     followed.expect(&["s:80"]).await;
-    followed.expect_problem("bomb.yaml", "alias replay limit exceeded: total_replayed_events=100001 > 100000").await;
+    followed
+        .expect_problem("bomb.yaml", "alias replay limit exceeded: total_replayed_events=100001 > 100000")
+        .await;
     followed.expect_problem("deep.yaml", "may be nested 64 levels deep").await;
     followed.expect_problem("deeper.yaml", "recursion limit").await;
     followed.expect_problem("deep.json", "recursion limit").await;
