@@ -15,7 +15,7 @@ use proxy_common::addr::{Addr, Family};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use crate::bpf::dataplane::{Dataplane, DataplaneError};
+use crate::bpf::dataplane::{Dataplane, DataplaneError, Sizes};
 use crate::bpf::sys;
 use crate::cluster::{Change, Cluster, ObjectKey, Scope};
 use crate::config::{Config, Source};
@@ -25,7 +25,7 @@ use crate::http::{self, HttpError, OnBindFailure};
 use crate::metrics::{self, MapUsage, Metrics, Readers};
 use crate::model::{Freed, Model};
 use crate::node::{AddressesError, local_addresses, watch_addresses};
-use crate::plan::{Wanted, lost_claims, plan, plan_node};
+use crate::plan::{Wanted, lost_claims, plan, plan_node, rivals};
 use crate::report::{Report, State};
 use crate::selftest::{self, SelfTestError};
 use crate::sockets::{Places, SocketSweeper};
@@ -332,6 +332,10 @@ impl Agent {
                 wanted.entry(key.service.clone()).or_insert(None);
             }
         }
+        for rival in rivals(&programmed.model, &wanted) {
+            let unchanged = self.wanted(&rival);
+            wanted.insert(rival, unchanged);
+        }
         let result = self.program(&mut programmed, wanted, first);
         // Programs are attached once all is written for the first time: if that fails, all of it is done again.
         self.programmed = (!first || result.is_ok()).then_some(programmed);
@@ -361,7 +365,7 @@ impl Agent {
     /// Makes or takes over maps that are large enough, and loads the programs.
     fn set_up(&mut self, wanted: &BTreeMap<ObjectKey, Option<Wanted>>) -> Result<Programmed, AgentError> {
         let desired = wanted.values().flatten().map(|wanted| &wanted.desired);
-        let dataplane = Dataplane::open(self.config.pins.clone(), capacity_for(desired))?;
+        let dataplane = Dataplane::open(self.config.pins.clone(), sizes_for(desired))?;
         self.report.verified(&dataplane.verified);
         let capacity = dataplane.maps.capacity();
         let model = if dataplane.resumed {
@@ -507,8 +511,9 @@ async fn finished(task: &mut Option<JoinHandle<()>>) -> Option<()> {
     Some(())
 }
 
-/// Sizes with room to double, over floors that cost little.
-fn capacity_for<'a>(services: impl Iterator<Item = &'a DesiredService>) -> Capacity {
+/// What the maps must hold at least, with a quarter to spare, and what they are made for: twice as much, over floors
+/// that cost little. Maps between the two are kept at a restart, and with them every id.
+fn sizes_for<'a>(services: impl Iterator<Item = &'a DesiredService>) -> Sizes {
     let (mut ports, mut frontends, mut backends, mut slots) = (0, 0, 0, 0);
     for port in services.flat_map(|service| &service.ports) {
         ports += 1;
@@ -518,15 +523,22 @@ fn capacity_for<'a>(services: impl Iterator<Item = &'a DesiredService>) -> Capac
             slots += port.backends.iter().filter(|backend| backend.flags & set != 0).count();
         }
     }
-    let size = |count: usize, factor: usize, floor: u32| {
-        u32::try_from(count.saturating_mul(factor)).unwrap_or(u32::MAX / 16).max(floor)
+    // A changed set is written beside the old one.
+    let need = [frontends, ports, backends, slots + slots / 2];
+    let capacity = |scale: fn(usize) -> usize, floors: [u32; 4]| {
+        let size = |count: usize, floor: u32| u32::try_from(scale(count)).unwrap_or(u32::MAX / 64).max(floor);
+        let [frontends, services, backends, slots] = need;
+        let [f, s, b, l] = floors;
+        Capacity {
+            frontends: size(frontends, f),
+            services: size(services, s),
+            backends: size(backends, b),
+            slots: size(slots, l),
+        }
     };
-    Capacity {
-        frontends: size(frontends, 2, 16_384),
-        services: size(ports, 2, 8_192),
-        backends: size(backends, 2, 65_536),
-        // A changed set is written beside the old one.
-        slots: size(slots, 3, 131_072),
+    Sizes {
+        least: capacity(|count| count + count / 4, [1; 4]),
+        want: capacity(|count| count * 2, [16_384, 8_192, 65_536, 131_072]),
     }
 }
 

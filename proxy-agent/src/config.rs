@@ -84,7 +84,10 @@ pub enum ConfigError {
     )]
     NoCgroup2,
     /// Not a directory of a cgroup v2 hierarchy.
-    #[error("--cgroup-path {0}: not a directory of a cgroup v2 hierarchy")]
+    #[error(
+        "--cgroup-path {0}: not a directory of a cgroup v2 hierarchy; give the root of the host's, which is /sys/fs/cgroup \
+         or, on hybrid hosts, /sys/fs/cgroup/unified"
+    )]
     NotCgroup2(PathBuf),
     /// A file of /proc cannot be read.
     #[error("{path}: {source}")]

@@ -83,6 +83,15 @@ pub enum DataplaneError {
     },
 }
 
+/// How large the maps have to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Pinned maps below this are replaced.
+    pub least: Capacity,
+    /// New maps are made this large.
+    pub want: Capacity,
+}
+
 /// Programs and maps of this node.
 #[derive(Debug)]
 pub struct Dataplane {
@@ -102,22 +111,24 @@ impl Dataplane {
     /// # Errors
     ///
     /// [`DataplaneError`] says what is missing and what to do.
-    pub fn open(pins: PinDir, want: Capacity) -> Result<Self, DataplaneError> {
+    pub fn open(pins: PinDir, sizes: Sizes) -> Result<Self, DataplaneError> {
         check_kernel()?;
         // Kernels before 5.11 charge maps against this limit.
         let unlimited = rustix::process::Rlimit { current: None, maximum: None };
         if let Err(errno) = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited) {
             tracing::debug!(%errno, "RLIMIT_MEMLOCK could not be raised");
         }
-        let resumed = pins.drop_unusable(|map| entries(map, want))?;
+        let resumed = pins.drop_unusable(|map| entries(map, sizes.least))?;
 
         let set_retval =
             is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false);
         let has_set_retval = u8::from(set_retval);
         let mut loader = EbpfLoader::new();
         loader.btf(None).override_global("HAS_SET_RETVAL", &has_set_retval, true);
-        let sizes: Vec<(&str, PathBuf, u32)> =
-            MAPS.iter().map(|spec| (spec.name, pins.map(spec.name), entries(spec.name, want))).collect();
+        let sizes: Vec<(&str, PathBuf, u32)> = MAPS
+            .iter()
+            .map(|spec| (spec.name, pins.map(spec.name), entries(spec.name, sizes.want)))
+            .collect();
         for (name, pin, entries) in &sizes {
             // Zero: the object says how many.
             if *entries > 0 {

@@ -21,8 +21,11 @@ const BPF_FS: &str = "/sys/fs/bpf";
 /// Why the pin directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
+    /// A directory elsewhere.
+    #[error("--pin-dir {0} is not on a BPF file system; choose a directory below {BPF_FS}")]
+    Elsewhere(PathBuf),
     /// No bpffs there and none could be mounted.
-    #[error("{path} is not on a BPF file system: {source}; mount one: mount -t bpf bpf {BPF_FS}")]
+    #[error("no BPF file system at {BPF_FS} for --pin-dir {path}; mount one: mount -t bpf bpf {BPF_FS}")]
     NoBpfFs {
         /// The pin directory.
         path: PathBuf,
@@ -116,12 +119,11 @@ impl PinDir {
     /// [`PinError`].
     pub fn create(&self) -> Result<(), PinError> {
         if !on_bpf_fs(&self.root) {
-            let no_bpf_fs = |source| PinError::NoBpfFs { path: self.root.clone(), source };
             if !self.root.starts_with(BPF_FS) {
-                return Err(no_bpf_fs(io::ErrorKind::InvalidInput.into()));
+                return Err(PinError::Elsewhere(self.root.clone()));
             }
             rustix::mount::mount("bpf", BPF_FS, "bpf", rustix::mount::MountFlags::empty(), None)
-                .map_err(|errno| no_bpf_fs(errno.into()))?;
+                .map_err(|errno| PinError::NoBpfFs { path: self.root.clone(), source: errno.into() })?;
             tracing::info!(path = BPF_FS, "mounted a BPF file system");
         }
         for dir in [self.root.clone(), self.maps(), self.root.join("links")] {

@@ -340,6 +340,23 @@ fn frontends(model: &mut Model, touched: &BTreeSet<FrontendKey>, plan: &mut Plan
     plan.ops.extend(vanish.into_iter().map(|key| Op::Frontend(key, None)));
 }
 
+/// The Services beside `services` that claim a frontend which one of those claims, or is about to claim: who has it, and
+/// so what must be said of them, may change.
+pub fn rivals(model: &Model, services: &BTreeMap<ObjectKey, Option<Wanted>>) -> BTreeSet<ObjectKey> {
+    let mut rivals = BTreeSet::new();
+    for (service, wanted) in services {
+        let before =
+            model.ports_of(service).filter_map(|key| model.ports.get(key)).flat_map(|port| &port.claims);
+        let after = wanted.iter().flat_map(|wanted| &wanted.desired.ports).flat_map(|port| &port.frontends);
+        for claim in before.chain(after).filter_map(|(frontend, _)| model.claims.get(frontend)).flatten() {
+            if !services.contains_key(&claim.port.service) {
+                rivals.insert(claim.port.service.clone());
+            }
+        }
+    }
+    rivals
+}
+
 /// Frontends that a Service claims and another, older Service has: for each, who has it.
 pub fn lost_claims(model: &Model, service: &ObjectKey) -> Vec<String> {
     let mut lost = Vec::new();

@@ -23,18 +23,26 @@ pub enum Target {
 /// Exact frontend, then nodePort on this node's addresses, then what remains of clusterIPs and ServiceCIDRs.
 #[inline(always)]
 pub fn find(tables: &impl Tables, addr: &Addr, port: Be16, proto: u8) -> Target {
-    match frontend(tables, &FrontendKey::exact(*addr, port, proto)) {
-        Target::Other => {}
-        found => return found,
+    let exact = FrontendKey::exact(*addr, port, proto);
+    let found = frontend(tables, &exact);
+    if !matches!(found, Target::Other) {
+        return found;
     }
     if tables.local_address(addr) & local_address::NODEPORT != 0 {
         return frontend(tables, &FrontendKey::node_port(addr.unspecified(), port, proto));
     }
     // Without a known ServiceCIDR an active clusterIP is still one.
-    if tables.frontend(&FrontendKey::address(*addr)).is_some() {
-        return Target::UnusedPort;
-    }
-    if tables.in_service_cidr(addr) { Target::InactiveAddress } else { Target::Other }
+    let unused = if tables.frontend(&FrontendKey::address(*addr)).is_some() {
+        Target::UnusedPort
+    } else if tables.in_service_cidr(addr) {
+        Target::InactiveAddress
+    } else {
+        return Target::Other;
+    };
+    // A lookup may miss a key whose element is replaced and reused while it walks the bucket, so nobody is refused by
+    // one miss. (Where a miss means "not ours" it costs one connection its translation, and every other one nothing.)
+    let found = frontend(tables, &exact);
+    if matches!(found, Target::Other) { unused } else { found }
 }
 
 #[inline(always)]

@@ -12,8 +12,8 @@ use super::tables::Tables;
 use crate::abi::backend::flags::IN_CLUSTER;
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
-    AffinityKey, AffinityValue, Backend, BackendState, Counter, FrontendKey, FrontendValue, Service, SlotRange,
-    UdpFlow, UdpFlowKey, local_address, proto,
+    AffinityKey, AffinityValue, Backend, BackendState, Counter, FrontendKey, FrontendValue, Service,
+    SlotRange, UdpFlow, UdpFlowKey, local_address, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -107,7 +107,8 @@ fn a_reused_element_is_read_once_more() {
         (&[None], Target::Other, 2),
     ];
     for (answers, target, count) in reads {
-        let tables = Racing { frontends: RefCell::new(answers.iter().copied().collect()), ..Racing::default() };
+        let tables =
+            Racing { frontends: RefCell::new(answers.iter().copied().collect()), ..Racing::default() };
         assert_eq!(find(&tables, &VIP, PORT, proto::TCP), target, "{answers:?}");
         assert_eq!(tables.asked.borrow().len(), count, "{answers:?}");
     }
@@ -116,7 +117,8 @@ fn a_reused_element_is_read_once_more() {
 #[test]
 fn a_reused_node_port_element_is_read_once_more() {
     let key = FrontendKey::node_port(Addr::v4([0; 4]), PORT, proto::TCP);
-    let (own, other) = (FrontendValue::new(&key, 1, 0), FrontendValue { service: 2, flags: 0, check: !key.check() });
+    let (own, other) =
+        (FrontendValue::new(&key, 1, 0), FrontendValue { service: 2, flags: 0, check: !key.check() });
     for (second, target) in [(own, Target::Frontend(own)), (other, Target::Retry)] {
         let answers = [None, Some(other), Some(second)];
         let tables = Racing {
@@ -148,17 +150,29 @@ fn an_active_cluster_ip_comes_before_the_cidr() {
 }
 
 #[test]
+fn nobody_is_refused_by_one_miss() {
+    let key = FrontendKey::exact(VIP, PORT, proto::TCP);
+    let own = FrontendValue::new(&key, 1, 0);
+    for (address, in_cidr) in [(Some(own), true), (None, true)] {
+        let answers = RefCell::new(VecDeque::from([None, address, Some(own)]));
+        let tables = Racing { frontends: answers, in_cidr, ..Racing::default() };
+        assert_eq!(find(&tables, &VIP, PORT, proto::TCP), Target::Frontend(own));
+        assert_eq!(tables.asked.borrow()[2], key);
+    }
+}
+
+#[test]
 fn each_client_has_its_own_flags() {
     let cluster = SlotRange { base: 100, len: 1 };
     let local = SlotRange { base: 200, len: 1 };
     let service = Some(Service { cluster, local, affinity: Default::default() });
     let chosen = |flags: u16, client: Client| {
         let tables = Racing { service, ..Racing::default() };
-        match select(&tables, FrontendValue { service: 3, flags, check: 0 }, client, VIP) {
-            Selection::Backend(7, _) => tables.slot_asked.get(),
-            Selection::Drop(Counter::DropSourceRange) => None,
-            other => panic!("{other:?}"),
+        let selection = select(&tables, FrontendValue { service: 3, flags, check: 0 }, client, VIP);
+        if !matches!(selection, Selection::Backend(7, _)) {
+            assert_eq!(selection, Selection::Drop(Counter::DropSourceRange));
         }
+        tables.slot_asked.get()
     };
     let clients = [Client::Host, Client::Pod, Client::Near, Client::Far];
     let (c, l) = (Some(100), Some(200));

@@ -43,7 +43,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     checks.run("BPF object", || build_ebpf::run(&build_ebpf::Args { debug_log: false }));
     checks.run("clippy on the host", || {
         let mut clippy = workspace::cargo();
-        clippy.args(["clippy", "--workspace", "--all-targets", "--all-features", "--locked"]);
+        clippy.args(["clippy", "--workspace", "--all-targets", "--all-features", "--locked", "--keep-going"]);
         run_command(clippy.args(["--", "-D", "warnings"]))
     });
     checks.run("clippy on the BPF target", ebpf_clippy);

@@ -209,6 +209,15 @@ fn the_oldest_service_gets_a_frontend_and_the_next_one_inherits_it() {
         ["10.96.0.10:80/TCP is not served: Service a/a has it and is older".to_owned()]
     );
     assert_eq!(lost(&bench, "a"), Vec::<String>::new());
+    // Whoever of them changes, the others have to be told anew; so has everybody by a newcomer, and by nobody else.
+    let concerned = |name: &str, wanted| {
+        let changes = BTreeMap::from([(service(name), wanted)]);
+        rivals(&bench.model, &changes).iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(concerned("a", None), ["a/m", "a/z"]);
+    assert_eq!(concerned("new", claims("new", 1)), ["a/a", "a/m", "a/z"]);
+    let elsewhere = wanted(1, vec![port("new", TCP, &[exact(11, 80, TCP)], &[(1, HERE)])]);
+    assert_eq!(concerned("new", elsewhere), Vec::<String>::new());
 
     // Each step is one replacement; the frontend never vanishes.
     for (gone, heir) in [("a", "z"), ("z", "m")] {

@@ -7,7 +7,7 @@ use super::*;
 #[track_caller]
 fn check(capacity: Capacity, s: Option<Wanted>, t: Option<Wanted>, more: Option<Wanted>, reason: &str) {
     let mut bench = Bench::new(capacity);
-    bench.becomes(&[("s", s.clone())]);
+    bench.becomes(&[("s", s)]);
     bench.becomes(&[("t", t)]);
     let before = bench.sim.contents();
 

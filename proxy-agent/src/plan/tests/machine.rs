@@ -190,7 +190,12 @@ impl Machine {
                     let end = base + u32::try_from(ids.len()).unwrap();
                     freed.ranges.iter().any(|range| *base < range.base + range.len && range.base < end)
                 }
-                _ => false,
+                Op::Name(_, None)
+                | Op::BackendState(..)
+                | Op::Service(..)
+                | Op::Frontend(..)
+                | Op::LocalAddress(..)
+                | Op::ServiceCidr(..) => false,
             };
             assert!(!reused, "{op:?} writes to what is not free yet");
         }

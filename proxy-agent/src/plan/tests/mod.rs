@@ -11,7 +11,7 @@ use proxy_common::abi::{FrontendKey, FrontendKind, Service, SlotRange};
 use proxy_common::addr::{Addr, Family};
 use proxy_common::be::Be16;
 
-use super::{FrontendName, Plan, Wanted, lost_claims, plan, plan_node};
+use super::{FrontendName, Plan, Wanted, lost_claims, plan, plan_node, rivals};
 use crate::cluster::ObjectKey;
 use crate::desired::{DesiredBackend, DesiredPort, DesiredService, PortKey};
 use crate::model::{Freed, Model, Port, parse_name};

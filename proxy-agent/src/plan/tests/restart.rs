@@ -54,10 +54,9 @@ fn a_service_that_is_gone_gives_back_what_it_still_offered() {
 #[test]
 fn backends_that_nobody_offers_yet_or_any_more_are_found() {
     for stop in ["slots", "nothing"] {
-        let mut bench = interrupted(|op| match op {
-            Op::Slots(..) => stop == "slots",
-            Op::BackendState(_, state) => state.flags == 0,
-            _ => false,
+        let mut bench = interrupted(|op| {
+            let dies = matches!(op, Op::BackendState(_, state) if state.flags == 0);
+            dies || stop == "slots" && matches!(op, Op::Slots(..))
         });
         let plan = bench.restart();
         assert_eq!(read(&bench.sim.contents()), ought(&bench.services));

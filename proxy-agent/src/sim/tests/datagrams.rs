@@ -58,7 +58,7 @@ fn answers_come_from_the_vip_for_this_socket_only() {
     let id = send(&sim, &socket);
     assert_eq!(receive(&sim, &socket, id), FROM_VIP());
     // Another socket, another backend, another port of the same pod.
-    assert_eq!(receive(&sim, &SimSocket { cookie: 501, ..socket.clone() }, id), (pod(id), 8080));
+    assert_eq!(receive(&sim, &SimSocket { cookie: 501, ..socket }, id), (pod(id), 8080));
     assert_eq!(receive(&sim, &socket, id % 3 + 1), (pod(id % 3 + 1), 8080));
     let mut other = SimSocket { addr: pod(id), port: Be16::new(9), ..socket };
     assert_eq!(recvmsg(&mut other, &sim), Pass);

@@ -131,9 +131,10 @@ impl Measurements {
             let control = Estimate::of(
                 rounds.iter().filter_map(|r| Some(r.get(&Side::Control)? / r.get(&Side::Plain)?)),
             );
-            let (scale, vipr, plain) = match workload {
-                Workload::TcpStream => (8e-9, "vipr Gbit/s", "no proxy Gbit/s"),
-                _ => (1.0, "vipr /s", "no proxy /s"),
+            let (scale, vipr, plain) = if workload == Workload::TcpStream {
+                (8e-9, "vipr Gbit/s", "no proxy Gbit/s")
+            } else {
+                (1.0, "vipr /s", "no proxy /s")
             };
             let mut figure = Figure::estimated(workload.name(), world, "ratio", ratio)
                 .detail(vipr, rate(Side::Vipr) * scale)

@@ -10,6 +10,9 @@ use clap::Args;
 use super::wire::Listener;
 use crate::cpu;
 
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 4096;
+
 /// How the server is started.
 #[derive(Debug, Args)]
 pub(crate) struct ServerArgs {
@@ -42,6 +45,8 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
 fn serve(listener: Listener, address: SocketAddr) -> io::Result<()> {
     let tcp = |serve: fn(TcpStream) -> io::Result<()>, threads: bool| {
         let listener = TcpListener::bind(address)?;
+        // The client may be faster than we accept: no connection is to wait for a second SYN.
+        rustix::net::listen(&listener, BACKLOG)?;
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 // A client that has gone is no concern of the others.

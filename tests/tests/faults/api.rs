@@ -1,0 +1,270 @@
+//! The API server instead of a directory, and everything that it can do to its clients.
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use proxy_common::abi::ABI_VERSION;
+use proxy_tests::apiserver::{ApiServer, Cut, Resource};
+use proxy_tests::lab::Agent;
+use proxy_tests::scenarios::{Loops, NODE, World, endpoint, served};
+use serde_json::{Value, json};
+
+use super::{KUBIA, KUBIA_VIP, numbers};
+
+const READY: &str = "s13-readiness.yaml";
+const READY_SERVICE: &str = "default/service-clusterip";
+
+/// What the agents of a cluster are given: the objects of all files; for each Endpoints object the EndpointSlice that a
+/// controller of the cluster makes of it.
+fn objects(world: &World) -> Result<Vec<Value>> {
+    let mut objects = world.manifests().all()?;
+    for object in &mut objects {
+        if object["metadata"]["namespace"].is_null()
+            && object["kind"] != "Node"
+            && object["kind"] != "ServiceCIDR"
+        {
+            object["metadata"]["namespace"] = "default".into();
+        }
+        if object["kind"] == "Endpoints" {
+            *object = mirrored(object)?;
+        }
+    }
+    Ok(objects)
+}
+
+fn mirrored(endpoints: &Value) -> Result<Value> {
+    let subset = &endpoints["subsets"][0];
+    let addresses = subset["addresses"].as_array().context("addresses")?;
+    let name = &endpoints["metadata"]["name"];
+    Ok(json!({
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {
+            "namespace": endpoints["metadata"]["namespace"],
+            "name": name,
+            "labels": { "kubernetes.io/service-name": name },
+        },
+        "addressType": "IPv4",
+        "ports": [{ "name": "", "port": subset["ports"][0]["port"] }],
+        "endpoints": addresses
+            .iter()
+            .map(|address| json!({ "addresses": [address["ip"]], "conditions": { "ready": true } }))
+            .collect::<Vec<_>>(),
+    }))
+}
+
+/// An API server on the loopback device of [`NODE`] with the objects of a world, and an agent of the node for it.
+fn cluster(world: &World) -> Result<(ApiServer, Agent)> {
+    let listener = world.host().net().enter(|| TcpListener::bind("127.0.0.1:6443"))??;
+    let server = ApiServer::start_on(listener)?;
+    server.apply_all(objects(world)?)?;
+    let kubeconfig = world.dir().join("kubeconfig");
+    server.write_kubeconfig(&kubeconfig)?;
+    let agent = world.new_agent(NODE)?.kubeconfig(&kubeconfig);
+    Ok((server, agent))
+}
+
+/// The elements of the maps that say who serves what, as bpftool prints them.
+fn dumps(world: &World) -> Result<BTreeMap<&'static str, Vec<Value>>> {
+    let mut dumps = BTreeMap::new();
+    for map in ["FRONTENDS", "SERVICES", "SLOTS", "BACKENDS", "NAMES", "LOCAL_ADDRESSES", "SERVICE_CIDRS"] {
+        let pin = world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}")).join(map);
+        let mut command = world.host().command("bpftool");
+        command.args(["-j", "map", "dump", "pinned"]).arg(pin);
+        let mut elements: Vec<Value> = serde_json::from_str(&command.text()?)?;
+        // The order in a hash is by a number that each map draws for itself.
+        elements.sort_by_cached_key(|element| element["key"].to_string());
+        dumps.insert(map, elements);
+    }
+    Ok(dumps)
+}
+
+#[test]
+fn a_directory_and_the_api_make_the_same_maps() -> Result<()> {
+    let mut world = World::start(&[])?;
+    let from_files = (numbers(&world, NODE)?, dumps(&world)?);
+    world.take_agent(NODE)?.terminate()?;
+    world.command(NODE, "cleanup")?.text()?;
+
+    let (_server, agent) = cluster(&world)?;
+    world.adopt(NODE, agent).start_ready()?;
+    let from_api = (numbers(&world, NODE)?, dumps(&world)?);
+    assert_eq!(from_api.0, from_files.0);
+    for (map, elements) in &from_files.1 {
+        let used = elements
+            .iter()
+            .filter(|element| !element["value"].to_string().chars().all(|c| !matches!(c, '1'..='9')));
+        assert!(used.count() > 0, "{map} is empty");
+        assert!(from_api.1[map] == *elements, "{map} differs");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_source_can_be_changed_without_anybody_noticing() -> Result<()> {
+    let mut world = World::start(&[KUBIA, READY])?;
+    let before = numbers(&world, NODE)?;
+    let mut loops = Loops::start(&world, &[KUBIA_VIP, "10.97.97.97:80"])?;
+    let (_server, agent) = cluster(&world)?;
+    world.take_agent(NODE)?.terminate()?;
+    world.adopt(NODE, agent).start_ready()?;
+    loops.next(20)?;
+    assert_eq!(numbers(&world, NODE)?, before);
+    world.take_agent(NODE)?.terminate()?;
+    world.start_agent(NODE)?;
+    loops.next(20)?;
+    assert_eq!(numbers(&world, NODE)?, before);
+    loops.none_failed().map(drop)
+}
+
+#[test]
+fn the_api_server_is_away_when_the_agent_starts() -> Result<()> {
+    let mut world = World::new(&[KUBIA])?;
+    let (server, mut agent) = cluster(&world)?;
+    server.go_away();
+    agent.start()?;
+    let not_ready = proxy_tests::scenarios::until("an answer of /readyz", || Ok(agent.get("/readyz").ok()))?;
+    assert_eq!(not_ready.0, 503, "{}", not_ready.1);
+    assert!(not_ready.1.contains("first full list"), "{}", not_ready.1);
+    assert!(!world.client().connect(KUBIA_VIP).http().one()?.ok, "nothing is programmed yet");
+    server.come_back();
+    agent.wait_ready(Duration::from_secs(60))?;
+    served(KUBIA_VIP, &world.client().connect(KUBIA_VIP).http().times(10).run()?)?;
+
+    // What was programmed once serves on through a start without the server.
+    let before = numbers(&world, NODE)?;
+    let mut loops = Loops::start(&world, &[KUBIA_VIP])?;
+    server.go_away();
+    agent.kill9()?;
+    agent.start()?;
+    loops.next(100)?;
+    assert!(!matches!(agent.get("/readyz"), Ok((200, _))), "ready without having seen the server");
+    assert_eq!(numbers(&world, NODE)?, before);
+    server.come_back();
+    agent.wait_ready(Duration::from_secs(60))?;
+    assert_eq!(numbers(&world, NODE)?, before);
+    world.adopt(NODE, agent);
+    loops.none_failed().map(drop)
+}
+
+/// The slice of [`READY_SERVICE`] with the pods of these numbers.
+fn slice(world: &World, pods: &[usize]) -> Result<Value> {
+    let all = [("node-a", "172.16.1.42"), ("node-b", "172.16.2.44"), ("node-b", "172.16.3.46")];
+    let mut slice = world.manifests().objects(READY)?.remove(1);
+    slice["metadata"]["namespace"] = "default".into();
+    slice["endpoints"] = pods
+        .iter()
+        .map(|&pod| endpoint(&format!("linuxea-{pod}"), all[pod].0, all[pod].1))
+        .collect::<Vec<_>>()
+        .into();
+    Ok(slice)
+}
+
+/// Waits until the node has the pods of these numbers.
+fn wait_for(world: &World, pods: &[usize]) -> Result<()> {
+    let all = ["172.16.1.42:80", "172.16.2.44:80", "172.16.3.46:80"];
+    world.wait_endpoints(NODE, READY_SERVICE, &pods.iter().map(|&pod| all[pod]).collect::<Vec<_>>())
+}
+
+#[test]
+fn watches_that_break() -> Result<()> {
+    let mut world = World::new(&[KUBIA, READY])?;
+    let (server, agent) = cluster(&world)?;
+    world.adopt(NODE, agent).start_ready()?;
+    let before = world.ports(NODE, "default/kubia")?;
+    // One Service that nobody touches, and one that changes all the time.
+    let mut loops = Loops::start(&world, &[KUBIA_VIP, "10.97.97.97:80"])?;
+
+    server.apply(slice(&world, &[0, 1])?)?;
+    wait_for(&world, &[0, 1])?;
+    for cut in [Cut::Clean, Cut::Broken] {
+        server.cut_watches(cut);
+        server.apply(slice(&world, &[1, 2])?)?;
+        wait_for(&world, &[1, 2])?;
+        server.apply(slice(&world, &[0, 1])?)?;
+        wait_for(&world, &[0, 1])?;
+    }
+    server.cut_watches(Cut::WithinNextEvent);
+    server.apply(slice(&world, &[1, 2])?)?;
+    wait_for(&world, &[1, 2])?;
+    server.cut_connections();
+    server.apply(slice(&world, &[0])?)?;
+    wait_for(&world, &[0])?;
+
+    // 410: what the client knows is too old, as an event and as an answer.
+    for by_http in [false, true] {
+        server.expire_watches_by_http(by_http);
+        server.compact();
+        server.fail_watches(410);
+        server.apply(slice(&world, &[1, 2])?)?;
+        wait_for(&world, &[1, 2])?;
+        server.compact();
+        server.cut_watches(Cut::Broken);
+        server.apply(slice(&world, &[0])?)?;
+        wait_for(&world, &[0])?;
+    }
+    // Errors on the way back.
+    server.fail(None, None, 500, 5);
+    server.fail(None, Some(Resource::EndpointSlices), 429, 2);
+    server.cut_watches(Cut::Broken);
+    server.apply(slice(&world, &[0, 1, 2])?)?;
+    wait_for(&world, &[0, 1, 2])?;
+
+    assert_eq!(world.ports(NODE, "default/kubia")?, before, "nobody touched it");
+    loops.go_on()?;
+    loops.none_failed().map(drop)
+}
+
+#[test]
+fn deletions_that_no_watch_has_seen() -> Result<()> {
+    let mut world = World::new(&[KUBIA, READY, "s17-no-endpoints.yaml", "s15-kubernetes.yaml"])?;
+    let (server, agent) = cluster(&world)?;
+    world.adopt(NODE, agent).start_ready()?;
+    let mut loops = Loops::start(&world, &[KUBIA_VIP])?;
+    let before = world.ports(NODE, "default/kubia")?;
+
+    // Away, and different when it comes back.
+    server.go_away();
+    loops.next(20)?;
+    assert!(server.delete_silently(Resource::Services, "default", "webapp"));
+    assert!(server.delete_silently(Resource::EndpointSlices, "default", "kubernetes"));
+    server.apply_silently(slice(&world, &[2])?)?;
+    server.compact();
+    loops.next(20)?;
+    assert_eq!(world.ports(NODE, "default/webapp")?.len(), 1, "unknown yet");
+    server.come_back();
+    world.wait_ports(NODE, "default/webapp", <[_]>::is_empty)?;
+    world.wait_endpoints(NODE, "default/kubernetes", &[])?;
+    wait_for(&world, &[2])?;
+    let refused = world.client().connect("10.96.0.1:443").http().one()?;
+    assert_eq!(refused.error.as_deref(), Some(proxy_tests::scenarios::refusal()));
+
+    assert_eq!(world.ports(NODE, "default/kubia")?, before);
+    loops.go_on()?;
+    loops.none_failed().map(drop)
+}
+
+#[test]
+fn a_list_that_is_slow_removes_nothing_meanwhile() -> Result<()> {
+    let mut world = World::new(&[KUBIA, READY])?;
+    let (server, agent) = cluster(&world)?;
+    world.adopt(NODE, agent).start_ready()?;
+    let before = numbers(&world, NODE)?;
+    let mut loops = Loops::start(&world, &[KUBIA_VIP, "10.97.97.97:80"])?;
+    // Restarted, it gets Services but no slices: it must not conclude that there are none.
+    for resource in [Resource::EndpointSlices, Resource::Services] {
+        server.hold_list(resource);
+        server.forget_requests();
+        world.agent(NODE).kill9()?;
+        world.agent(NODE).start()?;
+        loops.next(100)?;
+        assert!(!matches!(world.agent(NODE).get("/readyz"), Ok((200, _))));
+        assert_eq!(numbers(&world, NODE)?, before);
+        server.release_list(resource);
+        world.agent(NODE).wait_ready(Duration::from_secs(60))?;
+        assert_eq!(numbers(&world, NODE)?, before);
+    }
+    loops.none_failed().map(drop)
+}
