@@ -18,7 +18,6 @@ use crate::store::{MapStore, Op, StoreError};
 
 /// The IPv4 dummy address (RFC 7600): never a real destination.
 const PROBE_ADDR: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
-const PROBE_PORT: u16 = 9;
 const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why the self-test failed.
@@ -47,7 +46,8 @@ pub enum SelfTestError {
 pub fn run(maps: &mut impl MapStore) -> Result<(), SelfTestError> {
     let receiver = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).map_err(SelfTestError::Socket)?;
     let to = receiver.local_addr().map_err(SelfTestError::Socket)?;
-    let key = FrontendKey::exact(Addr::from(PROBE_ADDR), Be16::new(PROBE_PORT), proto::UDP);
+    let key = FrontendKey::exact(Addr::from(PROBE_ADDR), Be16::new(to.port()), proto::UDP);
+    // The port is the kernel's random choice: no pod that connects to the probe address can be taken for the host.
     // Id 0 of every array is set aside for this.
     let state = BackendState { flags: backend::flags::IN_CLUSTER | backend::flags::IN_LOCAL, generation: 0 };
     let target = Backend { addr: to.ip().into(), port: Be16::new(to.port()), pad: [0; 2], service: 0, state };
@@ -79,7 +79,7 @@ fn exchange(receiver: &UdpSocket, to: SocketAddr) -> Result<(), SelfTestError> {
     let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).map_err(SelfTestError::Socket)?;
     receiver.set_read_timeout(Some(TIMEOUT)).map_err(SelfTestError::Socket)?;
     // From a loopback source the kernel refuses to route to the probe address: nothing can leave the host.
-    sender.connect((PROBE_ADDR, PROBE_PORT)).map_err(not_translated)?;
+    sender.connect((PROBE_ADDR, to.port())).map_err(not_translated)?;
     let token = to.port().to_be_bytes();
     sender.send(&token).map_err(not_translated)?;
     let mut buffer = [0; 16];

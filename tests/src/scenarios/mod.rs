@@ -56,7 +56,8 @@ impl World {
     /// # Errors
     /// If a file is missing, or the lab cannot be built.
     pub fn new(files: &[&str]) -> Result<Self> {
-        let dir = tempfile::tempdir().context("a temporary directory for manifests")?;
+        let dir = tempfile::Builder::new().prefix("vipr-").tempdir();
+        let dir = dir.context("a temporary directory for manifests")?;
         let manifests = Manifests::copy(&dir.path().join("manifests"), files)?;
         let nodes = manifests.nodes()?;
         let members = manifests.members()?;

@@ -84,7 +84,7 @@ fn a_flow_moves_when_its_backend_stops_serving_and_hears_late_answers() {
         let old = sim.backend(first).unwrap();
         // What takes the place of the old backend keeps one of its properties each.
         match gone {
-            "not serving" => set_backend(&mut sim, first, 0, 5),
+            "not serving" => set_backend(&mut sim, first, IN_CLUSTER, 5),
             "another owner" => sim.apply(&Op::Backend(first, Backend { service: 2, ..old })).unwrap(),
             _ => sim.apply(&Op::Backend(first, Backend { addr: pod(200), ..old })).unwrap(),
         }

@@ -15,9 +15,8 @@ mod sys;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use rustix::process::setpriority_process;
 
 use report::Report;
 
@@ -79,18 +78,20 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<ExitCode> {
-    let command = Cli::parse().command;
-    // Whatever else the machine does comes second; the processes that are started inherit it.
-    setpriority_process(None, -20)
-        .context("cannot raise the priority: benchmarks need root, see `sudo -E`")?;
-    let (report, output) = match command {
-        Command::EastWest { options, output } => (east_west::run(&options)?, output),
-        Command::Sync { options, output } => (sync::run(&options)?, output),
+    let (report, output) = match Cli::parse().command {
+        Command::EastWest { options, output } => (first(|| east_west::run(&options))?, output),
+        Command::Sync { options, output } => (first(|| sync::run(&options))?, output),
         Command::Client(args) => return east_west::client(&args).map(|()| ExitCode::SUCCESS),
         Command::Server(args) => return east_west::server(&args).map(|()| ExitCode::SUCCESS),
     };
     print(&report, output.output)?;
     Ok(if output.enforce && !report.all_met() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Runs a benchmark with priority over whatever else the machine does.
+fn first(run: impl FnOnce() -> Result<Report>) -> Result<Report> {
+    let _priority = cpu::Priority::raise()?;
+    run()
 }
 
 fn print(report: &Report, output: Output) -> Result<()> {

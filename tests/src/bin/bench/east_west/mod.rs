@@ -61,8 +61,9 @@ pub(crate) struct Options {
     /// Calls of each kind in a round; 0 to time no single calls.
     #[arg(long, default_value_t = 500)]
     calls: u32,
-    /// CPU of the client and CPU of the server.
-    #[arg(long, value_delimiter = ',', default_values_t = [0, 1])]
+    /// CPU of the client and CPU of the server. On one and the same nothing but the work itself takes time; on two,
+    /// waking the other one does.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 1])]
     pub(crate) cpus: Vec<usize>,
     /// The server is a pod of another node.
     #[arg(long)]
