@@ -72,7 +72,8 @@ pub const MAPS: [MapSpec; 12] = [
     spec::<u32, abi::Backend>("BACKENDS", MapType::Array, false),
     spec::<u32, abi::ServiceName>("NAMES", MapType::Hash, false),
     spec::<abi::AffinityKey, abi::AffinityValue>("AFFINITY", MapType::LruHash, false),
-    spec::<abi::UdpFlowKey, abi::UdpFlow>("UDP_FLOWS", MapType::LruHash, false),
+    // Its backend ids count only with the address beside them.
+    spec::<abi::UdpFlowKey, abi::UdpFlow>("UDP_FLOWS", MapType::LruHash, true),
     spec::<u32, abi::Node>("NODE", MapType::Array, true),
     spec::<Addr, u32>("LOCAL_ADDRESSES", MapType::Hash, false),
     spec::<abi::PrefixKey, u32>("SERVICE_CIDRS", MapType::LpmTrie, false),

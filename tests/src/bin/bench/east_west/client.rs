@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::Args;
 use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, connect, sendto, socket_with};
@@ -42,7 +42,7 @@ pub(crate) fn client(args: &ClientArgs) -> Result<()> {
                 let warm_up = Duration::from_micros(warm_up_us);
                 run(&mut kept, workload, server, warm_up, Duration::from_micros(measure_us))
             }
-            Job::Time { call, servers, rounds } => time(call, &servers, rounds),
+            Job::Time { call, server, calls } => time(call, server, calls),
         };
         let answer = answer.unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
         let mut text = serde_json::to_string(&answer)?;
@@ -161,33 +161,27 @@ fn connect_request_close(server: SocketAddr) -> io::Result<()> {
     }
 }
 
-fn time(call: Call, servers: &[SocketAddr], rounds: u32) -> Result<Answer> {
-    ensure!(!servers.is_empty(), "no server");
-    let mut nanos: Vec<Vec<u32>> = servers.iter().map(|_| Vec::with_capacity(rounds as usize)).collect();
-    let lasting: Vec<OwnedFd> = match call {
-        Call::NextSend => servers.iter().map(|server| fresh(call, *server)).collect::<Result<_>>()?,
-        Call::UdpConnect | Call::TcpConnect | Call::FirstSend => Vec::new(),
-    };
-    for (socket, server) in lasting.iter().zip(servers) {
-        sendto(socket, b"*", SendFlags::empty(), server)?;
+fn time(call: Call, server: SocketAddr, calls: u32) -> Result<Answer> {
+    let lasting = if call == Call::NextSend { Some(fresh(call, server)?) } else { None };
+    if let Some(socket) = &lasting {
+        sendto(socket, b"*", SendFlags::empty(), &server)?;
     }
-    for _ in 0..rounds {
-        for (index, (server, nanos)) in servers.iter().zip(&mut nanos).enumerate() {
-            let took = match (call, lasting.get(index)) {
-                (Call::UdpConnect | Call::TcpConnect, _) => {
-                    let socket = fresh(call, *server)?;
-                    let begin = Instant::now();
-                    connect(&socket, server)?;
-                    begin.elapsed()
-                }
-                (Call::FirstSend | Call::NextSend, Some(socket)) => timed_send(socket, *server)?,
-                (Call::FirstSend | Call::NextSend, None) => timed_send(&fresh(call, *server)?, *server)?,
-            };
-            nanos.push(u32::try_from(took.as_nanos())?);
-            if call == Call::TcpConnect {
-                // The server may share this CPU, and has to accept what it is given.
-                std::thread::yield_now();
+    let mut nanos = Vec::with_capacity(calls as usize);
+    for _ in 0..calls {
+        let took = match (call, &lasting) {
+            (Call::UdpConnect | Call::TcpConnect, _) => {
+                let socket = fresh(call, server)?;
+                let begin = Instant::now();
+                connect(&socket, &server)?;
+                begin.elapsed()
             }
+            (Call::FirstSend | Call::NextSend, Some(socket)) => timed_send(socket, server)?,
+            (Call::FirstSend | Call::NextSend, None) => timed_send(&fresh(call, server)?, server)?,
+        };
+        nanos.push(u32::try_from(took.as_nanos())?);
+        if call == Call::TcpConnect {
+            // The server may share this CPU, and has to accept what it is given.
+            std::thread::yield_now();
         }
     }
     Ok(Answer::Timed { nanos })

@@ -48,6 +48,18 @@ enum Target {
     Control,
 }
 
+impl Target {
+    const ALL: [Self; 4] = [Self::Vip, Self::NotOurs, Self::Plain, Self::Control];
+
+    fn side(self) -> Side {
+        match self {
+            Self::Vip | Self::NotOurs => Side::Vipr,
+            Self::Plain => Side::Plain,
+            Self::Control => Side::Control,
+        }
+    }
+}
+
 impl Measurements {
     /// Runs `rounds` rounds of a workload.
     pub(super) fn run(
@@ -79,7 +91,7 @@ impl Measurements {
         Ok(())
     }
 
-    /// Times single calls, `rounds` times `options.calls` of each kind of target.
+    /// Times single calls, `rounds` times `options.calls` to each kind of target.
     pub(super) fn time(
         &mut self,
         ground: &Ground,
@@ -89,25 +101,26 @@ impl Measurements {
         rounds: usize,
     ) -> Result<()> {
         let calls = self.calls.entry(call).or_default();
-        for order in ORDERS.iter().cycle().take(rounds) {
+        let mut order = Target::ALL;
+        for round in 0..rounds {
+            // Every order of neighbours comes about.
+            order.rotate_left(1);
+            order.swap(0, 1 + round % 3);
             let mut medians = BTreeMap::new();
-            for side in order {
-                let Some(pair) = pairs.get_mut(side) else { continue };
-                let own = ground.target(*side, call.listener());
-                let targets = match side {
-                    Side::Vipr => {
-                        vec![(Target::Vip, own), (Target::NotOurs, ground.pod(*side, call.listener()))]
+            for target in order {
+                let Some(pair) = pairs.get_mut(&target.side()) else { continue };
+                let server = match target {
+                    Target::NotOurs => ground.pod(target.side(), call.listener()),
+                    Target::Vip | Target::Plain | Target::Control => {
+                        ground.target(target.side(), call.listener())
                     }
-                    Side::Plain => vec![(Target::Plain, own)],
-                    Side::Control => vec![(Target::Control, own)],
                 };
-                let servers = targets.iter().map(|(_, server)| *server).collect();
-                let job = Job::Time { call, servers, rounds: options.calls };
+                let job = Job::Time { call, server, calls: options.calls };
                 let Answer::Timed { nanos } = pair.ask(&job)? else { bail!("not an answer to {job:?}") };
-                for ((target, _), nanos) in targets.iter().zip(nanos) {
-                    medians.insert(*target, median_of(nanos.iter().map(|ns| f64::from(*ns))));
-                    calls.all.entry(*target).or_default().extend(nanos);
-                }
+                // Caches belong to somebody else at first.
+                let warm = nanos.get(nanos.len() / 10..).unwrap_or_default();
+                medians.insert(target, median_of(warm.iter().map(|ns| f64::from(*ns))));
+                calls.all.entry(target).or_default().extend(warm);
             }
             calls.rounds.push(medians);
         }

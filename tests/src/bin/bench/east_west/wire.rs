@@ -130,8 +130,8 @@ pub(super) enum Job {
         warm_up_us: u64,
         measure_us: u64,
     },
-    /// Single calls, in turn to each of the servers.
-    Time { call: Call, servers: Vec<SocketAddr>, rounds: u32 },
+    /// So many single calls.
+    Time { call: Call, server: SocketAddr, calls: u32 },
 }
 
 /// What it answers.
@@ -145,8 +145,8 @@ pub(super) enum Answer {
         /// Datagrams that were not answered in time.
         lost: u64,
     },
-    /// Of [`Job::Time`]: nanoseconds of each call, by server.
-    Timed { nanos: Vec<Vec<u32>> },
+    /// Of [`Job::Time`]: nanoseconds of each call.
+    Timed { nanos: Vec<u32> },
     /// The job failed.
     Failed(String),
 }
