@@ -23,7 +23,7 @@ pub enum Command {
     ///
     /// The dataplane stays in place when the agent ends, also by SIGKILL: connections go on, new ones are served
     /// from the last state. `proxy-agent cleanup` removes it.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// What is programmed, attached and counted, and what a user should mend.
     Status(Inspect),
     /// Every Service port: frontends, endpoints, affinity.

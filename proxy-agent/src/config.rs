@@ -153,7 +153,7 @@ fn cluster_cidr(given: &[String]) -> Result<[Option<Prefix>; 2], ConfigError> {
     let wrong = || ConfigError::ClusterCidr(given.join(","));
     let mut cidrs = [None; 2];
     for text in given.iter().map(|text| text.trim()).filter(|text| !text.is_empty()) {
-        let prefix = crate::sources::lenient::prefix(text).map_err(|_: &str| wrong())?;
+        let prefix = crate::sources::lenient::prefix(text).map_err(|_reason| wrong())?;
         let slot = cidrs.get_mut(prefix.family().index()).filter(|slot| slot.is_none());
         *slot.ok_or_else(wrong)? = Some(prefix);
     }
@@ -166,7 +166,7 @@ fn feature_gate(given: &[String], name: &str, default: bool) -> Result<bool, Con
     for gate in given.iter().filter(|gate| !gate.trim().is_empty()) {
         let wrong = || ConfigError::FeatureGate(gate.clone());
         let (gate_name, gate_value) = gate.split_once('=').ok_or_else(wrong)?;
-        let gate_value = gate_value.trim().parse().map_err(|_: std::str::ParseBoolError| wrong())?;
+        let gate_value = gate_value.trim().parse().map_err(|_not_bool: std::str::ParseBoolError| wrong())?;
         if gate_name.trim() == name {
             value = gate_value;
         } else {

@@ -102,13 +102,13 @@ fn recvmsg6(ctx: SockAddrContext) -> i32 {
 
 #[cgroup_sock_addr(getpeername4)]
 fn getpeername4(ctx: SockAddrContext) -> i32 {
-    decide::<false>("getpeername4", ctx, |socket| socket::peername(socket));
+    decide::<false>("getpeername4", ctx, socket::peername);
     ALLOW
 }
 
 #[cgroup_sock_addr(getpeername6)]
 fn getpeername6(ctx: SockAddrContext) -> i32 {
-    decide::<true>("getpeername6", ctx, |socket| socket::peername(socket));
+    decide::<true>("getpeername6", ctx, socket::peername);
     ALLOW
 }
 

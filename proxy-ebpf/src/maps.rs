@@ -97,11 +97,13 @@ impl Tables for Maps {
     fn backend(&self, id: u32) -> Option<Backend> {
         let backend = BACKENDS.get_ptr(id)?;
         // `state` first: whoever finds it current may trust the rest, which changes only while it is not.
-        // SAFETY: the kernel's lookup returned a pointer to a whole, aligned element.
-        let state = unsafe { read_volatile(backend.byte_add(24).cast::<u64>()) };
+        let words = backend.cast::<u64>();
+        // SAFETY: the kernel's lookup returned a pointer to a whole, aligned element of four words.
+        let last = unsafe { words.add(3) };
         // SAFETY: as above.
-        let rest = unsafe { read_volatile(backend.cast::<[u64; 3]>()) };
-        let [a, b, c] = rest;
+        let state = unsafe { read_volatile(last) };
+        // SAFETY: as above.
+        let [a, b, c] = unsafe { read_volatile(words.cast::<[u64; 3]>()) };
         Some(bytemuck::cast::<[u64; 4], Backend>([a, b, c, state]))
     }
 
@@ -159,7 +161,8 @@ impl Tables for Maps {
     fn count(&self, counter: Counter) {
         if let Some(count) = COUNTERS.get_ptr_mut(counter as u32) {
             // SAFETY: a per-CPU element: nobody else writes this CPU's copy while the program runs.
-            unsafe { *count = (*count).wrapping_add(1) };
+            let count = unsafe { &mut *count };
+            *count = count.wrapping_add(1);
         }
     }
 

@@ -125,8 +125,10 @@ impl<const V6: bool> Socket for SockAddr<V6> {
 
     #[inline(always)]
     fn drop_record(&mut self) {
-        // SAFETY: reads the socket pointer of the context, which the verifier tracks.
-        let sk = unsafe { (*self.ctx.sock_addr).__bindgen_anon_1.sk };
+        // SAFETY: the kernel hands every program of this type a whole `bpf_sock_addr`.
+        let sock_addr = unsafe { &*self.ctx.sock_addr };
+        // SAFETY: the union has this one member; the verifier tracks the pointer.
+        let sk = unsafe { sock_addr.__bindgen_anon_1.sk };
         if sk.is_null() {
             return;
         }

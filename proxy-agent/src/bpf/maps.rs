@@ -265,10 +265,8 @@ fn store(
 
 fn failed(map: &'static str) -> impl FnOnce(MapError) -> StoreError {
     move |error| {
-        let source = match error {
-            MapError::SyscallError(error) => error.io_error,
-            other => io::Error::other(other),
-        };
+        let source =
+            if let MapError::SyscallError(error) = error { error.io_error } else { io::Error::other(error) };
         StoreError::Map { map, source }
     }
 }

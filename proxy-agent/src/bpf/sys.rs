@@ -52,8 +52,10 @@ impl Mapping {
         if word >= self.stride || at >= self.words {
             return None;
         }
-        // SAFETY: `at` is inside of the mapping, which is aligned to a page and lives as long as `self`.
-        Some(unsafe { self.start.add(at).as_ref() })
+        // SAFETY: `at` is inside of the mapping.
+        let word = unsafe { self.start.add(at) };
+        // SAFETY: the mapping is aligned to a page and lives as long as `self`.
+        Some(unsafe { word.as_ref() })
     }
 
     /// Number of elements.
