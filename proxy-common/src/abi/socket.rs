@@ -9,7 +9,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::{addr::Addr, be::Be16};
 
-/// Value of `SOCKETS`.
+/// Value of `SOCKETS`. All zero on a socket that has only sent datagrams to VIPs: it may have entries in `UDP_FLOWS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct SocketRecord {

@@ -123,6 +123,11 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
         tables.count(Counter::FailRecord);
         return Verdict::Fail;
     }
+    // A socket without a record has no flows: recvmsg() of everybody else's sockets costs one look at the socket.
+    if socket.record().is_none() && !socket.put_record(&SocketRecord::default()) {
+        tables.count(Counter::FailRecord);
+        return Verdict::Fail;
+    }
     socket.rewrite(addr, port);
     tables.count(Counter::Datagram);
     Verdict::Translated
@@ -131,7 +136,8 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
 /// recvmsg() that reports where a datagram came from.
 #[inline(always)]
 pub fn recvmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
-    if peername(socket) == Verdict::Translated {
+    let Some(record) = socket.record() else { return Verdict::Pass };
+    if translate_back(socket, &record) == Verdict::Translated {
         return Verdict::Translated;
     }
     let key = flow_key(socket, socket.addr(), socket.port(), FlowDirection::Reply);
@@ -148,12 +154,18 @@ pub fn recvmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
 #[inline(always)]
 pub fn peername(socket: &mut impl Socket) -> Verdict {
     match socket.record() {
-        Some(record) if record.backend_addr == socket.addr() && record.backend_port == socket.port() => {
-            socket.rewrite(record.vip, record.vip_port);
-            Verdict::Translated
-        }
-        _ => Verdict::Pass,
+        Some(record) => translate_back(socket, &record),
+        None => Verdict::Pass,
     }
+}
+
+#[inline(always)]
+fn translate_back(socket: &mut impl Socket, record: &SocketRecord) -> Verdict {
+    if record.backend_addr != socket.addr() || record.backend_port != socket.port() {
+        return Verdict::Pass;
+    }
+    socket.rewrite(record.vip, record.vip_port);
+    Verdict::Translated
 }
 
 #[inline(always)]

@@ -20,17 +20,29 @@ fn reply(socket: &SimSocket, backend: u32) -> UdpFlowKey {
 fn send(sim: &Simulator, from: &SimSocket) -> u32 {
     let mut socket = from.clone();
     assert_eq!(sendmsg(&mut socket, sim), Translated);
-    assert_eq!(socket.record, from.record, "the socket is not connected");
+    assert_eq!(socket.record, from.record.or(HAS_FLOWS), "the socket is not connected");
     backend_of(&socket)
 }
 
-/// Receives a datagram from a backend and says whom the application is told it came from.
+/// Receives a datagram from a backend, on a socket that has sent some, and says whom the application is told it came
+/// from.
 fn receive(sim: &Simulator, to: &SimSocket, backend: u32) -> (Addr, u16) {
-    let mut socket = SimSocket { addr: pod(backend), port: Be16::new(8080), ..to.clone() };
+    let record = to.record.or(HAS_FLOWS);
+    let mut socket = SimSocket { addr: pod(backend), port: Be16::new(8080), record, ..to.clone() };
     let verdict = recvmsg(&mut socket, sim);
     assert_eq!(verdict == Translated, socket.addr != pod(backend));
     (socket.addr, socket.port.get())
 }
+
+/// The record of a socket that is not connected and has sent datagrams to VIPs.
+const HAS_FLOWS: Option<SocketRecord> = Some(SocketRecord {
+    vip: Addr::ZERO,
+    backend_addr: Addr::ZERO,
+    vip_port: Be16::new(0),
+    backend_port: Be16::new(0),
+    service: 0,
+    backend: 0,
+});
 
 const FROM_VIP: fn() -> (Addr, u16) = || (vip(10), 80);
 
@@ -180,6 +192,26 @@ fn a_datagram_that_cannot_be_remembered_fails_untouched_and_the_next_one_heals()
 }
 
 #[test]
+fn a_socket_without_storage_sends_nothing() {
+    let sim = world();
+    let from = SimSocket { storage_fails: true, ..socket(vip(10), 80, UDP) };
+    let mut socket = from.clone();
+    assert_eq!(sendmsg(&mut socket, &sim), Fail);
+    assert_eq!(socket, from);
+    assert_eq!(counts(&sim), [(Counter::FailRecord, 1)]);
+}
+
+#[test]
+fn a_socket_that_has_sent_nothing_is_not_looked_up() {
+    let sim = world();
+    let from = socket(vip(10), 80, UDP);
+    let id = send(&sim, &from);
+    let mut server = SimSocket { addr: pod(id), port: Be16::new(8080), ..from };
+    assert_eq!(recvmsg(&mut server, &sim), Pass);
+    assert_eq!(server.addr, pod(id));
+}
+
+#[test]
 fn either_entry_may_be_evicted() {
     let sim = world();
     let socket = socket(vip(10), 80, UDP);
@@ -240,7 +272,7 @@ fn a_mapped_datagram_leaves_through_one_family_and_its_answer_arrives_through_th
     let socket = socket(vip(10), 80, UDP);
     let id = send(&sim, &socket);
     let mapped: Addr = format!("::ffff:10.64.0.{id}").parse::<std::net::IpAddr>().unwrap().into();
-    let mut answer = SimSocket { addr: mapped, port: Be16::new(8080), ..socket };
+    let mut answer = SimSocket { addr: mapped, port: Be16::new(8080), record: HAS_FLOWS, ..socket };
     assert_eq!(recvmsg(&mut answer, &sim), Translated);
     assert_eq!(answer.addr, vip(10));
 }
