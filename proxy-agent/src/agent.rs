@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::bpf::dataplane::{Dataplane, DataplaneError, Sizes};
+use crate::bpf::maps::KernelMaps;
 use crate::bpf::sys;
 use crate::cluster::{Change, Cluster, ObjectKey, Scope};
 use crate::config::{Config, Source};
@@ -313,10 +314,7 @@ impl Agent {
         let first = self.programmed.is_none();
         let mut programmed = match self.programmed.take() {
             Some(mut programmed) if self.everything => {
-                programmed.model = Model::restore(
-                    programmed.dataplane.maps.capacity(),
-                    &programmed.dataplane.maps.contents()?,
-                );
+                programmed.model = read_back(&programmed.dataplane.maps)?;
                 programmed
             }
             Some(programmed) => programmed,
@@ -368,11 +366,7 @@ impl Agent {
         let dataplane = Dataplane::open(self.config.pins.clone(), sizes_for(desired))?;
         self.report.verified(&dataplane.verified);
         let capacity = dataplane.maps.capacity();
-        let model = if dataplane.resumed {
-            Model::restore(capacity, &dataplane.maps.contents()?)
-        } else {
-            Model::new(capacity)
-        };
+        let model = if dataplane.resumed { read_back(&dataplane.maps)? } else { Model::new(capacity) };
         let sweeper = match SocketSweeper::new(Places::default()) {
             Ok(sweeper) => Some((Arc::new(sweeper), dataplane.sockets()?)),
             Err(error) => {
@@ -486,6 +480,12 @@ impl Agent {
     }
 }
 
+fn read_back(maps: &KernelMaps) -> Result<Model, AgentError> {
+    let contents = maps.contents()?;
+    maps.refresh_filter(&contents).map_err(SelfTestError::from)?;
+    Ok(Model::restore(maps.capacity(), &contents))
+}
+
 fn carry_out(maps: &mut impl MapStore, ops: &[Op]) -> Result<(), SelfTestError> {
     ops.iter().try_for_each(|op| maps.apply(op)).map_err(|error: StoreError| error.into())
 }
@@ -555,7 +555,6 @@ fn warn_about_cgroup(config: &Config) {
 
 /// What a scrape reads from the maps. They are opened for each scrape: the agent may replace them.
 fn readers(config: &Config) -> Readers {
-    use crate::bpf::maps::KernelMaps;
     use proxy_common::abi::Counter;
     let (pins, for_maps) = (config.pins.clone(), config.pins.clone());
     Readers {

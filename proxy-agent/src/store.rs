@@ -1,9 +1,13 @@
 //! The last arrow: single map operations, and who carries them out.
 //!
 //! [`crate::plan`] writes them in an order of which any prefix is safe. [`crate::bpf`] carries them out on kernel
-//! maps, [`crate::sim`] on ordered maps.
+//! maps, [`crate::sim`] on ordered maps. `FILTER` follows from the other maps, so stores keep it beside them: no plan
+//! speaks of it.
 
-use proxy_common::abi::{Backend, BackendState, FrontendKey, FrontendValue, Service, ServiceName};
+use proxy_common::abi::{
+    Backend, BackendState, FILTER_WORDS, FilterBit, FrontendKey, FrontendKind, FrontendValue, Service,
+    ServiceName, local_address,
+};
 use proxy_common::addr::{Addr, Prefix};
 
 /// One write to one map.
@@ -58,6 +62,39 @@ pub trait MapStore {
     ///
     /// [`StoreError`]; the operation then had no effect.
     fn apply(&mut self, op: &Op) -> Result<(), StoreError>;
+}
+
+/// The bits of `FILTER` that have to be set before `op` is carried out.
+pub fn filter_bits(op: &Op) -> Vec<FilterBit> {
+    match op {
+        Op::Frontend(key, Some(_)) => frontend_bit(key).into_iter().collect(),
+        Op::LocalAddress(addr, Some(bits)) => address_bit(addr, *bits).into_iter().collect(),
+        Op::ServiceCidr(cidr, true) => FilterBit::of_prefix(*cidr).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// `FILTER` as it has to be, without any stale bit.
+pub fn filter_words(contents: &Contents) -> Vec<u64> {
+    let frontends = contents.frontends.iter().filter_map(|(key, _)| frontend_bit(key));
+    let addresses = contents.local_addresses.iter().filter_map(|(addr, bits)| address_bit(addr, *bits));
+    let cidrs = contents.service_cidrs.iter().flat_map(|cidr| FilterBit::of_prefix(*cidr));
+    let mut words = vec![0; FILTER_WORDS as usize];
+    for bit in frontends.chain(addresses).chain(cidrs) {
+        if let Some(word) = words.get_mut(bit.word as usize) {
+            *word |= bit.mask;
+        }
+    }
+    words
+}
+
+/// nodePorts are found by the addresses that serve them.
+fn frontend_bit(key: &FrontendKey) -> Option<FilterBit> {
+    (key.kind != FrontendKind::NodePort as u8).then(|| FilterBit::of_address(&key.addr))
+}
+
+fn address_bit(addr: &Addr, bits: u32) -> Option<FilterBit> {
+    (bits & local_address::NODEPORT != 0).then(|| FilterBit::of_address(addr))
 }
 
 /// Sizes of the maps whose numbers the agent gives out.

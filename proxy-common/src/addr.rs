@@ -55,6 +55,15 @@ impl Addr {
         Self { bytes: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] }
     }
 
+    /// As [`Addr::v4`], from a word whose bytes lie in memory in wire order. For BPF programs: single bytes that are read
+    /// back as words stall the CPU.
+    #[inline(always)]
+    pub fn v4_in_memory(word: u32) -> Self {
+        const PREFIX: u64 = u64::from_ne_bytes([0, 0, 0xff, 0xff, 0, 0, 0, 0]);
+        let shift = if cfg!(target_endian = "little") { 32 } else { 0 };
+        bytemuck::cast([0, PREFIX | u64::from(word) << shift])
+    }
+
     /// From sixteen bytes in wire order (an IPv4-mapped address is the same thing as its IPv4 address).
     #[inline(always)]
     pub const fn v6(bytes: [u8; 16]) -> Self {

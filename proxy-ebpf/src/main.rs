@@ -10,8 +10,8 @@ mod sock;
 
 use aya_ebpf::Global;
 use aya_ebpf::helpers::generated::bpf_set_retval;
-use aya_ebpf::macros::cgroup_sock_addr;
-use aya_ebpf::programs::SockAddrContext;
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
+use aya_ebpf::programs::{SockAddrContext, SockContext};
 use proxy_common::datapath::socket::{self, Verdict};
 
 use crate::maps::Maps;
@@ -102,13 +102,20 @@ fn recvmsg6(ctx: SockAddrContext) -> i32 {
 
 #[cgroup_sock_addr(getpeername4)]
 fn getpeername4(ctx: SockAddrContext) -> i32 {
-    decide::<false>("getpeername4", ctx, socket::peername);
+    decide::<false>("getpeername4", ctx, |socket| socket::peername(socket, &Maps));
     ALLOW
 }
 
 #[cgroup_sock_addr(getpeername6)]
 fn getpeername6(ctx: SockAddrContext) -> i32 {
-    decide::<true>("getpeername6", ctx, socket::peername);
+    decide::<true>("getpeername6", ctx, |socket| socket::peername(socket, &Maps));
+    ALLOW
+}
+
+#[cgroup_sock(sock_release)]
+fn sock_release(ctx: SockContext) -> i32 {
+    let (protocol, cookie) = sock::closing(&ctx);
+    socket::release(protocol, cookie, &Maps);
     ALLOW
 }
 

@@ -9,14 +9,17 @@ use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkSto
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{
-    AffinityKey, AffinityValue, Backend, Counter, FrontendKey, FrontendValue, Node, Service, ServiceName,
-    SocketRecord, UdpFlow, UdpFlowKey,
+    AffinityKey, AffinityValue, Backend, Counter, FILTER_WORDS, FrontendKey, FrontendValue, Node, Service,
+    ServiceName, SocketRecord, StreamRecord, UdpFlow, UdpFlowKey, socket::STREAM_SLOTS,
 };
 use proxy_common::addr::Addr;
 use proxy_common::datapath::tables::Tables;
 
 const BPF_F_NO_PREALLOC: usize = 1;
 const BPF_F_MMAPABLE: usize = 1 << 10;
+
+#[btf_map]
+static FILTER: Array<u64, { FILTER_WORDS as usize }, BPF_F_MMAPABLE> = Array::new();
 
 #[btf_map]
 static FRONTENDS: HashMap<FrontendKey, FrontendValue, 1> = HashMap::new();
@@ -50,6 +53,9 @@ static AFFINITY: LruHashMap<AffinityKey, AffinityValue, 1> = LruHashMap::new();
 static UDP_FLOWS: LruHashMap<UdpFlowKey, UdpFlow, 1> = LruHashMap::new();
 
 #[btf_map]
+static STREAMS: Array<StreamRecord, { STREAM_SLOTS as usize }> = Array::new();
+
+#[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketRecord> = SkStorage::new();
 
 #[btf_map]
@@ -76,6 +82,16 @@ macro_rules! load_words {
 }
 
 impl Tables for Maps {
+    #[inline(always)]
+    fn filter(&self, word: u32) -> u64 {
+        match FILTER.get_ptr(word) {
+            // SAFETY: the kernel's lookup returned a pointer to a whole element.
+            Some(bits) => unsafe { read_volatile(bits) },
+            // Never: the verifier does not know that the index is in range.
+            None => u64::MAX,
+        }
+    }
+
     #[inline(always)]
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
         Some(load_words!(FRONTENDS.get_ptr(key)?, FrontendValue, 1))
@@ -144,6 +160,32 @@ impl Tables for Maps {
     fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
         // A full LRU evicts; what else can fail leaves the client unremembered, which is allowed.
         let _ = AFFINITY.insert(key, value, 0);
+    }
+
+    #[inline(always)]
+    fn stream(&self, slot: u32) -> Option<StreamRecord> {
+        Some(load_words!(STREAMS.get_ptr(slot)?, StreamRecord, 8))
+    }
+
+    #[inline(always)]
+    fn put_stream(&self, slot: u32, stream: &StreamRecord) -> bool {
+        match STREAMS.get_ptr_mut(slot) {
+            Some(element) => {
+                let words = bytemuck::cast::<StreamRecord, [u64; 8]>(*stream);
+                // SAFETY: the kernel's lookup returned a pointer to a whole element of eight aligned words.
+                unsafe { element.cast::<[u64; 8]>().write_volatile(words) };
+                true
+            }
+            None => false,
+        }
+    }
+
+    #[inline(always)]
+    fn free_stream(&self, slot: u32) {
+        if let Some(element) = STREAMS.get_ptr_mut(slot) {
+            // SAFETY: the kernel's lookup returned a pointer to a whole element, which begins with the cookie.
+            unsafe { element.cast::<u64>().write_volatile(0) };
+        }
     }
 
     #[inline(always)]

@@ -7,7 +7,7 @@ use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie};
-use aya_ebpf::programs::SockAddrContext;
+use aya_ebpf::programs::{SockAddrContext, SockContext};
 use proxy_common::abi::SocketRecord;
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
@@ -58,7 +58,7 @@ impl<const V6: bool> Socket for SockAddr<V6> {
             ];
             Addr::v6(bytemuck::cast(words))
         } else {
-            Addr::v4(get!(self, user_ip4).to_ne_bytes())
+            Addr::v4_in_memory(get!(self, user_ip4))
         }
     }
 
@@ -135,4 +135,13 @@ impl<const V6: bool> Socket for SockAddr<V6> {
         // SAFETY: the pointer is the context's own.
         let _ = unsafe { SOCKETS.delete(sk) };
     }
+}
+
+/// Protocol and cookie of a socket that is being closed.
+#[inline(always)]
+pub(crate) fn closing(ctx: &SockContext) -> (u32, u64) {
+    // SAFETY: the kernel hands every program of this type a whole `bpf_sock`.
+    let protocol = unsafe { addr_of!((*ctx.sock).protocol).read_volatile() };
+    // SAFETY: the context is the one this program was called with.
+    (protocol, unsafe { bpf_get_socket_cookie(ctx.as_ptr()) })
 }

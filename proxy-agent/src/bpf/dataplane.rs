@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::MapData;
 use aya::programs::links::FdLink;
-use aya::programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, ProgramType};
+use aya::programs::{CgroupAttachMode, Program, ProgramError, ProgramType};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
@@ -22,8 +22,17 @@ use crate::store::Capacity;
 
 /// The programs, in the order in which they are attached: those of the reply direction first, so that no request is
 /// translated whose answer would not be.
-pub const PROGRAMS: [&str; 8] =
-    ["getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6", "connect4", "connect6"];
+pub const PROGRAMS: [&str; 9] = [
+    "sock_release",
+    "getpeername4",
+    "getpeername6",
+    "recvmsg4",
+    "recvmsg6",
+    "sendmsg4",
+    "sendmsg6",
+    "connect4",
+    "connect6",
+];
 
 /// Oldest kernel with everything that the programs need.
 const KERNEL_FLOOR: (u32, u32) = (5, 10);
@@ -140,8 +149,13 @@ impl Dataplane {
         let mut verified = Vec::new();
         for name in PROGRAMS {
             let failed = |source| DataplaneError::Program { program: name, source };
-            let program = sock_addr(&mut programs, name)?;
-            program.load().map_err(failed)?;
+            let program = program(&mut programs, name)?;
+            match program {
+                Program::CgroupSock(program) => program.load(),
+                Program::CgroupSockAddr(program) => program.load(),
+                _ => Err(ProgramError::UnexpectedProgramType),
+            }
+            .map_err(failed)?;
             let info = program.info().map_err(failed)?;
             verified.push((name, info.verified_instruction_count()));
         }
@@ -168,7 +182,7 @@ impl Dataplane {
                 reason,
             };
             let pin = self.pins.link(name);
-            let program = sock_addr(&mut self.programs, name)?;
+            let program = program(&mut self.programs, name)?;
             let old = match sys::open_link(&pin) {
                 Ok(link) => Some(link),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -182,9 +196,7 @@ impl Dataplane {
                 continue;
             }
             // Another cgroup than before, or the first time: attach here, then let the old link go.
-            let id = program.attach(&dir, CgroupAttachMode::Single).map_err(|e| failed(chain(&e)))?;
-            let link = program.take_link(id).map_err(|error| failed(error.to_string()))?;
-            let link = FdLink::try_from(link).map_err(|error| failed(error.to_string()))?;
+            let link = attach(program, &dir).map_err(|error| failed(chain(&*error)))?;
             if old.is_some() {
                 std::fs::remove_file(&pin).map_err(|error| failed(error.to_string()))?;
             }
@@ -210,13 +222,24 @@ impl Dataplane {
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("VIPR_EBPF_OBJECT"));
 
-fn sock_addr<'a>(
-    programs: &'a mut Ebpf,
-    name: &'static str,
-) -> Result<&'a mut CgroupSockAddr, DataplaneError> {
-    let failed = |source| DataplaneError::Program { program: name, source };
-    let program = programs.program_mut(name).ok_or_else(|| failed(ProgramError::UnexpectedProgramType))?;
-    program.try_into().map_err(failed)
+fn program<'a>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, DataplaneError> {
+    let missing = DataplaneError::Program { program: name, source: ProgramError::UnexpectedProgramType };
+    programs.program_mut(name).ok_or(missing)
+}
+
+/// Attaches to a cgroup and hands the link out, to be pinned.
+fn attach(program: &mut Program, cgroup: &File) -> Result<FdLink, Box<dyn std::error::Error>> {
+    Ok(match program {
+        Program::CgroupSock(program) => {
+            let id = program.attach(cgroup, CgroupAttachMode::Single)?;
+            FdLink::try_from(program.take_link(id)?)?
+        }
+        Program::CgroupSockAddr(program) => {
+            let id = program.attach(cgroup, CgroupAttachMode::Single)?;
+            FdLink::try_from(program.take_link(id)?)?
+        }
+        _ => return Err(ProgramError::UnexpectedProgramType.into()),
+    })
 }
 
 /// Elements that a map should have; 0 where the object decides.

@@ -10,7 +10,7 @@ use proxy_common::addr::{Addr, Prefix};
 
 use super::pins::PinDir;
 use super::sys::Mapping;
-use crate::store::{Capacity, Contents, MapStore, Op, StoreError};
+use crate::store::{Capacity, Contents, MapStore, Op, StoreError, filter_bits, filter_words};
 
 /// Why the pinned maps cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +40,7 @@ pub struct KernelMaps {
     local_addresses: HashMap<MapData, Addr, u32>,
     service_cidrs: LpmTrie<MapData, Addr, u32>,
     counters: PerCpuArray<MapData, u64>,
+    filter: Mapping,
     services: Mapping,
     slots: Mapping,
     backends: Mapping,
@@ -92,6 +93,7 @@ impl KernelMaps {
             service_cidrs: typed(aya::maps::Map::LpmTrie(data("SERVICE_CIDRS")?))
                 .map_err(bad("SERVICE_CIDRS"))?,
             counters: typed(aya::maps::Map::PerCpuArray(data("COUNTERS")?)).map_err(bad("COUNTERS"))?,
+            filter: mapping("FILTER", size_of::<u64>())?,
             services,
             slots,
             backends,
@@ -183,8 +185,25 @@ impl KernelMaps {
     }
 }
 
+impl KernelMaps {
+    /// Brings `FILTER` to what the other maps hold: sets what is missing, clears what has become stale.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Range`] if the map is too small.
+    pub fn refresh_filter(&self, contents: &Contents) -> Result<(), StoreError> {
+        (0..)
+            .zip(filter_words(contents))
+            .try_for_each(|(word, bits)| store("FILTER", &self.filter, word, 0, bits))
+    }
+}
+
 impl MapStore for KernelMaps {
     fn apply(&mut self, op: &Op) -> Result<(), StoreError> {
+        for bit in filter_bits(op) {
+            let word = self.filter.word(bit.word, 0).map_or(0, |word| word.load(Acquire));
+            store("FILTER", &self.filter, bit.word, 0, word | bit.mask)?;
+        }
         match op {
             Op::Name(id, Some(name)) => self.names.insert(id, **name, 0).map_err(failed("NAMES")),
             Op::Name(id, None) => absent_is_fine(self.names.remove(id)).map_err(failed("NAMES")),

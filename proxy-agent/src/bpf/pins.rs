@@ -65,7 +65,8 @@ const fn spec<K, V>(name: &'static str, map_type: MapType, independent: bool) ->
 }
 
 /// Every map. What each holds is told in `docs/maps.md`.
-pub const MAPS: [MapSpec; 12] = [
+pub const MAPS: [MapSpec; 14] = [
+    spec::<u32, u64>("FILTER", MapType::Array, false),
     spec::<abi::FrontendKey, abi::FrontendValue>("FRONTENDS", MapType::Hash, false),
     spec::<u32, abi::Service>("SERVICES", MapType::Array, false),
     spec::<u32, u32>("SLOTS", MapType::Array, false),
@@ -77,6 +78,7 @@ pub const MAPS: [MapSpec; 12] = [
     spec::<u32, abi::Node>("NODE", MapType::Array, true),
     spec::<Addr, u32>("LOCAL_ADDRESSES", MapType::Hash, false),
     spec::<abi::PrefixKey, u32>("SERVICE_CIDRS", MapType::LpmTrie, false),
+    spec::<u32, abi::StreamRecord>("STREAMS", MapType::Array, true),
     spec::<i32, abi::SocketRecord>("SOCKETS", MapType::SkStorage, true),
     spec::<u32, u64>("COUNTERS", MapType::PerCpuArray, true),
 ];

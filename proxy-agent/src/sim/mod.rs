@@ -8,13 +8,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, Counter, FrontendKey, FrontendValue, Service, ServiceName,
-    SocketRecord, UdpFlow, UdpFlowKey,
+    SocketRecord, StreamRecord, UdpFlow, UdpFlowKey,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
 use proxy_common::datapath::tables::{Socket, Tables};
 
-use crate::store::{Contents, MapStore, Op, StoreError};
+use crate::store::{Contents, MapStore, Op, StoreError, filter_bits};
 
 #[cfg(test)]
 mod tests;
@@ -23,6 +23,7 @@ mod tests;
 #[derive(Debug, Default)]
 pub struct Simulator {
     names: BTreeMap<u32, ServiceName>,
+    filter: BTreeMap<u32, u64>,
     frontends: BTreeMap<FrontendKey, FrontendValue>,
     services: BTreeMap<u32, Service>,
     slots: BTreeMap<u32, u32>,
@@ -30,6 +31,7 @@ pub struct Simulator {
     local_addresses: BTreeMap<Addr, u32>,
     service_cidrs: BTreeSet<Prefix>,
     affinity: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
+    streams: RefCell<BTreeMap<u32, StreamRecord>>,
     udp_flows: RefCell<BTreeMap<UdpFlowKey, UdpFlow>>,
     counters: RefCell<BTreeMap<Counter, u64>>,
     random: Cell<u64>,
@@ -78,6 +80,9 @@ impl MapStore for Simulator {
                 None => map.remove(&key),
             };
         }
+        for bit in filter_bits(op) {
+            *self.filter.entry(bit.word).or_default() |= bit.mask;
+        }
         match op {
             Op::Name(id, name) => set(&mut self.names, *id, name.as_deref().copied()),
             Op::Backend(id, backend) => set(&mut self.backends, *id, Some(*backend)),
@@ -98,6 +103,10 @@ impl MapStore for Simulator {
 }
 
 impl Tables for Simulator {
+    fn filter(&self, word: u32) -> u64 {
+        self.filter.get(&word).copied().unwrap_or(0)
+    }
+
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
         self.frontends.get(key).copied()
     }
@@ -137,6 +146,19 @@ impl Tables for Simulator {
 
     fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
         self.affinity.borrow_mut().insert(*key, *value);
+    }
+
+    fn stream(&self, slot: u32) -> Option<StreamRecord> {
+        Some(self.streams.borrow().get(&slot).copied().unwrap_or_default())
+    }
+
+    fn put_stream(&self, slot: u32, stream: &StreamRecord) -> bool {
+        self.streams.borrow_mut().insert(slot, *stream);
+        true
+    }
+
+    fn free_stream(&self, slot: u32) {
+        self.streams.borrow_mut().remove(&slot);
     }
 
     fn udp_flow(&self, key: &UdpFlowKey) -> Option<UdpFlow> {

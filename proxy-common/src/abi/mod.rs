@@ -8,6 +8,7 @@
 pub mod affinity;
 pub mod backend;
 pub mod counters;
+pub mod filter;
 pub mod frontend;
 #[cfg(feature = "user")]
 mod pod;
@@ -17,9 +18,10 @@ pub mod socket;
 pub use affinity::{AffinityKey, AffinityValue};
 pub use backend::{Backend, BackendState};
 pub use counters::Counter;
+pub use filter::{FILTER_WORDS, FilterBit};
 pub use frontend::{FrontendKey, FrontendKind, FrontendValue};
 pub use service::{Affinity, Service, ServiceName, SlotRange};
-pub use socket::{FlowDirection, SocketRecord, UdpFlow, UdpFlowKey};
+pub use socket::{FlowDirection, SocketRecord, StreamRecord, UdpFlow, UdpFlowKey};
 
 /// Version of everything in this module. Maps are pinned below `<pin-dir>/v<ABI_VERSION>/`.
 pub const ABI_VERSION: u32 = 1;

@@ -4,7 +4,7 @@
 
 use super::{
     AffinityKey, AffinityValue, Backend, FrontendKey, FrontendValue, Node, PrefixKey, Service, ServiceName,
-    SocketRecord, UdpFlow, UdpFlowKey,
+    SocketRecord, StreamRecord, UdpFlow, UdpFlowKey,
 };
 use crate::addr::Addr;
 
@@ -28,6 +28,7 @@ pod!(
     Service,
     ServiceName,
     SocketRecord,
+    StreamRecord,
     UdpFlow,
     UdpFlowKey,
 );

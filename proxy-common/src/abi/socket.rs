@@ -1,9 +1,10 @@
 //! What the socket edge remembers per socket: the address that the application asked for.
 //!
-//! `SOCKETS` is socket storage (freed with the socket) for connected sockets. `UDP_FLOWS` is a small LRU hash for
-//! datagrams sent from unconnected UDP sockets. Both are written and read by the socket edge; the agent
-//! reads `SOCKETS` by descriptor to find connected UDP sockets whose backend has left (sock_diag lists the storage of
-//! TCP sockets only).
+//! `SOCKETS` is socket storage (freed with the socket) for connected sockets. `STREAMS` is an array that takes most
+//! stream sockets' records instead, because storage costs a short connection more than all the rest of connect().
+//! `UDP_FLOWS` is a small LRU hash for datagrams sent from unconnected UDP sockets. All are written and read by the
+//! socket edge; the agent reads `SOCKETS` by descriptor to find connected UDP sockets whose backend has left (sock_diag
+//! lists the storage of TCP sockets only).
 
 use bytemuck::{Pod, Zeroable};
 
@@ -28,6 +29,64 @@ pub struct SocketRecord {
 }
 
 const _: () = assert!(size_of::<SocketRecord>() == 44);
+
+/// Elements of `STREAMS`, a power of two: small enough to stay in a CPU's cache.
+pub const STREAM_SLOTS: u32 = 1 << 14;
+
+/// Element of `STREAMS`: the record of the one open stream socket whose cookie leads here ([`StreamRecord::slot`]).
+///
+/// Cookies are counted up, so sockets that are open together rarely meet. Who finds the element taken uses `SOCKETS`.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct StreamRecord {
+    /// Socket cookie; 0 for a free element.
+    pub cookie: u64,
+    /// What the socket asked for.
+    pub record: SocketRecord,
+    /// Zero.
+    pub pad: u32,
+    /// Digest of all above: two sockets that take a free element in the same instant leave one of them whole or none.
+    pub check: u64,
+}
+
+const _: () = assert!(size_of::<StreamRecord>() == 64);
+
+impl StreamRecord {
+    /// The element for a socket's record.
+    #[inline(always)]
+    pub fn new(cookie: u64, record: SocketRecord) -> Self {
+        let unsealed = Self { cookie, record, pad: 0, check: 0 };
+        Self { check: unsealed.digest(), ..unsealed }
+    }
+
+    /// Index of the element that a cookie leads to.
+    #[inline(always)]
+    pub const fn slot(cookie: u64) -> u32 {
+        cookie as u32 & (STREAM_SLOTS - 1)
+    }
+
+    /// The record, if it is this socket's and whole.
+    #[inline(always)]
+    pub fn of(&self, cookie: u64) -> Option<SocketRecord> {
+        (self.cookie == cookie && self.check == self.digest()).then_some(self.record)
+    }
+
+    #[inline(always)]
+    fn digest(&self) -> u64 {
+        let [words @ .., _]: &[u64; 8] = bytemuck::cast_ref(self);
+        digest(words)
+    }
+}
+
+/// Mixes words. Not for hostile input: who writes the maps needs no collisions.
+#[inline(always)]
+fn digest<const N: usize>(words: &[u64; N]) -> u64 {
+    let mut hash = 0x9e37_79b9_7f4a_7c15_u64;
+    for word in words {
+        hash = (hash ^ word).wrapping_mul(0xff51_afd7_ed55_8ccd).rotate_left(29);
+    }
+    hash
+}
 
 /// Which way a `UDP_FLOWS` entry translates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,11 +155,7 @@ impl UdpFlow {
         let value: &[u64; 4] = bytemuck::cast_ref(self);
         let [a, b, c, d] = *key;
         let [e, f, g, _] = *value;
-        let mut hash = 0x9e37_79b9_7f4a_7c15_u64;
-        for word in [a, b, c, d, e, f, g] {
-            hash = (hash ^ word).wrapping_mul(0xff51_afd7_ed55_8ccd).rotate_left(29);
-        }
-        hash
+        digest(&[a, b, c, d, e, f, g])
     }
 }
 

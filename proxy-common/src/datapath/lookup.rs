@@ -1,7 +1,7 @@
 //! Whose address is it? One hash lookup for a clusterIP, externalIP or load-balancer address.
 
 use super::tables::Tables;
-use crate::abi::{FrontendKey, FrontendValue, local_address};
+use crate::abi::{FilterBit, FrontendKey, FrontendValue, local_address};
 use crate::addr::Addr;
 use crate::be::Be16;
 
@@ -23,6 +23,9 @@ pub enum Target {
 /// Exact frontend, then nodePort on this node's addresses, then what remains of clusterIPs and ServiceCIDRs.
 #[inline(always)]
 pub fn find(tables: &impl Tables, addr: &Addr, port: Be16, proto: u8) -> Target {
+    if !may_be_ours(tables, addr) {
+        return Target::Other;
+    }
     let exact = FrontendKey::exact(*addr, port, proto);
     let found = frontend(tables, &exact);
     if !matches!(found, Target::Other) {
@@ -43,6 +46,13 @@ pub fn find(tables: &impl Tables, addr: &Addr, port: Be16, proto: u8) -> Target 
     // one miss. (Where a miss means "not ours" it costs one connection its translation, and every other one nothing.)
     let found = frontend(tables, &exact);
     if matches!(found, Target::Other) { unused } else { found }
+}
+
+/// Whether `FILTER` leaves open that the address is a VIP, serves nodePorts, or lies in a ServiceCIDR.
+#[inline(always)]
+fn may_be_ours(tables: &impl Tables, addr: &Addr) -> bool {
+    let set = |bit: FilterBit| tables.filter(bit.word) & bit.mask != 0;
+    set(FilterBit::of_block(addr)) || set(FilterBit::of_address(addr))
 }
 
 #[inline(always)]

@@ -8,8 +8,8 @@ use super::select::{Client, Selection, select};
 use super::tables::{Socket, Tables};
 use crate::abi::frontend::flags::PROBE;
 use crate::abi::{
-    AffinityKey, Backend, Counter, FlowDirection, FrontendValue, SocketRecord, UdpFlow, UdpFlowKey,
-    backend::flags::SERVING, proto,
+    AffinityKey, Backend, Counter, FlowDirection, FrontendValue, SocketRecord, StreamRecord, UdpFlow,
+    UdpFlowKey, backend::flags::SERVING, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -42,7 +42,7 @@ pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
         Err(verdict) => {
             // The socket may have been connected through us before. When this connect() fails, it still is.
             if verdict == Verdict::Pass {
-                socket.drop_record();
+                forget(socket, tables);
             }
             return verdict;
         }
@@ -57,7 +57,7 @@ pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
                 service: frontend.service,
                 backend: id,
             };
-            if !socket.put_record(&record) {
+            if !remember(socket, tables, &record) {
                 tables.count(Counter::FailRecord);
                 return Verdict::Fail;
             }
@@ -152,11 +152,66 @@ pub fn recvmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
 
 /// getpeername(): the VIP, if that is what the application connected to.
 #[inline(always)]
-pub fn peername(socket: &mut impl Socket) -> Verdict {
-    match socket.record() {
+pub fn peername(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
+    match stream(socket, tables).or_else(|| socket.record()) {
         Some(record) => translate_back(socket, &record),
         None => Verdict::Pass,
     }
+}
+
+/// close(): what `STREAMS` holds for the socket goes; its storage is freed by the kernel.
+#[inline(always)]
+pub fn release(protocol: u32, cookie: u64, tables: &impl Tables) {
+    if protocol != u32::from(proto::UDP) {
+        drop_stream(cookie, tables);
+    }
+}
+
+/// Notes what a connected socket asked for.
+#[inline(always)]
+fn remember(socket: &mut impl Socket, tables: &impl Tables, record: &SocketRecord) -> bool {
+    if is_stream(socket) {
+        let cookie = socket.cookie();
+        let slot = StreamRecord::slot(cookie);
+        let free = tables.stream(slot).is_some_and(|taken| taken.cookie == 0 || taken.cookie == cookie);
+        if free && tables.put_stream(slot, &StreamRecord::new(cookie, *record)) {
+            return true;
+        }
+    }
+    socket.put_record(record)
+}
+
+/// Forgets what a socket asked for before.
+#[inline(always)]
+fn forget(socket: &mut impl Socket, tables: &impl Tables) {
+    if is_stream(socket) {
+        drop_stream(socket.cookie(), tables);
+    }
+    socket.drop_record();
+}
+
+#[inline(always)]
+fn stream(socket: &impl Socket, tables: &impl Tables) -> Option<SocketRecord> {
+    if !is_stream(socket) {
+        return None;
+    }
+    let cookie = socket.cookie();
+    tables.stream(StreamRecord::slot(cookie))?.of(cookie)
+}
+
+#[inline(always)]
+fn drop_stream(cookie: u64, tables: &impl Tables) {
+    let slot = StreamRecord::slot(cookie);
+    if tables.stream(slot).is_some_and(|taken| taken.cookie == cookie) {
+        tables.free_stream(slot);
+    }
+}
+
+/// Whether `STREAMS` may hold the socket's record. UDP's stays in socket storage, where the agent looks for it and
+/// where recvmsg() pays least.
+#[inline(always)]
+fn is_stream(socket: &impl Socket) -> bool {
+    socket.protocol() != u32::from(proto::UDP)
 }
 
 #[inline(always)]

@@ -1,14 +1,16 @@
 //! What decisions may look at and write: traits that BPF maps implement in the kernel and ordered maps in tests.
 
 use crate::abi::{
-    AffinityKey, AffinityValue, Backend, Counter, FrontendKey, FrontendValue, Service, SocketRecord, UdpFlow,
-    UdpFlowKey,
+    AffinityKey, AffinityValue, Backend, Counter, FrontendKey, FrontendValue, Service, SocketRecord,
+    StreamRecord, UdpFlow, UdpFlowKey,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
 
 /// Maps that the agent fills, and the two sources of randomness and time.
 pub trait Tables {
+    /// `FILTER`: 64 of its bits.
+    fn filter(&self, word: u32) -> u64;
     /// `FRONTENDS`, one aligned load. The value may be another key's: see [`FrontendValue::is_for`].
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue>;
     /// `SERVICES`: every word loaded once.
@@ -29,6 +31,12 @@ pub trait Tables {
     fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue>;
     /// Remembers a client. Failure is not an error: the client is only forgotten.
     fn remember(&self, key: &AffinityKey, value: &AffinityValue);
+    /// `STREAMS`.
+    fn stream(&self, slot: u32) -> Option<StreamRecord>;
+    /// Writes an element of `STREAMS`; false when there is none.
+    fn put_stream(&self, slot: u32, stream: &StreamRecord) -> bool;
+    /// Makes an element of `STREAMS` free: its first word becomes 0.
+    fn free_stream(&self, slot: u32);
     /// `UDP_FLOWS`.
     fn udp_flow(&self, key: &UdpFlowKey) -> Option<UdpFlow>;
     /// Writes an entry of `UDP_FLOWS`; false when that failed.

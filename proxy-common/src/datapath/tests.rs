@@ -13,7 +13,7 @@ use crate::abi::backend::flags::IN_CLUSTER;
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
     AffinityKey, AffinityValue, Backend, BackendState, Counter, FrontendKey, FrontendValue, Service,
-    SlotRange, UdpFlow, UdpFlowKey, local_address, proto,
+    SlotRange, StreamRecord, UdpFlow, UdpFlowKey, local_address, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -35,6 +35,20 @@ struct Racing {
 }
 
 impl Tables for Racing {
+    fn filter(&self, _: u32) -> u64 {
+        u64::MAX
+    }
+
+    fn stream(&self, _: u32) -> Option<StreamRecord> {
+        None
+    }
+
+    fn put_stream(&self, _: u32, _: &StreamRecord) -> bool {
+        false
+    }
+
+    fn free_stream(&self, _: u32) {}
+
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
         self.asked.borrow_mut().push(*key);
         self.frontends.borrow_mut().pop_front().flatten()

@@ -140,11 +140,12 @@ fn bpftool_shows_every_map_with_field_names() -> Result<()> {
             "NAMES" => &["namespace", "name", "port_name", "proto", "family"],
             "AFFINITY" => &["client", "service", "backend", "generation", "epoch", "last_seen"],
             "UDP_FLOWS" => &["cookie", "addr", "port", "direction", "backend", "check"],
+            "STREAMS" => &["cookie", "record", "vip", "backend_addr", "service", "check"],
             "NODE" => &["host_netns"],
             // bpftool's own names for the key of a trie.
             "SERVICE_CIDRS" => &["prefix_len", "bytes"],
             // Plain numbers, and addresses.
-            "SLOTS" | "LOCAL_ADDRESSES" | "COUNTERS" => &["key", "value"],
+            "FILTER" | "SLOTS" | "LOCAL_ADDRESSES" | "COUNTERS" => &["key", "value"],
             // The kernel shows socket storage by socket only.
             "SOCKETS" => continue,
             other => anyhow::bail!("what does {other} hold?"),

@@ -120,6 +120,9 @@ impl Machine {
     /// Follows every frontend as a BPF program would. Each leads to a named Service port with two good sets.
     fn observe(&mut self) {
         let contents = self.bench.sim.contents();
+        for (word, bits) in (0..).zip(filter_words(&contents)) {
+            assert_eq!(self.bench.sim.filter(word) & bits, bits, "FILTER hides something of ours");
+        }
         let names: BTreeMap<u32, PortKey> =
             contents.names.iter().map(|(id, name)| (*id, parse_name(name).unwrap())).collect();
         for (key, value) in &contents.frontends {

@@ -11,12 +11,14 @@ use proxy_common::abi::{FrontendKey, FrontendKind, Service, SlotRange};
 use proxy_common::addr::{Addr, Family};
 use proxy_common::be::Be16;
 
+use proxy_common::datapath::tables::Tables as _;
+
 use super::{FrontendName, Plan, Wanted, lost_claims, plan, plan_node, rivals};
 use crate::cluster::ObjectKey;
 use crate::desired::{DesiredBackend, DesiredPort, DesiredService, PortKey};
 use crate::model::{Freed, Model, Port, parse_name};
 use crate::sim::Simulator;
-use crate::store::{Capacity, Contents, MapStore as _, Op};
+use crate::store::{Capacity, Contents, MapStore as _, Op, filter_words};
 
 mod changes;
 mod full_maps;

@@ -33,18 +33,18 @@ fn a_connection_leads_to_a_backend_and_is_remembered_whole() {
         service: 1,
         backend: id,
     };
-    assert_eq!(socket.record, Some(record));
+    assert_eq!(record_of(&sim, &socket), Some(record));
     let mut asked = socket.clone();
-    assert_eq!(peername(&mut asked), Translated);
+    assert_eq!(peername(&mut asked, &sim), Translated);
     assert_eq!((asked.addr, asked.port), (vip(10), Be16::new(80)));
     // A socket that is connected to something else, or that was never ours.
     for other in [
         SimSocket { addr: pod(9), ..socket.clone() },
         SimSocket { port: Be16::new(1), ..socket.clone() },
-        SimSocket { record: None, ..socket },
+        SimSocket { cookie: socket.cookie + 1, ..socket },
     ] {
         let mut asked = other.clone();
-        assert_eq!(peername(&mut asked), Pass);
+        assert_eq!(peername(&mut asked, &sim), Pass);
         assert_eq!(asked, other);
     }
 }
@@ -135,7 +135,7 @@ fn node_ports_are_served_on_marked_addresses_only() {
     let (marked, unmarked, remote) =
         (Addr::v4([192, 0, 2, 10]), Addr::v4([198, 51, 100, 10]), Addr::v4([192, 0, 2, 20]));
     let socket_ = check(&sim, socket(marked, 31_080, TCP), Translated, Some(Counter::Connected));
-    assert_eq!(socket_.record.map(|record| record.vip), Some(marked));
+    assert_eq!(record_of(&sim, &socket_).map(|record| record.vip), Some(marked));
     for addr in [unmarked, remote, any] {
         check(&sim, socket(addr, 31_080, TCP), Pass, None);
     }
@@ -167,10 +167,48 @@ fn mapped_addresses_and_mptcp_meet_the_same_frontends() {
 #[test]
 fn a_socket_that_goes_elsewhere_forgets_its_record() {
     let sim = world();
-    let mut socket = check(&sim, socket(vip(10), 80, UDP), Translated, Some(Counter::Connected));
-    (socket.addr, socket.port) = (pod(3), Be16::new(8080));
-    assert_eq!(connect(&mut socket, &sim), Pass);
-    assert_eq!((socket.addr, socket.port, socket.record), (pod(3), Be16::new(8080), None));
+    for proto in [TCP, UDP] {
+        let mut socket = check(&sim, socket(vip(10), 80, proto), Translated, Some(Counter::Connected));
+        (socket.addr, socket.port) = (pod(3), Be16::new(8080));
+        assert_eq!(connect(&mut socket, &sim), Pass);
+        assert_eq!((socket.addr, socket.port), (pod(3), Be16::new(8080)));
+        assert_eq!(record_of(&sim, &socket), None);
+    }
+}
+
+#[test]
+fn open_sockets_whose_cookies_meet_are_both_remembered() {
+    let sim = world();
+    let with = |cookie: u64, number| SimSocket { cookie, ..socket(vip(number), 80, TCP) };
+    let first = check(&sim, with(500, 10), Translated, Some(Counter::Connected));
+    let meets = 500 + u64::from(STREAM_SLOTS);
+    let second = check(&sim, with(meets, 10), Translated, Some(Counter::Connected));
+    assert_eq!((first.record.is_some(), second.record.is_some()), (false, true));
+    let seen = |socket: &SimSocket| {
+        let mut asked = socket.clone();
+        (peername(&mut asked, &sim), asked.addr)
+    };
+    assert_eq!((seen(&first), seen(&second)), ((Translated, vip(10)), (Translated, vip(10))));
+    // The second socket's end leaves the first one alone; the first one's makes room.
+    release(TCP.into(), meets, &sim);
+    assert_eq!(seen(&first), (Translated, vip(10)));
+    release(UDP.into(), 500, &sim);
+    assert_eq!(seen(&first), (Translated, vip(10)));
+    release(TCP.into(), 500, &sim);
+    assert_eq!(seen(&first).0, Pass);
+    let third = check(&sim, with(meets + u64::from(STREAM_SLOTS), 10), Translated, Some(Counter::Connected));
+    assert!(third.record.is_none());
+}
+
+#[test]
+fn half_of_another_sockets_record_is_no_record() {
+    let sim = world();
+    let socket = check(&sim, socket(vip(10), 80, TCP), Translated, Some(Counter::Connected));
+    let slot = StreamRecord::slot(socket.cookie);
+    let whole = sim.stream(slot).unwrap();
+    let torn = StreamRecord { record: SocketRecord { vip: vip(20), ..whole.record }, ..whole };
+    assert!(sim.put_stream(slot, &torn));
+    assert_eq!(peername(&mut socket.clone(), &sim), Pass);
 }
 
 #[test]
@@ -192,7 +230,11 @@ fn a_socket_that_is_refused_stays_what_it_was() {
 #[test]
 fn a_connection_that_cannot_be_remembered_fails_untouched() {
     let sim = world();
-    let failing = SimSocket { storage_fails: true, ..socket(vip(10), 80, TCP) };
+    let failing = SimSocket { storage_fails: true, ..socket(vip(10), 80, UDP) };
+    check(&sim, failing, Fail, Some(Counter::FailRecord));
+    check(&sim, socket(vip(10), 80, TCP), Translated, Some(Counter::Connected));
+    let other = 500 + u64::from(STREAM_SLOTS);
+    let failing = SimSocket { storage_fails: true, cookie: other, ..socket(vip(10), 80, TCP) };
     check(&sim, failing, Fail, Some(Counter::FailRecord));
 }
 

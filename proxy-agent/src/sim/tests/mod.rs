@@ -8,9 +8,9 @@ use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, SERVING};
 use proxy_common::abi::frontend::flags::{DENY_HOST, DENY_POD, NEAR_LOCAL, POD_LOCAL, PROBE};
 use proxy_common::abi::local_address::{HOST, NODEPORT};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
-use proxy_common::abi::{Affinity, BackendState, FlowDirection, SlotRange};
+use proxy_common::abi::{Affinity, BackendState, FlowDirection, SlotRange, socket::STREAM_SLOTS};
 use proxy_common::datapath::socket::Verdict::{self, Drop, Fail, Pass, Reject, Translated};
-use proxy_common::datapath::socket::{connect, peername, recvmsg, sendmsg};
+use proxy_common::datapath::socket::{connect, peername, recvmsg, release, sendmsg};
 
 use super::*;
 
@@ -106,6 +106,11 @@ fn backend_of(socket: &SimSocket) -> u32 {
     let id = u32::from(socket.addr.v4_octets()[3]);
     assert_eq!(socket.addr, pod(id));
     id
+}
+
+/// What is remembered of a socket, wherever that is.
+fn record_of(sim: &Simulator, socket: &SimSocket) -> Option<SocketRecord> {
+    sim.stream(StreamRecord::slot(socket.cookie))?.of(socket.cookie).or(socket.record)
 }
 
 /// Every counter that is not zero.
