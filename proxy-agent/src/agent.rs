@@ -10,8 +10,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
+use proxy_common::abi::FrontendKey;
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE};
 use proxy_common::addr::{Addr, Family};
+use proxy_common::be::Be16;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -21,11 +23,15 @@ use crate::bpf::sys;
 use crate::cluster::{Change, Cluster, ObjectKey, Scope};
 use crate::config::{Config, Source};
 use crate::desired::{Context, DesiredService, desired_service};
+use crate::edge::settings::DetectLocal;
+use crate::edge::sources::Facts;
+use crate::edge::{self, Edge};
+use crate::flows::{FlowCounts, keep_collecting};
 use crate::health::{self, Health};
 use crate::http::{self, HttpError, OnBindFailure};
 use crate::metrics::{self, MapUsage, Metrics, Readers};
 use crate::model::{Freed, Model};
-use crate::node::{AddressesError, local_addresses, watch_addresses};
+use crate::node::{FollowError, local_addresses, watch_addresses};
 use crate::plan::{Wanted, lost_claims, plan, plan_node, rivals};
 use crate::report::{Report, State};
 use crate::selftest::{self, SelfTestError};
@@ -43,9 +49,9 @@ pub enum AgentError {
     /// The source cannot be read.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// The host's addresses cannot be read.
+    /// The host's addresses or devices cannot be read.
     #[error(transparent)]
-    Addresses(#[from] AddressesError),
+    Follow(#[from] FollowError),
     /// A server cannot serve.
     #[error(transparent)]
     Http(#[from] HttpError),
@@ -81,7 +87,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
 
     let health = Health::default();
     health.waiting_for("the first full list has not arrived");
-    let metrics = Arc::new(Metrics::new(readers(&config)));
+    let flow_counts = FlowCounts::default();
+    let metrics = Arc::new(Metrics::new(readers(&config, flow_counts.clone())));
     if let Some(address) = config.healthz {
         let router = health::router(health.clone(), Arc::clone(&metrics));
         tokio::spawn(http::serve("health", address, router, OnBindFailure::Retry(http::BIND_RETRY)));
@@ -91,6 +98,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         tokio::spawn(http::serve("metrics", address, router, OnBindFailure::Retry(http::BIND_RETRY)));
     }
 
+    tokio::spawn(keep_collecting(config.pins.clone(), Arc::clone(&metrics), flow_counts));
     let addresses = watch_addresses().await?;
     let (tx, updates) = mpsc::channel(QUEUE);
     let mut source = tokio::spawn(run_source(config.clone(), tx));
@@ -141,6 +149,9 @@ struct Agent {
     context: Context,
     addresses: watch::Receiver<BTreeSet<Addr>>,
     programmed: Option<Programmed>,
+    /// Devices and what is attached to them, from the first programming on.
+    edge: Option<Edge>,
+    facts: Facts,
     synced: bool,
     /// The node's own tables have to be looked at.
     node_changed: bool,
@@ -179,6 +190,7 @@ impl Agent {
         let context = Context {
             node_name: Arc::clone(&config.node_name),
             cluster_cidr: config.cluster_cidr,
+            pods_by_interface: config.edge.settings.detect_local != DetectLocal::ClusterCidr,
             ignore_external_ips: !config.allow_external_ips,
             ..Context::default()
         };
@@ -189,6 +201,8 @@ impl Agent {
             context,
             addresses,
             programmed: None,
+            edge: None,
+            facts: Facts::default(),
             synced: false,
             node_changed: true,
             everything: true,
@@ -218,6 +232,7 @@ impl Agent {
                     Ok(()) => self.take_addresses(),
                     Err(_) => std::future::pending().await,
                 },
+                Some(state) = edge_changed(&mut self.edge) => self.take_edge(state),
                 Some(()) = grace_over(&mut self.waiting) => self.release(),
                 Some(()) = finished(&mut self.sweep) => self.sweep = None,
                 () = async { tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)).await },
@@ -231,7 +246,10 @@ impl Agent {
                 continue;
             }
             retry = match self.sync() {
-                Ok(()) => None,
+                Ok(()) => {
+                    self.tell_edge().await?;
+                    None
+                }
                 Err(AgentError::SelfTest(SelfTestError::Store(error))) => Some(self.failed(&error)),
                 Err(AgentError::ReadBack(error)) => Some(self.failed(&error)),
                 Err(error) => return Err(error),
@@ -296,6 +314,36 @@ impl Agent {
         self.node_changed = true;
     }
 
+    /// Lets the packet edge know what it cannot see; starts it, the first time.
+    async fn tell_edge(&mut self) -> Result<(), AgentError> {
+        let Some(programmed) = &self.programmed else { return Ok(()) };
+        let frontends = &programmed.model.frontends;
+        let is_frontend = |addr: &&Addr| {
+            let from = FrontendKey { addr: **addr, port: Be16::new(0), proto: 0, kind: 0 };
+            frontends.range(from..).next().is_some_and(|(key, _)| key.addr == **addr)
+        };
+        self.facts.node_ips = self.context.node.ips;
+        self.facts.frontends = self.context.host_addresses.iter().filter(is_frontend).copied().collect();
+        match &self.edge {
+            Some(edge) => edge.tell(self.facts.clone()),
+            None => self.edge = Some(Edge::start(self.config.edge.clone(), self.facts.clone()).await?),
+        }
+        Ok(())
+    }
+
+    /// Traffic from outside is served once the first pass over the devices is made; only then the node is ready.
+    fn take_edge(&mut self, state: edge::State) {
+        let first = state.passes == 1;
+        let devices = state.devices.iter().filter(|device| !device.attached.is_empty()).count();
+        self.report.edge(state);
+        if first {
+            // Who waits for readiness may look at `status` next.
+            self.report.write();
+            tracing::info!(devices, "ready");
+            self.health.programmed();
+        }
+    }
+
     /// Programs what has changed. With nothing changed it does nothing.
     fn sync(&mut self) -> Result<(), AgentError> {
         let start = Instant::now();
@@ -330,6 +378,7 @@ impl Agent {
                 wanted.entry(key.service.clone()).or_insert(None);
             }
         }
+        self.remember_remote(&wanted);
         for rival in rivals(&programmed.model, &wanted) {
             let unchanged = self.wanted(&rival);
             wanted.insert(rival, unchanged);
@@ -344,14 +393,26 @@ impl Agent {
         result?;
         (self.everything, self.node_changed) = (false, false);
         if first {
-            tracing::info!(?took, "the first full list is programmed; ready");
-            self.health.programmed();
+            tracing::info!(?took, "the first full list is programmed");
         }
         for family in Family::ALL {
             self.health.updated(family);
         }
         self.observe_programming();
         Ok(())
+    }
+
+    /// Any backend on another node will do: the way to it shows which source the kernel prefers.
+    fn remember_remote(&mut self, wanted: &BTreeMap<ObjectKey, Option<Wanted>>) {
+        let ports = wanted.values().flatten().flat_map(|wanted| &wanted.desired.ports);
+        let mut backends = ports.flat_map(|port| &port.backends).filter(|b| b.flags & ON_THIS_NODE == 0);
+        while self.facts.remote.contains(&None)
+            && let Some(backend) = backends.next()
+        {
+            if let Some(remote) = self.facts.remote.get_mut(backend.addr.family().index()) {
+                remote.get_or_insert(backend.addr);
+            }
+        }
     }
 
     fn wanted(&self, key: &ObjectKey) -> Option<Wanted> {
@@ -365,8 +426,8 @@ impl Agent {
         let desired = wanted.values().flatten().map(|wanted| &wanted.desired);
         let dataplane = Dataplane::open(self.config.pins.clone(), sizes_for(desired))?;
         self.report.verified(&dataplane.verified);
-        let capacity = dataplane.maps.capacity();
-        let model = if dataplane.resumed { read_back(&dataplane.maps)? } else { Model::new(capacity) };
+        // Also of new maps: the flows beside them may be older.
+        let model = read_back(&dataplane.maps)?;
         let sweeper = match SocketSweeper::new(Places::default()) {
             Ok(sweeper) => Some((Arc::new(sweeper), dataplane.sockets()?)),
             Err(error) => {
@@ -390,7 +451,9 @@ impl Agent {
             let ips = &self.context.node.ips;
             let addresses = local_addresses(&self.config.nodeport_addresses, ips, &host);
             let cidrs = self.cluster.service_cidrs().collect();
-            carry_out(maps, &plan_node(model, addresses, cidrs))?;
+            let by_source = !self.context.pods_by_interface;
+            let pods = self.context.cluster_cidr.iter().flatten().filter(|_| by_source).copied().collect();
+            carry_out(maps, &plan_node(model, addresses, cidrs, pods))?;
             self.report
                 .set("--nodeport-addresses".to_owned(), self.config.nodeport_addresses.warnings(ips, &host));
         }
@@ -490,6 +553,14 @@ fn carry_out(maps: &mut impl MapStore, ops: &[Op]) -> Result<(), SelfTestError> 
     ops.iter().try_for_each(|op| maps.apply(op)).map_err(|error: StoreError| error.into())
 }
 
+/// The next news of the packet edge; never while it has not been started.
+async fn edge_changed(edge: &mut Option<Edge>) -> Option<edge::State> {
+    match edge {
+        Some(edge) => Some(edge.changed().await),
+        None => std::future::pending().await,
+    }
+}
+
 /// Ready when the grace period that is waited for is over; never when there is none.
 async fn grace_over(waiting: &mut Option<(JoinHandle<std::io::Result<()>>, Freed)>) -> Option<()> {
     let Some((grace, _)) = waiting else { return std::future::pending().await };
@@ -514,31 +585,33 @@ async fn finished(task: &mut Option<JoinHandle<()>>) -> Option<()> {
 /// What the maps must hold at least, with a quarter to spare, and what they are made for: twice as much, over floors
 /// that cost little. Maps between the two are kept at a restart, and with them every id.
 fn sizes_for<'a>(services: impl Iterator<Item = &'a DesiredService>) -> Sizes {
-    let (mut ports, mut frontends, mut backends, mut slots) = (0, 0, 0, 0);
+    let (mut ports, mut frontends, mut backends, mut slots, mut source_ranges) = (0, 0, 0, 0, 0);
     for port in services.flat_map(|service| &service.ports) {
         ports += 1;
         frontends += port.frontends.len();
         backends += port.backends.len();
+        source_ranges += port.source_ranges.len();
         for set in [IN_CLUSTER, IN_LOCAL] {
             slots += port.backends.iter().filter(|backend| backend.flags & set != 0).count();
         }
     }
     // A changed set is written beside the old one.
-    let need = [frontends, ports, backends, slots + slots / 2];
-    let capacity = |scale: fn(usize) -> usize, floors: [u32; 4]| {
+    let need = [frontends, ports, backends, slots + slots / 2, source_ranges];
+    let capacity = |scale: fn(usize) -> usize, floors: [u32; 5]| {
         let size = |count: usize, floor: u32| u32::try_from(scale(count)).unwrap_or(u32::MAX / 64).max(floor);
-        let [frontends, services, backends, slots] = need;
-        let [f, s, b, l] = floors;
+        let [frontends, services, backends, slots, source_ranges] = need;
+        let [f, s, b, l, r] = floors;
         Capacity {
             frontends: size(frontends, f),
             services: size(services, s),
             backends: size(backends, b),
             slots: size(slots, l),
+            source_ranges: size(source_ranges, r),
         }
     };
     Sizes {
-        least: capacity(|count| count + count / 4, [1; 4]),
-        want: capacity(|count| count * 2, [16_384, 8_192, 65_536, 131_072]),
+        least: capacity(|count| count + count / 4, [1; 5]),
+        want: capacity(|count| count * 2, [16_384, 8_192, 65_536, 131_072, 65_536]),
     }
 }
 
@@ -554,7 +627,7 @@ fn warn_about_cgroup(config: &Config) {
 }
 
 /// What a scrape reads from the maps. They are opened for each scrape: the agent may replace them.
-fn readers(config: &Config) -> Readers {
+fn readers(config: &Config, flow_counts: FlowCounts) -> Readers {
     use proxy_common::abi::Counter;
     let (pins, for_maps) = (config.pins.clone(), config.pins.clone());
     Readers {
@@ -565,8 +638,13 @@ fn readers(config: &Config) -> Readers {
         }),
         maps: Box::new(move || {
             let maps = KernelMaps::open(&for_maps, false)?;
-            let usage = maps.usage()?;
-            Ok(usage.map(|(map, entries, capacity)| MapUsage { map, entries, capacity }).to_vec())
+            let (mut usage, [flows, index]) = (maps.usage()?, flow_counts.get());
+            usage.push(("FLOWS", flows, maps.flow_maps().flows.capacity()?));
+            usage.push(("FLOW_INDEX", index, maps.flow_maps().index.capacity()?));
+            Ok(usage
+                .into_iter()
+                .map(|(map, entries, capacity)| MapUsage { map, entries, capacity })
+                .collect())
         }),
     }
 }

@@ -30,6 +30,8 @@ pub enum Command {
     Services(Inspect),
     /// Every backend with its state.
     Backends(Inspect),
+    /// Every flow that the packet edge translates: clients from outside, and pods whose sockets are not seen.
+    Flows(FlowsArgs),
     /// Detach the programs and remove everything pinned. Services stop working on this node.
     Cleanup {
         /// Where everything is pinned.
@@ -59,6 +61,17 @@ pub struct Inspect {
     /// How to print.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
+}
+
+/// Options of `flows`.
+#[derive(Args, Clone, Debug)]
+pub struct FlowsArgs {
+    /// As for the other commands.
+    #[command(flatten)]
+    pub inspect: Inspect,
+    /// Only flows of this Service.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub service: Option<String>,
 }
 
 /// Output formats.
@@ -93,6 +106,33 @@ pub struct RunArgs {
     /// whole cluster's endpoints.
     #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
     pub cluster_cidr: Vec<String>,
+    /// Devices that lead to clients and to other nodes: interface names separated by commas, `NAME+` for all that begin
+    /// so, `auto` or `none`.
+    ///
+    /// `auto` takes the topmost devices (a bond or bridge, not its ports) that carry addresses or routes, and overlay
+    /// devices. `proxy-agent status` shows what was chosen and why.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "auto")]
+    pub devices: Vec<String>,
+    /// The host's side of pods, for pods whose sockets are not seen (such as VMs): beginnings of interface names
+    /// separated by commas, `auto` or `none`.
+    ///
+    /// `auto` takes veth and tap devices that are ports of a bridge for pods, or that a host route leads to.
+    #[arg(long, value_name = "PREFIXES", value_delimiter = ',', default_value = "auto")]
+    pub pod_interfaces: Vec<String>,
+    /// What counts as traffic of local pods: ClusterCIDR (what comes from --cluster-cidr), BridgeInterface or
+    /// InterfaceNamePrefix.
+    #[arg(long, value_name = "MODE", default_value = "ClusterCIDR")]
+    pub detect_local_mode: String,
+    /// With --detect-local-mode BridgeInterface: the bridge that pods are behind.
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    pub pod_bridge_interface: String,
+    /// With --detect-local-mode InterfaceNamePrefix: what the names of pods' interfaces on the host begin with.
+    #[arg(long, value_name = "PREFIX", default_value = "", hide_default_value = true)]
+    pub pod_interface_name_prefix: String,
+    /// Attach to devices by clsact filters also where the kernel has TCX.
+    #[arg(long, hide = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true")]
+    #[arg(action = clap::ArgAction::Set)]
+    pub no_tcx: bool,
     /// Addresses of this node that serve nodePorts: CIDRs separated by commas, or `primary` for the Node's own
     /// addresses [default: primary].
     #[arg(long, value_name = "CIDRS", value_delimiter = ',')]

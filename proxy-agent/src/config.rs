@@ -9,6 +9,8 @@ use proxy_common::addr::Prefix;
 
 use crate::args::RunArgs;
 use crate::bpf::pins::PinDir;
+use crate::edge;
+use crate::edge::settings::{DetectLocal, Selection, Settings, SettingsError};
 use crate::http::{HttpError, bind_address};
 use crate::node::{NodePortAddresses, NodePortAddressesError};
 use crate::{health, metrics};
@@ -51,6 +53,8 @@ pub struct Config {
     pub cluster_cidr: [Option<Prefix>; 2],
     /// Which addresses serve nodePorts.
     pub nodeport_addresses: NodePortAddresses,
+    /// Devices of the packet edge, and how to attach to them.
+    pub edge: edge::Config,
     /// Whether externalIPs are served (feature gate `AllowServiceExternalIPs`).
     pub allow_external_ips: bool,
     /// Address of the health server.
@@ -71,6 +75,9 @@ pub enum ConfigError {
     /// nodePort addresses.
     #[error(transparent)]
     NodePortAddresses(#[from] NodePortAddressesError),
+    /// Devices or detect-local.
+    #[error(transparent)]
+    Devices(#[from] SettingsError),
     /// Not NAME=true or NAME=false.
     #[error("--feature-gates {0:?}: must be NAME=true or NAME=false, separated by commas")]
     FeatureGate(String),
@@ -122,6 +129,19 @@ impl Config {
             state_file: state_file(&args.pins.run_dir, &args.pins.pin_dir),
             cluster_cidr: cluster_cidr(&args.cluster_cidr)?,
             nodeport_addresses: NodePortAddresses::parse(&args.nodeport_addresses)?,
+            edge: edge::Config {
+                settings: Settings {
+                    devices: Selection::parse("--devices", &args.devices, false)?,
+                    pods: Selection::parse("--pod-interfaces", &args.pod_interfaces, true)?,
+                    detect_local: DetectLocal::parse(
+                        &args.detect_local_mode,
+                        &args.pod_bridge_interface,
+                        &args.pod_interface_name_prefix,
+                    )?,
+                },
+                no_tcx: args.no_tcx,
+                pins: PinDir::new(&args.pins.pin_dir),
+            },
             allow_external_ips: feature_gate(&args.feature_gates, "AllowServiceExternalIPs", true)?,
             healthz: bind_address(
                 "--healthz-bind-address",

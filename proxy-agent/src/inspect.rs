@@ -1,4 +1,4 @@
-//! `proxy-agent status | services | backends`: the pinned maps, read back and put into words.
+//! `proxy-agent status | services | backends` ([`crate::flows`] has `flows`): the pinned maps, read back and put into words.
 //!
 //! Works while no agent runs: names, sets and states are all in the maps. Only problems and the source come from the
 //! file that the agent leaves.
@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
 use proxy_common::abi::frontend::{FrontendKind, flags};
-use proxy_common::abi::{ABI_VERSION, Counter, FrontendKey, FrontendValue};
+use proxy_common::abi::{ABI_VERSION, Counter, FrontendKey, FrontendValue, ServiceCounters};
 use serde::Serialize;
 
 use crate::args::{Inspect, Output};
@@ -61,6 +61,34 @@ pub struct ServiceView {
     pub local: Vec<SocketAddr>,
     /// Session affinity timeout; 0 for none.
     pub affinity_seconds: u32,
+    /// Sources that frontends with the flag `source-ranges` admit.
+    pub source_ranges: Vec<String>,
+    /// What the packet edge has done for it. Connections of sockets on this node do not pass there.
+    pub traffic: TrafficView,
+}
+
+/// What the packet edge has counted for a Service port since it has its id.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TrafficView {
+    /// Flows that began.
+    pub connections: u64,
+    /// Packets from clients.
+    pub request_packets: u64,
+    /// Their bytes, with IP headers.
+    pub request_bytes: u64,
+    /// Packets from backends.
+    pub reply_packets: u64,
+    /// Their bytes, with IP headers.
+    pub reply_bytes: u64,
+}
+
+impl From<ServiceCounters> for TrafficView {
+    fn from(counters: ServiceCounters) -> Self {
+        let ServiceCounters { connections, request_packets, request_bytes, reply_packets, reply_bytes } =
+            counters;
+        Self { connections, request_packets, request_bytes, reply_packets, reply_bytes }
+    }
 }
 
 /// A frontend, as printed.
@@ -117,8 +145,11 @@ pub struct StatusView {
 ///
 /// [`InspectError`].
 pub fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
-    let model = read(args)?;
-    let views = service_views(&model);
+    let maps = KernelMaps::open(&PinDir::new(&args.pins.pin_dir), false)?;
+    let mut views = service_views(&Model::restore(maps.capacity(), &maps.contents()?));
+    for view in &mut views {
+        view.traffic = maps.service_counters(view.id)?.into();
+    }
     if args.output == Output::Json {
         return json(&views, out);
     }
@@ -132,9 +163,14 @@ pub fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError
             format!("{}: {}", view.cluster.len(), list(&view.cluster)),
             format!("{}: {}", view.local.len(), list(&view.local)),
             if view.affinity_seconds == 0 { "-".to_owned() } else { format!("{}s", view.affinity_seconds) },
+            view.traffic.connections.to_string(),
+            (view.traffic.request_packets + view.traffic.reply_packets).to_string(),
+            (view.traffic.request_bytes + view.traffic.reply_bytes).to_string(),
         ]
     });
-    table(["SERVICE", "PORT", "FRONTENDS", "ENDPOINTS", "LOCAL", "AFFINITY"], rows, out)
+    let head =
+        ["SERVICE", "PORT", "FRONTENDS", "ENDPOINTS", "LOCAL", "AFFINITY", "CONNECTIONS", "PACKETS", "BYTES"];
+    table(head, rows, out)
 }
 
 /// `proxy-agent backends`.
@@ -170,11 +206,14 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
     let pins = PinDir::new(&args.pins.pin_dir);
     let maps = KernelMaps::open(&pins, false)?;
     let counter = |counter: Counter| Ok((counter.name(), maps.counter(counter)?));
+    let (mut usage, flows) = (maps.usage()?, maps.flow_maps());
+    usage.push(("FLOWS", flows.flows.count()?, flows.flows.capacity()?));
+    usage.push(("NEW_FLOWS", flows.new_flows.count()?, flows.new_flows.capacity()?));
     let view = StatusView {
         abi_version: ABI_VERSION,
         agent_running: pins.lock().is_err(),
         programs: PROGRAMS.map(|name| (name, sys::open_link(&pins.link(name)).is_ok())).into(),
-        maps: maps.usage()?.map(|(map, entries, capacity)| (map, (entries, capacity))).into(),
+        maps: usage.into_iter().map(|(map, entries, capacity)| (map, (entries, capacity))).collect(),
         counters: Counter::ALL.into_iter().map(counter).collect::<Result<_, aya::maps::MapError>>()?,
         host_netns: maps.host_netns(),
         agent: report::read(&state_file(&args.pins.run_dir, &args.pins.pin_dir)).ok(),
@@ -194,13 +233,20 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
         writeln!(out, "           {name} is NOT attached: restart the agent")?;
     }
     for (map, (used, size)) in &view.maps {
-        writeln!(out, "{:<11}{used} of {size}", format!("{}:", map.to_lowercase()))?;
+        writeln!(out, "{:<10} {used} of {size}", format!("{}:", map.to_lowercase()))?;
     }
     writeln!(out, "counters:")?;
     for (name, value) in view.counters.iter().filter(|(_, value)| **value > 0) {
         writeln!(out, "  {name:<24}{value}")?;
     }
-    let problems = view.agent.map(|agent| agent.problems).unwrap_or_default();
+    let (devices, problems) = view.agent.map(|agent| (agent.devices, agent.problems)).unwrap_or_default();
+    writeln!(out, "devices:   {}", if devices.is_empty() { "none" } else { "" })?;
+    let rows = devices.into_iter().map(|device| {
+        let attached = if device.attached.is_empty() { "NOT attached".to_owned() } else { device.attached };
+        let role = if device.near { format!("{}, near", device.role) } else { device.role };
+        [format!("  {}", device.name), role, attached, device.sources.join(" "), device.reason]
+    });
+    table(["  DEVICE", "ROLE", "ATTACHED", "SOURCES", "REASON"], rows, out)?;
     writeln!(out, "problems:  {}", if problems.is_empty() { "none" } else { "" })?;
     for (object, reasons) in problems {
         for reason in reasons {
@@ -215,7 +261,7 @@ fn read(args: &Inspect) -> Result<Model, InspectError> {
     Ok(Model::restore(maps.capacity(), &maps.contents()?))
 }
 
-/// Every Service port of `model`.
+/// Every Service port of `model`; what passed it is for others to fill in.
 pub fn service_views(model: &Model) -> Vec<ServiceView> {
     let mut frontends: BTreeMap<u32, Vec<FrontendView>> = BTreeMap::new();
     for (key, value) in model.frontends.iter().filter(|(key, _)| key.kind != FrontendKind::Address as u8) {
@@ -237,6 +283,8 @@ pub fn service_views(model: &Model) -> Vec<ServiceView> {
             cluster: set(IN_CLUSTER),
             local: set(IN_LOCAL),
             affinity_seconds: port.service.affinity.seconds,
+            source_ranges: model.source_ranges_of(port.id).map(|range| range.to_string()).collect(),
+            traffic: TrafficView::default(),
         }
     });
     ports.collect()
@@ -290,14 +338,15 @@ fn endpoint(backend: &PortBackend) -> SocketAddr {
     SocketAddr::new(backend.addr.to_ip(), backend.port.get())
 }
 
-fn json(value: &impl Serialize, out: &mut impl Write) -> Result<(), InspectError> {
+/// Prints a value as JSON.
+pub(crate) fn json(value: &impl Serialize, out: &mut impl Write) -> Result<(), InspectError> {
     serde_json::to_writer_pretty(&mut *out, value).map_err(io::Error::from)?;
     writeln!(out)?;
     Ok(())
 }
 
 /// Columns as wide as their widest cell, the last one as it comes.
-fn table<const N: usize>(
+pub(crate) fn table<const N: usize>(
     head: [&str; N],
     rows: impl Iterator<Item = [String; N]>,
     out: &mut impl Write,

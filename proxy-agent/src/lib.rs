@@ -31,7 +31,11 @@ pub mod selftest;
 
 pub mod sockets;
 
+pub mod flows;
+
 pub mod node;
+
+pub mod edge;
 
 pub mod http;
 

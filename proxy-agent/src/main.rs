@@ -8,7 +8,7 @@ use clap::Parser as _;
 use proxy_agent::args::{Cli, Command, Pins, RunArgs};
 use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::config::{Config, state_file};
-use proxy_agent::{agent, inspect};
+use proxy_agent::{agent, edge, flows, inspect};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         Command::Status(args) => print(|out| inspect::status(&args, out)),
         Command::Services(args) => print(|out| inspect::services(&args, out)),
         Command::Backends(args) => print(|out| inspect::backends(&args, out)),
+        Command::Flows(args) => print(|out| flows::print(&args, out)),
         Command::Cleanup { pins } => cleanup(&pins),
     };
     match result {
@@ -72,6 +73,9 @@ fn cleanup(pins: &Pins) -> anyhow::Result<()> {
         return Ok(());
     }
     let lock = dir.lock()?;
+    // Links go with their pins; filters have none.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(edge::remove_filters())?;
     dir.remove()?;
     drop(lock);
     let state = state_file(&pins.run_dir, &pins.pin_dir);

@@ -87,12 +87,15 @@ pub struct Freed {
     pub backends: Vec<(u32, u32)>,
     /// Slot ranges.
     pub ranges: Vec<SlotRange>,
+    /// Elements of `FRONTENDS` or `SOURCE_RANGES` have gone. They wait for nothing; a Service that was refused may now
+    /// find room.
+    pub room: bool,
 }
 
 impl Freed {
-    /// Whether there is nothing to give back.
+    /// Whether there is nothing to give back, and no room for anybody.
     pub fn is_empty(&self) -> bool {
-        self.services.is_empty() && self.backends.is_empty() && self.ranges.is_empty()
+        self.services.is_empty() && self.backends.is_empty() && self.ranges.is_empty() && !self.room
     }
 
     /// Takes `other` in.
@@ -100,6 +103,7 @@ impl Freed {
         self.services.append(&mut other.services);
         self.backends.append(&mut other.backends);
         self.ranges.append(&mut other.ranges);
+        self.room |= other.room;
     }
 }
 
@@ -112,10 +116,14 @@ pub struct Model {
     pub claims: BTreeMap<FrontendKey, BTreeSet<Claim>>,
     /// `FRONTENDS`.
     pub frontends: BTreeMap<FrontendKey, FrontendValue>,
+    /// `SOURCE_RANGES`: service ids with their prefixes.
+    pub source_ranges: BTreeSet<(u32, Prefix)>,
     /// `LOCAL_ADDRESSES`.
     pub local_addresses: BTreeMap<Addr, u32>,
     /// `SERVICE_CIDRS`.
     pub service_cidrs: BTreeSet<Prefix>,
+    /// `POD_SOURCES`.
+    pub pod_sources: BTreeSet<Prefix>,
     /// Sizes of the maps.
     pub capacity: Capacity,
     /// Free service ids.
@@ -193,8 +201,10 @@ impl Model {
             ports,
             claims: BTreeMap::new(),
             frontends: contents.frontends.iter().copied().collect(),
+            source_ranges: contents.source_ranges.iter().copied().collect(),
             local_addresses: contents.local_addresses.iter().copied().collect(),
             service_cidrs: contents.service_cidrs.iter().copied().collect(),
+            pod_sources: contents.pod_sources.iter().copied().collect(),
             capacity,
             service_ids,
             backend_ids,
@@ -209,6 +219,14 @@ impl Model {
             PortKey { service: service.clone(), port_name: Arc::from(""), proto: 0, family: Family::V4 };
         let service = service.clone();
         self.ports.range(first..).map(|(key, _)| key).take_while(move |key| key.service == service)
+    }
+
+    /// The prefixes that `SOURCE_RANGES` holds for a service id, in order.
+    pub fn source_ranges_of(&self, service: u32) -> impl Iterator<Item = Prefix> {
+        // The first prefix of all.
+        let from = Prefix::new(Addr::ZERO, 0).map(|prefix| (service, prefix));
+        let ranges = from.into_iter().flat_map(|from| self.source_ranges.range(from..));
+        ranges.take_while(move |(id, _)| *id == service).map(|(_, prefix)| *prefix)
     }
 
     /// Gives numbers back, after a grace period.

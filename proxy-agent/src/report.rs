@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::cluster::ObjectKey;
+use crate::edge::{self, DeviceState};
 use crate::sources::Problem;
 
 /// The file's contents.
@@ -25,6 +26,9 @@ pub struct State {
     pub cgroup: String,
     /// Verified instructions of each program, where the kernel tells.
     pub verified_instructions: BTreeMap<String, u32>,
+    /// The devices that carry Service traffic.
+    #[serde(default)]
+    pub devices: Vec<DeviceState>,
     /// What is wrong, by object.
     pub problems: BTreeMap<String, Vec<String>>,
 }
@@ -36,18 +40,19 @@ pub struct Report {
     state: State,
     written: Option<State>,
     source_objects: Vec<String>,
+    edge_objects: Vec<String>,
 }
 
 impl Report {
     /// A report that will be written to `path`.
     pub fn new(path: PathBuf, state: State) -> Self {
-        Self { path, state, written: None, source_objects: Vec::new() }
+        Self { path, state, written: None, source_objects: Vec::new(), edge_objects: Vec::new() }
     }
 
     /// What the programs cost the verifier.
     pub fn verified(&mut self, programs: &[(&'static str, Option<u32>)]) {
         let known = programs.iter().filter_map(|(name, count)| Some(((*name).to_owned(), (*count)?)));
-        self.state.verified_instructions = known.collect();
+        self.state.verified_instructions.extend(known);
     }
 
     /// Replaces what the source said.
@@ -61,6 +66,21 @@ impl Report {
         }
         self.source_objects = by_object.keys().cloned().collect();
         for (object, reasons) in by_object {
+            self.set(object, reasons);
+        }
+    }
+
+    /// Replaces what is known of devices.
+    pub fn edge(&mut self, state: edge::State) {
+        self.verified(&state.verified);
+        self.state.devices = state.devices;
+        for object in std::mem::take(&mut self.edge_objects) {
+            if !state.problems.contains_key(&object) {
+                self.set(object, Vec::new());
+            }
+        }
+        self.edge_objects = state.problems.keys().cloned().collect();
+        for (object, reasons) in state.problems {
             self.set(object, reasons);
         }
     }

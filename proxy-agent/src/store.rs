@@ -6,14 +6,14 @@
 
 use proxy_common::abi::{
     Backend, BackendState, FILTER_WORDS, FilterBit, FrontendKey, FrontendKind, FrontendValue, Service,
-    ServiceName, local_address,
+    ServiceName,
 };
 use proxy_common::addr::{Addr, Prefix};
 
 /// One write to one map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// `NAMES`: says what an id stands for, or forgets it.
+    /// `NAMES`: says what an id stands for, or forgets it. Who gets an id starts with `SERVICE_COUNTERS` at zero.
     Name(u32, Option<Box<ServiceName>>),
     /// `BACKENDS`: a whole element, at an id that nothing refers to.
     Backend(u32, Backend),
@@ -23,12 +23,16 @@ pub enum Op {
     Slots(u32, Vec<u32>),
     /// `SERVICES`: the words of one element, each flipped by one store.
     Service(u32, Service),
+    /// `SOURCE_RANGES`: adds or removes a prefix from which a Service may be reached.
+    SourceRange(u32, Prefix, bool),
     /// `FRONTENDS`: adds or replaces (`Some`), or removes.
     Frontend(FrontendKey, Option<FrontendValue>),
     /// `LOCAL_ADDRESSES`: adds or replaces (`Some`), or removes.
     LocalAddress(Addr, Option<u32>),
     /// `SERVICE_CIDRS`: adds or removes.
     ServiceCidr(Prefix, bool),
+    /// `POD_SOURCES`: adds or removes.
+    PodSource(Prefix, bool),
 }
 
 /// Why an operation failed.
@@ -69,8 +73,17 @@ pub fn filter_bits(op: &Op) -> Vec<FilterBit> {
     match op {
         Op::Frontend(key, Some(_)) => frontend_bit(key).into_iter().collect(),
         Op::LocalAddress(addr, Some(bits)) => address_bit(addr, *bits).into_iter().collect(),
+        Op::Backend(_, backend) => vec![FilterBit::of_backend(&backend.addr)],
         Op::ServiceCidr(cidr, true) => FilterBit::of_prefix(*cidr).collect(),
-        _ => Vec::new(),
+        Op::Frontend(_, None)
+        | Op::LocalAddress(_, None)
+        | Op::ServiceCidr(_, false)
+        | Op::Name(..)
+        | Op::BackendState(..)
+        | Op::Slots(..)
+        | Op::Service(..)
+        | Op::SourceRange(..)
+        | Op::PodSource(..) => Vec::new(),
     }
 }
 
@@ -79,8 +92,10 @@ pub fn filter_words(contents: &Contents) -> Vec<u64> {
     let frontends = contents.frontends.iter().filter_map(|(key, _)| frontend_bit(key));
     let addresses = contents.local_addresses.iter().filter_map(|(addr, bits)| address_bit(addr, *bits));
     let cidrs = contents.service_cidrs.iter().flat_map(|cidr| FilterBit::of_prefix(*cidr));
+    let live = contents.backends.iter().filter(|backend| backend.state.flags != 0);
+    let backends = live.map(|backend| FilterBit::of_backend(&backend.addr));
     let mut words = vec![0; FILTER_WORDS as usize];
-    for bit in frontends.chain(addresses).chain(cidrs) {
+    for bit in frontends.chain(addresses).chain(cidrs).chain(backends) {
         if let Some(word) = words.get_mut(bit.word as usize) {
             *word |= bit.mask;
         }
@@ -93,8 +108,9 @@ fn frontend_bit(key: &FrontendKey) -> Option<FilterBit> {
     (key.kind != FrontendKind::NodePort as u8).then(|| FilterBit::of_address(&key.addr))
 }
 
+/// Every address of this host may be the source of packets to other nodes, so answers may come to it.
 fn address_bit(addr: &Addr, bits: u32) -> Option<FilterBit> {
-    (bits & local_address::NODEPORT != 0).then(|| FilterBit::of_address(addr))
+    (bits != 0 && !addr.is_loopback()).then(|| FilterBit::of_address(addr))
 }
 
 /// Sizes of the maps whose numbers the agent gives out.
@@ -108,6 +124,8 @@ pub struct Capacity {
     pub slots: u32,
     /// Elements of `BACKENDS`.
     pub backends: u32,
+    /// Elements of `SOURCE_RANGES`.
+    pub source_ranges: u32,
 }
 
 /// What the maps hold, read back from them.
@@ -123,8 +141,12 @@ pub struct Contents {
     pub slots: Vec<u32>,
     /// `BACKENDS`, from index 0.
     pub backends: Vec<Backend>,
+    /// `SOURCE_RANGES`: service ids with their prefixes.
+    pub source_ranges: Vec<(u32, Prefix)>,
     /// `LOCAL_ADDRESSES`.
     pub local_addresses: Vec<(Addr, u32)>,
     /// `SERVICE_CIDRS`.
     pub service_cidrs: Vec<Prefix>,
+    /// `POD_SOURCES`.
+    pub pod_sources: Vec<Prefix>,
 }

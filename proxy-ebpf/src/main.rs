@@ -7,15 +7,19 @@
 
 mod maps;
 mod sock;
+mod tc;
 
 use aya_ebpf::Global;
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::bpf_set_retval;
-use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
-use aya_ebpf::programs::{SockAddrContext, SockContext};
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, classifier};
+use aya_ebpf::programs::{SockAddrContext, SockContext, TcContext};
+use proxy_common::datapath::edge::{self, Edge};
 use proxy_common::datapath::socket::{self, Verdict};
 
 use crate::maps::Maps;
 use crate::sock::SockAddr;
+use crate::tc::Skb;
 
 /// Whether the kernel lets these programs choose the errno (`bpf_set_retval`). Set by the loader; the verifier
 /// removes the branch where it is 0.
@@ -110,6 +114,48 @@ fn getpeername4(ctx: SockAddrContext) -> i32 {
 fn getpeername6(ctx: SockAddrContext) -> i32 {
     decide::<true>("getpeername6", ctx, |socket| socket::peername(socket, &Maps));
     ALLOW
+}
+
+/// Whether the packets of the device begin with the IP header. Set by the loader, which loads the packet programs twice
+/// if there are devices of both kinds.
+#[unsafe(no_mangle)]
+static L3_DEVICE: Global<u8> = Global::new(0);
+
+/// Runs the pipeline on a packet. Whatever goes on goes on to the programs behind this one: `TC_ACT_OK` would skip them.
+#[inline(always)]
+fn filter(ctx: &TcContext, edge: Edge, egress: bool) -> i32 {
+    let Some(scratch) = maps::scratch() else { return TC_ACT_UNSPEC };
+    let mut packet = Skb::new(ctx, L3_DEVICE.load() == 0);
+    let verdict = if egress {
+        edge::egress(&mut packet, &Maps, edge, scratch)
+    } else {
+        edge::ingress(&mut packet, &Maps, edge, scratch)
+    };
+    match verdict {
+        edge::Verdict::Pass | edge::Verdict::Translated => TC_ACT_UNSPEC,
+        edge::Verdict::Drop => TC_ACT_SHOT,
+        edge::Verdict::Reply => packet.send_back(egress),
+    }
+}
+
+#[classifier]
+fn edge_ingress(ctx: TcContext) -> i32 {
+    filter(&ctx, Edge::External, false)
+}
+
+#[classifier]
+fn edge_egress(ctx: TcContext) -> i32 {
+    filter(&ctx, Edge::External, true)
+}
+
+#[classifier]
+fn pod_ingress(ctx: TcContext) -> i32 {
+    filter(&ctx, Edge::Pod, false)
+}
+
+#[classifier]
+fn pod_egress(ctx: TcContext) -> i32 {
+    filter(&ctx, Edge::Pod, true)
 }
 
 #[cgroup_sock(sock_release)]

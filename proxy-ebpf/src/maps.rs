@@ -3,18 +3,23 @@
 //! Sizes are placeholders: the agent sets them when it creates the maps. Names and types are the ABI
 //! (`docs/maps.md`).
 
-use core::ptr::read_volatile;
+use core::ptr::{addr_of_mut, read_volatile};
 
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage, lpm_trie};
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{
-    AffinityKey, AffinityValue, Backend, Counter, FILTER_WORDS, FrontendKey, FrontendValue, Node, Service,
-    ServiceName, SocketRecord, StreamRecord, UdpFlow, UdpFlowKey, socket::STREAM_SLOTS,
+    AffinityKey, AffinityValue, Backend, Counter, Device, FILTER_WORDS, Flow, FlowKey, FlowRef, FragmentKey,
+    FragmentPorts, FrontendKey, FrontendValue, Node, Service, ServiceCounters, ServiceName, SocketRecord,
+    StreamRecord, UdpFlow, UdpFlowKey, socket::STREAM_SLOTS,
 };
 use proxy_common::addr::Addr;
+use proxy_common::be::Be16;
+use proxy_common::datapath::edge::tables::{EdgeTables, FlowCell, Scratch, Tier};
 use proxy_common::datapath::tables::Tables;
 
+const BPF_ANY: u64 = 0;
+const BPF_NOEXIST: u64 = 1;
 const BPF_F_NO_PREALLOC: usize = 1;
 const BPF_F_MMAPABLE: usize = 1 << 10;
 
@@ -59,7 +64,45 @@ static STREAMS: Array<StreamRecord, { STREAM_SLOTS as usize }> = Array::new();
 pub(crate) static SOCKETS: SkStorage<SocketRecord> = SkStorage::new();
 
 #[btf_map]
+static SOURCE_RANGES: LpmTrie<SourceRange, u32, 1, BPF_F_NO_PREALLOC> = LpmTrie::new();
+
+#[btf_map]
+static POD_SOURCES: LpmTrie<Addr, u32, 1, BPF_F_NO_PREALLOC> = LpmTrie::new();
+
+#[btf_map]
+static DEVICES: HashMap<u32, Device, 1> = HashMap::new();
+
+#[btf_map]
+static FLOWS: HashMap<FlowKey, Flow, 1, BPF_F_NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+static FLOW_INDEX: HashMap<FlowKey, FlowRef, 1, BPF_F_NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+static NEW_FLOWS: LruHashMap<FlowKey, Flow, 1> = LruHashMap::new();
+
+#[btf_map]
+static NEW_FLOW_INDEX: LruHashMap<FlowKey, FlowRef, 1> = LruHashMap::new();
+
+#[btf_map]
+static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, 1> = LruHashMap::new();
+
+#[btf_map]
+static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+
+#[btf_map]
+static SERVICE_COUNTERS: PerCpuArray<ServiceCounters, 1> = PerCpuArray::new();
+
+#[btf_map]
 static COUNTERS: PerCpuArray<u64, 32> = PerCpuArray::new();
+
+/// The part of a `SOURCE_RANGES` key behind the length.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct SourceRange {
+    service: u32,
+    addr: Addr,
+}
 
 /// The maps above.
 pub(crate) struct Maps;
@@ -219,4 +262,172 @@ impl Tables for Maps {
         // SAFETY: a helper without arguments or preconditions.
         unsafe { bpf_ktime_get_ns() }
     }
+}
+
+/// This CPU's memory for one packet. `None` never happens. To be taken once in each run of a program.
+#[inline(always)]
+pub(crate) fn scratch() -> Option<&'static mut Scratch> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: a per-CPU element, and programs of this kind do not interrupt each other. Whatever is in it has been written
+    // by this very code, or is zero, which is valid too.
+    Some(unsafe { &mut *scratch })
+}
+
+/// A record in its map.
+#[derive(Clone, Copy)]
+pub(crate) struct Cell(*mut Flow);
+
+macro_rules! set_field {
+    ($self:ident, $field:ident, $value:expr) => {
+        // SAFETY: the kernel's lookup returned a pointer to a whole element, which stays readable and writable while
+        // the program runs, even if another flow takes it.
+        unsafe { addr_of_mut!((*$self.0).$field).write_volatile($value) }
+    };
+}
+
+impl FlowCell for Cell {
+    #[inline(always)]
+    fn get(&self) -> Flow {
+        // SAFETY: the kernel's lookup returned a pointer to a whole element; its check tells another flow's.
+        unsafe { *self.0 }
+    }
+
+    #[inline(always)]
+    fn set_state(&self, state: u32) {
+        set_field!(self, state, state);
+    }
+
+    #[inline(always)]
+    fn set_expected_ack(&self, ack: u32) {
+        set_field!(self, expected_ack, ack);
+    }
+
+    #[inline(always)]
+    fn set_last_seen(&self, now: u64) {
+        set_field!(self, last_seen, now);
+    }
+
+    #[inline(always)]
+    fn set_snat(&self, addr: Addr, port: Be16) {
+        set_field!(self, snat, addr);
+        set_field!(self, snat_port, port);
+    }
+}
+
+impl EdgeTables for Maps {
+    type Cell = Cell;
+
+    #[inline(always)]
+    fn flow(&self, tier: Tier, key: &FlowKey) -> Option<Cell> {
+        match tier {
+            Tier::Assured => FLOWS.get_ptr_mut(key),
+            Tier::New => NEW_FLOWS.get_ptr_mut(key),
+        }
+        .map(Cell)
+    }
+
+    #[inline(always)]
+    fn add_flow(&self, tier: Tier, key: &FlowKey, flow: &Flow) -> bool {
+        match tier {
+            Tier::Assured => FLOWS.insert(key, flow, BPF_NOEXIST),
+            Tier::New => NEW_FLOWS.insert(key, flow, BPF_NOEXIST),
+        }
+        .is_ok()
+    }
+
+    #[inline(always)]
+    fn remove_flow(&self, tier: Tier, key: &FlowKey) {
+        let _ = match tier {
+            Tier::Assured => FLOWS.remove(key),
+            Tier::New => NEW_FLOWS.remove(key),
+        };
+    }
+
+    #[inline(always)]
+    fn index(&self, tier: Tier, key: &FlowKey) -> Option<FlowRef> {
+        let target = match tier {
+            Tier::Assured => FLOW_INDEX.get_ptr(key),
+            Tier::New => NEW_FLOW_INDEX.get_ptr(key),
+        }?;
+        // SAFETY: the kernel's lookup returned a pointer to a whole element; the copy carries a check of the key.
+        Some(unsafe { *target })
+    }
+
+    #[inline(always)]
+    fn add_index(&self, tier: Tier, key: &FlowKey, target: &FlowRef) -> bool {
+        insert_index(tier, key, target, BPF_NOEXIST)
+    }
+
+    #[inline(always)]
+    fn put_index(&self, tier: Tier, key: &FlowKey, target: &FlowRef) -> bool {
+        insert_index(tier, key, target, BPF_ANY)
+    }
+
+    #[inline(always)]
+    fn remove_index(&self, tier: Tier, key: &FlowKey) {
+        let _ = match tier {
+            Tier::Assured => FLOW_INDEX.remove(key),
+            Tier::New => NEW_FLOW_INDEX.remove(key),
+        };
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
+        // SAFETY: copied at once; the ports of another packet mislead one fragment at worst.
+        unsafe { FRAGMENTS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn put_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) -> bool {
+        FRAGMENTS.insert(key, ports, BPF_ANY).is_ok()
+    }
+
+    #[inline(always)]
+    fn in_source_ranges(&self, service: u32, client: &Addr) -> bool {
+        SOURCE_RANGES.get(&lpm_trie::Key::new(160, SourceRange { service, addr: *client })).is_some()
+    }
+
+    #[inline(always)]
+    fn is_pod_source(&self, addr: &Addr) -> bool {
+        POD_SOURCES.get(&lpm_trie::Key::new(128, *addr)).is_some()
+    }
+
+    #[inline(always)]
+    fn device(&self, ifindex: u32) -> Option<Device> {
+        // SAFETY: copied at once; elements are replaced only when a device's own addresses change.
+        unsafe { DEVICES.get(ifindex) }.copied()
+    }
+
+    #[inline(always)]
+    fn count_packet(&self, service: u32, request: bool, bytes: u32) {
+        if let Some(counters) = SERVICE_COUNTERS.get_ptr_mut(service) {
+            // SAFETY: a per-CPU element: nobody else writes this CPU's copy while the program runs.
+            let counters = unsafe { &mut *counters };
+            let (packets, sum) = if request {
+                (&mut counters.request_packets, &mut counters.request_bytes)
+            } else {
+                (&mut counters.reply_packets, &mut counters.reply_bytes)
+            };
+            *packets = packets.wrapping_add(1);
+            *sum = sum.wrapping_add(u64::from(bytes));
+        }
+    }
+
+    #[inline(always)]
+    fn count_connection(&self, service: u32) {
+        if let Some(counters) = SERVICE_COUNTERS.get_ptr_mut(service) {
+            // SAFETY: a per-CPU element: nobody else writes this CPU's copy while the program runs.
+            let counters = unsafe { &mut *counters };
+            counters.connections = counters.connections.wrapping_add(1);
+        }
+    }
+}
+
+#[inline(always)]
+fn insert_index(tier: Tier, key: &FlowKey, target: &FlowRef, flags: u64) -> bool {
+    match tier {
+        Tier::Assured => FLOW_INDEX.insert(key, target, flags),
+        Tier::New => NEW_FLOW_INDEX.insert(key, target, flags),
+    }
+    .is_ok()
 }

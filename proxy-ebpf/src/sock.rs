@@ -141,7 +141,7 @@ impl<const V6: bool> Socket for SockAddr<V6> {
 #[inline(always)]
 pub(crate) fn closing(ctx: &SockContext) -> (u32, u64) {
     // SAFETY: the kernel hands every program of this type a whole `bpf_sock`.
-    let protocol = unsafe { addr_of!((*ctx.sock).protocol).read_volatile() };
+    let sock = unsafe { &*ctx.sock };
     // SAFETY: the context is the one this program was called with.
-    (protocol, unsafe { bpf_get_socket_cookie(ctx.as_ptr()) })
+    (sock.protocol, unsafe { bpf_get_socket_cookie(ctx.as_ptr()) })
 }

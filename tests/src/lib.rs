@@ -3,4 +3,5 @@
 pub mod apiserver;
 pub mod cases;
 pub mod lab;
+pub mod packets;
 pub mod scenarios;

@@ -61,7 +61,8 @@ const SETS: [(&str, [u8; 2], u16); 5] = [
 ];
 
 /// Small enough, but for the ring, for every number to come back many times.
-const CAPACITY: Capacity = Capacity { frontends: 4096, services: 8, slots: 64 + 4 * RING, backends: 64 };
+const CAPACITY: Capacity =
+    Capacity { frontends: 4096, services: 8, slots: 64 + 4 * RING, backends: 64, source_ranges: 64 };
 
 struct Vip {
     addr: Ipv4Addr,
@@ -436,6 +437,7 @@ fn wanted_service(name: &str, set: usize, size: u8, frontends: &[FrontendKey]) -
         backends: (1..=size).map(backend).collect(),
         empty_local: SlotRange::REJECT,
         affinity_seconds: 0,
+        source_ranges: Vec::new(),
     };
     Wanted { created: 0, desired: DesiredService { ports: vec![port], problems: Vec::new() } }
 }

@@ -5,11 +5,17 @@ use std::ffi::OsString;
 use anyhow::Result;
 
 use crate::build;
+use crate::build_ebpf;
 
 /// Becomes the benchmark that `args` names.
 ///
 /// # Errors
 /// When a build fails or the benchmark cannot be started.
 pub(crate) fn run(args: &[OsString]) -> Result<()> {
-    build::exec_tool("bench", args)
+    // The only one that has BPF programs of its own.
+    let object = match args.first() {
+        Some(first) if first == "packet" => vec![("VIPR_BENCH_OBJECT", build_ebpf::bench()?)],
+        _ => Vec::new(),
+    };
+    build::exec_tool("bench", &object, args)
 }

@@ -72,17 +72,23 @@ pub(crate) fn programs(release: bool, debug_log: bool) -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Builds for release and becomes `tool` of crate `tests`, as root, which finds the agent by `VIPR_AGENT`.
+/// Builds for release and becomes `tool` of crate `tests`, as root, which finds the agent by `VIPR_AGENT` and what else
+/// it needs by `variables`.
 ///
 /// # Errors
 /// When something is missing and cannot be installed, a build fails, or the tool cannot be started.
-pub(crate) fn exec_tool(tool: &str, args: &[OsString]) -> Result<()> {
+pub(crate) fn exec_tool(tool: &str, variables: &[(&str, PathBuf)], args: &[OsString]) -> Result<()> {
     let dir = programs(true, false)?;
     setup::lab(setup::quiet)?;
-    let mut agent = OsString::from("VIPR_AGENT=");
-    agent.push(dir.join("proxy-agent"));
     // Through env, because sudo hands no variables on.
-    exec(setup::as_root("env")?.arg(agent).arg(dir.join(tool)).args(args))
+    let mut env = setup::as_root("env")?;
+    let agent = ("VIPR_AGENT", dir.join("proxy-agent"));
+    for (name, value) in variables.iter().chain([&agent]) {
+        let mut variable = OsString::from(format!("{name}="));
+        variable.push(value);
+        env.arg(variable);
+    }
+    exec(env.arg(dir.join(tool)).args(args))
 }
 
 /// The GNU target of this machine: glibc links statically there, and no further target has to be installed.

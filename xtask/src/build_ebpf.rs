@@ -18,6 +18,13 @@ use crate::workspace;
 /// Little-endian, like every architecture that Vipr runs on.
 const TARGET: &str = "bpfel-unknown-none";
 
+/// The programs of the agent.
+pub(crate) const PROGRAMS: &str = "vipr";
+/// The programs of the benchmark of the packet edge, and the feature that they need.
+pub(crate) const BENCH_PROGRAMS: &str = "vipr-bench";
+/// See [`BENCH_PROGRAMS`].
+pub(crate) const BENCH_FEATURE: &str = "bench";
+
 /// Arguments of `build-ebpf`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -31,23 +38,34 @@ pub(crate) struct Args {
 /// # Errors
 /// When the toolchain is missing and cannot be installed, or the build fails.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let mut cargo = cargo("build")?;
-    if args.debug_log {
-        cargo.args(["--features", "debug-log"]);
-    }
-    run_command(&mut cargo)?;
-    let built = build_dir().join(TARGET).join("ebpf").join("vipr");
-    let object = workspace::ebpf_object();
-    let how = if install(&built, &object)? { "written" } else { "unchanged" };
+    let features = if args.debug_log { "debug-log" } else { "" };
+    build(PROGRAMS, features, &workspace::ebpf_object())
+}
+
+/// Builds the programs that the benchmark of the packet edge measures with; returns where their object is. Nothing
+/// that is shipped contains it.
+///
+/// # Errors
+/// When the toolchain is missing and cannot be installed, or the build fails.
+pub(crate) fn bench() -> Result<PathBuf> {
+    let object = workspace::ebpf_object().with_file_name("vipr-bench.o");
+    build(BENCH_PROGRAMS, BENCH_FEATURE, &object)?;
+    Ok(object)
+}
+
+fn build(programs: &str, features: &str, object: &Path) -> Result<()> {
+    run_command(cargo("build", programs)?.args(["--features", features]))?;
+    let built = build_dir().join(TARGET).join("ebpf").join(programs);
+    let how = if install(&built, object)? { "written" } else { "unchanged" };
     say(&format!("BPF object {how}: {}", object.display()));
     Ok(())
 }
 
-/// `cargo <subcommand>` for the BPF target, with the linker and flags that the object needs.
+/// `cargo <subcommand>` on `programs` for the BPF target, with the linker and flags that an object needs.
 ///
 /// # Errors
 /// When the toolchain or the linker is missing and cannot be installed.
-pub(crate) fn cargo(subcommand: &str) -> Result<Command> {
+pub(crate) fn cargo(subcommand: &str, programs: &str) -> Result<Command> {
     let (toolchain, linker) = setup::build(setup::quiet)?;
     say(&format!("BPF target with {toolchain} and {}", linker.display()));
     let flags = [
@@ -59,7 +77,7 @@ pub(crate) fn cargo(subcommand: &str) -> Result<Command> {
     ];
     let mut cargo = toolchain.cargo(subcommand);
     cargo
-        .args(["--package", "proxy-ebpf", "--bin", "vipr", "--profile", "ebpf"])
+        .args(["--package", "proxy-ebpf", "--bin", programs, "--profile", "ebpf"])
         .args(["--target", TARGET, "-Zbuild-std=core"])
         .arg("--target-dir")
         .arg(build_dir())

@@ -11,5 +11,5 @@ use crate::build;
 /// # Errors
 /// When a build fails or the demo cannot be started.
 pub(crate) fn run(args: &[OsString]) -> Result<()> {
-    build::exec_tool("demo", args)
+    build::exec_tool("demo", &[], args)
 }

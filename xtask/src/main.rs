@@ -54,7 +54,7 @@ enum Command {
     },
     /// Run the tests.
     Test(test::Args),
-    /// Run a benchmark: `east-west` or `sync`.
+    /// Run a benchmark: `east-west`, `north-south`, `packet` or `sync`.
     Bench {
         /// Which benchmark, and its own arguments.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]

@@ -69,10 +69,10 @@ pub(crate) fn build(found: Found) -> Result<(Toolchain, PathBuf)> {
 /// # Errors
 /// When a tool is missing and cannot be installed, or the BPF filesystem cannot be mounted.
 pub(crate) fn lab(found: Found) -> Result<()> {
-    let tools = [("ip", "iproute2"), ("bpftool", "bpftool")];
+    let tools = [("ip", "iproute2"), ("nft", "nftables"), ("bpftool", "bpftool")];
     let missing: Vec<_> = tools.iter().filter(|(program, _)| find_program(program).is_none()).collect();
     if missing.is_empty() {
-        found("ip and bpftool: found");
+        found("ip, nft and bpftool: found");
     } else {
         let packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
         apt_install(&packages, "network and BPF tools")?;

@@ -1,7 +1,9 @@
 //! `test`: the test rings by name.
 //!
 //! - `unit` needs no privileges: unit and property tests of every crate, doc tests, and the integration tests whose
-//!   name does not start with `lab`.
+//!   name starts with nothing of what follows.
+//! - `equivalence` needs root: the integration tests whose name starts with `equivalence`, which run the real BPF
+//!   programs and the same code on the host on the same packets.
 //! - `lab` needs root: the integration tests whose name starts with `lab`, which load the real BPF programs and
 //!   build nodes, pods and clients from network namespaces.
 //!
@@ -22,7 +24,8 @@ use crate::workspace::{self, Package, find_program, is_root};
 /// Arguments of `test`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A ring (`unit`, `lab` or `all`; without one: all), then filters: tests whose name contains one of them run.
+    /// A ring (`unit`, `equivalence`, `lab` or `all`; without one: all), then filters: tests whose name contains one of
+    /// them run.
     #[arg(value_name = "[RING] [FILTER]")]
     ring_and_filters: Vec<String>,
     /// Show the output of tests while they run, one test at a time.
@@ -33,6 +36,7 @@ pub(crate) struct Args {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ring {
     Unit,
+    Equivalence,
     Lab,
     All,
 }
@@ -58,7 +62,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if ring != Ring::Unit && !selection.tests.is_empty() {
         check_lab()?;
     }
-    ensure!(selection.unit || !selection.tests.is_empty(), "there is no integration test named lab*");
+    ensure!(selection.unit || !selection.tests.is_empty(), "the ring has no integration test");
 
     build_ebpf::run(&build_ebpf::Args { debug_log: false })?;
     let mut agent = workspace::cargo();
@@ -80,6 +84,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn split(args: &[String]) -> (Ring, &[String]) {
     let ring = match args.first().map(String::as_str) {
         Some("unit") => Ring::Unit,
+        Some("equivalence") => Ring::Equivalence,
         Some("lab") => Ring::Lab,
         Some("all") => Ring::All,
         _ => return (Ring::All, args),
@@ -90,11 +95,7 @@ fn split(args: &[String]) -> (Ring, &[String]) {
 fn select(packages: &[Package], ring: Ring) -> Selection {
     // The programs themselves run nowhere but in the kernel.
     let packages = || packages.iter().filter(|package| package.name != "proxy-ebpf");
-    let in_ring = |name: &&String| match ring {
-        Ring::Unit => !name.starts_with("lab"),
-        Ring::Lab => name.starts_with("lab"),
-        Ring::All => true,
-    };
+    let in_ring = |name: &&String| ring == Ring::All || ring == ring_of(name);
     let option = |option: &str, value: &str| [option.to_owned(), value.to_owned()];
     Selection {
         packages: packages().flat_map(|package| option("--package", &package.name)).collect(),
@@ -102,20 +103,32 @@ fn select(packages: &[Package], ring: Ring) -> Selection {
             .flat_map(|package| package.tests.iter().filter(in_ring))
             .flat_map(|test| option("--test", test))
             .collect(),
-        unit: ring != Ring::Lab,
+        unit: matches!(ring, Ring::Unit | Ring::All),
     }
 }
 
-/// The lab changes the machine's kernel; what it needs is checked here once, so that no test has to skip itself.
+/// The ring of an integration test.
+fn ring_of(test: &str) -> Ring {
+    if test.starts_with("lab") {
+        Ring::Lab
+    } else if test.starts_with("equivalence") {
+        Ring::Equivalence
+    } else {
+        Ring::Unit
+    }
+}
+
+/// The lab and the equivalence tests change the machine's kernel; what they need is checked here once, so that no test has
+/// to skip itself.
 fn check_lab() -> Result<()> {
     let only_unit = "`cargo xtask test unit` runs the tests that need no privileges";
     ensure!(
         is_root(),
-        "the lab tests load BPF programs and create network namespaces: run as root; {only_unit}"
+        "these tests load BPF programs and create network namespaces: run as root; {only_unit}"
     );
     ensure!(
         !mounted("cgroup2")?.is_empty(),
-        "the lab tests need a cgroup v2 hierarchy, and none is mounted; {only_unit}"
+        "these tests need a cgroup v2 hierarchy, and none is mounted; {only_unit}"
     );
     setup::lab(setup::quiet)
 }
@@ -203,6 +216,7 @@ mod tests {
         };
         check(&[], Ring::All, &[]);
         check(&["lab"], Ring::Lab, &[]);
+        check(&["equivalence"], Ring::Equivalence, &[]);
         check(&["unit", "addr", "be"], Ring::Unit, &["addr", "be"]);
         check(&["addr", "lab"], Ring::All, &["addr", "lab"]);
     }
@@ -217,7 +231,7 @@ mod tests {
         let packages = [
             package("proxy-ebpf", &[]),
             package("proxy-common", &[]),
-            package("proxy-tests", &["apiserver", "lab_socket", "pure_cases"]),
+            package("proxy-tests", &["apiserver", "equivalence", "lab_socket", "pure_cases"]),
         ];
         let check = |ring, tests: &[&str]| {
             let selection = select(&packages, ring);
@@ -228,8 +242,11 @@ mod tests {
             assert_eq!(selection.tests, strings(tests));
         };
         check(Ring::Unit, &["--test", "apiserver", "--test", "pure_cases"]);
+        check(Ring::Equivalence, &["--test", "equivalence"]);
         check(Ring::Lab, &["--test", "lab_socket"]);
-        check(Ring::All, &["--test", "apiserver", "--test", "lab_socket", "--test", "pure_cases"]);
+        let all =
+            ["--test", "apiserver", "--test", "equivalence", "--test", "lab_socket", "--test", "pure_cases"];
+        check(Ring::All, &all);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::MapData;
 use aya::programs::links::FdLink;
-use aya::programs::{CgroupAttachMode, Program, ProgramError, ProgramType};
+use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, ProgramType};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
@@ -41,6 +41,13 @@ const KERNEL_FLOOR: (u32, u32) = (5, 10);
 const AFFINITY_ENTRIES: u32 = 65_536;
 /// Elements of `UDP_FLOWS`: two for each unconnected socket and VIP.
 const UDP_FLOW_ENTRIES: u32 = 65_536;
+/// Elements of `FLOWS`, which never evicts; memory is taken as they are used.
+const FLOW_ENTRIES: u32 = 262_144;
+/// Elements of `NEW_FLOWS`: flows whose client has not gone on after an answer.
+const NEW_FLOW_ENTRIES: u32 = 65_536;
+const FRAGMENT_ENTRIES: u32 = 8_192;
+const POD_SOURCE_ENTRIES: u32 = 256;
+const DEVICE_ENTRIES: u32 = 4_096;
 const LOCAL_ADDRESS_ENTRIES: u32 = 4_096;
 const SERVICE_CIDR_ENTRIES: u32 = 256;
 
@@ -150,12 +157,11 @@ impl Dataplane {
         for name in PROGRAMS {
             let failed = |source| DataplaneError::Program { program: name, source };
             let program = program(&mut programs, name)?;
-            match program {
-                Program::CgroupSock(program) => program.load(),
-                Program::CgroupSockAddr(program) => program.load(),
-                _ => Err(ProgramError::UnexpectedProgramType),
+            if let Program::CgroupSock(program) = program {
+                program.load().map_err(failed)?;
+            } else {
+                <&mut CgroupSockAddr>::try_from(&mut *program).map_err(failed)?.load().map_err(failed)?;
             }
-            .map_err(failed)?;
             let info = program.info().map_err(failed)?;
             verified.push((name, info.verified_instruction_count()));
         }
@@ -220,7 +226,7 @@ impl Dataplane {
     }
 }
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("VIPR_EBPF_OBJECT"));
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("VIPR_EBPF_OBJECT"));
 
 fn program<'a>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, DataplaneError> {
     let missing = DataplaneError::Program { program: name, source: ProgramError::UnexpectedProgramType };
@@ -229,28 +235,33 @@ fn program<'a>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Pro
 
 /// Attaches to a cgroup and hands the link out, to be pinned.
 fn attach(program: &mut Program, cgroup: &File) -> Result<FdLink, Box<dyn std::error::Error>> {
-    Ok(match program {
-        Program::CgroupSock(program) => {
-            let id = program.attach(cgroup, CgroupAttachMode::Single)?;
-            FdLink::try_from(program.take_link(id)?)?
-        }
-        Program::CgroupSockAddr(program) => {
-            let id = program.attach(cgroup, CgroupAttachMode::Single)?;
-            FdLink::try_from(program.take_link(id)?)?
-        }
-        _ => return Err(ProgramError::UnexpectedProgramType.into()),
-    })
+    if let Program::CgroupSock(program) = program {
+        let id = program.attach(cgroup, CgroupAttachMode::Single)?;
+        return Ok(FdLink::try_from(program.take_link(id)?)?);
+    }
+    let program: &mut CgroupSockAddr = program.try_into()?;
+    let id = program.attach(cgroup, CgroupAttachMode::Single)?;
+    Ok(FdLink::try_from(program.take_link(id)?)?)
 }
 
 /// Elements that a map should have; 0 where the object decides.
 fn entries(map: &str, want: Capacity) -> u32 {
     match map {
         "FRONTENDS" => want.frontends,
-        "SERVICES" | "NAMES" => want.services,
+        "SERVICES" | "NAMES" | "SERVICE_COUNTERS" => want.services,
         "SLOTS" => want.slots,
         "BACKENDS" => want.backends,
         "AFFINITY" => AFFINITY_ENTRIES,
         "UDP_FLOWS" => UDP_FLOW_ENTRIES,
+        "FLOWS" => FLOW_ENTRIES,
+        "NEW_FLOWS" => NEW_FLOW_ENTRIES,
+        // A flow has one index entry, or two.
+        "FLOW_INDEX" => 2 * FLOW_ENTRIES,
+        "NEW_FLOW_INDEX" => 2 * NEW_FLOW_ENTRIES,
+        "FRAGMENTS" => FRAGMENT_ENTRIES,
+        "SOURCE_RANGES" => want.source_ranges,
+        "POD_SOURCES" => POD_SOURCE_ENTRIES,
+        "DEVICES" => DEVICE_ENTRIES,
         "LOCAL_ADDRESSES" => LOCAL_ADDRESS_ENTRIES,
         "SERVICE_CIDRS" => SERVICE_CIDR_ENTRIES,
         _ => 0,

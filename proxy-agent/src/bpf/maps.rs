@@ -4,10 +4,14 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
-use aya::maps::{HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie};
-use proxy_common::abi::{Backend, Counter, FrontendKey, FrontendValue, Service, ServiceName};
-use proxy_common::addr::{Addr, Prefix};
+use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie};
+use proxy_common::abi::{
+    Backend, Counter, FilterBit, Flow, FlowKey, FrontendKey, FrontendValue, Service, ServiceCounters,
+    ServiceName, SourceRangeKey,
+};
+use proxy_common::addr::{Addr, Family, Prefix};
 
+use super::flow_maps::FlowMaps;
 use super::pins::PinDir;
 use super::sys::Mapping;
 use crate::store::{Capacity, Contents, MapStore, Op, StoreError, filter_bits, filter_words};
@@ -37,9 +41,13 @@ pub enum OpenError {
 pub struct KernelMaps {
     frontends: HashMap<MapData, FrontendKey, FrontendValue>,
     names: HashMap<MapData, u32, ServiceName>,
+    source_ranges: LpmTrie<MapData, SourceRange, u32>,
     local_addresses: HashMap<MapData, Addr, u32>,
     service_cidrs: LpmTrie<MapData, Addr, u32>,
+    pod_sources: LpmTrie<MapData, Addr, u32>,
     counters: PerCpuArray<MapData, u64>,
+    service_counters: PerCpuArray<MapData, ServiceCounters>,
+    flow_maps: FlowMaps,
     filter: Mapping,
     services: Mapping,
     slots: Mapping,
@@ -47,6 +55,9 @@ pub struct KernelMaps {
     node: Mapping,
     capacity: Capacity,
 }
+
+/// The part of a [`SourceRangeKey`] behind the length.
+type SourceRange = [u8; 20];
 
 impl std::fmt::Debug for KernelMaps {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -78,21 +89,25 @@ impl KernelMaps {
         let services = mapping("SERVICES", size_of::<Service>())?;
         let slots = mapping("SLOTS", size_of::<u32>())?;
         let backends = mapping("BACKENDS", size_of::<Backend>())?;
-        let frontends = data("FRONTENDS")?;
+        let (frontends, source_ranges) = (data("FRONTENDS")?, data("SOURCE_RANGES")?);
         let capacity = Capacity {
             frontends: frontends.info().map_err(bad("FRONTENDS"))?.max_entries(),
             services: services.len(),
             slots: slots.len(),
             backends: backends.len(),
+            source_ranges: source_ranges.info().map_err(bad("SOURCE_RANGES"))?.max_entries(),
         };
+        let service_counters = Map::PerCpuArray(data("SERVICE_COUNTERS")?);
         Ok(Self {
-            frontends: typed(aya::maps::Map::HashMap(frontends)).map_err(bad("FRONTENDS"))?,
-            names: typed(aya::maps::Map::HashMap(data("NAMES")?)).map_err(bad("NAMES"))?,
-            local_addresses: typed(aya::maps::Map::HashMap(data("LOCAL_ADDRESSES")?))
-                .map_err(bad("LOCAL_ADDRESSES"))?,
-            service_cidrs: typed(aya::maps::Map::LpmTrie(data("SERVICE_CIDRS")?))
-                .map_err(bad("SERVICE_CIDRS"))?,
-            counters: typed(aya::maps::Map::PerCpuArray(data("COUNTERS")?)).map_err(bad("COUNTERS"))?,
+            frontends: typed(Map::HashMap(frontends)).map_err(bad("FRONTENDS"))?,
+            names: typed(Map::HashMap(data("NAMES")?)).map_err(bad("NAMES"))?,
+            source_ranges: typed(Map::LpmTrie(source_ranges)).map_err(bad("SOURCE_RANGES"))?,
+            local_addresses: typed(Map::HashMap(data("LOCAL_ADDRESSES")?)).map_err(bad("LOCAL_ADDRESSES"))?,
+            service_cidrs: typed(Map::LpmTrie(data("SERVICE_CIDRS")?)).map_err(bad("SERVICE_CIDRS"))?,
+            pod_sources: typed(Map::LpmTrie(data("POD_SOURCES")?)).map_err(bad("POD_SOURCES"))?,
+            counters: typed(Map::PerCpuArray(data("COUNTERS")?)).map_err(bad("COUNTERS"))?,
+            service_counters: typed(service_counters).map_err(bad("SERVICE_COUNTERS"))?,
+            flow_maps: FlowMaps::open(pins)?,
             filter: mapping("FILTER", size_of::<u64>())?,
             services,
             slots,
@@ -121,20 +136,43 @@ impl KernelMaps {
         Ok(self.counters.get(&(counter as u32), 0)?.iter().sum())
     }
 
-    /// Elements in use and capacity, by map.
+    /// What the packet edge has done for a Service port, summed over the CPUs.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn service_counters(&self, id: u32) -> Result<ServiceCounters, MapError> {
+        let by_cpu = self.service_counters.get(&id, 0)?;
+        Ok(by_cpu.iter().fold(ServiceCounters::default(), |sum, cpu| ServiceCounters {
+            connections: sum.connections.wrapping_add(cpu.connections),
+            request_packets: sum.request_packets.wrapping_add(cpu.request_packets),
+            request_bytes: sum.request_bytes.wrapping_add(cpu.request_bytes),
+            reply_packets: sum.reply_packets.wrapping_add(cpu.reply_packets),
+            reply_bytes: sum.reply_bytes.wrapping_add(cpu.reply_bytes),
+        }))
+    }
+
+    /// The packet edge's flows.
+    pub fn flow_maps(&self) -> &FlowMaps {
+        &self.flow_maps
+    }
+
+    /// Elements in use and capacity, by map; those of the flows are too many to be counted by the way.
     ///
     /// # Errors
     ///
     /// What the kernel says about a hash map that it cannot walk.
-    pub fn usage(&self) -> Result<[(&'static str, u64, u64); 3], MapError> {
+    pub fn usage(&self) -> Result<Vec<(&'static str, u64, u64)>, MapError> {
         let frontends = self.frontends.keys().count() as u64;
         let services = self.names.keys().count() as u64;
         let used = |id: &u32| self.backend(*id).is_some_and(|backend| backend.state.flags != 0);
         let backends = (0..self.capacity.backends).filter(used).count() as u64;
-        Ok([
+        let source_ranges = self.source_ranges.keys().count() as u64;
+        Ok(vec![
             ("FRONTENDS", frontends, self.capacity.frontends.into()),
             ("SERVICES", services, self.capacity.services.into()),
             ("BACKENDS", backends, self.capacity.backends.into()),
+            ("SOURCE_RANGES", source_ranges, self.capacity.source_ranges.into()),
         ])
     }
 
@@ -149,6 +187,11 @@ impl KernelMaps {
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// An element of `FILTER`.
+    pub fn filter(&self, word: u32) -> Option<u64> {
+        load::<1>(&self.filter, word).map(|[bits]| bits)
     }
 
     /// An element of `SERVICES`.
@@ -167,34 +210,46 @@ impl KernelMaps {
     ///
     /// What the kernel says about a hash map that it cannot walk.
     pub fn contents(&self) -> Result<Contents, MapError> {
-        let cidr = |key: lpm_trie::Key<Addr>| {
-            let addr = key.data();
-            let bits = if addr.family() == proxy_common::addr::Family::V4 { 96 } else { 0 };
-            Prefix::new(addr, u8::try_from(key.prefix_len().saturating_sub(bits)).unwrap_or(u8::MAX))
+        let prefixes = |trie: &LpmTrie<MapData, Addr, u32>| {
+            let keys = trie.keys().collect::<Result<Vec<_>, _>>()?;
+            Ok::<_, MapError>(
+                keys.into_iter().filter_map(|key| prefix(key.data(), key.prefix_len())).collect(),
+            )
         };
-        let cidrs = self.service_cidrs.keys().collect::<Result<Vec<_>, _>>()?;
+        let ranges = self.source_ranges.keys().collect::<Result<Vec<_>, _>>()?;
         Ok(Contents {
             names: self.names.iter().collect::<Result<_, _>>()?,
             frontends: self.frontends.iter().collect::<Result<_, _>>()?,
             services: array(&self.services, |index| self.service(index)),
             slots: array(&self.slots, |index| load::<1>(&self.slots, index).map(|[word]| word as u32)),
             backends: array(&self.backends, |index| self.backend(index)),
+            source_ranges: ranges.iter().filter_map(source_range).collect(),
             local_addresses: self.local_addresses.iter().collect::<Result<_, _>>()?,
-            service_cidrs: cidrs.into_iter().filter_map(cidr).collect(),
+            service_cidrs: prefixes(&self.service_cidrs)?,
+            pod_sources: prefixes(&self.pod_sources)?,
         })
     }
 }
 
 impl KernelMaps {
-    /// Brings `FILTER` to what the other maps hold: sets what is missing, clears what has become stale.
+    /// Brings `FILTER` to what the other maps hold: sets what is missing, clears what has become stale. Flows go on when
+    /// their backend has left its Service, so their backends count as well.
     ///
     /// # Errors
     ///
-    /// [`StoreError::Range`] if the map is too small.
+    /// [`StoreError::Range`] if the map is too small, [`StoreError::Map`] if the flows cannot be walked.
     pub fn refresh_filter(&self, contents: &Contents) -> Result<(), StoreError> {
-        (0..)
-            .zip(filter_words(contents))
-            .try_for_each(|(word, bits)| store("FILTER", &self.filter, word, 0, bits))
+        let mut words = filter_words(contents);
+        for (map, table) in [("FLOWS", &self.flow_maps.flows), ("NEW_FLOWS", &self.flow_maps.new_flows)] {
+            let mark = |(key, _): (FlowKey, Flow)| {
+                let FilterBit { word, mask } = FilterBit::of_backend(&key.destination);
+                if let Some(word) = words.get_mut(word as usize) {
+                    *word |= mask;
+                }
+            };
+            table.for_each(mark).map_err(|source| StoreError::Map { map, source })?;
+        }
+        (0..).zip(words).try_for_each(|(word, bits)| store("FILTER", &self.filter, word, 0, bits))
     }
 }
 
@@ -205,7 +260,15 @@ impl MapStore for KernelMaps {
             store("FILTER", &self.filter, bit.word, 0, word | bit.mask)?;
         }
         match op {
-            Op::Name(id, Some(name)) => self.names.insert(id, **name, 0).map_err(failed("NAMES")),
+            Op::Name(id, Some(name)) => {
+                let cpus = aya::util::nr_cpus().map_err(|(_, source)| source);
+                let zero =
+                    cpus.and_then(|cpus| PerCpuValues::try_from(vec![ServiceCounters::default(); cpus]));
+                zero.map_err(MapError::from)
+                    .and_then(|zero| self.service_counters.set(*id, zero, 0))
+                    .map_err(failed("SERVICE_COUNTERS"))?;
+                self.names.insert(id, **name, 0).map_err(failed("NAMES"))
+            }
             Op::Name(id, None) => absent_is_fine(self.names.remove(id)).map_err(failed("NAMES")),
             Op::Backend(id, backend) => {
                 let [a, b, c, state] = bytemuck::cast::<Backend, [u64; 4]>(*backend);
@@ -236,20 +299,59 @@ impl MapStore for KernelMaps {
             Op::LocalAddress(addr, None) => {
                 absent_is_fine(self.local_addresses.remove(addr)).map_err(failed("LOCAL_ADDRESSES"))
             }
+            Op::SourceRange(service, range, present) => {
+                put(&mut self.source_ranges, &source_range_key(*service, *range), *present)
+                    .map_err(failed("SOURCE_RANGES"))
+            }
             Op::ServiceCidr(cidr, present) => {
-                let key = lpm_trie::Key::new(u32::from(cidr.mapped_len()), cidr.addr());
-                let done = if *present {
-                    self.service_cidrs.insert(&key, 1, 0)
-                } else {
-                    absent_is_fine(self.service_cidrs.remove(&key))
-                };
-                done.map_err(failed("SERVICE_CIDRS"))
+                put(&mut self.service_cidrs, &prefix_key(*cidr), *present).map_err(failed("SERVICE_CIDRS"))
+            }
+            Op::PodSource(pods, present) => {
+                put(&mut self.pod_sources, &prefix_key(*pods), *present).map_err(failed("POD_SOURCES"))
             }
         }
     }
 }
 
-fn typed<T: TryFrom<aya::maps::Map, Error = MapError>>(map: aya::maps::Map) -> Result<T, MapError> {
+/// Adds or removes an element of a trie that holds nothing but keys.
+fn put<K: aya::Pod>(
+    trie: &mut LpmTrie<MapData, K, u32>,
+    key: &lpm_trie::Key<K>,
+    present: bool,
+) -> Result<(), MapError> {
+    if present { trie.insert(key, 1, 0) } else { absent_is_fine(trie.remove(key)) }
+}
+
+fn prefix_key(prefix: Prefix) -> lpm_trie::Key<Addr> {
+    lpm_trie::Key::new(u32::from(prefix.mapped_len()), prefix.addr())
+}
+
+/// A prefix with its length in the 128-bit form; `None` for what is never written.
+fn prefix(addr: Addr, mapped_len: u32) -> Option<Prefix> {
+    let len = match addr.family() {
+        Family::V4 => mapped_len.checked_sub(96)?,
+        Family::V6 => mapped_len,
+    };
+    Prefix::new(addr, u8::try_from(len).ok()?)
+}
+
+fn source_range_key(service: u32, range: Prefix) -> lpm_trie::Key<SourceRange> {
+    let len = 32 + u32::from(range.mapped_len());
+    let key = SourceRangeKey { len, service, addr: range.addr() };
+    let [_, _, _, _, data @ ..]: [u8; size_of::<SourceRangeKey>()] = bytemuck::cast(key);
+    lpm_trie::Key::new(len, data)
+}
+
+/// Reads [`source_range_key`] back; `None` for what it never writes.
+fn source_range(key: &lpm_trie::Key<SourceRange>) -> Option<(u32, Prefix)> {
+    let mut bytes = [0; size_of::<SourceRangeKey>()];
+    let [_, _, _, _, data @ ..] = &mut bytes;
+    *data = key.data();
+    let SourceRangeKey { service, addr, .. } = bytemuck::cast(bytes);
+    Some((service, prefix(addr, key.prefix_len().checked_sub(32)?)?))
+}
+
+fn typed<T: TryFrom<Map, Error = MapError>>(map: Map) -> Result<T, MapError> {
     T::try_from(map)
 }
 

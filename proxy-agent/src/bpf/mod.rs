@@ -1,7 +1,7 @@
 //! The kernel: loading programs, attaching them, and the maps between them and the agent.
 //!
-//! [`dataplane`] is what the agent holds; [`maps`] is all that the inspection commands need; [`pins`] is the layout
-//! of the pin directory; [`sys`] holds the agent's only `unsafe`.
+//! [`dataplane`] is what the agent holds; [`tc`] attaches to network devices; [`maps`] is all that the inspection
+//! commands need; [`pins`] is the layout of the pin directory; [`sys`] holds the agent's only `unsafe`.
 
 pub mod sys;
 
@@ -9,7 +9,11 @@ pub mod pins;
 
 pub mod maps;
 
+pub mod flow_maps;
+
 pub mod dataplane;
+
+pub mod tc;
 
 #[cfg(feature = "debug-log")]
 mod debug_log;

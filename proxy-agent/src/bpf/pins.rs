@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <pin-dir>/links/<program>        the cgroup links: they outlive the agent, and every ABI version
+//! <pin-dir>/links/<program>-<n>    the links to the network device with index n
 //! <pin-dir>/v<ABI_VERSION>/<MAP>   the maps of this version's layout
 //! ```
 
@@ -65,7 +66,7 @@ const fn spec<K, V>(name: &'static str, map_type: MapType, independent: bool) ->
 }
 
 /// Every map. What each holds is told in `docs/maps.md`.
-pub const MAPS: [MapSpec; 14] = [
+pub const MAPS: [MapSpec; 23] = [
     spec::<u32, u64>("FILTER", MapType::Array, false),
     spec::<abi::FrontendKey, abi::FrontendValue>("FRONTENDS", MapType::Hash, false),
     spec::<u32, abi::Service>("SERVICES", MapType::Array, false),
@@ -80,6 +81,16 @@ pub const MAPS: [MapSpec; 14] = [
     spec::<abi::PrefixKey, u32>("SERVICE_CIDRS", MapType::LpmTrie, false),
     spec::<u32, abi::StreamRecord>("STREAMS", MapType::Array, true),
     spec::<i32, abi::SocketRecord>("SOCKETS", MapType::SkStorage, true),
+    spec::<abi::SourceRangeKey, u32>("SOURCE_RANGES", MapType::LpmTrie, false),
+    spec::<abi::PrefixKey, u32>("POD_SOURCES", MapType::LpmTrie, false),
+    spec::<u32, abi::Device>("DEVICES", MapType::Hash, true),
+    // Flows carry addresses; their backend ids count only with those.
+    spec::<abi::FlowKey, abi::Flow>("FLOWS", MapType::Hash, true),
+    spec::<abi::FlowKey, abi::FlowRef>("FLOW_INDEX", MapType::Hash, true),
+    spec::<abi::FlowKey, abi::Flow>("NEW_FLOWS", MapType::LruHash, true),
+    spec::<abi::FlowKey, abi::FlowRef>("NEW_FLOW_INDEX", MapType::LruHash, true),
+    spec::<abi::FragmentKey, abi::FragmentPorts>("FRAGMENTS", MapType::LruHash, true),
+    spec::<u32, abi::ServiceCounters>("SERVICE_COUNTERS", MapType::PerCpuArray, false),
     spec::<u32, u64>("COUNTERS", MapType::PerCpuArray, true),
 ];
 
@@ -110,9 +121,14 @@ impl PinDir {
         self.maps().join(name)
     }
 
+    /// Where links are pinned.
+    pub fn links(&self) -> PathBuf {
+        self.root.join("links")
+    }
+
     /// Where a program's link is pinned.
     pub fn link(&self, program: &str) -> PathBuf {
-        self.root.join("links").join(program)
+        self.links().join(program)
     }
 
     /// Makes the directories, mounting a BPF file system first if there is none.
@@ -129,7 +145,7 @@ impl PinDir {
                 .map_err(|errno| PinError::NoBpfFs { path: self.root.clone(), source: errno.into() })?;
             tracing::info!(path = BPF_FS, "mounted a BPF file system");
         }
-        for dir in [self.root.clone(), self.maps(), self.root.join("links")] {
+        for dir in [self.root.clone(), self.maps(), self.links()] {
             std::fs::create_dir_all(&dir).map_err(|source| PinError::File { path: dir, source })?;
         }
         Ok(())
@@ -203,7 +219,7 @@ impl PinDir {
     /// [`PinError::File`] when a pin cannot be removed.
     pub fn remove(&self) -> Result<(), PinError> {
         // Links first: no program must run on after its maps have lost their names.
-        let links = self.root.join("links");
+        let links = self.links();
         if links.exists() {
             remove_tree(&links)?;
         }

@@ -10,7 +10,8 @@ use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
+use aya::maps::{MapData, MapType};
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_type};
 use rustix::mm::{MapFlags, ProtFlags};
 
 /// A BPF array map's values in this process's memory (`BPF_F_MMAPABLE`, kernel 5.5).
@@ -85,6 +86,15 @@ pub struct CgroupLinkInfo {
     pub attach_type: u32,
 }
 
+/// What the kernel says about a link to a network device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcxLinkInfo {
+    /// Id of the program that the link runs.
+    pub program_id: u32,
+    /// Interface index; 0 when the device is gone.
+    pub device: u32,
+}
+
 fn bpf(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
     let size = size_of::<bpf_attr>();
     // SAFETY: `attr` is a whole, initialised bpf_attr, and every caller fills what `cmd` reads.
@@ -131,6 +141,28 @@ pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
 ///
 /// What bpf(2) says.
 pub fn cgroup_link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
+    let info = link_info(link)?;
+    // SAFETY: integers of a C union; for a link of another kind they mean nothing, and no pin of ours is one.
+    let cgroup = unsafe { info.__bindgen_anon_1.cgroup };
+    Ok(CgroupLinkInfo { cgroup_id: cgroup.cgroup_id, attach_type: cgroup.attach_type })
+}
+
+/// Which device and program a TCX link is for (`BPF_OBJ_GET_INFO_BY_FD`, kernel 6.6).
+///
+/// # Errors
+///
+/// What bpf(2) says; InvalidInput when the link is of another kind.
+pub fn tcx_link_info(link: BorrowedFd<'_>) -> io::Result<TcxLinkInfo> {
+    let info = link_info(link)?;
+    if info.type_ != bpf_link_type::BPF_LINK_TYPE_TCX as u32 {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a TCX link"));
+    }
+    // SAFETY: the member of the union that the kernel fills for this kind of link.
+    let tcx = unsafe { info.__bindgen_anon_1.tcx };
+    Ok(TcxLinkInfo { program_id: info.prog_id, device: tcx.ifindex })
+}
+
+fn link_info(link: BorrowedFd<'_>) -> io::Result<bpf_link_info> {
     // SAFETY: bpf_link_info is a C struct of integers: zero is a value of it.
     let mut info: bpf_link_info = unsafe { std::mem::zeroed() };
     let mut attr = zeroed_attr();
@@ -138,9 +170,48 @@ pub fn cgroup_link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
     attr.info.info_len = size_of::<bpf_link_info>() as u32;
     attr.info.info = std::ptr::from_mut(&mut info) as u64;
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
-    // SAFETY: integers of a C union; for a link of another kind they mean nothing, and no pin of ours is one.
-    let cgroup = unsafe { info.__bindgen_anon_1.cgroup };
-    Ok(CgroupLinkInfo { cgroup_id: cgroup.cgroup_id, attach_type: cgroup.attach_type })
+    Ok(info)
+}
+
+/// Copies the next elements of a hash map (`BPF_MAP_LOOKUP_BATCH`, kernel 5.6), as many as fit into both slices.
+/// Returns how many, and where to go on; `None` after the last. aya 0.14 walks key by key, which takes two system calls
+/// for each element, and begins anew when the key is gone that it wants to go on from.
+///
+/// # Errors
+///
+/// What bpf(2) says: ENOSPC when more elements share a bucket than fit. EINVAL for a map that is no hash of `K` to `V`.
+pub fn lookup_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
+    map: &MapData,
+    from: Option<u32>,
+    keys: &mut [K],
+    values: &mut [V],
+) -> io::Result<(usize, Option<u32>)> {
+    let info = map.info().map_err(io::Error::other)?;
+    let is_hash = matches!(info.map_type(), Ok(MapType::Hash | MapType::LruHash));
+    if !is_hash || (info.key_size() as usize, info.value_size() as usize) != (size_of::<K>(), size_of::<V>())
+    {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let mut next = 0_u32;
+    let mut attr = zeroed_attr();
+    // The kernel writes no more than `count` keys and values, of the sizes checked above, and any bytes are a `K` or `V`.
+    // SAFETY: writes the member of the union that BPF_MAP_LOOKUP_BATCH reads.
+    let batch = unsafe { &mut attr.batch };
+    batch.map_fd = u32::try_from(map.fd().as_fd().as_raw_fd()).map_err(io::Error::other)?;
+    batch.in_batch = from.as_ref().map_or(0, |from| std::ptr::from_ref(from) as u64);
+    batch.out_batch = std::ptr::from_mut(&mut next) as u64;
+    batch.count = u32::try_from(keys.len().min(values.len())).unwrap_or(u32::MAX);
+    batch.keys = keys.as_mut_ptr() as u64;
+    batch.values = values.as_mut_ptr() as u64;
+    let last = match bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) {
+        Ok(_) => false,
+        // The end; what was left has been copied.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+        Err(error) => return Err(error),
+    };
+    // SAFETY: the member that was written above.
+    let count = unsafe { attr.batch.count };
+    Ok((count as usize, (!last).then_some(next)))
 }
 
 /// Waits until every BPF program that runs now has ended: an RCU grace period. Takes some milliseconds.

@@ -20,8 +20,17 @@ pub(super) struct OfFamily<'s> {
     internal: u16,
     /// Flags of externalIPs, load-balancer addresses and nodePorts.
     external: u16,
-    /// Flags that load-balancer addresses have besides: source ranges.
-    filter: u16,
+    /// What source ranges mean for load-balancer addresses.
+    filter: Filter,
+}
+
+/// `loadBalancerSourceRanges` in one family.
+#[derive(Default)]
+struct Filter {
+    /// Flags that load-balancer addresses have besides.
+    flags: u16,
+    /// Who may use them, in order; empty where nothing is filtered.
+    ranges: Vec<Prefix>,
 }
 
 impl<'s> OfFamily<'s> {
@@ -44,8 +53,8 @@ impl<'s> OfFamily<'s> {
                     // Without detect-local nobody can tell a pod from a far client.
                     flags::FAR_LOCAL
                         | match context.cluster_cidr[family.index()] {
-                            Some(_) => 0,
-                            None => flags::POD_LOCAL,
+                            None if !context.pods_by_interface => flags::POD_LOCAL,
+                            _ => 0,
                         }
                 }
                 TrafficPolicy::Local | TrafficPolicy::Cluster => 0,
@@ -57,8 +66,13 @@ impl<'s> OfFamily<'s> {
             external_ips: if context.ignore_external_ips { &[] } else { &service.external_ips },
             internal,
             external,
-            filter: filter_flags(service, family, context, problems),
+            filter: filter(service, family, context, problems),
         }
+    }
+
+    /// As [`super::DesiredPort::source_ranges`].
+    pub(super) fn source_ranges(&self) -> &[Prefix] {
+        &self.filter.ranges
     }
 
     /// The frontends of `port`, by key. `node_port` 0 means that it has none.
@@ -73,7 +87,7 @@ impl<'s> OfFamily<'s> {
             frontends.entry(exact(addr)).or_insert(self.external);
         }
         for addr in in_family(&self.service.load_balancer_ips, self.family) {
-            *frontends.entry(exact(addr)).or_insert(self.external) |= self.filter;
+            *frontends.entry(exact(addr)).or_insert(self.external) |= self.filter.flags;
         }
         if node_port != 0 {
             let any = match self.family {
@@ -101,11 +115,12 @@ fn external_policy_counts(service: &Service) -> bool {
 
 /// What `loadBalancerSourceRanges` mean for the load-balancer addresses of `family`. Without a range of the family,
 /// or with one that holds the whole family, nothing is filtered.
-fn filter_flags(service: &Service, family: Family, context: &Context, problems: &mut Vec<String>) -> u16 {
-    let ranges: Vec<Prefix> =
+fn filter(service: &Service, family: Family, context: &Context, problems: &mut Vec<String>) -> Filter {
+    let mut ranges: Vec<Prefix> =
         service.source_ranges.iter().copied().filter(|r| r.family() == family).collect();
-    if ranges.is_empty() || ranges.iter().any(Prefix::matches_all) {
-        return 0;
+    let mut vips = in_family(&service.load_balancer_ips, family).peekable();
+    if ranges.is_empty() || ranges.iter().any(Prefix::matches_all) || vips.peek().is_none() {
+        return Filter::default();
     }
 
     let allowed = |addr: &Addr| ranges.iter().any(|range| range.contains(*addr));
@@ -130,7 +145,22 @@ fn filter_flags(service: &Service, family: Family, context: &Context, problems: 
     }
     let deny_host = if host_allowed { 0 } else { flags::DENY_HOST };
     let deny_pod = if pods_allowed { 0 } else { flags::DENY_POD };
-    flags::SOURCE_RANGES | deny_host | deny_pod
+    if context.node.ips[family.index()].is_some_and(|ip| allowed(&ip)) {
+        // Where a load-balancer address is bound to this host, the host may use it as its source.
+        ranges.extend(vips.filter_map(alone));
+    }
+    ranges.sort_unstable();
+    ranges.dedup();
+    Filter { flags: flags::SOURCE_RANGES | deny_host | deny_pod, ranges }
+}
+
+/// The prefix that holds nothing but `addr`.
+fn alone(addr: Addr) -> Option<Prefix> {
+    let len = match addr.family() {
+        Family::V4 => 32,
+        Family::V6 => 128,
+    };
+    Prefix::new(addr, len)
 }
 
 /// Whether `ranges` together contain every address of `whole`; all are of one family.

@@ -43,6 +43,8 @@ pub struct Context {
     pub node: Node,
     /// detect-local by source: the pod CIDR of each family, `None` where detect-local is not implemented.
     pub cluster_cidr: [Option<Prefix>; 2],
+    /// detect-local by interface: pods are told apart in both families, whatever `cluster_cidr` says.
+    pub pods_by_interface: bool,
     /// Every address of this host, loopback included.
     pub host_addresses: Vec<Addr>,
     /// The feature gate `AllowServiceExternalIPs` is off: externalIPs are no frontends.
@@ -74,6 +76,9 @@ pub struct DesiredPort {
     pub empty_local: SlotRange,
     /// Session affinity timeout; 0 for none.
     pub affinity_seconds: u32,
+    /// Sources that frontends with [`proxy_common::abi::frontend::flags::SOURCE_RANGES`] admit; in order, each once.
+    /// Empty when there is no such frontend.
+    pub source_ranges: Vec<Prefix>,
 }
 
 /// What one Service wants programmed. Without ports when there is nothing to proxy.
@@ -123,6 +128,7 @@ pub fn desired_service<'a>(
                 backends: endpoints.backends,
                 empty_local: endpoints.empty_local,
                 affinity_seconds: service.affinity_seconds.unwrap_or(0),
+                source_ranges: frontends.source_ranges().to_vec(),
             });
         }
     }

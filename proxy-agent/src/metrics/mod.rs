@@ -51,6 +51,7 @@ pub struct Metrics {
     healthz: Labelled<ByCode, Counter>,
     livez: Labelled<ByCode, Counter>,
     sockets_destroyed: Counter,
+    flows_collected: Counter,
     problems: Gauge,
 }
 
@@ -133,6 +134,12 @@ impl Metrics {
             "Connected UDP sockets that were ended because their backend had left",
             Counter::default(),
         );
+        let flows_collected = register(
+            vipr,
+            "flows_collected",
+            "Expired flows of the packet edge whose memory was freed",
+            Counter::default(),
+        );
         let problems = register(
             vipr,
             "problems",
@@ -162,6 +169,7 @@ impl Metrics {
             healthz,
             livez,
             sockets_destroyed,
+            flows_collected,
             problems,
         }
     }
@@ -223,6 +231,11 @@ impl Metrics {
     /// Sockets were ended because their backend had left.
     pub fn sockets_destroyed(&self, count: usize) {
         self.sockets_destroyed.inc_by(count as u64);
+    }
+
+    /// Expired flows were removed.
+    pub fn flows_collected(&self, count: u64) {
+        self.flows_collected.inc_by(count);
     }
 
     /// So many objects or files cannot be used.

@@ -119,6 +119,7 @@ fn maps_are_read_at_each_scrape() {
     };
     let metrics = Metrics::new(readers);
     metrics.sockets_destroyed(2);
+    metrics.flows_collected(3);
     metrics.problems(1);
     let version = env!("CARGO_PKG_VERSION");
     let build = format!("vipr_build_info{{version=\"{version}\"}} 1");
@@ -127,6 +128,7 @@ fn maps_are_read_at_each_scrape() {
         "vipr_",
         &[
             &*build,
+            "vipr_flows_collected_total 3",
             "vipr_map_capacity{map=\"FRONTENDS\"} 1024",
             "vipr_map_entries{map=\"FRONTENDS\"} 12",
             "vipr_problems 1",

@@ -3,9 +3,13 @@
 //! After each single operation of a [`Plan`] every frontend names a Service port whose sets name live backends.
 //! The order, over all Services of a plan together:
 //!
-//! 1. names, new backends, new slot ranges, then the Services flip to them;
+//! 1. names, new source ranges, new backends, new slot ranges, then the Services flip to them;
 //! 2. frontends appear or move (one replacement each), then frontends vanish;
-//! 3. what nothing refers to any more is marked dead; its numbers are free after a grace period ([`Freed`]).
+//! 3. source ranges that nobody wants any more go, and what nothing refers to is marked dead; its numbers are free
+//!    after a grace period ([`Freed`]).
+//!
+//! A frontend with source ranges therefore never has fewer of them than its Service wants or wanted, and a service id
+//! that is given out anew has none of its last owner's.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -64,6 +68,9 @@ pub fn plan(model: &mut Model, services: &BTreeMap<ObjectKey, Option<Wanted>>, f
     let mut plan = Plan::default();
     let mut touched: BTreeSet<FrontendKey> = BTreeSet::new();
     let mut dead: Vec<Op> = Vec::new();
+    if full {
+        forget_stray_ranges(model, &mut plan);
+    }
 
     for (service, wanted) in services {
         let mut gone: BTreeSet<Arc<PortKey>> = model.ports_of(service).cloned().collect();
@@ -92,8 +99,20 @@ pub fn plan(model: &mut Model, services: &BTreeMap<ObjectKey, Option<Wanted>>, f
         }
     }
     frontends(model, &touched, &mut plan);
+    for op in &dead {
+        if let Op::SourceRange(id, range, false) = op {
+            plan.freed.room |= model.source_ranges.remove(&(*id, *range));
+        }
+    }
     plan.ops.append(&mut dead);
     plan
+}
+
+/// Removes source ranges of ids that no Service port has, before one gets such an id.
+fn forget_stray_ranges(model: &mut Model, plan: &mut Plan) {
+    let live: BTreeSet<u32> = model.ports.values().map(|port| port.id).collect();
+    let strays = model.source_ranges.extract_if(.., |(id, _)| !live.contains(id));
+    plan.ops.extend(strays.map(|(id, range)| Op::SourceRange(id, range, false)));
 }
 
 /// Brings one Service port's backends, sets and affinity to what is desired.
@@ -107,6 +126,7 @@ fn change_port(
     let fresh = known.is_none();
     if let Some((key, before)) = &known
         && unchanged(before, desired)
+        && model.source_ranges_of(before.id).eq(desired.source_ranges.iter().copied())
     {
         return Ok(Arc::clone(key));
     }
@@ -116,6 +136,13 @@ fn change_port(
         needed -= desired.backends.iter().filter(has).count();
     }
     check("BACKENDS", needed, model.backend_ids.available())?;
+    let has = |range: &&Prefix| {
+        known.as_ref().is_some_and(|(_, before)| model.source_ranges.contains(&(before.id, **range)))
+    };
+    let needed = desired.source_ranges.len() - desired.source_ranges.iter().filter(has).count();
+    // What is not wanted any more makes no room yet: it goes last.
+    let used = u32::try_from(model.source_ranges.len()).unwrap_or(u32::MAX);
+    check("SOURCE_RANGES", needed, model.capacity.source_ranges.saturating_sub(used))?;
 
     // Everything that can fail comes before anything is taken.
     let wants = |set: u32| desired.backends.iter().filter(|b| b.flags & set != 0).count();
@@ -140,6 +167,8 @@ fn change_port(
             (key, Port { id, service, backends: Vec::new(), replaced: Vec::new(), claims: Vec::new() })
         }
     };
+
+    change_ranges(model, before.id, &desired.source_ranges, plan, dead);
 
     let mut backends: Vec<PortBackend> = Vec::with_capacity(desired.backends.len());
     for wanted in &desired.backends {
@@ -217,6 +246,17 @@ fn change_port(
 
 const IN_SETS: u32 = IN_CLUSTER | IN_LOCAL;
 
+/// Brings the source ranges of a service id to what is desired: additions at once, removals at the end.
+fn change_ranges(model: &mut Model, id: u32, desired: &[Prefix], plan: &mut Plan, dead: &mut Vec<Op>) {
+    let stale: Vec<Prefix> = model.source_ranges_of(id).filter(|range| !desired.contains(range)).collect();
+    dead.extend(stale.into_iter().map(|range| Op::SourceRange(id, range, false)));
+    for range in desired {
+        if model.source_ranges.insert((id, *range)) {
+            plan.ops.push(Op::SourceRange(id, *range, true));
+        }
+    }
+}
+
 /// Whether the kernel holds exactly what is desired already (frontends aside).
 fn unchanged(port: &Port, desired: &DesiredPort) -> bool {
     let whole = |range: SlotRange, set: u32, empty: SlotRange| {
@@ -241,6 +281,8 @@ fn remove_port(model: &mut Model, key: &Arc<PortKey>, plan: &mut Plan, dead: &mu
     for backend in &port.backends {
         bury(backend, plan, dead);
     }
+    dead.extend(model.source_ranges_of(port.id).map(|range| Op::SourceRange(port.id, range, false)));
+    // The name goes last: by it a new agent finds what is left of the Service.
     dead.push(Op::Name(port.id, None));
     plan.freed.services.push((port.id, epoch));
     plan.freed.ranges.extend(port.ranges());
@@ -279,17 +321,19 @@ fn claim(
     }
 }
 
-/// After a restart nobody claims what a Service port still serves: a port that is refused then claims what it has.
+/// After a restart nobody claims what a Service port still serves: a port that is refused then claims what it has, as
+/// it has it.
 fn keep_claims(model: &mut Model, desired: &DesiredPort, created: i64, touched: &mut BTreeSet<FrontendKey>) {
     let Some((key, port)) = model.ports.get_key_value(&desired.key) else { return };
     if !port.claims.is_empty() {
         return;
     }
-    let has = |key: &FrontendKey| {
-        let value = model.frontends.get(key);
-        value.is_some_and(|value| value.service == port.id || key.kind == FrontendKind::Address as u8)
+    let has = |(key, _): &(FrontendKey, u16)| {
+        let value = model.frontends.get(key)?;
+        let ours = value.service == port.id || key.kind == FrontendKind::Address as u8;
+        ours.then_some((*key, value.flags))
     };
-    let kept: Vec<_> = desired.frontends.iter().copied().filter(|(key, _)| has(key)).collect();
+    let kept: Vec<_> = desired.frontends.iter().filter_map(has).collect();
     let key = Arc::clone(key);
     claim(model, &key, created, &kept, touched);
 }
@@ -337,6 +381,7 @@ fn frontends(model: &mut Model, touched: &BTreeSet<FrontendKey>, plan: &mut Plan
     appear.sort_by_key(|(key, _)| key.kind);
     vanish.sort_by_key(|key| std::cmp::Reverse(key.kind));
     plan.ops.extend(appear.into_iter().map(|(key, value)| Op::Frontend(key, Some(value))));
+    plan.freed.room |= !vanish.is_empty();
     plan.ops.extend(vanish.into_iter().map(|key| Op::Frontend(key, None)));
 }
 
@@ -376,8 +421,13 @@ pub fn lost_claims(model: &Model, service: &ObjectKey) -> Vec<String> {
     lost
 }
 
-/// Plans the node's own tables: `LOCAL_ADDRESSES` and `SERVICE_CIDRS`. Additions come first.
-pub fn plan_node(model: &mut Model, addresses: BTreeMap<Addr, u32>, cidrs: BTreeSet<Prefix>) -> Vec<Op> {
+/// Plans the node's own tables: `LOCAL_ADDRESSES`, `SERVICE_CIDRS` and `POD_SOURCES`. Additions come first.
+pub fn plan_node(
+    model: &mut Model,
+    addresses: BTreeMap<Addr, u32>,
+    cidrs: BTreeSet<Prefix>,
+    pods: BTreeSet<Prefix>,
+) -> Vec<Op> {
     let mut ops = Vec::new();
     for (addr, bits) in &addresses {
         if model.local_addresses.get(addr) != Some(bits) {
@@ -388,8 +438,11 @@ pub fn plan_node(model: &mut Model, addresses: BTreeMap<Addr, u32>, cidrs: BTree
     ops.extend(stale.map(|addr| Op::LocalAddress(*addr, None)));
     ops.extend(cidrs.difference(&model.service_cidrs).map(|cidr| Op::ServiceCidr(*cidr, true)));
     ops.extend(model.service_cidrs.difference(&cidrs).map(|cidr| Op::ServiceCidr(*cidr, false)));
+    ops.extend(pods.difference(&model.pod_sources).map(|pods| Op::PodSource(*pods, true)));
+    ops.extend(model.pod_sources.difference(&pods).map(|pods| Op::PodSource(*pods, false)));
     model.local_addresses = addresses;
     model.service_cidrs = cidrs;
+    model.pod_sources = pods;
     ops
 }
 

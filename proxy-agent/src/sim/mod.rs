@@ -16,6 +16,10 @@ use proxy_common::datapath::tables::{Socket, Tables};
 
 use crate::store::{Contents, MapStore, Op, StoreError, filter_bits};
 
+pub mod frame;
+
+pub mod edge;
+
 #[cfg(test)]
 mod tests;
 
@@ -29,12 +33,18 @@ pub struct Simulator {
     slots: BTreeMap<u32, u32>,
     backends: BTreeMap<u32, Backend>,
     local_addresses: BTreeMap<Addr, u32>,
+    source_ranges: BTreeSet<(u32, Prefix)>,
     service_cidrs: BTreeSet<Prefix>,
+    pod_sources: BTreeSet<Prefix>,
     affinity: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
     streams: RefCell<BTreeMap<u32, StreamRecord>>,
     udp_flows: RefCell<BTreeMap<UdpFlowKey, UdpFlow>>,
     counters: RefCell<BTreeMap<Counter, u64>>,
     random: Cell<u64>,
+    /// What the source of randomness yields each time, in the place of its own sequence.
+    pub fixed_random: Cell<Option<u32>>,
+    /// The packet edge's own maps.
+    pub edge: edge::EdgeMaps,
     /// The monotonic clock, in nanoseconds.
     pub clock: Cell<u64>,
     /// Cookie of the host's network namespace.
@@ -57,7 +67,9 @@ impl Simulator {
             slots: array(&self.slots),
             backends: array(&self.backends),
             local_addresses: self.local_addresses.iter().map(|(addr, bits)| (*addr, *bits)).collect(),
+            source_ranges: self.source_ranges.iter().copied().collect(),
             service_cidrs: self.service_cidrs.iter().copied().collect(),
+            pod_sources: self.pod_sources.iter().copied().collect(),
         }
     }
 
@@ -80,23 +92,32 @@ impl MapStore for Simulator {
                 None => map.remove(&key),
             };
         }
+        fn put<T: Ord>(set: &mut BTreeSet<T>, element: T, present: bool) {
+            if present {
+                set.insert(element);
+            } else {
+                set.remove(&element);
+            }
+        }
         for bit in filter_bits(op) {
             *self.filter.entry(bit.word).or_default() |= bit.mask;
         }
         match op {
-            Op::Name(id, name) => set(&mut self.names, *id, name.as_deref().copied()),
+            Op::Name(id, name) => {
+                if name.is_some() {
+                    self.edge.forget_counters(*id);
+                }
+                set(&mut self.names, *id, name.as_deref().copied());
+            }
             Op::Backend(id, backend) => set(&mut self.backends, *id, Some(*backend)),
             Op::BackendState(id, state) => self.backends.entry(*id).or_default().state = *state,
             Op::Slots(base, ids) => self.slots.extend((*base..).zip(ids.iter().copied())),
             Op::Service(id, service) => set(&mut self.services, *id, Some(*service)),
             Op::Frontend(key, value) => set(&mut self.frontends, *key, *value),
             Op::LocalAddress(addr, bits) => set(&mut self.local_addresses, *addr, *bits),
-            Op::ServiceCidr(cidr, true) => {
-                self.service_cidrs.insert(*cidr);
-            }
-            Op::ServiceCidr(cidr, false) => {
-                self.service_cidrs.remove(cidr);
-            }
+            Op::SourceRange(id, range, present) => put(&mut self.source_ranges, (*id, *range), *present),
+            Op::ServiceCidr(cidr, present) => put(&mut self.service_cidrs, *cidr, *present),
+            Op::PodSource(pods, present) => put(&mut self.pod_sources, *pods, *present),
         }
         Ok(())
     }
@@ -180,6 +201,9 @@ impl Tables for Simulator {
     }
 
     fn random(&self) -> u32 {
+        if let Some(fixed) = self.fixed_random.get() {
+            return fixed;
+        }
         // SplitMix64 (Steele, Lea, Flood 2014): the same sequence in every run.
         let state = self.random.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
         self.random.set(state);

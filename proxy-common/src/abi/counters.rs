@@ -28,11 +28,33 @@ pub enum Counter {
     AffinityStale = 10,
     /// A UDP flow moved to another backend because its own stopped serving.
     UdpRepick = 11,
+    /// packet edge: a new flow.
+    Flow = 12,
+    /// packet edge: an ICMP error was translated.
+    IcmpError = 13,
+    /// `FLOWS` is full: a flow stays where a flood may evict it.
+    FlowsFull = 14,
+    /// Dropped: no room for a new flow, or no free tuple.
+    DropFlowTable = 15,
+    /// Dropped: a packet would have left for a clusterIP that nobody has translated.
+    DropNoFlow = 16,
+    /// Dropped: the device has no address that packets to another node could come from.
+    DropNoSource = 17,
+    /// Refused: all ports that were tried as a source are taken.
+    RejectNoPort = 18,
+    /// Dropped: a fragment that came before its first one, or could not be remembered.
+    DropFragment = 19,
+    /// Dropped: broken headers, sent to a VIP.
+    DropMalformed = 20,
+    /// Dropped: the packet could not be rewritten.
+    DropUnwritable = 21,
+    /// Dropped: an ICMP redirect about a translated packet.
+    DropRedirect = 22,
 }
 
 impl Counter {
     /// Every counter, in index order.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 23] = [
         Self::Connected,
         Self::Datagram,
         Self::RejectNoEndpoint,
@@ -45,6 +67,17 @@ impl Counter {
         Self::AffinityHit,
         Self::AffinityStale,
         Self::UdpRepick,
+        Self::Flow,
+        Self::IcmpError,
+        Self::FlowsFull,
+        Self::DropFlowTable,
+        Self::DropNoFlow,
+        Self::DropNoSource,
+        Self::RejectNoPort,
+        Self::DropFragment,
+        Self::DropMalformed,
+        Self::DropUnwritable,
+        Self::DropRedirect,
     ];
 
     /// Name in metrics and `status`.
@@ -62,6 +95,17 @@ impl Counter {
             Self::AffinityHit => "affinity_hit",
             Self::AffinityStale => "affinity_stale",
             Self::UdpRepick => "udp_repick",
+            Self::Flow => "flow",
+            Self::IcmpError => "icmp_error",
+            Self::FlowsFull => "flows_full",
+            Self::DropFlowTable => "drop_flow_table",
+            Self::DropNoFlow => "drop_no_flow",
+            Self::DropNoSource => "drop_no_source",
+            Self::RejectNoPort => "reject_no_port",
+            Self::DropFragment => "drop_fragment",
+            Self::DropMalformed => "drop_malformed",
+            Self::DropUnwritable => "drop_unwritable",
+            Self::DropRedirect => "drop_redirect",
         }
     }
 }

@@ -1,18 +1,20 @@
 //! `FILTER`: mmapable array of bits, what most packets and sockets need to know: "nothing of ours has this address".
 //!
-//! Each VIP and each address that serves nodePorts sets the bit of its address; each ServiceCIDR sets those of its
-//! blocks. The agent sets bits before it writes what they stand for, and clears stale ones only when it compares
+//! Each VIP and each address of this host sets the bit of its address; each ServiceCIDR sets those of its
+//! blocks; each backend one of its own part. The agent sets bits before it writes what they stand for, and clears stale ones only when it compares
 //! everything: a bit too many costs two lookups, a bit too few would lose a connection.
 
 use crate::addr::{Addr, Family, Prefix};
 
-/// Elements of `FILTER`: 64 bits each.
-pub const FILTER_WORDS: u32 = 4096;
+/// Elements of `FILTER`, 64 bits each: [`BLOCKS`] of IPv4, as many of IPv6, [`ADDRESSES`], [`BACKENDS`].
+pub const FILTER_WORDS: u32 = (2 * BLOCKS + ADDRESSES + BACKENDS) / 64;
 
-/// Bits of either half: blocks first, then addresses.
-const HALF: u32 = FILTER_WORDS * 32;
-/// Blocks of each family.
-const BLOCKS: u32 = HALF / 2;
+/// Bits for the blocks of each family.
+const BLOCKS: u32 = 1 << 16;
+/// Bits for VIPs and addresses of this host.
+const ADDRESSES: u32 = 1 << 17;
+/// Bits for backends: at 250 000 one address in five is taken for one by mistake.
+const BACKENDS: u32 = 1 << 20;
 
 /// One bit of `FILTER`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,8 +34,13 @@ impl FilterBit {
     /// The bit of an address.
     #[inline(always)]
     pub fn of_address(addr: &Addr) -> Self {
-        let [high, low]: [u64; 2] = bytemuck::cast(addr.bytes);
-        Self::at(HALF + mix(high.wrapping_mul(ODD) ^ low) % HALF)
+        Self::at(2 * BLOCKS + hash(addr) % ADDRESSES)
+    }
+
+    /// The bit of a backend's address.
+    #[inline(always)]
+    pub fn of_backend(addr: &Addr) -> Self {
+        Self::at(2 * BLOCKS + ADDRESSES + hash(addr) % BACKENDS)
     }
 
     /// The bit of the block that an address lies in: an IPv4 /16, or an IPv6 /64 (which share bits by chance).
@@ -61,7 +68,7 @@ impl FilterBit {
                 (first, first + blocks - 1)
             }
             // Shorter than a block: any of them.
-            Family::V6 if prefix.mapped_len() < 64 => (BLOCKS, HALF - 1),
+            Family::V6 if prefix.mapped_len() < 64 => (BLOCKS, 2 * BLOCKS - 1),
             Family::V6 => {
                 let Self { word, mask } = Self::of_block(&prefix.addr());
                 let bit = word * 64 + mask.trailing_zeros();
@@ -75,11 +82,18 @@ impl FilterBit {
 /// 2^64 divided by the golden ratio.
 const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
 
+#[inline(always)]
+fn hash(addr: &Addr) -> u32 {
+    let [high, low]: [u64; 2] = bytemuck::cast(addr.bytes);
+    mix(high.wrapping_mul(ODD) ^ low)
+}
+
 /// 24 bits on which every bit of the input has an influence.
 #[inline(always)]
 const fn mix(value: u64) -> u32 {
-    let folded = (value ^ (value >> 32)) & 0xffff_ffff;
-    (folded.wrapping_mul(ODD) >> 40) as u32
+    // One product alone would lay neighbours out in a lattice, which meets that of other neighbours.
+    let folded = (value ^ (value >> 32)).wrapping_mul(ODD);
+    ((folded ^ (folded >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 40) as u32
 }
 
 #[cfg(test)]
@@ -106,16 +120,30 @@ mod tests {
             };
             assert!(has(inside) && !has(outside), "{prefix}");
             assert_eq!(FilterBit::of_prefix(prefix).count(), bits, "{prefix}");
-            assert!(FilterBit::of_prefix(prefix).all(|bit| bit.word < FILTER_WORDS / 2));
+            assert!(FilterBit::of_prefix(prefix).all(|bit| bit.word < 2 * BLOCKS / 64));
         }
     }
 
     #[test]
-    fn addresses_spread_over_their_half() {
+    fn backends_do_not_hide_their_neighbours() {
+        // 10 000 pods of one range set 1 % of the bits; other ranges must not meet them more often.
+        let bits: std::collections::BTreeSet<_> = (0..10_000_u32)
+            .map(|n| FilterBit::of_backend(&Addr::v4((0x0a80_0000 + n).to_be_bytes())))
+            .collect();
+        for range in [0x0a40_0000_u32, 0x0a40_0100, 0xac10_0000, 0xc0a8_0000, 0x0a81_0000] {
+            let met = (0..4_096)
+                .filter(|n| bits.contains(&FilterBit::of_backend(&Addr::v4((range + n).to_be_bytes()))));
+            let met = met.count();
+            assert!(met < 90, "{met} of 4096 addresses from {range:#x} on are taken for backends");
+        }
+    }
+
+    #[test]
+    fn addresses_spread_over_their_part() {
         let mut bits: Vec<_> = (0..10_000_u32)
             .map(|n| FilterBit::of_address(&Addr::v4((0x0a60_0000 + n).to_be_bytes())))
             .collect();
-        assert!(bits.iter().all(|bit| (FILTER_WORDS / 2..FILTER_WORDS).contains(&bit.word)));
+        assert!(bits.iter().all(|bit| (2 * BLOCKS / 64..(2 * BLOCKS + ADDRESSES) / 64).contains(&bit.word)));
         bits.sort();
         bits.dedup();
         // 10000 balls into 131072 bins hit 9630 of them on average.

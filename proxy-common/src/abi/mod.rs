@@ -8,7 +8,9 @@
 pub mod affinity;
 pub mod backend;
 pub mod counters;
+pub mod device;
 pub mod filter;
+pub mod flow;
 pub mod frontend;
 #[cfg(feature = "user")]
 mod pod;
@@ -18,7 +20,9 @@ pub mod socket;
 pub use affinity::{AffinityKey, AffinityValue};
 pub use backend::{Backend, BackendState};
 pub use counters::Counter;
+pub use device::{Device, SourceRangeKey};
 pub use filter::{FILTER_WORDS, FilterBit};
+pub use flow::{Flow, FlowKey, FlowKind, FlowRef, FragmentKey, FragmentPorts};
 pub use frontend::{FrontendKey, FrontendKind, FrontendValue};
 pub use service::{Affinity, Service, ServiceName, SlotRange};
 pub use socket::{FlowDirection, SocketRecord, StreamRecord, UdpFlow, UdpFlowKey};
@@ -34,6 +38,10 @@ pub mod proto {
     pub const UDP: u8 = 17;
     /// Stream Control Transmission Protocol.
     pub const SCTP: u8 = 132;
+    /// Internet Control Message Protocol (RFC 792).
+    pub const ICMP: u8 = 1;
+    /// ICMP for IPv6 (RFC 4443).
+    pub const ICMPV6: u8 = 58;
 }
 
 /// `NODE`: one element, facts about this node that BPF programs need. Written by the agent, except
@@ -45,7 +53,23 @@ pub struct Node {
     pub host_netns: u64,
 }
 
-/// Key of the `SERVICE_CIDRS` LPM trie, in the layout that `struct bpf_lpm_trie_key` demands.
+/// What the packet edge has done for one Service port, on one CPU: value of `SERVICE_COUNTERS`, by service id.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ServiceCounters {
+    /// New flows.
+    pub connections: u64,
+    /// Packets from clients.
+    pub request_packets: u64,
+    /// Their bytes, with IP headers.
+    pub request_bytes: u64,
+    /// Packets from backends.
+    pub reply_packets: u64,
+    /// Their bytes, with IP headers.
+    pub reply_bytes: u64,
+}
+
+/// Key of the `SERVICE_CIDRS` and `POD_SOURCES` LPM tries, in the layout that `struct bpf_lpm_trie_key` demands.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct PrefixKey {

@@ -3,8 +3,9 @@
 #![allow(unsafe_code, reason = "aya::Pod is an unsafe marker; bytemuck has checked the same property")]
 
 use super::{
-    AffinityKey, AffinityValue, Backend, FrontendKey, FrontendValue, Node, PrefixKey, Service, ServiceName,
-    SocketRecord, StreamRecord, UdpFlow, UdpFlowKey,
+    AffinityKey, AffinityValue, Backend, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts,
+    FrontendKey, FrontendValue, Node, PrefixKey, Service, ServiceCounters, ServiceName, SocketRecord,
+    SourceRangeKey, StreamRecord, UdpFlow, UdpFlowKey,
 };
 use crate::addr::Addr;
 
@@ -21,12 +22,20 @@ pod!(
     AffinityKey,
     AffinityValue,
     Backend,
+    Device,
+    Flow,
+    FlowKey,
+    FlowRef,
+    FragmentKey,
+    FragmentPorts,
     FrontendKey,
     FrontendValue,
     Node,
     PrefixKey,
     Service,
+    ServiceCounters,
     ServiceName,
+    SourceRangeKey,
     SocketRecord,
     StreamRecord,
     UdpFlow,

@@ -50,7 +50,7 @@ pub fn find(tables: &impl Tables, addr: &Addr, port: Be16, proto: u8) -> Target 
 
 /// Whether `FILTER` leaves open that the address is a VIP, serves nodePorts, or lies in a ServiceCIDR.
 #[inline(always)]
-fn may_be_ours(tables: &impl Tables, addr: &Addr) -> bool {
+pub fn may_be_ours(tables: &impl Tables, addr: &Addr) -> bool {
     let set = |bit: FilterBit| tables.filter(bit.word) & bit.mask != 0;
     set(FilterBit::of_block(addr)) || set(FilterBit::of_address(addr))
 }

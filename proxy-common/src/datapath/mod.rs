@@ -14,5 +14,7 @@ pub mod select;
 
 pub mod socket;
 
+pub mod edge;
+
 #[cfg(test)]
 mod tests;

@@ -16,6 +16,8 @@ use super::{
 /// - `P>CIP = L1, R1:8443 masq`: new connections of a sender go to these endpoints. Instead of endpoints there may
 ///   be `REJECT`, `DROP` or `PASS`; `sticky L1, R1` means one of these for all connections; ` @ 20x15s` gives the
 ///   number of connections and the pause between them.
+/// - `open f P>CIP/udp = L1`: a socket that is kept under the name `f`, on one of these endpoints; `say f = R1`: what
+///   answers the next that it sends.
 /// - `frontends4 = 10.96.0.10:80, node:31080`: all the frontends of IPv4; `none` for none. `frontends6` likewise.
 /// - `set CIP = 1`: number of endpoints in the cluster set.
 /// - `affinity CIP = 10800`: affinity timeout in seconds.
@@ -31,6 +33,11 @@ pub(super) fn parse(text: &str) -> Result<Vec<Check>> {
 }
 
 fn check(row: &str) -> Result<Check> {
+    if let Some(row) = row.strip_prefix("open ") {
+        let (name, row) = row.split_once(' ').context("no name")?;
+        let Check::Connect(connect) = check(row)? else { bail!("not a connection") };
+        return Ok(Check::Open(name.to_owned(), connect));
+    }
     let (subject, want) = row.split_once(" = ").context("no ` = `")?;
     if let Some((sender, to)) = subject.split_once('>') {
         let (want, pace) = match want.split_once(" @ ") {
@@ -45,6 +52,7 @@ fn check(row: &str) -> Result<Check> {
         }));
     }
     match subject.split_once(' ') {
+        Some(("say", name)) => Ok(Check::Say(name.to_owned(), expect(want)?)),
         Some(("set", to)) => Ok(Check::ClusterSet(dest(to)?, want.parse()?)),
         Some(("affinity", to)) => Ok(Check::AffinitySeconds(dest(to)?, want.parse()?)),
         _ if subject == "frontends4" => Ok(Check::Frontends(Family::V4, frontends(want)?)),
@@ -58,6 +66,8 @@ fn sender(text: &str) -> Result<Sender> {
         "P" => Sender::P,
         "P6" => Sender::P6,
         "Pods" => Sender::Pods,
+        "L1" => Sender::L1,
+        "Q" => Sender::Q,
         "H" => Sender::H,
         "X" => Sender::X,
         "Y" => Sender::Y,

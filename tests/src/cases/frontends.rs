@@ -47,7 +47,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("P026", "a nodePort on the primary address")
             .step(
                 [s().node_port(), web("L1, R1")],
-                "X>NP = L1, R1 masq; H>NP = L1, R1 masq; P>NP = L1, R1 masq",
+                "X>NP = L1, R1 masq; H>NP = L1, R1 masq; P>NP = L1, R1 masq; Q>NP = L1, R1 masq",
             )
             .done(),
         case("P027", "no nodePort on a secondary address")

@@ -12,8 +12,8 @@
 //! - Endpoints and senders: [`ENDPOINTS`] and [`Sender`].
 //! - Service `a/s` has clusterIP 10.96.0.10 and one port `web`, TCP 80, to port 8080 of the endpoints.
 //!
-//! The table speaks of a proxy that acts on packets. What one that acts on sockets alone does differently is a table
-//! of its own: [`Case::on_sockets`].
+//! The table speaks of kube-proxy. What the socket edge does differently is a table of its own, [`Case::on_sockets`];
+//! so is whose address endpoints see, [`masquerade`].
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -23,20 +23,29 @@ use proxy_common::addr::Family;
 use serde_json::Value;
 
 mod checks;
+pub mod masquerade;
 mod objects;
+mod smoke;
 mod sockets;
 
 mod affinity;
 mod eligibility;
+mod flows;
 mod frontends;
 mod intake;
 mod no_endpoints;
 mod policies;
 mod source_ranges;
+mod sources;
 mod topology;
+
+pub use smoke::{not_allowed, smoke};
 
 #[cfg(test)]
 mod tests;
+
+/// The node under test.
+pub const NODE: &str = "n1";
 
 /// Every case, by id.
 pub fn all() -> Vec<Case> {
@@ -46,9 +55,11 @@ pub fn all() -> Vec<Case> {
         intake::cases(),
         policies::cases(),
         topology::cases(),
+        sources::cases(),
         no_endpoints::cases(),
         source_ranges::cases(),
         affinity::cases(),
+        flows::cases(),
     ];
     groups.into_iter().flatten().collect()
 }
@@ -69,12 +80,26 @@ pub struct Case {
 /// Configuration that differs between cases.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// detect-local by source: what `clusterCIDR` says. Empty: detect-local is not implemented.
+    /// What `clusterCIDR` says. Empty: detect-local by source is not implemented.
     pub cluster_cidr: Vec<&'static str>,
     /// `nodePortAddresses`: CIDRs, or the one word `primary`.
     pub node_port_addresses: Vec<&'static str>,
     /// Feature gate `AllowServiceExternalIPs`.
     pub allow_external_ips: bool,
+    /// What tells pods' packets from others.
+    pub detect_local: DetectLocal,
+}
+
+/// detect-local: what tells pods' packets from others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectLocal {
+    /// Their source: `clusterCIDR`.
+    #[default]
+    ClusterCidr,
+    /// That they come from this bridge.
+    Bridge(&'static str),
+    /// That they come from an interface whose name begins so.
+    Prefix(&'static str),
 }
 
 impl Default for Config {
@@ -83,6 +108,7 @@ impl Default for Config {
             cluster_cidr: vec!["10.64.0.0/12", "fd00:64::/48"],
             node_port_addresses: vec!["primary"],
             allow_external_ips: true,
+            detect_local: DetectLocal::default(),
         }
     }
 }
@@ -101,6 +127,11 @@ pub struct Step {
 pub enum Check {
     /// New connections (datagrams, for UDP; echo requests, for ping).
     Connect(Connect),
+    /// A connection (over UDP, a connected socket with its first datagram) that is kept under a name. Clients try until
+    /// they have one of these endpoints.
+    Open(String, Connect),
+    /// What becomes of the next datagram (over TCP, the next bytes) of a socket that was opened before.
+    Say(String, Expect),
     /// Exactly these frontends exist in the family.
     Frontends(Family, BTreeSet<Frontend>),
     /// So many endpoints are in the cluster set behind a frontend.
@@ -140,6 +171,10 @@ pub enum Sender {
     P6,
     /// Each of many pods on n1.
     Pods,
+    /// The pod that is the endpoint L1.
+    L1,
+    /// A pod on n2. Its packets come to n1 with its own address.
+    Q,
     /// A process of the host n1.
     H,
     /// A client off the cluster, routed to n1; inside 203.0.113.0/25.
@@ -159,6 +194,8 @@ impl Sender {
             Self::P => vec![v4([10, 64, 1, 50])],
             Self::P6 => vec![v6([0xfd00, 0x64, 0, 1, 0, 0, 0, 0x50])],
             Self::Pods => (100..132).map(|last| v4([10, 64, 1, last])).collect(),
+            Self::L1 => vec![v4([10, 64, 1, 11])],
+            Self::Q => vec![v4([10, 64, 2, 50])],
             Self::H => vec![v4([192, 0, 2, 10])],
             Self::X => vec![v4([203, 0, 113, 7])],
             Self::Y => vec![v4([203, 0, 113, 200])],
@@ -170,8 +207,16 @@ impl Sender {
     /// the network.
     pub const fn on_this_node(self) -> bool {
         match self {
-            Self::P | Self::P6 | Self::Pods | Self::H => true,
-            Self::X | Self::Y | Self::X6 => false,
+            Self::P | Self::P6 | Self::Pods | Self::L1 | Self::H => true,
+            Self::Q | Self::X | Self::Y | Self::X6 => false,
+        }
+    }
+
+    /// Whether it is a pod on n1, so that its packets come to n1 through the pod's interface.
+    pub const fn is_pod_of_this_node(self) -> bool {
+        match self {
+            Self::P | Self::P6 | Self::Pods | Self::L1 => true,
+            Self::H | Self::Q | Self::X | Self::Y | Self::X6 => false,
         }
     }
 }
@@ -207,14 +252,13 @@ pub enum Expect {
     Sticky(BTreeSet<Target>, Source),
     /// Connection refused.
     Reject,
-    /// Silence. (A proxy that acts on sockets alone may fail the call instead.)
+    /// Silence. (At a socket, the call fails instead.)
     Drop,
     /// The proxy does not touch them.
     Pass,
 }
 
-/// What source address the endpoint sees, with a proxy that acts on packets. One that acts on the sockets of a node
-/// has nothing to rewrite there: the endpoint sees the client itself.
+/// What source address the endpoint sees with kube-proxy. What it sees with Vipr is told by [`masquerade::seen`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// The client's own.
@@ -246,12 +290,13 @@ pub struct Endpoint {
 }
 
 /// Every endpoint there is. Each listens on every port that a slice mentions, and answers with its name.
-pub const ENDPOINTS: [Endpoint; 5] = [
+pub const ENDPOINTS: [Endpoint; 6] = [
     Endpoint { name: "L1", ip: IpAddr::V4(Ipv4Addr::new(10, 64, 1, 11)), node: "n1" },
     Endpoint { name: "L2", ip: IpAddr::V4(Ipv4Addr::new(10, 64, 1, 12)), node: "n1" },
     Endpoint { name: "R1", ip: IpAddr::V4(Ipv4Addr::new(10, 64, 2, 21)), node: "n2" },
     Endpoint { name: "R2", ip: IpAddr::V4(Ipv4Addr::new(10, 64, 3, 31)), node: "n3" },
     Endpoint { name: "V1", ip: IpAddr::V6(Ipv6Addr::new(0xfd00, 0x64, 0, 1, 0, 0, 0, 0x11)), node: "n1" },
+    Endpoint { name: "V2", ip: IpAddr::V6(Ipv6Addr::new(0xfd00, 0x64, 0, 2, 0, 0, 0, 0x21)), node: "n2" },
 ];
 
 /// A place where a Service can be reached.

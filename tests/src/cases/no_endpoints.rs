@@ -16,24 +16,32 @@ pub(super) fn cases() -> Vec<Case> {
                  X>NP = REJECT
                  H>CIP = REJECT
                  P>VIP = REJECT
-                 H>NP = REJECT",
+                 H>NP = REJECT
+                 Q>NP = REJECT
+                 X>CIP = REJECT",
             )
             .done(),
         case("P141", "no endpoints, UDP")
-            .step([s().ports("dns 53/udp")], "P>10.96.0.10:53/udp = REJECT")
+            .step([s().ports("dns 53/udp")], "P>10.96.0.10:53/udp = REJECT; X>10.96.0.10:53/udp = REJECT")
             .done(),
         case("P142", "another port or protocol of a clusterIP")
-            .step([s(), web("L1")], "P>10.96.0.10:81 = REJECT; P>CIP/udp = REJECT; H>10.96.0.10:81 = REJECT")
+            .step(
+                [s(), web("L1")],
+                "P>10.96.0.10:81 = REJECT; P>CIP/udp = REJECT; H>10.96.0.10:81 = REJECT; X>CIP/udp = REJECT",
+            )
             .done(),
         case("P143", "an address for Services that no Service has")
-            .step([s(), web("L1")], "P>10.96.77.77:80 = DROP; H>10.96.77.77:80 = DROP")
+            .step(
+                [s(), web("L1")],
+                "P>10.96.77.77:80 = DROP; H>10.96.77.77:80 = DROP; X>10.96.77.77:80 = DROP",
+            )
             .done(),
         case("P144", "the same where no ServiceCIDR is known")
             .without_service_cidr()
             .step([s(), web("L1")], "P>10.96.77.77:80 = PASS; P>CIP = L1")
             .done(),
         case("P145", "a clusterIP does not answer ping")
-            .step([s(), web("L1")], "P>10.96.0.10/ping = REJECT")
+            .step([s(), web("L1")], "P>10.96.0.10/ping = REJECT; X>10.96.0.10/ping = REJECT")
             .done(),
         case("P146", "other ports of external addresses are not ours")
             .step(

@@ -43,7 +43,10 @@ pub(super) fn cases() -> Vec<Case> {
             .step([lb_local(), web("L1, R1")], "X>VIP = L1 keep; X>EXT = L1 keep; X>NP = L1 keep")
             .done(),
         case("P081", "external policy Local, pods")
-            .step([lb_local(), web("L1, R1")], "P>VIP = L1, R1 keep; P>EXT = L1, R1 keep; P>NP = L1, R1 keep")
+            .step(
+                [lb_local(), web("L1, R1")],
+                "P>VIP = L1, R1 keep; P>EXT = L1, R1 keep; P>NP = L1, R1 keep; Q>NP = L1, R1 keep",
+            )
             .done(),
         case("P082", "external policy Local, the host")
             .step([lb_local(), web("L1, R1")], "H>VIP = L1, R1 masq; H>NP = L1, R1 masq")
@@ -52,7 +55,7 @@ pub(super) fn cases() -> Vec<Case> {
             .step([lb_local(), web("L1, R1")], "X>CIP = L1, R1 masq; P>CIP = L1, R1 keep")
             .done(),
         case("P084", "external policy Local without a local endpoint")
-            .step([lb_local(), web("R1")], "X>VIP = DROP; P>VIP = R1 keep; H>VIP = R1 masq")
+            .step([lb_local(), web("R1")], "X>VIP = DROP; P>VIP = R1 keep; H>VIP = R1 masq; Q>VIP = R1 keep")
             .done(),
         case("P085", "the same on the nodePort")
             .step([lb_local(), web("R1")], "X>NP = DROP; P>NP = R1 keep; H>NP = R1")

@@ -18,7 +18,7 @@ pub(super) fn cases() -> Vec<Case> {
             .step(lb(clients()), "Y>NP = L1 masq; Y>EXT = L1 masq; P>CIP = L1 keep; P>NP = L1; P>EXT = L1")
             .done(),
         case("P152", "pods and the host need to be in range, too")
-            .step(lb(clients()), "P>VIP = DROP; H>VIP = DROP")
+            .step(lb(clients()), "P>VIP = DROP; H>VIP = DROP; Q>VIP = DROP")
             .done(),
         case("P153", "the host is in range")
             .step(lb(ranges(&["192.0.2.0/24"])), "H>VIP = L1 masq; P>VIP = DROP")
@@ -33,7 +33,7 @@ pub(super) fn cases() -> Vec<Case> {
             )
             .done(),
         case("P156", "some pods are in range")
-            .step(lb(ranges(&["10.64.1.0/24"])), "P>VIP = L1 masq; X>VIP = DROP; H>VIP = DROP")
+            .step(lb(ranges(&["10.64.1.0/24"])), "P>VIP = L1 masq; X>VIP = DROP; H>VIP = DROP; Q>VIP = DROP")
             .done(),
         case("P157", "the ranges are taken away")
             .step(lb(clients()), "Y>VIP = DROP; P>VIP = DROP")

@@ -12,8 +12,19 @@ use super::*;
 #[test]
 fn every_row_is_there_once_and_in_order() {
     let ids: Vec<&str> = all().iter().map(|case| case.id).collect();
-    let groups: [(u16, u16); 8] =
-        [(1, 17), (20, 36), (40, 63), (70, 95), (100, 114), (140, 149), (150, 158), (160, 169)];
+    let groups: [(u16, u16); 11] = [
+        (1, 17),
+        (20, 36),
+        (40, 63),
+        (70, 95),
+        (100, 114),
+        (120, 121),
+        (124, 130),
+        (140, 149),
+        (150, 158),
+        (160, 169),
+        (170, 180),
+    ];
     let want: Vec<String> =
         groups.into_iter().flat_map(|(first, last)| first..=last).map(|n| format!("P{n:03}")).collect();
     assert_eq!(ids, want);
@@ -78,6 +89,7 @@ fn checks_are_read_as_documented() {
     };
     let got = checks::parse(
         "P>NP/udp = sticky L1, R1:8443 masq @ 20x15s; H>10.96.0.10/ping = REJECT
+         open f X>CIP = L1; say f = DROP
          frontends4 = none; frontends6 = [fd00:96::10]:80, node:31080/udp; set CIP = 2; affinity CIP6 = 7",
     );
     let dest = |proto, addr: &str| Dest { proto, addr: addr.parse().unwrap() };
@@ -94,6 +106,16 @@ fn checks_are_read_as_documented() {
             expect: Expect::Reject,
             pace: None,
         }),
+        Check::Open(
+            "f".to_owned(),
+            Connect {
+                sender: Sender::X,
+                dest: dest(Proto::Tcp, "10.96.0.10:80"),
+                expect: Expect::Spread(targets(&[(0, 8080)]), Source::Unsaid),
+                pace: None,
+            },
+        ),
+        Check::Say("f".to_owned(), Expect::Drop),
         Check::Frontends(Family::V4, BTreeSet::new()),
         Check::Frontends(
             Family::V6,
@@ -107,9 +129,15 @@ fn checks_are_read_as_documented() {
         Check::AffinitySeconds(dest(Proto::Tcp, "[fd00:96::10]:80"), 7),
     ];
     assert_eq!(got.unwrap(), want);
-    for wrong in
-        ["P>CIP", "Z>CIP = L1", "P>CIP = L9", "P>CIP = L1 @ often", "P>10.96.0.10 = DROP", "set CIP = L1"]
-    {
+    for wrong in [
+        "P>CIP",
+        "open f = L1",
+        "Z>CIP = L1",
+        "P>CIP = L9",
+        "P>CIP = L1 @ often",
+        "P>10.96.0.10 = DROP",
+        "set CIP = L1",
+    ] {
         assert!(checks::parse(wrong).is_err(), "{wrong}");
     }
 }

@@ -9,7 +9,7 @@
 //! process; cgroups and pins are removed when the lab is dropped, also by a panic, and those of a process that was
 //! killed are swept by the next lab.
 //!
-//! Needs root, `ip` (iproute2), cgroup v2 and bpffs; the errors say which is missing.
+//! Needs root, `ip` (iproute2), cgroup v2 and bpffs, and `nft` for nodes with rules; the errors say which is missing.
 //!
 //! ```no_run
 //! # fn main() -> anyhow::Result<()> {
@@ -28,6 +28,7 @@ pub mod binary;
 mod exec;
 mod lines;
 mod netns;
+pub mod network;
 mod place;
 mod residue;
 mod serve;
@@ -91,7 +92,7 @@ impl Lab {
         let mut nodes = Vec::new();
         for node in &spec.nodes {
             let net = Netns::new(Role::Router)?;
-            nodes.push(Node::new(node, net, &residue.cgroup, &residue.pins, &spec.cluster_cidr)?);
+            nodes.push(Node::new(node, net, &residue, &spec.network, &spec.cluster_cidr)?);
         }
         let lab = Self {
             residue,
@@ -114,7 +115,7 @@ impl Lab {
             hub += &wiring::outside_via(first);
         }
         let mut node_batches: Vec<String> =
-            (0..self.nodes.len()).map(|index| wiring::node(&self.spec, index)).collect();
+            (0..self.nodes.len()).map(|index| wiring::node(&self.spec, index)).collect::<Result<_>>()?;
         let mut leaves = Vec::new();
 
         for spec in &self.spec.clients {
@@ -129,16 +130,29 @@ impl Lab {
             node_batches[index] += &port;
             let stray = wiring::stray_pod("add", self.nodes[index].spec(), spec)?;
             hub += &stray;
+            hub += &wiring::stray_pod_for_clients(&stray);
             for (_, batch) in node_batches.iter_mut().enumerate().filter(|&(other, _)| other != index) {
                 *batch += &stray;
             }
-            leaves.push((pod.net().clone(), wiring::leaf(spec)));
+            let leaf = wiring::pod(&self.spec.network, self.nodes[index].spec(), spec)?;
+            leaves.push((pod.net().clone(), leaf));
             self.pods().insert(spec.name.clone(), pod);
         }
 
         self.hub.ip(&hub)?;
         all_at_once(node_nets.into_iter().zip(node_batches))?;
-        all_at_once(leaves)
+        all_at_once(leaves)?;
+        self.nodes.iter().enumerate().try_for_each(|(index, node)| self.configure(index, node.host().net()))
+    }
+
+    /// What a node has beside devices and routes.
+    fn configure(&self, index: usize, net: &Netns) -> Result<()> {
+        let network = &self.spec.network;
+        for (key, value) in network.sysctls() {
+            net.sysctl(key, value)?;
+        }
+        net.bridge(&wiring::overlay_peers(&self.spec, index))?;
+        net.nft(&network.ruleset(&self.spec.nodes, &self.spec.nodes[index]))
     }
 
     /// The node `name`.
@@ -199,7 +213,7 @@ impl Lab {
         let node = &self.nodes[self.node_index(node)?];
         let (pod, port) = self.new_pod(node, &spec)?;
         node.host().net().ip(&port)?;
-        pod.net().ip(&wiring::leaf(&spec))?;
+        pod.net().ip(&wiring::pod(&self.spec.network, node.spec(), &spec)?)?;
         self.route_stray("add", node, &spec)?;
         self.pods().insert(name.to_owned(), pod.clone());
         Ok(pod)
@@ -241,11 +255,27 @@ impl Lab {
         self.hub.ip(&wiring::outside_via(self.nodes[self.node_index(node)?].spec()))
     }
 
+    /// Lets a client's traffic to Service addresses and to `node` come there through `eth1`, and the answers leave there.
+    /// [`Lab::outside_via`] has to name the same node, as it does at first with the first one.
+    ///
+    /// # Errors
+    /// If the node has no such device.
+    pub fn through_eth1(&self, client: &str, node: &str) -> Result<()> {
+        let (client, node) = (self.client(client), &self.nodes[self.node_index(node)?]);
+        ensure!(!node.spec().eth1.is_empty(), "{} has no eth1", node.name());
+        self.hub.ip(&wiring::second_rule(client.addresses()))?;
+        node.host().net().ip(&wiring::second_way_back(node.spec(), client.addresses()))
+    }
+
     fn new_pod(&self, node: &Node, spec: &LeafSpec) -> Result<(Pod, String)> {
         let device = format!("veth{}", self.next_device());
-        let cgroup = node.cgroup().join("pods").join(&spec.name);
+        let cgroup = if self.spec.unseen.contains(&spec.name) {
+            self.residue.cgroup.join("unseen").join(&spec.name)
+        } else {
+            node.cgroup().join("pods").join(&spec.name)
+        };
         let place = Place::new(&spec.name, Netns::new(Role::Leaf)?, cgroup, spec.addresses.clone())?;
-        let port = wiring::leaf_port(&device, spec, place.net(), &wiring::primaries(node.spec()));
+        let port = wiring::pod_port(&self.spec.network, node.spec(), &device, spec, place.net());
         Ok((Pod::new(place, node.name(), device), port))
     }
 
@@ -266,7 +296,7 @@ impl Lab {
         for net in others.map(|other| other.host().net()).chain([&self.hub]) {
             net.ip(&routes)?;
         }
-        Ok(())
+        self.hub.ip(&wiring::stray_pod_for_clients(&routes))
     }
 
     fn node_index(&self, name: &str) -> Result<usize> {

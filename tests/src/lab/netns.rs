@@ -100,16 +100,38 @@ impl Netns {
         self.ip_batch(&["-6", "-batch", "-"], &v6)
     }
 
+    /// Runs `bridge -batch` on `lines`.
+    ///
+    /// # Errors
+    /// As [`Netns::ip`].
+    pub fn bridge(&self, lines: &str) -> Result<()> {
+        self.batch("bridge", "iproute2", &["-batch", "-"], lines)
+    }
+
+    /// Adds the rules in `ruleset`, in the language of `nft`.
+    ///
+    /// # Errors
+    /// If there is no `nft`, or it rejects a rule; then none is added.
+    pub fn nft(&self, ruleset: &str) -> Result<()> {
+        self.batch("nft", "nftables", &["-f", "-"], ruleset)
+    }
+
     fn ip_batch(&self, args: &[&str], lines: &str) -> Result<()> {
+        self.batch("ip", "iproute2", args, lines)
+    }
+
+    fn batch(&self, program: &str, package: &str, args: &[&str], lines: &str) -> Result<()> {
         if lines.is_empty() {
             return Ok(());
         }
-        let mut ip = Exec::in_netns(self, "ip");
-        ip.args(args);
-        let output = ip.output_with_input(lines).context("the lab needs `ip`, the package iproute2")?;
+        let mut command = Exec::in_netns(self, program);
+        command.args(args);
+        let output = command
+            .output_with_input(lines)
+            .with_context(|| format!("the lab needs `{program}`, the package {package}"))?;
         anyhow::ensure!(
             output.status.success(),
-            "`ip {}` failed: {}of the batch:\n{lines}",
+            "`{program} {}` failed: {}of the batch:\n{lines}",
             args.join(" "),
             String::from_utf8_lossy(&output.stderr)
         );

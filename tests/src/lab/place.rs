@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 use super::agent::Agent;
 use super::exec::{Exec, Proc};
 use super::netns::Netns;
-use super::residue;
+use super::network::Network;
+use super::residue::{self, Residue};
 use super::serve::Serve;
 use super::spec::NodeSpec;
 use super::traffic::{Connect, Hold};
@@ -166,14 +167,15 @@ impl Node {
     pub(super) fn new(
         spec: &NodeSpec,
         net: Netns,
-        cgroup: &Path,
-        pins: &Path,
+        residue: &Residue,
+        network: &Network,
         cluster_cidr: &str,
     ) -> Result<Self> {
-        let cgroup = cgroup.join(&spec.name);
-        let addresses = spec.eth0.iter().chain(&spec.eth1).copied().collect();
+        let cgroup = residue.cgroup.join(&spec.name);
+        let beside = network.node_addresses(spec)?;
+        let addresses = spec.eth0.iter().chain(&spec.eth1).chain(&beside).copied().collect();
         let host = Place::new(&spec.name, net, cgroup.join("host"), addresses)?;
-        let pin_dir = pins.join(&spec.name);
+        let pin_dir = residue.pins.join(&spec.name);
         Ok(Self { host, spec: spec.clone(), cgroup, pin_dir, cluster_cidr: cluster_cidr.to_owned() })
     }
 

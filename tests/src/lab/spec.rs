@@ -1,9 +1,12 @@
 //! What a lab consists of, as data: nodes, pods and clients with their addresses.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context as _, Result};
 use proxy_common::addr::Prefix;
+
+use super::network::{Network, parse_cidr};
 
 /// A node: a router namespace with its own pods.
 #[derive(Clone, Debug, Default)]
@@ -81,6 +84,11 @@ pub struct LabSpec {
     pub clients: Vec<LeafSpec>,
     /// The prefixes of all pods, separated by commas: the agents' `--cluster-cidr`.
     pub cluster_cidr: String,
+    /// How all of them are connected.
+    pub network: Network,
+    /// Names of pods whose processes are in no cgroup of their node, as with a VM or a sandbox of its own kernel: what
+    /// acts on a node's sockets does not see theirs.
+    pub unseen: BTreeSet<String>,
 }
 
 impl LabSpec {
@@ -109,6 +117,19 @@ impl LabSpec {
         Ok(self)
     }
 
+    /// Connects everything in another way than by plain routes.
+    #[must_use]
+    pub fn network(self, network: Network) -> Self {
+        Self { network, ..self }
+    }
+
+    /// Hides the sockets of a pod from its node.
+    #[must_use]
+    pub fn unseen(mut self, pod: &str) -> Self {
+        self.unseen.insert(pod.to_owned());
+        self
+    }
+
     /// Three nodes without pods: `n1` and `n3` in zone `za`, `n2` in `zb`; `n1` has a second device.
     ///
     /// # Errors
@@ -126,7 +147,7 @@ impl LabSpec {
     }
 
     /// The world of the behaviour cases: [`LabSpec::three_nodes`], the senders P (also P6), Q, X (also X6) and Y, and
-    /// the endpoints L1, L2, R1, R2 and V1.
+    /// the endpoints L1, L2, R1, R2, V1 and V2.
     ///
     /// # Errors
     /// Never, as long as its addresses parse.
@@ -138,6 +159,7 @@ impl LabSpec {
             .pod("n1", "V1", &["fd00:64:0:1::11"])?
             .pod("n2", "Q", &["10.64.2.50"])?
             .pod("n2", "R1", &["10.64.2.21"])?
+            .pod("n2", "V2", &["fd00:64:0:2::21"])?
             .pod("n3", "R2", &["10.64.3.31"])?
             .client("X", &["203.0.113.7", "2001:db8:ff::7"])?
             .client("Y", &["203.0.113.200"])
@@ -158,6 +180,21 @@ pub(super) fn hub_address(address: IpAddr) -> IpAddr {
     }
 }
 
+/// The subnet of `address`, as a prefix.
+pub(super) fn subnet(address: IpAddr) -> String {
+    let base: IpAddr = match address {
+        IpAddr::V4(v4) => {
+            let [a, b, c, _] = v4.octets();
+            Ipv4Addr::new(a, b, c, 0).into()
+        }
+        IpAddr::V6(v6) => {
+            let [a, b, c, d, ..] = v6.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+        }
+    };
+    format!("{base}/{}", subnet_length(address))
+}
+
 /// Prefix length of the subnet that nodes share.
 pub(super) fn subnet_length(address: IpAddr) -> u8 {
     if address.is_ipv4() { 24 } else { 64 }
@@ -170,12 +207,8 @@ pub(super) fn host_length(address: IpAddr) -> u8 {
 
 /// True if `cidr` contains `address`.
 pub(super) fn covers(cidr: &str, address: IpAddr) -> Result<bool> {
-    let parse = || -> Option<Prefix> {
-        let (base, length) = cidr.split_once('/')?;
-        let base: IpAddr = base.parse().ok()?;
-        Prefix::new(base.into(), length.parse().ok()?)
-    };
-    let prefix = parse().with_context(|| format!("not a prefix: {cidr:?}"))?;
+    let (base, length) = parse_cidr(cidr)?;
+    let prefix = Prefix::new(base.into(), length).with_context(|| format!("not a prefix: {cidr:?}"))?;
     Ok(prefix.contains(address.into()))
 }
 

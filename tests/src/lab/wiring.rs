@@ -6,22 +6,31 @@
 //! ```
 //! Pods and clients hold single addresses (/32, /128), as with most routed CNIs: their router has a host route to them,
 //! and they reach everything by a gateway address that exists only as a permanent neighbour entry. Nodes route each
-//! other's pod prefixes directly. The hub has no default route for nodes: what a node passes on although nobody
-//! serves it comes back as "network unreachable", so that a test can tell it from a packet that was dropped (over TCP
-//! after about a second: the kernel heeds the message at the first retransmission).
+//! other's pod prefixes directly. (Other networks than that are in [`super::network`].) The hub has no default route for
+//! nodes: what a node passes on although nobody serves it comes back as "network unreachable", so that a test can tell
+//! it from a packet that was dropped (over TCP after about a second: the kernel heeds the message at the first
+//! retransmission).
+//!
+//! What a client sends goes to a node, unless it is for a node or a pod. That holds for addresses of other clients, too:
+//! one of them may have an address that is a Service's, and still the way there leads through the node.
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use super::netns::Netns;
-use super::spec::{LabSpec, LeafSpec, NodeSpec, covers, host_length, hub_address, subnet_length};
+use super::network::{BRIDGE, Network, NodeLinks, OVERLAY, PodLinks, gateway, parse_cidr, tunnel_address};
+use super::spec::{LabSpec, LeafSpec, NodeSpec, covers, host_length, hub_address, subnet, subnet_length};
 
 /// MAC address of the router's end of every veth to a pod or a client.
 const GATEWAY_MAC: &str = "02:00:00:00:00:01";
-/// Routing table of the hub for what comes from clients and has no route in the main table.
+/// Routing table of the hub for what comes from clients and is neither for nodes nor for pods.
 const CLIENT_TABLE: u32 = 10;
+/// The same for clients that come through the second device of a node.
+const SECOND_TABLE: u32 = 11;
+/// What VXLAN leaves of 1500 bytes.
+const OVERLAY_MTU: u32 = 1450;
 
 /// Hub: bridges, their addresses, a port for each node device (whose peer appears in `nodes[i]`), pod prefixes.
 pub(super) fn hub(spec: &LabSpec, nodes: &[Netns]) -> String {
@@ -46,14 +55,28 @@ pub(super) fn hub(spec: &LabSpec, nodes: &[Netns]) -> String {
     for &(lan, own) in &subnets {
         line(&mut batch, format_args!("address add {own}/{} dev {lan}{}", subnet_length(own), nodad(own)));
     }
+    let mut direct: Vec<String> = subnets.iter().map(|&(_, own)| subnet(own)).collect();
     for node in &spec.nodes {
-        route_pod_cidrs(&mut batch, node);
+        if spec.network.nodes != NodeLinks::Vxlan {
+            route_pod_cidrs(&mut batch, node, &node.eth0);
+        }
+        direct.extend(node.pod_cidrs.iter().cloned());
+    }
+    for lan in ["lan0", "lan1"] {
+        // What comes back from a node has been there.
+        line(&mut batch, format_args!("rule add pref 50 iif {lan} lookup main"));
+        line(&mut batch, format_args!("-6 rule add pref 50 iif {lan} lookup main"));
+    }
+    for table in [CLIENT_TABLE, SECOND_TABLE] {
+        for prefix in &direct {
+            line(&mut batch, format_args!("route add throw {prefix} table {table}"));
+        }
     }
     batch
 }
 
 /// Node `own` (an index): its devices, the default route, the pod prefixes of the other nodes.
-pub(super) fn node(spec: &LabSpec, own: usize) -> String {
+pub(super) fn node(spec: &LabSpec, own: usize) -> Result<String> {
     let mut batch = String::from("link set lo up\n");
     let node = &spec.nodes[own];
     for (device, addresses) in [("eth0", &node.eth0), ("eth1", &node.eth1)] {
@@ -69,12 +92,116 @@ pub(super) fn node(spec: &LabSpec, own: usize) -> String {
         let hub = hub_address(primary);
         line(&mut batch, format_args!("route add {} via {hub} src {primary}", everything(primary)));
     }
-    for (index, other) in spec.nodes.iter().enumerate() {
-        if index != own {
-            route_pod_cidrs(&mut batch, other);
+    let others = || spec.nodes.iter().enumerate().filter(|&(index, _)| index != own);
+    match spec.network.nodes {
+        NodeLinks::Eth0 => others().for_each(|(_, other)| route_pod_cidrs(&mut batch, other, &other.eth0)),
+        NodeLinks::Eth1 => others().for_each(|(_, other)| route_pod_cidrs(&mut batch, other, &other.eth1)),
+        NodeLinks::Vxlan => overlay(&mut batch, spec, own)?,
+    }
+    if spec.network.pods == PodLinks::Bridged {
+        line(&mut batch, format_args!("link add {BRIDGE} type bridge mcast_snooping 0"));
+        line(&mut batch, format_args!("link set {BRIDGE} up"));
+        for cidr in &node.pod_cidrs {
+            let (address, (_, length)) = (gateway(cidr)?, parse_cidr(cidr)?);
+            line(&mut batch, format_args!("address add {address}/{length} dev {BRIDGE}{}", nodad(address)));
+        }
+    }
+    Ok(batch)
+}
+
+/// The VXLAN device of node `own`, and the routes to other nodes' pods through it.
+fn overlay(batch: &mut String, spec: &LabSpec, own: usize) -> Result<()> {
+    let node = &spec.nodes[own];
+    let local = node.eth0.iter().find(|address| address.is_ipv4()).context("VXLAN needs IPv4 on eth0")?;
+    let mac = tunnel_mac(own);
+    line(
+        batch,
+        format_args!(
+            "link add {OVERLAY} address {mac} type vxlan id 1 dev eth0 local {local} dstport 4789 nolearning"
+        ),
+    );
+    line(batch, format_args!("link set {OVERLAY} up"));
+    for cidr in &node.pod_cidrs {
+        let address = tunnel_address(cidr)?;
+        line(batch, format_args!("address add {} dev {OVERLAY}{}", host_prefix(address), nodad(address)));
+    }
+    for (index, other) in spec.nodes.iter().enumerate().filter(|&(index, _)| index != own) {
+        let mac = tunnel_mac(index);
+        for cidr in &other.pod_cidrs {
+            let far = tunnel_address(cidr)?;
+            line(batch, format_args!("neighbour add {far} lladdr {mac} dev {OVERLAY} nud permanent"));
+            line(batch, format_args!("route add {cidr} via {far} dev {OVERLAY} onlink"));
+        }
+    }
+    Ok(())
+}
+
+/// Node `own`: where the other ends of its VXLAN device are, for `bridge -batch`.
+pub(super) fn overlay_peers(spec: &LabSpec, own: usize) -> String {
+    let mut batch = String::new();
+    if spec.network.nodes == NodeLinks::Vxlan {
+        for (index, other) in spec.nodes.iter().enumerate().filter(|&(index, _)| index != own) {
+            for address in other.eth0.iter().filter(|address| address.is_ipv4()).take(1) {
+                let mac = tunnel_mac(index);
+                line(&mut batch, format_args!("fdb append {mac} dev {OVERLAY} dst {address}"));
+            }
         }
     }
     batch
+}
+
+fn tunnel_mac(index: usize) -> String {
+    format!("02:00:00:00:02:{index:02x}")
+}
+
+/// A node's side of a pod: as [`leaf_port`], or a port of its bridge.
+pub(super) fn pod_port(
+    network: &Network,
+    node: &NodeSpec,
+    device: &str,
+    pod: &LeafSpec,
+    leaf: &Netns,
+) -> String {
+    let mut batch = match network.pods {
+        PodLinks::Routed => leaf_port(device, pod, leaf, &primaries(node)),
+        PodLinks::Bridged => format!(
+            "link add {device} type veth peer name eth0 netns {}\nlink set {device} master {BRIDGE} up\n",
+            leaf.path()
+        ),
+    };
+    if network.nodes == NodeLinks::Vxlan {
+        line(&mut batch, format_args!("link set {device} mtu {OVERLAY_MTU}"));
+    }
+    batch
+}
+
+/// A pod's own side.
+pub(super) fn pod(network: &Network, node: &NodeSpec, pod: &LeafSpec) -> Result<String> {
+    let mut batch = match network.pods {
+        PodLinks::Routed => leaf(pod),
+        PodLinks::Bridged => bridged_leaf(node, pod)?,
+    };
+    if network.nodes == NodeLinks::Vxlan {
+        line(&mut batch, format_args!("link set eth0 mtu {OVERLAY_MTU}"));
+    }
+    Ok(batch)
+}
+
+fn bridged_leaf(node: &NodeSpec, pod: &LeafSpec) -> Result<String> {
+    let mut batch = String::from("link set lo up\nlink set eth0 up\n");
+    for &address in &pod.addresses {
+        let mut own = None;
+        for cidr in &node.pod_cidrs {
+            if covers(cidr, address)? {
+                own = Some(cidr);
+            }
+        }
+        let cidr = own.with_context(|| format!("{address} is in no pod prefix of {}", node.name))?;
+        let (_, length) = parse_cidr(cidr)?;
+        line(&mut batch, format_args!("address add {address}/{length} dev eth0{}", nodad(address)));
+        line(&mut batch, format_args!("route add {} via {}", everything(address), gateway(cidr)?));
+    }
+    Ok(batch)
 }
 
 /// The router's side of a pod or client: a veth whose peer is `eth0` of `leaf`, and the host routes. `sources` are
@@ -112,18 +239,49 @@ pub(super) fn leaf(spec: &LeafSpec) -> String {
     batch
 }
 
-/// Hub: what a client's device brings and the main table has no route for follows [`outside_via`].
+/// Hub: what a client's device brings follows [`outside_via`].
 pub(super) fn client_rule(device: &str) -> String {
-    let rule = format!("rule add pref 40000 iif {device} lookup {CLIENT_TABLE}");
+    let rule = format!("rule add pref 200 iif {device} lookup {CLIENT_TABLE}");
     format!("{rule}\n-6 {rule}\n")
 }
 
 /// Hub: clients' traffic to Service addresses goes to `node`.
 pub(super) fn outside_via(node: &NodeSpec) -> String {
     let mut batch = String::new();
-    for &primary in primaries(node).iter() {
-        let all = everything(primary);
-        line(&mut batch, format_args!("route replace {all} via {primary} table {CLIENT_TABLE}"));
+    for (addresses, table) in [(&node.eth0, CLIENT_TABLE), (&node.eth1, SECOND_TABLE)] {
+        for address in firsts(addresses) {
+            let all = everything(address);
+            line(&mut batch, format_args!("route replace {all} via {address} table {table}"));
+        }
+    }
+    // The node itself, too: it would not believe the other way.
+    for second in firsts(&node.eth1) {
+        for first in node.eth0.iter().filter(|first| first.is_ipv4() == second.is_ipv4()) {
+            let prefix = host_prefix(*first);
+            line(&mut batch, format_args!("route replace {prefix} via {second} table {SECOND_TABLE}"));
+        }
+    }
+    batch
+}
+
+/// Hub: what this client sends to Service addresses and to its node comes through the node's `eth1`.
+pub(super) fn second_rule(client: &[IpAddr]) -> String {
+    let mut batch = String::new();
+    for &address in client {
+        let option = if address.is_ipv4() { "" } else { "-6 " };
+        line(&mut batch, format_args!("{option}rule add pref 100 from {address} lookup {SECOND_TABLE}"));
+    }
+    batch
+}
+
+/// Node: the way back to such a client.
+pub(super) fn second_way_back(node: &NodeSpec, client: &[IpAddr]) -> String {
+    let mut batch = String::new();
+    for &address in client {
+        for own in firsts(&node.eth1).into_iter().filter(|own| own.is_ipv4() == address.is_ipv4()) {
+            let hub = hub_address(own);
+            line(&mut batch, format_args!("route add {} via {hub} src {own}", host_prefix(address)));
+        }
     }
     batch
 }
@@ -144,16 +302,34 @@ pub(super) fn stray_pod(verb: &str, node: &NodeSpec, pod: &LeafSpec) -> Result<S
     Ok(batch)
 }
 
+/// Hub: with [`stray_pod`], so that clients find such a pod.
+pub(super) fn stray_pod_for_clients(stray: &str) -> String {
+    let mut batch = String::new();
+    for text in stray.lines() {
+        if let [route, verb, prefix, ..] = text.split(' ').collect::<Vec<_>>()[..] {
+            for table in [CLIENT_TABLE, SECOND_TABLE] {
+                line(&mut batch, format_args!("{route} {verb} throw {prefix} table {table}"));
+            }
+        }
+    }
+    batch
+}
+
 /// The primary addresses of a node, one per family.
-pub(super) fn primaries(node: &NodeSpec) -> Vec<IpAddr> {
-    let first = |is_v4| node.eth0.iter().copied().find(|address| address.is_ipv4() == is_v4);
+fn primaries(node: &NodeSpec) -> Vec<IpAddr> {
+    firsts(&node.eth0)
+}
+
+/// The first address of each family.
+fn firsts(addresses: &[IpAddr]) -> Vec<IpAddr> {
+    let first = |is_v4| addresses.iter().copied().find(|address| address.is_ipv4() == is_v4);
     [first(true), first(false)].into_iter().flatten().collect()
 }
 
-fn route_pod_cidrs(batch: &mut String, node: &NodeSpec) {
+fn route_pod_cidrs(batch: &mut String, node: &NodeSpec, vias: &[IpAddr]) {
     for cidr in &node.pod_cidrs {
         let is_v4 = !cidr.contains(':');
-        if let Some(via) = node.eth0.iter().find(|address| address.is_ipv4() == is_v4) {
+        if let Some(via) = vias.iter().find(|address| address.is_ipv4() == is_v4) {
             line(batch, format_args!("route add {cidr} via {via}"));
         }
     }

@@ -3,7 +3,7 @@
 //!
 //! Who is behind which address is read off the EndpointSlices: the pods that they refer to, the nodes themselves, and
 //! machines outside for what is neither. Every one of them answers on every port that a slice gives it. Beside them
-//! there is a pod [`CLIENT`] on [`NODE`] that serves nothing.
+//! there are a pod [`CLIENT`] on [`NODE`] and a machine [`OUTSIDE`] of the cluster that serve nothing.
 
 mod checks;
 mod loops;
@@ -35,6 +35,10 @@ pub const NODE: &str = "node-a";
 pub const CLIENT: &str = "client";
 /// Its address.
 pub const CLIENT_ADDRESS: &str = "172.16.1.50";
+/// A machine outside.
+pub const OUTSIDE: &str = "laptop";
+/// Its address.
+pub const OUTSIDE_ADDRESS: &str = "203.0.113.7";
 /// The pods' addresses.
 const CLUSTER_CIDR: &str = "172.16.0.0/16";
 /// How long anything may take that happens at once on a machine with nothing else to do.
@@ -140,6 +144,11 @@ impl World {
     /// The pod [`CLIENT`].
     pub fn client(&self) -> Pod {
         self.lab.pod(CLIENT)
+    }
+
+    /// The machine [`OUTSIDE`].
+    pub fn outside(&self) -> Place {
+        self.lab.client(OUTSIDE)
     }
 
     /// The host side of [`NODE`].
@@ -301,7 +310,7 @@ fn lab_spec(nodes: &[NodeSpec], members: &[Member]) -> Result<LabSpec> {
             (None, _) => spec.clients.push(LeafSpec::new(&address, &[&address])?),
         }
     }
-    spec.pod(NODE, CLIENT, &[CLIENT_ADDRESS])
+    spec.client(OUTSIDE, &[OUTSIDE_ADDRESS])?.pod(NODE, CLIENT, &[CLIENT_ADDRESS])
 }
 
 /// Starts the servers of one address.

@@ -19,7 +19,9 @@ pub(crate) fn falsified(case: &Case) -> Vec<(Case, Check)> {
 
 fn falsify(check: &mut Check) {
     match check {
-        Check::Connect(Connect { expect, .. }) => match expect {
+        Check::Connect(Connect { expect, .. })
+        | Check::Open(_, Connect { expect, .. })
+        | Check::Say(_, expect) => match expect {
             Expect::Spread(targets, _) => {
                 if targets.pop_last().is_some() && targets.is_empty() {
                     *expect = Expect::Reject;

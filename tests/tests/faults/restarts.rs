@@ -192,6 +192,8 @@ fn another_cgroup_path_takes_over() -> Result<()> {
     for round in 0..4 {
         let cgroup = if round % 2 == 0 { &host_only } else { &everybody };
         let agent = world.new_agent(NODE)?.manifests(world.manifests().dir()).flag("cgroup-path", cgroup);
+        // The packet edge would serve the pod all the same.
+        let agent = agent.flag("devices", "none").flag("pod-interfaces", "none");
         world.adopt(NODE, agent).start_ready()?;
         if round == 0 {
             loops.add(KUBIA_VIP, world.host().connect(KUBIA_VIP).http())?;

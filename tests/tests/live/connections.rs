@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use proxy_tests::cases::{Connect, Expect, Pace, Proto, Target};
-use proxy_tests::lab::{self, Attempt, Place};
+use proxy_tests::cases::masquerade::{self, Edge, Seen};
+use proxy_tests::cases::{Connect, Dest, Endpoint, Expect, Pace, Proto, Sender, Target};
+use proxy_tests::lab::{self, Attempt, Held, Place};
 
 use super::world::World;
 
@@ -15,22 +17,20 @@ const PER_TARGET: usize = 100;
 const UNEVEN: usize = PER_TARGET / 2;
 /// The same where all fates are alike.
 const SOME: usize = 10;
+/// How long silence has to last. Everything that answers does so within a few milliseconds.
+const SILENCE: Duration = Duration::from_millis(500);
+/// How long a client tries for the endpoint that it wants.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Makes the connections of a check, by every kind of socket that there is for its protocol.
 pub(super) fn check(world: &World, connect: &Connect) -> Result<()> {
-    use lab::Proto as Way;
-    let ways: &[Way] = match connect.dest.proto {
-        Proto::Tcp => &[Way::Tcp],
-        Proto::Udp => &[Way::Udp, Way::UdpUnconnected],
-        Proto::Sctp => &[],
-        Proto::Ping => &[Way::Ping],
-    };
-    for &way in ways {
+    let edge = world.edge(connect.sender);
+    for &way in ways(connect, edge) {
         let mut servers = BTreeMap::<SocketAddr, usize>::new();
         let clients = world.clients(connect.sender);
-        for (place, addresses) in &clients {
-            let attempts = attempts(place, connect, way)?;
-            let own = judge(connect, way, &attempts, addresses)?;
+        for (place, own) in &clients {
+            let client = Client { world, sender: connect.sender, edge, way, own };
+            let own = judge(&client, connect, &attempts(place, connect, &client)?)?;
             if let Expect::Sticky(..) = connect.expect {
                 ensure!(own.len() == 1, "{way:?}: {} does not stay: {own:?}", place.name());
             }
@@ -43,10 +43,74 @@ pub(super) fn check(world: &World, connect: &Connect) -> Result<()> {
     Ok(())
 }
 
+/// A kept socket.
+pub(super) struct Kept {
+    held: Held,
+    connect: Connect,
+}
+
+/// Opens sockets until one is on an endpoint of the check; sends one datagram by it, or whatever else ends it.
+pub(super) fn open(world: &World, connect: &Connect) -> Result<Kept> {
+    let way = match connect.dest.proto {
+        Proto::Udp => lab::Proto::Udp,
+        Proto::Tcp | Proto::Sctp | Proto::Ping => lab::Proto::Tcp,
+    };
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let (place, _) = world.clients(connect.sender).swap_remove(0);
+        let held = place.hold(connect.dest.addr).proto(way).timeout(SILENCE).open()?;
+        let mut kept = Kept { held, connect: connect.clone() };
+        let first = if way == lab::Proto::Udp { kept.held.say("first")? } else { kept.held.opened().clone() };
+        match kept.judge(world, &first, &connect.expect) {
+            Ok(()) => return Ok(kept),
+            // Another endpoint, by chance.
+            Err(_) if first.ok && Instant::now() < deadline => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+impl Kept {
+    /// Sends something, and compares what becomes of it.
+    pub(super) fn say(&mut self, world: &World, expect: &Expect) -> Result<()> {
+        let mut attempt = self.held.say("are you there?")?;
+        if self.connect.dest.proto == Proto::Tcp && attempt.ok {
+            // A stream stays what it was.
+            let opened = self.held.opened();
+            attempt.server.clone_from(&opened.server);
+            (attempt.peer, attempt.endpoint) = (opened.peer, opened.endpoint);
+        }
+        self.judge(world, &attempt, expect)
+    }
+
+    fn judge(&self, world: &World, attempt: &Attempt, expect: &Expect) -> Result<()> {
+        let sender = self.connect.sender;
+        let (_, own) = world.clients(sender).swap_remove(0);
+        let way = if self.connect.dest.proto == Proto::Udp { lab::Proto::Udp } else { lab::Proto::Tcp };
+        let client = Client { world, sender, edge: world.edge(sender), way, own: &own };
+        ensure!(client.fine(self.connect.dest, expect, attempt), "{expect:?}: {attempt:?}");
+        Ok(())
+    }
+}
+
+/// The kinds of sockets to try.
+fn ways(connect: &Connect, edge: Edge) -> &'static [lab::Proto] {
+    use lab::Proto as Way;
+    match connect.dest.proto {
+        Proto::Tcp => &[Way::Tcp],
+        // Nobody tells an unconnected socket of an ICMP error.
+        Proto::Udp if edge != Edge::Socket && connect.expect == Expect::Reject => &[Way::Udp],
+        Proto::Udp => &[Way::Udp, Way::UdpUnconnected],
+        Proto::Sctp => &[],
+        Proto::Ping => &[Way::Ping],
+    }
+}
+
 /// Makes the connections of one client.
-fn attempts(place: &Place, connect: &Connect, way: lab::Proto) -> Result<Vec<Attempt>> {
-    let client = place.connect(connect.dest.addr).proto(way);
+fn attempts(place: &Place, connect: &Connect, who: &Client<'_>) -> Result<Vec<Attempt>> {
+    let client = place.connect(connect.dest.addr).proto(who.way);
     match (&connect.expect, connect.pace) {
+        (Expect::Drop, _) if who.edge != Edge::Socket => client.timeout(SILENCE).times(2).run(),
         // With long pauses, until every endpoint was reached; in time, as the case says.
         (Expect::Spread(targets, _), Some(Pace { connections, pause })) if !pause.is_zero() => {
             let mut flow = client.pace(pause).start()?;
@@ -72,26 +136,13 @@ fn attempts(place: &Place, connect: &Connect, way: lab::Proto) -> Result<Vec<Att
 
 /// Looks at every attempt by itself; counts which endpoint answered.
 fn judge(
+    client: &Client<'_>,
     connect: &Connect,
-    way: lab::Proto,
     attempts: &[Attempt],
-    seen_as: &[IpAddr],
 ) -> Result<BTreeMap<SocketAddr, usize>> {
     let mut servers = BTreeMap::new();
     for attempt in attempts {
-        let fine = match &connect.expect {
-            Expect::Spread(targets, _) | Expect::Sticky(targets, _) => {
-                targets.iter().any(|target| answered_by(attempt, target))
-                    && translated(attempt, connect, way, seen_as)
-            }
-            Expect::Reject => failed(attempt, way, "ECONNREFUSED"),
-            Expect::Drop => failed(attempt, way, "EPERM"),
-            Expect::Pass if way == lab::Proto::Ping => attempt.ok,
-            Expect::Pass => {
-                attempt.endpoint == Some(connect.dest.addr) && translated(attempt, connect, way, seen_as)
-            }
-        };
-        ensure!(fine, "{way:?}: {attempt:?}");
+        ensure!(client.fine(connect.dest, &connect.expect, attempt), "{:?}: {attempt:?}", client.way);
         if let Some(endpoint) = attempt.endpoint {
             *servers.entry(endpoint).or_default() += 1;
         }
@@ -99,26 +150,84 @@ fn judge(
     Ok(servers)
 }
 
+/// Who has made an attempt, and how.
+struct Client<'a> {
+    world: &'a World,
+    sender: Sender,
+    edge: Edge,
+    way: lab::Proto,
+    /// The client's own addresses.
+    own: &'a [IpAddr],
+}
+
+impl Client<'_> {
+    /// Whether an attempt ended as it should.
+    fn fine(&self, dest: Dest, expect: &Expect, attempt: &Attempt) -> bool {
+        match expect {
+            Expect::Spread(targets, _) | Expect::Sticky(targets, _) => {
+                targets.iter().any(|target| {
+                    answered_by(attempt, target) && self.seen_as_it_should(attempt, &target.endpoint)
+                }) && self.sees(attempt, dest)
+            }
+            Expect::Reject => self.refused(attempt),
+            Expect::Drop => self.dropped(attempt),
+            Expect::Pass if self.way == lab::Proto::Ping => attempt.ok,
+            Expect::Pass => {
+                attempt.endpoint == Some(dest.addr) && seen_as(attempt, self.own) && self.sees(attempt, dest)
+            }
+        }
+    }
+
+    /// The endpoint sees the client, or the node, as [`masquerade::seen`] says.
+    fn seen_as_it_should(&self, attempt: &Attempt, endpoint: &Endpoint) -> bool {
+        match masquerade::seen(endpoint, self.sender, self.edge) {
+            Seen::Client => seen_as(attempt, self.own),
+            Seen::Node => seen_as(attempt, self.world.node().host().addresses()),
+        }
+    }
+
+    /// The client sees what it asked for.
+    fn sees(&self, attempt: &Attempt, dest: Dest) -> bool {
+        let asked = Some(dest.addr);
+        let peer = if self.way == lab::Proto::UdpUnconnected { attempt.from } else { attempt.peername };
+        let answer = if self.way == lab::Proto::Udp { attempt.from } else { asked };
+        attempt.ok && peer == asked && answer == asked
+    }
+
+    /// At a socket, the call that names the destination has failed, not a later one. A datagram's sender hears of it
+    /// with the next call.
+    fn refused(&self, attempt: &Attempt) -> bool {
+        let stages: &[&str] = match (self.edge, self.way) {
+            (Edge::Socket, lab::Proto::UdpUnconnected) => &["send"],
+            (Edge::Socket, way) if way != lab::Proto::Ping => &["connect"],
+            (_, lab::Proto::Tcp) => &["connect"],
+            _ => &["send", "recv"],
+        };
+        failed(attempt, stages, "ECONNREFUSED")
+    }
+
+    fn dropped(&self, attempt: &Attempt) -> bool {
+        match (self.edge, self.way) {
+            (Edge::Socket, lab::Proto::UdpUnconnected) => failed(attempt, &["send"], "EPERM"),
+            (Edge::Socket, _) => failed(attempt, &["connect"], "EPERM"),
+            (_, lab::Proto::Tcp) => failed(attempt, &["connect"], "ETIMEDOUT"),
+            (_, _) => failed(attempt, &["recv"], "ETIMEDOUT"),
+        }
+    }
+}
+
 fn answered_by(attempt: &Attempt, target: &Target) -> bool {
     attempt.server.as_deref() == Some(target.endpoint.name)
         && attempt.endpoint == Some(SocketAddr::new(target.endpoint.ip, target.port))
 }
 
-/// The client sees what it asked for, and the server sees the client.
-fn translated(attempt: &Attempt, connect: &Connect, way: lab::Proto, seen_as: &[IpAddr]) -> bool {
-    let asked = Some(connect.dest.addr);
-    let peer = if way == lab::Proto::UdpUnconnected { attempt.from } else { attempt.peername };
-    let answer = if way == lab::Proto::Udp { attempt.from } else { asked };
-    attempt.ok
-        && peer == asked
-        && answer == asked
-        && attempt.peer.is_some_and(|client| seen_as.contains(&client.ip()))
+fn seen_as(attempt: &Attempt, addresses: &[IpAddr]) -> bool {
+    attempt.peer.is_some_and(|peer| addresses.contains(&peer.ip()))
 }
 
-/// The call that names the destination has failed, not a later one.
-fn failed(attempt: &Attempt, way: lab::Proto, error: &str) -> bool {
-    let stage = if way == lab::Proto::UdpUnconnected { "send" } else { "connect" };
-    attempt.error.as_deref() == Some(error) && attempt.stage.as_deref() == Some(stage)
+fn failed(attempt: &Attempt, stages: &[&str], error: &str) -> bool {
+    let stage = attempt.stage.as_deref().unwrap_or_default();
+    attempt.error.as_deref() == Some(error) && stages.contains(&stage)
 }
 
 /// Every endpoint was reached, and about equally often.

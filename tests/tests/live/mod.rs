@@ -1,16 +1,18 @@
 //! Runs a case with the agent, its BPF programs and real sockets, in a lab of its own.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_common::addr::Family;
 use proxy_tests::cases::{Case, Check, Dest, Frontend, Proto};
+use proxy_tests::lab::{Lab, LabSpec};
 use serde_json::Value;
 
 mod connections;
 mod proxy;
 mod world;
 
+use connections::Kept;
 use proxy::Proxy;
 use world::World;
 
@@ -18,32 +20,69 @@ use world::World;
 /// from them on a busy machine.
 const FASTER: u32 = 5;
 
-/// Whether a check can be made in the lab at all.
-pub(crate) fn is_runnable(check: &Check) -> bool {
+/// Whether the pods' sockets are seen by the programs of their node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pods {
+    /// Pods meet the socket edge, as the host does; everybody else the packet edge.
+    Seen,
+    /// The packets of pods meet the packet edge.
+    Unseen,
+}
+
+/// Whether a check can be made in the lab, and has to be: once is enough for what does not depend on whether pods are
+/// seen. (A [`Check::Say`] is made if its socket was opened.)
+pub(crate) fn is_runnable(check: &Check, pods: Pods) -> bool {
     match check {
         // The kernels that tests run on seldom have SCTP.
-        Check::Connect(connect) => connect.sender.on_this_node() && connect.dest.proto != Proto::Sctp,
-        Check::Frontends(..) | Check::ClusterSet(..) | Check::AffinitySeconds(..) => true,
+        Check::Connect(connect) | Check::Open(_, connect) if connect.dest.proto == Proto::Sctp => false,
+        Check::Connect(connect) => pods == Pods::Seen || connect.sender.is_pod_of_this_node(),
+        // What becomes of flows is a matter of packets.
+        Check::Open(_, connect) => (pods == Pods::Unseen) == connect.sender.is_pod_of_this_node(),
+        Check::Say(..) => false,
+        Check::Frontends(..) | Check::ClusterSet(..) | Check::AffinitySeconds(..) => pods == Pods::Seen,
     }
 }
 
-/// Runs the steps of a case, one after the other, with one and the same agent.
-pub(crate) fn check(case: Case) -> Result<()> {
-    let case = case.on_sockets().faster(FASTER);
-    let world = World::build(&case)?;
+/// Runs the steps of a case, one after the other, with one and the same agent, in a lab made from `spec`, which has the
+/// nodes, pods and clients of [`LabSpec::cases`]. `prepare` gets the lab before there is an agent.
+pub(crate) fn check(
+    case: Case,
+    spec: LabSpec,
+    pods: Pods,
+    prepare: impl FnOnce(&Lab) -> Result<()>,
+) -> Result<()> {
+    let case = if pods == Pods::Seen { case.on_sockets_and_packets() } else { case };
+    let case = case.faster(FASTER);
+    let world = World::build(&case, spec, pods)?;
+    prepare(world.lab())?;
     let mut proxy = Proxy::new(&world, &case.config)?;
+    let mut kept = BTreeMap::new();
     for (number, step) in case.steps.iter().enumerate() {
         proxy.program(number, &step.objects).with_context(|| format!("step {number}"))?;
-        for check in step.checks.iter().filter(|check| is_runnable(check)) {
-            look(&world, &proxy, check).with_context(|| format!("step {number}: {check:?}"))?;
+        for check in &step.checks {
+            look(&world, &proxy, &mut kept, check, pods)
+                .with_context(|| format!("step {number}: {check:?}"))
+                .with_context(|| proxy.counters())?;
         }
     }
     Ok(())
 }
 
-fn look(world: &World, proxy: &Proxy, check: &Check) -> Result<()> {
+fn look(
+    world: &World,
+    proxy: &Proxy,
+    kept: &mut BTreeMap<String, Kept>,
+    check: &Check,
+    pods: Pods,
+) -> Result<()> {
     match check {
+        Check::Say(name, expect) => kept.get_mut(name).map_or(Ok(()), |kept| kept.say(world, expect)),
+        check if !is_runnable(check, pods) => Ok(()),
         Check::Connect(connect) => connections::check(world, connect),
+        Check::Open(name, connect) => {
+            kept.insert(name.clone(), connections::open(world, connect)?);
+            Ok(())
+        }
         Check::Frontends(family, want) => {
             let got: BTreeSet<Frontend> = proxy
                 .services()?

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use proxy_tests::cases::Config;
+use proxy_tests::cases::{Config, DetectLocal};
 use proxy_tests::lab::Agent;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -14,8 +14,8 @@ use super::world::World;
 
 /// Namespace of [`marker`], which no case uses.
 const MARKER: &str = "marker";
-/// How long a step may take to be programmed.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long the agent may take to be ready, or a step to be programmed, while other tests keep the machine busy.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An agent that reads a directory, which holds the objects of the current step.
 pub(super) struct Proxy {
@@ -38,6 +38,15 @@ impl Proxy {
         let agent = agent.flag("nodeport-addresses", config.node_port_addresses.join(","));
         let agent =
             agent.flag("feature-gates", format!("AllowServiceExternalIPs={}", config.allow_external_ips));
+        let agent = match config.detect_local {
+            DetectLocal::ClusterCidr => agent,
+            DetectLocal::Bridge(name) => {
+                agent.flag("detect-local-mode", "BridgeInterface").flag("pod-bridge-interface", name)
+            }
+            DetectLocal::Prefix(prefix) => agent
+                .flag("detect-local-mode", "InterfaceNamePrefix")
+                .flag("pod-interface-name-prefix", prefix),
+        };
         Ok(Self { agent, dir })
     }
 
@@ -51,7 +60,8 @@ impl Proxy {
         fs::rename(&next, self.dir.path().join("manifests").join("objects.json"))?;
 
         if self.agent.id().is_none() {
-            self.agent.start_ready()?;
+            self.agent.start()?;
+            self.agent.wait_ready(PATIENCE)?;
         }
         self.wait_for(step)
     }
@@ -79,6 +89,16 @@ impl Proxy {
     pub(super) fn services(&self) -> Result<Vec<Value>> {
         let Value::Array(services) = self.agent.tool("services", &[])? else { bail!("not a list") };
         Ok(services.into_iter().filter(|service| service["namespace"] != MARKER).collect())
+    }
+}
+
+impl Proxy {
+    /// What the datapath has counted, for messages.
+    pub(super) fn counters(&self) -> String {
+        match self.agent.tool("status", &[]) {
+            Ok(status) => format!("the datapath's counters: {}", status["counters"]),
+            Err(error) => format!("no counters: {error:#}"),
+        }
     }
 }
 

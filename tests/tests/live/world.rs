@@ -4,15 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Result;
-use proxy_tests::cases::{Case, Check, Connect, Dest, ENDPOINTS, Proto, Sender};
+use proxy_tests::cases::masquerade::Edge;
+use proxy_tests::cases::{Case, Check, Connect, Dest, ENDPOINTS, NODE, Proto, Sender};
 use proxy_tests::lab::{Lab, LabSpec, LeafSpec, Node, Place, Serve};
 
-use super::is_runnable;
+use super::{Pods, is_runnable};
 
-/// The node under test.
-const NODE: &str = "n1";
 /// An outside machine that has every address which is nobody else's.
 const ELSEWHERE: &str = "elsewhere";
+/// What n2 sends to n1, if the pod Q is there: the clusterIPs, the externalIPs and load-balancer addresses.
+const TO_SERVICES: [&str; 2] = ["10.96.0.0/16", "198.18.0.0/15"];
 
 /// Nodes, pods and clients of a case, with all servers running.
 ///
@@ -21,22 +22,27 @@ const ELSEWHERE: &str = "elsewhere";
 /// or dropped, and was not, is answered by somebody whom the check does not expect.
 pub(super) struct World {
     lab: Lab,
+    pods: Pods,
 }
 
 impl World {
-    pub(super) fn build(case: &Case) -> Result<Self> {
+    /// The lab that `spec` describes, and what the case needs beside.
+    pub(super) fn build(case: &Case, mut spec: LabSpec, pods: Pods) -> Result<Self> {
         let connects: Vec<&Connect> = case
             .steps
             .iter()
             .flat_map(|step| &step.checks)
-            .filter(|check| is_runnable(check))
+            .filter(|check| is_runnable(check, pods))
             .filter_map(connect)
             .collect();
-        let mut spec = LabSpec::cases()?;
-        if connects.iter().any(|connect| connect.sender == Sender::Pods) {
+        let sends = |sender| connects.iter().any(|connect| connect.sender == sender);
+        if sends(Sender::Pods) {
             for (number, address) in Sender::Pods.addresses().into_iter().enumerate() {
                 spec = spec.pod(NODE, &many(number), &[&address.to_string()])?;
             }
+        }
+        if pods == Pods::Unseen {
+            spec.unseen = spec.pods.iter().map(|(_, pod)| pod.name.clone()).collect();
         }
         let owners: Vec<(Owner, Dest)> =
             connects.iter().map(|connect| (owner(&spec, connect.dest.addr.ip()), connect.dest)).collect();
@@ -51,7 +57,12 @@ impl World {
             spec.clients.push(LeafSpec { name: ELSEWHERE.to_owned(), addresses: outside });
         }
 
-        let world = Self { lab: Lab::build(spec)? };
+        let q = sends(Sender::Q);
+        let world = Self { lab: Lab::build(spec)?, pods };
+        if q {
+            let routes = TO_SERVICES.map(|prefix| format!("route add {prefix} via 192.0.2.10\n"));
+            world.lab.node("n2").host().net().ip(&routes.concat())?;
+        }
         world.serve_endpoints(case)?;
         world.serve_owners(owners)?;
         Ok(world)
@@ -98,7 +109,17 @@ impl World {
         self.lab.node(NODE)
     }
 
-    /// The places of a sender on this node, each with the addresses that a server may see it by.
+    /// The lab.
+    pub(super) fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// Where the node meets a sender.
+    pub(super) fn edge(&self, sender: Sender) -> Edge {
+        sender.edge(self.pods == Pods::Seen)
+    }
+
+    /// The places of a sender, each with its own addresses.
     pub(super) fn clients(&self, sender: Sender) -> Vec<(Place, Vec<IpAddr>)> {
         let pod = |name: &str, address| (Place::clone(&self.lab.pod(name)), vec![address]);
         let addresses = sender.addresses().into_iter();
@@ -107,13 +128,18 @@ impl World {
                 addresses.enumerate().map(|(number, address)| pod(&many(number), address)).collect()
             }
             Sender::P | Sender::P6 => addresses.map(|address| pod("P", address)).collect(),
+            Sender::L1 => addresses.map(|address| pod("L1", address)).collect(),
+            Sender::Q => addresses.map(|address| pod("Q", address)).collect(),
             Sender::H => {
                 let host = self.node().host();
                 let mut addresses = host.addresses().to_vec();
                 addresses.push(IpAddr::from([127, 0, 0, 1]));
                 vec![(host.clone(), addresses)]
             }
-            Sender::X | Sender::Y | Sender::X6 => Vec::new(),
+            Sender::X | Sender::X6 => {
+                addresses.map(|address| (self.lab.client("X"), vec![address])).collect()
+            }
+            Sender::Y => addresses.map(|address| (self.lab.client("Y"), vec![address])).collect(),
         }
     }
 }
@@ -142,8 +168,8 @@ fn owner(spec: &LabSpec, ip: IpAddr) -> Owner {
 
 fn connect(check: &Check) -> Option<&Connect> {
     match check {
-        Check::Connect(connect) => Some(connect),
-        Check::Frontends(..) | Check::ClusterSet(..) | Check::AffinitySeconds(..) => None,
+        Check::Connect(connect) | Check::Open(_, connect) => Some(connect),
+        Check::Say(..) | Check::Frontends(..) | Check::ClusterSet(..) | Check::AffinitySeconds(..) => None,
     }
 }
 

@@ -22,7 +22,7 @@ use proxy_common::abi;
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::datapath::lookup;
 use proxy_common::datapath::tables::Tables as _;
-use proxy_tests::cases::{Config, Dest};
+use proxy_tests::cases::{Config, Dest, DetectLocal};
 use serde_json::Value;
 
 use super::clients::{HOST_NETNS, number_of};
@@ -73,10 +73,17 @@ impl Agent {
                 cluster_cidr,
                 host_addresses: addresses.collect::<Result<_>>()?,
                 ignore_external_ips: !config.allow_external_ips,
+                pods_by_interface: config.detect_local != DetectLocal::ClusterCidr,
                 ..Context::default()
             },
             node_ports,
-            model: Model::new(Capacity { frontends: 256, services: 64, slots: 512, backends: 256 }),
+            model: Model::new(Capacity {
+                frontends: 256,
+                services: 64,
+                slots: 512,
+                backends: 256,
+                source_ranges: 64,
+            }),
             maps,
             first: true,
         })
@@ -136,7 +143,8 @@ impl Agent {
         if node_changed {
             let host = self.context.host_addresses.iter().copied().collect();
             let addresses = local_addresses(&self.node_ports, &self.context.node.ips, &host);
-            let ops = plan_node(&mut self.model, addresses, self.cluster.service_cidrs().collect());
+            let pods = self.context.cluster_cidr.iter().flatten().copied().collect();
+            let ops = plan_node(&mut self.model, addresses, self.cluster.service_cidrs().collect(), pods);
             self.carry_out(&ops)?;
         }
         let dirty = self.cluster.take_dirty();
@@ -165,9 +173,10 @@ impl Agent {
         &self.maps
     }
 
-    /// Whether packets from `source` are near: from a pod, or from this host.
+    /// Whether packets from `source`, which come from other machines, are near: from a pod, or from this host.
     pub(super) fn is_near(&self, source: Addr) -> bool {
-        let pods = self.context.cluster_cidr[source.family().index()];
+        let by_source = self.context.cluster_cidr[source.family().index()];
+        let pods = by_source.filter(|_| !self.context.pods_by_interface);
         pods.is_some_and(|pods| pods.contains(source)) || self.context.host_addresses.contains(&source)
     }
 

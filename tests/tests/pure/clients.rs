@@ -70,8 +70,11 @@ pub(super) fn of(sender: Sender, agent: &Agent) -> Vec<Client> {
         Sender::H => netns(HOST_NETNS),
         // One pod with two addresses.
         Sender::P | Sender::P6 => netns(HOST_NETNS + 1),
-        Sender::Pods => netns(HOST_NETNS + 2),
-        Sender::X | Sender::Y | Sender::X6 => sender.addresses().into_iter().map(packets).collect(),
+        Sender::L1 => netns(HOST_NETNS + 2),
+        Sender::Pods => netns(HOST_NETNS + 3),
+        Sender::Q | Sender::X | Sender::Y | Sender::X6 => {
+            sender.addresses().into_iter().map(packets).collect()
+        }
     }
 }
 

@@ -97,8 +97,9 @@ fn ebpf_clippy() -> Result<()> {
         say(&format!("skipped: {toolchain} has no clippy"));
         return Ok(());
     }
-    for features in ["", "debug-log"] {
-        let mut clippy = build_ebpf::cargo("clippy")?;
+    let (own, bench) = (build_ebpf::PROGRAMS, build_ebpf::BENCH_PROGRAMS);
+    for (programs, features) in [(own, ""), (own, "debug-log"), (bench, build_ebpf::BENCH_FEATURE)] {
+        let mut clippy = build_ebpf::cargo("clippy", programs)?;
         run_command(clippy.args(["--features", features, "--", "-D", "warnings"]))?;
     }
     Ok(())

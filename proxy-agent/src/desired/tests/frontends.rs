@@ -169,6 +169,42 @@ fn source_ranges_without_detect_local_or_a_node_address() {
 }
 
 #[test]
+fn p150_to_p158_the_packet_edge_gets_the_ranges_and_may_get_the_address_itself() {
+    let ranges = |world: &World, family: Family| -> Vec<String> {
+        let desired = world.desired();
+        let ports: Vec<_> = desired.ports.iter().filter(|port| port.key.family == family).collect();
+        assert!(ports.windows(2).all(|pair| pair[0].source_ranges == pair[1].source_ranges), "{desired:#?}");
+        ports[0].source_ranges.iter().map(|range| range.to_string()).collect()
+    };
+    let check = |world: &World, want: &[&str]| assert_eq!(ranges(world, Family::V4), want);
+    // In order, each once, those of the family.
+    let three =
+        s_lb("L1").source_ranges(&["203.0.113.0/25", "198.51.100.0/24", "2001:db8::/32", "203.0.113.9/25"]);
+    check(&three, &["198.51.100.0/24", "203.0.113.0/25"]);
+    let two_ports = three.with(|w| w.service.ports = ports("web TCP 80, adm TCP 443"));
+    check(&two_ports, &["198.51.100.0/24", "203.0.113.0/25"]);
+    check(&two_ports.with(|w| w.service.load_balancer_ips.clear()), &[]);
+    // Nothing that filters, nothing to look up.
+    check(&s_lb("L1"), &[]);
+    check(&s_lb("L1").source_ranges(&["203.0.113.0/25", "0.0.0.0/0"]), &[]);
+    check(&s_lb("L1").source_ranges(&["2001:db8::/32"]), &[]);
+
+    // The node's primary address is in a range: the host may come from the Service's own addresses.
+    let vips = ["198.18.5.5", "198.18.5.7", "2001:db8:5::5"].map(addr).to_vec();
+    let world = dual_stack("L1").source_ranges(&["192.0.2.0/24", "2001:db8:2::/48"]);
+    let world = world.with(|w| w.service.load_balancer_ips = vips);
+    check(&world, &["192.0.2.0/24", "198.18.5.5/32", "198.18.5.7/32"]);
+    assert_eq!(ranges(&world, Family::V6), ["2001:db8:2::/48"], "each family by itself");
+    let world = world.source_ranges(&["2001:db8:1::/48"]);
+    assert_eq!(ranges(&world, Family::V6), ["2001:db8:1::/48", "2001:db8:5::5/128"]);
+    // A secondary address of the host does not count, nor does an unknown one.
+    let secondary = s_lb("L1").source_ranges(&["192.0.3.0/24"]);
+    check(&secondary.with(|w| w.context.host_addresses.push(addr("192.0.3.10"))), &["192.0.3.0/24"]);
+    let unknown = s_lb("L1").source_ranges(&["192.0.2.0/24"]).with(|w| w.context.node.ips = [None, None]);
+    check(&unknown, &["192.0.2.0/24"]);
+}
+
+#[test]
 fn one_address_in_two_roles_is_one_frontend() {
     let vip = addr("198.18.5.5");
     let flags = |world: &World, ip| {

@@ -132,6 +132,9 @@ fn p090_to_p094_policies_together_and_where_they_mean_nothing() {
 fn p095_without_detect_local_a_pod_is_a_far_client() {
     let world = s_lb("L1, R1").external_local().with(|w| w.context.cluster_cidr = [None, None]);
     world.check("P>VIP = L1\nP>NP = L1\nH>VIP = L1, R1\nX>VIP = L1");
+    // Told apart by the interface that they come through, pods are near again.
+    let world = world.with(|w| w.context.pods_by_interface = true);
+    world.check("P>VIP = L1, R1\nP>NP = L1, R1\nH>VIP = L1, R1\nX>VIP = L1");
 }
 
 #[test]

@@ -272,13 +272,53 @@ fn udp_sockets_are_looked_at_when_their_backends_may_have_left() {
 fn node_tables_gain_before_they_lose() {
     let mut model = Model::new(ROOMY);
     let cidr = |number: u8| Prefix::new(Addr::v4([10, number, 0, 0]), 16).unwrap();
-    let mut node = |addresses: &[(u8, u32)], cidrs: &[u8]| {
+    let mut node = |addresses: &[(u8, u32)], cidrs: &[u8], pods: &[u8]| {
         let addresses = addresses.iter().map(|(number, bits)| (vip(*number), *bits)).collect();
-        let ops = plan_node(&mut model, addresses, cidrs.iter().map(|number| cidr(*number)).collect());
-        outline(&Plan { ops, ..Plan::default() })
+        let [cidrs, pods] = [cidrs, pods].map(|numbers| numbers.iter().map(|number| cidr(*number)).collect());
+        outline(&Plan { ops: plan_node(&mut model, addresses, cidrs, pods), ..Plan::default() })
     };
-    assert_eq!(node(&[(1, HOST), (2, HOST)], &[96]), ["+10.96.0.1", "+10.96.0.2", "+10.96.0.0/16"]);
-    assert_eq!(node(&[(1, HOST), (2, HOST)], &[96]), Vec::<String>::new());
+    let ops = ["+10.96.0.1", "+10.96.0.2", "+10.96.0.0/16", "+pods 10.64.0.0/16"];
+    assert_eq!(node(&[(1, HOST), (2, HOST)], &[96], &[64]), ops);
+    assert_eq!(node(&[(1, HOST), (2, HOST)], &[96], &[64]), Vec::<String>::new());
     let ops = ["+10.96.0.2", "+10.96.0.3", "-10.96.0.1", "+10.97.0.0/16", "-10.96.0.0/16"];
-    assert_eq!(node(&[(2, HOST | NODEPORT), (3, HOST)], &[97]), ops);
+    let pods = ["+pods 10.65.0.0/16", "-pods 10.64.0.0/16"];
+    assert_eq!(node(&[(2, HOST | NODEPORT), (3, HOST)], &[97], &[65]), [&ops[..], &pods].concat());
+}
+
+#[test]
+fn source_ranges_are_there_before_a_frontend_asks_for_them_and_as_long_as_it_does() {
+    let mut bench = Bench::new(ROOMY);
+    let plan = bench.becomes(&[("s", guarded("s", 10, &[1, 2]))]);
+    let ops =
+        ["+name", "+203.0.1.0/24 for 1", "+203.0.2.0/24 for 1", "backend", "1 slots", "1 slots", "service"];
+    assert_eq!(outline(&plan)[..7], ops);
+    assert_eq!(outline(&plan)[7..], ["+10.96.0.10:80/TCP", "+address 10.96.0.10"]);
+    assert_eq!(bench.becomes(&[("s", guarded("s", 10, &[1, 2]))]).ops, Vec::new());
+
+    // Other ranges: whoever is in both is let in all the time.
+    let plan = bench.becomes(&[("s", guarded("s", 10, &[2, 3]))]);
+    assert_eq!(outline(&plan), ["+203.0.3.0/24 for 1", "-203.0.1.0/24 for 1"]);
+    let plan = bench.becomes(&[("s", guarded("s", 10, &[]))]);
+    assert_eq!(outline(&plan), ["+10.96.0.10:80/TCP", "-203.0.2.0/24 for 1", "-203.0.3.0/24 for 1"]);
+    let plan = bench.becomes(&[("s", guarded("s", 10, &[4]))]);
+    assert_eq!(outline(&plan), ["+203.0.4.0/24 for 1", "+10.96.0.10:80/TCP"]);
+
+    let plan = bench.becomes(&[("s", None)]);
+    assert_eq!(outline(&plan)[2..], ["service", "state 0x0", "-203.0.4.0/24 for 1", "-name"]);
+    // Who gets the id next has none of them.
+    bench.becomes(&[("t", web("t", 11, &[(1, HERE)]))]);
+    assert_eq!(bench.id("t"), 1);
+}
+
+#[test]
+fn room_in_a_hash_is_told_of_without_numbers_to_give_back() {
+    let mut bench = Bench::new(ROOMY);
+    bench.becomes(&[("s", guarded("s", 10, &[1, 2]))]);
+    assert!(bench.change(&[("s", guarded("s", 10, &[1]))]).freed.room);
+    let two = [exact(10, 80, TCP), exact(11, 80, TCP)];
+    let plan = bench.change(&[("s", wanted(1, vec![port("s", TCP, &two, &[(1, HERE)])]))]);
+    assert!(plan.freed.room, "{:?}", outline(&plan));
+    let plan = bench.change(&[("s", wanted(1, vec![port("s", TCP, &two[..1], &[(1, HERE)])]))]);
+    assert!(plan.freed.room && !plan.freed.is_empty());
+    assert!(bench.change(&[("s", wanted(1, vec![port("s", TCP, &two, &[(1, HERE)])]))]).freed.is_empty());
 }

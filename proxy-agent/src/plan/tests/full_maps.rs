@@ -69,6 +69,19 @@ fn services() {
 }
 
 #[test]
+fn source_ranges() {
+    // What is not wanted any more still takes its place until the frontends have changed.
+    let capacity = Capacity { source_ranges: 4, ..ROOMY };
+    check(
+        capacity,
+        guarded("s", 10, &[1]),
+        guarded("t", 11, &[1, 2]),
+        guarded("s", 10, &[2, 3]),
+        "map SOURCE_RANGES is full: 2 more needed, 1 free",
+    );
+}
+
+#[test]
 fn frontends() {
     let capacity = Capacity { frontends: 5, ..ROOMY };
     let more = [exact(10, 80, TCP), exact(12, 80, TCP), exact(13, 80, TCP), FrontendKey::address(vip(10))];

@@ -15,14 +15,20 @@ const PORTS: [(&str, u8, u16); 4] = [("dns", UDP, 53), ("http", TCP, 80), ("web"
 
 /// A port with frontends that other ports and Services may claim as well.
 fn any_port() -> impl Strategy<Value = DesiredPort> {
-    let flags = prop::sample::select(vec![0, frontend::NEAR_LOCAL, frontend::EXTERNAL | frontend::FAR_LOCAL]);
+    let flags = prop::sample::select(vec![
+        0,
+        frontend::NEAR_LOCAL,
+        frontend::EXTERNAL | frontend::FAR_LOCAL,
+        SOURCE_RANGES,
+    ]);
     let frontends = prop::collection::btree_map(0..9_u8, flags, 1..5);
     let flags = prop::sample::select(vec![REMOTE, HERE, HERE, DRAINING, IN_CLUSTER, DRAINING | ON_THIS_NODE]);
     let backends = prop::collection::btree_map(0..7_u8, flags, 0..6);
     let empty_local = prop::sample::select(vec![SlotRange::REJECT, SlotRange::DROP]);
     let affinity = prop::sample::select(vec![0, 0, 10, 20]);
-    (0..PORTS.len(), frontends, backends, empty_local, affinity).prop_map(
-        |(port, frontends, backends, empty_local, affinity_seconds)| {
+    let ranges = prop::collection::btree_set(0..6_u8, 1..4);
+    (0..PORTS.len(), frontends, backends, empty_local, affinity, ranges).prop_map(
+        |(port, frontends, backends, empty_local, affinity_seconds, ranges)| {
             let (name, proto, number) = PORTS[port];
             let frontends = frontends.into_iter().map(|(which, flags)| match which {
                 0..4 => (exact(which, number, proto), flags),
@@ -30,6 +36,8 @@ fn any_port() -> impl Strategy<Value = DesiredPort> {
                 _ => (FrontendKey::address(vip(which - 6)), 0),
             });
             let frontends: BTreeMap<FrontendKey, u16> = frontends.collect();
+            let guarded = frontends.values().any(|flags| flags & SOURCE_RANGES != 0);
+            let source_ranges = ranges.into_iter().filter(|_| guarded).map(range).collect();
             let key = PortKey { service: service(""), port_name: name.into(), proto, family: Family::V4 };
             DesiredPort {
                 key,
@@ -37,6 +45,7 @@ fn any_port() -> impl Strategy<Value = DesiredPort> {
                 backends: endpoints(&backends.into_iter().collect::<Vec<_>>()),
                 empty_local,
                 affinity_seconds,
+                source_ranges,
             }
         },
     )
@@ -102,8 +111,9 @@ proptest! {
         services in 2..8_u32,
         slots in 4..40_u32,
         backends in 4..30_u32,
+        source_ranges in 2..16_u32,
     ) {
-        let mut machine = Machine::new(Capacity { frontends, services, slots, backends });
+        let mut machine = Machine::new(Capacity { frontends, services, slots, backends, source_ranges });
         for step in &steps {
             machine.step(step);
         }

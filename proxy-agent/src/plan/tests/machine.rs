@@ -105,11 +105,11 @@ impl Machine {
             let now = self.frontends();
             assert!(now.is_superset(&(&before & &after)), "a frontend that stays has vanished with {op:?}");
             assert!(now.is_subset(&(&before | &after)));
-            assert!(
-                now.len() <= self.bench.model.capacity.frontends as usize,
-                "FRONTENDS overflows with {op:?}"
-            );
-            bystanders.are_untouched(&self.bench.sim.contents());
+            let (contents, capacity) = (self.bench.sim.contents(), self.bench.model.capacity);
+            assert!(now.len() <= capacity.frontends as usize, "FRONTENDS overflows with {op:?}");
+            let ranges = contents.source_ranges.len();
+            assert!(ranges <= capacity.source_ranges as usize, "SOURCE_RANGES overflows with {op:?}");
+            bystanders.are_untouched(&contents);
         }
     }
 
@@ -120,11 +120,24 @@ impl Machine {
     /// Follows every frontend as a BPF program would. Each leads to a named Service port with two good sets.
     fn observe(&mut self) {
         let contents = self.bench.sim.contents();
-        for (word, bits) in (0..).zip(filter_words(&contents)) {
-            assert_eq!(self.bench.sim.filter(word) & bits, bits, "FILTER hides something of ours");
+        let needed = filter_words(&contents);
+        for (word, bits) in (0..).zip(&needed).filter(|(_, bits)| **bits != 0) {
+            assert_eq!(self.bench.sim.filter(word) & bits, *bits, "FILTER hides something of ours");
+        }
+        for backend in contents.backends.iter().filter(|backend| backend.state.flags != 0) {
+            let FilterBit { word, mask } = FilterBit::of_backend(&backend.addr);
+            assert_ne!(needed[word as usize] & mask, 0, "the next agent hides a backend");
         }
         let names: BTreeMap<u32, PortKey> =
             contents.names.iter().map(|(id, name)| (*id, parse_name(name).unwrap())).collect();
+        for (id, range) in &contents.source_ranges {
+            let asked = &self.asked[&names[id]];
+            assert!(
+                asked.iter().any(|asked| asked.source_ranges.contains(range)),
+                "{range} never was a source range of {:?}",
+                names[id]
+            );
+        }
         for (key, value) in &contents.frontends {
             assert!(value.is_for(key));
             if key.kind == FrontendKind::Address as u8 {
@@ -137,6 +150,12 @@ impl Machine {
                 "{key:?} never was a frontend of {port:?} with flags {}",
                 value.flags
             );
+            let ranges = ranges_of(&contents, value.service);
+            let all_there = |asked: &DesiredPort| {
+                let claims = asked.frontends.contains(&(*key, value.flags));
+                claims && asked.source_ranges.iter().all(|range| ranges.contains(range))
+            };
+            assert!(asked.iter().any(all_there), "{key:?} leads to {port:?} without its ranges: {ranges:?}");
             let service = element(&contents, value.service);
             for (range, bit) in [(service.cluster, IN_CLUSTER), (service.local, IN_LOCAL)] {
                 if range.is_empty() {
@@ -188,17 +207,21 @@ impl Machine {
         for freed in freed.into_iter().flatten() {
             let reused = match op {
                 Op::Backend(id, _) => freed.backends.iter().any(|(freed, _)| freed == id),
-                Op::Name(id, Some(_)) => freed.services.iter().any(|(freed, _)| freed == id),
+                Op::Name(id, Some(_)) | Op::SourceRange(id, _, true) => {
+                    freed.services.iter().any(|(freed, _)| freed == id)
+                }
                 Op::Slots(base, ids) => {
                     let end = base + u32::try_from(ids.len()).unwrap();
                     freed.ranges.iter().any(|range| *base < range.base + range.len && range.base < end)
                 }
                 Op::Name(_, None)
+                | Op::SourceRange(_, _, false)
                 | Op::BackendState(..)
                 | Op::Service(..)
                 | Op::Frontend(..)
                 | Op::LocalAddress(..)
-                | Op::ServiceCidr(..) => false,
+                | Op::ServiceCidr(..)
+                | Op::PodSource(..) => false,
             };
             assert!(!reused, "{op:?} writes to what is not free yet");
         }
@@ -226,6 +249,7 @@ impl Machine {
         }
         assert_eq!(restored.ports, self.bench.model.ports);
         assert_eq!(restored.frontends, self.bench.model.frontends);
+        assert_eq!(restored.source_ranges, self.bench.model.source_ranges);
         assert_eq!(restored.orphans, Vec::new());
         account(&restored, &Freed::default());
 
@@ -317,10 +341,11 @@ impl Machine {
         let changes = keys.map(|key| (key, None)).collect();
         self.step(&Step { changes, crashes: Vec::new(), grace: Grace::Nothing });
         self.settle();
-        let Model { capacity, service_ids, backend_ids, slots, frontends, .. } = &self.bench.model;
+        let Model { capacity, service_ids, backend_ids, slots, frontends, source_ranges, .. } =
+            &self.bench.model;
         let free = [service_ids.available(), backend_ids.available(), slots.available()];
         assert_eq!(free, [capacity.services - 1, capacity.backends - 1, capacity.slots - 1]);
-        assert_eq!(frontends.len(), 0);
+        assert_eq!((frontends.len(), source_ranges.len()), (0, 0));
         assert_eq!(read(&self.bench.sim.contents()), Meaning::default());
     }
 }
@@ -363,7 +388,8 @@ impl Bystanders {
         };
         let backends: Vec<_> = (0..).zip(&contents.backends).filter(|(_, b)| b.service == id).collect();
         let live: Vec<(u32, _)> = backends.into_iter().filter(|(_, b)| b.state.flags != 0).collect();
-        format!("{service:?} {:?} {:?} {live:?}", slots(service.cluster), slots(service.local))
+        let ranges = ranges_of(contents, id);
+        format!("{service:?} {:?} {:?} {live:?} {ranges:?}", slots(service.cluster), slots(service.local))
     }
 
     fn are_untouched(&self, contents: &Contents) {

@@ -6,9 +6,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
+use proxy_common::abi::frontend::flags::SOURCE_RANGES;
 use proxy_common::abi::proto::{TCP, UDP};
-use proxy_common::abi::{FrontendKey, FrontendKind, Service, SlotRange};
-use proxy_common::addr::{Addr, Family};
+use proxy_common::abi::{FilterBit, FrontendKey, FrontendKind, Service, SlotRange};
+use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
 
 use proxy_common::datapath::tables::Tables as _;
@@ -31,7 +32,8 @@ const REMOTE: u32 = IN_CLUSTER | SERVING;
 const HERE: u32 = IN_CLUSTER | IN_LOCAL | SERVING | ON_THIS_NODE;
 const DRAINING: u32 = SERVING;
 
-const ROOMY: Capacity = Capacity { frontends: 256, services: 64, slots: 512, backends: 256 };
+const ROOMY: Capacity =
+    Capacity { frontends: 256, services: 64, slots: 512, backends: 256, source_ranges: 64 };
 
 type Services = BTreeMap<ObjectKey, Wanted>;
 type Endpoint = (Addr, Be16);
@@ -50,6 +52,7 @@ struct PortMeaning {
     local: Set,
     affinity_seconds: u32,
     flags: BTreeMap<Endpoint, u32>,
+    source_ranges: BTreeSet<Prefix>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -75,8 +78,12 @@ fn read(contents: &Contents) -> Meaning {
             local: set(contents, service.local),
             affinity_seconds: service.affinity.seconds,
             flags: backends.map(|(_, b)| ((b.addr, b.port), b.state.flags)).collect(),
+            source_ranges: ranges_of(contents, *id),
         };
         assert!(meaning.ports.insert(key.clone(), port).is_none(), "two ids are named {key:?}");
+    }
+    for (id, range) in &contents.source_ranges {
+        assert!(names.contains_key(id), "{range} belongs to nobody");
     }
     for (key, value) in &contents.frontends {
         assert!(value.is_for(key));
@@ -89,6 +96,10 @@ fn read(contents: &Contents) -> Meaning {
 /// An element of `SERVICES`: zero where nothing was ever written.
 fn element(contents: &Contents, id: u32) -> Service {
     contents.services.get(id as usize).copied().unwrap_or_default()
+}
+
+fn ranges_of(contents: &Contents, service: u32) -> BTreeSet<Prefix> {
+    contents.source_ranges.iter().filter(|(id, _)| *id == service).map(|(_, range)| *range).collect()
 }
 
 fn set(contents: &Contents, range: SlotRange) -> Set {
@@ -125,6 +136,7 @@ fn ought(services: &Services) -> Meaning {
                     local: set(IN_LOCAL, port.empty_local),
                     affinity_seconds: port.affinity_seconds,
                     flags: port.backends.iter().map(|b| ((b.addr, b.port), b.flags)).collect(),
+                    source_ranges: port.source_ranges.iter().copied().collect(),
                 },
             );
         }
@@ -275,12 +287,31 @@ fn port(name: &str, proto: u8, frontends: &[FrontendKey], backends: &[(u8, u32)]
         backends: endpoints(backends),
         empty_local: SlotRange::REJECT,
         affinity_seconds: 0,
+        source_ranges: Vec::new(),
     }
 }
 
 /// A Service with TCP port 80 on one clusterIP.
 fn web(name: &str, ip: u8, backends: &[(u8, u32)]) -> Option<Wanted> {
     wanted(1, vec![port(name, TCP, &[exact(ip, 80, TCP), FrontendKey::address(vip(ip))], backends)])
+}
+
+/// The same, for clients from these ranges ([`range`]) only; without any, for everybody.
+fn guarded(name: &str, ip: u8, ranges: &[u8]) -> Option<Wanted> {
+    let mut wanted = web(name, ip, &[(1, HERE)]);
+    for port in wanted.iter_mut().flat_map(|wanted| &mut wanted.desired.ports).filter(|_| !ranges.is_empty())
+    {
+        port.source_ranges = ranges.iter().map(|number| range(*number)).collect();
+        for (_, flags) in port.frontends.iter_mut().filter(|(key, _)| *key == exact(ip, 80, TCP)) {
+            *flags = SOURCE_RANGES;
+        }
+    }
+    wanted
+}
+
+/// 203.0.NUMBER.0/24.
+fn range(number: u8) -> Prefix {
+    Prefix::new(Addr::v4([203, 0, number, 0]), 24).unwrap()
 }
 
 /// The same, with session affinity.
@@ -302,8 +333,10 @@ fn outline(plan: &Plan) -> Vec<String> {
         Op::Slots(_, ids) => format!("{} slots", ids.len()),
         Op::Service(..) => "service".to_owned(),
         Op::Frontend(key, value) => format!("{}{}", sign(value.is_some()), FrontendName(key)),
+        Op::SourceRange(id, range, add) => format!("{}{range} for {id}", sign(*add)),
         Op::LocalAddress(addr, bits) => format!("{}{addr}", sign(bits.is_some())),
         Op::ServiceCidr(cidr, add) => format!("{}{cidr}", sign(*add)),
+        Op::PodSource(pods, add) => format!("{}pods {pods}", sign(*add)),
     };
     plan.ops.iter().map(one).collect()
 }

@@ -104,6 +104,18 @@ fn a_service_that_does_not_fit_after_a_restart_keeps_what_it_had() {
 }
 
 #[test]
+fn a_service_whose_ranges_do_not_fit_after_a_restart_keeps_what_it_had() {
+    let mut bench = Bench::new(Capacity { source_ranges: 2, ..ROOMY });
+    bench.becomes(&[("s", guarded("s", 10, &[])), ("t", guarded("t", 11, &[1]))]);
+    let before = read(&bench.sim.contents());
+    bench.services.insert(service("s"), guarded("s", 10, &[1, 2]).unwrap());
+    let plan = bench.restart();
+    assert!(plan.refused.contains_key(&service("s")));
+    assert_eq!(plan.ops, Vec::new());
+    assert_eq!(read(&bench.sim.contents()), before);
+}
+
+#[test]
 fn maps_that_do_not_fit_together_are_put_in_order() {
     let mut bench = Bench::new(ROOMY);
     bench.becomes(&[("s", web("s", 10, &[(1, HERE)])), ("t", web("t", 11, &[(2, REMOTE)]))]);
@@ -117,14 +129,19 @@ fn maps_that_do_not_fit_together_are_put_in_order() {
         Op::BackendState(bench.backend("t", 2).0, BackendState { flags: 0, generation: 7 }),
         Op::Name(41, Some(Box::new(service_name(&port("s", TCP, &[], &[]).key)))),
         Op::Name(42, Some(Box::new(bytemuck::Zeroable::zeroed()))),
+        // Ranges of nobody, one at the id that the next Service gets.
+        Op::SourceRange(3, range(1), true),
+        Op::SourceRange(41, range(1), true),
         Op::Frontend(exact(9, 9, TCP), Some(FrontendValue::new(&exact(9, 9, TCP), 55, 0))),
     ];
     for op in &damage {
         bench.sim.apply(op).unwrap();
     }
+    bench.services.insert(service("a"), guarded("a", 12, &[2]).unwrap());
     let plan = bench.restart();
     assert_eq!(plan.refused, BTreeMap::new());
     assert_eq!(read(&bench.sim.contents()), ought(&bench.services));
+    assert_eq!(bench.id("a"), 3);
     assert_eq!((bench.id("s"), bench.id("t")), (s, t));
     account(&bench.model, &plan.freed);
     assert_eq!(bench.restart().ops, Vec::new());

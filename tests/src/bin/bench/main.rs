@@ -1,16 +1,22 @@
-//! Benchmarks: what Vipr costs a connection (`east-west`), and how fast the agent follows the API (`sync`).
+//! Benchmarks: what Vipr costs a connection inside of the cluster (`east-west`) and from outside (`north-south`), what
+//! its programs cost a packet (`packet`), and how fast the agent follows the API (`sync`).
 //!
-//! Both build a lab of their own, run the real agent in it, print one table or one JSON document on standard output
+//! All build a lab of their own, run the real agent in it, print one table or one JSON document on standard output
 //! and progress on standard error. What the figures mean is told in `docs/performance.md`.
 
+mod cluster;
 mod cpu;
 mod east_west;
 mod machine;
+mod north_south;
 mod objects;
+mod outside;
+mod packet;
 mod report;
 mod stats;
 mod sync;
 mod sys;
+mod traffic;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -37,6 +43,20 @@ enum Command {
         #[command(flatten)]
         output: OutputArgs,
     },
+    /// Connections of a client outside through a nodePort against the pod's own address without any programs.
+    NorthSouth {
+        #[command(flatten)]
+        options: north_south::Options,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Time that the programs of the packet edge take for a packet.
+    Packet {
+        #[command(flatten)]
+        options: packet::Options,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
     /// Time and memory that the agent needs to program what the API server says.
     Sync {
         #[command(flatten)]
@@ -44,12 +64,12 @@ enum Command {
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// The client side of `east-west`; started by it.
+    /// The client side of traffic; started by the benchmarks.
     #[command(hide = true)]
-    Client(east_west::ClientArgs),
-    /// The server side of `east-west`; started by it.
+    Client(traffic::ClientArgs),
+    /// The server side of traffic; started by the benchmarks.
     #[command(hide = true)]
-    Server(east_west::ServerArgs),
+    Server(traffic::ServerArgs),
 }
 
 #[derive(Clone, Copy, Debug, Args)]
@@ -80,9 +100,11 @@ fn main() -> ExitCode {
 fn run() -> Result<ExitCode> {
     let (report, output) = match Cli::parse().command {
         Command::EastWest { options, output } => (first(|| east_west::run(&options))?, output),
+        Command::NorthSouth { options, output } => (first(|| north_south::run(&options))?, output),
+        Command::Packet { options, output } => (first(|| packet::run(&options))?, output),
         Command::Sync { options, output } => (first(|| sync::run(&options))?, output),
-        Command::Client(args) => return east_west::client(&args).map(|()| ExitCode::SUCCESS),
-        Command::Server(args) => return east_west::server(&args).map(|()| ExitCode::SUCCESS),
+        Command::Client(args) => return traffic::client(&args).map(|()| ExitCode::SUCCESS),
+        Command::Server(args) => return traffic::server(&args).map(|()| ExitCode::SUCCESS),
     };
     print(&report, output.output)?;
     Ok(if output.enforce && !report.all_met() { ExitCode::FAILURE } else { ExitCode::SUCCESS })

@@ -67,7 +67,7 @@ impl World {
             let number = index * self.endpoints + endpoint;
             let ready = endpoint != first || first_ready;
             json!({
-                "addresses": [address([10, 128, 0, 0], number)],
+                "addresses": [self::endpoint(self, index, endpoint)],
                 "conditions": { "ready": ready, "serving": ready, "terminating": false },
                 "nodeName": format!("node-{:03}", number % 200),
                 "zone": format!("zone-{}", number % 3),
@@ -106,6 +106,11 @@ impl World {
             "ports": [{ "name": "http", "protocol": "TCP", "port": 8080 }],
         })
     }
+}
+
+/// The address of an endpoint of Service `index`.
+pub(crate) fn endpoint(world: World, index: usize, endpoint: usize) -> Ipv4Addr {
+    address([10, 128, 0, 0], index * world.endpoints + endpoint)
 }
 
 /// The clusterIP of Service `index`, as the datapath looks it up.
@@ -167,7 +172,8 @@ fn uid(kind: usize, number: usize) -> String {
     format!("{kind:08x}-0000-4000-8000-{number:012x}")
 }
 
-fn cluster_ip(index: usize) -> Ipv4Addr {
+/// The clusterIP of Service `index`.
+pub(crate) fn cluster_ip(index: usize) -> Ipv4Addr {
     address([10, 96, 0, 0], 256 + index)
 }
 

@@ -15,7 +15,7 @@ const VERSION: u32 = 1;
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     version: u32,
-    /// `east-west` or `sync`.
+    /// Which benchmark, as on the command line.
     pub(crate) bench: &'static str,
     pub(crate) machine: Machine,
     /// The options of the run, as text.

@@ -5,26 +5,31 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use proxy_tests::lab::{Attempt, Held, Place, Proto, Summary};
 use proxy_tests::scenarios::{
-    CLIENT, CLIENT_ADDRESS, Loops, NODE, World, endpoint, evenly, refusal, scaled_pod, until,
+    CLIENT, CLIENT_ADDRESS, Loops, NODE, OUTSIDE, OUTSIDE_ADDRESS, World, endpoint, evenly, refusal,
+    scaled_pod, until,
 };
 use serde_json::Value;
 
 use crate::Act;
+use crate::outside::{load_balancer, local_policy, node_ports, unused_ports};
 use crate::stage::Stage;
 
-const KUBIA: [&str; 3] = ["kubia-7nog1", "kubia-gzwli", "kubia-3inly"];
+pub(crate) const KUBIA: [&str; 3] = ["kubia-7nog1", "kubia-gzwli", "kubia-3inly"];
 const KUBIA_VIP: &str = "10.111.249.153:80";
 const DNS: &str = "10.96.0.10:53";
 
 /// The tour.
-pub(crate) const ALL: [Act; 9] = [
+pub(crate) const ALL: [Act; 12] = [
     one_address,
     sticky_sessions,
     scaling,
     readiness,
     dns,
     node_ports,
+    load_balancer,
+    local_policy,
     no_endpoints,
+    unused_ports,
     killed_agent,
     looking_inside,
 ];
@@ -40,7 +45,7 @@ pub(crate) fn open(stage: &Stage) -> Result<World> {
     }
     stage.title("Vipr: Kubernetes Services by eBPF, on this machine, without a cluster");
     stage.say(&format!(
-        "Two nodes, {} pods and two machines outside, each a network namespace with real processes, made in {:.1} \
+        "Two nodes, {} pods and three machines outside, each a network namespace with real processes, made in {:.1} \
          seconds. On each node runs the real agent; it serves the Kubernetes manifests of examples/ (a copy in {}) and \
          was ready {:.1} seconds later.",
         world.lab().all_pods().len(),
@@ -52,6 +57,7 @@ pub(crate) fn open(stage: &Stage) -> Result<World> {
         "\n  node-a 192.168.1.11   pods 172.16.1.x, among them {CLIENT} {CLIENT_ADDRESS}, where most connections begin"
     ));
     stage.line("  node-b 192.168.1.12   pods 172.16.2.x and 172.16.3.x");
+    stage.line(&format!("  {OUTSIDE} {OUTSIDE_ADDRESS}    outside of the cluster, on another network"));
     Ok(world)
 }
 
@@ -61,7 +67,7 @@ fn clients(world: &World) -> [(&'static str, Place); 2] {
 }
 
 /// One connection in words.
-fn tell(stage: &Stage, attempt: &Attempt) {
+pub(crate) fn tell(stage: &Stage, attempt: &Attempt) {
     let [peer, endpoint, peername] = [attempt.peer, attempt.endpoint, attempt.peername]
         .map(|address| address.map_or_else(|| "?".to_owned(), |address| address.to_string()));
     let server = attempt.server.as_deref().unwrap_or("nobody");
@@ -230,26 +236,6 @@ fn dns(world: &mut World, stage: &mut Stage) -> Result<()> {
     Ok(())
 }
 
-fn node_ports(world: &mut World, stage: &mut Stage) -> Result<()> {
-    stage.act("nodePorts");
-    stage.say(
-        "kubia-nodeport has port 30123 on the address of every node, also where only one of its pods runs.",
-    );
-    let [pod, host] = world.clients();
-    let far = world.lab().node("node-b").host().clone();
-    for (name, place, target) in [
-        ("pod client", pod, "192.168.1.11:30123"),
-        ("node-a", host, "192.168.1.11:30123"),
-        ("node-b", far, "192.168.1.12:30123"),
-    ] {
-        stage.command(name, &format!("curl http://{target}/        (150 times)"));
-        let attempts = place.connect(target).http().times(150).run()?;
-        let summary = stage.answered(target, &attempts);
-        stage.expect(evenly(&summary, &KUBIA));
-    }
-    Ok(())
-}
-
 fn no_endpoints(world: &mut World, stage: &mut Stage) -> Result<()> {
     stage.act("No pod, no waiting");
     stage.say("webapp has no pods at all. Its clients are told at once, by connect(), instead of waiting for a timeout.");
@@ -275,11 +261,14 @@ fn no_endpoints(world: &mut World, stage: &mut Stage) -> Result<()> {
 fn killed_agent(world: &mut World, stage: &mut Stage) -> Result<()> {
     stage.act("The agent is killed");
     stage.say(
-        "The agent only writes maps; the BPF programs in the kernel read them, and both stay when it dies. Clients \
-         connect without a pause, over TCP and UDP, while the agent of node-a is killed with SIGKILL and started again.",
+        "The agent only writes maps; the BPF programs in the kernel read them, and both stay when it dies. Clients in a \
+         pod, on the node and outside connect without a pause, over TCP and UDP, while the agent of node-a is killed with \
+         SIGKILL and started again.",
     );
     let mut loops = Loops::start(world, &[KUBIA_VIP])?;
     loops.add(DNS, world.client().connect(DNS).udp_unconnected())?;
+    let node_port = "192.168.1.11:30123";
+    loops.add(node_port, world.outside().connect(node_port).http())?;
     let before = world.tool(NODE, "backends")?;
     run_loops(stage, loops, |stage, loops| {
         let pid = world.agent(NODE).id().context("the agent does not run")?;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use proxy_tests::lab::{Place, binary};
-use proxy_tests::scenarios::{NODE, World};
+use proxy_tests::scenarios::{NODE, OUTSIDE, World};
 
 use crate::interrupted;
 use crate::stage::Stage;
@@ -28,12 +28,15 @@ pub(crate) fn running(world: &World, stage: &Stage) -> Result<()> {
         "Commands for another terminal, as root. A process is served if it is in the node's cgroup: the program `in` puts it \
          there, and into the network namespace of the pod or node that you name.",
     );
-    stage.line(&format!("\n  {inside}                      lists the pods and nodes"));
+    stage.line(&format!("\n  {inside}                      lists the pods, nodes and the machine outside"));
     stage.line(&format!("  {inside} client sh            a shell in the pod client; exit ends it"));
     for target in ["10.111.249.153:80", "10.96.66.66:80", "192.168.1.11:30123", "10.96.17.17:80"] {
         stage.line(&format!("  {inside} client {}", request(target)?));
     }
     stage.line(&format!("  {inside} node-b {}", request("10.96.0.1:443")?));
+    for target in ["192.168.1.12:30123", "203.0.113.80:80"] {
+        stage.line(&format!("  {inside} {OUTSIDE} {}", request(target)?));
+    }
     stage.line(&format!(
         "  {inside} client {} connect 10.96.0.10:53 --proto udp --count 4",
         binary::lab_pod()?.display()
@@ -57,9 +60,10 @@ pub(crate) fn running(world: &World, stage: &Stage) -> Result<()> {
 fn enter(world: &World) -> String {
     let mut places: Vec<Place> = world.lab().all_pods().iter().map(|pod| Place::clone(pod)).collect();
     places.extend(world.lab().nodes().iter().map(|node| node.host().clone()));
+    places.push(world.outside());
     let names: Vec<&str> = places.iter().map(Place::name).collect();
     let mut script = String::from(
-        "#!/bin/sh\n# PLACE COMMAND...: runs a command in a pod or on a node of the demo.\ncase \"$1\" in\n",
+        "#!/bin/sh\n# PLACE COMMAND...: runs a command in a pod, on a node or outside of the demo.\ncase \"$1\" in\n",
     );
     for place in &places {
         // Writing to a String does not fail.

@@ -5,6 +5,7 @@
 
 mod acts;
 mod keep;
+mod outside;
 mod stage;
 
 use std::io::IsTerminal as _;

@@ -1,31 +1,18 @@
-//! Short rounds of each side in turn, so that whatever else the machine does meets all alike.
+//! Rounds of the workloads, and of single system calls.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 
 use super::Options;
-use super::sides::{Ground, Pair, Side};
-use super::wire::{Answer, Call, Job, Workload};
+use super::sides::{Ground, Side};
 use crate::report::{Bar, Figure};
 use crate::stats::{Estimate, median_of, percentile};
-
-/// The sides change their order from round to round: none always follows the same other one.
-const ORDERS: [[Side; 3]; 6] = {
-    use Side::{Control as C, Plain as P, Vipr as V};
-    [[V, P, C], [C, P, V], [P, C, V], [V, C, P], [C, V, P], [P, V, C]]
-};
-/// Not counted at the beginning of a round: caches and socket buffers belong to somebody else at first.
-const WARM_UP_US: u64 = 4_000;
-
-/// Operations per second of each side in one round.
-type Rates = BTreeMap<Side, f64>;
+use crate::traffic::{Answer, Call, Job, Pair, Rounds, Workload};
 
 /// Everything that was measured in one world.
-#[derive(Default)]
 pub(super) struct Measurements {
-    rates: BTreeMap<Workload, Vec<Rates>>,
-    lost: BTreeMap<Workload, u64>,
+    rounds: Rounds<Side>,
     calls: BTreeMap<Call, Calls>,
 }
 
@@ -61,6 +48,11 @@ impl Target {
 }
 
 impl Measurements {
+    /// Nothing measured.
+    pub(super) fn new() -> Self {
+        Self { rounds: Rounds::new(), calls: BTreeMap::new() }
+    }
+
     /// Runs `rounds` rounds of a workload.
     pub(super) fn run(
         &mut self,
@@ -70,25 +62,8 @@ impl Measurements {
         options: &Options,
         rounds: usize,
     ) -> Result<()> {
-        for order in ORDERS.iter().cycle().take(rounds) {
-            let mut rates = Rates::new();
-            for side in order {
-                let Some(pair) = pairs.get_mut(side) else { continue };
-                let job = Job::Run {
-                    workload,
-                    server: ground.target(*side, workload.listener()),
-                    warm_up_us: WARM_UP_US,
-                    measure_us: options.round_ms * 1000,
-                };
-                let Answer::Ran { operations, nanos, lost } = pair.ask(&job)? else {
-                    bail!("not an answer to {job:?}")
-                };
-                rates.insert(*side, operations as f64 * 1e9 / nanos as f64);
-                *self.lost.entry(workload).or_default() += lost;
-            }
-            self.rates.entry(workload).or_default().push(rates);
-        }
-        Ok(())
+        let target = |side| ground.target(side, workload.listener());
+        self.rounds.run(pairs, workload, target, options.round_ms, rounds)
     }
 
     /// Times single calls, `rounds` times `options.calls` to each kind of target.
@@ -129,21 +104,15 @@ impl Measurements {
 
     /// The ratio of a workload's rates, round by round.
     pub(super) fn ratio(&self, workload: Workload) -> Option<Estimate> {
-        let rounds = self.rates.get(&workload)?;
-        Some(Estimate::of(rounds.iter().filter_map(|r| Some(r.get(&Side::Vipr)? / r.get(&Side::Plain)?))))
+        self.rounds.ratio(workload, Side::Vipr, Side::Plain)
     }
 
     /// What there is to report, in a world of so many Services.
     pub(super) fn figures(&self, world: &str) -> Vec<Figure> {
         let mut figures = Vec::new();
         for workload in Workload::ALL {
-            let (Some(rounds), Some(ratio)) = (self.rates.get(&workload), self.ratio(workload)) else {
-                continue;
-            };
-            let rate = |side| median_of(rounds.iter().filter_map(|rates| rates.get(&side).copied()));
-            let control = Estimate::of(
-                rounds.iter().filter_map(|r| Some(r.get(&Side::Control)? / r.get(&Side::Plain)?)),
-            );
+            let Some(ratio) = self.ratio(workload) else { continue };
+            let rate = |side| self.rounds.rate(workload, side);
             let (scale, vipr, plain) = if workload == Workload::TcpStream {
                 (8e-9, "vipr Gbit/s", "no proxy Gbit/s")
             } else {
@@ -153,11 +122,12 @@ impl Measurements {
                 .detail(vipr, rate(Side::Vipr) * scale)
                 .detail(plain, rate(Side::Plain) * scale)
                 .bar(bar(workload));
-            if control.samples > 0 {
+            if let Some(control) = self.rounds.ratio(workload, Side::Control, Side::Plain) {
                 figure = figure.detail("control ratio", control.median);
             }
-            if let Some(lost) = self.lost.get(&workload).filter(|lost| **lost > 0) {
-                figure = figure.detail("lost datagrams", *lost as f64);
+            let lost = self.rounds.lost(workload);
+            if lost > 0 {
+                figure = figure.detail("lost datagrams", lost as f64);
             }
             figures.push(figure);
         }
@@ -200,7 +170,7 @@ impl Calls {
 fn bar(workload: Workload) -> Bar {
     Bar::AtLeast(match workload {
         Workload::TcpRr | Workload::TcpStream => 0.99,
-        Workload::TcpCrr => 0.97,
+        Workload::TcpCrr | Workload::TcpCrrClient => 0.97,
         Workload::UdpRr => 0.98,
         Workload::UdpUnconnectedRr => 0.93,
     })

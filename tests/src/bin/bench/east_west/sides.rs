@@ -1,16 +1,15 @@
 //! Who is compared with whom: pairs of client and server processes that differ in their cgroup and their ports only.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, ChildStdout, Stdio};
+use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, bail, ensure};
-use proxy_tests::lab::{Exec, Lab, Node, Place, Pod, Proc};
+use anyhow::{Context as _, Result, bail};
+use proxy_tests::lab::{Lab, Node, Place, Pod};
 
 use super::Options;
-use super::wire::{Answer, Job, Listener};
+use crate::cluster::Measured;
+use crate::traffic::{Listener, Pair, Spot};
 
 /// One side of the comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,8 +39,8 @@ impl Side {
 pub(super) struct Ground {
     client: Pod,
     server: Pod,
-    pub(super) vip: IpAddr,
-    pub(super) server_address: IpAddr,
+    vip: IpAddr,
+    server_address: IpAddr,
     plain_cgroup: PathBuf,
     cpus: [usize; 2],
 }
@@ -66,16 +65,23 @@ impl Ground {
 
     /// Starts both processes of a side.
     pub(super) fn start(&self, side: Side) -> Result<Pair> {
-        let [client_cpu, server_cpu] = self.cpus.map(|cpu| cpu.to_string());
-        let address = self.server_address.to_string();
-        let port = side.base_port().to_string();
-        let server = ["server", "--cpu", &server_cpu, "--address", &address, "--port", &port];
-        let mut server = Remote::start(&self.server, &self.cgroup(side, &self.server)?, &server)?;
-        let ready = server.line()?;
-        ensure!(ready == "ready\n", "the server says {ready:?}");
-        let client = ["client", "--cpu", &client_cpu];
-        let client = Remote::start(&self.client, &self.cgroup(side, &self.client)?, &client)?;
-        Ok(Pair { side, client, _server: server })
+        let [client_cpu, server_cpu] = self.cpus;
+        let cgroup = |place: &Place| self.cgroup(side, place);
+        let client = Spot { place: &self.client, cgroup: cgroup(&self.client)?, cpu: client_cpu };
+        let server = Spot { place: &self.server, cgroup: cgroup(&self.server)?, cpu: server_cpu };
+        Pair::start(format!("{side:?}"), &client, &server, self.server_address, side.base_port())
+    }
+
+    /// The Service that is measured.
+    pub(super) fn service(&self) -> Measured<'_> {
+        Measured {
+            name: "target",
+            vip: self.vip,
+            base_port: Side::Vipr.base_port(),
+            base_node_port: None,
+            endpoint: self.server_address,
+            node: self.server.node(),
+        }
     }
 
     /// Where the client of a side connects to for `listener`.
@@ -96,51 +102,5 @@ impl Ground {
         let dir = self.plain_cgroup.join(place.name());
         fs::create_dir_all(&dir).with_context(|| format!("cannot create the cgroup {}", dir.display()))?;
         Ok(dir)
-    }
-}
-
-/// A running client and its server.
-pub(super) struct Pair {
-    pub(super) side: Side,
-    client: Remote,
-    _server: Remote,
-}
-
-impl Pair {
-    /// Has the client do something.
-    pub(super) fn ask(&mut self, job: &Job) -> Result<Answer> {
-        let mut text = serde_json::to_string(job)?;
-        text.push('\n');
-        self.client.stdin.write_all(text.as_bytes()).context("the client does not read")?;
-        match serde_json::from_str(&self.client.line()?)? {
-            Answer::Failed(reason) => bail!("{:?}, {job:?}: {reason}", self.side),
-            answer @ (Answer::Ran { .. } | Answer::Timed { .. }) => Ok(answer),
-        }
-    }
-}
-
-/// A process of this very program in a pod.
-struct Remote {
-    stdin: ChildStdin,
-    stdout: BufReader<ChildStdout>,
-    _process: Proc,
-}
-
-impl Remote {
-    fn start(place: &Place, cgroup: &Path, args: &[&str]) -> Result<Self> {
-        let program = std::env::current_exe().context("cannot tell the path of this executable")?;
-        let mut command = Exec::new(place.net(), cgroup, program);
-        command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut process = command.spawn()?;
-        let stdin = process.take_stdin()?;
-        let stdout = BufReader::new(process.take_stdout()?);
-        Ok(Self { stdin, stdout, _process: process })
-    }
-
-    fn line(&mut self) -> Result<String> {
-        let mut line = String::new();
-        self.stdout.read_line(&mut line)?;
-        ensure!(!line.is_empty(), "a process of the benchmark ended early; see its standard error");
-        Ok(line)
     }
 }

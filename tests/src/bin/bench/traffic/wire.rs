@@ -7,9 +7,11 @@ use serde::{Deserialize, Serialize};
 
 /// What a client does over and over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
-pub(super) enum Workload {
-    /// Connect, one byte each way, close.
+pub(crate) enum Workload {
+    /// Connect, one byte each way, close; the server closes first.
     TcpCrr,
+    /// The same, but the client closes first: nothing of the connection stays behind at the server.
+    TcpCrrClient,
     /// One byte each way on one connection.
     TcpRr,
     /// Write as fast as the server reads.
@@ -22,13 +24,14 @@ pub(super) enum Workload {
 
 impl Workload {
     /// All, in the order in which they are measured.
-    pub(super) const ALL: [Self; 5] =
-        [Self::TcpRr, Self::TcpStream, Self::UdpRr, Self::UdpUnconnectedRr, Self::TcpCrr];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::TcpRr, Self::TcpStream, Self::UdpRr, Self::UdpUnconnectedRr, Self::TcpCrr, Self::TcpCrrClient];
 
     /// Its name on the command line and in reports.
-    pub(super) fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::TcpCrr => "tcp-crr",
+            Self::TcpCrrClient => "tcp-crr-client",
             Self::TcpRr => "tcp-rr",
             Self::TcpStream => "tcp-stream",
             Self::UdpRr => "udp-rr",
@@ -36,10 +39,16 @@ impl Workload {
         }
     }
 
+    /// Whether every transaction is a connection.
+    pub(crate) fn connects(self) -> bool {
+        matches!(self, Self::TcpCrr | Self::TcpCrrClient)
+    }
+
     /// The listener that it needs.
-    pub(super) fn listener(self) -> Listener {
+    pub(crate) fn listener(self) -> Listener {
         match self {
             Self::TcpCrr => Listener::AnswerAndClose,
+            Self::TcpCrrClient => Listener::AnswerAndWait,
             Self::TcpRr => Listener::Echo,
             Self::TcpStream => Listener::Sink,
             Self::UdpRr | Self::UdpUnconnectedRr => Listener::UdpEcho,
@@ -49,7 +58,7 @@ impl Workload {
 
 /// A system call whose duration is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub(super) enum Call {
+pub(crate) enum Call {
     /// connect() of a fresh UDP socket: no packet is sent.
     UdpConnect,
     /// connect() of a fresh TCP socket: the handshake with a listening server.
@@ -62,10 +71,10 @@ pub(super) enum Call {
 
 impl Call {
     /// All, in the order in which they are measured.
-    pub(super) const ALL: [Self; 4] = [Self::UdpConnect, Self::TcpConnect, Self::FirstSend, Self::NextSend];
+    pub(crate) const ALL: [Self; 4] = [Self::UdpConnect, Self::TcpConnect, Self::FirstSend, Self::NextSend];
 
     /// Its name in reports.
-    pub(super) fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::UdpConnect => "connect-udp",
             Self::TcpConnect => "connect-tcp",
@@ -75,7 +84,7 @@ impl Call {
     }
 
     /// The listener that it needs.
-    pub(super) fn listener(self) -> Listener {
+    pub(crate) fn listener(self) -> Listener {
         match self {
             Self::TcpConnect => Listener::Accept,
             Self::UdpConnect | Self::FirstSend | Self::NextSend => Listener::UdpHole,
@@ -85,11 +94,13 @@ impl Call {
 
 /// What a server listens for, in the order of its ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Listener {
+pub(crate) enum Listener {
     /// TCP: sends back every byte.
     Echo,
     /// TCP: reads a byte, answers with one and closes.
     AnswerAndClose,
+    /// TCP: reads a byte, answers with one and closes when the client has.
+    AnswerAndWait,
     /// TCP: reads and discards.
     Sink,
     /// TCP: accepts and closes when the client has.
@@ -102,26 +113,33 @@ pub(super) enum Listener {
 
 impl Listener {
     /// All.
-    pub(super) const ALL: [Self; 6] =
-        [Self::Echo, Self::AnswerAndClose, Self::Sink, Self::Accept, Self::UdpEcho, Self::UdpHole];
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Echo,
+        Self::AnswerAndClose,
+        Self::AnswerAndWait,
+        Self::Sink,
+        Self::Accept,
+        Self::UdpEcho,
+        Self::UdpHole,
+    ];
 
     /// Its port, for a server whose ports begin at `base`.
-    pub(super) fn port(self, base: u16) -> u16 {
+    pub(crate) fn port(self, base: u16) -> u16 {
         (base..).zip(Self::ALL).find(|(_, listener)| *listener == self).map_or(base, |(port, _)| port)
     }
 
     /// Its protocol, as Services name it.
-    pub(super) fn protocol(self) -> &'static str {
+    pub(crate) fn protocol(self) -> &'static str {
         match self {
             Self::UdpEcho | Self::UdpHole => "UDP",
-            Self::Echo | Self::AnswerAndClose | Self::Sink | Self::Accept => "TCP",
+            Self::Echo | Self::AnswerAndClose | Self::AnswerAndWait | Self::Sink | Self::Accept => "TCP",
         }
     }
 }
 
 /// What a client is asked to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) enum Job {
+pub(crate) enum Job {
     /// A workload, for some time. Sockets that it keeps open are kept for the next time.
     Run {
         workload: Workload,
@@ -136,7 +154,7 @@ pub(super) enum Job {
 
 /// What it answers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) enum Answer {
+pub(crate) enum Answer {
     /// Of [`Job::Run`].
     Ran {
         /// Transactions, or bytes of a stream.
@@ -149,4 +167,16 @@ pub(super) enum Answer {
     Timed { nanos: Vec<u32> },
     /// The job failed.
     Failed(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_listener_has_a_port() {
+        let ports: std::collections::BTreeSet<u16> =
+            Listener::ALL.into_iter().map(|listener| listener.port(7000)).collect();
+        assert_eq!(ports.len(), Listener::ALL.len());
+    }
 }

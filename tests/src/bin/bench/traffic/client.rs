@@ -26,7 +26,7 @@ const CHUNK: usize = 64 << 10;
 pub(crate) struct ClientArgs {
     /// CPU to run on.
     #[arg(long)]
-    pub(super) cpu: usize,
+    pub(crate) cpu: usize,
 }
 
 /// Does one job per line of standard input.
@@ -66,7 +66,7 @@ fn run(
     measure: Duration,
 ) -> Result<Answer> {
     let socket = match workload {
-        Workload::TcpCrr => None,
+        Workload::TcpCrr | Workload::TcpCrrClient => None,
         Workload::TcpRr | Workload::TcpStream | Workload::UdpRr | Workload::UdpUnconnectedRr => {
             Some(match kept.entry((workload, server)) {
                 Entry::Occupied(entry) => entry.into_mut(),
@@ -95,7 +95,7 @@ fn run(
             });
             answered(from, &mut lost)
         }),
-        (_, None) => Box::new(|| connect_request_close(server).map(|()| 1)),
+        (_, None) => Box::new(|| connect_request_close(workload, server).map(|()| 1)),
     };
     let begin = Instant::now();
     while begin.elapsed() < warm_up {
@@ -117,7 +117,7 @@ fn run(
 
 fn open(workload: Workload, server: SocketAddr) -> io::Result<Kept> {
     match workload {
-        Workload::TcpCrr | Workload::TcpRr | Workload::TcpStream => {
+        Workload::TcpCrr | Workload::TcpCrrClient | Workload::TcpRr | Workload::TcpStream => {
             let stream = TcpStream::connect_timeout(&server, TCP_PATIENCE)?;
             stream.set_nodelay(true)?;
             stream.set_read_timeout(Some(TCP_PATIENCE))?;
@@ -150,11 +150,14 @@ fn answered(result: io::Result<()>, lost: &mut u64) -> io::Result<u64> {
     }
 }
 
-fn connect_request_close(server: SocketAddr) -> io::Result<()> {
+fn connect_request_close(workload: Workload, server: SocketAddr) -> io::Result<()> {
     let mut stream = TcpStream::connect(server)?;
     let mut byte = [0x2a];
     stream.write_all(&byte)?;
     stream.read_exact(&mut byte)?;
+    if workload == Workload::TcpCrrClient {
+        return Ok(());
+    }
     match stream.read(&mut byte)? {
         0 => Ok(()),
         _ => Err(io::Error::other("the server says more than it should")),

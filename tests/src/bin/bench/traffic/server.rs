@@ -18,13 +18,13 @@ const BACKLOG: i32 = 4096;
 pub(crate) struct ServerArgs {
     /// CPU to run on.
     #[arg(long)]
-    pub(super) cpu: usize,
+    pub(crate) cpu: usize,
     /// Address to listen on.
     #[arg(long)]
-    pub(super) address: IpAddr,
+    pub(crate) address: IpAddr,
     /// First port; one for each listener.
     #[arg(long)]
-    pub(super) port: u16,
+    pub(crate) port: u16,
 }
 
 /// Listens, says `ready`, and serves until standard input ends.
@@ -61,7 +61,14 @@ fn serve(listener: Listener, address: SocketAddr) -> io::Result<()> {
     };
     match listener {
         Listener::Echo => tcp(echo, true),
-        Listener::AnswerAndClose => tcp(answer, false),
+        Listener::AnswerAndClose => tcp(|stream| answer(&stream), false),
+        Listener::AnswerAndWait => tcp(
+            |stream| {
+                answer(&stream)?;
+                read_to_end(stream, &mut [0; 16])
+            },
+            false,
+        ),
         Listener::Sink => tcp(sink, true),
         Listener::Accept => tcp(|stream| read_to_end(stream, &mut [0; 16]), false),
         Listener::UdpEcho => {
@@ -101,8 +108,8 @@ fn echo(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
-/// The server closes first, so that the port numbers of the client are free again at once.
-fn answer(mut stream: TcpStream) -> io::Result<()> {
+/// A server that closes then frees the port numbers of the client at once.
+fn answer(mut stream: &TcpStream) -> io::Result<()> {
     let mut byte = [0];
     stream.read_exact(&mut byte)?;
     stream.write_all(&byte)

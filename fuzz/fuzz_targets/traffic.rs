@@ -1,0 +1,5 @@
+//! Clients, pods and routers, and what they send to each other through a node.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| proxy_tests::packets::fuzz::traffic(data));

@@ -1,0 +1,187 @@
+//! The packet edge's flow maps as the agent sees them: hashes that can be large, walked some elements at a time.
+
+use std::io;
+
+use aya::maps::{HashMap, IterableMap as _, Map, MapData, MapError};
+use proxy_common::abi::{Flow, FlowKey, FlowRef};
+
+use super::maps::OpenError;
+use super::pins::PinDir;
+use super::sys::lookup_batch;
+
+/// Elements that one step of a walk asks for. A bucket with more of them makes the next step larger.
+const STEP: usize = 1024;
+/// `BPF_NOEXIST` of linux/bpf.h.
+const NO_EXIST: u64 = 1;
+
+/// The four flow maps.
+#[derive(Debug)]
+pub struct FlowMaps {
+    /// `FLOWS`.
+    pub flows: Table<Flow>,
+    /// `FLOW_INDEX`.
+    pub index: Table<FlowRef>,
+    /// `NEW_FLOWS`.
+    pub new_flows: Table<Flow>,
+    /// `NEW_FLOW_INDEX`.
+    pub new_index: Table<FlowRef>,
+}
+
+impl FlowMaps {
+    /// Opens what is pinned.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] names the pin.
+    pub fn open(pins: &PinDir) -> Result<Self, OpenError> {
+        Ok(Self {
+            flows: Table::open(pins, "FLOWS")?,
+            index: Table::open(pins, "FLOW_INDEX")?,
+            new_flows: Table::open(pins, "NEW_FLOWS")?,
+            new_index: Table::open(pins, "NEW_FLOW_INDEX")?,
+        })
+    }
+}
+
+/// One of them.
+#[derive(Debug)]
+pub struct Table<V: aya::Pod + bytemuck::Pod> {
+    map: HashMap<MapData, FlowKey, V>,
+}
+
+impl<V: aya::Pod + bytemuck::Pod> Table<V> {
+    /// Opens the map of this name.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] names the pin.
+    pub fn open(pins: &PinDir, name: &str) -> Result<Self, OpenError> {
+        let path = pins.map(name);
+        let map = MapData::from_pin(&path).and_then(|map| HashMap::try_from(Map::HashMap(map)));
+        Ok(Self { map: map.map_err(|source| OpenError::Pin { path, source })? })
+    }
+
+    /// The value of a key.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn get(&self, key: &FlowKey) -> Result<Option<V>, MapError> {
+        match self.map.get(key, 0) {
+            Ok(value) => Ok(Some(value)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Adds an element, unless there is one with this key.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says: EEXIST when there is one.
+    pub fn add(&mut self, key: &FlowKey, value: &V) -> Result<(), MapError> {
+        self.map.insert(key, value, NO_EXIST)
+    }
+
+    /// Removes an element, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn remove(&mut self, key: &FlowKey) -> Result<(), MapError> {
+        match self.map.remove(key) {
+            Err(MapError::KeyNotFound) => Ok(()),
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    /// How many elements there can be.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn capacity(&self) -> Result<u64, MapError> {
+        Ok(self.map.map().info()?.max_entries().into())
+    }
+
+    /// How many elements there are: a walk over all of them, a fraction of a second if there are hundreds of thousands.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn count(&self) -> io::Result<u64> {
+        let mut count = 0;
+        self.for_each(|_| count += 1)?;
+        Ok(count)
+    }
+
+    /// Looks at every element.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn for_each(&self, look: impl FnMut((FlowKey, V))) -> io::Result<()> {
+        let (mut walk, mut look) = (Walk::default(), look);
+        while let Some(elements) = walk.step(self)? {
+            elements.for_each(&mut look);
+        }
+        Ok(())
+    }
+}
+
+/// A walk over a table, some elements at a time. What is there from its beginning to its end is met; what comes or goes
+/// meanwhile may be.
+#[derive(Debug)]
+pub struct Walk<V> {
+    next: Next,
+    keys: Vec<FlowKey>,
+    values: Vec<V>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Next {
+    Begin,
+    From(u32),
+    End,
+}
+
+impl<V> Default for Walk<V> {
+    fn default() -> Self {
+        Self { next: Next::Begin, keys: Vec::new(), values: Vec::new() }
+    }
+}
+
+impl<V: aya::Pod + bytemuck::Pod> Walk<V> {
+    /// The next elements; `None` after the last.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn step(
+        &mut self,
+        table: &Table<V>,
+    ) -> io::Result<Option<impl Iterator<Item = (FlowKey, V)> + use<'_, V>>> {
+        let from = match self.next {
+            Next::Begin => None,
+            Next::From(bucket) => Some(bucket),
+            Next::End => return Ok(None),
+        };
+        if self.keys.is_empty() {
+            self.resize(STEP);
+        }
+        let (count, next) = loop {
+            match lookup_batch(table.map.map(), from, &mut self.keys, &mut self.values) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => self.resize(2 * self.keys.len()),
+                done => break done?,
+            }
+        };
+        self.next = next.map_or(Next::End, Next::From);
+        Ok(Some(self.keys.iter().copied().zip(self.values.iter().copied()).take(count)))
+    }
+
+    fn resize(&mut self, len: usize) {
+        self.keys.resize(len, bytemuck::Zeroable::zeroed());
+        self.values.resize(len, bytemuck::Zeroable::zeroed());
+    }
+}

@@ -1,0 +1,453 @@
+//! The packet edge's programs, and attaching them to network devices.
+//!
+//! On kernels with TCX (6.6) each attachment is a link, pinned as `<pin-dir>/links/<program>-<interface index>`: first
+//! on ingress, last on egress, and replaced in place. On older kernels it is a clsact filter with a priority and a
+//! handle of its own. Everything here asks the kernel what is there and changes only what differs, so it can be
+//! repeated at any time.
+
+use std::io;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+
+use aya::programs::links::{FdLink, LinkOrder};
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
+use aya::programs::{Program, ProgramError, SchedClassifier, TcAttachType, tc};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+
+use super::dataplane::{OBJECT, chain};
+use super::pins::{MAPS, PinDir};
+use super::sys;
+
+/// Which way packets go, seen from the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Direction {
+    /// Out of the host.
+    Egress,
+    /// Into the host.
+    Ingress,
+}
+
+impl Direction {
+    /// In the order in which programs are attached: the reply direction first, so that no request is translated whose
+    /// answer would not be.
+    pub const ALL: [Self; 2] = [Self::Egress, Self::Ingress];
+
+    const fn attach_type(self) -> TcAttachType {
+        match self {
+            Self::Egress => TcAttachType::Egress,
+            Self::Ingress => TcAttachType::Ingress,
+        }
+    }
+}
+
+/// A pair of programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pair {
+    /// `edge_ingress` and `edge_egress`.
+    Edge,
+    /// `pod_ingress` and `pod_egress`.
+    Pod,
+}
+
+impl Pair {
+    /// Name of the program for a direction.
+    pub const fn program(self, direction: Direction) -> &'static str {
+        match (self, direction) {
+            (Self::Edge, Direction::Ingress) => "edge_ingress",
+            (Self::Edge, Direction::Egress) => "edge_egress",
+            (Self::Pod, Direction::Ingress) => "pod_ingress",
+            (Self::Pod, Direction::Egress) => "pod_egress",
+        }
+    }
+}
+
+/// Every program of the packet edge.
+pub const PROGRAMS: [&str; 4] = ["edge_ingress", "edge_egress", "pod_ingress", "pod_egress"];
+
+/// How programs are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mechanism {
+    /// Links (kernel 6.6).
+    Tcx,
+    /// Filters of a clsact queueing discipline.
+    Clsact,
+}
+
+impl Mechanism {
+    /// In one word.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
+
+    /// What this kernel has.
+    pub fn of_kernel() -> Self {
+        // Every network namespace has a loopback device.
+        match SchedClassifier::query_tcx("lo", TcAttachType::Ingress) {
+            Ok(_) => Self::Tcx,
+            Err(error) => {
+                tracing::debug!(error = %chain(&error), "no TCX; attaching clsact filters");
+                Self::Clsact
+            }
+        }
+    }
+}
+
+/// Why a program is not attached to a device.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// aya or the kernel refused.
+    #[error("{program}: {}", reason(source))]
+    Program {
+        /// The program.
+        program: &'static str,
+        /// What went wrong.
+        source: ProgramError,
+    },
+    /// A pin could not be made, read or replaced.
+    #[error("{path}: {source}")]
+    Pin {
+        /// The pin.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The name belongs to another device than a moment ago.
+    #[error("{program}: the device was renamed or replaced meanwhile")]
+    Moved {
+        /// The program.
+        program: &'static str,
+    },
+    /// Somebody else wants the same place, again and again.
+    #[error(
+        "{program}: another program takes its place at this device whenever it is put back; see `bpftool net`"
+    )]
+    Rival {
+        /// The program.
+        program: &'static str,
+    },
+    /// The programs for this kind of device could not be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+}
+
+/// Why the programs cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The object or its maps.
+    #[error("loading the packet edge: {}", chain(.0))]
+    Object(#[from] EbpfError),
+    /// The verifier or the kernel refused a program.
+    #[error("BPF program {program}: {}", reason(source))]
+    Program {
+        /// Its name.
+        program: &'static str,
+        /// What aya or the verifier said.
+        source: ProgramError,
+    },
+}
+
+/// Priority of clsact filters: before everybody on ingress, behind everybody on egress.
+const fn priority(direction: Direction) -> u16 {
+    match direction {
+        Direction::Ingress => 1,
+        Direction::Egress => u16::MAX,
+    }
+}
+
+/// Handle of clsact filters: "VIPR".
+const HANDLE: TcHandle = TcHandle::new(0x5649, 0x5052);
+
+const EEXIST: i32 = 17;
+
+/// The four programs on the pinned maps. Each is loaded when it is first needed.
+#[derive(Debug)]
+pub struct TcPrograms {
+    programs: Ebpf,
+}
+
+impl TcPrograms {
+    /// Reads the object and opens the maps, which have to be pinned. With `l3`, packets start with their IP header.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Object`].
+    pub fn open(pins: &PinDir, l3: bool) -> Result<Self, LoadError> {
+        let mut loader = EbpfLoader::new();
+        let l3 = u8::from(l3);
+        loader.btf(None).override_global("L3_DEVICE", &l3, true);
+        let paths = MAPS.map(|spec| (spec.name, pins.map(spec.name)));
+        for (name, path) in &paths {
+            loader.map_pin_path(name, path.as_path());
+        }
+        Ok(Self { programs: loader.load(OBJECT)? })
+    }
+
+    /// Loads programs at once: the verifier takes its time, and a CPU for each.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Program`].
+    pub fn load(&mut self, names: &[&'static str]) -> Result<(), LoadError> {
+        std::thread::scope(|scope| {
+            let known = |name: &str| names.iter().copied().find(|known| *known == name);
+            let programs = self.programs.programs_mut();
+            let programs = programs.filter_map(|(name, program)| Some((known(name)?, program)));
+            let loading: Vec<_> = programs
+                .map(|(name, program)| (name, scope.spawn(move || loaded(program).map(drop))))
+                .collect();
+            loading.into_iter().try_for_each(|(program, loading)| {
+                let result = loading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                result.map_err(|source| LoadError::Program { program, source })
+            })
+        })?;
+        #[cfg(feature = "debug-log")]
+        super::debug_log::follow(&mut self.programs);
+        Ok(())
+    }
+
+    /// Verified instructions of those that are loaded, where the kernel tells (5.16).
+    pub fn verified(&self) -> Vec<(&'static str, Option<u32>)> {
+        let count = |name| {
+            let program: &SchedClassifier = self.programs.program(name)?.try_into().ok()?;
+            Some((name, program.info().ok()?.verified_instruction_count()))
+        };
+        PROGRAMS.into_iter().filter_map(count).collect()
+    }
+
+    /// What a link that runs `program` reports.
+    fn id(&mut self, program: &'static str) -> Result<u32, AttachError> {
+        let failed = |source| AttachError::Program { program, source };
+        let classifier = classifier(&mut self.programs, program).map_err(failed)?;
+        Ok(classifier.info().map_err(failed)?.id())
+    }
+
+    /// Makes the pinned link of `program` to `device` run the loaded one, or makes the link. Returns whether packets
+    /// meet it at the right place: first on ingress, last on egress.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError`]; what was attached before stays.
+    pub fn attach_tcx(
+        &mut self,
+        pins: &PinDir,
+        device: &Device<'_>,
+        program: &'static str,
+        direction: Direction,
+    ) -> Result<bool, AttachError> {
+        let pin = link_pin(pins, program, device.index);
+        let own = self.id(program)?;
+        match device_link(&pin)? {
+            Some((link, info)) if info.device == device.index => {
+                if info.program_id != own {
+                    let failed = |source| AttachError::Program { program, source };
+                    let classifier = classifier(&mut self.programs, program).map_err(failed)?;
+                    let fd = classifier.fd().map_err(failed)?;
+                    sys::update_link(link.as_fd(), fd.as_fd())
+                        .map_err(|source| AttachError::Pin { path: pin.clone(), source })?;
+                    tracing::debug!(device = device.name, program, "program replaced in place");
+                }
+            }
+            // A link to a device that is gone, or that has left this namespace.
+            Some(_) => {
+                remove_pin(&pin)?;
+                self.new_link(device, program, direction, &pin)?;
+            }
+            None => self.new_link(device, program, direction, &pin)?,
+        }
+        let failed = |source| AttachError::Program { program, source };
+        let (_, programs) =
+            SchedClassifier::query_tcx(device.name, direction.attach_type()).map_err(failed)?;
+        let there = match direction {
+            Direction::Ingress => programs.first(),
+            Direction::Egress => programs.last(),
+        };
+        Ok(there.is_some_and(|there| there.id() == own))
+    }
+
+    /// Attaches a second time, at the right place, and then lets go of the link that has been overtaken. Only for
+    /// programs that were loaded for this: the kernel attaches no program twice.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError`]; what was attached before stays.
+    pub fn overtake_tcx(
+        &mut self,
+        pins: &PinDir,
+        device: &Device<'_>,
+        program: &'static str,
+        direction: Direction,
+    ) -> Result<(), AttachError> {
+        let pin = link_pin(pins, program, device.index);
+        let beside = link_pin(pins, &format!("{program}-new"), device.index);
+        remove_pin(&beside)?;
+        self.new_link(device, program, direction, &beside)?;
+        std::fs::rename(&beside, &pin).map_err(|source| AttachError::Pin { path: pin, source })
+    }
+
+    fn new_link(
+        &mut self,
+        device: &Device<'_>,
+        program: &'static str,
+        direction: Direction,
+        pin: &Path,
+    ) -> Result<(), AttachError> {
+        let failed = |source| AttachError::Program { program, source };
+        let order = match direction {
+            Direction::Ingress => LinkOrder::first(),
+            Direction::Egress => LinkOrder::last(),
+        };
+        let classifier = classifier(&mut self.programs, program).map_err(failed)?;
+        let id = classifier
+            .attach_with_options(device.name, direction.attach_type(), TcAttachOptions::TcxOrder(order))
+            .map_err(failed)?;
+        let link = classifier.take_link(id).map_err(failed)?;
+        let pinned = |error: Box<dyn std::error::Error>| AttachError::Pin {
+            path: pin.to_path_buf(),
+            source: io::Error::other(chain(&*error)),
+        };
+        let link = FdLink::try_from(link).map_err(|error| pinned(error.into()))?;
+        link.pin(pin).map_err(|error| pinned(error.into()))?;
+        // aya attaches by name: it may have met another device.
+        match device_link(pin)? {
+            Some((_, info)) if info.device == device.index => Ok(()),
+            _ => {
+                remove_pin(pin)?;
+                Err(AttachError::Moved { program })
+            }
+        }
+    }
+
+    /// Puts a clsact filter with `program` in place, or replaces the program of the one that is there.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError`]; what was attached before stays.
+    pub fn attach_clsact(
+        &mut self,
+        device: &Device<'_>,
+        program: &'static str,
+        direction: Direction,
+    ) -> Result<(), AttachError> {
+        let failed = |source| AttachError::Program { program, source };
+        let attach_type = direction.attach_type();
+        let classifier = classifier(&mut self.programs, program).map_err(failed)?;
+        let there = filter(device.name, direction).map_err(|error| failed(TcError::from(error).into()))?;
+        let id = match classifier.attach_to_link(there) {
+            Ok(id) => id,
+            // There is none yet.
+            Err(_) => {
+                match tc::qdisc_add_clsact(device.name) {
+                    Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(EEXIST) => {}
+                    other => other.map_err(|error| failed(error.into()))?,
+                }
+                let options = NlOptions { priority: priority(direction), handle: HANDLE, classid: None };
+                classifier
+                    .attach_with_options(device.name, attach_type, TcAttachOptions::Netlink(options))
+                    .map_err(failed)?
+            }
+        };
+        // Dropped, it would take the filter along, which is to outlive this process.
+        std::mem::forget(classifier.take_link(id).map_err(failed)?);
+        Ok(())
+    }
+}
+
+/// A device to attach to.
+#[derive(Clone, Copy, Debug)]
+pub struct Device<'a> {
+    /// Interface index.
+    pub index: u32,
+    /// Interface name.
+    pub name: &'a str,
+}
+
+/// Removes the clsact filters of a device, if there are any. Its clsact queueing discipline stays: others may use it.
+pub fn detach_clsact(device: &str) {
+    for direction in Direction::ALL {
+        // Dropped, it takes the filter along; without a filter, a queueing discipline or a device nothing happens.
+        drop(filter(device, direction));
+    }
+}
+
+/// Removes the pinned links for which `keep` is false, by program and interface index. A link that cannot be removed
+/// is logged; the next call finds it again.
+///
+/// # Errors
+///
+/// When the directory cannot be read.
+pub fn remove_links(pins: &PinDir, keep: impl Fn(&str, u32) -> bool) -> io::Result<()> {
+    for entry in std::fs::read_dir(pins.links())? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let Some((program, device)) = name.rsplit_once('-') else { continue };
+        let Ok(index) = device.parse::<u32>() else { continue };
+        if PROGRAMS.contains(&program.strip_suffix("-new").unwrap_or(program)) && !keep(program, index) {
+            match remove_pin(&path) {
+                Ok(()) => tracing::debug!(link = %name, "detached"),
+                Err(error) => tracing::warn!(%error, "a link that is not needed any more stays attached"),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn filter(device: &str, direction: Direction) -> io::Result<SchedClassifierLink> {
+    SchedClassifierLink::attached(device, direction.attach_type(), priority(direction), HANDLE, None)
+}
+
+fn link_pin(pins: &PinDir, program: &str, index: u32) -> PathBuf {
+    pins.link(&format!("{program}-{index}"))
+}
+
+/// The pinned link and what it is to; `None` without a pin.
+fn device_link(pin: &Path) -> Result<Option<(std::os::fd::OwnedFd, sys::TcxLinkInfo)>, AttachError> {
+    let failed = |source| AttachError::Pin { path: pin.to_path_buf(), source };
+    match sys::open_link(pin) {
+        Ok(link) => {
+            let info = sys::tcx_link_info(link.as_fd()).map_err(failed)?;
+            Ok(Some((link, info)))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+fn remove_pin(pin: &Path) -> Result<(), AttachError> {
+    match std::fs::remove_file(pin) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(AttachError::Pin { path: pin.to_path_buf(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An error in a line. The verifier's log has thousands: the one that tells is near its end.
+fn reason(error: &ProgramError) -> String {
+    let ProgramError::LoadError { io_error, verifier_log } = error else { return chain(error) };
+    let log = verifier_log.to_string();
+    tracing::debug!(%log, "the kernel does not load a program");
+    let is_statistic = |line: &&str| {
+        !line.is_empty()
+            && !["processed ", "verification time ", "stack depth "].iter().any(|word| line.starts_with(word))
+    };
+    let verdict = log.lines().map(str::trim).rfind(is_statistic).unwrap_or("without a reason");
+    format!("the kernel does not load it: {io_error}: {verdict}")
+}
+
+fn classifier<'a>(
+    programs: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, ProgramError> {
+    loaded(programs.program_mut(name).ok_or(ProgramError::UnexpectedProgramType)?)
+}
+
+fn loaded(program: &mut Program) -> Result<&mut SchedClassifier, ProgramError> {
+    let classifier: &mut SchedClassifier = program.try_into()?;
+    if classifier.fd().is_err() {
+        classifier.load()?;
+    }
+    Ok(classifier)
+}

@@ -1,0 +1,253 @@
+//! Brings the kernel to what has been chosen: `DEVICES` and the programs of each device.
+//!
+//! A pass looks at what is attached and mends what differs; a pass with nothing to do changes nothing. What fails costs
+//! the device that it belongs to, and is tried again with the next pass.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use aya::maps::{HashMap, Map, MapData, MapError};
+use proxy_common::abi;
+use proxy_common::abi::device::flags::NEAR;
+use proxy_common::addr::Addr;
+
+use super::choice::{Choice, Choices, Role};
+use super::snapshot::Layer;
+use super::sources::Sources;
+use crate::bpf::maps::OpenError;
+use crate::bpf::pins::PinDir;
+use crate::bpf::tc::{
+    AttachError, Device, Direction, LoadError, Mechanism, PROGRAMS, Pair, TcPrograms, detach_clsact,
+    remove_links,
+};
+
+/// How often in a row a program is put back to its place before the device is left to whoever wants that place.
+const PATIENCE: u32 = 3;
+/// What the kernel refuses to load it refuses again, and looking takes it seconds: that is not done with every pass.
+const RELOAD: Duration = Duration::from_secs(300);
+
+/// Why the packet edge cannot be set up at all.
+#[derive(Debug, thiserror::Error)]
+pub enum AttacherError {
+    /// The programs, or their maps.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// `DEVICES`.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+}
+
+/// The programs and what they are attached to.
+#[derive(Debug)]
+pub struct Attacher {
+    pins: PinDir,
+    mechanism: Mechanism,
+    l2: TcPrograms,
+    /// For devices without MAC headers; most nodes have none.
+    l3: Option<TcPrograms>,
+    /// When those could not be loaded, and why.
+    l3_failed: Option<(Instant, String)>,
+    devices: HashMap<MapData, u32, abi::Device>,
+    /// Devices that may have clsact filters of ours although they are not wanted; all, at the start.
+    filtered: BTreeMap<u32, String>,
+    /// How often in a row a program had to be put back to its place, by program and device.
+    overtaken: BTreeMap<(&'static str, u32), u32>,
+}
+
+/// What became of a device.
+#[derive(Debug)]
+pub struct Outcome {
+    /// How it is attached; on failure, why it is not (or not as it should be).
+    pub attached: Result<Mechanism, String>,
+}
+
+impl Attacher {
+    /// Opens the pinned maps. Nothing is loaded or attached yet. `present` are the devices that may carry
+    /// clsact filters of an earlier agent, by index.
+    ///
+    /// # Errors
+    ///
+    /// [`AttacherError`].
+    pub fn new(
+        pins: PinDir,
+        mechanism: Mechanism,
+        present: BTreeMap<u32, String>,
+    ) -> Result<Self, AttacherError> {
+        let l2 = TcPrograms::open(&pins, false)?;
+        let path = pins.map("DEVICES");
+        let failed = |source| OpenError::Pin { path: path.clone(), source };
+        let devices = MapData::from_pin(&path).map_err(failed)?;
+        let devices = HashMap::try_from(Map::HashMap(devices)).map_err(failed)?;
+        Ok(Self {
+            pins,
+            mechanism,
+            l2,
+            l3: None,
+            l3_failed: None,
+            devices,
+            filtered: present,
+            overtaken: BTreeMap::new(),
+        })
+    }
+
+    /// Verified instructions per program, where the kernel tells.
+    pub fn verified(&self) -> Vec<(&'static str, Option<u32>)> {
+        self.l2.verified()
+    }
+
+    /// Attaches to what is chosen and detaches from everything else. External devices come first.
+    ///
+    /// # Errors
+    ///
+    /// When the programs cannot be loaded; nothing has changed then.
+    pub fn apply(
+        &mut self,
+        choices: &Choices,
+        sources: &BTreeMap<u32, Sources>,
+    ) -> Result<BTreeMap<u32, Outcome>, AttacherError> {
+        let start = Instant::now();
+        if choices.values().any(|choice| choice.layer == Layer::L2) {
+            self.l2.load(&PROGRAMS)?;
+        }
+        let loading = start.elapsed();
+        let mut order: Vec<(&u32, &Choice)> = choices.iter().collect();
+        order.sort_by_key(|(index, choice)| (choice.role, **index));
+        let mut outcomes = BTreeMap::new();
+        let mut spare = None;
+        for (&index, choice) in order {
+            let of_device = sources.get(&index).copied().unwrap_or_default();
+            let attached = self.attach(index, choice, of_device, &mut spare);
+            let attached = attached.map(|()| self.mechanism).map_err(|error| error.to_string());
+            outcomes.insert(index, Outcome { attached });
+        }
+        self.detach_others(choices);
+        let (took, mechanism) = (start.elapsed(), self.mechanism.name());
+        tracing::debug!(?took, ?loading, devices = choices.len(), mechanism, "pass over the devices");
+        Ok(outcomes)
+    }
+
+    fn attach(
+        &mut self,
+        index: u32,
+        choice: &Choice,
+        sources: Sources,
+        spare: &mut Option<TcPrograms>,
+    ) -> Result<(), DeviceError> {
+        let [snat_v4, snat_v6] = sources;
+        let near = if choice.near { NEAR } else { 0 };
+        let value = abi::Device { snat_v4, snat_v6, flags: near };
+        // What the programs read has to be there before they run.
+        if self.devices.get(&index, 0).ok() != Some(value) {
+            self.devices.insert(index, value, 0).map_err(DeviceError::Map)?;
+        }
+        let device = Device { index, name: &choice.name };
+        let pair = match choice.role {
+            Role::External => Pair::Edge,
+            Role::Pod => Pair::Pod,
+        };
+        let pins = self.pins.clone();
+        for direction in Direction::ALL {
+            let program = pair.program(direction);
+            match self.mechanism {
+                Mechanism::Clsact => {
+                    self.programs(choice.layer)?.attach_clsact(&device, program, direction)?;
+                }
+                Mechanism::Tcx => {
+                    if self.programs(choice.layer)?.attach_tcx(&pins, &device, program, direction)? {
+                        self.overtaken.remove(&(program, index));
+                        continue;
+                    }
+                    let times = self.overtaken.entry((program, index)).or_default();
+                    if *times >= PATIENCE {
+                        return Err(AttachError::Rival { program }.into());
+                    }
+                    *times += 1;
+                    tracing::info!(device = device.name, program, "putting the program back to its place");
+                    // No program can be attached twice, so this takes another copy.
+                    let mut copy = match spare.take().filter(|_| choice.layer == Layer::L2) {
+                        Some(copy) => copy,
+                        None => {
+                            TcPrograms::open(&pins, choice.layer == Layer::L3).map_err(AttachError::from)?
+                        }
+                    };
+                    copy.overtake_tcx(&pins, &device, program, direction)?;
+                    *spare = Some(copy).filter(|_| choice.layer == Layer::L2);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The programs for a kind of device.
+    fn programs(&mut self, layer: Layer) -> Result<&mut TcPrograms, DeviceError> {
+        if layer == Layer::L2 {
+            return Ok(&mut self.l2);
+        }
+        if let Some((when, reason)) = &self.l3_failed
+            && when.elapsed() < RELOAD
+        {
+            return Err(DeviceError::Refused(reason.clone()));
+        }
+        if self.l3.is_none() {
+            let loaded = TcPrograms::open(&self.pins, true).and_then(|mut programs| {
+                programs.load(&Direction::ALL.map(|direction| Pair::Edge.program(direction)))?;
+                Ok(programs)
+            });
+            match loaded {
+                Ok(programs) => (self.l3, self.l3_failed) = (Some(programs), None),
+                Err(error) => self.l3_failed = Some((Instant::now(), error.to_string())),
+            }
+        }
+        let reason = || self.l3_failed.as_ref().map(|(_, reason)| reason.clone()).unwrap_or_default();
+        self.l3.as_mut().ok_or_else(|| DeviceError::Refused(reason()))
+    }
+
+    fn detach_others(&mut self, choices: &Choices) {
+        let wanted = |program: &str, index| {
+            self.mechanism == Mechanism::Tcx
+                && choices.get(&index).is_some_and(|choice| {
+                    let pair = match choice.role {
+                        Role::External => Pair::Edge,
+                        Role::Pod => Pair::Pod,
+                    };
+                    Direction::ALL.iter().any(|direction| pair.program(*direction) == program)
+                })
+        };
+        if let Err(error) = remove_links(&self.pins, wanted) {
+            tracing::warn!(%error, path = %self.pins.links().display(), "links that are not needed any more stay");
+        }
+        for (index, name) in std::mem::take(&mut self.filtered) {
+            if self.mechanism == Mechanism::Tcx || !choices.contains_key(&index) {
+                detach_clsact(&name);
+            }
+        }
+        if self.mechanism == Mechanism::Clsact {
+            self.filtered = choices.iter().map(|(index, choice)| (*index, choice.name.clone())).collect();
+        }
+        let known: BTreeSet<u32> = self.devices.keys().filter_map(Result::ok).collect();
+        for index in known.into_iter().filter(|index| !choices.contains_key(index)) {
+            // Gone already is as good.
+            let _ = self.devices.remove(&index);
+        }
+        self.overtaken.retain(|(_, index), _| choices.contains_key(index));
+    }
+}
+
+/// Why a device is not served.
+#[derive(Debug, thiserror::Error)]
+enum DeviceError {
+    /// Its programs.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// The programs for its kind of device could not be loaded a while ago.
+    #[error("{0}")]
+    Refused(String),
+    /// `DEVICES`.
+    #[error("map DEVICES: {0}")]
+    Map(MapError),
+}
+
+/// An address as `status` shows it; empty for none.
+pub(super) fn shown(addr: Addr) -> String {
+    if addr == Addr::ZERO { String::new() } else { addr.to_string() }
+}

@@ -1,0 +1,286 @@
+//! The packet edge's devices: which they are, what the programs have to know of each, and attaching the programs.
+//!
+//! ```text
+//! rtnetlink ─> Snapshot ─> choose() ─> Choices ─┬─> Attacher ─> DEVICES, TCX links or clsact filters
+//!                     Facts of the agent ──> Sources ─┘
+//! ```
+//! One task beside the agent's loop owns it all: attaching waits for the kernel's RCU, some 20 ms a time.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use rtnetlink::Handle;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::bpf::pins::PinDir;
+use crate::bpf::tc::Mechanism;
+use crate::node::FollowError;
+
+pub mod settings;
+
+pub mod snapshot;
+
+pub mod choice;
+
+pub mod sources;
+
+pub mod attach;
+
+pub mod reserved_ports;
+
+use attach::{Attacher, Outcome};
+use choice::{Choices, choose, problems};
+use settings::Settings;
+use snapshot::{Snapshot, watch_network};
+use sources::{Facts, Sources, resolve};
+
+/// After a failure everything is tried again this much later, and ever later up to [`RETRY_AT_MOST`].
+const RETRY: Duration = Duration::from_secs(5);
+const RETRY_AT_MOST: Duration = Duration::from_secs(300);
+/// How often it is looked whether everything is still attached, at its place.
+const CHECK: Duration = Duration::from_secs(30);
+/// What the agent knows changes in bursts as well.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// What is wanted of the packet edge.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The flags.
+    pub settings: Settings,
+    /// Attach clsact filters also where the kernel has TCX.
+    pub no_tcx: bool,
+    /// Where links are pinned, and `DEVICES` is.
+    pub pins: PinDir,
+}
+
+/// A device that carries Service traffic, as `status` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceState {
+    /// Interface index.
+    pub index: u32,
+    /// Interface name.
+    pub name: String,
+    /// `external` or `pod`.
+    pub role: String,
+    /// Why it was chosen.
+    pub reason: String,
+    /// `tcx` or `clsact`; empty while the programs are not attached.
+    pub attached: String,
+    /// Sources of packets to other nodes: one of each family that has one.
+    pub sources: Vec<String>,
+    /// Whether all that enters counts as traffic of local pods.
+    pub near: bool,
+    /// Whether packets start with the IP header.
+    pub l3: bool,
+}
+
+/// How the packet edge is doing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// Passes made so far; 0 while nothing has been attached.
+    pub passes: u64,
+    /// The devices, by index.
+    pub devices: Vec<DeviceState>,
+    /// What is wrong, by device or flag.
+    pub problems: BTreeMap<String, Vec<String>>,
+    /// Verified instructions per program, where the kernel tells.
+    pub verified: Vec<(&'static str, Option<u32>)>,
+}
+
+/// The task, which ends when this is dropped. What is attached stays.
+#[derive(Debug)]
+pub struct Edge {
+    facts: watch::Sender<Facts>,
+    state: watch::Receiver<State>,
+    _task: JoinSet<()>,
+}
+
+impl Edge {
+    /// Starts choosing and attaching. The maps have to be pinned.
+    ///
+    /// # Errors
+    ///
+    /// When the network cannot be read.
+    pub async fn start(config: Config, facts: Facts) -> Result<Self, FollowError> {
+        let network = watch_network().await?;
+        let (connection, handle, _) = rtnetlink::new_connection()
+            .map_err(|source| FollowError::Open { what: "this host's routes", source })?;
+        let (facts, known) = watch::channel(facts);
+        let (publish, state) = watch::channel(State::default());
+        let mut task = JoinSet::new();
+        task.spawn(connection);
+        task.spawn(Worker { config, handle, network, facts: known, chosen: Choices::new() }.run(publish));
+        Ok(Self { facts, state, _task: task })
+    }
+
+    /// Replaces what the agent knows.
+    pub fn tell(&self, facts: Facts) {
+        self.facts.send_if_modified(|known| {
+            let changed = *known != facts;
+            *known = facts;
+            changed
+        });
+    }
+
+    /// Waits for the next pass, and tells how it went.
+    pub async fn changed(&mut self) -> State {
+        match self.state.changed().await {
+            Ok(()) => self.state.borrow_and_update().clone(),
+            // The task ends by a panic only, which has been printed.
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+struct Worker {
+    config: Config,
+    handle: Handle,
+    network: watch::Receiver<Snapshot>,
+    facts: watch::Receiver<Facts>,
+    chosen: Choices,
+}
+
+impl Worker {
+    async fn run(mut self, publish: watch::Sender<State>) {
+        reserved_ports::reserve();
+        let mut attacher = None;
+        let mut retry = RETRY;
+        loop {
+            let snapshot = self.network.borrow_and_update().clone();
+            let facts = self.facts.borrow_and_update().clone();
+            let mut state = State { passes: publish.borrow().passes + 1, ..State::default() };
+            let choices = choose(&snapshot, &self.config.settings, &self.chosen);
+            log_changes(&self.chosen, &choices);
+            let sources = resolve(&self.handle, &snapshot, &choices, &facts).await;
+            let present = names(&snapshot);
+            let (config, wanted, given) = (self.config.clone(), choices.clone(), sources.clone());
+            let work = move || pass(attacher, &config, present, &wanted, &given);
+            let outcomes = match tokio::task::spawn_blocking(work).await {
+                Ok(Ok((back, outcomes, verified))) => {
+                    attacher = Some(back);
+                    state.verified = verified;
+                    outcomes
+                }
+                Ok(Err(error)) => {
+                    attacher = None;
+                    state.problems.insert("packet edge".to_owned(), vec![error.to_string()]);
+                    BTreeMap::new()
+                }
+                // It has panicked, or the agent ends.
+                Err(_) => return,
+            };
+            describe(&mut state, &choices, &sources, &outcomes);
+            let flags = problems(&snapshot, &self.config.settings);
+            if !flags.is_empty() {
+                state.problems.insert("--devices".to_owned(), flags);
+            }
+            let failed = attacher.is_none() || outcomes.values().any(|outcome| outcome.attached.is_err());
+            self.chosen = choices;
+            publish.send_replace(state);
+            let pause = if failed { retry } else { CHECK };
+            retry = if failed { (retry * 2).min(RETRY_AT_MOST) } else { RETRY };
+            if attacher.is_none() {
+                // Nothing that happens to devices changes anything, and loading costs seconds.
+                tokio::time::sleep(pause).await;
+                continue;
+            }
+            tokio::select! {
+                changed = self.network.changed() => if changed.is_err() { return },
+                changed = self.facts.changed() => {
+                    if changed.is_err() { return }
+                    tokio::time::sleep(SETTLE).await;
+                }
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+}
+
+type Passed = (Attacher, BTreeMap<u32, Outcome>, Vec<(&'static str, Option<u32>)>);
+
+/// Everything that blocks.
+fn pass(
+    attacher: Option<Attacher>,
+    config: &Config,
+    present: BTreeMap<u32, String>,
+    choices: &Choices,
+    sources: &BTreeMap<u32, Sources>,
+) -> Result<Passed, attach::AttacherError> {
+    let mut attacher = match attacher {
+        Some(attacher) => attacher,
+        None => {
+            let mechanism = if config.no_tcx { Mechanism::Clsact } else { Mechanism::of_kernel() };
+            Attacher::new(config.pins.clone(), mechanism, present)?
+        }
+    };
+    let outcomes = attacher.apply(choices, sources)?;
+    let verified = attacher.verified();
+    Ok((attacher, outcomes, verified))
+}
+
+fn names(snapshot: &Snapshot) -> BTreeMap<u32, String> {
+    snapshot.links.iter().map(|(index, link)| (*index, link.name.clone())).collect()
+}
+
+fn log_changes(before: &Choices, after: &Choices) {
+    for choice in after.iter().filter(|(index, choice)| before.get(index) != Some(choice)).map(|(_, c)| c) {
+        let (device, role) = (&choice.name, choice.role.name());
+        tracing::info!(%device, role, reason = %choice.reason, near = choice.near, "device carries Service traffic");
+    }
+    for (_, choice) in before.iter().filter(|(index, _)| !after.contains_key(index)) {
+        tracing::info!(device = %choice.name, "device does not carry Service traffic any more");
+    }
+}
+
+fn describe(
+    state: &mut State,
+    choices: &Choices,
+    sources: &BTreeMap<u32, Sources>,
+    outcomes: &BTreeMap<u32, Outcome>,
+) {
+    for (index, choice) in choices {
+        let attached = match outcomes.get(index).map(|outcome| &outcome.attached) {
+            Some(Ok(mechanism)) => mechanism.name().to_owned(),
+            Some(Err(reason)) => {
+                state.problems.insert(format!("device {}", choice.name), vec![reason.clone()]);
+                String::new()
+            }
+            None => String::new(),
+        };
+        let addresses = sources.get(index).into_iter().flatten().copied().map(attach::shown);
+        state.devices.push(DeviceState {
+            index: *index,
+            name: choice.name.clone(),
+            role: choice.role.name().to_owned(),
+            reason: choice.reason.clone(),
+            attached,
+            sources: addresses.filter(|address| !address.is_empty()).collect(),
+            near: choice.near,
+            l3: choice.layer == snapshot::Layer::L3,
+        });
+    }
+}
+
+/// Removes every clsact filter of ours in the calling thread's network namespace. Links go with their pins.
+///
+/// # Errors
+///
+/// When the devices cannot be listed.
+pub async fn remove_filters() -> Result<(), FollowError> {
+    let what = "this host's devices";
+    let (connection, handle, _) =
+        rtnetlink::new_connection().map_err(|source| FollowError::Open { what, source })?;
+    let connection = tokio::spawn(connection);
+    let snapshot = snapshot::dump(handle).await;
+    connection.abort();
+    for name in names(&snapshot.map_err(|source| FollowError::Dump { what, source })?).values() {
+        crate::bpf::tc::detach_clsact(name);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

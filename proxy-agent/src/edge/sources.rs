@@ -1,0 +1,106 @@
+//! Which address of this node packets get as their source when they leave through a device: the one that the kernel
+//! would take itself, and if that cannot serve, another of the device, or of the node.
+//!
+//! Never a frontend address (an address of a Service that is configured on this host): replies to it would be taken
+//! for requests.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proxy_common::addr::{Addr, Family};
+use rtnetlink::Handle;
+
+use super::choice::{Choices, Role};
+use super::snapshot::{Kind, Route, Snapshot, ask_source, is_link_local};
+
+/// What the agent knows that the network does not tell.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The node's own IPs, by [`Family::index`].
+    pub node_ips: [Option<Addr>; 2],
+    /// Addresses of this host that are frontends.
+    pub frontends: BTreeSet<Addr>,
+    /// A backend on another node, by [`Family::index`].
+    pub remote: [Option<Addr>; 2],
+}
+
+/// The source for each family ([`Family::index`]); [`Addr::ZERO`] where there is none.
+pub type Sources = [Addr; 2];
+
+/// The sources of every chosen device. External devices are asked for: how the kernel routes to a backend, or to what
+/// lies behind a gateway of the device.
+pub async fn resolve(
+    handle: &Handle,
+    snapshot: &Snapshot,
+    choices: &Choices,
+    facts: &Facts,
+) -> BTreeMap<u32, Sources> {
+    let mut towards_remote = [None; 2];
+    for (answer, remote) in towards_remote.iter_mut().zip(facts.remote) {
+        if let Some(remote) = remote {
+            *answer = ask_source(handle, remote, None).await;
+        }
+    }
+    let mut resolved = BTreeMap::new();
+    for (&index, choice) in choices {
+        let mut sources = [Addr::ZERO; 2];
+        for (family, source) in Family::ALL.into_iter().zip(&mut sources) {
+            let mut asked = Vec::new();
+            if choice.role == Role::External {
+                asked.extend(towards_remote.get(family.index()).copied().flatten());
+                for destination in destinations(snapshot, index, family, facts) {
+                    asked.extend(ask_source(handle, destination, Some(index)).await);
+                }
+            }
+            let asked = asked.into_iter().filter(|(device, _)| *device == index).map(|(_, source)| source);
+            *source = pick(snapshot, index, choice.role, family, facts, asked);
+        }
+        resolved.insert(index, sources);
+    }
+    resolved
+}
+
+/// What to ask the kernel the way to, through `device`.
+fn destinations(
+    snapshot: &Snapshot,
+    device: u32,
+    family: Family,
+    facts: &Facts,
+) -> impl Iterator<Item = Addr> {
+    let overlay = snapshot.links.get(&device).is_some_and(|link| link.kind == Kind::Overlay);
+    let to_others = |route: &&Route| {
+        route.destination.family() == family && !route.destination.matches_all() && (route.gateway || overlay)
+    };
+    let beyond = snapshot.routes_of(device).filter(to_others).map(|route| inside(route.destination)).min();
+    beyond.into_iter().chain(facts.remote.get(family.index()).copied().flatten())
+}
+
+/// The first host address of a prefix, or the only one.
+fn inside(prefix: proxy_common::addr::Prefix) -> Addr {
+    let next = u128::from_be_bytes(prefix.addr().bytes) | 1;
+    let next = Addr { bytes: next.to_be_bytes() };
+    if prefix.contains(next) { next } else { prefix.addr() }
+}
+
+/// The first of `asked` that can serve; else an address that the device's routes ask for, one of the device, of its
+/// bridge, or the node's.
+fn pick(
+    snapshot: &Snapshot,
+    device: u32,
+    role: Role,
+    family: Family,
+    facts: &Facts,
+    asked: impl Iterator<Item = Addr>,
+) -> Addr {
+    let serves = |addr: &Addr| {
+        addr.family() == family
+            && !facts.frontends.contains(addr)
+            && !is_link_local(*addr)
+            && snapshot.addresses.iter().any(|known| known.addr == *addr && known.usable)
+    };
+    let routed = snapshot.routes_of(device).filter(|_| role == Role::Pod).filter_map(|route| route.source);
+    let master = snapshot.links.get(&device).and_then(|link| link.master);
+    let owned = std::iter::once(device).chain(master);
+    let owned = owned.flat_map(|device| snapshot.addresses_of(device)).map(|address| address.addr);
+    let node = facts.node_ips.iter().copied().flatten();
+    asked.chain(routed).chain(owned).chain(node).find(serves).unwrap_or(Addr::ZERO)
+}

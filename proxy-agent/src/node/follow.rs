@@ -1,0 +1,193 @@
+//! Following a part of what the kernel knows, by rtnetlink: a value read by dumps, at once and after each change.
+//!
+//! A notification only says *that* something changed; the truth is read by a new dump. So a lost notification
+//! (ENOBUFS when the receive buffer overflows) costs nothing: it is a notification as well. Dumps use a socket of
+//! their own, which no flood of notifications can disturb.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use futures::channel::mpsc::UnboundedReceiver;
+use futures::{FutureExt as _, StreamExt as _};
+use rtnetlink::packet_core::NetlinkMessage;
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::sys::{AsyncSocket as _, SocketAddr};
+use rtnetlink::{Handle, MulticastGroup, new_connection, new_multicast_connection};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// Notifications come in bursts (an interface with all its addresses): one dump answers a whole burst.
+const SETTLE: Duration = Duration::from_millis(50);
+/// Where dumps take long, the time between them is at least this many times as long.
+const REST: u32 = 4;
+/// A dump takes milliseconds; one that takes this long will never end.
+const DUMP_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause before a broken connection to the kernel is made anew.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Bytes of notifications that may wait. The kernel caps it at `net.core.rmem_max`.
+pub const RECEIVE_BUFFER: usize = 256 * 1024;
+
+/// Why something cannot be told.
+#[derive(Debug, thiserror::Error)]
+pub enum FollowError {
+    /// No rtnetlink socket.
+    #[error("cannot open an rtnetlink socket to read {what}: {source}")]
+    Open {
+        /// What is followed.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel refused the dump.
+    #[error("cannot list {what} over rtnetlink: {source}")]
+    Dump {
+        /// What is followed.
+        what: &'static str,
+        /// What the kernel said.
+        source: rtnetlink::Error,
+    },
+    /// The dump did not end.
+    #[error("listing {0} over rtnetlink did not end within {DUMP_TIMEOUT:?}")]
+    Timeout(&'static str),
+    /// The connection for notifications ended.
+    #[error("the rtnetlink connection that reports changes of {0} has ended")]
+    Ended(&'static str),
+}
+
+/// What is followed, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject {
+    /// Its name in messages: "this host's addresses".
+    pub what: &'static str,
+    /// Whose notifications count as changes.
+    pub groups: &'static [MulticastGroup],
+    /// Bytes of notifications that may wait.
+    pub receive_buffer: usize,
+}
+
+/// The value that `dump` reads in the calling thread's network namespace, at once and after each change. Following
+/// ends when every receiver is dropped; a broken connection is made anew, for ever, with a log line.
+///
+/// # Errors
+///
+/// When the value cannot be read for the first time.
+pub async fn follow<T, D, F>(subject: Subject, dump: D) -> Result<watch::Receiver<T>, FollowError>
+where
+    T: PartialEq + Send + Sync + 'static,
+    D: Fn(Handle) -> F + Send + Sync + 'static,
+    F: Future<Output = Result<T, rtnetlink::Error>> + Send,
+{
+    let mut feed = Feed::open(subject)?;
+    let (sender, receiver) = watch::channel(feed.dump(&dump).await?);
+    tokio::spawn(async move {
+        let ended = sender.closed();
+        tokio::select! {
+            () = ended => {}
+            () = follow_for_ever(feed, dump, &sender) => {}
+        }
+    });
+    Ok(receiver)
+}
+
+async fn follow_for_ever<T, D, F>(mut feed: Feed, dump: D, sender: &watch::Sender<T>)
+where
+    T: PartialEq,
+    D: Fn(Handle) -> F,
+    F: Future<Output = Result<T, rtnetlink::Error>>,
+{
+    let what = feed.subject.what;
+    loop {
+        let Err(error) = feed.follow(&dump, sender).await;
+        tracing::warn!(%error, retry_in = ?RETRY, "lost track of {what}");
+        feed = loop {
+            tokio::time::sleep(RETRY).await;
+            match reopen(feed.subject, &dump, sender).await {
+                Ok(feed) => break feed,
+                Err(error) => tracing::warn!(%error, retry_in = ?RETRY, "cannot follow {what}"),
+            }
+        };
+        tracing::info!("following {what} again");
+    }
+}
+
+async fn reopen<T, D, F>(subject: Subject, dump: &D, sender: &watch::Sender<T>) -> Result<Feed, FollowError>
+where
+    T: PartialEq,
+    D: Fn(Handle) -> F,
+    F: Future<Output = Result<T, rtnetlink::Error>>,
+{
+    let mut feed = Feed::open(subject)?;
+    deliver(subject.what, feed.dump(dump).await?, sender);
+    Ok(feed)
+}
+
+/// Two sockets: one that hears of changes, one that reads the whole.
+struct Feed {
+    subject: Subject,
+    changes: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
+    dumps: Handle,
+    /// How long the last dump took.
+    took: Duration,
+    /// Drives both sockets; aborted on drop.
+    _connections: JoinSet<()>,
+}
+
+impl Feed {
+    fn open(subject: Subject) -> Result<Self, FollowError> {
+        let failed = |source| FollowError::Open { what: subject.what, source };
+        let (mut notifying, _, changes) = new_multicast_connection(subject.groups).map_err(failed)?;
+        notifying.socket_mut().socket_mut().set_rx_buf_sz(subject.receive_buffer).map_err(failed)?;
+        let (dumping, dumps, _) = new_connection().map_err(failed)?;
+        let mut connections = JoinSet::new();
+        connections.spawn(notifying);
+        connections.spawn(dumping);
+        Ok(Self { subject, changes, dumps, took: Duration::ZERO, _connections: connections })
+    }
+
+    async fn dump<T, D, F>(&mut self, dump: &D) -> Result<T, FollowError>
+    where
+        D: Fn(Handle) -> F,
+        F: Future<Output = Result<T, rtnetlink::Error>>,
+    {
+        let what = self.subject.what;
+        let start = Instant::now();
+        let value = match tokio::time::timeout(DUMP_TIMEOUT, dump(self.dumps.clone())).await {
+            Ok(value) => value.map_err(|source| FollowError::Dump { what, source })?,
+            Err(_elapsed) => return Err(FollowError::Timeout(what)),
+        };
+        self.took = start.elapsed();
+        Ok(value)
+    }
+
+    /// Delivers the whole value after each change, until the connection breaks.
+    async fn follow<T, D, F>(
+        &mut self,
+        dump: &D,
+        sender: &watch::Sender<T>,
+    ) -> Result<std::convert::Infallible, FollowError>
+    where
+        T: PartialEq,
+        D: Fn(Handle) -> F,
+        F: Future<Output = Result<T, rtnetlink::Error>>,
+    {
+        while self.changes.next().await.is_some() {
+            tokio::time::sleep(SETTLE.max(self.took * REST)).await;
+            // What waits by now happened before the dump that follows.
+            while let Some(Some(_)) = self.changes.next().now_or_never() {}
+            deliver(self.subject.what, self.dump(dump).await?, sender);
+        }
+        Err(FollowError::Ended(self.subject.what))
+    }
+}
+
+fn deliver<T: PartialEq>(what: &'static str, value: T, sender: &watch::Sender<T>) {
+    sender.send_if_modified(|known| {
+        let changed = *known != value;
+        if changed {
+            tracing::debug!("{what} changed");
+            *known = value;
+        }
+        changed
+    });
+}

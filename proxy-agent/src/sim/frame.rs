@@ -1,0 +1,104 @@
+//! A packet on the host: what the TC shell does to an skb, done to a vector of bytes.
+
+use proxy_common::datapath::edge::checksum;
+use proxy_common::datapath::edge::packet::{FURTHEST, Packet};
+
+const MAC_HEADER: usize = 14;
+
+/// One packet, with its MAC header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// All bytes.
+    pub bytes: Vec<u8>,
+    /// Index of the device that the pipeline runs on.
+    pub ifindex: u32,
+    /// Index of the device by which it entered the host; 0 if it was made there.
+    pub entered_by: u32,
+}
+
+impl Frame {
+    /// A packet that has come in by the device `ifindex`.
+    pub fn new(bytes: Vec<u8>, ifindex: u32) -> Self {
+        Self { bytes, ifindex, entered_by: ifindex }
+    }
+
+    fn range(&mut self, offset: u32, len: usize) -> Option<&mut [u8]> {
+        let start = offset as usize;
+        self.bytes.get_mut(start..start.checked_add(len)?)
+    }
+}
+
+impl Packet for Frame {
+    fn ethertype(&self) -> u16 {
+        self.load::<2>(12).map_or(0, u16::from_be_bytes)
+    }
+
+    fn ip_offset(&self) -> u32 {
+        MAC_HEADER as u32
+    }
+
+    fn length(&self) -> u32 {
+        u32::try_from(self.bytes.len()).unwrap_or(u32::MAX)
+    }
+
+    fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
+    fn entered_by(&self) -> u32 {
+        self.entered_by
+    }
+
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        if offset > FURTHEST {
+            return None;
+        }
+        let start = offset as usize;
+        self.bytes.get(start..start.checked_add(N)?)?.try_into().ok()
+    }
+
+    fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N]) -> bool {
+        match self.range(offset, N) {
+            Some(range) => {
+                range.copy_from_slice(&bytes);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn store_summed<const N: usize>(&mut self, offset: u32, bytes: [u8; N]) -> bool {
+        self.store(offset, bytes)
+    }
+
+    fn fix_checksum(&mut self, offset: u32, pseudo: u32, covered: u32, zero_is_none: bool) -> bool {
+        let Some(before) = self.load::<2>(offset) else { return false };
+        if zero_is_none && before == [0; 2] {
+            return true;
+        }
+        // One after the other, as the kernel does it: zero has two forms.
+        let mut field = before;
+        for difference in [pseudo, covered] {
+            if difference != 0 && difference != u32::MAX {
+                field = checksum::updated(field, difference);
+                if zero_is_none && field == [0; 2] {
+                    field = [0xff; 2];
+                }
+            }
+        }
+        self.store(offset, field)
+    }
+
+    fn insert_before_ip(&mut self, bytes: u32) -> bool {
+        if self.bytes.len() < MAC_HEADER {
+            return false;
+        }
+        self.bytes.splice(MAC_HEADER..MAC_HEADER, std::iter::repeat_n(0, bytes as usize));
+        true
+    }
+
+    fn resize(&mut self, len: u32) -> bool {
+        self.bytes.resize(len as usize, 0);
+        true
+    }
+}

@@ -1,0 +1,157 @@
+//! The packet edge's flows: `FLOWS` and `NEW_FLOWS` hold records, `FLOW_INDEX` and `NEW_FLOW_INDEX` lead to them.
+//!
+//! One record per flow, keyed by the tuple that packets carry between the edges: client and backend. Index entries
+//! lead to it from the tuples of the outer sides: client and VIP, backend and our own address. The record is written
+//! first, then its indexes; they are removed the other way round. An index without a record is a miss.
+//!
+//! Written by the edges; the agent only collects what has expired. The `NEW_…` maps are LRU hashes, in which a flood
+//! can evict a flow until its client has proved that it hears the replies; the others never evict.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::{addr::Addr, be::Be16};
+
+/// What a [`FlowKey`] is the key of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FlowKind {
+    /// A record: client to backend.
+    Record = 0,
+    /// An index entry: client to VIP, as requests arrive.
+    Vip = 1,
+    /// An index entry: backend to our own address, as replies arrive from another node.
+    Snat = 2,
+}
+
+/// Key of all four maps: a tuple as packets carry it.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
+pub struct FlowKey {
+    /// Source address.
+    pub source: Addr,
+    /// Destination address.
+    pub destination: Addr,
+    /// Source port.
+    pub source_port: Be16,
+    /// Destination port.
+    pub destination_port: Be16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// A [`FlowKind`].
+    pub kind: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+
+impl FlowKey {
+    /// 32 bits that depend on every byte of the key.
+    #[inline(always)]
+    pub fn check(&self) -> u32 {
+        let words: &[u64; 5] = bytemuck::cast_ref(self);
+        let mut hash = 0x9e37_79b9_7f4a_7c15_u64;
+        for word in words {
+            hash = (hash ^ word).wrapping_mul(0xff51_afd7_ed55_8ccd).rotate_left(29);
+        }
+        (hash ^ (hash >> 32)) as u32
+    }
+}
+
+/// Value of `FLOWS` and `NEW_FLOWS`.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Flow {
+    /// What the client talks to.
+    pub vip: Addr,
+    /// What the backend sees as the client, where that is not the client itself; zero otherwise.
+    pub snat: Addr,
+    /// Port of `vip`.
+    pub vip_port: Be16,
+    /// Port of `snat`; not zero when both count.
+    pub snat_port: Be16,
+    /// The client's own port. The key has another one where two flows would have met.
+    pub client_port: Be16,
+    /// Zero.
+    pub pad: u16,
+    /// Service id.
+    pub service: u32,
+    /// Backend id.
+    pub backend: u32,
+    /// The backend's generation when it was chosen.
+    pub generation: u32,
+    /// [`FlowKey::check`] of the key: elements are reused under readers.
+    pub check: u32,
+    /// Bits of [`state`].
+    pub state: u32,
+    /// TCP, until the flow is assured: what the client's next acknowledgement number has to be, host order.
+    pub expected_ack: u32,
+    /// When a packet was last seen: nanoseconds of the monotonic clock.
+    pub last_seen: u64,
+}
+
+/// Value of `FLOW_INDEX` and `NEW_FLOW_INDEX`: what, with the index key, makes the record's key.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct FlowRef {
+    /// [`FlowKind::Vip`]: the backend. [`FlowKind::Snat`]: the client.
+    pub addr: Addr,
+    /// Its port.
+    pub port: Be16,
+    /// The record's source port ([`FlowKind::Vip`]); for [`FlowKind::Snat`] the same as `port`.
+    pub client_port: Be16,
+    /// [`FlowKey::check`] of the index key.
+    pub check: u32,
+}
+
+/// Bits of [`Flow::state`].
+pub mod state {
+    /// The backend has answered; over TCP, with SYN and ACK.
+    pub const REPLIED: u32 = 1 << 0;
+    /// The client has gone on after an answer: the flow is real, and in the maps that never evict.
+    pub const ASSURED: u32 = 1 << 1;
+    /// The client has sent FIN.
+    pub const FIN_REQUEST: u32 = 1 << 2;
+    /// The backend has sent FIN.
+    pub const FIN_REPLY: u32 = 1 << 3;
+    /// Either side has sent RST.
+    pub const RESET: u32 = 1 << 4;
+    /// The client came through an external device: packets to another node get a source of ours.
+    pub const OUTSIDE: u32 = 1 << 5;
+}
+
+/// Ports that translated sources get: outside of Linux' ephemeral range (32768 on) and of the nodePorts
+/// (30000-32767).
+pub const SNAT_PORTS: core::ops::Range<u16> = 10_000..30_000;
+
+/// Key of `FRAGMENTS`: one fragmented packet (RFC 791, RFC 8200).
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
+pub struct FragmentKey {
+    /// Source address.
+    pub source: Addr,
+    /// Destination address.
+    pub destination: Addr,
+    /// Identification, as on the wire (IPv4: in the first two bytes).
+    pub id: [u8; 4],
+    /// IP protocol number.
+    pub proto: u8,
+    /// 0 on ingress, 1 on egress.
+    pub egress: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+
+/// Value of `FRAGMENTS`: the ports that only the first fragment carries.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct FragmentPorts {
+    /// Source port.
+    pub source: Be16,
+    /// Destination port.
+    pub destination: Be16,
+}
+
+const _: () = assert!(size_of::<FlowKey>() == 40);
+const _: () = assert!(size_of::<Flow>() == 72);
+const _: () = assert!(size_of::<FlowRef>() == 24);
+const _: () = assert!(size_of::<FragmentKey>() == 40);
+const _: () = assert!(size_of::<FragmentPorts>() == 4);

@@ -1,0 +1,524 @@
+//! Flows: found by any of their tuples, made once, kept while they live.
+//!
+//! A flow begins in the maps that evict. It moves to those that never do when its client goes on after an answer: a
+//! live backend answers spoofed requests too, so an answer alone proves nothing. For TCP the client has to acknowledge
+//! what the backend sent.
+
+use super::parse::{Parsed, Tuple, tcp};
+use super::tables::{EdgeTables, FlowCell, Tier, Work};
+use super::timeouts;
+use crate::abi::flow::SNAT_PORTS;
+use crate::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
+use crate::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef, proto};
+use crate::addr::Addr;
+use crate::be::Be16;
+
+/// How far the first acknowledgement may be ahead of the backend's SYN: what a backend may send before it.
+const FIRST_WINDOW: u32 = 1 << 17;
+/// Source ports tried before a flow is given up.
+const PORT_TRIES: u32 = 16;
+/// Tuples tried for a new flow: its own, and some with another source port. The verifier follows each.
+const TUPLE_TRIES: u32 = 4;
+
+/// Where a live record is.
+///
+/// The tier comes first: BTF cannot describe an `Option` whose tag lies behind something else.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Place<C> {
+    /// The map it is in.
+    pub tier: Tier,
+    /// The record.
+    pub cell: C,
+}
+
+impl<C: FlowCell> Place<C> {
+    /// What the record holds at this moment.
+    #[inline(always)]
+    pub fn flow(&self) -> Flow {
+        self.cell.get()
+    }
+}
+
+/// Whether the backend sees a source of ours.
+#[inline(always)]
+pub fn has_snat(flow: &Flow) -> bool {
+    flow.snat_port != Be16 { bytes: [0; 2] }
+}
+
+/// A key of any kind.
+#[inline(always)]
+pub fn key(kind: FlowKind, proto: u8, tuple: &Tuple) -> FlowKey {
+    FlowKey {
+        source: tuple.source,
+        destination: tuple.destination,
+        source_port: tuple.source_port,
+        destination_port: tuple.destination_port,
+        proto,
+        kind: kind as u8,
+        pad: [0; 2],
+    }
+}
+
+/// The tuple of packets in the other direction.
+#[inline(always)]
+pub fn reversed(tuple: &Tuple) -> Tuple {
+    Tuple {
+        source: tuple.destination,
+        destination: tuple.source,
+        source_port: tuple.destination_port,
+        destination_port: tuple.source_port,
+    }
+}
+
+/// The live record of a tuple of client and backend.
+#[inline(never)]
+pub fn record<T: EdgeTables>(tables: &T, key: &FlowKey, now: u64) -> Option<Place<T::Cell>> {
+    let check = key.check();
+    match live(tables, Tier::Assured, key, check, now) {
+        Some(cell) => Some(Place { cell, tier: Tier::Assured }),
+        None => live(tables, Tier::New, key, check, now).map(|cell| Place { cell, tier: Tier::New }),
+    }
+}
+
+#[inline(always)]
+fn live<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, check: u32, now: u64) -> Option<T::Cell> {
+    let cell = tables.flow(tier, key)?;
+    let flow = cell.get();
+    if flow.check == check && !timeouts::expired(&flow, key.proto, now) { Some(cell) } else { None }
+}
+
+/// The live record that a request from `tuple.source` to the VIP `tuple.destination` belongs to. Its key goes into `key`.
+#[inline(never)]
+pub fn by_vip<T: EdgeTables>(
+    tables: &T,
+    proto: u8,
+    tuple: &Tuple,
+    key: &mut FlowKey,
+    now: u64,
+) -> Option<Place<T::Cell>> {
+    if !follow(tables, FlowKind::Vip, proto, tuple, key) {
+        return None;
+    }
+    let place = record(tables, key, now)?;
+    let flow = place.flow();
+    let same = flow.vip == tuple.destination
+        && flow.vip_port == tuple.destination_port
+        && flow.client_port == tuple.source_port;
+    if same { Some(place) } else { None }
+}
+
+/// The live record that a packet from the backend `tuple.source` to our own address belongs to. Its key goes into `key`.
+#[inline(never)]
+pub fn by_snat<T: EdgeTables>(
+    tables: &T,
+    proto: u8,
+    tuple: &Tuple,
+    key: &mut FlowKey,
+    now: u64,
+) -> Option<Place<T::Cell>> {
+    if !follow(tables, FlowKind::Snat, proto, tuple, key) {
+        return None;
+    }
+    let place = record(tables, key, now)?;
+    let flow = place.flow();
+    let same = has_snat(&flow) && flow.snat == tuple.destination && flow.snat_port == tuple.destination_port;
+    if same { Some(place) } else { None }
+}
+
+/// From an index entry to the key of its record.
+#[inline(always)]
+fn follow<T: EdgeTables>(tables: &T, kind: FlowKind, proto: u8, tuple: &Tuple, to: &mut FlowKey) -> bool {
+    let index = key(kind, proto, tuple);
+    let Some(target) = indexed(tables, &index) else { return false };
+    *to = match kind {
+        FlowKind::Snat => snat_target(&index, &target),
+        FlowKind::Vip | FlowKind::Record => vip_target(&index, &target),
+    };
+    true
+}
+
+#[inline(always)]
+fn indexed<T: EdgeTables>(tables: &T, index: &FlowKey) -> Option<FlowRef> {
+    let target = match tables.index(Tier::Assured, index) {
+        Some(target) => target,
+        None => tables.index(Tier::New, index)?,
+    };
+    if target.check == index.check() { Some(target) } else { None }
+}
+
+/// The key of the record that an index entry from the VIP leads to.
+#[inline(always)]
+pub fn vip_target(index: &FlowKey, target: &FlowRef) -> FlowKey {
+    FlowKey {
+        source: index.source,
+        destination: target.addr,
+        source_port: target.client_port,
+        destination_port: target.port,
+        proto: index.proto,
+        kind: FlowKind::Record as u8,
+        pad: [0; 2],
+    }
+}
+
+/// The key of the record that an index entry from our own address leads to.
+#[inline(always)]
+pub fn snat_target(index: &FlowKey, target: &FlowRef) -> FlowKey {
+    FlowKey {
+        source: target.addr,
+        destination: index.source,
+        source_port: target.client_port,
+        destination_port: index.source_port,
+        proto: index.proto,
+        kind: FlowKind::Record as u8,
+        pad: [0; 2],
+    }
+}
+
+/// The index entry of a record from the VIP.
+#[inline(always)]
+pub fn vip_index(key: &FlowKey, flow: &Flow) -> (FlowKey, FlowRef) {
+    let index = FlowKey {
+        source: key.source,
+        destination: flow.vip,
+        source_port: flow.client_port,
+        destination_port: flow.vip_port,
+        proto: key.proto,
+        kind: FlowKind::Vip as u8,
+        pad: [0; 2],
+    };
+    let check = index.check();
+    (
+        index,
+        FlowRef { addr: key.destination, port: key.destination_port, client_port: key.source_port, check },
+    )
+}
+
+/// The index entry of a record from our own address.
+#[inline(always)]
+pub fn snat_index(key: &FlowKey, snat: &Addr, snat_port: Be16) -> (FlowKey, FlowRef) {
+    let index = FlowKey {
+        source: key.destination,
+        destination: *snat,
+        source_port: key.destination_port,
+        destination_port: snat_port,
+        proto: key.proto,
+        kind: FlowKind::Snat as u8,
+        pad: [0; 2],
+    };
+    let check = index.check();
+    (index, FlowRef { addr: key.source, port: key.source_port, client_port: key.source_port, check })
+}
+
+/// Writes the index entry from the VIP.
+#[inline(never)]
+fn link_vip<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) -> bool {
+    let (index, target) = vip_index(key, &cell.get());
+    tables.put_index(tier, &index, &target)
+}
+
+/// Writes the index entry from our own address, if the flow has one.
+#[inline(never)]
+fn link_snat<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) -> bool {
+    let flow = cell.get();
+    if !has_snat(&flow) {
+        return true;
+    }
+    let (index, target) = snat_index(key, &flow.snat, flow.snat_port);
+    tables.put_index(tier, &index, &target)
+}
+
+#[inline(never)]
+fn unlink_vip<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) {
+    let (index, target) = vip_index(key, &cell.get());
+    // The client may have begun another flow by the same tuple.
+    if tables.index(tier, &index) == Some(target) {
+        tables.remove_index(tier, &index);
+    }
+}
+
+#[inline(never)]
+fn unlink_snat<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) {
+    let flow = cell.get();
+    if has_snat(&flow) {
+        let (index, target) = snat_index(key, &flow.snat, flow.snat_port);
+        if tables.index(tier, &index) == Some(target) {
+            tables.remove_index(tier, &index);
+        }
+    }
+}
+
+/// Removes what a client's tuple led to: a record that has expired, and any index entry. Else the entry of an old flow
+/// would hide that of a new one.
+#[inline(never)]
+fn recycle<T: EdgeTables>(tables: &T, index: &FlowKey, work: &mut Work, now: u64) {
+    recycle_in(tables, Tier::Assured, index, work, now);
+    recycle_in(tables, Tier::New, index, work, now);
+}
+
+#[inline(always)]
+fn recycle_in<T: EdgeTables>(tables: &T, tier: Tier, index: &FlowKey, work: &mut Work, now: u64) {
+    let Some(target) = tables.index(tier, index) else { return };
+    work.key = vip_target(index, &target);
+    if let Some(cell) = tables.flow(tier, &work.key)
+        && timeouts::expired(&cell.get(), work.key.proto, now)
+    {
+        remove(tables, &work.key, &Place { tier, cell });
+    }
+    tables.remove_index(tier, index);
+}
+
+/// Makes a flow from the client of `tuple` to a backend, with another source port if its own tuple is taken. Its key is
+/// then in `work`. `None`: the backend has gone, every tuple that was tried is taken, or there is no room.
+#[inline(never)]
+pub fn create<T: EdgeTables>(
+    tables: &T,
+    tuple: &Tuple,
+    to: &Choice,
+    work: &mut Work,
+    now: u64,
+) -> Option<Place<T::Cell>> {
+    recycle(tables, &key(FlowKind::Vip, to.proto, tuple), work, now);
+    let backend = tables.backend(to.backend).filter(|backend| backend.service == to.service)?;
+    work.flow = Flow {
+        vip: tuple.destination,
+        vip_port: tuple.destination_port,
+        client_port: tuple.source_port,
+        service: to.service,
+        backend: to.backend,
+        generation: backend.state.generation,
+        state: to.state,
+        last_seen: now,
+        ..Flow::default()
+    };
+    work.key = FlowKey {
+        source: tuple.source,
+        destination: backend.addr,
+        source_port: tuple.source_port,
+        destination_port: backend.port,
+        proto: to.proto,
+        kind: FlowKind::Record as u8,
+        pad: [0; 2],
+    };
+    clear(tables, &work.key, now);
+    for attempt in 0..TUPLE_TRIES {
+        if attempt > 0 {
+            work.key.source_port = random_port(tables);
+        }
+        if taken(tables, &work.key, &work.flow) {
+            continue;
+        }
+        work.flow.check = work.key.check();
+        // Its index may have been evicted while the record lived; else somebody is faster, or there is no room.
+        if !tables.add_flow(Tier::New, &work.key, &work.flow) && taken(tables, &work.key, &work.flow) {
+            continue;
+        }
+        if let Some(place) = record(tables, &work.key, now) {
+            let linked = link_vip(tables, place.tier, &work.key, &place.cell);
+            return if linked { Some(place) } else { None };
+        }
+    }
+    None
+}
+
+/// Where a new flow goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// IP protocol number.
+    pub proto: u8,
+    /// Service id.
+    pub service: u32,
+    /// Backend id.
+    pub backend: u32,
+    /// The first state of the flow.
+    pub state: u32,
+}
+
+/// Removes what has ended under a key.
+#[inline(never)]
+fn clear<T: EdgeTables>(tables: &T, key: &FlowKey, now: u64) {
+    let mut tier = Tier::Assured;
+    for _ in 0..2 {
+        if let Some(cell) = tables.flow(tier, key) {
+            let there = cell.get();
+            if timeouts::expired(&there, key.proto, now) || timeouts::closed(there.state) {
+                remove(tables, key, &Place { cell, tier });
+            }
+        }
+        tier = Tier::New;
+    }
+}
+
+/// Whether another flow has the key.
+#[inline(never)]
+fn taken<T: EdgeTables>(tables: &T, key: &FlowKey, flow: &Flow) -> bool {
+    let there = match tables.flow(Tier::Assured, key) {
+        Some(cell) => cell.get(),
+        None => match tables.flow(Tier::New, key) {
+            Some(cell) => cell.get(),
+            None => return false,
+        },
+    };
+    there.vip != flow.vip || there.vip_port != flow.vip_port || there.client_port != flow.client_port
+}
+
+#[inline(always)]
+fn random_port(tables: &impl EdgeTables) -> Be16 {
+    const COUNT: u64 = (SNAT_PORTS.end - SNAT_PORTS.start) as u64;
+    let offset = (u64::from(tables.random()).wrapping_mul(COUNT) >> 32) as u16;
+    Be16::new(SNAT_PORTS.start.wrapping_add(offset))
+}
+
+/// Forgets a flow: indexes first.
+#[inline(never)]
+pub fn remove<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) {
+    unlink_vip(tables, place.tier, key, &place.cell);
+    unlink_snat(tables, place.tier, key, &place.cell);
+    tables.remove_flow(place.tier, key);
+}
+
+/// Our own source for packets of a flow to another node: what it has, or a new one at `addr`. False: all ports that were
+/// tried are taken. Afterwards the record holds it.
+#[inline(never)]
+pub fn translate_source<T: EdgeTables>(
+    tables: &T,
+    key: &FlowKey,
+    place: &Place<T::Cell>,
+    addr: &Addr,
+    now: u64,
+) -> bool {
+    for attempt in 0..PORT_TRIES {
+        let port = random_port(tables);
+        let (index, target) = snat_index(key, addr, port);
+        if let Some(other) = indexed(tables, &index) {
+            // The backend remembers a closed connection for a while and refuses another one from there (TIME_WAIT, RFC
+            // 9293 §3.6.1), so its port is taken only when free ones have become rare.
+            if owned(tables, &index, &other, attempt < PORT_TRIES / 2, now) {
+                continue;
+            }
+            tables.remove_index(Tier::New, &index);
+            tables.remove_index(Tier::Assured, &index);
+        }
+        if tables.add_index(place.tier, &index, &target) {
+            place.cell.set_snat(*addr, port);
+            return true;
+        }
+    }
+    false
+}
+
+/// Whether a flow still has its source: the index entry from there may have been evicted, and is then made again unless
+/// another flow has taken the source.
+#[inline(never)]
+pub fn keeps_source<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) -> bool {
+    if place.tier == Tier::Assured {
+        return true;
+    }
+    let flow = place.cell.get();
+    let (index, target) = snat_index(key, &flow.snat, flow.snat_port);
+    match tables.index(Tier::New, &index) {
+        Some(there) => there == target,
+        None => indexed(tables, &index).is_none() && tables.add_index(Tier::New, &index, &target),
+    }
+}
+
+/// Makes the index entry from the VIP again if it has been evicted: of TCP, only the first packet of a client could.
+#[inline(never)]
+pub fn keep_vip<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) {
+    if place.tier == Tier::New {
+        let (index, target) = vip_index(key, &place.cell.get());
+        if indexed(tables, &index).is_none() {
+            tables.add_index(Tier::New, &index, &target);
+        }
+    }
+}
+
+/// Whether a flow has the source that an index entry stands for: an open one, or (`closed`) any.
+#[inline(never)]
+fn owned<T: EdgeTables>(tables: &T, index: &FlowKey, target: &FlowRef, closed: bool, now: u64) -> bool {
+    let Some(owner) = record(tables, &snat_target(index, target), now) else { return false };
+    let flow = owner.flow();
+    flow.snat == index.destination
+        && flow.snat_port == index.destination_port
+        && (closed || !timeouts::closed(flow.state))
+}
+
+/// A packet of the client: advances the state, and makes the flow safe from eviction once the client has gone on after
+/// an answer.
+#[inline(always)]
+pub fn on_request<T: EdgeTables>(
+    tables: &T,
+    key: &FlowKey,
+    place: &Place<T::Cell>,
+    parsed: &Parsed,
+    acknowledges: Option<u32>,
+    now: u64,
+) {
+    let flow = place.flow();
+    let mut state = flow.state;
+    let proven = if parsed.proto == proto::TCP {
+        state = tcp_state(state, parsed.kind, FIN_REQUEST);
+        acknowledges.is_some_and(|ack| ack.wrapping_sub(flow.expected_ack) < FIRST_WINDOW)
+    } else {
+        true
+    };
+    place.cell.set_last_seen(now);
+    if state != flow.state {
+        place.cell.set_state(state);
+    }
+    if state & (REPLIED | ASSURED) == REPLIED && proven && !assure(tables, key, place) {
+        tables.count(Counter::FlowsFull);
+    }
+}
+
+/// Moves a record with its indexes. False, and nothing changed, if there is no room.
+#[inline(never)]
+fn assure<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) -> bool {
+    let mut flow = place.flow();
+    flow.state |= ASSURED;
+    if !tables.add_flow(Tier::Assured, key, &flow) {
+        return false;
+    }
+    let done = link_vip(tables, Tier::Assured, key, &place.cell)
+        && link_snat(tables, Tier::Assured, key, &place.cell);
+    let leave = if done { Tier::New } else { Tier::Assured };
+    remove(tables, key, &Place { cell: place.cell.clone(), tier: leave });
+    done
+}
+
+/// A packet of the backend. `sequence` is that of a SYN.
+#[inline(always)]
+pub fn on_reply<C: FlowCell>(place: &Place<C>, parsed: &Parsed, sequence: Option<u32>, now: u64) {
+    let before = place.flow().state;
+    let mut state = before;
+    if parsed.proto != proto::TCP {
+        state |= REPLIED;
+    } else {
+        state = tcp_state(state, parsed.kind, FIN_REPLY);
+        // A reset answers whoever asks, and gives the client nothing that it could prove to have heard.
+        if let Some(sequence) = sequence
+            && parsed.kind & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK
+        {
+            if before & ASSURED == 0 {
+                place.cell.set_expected_ack(sequence.wrapping_add(1));
+            }
+            state |= REPLIED;
+        }
+    }
+    place.cell.set_last_seen(now);
+    if state != before {
+        place.cell.set_state(state);
+    }
+}
+
+/// RST and FIN as they are seen. What is sent after a RST shows that it was not believed.
+#[inline(always)]
+const fn tcp_state(state: u32, flags: u8, fin: u32) -> u32 {
+    if flags & tcp::RST != 0 {
+        state | RESET
+    } else if flags & tcp::FIN != 0 {
+        (state & !RESET) | fin
+    } else {
+        state & !RESET
+    }
+}

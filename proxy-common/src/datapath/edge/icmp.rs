@@ -1,0 +1,273 @@
+//! ICMP errors that quote a translated packet (RFC 792, RFC 4443): whoever gets one finds its own packet in it, or path
+//! MTU discovery and traceroute would not work through a VIP (RFC 5508 §4).
+//!
+//! | error about | where it is met | the quote becomes |
+//! |---|---|---|
+//! | a request to another node | ingress, sent to our own address | what left here before its source was ours |
+//! | a request, on to the client | egress | what the client had sent |
+//! | an answer, from the client's side | ingress, sent to the VIP | what the backend had sent |
+//! | an answer, on to another node | egress | what that node had sent |
+
+use super::Verdict;
+use super::checksum;
+use super::flows;
+use super::packet::Packet;
+use super::parse::{self, Parsed, Part, Tuple};
+use super::rewrite;
+use super::tables::{EdgeTables, Work};
+use crate::abi::proto::{ICMP, ICMPV6};
+use crate::abi::{Counter, FlowKind};
+use crate::addr::{Addr, Family};
+
+const REDIRECT_V4: u8 = 5;
+const REDIRECT_V6: u8 = 137;
+
+/// Bytes in front of the quoted header.
+const HEADER: u32 = 8;
+/// Target and destination, which follow the header of an IPv6 redirect.
+const REDIRECT_ADDRESSES: u32 = 32;
+/// Bytes that an error quotes at least of what follows the quoted IP header.
+const QUOTED_TRANSPORT: u32 = 8;
+
+/// Whether the packet is an ICMP message that quotes another packet.
+#[inline(always)]
+pub const fn is_error(parsed: &Parsed) -> bool {
+    match parsed.proto {
+        // Other fragments have no header.
+        _ if matches!(parsed.part, Part::Later) => false,
+        // Unreachable, source quench, redirect, time exceeded, parameter problem.
+        ICMP => matches!(parsed.kind, 3 | 4 | REDIRECT_V4 | 11 | 12),
+        // Everything below 128 is an error.
+        ICMPV6 => parsed.kind < 128 || parsed.kind == REDIRECT_V6,
+        _ => false,
+    }
+}
+
+/// New tuples of the error and of what it quotes.
+struct Edit {
+    source: Addr,
+    destination: Addr,
+    quoted: Tuple,
+}
+
+/// An error enters.
+#[inline(never)]
+pub fn ingress(
+    packet: &mut impl Packet,
+    tables: &impl EdgeTables,
+    outer: &Parsed,
+    quote: &mut Parsed,
+    work: &mut Work,
+) -> Verdict {
+    if !quoted(packet, outer, quote) {
+        return Verdict::Pass;
+    }
+    match entering(tables, outer, quote, work) {
+        Some(edit) => apply(packet, tables, outer, quote, &edit),
+        None => Verdict::Pass,
+    }
+}
+
+#[inline(never)]
+fn entering(tables: &impl EdgeTables, outer: &Parsed, quote: &Parsed, work: &mut Work) -> Option<Edit> {
+    let now = tables.now();
+    let reply = flows::reversed(&quote.tuple);
+    let source = outer.tuple.source;
+    let key = &mut work.key;
+    if flows::by_snat(tables, quote.proto, &reply, key, now).is_some() {
+        let quoted = Tuple { source: key.source, source_port: key.source_port, ..quote.tuple };
+        return Some(Edit { source, destination: key.source, quoted });
+    }
+    flows::by_vip(tables, quote.proto, &reply, key, now)?;
+    let quoted = Tuple {
+        source: key.destination,
+        source_port: key.destination_port,
+        destination: quote.tuple.destination,
+        destination_port: key.source_port,
+    };
+    Some(Edit { source, destination: key.destination, quoted })
+}
+
+/// An error leaves, through an external device or to a pod.
+#[inline(never)]
+pub fn egress<P: Packet, T: EdgeTables, const EXTERNAL: bool>(
+    packet: &mut P,
+    tables: &T,
+    outer: &Parsed,
+    quote: &mut Parsed,
+    work: &mut Work,
+) -> Verdict {
+    if !quoted(packet, outer, quote) {
+        return Verdict::Pass;
+    }
+    match leaving::<T, EXTERNAL>(tables, outer, quote, work) {
+        Some(edit) => apply(packet, tables, outer, quote, &edit),
+        None => Verdict::Pass,
+    }
+}
+
+#[inline(never)]
+fn leaving<T: EdgeTables, const EXTERNAL: bool>(
+    tables: &T,
+    outer: &Parsed,
+    quote: &Parsed,
+    work: &mut Work,
+) -> Option<Edit> {
+    let now = tables.now();
+    let Tuple { source, destination, .. } = outer.tuple;
+    work.key = flows::key(FlowKind::Record, quote.proto, &quote.tuple);
+    if let Some(place) = flows::record(tables, &work.key, now) {
+        // About a request: the client knows the VIP only.
+        let flow = place.flow();
+        let quoted = Tuple {
+            source: quote.tuple.source,
+            source_port: flow.client_port,
+            destination: flow.vip,
+            destination_port: flow.vip_port,
+        };
+        let source = if source == quote.tuple.destination { flow.vip } else { source };
+        return Some(Edit { source, destination, quoted });
+    }
+    work.key = flows::key(FlowKind::Record, quote.proto, &flows::reversed(&quote.tuple));
+    let flow = flows::record(tables, &work.key, now)?.flow();
+    if !EXTERNAL || !flows::has_snat(&flow) {
+        return None;
+    }
+    // About an answer: the backend on another node knows us only.
+    let quoted = Tuple { destination: flow.snat, destination_port: flow.snat_port, ..quote.tuple };
+    Some(Edit { source: flow.snat, destination, quoted })
+}
+
+/// Reads the quote. Whom the error is for has sent the quoted packet.
+#[inline(always)]
+fn quoted(packet: &impl Packet, outer: &Parsed, quote: &mut Parsed) -> bool {
+    let mut at = outer.transport.wrapping_add(HEADER);
+    if outer.family == Family::V6 && outer.kind == REDIRECT_V6 {
+        at = redirected(packet, at.wrapping_add(REDIRECT_ADDRESSES));
+    }
+    parse::quoted(packet, outer.family, at, quote)
+        && quote.transport.wrapping_add(QUOTED_TRANSPORT) <= end(outer)
+        && quote.tuple.source == outer.tuple.destination
+}
+
+/// Where the packet ends by its own account: bytes behind that are in no checksum.
+#[inline(always)]
+const fn end(parsed: &Parsed) -> u32 {
+    parsed.ip.wrapping_add(parsed.bytes)
+}
+
+/// Where an IPv6 redirect quotes: in an option (RFC 4861 §4.6.3), which may have others before it.
+#[inline(always)]
+fn redirected(packet: &impl Packet, options: u32) -> u32 {
+    const REDIRECTED_HEADER: u8 = 4;
+    let mut at = options;
+    for _ in 0..3 {
+        match packet.load::<2>(at) {
+            Some([REDIRECTED_HEADER, _]) => break,
+            Some([_, units]) => at = at.wrapping_add(u32::from(units).wrapping_mul(8)),
+            None => break,
+        }
+    }
+    at.wrapping_add(HEADER)
+}
+
+/// Rewrites the quote and the error around it.
+#[inline(never)]
+fn apply(
+    packet: &mut impl Packet,
+    tables: &impl EdgeTables,
+    outer: &Parsed,
+    quote: &Parsed,
+    edit: &Edit,
+) -> Verdict {
+    // A node with one arm would send its clients past itself.
+    let redirect = match outer.family {
+        Family::V4 => REDIRECT_V4,
+        Family::V6 => REDIRECT_V6,
+    };
+    if outer.kind == redirect {
+        tables.count(Counter::DropRedirect);
+        return Verdict::Drop;
+    }
+    if write(packet, outer, quote, edit) {
+        tables.count(Counter::IcmpError);
+        Verdict::Translated
+    } else {
+        tables.count(Counter::DropUnwritable);
+        Verdict::Drop
+    }
+}
+
+#[inline(always)]
+fn write(packet: &mut impl Packet, outer: &Parsed, quote: &Parsed, edit: &Edit) -> bool {
+    let (old, new) = (&quote.tuple, &edit.quoted);
+    let inner = checksum::add(
+        checksum::addresses(&old.source, &new.source),
+        checksum::addresses(&old.destination, &new.destination),
+    );
+    let ports =
+        checksum::ports((old.source_port, old.destination_port), (new.source_port, new.destination_port));
+    // The quote's own header: its checksum makes up for its addresses (IPv6 has none, so there they count).
+    let mut covered = match quote.family {
+        Family::V4 => 0,
+        Family::V6 => inner,
+    };
+    if !plain_addresses(packet, quote, new, inner) {
+        return false;
+    }
+    covered = checksum::add(covered, ports);
+    let word = checksum::word(new.source_port, new.destination_port);
+    if !packet.store(quote.transport, word.to_ne_bytes()) {
+        return false;
+    }
+    // Of the quoted transport header there may be only eight bytes.
+    if let Some((at, zero_is_none)) = rewrite::checksum_field(quote.proto, quote.transport)
+        && let Some(field) = packet.load::<2>(at)
+        && at.wrapping_add(2) <= end(outer)
+        && !(zero_is_none && field == [0; 2])
+    {
+        let updated = match checksum::updated(field, checksum::add(inner, ports)) {
+            [0, 0] if zero_is_none => [0xff; 2],
+            updated => updated,
+        };
+        let difference = checksum::difference(&[half(field)], &[half(updated)]);
+        covered = checksum::add(covered, difference);
+        if !packet.store(at, updated) {
+            return false;
+        }
+    }
+    let pseudo = checksum::add(
+        checksum::addresses(&outer.tuple.source, &edit.source),
+        checksum::addresses(&outer.tuple.destination, &edit.destination),
+    );
+    if !rewrite::addresses(packet, outer.family, outer.ip, &edit.source, &edit.destination, pseudo) {
+        return false;
+    }
+    // ICMP for IPv4 has no pseudo header.
+    let pseudo = match outer.family {
+        Family::V4 => 0,
+        Family::V6 => pseudo,
+    };
+    packet.fix_checksum(outer.transport.wrapping_add(2), pseudo, covered, false)
+}
+
+/// Addresses of the quoted header, which lie in the error's payload.
+#[inline(always)]
+fn plain_addresses(packet: &mut impl Packet, quote: &Parsed, new: &Tuple, difference: u32) -> bool {
+    match quote.family {
+        Family::V4 => {
+            rewrite::addresses(packet, quote.family, quote.ip, &new.source, &new.destination, difference)
+        }
+        Family::V6 => {
+            let ([s0, s1], [d0, d1]): ([u64; 2], [u64; 2]) =
+                (bytemuck::cast(new.source), bytemuck::cast(new.destination));
+            packet.store(quote.ip.wrapping_add(8), bytemuck::cast::<[u64; 4], [u8; 32]>([s0, s1, d0, d1]))
+        }
+    }
+}
+
+/// Two bytes as a word of a sum.
+#[inline(always)]
+const fn half(bytes: [u8; 2]) -> u32 {
+    u16::from_ne_bytes(bytes) as u32
+}

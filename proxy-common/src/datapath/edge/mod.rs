@@ -1,0 +1,508 @@
+//! The packet edge: packets of clients outside of this node, and of pods whose sockets are not seen.
+//!
+//! Every client has an edge: the device that its packets enter through. Requests are translated as they enter
+//! ([`ingress`]), answers as they leave there again ([`egress`]); in between, the kernel and whatever filters packets
+//! in it see the true client and the true pod. A packet that goes on to another node leaves with a source of ours, so
+//! that its answer comes back here.
+//!
+//! | packet | where | what becomes of it |
+//! |---|---|---|
+//! | client → VIP | ingress of the client's device | client → backend |
+//! | client → backend on another node | egress of an external device | our address → backend |
+//! | backend → our address | ingress | backend → client |
+//! | backend → client | egress of the client's device | VIP → client |
+//! | pod → itself | egress of its own device | our address → pod, and back on ingress |
+//!
+//! In reading order: [`packet`] and [`tables`] are what the pipeline works on, [`parse`] reads headers, [`flows`] finds
+//! and makes flows, [`rewrite`] writes headers, [`icmp`] translates errors, [`refuse`] answers for nobody.
+
+pub mod packet;
+
+pub mod tables;
+
+pub mod parse;
+
+pub mod checksum;
+
+pub mod sctp;
+
+pub mod timeouts;
+
+pub mod flows;
+
+pub mod rewrite;
+
+pub mod icmp;
+
+pub mod refuse;
+
+use self::flows::{Choice, Place};
+use self::packet::Packet;
+use self::parse::{Outcome, Parsed, Part, Tuple, tcp};
+use self::tables::{EdgeTables, Scratch, Work};
+use super::lookup::{self, Target};
+use super::select::{Client, Selection, select};
+use crate::abi::device::flags::NEAR;
+use crate::abi::flow::state::OUTSIDE;
+use crate::abi::frontend::flags::{EXTERNAL, SOURCE_RANGES};
+use crate::abi::{
+    Counter, FilterBit, Flow, FlowKey, FlowKind, FragmentKey, FragmentPorts, backend::flags::SERVING, flow,
+    local_address, proto,
+};
+use crate::addr::{Addr, Family};
+use crate::be::Be16;
+
+/// Which kind of device a program runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Edge {
+    /// The way to other machines.
+    External,
+    /// The host side of a pod's interface.
+    Pod,
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Goes on as it came.
+    Pass,
+    /// Goes on, translated.
+    Translated,
+    /// Ends here.
+    Drop,
+    /// Has been turned into an answer: goes back where it came from.
+    Reply,
+}
+
+/// What becomes of a packet that is not translated. Both fields always hold something: the verifier refuses to copy
+/// what was never written, such as an enum's absent payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Refusal {
+    how: How,
+    why: Counter,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    /// It is translated.
+    Not,
+    /// It is nothing of ours.
+    Pass,
+    /// Nobody hears of it.
+    Drop,
+    /// The sender hears that nobody serves it.
+    Reject,
+}
+
+impl Refusal {
+    /// None. Nothing is counted.
+    const NOT: Self = Self { how: How::Not, why: Counter::Flow };
+    /// The packet is nothing of ours. Nothing is counted.
+    const PASS: Self = Self { how: How::Pass, why: Counter::Flow };
+
+    #[inline(always)]
+    const fn drop(why: Counter) -> Self {
+        Self { how: How::Drop, why }
+    }
+
+    #[inline(always)]
+    const fn reject(why: Counter) -> Self {
+        Self { how: How::Reject, why }
+    }
+}
+
+/// A packet enters through a device.
+#[inline(always)]
+pub fn ingress(
+    packet: &mut impl Packet,
+    tables: &impl EdgeTables,
+    edge: Edge,
+    scratch: &mut Scratch,
+) -> Verdict {
+    let Scratch { parsed, quote, work } = scratch;
+    match parse::parse(packet, parsed) {
+        Outcome::Whole => {}
+        Outcome::NotIp => return Verdict::Pass,
+        Outcome::Malformed => return malformed(tables, &parsed.tuple.destination),
+    }
+    if !lookup::may_be_ours(tables, &parsed.tuple.destination) {
+        return Verdict::Pass;
+    }
+    if parsed.part == Part::First {
+        // Whosever it is: the ports will tell. Where they cannot be kept, the other fragments are lost, as any packet may.
+        remember_ports(tables, parsed, false);
+    }
+    if parsed.part == Part::Later && !restore_ports(tables, parsed, false) {
+        return stray_fragment(tables, &parsed.tuple.destination);
+    }
+    if icmp::is_error(parsed) {
+        icmp::ingress(packet, tables, parsed, quote, work)
+    } else {
+        entering(packet, tables, parsed, edge, work)
+    }
+}
+
+/// A packet leaves through a device.
+#[inline(always)]
+pub fn egress(
+    packet: &mut impl Packet,
+    tables: &impl EdgeTables,
+    edge: Edge,
+    scratch: &mut Scratch,
+) -> Verdict {
+    let Scratch { parsed, quote, work } = scratch;
+    if parse::parse(packet, parsed) != Outcome::Whole {
+        return Verdict::Pass;
+    }
+    let Tuple { source, destination, .. } = &parsed.tuple;
+    let from_backend = is_backend(tables, source);
+    let to_backend = is_backend(tables, destination) && (edge == Edge::External || source == destination);
+    let error = icmp::is_error(parsed);
+    if from_backend || to_backend || error {
+        if parsed.part == Part::Later && !restore_ports(tables, parsed, true) {
+            return Verdict::Pass;
+        }
+        if error {
+            return if edge == Edge::External {
+                icmp::egress::<_, _, true>(packet, tables, parsed, quote, work)
+            } else {
+                icmp::egress::<_, _, false>(packet, tables, parsed, quote, work)
+            };
+        }
+        let now = tables.now();
+        if to_backend && let Some(verdict) = leaving(packet, tables, parsed, work, now) {
+            return verdict;
+        }
+        if from_backend && let Some(verdict) = answering(packet, tables, parsed, work, now) {
+            return verdict;
+        }
+    }
+    if edge == Edge::External && lookup::may_be_ours(tables, &parsed.tuple.destination) {
+        return leaving_untranslated(packet, tables, parsed);
+    }
+    Verdict::Pass
+}
+
+#[inline(always)]
+fn is_backend(tables: &impl EdgeTables, addr: &Addr) -> bool {
+    let bit = FilterBit::of_backend(addr);
+    tables.filter(bit.word) & bit.mask != 0
+}
+
+/// A packet for an address of ours: an answer from another node, or a request.
+#[inline(never)]
+fn entering<T: EdgeTables>(
+    packet: &mut impl Packet,
+    tables: &T,
+    parsed: &Parsed,
+    edge: Edge,
+    work: &mut Work,
+) -> Verdict {
+    let now = tables.now();
+    let tuple = &parsed.tuple;
+    if !matches!(parsed.proto, proto::TCP | proto::UDP | proto::SCTP) {
+        return turn_away(packet, tables, parsed, nobodys(find(tables, parsed)));
+    }
+    if flow::SNAT_PORTS.contains(&tuple.destination_port.get())
+        && flows::by_snat(tables, parsed.proto, tuple, &mut work.key, now).is_some()
+    {
+        let new = Tuple { destination: work.key.source, destination_port: work.key.source_port, ..*tuple };
+        return finish(packet, tables, parsed, &new, false);
+    }
+
+    let begins = parsed.proto == proto::TCP && parsed.kind & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN;
+    let mut place = flows::by_vip(tables, parsed.proto, tuple, &mut work.key, now);
+    let stays = place.as_ref().is_some_and(|place| match parsed.proto {
+        proto::TCP => !(begins && timeouts::closed(place.flow().state)),
+        proto::UDP => serves(tables, &work.key, &place.flow()),
+        _ => true,
+    });
+    if !stays {
+        if parsed.proto == proto::TCP && !begins {
+            // Not ours to guess: another proxy's connection tracking may know it.
+            return Verdict::Pass;
+        }
+        let state = if edge == Edge::External { OUTSIDE } else { 0 };
+        let mut to = Choice { proto: parsed.proto, service: 0, backend: 0, state };
+        let refusal = choose(tables, parsed, packet.ifindex(), &mut to);
+        match (refusal.how, &place) {
+            (How::Not, old) => {
+                let moves = old.is_some() && parsed.proto == proto::UDP;
+                // The old index would lead the next packet back.
+                if let Some(old) = old {
+                    flows::remove(tables, &work.key, old);
+                }
+                place = flows::create(tables, tuple, &to, work, now);
+                tables.count(if moves { Counter::UdpRepick } else { Counter::Flow });
+                tables.count_connection(to.service);
+            }
+            // Nothing serves any more: as with conntrack, a UDP flow is left to itself.
+            (_, Some(_)) if parsed.proto == proto::UDP => {}
+            _ => return turn_away(packet, tables, parsed, refusal),
+        }
+    }
+    let Some(place) = &place else {
+        return turn_away(packet, tables, parsed, Refusal::drop(Counter::DropFlowTable));
+    };
+
+    let acknowledges = if parsed.proto == proto::TCP && parsed.kind & tcp::ACK != 0 {
+        packet.load::<4>(parsed.transport.wrapping_add(8)).map(u32::from_be_bytes)
+    } else {
+        None
+    };
+    tables.count_packet(place.flow().service, true, parsed.bytes);
+    flows::on_request(tables, &work.key, place, parsed, acknowledges, now);
+    let new = Tuple {
+        source: tuple.source,
+        source_port: work.key.source_port,
+        destination: work.key.destination,
+        destination_port: work.key.destination_port,
+    };
+    finish(packet, tables, parsed, &new, false)
+}
+
+/// A backend for a new flow, or why there is none.
+#[inline(never)]
+fn choose(tables: &impl EdgeTables, parsed: &Parsed, ifindex: u32, to: &mut Choice) -> Refusal {
+    let tuple = &parsed.tuple;
+    let target = find(tables, parsed);
+    let Target::Frontend(frontend) = target else { return nobodys(target) };
+    if frontend.flags & SOURCE_RANGES != 0 && !tables.in_source_ranges(frontend.service, &tuple.source) {
+        return Refusal::drop(Counter::DropSourceRange);
+    }
+    let near = tables.is_pod_source(&tuple.source)
+        || tables.local_address(&tuple.source) & local_address::HOST != 0
+        || tables.device(ifindex).is_some_and(|device| device.flags & NEAR != 0);
+    let client = if near { Client::Near } else { Client::Far };
+    match select(tables, frontend, client, tuple.source) {
+        Selection::Backend(id, _) => {
+            (to.service, to.backend) = (frontend.service, id);
+            Refusal::NOT
+        }
+        Selection::Reject(why) => Refusal::reject(why),
+        Selection::Drop(why) => Refusal::drop(why),
+    }
+}
+
+/// Whose the destination is. What has no ports asks for port 0.
+#[inline(always)]
+fn find(tables: &impl EdgeTables, parsed: &Parsed) -> Target {
+    lookup::find(tables, &parsed.tuple.destination, parsed.tuple.destination_port, parsed.proto)
+}
+
+/// Whether a UDP flow may stay where it is.
+#[inline(always)]
+fn serves(tables: &impl EdgeTables, key: &FlowKey, flow: &Flow) -> bool {
+    tables.backend(flow.backend).is_some_and(|backend| {
+        backend.addr == key.destination
+            && backend.port == key.destination_port
+            && backend.service == flow.service
+            && backend.state.flags & SERVING != 0
+    })
+}
+
+/// A request on its way to another node, or of a pod to itself: gets a source of ours. `None` if it needs none.
+#[inline(never)]
+fn leaving(
+    packet: &mut impl Packet,
+    tables: &impl EdgeTables,
+    parsed: &mut Parsed,
+    work: &mut Work,
+    now: u64,
+) -> Option<Verdict> {
+    let tuple = &parsed.tuple;
+    work.key = flows::key(FlowKind::Record, parsed.proto, tuple);
+    let place = flows::record(tables, &work.key, now)?;
+    let flow = place.flow();
+    if flow.state & OUTSIDE == 0 && tuple.source != tuple.destination {
+        return None;
+    }
+    if !flows::has_snat(&flow) || !flows::keeps_source(tables, &work.key, &place) {
+        let own = tables.device(packet.ifindex()).map_or(Addr::ZERO, |device| match parsed.family {
+            Family::V4 => device.snat_v4,
+            Family::V6 => device.snat_v6,
+        });
+        if own == Addr::ZERO {
+            return Some(turn_away(packet, tables, parsed, Refusal::drop(Counter::DropNoSource)));
+        }
+        if !flows::translate_source(tables, &work.key, &place, &own, now) {
+            return Some(give_back(packet, tables, parsed, &work.key, &place));
+        }
+    }
+    let flow = place.flow();
+    let new = Tuple { source: flow.snat, source_port: flow.snat_port, ..*tuple };
+    Some(finish(packet, tables, parsed, &new, true))
+}
+
+/// No source is free: the client is told, by what it talks to.
+#[inline(never)]
+fn give_back<T: EdgeTables>(
+    packet: &mut impl Packet,
+    tables: &T,
+    parsed: &mut Parsed,
+    key: &FlowKey,
+    place: &Place<T::Cell>,
+) -> Verdict {
+    let flow = place.flow();
+    let (destination, destination_port, source_port) = (flow.vip, flow.vip_port, flow.client_port);
+    flows::remove(tables, key, place);
+    let asked = Tuple { destination, destination_port, source_port, ..parsed.tuple };
+    if finish(packet, tables, parsed, &asked, true) == Verdict::Drop {
+        return Verdict::Drop;
+    }
+    parsed.tuple = asked;
+    turn_away(packet, tables, parsed, Refusal::reject(Counter::RejectNoPort))
+}
+
+/// An answer on its way to the client: comes from what the client talks to. `None` if it is no answer.
+#[inline(never)]
+fn answering(
+    packet: &mut impl Packet,
+    tables: &impl EdgeTables,
+    parsed: &Parsed,
+    work: &mut Work,
+    now: u64,
+) -> Option<Verdict> {
+    work.key = flows::key(FlowKind::Record, parsed.proto, &flows::reversed(&parsed.tuple));
+    let place = flows::record(tables, &work.key, now)?;
+    let sequence = if parsed.proto == proto::TCP && parsed.kind & tcp::SYN != 0 {
+        packet.load::<4>(parsed.transport.wrapping_add(4)).map(u32::from_be_bytes)
+    } else {
+        None
+    };
+    flows::on_reply(&place, parsed, sequence, now);
+    flows::keep_vip(tables, &work.key, &place);
+    let flow = place.flow();
+    tables.count_packet(flow.service, false, parsed.bytes);
+    let new = Tuple {
+        source: flow.vip,
+        source_port: flow.vip_port,
+        destination: parsed.tuple.destination,
+        destination_port: flow.client_port,
+    };
+    Some(finish(packet, tables, parsed, &new, true))
+}
+
+/// A packet that leaves for an address of ours: nobody has translated it, and nobody out there can.
+#[inline(never)]
+fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, parsed: &Parsed) -> Verdict {
+    let target = find(tables, parsed);
+    let refusal = match target {
+        // An externalIP may have a host of its own.
+        Target::Frontend(frontend) if frontend.flags & EXTERNAL != 0 => Refusal::PASS,
+        Target::Frontend(_) => Refusal::drop(Counter::DropNoFlow),
+        Target::Other | Target::UnusedPort | Target::InactiveAddress | Target::Retry => nobodys(target),
+    };
+    turn_away(packet, tables, parsed, refusal)
+}
+
+/// What is no frontend.
+#[inline(always)]
+const fn nobodys(target: Target) -> Refusal {
+    match target {
+        Target::Frontend(_) | Target::Other => Refusal::PASS,
+        Target::UnusedPort => Refusal::reject(Counter::RejectUnusedPort),
+        Target::InactiveAddress => Refusal::drop(Counter::DropInactiveAddress),
+        Target::Retry => Refusal::drop(Counter::DropRetry),
+    }
+}
+
+#[inline(always)]
+fn turn_away(
+    packet: &mut impl Packet,
+    tables: &impl EdgeTables,
+    parsed: &Parsed,
+    refusal: Refusal,
+) -> Verdict {
+    match refusal.how {
+        How::Not | How::Pass => Verdict::Pass,
+        How::Drop => {
+            tables.count(refusal.why);
+            Verdict::Drop
+        }
+        How::Reject => {
+            tables.count(refusal.why);
+            refuse::refuse(packet, parsed)
+        }
+    }
+}
+
+/// Writes the new tuple; the other fragments of the packet will follow.
+#[inline(never)]
+fn finish(
+    packet: &mut impl Packet,
+    tables: &impl EdgeTables,
+    parsed: &Parsed,
+    new: &Tuple,
+    egress: bool,
+) -> Verdict {
+    if egress && parsed.part == Part::First && !remember_ports(tables, parsed, egress) {
+        tables.count(Counter::DropFragment);
+        return Verdict::Drop;
+    }
+    if rewrite::rewrite(packet, parsed, new) {
+        Verdict::Translated
+    } else {
+        tables.count(Counter::DropUnwritable);
+        Verdict::Drop
+    }
+}
+
+/// Broken headers behind an IP header: nothing of that kind goes to a VIP; the rest is not ours to judge.
+#[inline(never)]
+fn malformed(tables: &impl EdgeTables, destination: &Addr) -> Verdict {
+    if lookup::may_be_ours(tables, destination)
+        && tables.local_address(destination) & local_address::HOST == 0
+        && !matches!(lookup::find(tables, destination, Be16 { bytes: [0; 2] }, 0), Target::Other)
+    {
+        tables.count(Counter::DropMalformed);
+        return Verdict::Drop;
+    }
+    Verdict::Pass
+}
+
+/// A later fragment that has come before its first one. Only with that one is it known whose it is: where there may be a
+/// frontend it cannot go on. The host takes its own fragments together.
+#[inline(never)]
+fn stray_fragment(tables: &impl EdgeTables, destination: &Addr) -> Verdict {
+    let bit = FilterBit::of_address(destination);
+    if tables.local_address(destination) & local_address::HOST != 0
+        || tables.filter(bit.word) & bit.mask == 0 && !tables.in_service_cidr(destination)
+    {
+        return Verdict::Pass;
+    }
+    tables.count(Counter::DropFragment);
+    Verdict::Drop
+}
+
+/// Keeps the ports of a first fragment for the others.
+#[inline(never)]
+fn remember_ports(tables: &impl EdgeTables, parsed: &Parsed, egress: bool) -> bool {
+    let Tuple { source_port: source, destination_port: destination, .. } = parsed.tuple;
+    tables.put_fragment(&fragment_key(parsed, egress), &FragmentPorts { source, destination })
+}
+
+/// The ports of a later fragment, from its first one.
+#[inline(never)]
+fn restore_ports(tables: &impl EdgeTables, parsed: &mut Parsed, egress: bool) -> bool {
+    match tables.fragment(&fragment_key(parsed, egress)) {
+        Some(ports) => {
+            parsed.tuple.source_port = ports.source;
+            parsed.tuple.destination_port = ports.destination;
+            true
+        }
+        None => false,
+    }
+}
+
+#[inline(always)]
+fn fragment_key(parsed: &Parsed, egress: bool) -> FragmentKey {
+    FragmentKey {
+        source: parsed.tuple.source,
+        destination: parsed.tuple.destination,
+        id: parsed.id,
+        proto: parsed.proto,
+        egress: u8::from(egress),
+        pad: [0; 2],
+    }
+}

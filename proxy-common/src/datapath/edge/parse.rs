@@ -1,0 +1,264 @@
+//! From bytes to addresses and ports. Past this point nobody asks for the family except where bytes are written.
+//!
+//! Sources: RFC 791 (IPv4), RFC 8200 (IPv6 and its extension headers), RFC 9293 (TCP), RFC 768 (UDP).
+
+use super::packet::Packet;
+use crate::abi::proto::{ICMP, ICMPV6, SCTP, TCP, UDP};
+use crate::addr::{Addr, Family};
+use crate::be::Be16;
+
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const DESTINATION_OPTIONS: u8 = 60;
+
+/// Extension headers in front of the transport header that are walked; more is malformed.
+const EXTENSIONS: usize = 6;
+
+/// Bits of a TCP header's flag byte.
+pub mod tcp {
+    /// No more data from the sender.
+    pub const FIN: u8 = 0x01;
+    /// Synchronize sequence numbers.
+    pub const SYN: u8 = 0x02;
+    /// Reset the connection.
+    pub const RST: u8 = 0x04;
+    /// Push.
+    pub const PSH: u8 = 0x08;
+    /// The acknowledgement number counts.
+    pub const ACK: u8 = 0x10;
+}
+
+/// Source and destination with their ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuple {
+    /// Source address.
+    pub source: Addr,
+    /// Destination address.
+    pub destination: Addr,
+    /// Source port; zero for protocols without ports.
+    pub source_port: Be16,
+    /// Destination port; zero for protocols without ports.
+    pub destination_port: Be16,
+}
+
+/// Which part of a fragmented packet this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Not fragmented.
+    Whole,
+    /// The first fragment, with the transport header.
+    First,
+    /// Another one, without.
+    Later,
+}
+
+/// What the headers say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parsed {
+    /// Family of the IP header.
+    pub family: Family,
+    /// Offset of the IP header.
+    pub ip: u32,
+    /// Offset of the transport header.
+    pub transport: u32,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Addresses and ports (those of a later fragment are zero until they are looked up).
+    pub tuple: Tuple,
+    /// Fragmentation.
+    pub part: Part,
+    /// Identification of the fragmented packet, as on the wire.
+    pub id: [u8; 4],
+    /// TCP: flags. ICMP: type.
+    pub kind: u8,
+    /// Bytes from the IP header on, as the packet has them.
+    pub bytes: u32,
+}
+
+impl Default for Parsed {
+    fn default() -> Self {
+        Self {
+            family: Family::V4,
+            ip: 0,
+            transport: 0,
+            proto: 0,
+            tuple: Tuple {
+                source: Addr::ZERO,
+                destination: Addr::ZERO,
+                source_port: Be16 { bytes: [0; 2] },
+                destination_port: Be16 { bytes: [0; 2] },
+            },
+            part: Part::Whole,
+            id: [0; 4],
+            kind: 0,
+            bytes: 0,
+        }
+    }
+}
+
+/// What became of parsing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All headers are there.
+    Whole,
+    /// Not IP, or so broken that there is no destination.
+    NotIp,
+    /// The addresses are known, but what follows is truncated or senseless.
+    Malformed,
+}
+
+/// Reads the headers of a packet.
+#[inline(never)]
+pub fn parse(packet: &impl Packet, parsed: &mut Parsed) -> Outcome {
+    *parsed = Parsed::default();
+    match packet.ethertype() {
+        ETHERTYPE_IPV4 => ipv4(packet, packet.ip_offset(), true, parsed),
+        ETHERTYPE_IPV6 => ipv6(packet, packet.ip_offset(), true, parsed),
+        _ => Outcome::NotIp,
+    }
+}
+
+/// Reads the headers that an ICMP error of `family` quotes at `offset`. Of the transport header eight bytes are enough.
+/// False if they are not there.
+#[inline(never)]
+pub fn quoted(packet: &impl Packet, family: Family, offset: u32, parsed: &mut Parsed) -> bool {
+    *parsed = Parsed::default();
+    let outcome = match family {
+        Family::V4 => ipv4(packet, offset, false, parsed),
+        Family::V6 => ipv6(packet, offset, false, parsed),
+    };
+    outcome == Outcome::Whole && parsed.part != Part::Later
+}
+
+#[inline(always)]
+fn ipv4(packet: &impl Packet, ip: u32, whole: bool, parsed: &mut Parsed) -> Outcome {
+    let Some(header) = packet.load::<20>(ip) else { return Outcome::NotIp };
+    let [first, _, len_high, len_low, id0, id1, frag_high, frag_low, _, proto, ..] = header;
+    let [.., s0, s1, s2, s3, d0, d1, d2, d3] = header;
+    parsed.tuple.destination = Addr::v4_in_memory(u32::from_ne_bytes([d0, d1, d2, d3]));
+    parsed.tuple.source = Addr::v4_in_memory(u32::from_ne_bytes([s0, s1, s2, s3]));
+    if first >> 4 != 4 {
+        return Outcome::NotIp;
+    }
+    let header_len = u32::from(first & 0x0f).wrapping_mul(4);
+    let total = u32::from(u16::from_be_bytes([len_high, len_low]));
+    let available = packet.length().wrapping_sub(ip);
+    if header_len < 20 || total < header_len || whole && total > available {
+        return Outcome::Malformed;
+    }
+    let fragment = u16::from_be_bytes([frag_high, frag_low]);
+    parsed.part = match (fragment & 0x1fff, fragment & 0x2000) {
+        (0, 0) => Part::Whole,
+        (0, _) => Part::First,
+        _ => Part::Later,
+    };
+    (parsed.family, parsed.ip, parsed.proto) = (Family::V4, ip, proto);
+    (parsed.transport, parsed.bytes) = (ip.wrapping_add(header_len), total);
+    parsed.id = [id0, id1, 0, 0];
+    transport(packet, parsed, total.wrapping_sub(header_len), whole)
+}
+
+#[inline(always)]
+fn ipv6(packet: &impl Packet, ip: u32, whole: bool, parsed: &mut Parsed) -> Outcome {
+    let Some(header) = packet.load::<40>(ip) else { return Outcome::NotIp };
+    let [first, _, _, _, len_high, len_low, next, ..] = header;
+    if first >> 4 != 6 {
+        return Outcome::NotIp;
+    }
+    let words: [u64; 5] = bytemuck::cast(header);
+    let [_, s0, s1, d0, d1] = words;
+    parsed.tuple.source = bytemuck::cast([s0, s1]);
+    parsed.tuple.destination = bytemuck::cast([d0, d1]);
+    let payload = u32::from(u16::from_be_bytes([len_high, len_low]));
+    let total = payload.wrapping_add(40);
+    if whole && total > packet.length().wrapping_sub(ip) {
+        return Outcome::Malformed;
+    }
+    let mut offset = ip.wrapping_add(40);
+    let mut proto = next;
+    for _ in 0..EXTENSIONS {
+        match proto {
+            HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS => {
+                let Some([next, units]) = packet.load::<2>(offset) else {
+                    return Outcome::Malformed;
+                };
+                proto = next;
+                offset = offset.wrapping_add(u32::from(units).wrapping_add(1).wrapping_mul(8));
+            }
+            FRAGMENT => {
+                let Some([next, _, high, low, i0, i1, i2, i3]) = packet.load::<8>(offset) else {
+                    return Outcome::Malformed;
+                };
+                let fragment = u16::from_be_bytes([high, low]);
+                parsed.part = match (fragment >> 3, fragment & 1) {
+                    (0, 0) => Part::Whole,
+                    (0, _) => Part::First,
+                    _ => Part::Later,
+                };
+                (proto, parsed.id) = (next, [i0, i1, i2, i3]);
+                offset = offset.wrapping_add(8);
+                if parsed.part == Part::Later {
+                    break;
+                }
+            }
+            _ => break,
+        }
+    }
+    (parsed.family, parsed.ip, parsed.proto) = (Family::V6, ip, proto);
+    (parsed.transport, parsed.bytes) = (offset, total);
+    let before = offset.wrapping_sub(ip);
+    if before > total {
+        return Outcome::Malformed;
+    }
+    transport(packet, parsed, total.wrapping_sub(before), whole)
+}
+
+/// Ports and flags. `length` is what the IP header leaves for the transport.
+#[inline(always)]
+fn transport(packet: &impl Packet, parsed: &mut Parsed, length: u32, whole: bool) -> Outcome {
+    if parsed.part == Part::Later {
+        return Outcome::Whole;
+    }
+    match parsed.proto {
+        TCP | UDP | SCTP => {
+            let least = if whole && parsed.proto == TCP {
+                20
+            } else if whole && parsed.proto == SCTP {
+                12
+            } else {
+                8
+            };
+            let Some([s0, s1, d0, d1]) = packet.load::<4>(parsed.transport) else {
+                return Outcome::Malformed;
+            };
+            if length < least {
+                return Outcome::Malformed;
+            }
+            parsed.tuple.source_port = Be16 { bytes: [s0, s1] };
+            parsed.tuple.destination_port = Be16 { bytes: [d0, d1] };
+            if parsed.proto == TCP && whole {
+                let Some([offset, flags]) = packet.load::<2>(parsed.transport.wrapping_add(12)) else {
+                    return Outcome::Malformed;
+                };
+                let header = u32::from(offset >> 4).wrapping_mul(4);
+                if header < 20 || header > length {
+                    return Outcome::Malformed;
+                }
+                parsed.kind = flags;
+            }
+        }
+        ICMP | ICMPV6 => {
+            let Some([kind]) = packet.load::<1>(parsed.transport) else { return Outcome::Malformed };
+            if length < 8 {
+                return Outcome::Malformed;
+            }
+            parsed.kind = kind;
+        }
+        _ => {}
+    }
+    Outcome::Whole
+}

@@ -1,0 +1,98 @@
+//! What the packet edge looks at and writes, beside [`Tables`].
+
+use super::parse::Parsed;
+use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts};
+use crate::addr::Addr;
+use crate::be::Be16;
+use crate::datapath::tables::Tables;
+
+/// Which pair of flow maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    /// `FLOWS` and `FLOW_INDEX`.
+    Assured,
+    /// `NEW_FLOWS` and `NEW_FLOW_INDEX`.
+    New,
+}
+
+impl Tier {
+    /// The other pair.
+    #[inline(always)]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Assured => Self::New,
+            Self::New => Self::Assured,
+        }
+    }
+}
+
+/// What is made on the way to a flow.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Work {
+    /// Key of the flow's record.
+    pub key: FlowKey,
+    /// A new record.
+    pub flow: Flow,
+}
+
+/// What one packet needs on its way, too much for the 512 bytes of stack that a BPF program has. What another packet has
+/// left in it does not matter.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Scratch {
+    /// The packet's headers.
+    pub parsed: Parsed,
+    /// The headers that an ICMP error quotes.
+    pub quote: Parsed,
+    /// The packet's flow.
+    pub work: Work,
+}
+
+/// A record in place.
+pub trait FlowCell: Clone {
+    /// What it holds.
+    fn get(&self) -> Flow;
+    /// Replaces the state.
+    fn set_state(&self, state: u32);
+    /// Notes what the client has to acknowledge.
+    fn set_expected_ack(&self, ack: u32);
+    /// Notes when a packet was seen.
+    fn set_last_seen(&self, now: u64);
+    /// Notes the translated source: the address first, since the port says that both count.
+    fn set_snat(&self, addr: Addr, port: Be16);
+}
+
+/// The maps of the packet edge.
+pub trait EdgeTables: Tables {
+    /// A record in place.
+    type Cell: FlowCell;
+    /// `FLOWS` or `NEW_FLOWS`.
+    fn flow(&self, tier: Tier, key: &FlowKey) -> Option<Self::Cell>;
+    /// Adds a record; false if there is one, or no room.
+    fn add_flow(&self, tier: Tier, key: &FlowKey, flow: &Flow) -> bool;
+    /// Removes a record, if there is one.
+    fn remove_flow(&self, tier: Tier, key: &FlowKey);
+    /// `FLOW_INDEX` or `NEW_FLOW_INDEX`.
+    fn index(&self, tier: Tier, key: &FlowKey) -> Option<FlowRef>;
+    /// Adds an index entry; false if there is one, or no room.
+    fn add_index(&self, tier: Tier, key: &FlowKey, target: &FlowRef) -> bool;
+    /// Adds or replaces an index entry; false if there is no room.
+    fn put_index(&self, tier: Tier, key: &FlowKey, target: &FlowRef) -> bool;
+    /// Removes an index entry, if there is one.
+    fn remove_index(&self, tier: Tier, key: &FlowKey);
+    /// `FRAGMENTS`.
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
+    /// Remembers the ports of a fragmented packet; false if that failed.
+    fn put_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) -> bool;
+    /// Whether `SOURCE_RANGES` lets `client` use the Service port.
+    fn in_source_ranges(&self, service: u32, client: &Addr) -> bool;
+    /// Whether `POD_SOURCES` contains the address.
+    fn is_pod_source(&self, addr: &Addr) -> bool;
+    /// `DEVICES`.
+    fn device(&self, ifindex: u32) -> Option<Device>;
+    /// `SERVICE_COUNTERS`: a packet of `bytes`, in or against the direction of the request.
+    fn count_packet(&self, service: u32, request: bool, bytes: u32);
+    /// `SERVICE_COUNTERS`: a new flow.
+    fn count_connection(&self, service: u32);
+}

@@ -1,0 +1,51 @@
+//! How long a flow lives after its last packet.
+//!
+//! TCP: RFC 5382 wants four minutes for half-open connections; an idle one lives a day and a half-closed one an hour, as
+//! with kube-proxy's conntrack settings. UDP: RFC 4787 wants two minutes and recommends five.
+
+use crate::abi::Flow;
+use crate::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, RESET};
+use crate::abi::proto;
+
+const SECOND: u64 = 1_000_000_000;
+
+/// Nanoseconds that a flow in `state` lives without a packet.
+#[inline(always)]
+pub const fn lifetime(proto: u8, state: u32) -> u64 {
+    match proto {
+        proto::TCP => {
+            if state & RESET != 0 {
+                10 * SECOND
+            } else if state & FIN_REQUEST != 0 && state & FIN_REPLY != 0 {
+                120 * SECOND
+            } else if state & ASSURED == 0 {
+                240 * SECOND
+            } else if state & (FIN_REQUEST | FIN_REPLY) != 0 {
+                3_600 * SECOND
+            } else {
+                86_400 * SECOND
+            }
+        }
+        // Heartbeats come every 30 seconds (RFC 9260 §16).
+        proto::SCTP => 600 * SECOND,
+        _ => {
+            if state & ASSURED != 0 {
+                300 * SECOND
+            } else {
+                120 * SECOND
+            }
+        }
+    }
+}
+
+/// Whether a record counts as absent.
+#[inline(always)]
+pub const fn expired(flow: &Flow, proto: u8, now: u64) -> bool {
+    now.saturating_sub(flow.last_seen) >= lifetime(proto, flow.state)
+}
+
+/// Whether both ends, or one by force, have ended a TCP connection: a SYN then begins another one.
+#[inline(always)]
+pub const fn closed(state: u32) -> bool {
+    state & RESET != 0 || state & FIN_REQUEST != 0 && state & FIN_REPLY != 0
+}

@@ -1,0 +1,186 @@
+//! Programs for `cargo xtask bench packet`: what the packet edge is measured with, and against. An object of its own
+//! that nothing but the benchmark loads.
+//!
+//! `BPF_PROG_TEST_RUN` gives a program its own output again and again. So [`restore`] writes the frame's headers
+//! anew each time and jumps to the program that is measured; the same with [`empty`] in its place is what that costs.
+//! [`reference`] stands for the least that a translation can cost on this machine.
+
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+// On other targets the crate compiles (for lints and documentation) but nothing calls the entry points.
+#![cfg_attr(not(target_arch = "bpf"), allow(dead_code, reason = "entry points are called by the kernel"))]
+
+use core::ptr::read_volatile;
+
+use aya_ebpf::bindings::{BPF_F_PSEUDO_HDR, TC_ACT_UNSPEC};
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, ProgramArray};
+use aya_ebpf::macros::{btf_map, classifier};
+use aya_ebpf::programs::TcContext;
+use proxy_common::abi::{Backend, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Service, proto};
+use proxy_common::addr::Addr;
+use proxy_common::be::Be16;
+
+/// Words of the frame that are restored: Ethernet, IPv6 and TCP headers without options.
+const WORDS: usize = 10;
+
+/// What [`restore`] writes.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Template {
+    /// The first bytes of the frame.
+    words: [u64; WORDS],
+    /// Frames written by [`restore_fresh`] so far.
+    count: u64,
+}
+
+/// One element, written by the benchmark.
+#[btf_map]
+static TEMPLATE: Array<Template, 1> = Array::new();
+
+/// One element: the program to measure.
+#[btf_map]
+static MEASURED: ProgramArray<1> = ProgramArray::new();
+
+/// What [`restore`] returns when there is no program to jump to; no program of the packet edge returns it.
+const NOT_RUN: i32 = 99;
+
+/// As on the wire.
+const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
+
+/// The first bytes of the frame, if it is as long as that.
+#[inline(always)]
+fn headers(ctx: &TcContext) -> Option<*mut u64> {
+    let start = ctx.data();
+    (start + WORDS * 8 <= ctx.data_end()).then_some(start as *mut u64)
+}
+
+/// Writes the headers and jumps to the program that is measured.
+#[classifier]
+fn restore(ctx: TcContext) -> i32 {
+    let (Some(frame), Some(template)) = (headers(&ctx), TEMPLATE.get_ptr(0)) else { return NOT_RUN };
+    // SAFETY: the map's element is a whole `Template`.
+    write(frame, &unsafe { template.read() }.words);
+    jump(&ctx)
+}
+
+/// The same, with another client each time: the low half of the source address and the source port count.
+#[classifier]
+fn restore_fresh(ctx: TcContext) -> i32 {
+    let (Some(frame), Some(template)) = (headers(&ctx), TEMPLATE.get_ptr_mut(0)) else { return NOT_RUN };
+    // SAFETY: the map's element is a whole `Template`, and the benchmark runs on one CPU.
+    let template = unsafe { &mut *template };
+    template.count += 1;
+    let [a, b, c, d, ..] = template.count.to_ne_bytes();
+    let mut bytes: [u8; WORDS * 8] = bytemuck::cast(template.words);
+    if [bytes[12], bytes[13]] == ETHERTYPE_IPV4 {
+        [bytes[28], bytes[29], bytes[34], bytes[35]] = [c, d, a, b];
+    } else {
+        [bytes[36], bytes[37], bytes[54], bytes[55]] = [c, d, a, b];
+    }
+    write(frame, &bytemuck::cast(bytes));
+    jump(&ctx)
+}
+
+/// Writes to a frame that [`headers`] has returned.
+#[inline(always)]
+fn write(frame: *mut u64, words: &[u64; WORDS]) {
+    // SAFETY: `headers` has checked that the frame is as long as that; its words are aligned to two bytes.
+    unsafe { frame.cast::<[u64; WORDS]>().write_unaligned(*words) };
+}
+
+#[inline(always)]
+fn jump(ctx: &TcContext) -> i32 {
+    // SAFETY: the programs that are jumped to take the same context.
+    unsafe { MEASURED.tail_call(ctx, 0) };
+    NOT_RUN
+}
+
+/// Does nothing.
+#[classifier]
+fn empty(_ctx: TcContext) -> i32 {
+    TC_ACT_UNSPEC
+}
+
+#[btf_map]
+static REFERENCE_FRONTENDS: HashMap<FrontendKey, FrontendValue, 1024> = HashMap::new();
+
+#[btf_map]
+static REFERENCE_SERVICES: Array<Service, 1024> = Array::new();
+
+#[btf_map]
+static REFERENCE_BACKENDS: Array<Backend, 1024> = Array::new();
+
+#[btf_map]
+static REFERENCE_FLOWS: LruHashMap<FlowKey, Flow, 1024> = LruHashMap::new();
+
+const ETHERNET: usize = 14;
+const IPV4_CHECKSUM: usize = ETHERNET + 10;
+const SOURCE: usize = ETHERNET + 12;
+const DESTINATION: usize = ETHERNET + 16;
+const SOURCE_PORT: usize = ETHERNET + 20;
+const DESTINATION_PORT: usize = SOURCE_PORT + 2;
+const TCP_CHECKSUM: usize = SOURCE_PORT + 16;
+
+/// Translates an IPv4 TCP packet: one hash, two arrays, one LRU hash, address and port with their checksums. Without
+/// anything that a proxy must do beyond that: no look at the headers, no other protocol, no state, no counters.
+#[classifier]
+fn reference(ctx: TcContext) -> i32 {
+    translate(&ctx).unwrap_or(NOT_RUN)
+}
+
+#[inline(always)]
+fn translate(ctx: &TcContext) -> Option<i32> {
+    let (source, vip) = (load::<4>(ctx, SOURCE)?, load::<4>(ctx, DESTINATION)?);
+    let (source_port, port) = (load::<2>(ctx, SOURCE_PORT)?, load::<2>(ctx, DESTINATION_PORT)?);
+    let key = FrontendKey::exact(Addr::v4(vip), Be16 { bytes: port }, proto::TCP);
+    // SAFETY: copied at once, and nobody writes this map while the benchmark runs.
+    let frontend = unsafe { REFERENCE_FRONTENDS.get(key) }.copied()?;
+    let service = REFERENCE_SERVICES.get_ptr(frontend.service)?;
+    // SAFETY: the kernel's lookup returned a pointer to a whole element.
+    let base = unsafe { read_volatile(service) }.cluster.base;
+    let backend = REFERENCE_BACKENDS.get_ptr(base)?;
+    // SAFETY: the kernel's lookup returned a pointer to a whole element.
+    let backend = unsafe { read_volatile(backend) };
+    let flow = FlowKey {
+        source: Addr::v4(source),
+        destination: Addr::v4(vip),
+        source_port: Be16 { bytes: source_port },
+        destination_port: Be16 { bytes: port },
+        proto: proto::TCP,
+        kind: FlowKind::Vip as u8,
+        pad: [0; 2],
+    };
+    // SAFETY: one field is copied at once.
+    let known = unsafe { REFERENCE_FLOWS.get(flow) }?.backend;
+    if known != base {
+        return None;
+    }
+    let (to, to_port) = (backend.addr.v4_octets(), backend.port.bytes);
+    let [old, new] = [vip, to].map(|address| u64::from(u32::from_ne_bytes(address)));
+    ctx.l3_csum_replace(IPV4_CHECKSUM, old, new, 4).ok()?;
+    ctx.l4_csum_replace(TCP_CHECKSUM, old, new, u64::from(BPF_F_PSEUDO_HDR) | 4).ok()?;
+    let [old, new] = [port, to_port].map(|port| u64::from(u16::from_ne_bytes(port)));
+    ctx.l4_csum_replace(TCP_CHECKSUM, old, new, 2).ok()?;
+    ctx.store(DESTINATION, &to, 0).ok()?;
+    ctx.store(DESTINATION_PORT, &to_port, 0).ok()?;
+    Some(TC_ACT_UNSPEC)
+}
+
+#[inline(always)]
+fn load<const N: usize>(ctx: &TcContext, at: usize) -> Option<[u8; N]> {
+    ctx.load::<[u8; N]>(at).ok()
+}
+
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // The verifier refuses programs from which this can be reached.
+    loop {}
+}
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}

@@ -1,0 +1,163 @@
+//! `__sk_buff` as the datapath's [`Packet`]: all packet `unsafe` of the kernel side.
+//!
+//! Bytes are read from the packet's linear part where they are there, else by helper. They are written by helpers, which
+//! keep the kernel's own record of the checksum (`CHECKSUM_COMPLETE`, `CHECKSUM_PARTIAL`) right.
+
+use core::hint::black_box;
+use core::ptr::addr_of;
+
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+};
+use aya_ebpf::helpers::generated::{
+    bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
+    bpf_skb_store_bytes,
+};
+use aya_ebpf::programs::TcContext;
+use proxy_common::datapath::edge::packet::{FURTHEST, Packet};
+use proxy_common::datapath::edge::sctp;
+
+/// `BPF_ADJ_ROOM_MAC` of linux/bpf.h.
+const ADJ_ROOM_MAC: u32 = 1;
+const MAC_HEADER: u32 = 14;
+
+/// One packet on a TC hook.
+pub(crate) struct Skb {
+    skb: *mut __sk_buff,
+    ip_offset: u32,
+}
+
+/// Reads a context field exactly once.
+macro_rules! get {
+    ($self:ident, $field:ident) => {
+        // SAFETY: the kernel hands every program of this type a whole `__sk_buff`.
+        unsafe { addr_of!((*$self.skb).$field).read_volatile() }
+    };
+}
+
+impl Skb {
+    /// `has_mac_header`: whether the device's packets begin with one.
+    #[inline(always)]
+    pub(crate) fn new(ctx: &TcContext, has_mac_header: bool) -> Self {
+        Self { skb: ctx.skb.skb, ip_offset: if has_mac_header { MAC_HEADER } else { 0 } }
+    }
+
+    /// Sends the packet back to where it came from: out of the device that it came in by, or into the one that it was
+    /// about to leave by. Returns the action.
+    #[inline(always)]
+    pub(crate) fn send_back(&mut self, egress: bool) -> i32 {
+        if self.ip_offset == MAC_HEADER
+            && let Some([d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5]) = self.load::<12>(0)
+        {
+            self.store(0, [s0, s1, s2, s3, s4, s5, d0, d1, d2, d3, d4, d5]);
+        }
+        let flags = if egress { u64::from(BPF_F_INGRESS) } else { 0 };
+        // SAFETY: a helper without preconditions.
+        (unsafe { bpf_redirect(self.ifindex(), flags) }) as i32
+    }
+
+    #[inline(always)]
+    fn store_with<const N: usize>(&mut self, offset: u32, bytes: &[u8; N], flags: u64) -> bool {
+        // SAFETY: the helper checks the offset; the bytes are on the stack.
+        let done = unsafe { bpf_skb_store_bytes(self.skb, offset, bytes.as_ptr().cast(), N as u32, flags) };
+        done == 0
+    }
+
+    #[inline(always)]
+    fn add_to_checksum(&mut self, offset: u32, difference: u32, flags: u64) -> bool {
+        // Zero has two forms.
+        if difference == 0 || difference == u32::MAX {
+            return true;
+        }
+        // SAFETY: the helper checks the offset. Without a size the difference is taken as it is.
+        (unsafe { bpf_l4_csum_replace(self.skb, offset, 0, u64::from(difference), flags) }) == 0
+    }
+}
+
+/// A global function: the verifier looks at it once, and at its callers without it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn vipr_sctp_moved_on(change: u32, bytes: u32) -> u32 {
+    sctp::moved_on(change, bytes)
+}
+
+impl Packet for Skb {
+    #[inline(always)]
+    fn ethertype(&self) -> u16 {
+        u16::from_be(get!(self, protocol) as u16)
+    }
+
+    #[inline(always)]
+    fn ip_offset(&self) -> u32 {
+        self.ip_offset
+    }
+
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        get!(self, len)
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        get!(self, ifindex)
+    }
+
+    #[inline(always)]
+    fn entered_by(&self) -> u32 {
+        get!(self, ingress_ifindex)
+    }
+
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        // One value each: what the verifier has seen compared must be what is added and read, not the same sum once more.
+        let offset = black_box(offset as usize);
+        if offset > FURTHEST as usize {
+            return None;
+        }
+        let start = black_box(get!(self, data) as usize + offset);
+        if start + N <= get!(self, data_end) as usize {
+            // SAFETY: the line above compares with the packet's end, which the verifier insists on.
+            return Some(unsafe { (start as *const [u8; N]).read_unaligned() });
+        }
+        let mut bytes = [0; N];
+        // SAFETY: the helper checks the offset; the buffer has the length that it is given.
+        let done = unsafe {
+            bpf_skb_load_bytes(self.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
+        };
+        if done == 0 { Some(bytes) } else { None }
+    }
+
+    #[inline(always)]
+    fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N]) -> bool {
+        self.store_with(offset, &bytes, 0)
+    }
+
+    #[inline(always)]
+    fn store_summed<const N: usize>(&mut self, offset: u32, bytes: [u8; N]) -> bool {
+        self.store_with(offset, &bytes, u64::from(BPF_F_RECOMPUTE_CSUM))
+    }
+
+    #[inline(always)]
+    fn fix_checksum(&mut self, offset: u32, pseudo: u32, covered: u32, zero_is_none: bool) -> bool {
+        let zero = if zero_is_none { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
+        self.add_to_checksum(offset, pseudo, u64::from(BPF_F_PSEUDO_HDR) | zero)
+            && self.add_to_checksum(offset, covered, zero)
+    }
+
+    #[inline(always)]
+    fn sctp_moved_on(&self, change: u32, bytes: u32) -> u32 {
+        vipr_sctp_moved_on(change, bytes)
+    }
+
+    #[inline(always)]
+    fn insert_before_ip(&mut self, bytes: u32) -> bool {
+        // SAFETY: the helper checks everything.
+        (unsafe { bpf_skb_adjust_room(self.skb, bytes as i32, ADJ_ROOM_MAC, 0) }) == 0
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, len: u32) -> bool {
+        // SAFETY: the helper checks everything.
+        (unsafe { bpf_skb_change_tail(self.skb, len, 0) }) == 0
+    }
+}

@@ -1,0 +1,228 @@
+//! `north-south`: a client outside of the cluster through a nodePort, against the same client with the pod's own
+//! address and no proxy.
+//!
+//! Each side has a set of namespaces of its own: in one the agent serves the first node, in the next two nobody does,
+//! and in the last, where `nft` is there, an nftables ruleset. The way of the packets is the same in all of them. The
+//! second set without a proxy shows what the machine makes of no difference at all.
+
+mod nft;
+mod sides;
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use proxy_agent::bpf::maps::KernelMaps;
+use proxy_agent::bpf::pins::PinDir;
+use proxy_common::abi::Counter;
+
+use crate::cluster::Cluster;
+use crate::outside::Backend;
+use crate::progress;
+use crate::report::{Bar, Figure, Report};
+use crate::stats::Estimate;
+use crate::traffic::{Job, Listener, Pair, Rounds, Workload, share};
+use nft::Nft;
+use sides::{Grounds, Side};
+
+/// Connections per second of the largest world over those of the smallest, both as ratios to no proxy.
+const FLAT: Bar = Bar::AtLeast(0.98);
+/// What is measured if nothing else is asked for. A server that closes first remembers the connection for a minute, and
+/// refuses another one from the same address and port in most cases: no proxy has so many ports of its own that one
+/// client, as fast as here, would not meet them again.
+const USUAL: [Workload; 3] = [Workload::TcpRr, Workload::TcpStream, Workload::TcpCrrClient];
+
+/// Options of `north-south`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Options {
+    /// Numbers of Services in the cluster. All workloads run with the first, those that open connections with each.
+    #[arg(long, value_delimiter = ',', default_values_t = [10, 1000, 10_000])]
+    services: Vec<usize>,
+    /// Workloads to run [default: tcp-rr, tcp-stream, tcp-crr-client].
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Workload>,
+    /// Where the pod is [default: both].
+    #[arg(long, value_enum, value_delimiter = ',')]
+    backends: Vec<Backend>,
+    /// Rounds of each workload and side.
+    #[arg(long, default_value_t = 120)]
+    rounds: usize,
+    /// Fresh processes so many times: a process is lucky or unlucky with its memory.
+    #[arg(long, default_value_t = 6)]
+    blocks: usize,
+    /// Length of a round in milliseconds.
+    #[arg(long, default_value_t = 50)]
+    round_ms: u64,
+    /// CPU of the client and CPU of the server. On one and the same nothing but the work itself takes time; on two,
+    /// waking the other one does.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 1])]
+    cpus: Vec<usize>,
+    /// IPv6 instead of IPv4; without nftables.
+    #[arg(long)]
+    ipv6: bool,
+    /// Without the second set without a proxy.
+    #[arg(long)]
+    no_control: bool,
+    /// Without nftables, also where `nft` is there.
+    #[arg(long)]
+    no_nftables: bool,
+}
+
+impl Options {
+    fn backends(&self) -> Vec<Backend> {
+        if self.backends.is_empty() { Backend::ALL.to_vec() } else { self.backends.clone() }
+    }
+
+    /// Workloads for one number of Services.
+    fn workloads(&self, all: bool) -> Vec<Workload> {
+        let asked = if self.only.is_empty() { USUAL.to_vec() } else { self.only.clone() };
+        Workload::ALL
+            .into_iter()
+            .filter(|workload| asked.contains(workload) && (all || workload.connects()))
+            .collect()
+    }
+}
+
+/// Runs the benchmark.
+///
+/// # Errors
+/// If a lab or the agent cannot be had, or a connection fails.
+pub(crate) fn run(options: &Options) -> Result<Report> {
+    let mut report = Report::new("north-south", format!("{options:?}"));
+    let nft = match Nft::find() {
+        _ if options.no_nftables || options.ipv6 => None,
+        Some(nft) => Some(nft),
+        None => {
+            report.notes.push("nftables was not measured: there is no `nft` (package nftables)".to_owned());
+            None
+        }
+    };
+    let mut sides = vec![Side::Vipr, Side::Plain];
+    sides.extend((!options.no_control).then_some(Side::Control));
+    sides.extend(nft.is_some().then_some(Side::Nftables));
+    let grounds = Grounds::new(&sides, options)?;
+    let node = grounds.of(Side::Vipr).node();
+    let mut cluster = Cluster::start(node)?;
+    for backend in Backend::ALL {
+        cluster.apply(&grounds.of(Side::Vipr).service(backend, options.ipv6)?)?;
+    }
+
+    let mut crr: BTreeMap<(Backend, Workload), Vec<(f64, String)>> = BTreeMap::new();
+    for (index, &services) in options.services.iter().enumerate() {
+        let (world, agent) = cluster.fill(services, node)?;
+        if let Some(nft) = &nft {
+            nft.load(grounds.of(Side::Nftables), world)?;
+            progress(format_args!("{world}: nftables loaded"));
+        }
+        let world = world.to_string();
+        for backend in options.backends() {
+            let rounds = measure(&grounds, &sides, backend, options, index == 0)?;
+            report.figures.extend(figures(&rounds, backend, &world));
+            for workload in options.workloads(false) {
+                let ratio = rounds.ratio(workload, Side::Vipr, Side::Plain);
+                let ratio = ratio.map(|ratio| (ratio.median, world.clone()));
+                crr.entry((backend, workload)).or_default().extend(ratio);
+            }
+        }
+        let status = agent.get("/readyz")?.0;
+        ensure!(status == 200, "the agent did not stay ready; its log:\n{}", agent.log());
+    }
+    for ((backend, workload), ratios) in &crr {
+        if let [(first, _), .., (last, world)] = ratios.as_slice() {
+            let name = format!("{} {}: against fewest Services", backend.name(), workload.name());
+            let figure = Figure::new(name, world, "ratio", last / first).samples(ratios.len());
+            report.figures.push(figure.bar(FLAT));
+        }
+    }
+    report.machine.end();
+    Ok(report)
+}
+
+fn measure(
+    grounds: &Grounds,
+    sides: &[Side],
+    backend: Backend,
+    options: &Options,
+    all_workloads: bool,
+) -> Result<Rounds<Side>> {
+    let mut measured = Rounds::new();
+    let blocks = options.blocks.max(1);
+    for block in 0..blocks {
+        let mut pairs: BTreeMap<Side, Pair> =
+            sides.iter().map(|&side| Ok((side, grounds.start(side, backend)?))).collect::<Result<_>>()?;
+        if block == 0 {
+            prove(grounds, backend, &mut pairs)?;
+        }
+        for workload in options.workloads(all_workloads) {
+            let targets = grounds.targets(sides, backend, workload.listener())?;
+            let rounds = share(options.rounds, blocks, block);
+            measured.run(&mut pairs, workload, |side| targets[&side], options.round_ms, rounds)?;
+        }
+        progress(format_args!("{}: block {} of {blocks}", backend.name(), block + 1));
+    }
+    Ok(measured)
+}
+
+/// The comparison is what it says: one side goes through the programs, the others do not.
+fn prove(grounds: &Grounds, backend: Backend, pairs: &mut BTreeMap<Side, Pair>) -> Result<()> {
+    let maps = KernelMaps::open(&PinDir::new(grounds.of(Side::Vipr).node().pin_dir()), false)?;
+    let sides: Vec<Side> = pairs.keys().copied().collect();
+    let targets = grounds.targets(&sides, backend, Listener::AnswerAndWait)?;
+    for (side, pair) in pairs {
+        let before = maps.counter(Counter::Flow)?;
+        let server = targets[side];
+        let workload = Workload::TcpCrrClient;
+        pair.ask(&Job::Run { workload, server, warm_up_us: 0, measure_us: 1000 })?;
+        let flows = maps.counter(Counter::Flow)? - before;
+        ensure!((flows > 0) == (*side == Side::Vipr), "{side:?}: {flows} flows");
+    }
+    Ok(())
+}
+
+fn figures(rounds: &Rounds<Side>, backend: Backend, world: &str) -> Vec<Figure> {
+    let mut figures = Vec::new();
+    for workload in Workload::ALL {
+        let Some(ratio) = rounds.ratio(workload, Side::Vipr, Side::Plain) else { continue };
+        let name = format!("{} {}", backend.name(), workload.name());
+        let control = rounds.ratio(workload, Side::Control, Side::Plain);
+        let mut figure = figure(rounds, workload, Side::Vipr, &name, world, ratio).bar(bar(workload));
+        if let Some(control) = control {
+            figure = figure.detail("control ratio", control.median);
+        }
+        let lost = rounds.lost(workload);
+        if lost > 0 {
+            figure = figure.detail("lost datagrams", lost as f64);
+        }
+        figures.push(figure);
+        if let Some(ratio) = rounds.ratio(workload, Side::Nftables, Side::Plain) {
+            let name = format!("{name}, nftables");
+            figures.push(self::figure(rounds, workload, Side::Nftables, &name, world, ratio));
+        }
+    }
+    figures
+}
+
+fn figure(
+    rounds: &Rounds<Side>,
+    workload: Workload,
+    side: Side,
+    name: &str,
+    world: &str,
+    ratio: Estimate,
+) -> Figure {
+    let (scale, proxy, plain) = if workload == Workload::TcpStream {
+        (8e-9, "proxy Gbit/s", "no proxy Gbit/s")
+    } else {
+        (1.0, "proxy /s", "no proxy /s")
+    };
+    Figure::estimated(name, world, "ratio", ratio)
+        .detail(proxy, rounds.rate(workload, side) * scale)
+        .detail(plain, rounds.rate(workload, Side::Plain) * scale)
+}
+
+fn bar(workload: Workload) -> Bar {
+    Bar::AtLeast(match workload {
+        Workload::TcpCrr | Workload::TcpCrrClient | Workload::TcpStream => 0.95,
+        Workload::TcpRr | Workload::UdpRr | Workload::UdpUnconnectedRr => 0.97,
+    })
+}

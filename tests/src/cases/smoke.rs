@@ -1,0 +1,61 @@
+//! A little of everything, for networks of other shapes than the table's.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::objects::{case, s_dual, slice};
+use super::{Case, Check, Connect, Expect, Pace};
+
+/// One check for each kind of frontend, near and far endpoint, TCP and UDP, IPv4 and IPv6, refusal, silence, and a pod
+/// that reaches itself.
+pub fn smoke() -> Case {
+    let mut case = rows();
+    for check in case.steps.iter_mut().flat_map(|step| &mut step.checks) {
+        if let Check::Connect(Connect { expect: Expect::Spread(..), pace, .. }) = check {
+            *pace = Some(Pace { connections: 40, pause: Duration::ZERO });
+        }
+    }
+    case
+}
+
+fn rows() -> Case {
+    let service = || {
+        s_dual()
+            .spec("type", "LoadBalancer")
+            .ports("web 80 31080, dns 53/udp 31053, none 443")
+            .spec("externalIPs", vec!["198.18.9.9"])
+            .ingress(json!([{ "ip": "198.18.5.5" }, { "ip": "2001:db8:5::5" }]))
+    };
+    let ports = "web=8080, dns=1053/udp";
+    case("smoke", "")
+        .step(
+            [service(), slice("s1", ports, "L1, R1"), slice("s6", ports, "V1, V2")],
+            "P>CIP = L1, R1
+             H>CIP = L1, R1
+             X>CIP = L1, R1
+             P>VIP = L1, R1
+             X>VIP = L1, R1
+             X>EXT = L1, R1
+             X>NP = L1, R1
+             P>NP = L1, R1
+             P>10.96.0.10:53/udp = L1:1053, R1:1053
+             X>198.18.5.5:53/udp = L1:1053, R1:1053
+             P6>CIP6 = V1, V2
+             X6>[2001:db8:5::5]:80 = V1, V2
+             X6>[2001:db8:5::5]:53/udp = V1:1053, V2:1053
+             X6>[2001:db8:1::10]:31080 = V1, V2
+             P>10.96.0.10:443 = REJECT
+             X>198.18.5.5:443 = REJECT
+             P>10.96.77.77:80 = DROP
+             X>10.96.77.77:80 = DROP",
+        )
+        .step([service(), slice("s1", ports, "L1")], "L1>CIP = L1; L1>10.96.0.10:53/udp = L1:1053")
+        .done()
+}
+
+/// That Y does not get to an endpoint on this node: for nodes with a filter that says so.
+pub fn not_allowed() -> Case {
+    let service = || s_dual().spec("type", "LoadBalancer").ingress(json!([{ "ip": "198.18.5.5" }]));
+    case("denied", "").step([service(), slice("s1", "web=8080", "L1")], "X>VIP = L1; Y>VIP = DROP").done()
+}

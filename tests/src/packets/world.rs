@@ -1,0 +1,294 @@
+//! One node with Services of both families, as map operations: what the host's maps and the kernel's are filled with.
+
+use std::net::{IpAddr, SocketAddr};
+
+use proxy_agent::sim::Simulator;
+use proxy_agent::sim::frame::Frame;
+use proxy_agent::store::{MapStore as _, Op, StoreError};
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
+use proxy_common::abi::frontend::flags::{EXTERNAL, FAR_LOCAL, SOURCE_RANGES};
+use proxy_common::abi::local_address::{HOST, NODEPORT};
+use proxy_common::abi::proto::{SCTP, TCP, UDP};
+use proxy_common::abi::{
+    Affinity, Backend, BackendState, Device, FrontendKey, FrontendValue, Service, SlotRange, device,
+};
+use proxy_common::addr::{Addr, Prefix};
+use proxy_common::be::Be16;
+use proxy_common::datapath::edge::{Edge, Verdict};
+
+/// The device to the world outside.
+pub const NIC: u32 = 2;
+/// The device to other nodes' pods.
+pub const OVERLAY: u32 = 3;
+/// The host side of [`Net::local`]'s interface.
+pub const POD: u32 = 4;
+/// An external device without an address of its own.
+pub const BARE: u32 = 5;
+/// A device from which everything counts as a pod's.
+pub const NEAR: u32 = 6;
+
+/// Everything of one family: addresses of the world, and where its Services can be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Net {
+    /// IPv6 rather than IPv4.
+    pub v6: bool,
+}
+
+impl Net {
+    /// Both families.
+    pub const ALL: [Self; 2] = [Self { v6: false }, Self { v6: true }];
+
+    fn ip(self, v4: &str, v6: &str) -> IpAddr {
+        let text = if self.v6 { v6 } else { v4 };
+        text.parse().unwrap_or_else(|error| unreachable!("{text}: {error}"))
+    }
+
+    fn at(self, v4: &str, v6: &str, port: u16) -> SocketAddr {
+        SocketAddr::new(self.ip(v4, v6), port)
+    }
+
+    /// A client outside of the cluster, inside the source ranges of [`Net::ranged`].
+    pub fn client(self) -> SocketAddr {
+        self.at("203.0.113.7", "2001:db8:113::7", 40_000)
+    }
+
+    /// Another one, outside of those ranges.
+    pub fn stranger(self) -> SocketAddr {
+        self.at("198.18.0.9", "2001:db8:18::9", 40_000)
+    }
+
+    /// A router between the clients and the node.
+    pub fn router(self) -> IpAddr {
+        self.ip("192.0.2.1", "2001:db8:2::1")
+    }
+
+    /// The node's primary address: serves nodePorts and is the source of what [`NIC`] translates.
+    pub fn node(self) -> IpAddr {
+        self.ip("192.0.2.10", "2001:db8:2::10")
+    }
+
+    /// The node's address on [`OVERLAY`].
+    pub fn overlay(self) -> IpAddr {
+        self.ip("10.65.0.1", "fd00:65::1")
+    }
+
+    /// A pod of this node: the backend of [`Net::here`].
+    pub fn local(self) -> SocketAddr {
+        self.at("10.64.0.1", "fd00:64::1", 8080)
+    }
+
+    /// Pods of another node: the first one is the backend of most Services.
+    pub fn remote(self, number: u8) -> SocketAddr {
+        self.at(&format!("10.64.1.{number}"), &format!("fd00:64:0:1::{number}"), 8080)
+    }
+
+    /// A clusterIP whose only backend is a pod of this node.
+    pub fn here(self) -> SocketAddr {
+        self.cluster_ip(10)
+    }
+
+    /// A clusterIP whose only backend is a pod of another node.
+    pub fn there(self) -> SocketAddr {
+        self.cluster_ip(20)
+    }
+
+    /// Another clusterIP with the very backend of [`Net::there`].
+    pub fn twin(self) -> SocketAddr {
+        self.cluster_ip(21)
+    }
+
+    /// A clusterIP without backends.
+    pub fn nobody(self) -> SocketAddr {
+        self.cluster_ip(30)
+    }
+
+    /// A clusterIP with three backends on another node.
+    pub fn spread(self) -> SocketAddr {
+        self.cluster_ip(40)
+    }
+
+    /// A clusterIP for which far clients have the local set, which is empty.
+    pub fn policy(self) -> SocketAddr {
+        self.cluster_ip(50)
+    }
+
+    /// An address of the ServiceCIDR that no Service has.
+    pub fn inactive(self) -> SocketAddr {
+        self.cluster_ip(99)
+    }
+
+    /// A load balancer's address with source ranges; its backend is that of [`Net::there`].
+    pub fn ranged(self) -> SocketAddr {
+        self.at("198.51.100.80", "2001:db8:51::80", 443)
+    }
+
+    /// A nodePort; its backend is that of [`Net::there`].
+    pub fn node_port(self) -> SocketAddr {
+        SocketAddr::new(self.node(), 30_080)
+    }
+
+    /// An address that nobody here has anything to do with, in a block of addresses of which some are ours.
+    pub fn beside(self) -> SocketAddr {
+        self.at("10.96.200.7", "fd00:10:96::1:7", 80)
+    }
+
+    fn cluster_ip(self, number: u8) -> SocketAddr {
+        self.at(&format!("10.96.0.{number}"), &format!("fd00:10:96::{number:x}"), 80)
+    }
+
+    /// What is added to the ids of IPv4.
+    const fn base(self) -> u32 {
+        if self.v6 { 100 } else { 0 }
+    }
+
+    /// The id of the Service of [`Net::there`].
+    pub const fn there_id(self) -> u32 {
+        self.base() + 2
+    }
+
+    /// The id of the backend that `backends` of [`Net::spread`] are counted from.
+    pub const fn spread_id(self) -> u32 {
+        self.base() + 5
+    }
+
+    fn prefix(self, v4: (&str, u8), v6: (&str, u8)) -> Prefix {
+        let len = if self.v6 { v6.1 } else { v4.1 };
+        let prefix = Prefix::new(self.ip(v4.0, v6.0).into(), len);
+        prefix.unwrap_or_else(|| unreachable!("{v4:?}, {v6:?}"))
+    }
+
+    /// The operations that fill the maps.
+    pub fn ops(self) -> Vec<Op> {
+        let base = self.base();
+        let mut ops = vec![
+            Op::ServiceCidr(self.prefix(("10.96.0.0", 17), ("fd00:10:96::", 112)), true),
+            Op::PodSource(self.prefix(("10.64.0.0", 16), ("fd00:64::", 32)), true),
+            Op::LocalAddress(self.node().into(), Some(HOST | NODEPORT)),
+            Op::LocalAddress(self.overlay().into(), Some(HOST)),
+            Op::SourceRange(base + 4, self.prefix(("203.0.113.0", 24), ("2001:db8:113::", 48)), true),
+        ];
+        let serving = |id: u32, service: u32, addr: SocketAddr, flags: u32| {
+            let state = BackendState { flags: IN_CLUSTER | SERVING | flags, generation: 1 };
+            Op::Backend(base + id, backend(addr, base + service, state))
+        };
+        ops.extend([
+            serving(1, 1, self.local(), IN_LOCAL | ON_THIS_NODE),
+            serving(2, 2, self.remote(1), 0),
+            serving(3, 3, self.remote(1), 0),
+            serving(4, 4, self.remote(1), 0),
+            serving(5, 5, self.remote(1), 0),
+            serving(6, 5, self.remote(2), 0),
+            serving(7, 5, self.remote(3), 0),
+            serving(8, 6, self.remote(1), 0),
+            serving(9, 7, self.remote(1), 0),
+        ]);
+        // Slots are numbered like backends.
+        ops.push(Op::Slots(base + 1, (base + 1..base + 10).collect()));
+        let one = |id: u32| SlotRange { base: base + id, len: 1 };
+        let three = SlotRange { base: base + 5, len: 3 };
+        for (id, cluster, local) in [
+            (1, one(1), one(1)),
+            (2, one(2), SlotRange::DROP),
+            (3, one(3), SlotRange::DROP),
+            (4, one(4), SlotRange::DROP),
+            (5, three, SlotRange::DROP),
+            (6, one(8), SlotRange::DROP),
+            (7, one(9), SlotRange::DROP),
+            (8, SlotRange::REJECT, SlotRange::REJECT),
+        ] {
+            ops.push(Op::Service(base + id, Service { cluster, local, affinity: Affinity::default() }));
+        }
+        for (at, id, flags) in [
+            (self.here(), 1, 0),
+            (self.there(), 2, 0),
+            (self.twin(), 3, 0),
+            (self.ranged(), 4, EXTERNAL | SOURCE_RANGES),
+            (self.spread(), 5, 0),
+            (self.policy(), 6, FAR_LOCAL),
+            (self.nobody(), 8, 0),
+        ] {
+            let addr = at.ip().into();
+            if flags & EXTERNAL == 0 {
+                ops.push(frontend(FrontendKey::address(addr), 0, 0));
+            }
+            for proto in [TCP, UDP, SCTP] {
+                ops.push(frontend(FrontendKey::exact(addr, Be16::new(at.port()), proto), base + id, flags));
+            }
+        }
+        let any = Addr::from(self.node()).unspecified();
+        for proto in [TCP, UDP] {
+            let port = Be16::new(self.node_port().port());
+            ops.push(frontend(FrontendKey::node_port(any, port, proto), base + 7, EXTERNAL));
+        }
+        ops
+    }
+
+    /// `DEVICES` of both families.
+    pub fn devices() -> Vec<(u32, Device)> {
+        let [v4, v6] = Self::ALL;
+        let own = |flags| Device { snat_v4: v4.node().into(), snat_v6: v6.node().into(), flags };
+        let overlay = Device { snat_v4: v4.overlay().into(), snat_v6: v6.overlay().into(), flags: 0 };
+        vec![
+            (NIC, own(0)),
+            (OVERLAY, overlay),
+            (POD, own(0)),
+            (BARE, Device::default()),
+            (NEAR, own(device::flags::NEAR)),
+        ]
+    }
+}
+
+fn backend(addr: SocketAddr, service: u32, state: BackendState) -> Backend {
+    Backend { addr: addr.ip().into(), port: Be16::new(addr.port()), pad: [0; 2], service, state }
+}
+
+fn frontend(key: FrontendKey, service: u32, flags: u16) -> Op {
+    Op::Frontend(key, Some(FrontendValue::new(&key, service, flags)))
+}
+
+/// The world on the host.
+#[derive(Debug)]
+pub struct World {
+    /// Its maps.
+    pub sim: Simulator,
+}
+
+impl World {
+    /// The world of both families, without any flow, some time after the machine has started.
+    ///
+    /// # Errors
+    /// Never: ordered maps take everything.
+    pub fn new() -> Result<Self, StoreError> {
+        let mut sim = Simulator::default();
+        for op in Net::ALL.into_iter().flat_map(Net::ops) {
+            sim.apply(&op)?;
+        }
+        sim.edge.devices.replace(Net::devices().into_iter().collect());
+        sim.clock.set(1_000_000_000_000);
+        Ok(Self { sim })
+    }
+
+    /// A packet enters through a device: what becomes of it.
+    pub fn enter(&self, device: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+        let mut frame = Frame::new(bytes, device);
+        let verdict = self.sim.packet(&mut frame, edge_of(device), false);
+        (verdict, frame.bytes)
+    }
+
+    /// A packet leaves through a device: what becomes of it.
+    pub fn leave(&self, device: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+        let mut frame = Frame::new(bytes, device);
+        let verdict = self.sim.packet(&mut frame, edge_of(device), true);
+        (verdict, frame.bytes)
+    }
+
+    /// Lets time pass, in seconds.
+    pub fn pass(&self, seconds: u64) {
+        self.sim.clock.set(self.sim.clock.get() + seconds * 1_000_000_000);
+    }
+}
+
+/// Which programs run on a device.
+pub const fn edge_of(device: u32) -> Edge {
+    if device == POD || device == NEAR { Edge::Pod } else { Edge::External }
+}

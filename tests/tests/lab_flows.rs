@@ -1,0 +1,500 @@
+//! The maps of the packet edge in a real kernel, as the agent writes, reads and clears them. Flows are put there by the
+//! test, in every state that the datapath knows.
+
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use aya::maps::{LpmTrie, Map, MapData, PerCpuArray, PerCpuValues, lpm_trie};
+use proxy_agent::bpf::dataplane::{Dataplane, Sizes};
+use proxy_agent::bpf::flow_maps::FlowMaps;
+use proxy_agent::bpf::maps::KernelMaps;
+use proxy_agent::bpf::pins::PinDir;
+use proxy_agent::cluster::ObjectKey;
+use proxy_agent::desired::PortKey;
+use proxy_agent::flows::{Collected, Collection, now};
+use proxy_agent::model::service_name;
+use proxy_agent::store::{Capacity, MapStore as _, Op};
+use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, OUTSIDE, REPLIED, RESET};
+use proxy_common::abi::proto::{TCP, UDP};
+use proxy_common::abi::{
+    Backend, BackendState, FilterBit, Flow, FlowKey, FlowKind, FlowRef, ServiceCounters, backend,
+};
+use proxy_common::addr::{Addr, Family, Prefix};
+use proxy_common::be::Be16;
+use proxy_common::datapath::edge::flows::{snat_index, vip_index};
+use proxy_common::datapath::edge::timeouts::lifetime;
+use proxy_tests::lab::{Lab, LabSpec, NodeSpec};
+use proxy_tests::scenarios::{NODE, World};
+use serde_json::{Value, json};
+
+const SECOND: u64 = 1_000_000_000;
+const CAPACITY: Capacity =
+    Capacity { frontends: 16, services: 8, slots: 16, backends: 16, source_ranges: 64 };
+const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+
+/// A node with maps of its own and nobody who uses them.
+struct Bench {
+    dataplane: Dataplane,
+    pins: PinDir,
+    _lab: Lab,
+}
+
+impl Bench {
+    fn new() -> Result<Self> {
+        let node = NodeSpec::new("n1", &["192.0.2.10"], &["10.64.1.0/24"])?;
+        let spec = LabSpec { cluster_cidr: "10.64.0.0/16".to_owned(), ..LabSpec::default() };
+        let lab = Lab::build(spec.node(node))?;
+        let pins = PinDir::new(lab.node("n1").pin_dir());
+        pins.create()?;
+        let dataplane = Dataplane::open(pins.clone(), Sizes { least: CAPACITY, want: CAPACITY })?;
+        Ok(Self { dataplane, pins, _lab: lab })
+    }
+
+    fn maps(&mut self) -> &mut KernelMaps {
+        &mut self.dataplane.maps
+    }
+
+    fn flows(&self) -> Result<FlowMaps> {
+        Ok(FlowMaps::open(&self.pins)?)
+    }
+}
+
+/// A record: its client is 203.0.113.7 with this port, and the backend sees another one if the flow is from outside.
+fn record(proto: u8, client_port: u16, state: u32, last_seen: u64) -> (FlowKey, Flow) {
+    let key = FlowKey {
+        source: Addr::v4([203, 0, 113, 7]),
+        destination: Addr::v4([10, 64, 2, 21]),
+        source_port: Be16::new(client_port),
+        destination_port: Be16::new(8080),
+        proto,
+        kind: FlowKind::Record as u8,
+        pad: [0; 2],
+    };
+    let mut flow = Flow {
+        vip: VIP.into(),
+        vip_port: Be16::new(80),
+        client_port: key.source_port,
+        service: 1,
+        backend: 1,
+        state,
+        check: key.check(),
+        last_seen,
+        ..Flow::default()
+    };
+    if state & OUTSIDE != 0 {
+        (flow.snat, flow.snat_port) =
+            (Addr::v4([192, 0, 2, 10]), Be16::new(client_port.wrapping_add(10_000)));
+    }
+    (key, flow)
+}
+
+fn indexes((key, flow): &(FlowKey, Flow)) -> Vec<(FlowKey, FlowRef)> {
+    let snat = (flow.state & OUTSIDE != 0).then(|| snat_index(key, &flow.snat, flow.snat_port));
+    [vip_index(key, flow)].into_iter().chain(snat).collect()
+}
+
+/// Writes records with their indexes where flows go that are not evicted.
+fn put(maps: &mut FlowMaps, records: &[(FlowKey, Flow)]) -> Result<()> {
+    for record in records {
+        maps.flows.add(&record.0, &record.1)?;
+        for (index, target) in indexes(record) {
+            maps.index.add(&index, &target)?;
+        }
+    }
+    Ok(())
+}
+
+/// The keys of both maps.
+fn keys(maps: &FlowMaps) -> Result<(BTreeSet<FlowKey>, BTreeSet<FlowKey>)> {
+    let (mut records, mut index) = (BTreeSet::new(), BTreeSet::new());
+    maps.flows.for_each(|(key, _)| assert!(records.insert(key), "{key:?} was met twice"))?;
+    maps.index.for_each(|(key, _)| assert!(index.insert(key), "{key:?} was met twice"))?;
+    Ok((records, index))
+}
+
+fn keys_of(records: &[(FlowKey, Flow)]) -> (BTreeSet<FlowKey>, BTreeSet<FlowKey>) {
+    let index = records.iter().flat_map(indexes).map(|(key, _)| key);
+    (records.iter().map(|(key, _)| *key).collect(), index.collect())
+}
+
+fn collect(maps: FlowMaps, now: u64) -> Result<Collected> {
+    let mut collection = Collection::new(maps);
+    loop {
+        if let Some(collected) = collection.step(now)? {
+            return Ok(collected);
+        }
+    }
+}
+
+#[test]
+fn what_has_expired_is_collected_and_nothing_else() -> Result<()> {
+    let bench = Bench::new()?;
+    let mut maps = bench.flows()?;
+    let late = 1000 * 86_400 * SECOND;
+    let states = [0, REPLIED, REPLIED | ASSURED | OUTSIDE, FIN_REQUEST | ASSURED, RESET | ASSURED];
+    let closed = FIN_REQUEST | FIN_REPLY | ASSURED | OUTSIDE;
+    let (mut live, mut dead) = (Vec::new(), Vec::new());
+    // Enough for several steps of the walk.
+    for number in 0..1500 {
+        for (proto, state) in states.iter().chain([&closed]).flat_map(|state| [(TCP, *state), (UDP, *state)])
+        {
+            let port = 1 + number * 6 + u16::try_from(states.iter().take_while(|s| **s != state).count())?;
+            let edge = late - lifetime(proto, state);
+            live.push(record(proto, port, state, edge + 1));
+            dead.push(record(proto, port + 20_000, state, edge));
+        }
+    }
+    put(&mut maps, &live)?;
+    put(&mut maps, &dead)?;
+
+    // The client has another flow by the tuple of one that has expired: another backend, and its index entry.
+    let (old, flow) = dead[0];
+    let other = FlowKey { destination: Addr::v4([10, 64, 2, 22]), ..old };
+    let other = (other, Flow { check: other.check(), last_seen: late, ..flow });
+    let (index, target) = vip_index(&other.0, &other.1);
+    maps.flows.add(&other.0, &other.1)?;
+    maps.index.remove(&index)?;
+    maps.index.add(&index, &target)?;
+    live.push(other);
+    // One whose record has gone, and one whose record is among those that can be evicted.
+    let (gone, evictable) = (record(TCP, 60_001, OUTSIDE, late), record(TCP, 60_002, OUTSIDE, late));
+    for (index, target) in indexes(&gone).into_iter().chain(indexes(&evictable)) {
+        maps.index.add(&index, &target)?;
+    }
+    maps.new_flows.add(&evictable.0, &evictable.1)?;
+
+    let start = Instant::now();
+    let collected = collect(bench.flows()?, late)?;
+    println!("{collected:?} in {:?}", start.elapsed());
+    let (records, mut index) = keys_of(&live);
+    index.extend(indexes(&evictable).into_iter().map(|(key, _)| key));
+    let (left, left_index) = keys(&maps)?;
+    assert_eq!(left, records);
+    assert_eq!(left_index, index);
+    assert_eq!((collected.expired, collected.dangling), (dead.len() as u64, 2));
+    assert_eq!(collected.records, (live.len() + dead.len()) as u64);
+
+    let again = collect(bench.flows()?, late)?;
+    assert_eq!((again.expired, again.dangling), (0, 0));
+    assert_eq!((again.records, again.index_entries), (records.len() as u64, index.len() as u64));
+    Ok(())
+}
+
+#[test]
+fn flows_that_come_and_go_meanwhile_are_let_alone() -> Result<()> {
+    let bench = Bench::new()?;
+    let mut maps = bench.flows()?;
+    let late = 1000 * 86_400 * SECOND;
+    let steady: Vec<_> = (1..=5000).map(|port| record(TCP, port, ASSURED | OUTSIDE, late)).collect();
+    put(&mut maps, &steady)?;
+    let mut writer = bench.flows()?;
+    // Records come with their index, live or expired, and some go by themselves: beside the walk, elements move into
+    // and out of its buckets all the time.
+    let writing = thread::spawn(move || -> Result<Vec<(FlowKey, Flow)>> {
+        let mut stay = Vec::new();
+        for port in 10_000..40_000 {
+            let age = if port % 3 == 0 { 10 * 86_400 * SECOND } else { 0 };
+            let flow = record(UDP, port, ASSURED, late - age);
+            put(&mut writer, &[flow])?;
+            match port % 3 {
+                0 => {}
+                1 => stay.push(flow),
+                _ => {
+                    writer.index.remove(&indexes(&flow)[0].0)?;
+                    writer.flows.remove(&flow.0)?;
+                }
+            }
+        }
+        Ok(stay)
+    });
+    let mut passes = 0;
+    let mut expired = 0;
+    while !writing.is_finished() {
+        let collected = collect(bench.flows()?, late)?;
+        assert_eq!(collected.dangling, 0, "records come before their index and go after it");
+        expired += collected.expired;
+        passes += 1;
+    }
+    let mut live = writing.join().expect("the writer's thread")?;
+    expired += collect(bench.flows()?, late)?.expired;
+    live.extend(steady);
+    assert_eq!(keys(&maps)?, keys_of(&live), "after {passes} passes");
+    assert_eq!(expired, 10_000);
+    assert!(passes > 1, "the writer was done before the first pass");
+    Ok(())
+}
+
+#[test]
+fn a_running_agent_collects_and_counts_what_is_there() -> Result<()> {
+    let mut world = World::start(&["s01-clusterip.yaml"])?;
+    let pins = PinDir::new(world.lab().node(NODE).pin_dir());
+    let mut maps = FlowMaps::open(&pins)?;
+    // Long before this test, as long as the machine has been up for ten seconds.
+    let (expired, live) = (record(TCP, 1, RESET | ASSURED, 0), record(TCP, 2, ASSURED, now()));
+    put(&mut maps, &[expired, live])?;
+    let mut sample = |name: &str| -> Result<u64> {
+        let metrics = world.agent(NODE).metrics()?;
+        let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(line.with_context(|| format!("no {name} in\n{metrics}"))?.parse()?)
+    };
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while sample("vipr_flows_collected_total")? == 0 {
+        ensure!(Instant::now() < deadline, "nothing was collected");
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(keys(&maps)?, keys_of(&[live]));
+    assert_eq!(sample("vipr_flows_collected_total")?, 1);
+    for (name, want) in [
+        ("vipr_map_entries{map=\"FLOWS\"}", 1),
+        ("vipr_map_capacity{map=\"FLOWS\"}", 262_144),
+        ("vipr_map_entries{map=\"FLOW_INDEX\"}", 1),
+        ("vipr_map_capacity{map=\"FLOW_INDEX\"}", 524_288),
+        ("vipr_map_entries{map=\"SOURCE_RANGES\"}", 0),
+    ] {
+        assert_eq!(sample(name)?, want, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn flows_are_shown_in_words() -> Result<()> {
+    let world = World::start(&["s01-clusterip.yaml"])?;
+    let [port] = &world.ports(NODE, "default/kubia")?[..] else { anyhow::bail!("one port") };
+    let node = world.lab().node(NODE);
+    let mut maps = FlowMaps::open(&PinDir::new(node.pin_dir()))?;
+    let (vip, backend) = ("10.111.249.153:80", port.cluster[0]);
+    let flow = |port_number: u16, state: u32, idle: u64, change: &dyn Fn(&mut FlowKey, &mut Flow)| {
+        let (mut key, mut flow) = record(TCP, port_number, state, now().saturating_sub(idle * SECOND));
+        (key.destination, key.destination_port) = (backend.ip().into(), Be16::new(backend.port()));
+        (flow.vip, flow.vip_port) = (Addr::v4([10, 111, 249, 153]), Be16::new(80));
+        flow.service = port.id;
+        change(&mut key, &mut flow);
+        flow.check = key.check();
+        (key, flow)
+    };
+    let as_it_is = |_: &mut FlowKey, _: &mut Flow| {};
+    put(
+        &mut maps,
+        &[
+            flow(1001, REPLIED | ASSURED | OUTSIDE, 5, &as_it_is),
+            flow(1002, ASSURED | FIN_REPLY, 0, &as_it_is),
+            flow(1003, ASSURED | FIN_REPLY | FIN_REQUEST, 0, &as_it_is),
+            // Where two flows would have met, one has got another port.
+            flow(1004, ASSURED, 0, &|key, _| key.source_port = Be16::new(12_345)),
+            // The Service that it began with is gone, and the id is another's.
+            flow(1005, ASSURED, 0, &|key, flow| {
+                (key.destination, flow.vip) = (Addr::v4([10, 64, 9, 9]), Addr::v4([10, 96, 0, 99]));
+            }),
+            // Its backend has left the Service.
+            flow(1006, ASSURED, 0, &|key, _| key.destination = Addr::v4([10, 64, 9, 9])),
+        ],
+    )?;
+    for (key, flow) in
+        [flow(1007, 0, 0, &as_it_is), flow(1008, REPLIED, 0, &as_it_is), flow(1009, RESET, 60, &as_it_is)]
+    {
+        maps.new_flows.add(&key, &flow)?;
+    }
+
+    let all = world.tool(NODE, "flows")?;
+    let shown = |client: u16| -> Result<&Value> {
+        let client = json!(format!("203.0.113.7:{client}"));
+        all.as_array().and_then(|all| all.iter().find(|flow| flow["client"] == client)).context("not shown")
+    };
+    let mut first = shown(1001)?.clone();
+    let idle = first.as_object_mut().and_then(|flow| flow.remove("idleSeconds")).context("no idleSeconds")?;
+    assert!((5.0..65.0).contains(&idle.as_f64().context("a number")?), "{idle}");
+    let kubia = json!({
+        "service": "default/kubia", "port": "", "protocol": "TCP", "client": "203.0.113.7:1001", "vip": vip,
+        "backend": backend, "source": "192.0.2.10:11001", "outside": true, "state": "established", "assured": true,
+    });
+    assert_eq!(first, kubia);
+    for (client, field, want) in [
+        (1001, "state", json!("established")),
+        (1002, "state", json!("closing")),
+        (1003, "state", json!("closed")),
+        (1004, "source", json!("203.0.113.7:12345")),
+        (1005, "service", Value::Null),
+        (1006, "service", json!("default/kubia")),
+        (1006, "source", Value::Null),
+        (1007, "state", json!("new")),
+        (1007, "assured", json!(false)),
+        (1008, "state", json!("answered")),
+        (1009, "state", json!("expired")),
+    ] {
+        assert_eq!(shown(client)?[field], want, "{field} of {client}");
+    }
+
+    let mut command = world.command(NODE, "flows")?;
+    command.args(["--service", "default/kubia"]);
+    let text = command.text()?;
+    assert_eq!(text.lines().count(), 1 + 8, "a head, and every flow but one:\n{text}");
+    let line = text.lines().find(|line| line.contains(":1001 ")).context("the first flow")?;
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let source = "192.0.2.10:11001";
+    assert_eq!(words[..1], ["default/kubia"]);
+    assert_eq!(words[1..7], ["TCP", "203.0.113.7:1001", vip, &backend.to_string(), source, "established"]);
+    Ok(())
+}
+
+#[test]
+fn what_passed_for_a_service_is_shown_and_forgotten_with_it() -> Result<()> {
+    let mut bench = Bench::new()?;
+    let name = |name: &str| {
+        let service = ObjectKey::new("a", name);
+        Box::new(service_name(&PortKey { service, port_name: "".into(), proto: TCP, family: Family::V4 }))
+    };
+    bench.maps().apply(&Op::Name(3, Some(name("s"))))?;
+    assert_eq!(bench.maps().service_counters(3)?, ServiceCounters::default());
+    let counters = Map::PerCpuArray(MapData::from_pin(bench.pins.map("SERVICE_COUNTERS"))?);
+    let mut counters = PerCpuArray::<_, ServiceCounters>::try_from(counters)?;
+    let cpus = counters.get(&3, 0)?.len() as u64;
+    let cpu = |cpu: u64| ServiceCounters {
+        connections: 1,
+        request_packets: 2 + cpu,
+        request_bytes: u64::MAX / cpus,
+        reply_packets: 4,
+        reply_bytes: 5,
+    };
+    counters.set(3, PerCpuValues::try_from((0..cpus).map(cpu).collect::<Vec<_>>())?, 0)?;
+    counters.set(4, PerCpuValues::try_from((0..cpus).map(cpu).collect::<Vec<_>>())?, 0)?;
+    let sum = ServiceCounters {
+        connections: cpus,
+        request_packets: (0..cpus).map(|cpu| 2 + cpu).sum(),
+        request_bytes: u64::MAX / cpus * cpus,
+        reply_packets: 4 * cpus,
+        reply_bytes: 5 * cpus,
+    };
+    assert_eq!(bench.maps().service_counters(3)?, sum);
+    // The name goes, and what was counted stays to be read; the next one starts from nothing.
+    bench.maps().apply(&Op::Name(3, None))?;
+    assert_eq!(bench.maps().service_counters(3)?, sum);
+    bench.maps().apply(&Op::Name(3, Some(name("t"))))?;
+    assert_eq!(bench.maps().service_counters(3)?, ServiceCounters::default());
+    assert_eq!(bench.maps().service_counters(4)?, sum, "another's");
+    Ok(())
+}
+
+#[test]
+fn tries_hold_what_was_put_into_them() -> Result<()> {
+    let mut bench = Bench::new()?;
+    let prefix = |text: &str| -> Result<Prefix> {
+        let (addr, len) = text.split_once('/').context("a prefix")?;
+        Prefix::new(addr.parse::<std::net::IpAddr>()?.into(), len.parse()?).context("a prefix")
+    };
+    let ranges = [
+        (1, "203.0.113.0/24"),
+        (1, "203.0.113.0/25"),
+        (1, "198.51.100.7/32"),
+        (2, "203.0.113.128/25"),
+        (2, "2001:db8::/32"),
+        (2, "2001:db8::5/128"),
+        (65_537, "0.0.0.0/1"),
+    ];
+    let ranges = ranges.map(|(id, text)| prefix(text).map(|range| (id, range)));
+    let ranges: BTreeSet<(u32, Prefix)> = ranges.into_iter().collect::<Result<_>>()?;
+    for (id, range) in &ranges {
+        bench.maps().apply(&Op::SourceRange(*id, *range, true))?;
+    }
+    let (pods, cidr) = (prefix("10.64.0.0/12")?, prefix("fd00:96::/112")?);
+    bench.maps().apply(&Op::PodSource(pods, true))?;
+    bench.maps().apply(&Op::ServiceCidr(cidr, true))?;
+
+    let contents = bench.maps().contents()?;
+    assert_eq!(contents.source_ranges.len(), ranges.len());
+    assert_eq!(contents.source_ranges.into_iter().collect::<BTreeSet<_>>(), ranges);
+    assert_eq!((contents.pod_sources, contents.service_cidrs), (vec![pods], vec![cidr]));
+    let usage = bench.maps().usage()?;
+    assert!(usage.contains(&("SOURCE_RANGES", 7, 64)), "{usage:?}");
+
+    // As a BPF program looks it up: the id with a whole address.
+    let trie = Map::LpmTrie(MapData::from_pin(bench.pins.map("SOURCE_RANGES"))?);
+    let trie = LpmTrie::<_, [u8; 20], u32>::try_from(trie)?;
+    let admits = |id: u32, client: &str| -> Result<bool> {
+        let client: Addr = client.parse::<std::net::IpAddr>()?.into();
+        let mut data = [0; 20];
+        data[..4].copy_from_slice(&id.to_ne_bytes());
+        data[4..].copy_from_slice(&client.bytes);
+        Ok(trie.get(&lpm_trie::Key::new(160, data), 0).is_ok())
+    };
+    for (id, client, want) in [
+        (1, "203.0.113.7", true),
+        (1, "203.0.113.200", true),
+        (1, "198.51.100.7", true),
+        (1, "198.51.100.8", false),
+        (2, "203.0.113.7", false),
+        (2, "203.0.113.200", true),
+        (2, "2001:db8:ffff::1", true),
+        (2, "2001:db9::1", false),
+        (65_537, "10.0.0.1", true),
+        (65_537, "203.0.113.7", false),
+        (3, "203.0.113.7", false),
+    ] {
+        assert_eq!(admits(id, client)?, want, "{id} from {client}");
+    }
+
+    // Removing is done when it is done, also if somebody else did it.
+    for _ in 0..2 {
+        bench.maps().apply(&Op::SourceRange(1, prefix("203.0.113.0/24")?, false))?;
+        bench.maps().apply(&Op::PodSource(pods, false))?;
+    }
+    assert!(admits(1, "203.0.113.7")? && !admits(1, "203.0.113.200")?, "the longer prefix stays");
+    assert_eq!(bench.maps().contents()?.pod_sources, []);
+    Ok(())
+}
+
+#[test]
+fn the_filter_keeps_what_flows_lead_to() -> Result<()> {
+    let mut bench = Bench::new()?;
+    let address = |number: u8| Addr::v4([10, 64, 7, number]);
+    let state = BackendState { flags: backend::flags::IN_CLUSTER, generation: 1 };
+    for number in 1..=3 {
+        let addr = address(number);
+        let backend = Backend { addr, port: Be16::new(8080), pad: [0; 2], service: 1, state };
+        bench.maps().apply(&Op::Backend(number.into(), backend))?;
+    }
+    // All but the first leave their Service; the second and a fourth still have flows.
+    for number in 2..=3 {
+        bench.maps().apply(&Op::BackendState(number, BackendState { flags: 0, generation: 1 }))?;
+    }
+    let mut maps = bench.flows()?;
+    for (table, number) in [(&mut maps.flows, 2), (&mut maps.new_flows, 4)] {
+        let (key, flow) = record(TCP, 1, ASSURED, now());
+        table.add(&FlowKey { destination: address(number), ..key }, &flow)?;
+    }
+    let has = |bench: &Bench, number: u8| {
+        let FilterBit { word, mask } = FilterBit::of_backend(&address(number));
+        bench.dataplane.maps.filter(word).is_some_and(|bits| bits & mask != 0)
+    };
+    let all = |bench: &Bench| [1, 2, 3, 4].map(|number| has(bench, number));
+    assert_eq!(all(&bench), [true, true, true, false]);
+    let contents = bench.maps().contents()?;
+    bench.maps().refresh_filter(&contents)?;
+    assert_eq!(all(&bench), [true, true, false, true]);
+    Ok(())
+}
+
+#[test]
+fn new_maps_know_what_older_flows_lead_to() -> Result<()> {
+    let mut world = World::start(&["s01-clusterip.yaml"])?;
+    let pins = PinDir::new(world.lab().node(NODE).pin_dir());
+    let departed = Addr::v4([10, 64, 7, 2]);
+    let (key, flow) = record(TCP, 1, ASSURED, now());
+    FlowMaps::open(&pins)?.flows.add(&FlowKey { destination: departed, ..key }, &flow)?;
+    let FilterBit { word, mask } = FilterBit::of_backend(&departed);
+    let has = || -> Result<bool> {
+        Ok(KernelMaps::open(&pins, false)?.filter(word).is_some_and(|bits| bits & mask != 0))
+    };
+    // Nobody has told the filter yet; a new agent does, whether it takes the maps over or has to replace them.
+    assert!(!has()?);
+    world.agent(NODE).kill9()?;
+    world.agent(NODE).start_ready()?;
+    assert!(has()?);
+    world.agent(NODE).kill9()?;
+    std::fs::remove_file(pins.map("FRONTENDS"))?;
+    world.agent(NODE).start_ready()?;
+    assert!(has()?);
+    Ok(())
+}

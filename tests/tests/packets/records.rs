@@ -1,0 +1,348 @@
+//! Records and index entries: full maps, evictions, expiry, and tuples that meet.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use proxy_common::abi::flow::SNAT_PORTS;
+use proxy_common::abi::flow::state::ASSURED;
+use proxy_common::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef};
+use proxy_common::addr::Addr;
+use proxy_common::be::Be16;
+use proxy_common::datapath::edge::Verdict;
+use proxy_common::datapath::edge::flows::{snat_index, vip_index};
+use proxy_common::datapath::edge::parse::tcp::{ACK, PSH, RST, SYN};
+use proxy_common::datapath::edge::tables::{EdgeTables as _, Tier};
+use proxy_tests::packets::{Body, NIC, Net, OVERLAY, POD, Packet, Trouble, World};
+
+use super::{answer, counts, establish, open, passes, record, replied, seen, translated, world};
+
+#[test]
+fn a_flow_works_without_room_for_it() {
+    for net in Net::ALL {
+        let (world, vip) = (world(), net.there());
+        world.sim.edge.room[0].set(Some(0));
+        let own = establish(&world, net, vip);
+        assert_eq!(record(&world).0, Tier::New);
+        let (_, source) = open(&world, &Packet::tcp(net.client(), vip, PSH | ACK, 1001, 5001));
+        assert_eq!(source, own);
+        answer(&world, &Packet::tcp(net.remote(1), own, ACK, 5001, 1022));
+        assert!(world.sim.counted(Counter::FlowsFull) > 0);
+        // As soon as there is room, it moves.
+        world.sim.edge.room[0].set(None);
+        open(&world, &Packet::tcp(net.client(), vip, ACK, 1022, 5001));
+        let (tier, _, flow) = record(&world);
+        assert_eq!((tier, flow.state & ASSURED), (Tier::Assured, ASSURED));
+    }
+}
+
+#[test]
+fn a_flood_pushes_out_nothing_that_is_established() {
+    for net in Net::ALL {
+        let (world, vip) = (world(), net.there());
+        let own = establish(&world, net, vip);
+        for port in 1..2000 {
+            let client = SocketAddr::new(net.stranger().ip(), port);
+            world.enter(NIC, Packet::tcp(client, vip, SYN, 1, 0).bytes());
+        }
+        assert_eq!(world.sim.edge.records(Tier::Assured).len(), 1);
+        for (key, _) in world.sim.edge.records(Tier::New) {
+            world.sim.edge.evict_flow(&key);
+        }
+        for (key, _) in world.sim.edge.entries(Tier::New) {
+            world.sim.edge.evict_index(&key);
+        }
+        let (_, source) = open(&world, &Packet::tcp(net.client(), vip, ACK, 1001, 5001));
+        assert_eq!(source, own);
+    }
+}
+
+/// The LRU evicts index entries and records one by one.
+#[test]
+fn what_is_evicted_is_made_again() {
+    for net in Net::ALL {
+        let (vip, pod) = (net.there(), net.remote(1));
+        let segment = Packet::tcp(net.client(), vip, SYN, 1000, 0);
+        for request in [segment, Packet::udp(net.client(), vip, b"?")] {
+            let world = world();
+            let (_, own) = open(&world, &request);
+            let (_, key, flow) = record(&world);
+            let evict = |index| world.sim.edge.evict_index(&index).unwrap();
+            // The index entry from the VIP: the record is found again, with its source.
+            evict(vip_index(&key, &flow).0);
+            assert_eq!(open(&world, &request).1, own);
+            assert_eq!(record(&world).1, key);
+            // An answer restores it, too.
+            evict(vip_index(&key, &flow).0);
+            answer(&world, &reply(&request, pod, own));
+            assert_eq!(world.sim.edge.entries(Tier::New).len(), 2);
+            // The entry from our own address: one answer is lost, the next request puts it right.
+            evict(snat_index(&key, &flow.snat, flow.snat_port).0);
+            passes(|bytes| world.enter(OVERLAY, bytes), &reply(&request, pod, own).bytes());
+            let (_, source) = open(&world, &request);
+            assert_eq!(source, own);
+            answer(&world, &reply(&request, pod, own));
+        }
+    }
+}
+
+/// The source of a flow may be somebody else's by the time that it is missed.
+#[test]
+fn a_source_that_has_been_given_away_is_replaced() {
+    for net in Net::ALL {
+        let world = world();
+        let request = Packet::tcp(net.client(), net.there(), SYN, 1000, 0);
+        let (_, own) = open(&world, &request);
+        let (_, key, flow) = record(&world);
+        let (index, target) = snat_index(&key, &flow.snat, flow.snat_port);
+        world.sim.edge.evict_index(&index).unwrap();
+        let other = net.stranger().ip().into();
+        assert!(world.sim.add_index(Tier::New, &index, &FlowRef { addr: other, ..target }));
+        let (_, source) = open(&world, &request);
+        assert_ne!(source, own);
+        answer(&world, &reply(&request, net.remote(1), source));
+    }
+}
+
+#[test]
+fn an_entry_without_its_record_leads_nowhere() {
+    for net in Net::ALL {
+        let vip = net.there();
+        let world = world();
+        let request = Packet::udp(net.client(), vip, b"?");
+        let (_, own) = open(&world, &request);
+        let (_, key, _) = record(&world);
+        world.sim.edge.evict_flow(&key).unwrap();
+        passes(|bytes| world.enter(OVERLAY, bytes), &Packet::udp(net.remote(1), own, b"!").bytes());
+        passes(|bytes| world.leave(NIC, bytes), &Packet::udp(net.remote(1), net.client(), b"!").bytes());
+        let (_, source) = open(&world, &request);
+        answer(&world, &Packet::udp(net.remote(1), source, b"!"));
+    }
+}
+
+fn reply(request: &Packet, from: SocketAddr, to: SocketAddr) -> Packet {
+    if matches!(request.body, Body::Udp { .. }) {
+        Packet::udp(from, to, b"!")
+    } else {
+        Packet::tcp(from, to, SYN | ACK, 5000, 1001)
+    }
+}
+
+/// Neither the agent nor anybody else has removed what has expired.
+#[test]
+fn expired_flows_are_recycled() {
+    for net in Net::ALL {
+        // Three backends: the new flow may have another one than the old.
+        let (world, vip, client) = (world(), net.spread(), net.client());
+        for round in 0..12 {
+            let syn = Packet::tcp(client, vip, SYN, 1000, 0);
+            let routed = translated(world.enter(NIC, syn.bytes()));
+            let pod = seen(&routed).destination;
+            let sent = translated(world.leave(OVERLAY, routed));
+            let own = seen(&sent).source;
+            answer(&world, &Packet::tcp(pod, own, SYN | ACK, 5000, 1001));
+            for (flags, seq) in [(ACK, 1001), (PSH | ACK, 1001)] {
+                let (sent, source) = open(&world, &Packet::tcp(client, vip, flags, seq, 5001));
+                assert_eq!((seen(&sent).destination, source), (pod, own), "round {round}");
+            }
+            answer(&world, &Packet::tcp(pod, own, PSH | ACK, 5001, 1022));
+            let (tier, ..) = record(&world);
+            assert_eq!(tier, Tier::Assured);
+            assert_eq!(world.sim.edge.entries(Tier::Assured).len(), 2);
+            assert_eq!(world.sim.edge.entries(Tier::New), []);
+            world.pass(86_400);
+            passes(|bytes| world.enter(OVERLAY, bytes), &Packet::tcp(pod, own, ACK, 1, 1).bytes());
+        }
+    }
+}
+
+#[test]
+fn expired_datagram_flows_are_recycled() {
+    for net in Net::ALL {
+        let (world, vip, client) = (world(), net.spread(), net.client());
+        for _ in 0..12 {
+            let routed = translated(world.enter(NIC, Packet::udp(client, vip, b"?").bytes()));
+            let pod = seen(&routed).destination;
+            let own = seen(&translated(world.leave(OVERLAY, routed))).source;
+            answer(&world, &Packet::udp(pod, own, b"!"));
+            for _ in 0..5 {
+                let (sent, _) = open(&world, &Packet::udp(client, vip, b"and?"));
+                assert_eq!(seen(&sent).destination, pod);
+            }
+            assert_eq!(record(&world).0, Tier::Assured);
+            world.pass(300);
+        }
+        assert_eq!(world.sim.counted(Counter::UdpRepick), 0);
+    }
+}
+
+/// A closed flow gives its tuple away, and with it what it had: nothing of the new one is lost.
+#[test]
+fn another_flow_on_the_tuple_of_a_closed_one() {
+    for net in Net::ALL {
+        let (world, vip, client) = (world(), net.spread(), net.client());
+        for _ in 0..12 {
+            let routed = translated(world.enter(NIC, Packet::tcp(client, vip, SYN, 1, 0).bytes()));
+            let pod = seen(&routed).destination;
+            let own = seen(&translated(world.leave(OVERLAY, routed))).source;
+            answer(&world, &Packet::tcp(pod, own, SYN | ACK, 5000, 2));
+            open(&world, &Packet::tcp(client, vip, ACK, 2, 5001));
+            answer(&world, &Packet::tcp(pod, own, RST, 5001, 0));
+            record(&world);
+        }
+        assert_eq!(counts(&world), [(Counter::Flow, 12)]);
+    }
+}
+
+#[test]
+fn two_vips_with_one_backend_and_one_client_port() {
+    for net in Net::ALL {
+        let (world, client, pod) = (world(), net.client(), net.remote(1));
+        let vips = [net.there(), net.twin(), net.ranged(), net.node_port()];
+        let mut sources = Vec::new();
+        for vip in vips {
+            for request in [Packet::tcp(client, vip, SYN, 1000, 0), Packet::udp(client, vip, b"?")] {
+                let routed = translated(world.enter(NIC, request.bytes()));
+                let between = seen(&routed).source;
+                assert_eq!(between.ip(), client.ip());
+                let first = vip == vips[0];
+                assert_eq!(between.port() == client.port(), first);
+                assert!(first || SNAT_PORTS.contains(&between.port()));
+                let own = seen(&translated(world.leave(OVERLAY, routed))).source;
+                sources.push((request, vip, own));
+            }
+        }
+        // Each answer finds the VIP that was asked, and the client's own port.
+        for (request, vip, own) in sources {
+            let reply = reply(&request, pod, own);
+            assert_eq!(answer(&world, &reply), reply.between(vip, client).bytes());
+        }
+    }
+}
+
+/// The same at a pod of this node, where nothing else changes the source, and in ICMP errors.
+#[test]
+fn two_vips_with_one_backend_on_this_node() {
+    use proxy_agent::store::{MapStore as _, Op};
+    use proxy_common::abi::{FrontendKey, FrontendValue, proto};
+    for net in Net::ALL {
+        let (mut world, client, pod) = (world(), net.client(), net.local());
+        let other = SocketAddr::new(net.here().ip(), 81);
+        let key = FrontendKey::exact(other.ip().into(), Be16::new(other.port()), proto::UDP);
+        let id = net.there_id() - 1;
+        world.sim.apply(&Op::Frontend(key, Some(FrontendValue::new(&key, id, 0)))).unwrap();
+        for vip in [net.here(), other] {
+            let request = Packet::udp(client, vip, b"a question to the pod");
+            let routed = translated(world.enter(NIC, request.bytes()));
+            let between = seen(&routed).source;
+            let reply = Packet::udp(pod, between, b"!");
+            let arrived = translated(world.leave(NIC, reply.bytes()));
+            assert_eq!(arrived, reply.between(vip, client).bytes());
+            let error = Packet::error(net.router(), Trouble::TooBig, &arrived, 548);
+            let back = translated(world.enter(NIC, error.bytes()));
+            assert_eq!(seen(&back).payload, reply.bytes()[14..], "about the answer");
+            let error = Packet::error(pod.ip(), Trouble::PortUnreachable, &routed, 548);
+            let told = translated(world.leave(NIC, error.bytes()));
+            assert_eq!(seen(&told).payload, request.bytes()[14..], "about the request");
+        }
+    }
+}
+
+/// A world in which every source port towards the usual backend is in use by a flow that lives.
+fn few_ports(net: Net, proto: u8) -> World {
+    let world = world();
+    let (client, backend) = (net.stranger(), net.remote(1));
+    let own = Addr::from(net.overlay());
+    for port in SNAT_PORTS.map(Be16::new) {
+        let key = FlowKey {
+            source: client.ip().into(),
+            destination: backend.ip().into(),
+            source_port: port,
+            destination_port: Be16::new(backend.port()),
+            proto,
+            kind: FlowKind::Record as u8,
+            pad: [0; 2],
+        };
+        let flow = Flow {
+            vip: net.there().ip().into(),
+            vip_port: Be16::new(net.there().port()),
+            client_port: port,
+            snat: own,
+            snat_port: port,
+            check: key.check(),
+            last_seen: world.sim.clock.get(),
+            ..Flow::default()
+        };
+        let (index, target) = snat_index(&key, &own, port);
+        assert!(
+            world.sim.add_flow(Tier::New, &key, &flow) && world.sim.add_index(Tier::New, &index, &target)
+        );
+    }
+    world
+}
+
+#[test]
+fn without_a_free_source_port_the_client_is_told() {
+    for net in Net::ALL {
+        for (proto, request) in [
+            (6, Packet::tcp(net.client(), net.there(), SYN, 1000, 0)),
+            (17, Packet::udp(net.client(), net.there(), b"nobody will read this")),
+        ] {
+            let world = few_ports(net, proto);
+            let routed = translated(world.enter(NIC, request.bytes()));
+            let told = replied(world.leave(OVERLAY, routed.clone()));
+            assert_eq!((told.source.ip(), told.destination.ip()), (net.there().ip(), net.client().ip()));
+            if proto == 6 {
+                assert_eq!((told.source, told.destination), (net.there(), net.client()));
+                assert_eq!(told.tcp, Some((RST | ACK, 0, 1001)));
+            } else {
+                assert_eq!(told.icmp, Some(Trouble::PortUnreachable.numbers(net.v6)));
+                assert_eq!(told.payload, request.bytes()[14..][..told.payload.len()]);
+            }
+            assert_eq!(world.sim.counted(Counter::RejectNoPort), 1);
+            // Nothing of it stays, and when ports are free again it works.
+            assert!(
+                world
+                    .sim
+                    .edge
+                    .records(Tier::New)
+                    .iter()
+                    .all(|(key, _)| key.source != net.client().ip().into())
+            );
+            world.pass(300);
+            open(&world, &request);
+        }
+    }
+}
+
+#[test]
+fn a_source_port_is_not_given_away_while_its_flow_lives() {
+    for net in Net::ALL {
+        let world = world();
+        let mut owners = BTreeMap::new();
+        for port in 1..4000_u16 {
+            let client = SocketAddr::new(net.client().ip(), port);
+            let (_, own) = open(&world, &Packet::udp(client, net.there(), b"?"));
+            assert_eq!(owners.insert(own.port(), client), None, "port {} twice", own.port());
+        }
+        for (port, client) in owners {
+            let reply = Packet::udp(net.remote(1), SocketAddr::new(net.overlay(), port), b"!");
+            assert_eq!(answer(&world, &reply), reply.between(net.there(), client).bytes());
+        }
+    }
+}
+
+/// The index of a flow is of its kind: a pod's tuple that looks like another's index leads nowhere.
+#[test]
+fn kinds_of_entries_do_not_mix() {
+    for net in Net::ALL {
+        let world = world();
+        let (_, own) = open(&world, &Packet::udp(net.client(), net.there(), b"?"));
+        let kinds: BTreeSet<_> = world.sim.edge.entries(Tier::New).iter().map(|(key, _)| key.kind).collect();
+        assert_eq!(kinds, [FlowKind::Vip as u8, FlowKind::Snat as u8].into());
+        // From the backend to the client directly, as if it were an answer to our own address.
+        let direct = Packet::udp(net.remote(1), SocketAddr::new(net.client().ip(), own.port()), b"!").bytes();
+        assert_eq!(world.leave(NIC, direct.clone()), (Verdict::Pass, direct));
+        let at_pod = Packet::udp(net.client(), net.remote(1), b"?").bytes();
+        passes(|bytes| world.leave(POD, bytes), &at_pod);
+    }
+}

@@ -1,0 +1,199 @@
+//! Refusals: who is told what, by whom, and who is told nothing.
+
+use std::net::SocketAddr;
+
+use proxy_common::abi::Counter;
+use proxy_common::datapath::edge::Verdict;
+use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
+use proxy_tests::packets::{Body, ETHERNET, NIC, Net, OVERLAY, POD, Packet, Trouble, fragments};
+
+use super::{counts, passes, replied, seen, world};
+
+/// An unused port of an address that a Service has.
+fn unused(net: Net) -> SocketAddr {
+    SocketAddr::new(net.here().ip(), 81)
+}
+
+#[test]
+fn a_syn_to_nobody_is_reset() {
+    for net in Net::ALL {
+        for (vip, why) in
+            [(net.nobody(), Counter::RejectNoEndpoint), (unused(net), Counter::RejectUnusedPort)]
+        {
+            for extended in [false, true] {
+                let world = world();
+                let syn = Packet { extended, hops: 1, ..Packet::tcp(net.client(), vip, SYN, u32::MAX, 0) };
+                let told = replied(world.enter(NIC, syn.bytes()));
+                assert_eq!(told.hops, 64);
+                assert_eq!((told.source, told.destination), (vip, net.client()));
+                // The SYN takes one sequence number, which wraps here.
+                assert_eq!(told.tcp, Some((RST | ACK, 0, 0)));
+                assert_eq!(counts(&world), [(why, 1)]);
+            }
+        }
+    }
+}
+
+/// RFC 9293 §3.10.7.1: the reset carries the acknowledgement number as its own sequence number, or acknowledges all of
+/// what came.
+#[test]
+fn a_reset_fits_the_segment() {
+    for net in Net::ALL {
+        for (flags, data, reset) in [
+            (ACK, 0, (RST, 7000, 0)),
+            (PSH | ACK, 33, (RST, 7000, 0)),
+            (SYN | ACK, 0, (RST, 7000, 0)),
+            (FIN | ACK, 5, (RST, 7000, 0)),
+            (SYN, 100, (RST | ACK, 0, 1101)),
+            (FIN, 3, (RST | ACK, 0, 1004)),
+            (SYN | FIN, 0, (RST | ACK, 0, 1002)),
+            (0, 9, (RST | ACK, 0, 1009)),
+        ] {
+            // Whatever it is, no port of that address is used.
+            let world = world();
+            let body = Body::Tcp { flags, seq: 1000, ack: 7000, data: vec![1; data] };
+            let segment = Packet::new(net.client(), unused(net), body);
+            // Without a flow it could be somebody else's on the way in; nobody's on the way out.
+            let told = replied(world.leave(NIC, segment.bytes()));
+            assert_eq!(told.tcp, Some(reset), "{flags:#x} with {data} bytes");
+            assert_eq!((told.source, told.destination), (unused(net), net.client()));
+        }
+    }
+}
+
+#[test]
+fn a_datagram_to_nobody_is_refused() {
+    for net in Net::ALL {
+        for vip in [net.nobody(), unused(net)] {
+            for data in [&b""[..], b"x", b"nobody will read this", &[7; 1400]] {
+                for extended in [false, true] {
+                    let world = world();
+                    let datagram = Packet { extended, ..Packet::udp(net.client(), vip, data) };
+                    let bytes = datagram.bytes();
+                    let told = replied(world.enter(NIC, bytes.clone()));
+                    assert_eq!((told.source.ip(), told.destination.ip()), (vip.ip(), net.client().ip()));
+                    assert_eq!(told.icmp, Some(Trouble::PortUnreachable.numbers(net.v6)));
+                    assert_eq!(told.hops, 64);
+                    // Enough for whoever sent it to find its socket: all IP headers and that of UDP.
+                    let headers =
+                        if net.v6 { 40 } else { 20 } + if extended { if net.v6 { 24 } else { 8 } } else { 0 };
+                    assert_eq!(told.payload, bytes[ETHERNET..][..headers + 8]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_ping_of_a_cluster_ip_is_refused() {
+    for net in Net::ALL {
+        let world = world();
+        let ping = Packet::new(net.client(), net.here(), Body::Ping).bytes();
+        let told = replied(world.enter(NIC, ping.clone()));
+        assert_eq!(told.source.ip(), net.here().ip());
+        assert_eq!(told.icmp, Some(Trouble::PortUnreachable.numbers(net.v6)));
+        assert_eq!(told.payload, ping[ETHERNET..][..told.payload.len()]);
+        assert_eq!(counts(&world), [(Counter::RejectUnusedPort, 1)]);
+        // Other addresses of Services have hosts of their own.
+        for vip in [net.ranged(), SocketAddr::new(net.node(), 0), net.client()] {
+            let ping = Packet::new(net.stranger(), vip, Body::Ping).bytes();
+            passes(|bytes| world.enter(NIC, bytes), &ping);
+        }
+    }
+}
+
+#[test]
+fn what_answers_nothing_is_told_nothing() {
+    for net in Net::ALL {
+        let (client, vip) = (net.client(), net.nobody());
+        let world = world();
+        let datagram = Packet::udp(client, vip, &[7; 2000]);
+        let [first, later] = fragments(&datagram.bytes(), 1024, 7);
+        assert_eq!(world.enter(NIC, first).0, Verdict::Reply);
+        assert_eq!(world.enter(NIC, later).0, Verdict::Drop, "a later fragment");
+        let [first, _] = fragments(&Packet::tcp(client, vip, SYN | PSH, 1, 0).bytes(), 24, 8);
+        assert_eq!(world.enter(NIC, first).0, Verdict::Drop, "a part of a segment");
+        let reset = Packet::tcp(client, unused(net), RST, 1, 1).bytes();
+        assert_eq!(world.leave(NIC, reset).0, Verdict::Drop, "a reset");
+        let other = Packet::udp(vip, net.stranger(), b"?").bytes();
+        let error = Packet::error(net.router(), Trouble::PortUnreachable, &other, 200).bytes();
+        let left = world.leave(NIC, error.clone());
+        assert_ne!(left.0, Verdict::Reply, "an error: {left:?}");
+        let entered = world.enter(NIC, error);
+        assert_ne!(entered.0, Verdict::Reply, "an error: {entered:?}");
+    }
+}
+
+#[test]
+fn an_inactive_address_is_silent() {
+    for net in Net::ALL {
+        let (client, address) = (net.client(), net.inactive());
+        for packet in [
+            Packet::tcp(client, address, SYN, 1, 0),
+            Packet::udp(client, address, b"?"),
+            Packet::new(client, address, Body::Ping),
+            Packet::new(client, address, Body::Other(47, vec![0; 20])),
+        ] {
+            for device in [NIC, OVERLAY, POD] {
+                let world = world();
+                assert_eq!(world.enter(device, packet.bytes()).0, Verdict::Drop);
+                assert_eq!(counts(&world), [(Counter::DropInactiveAddress, 1)]);
+            }
+            let world = world();
+            assert_eq!(world.leave(NIC, packet.bytes()).0, Verdict::Drop);
+        }
+        // Pods are not our concern on the way to one.
+        let world = world();
+        passes(|bytes| world.leave(POD, bytes), &Packet::udp(client, address, b"?").bytes());
+    }
+}
+
+/// What the node itself sends, and what enters where nobody looks, is judged as it leaves; translated it would not find
+/// back.
+#[test]
+fn leaving_packets_are_judged_only() {
+    for net in Net::ALL {
+        let host = SocketAddr::new(net.node(), 50_000);
+        let cases = [
+            (net.there(), Verdict::Drop, Some(Counter::DropNoFlow)),
+            (net.nobody(), Verdict::Drop, Some(Counter::DropNoFlow)),
+            (net.inactive(), Verdict::Drop, Some(Counter::DropInactiveAddress)),
+            (unused(net), Verdict::Reply, Some(Counter::RejectUnusedPort)),
+            (net.ranged(), Verdict::Pass, None),
+            (net.beside(), Verdict::Pass, None),
+            (net.client(), Verdict::Pass, None),
+        ];
+        for (destination, verdict, count) in cases {
+            for packet in [Packet::tcp(host, destination, SYN, 1, 0), Packet::udp(host, destination, b"?")] {
+                let world = world();
+                let (got, after) = world.leave(NIC, packet.bytes());
+                assert_eq!(got, verdict, "{packet:?}");
+                assert_eq!(counts(&world), count.map(|counter| (counter, 1)).into_iter().collect::<Vec<_>>());
+                if verdict == Verdict::Reply {
+                    let told = seen(&after);
+                    assert_eq!((told.source.ip(), told.destination.ip()), (destination.ip(), host.ip()));
+                }
+            }
+        }
+    }
+}
+
+/// Whom an ICMP error must not be sent to: everybody (RFC 1122 §3.2.2, RFC 4443 §2.4).
+#[test]
+fn a_group_is_not_answered() {
+    for (v6, groups) in [
+        (false, ["224.0.0.1", "239.1.2.3", "255.255.255.255", "0.0.0.0", "127.0.0.1"]),
+        (true, ["ff02::1", "ff05::1:3", "ff0e::1", "::", "::1"]),
+    ] {
+        let net = Net { v6 };
+        for group in groups {
+            let source = SocketAddr::new(group.parse().unwrap(), 40_000);
+            for packet in
+                [Packet::tcp(source, net.nobody(), SYN, 1, 0), Packet::udp(source, net.nobody(), b"?")]
+            {
+                let world = world();
+                assert_eq!(world.enter(NIC, packet.bytes()).0, Verdict::Drop, "{source}");
+            }
+        }
+    }
+}
