@@ -3,7 +3,7 @@
 //!
 //! `BPF_PROG_TEST_RUN` gives a program its own output again and again. So [`restore`] writes the frame's headers
 //! anew each time and jumps to the program that is measured; the same with [`empty`] in its place is what that costs.
-//! [`reference`] stands for the least that a translation can cost on this machine.
+//! [`reference()`] stands for the least that a translation can cost on this machine.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 // On other targets the crate compiles (for lints and documentation) but nothing calls the entry points.

@@ -17,6 +17,7 @@ const ALLOWED: &[&str] = &[
     "proxy-ebpf/src/main.rs",
     "proxy-ebpf/src/maps.rs",
     "proxy-ebpf/src/sock.rs",
+    "proxy-ebpf/src/tc.rs",
     // The benchmark's own programs.
     "proxy-ebpf/src/bench.rs",
     // Raw system calls that the libraries lack.
