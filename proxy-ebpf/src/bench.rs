@@ -3,7 +3,8 @@
 //!
 //! `BPF_PROG_TEST_RUN` gives a program its own output again and again. So [`restore`] writes the frame's headers
 //! anew each time and jumps to the program that is measured; the same with [`empty`] in its place is what that costs.
-//! [`reference()`] stands for the least that a translation can cost on this machine.
+//! [`reference()`] stands for the least that a translation can cost on this machine; [`rewrite_ingress`] and
+//! [`rewrite_egress`] are the least that can stand in the way of real packets and still translate them.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 // On other targets the crate compiles (for lints and documentation) but nothing calls the entry points.
@@ -11,13 +12,14 @@
 
 use core::ptr::read_volatile;
 
-use aya_ebpf::bindings::{BPF_F_PSEUDO_HDR, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::{BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, ProgramArray};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use proxy_common::abi::{Backend, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Service, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
+use proxy_common::datapath::edge::checksum;
 
 /// Words of the frame that are restored: Ethernet, IPv6 and TCP headers without options.
 const WORDS: usize = 10;
@@ -163,6 +165,86 @@ fn translate(ctx: &TcContext) -> Option<i32> {
     ctx.store(DESTINATION, &to, 0).ok()?;
     ctx.store(DESTINATION_PORT, &to_port, 0).ok()?;
     Some(TC_ACT_UNSPEC)
+}
+
+/// What the rewriting programs do to source, destination and ports of an IPv4 TCP segment: three words as they lie in
+/// the packet.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Rule {
+    /// Bits that are compared.
+    mask: [u32; 3],
+    /// What they have to be.
+    old: [u32; 3],
+    /// Bits that stay.
+    keep: [u32; 3],
+    /// The others.
+    new: [u32; 3],
+}
+
+/// Rules of each of the two programs.
+const RULES_EACH: u32 = 2;
+
+/// Written by the benchmark: those of [`rewrite_ingress`], then those of [`rewrite_egress`].
+#[btf_map]
+static RULES: Array<Rule, { 2 * RULES_EACH as usize }> = Array::new();
+
+/// Rewrites what enters through a device. It knows the one backend there is, and nothing else.
+#[classifier]
+fn rewrite_ingress(ctx: TcContext) -> i32 {
+    rewrite(&ctx, 0)
+}
+
+/// Rewrites what leaves through a device.
+#[classifier]
+fn rewrite_egress(ctx: TcContext) -> i32 {
+    rewrite(&ctx, RULES_EACH)
+}
+
+/// Where the three words of a [`Rule`] begin.
+const WORDS_AT: usize = SOURCE;
+
+#[inline(always)]
+fn rewrite(ctx: &TcContext, first: u32) -> i32 {
+    const LENGTH: usize = WORDS_AT + 12;
+    if ctx.data() + LENGTH > ctx.data_end() {
+        return TC_ACT_UNSPEC;
+    }
+    let frame = ctx.data() as *const u8;
+    // SAFETY: the comparison above shows that the packet has so many bytes.
+    let header = unsafe { frame.cast::<[u8; LENGTH]>().read_unaligned() };
+    if [header[12], header[13]] != ETHERTYPE_IPV4 || header[ETHERNET + 9] != proto::TCP {
+        return TC_ACT_UNSPEC;
+    }
+    let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+    let old = [word(WORDS_AT), word(WORDS_AT + 4), word(WORDS_AT + 8)];
+    for index in first..first + RULES_EACH {
+        let Some(rule) = RULES.get_ptr(index) else { return TC_ACT_UNSPEC };
+        // SAFETY: the kernel's lookup returned a pointer to a whole element.
+        let rule = unsafe { &*rule };
+        if (0..3).all(|i| old[i] & rule.mask[i] == rule.old[i]) {
+            let new = [0, 1, 2].map(|i| old[i] & rule.keep[i] | rule.new[i]);
+            let sum = [header[IPV4_CHECKSUM], header[IPV4_CHECKSUM + 1]];
+            return if put(ctx, sum, old, new).is_some() { TC_ACT_UNSPEC } else { TC_ACT_SHOT };
+        }
+    }
+    TC_ACT_UNSPEC
+}
+
+/// Writes the words and both checksums.
+#[inline(always)]
+fn put(ctx: &TcContext, ip_checksum: [u8; 2], old: [u32; 3], new: [u32; 3]) -> Option<()> {
+    let addresses = checksum::difference(&[old[0], old[1]], &[new[0], new[1]]);
+    let ports = checksum::difference(&[old[2]], &[new[2]]);
+    let [c0, c1] = checksum::updated(ip_checksum, addresses);
+    let mut bytes = [0; 14];
+    bytes[..2].copy_from_slice(&[c0, c1]);
+    for (to, word) in bytes[2..].chunks_exact_mut(4).zip(new) {
+        to.copy_from_slice(&word.to_ne_bytes());
+    }
+    ctx.store(IPV4_CHECKSUM, &bytes, 0).ok()?;
+    ctx.l4_csum_replace(TCP_CHECKSUM, 0, u64::from(addresses), u64::from(BPF_F_PSEUDO_HDR)).ok()?;
+    ctx.l4_csum_replace(TCP_CHECKSUM, 0, u64::from(ports), 0).ok()
 }
 
 #[inline(always)]

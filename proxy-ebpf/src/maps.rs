@@ -5,8 +5,9 @@
 
 use core::ptr::{addr_of_mut, read_volatile};
 
+use aya_ebpf::Global;
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage, lpm_trie};
-use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, Counter, Device, FILTER_WORDS, Flow, FlowKey, FlowRef, FragmentKey,
@@ -95,6 +96,11 @@ static SERVICE_COUNTERS: PerCpuArray<ServiceCounters, 1> = PerCpuArray::new();
 
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, 32> = PerCpuArray::new();
+
+/// Whether the clock of the last timer interrupt may be read (5.11): it is right to some milliseconds, which is plenty
+/// for flows, and costs a tenth. Set by the loader.
+#[unsafe(no_mangle)]
+static COARSE_CLOCK: Global<u8> = Global::new(0);
 
 /// The part of a `SOURCE_RANGES` key behind the length.
 #[repr(C)]
@@ -259,8 +265,13 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn now(&self) -> u64 {
-        // SAFETY: a helper without arguments or preconditions.
-        unsafe { bpf_ktime_get_ns() }
+        if COARSE_CLOCK.load() != 0 {
+            // SAFETY: a helper without arguments or preconditions.
+            unsafe { bpf_ktime_get_coarse_ns() }
+        } else {
+            // SAFETY: as above.
+            unsafe { bpf_ktime_get_ns() }
+        }
     }
 }
 

@@ -12,9 +12,11 @@ use crate::build_ebpf;
 /// # Errors
 /// When a build fails or the benchmark cannot be started.
 pub(crate) fn run(args: &[OsString]) -> Result<()> {
-    // The only one that has BPF programs of its own.
+    // Those that have BPF programs of their own.
     let object = match args.first() {
-        Some(first) if first == "packet" => vec![("VIPR_BENCH_OBJECT", build_ebpf::bench()?)],
+        Some(first) if first == "packet" || first == "north-south" => {
+            vec![("VIPR_BENCH_OBJECT", build_ebpf::bench()?)]
+        }
         _ => Vec::new(),
     };
     build::exec_tool("bench", &object, args)

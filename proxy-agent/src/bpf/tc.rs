@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 
 use aya::programs::links::{FdLink, LinkOrder};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
-use aya::programs::{Program, ProgramError, SchedClassifier, TcAttachType, tc};
+use aya::programs::{Program, ProgramError, ProgramType, SchedClassifier, TcAttachType, tc};
+use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use super::dataplane::{OBJECT, chain};
@@ -177,7 +178,14 @@ impl TcPrograms {
     pub fn open(pins: &PinDir, l3: bool) -> Result<Self, LoadError> {
         let mut loader = EbpfLoader::new();
         let l3 = u8::from(l3);
-        loader.btf(None).override_global("L3_DEVICE", &l3, true);
+        let coarse =
+            is_helper_supported(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_ktime_get_coarse_ns);
+        let coarse = u8::from(coarse.unwrap_or(false));
+        loader.btf(None).override_global("L3_DEVICE", &l3, true).override_global(
+            "COARSE_CLOCK",
+            &coarse,
+            true,
+        );
         let paths = MAPS.map(|spec| (spec.name, pins.map(spec.name)));
         for (name, path) in &paths {
             loader.map_pin_path(name, path.as_path());

@@ -88,18 +88,32 @@ fn live<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, check: u32, now: u
     if flow.check == check && !timeouts::expired(&flow, key.proto, now) { Some(cell) } else { None }
 }
 
-/// The live record that a request from `tuple.source` to the VIP `tuple.destination` belongs to. Its key goes into `key`.
+/// The live record that a request from `tuple.source` to the VIP `tuple.destination` belongs to. Its key is then in
+/// `work`.
 #[inline(never)]
 pub fn by_vip<T: EdgeTables>(
     tables: &T,
     proto: u8,
     tuple: &Tuple,
-    key: &mut FlowKey,
+    work: &mut Work,
     now: u64,
 ) -> Option<Place<T::Cell>> {
-    if !follow(tables, FlowKind::Vip, proto, tuple, key) {
-        return None;
-    }
+    if find_by_vip(tables, proto, tuple, work) { of_vip(tables, tuple, &work.key, now) } else { None }
+}
+
+/// The first half of [`by_vip`]: whether the tuple is in the index. Both keys are then in `work`, of the index and of
+/// the record, whatever that may be.
+#[inline(never)]
+pub fn find_by_vip(tables: &impl EdgeTables, proto: u8, tuple: &Tuple, work: &mut Work) -> bool {
+    work.index = key(FlowKind::Vip, proto, tuple);
+    let Some(target) = indexed(tables, &work.index) else { return false };
+    work.key = vip_target(&work.index, &target);
+    true
+}
+
+/// The second half of [`by_vip`]: the live record with `key`, if it is one of the tuple.
+#[inline(never)]
+pub fn of_vip<T: EdgeTables>(tables: &T, tuple: &Tuple, key: &FlowKey, now: u64) -> Option<Place<T::Cell>> {
     let place = record(tables, key, now)?;
     let flow = place.flow();
     let same = flow.vip == tuple.destination
@@ -117,25 +131,13 @@ pub fn by_snat<T: EdgeTables>(
     key: &mut FlowKey,
     now: u64,
 ) -> Option<Place<T::Cell>> {
-    if !follow(tables, FlowKind::Snat, proto, tuple, key) {
-        return None;
-    }
+    let index = self::key(FlowKind::Snat, proto, tuple);
+    let target = indexed(tables, &index)?;
+    *key = snat_target(&index, &target);
     let place = record(tables, key, now)?;
     let flow = place.flow();
     let same = has_snat(&flow) && flow.snat == tuple.destination && flow.snat_port == tuple.destination_port;
     if same { Some(place) } else { None }
-}
-
-/// From an index entry to the key of its record.
-#[inline(always)]
-fn follow<T: EdgeTables>(tables: &T, kind: FlowKind, proto: u8, tuple: &Tuple, to: &mut FlowKey) -> bool {
-    let index = key(kind, proto, tuple);
-    let Some(target) = indexed(tables, &index) else { return false };
-    *to = match kind {
-        FlowKind::Snat => snat_target(&index, &target),
-        FlowKind::Vip | FlowKind::Record => vip_target(&index, &target),
-    };
-    true
 }
 
 #[inline(always)]
@@ -248,37 +250,40 @@ fn unlink_snat<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::C
     }
 }
 
-/// Removes what a client's tuple led to: a record that has expired, and any index entry. Else the entry of an old flow
-/// would hide that of a new one.
+/// Removes what the client's tuple in `work` led to: a record that has expired, and any index entry. Else the entry of an
+/// old flow would hide that of a new one.
 #[inline(never)]
-fn recycle<T: EdgeTables>(tables: &T, index: &FlowKey, work: &mut Work, now: u64) {
-    recycle_in(tables, Tier::Assured, index, work, now);
-    recycle_in(tables, Tier::New, index, work, now);
+fn recycle<T: EdgeTables>(tables: &T, work: &mut Work) {
+    recycle_in(tables, Tier::Assured, work);
+    recycle_in(tables, Tier::New, work);
 }
 
 #[inline(always)]
-fn recycle_in<T: EdgeTables>(tables: &T, tier: Tier, index: &FlowKey, work: &mut Work, now: u64) {
-    let Some(target) = tables.index(tier, index) else { return };
-    work.key = vip_target(index, &target);
+fn recycle_in<T: EdgeTables>(tables: &T, tier: Tier, work: &mut Work) {
+    let Some(target) = tables.index(tier, &work.index) else { return };
+    work.key = vip_target(&work.index, &target);
     if let Some(cell) = tables.flow(tier, &work.key)
-        && timeouts::expired(&cell.get(), work.key.proto, now)
+        && timeouts::expired(&cell.get(), work.key.proto, work.now)
     {
         remove(tables, &work.key, &Place { tier, cell });
     }
-    tables.remove_index(tier, index);
+    tables.remove_index(tier, &work.index);
 }
 
-/// Makes a flow from the client of `tuple` to a backend, with another source port if its own tuple is taken. Its key is
-/// then in `work`. `None`: the backend has gone, every tuple that was tried is taken, or there is no room.
+/// Makes the flow from the client of `tuple` that `work` says, with another source port if its own tuple is taken. Its key is
+/// then in `work`. `indexed`: [`find_by_vip`] has found an entry. `None`: the backend has gone, every tuple that was tried
+/// is taken, or there is no room.
 #[inline(never)]
 pub fn create<T: EdgeTables>(
     tables: &T,
     tuple: &Tuple,
-    to: &Choice,
+    indexed: bool,
     work: &mut Work,
-    now: u64,
 ) -> Option<Place<T::Cell>> {
-    recycle(tables, &key(FlowKind::Vip, to.proto, tuple), work, now);
+    let Work { now, to, .. } = *work;
+    if indexed {
+        recycle(tables, work);
+    }
     let backend = tables.backend(to.backend).filter(|backend| backend.service == to.service)?;
     work.flow = Flow {
         vip: tuple.destination,
@@ -300,18 +305,23 @@ pub fn create<T: EdgeTables>(
         kind: FlowKind::Record as u8,
         pad: [0; 2],
     };
-    clear(tables, &work.key, now);
     for attempt in 0..TUPLE_TRIES {
         if attempt > 0 {
             work.key.source_port = random_port(tables);
         }
-        if taken(tables, &work.key, &work.flow) {
-            continue;
-        }
-        work.flow.check = work.key.check();
-        // Its index may have been evicted while the record lived; else somebody is faster, or there is no room.
-        if !tables.add_flow(Tier::New, &work.key, &work.flow) && taken(tables, &work.key, &work.flow) {
-            continue;
+        // The backend remembers the closed connection of another client's port; the client knows about its own.
+        match vacate(tables, &work.key, &work.flow, attempt == 0, now) {
+            Key::TAKEN => continue,
+            Key::FREE => {
+                work.flow.check = work.key.check();
+                // Somebody may have been faster; else there is no room.
+                if !tables.add_flow(Tier::New, &work.key, &work.flow) && taken(tables, &work.key, &work.flow)
+                {
+                    continue;
+                }
+            }
+            // Its index has been evicted while the record lived.
+            _ => {}
         }
         if let Some(place) = record(tables, &work.key, now) {
             let linked = link_vip(tables, place.tier, &work.key, &place.cell);
@@ -322,7 +332,8 @@ pub fn create<T: EdgeTables>(
 }
 
 /// Where a new flow goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
 pub struct Choice {
     /// IP protocol number.
     pub proto: u8,
@@ -334,19 +345,34 @@ pub struct Choice {
     pub state: u32,
 }
 
-/// Removes what has ended under a key.
+/// Whether a flow can have a key.
+struct Key;
+
+impl Key {
+    /// Nobody has it.
+    const FREE: u32 = 0;
+    /// The very same flow has it.
+    const OWN: u32 = 1;
+    /// Another one has it.
+    const TAKEN: u32 = 2;
+}
+
+/// Removes what has ended under a key (`closed`: also what has been closed), and says who has it.
 #[inline(never)]
-fn clear<T: EdgeTables>(tables: &T, key: &FlowKey, now: u64) {
+fn vacate<T: EdgeTables>(tables: &T, key: &FlowKey, flow: &Flow, closed: bool, now: u64) -> u32 {
     let mut tier = Tier::Assured;
     for _ in 0..2 {
         if let Some(cell) = tables.flow(tier, key) {
             let there = cell.get();
-            if timeouts::expired(&there, key.proto, now) || timeouts::closed(there.state) {
+            if timeouts::expired(&there, key.proto, now) || closed && timeouts::closed(there.state) {
                 remove(tables, key, &Place { cell, tier });
+            } else {
+                return if same_flow(&there, flow) { Key::OWN } else { Key::TAKEN };
             }
         }
         tier = Tier::New;
     }
+    Key::FREE
 }
 
 /// Whether another flow has the key.
@@ -359,7 +385,13 @@ fn taken<T: EdgeTables>(tables: &T, key: &FlowKey, flow: &Flow) -> bool {
             None => return false,
         },
     };
-    there.vip != flow.vip || there.vip_port != flow.vip_port || there.client_port != flow.client_port
+    !same_flow(&there, flow)
+}
+
+/// Whether two records are of one client and VIP.
+#[inline(always)]
+fn same_flow(one: &Flow, other: &Flow) -> bool {
+    one.vip == other.vip && one.vip_port == other.vip_port && one.client_port == other.client_port
 }
 
 #[inline(always)]

@@ -44,7 +44,8 @@ pub const fn is_error(parsed: &Parsed) -> bool {
 }
 
 /// New tuples of the error and of what it quotes.
-struct Edit {
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Edit {
     source: Addr,
     destination: Addr,
     quoted: Tuple,
@@ -62,30 +63,37 @@ pub fn ingress(
     if !quoted(packet, outer, quote) {
         return Verdict::Pass;
     }
-    match entering(tables, outer, quote, work) {
-        Some(edit) => apply(packet, tables, outer, quote, &edit),
-        None => Verdict::Pass,
+    if entering(tables, outer, quote, work) {
+        apply(packet, tables, outer, quote, &work.edit)
+    } else {
+        Verdict::Pass
     }
 }
 
+/// Says in `work` what becomes of it. False: it is about nothing of ours.
 #[inline(never)]
-fn entering(tables: &impl EdgeTables, outer: &Parsed, quote: &Parsed, work: &mut Work) -> Option<Edit> {
+fn entering(tables: &impl EdgeTables, outer: &Parsed, quote: &Parsed, work: &mut Work) -> bool {
     let now = tables.now();
     let reply = flows::reversed(&quote.tuple);
     let source = outer.tuple.source;
-    let key = &mut work.key;
-    if flows::by_snat(tables, quote.proto, &reply, key, now).is_some() {
+    if flows::by_snat(tables, quote.proto, &reply, &mut work.key, now).is_some() {
+        let key = &work.key;
         let quoted = Tuple { source: key.source, source_port: key.source_port, ..quote.tuple };
-        return Some(Edit { source, destination: key.source, quoted });
+        work.edit = Edit { source, destination: key.source, quoted };
+        return true;
     }
-    flows::by_vip(tables, quote.proto, &reply, key, now)?;
+    if flows::by_vip(tables, quote.proto, &reply, work, now).is_none() {
+        return false;
+    }
+    let key = &work.key;
     let quoted = Tuple {
         source: key.destination,
         source_port: key.destination_port,
         destination: quote.tuple.destination,
         destination_port: key.source_port,
     };
-    Some(Edit { source, destination: key.destination, quoted })
+    work.edit = Edit { source, destination: key.destination, quoted };
+    true
 }
 
 /// An error leaves, through an external device or to a pod.
@@ -100,19 +108,21 @@ pub fn egress<P: Packet, T: EdgeTables, const EXTERNAL: bool>(
     if !quoted(packet, outer, quote) {
         return Verdict::Pass;
     }
-    match leaving::<T, EXTERNAL>(tables, outer, quote, work) {
-        Some(edit) => apply(packet, tables, outer, quote, &edit),
-        None => Verdict::Pass,
+    if leaving::<T, EXTERNAL>(tables, outer, quote, work) {
+        apply(packet, tables, outer, quote, &work.edit)
+    } else {
+        Verdict::Pass
     }
 }
 
+/// As [`entering`].
 #[inline(never)]
 fn leaving<T: EdgeTables, const EXTERNAL: bool>(
     tables: &T,
     outer: &Parsed,
     quote: &Parsed,
     work: &mut Work,
-) -> Option<Edit> {
+) -> bool {
     let now = tables.now();
     let Tuple { source, destination, .. } = outer.tuple;
     work.key = flows::key(FlowKind::Record, quote.proto, &quote.tuple);
@@ -126,16 +136,19 @@ fn leaving<T: EdgeTables, const EXTERNAL: bool>(
             destination_port: flow.vip_port,
         };
         let source = if source == quote.tuple.destination { flow.vip } else { source };
-        return Some(Edit { source, destination, quoted });
+        work.edit = Edit { source, destination, quoted };
+        return true;
     }
     work.key = flows::key(FlowKind::Record, quote.proto, &flows::reversed(&quote.tuple));
-    let flow = flows::record(tables, &work.key, now)?.flow();
+    let Some(place) = flows::record(tables, &work.key, now) else { return false };
+    let flow = place.flow();
     if !EXTERNAL || !flows::has_snat(&flow) {
-        return None;
+        return false;
     }
     // About an answer: the backend on another node knows us only.
     let quoted = Tuple { destination: flow.snat, destination_port: flow.snat_port, ..quote.tuple };
-    Some(Edit { source: flow.snat, destination, quoted })
+    work.edit = Edit { source: flow.snat, destination, quoted };
+    true
 }
 
 /// Reads the quote. Whom the error is for has sent the quoted packet.

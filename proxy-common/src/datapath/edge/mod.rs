@@ -120,13 +120,13 @@ pub fn ingress(
     scratch: &mut Scratch,
 ) -> Verdict {
     let Scratch { parsed, quote, work } = scratch;
+    if !parse::addresses(packet, parsed) || !lookup::may_be_ours(tables, &parsed.tuple.destination) {
+        return Verdict::Pass;
+    }
     match parse::parse(packet, parsed) {
         Outcome::Whole => {}
         Outcome::NotIp => return Verdict::Pass,
         Outcome::Malformed => return malformed(tables, &parsed.tuple.destination),
-    }
-    if !lookup::may_be_ours(tables, &parsed.tuple.destination) {
-        return Verdict::Pass;
     }
     if parsed.part == Part::First {
         // Whosever it is: the ports will tell. Where they cannot be kept, the other fragments are lost, as any packet may.
@@ -151,12 +151,18 @@ pub fn egress(
     scratch: &mut Scratch,
 ) -> Verdict {
     let Scratch { parsed, quote, work } = scratch;
-    if parse::parse(packet, parsed) != Outcome::Whole {
+    if !parse::addresses(packet, parsed) {
         return Verdict::Pass;
     }
     let Tuple { source, destination, .. } = &parsed.tuple;
     let from_backend = is_backend(tables, source);
-    let to_backend = is_backend(tables, destination) && (edge == Edge::External || source == destination);
+    let to_backend = (edge == Edge::External || source == destination) && is_backend(tables, destination);
+    let ours = edge == Edge::External && lookup::may_be_ours(tables, destination);
+    // Whose an ICMP error is, what it quotes says; it may stand behind extension headers.
+    let plain = matches!(parsed.proto, proto::TCP | proto::UDP | proto::SCTP);
+    if plain && !from_backend && !to_backend && !ours || parse::parse(packet, parsed) != Outcome::Whole {
+        return Verdict::Pass;
+    }
     let error = icmp::is_error(parsed);
     if from_backend || to_backend || error {
         if parsed.part == Part::Later && !restore_ports(tables, parsed, true) {
@@ -177,10 +183,7 @@ pub fn egress(
             return verdict;
         }
     }
-    if edge == Edge::External && lookup::may_be_ours(tables, &parsed.tuple.destination) {
-        return leaving_untranslated(packet, tables, parsed);
-    }
-    Verdict::Pass
+    if ours { leaving_untranslated(packet, tables, parsed) } else { Verdict::Pass }
 }
 
 #[inline(always)]
@@ -206,12 +209,13 @@ fn entering<T: EdgeTables>(
     if flow::SNAT_PORTS.contains(&tuple.destination_port.get())
         && flows::by_snat(tables, parsed.proto, tuple, &mut work.key, now).is_some()
     {
-        let new = Tuple { destination: work.key.source, destination_port: work.key.source_port, ..*tuple };
-        return finish(packet, tables, parsed, &new, false);
+        work.new = Tuple { destination: work.key.source, destination_port: work.key.source_port, ..*tuple };
+        return finish(packet, tables, parsed, &work.new, false);
     }
 
     let begins = parsed.proto == proto::TCP && parsed.kind & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN;
-    let mut place = flows::by_vip(tables, parsed.proto, tuple, &mut work.key, now);
+    let indexed = flows::find_by_vip(tables, parsed.proto, tuple, work);
+    let mut place = if indexed { flows::of_vip(tables, tuple, &work.key, now) } else { None };
     let stays = place.as_ref().is_some_and(|place| match parsed.proto {
         proto::TCP => !(begins && timeouts::closed(place.flow().state)),
         proto::UDP => serves(tables, &work.key, &place.flow()),
@@ -223,8 +227,8 @@ fn entering<T: EdgeTables>(
             return Verdict::Pass;
         }
         let state = if edge == Edge::External { OUTSIDE } else { 0 };
-        let mut to = Choice { proto: parsed.proto, service: 0, backend: 0, state };
-        let refusal = choose(tables, parsed, packet.ifindex(), &mut to);
+        work.to = Choice { proto: parsed.proto, service: 0, backend: 0, state };
+        let refusal = choose(tables, parsed, packet.ifindex(), &mut work.to);
         match (refusal.how, &place) {
             (How::Not, old) => {
                 let moves = old.is_some() && parsed.proto == proto::UDP;
@@ -232,9 +236,10 @@ fn entering<T: EdgeTables>(
                 if let Some(old) = old {
                     flows::remove(tables, &work.key, old);
                 }
-                place = flows::create(tables, tuple, &to, work, now);
+                work.now = now;
+                place = flows::create(tables, tuple, indexed, work);
                 tables.count(if moves { Counter::UdpRepick } else { Counter::Flow });
-                tables.count_connection(to.service);
+                tables.count_connection(work.to.service);
             }
             // Nothing serves any more: as with conntrack, a UDP flow is left to itself.
             (_, Some(_)) if parsed.proto == proto::UDP => {}
@@ -252,13 +257,13 @@ fn entering<T: EdgeTables>(
     };
     tables.count_packet(place.flow().service, true, parsed.bytes);
     flows::on_request(tables, &work.key, place, parsed, acknowledges, now);
-    let new = Tuple {
+    work.new = Tuple {
         source: tuple.source,
         source_port: work.key.source_port,
         destination: work.key.destination,
         destination_port: work.key.destination_port,
     };
-    finish(packet, tables, parsed, &new, false)
+    finish(packet, tables, parsed, &work.new, false)
 }
 
 /// A backend for a new flow, or why there is none.

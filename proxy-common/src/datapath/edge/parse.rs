@@ -33,7 +33,7 @@ pub mod tcp {
 }
 
 /// Source and destination with their ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tuple {
     /// Source address.
     pub source: Addr,
@@ -111,10 +111,45 @@ pub enum Outcome {
     Malformed,
 }
 
+/// Reads the addresses and the protocol of a packet into `parsed` (of IPv6 the next header, which may be an
+/// extension): what tells most packets to be nobody's business here. Everything else in it is unspecified then. False if
+/// the packet is not IP, or too short.
+#[inline(always)]
+pub fn addresses(packet: &impl Packet, parsed: &mut Parsed) -> bool {
+    let ip = packet.ip_offset();
+    match packet.ethertype() {
+        ETHERTYPE_IPV4 => {
+            let (Some([proto]), Some(both)) =
+                (packet.load::<1>(ip.wrapping_add(9)), packet.load::<8>(ip.wrapping_add(12)))
+            else {
+                return false;
+            };
+            let [source, destination]: [u32; 2] = bytemuck::cast(both);
+            parsed.tuple.source = Addr::v4_in_memory(source);
+            parsed.tuple.destination = Addr::v4_in_memory(destination);
+            parsed.proto = proto;
+            true
+        }
+        ETHERTYPE_IPV6 => {
+            let (Some([next]), Some(both)) =
+                (packet.load::<1>(ip.wrapping_add(6)), packet.load::<32>(ip.wrapping_add(8)))
+            else {
+                return false;
+            };
+            let [s0, s1, d0, d1]: [u64; 4] = bytemuck::cast(both);
+            parsed.tuple.source = bytemuck::cast([s0, s1]);
+            parsed.tuple.destination = bytemuck::cast([d0, d1]);
+            parsed.proto = next;
+            true
+        }
+        _ => false,
+    }
+}
+
 /// Reads the headers of a packet.
 #[inline(never)]
 pub fn parse(packet: &impl Packet, parsed: &mut Parsed) -> Outcome {
-    *parsed = Parsed::default();
+    forget(parsed);
     match packet.ethertype() {
         ETHERTYPE_IPV4 => ipv4(packet, packet.ip_offset(), true, parsed),
         ETHERTYPE_IPV6 => ipv6(packet, packet.ip_offset(), true, parsed),
@@ -122,11 +157,18 @@ pub fn parse(packet: &impl Packet, parsed: &mut Parsed) -> Outcome {
     }
 }
 
+/// Resets what not every packet has; the rest is written before it is read.
+#[inline(always)]
+fn forget(parsed: &mut Parsed) {
+    (parsed.tuple.source_port, parsed.tuple.destination_port) = (Be16::default(), Be16::default());
+    (parsed.part, parsed.id, parsed.kind) = (Part::Whole, [0; 4], 0);
+}
+
 /// Reads the headers that an ICMP error of `family` quotes at `offset`. Of the transport header eight bytes are enough.
 /// False if they are not there.
 #[inline(never)]
 pub fn quoted(packet: &impl Packet, family: Family, offset: u32, parsed: &mut Parsed) -> bool {
-    *parsed = Parsed::default();
+    forget(parsed);
     let outcome = match family {
         Family::V4 => ipv4(packet, offset, false, parsed),
         Family::V6 => ipv6(packet, offset, false, parsed),

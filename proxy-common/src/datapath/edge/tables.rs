@@ -1,6 +1,8 @@
 //! What the packet edge looks at and writes, beside [`Tables`].
 
-use super::parse::Parsed;
+use super::flows::Choice;
+use super::icmp::Edit;
+use super::parse::{Parsed, Tuple};
 use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts};
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -32,8 +34,18 @@ impl Tier {
 pub struct Work {
     /// Key of the flow's record.
     pub key: FlowKey,
+    /// Key of its index entry from the VIP.
+    pub index: FlowKey,
+    /// Where a new flow goes.
+    pub to: Choice,
     /// A new record.
     pub flow: Flow,
+    /// What the packet is translated to.
+    pub new: Tuple,
+    /// What becomes of an ICMP error.
+    pub edit: Edit,
+    /// When the packet came: nanoseconds of the monotonic clock.
+    pub now: u64,
 }
 
 /// What one packet needs on its way, too much for the 512 bytes of stack that a BPF program has. What another packet has

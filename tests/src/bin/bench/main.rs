@@ -12,6 +12,7 @@ mod north_south;
 mod objects;
 mod outside;
 mod packet;
+mod programs;
 mod report;
 mod stats;
 mod sync;

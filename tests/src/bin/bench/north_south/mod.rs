@@ -2,9 +2,11 @@
 //! address and no proxy.
 //!
 //! Each side has a set of namespaces of its own: in one the agent serves the first node, in the next two nobody does,
-//! and in the last, where `nft` is there, an nftables ruleset. The way of the packets is the same in all of them. The
-//! second set without a proxy shows what the machine makes of no difference at all.
+//! in another two programs that know nothing but how to rewrite these very packets, and in the last, where `nft` is
+//! there, an nftables ruleset. The way of the packets is the same in all of them. The second set without a proxy shows
+//! what the machine makes of no difference at all; [`floor`], what any translation of packets costs on it.
 
+mod floor;
 mod nft;
 mod sides;
 
@@ -22,6 +24,7 @@ use crate::progress;
 use crate::report::{Bar, Figure, Report};
 use crate::stats::Estimate;
 use crate::traffic::{Job, Listener, Pair, Rounds, Workload, share};
+use floor::Floor;
 use nft::Nft;
 use sides::{Grounds, Side};
 
@@ -57,12 +60,15 @@ pub(crate) struct Options {
     /// waking the other one does.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 1])]
     cpus: Vec<usize>,
-    /// IPv6 instead of IPv4; without nftables.
+    /// IPv6 instead of IPv4; without nftables and the programs that only rewrite.
     #[arg(long)]
     ipv6: bool,
     /// Without the second set without a proxy.
     #[arg(long)]
     no_control: bool,
+    /// Without the programs that only rewrite.
+    #[arg(long)]
+    no_floor: bool,
     /// Without nftables, also where `nft` is there.
     #[arg(long)]
     no_nftables: bool,
@@ -100,7 +106,10 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     let mut sides = vec![Side::Vipr, Side::Plain];
     sides.extend((!options.no_control).then_some(Side::Control));
     sides.extend(nft.is_some().then_some(Side::Nftables));
+    let floored = !options.no_floor && !options.ipv6;
+    sides.extend(floored.then_some(Side::Floor));
     let grounds = Grounds::new(&sides, options)?;
+    let mut floor = floored.then(|| Floor::new(grounds.of(Side::Floor))).transpose()?;
     let node = grounds.of(Side::Vipr).node();
     let mut cluster = Cluster::start(node)?;
     for backend in Backend::ALL {
@@ -116,7 +125,7 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
         }
         let world = world.to_string();
         for backend in options.backends() {
-            let rounds = measure(&grounds, &sides, backend, options, index == 0)?;
+            let rounds = measure(&grounds, &sides, &mut floor, backend, options, index == 0)?;
             report.figures.extend(figures(&rounds, backend, &world));
             for workload in options.workloads(false) {
                 let ratio = rounds.ratio(workload, Side::Vipr, Side::Plain);
@@ -141,6 +150,7 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
 fn measure(
     grounds: &Grounds,
     sides: &[Side],
+    floor: &mut Option<Floor>,
     backend: Backend,
     options: &Options,
     all_workloads: bool,
@@ -151,10 +161,13 @@ fn measure(
         let mut pairs: BTreeMap<Side, Pair> =
             sides.iter().map(|&side| Ok((side, grounds.start(side, backend)?))).collect::<Result<_>>()?;
         if block == 0 {
-            prove(grounds, backend, &mut pairs)?;
+            prove(grounds, floor, backend, &mut pairs)?;
         }
         for workload in options.workloads(all_workloads) {
             let targets = grounds.targets(sides, backend, workload.listener())?;
+            if let Some(floor) = floor {
+                floor.aim(grounds.of(Side::Floor), backend, workload.listener())?;
+            }
             let rounds = share(options.rounds, blocks, block);
             measured.run(&mut pairs, workload, |side| targets[&side], options.round_ms, rounds)?;
         }
@@ -164,7 +177,15 @@ fn measure(
 }
 
 /// The comparison is what it says: one side goes through the programs, the others do not.
-fn prove(grounds: &Grounds, backend: Backend, pairs: &mut BTreeMap<Side, Pair>) -> Result<()> {
+fn prove(
+    grounds: &Grounds,
+    floor: &mut Option<Floor>,
+    backend: Backend,
+    pairs: &mut BTreeMap<Side, Pair>,
+) -> Result<()> {
+    if let Some(floor) = floor {
+        floor.aim(grounds.of(Side::Floor), backend, Listener::AnswerAndWait)?;
+    }
     let maps = KernelMaps::open(&PinDir::new(grounds.of(Side::Vipr).node().pin_dir()), false)?;
     let sides: Vec<Side> = pairs.keys().copied().collect();
     let targets = grounds.targets(&sides, backend, Listener::AnswerAndWait)?;
@@ -194,9 +215,11 @@ fn figures(rounds: &Rounds<Side>, backend: Backend, world: &str) -> Vec<Figure> 
             figure = figure.detail("lost datagrams", lost as f64);
         }
         figures.push(figure);
-        if let Some(ratio) = rounds.ratio(workload, Side::Nftables, Side::Plain) {
-            let name = format!("{name}, nftables");
-            figures.push(self::figure(rounds, workload, Side::Nftables, &name, world, ratio));
+        for (side, what) in [(Side::Floor, "rewriting alone"), (Side::Nftables, "nftables")] {
+            if let Some(ratio) = rounds.ratio(workload, side, Side::Plain) {
+                let name = format!("{name}, {what}");
+                figures.push(self::figure(rounds, workload, side, &name, world, ratio));
+            }
         }
     }
     figures

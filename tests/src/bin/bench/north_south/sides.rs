@@ -18,6 +18,8 @@ pub(super) enum Side {
     Plain,
     /// As `Plain`: its ratio to that says what the machine makes of nothing.
     Control,
+    /// Two programs without any table translate; the client connects to the nodePort.
+    Floor,
     /// nftables translates; the client connects to the nodePort.
     Nftables,
 }
@@ -60,7 +62,9 @@ impl Grounds {
         listener: Listener,
     ) -> Result<BTreeMap<Side, SocketAddr>> {
         let target = |side| match side {
-            Side::Vipr | Side::Nftables => self.of(side).node_port(backend, self.ipv6, listener),
+            Side::Vipr | Side::Floor | Side::Nftables => {
+                self.of(side).node_port(backend, self.ipv6, listener)
+            }
             Side::Plain | Side::Control => self.of(side).server(backend, self.ipv6, listener),
         };
         sides.iter().map(|&side| Ok((side, target(side)?))).collect()

@@ -1,12 +1,11 @@
 //! Runs BPF programs on frames and times them: those that the agent has loaded, on its maps, and the benchmark's own.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
-use aya::maps::{Array, HashMap, Map, MapData, MapInfo, ProgramArray};
-use aya::programs::{ProgramFd, SchedClassifier, TestRun as _, loaded_programs};
-use aya::{Ebpf, EbpfLoader, TestRunOptions};
+use aya::maps::{Array, HashMap, MapData, MapInfo, ProgramArray};
+use aya::programs::{ProgramFd, TestRun as _, loaded_programs};
+use aya::{Ebpf, TestRunOptions};
 use proxy_agent::bpf::pins::{MAPS, PinDir};
 use proxy_common::abi::{
     Backend, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Service, SlotRange, proto,
@@ -15,6 +14,7 @@ use proxy_common::be::Be16;
 use proxy_tests::lab::Netns;
 
 use super::frame::Frame;
+use crate::programs::{classifier, map, own_programs};
 
 /// `TC_ACT_UNSPEC`: what the programs return for a packet that goes on.
 pub(super) const GOES_ON: i32 = -1;
@@ -113,11 +113,7 @@ impl Rig {
     /// # Errors
     /// If the object is missing, or the agent has not loaded its programs.
     pub(super) fn new(pins: &PinDir, net: &Netns) -> Result<Self> {
-        let object = object()?;
-        let mut programs = EbpfLoader::new()
-            .btf(None)
-            .load_file(&object)
-            .with_context(|| format!("cannot load {}", object.display()))?;
+        let mut programs = own_programs()?;
         let mut targets = BTreeMap::new();
         for name in [Wrapper::Same.name(), Wrapper::Fresh.name()] {
             classifier(&mut programs, name)?.load()?;
@@ -230,25 +226,6 @@ impl Rig {
         let verdict = result.return_value.cast_signed();
         Ok((verdict, result.data_size_out as usize, result.duration.as_nanos() as f64))
     }
-}
-
-fn classifier<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
-    let program = programs.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
-    Ok(program.try_into()?)
-}
-
-fn map<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut Map> {
-    programs.map_mut(name).with_context(|| format!("the object has no map {name}"))
-}
-
-/// The benchmark's own BPF object, which xtask builds.
-fn object() -> Result<PathBuf> {
-    let variable = "VIPR_BENCH_OBJECT";
-    let path = std::env::var_os(variable)
-        .with_context(|| format!("{variable} is not set; run this as `cargo xtask bench packet`"))?;
-    let path = PathBuf::from(path);
-    ensure!(Path::is_file(&path), "{variable} names {}, which is not a file", path.display());
-    Ok(path)
 }
 
 /// Finds the programs that use the pinned maps; of two with one name, the newer.
