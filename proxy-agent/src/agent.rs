@@ -424,7 +424,8 @@ impl Agent {
     /// Makes or takes over maps that are large enough, and loads the programs.
     fn set_up(&mut self, wanted: &BTreeMap<ObjectKey, Option<Wanted>>) -> Result<Programmed, AgentError> {
         let desired = wanted.values().flatten().map(|wanted| &wanted.desired);
-        let dataplane = Dataplane::open(self.config.pins.clone(), sizes_for(desired))?;
+        let dataplane =
+            Dataplane::open(self.config.pins.clone(), sizes_for(desired, self.config.flow_table_size))?;
         self.report.verified(&dataplane.verified);
         // Also of new maps: the flows beside them may be older.
         let model = read_back(&dataplane.maps)?;
@@ -584,7 +585,7 @@ async fn finished(task: &mut Option<JoinHandle<()>>) -> Option<()> {
 
 /// What the maps must hold at least, with a quarter to spare, and what they are made for: twice as much, over floors
 /// that cost little. Maps between the two are kept at a restart, and with them every id.
-fn sizes_for<'a>(services: impl Iterator<Item = &'a DesiredService>) -> Sizes {
+fn sizes_for<'a>(services: impl Iterator<Item = &'a DesiredService>, flows: u32) -> Sizes {
     let (mut ports, mut frontends, mut backends, mut slots, mut source_ranges) = (0, 0, 0, 0, 0);
     for port in services.flat_map(|service| &service.ports) {
         ports += 1;
@@ -612,6 +613,7 @@ fn sizes_for<'a>(services: impl Iterator<Item = &'a DesiredService>) -> Sizes {
     Sizes {
         least: capacity(|count| count + count / 4, [1; 5]),
         want: capacity(|count| count * 2, [16_384, 8_192, 65_536, 131_072, 65_536]),
+        flows,
     }
 }
 

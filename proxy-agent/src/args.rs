@@ -4,6 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::bpf::dataplane::FLOW_ENTRIES;
+
+/// Most elements of `FLOWS` that may be asked for; the kernel needs twice as many for its index.
+const FLOW_ENTRIES_MAX: u32 = 1 << 26;
+
 /// Makes Kubernetes Services work on this node, in place of kube-proxy, by eBPF and with any CNI.
 ///
 /// `run` is the agent: one per node, in the host's network namespace. The other commands read the pinned BPF maps
@@ -133,6 +138,13 @@ pub struct RunArgs {
     #[arg(long, hide = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true")]
     #[arg(action = clap::ArgAction::Set)]
     pub no_tcx: bool,
+    /// Connections and UDP flows of clients outside that are kept for certain; more are served, but a flood may cost them.
+    ///
+    /// Memory is taken as they come, up to 450 bytes for each. A table that is there keeps its size until `proxy-agent
+    /// cleanup` or a reboot.
+    #[arg(long, value_name = "NUMBER", default_value_t = FLOW_ENTRIES)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(FLOW_ENTRIES_MAX)))]
+    pub flow_table_size: u32,
     /// Addresses of this node that serve nodePorts: CIDRs separated by commas, or `primary` for the Node's own
     /// addresses [default: primary].
     #[arg(long, value_name = "CIDRS", value_delimiter = ',')]

@@ -55,6 +55,8 @@ pub struct Config {
     pub nodeport_addresses: NodePortAddresses,
     /// Devices of the packet edge, and how to attach to them.
     pub edge: edge::Config,
+    /// Elements of `FLOWS`, if it has to be made.
+    pub flow_table_size: u32,
     /// Whether externalIPs are served (feature gate `AllowServiceExternalIPs`).
     pub allow_external_ips: bool,
     /// Address of the health server.
@@ -142,6 +144,7 @@ impl Config {
                 no_tcx: args.no_tcx,
                 pins: PinDir::new(&args.pins.pin_dir),
             },
+            flow_table_size: args.flow_table_size,
             allow_external_ips: feature_gate(&args.feature_gates, "AllowServiceExternalIPs", true)?,
             healthz: bind_address(
                 "--healthz-bind-address",

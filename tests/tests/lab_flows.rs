@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{LpmTrie, Map, MapData, PerCpuArray, PerCpuValues, lpm_trie};
-use proxy_agent::bpf::dataplane::{Dataplane, Sizes};
+use proxy_agent::bpf::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
 use proxy_agent::bpf::flow_maps::FlowMaps;
 use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::PinDir;
@@ -49,7 +49,8 @@ impl Bench {
         let lab = Lab::build(spec.node(node))?;
         let pins = PinDir::new(lab.node("n1").pin_dir());
         pins.create()?;
-        let dataplane = Dataplane::open(pins.clone(), Sizes { least: CAPACITY, want: CAPACITY })?;
+        let dataplane =
+            Dataplane::open(pins.clone(), Sizes { least: CAPACITY, want: CAPACITY, flows: FLOW_ENTRIES })?;
         Ok(Self { dataplane, pins, _lab: lab })
     }
 
@@ -224,6 +225,25 @@ fn flows_that_come_and_go_meanwhile_are_let_alone() -> Result<()> {
     assert_eq!(keys(&maps)?, keys_of(&live), "after {passes} passes");
     assert_eq!(expired, 10_000);
     assert!(passes > 1, "the writer was done before the first pass");
+    Ok(())
+}
+
+#[test]
+fn a_table_keeps_its_size_and_its_flows() -> Result<()> {
+    let Bench { dataplane, pins, _lab } = Bench::new()?;
+    let flow = record(TCP, 1, ASSURED | OUTSIDE, now());
+    put(&mut FlowMaps::open(&pins)?, &[flow])?;
+    drop(dataplane);
+    for flows in [2 * FLOW_ENTRIES, FLOW_ENTRIES / 2] {
+        let dataplane = Dataplane::open(pins.clone(), Sizes { least: CAPACITY, want: CAPACITY, flows })?;
+        let maps = FlowMaps::open(&pins)?;
+        assert!(dataplane.resumed);
+        assert_eq!(keys(&maps)?, keys_of(&[flow]));
+        assert_eq!(maps.flows.capacity()?, u64::from(FLOW_ENTRIES));
+    }
+    std::fs::remove_file(pins.map("FLOWS"))?;
+    Dataplane::open(pins.clone(), Sizes { least: CAPACITY, want: CAPACITY, flows: 10 })?;
+    assert_eq!(FlowMaps::open(&pins)?.flows.capacity()?, 10);
     Ok(())
 }
 

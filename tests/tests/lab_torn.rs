@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Map, MapData, MapError, SkStorage};
-use proxy_agent::bpf::dataplane::{Dataplane, Sizes};
+use proxy_agent::bpf::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
 use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::bpf::sys;
@@ -80,7 +80,8 @@ fn no_reader_is_misled_by_a_writer() -> Result<()> {
     let node = lab.node("n1");
     let pins = PinDir::new(node.pin_dir());
     pins.create()?;
-    let mut dataplane = Dataplane::open(pins, Sizes { least: CAPACITY, want: CAPACITY })?;
+    let mut dataplane =
+        Dataplane::open(pins, Sizes { least: CAPACITY, want: CAPACITY, flows: FLOW_ENTRIES })?;
     stay_on(0)?;
     let mut writer = Writer::new(&mut dataplane.maps)?;
     dataplane.attach(node.cgroup())?;

@@ -41,8 +41,8 @@ const KERNEL_FLOOR: (u32, u32) = (5, 10);
 const AFFINITY_ENTRIES: u32 = 65_536;
 /// Elements of `UDP_FLOWS`: two for each unconnected socket and VIP.
 const UDP_FLOW_ENTRIES: u32 = 65_536;
-/// Elements of `FLOWS`, which never evicts; memory is taken as they are used.
-const FLOW_ENTRIES: u32 = 262_144;
+/// Elements of `FLOWS`, unless somebody asks for others; memory is taken as they are used.
+pub const FLOW_ENTRIES: u32 = 262_144;
 /// Elements of `NEW_FLOWS`: flows whose client has not gone on after an answer.
 const NEW_FLOW_ENTRIES: u32 = 65_536;
 const FRAGMENT_ENTRIES: u32 = 8_192;
@@ -106,6 +106,8 @@ pub struct Sizes {
     pub least: Capacity,
     /// New maps are made this large.
     pub want: Capacity,
+    /// Elements of `FLOWS`, if it has to be made. One that is there is kept at any size: connections live in it.
+    pub flows: u32,
 }
 
 /// Programs and maps of this node.
@@ -134,18 +136,18 @@ impl Dataplane {
         if let Err(errno) = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited) {
             tracing::debug!(%errno, "RLIMIT_MEMLOCK could not be raised");
         }
-        let resumed = pins.drop_unusable(|map| entries(map, sizes.least))?;
+        let resumed = pins.drop_unusable(|map| entries(map, sizes.least, 1))?;
 
         let set_retval =
             is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false);
         let has_set_retval = u8::from(set_retval);
         let mut loader = EbpfLoader::new();
         loader.btf(None).override_global("HAS_SET_RETVAL", &has_set_retval, true);
-        let sizes: Vec<(&str, PathBuf, u32)> = MAPS
+        let maps: Vec<(&str, PathBuf, u32)> = MAPS
             .iter()
-            .map(|spec| (spec.name, pins.map(spec.name), entries(spec.name, sizes.want)))
+            .map(|spec| (spec.name, pins.map(spec.name), entries(spec.name, sizes.want, sizes.flows)))
             .collect();
-        for (name, pin, entries) in &sizes {
+        for (name, pin, entries) in &maps {
             // Zero: the object says how many.
             if *entries > 0 {
                 loader.map_max_entries(name, *entries);
@@ -168,7 +170,16 @@ impl Dataplane {
         #[cfg(feature = "debug-log")]
         super::debug_log::follow(&mut programs);
         let maps = KernelMaps::open(&pins, true)?;
-        tracing::info!(resumed, set_retval, capacity = ?maps.capacity(), "BPF programs loaded");
+        let flows = maps.flow_maps().flows.capacity().ok();
+        tracing::info!(resumed, set_retval, capacity = ?maps.capacity(), flows, "BPF programs loaded");
+        if flows.is_some_and(|there| there != u64::from(sizes.flows)) {
+            tracing::warn!(
+                flows,
+                wanted = sizes.flows,
+                "the flow table keeps its size, and its connections; another --flow-table-size counts after \
+                 `proxy-agent cleanup` or a reboot"
+            );
+        }
         Ok(Self { maps, resumed, verified, pins, programs })
     }
 
@@ -245,7 +256,7 @@ fn attach(program: &mut Program, cgroup: &File) -> Result<FdLink, Box<dyn std::e
 }
 
 /// Elements that a map should have; 0 where the object decides.
-fn entries(map: &str, want: Capacity) -> u32 {
+fn entries(map: &str, want: Capacity, flows: u32) -> u32 {
     match map {
         "FRONTENDS" => want.frontends,
         "SERVICES" | "NAMES" | "SERVICE_COUNTERS" => want.services,
@@ -253,10 +264,10 @@ fn entries(map: &str, want: Capacity) -> u32 {
         "BACKENDS" => want.backends,
         "AFFINITY" => AFFINITY_ENTRIES,
         "UDP_FLOWS" => UDP_FLOW_ENTRIES,
-        "FLOWS" => FLOW_ENTRIES,
+        "FLOWS" => flows,
         "NEW_FLOWS" => NEW_FLOW_ENTRIES,
         // A flow has one index entry, or two.
-        "FLOW_INDEX" => 2 * FLOW_ENTRIES,
+        "FLOW_INDEX" => flows.saturating_mul(2),
         "NEW_FLOW_INDEX" => 2 * NEW_FLOW_ENTRIES,
         "FRAGMENTS" => FRAGMENT_ENTRIES,
         "SOURCE_RANGES" => want.source_ranges,

@@ -12,7 +12,7 @@ use proxy_common::addr::Addr;
 
 use super::settings::{DetectLocal, Selection};
 use super::*;
-use crate::bpf::dataplane::{Dataplane, Sizes};
+use crate::bpf::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
 use crate::bpf::tc::{Device, Direction, TcPrograms};
 use crate::node::testing::{in_new_netns, ip};
 use crate::store::Capacity;
@@ -44,7 +44,8 @@ impl Node {
             let pins = PinDir::new(&PathBuf::from(root));
             pins.create().unwrap();
             let little = Capacity { frontends: 16, services: 16, slots: 16, backends: 16, source_ranges: 16 };
-            let dataplane = Dataplane::open(pins.clone(), Sizes { least: little, want: little });
+            let dataplane =
+                Dataplane::open(pins.clone(), Sizes { least: little, want: little, flows: FLOW_ENTRIES });
             let config = Config { settings: Settings::default(), no_tcx: false, pins: pins.clone() };
             let node = match dataplane {
                 Ok(dataplane) => Self { config, _dataplane: dataplane },

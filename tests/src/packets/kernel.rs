@@ -6,7 +6,7 @@ use std::os::fd::AsFd as _;
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::{HashMap, Map, MapData, MapInfo};
 use aya::programs::{ProgramFd, loaded_programs};
-use proxy_agent::bpf::dataplane::{Dataplane, Sizes};
+use proxy_agent::bpf::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
 use proxy_agent::bpf::flow_maps::{FlowMaps, Table};
 use proxy_agent::bpf::pins::{MAPS, PinDir};
 use proxy_agent::bpf::tc::{PROGRAMS, TcPrograms};
@@ -110,7 +110,8 @@ impl Kernel {
         pins.create()?;
         let capacity =
             Capacity { frontends: 1024, services: 256, slots: 1024, backends: 256, source_ranges: 64 };
-        let mut dataplane = Dataplane::open(pins.clone(), Sizes { least: capacity, want: capacity })?;
+        let mut dataplane =
+            Dataplane::open(pins.clone(), Sizes { least: capacity, want: capacity, flows: FLOW_ENTRIES })?;
         let mut programs = TcPrograms::open(&pins, false)?;
         programs.load(&PROGRAMS)?;
         let verified = programs.verified();
