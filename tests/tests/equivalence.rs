@@ -23,7 +23,7 @@ const PACKETS: usize = 12_000;
 const DECISIONS: usize = 3_000;
 
 /// What has to happen now and then in so many packets.
-const COUNTED: [Counter; 12] = [
+const COUNTED: [Counter; 13] = [
     Counter::Flow,
     Counter::IcmpError,
     Counter::RejectNoEndpoint,
@@ -36,6 +36,7 @@ const COUNTED: [Counter; 12] = [
     Counter::DropFragment,
     Counter::DropMalformed,
     Counter::DropRedirect,
+    Counter::DropOwnSource,
 ];
 
 #[test]

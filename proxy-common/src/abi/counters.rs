@@ -32,7 +32,7 @@ pub enum Counter {
     Flow = 12,
     /// packet edge: an ICMP error was translated.
     IcmpError = 13,
-    /// `FLOWS` is full: a flow stays where a flood may evict it.
+    /// `FLOWS` is full: a flow stays where a flood may evict it, until there is room.
     FlowsFull = 14,
     /// Dropped: no room for a new flow, or no free tuple.
     DropFlowTable = 15,
@@ -50,11 +50,13 @@ pub enum Counter {
     DropUnwritable = 21,
     /// Dropped: an ICMP redirect about a translated packet.
     DropRedirect = 22,
+    /// Dropped: it came from elsewhere with an address of this host as its source.
+    DropOwnSource = 23,
 }
 
 impl Counter {
     /// Every counter, in index order.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Connected,
         Self::Datagram,
         Self::RejectNoEndpoint,
@@ -78,6 +80,7 @@ impl Counter {
         Self::DropMalformed,
         Self::DropUnwritable,
         Self::DropRedirect,
+        Self::DropOwnSource,
     ];
 
     /// Name in metrics and `status`.
@@ -106,6 +109,7 @@ impl Counter {
             Self::DropMalformed => "drop_malformed",
             Self::DropUnwritable => "drop_unwritable",
             Self::DropRedirect => "drop_redirect",
+            Self::DropOwnSource => "drop_own_source",
         }
     }
 }

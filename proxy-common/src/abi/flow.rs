@@ -116,6 +116,8 @@ pub mod state {
     pub const RESET: u32 = 1 << 4;
     /// The client came through an external device: packets to another node get a source of ours.
     pub const OUTSIDE: u32 = 1 << 5;
+    /// The client has gone on after an answer, but there was no room in `FLOWS`: it moves when there is.
+    pub const PROVEN: u32 = 1 << 6;
 }
 
 /// Ports that translated sources get: outside of Linux' ephemeral range (32768 on) and of the nodePorts

@@ -113,7 +113,8 @@ impl<'a> Traffic<'a> {
         let net = self.net();
         let pod = SocketAddr::new(net.local().ip(), 41_000);
         let direct = SocketAddr::new(net.client().ip(), 41_001);
-        let clients = [net.client(), net.client(), direct, net.stranger(), pod, net.remote(1)];
+        let own = SocketAddr::new(net.node(), 41_002);
+        let clients = [net.client(), net.client(), direct, net.stranger(), pod, net.remote(1), own];
         let vips = [
             net.here(),
             net.there(),

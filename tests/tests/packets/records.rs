@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use proxy_common::abi::flow::SNAT_PORTS;
-use proxy_common::abi::flow::state::ASSURED;
+use proxy_common::abi::flow::state::{ASSURED, OUTSIDE};
 use proxy_common::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::{snat_index, vip_index};
 use proxy_common::datapath::edge::parse::tcp::{ACK, PSH, RST, SYN};
-use proxy_common::datapath::edge::tables::{EdgeTables as _, Tier};
+use proxy_common::datapath::edge::tables::{EdgeTables as _, FlowCell as _, Tier};
 use proxy_tests::packets::{Body, NIC, Net, OVERLAY, POD, Packet, Trouble, World};
 
 use super::{answer, counts, establish, open, passes, record, replied, seen, translated, world};
@@ -26,12 +26,13 @@ fn a_flow_works_without_room_for_it() {
         let (_, source) = open(&world, &Packet::tcp(net.client(), vip, PSH | ACK, 1001, 5001));
         assert_eq!(source, own);
         answer(&world, &Packet::tcp(net.remote(1), own, ACK, 5001, 1022));
-        assert!(world.sim.counted(Counter::FlowsFull) > 0);
-        // As soon as there is room, it moves.
+        assert_eq!(world.sim.counted(Counter::FlowsFull), 1, "not with each packet");
+        // As soon as there is room, it moves, however far it has come by then.
         world.sim.edge.room[0].set(None);
-        open(&world, &Packet::tcp(net.client(), vip, ACK, 1022, 5001));
+        open(&world, &Packet::tcp(net.client(), vip, ACK, 1022, 5001 + (1 << 20)));
         let (tier, _, flow) = record(&world);
         assert_eq!((tier, flow.state & ASSURED), (Tier::Assured, ASSURED));
+        assert_eq!(world.sim.counted(Counter::FlowsFull), 1);
     }
 }
 
@@ -247,8 +248,8 @@ fn two_vips_with_one_backend_on_this_node() {
     }
 }
 
-/// A world in which every source port towards the usual backend is in use by a flow that lives.
-fn few_ports(net: Net, proto: u8) -> World {
+/// A world in which every source port towards the usual backend is in use by a flow that lives, in `tier`.
+fn few_ports(net: Net, proto: u8, tier: Tier) -> World {
     let world = world();
     let (client, backend) = (net.stranger(), net.remote(1));
     let own = Addr::from(net.overlay());
@@ -268,16 +269,62 @@ fn few_ports(net: Net, proto: u8) -> World {
             client_port: port,
             snat: own,
             snat_port: port,
+            state: OUTSIDE,
             check: key.check(),
             last_seen: world.sim.clock.get(),
             ..Flow::default()
         };
         let (index, target) = snat_index(&key, &own, port);
-        assert!(
-            world.sim.add_flow(Tier::New, &key, &flow) && world.sim.add_index(Tier::New, &index, &target)
-        );
+        assert!(world.sim.add_flow(tier, &key, &flow) && world.sim.add_index(tier, &index, &target));
     }
     world
+}
+
+/// A flood leaves ports to others: those of flows that have proved nothing are taken.
+#[test]
+fn a_source_port_is_taken_from_whoever_has_proved_nothing() {
+    for net in Net::ALL {
+        let world = few_ports(net, 6, Tier::New);
+        let own = establish(&world, net, net.there());
+        assert_eq!(world.sim.counted(Counter::RejectNoPort), 0);
+        // Whoever had it gets another one with its next packet, and takes none from what is established.
+        for number in 0..200 {
+            let loser = SocketAddr::new(net.stranger().ip(), SNAT_PORTS.start + number);
+            let (_, source) = open(&world, &Packet::tcp(loser, net.there(), SYN, 1, 0));
+            assert_ne!(source, own);
+        }
+        let loser = SocketAddr::new(net.stranger().ip(), own.port());
+        let (_, source) = open(&world, &Packet::tcp(loser, net.there(), SYN, 1, 0));
+        assert_ne!(source, own);
+        let reply = Packet::tcp(net.remote(1), own, PSH | ACK, 5001, 1001);
+        assert_eq!(answer(&world, &reply), reply.between(net.there(), net.client()).bytes());
+    }
+}
+
+/// A client that goes on when its source is another's gets nothing that belongs to that one.
+#[test]
+fn a_source_that_was_given_away_is_not_taken_back() {
+    for net in Net::ALL {
+        let (world, vip) = (world(), net.there());
+        let (_, own) = open(&world, &Packet::tcp(net.client(), vip, SYN, 1000, 0));
+        answer(&world, &Packet::tcp(net.remote(1), own, SYN | ACK, 5000, 1001));
+        let (_, key, flow) = record(&world);
+        let (index, target) = snat_index(&key, &flow.snat, flow.snat_port);
+        let other = FlowRef { addr: net.stranger().ip().into(), ..target };
+        for tier in [Tier::New, Tier::Assured] {
+            world.sim.remove_index(Tier::New, &index);
+            assert!(world.sim.add_index(tier, &index, &other));
+            let routed =
+                translated(world.enter(NIC, Packet::tcp(net.client(), vip, ACK, 1001, 5001).bytes()));
+            assert_eq!((record(&world).0, world.sim.index(tier, &index)), (Tier::New, Some(other)));
+            let sent = translated(world.leave(OVERLAY, routed));
+            assert_ne!(seen(&sent).source, own);
+            // As it was.
+            let (snat, port) = (flow.snat, flow.snat_port);
+            world.sim.flow(Tier::New, &key).unwrap().set_snat(snat, port);
+        }
+        assert_eq!(world.sim.counted(Counter::FlowsFull), 0);
+    }
 }
 
 #[test]
@@ -287,7 +334,7 @@ fn without_a_free_source_port_the_client_is_told() {
             (6, Packet::tcp(net.client(), net.there(), SYN, 1000, 0)),
             (17, Packet::udp(net.client(), net.there(), b"nobody will read this")),
         ] {
-            let world = few_ports(net, proto);
+            let world = few_ports(net, proto, Tier::Assured);
             let routed = translated(world.enter(NIC, request.bytes()));
             let told = replied(world.leave(OVERLAY, routed.clone()));
             assert_eq!((told.source.ip(), told.destination.ip()), (net.there().ip(), net.client().ip()));

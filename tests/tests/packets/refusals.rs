@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use proxy_common::abi::Counter;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
-use proxy_tests::packets::{Body, ETHERNET, NIC, Net, OVERLAY, POD, Packet, Trouble, fragments};
+use proxy_common::datapath::edge::tables::Tier;
+use proxy_tests::packets::{Body, ETHERNET, NEAR, NIC, Net, OVERLAY, POD, Packet, Trouble, fragments};
 
 use super::{counts, passes, replied, seen, world};
 
@@ -174,6 +175,31 @@ fn leaving_packets_are_judged_only() {
                     assert_eq!((told.source.ip(), told.destination.ip()), (destination.ip(), host.ip()));
                 }
             }
+        }
+    }
+}
+
+/// What the host sends itself never enters by a device. A flow of what pretends to would be that of one of the host's own
+/// connections to the backend.
+#[test]
+fn nobody_comes_with_an_address_of_this_host() {
+    for net in Net::ALL {
+        for own in [net.node(), net.overlay()] {
+            let own = SocketAddr::new(own, 50_000);
+            for vip in [net.here(), net.there(), net.node_port(), net.nobody()] {
+                for packet in [Packet::tcp(own, vip, SYN, 1, 0), Packet::udp(own, vip, b"?")] {
+                    for device in [NIC, OVERLAY, POD, NEAR] {
+                        let world = world();
+                        assert_eq!(world.enter(device, packet.bytes()).0, Verdict::Drop);
+                        assert_eq!(counts(&world), [(Counter::DropOwnSource, 1)]);
+                        assert_eq!(world.sim.edge.records(Tier::New), []);
+                        assert_eq!(world.sim.edge.entries(Tier::New), []);
+                    }
+                }
+            }
+            // Whatever else it is, it is the kernel's to judge.
+            let other = Packet::tcp(own, SocketAddr::new(net.node(), 22), SYN, 1, 0);
+            passes(|bytes| world().enter(NIC, bytes), &other.bytes());
         }
     }
 }

@@ -63,7 +63,6 @@ fn near_and_far_clients_have_sets_of_their_own() {
         let near = [
             (POD, SocketAddr::new(net.local().ip(), 41_000), "a pod's address"),
             (NIC, net.remote(3), "the address of another node's pod"),
-            (NIC, SocketAddr::new(net.node(), 41_000), "an address of this host"),
             (NEAR, net.stranger(), "a device from which all are near"),
         ];
         for (device, client, why) in near {

@@ -8,7 +8,7 @@ use super::parse::{Parsed, Tuple, tcp};
 use super::tables::{EdgeTables, FlowCell, Tier, Work};
 use super::timeouts;
 use crate::abi::flow::SNAT_PORTS;
-use crate::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
+use crate::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, PROVEN, REPLIED, RESET};
 use crate::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef, proto};
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -423,8 +423,6 @@ pub fn translate_source<T: EdgeTables>(
         let port = random_port(tables);
         let (index, target) = snat_index(key, addr, port);
         if let Some(other) = indexed(tables, &index) {
-            // The backend remembers a closed connection for a while and refuses another one from there (TIME_WAIT, RFC
-            // 9293 §3.6.1), so its port is taken only when free ones have become rare.
             if owned(tables, &index, &other, attempt < PORT_TRIES / 2, now) {
                 continue;
             }
@@ -440,7 +438,7 @@ pub fn translate_source<T: EdgeTables>(
 }
 
 /// Whether a flow still has its source: the index entry from there may have been evicted, and is then made again unless
-/// another flow has taken the source.
+/// another flow has taken the source, as it may from one that is not assured.
 #[inline(never)]
 pub fn keeps_source<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) -> bool {
     if place.tier == Tier::Assured {
@@ -448,9 +446,9 @@ pub fn keeps_source<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::C
     }
     let flow = place.cell.get();
     let (index, target) = snat_index(key, &flow.snat, flow.snat_port);
-    match tables.index(Tier::New, &index) {
+    match indexed(tables, &index) {
         Some(there) => there == target,
-        None => indexed(tables, &index).is_none() && tables.add_index(Tier::New, &index, &target),
+        None => tables.add_index(Tier::New, &index, &target),
     }
 }
 
@@ -465,14 +463,18 @@ pub fn keep_vip<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>
     }
 }
 
-/// Whether a flow has the source that an index entry stands for: an open one, or (`closed`) any.
+/// Whether a flow has the source that an index entry stands for, and keeps it. Where free ones have become rare (not
+/// `spare`), only an open connection that is assured does: else a flood would leave none to anybody.
+///
+/// A backend remembers a connection for a while and refuses another one from there (TIME_WAIT, RFC 9293 §3.6.1), so it
+/// costs time to take a source over.
 #[inline(never)]
-fn owned<T: EdgeTables>(tables: &T, index: &FlowKey, target: &FlowRef, closed: bool, now: u64) -> bool {
+fn owned<T: EdgeTables>(tables: &T, index: &FlowKey, target: &FlowRef, spare: bool, now: u64) -> bool {
     let Some(owner) = record(tables, &snat_target(index, target), now) else { return false };
     let flow = owner.flow();
     flow.snat == index.destination
         && flow.snat_port == index.destination_port
-        && (closed || !timeouts::closed(flow.state))
+        && (spare || owner.tier == Tier::Assured && !timeouts::closed(flow.state))
 }
 
 /// A packet of the client: advances the state, and makes the flow safe from eviction once the client has gone on after
@@ -490,7 +492,8 @@ pub fn on_request<T: EdgeTables>(
     let mut state = flow.state;
     let proven = if parsed.proto == proto::TCP {
         state = tcp_state(state, parsed.kind, FIN_REQUEST);
-        acknowledges.is_some_and(|ack| ack.wrapping_sub(flow.expected_ack) < FIRST_WINDOW)
+        state & PROVEN != 0
+            || acknowledges.is_some_and(|ack| ack.wrapping_sub(flow.expected_ack) < FIRST_WINDOW)
     } else {
         true
     };
@@ -498,7 +501,10 @@ pub fn on_request<T: EdgeTables>(
     if state != flow.state {
         place.cell.set_state(state);
     }
-    if state & (REPLIED | ASSURED) == REPLIED && proven && !assure(tables, key, place) {
+    // One that finds no room tries again with each packet, and is counted once.
+    if state & (REPLIED | ASSURED) == REPLIED && proven && !assure(tables, key, place) && state & PROVEN == 0
+    {
+        place.cell.set_state(state | PROVEN);
         tables.count(Counter::FlowsFull);
     }
 }
@@ -507,7 +513,11 @@ pub fn on_request<T: EdgeTables>(
 #[inline(never)]
 fn assure<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) -> bool {
     let mut flow = place.flow();
-    flow.state |= ASSURED;
+    if has_snat(&flow) && !keeps_source(tables, key, place) {
+        // Its backend will not know what comes from another source; and the entry of this one is somebody else's.
+        return true;
+    }
+    flow.state = (flow.state | ASSURED) & !PROVEN;
     if !tables.add_flow(Tier::Assured, key, &flow) {
         return false;
     }

@@ -275,8 +275,12 @@ fn choose(tables: &impl EdgeTables, parsed: &Parsed, ifindex: u32, to: &mut Choi
     if frontend.flags & SOURCE_RANGES != 0 && !tables.in_source_ranges(frontend.service, &tuple.source) {
         return Refusal::drop(Counter::DropSourceRange);
     }
+    if tables.local_address(&tuple.source) & local_address::HOST != 0 {
+        // What this host sends itself never comes by a device. A flow of such a packet could be taken for one of the
+        // host's own connections to the backend.
+        return Refusal::drop(Counter::DropOwnSource);
+    }
     let near = tables.is_pod_source(&tuple.source)
-        || tables.local_address(&tuple.source) & local_address::HOST != 0
         || tables.device(ifindex).is_some_and(|device| device.flags & NEAR != 0);
     let client = if near { Client::Near } else { Client::Far };
     match select(tables, frontend, client, tuple.source) {
