@@ -1,0 +1,264 @@
+//! Many connections from one place, by one thread: each says something again and again, and hears the same.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpStream, UdpSocket};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::lab::Place;
+
+/// From an answer to the next request.
+const PAUSE: Duration = Duration::from_millis(500);
+/// A connection without an answer for that long is broken: many retransmissions are lost by then.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// A datagram is sent again after that long.
+const RESEND: Duration = Duration::from_secs(1);
+/// How many connections are being opened at a time: less than a listener's backlog.
+const OPENING: usize = 64;
+
+/// How to talk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// A TCP connection each.
+    Tcp,
+    /// A connected UDP socket each.
+    Udp,
+}
+
+/// Connections that carry data until they are dropped. A TCP connection then ends by a reset.
+#[derive(Debug)]
+pub struct Crowd {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    target: SocketAddr,
+    way: Way,
+    end: AtomicBool,
+    members: Vec<Member>,
+}
+
+/// One connection.
+#[derive(Debug, Default)]
+struct Member {
+    rounds: AtomicU64,
+    slowest_us: AtomicU64,
+    broken: Mutex<Option<String>>,
+}
+
+/// What has become of a crowd.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Connections that still carry data.
+    pub alive: usize,
+    /// How many have failed, by what happened.
+    pub broken: BTreeMap<String, usize>,
+    /// Fewest answers that one of the living has got.
+    pub fewest: u64,
+    /// Answers altogether.
+    pub answers: u64,
+    /// The longest time to an answer.
+    pub slowest: Duration,
+}
+
+impl Crowd {
+    /// Opens `count` connections from `place`; returns when each has had its first answer or has failed.
+    ///
+    /// # Errors
+    /// If the place cannot be entered. A connection that fails is none; see [`Crowd::outcome`].
+    pub fn open(place: &Place, target: SocketAddr, way: Way, count: usize) -> Result<Self> {
+        let members = (0..count).map(|_| Member::default()).collect();
+        let shared = Arc::new(Shared { target, way, end: AtomicBool::new(false), members });
+        let (place, ours) = (place.clone(), Arc::clone(&shared));
+        let thread = thread::spawn(move || place.net().enter(|| run(&ours))?);
+        let crowd = Self { shared, thread: Some(thread) };
+        crowd.wait(&vec![1; count])?;
+        Ok(crowd)
+    }
+
+    /// Waits until every connection that is not broken has had `more` further answers to what it has said since the call.
+    ///
+    /// # Errors
+    /// If the crowd has ended.
+    pub fn go_on(&self, more: u64) -> Result<()> {
+        // What is on its way at the call does not count.
+        let wanted: Vec<u64> = self.shared.members.iter().map(|member| member.rounds() + more + 1).collect();
+        self.wait(&wanted)
+    }
+
+    fn wait(&self, wanted: &[u64]) -> Result<()> {
+        let rounds = wanted.iter().max().copied().unwrap_or(0);
+        let deadline = Instant::now() + PATIENCE * u32::try_from(rounds.clamp(1, 60))? + PATIENCE;
+        let behind = |(member, wanted): &(&Member, &u64)| member.rounds() < **wanted && !member.is_broken();
+        while self.shared.members.iter().zip(wanted).any(|pair| behind(&pair)) {
+            ensure!(self.thread.as_ref().is_some_and(|thread| !thread.is_finished()), "the crowd has ended");
+            ensure!(Instant::now() < deadline, "the crowd stands still: {:?}", self.outcome());
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// How they are at this moment.
+    pub fn outcome(&self) -> Outcome {
+        let mut outcome = Outcome {
+            alive: 0,
+            broken: BTreeMap::new(),
+            fewest: u64::MAX,
+            answers: 0,
+            slowest: Duration::ZERO,
+        };
+        for member in &self.shared.members {
+            outcome.answers += member.rounds();
+            let slowest = Duration::from_micros(member.slowest_us.load(Ordering::Relaxed));
+            outcome.slowest = outcome.slowest.max(slowest);
+            if let Some(why) = member.broken().clone() {
+                *outcome.broken.entry(why).or_default() += 1;
+            } else {
+                outcome.alive += 1;
+                outcome.fewest = outcome.fewest.min(member.rounds());
+            }
+        }
+        outcome
+    }
+
+    /// Ends all of them.
+    ///
+    /// # Errors
+    /// If the crowd could not talk at all.
+    pub fn end(mut self) -> Result<()> {
+        self.stop()
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        self.shared.end.store(true, Ordering::Relaxed);
+        match self.thread.take().map(JoinHandle::join) {
+            None => Ok(()),
+            Some(Ok(result)) => result,
+            Some(Err(_panic)) => bail!("the crowd's thread has panicked"),
+        }
+    }
+}
+
+impl Drop for Crowd {
+    fn drop(&mut self) {
+        // Whoever wants to know has asked.
+        let _ = self.stop();
+    }
+}
+
+impl Member {
+    fn rounds(&self) -> u64 {
+        self.rounds.load(Ordering::Relaxed)
+    }
+
+    fn broken(&self) -> std::sync::MutexGuard<'_, Option<String>> {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_broken(&self) -> bool {
+        self.broken().is_some()
+    }
+}
+
+/// Talks until the end.
+fn run(shared: &Arc<Shared>) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
+    runtime.block_on(async {
+        let doors = Arc::new(Semaphore::new(OPENING));
+        let mut tasks = JoinSet::new();
+        for number in 0..shared.members.len() {
+            let (shared, doors) = (Arc::clone(shared), Arc::clone(&doors));
+            tasks.spawn(async move {
+                if let Err(error) = talk(&shared, number, &doors).await {
+                    *shared.members[number].broken() = Some(error.to_string());
+                }
+            });
+        }
+        tasks.join_all().await;
+    });
+    Ok(())
+}
+
+/// One connection.
+async fn talk(shared: &Shared, number: usize, doors: &Semaphore) -> io::Result<()> {
+    let member = &shared.members[number];
+    let door = doors.acquire().await.map_err(io::Error::other)?;
+    let mut line = within(Line::open(shared.target, shared.way)).await?;
+    let mut door = Some(door);
+    for round in 0_u64.. {
+        if shared.end.load(Ordering::Relaxed) {
+            break;
+        }
+        let mut words = [0; 16];
+        words[..8].copy_from_slice(&(number as u64).to_be_bytes());
+        words[8..].copy_from_slice(&round.to_be_bytes());
+        let start = Instant::now();
+        within(line.ask(&words)).await?;
+        member.slowest_us.fetch_max(start.elapsed().as_micros() as u64, Ordering::Relaxed);
+        member.rounds.fetch_add(1, Ordering::Relaxed);
+        drop(door.take());
+        sleep(PAUSE).await;
+    }
+    Ok(())
+}
+
+async fn within<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    timeout(PATIENCE, work).await.map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))?
+}
+
+enum Line {
+    Tcp(TcpStream),
+    Udp(UdpSocket),
+}
+
+impl Line {
+    async fn open(target: SocketAddr, way: Way) -> io::Result<Self> {
+        Ok(match way {
+            Way::Tcp => {
+                let stream = TcpStream::connect(target).await?;
+                stream.set_nodelay(true)?;
+                stream.set_zero_linger()?;
+                Self::Tcp(stream)
+            }
+            Way::Udp => {
+                let any: SocketAddr = if target.is_ipv4() { ([0; 4], 0).into() } else { ([0; 16], 0).into() };
+                let socket = UdpSocket::bind(any).await?;
+                socket.connect(target).await?;
+                Self::Udp(socket)
+            }
+        })
+    }
+
+    /// Says `words` and hears them again.
+    async fn ask(&mut self, words: &[u8; 16]) -> io::Result<()> {
+        let mut heard = [0; 16];
+        match self {
+            Self::Tcp(stream) => {
+                stream.write_all(words).await?;
+                stream.read_exact(&mut heard).await?;
+            }
+            Self::Udp(socket) => loop {
+                socket.send(words).await?;
+                match timeout(RESEND, socket.recv(&mut heard)).await {
+                    // The answer to what was sent twice may come twice.
+                    Ok(Ok(_)) if heard != *words => {}
+                    Ok(result) => return result.map(drop),
+                    Err(_elapsed) => {}
+                }
+            },
+        }
+        if heard == *words { Ok(()) } else { Err(io::Error::other("another answer")) }
+    }
+}

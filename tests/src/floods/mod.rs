@@ -1,0 +1,14 @@
+//! Floods and crowds: packets from invented senders as fast as this machine makes them, many real connections that carry
+//! data meanwhile, and the ground on which they meet.
+
+mod crowd;
+
+mod flood;
+
+mod ground;
+
+mod sys;
+
+pub use self::crowd::{Crowd, Outcome, Way};
+pub use self::flood::{Flood, Senders, Sent};
+pub use self::ground::{Backend, CROWD_ADDRESS, Ground, NODE_ADDRESS};
