@@ -37,6 +37,9 @@ pub enum Command {
     Backends(Inspect),
     /// Every flow that the packet edge translates: clients from outside, and pods whose sockets are not seen.
     Flows(FlowsArgs),
+    /// What the datapath decides, as it does: connections of sockets, flows of clients from outside, and what is refused,
+    /// with the reason. Until SIGINT.
+    Monitor(MonitorArgs),
     /// Detach the programs and remove everything pinned. Services stop working on this node.
     Cleanup {
         /// Where everything is pinned.
@@ -77,6 +80,20 @@ pub struct FlowsArgs {
     /// Only flows of this Service.
     #[arg(long, value_name = "NAMESPACE/NAME")]
     pub service: Option<String>,
+}
+
+/// Options of `monitor`.
+#[derive(Args, Clone, Debug)]
+pub struct MonitorArgs {
+    /// As for the other commands; as JSON, an object for each line.
+    #[command(flatten)]
+    pub inspect: Inspect,
+    /// Only this Service. What is refused before it is clear whose it is belongs to none.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub service: Option<String>,
+    /// Also one in N packets of flows that go on; 1 for each.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub sample: u32,
 }
 
 /// Output formats.

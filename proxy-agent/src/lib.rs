@@ -53,6 +53,8 @@ pub mod agent;
 
 pub mod inspect;
 
+pub mod monitor;
+
 /// Name of an IP protocol number as Kubernetes writes it.
 pub const fn proto_name(proto: u8) -> &'static str {
     match proto {

@@ -5,10 +5,11 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use proxy_agent::args::{Cli, Command, Pins, RunArgs};
+use proxy_agent::args::{Cli, Command, MonitorArgs, Pins, RunArgs};
 use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::config::{Config, state_file};
-use proxy_agent::{agent, edge, flows, inspect};
+use proxy_agent::monitor::MonitorError;
+use proxy_agent::{agent, edge, flows, inspect, monitor};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -19,6 +20,7 @@ fn main() -> ExitCode {
         Command::Services(args) => print(|out| inspect::services(&args, out)),
         Command::Backends(args) => print(|out| inspect::backends(&args, out)),
         Command::Flows(args) => print(|out| flows::print(&args, out)),
+        Command::Monitor(args) => watch(&args),
         Command::Cleanup { pins } => cleanup(&pins),
     };
     match result {
@@ -44,16 +46,33 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
 
     let config = Config::resolve(args)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
-        let stop = async {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-        };
-        anyhow::Ok(agent::run(config, stop).await?)
+    runtime.block_on(async { anyhow::Ok(agent::run(config, stop()?).await?) })
+}
+
+fn watch(args: &MonitorArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut out = std::io::BufWriter::new(std::io::stdout());
+    let result = runtime.block_on(async { anyhow::Ok(monitor::run(args, stop()?, &mut out).await) })?;
+    match result {
+        // The reader has seen enough (`| head`).
+        Err(MonitorError::Inspect(inspect::InspectError::Write(error)))
+            if error.kind() == std::io::ErrorKind::BrokenPipe =>
+        {
+            Ok(())
+        }
+        other => Ok(other?),
+    }
+}
+
+/// Ready on SIGTERM or SIGINT.
+fn stop() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
     })
 }
 

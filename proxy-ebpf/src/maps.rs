@@ -6,13 +6,13 @@
 use core::ptr::{addr_of_mut, read_volatile};
 
 use aya_ebpf::Global;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage, lpm_trie};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage, lpm_trie};
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{
-    AffinityKey, AffinityValue, Backend, Counter, Device, FILTER_WORDS, Flow, FlowKey, FlowRef, FragmentKey,
-    FragmentPorts, FrontendKey, FrontendValue, Node, Service, ServiceCounters, ServiceName, SocketRecord,
-    StreamRecord, UdpFlow, UdpFlowKey, socket::STREAM_SLOTS,
+    AffinityKey, AffinityValue, Backend, Counter, Device, Event, FILTER_WORDS, Flow, FlowKey, FlowRef,
+    FragmentKey, FragmentPorts, FrontendKey, FrontendValue, Node, Service, ServiceCounters, ServiceName,
+    SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::STREAM_SLOTS,
 };
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
@@ -93,6 +93,13 @@ static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 
 #[btf_map]
 static SERVICE_COUNTERS: PerCpuArray<ServiceCounters, 1> = PerCpuArray::new();
+
+/// Whether anybody watches; written by `proxy-agent monitor`.
+#[btf_map]
+static TRACE: Array<Trace, 1, BPF_F_MMAPABLE> = Array::new();
+
+#[btf_map]
+static EVENTS: RingBuf<(), { 1 << 20 }> = RingBuf::new();
 
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, 32> = PerCpuArray::new();
@@ -255,6 +262,19 @@ impl Tables for Maps {
             let count = unsafe { &mut *count };
             *count = count.wrapping_add(1);
         }
+    }
+
+    #[inline(always)]
+    fn trace(&self) -> Trace {
+        match TRACE.get_ptr(0) {
+            Some(trace) => load_words!(trace, Trace, 2),
+            None => Trace { until: 0, service: 0, sample: 0 },
+        }
+    }
+
+    #[inline(always)]
+    fn tell(&self, event: &Event) {
+        let _ = EVENTS.output_untyped::<Event>(event, 0);
     }
 
     #[inline(always)]

@@ -66,7 +66,7 @@ const fn spec<K, V>(name: &'static str, map_type: MapType, independent: bool) ->
 }
 
 /// Every map. What each holds is told in `docs/maps.md`.
-pub const MAPS: [MapSpec; 23] = [
+pub const MAPS: [MapSpec; 25] = [
     spec::<u32, u64>("FILTER", MapType::Array, false),
     spec::<abi::FrontendKey, abi::FrontendValue>("FRONTENDS", MapType::Hash, false),
     spec::<u32, abi::Service>("SERVICES", MapType::Array, false),
@@ -92,6 +92,9 @@ pub const MAPS: [MapSpec; 23] = [
     spec::<abi::FragmentKey, abi::FragmentPorts>("FRAGMENTS", MapType::LruHash, true),
     spec::<u32, abi::ServiceCounters>("SERVICE_COUNTERS", MapType::PerCpuArray, false),
     spec::<u32, u64>("COUNTERS", MapType::PerCpuArray, true),
+    spec::<u32, abi::Trace>("TRACE", MapType::Array, true),
+    // Holds no elements.
+    spec::<(), ()>("EVENTS", MapType::RingBuf, true),
 ];
 
 /// A pin directory.
@@ -157,13 +160,16 @@ impl PinDir {
     ///
     /// [`PinError::Locked`] when another process has it.
     pub fn lock(&self) -> Result<OwnedFd, PinError> {
-        let file = |source| PinError::File { path: self.root.clone(), source };
-        let dir = File::open(&self.root).map_err(file)?;
-        match dir.try_lock() {
-            Ok(()) => Ok(dir.into()),
-            Err(std::fs::TryLockError::WouldBlock) => Err(PinError::Locked(self.root.clone())),
-            Err(std::fs::TryLockError::Error(source)) => Err(file(source)),
-        }
+        lock(&self.root)
+    }
+
+    /// Keeps others from watching at the same time.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Locked`] when another process does.
+    pub fn lock_maps(&self) -> Result<OwnedFd, PinError> {
+        lock(&self.maps())
     }
 
     /// Removes the pins of maps that this agent cannot use: of another layout, or smaller than `entries` asks for.
@@ -233,6 +239,16 @@ fn fits(spec: &MapSpec, info: &MapInfo, entries: u32) -> bool {
         && info.key_size() as usize == spec.key
         && info.value_size() as usize == spec.value
         && info.max_entries() >= entries
+}
+
+fn lock(path: &Path) -> Result<OwnedFd, PinError> {
+    let file = |source| PinError::File { path: path.to_path_buf(), source };
+    let dir = File::open(path).map_err(file)?;
+    match dir.try_lock() {
+        Ok(()) => Ok(dir.into()),
+        Err(std::fs::TryLockError::WouldBlock) => Err(PinError::Locked(path.to_path_buf())),
+        Err(std::fs::TryLockError::Error(source)) => Err(file(source)),
+    }
 }
 
 fn on_bpf_fs(path: &Path) -> bool {

@@ -7,8 +7,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::{
-    AffinityKey, AffinityValue, Backend, Counter, FrontendKey, FrontendValue, Service, ServiceName,
-    SocketRecord, StreamRecord, UdpFlow, UdpFlowKey,
+    AffinityKey, AffinityValue, Backend, Counter, Event, FrontendKey, FrontendValue, Service, ServiceName,
+    SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
@@ -49,6 +49,10 @@ pub struct Simulator {
     pub clock: Cell<u64>,
     /// Cookie of the host's network namespace.
     pub host_netns: Cell<u64>,
+    /// Who watches.
+    pub trace: Cell<Trace>,
+    /// What they have been told.
+    pub events: RefCell<Vec<Event>>,
     /// How many more entries of `UDP_FLOWS` can be written; `None` for any number.
     pub udp_flow_room: Cell<Option<u32>>,
 }
@@ -214,6 +218,14 @@ impl Tables for Simulator {
 
     fn now(&self) -> u64 {
         self.clock.get()
+    }
+
+    fn trace(&self) -> Trace {
+        self.trace.get()
+    }
+
+    fn tell(&self, event: &Event) {
+        self.events.borrow_mut().push(*event);
     }
 }
 

@@ -5,7 +5,7 @@
 use super::{
     AffinityKey, AffinityValue, Backend, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts,
     FrontendKey, FrontendValue, Node, PrefixKey, Service, ServiceCounters, ServiceName, SocketRecord,
-    SourceRangeKey, StreamRecord, UdpFlow, UdpFlowKey,
+    SourceRangeKey, StreamRecord, Trace, UdpFlow, UdpFlowKey,
 };
 use crate::addr::Addr;
 
@@ -38,6 +38,7 @@ pod!(
     SourceRangeKey,
     SocketRecord,
     StreamRecord,
+    Trace,
     UdpFlow,
     UdpFlowKey,
 );

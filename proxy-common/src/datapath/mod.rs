@@ -14,6 +14,8 @@ pub mod select;
 
 pub mod socket;
 
+pub mod trace;
+
 pub mod edge;
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! What decisions may look at and write: traits that BPF maps implement in the kernel and ordered maps in tests.
 
 use crate::abi::{
-    AffinityKey, AffinityValue, Backend, Counter, FrontendKey, FrontendValue, Service, SocketRecord,
-    StreamRecord, UdpFlow, UdpFlowKey,
+    AffinityKey, AffinityValue, Backend, Counter, Event, FrontendKey, FrontendValue, Service, SocketRecord,
+    StreamRecord, Trace, UdpFlow, UdpFlowKey,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -43,6 +43,10 @@ pub trait Tables {
     fn put_udp_flow(&self, key: &UdpFlowKey, flow: &UdpFlow) -> bool;
     /// Adds one to a counter.
     fn count(&self, counter: Counter);
+    /// `TRACE`.
+    fn trace(&self) -> Trace;
+    /// Puts an event into `EVENTS`; one that finds no room is lost.
+    fn tell(&self, event: &Event);
     /// 32 random bits.
     fn random(&self) -> u32;
     /// Nanoseconds of the monotonic clock.

@@ -12,8 +12,8 @@ use super::tables::Tables;
 use crate::abi::backend::flags::IN_CLUSTER;
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
-    AffinityKey, AffinityValue, Backend, BackendState, Counter, FrontendKey, FrontendValue, Service,
-    SlotRange, StreamRecord, UdpFlow, UdpFlowKey, local_address, proto,
+    AffinityKey, AffinityValue, Backend, BackendState, Counter, Event, FrontendKey, FrontendValue, Service,
+    SlotRange, StreamRecord, Trace, UdpFlow, UdpFlowKey, local_address, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -105,6 +105,12 @@ impl Tables for Racing {
     fn now(&self) -> u64 {
         0
     }
+
+    fn trace(&self) -> Trace {
+        Trace::default()
+    }
+
+    fn tell(&self, _: &Event) {}
 }
 
 #[test]

@@ -232,9 +232,14 @@ fn link_snat<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cel
 
 #[inline(never)]
 fn unlink_vip<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) {
-    let (index, target) = vip_index(key, &cell.get());
+    let (index, _) = vip_index(key, &cell.get());
     // The client may have begun another flow by the same tuple.
-    if tables.index(tier, &index) == Some(target) {
+    let own = tables.index(tier, &index).is_some_and(|target| {
+        target.addr == key.destination
+            && target.port == key.destination_port
+            && target.client_port == key.source_port
+    });
+    if own {
         tables.remove_index(tier, &index);
     }
 }

@@ -42,6 +42,7 @@ use self::parse::{Outcome, Parsed, Part, Tuple, tcp};
 use self::tables::{EdgeTables, Scratch, Work};
 use super::lookup::{self, Target};
 use super::select::{Client, Selection, select};
+use super::trace::{self, At};
 use crate::abi::device::flags::NEAR;
 use crate::abi::flow::state::OUTSIDE;
 use crate::abi::frontend::flags::{EXTERNAL, SOURCE_RANGES};
@@ -204,12 +205,13 @@ fn entering<T: EdgeTables>(
     let now = tables.now();
     let tuple = &parsed.tuple;
     if !matches!(parsed.proto, proto::TCP | proto::UDP | proto::SCTP) {
-        return turn_away(packet, tables, parsed, nobodys(find(tables, parsed)));
+        return turn_away(packet, tables, parsed, nobodys(find(tables, parsed)), 0, entry(packet));
     }
     if flow::SNAT_PORTS.contains(&tuple.destination_port.get())
-        && flows::by_snat(tables, parsed.proto, tuple, &mut work.key, now).is_some()
+        && let Some(place) = flows::by_snat(tables, parsed.proto, tuple, &mut work.key, now)
     {
         work.new = Tuple { destination: work.key.source, destination_port: work.key.source_port, ..*tuple };
+        trace::translated(tables, parsed, &work.new, place.flow().service, entry(packet), false);
         return finish(packet, tables, parsed, &work.new, false);
     }
 
@@ -243,11 +245,18 @@ fn entering<T: EdgeTables>(
             }
             // Nothing serves any more: as with conntrack, a UDP flow is left to itself.
             (_, Some(_)) if parsed.proto == proto::UDP => {}
-            _ => return turn_away(packet, tables, parsed, refusal),
+            _ => return turn_away(packet, tables, parsed, refusal, work.to.service, entry(packet)),
         }
     }
     let Some(place) = &place else {
-        return turn_away(packet, tables, parsed, Refusal::drop(Counter::DropFlowTable));
+        return turn_away(
+            packet,
+            tables,
+            parsed,
+            Refusal::drop(Counter::DropFlowTable),
+            work.to.service,
+            entry(packet),
+        );
     };
 
     let acknowledges = if parsed.proto == proto::TCP && parsed.kind & tcp::ACK != 0 {
@@ -255,7 +264,8 @@ fn entering<T: EdgeTables>(
     } else {
         None
     };
-    tables.count_packet(place.flow().service, true, parsed.bytes);
+    let service = place.flow().service;
+    tables.count_packet(service, true, parsed.bytes);
     flows::on_request(tables, &work.key, place, parsed, acknowledges, now);
     work.new = Tuple {
         source: tuple.source,
@@ -263,7 +273,14 @@ fn entering<T: EdgeTables>(
         destination: work.key.destination,
         destination_port: work.key.destination_port,
     };
+    trace::translated(tables, parsed, &work.new, service, entry(packet), !stays);
     finish(packet, tables, parsed, &work.new, false)
+}
+
+/// Where a packet that enters is.
+#[inline(always)]
+fn entry(packet: &impl Packet) -> At {
+    At { ifindex: packet.ifindex(), egress: false }
 }
 
 /// A backend for a new flow, or why there is none.
@@ -272,6 +289,7 @@ fn choose(tables: &impl EdgeTables, parsed: &Parsed, ifindex: u32, to: &mut Choi
     let tuple = &parsed.tuple;
     let target = find(tables, parsed);
     let Target::Frontend(frontend) = target else { return nobodys(target) };
+    to.service = frontend.service;
     if frontend.flags & SOURCE_RANGES != 0 && !tables.in_source_ranges(frontend.service, &tuple.source) {
         return Refusal::drop(Counter::DropSourceRange);
     }
@@ -285,7 +303,7 @@ fn choose(tables: &impl EdgeTables, parsed: &Parsed, ifindex: u32, to: &mut Choi
     let client = if near { Client::Near } else { Client::Far };
     match select(tables, frontend, client, tuple.source) {
         Selection::Backend(id, _) => {
-            (to.service, to.backend) = (frontend.service, id);
+            to.backend = id;
             Refusal::NOT
         }
         Selection::Reject(why) => Refusal::reject(why),
@@ -332,35 +350,54 @@ fn leaving(
             Family::V6 => device.snat_v6,
         });
         if own == Addr::ZERO {
-            return Some(turn_away(packet, tables, parsed, Refusal::drop(Counter::DropNoSource)));
+            let refusal = Refusal::drop(Counter::DropNoSource);
+            return Some(dismiss(packet, tables, parsed, refusal, flow.service));
         }
         if !flows::translate_source(tables, &work.key, &place, &own, now) {
-            return Some(give_back(packet, tables, parsed, &work.key, &place));
+            if !give_back(packet, tables, parsed, work, &place) {
+                return Some(Verdict::Drop);
+            }
+            // The client is told, by what it talks to.
+            let refusal = Refusal::reject(Counter::RejectNoPort);
+            return Some(dismiss(packet, tables, parsed, refusal, flow.service));
         }
     }
     let flow = place.flow();
-    let new = Tuple { source: flow.snat, source_port: flow.snat_port, ..*tuple };
-    Some(finish(packet, tables, parsed, &new, true))
+    work.new = Tuple { source: flow.snat, source_port: flow.snat_port, ..*tuple };
+    let at = At { ifindex: packet.ifindex(), egress: true };
+    trace::translated(tables, parsed, &work.new, flow.service, at, false);
+    Some(finish(packet, tables, parsed, &work.new, true))
 }
 
-/// No source is free: the client is told, by what it talks to.
+/// [`turn_away`] for a packet that leaves.
+#[inline(never)]
+fn dismiss(
+    packet: &mut impl Packet,
+    tables: &impl EdgeTables,
+    parsed: &Parsed,
+    refusal: Refusal,
+    service: u32,
+) -> Verdict {
+    let at = At { ifindex: packet.ifindex(), egress: true };
+    turn_away(packet, tables, parsed, refusal, service, at)
+}
+
+/// Makes a packet again what the client sent, and forgets its flow. False: it is half done and must not go on.
 #[inline(never)]
 fn give_back<T: EdgeTables>(
     packet: &mut impl Packet,
     tables: &T,
     parsed: &mut Parsed,
-    key: &FlowKey,
+    work: &mut Work,
     place: &Place<T::Cell>,
-) -> Verdict {
+) -> bool {
     let flow = place.flow();
     let (destination, destination_port, source_port) = (flow.vip, flow.vip_port, flow.client_port);
-    flows::remove(tables, key, place);
-    let asked = Tuple { destination, destination_port, source_port, ..parsed.tuple };
-    if finish(packet, tables, parsed, &asked, true) == Verdict::Drop {
-        return Verdict::Drop;
-    }
-    parsed.tuple = asked;
-    turn_away(packet, tables, parsed, Refusal::reject(Counter::RejectNoPort))
+    flows::remove(tables, &work.key, place);
+    work.new = Tuple { destination, destination_port, source_port, ..parsed.tuple };
+    let done = finish(packet, tables, parsed, &work.new, true) != Verdict::Drop;
+    parsed.tuple = work.new;
+    done
 }
 
 /// An answer on its way to the client: comes from what the client talks to. `None` if it is no answer.
@@ -383,13 +420,15 @@ fn answering(
     flows::keep_vip(tables, &work.key, &place);
     let flow = place.flow();
     tables.count_packet(flow.service, false, parsed.bytes);
-    let new = Tuple {
+    work.new = Tuple {
         source: flow.vip,
         source_port: flow.vip_port,
         destination: parsed.tuple.destination,
         destination_port: flow.client_port,
     };
-    Some(finish(packet, tables, parsed, &new, true))
+    let at = At { ifindex: packet.ifindex(), egress: true };
+    trace::translated(tables, parsed, &work.new, flow.service, at, false);
+    Some(finish(packet, tables, parsed, &work.new, true))
 }
 
 /// A packet that leaves for an address of ours: nobody has translated it, and nobody out there can.
@@ -402,7 +441,7 @@ fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, pars
         Target::Frontend(_) => Refusal::drop(Counter::DropNoFlow),
         Target::Other | Target::UnusedPort | Target::InactiveAddress | Target::Retry => nobodys(target),
     };
-    turn_away(packet, tables, parsed, refusal)
+    dismiss(packet, tables, parsed, refusal, 0)
 }
 
 /// What is no frontend.
@@ -422,15 +461,17 @@ fn turn_away(
     tables: &impl EdgeTables,
     parsed: &Parsed,
     refusal: Refusal,
+    service: u32,
+    at: At,
 ) -> Verdict {
     match refusal.how {
         How::Not | How::Pass => Verdict::Pass,
         How::Drop => {
-            tables.count(refusal.why);
+            trace::refused(tables, refusal.why, parsed, service, at);
             Verdict::Drop
         }
         How::Reject => {
-            tables.count(refusal.why);
+            trace::refused(tables, refusal.why, parsed, service, at);
             refuse::refuse(packet, parsed)
         }
     }

@@ -1,0 +1,113 @@
+//! Telling those who watch. With nobody watching it costs one look at `TRACE`.
+
+use super::edge::parse::{Parsed, Tuple};
+use super::tables::{Socket, Tables};
+use crate::abi::event::{PACKET, place};
+use crate::abi::{Counter, Event};
+use crate::addr::Addr;
+use crate::be::Be16;
+
+/// Whether anybody watches.
+#[inline(always)]
+pub fn watched(tables: &impl Tables) -> bool {
+    tables.trace().until != 0
+}
+
+/// Counts what happens to a packet that is not translated, and tells of it.
+#[inline(always)]
+pub fn refused(tables: &impl Tables, why: Counter, parsed: &Parsed, service: u32, at: At) {
+    tables.count(why);
+    if watched(tables) {
+        packet(tables, parsed, &parsed.tuple, service, at.about(why as u8));
+    }
+}
+
+/// Tells of a packet that is translated. `begins`: it is the first of a flow.
+#[inline(always)]
+pub fn translated(tables: &impl Tables, parsed: &Parsed, new: &Tuple, service: u32, at: At, begins: bool) {
+    if watched(tables) {
+        let what = if begins { Counter::Flow as u8 } else { PACKET };
+        packet(tables, parsed, new, service, at.about(what));
+    }
+}
+
+/// Where a packet is.
+#[derive(Clone, Copy, Debug)]
+pub struct At {
+    /// Index of the device.
+    pub ifindex: u32,
+    /// Whether it leaves.
+    pub egress: bool,
+}
+
+impl At {
+    /// Interface index, place and `what`: in one word, because a BPF function takes five.
+    #[inline(always)]
+    const fn about(self, what: u8) -> u64 {
+        let place = if self.egress { place::EGRESS } else { place::INGRESS };
+        (self.ifindex as u64) << 32 | (place as u64) << 8 | what as u64
+    }
+}
+
+#[inline(never)]
+fn packet(tables: &impl Tables, parsed: &Parsed, new: &Tuple, service: u32, about: u64) {
+    let what = about as u8;
+    if !wanted(tables, service, what == PACKET) {
+        return;
+    }
+    let old = &parsed.tuple;
+    tables.tell(&Event {
+        time: tables.now(),
+        source: old.source,
+        destination: old.destination,
+        new_source: new.source,
+        new_destination: new.destination,
+        source_port: old.source_port,
+        destination_port: old.destination_port,
+        new_source_port: new.source_port,
+        new_destination_port: new.destination_port,
+        service,
+        ifindex: (about >> 32) as u32,
+        proto: parsed.proto,
+        what,
+        place: (about >> 8) as u8,
+        pad: [0; 5],
+    });
+}
+
+/// Counts what becomes of a call on a socket, and tells of it. `to` is what it is translated to.
+#[inline(always)]
+pub fn called(
+    tables: &impl Tables,
+    what: Counter,
+    socket: &impl Socket,
+    service: u32,
+    to: Option<(Addr, Be16)>,
+) {
+    tables.count(what);
+    if watched(tables) && wanted(tables, service, false) {
+        let (new_destination, new_destination_port) = to.unwrap_or((Addr::ZERO, Be16::default()));
+        tables.tell(&Event {
+            time: tables.now(),
+            destination: socket.addr(),
+            destination_port: socket.port(),
+            new_destination,
+            new_destination_port,
+            service,
+            // MPTCP speaks TCP with everybody.
+            proto: socket.protocol() as u8,
+            what: what as u8,
+            place: place::SOCKET,
+            ..Event::default()
+        });
+    }
+}
+
+#[inline(always)]
+fn wanted(tables: &impl Tables, service: u32, goes_on: bool) -> bool {
+    let trace = tables.trace();
+    if trace.until <= tables.now() || trace.service != 0 && trace.service != service {
+        return false;
+    }
+    !goes_on || trace.sample != 0 && tables.random() % trace.sample == 0
+}
