@@ -6,16 +6,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use proxy_common::abi::FrontendKey;
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE};
-use proxy_common::addr::{Addr, Family};
+use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::bpf::dataplane::{Dataplane, DataplaneError, Sizes};
 use crate::bpf::maps::KernelMaps;
@@ -28,10 +28,12 @@ use crate::edge::sources::Facts;
 use crate::edge::{self, Edge};
 use crate::flows::{FlowCounts, keep_collecting};
 use crate::health::{self, Health};
-use crate::http::{self, HttpError, OnBindFailure};
+use crate::http::{self, HttpError};
+use crate::kube_proxy::{self, ConfigFile};
 use crate::metrics::{self, MapUsage, Metrics, Readers};
 use crate::model::{Freed, Model};
-use crate::node::{FollowError, local_addresses, watch_addresses};
+use crate::node::patience::FOR_POD_CIDRS;
+use crate::node::{FollowError, NodeIps, Patience, Verdict, local_addresses, watch_addresses};
 use crate::plan::{Wanted, lost_claims, plan, plan_node, rivals};
 use crate::report::{Report, State};
 use crate::selftest::{self, SelfTestError};
@@ -64,12 +66,43 @@ pub enum AgentError {
     /// The source ended, which it never should.
     #[error("the source of objects has ended; restart the agent")]
     SourceEnded,
-    /// A signal handler could not be installed.
-    #[error("signals: {0}")]
-    Signals(std::io::Error),
+    /// The configuration file is another one than it was at the start.
+    #[error("the configuration file {0} has changed; the agent ends, to be started again with it")]
+    FileChanged(PathBuf),
+    /// Nobody would notice a change of the configuration file.
+    #[error("the configuration file {path} cannot be watched: {source}")]
+    FileWatch {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// Most of what is sent would be of a family that this host does not have.
+    #[error("the node's primary IP {0} is IPv6, which is switched off on this host")]
+    PrimaryFamily(Addr),
+    /// Pods are told by the Node's podCIDRs, which do not come.
+    #[error(
+        "--detect-local-mode NodeCIDR: the Node has no podCIDRs after {FOR_POD_CIDRS:?}; let the control plane allocate \
+         them, or choose another mode"
+    )]
+    NoPodCidrs,
+    /// None of the Node's podCIDRs is of a family that this host has.
+    #[error("--detect-local-mode NodeCIDR: this host has no family of the Node's podCIDRs {0}")]
+    PodCidrFamily(String),
+    /// The Node's podCIDRs are others than at the start.
+    #[error(
+        "the Node's podCIDRs have changed from {before} to {after}; the agent ends, to be started again with them"
+    )]
+    PodCidrsChanged {
+        /// What they were.
+        before: String,
+        /// What they are.
+        after: String,
+    },
 }
 
-/// After a failed map operation everything is read back and planned anew, this much later.
+/// After a failed map operation everything is read back and planned anew, this much later, or after the sync period if
+/// that is shorter.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Updates that may wait while the agent programs.
@@ -85,17 +118,18 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let _lock = config.pins.lock().map_err(DataplaneError::from)?;
     warn_about_cgroup(&config);
 
-    let health = Health::default();
+    let health = Health::new(config.sync_period);
     health.waiting_for("the first full list has not arrived");
     let flow_counts = FlowCounts::default();
     let metrics = Arc::new(Metrics::new(readers(&config, flow_counts.clone())));
+    let mut servers = JoinSet::new();
     if let Some(address) = config.healthz {
         let router = health::router(health.clone(), Arc::clone(&metrics));
-        tokio::spawn(http::serve("health", address, router, OnBindFailure::Retry(http::BIND_RETRY)));
+        servers.spawn(http::serve("health", address, router, config.on_bind_failure));
     }
     if let Some(address) = config.metrics {
-        let router = metrics::router(Arc::clone(&metrics));
-        tokio::spawn(http::serve("metrics", address, router, OnBindFailure::Retry(http::BIND_RETRY)));
+        let router = metrics::router(Arc::clone(&metrics), &config.effective);
+        servers.spawn(http::serve("metrics", address, router, config.on_bind_failure));
     }
 
     tokio::spawn(keep_collecting(config.pins.clone(), Arc::clone(&metrics), flow_counts));
@@ -103,6 +137,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let (tx, updates) = mpsc::channel(QUEUE);
     let mut source = tokio::spawn(run_source(config.clone(), tx));
     tracing::info!(node = %config.node_name, source = %config.source, cgroup = %config.cgroup.display(), "starting");
+    let file = config.file.clone();
     let mut agent = Agent::new(config, health, metrics, addresses);
 
     tokio::pin!(stop);
@@ -112,6 +147,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
             Ok(())
         }
         ended = agent.follow(updates) => ended,
+        error = cannot_serve(&mut servers) => Err(error.into()),
+        error = file_changed(file) => Err(error),
         ended = &mut source => match ended {
             Ok(Err(error)) => Err(error.into()),
             Ok(Ok(())) | Err(_) => Err(AgentError::SourceEnded),
@@ -122,18 +159,33 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
 async fn run_source(config: Config, updates: mpsc::Sender<Update>) -> Result<(), SourceError> {
     match config.source {
         Source::Manifests(dir) => manifests::run(dir, &config.node_name, updates).await,
-        Source::Kubeconfig(file) => run_api(Some(&file), &config.node_name, updates).await,
-        Source::InCluster => run_api(None, &config.node_name, updates).await,
+        Source::Kubernetes { kubeconfig, master } => {
+            let server = api::Server::configured(kubeconfig.as_deref(), master.as_ref()).await?;
+            api::run(server, &config.node_name, updates).await;
+            Ok(())
+        }
     }
 }
 
-async fn run_api(
-    kubeconfig: Option<&Path>,
-    node_name: &str,
-    updates: mpsc::Sender<Update>,
-) -> Result<(), SourceError> {
-    api::run(api::Server::configured(kubeconfig).await?, node_name, updates).await;
-    Ok(())
+/// Returns when a server ends, which it does if its address cannot be bound and that is to be fatal. Whoever records
+/// Events of this node has to know as well.
+async fn cannot_serve(servers: &mut JoinSet<Result<(), HttpError>>) -> HttpError {
+    while let Some(ended) = servers.join_next().await {
+        // A panic has been printed.
+        if let Ok(Err(error)) = ended {
+            return error;
+        }
+    }
+    std::future::pending().await
+}
+
+/// Returns when the configuration file has changed; never without one.
+async fn file_changed(file: Option<ConfigFile>) -> AgentError {
+    let Some(file) = file else { return std::future::pending().await };
+    match kube_proxy::watch::changed(&file).await {
+        Ok(()) => AgentError::FileChanged(file.path),
+        Err(source) => AgentError::FileWatch { path: file.path, source },
+    }
 }
 
 /// What has been set up in the kernel, and what is known of it.
@@ -153,6 +205,10 @@ struct Agent {
     edge: Option<Edge>,
     facts: Facts,
     synced: bool,
+    /// What is waited for before the first programming, once the first full list is there.
+    patience: Option<Patience>,
+    /// With detect-local by the Node's podCIDRs: those that the agent works with.
+    pod_cidrs: Option<Vec<Prefix>>,
     /// The node's own tables have to be looked at.
     node_changed: bool,
     /// Everything has to be looked at: at the start, and after a failure.
@@ -190,7 +246,7 @@ impl Agent {
         let context = Context {
             node_name: Arc::clone(&config.node_name),
             cluster_cidr: config.cluster_cidr,
-            pods_by_interface: config.edge.settings.detect_local != DetectLocal::ClusterCidr,
+            pods_by_interface: config.edge.settings.detect_local.by_interface(),
             ignore_external_ips: !config.allow_external_ips,
             ..Context::default()
         };
@@ -204,6 +260,8 @@ impl Agent {
             edge: None,
             facts: Facts::default(),
             synced: false,
+            patience: None,
+            pod_cidrs: None,
             node_changed: true,
             everything: true,
             waiting: None,
@@ -245,6 +303,10 @@ impl Agent {
             if !self.synced {
                 continue;
             }
+            if let Some(until) = self.wait_for_node()? {
+                retry = Some(until);
+                continue;
+            }
             retry = match self.sync() {
                 Ok(()) => {
                     self.tell_edge().await?;
@@ -262,7 +324,7 @@ impl Agent {
     fn failed(&mut self, error: &dyn std::error::Error) -> Instant {
         tracing::error!(%error, "programming failed; trying again");
         self.everything = true;
-        Instant::now() + RETRY
+        Instant::now() + RETRY.min(self.config.sync_period)
     }
 
     fn take_in(&mut self, update: Update) {
@@ -274,6 +336,11 @@ impl Agent {
             }
             Update::Synced => {
                 self.synced = true;
+                self.patience = Some(Patience {
+                    since: Instant::now(),
+                    ips: matches!(self.config.source, Source::Kubernetes { .. }),
+                    pod_cidrs: self.config.edge.settings.detect_local == DetectLocal::NodeCidr,
+                });
                 // Without a cluster there need not be a Node: this one is then as good as any.
                 if matches!(self.config.source, Source::Manifests(_)) && !self.cluster.node().leaving {
                     self.health.node(true);
@@ -298,14 +365,64 @@ impl Agent {
             Change::Node(node) => self.health.node(!node.leaving),
             Change::ServiceCidr(..) | Change::ServiceCidrGone(_) => {}
         }
-        if self.cluster.apply(change) == Scope::Node {
-            self.context.node = self.cluster.node().clone();
-            self.node_changed = true;
+        match self.cluster.apply(change) {
+            Scope::Nothing => return,
+            Scope::Service => {}
+            Scope::Node => self.take_node(),
         }
-        for family in Family::ALL {
+        for &family in &self.config.families {
             self.health.queued(family);
             self.metrics.sync_queued(family);
         }
+    }
+
+    fn take_node(&mut self) {
+        let before = self.context.node.ips;
+        self.context.node = self.cluster.node().clone();
+        let ips = NodeIps::derive(&self.context.node, self.config.bind_address);
+        self.context.node.ips = ips.known();
+        self.node_changed = true;
+        self.report.node_ips(&ips);
+        if self.programmed.is_some() && before != self.context.node.ips {
+            tracing::info!(?before, after = ?self.context.node.ips, "the node's IPs have changed");
+        }
+    }
+
+    /// Waits for what the first programming needs of the Node, until the time that is returned. Later on, ends the agent
+    /// when its podCIDRs change.
+    fn wait_for_node(&mut self) -> Result<Option<Instant>, AgentError> {
+        let node = self.cluster.node();
+        if let Some(patience) = self.patience {
+            match patience.judge(node, Instant::now()) {
+                Verdict::Wait { until, reason } => {
+                    self.health.waiting_for(reason);
+                    return Ok(Some(until));
+                }
+                Verdict::GiveUp => return Err(AgentError::NoPodCidrs),
+                Verdict::Start => self.patience = None,
+            }
+            self.health.waiting_for("nothing has been programmed yet");
+            let ips = NodeIps::derive(node, self.config.bind_address);
+            if !self.config.families.contains(&ips.primary()) {
+                return Err(AgentError::PrimaryFamily(ips.of(ips.primary())));
+            }
+            tracing::info!(ipv4 = %ips.of(Family::V4), ipv6 = %ips.of(Family::V6), primary = %ips.primary(), "node IPs");
+            self.report.node_ips(&ips);
+            self.context.node.ips = ips.known();
+            if patience.pod_cidrs {
+                self.pod_cidrs = Some(node.pod_cidrs.clone());
+                for &family in &self.config.families {
+                    let of_family = node.pod_cidrs.iter().find(|cidr| cidr.family() == family);
+                    self.context.cluster_cidr[family.index()] = of_family.copied();
+                }
+                if self.context.cluster_cidr == [None, None] {
+                    return Err(AgentError::PodCidrFamily(list(&node.pod_cidrs)));
+                }
+            }
+        } else if let Some(before) = self.pod_cidrs.as_ref().filter(|cidrs| **cidrs != node.pod_cidrs) {
+            return Err(AgentError::PodCidrsChanged { before: list(before), after: list(&node.pod_cidrs) });
+        }
+        Ok(None)
     }
 
     fn take_addresses(&mut self) {
@@ -387,7 +504,7 @@ impl Agent {
         // Programs are attached once all is written for the first time: if that fails, all of it is done again.
         self.programmed = (!first || result.is_ok()).then_some(programmed);
         let took = start.elapsed();
-        for family in Family::ALL {
+        for &family in &self.config.families {
             self.metrics.synced(family, took, result.is_ok());
         }
         result?;
@@ -395,7 +512,7 @@ impl Agent {
         if first {
             tracing::info!(?took, "the first full list is programmed");
         }
-        for family in Family::ALL {
+        for &family in &self.config.families {
             self.health.updated(family);
         }
         self.observe_programming();
@@ -542,6 +659,11 @@ impl Agent {
             self.metrics.network_programmed(family, now.saturating_sub(since));
         }
     }
+}
+
+fn list(cidrs: &[Prefix]) -> String {
+    let cidrs: Vec<String> = cidrs.iter().map(Prefix::to_string).collect();
+    format!("[{}]", cidrs.join(", "))
 }
 
 fn read_back(maps: &KernelMaps) -> Result<Model, AgentError> {

@@ -169,6 +169,10 @@ pub struct Node {
     pub zone: Option<Arc<str>>,
     /// The node's IP of each family (index: [`Family::index`]): InternalIPs before ExternalIPs.
     pub ips: [Option<Addr>; 2],
+    /// The family of the first of them, which is the node's primary one.
+    pub primary: Option<Family>,
+    /// `spec.podCIDRs`, the valid ones.
+    pub pod_cidrs: Vec<Prefix>,
     /// Load balancers must not send traffic here: the Node is being deleted, or the cluster autoscaler is about to
     /// (taint `ToBeDeletedByClusterAutoscaler`).
     pub leaving: bool,

@@ -1,38 +1,100 @@
-//! The command line resolved: names looked up, addresses parsed, contradictions refused.
+//! Command line and configuration file resolved: names looked up, addresses parsed, contradictions refused.
+//!
+//! [`Raw`] is what was given, [`Host`] what this host adds; [`Config::resolve`] is a pure function of both.
 
-use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use proxy_common::addr::Prefix;
+use axum::http::Uri;
+use proxy_common::addr::{Addr, Family, Prefix};
 
 use crate::args::RunArgs;
 use crate::bpf::pins::PinDir;
 use crate::edge;
 use crate::edge::settings::{DetectLocal, Selection, Settings, SettingsError};
-use crate::http::{HttpError, bind_address};
-use crate::node::{NodePortAddresses, NodePortAddressesError};
+use crate::http::{BIND_RETRY, OnBindFailure, bind_address};
+use crate::kube_proxy::{ConfigFile, FileError, Invalid, KubeProxyConfiguration, fields, validate};
+use crate::node::{Host, NodePortAddresses};
+use crate::sources::lenient;
 use crate::{health, metrics};
+
+/// The feature gate of kube-proxy that has a meaning here.
+const EXTERNAL_IPS_GATE: &str = "AllowServiceExternalIPs";
 
 /// Where objects come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// A directory of manifests.
     Manifests(PathBuf),
-    /// The cluster that a kubeconfig file names.
-    Kubeconfig(PathBuf),
-    /// The cluster whose pod this is.
-    InCluster,
+    /// A Kubernetes API server. With neither field: that of the cluster whose pod this is.
+    Kubernetes {
+        /// File that names the server and our credentials.
+        kubeconfig: Option<PathBuf>,
+        /// The server, in place of the one in the kubeconfig.
+        master: Option<Uri>,
+    },
 }
 
 impl std::fmt::Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Manifests(dir) => write!(f, "manifests in {}", dir.display()),
-            Self::Kubeconfig(file) => write!(f, "Kubernetes API ({})", file.display()),
-            Self::InCluster => f.write_str("Kubernetes API (in cluster)"),
+            Self::Kubernetes { kubeconfig: Some(file), master: None } => {
+                write!(f, "Kubernetes API ({})", file.display())
+            }
+            Self::Kubernetes { kubeconfig: Some(file), master: Some(server) } => {
+                write!(f, "Kubernetes API at {server} ({})", file.display())
+            }
+            Self::Kubernetes { kubeconfig: None, master: Some(server) } => {
+                write!(f, "Kubernetes API at {server}")
+            }
+            Self::Kubernetes { kubeconfig: None, master: None } => f.write_str("Kubernetes API (in cluster)"),
         }
+    }
+}
+
+/// What was given, by file and flags.
+#[derive(Clone, Debug)]
+pub struct Raw {
+    /// kube-proxy's part, with every default.
+    pub configuration: KubeProxyConfiguration,
+    /// The file that it comes from, if there is one.
+    pub file: Option<ConfigFile>,
+    /// What of it is ignored, and why: sentences for the log.
+    pub notes: Vec<String>,
+}
+
+impl Raw {
+    /// Reads the configuration file, if one is given. Beside it only the name of the node and the log's settings are
+    /// taken from kube-proxy's flags.
+    ///
+    /// # Errors
+    ///
+    /// [`FileError`].
+    pub fn load(args: &RunArgs) -> Result<Self, FileError> {
+        let mut flags = args.kube_proxy.to_configuration();
+        let Some(path) = args.kube_proxy.config() else {
+            return Ok(Self { configuration: flags.with_defaults(), file: None, notes: Vec::new() });
+        };
+        let file = ConfigFile::read(path)?;
+        let (mut configuration, notes) = file.decode()?;
+        let mut notes: Vec<String> =
+            notes.into_iter().map(|note| format!("--config {}: {note}", path.display())).collect();
+        if let Some(name) = flags.hostname_override.take().filter(|name| !name.is_empty()) {
+            configuration.hostname_override = Some(name);
+        }
+        let (given, logging) = (std::mem::take(&mut flags.logging), &mut configuration.logging);
+        logging.verbosity = given.verbosity.or(logging.verbosity);
+        logging.format = given.format.or(logging.format.take());
+        logging.vmodule = given.vmodule.or(logging.vmodule.take());
+        logging.flush_frequency = given.flush_frequency.or(logging.flush_frequency.take());
+        let ignored = fields::flags_given(&flags);
+        if !ignored.is_empty() {
+            notes.push(format!("{}: ignored because --config is given", ignored.join(", ")));
+        }
+        Ok(Self { configuration: configuration.with_defaults(), file: Some(file), notes })
     }
 }
 
@@ -49,7 +111,7 @@ pub struct Config {
     pub pins: PinDir,
     /// File with what `status` shows beside the maps.
     pub state_file: PathBuf,
-    /// Pod CIDR of each family.
+    /// Pod CIDR of each family. (With detect-local by the Node's podCIDRs the agent learns them from the Node.)
     pub cluster_cidr: [Option<Prefix>; 2],
     /// Which addresses serve nodePorts.
     pub nodeport_addresses: NodePortAddresses,
@@ -59,105 +121,145 @@ pub struct Config {
     pub flow_table_size: u32,
     /// Whether externalIPs are served (feature gate `AllowServiceExternalIPs`).
     pub allow_external_ips: bool,
+    /// This node's primary IP, if it is not to be the Node's.
+    pub bind_address: Option<Addr>,
+    /// The families that this host can serve.
+    pub families: Vec<Family>,
     /// Address of the health server.
     pub healthz: Option<SocketAddr>,
     /// Address of the metrics server.
     pub metrics: Option<SocketAddr>,
+    /// What to do when one of the two cannot be bound.
+    pub on_bind_failure: OnBindFailure,
+    /// A failed change is tried again no later than this, and the agent is unhealthy when it waits twice as long.
+    pub sync_period: Duration,
+    /// Whether kube-proxy would masquerade whatever is sent to a clusterIP.
+    pub masquerade_all: bool,
+    /// `oom_score_adj` of this process.
+    pub oom_score_adj: i32,
+    /// The configuration file, which must not change while the agent runs.
+    pub file: Option<ConfigFile>,
+    /// kube-proxy's part with every default, as `/configz` shows it.
+    pub effective: KubeProxyConfiguration,
+    /// What a user should know about the configuration: sentences for the log.
+    pub notes: Vec<String>,
 }
 
-/// What is wrong with the command line or this host.
+/// What is wrong with the command line or the configuration file.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The node has no name.
     #[error("this node's name is empty; give it with --hostname-override")]
     NoName,
-    /// Not a CIDR, or too many.
-    #[error("--cluster-cidr {0:?}: must be one CIDR, or one IPv4 and one IPv6 CIDR separated by a comma")]
-    ClusterCidr(String),
-    /// nodePort addresses.
-    #[error(transparent)]
-    NodePortAddresses(#[from] NodePortAddressesError),
-    /// Devices or detect-local.
+    /// Fields that cannot be used.
+    #[error("{}", sentences(.0))]
+    Invalid(Vec<Invalid>),
+    /// Devices.
     #[error(transparent)]
     Devices(#[from] SettingsError),
-    /// Not NAME=true or NAME=false.
-    #[error("--feature-gates {0:?}: must be NAME=true or NAME=false, separated by commas")]
-    FeatureGate(String),
-    /// Bind addresses.
-    #[error(transparent)]
-    Address(#[from] HttpError),
-    /// There is no cgroup v2 hierarchy.
-    #[error(
-        "no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup/unified) or boot with \
-         systemd.unified_cgroup_hierarchy=1"
-    )]
-    NoCgroup2,
-    /// Not a directory of a cgroup v2 hierarchy.
-    #[error(
-        "--cgroup-path {0}: not a directory of a cgroup v2 hierarchy; give the root of the host's, which is /sys/fs/cgroup \
-         or, on hybrid hosts, /sys/fs/cgroup/unified"
-    )]
-    NotCgroup2(PathBuf),
-    /// A file of /proc cannot be read.
-    #[error("{path}: {source}")]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
+    /// Not a URL.
+    #[error("--master `{0}`: must be a URL such as https://192.0.2.1:6443")]
+    Master(String),
+}
+
+fn sentences(invalid: &[Invalid]) -> String {
+    let sentences: Vec<String> = invalid.iter().map(Invalid::to_string).collect();
+    sentences.join("; ")
 }
 
 impl Config {
-    /// Resolves the command line against this host.
+    /// Resolves what was given on this host.
     ///
     /// # Errors
     ///
-    /// [`ConfigError`] names the flag.
-    pub fn resolve(args: &RunArgs) -> Result<Self, ConfigError> {
-        let source = match (&args.manifests, &args.kubeconfig) {
-            (Some(dir), _) => Source::Manifests(dir.clone()),
-            (None, Some(file)) => Source::Kubeconfig(file.clone()),
-            (None, None) => Source::InCluster,
+    /// [`ConfigError`] names every field that is wrong, its flag and its value.
+    pub fn resolve(args: &RunArgs, raw: Raw, host: &Host) -> Result<Self, ConfigError> {
+        let Raw { configuration: given, file, mut notes } = raw;
+        let mut wrong = validate(&given);
+        let text = |field: &Option<String>| field.clone().unwrap_or_default();
+        let detect_local = DetectLocal::parse(
+            &text(&given.detect_local_mode),
+            &text(&given.detect_local.bridge_interface),
+            &text(&given.detect_local.interface_name_prefix),
+        );
+        let detect_local = or_wrong(detect_local, &mut wrong);
+        let server = |field, address: &Option<String>, port| match bind_address(&text(address), port) {
+            Ok(address) => Ok(address),
+            Err(error) => Err(Invalid::new(field, text(address), error.to_string())),
         };
+        let healthz = server("healthzBindAddress", &given.healthz_bind_address, health::DEFAULT_PORT);
+        let metrics = server("metricsBindAddress", &given.metrics_bind_address, metrics::DEFAULT_PORT);
+        let [healthz, metrics] = [healthz, metrics].map(|address| or_wrong(address, &mut wrong));
+        let bind_address = or_wrong(primary_ip(&text(&given.bind_address)), &mut wrong);
+        let cluster_cidr = or_wrong(cluster_cidr(&text(&given.cluster_cidr)), &mut wrong);
+        let node_ports = given.node_port_addresses.clone().unwrap_or_default();
+        let nodeport_addresses = or_wrong(NodePortAddresses::parse(&node_ports), &mut wrong);
+        if !host.ipv6 {
+            let by_source = detect_local == DetectLocal::ClusterCidr;
+            match cluster_cidr {
+                [None, Some(cidr)] if by_source => wrong.push(Invalid::new("clusterCIDR", cidr, NO_IPV6)),
+                _ => {}
+            }
+            if let Some(ip) = bind_address.filter(|ip| ip.family() == Family::V6) {
+                wrong.push(Invalid::new("bindAddress", ip, NO_IPV6));
+            }
+            notes.extend(of_no_use(&given));
+        }
+        if !wrong.is_empty() {
+            return Err(ConfigError::Invalid(wrong));
+        }
+
+        notes.extend(without_effect(&given));
+        let pins = PinDir::new(&args.pins.pin_dir);
         Ok(Self {
-            node_name: node_name(args.hostname_override.as_deref())?,
-            source,
-            cgroup: match &args.cgroup_path {
-                Some(path) => cgroup2(path)?,
-                None => cgroup_root()?,
-            },
-            pins: PinDir::new(&args.pins.pin_dir),
+            node_name: node_name(&text(&given.hostname_override), &host.name)?,
+            source: source(args, &given)?,
+            cgroup: host.cgroup.clone(),
+            pins: pins.clone(),
             state_file: state_file(&args.pins.run_dir, &args.pins.pin_dir),
-            cluster_cidr: cluster_cidr(&args.cluster_cidr)?,
-            nodeport_addresses: NodePortAddresses::parse(&args.nodeport_addresses)?,
+            cluster_cidr,
+            nodeport_addresses,
             edge: edge::Config {
                 settings: Settings {
                     devices: Selection::parse("--devices", &args.devices, false)?,
                     pods: Selection::parse("--pod-interfaces", &args.pod_interfaces, true)?,
-                    detect_local: DetectLocal::parse(
-                        &args.detect_local_mode,
-                        &args.pod_bridge_interface,
-                        &args.pod_interface_name_prefix,
-                    )?,
+                    detect_local,
                 },
                 no_tcx: args.no_tcx,
-                pins: PinDir::new(&args.pins.pin_dir),
+                pins,
             },
             flow_table_size: args.flow_table_size,
-            allow_external_ips: feature_gate(&args.feature_gates, "AllowServiceExternalIPs", true)?,
-            healthz: bind_address(
-                "--healthz-bind-address",
-                &args.healthz_bind_address,
-                health::DEFAULT_PORT,
-            )?,
-            metrics: bind_address(
-                "--metrics-bind-address",
-                &args.metrics_bind_address,
-                metrics::DEFAULT_PORT,
-            )?,
+            allow_external_ips: given
+                .feature_gates
+                .as_ref()
+                .and_then(|gates| gates.get(EXTERNAL_IPS_GATE))
+                .is_none_or(|allowed| *allowed),
+            bind_address,
+            families: Family::ALL.into_iter().filter(|family| *family == Family::V4 || host.ipv6).collect(),
+            healthz,
+            metrics,
+            on_bind_failure: match given.bind_address_hard_fail {
+                Some(true) => OnBindFailure::Fail,
+                Some(false) | None => OnBindFailure::Retry(BIND_RETRY),
+            },
+            sync_period: given.sync_periods().period.to_std(),
+            masquerade_all: given.masquerade_all(),
+            oom_score_adj: given.oom_score_adj.unwrap_or_default(),
+            file,
+            effective: given,
+            notes,
         })
     }
+}
+
+const NO_IPV6: &str = "is IPv6, which is switched off on this host";
+
+/// The value, or its default and a note of what is wrong.
+fn or_wrong<T: Default>(result: Result<T, Invalid>, wrong: &mut Vec<Invalid>) -> T {
+    result.unwrap_or_else(|invalid| {
+        wrong.push(invalid);
+        T::default()
+    })
 }
 
 /// The state file that belongs to a pin directory.
@@ -166,114 +268,297 @@ pub fn state_file(run_dir: &Path, pin_dir: &Path) -> PathBuf {
     run_dir.join(format!("{name}.json"))
 }
 
-fn node_name(given: Option<&str>) -> Result<Arc<str>, ConfigError> {
-    let host = rustix::system::uname();
-    let name = given.map_or_else(|| host.nodename().to_string_lossy(), Into::into).trim().to_lowercase();
+/// An empty name counts as none; one of blanks is a mistake.
+fn node_name(given: &str, host: &str) -> Result<Arc<str>, ConfigError> {
+    let name = if given.is_empty() { host } else { given }.trim().to_lowercase();
     if name.is_empty() { Err(ConfigError::NoName) } else { Ok(name.into()) }
 }
 
-fn cluster_cidr(given: &[String]) -> Result<[Option<Prefix>; 2], ConfigError> {
-    let wrong = || ConfigError::ClusterCidr(given.join(","));
+fn source(args: &RunArgs, given: &KubeProxyConfiguration) -> Result<Source, ConfigError> {
+    if let Some(dir) = &args.manifests {
+        return Ok(Source::Manifests(dir.clone()));
+    }
+    let not_empty = |text: &&String| !text.is_empty();
+    let kubeconfig = given.client_connection.kubeconfig.as_ref().filter(not_empty).map(PathBuf::from);
+    let master = match args.kube_proxy.master.as_ref().filter(not_empty) {
+        None => None,
+        Some(text) => match text.parse::<Uri>() {
+            Ok(url) if url.scheme().is_some() && url.host().is_some() => Some(url),
+            _ => return Err(ConfigError::Master(text.clone())),
+        },
+    };
+    Ok(Source::Kubernetes { kubeconfig, master })
+}
+
+/// `bindAddress`: `None` if it is no specific address.
+fn primary_ip(text: &str) -> Result<Option<Addr>, Invalid> {
+    if text.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_unspecified()) {
+        return Ok(None);
+    }
+    lenient::addr(text).map(Some).map_err(|what| Invalid::new("bindAddress", text, what))
+}
+
+fn cluster_cidr(given: &str) -> Result<[Option<Prefix>; 2], Invalid> {
+    const MUST: &str = "must be one CIDR, or one IPv4 and one IPv6 CIDR separated by a comma";
     let mut cidrs = [None; 2];
-    for text in given.iter().map(|text| text.trim()).filter(|text| !text.is_empty()) {
-        let prefix = crate::sources::lenient::prefix(text).map_err(|_reason| wrong())?;
+    for text in given.split(',').map(str::trim).filter(|text| !text.is_empty()) {
+        let prefix = lenient::prefix(text).map_err(|_what| Invalid::new("clusterCIDR", given, MUST))?;
         let slot = cidrs.get_mut(prefix.family().index()).filter(|slot| slot.is_none());
-        *slot.ok_or_else(wrong)? = Some(prefix);
+        *slot.ok_or_else(|| Invalid::new("clusterCIDR", given, MUST))? = Some(prefix);
     }
     Ok(cidrs)
 }
 
-/// The value of a feature gate; the last mention counts, as with kube-proxy.
-fn feature_gate(given: &[String], name: &str, default: bool) -> Result<bool, ConfigError> {
-    let mut value = default;
-    for gate in given.iter().filter(|gate| !gate.trim().is_empty()) {
-        let wrong = || ConfigError::FeatureGate(gate.clone());
-        let (gate_name, gate_value) = gate.split_once('=').ok_or_else(wrong)?;
-        let gate_value = gate_value.trim().parse().map_err(|_not_bool: std::str::ParseBoolError| wrong())?;
-        if gate_name.trim() == name {
-            value = gate_value;
-        } else {
-            tracing::info!(gate = gate_name, "feature gate without a meaning here");
-        }
-    }
-    Ok(value)
-}
-
-/// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
-const CGROUP2_MAGIC: u32 = 0x6367_7270;
-
-fn cgroup2(path: &Path) -> Result<PathBuf, ConfigError> {
-    match rustix::fs::statfs(path) {
-        Ok(fs) if fs.f_type as u32 == CGROUP2_MAGIC => Ok(path.to_path_buf()),
-        _ => Err(ConfigError::NotCgroup2(path.to_path_buf())),
-    }
-}
-
-/// The shortest mount point of a cgroup v2 hierarchy: `/sys/fs/cgroup`, or on hybrid hosts
-/// `/sys/fs/cgroup/unified`.
-fn cgroup_root() -> Result<PathBuf, ConfigError> {
-    let path = PathBuf::from("/proc/self/mountinfo");
-    let mounts = match std::fs::read_to_string(&path) {
-        Ok(mounts) => mounts,
-        Err(source) => return Err(ConfigError::File { path, source }),
+/// Settings of IPv6 on a host without it.
+fn of_no_use(given: &KubeProxyConfiguration) -> Vec<String> {
+    let listed = |text: &Option<String>| -> Vec<String> {
+        text.iter().flat_map(|text| text.split(',')).map(|text| text.trim().to_owned()).collect()
     };
-    mount_points(&mounts, "cgroup2").min_by_key(|path| path.as_os_str().len()).ok_or(ConfigError::NoCgroup2)
+    let settings = [
+        ("clusterCIDR", listed(&given.cluster_cidr)),
+        ("healthzBindAddress", listed(&given.healthz_bind_address)),
+        ("metricsBindAddress", listed(&given.metrics_bind_address)),
+        ("nodePortAddresses", given.node_port_addresses.clone().unwrap_or_default()),
+    ];
+    let note = |field, value: String| Invalid::new(field, value, NO_IPV6).to_string();
+    let is_v6 = |value: &String| value.matches(':').count() > 1;
+    settings
+        .into_iter()
+        .flat_map(|(field, values)| values.into_iter().filter(is_v6).map(move |value| note(field, value)))
+        .collect()
 }
 
-/// Mount points of a file system type in the format of /proc/self/mountinfo (proc(5)).
-fn mount_points<'a>(mounts: &'a str, fs_type: &'a str) -> impl Iterator<Item = PathBuf> + 'a {
-    mounts.lines().filter_map(move |line| {
-        let (mount, fs) = line.split_once(" - ")?;
-        let point = mount.split(' ').nth(4)?;
-        (fs.split(' ').next()? == fs_type).then(|| PathBuf::from(point.replace("\\040", " ")))
-    })
+/// One sentence about everything that is set, valid, and has no meaning here.
+fn without_effect(given: &KubeProxyConfiguration) -> Option<String> {
+    let mut settings = fields::without_effect(given);
+    let gates = given.feature_gates.iter().flatten().filter(|(name, _)| *name != EXTERNAL_IPS_GATE);
+    settings.extend(gates.map(|(name, value)| format!("featureGates.{name}={value}")));
+    (!settings.is_empty())
+        .then(|| format!("settings of kube-proxy without effect here: {}", settings.join(", ")))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::ffi::OsString;
 
-    #[test]
-    fn the_cgroup_root_is_found_on_unified_and_hybrid_hosts() {
-        let hybrid = "30 24 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
-                      31 30 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:5 - cgroup2 cgroup2 rw\n\
-                      32 30 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
-        let unified = "31 30 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n\
-                       40 30 0:27 /sub /mnt/other/cgroup rw - cgroup2 cgroup2 rw\n";
-        let root = |mounts| mount_points(mounts, "cgroup2").min_by_key(|path| path.as_os_str().len());
-        assert_eq!(root(hybrid), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(root(unified), Some("/sys/fs/cgroup".into()));
-        assert_eq!(root(""), None);
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn host() -> Host {
+        Host { name: "n1".to_owned(), ipv6: true, cgroup: PathBuf::from("/sys/fs/cgroup") }
+    }
+
+    fn run_args(args: &[&str]) -> RunArgs {
+        let line = ["proxy-agent", "run"].iter().chain(args).map(OsString::from);
+        match Cli::from_command_line(line).map(|cli| cli.command) {
+            Ok(Command::Run(args)) => *args,
+            other => panic!("{args:?}: {other:?}"),
+        }
+    }
+
+    fn resolve_on(host: &Host, args: &[&str]) -> Result<Config, ConfigError> {
+        let args = run_args(args);
+        let raw = Raw::load(&args).unwrap();
+        Config::resolve(&args, raw, host)
+    }
+
+    fn resolve(args: &[&str]) -> Result<Config, ConfigError> {
+        resolve_on(&host(), args)
+    }
+
+    /// What is wrong with a command line.
+    fn wrong(args: &[&str]) -> String {
+        resolve(args).unwrap_err().to_string()
+    }
+
+    /// A configuration file with these fields, and its path.
+    fn file(fields: &str) -> (tempfile::TempDir, String) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.conf");
+        let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+        std::fs::write(&path, format!("{head}{fields}")).unwrap();
+        let flag = format!("--config={}", path.display());
+        (dir, flag)
     }
 
     #[test]
     fn p234_the_node_name_is_trimmed_and_lower_cased() {
-        assert_eq!(&*node_name(Some("  Node-A ")).unwrap(), "node-a");
-        assert!(matches!(node_name(Some("  ")), Err(ConfigError::NoName)));
+        let name = |args: &[&str]| resolve(args).map(|config| config.node_name.to_string());
+        assert_eq!(name(&["--hostname-override=  Node-A "]).unwrap(), "node-a");
+        assert_eq!(name(&[]).unwrap(), "n1");
+        assert_eq!(name(&["--hostname-override="]).unwrap(), "n1");
+        assert!(matches!(name(&["--hostname-override=  "]), Err(ConfigError::NoName)));
+        let nameless = Host { name: String::new(), ..host() };
+        assert!(matches!(resolve_on(&nameless, &[]), Err(ConfigError::NoName)));
+        let (_dir, config) = file("hostnameOverride: Node-B\n");
+        assert_eq!(name(&[&config]).unwrap(), "node-b");
+        assert_eq!(name(&[&config, "--hostname-override=Node-A"]).unwrap(), "node-a");
+        assert_eq!(name(&[&config, "--hostname-override="]).unwrap(), "node-b");
+    }
+
+    #[test]
+    fn p235_p236_servers() {
+        let servers = |args: &[&str]| {
+            let config = resolve(args).unwrap();
+            [config.healthz, config.metrics].map(|address| address.map_or(String::new(), |a| a.to_string()))
+        };
+        let (_dir, empty) = file("");
+        assert_eq!(servers(&[&empty]), ["0.0.0.0:10256", "127.0.0.1:10249"]);
+        assert_eq!(servers(&["--bind-address=::"]), ["[::]:10256", "[::1]:10249"]);
+        assert_eq!(servers(&["--healthz-port=0", "--metrics-bind-address="]), ["", ""]);
+        assert_eq!(resolve(&[]).unwrap().on_bind_failure, OnBindFailure::Retry(BIND_RETRY));
+        assert_eq!(resolve(&["--bind-address-hard-fail"]).unwrap().on_bind_failure, OnBindFailure::Fail);
+        let error = wrong(&["--metrics-bind-address=localhost:1", "--healthz-bind-address=0.0.0.0:0"]);
+        assert!(
+            error.contains("healthzBindAddress (--healthz-bind-address): `0.0.0.0:0` must be IP:port"),
+            "{error}"
+        );
+        assert!(error.contains("metricsBindAddress (--metrics-bind-address): `localhost:1`"), "{error}");
+    }
+
+    #[test]
+    fn p237_p240_what_cannot_be_used_names_field_and_flag() {
+        assert_eq!(
+            wrong(&["--nodeport-addresses=primary,192.0.2.0/24"]),
+            "nodePortAddresses (--nodeport-addresses): `primary` cannot be combined with `192.0.2.0/24`; give `primary` \
+             alone or only CIDRs"
+        );
+        assert_eq!(
+            wrong(&["--detect-local-mode=InterfaceNamePrefix"]),
+            "detectLocal.interfaceNamePrefix (--pod-interface-name-prefix): `` must be a name with detectLocalMode \
+             InterfaceNamePrefix"
+        );
+        assert_eq!(
+            wrong(&["--bind-address=node", "--iptables-masquerade-bit=32"]),
+            "iptables.masqueradeBit (--iptables-masquerade-bit): `32` must be 0 to 31; bindAddress (--bind-address): `node` \
+             is not an IP address"
+        );
+        assert_eq!(
+            wrong(&["--master=here"]),
+            "--master `here`: must be a URL such as https://192.0.2.1:6443"
+        );
+        assert!(wrong(&["--devices=eth0,none"]).starts_with("--devices: "));
     }
 
     #[test]
     fn p241_cluster_cidrs_are_one_or_a_dual_stack_pair() {
-        let parse = |text: &str| cluster_cidr(&text.split(',').map(str::to_owned).collect::<Vec<_>>());
-        assert_eq!(parse("").unwrap(), [None, None]);
-        let pair = parse("fd00:64::/48, 10.64.0.0/12").unwrap();
+        let cidrs =
+            |text: &str| resolve(&[&format!("--cluster-cidr={text}")]).map(|config| config.cluster_cidr);
+        assert_eq!(cidrs("").unwrap(), [None, None]);
+        let pair = cidrs("fd00:64::/48, 10.64.0.0/12").unwrap();
         assert_eq!(pair.map(|cidr| cidr.unwrap().to_string()), ["10.64.0.0/12", "fd00:64::/48"]);
-        for wrong in ["10.64.0.0/12,10.80.0.0/12", "10.64.0.0/33", "pods"] {
-            assert!(parse(wrong).is_err(), "{wrong}");
+        for text in ["10.64.0.0/12,10.80.0.0/12", "10.64.0.0/33", "pods", "10.0.0.0/8,fd00::/8,fe00::/8"] {
+            let error = cidrs(text).unwrap_err().to_string();
+            assert!(
+                error.starts_with(&format!("clusterCIDR (--cluster-cidr): `{text}` must be one CIDR")),
+                "{error}"
+            );
         }
     }
 
     #[test]
     fn p022_feature_gates_are_names_with_a_truth_value() {
-        let gate = |text: &str| {
-            let given: Vec<String> = text.split(',').map(str::to_owned).collect();
-            feature_gate(&given, "AllowServiceExternalIPs", true)
-        };
-        assert!(gate("").unwrap());
-        assert!(!gate("AllowServiceExternalIPs=false").unwrap());
-        assert!(gate("Other=false,AllowServiceExternalIPs=false,AllowServiceExternalIPs=true").unwrap());
-        for wrong in ["AllowServiceExternalIPs", "AllowServiceExternalIPs=no"] {
-            assert!(matches!(gate(wrong), Err(ConfigError::FeatureGate(_))), "{wrong}");
+        let allowed = |gates: &str| resolve(&[&format!("--feature-gates={gates}")]).unwrap();
+        assert!(resolve(&[]).unwrap().allow_external_ips);
+        assert!(!allowed("AllowServiceExternalIPs=false").allow_external_ips);
+        let last = allowed("Other=false,AllowServiceExternalIPs=false,AllowServiceExternalIPs=true");
+        assert!(last.allow_external_ips);
+        assert_eq!(last.notes, ["settings of kube-proxy without effect here: featureGates.Other=false"]);
+        let (_dir, config) = file("featureGates: {AllowServiceExternalIPs: false}\n");
+        assert!(!resolve(&[&config]).unwrap().allow_external_ips);
+    }
+
+    #[test]
+    fn beside_a_file_few_flags_count() {
+        let fields =
+            "clusterCIDR: 10.0.0.0/8\nlogging: {verbosity: 2, format: json}\nmode: nftables\ntypo: 1\n";
+        let (_dir, config) = file(fields);
+        let flags = [
+            &*config,
+            "--cluster-cidr=10.1.0.0/16",
+            "--healthz-port=0",
+            "--masquerade-all",
+            "-v=6",
+            "--devices=eth0",
+            "--master=https://192.0.2.1:6443",
+            "--kubeconfig=other",
+        ];
+        let args = run_args(&flags);
+        let raw = Raw::load(&args).unwrap();
+        assert_eq!(raw.configuration.logging.verbosity, Some(6));
+        assert_eq!(raw.configuration.logging.format.as_deref(), Some("json"));
+        let config = Config::resolve(&args, raw, &host()).unwrap();
+        assert_eq!(config.cluster_cidr[0].unwrap().to_string(), "10.0.0.0/8");
+        assert!(config.healthz.is_some() && !config.masquerade_all);
+        assert_ne!(config.edge.settings.devices, Selection::Auto);
+        let master = Some(Uri::from_static("https://192.0.2.1:6443"));
+        assert_eq!(config.source, Source::Kubernetes { kubeconfig: None, master });
+        let path = config.file.unwrap().path;
+        assert_eq!(
+            config.notes,
+            [
+                format!("--config {}: there is no field `typo`", path.display()),
+                "--cluster-cidr, --healthz-bind-address, --kubeconfig, --masquerade-all: ignored because --config is given"
+                    .to_owned(),
+                "settings of kube-proxy without effect here: mode=nftables".to_owned(),
+            ]
+        );
+    }
+
+    #[test]
+    fn sources() {
+        let source = |args: &[&str]| resolve(args).unwrap().source.to_string();
+        let (_dir, config) = file("clientConnection: {kubeconfig: /k}\n");
+        assert_eq!(source(&[&config]), "Kubernetes API (/k)");
+        assert_eq!(source(&[&config, "--manifests=/m"]), "manifests in /m");
+        assert_eq!(source(&[]), "Kubernetes API (in cluster)");
+        assert_eq!(source(&["--master=http://192.0.2.1:8080"]), "Kubernetes API at http://192.0.2.1:8080/");
+        assert_eq!(
+            source(&["--master=https://a:6443", "--kubeconfig=/k"]),
+            "Kubernetes API at https://a:6443/ (/k)"
+        );
+    }
+
+    #[test]
+    fn a_host_without_ipv6() {
+        let v4_only = Host { ipv6: false, ..host() };
+        let families = |host: &Host, args: &[&str]| resolve_on(host, args).map(|config| config.families);
+        assert_eq!(families(&host(), &[]).unwrap(), Family::ALL);
+        assert_eq!(families(&v4_only, &[]).unwrap(), [Family::V4]);
+        for args in [&["--cluster-cidr=fd00::/8"][..], &["--bind-address=fd00::1"]] {
+            assert!(families(&host(), args).is_ok());
+            let error = families(&v4_only, args).unwrap_err().to_string();
+            assert!(error.contains("is IPv6, which is switched off on this host"), "{error}");
+        }
+        // Only what nothing is left of is refused.
+        for (args, noted) in [
+            (&["--cluster-cidr=fd00::/8,10.0.0.0/8"][..], "clusterCIDR (--cluster-cidr): `fd00::/8`"),
+            (
+                &["--cluster-cidr=fd00::/8", "--detect-local-mode=NodeCIDR"],
+                "clusterCIDR (--cluster-cidr): `fd00::/8`",
+            ),
+            (
+                &["--nodeport-addresses=fd00::/8,10.0.0.0/8"],
+                "nodePortAddresses (--nodeport-addresses): `fd00::/8`",
+            ),
+            (&["--metrics-bind-address=[::1]:1"], "metricsBindAddress (--metrics-bind-address): `[::1]:1`"),
+        ] {
+            let notes = resolve_on(&v4_only, args).unwrap().notes;
+            assert!(matches!(&notes[..], [note] if note.starts_with(noted)), "{args:?}: {notes:?}");
+            assert_eq!(resolve(args).unwrap().notes, [""; 0]);
+        }
+    }
+
+    #[test]
+    fn the_section_of_the_mode_counts() {
+        let fields = "iptables: {syncPeriod: 1m, masqueradeAll: true}\nnftables: {syncPeriod: 2m}\nipvs: {syncPeriod: 3m}\n";
+        for (mode, minutes, masquerade_all) in
+            [("", 1, true), ("iptables", 1, true), ("nftables", 2, false), ("ipvs", 3, true)]
+        {
+            let (_dir, config) = file(&format!("{fields}mode: '{mode}'\n"));
+            let config = resolve(&[&config]).unwrap();
+            assert_eq!(config.sync_period, Duration::from_secs(60 * minutes), "{mode}");
+            assert_eq!(config.masquerade_all, masquerade_all, "{mode}");
         }
     }
 }

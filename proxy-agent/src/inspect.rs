@@ -223,7 +223,7 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
     }
     writeln!(out, "agent:     {}", if view.agent_running { "running" } else { "not running" })?;
     if let Some(agent) = &view.agent {
-        writeln!(out, "node:      {}", agent.node)?;
+        writeln!(out, "node:      {} ({})", agent.node, agent.node_ips.join(", "))?;
         writeln!(out, "source:    {}", agent.source)?;
         writeln!(out, "cgroup:    {}", agent.cgroup)?;
     }

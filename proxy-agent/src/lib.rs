@@ -45,9 +45,13 @@ pub mod metrics;
 
 pub mod report;
 
+pub mod kube_proxy;
+
 pub mod args;
 
 pub mod config;
+
+pub mod process;
 
 pub mod agent;
 

@@ -4,17 +4,23 @@ use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::Parser as _;
+use clap::CommandFactory as _;
 use proxy_agent::args::{Cli, Command, MonitorArgs, Pins, RunArgs};
 use proxy_agent::bpf::pins::PinDir;
-use proxy_agent::config::{Config, state_file};
+use proxy_agent::config::{Config, Raw, state_file};
+use proxy_agent::kube_proxy::configuration::Logging;
 use proxy_agent::monitor::MonitorError;
-use proxy_agent::{agent, edge, flows, inspect, monitor};
+use proxy_agent::node::Host;
+use proxy_agent::{agent, edge, flows, inspect, monitor, process};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let cli = match Cli::from_command_line(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    let result = match cli.command {
         Command::Run(args) => run(&args),
         Command::Status(args) => print(|out| inspect::status(&args, out)),
         Command::Services(args) => print(|out| inspect::services(&args, out)),
@@ -22,6 +28,11 @@ fn main() -> ExitCode {
         Command::Flows(args) => print(|out| flows::print(&args, out)),
         Command::Monitor(args) => watch(&args),
         Command::Cleanup { pins } => cleanup(&pins),
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "proxy-agent", &mut script);
+            print(|out| out.write_all(&script).map_err(inspect::InspectError::Write))
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -34,17 +45,30 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &RunArgs) -> anyhow::Result<()> {
-    let level = match args.verbosity {
-        // kube's clients log every attempt; the API source says the same once.
-        0..=3 => "info,kube_client=off,kube_runtime=off",
-        4..=5 => "proxy_agent=debug,info",
-        _ => "proxy_agent=trace,debug",
-    };
-    let filter = EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_new(level))?;
-    let ansi = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
-
-    let config = Config::resolve(args)?;
+    let flags = &args.kube_proxy;
+    if flags.cleanup == Some(true) {
+        return cleanup(&args.pins);
+    }
+    let raw = Raw::load(args)?;
+    start_log(&raw.configuration.logging)?;
+    if let Some(path) = flags.write_config_to() {
+        // Where it will be used need not be this host.
+        let config =
+            Config::resolve(args, raw, &Host { name: "any".to_owned(), ipv6: true, ..Host::default() })?;
+        std::fs::write(path, config.effective.to_yaml()?).with_context(|| path.display().to_string())?;
+        tracing::info!(file = %path.display(), "configuration written");
+        return Ok(());
+    }
+    let config = Config::resolve(args, raw, &Host::look(args.cgroup_path.as_deref())?)?;
+    for note in &config.notes {
+        tracing::warn!("{note}");
+    }
+    if flags.init_only == Some(true) {
+        config.pins.create()?;
+        edge::reserved_ports::reserve();
+        return Ok(());
+    }
+    process::set_oom_score_adj(config.oom_score_adj);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async { anyhow::Ok(agent::run(config, stop()?).await?) })
 }
@@ -74,6 +98,23 @@ fn stop() -> anyhow::Result<impl Future<Output = ()>> {
             _ = interrupt.recv() => {}
         }
     })
+}
+
+fn start_log(settings: &Logging) -> anyhow::Result<()> {
+    let level = match settings.verbosity.unwrap_or_default() {
+        // kube's clients log every attempt; the API source says the same once.
+        0..=3 => "info,kube_client=off,kube_runtime=off",
+        4..=5 => "proxy_agent=debug,info",
+        _ => "proxy_agent=trace,debug",
+    };
+    let filter = EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_new(level))?;
+    let ansi = std::io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr);
+    match settings.format.as_deref() {
+        Some("json") => log.json().init(),
+        _ => log.init(),
+    }
+    Ok(())
 }
 
 fn print(

@@ -5,10 +5,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use proxy_common::addr::Family;
 use serde::{Deserialize, Serialize};
 
 use crate::cluster::ObjectKey;
 use crate::edge::{self, DeviceState};
+use crate::node::NodeIps;
 use crate::sources::Problem;
 
 /// The file's contents.
@@ -20,6 +22,9 @@ pub struct State {
     pub pid: u32,
     /// This node's name.
     pub node: String,
+    /// Its IPs, the primary one first; loopback where nobody names one.
+    #[serde(default)]
+    pub node_ips: Vec<String>,
     /// Where objects come from.
     pub source: String,
     /// The cgroup that is served.
@@ -53,6 +58,13 @@ impl Report {
     pub fn verified(&mut self, programs: &[(&'static str, Option<u32>)]) {
         let known = programs.iter().filter_map(|(name, count)| Some(((*name).to_owned(), (*count)?)));
         self.state.verified_instructions.extend(known);
+    }
+
+    /// Replaces the node's IPs.
+    pub fn node_ips(&mut self, ips: &NodeIps) {
+        let mut families = Family::ALL;
+        families.sort_by_key(|family| *family != ips.primary());
+        self.state.node_ips = families.map(|family| ips.of(family).to_string()).into();
     }
 
     /// Replaces what the source said.

@@ -43,7 +43,10 @@ impl Watched {
         let folder = TempDir::new().unwrap();
         let kubeconfig = folder.path().join("kubeconfig");
         server.write_kubeconfig(&kubeconfig).unwrap();
-        let api = Server::configured(Some(&kubeconfig)).await.unwrap();
+        Self::of(Server::configured(Some(&kubeconfig), None).await.unwrap())
+    }
+
+    fn of(api: Server) -> Self {
         let (sender, updates) = channel(64);
         let source = tokio::spawn(async move { api::run(api, "n1", sender).await });
         let (cluster, problems) = Default::default();
@@ -374,15 +377,31 @@ async fn configurations_that_cannot_work_are_refused() {
     let broken = folder.path().join("broken");
     std::fs::write(&broken, "clusters: 7").unwrap();
     for path in [folder.path().join("none"), broken] {
-        let Err(error) = Server::configured(Some(&path)).await else {
+        let Err(error) = Server::configured(Some(&path), None).await else {
             panic!("{} was accepted", path.display())
         };
         assert!(matches!(error, SourceError::Kubeconfig { .. }), "{error}");
         assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
     }
     // The tests do not run in a pod.
-    let Err(error) = Server::configured(None).await else { panic!("there is no ServiceAccount") };
+    let Err(error) = Server::configured(None, None).await else { panic!("there is no ServiceAccount") };
     assert!(matches!(error, SourceError::InCluster { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn another_server_than_the_kubeconfigs() {
+    let server = ApiServer::start().unwrap();
+    let master = server.url().parse().unwrap();
+    let folder = TempDir::new().unwrap();
+    let kubeconfig = folder.path().join("kubeconfig");
+    std::fs::write(&kubeconfig, proxy_tests::apiserver::client::kubeconfig("http://127.0.0.1:1", None))
+        .unwrap();
+    for kubeconfig in [Some(kubeconfig.as_path()), None] {
+        let api = Server::configured(kubeconfig, Some(&master)).await.unwrap();
+        assert_eq!(api.url.trim_end_matches('/'), server.url());
+        let mut watched = Watched::of(api);
+        watched.until("synced", |watched| watched.synced == 1).await;
+    }
 }
 
 #[tokio::test]

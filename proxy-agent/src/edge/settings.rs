@@ -1,5 +1,7 @@
 //! The flags that say which devices carry Service traffic: `--devices`, `--pod-interfaces` and detect-local.
 
+use crate::kube_proxy::Invalid;
+
 /// `--devices` and `--pod-interfaces`: by what the network looks like, or by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Selection {
@@ -36,26 +38,6 @@ pub enum SettingsError {
         /// What was given.
         name: String,
     },
-    /// A mode that needs another flag.
-    #[error("--detect-local-mode {mode} needs {flag}")]
-    Missing {
-        /// The mode.
-        mode: &'static str,
-        /// The flag that it needs.
-        flag: &'static str,
-    },
-    /// A mode that is not there.
-    #[error(
-        "--detect-local-mode NodeCIDR is not supported yet; use ClusterCIDR with --cluster-cidr, BridgeInterface or \
-         InterfaceNamePrefix"
-    )]
-    NodeCidr,
-    /// Neither of the modes.
-    #[error(
-        "--detect-local-mode `{0}`: must be ClusterCIDR, BridgeInterface or InterfaceNamePrefix (NodeCIDR is not \
-         supported yet)"
-    )]
-    Mode(String),
 }
 
 /// `--detect-local-mode`: what counts as traffic of local pods.
@@ -64,6 +46,8 @@ pub enum DetectLocal {
     /// What comes from `--cluster-cidr`.
     #[default]
     ClusterCidr,
+    /// What comes from the Node's podCIDRs.
+    NodeCidr,
     /// What enters through the interface of this name.
     Bridge(String),
     /// What enters through an interface whose name begins so.
@@ -151,31 +135,38 @@ impl Pattern {
 }
 
 impl DetectLocal {
-    /// From the mode and the names beside it.
+    /// From the mode and the names beside it; the mode without a name is ClusterCIDR.
     ///
     /// # Errors
     ///
-    /// Names the flag.
-    pub fn parse(mode: &str, bridge: &str, prefix: &str) -> Result<Self, SettingsError> {
-        let given = |mode, flag, name: &str| match name.trim() {
-            "" => Err(SettingsError::Missing { mode, flag }),
+    /// No such mode, or the name that it needs is empty.
+    pub fn parse(mode: &str, bridge: &str, prefix: &str) -> Result<Self, Invalid> {
+        const MODES: &str = "must be ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix";
+        let named = |field, name: &str| match name.trim() {
+            "" => Err(Invalid::new(field, name, format!("must be a name with detectLocalMode {mode}"))),
             name => Ok(name.to_owned()),
         };
-        match mode.trim() {
+        match mode {
             "" | "ClusterCIDR" => Ok(Self::ClusterCidr),
-            "BridgeInterface" => given("BridgeInterface", "--pod-bridge-interface", bridge).map(Self::Bridge),
-            "InterfaceNamePrefix" => {
-                given("InterfaceNamePrefix", "--pod-interface-name-prefix", prefix).map(Self::NamePrefix)
-            }
-            "NodeCIDR" => Err(SettingsError::NodeCidr),
-            other => Err(SettingsError::Mode(other.to_owned())),
+            "NodeCIDR" => Ok(Self::NodeCidr),
+            "BridgeInterface" => named("detectLocal.bridgeInterface", bridge).map(Self::Bridge),
+            "InterfaceNamePrefix" => named("detectLocal.interfaceNamePrefix", prefix).map(Self::NamePrefix),
+            other => Err(Invalid::new("detectLocalMode", other, MODES)),
+        }
+    }
+
+    /// Whether pods are told by the interface that their packets enter through, not by their addresses.
+    pub fn by_interface(&self) -> bool {
+        match self {
+            Self::ClusterCidr | Self::NodeCidr => false,
+            Self::Bridge(_) | Self::NamePrefix(_) => true,
         }
     }
 
     /// Whether packets that the network stack sees entering through `name` count.
     pub fn names(&self, name: &str) -> bool {
         match self {
-            Self::ClusterCidr => false,
+            Self::ClusterCidr | Self::NodeCidr => false,
             Self::Bridge(bridge) => name == bridge,
             Self::NamePrefix(prefix) => name.starts_with(prefix.as_str()),
         }
@@ -224,17 +215,23 @@ mod tests {
     #[test]
     fn p240_detect_local_by_interface_needs_a_name() {
         let parse = DetectLocal::parse;
+        assert_eq!(parse("", "", ""), Ok(DetectLocal::ClusterCidr));
         assert_eq!(parse("ClusterCIDR", "", ""), Ok(DetectLocal::ClusterCidr));
+        assert_eq!(parse("NodeCIDR", "cni0", "veth"), Ok(DetectLocal::NodeCidr));
         assert_eq!(parse("BridgeInterface", "cni0", ""), Ok(DetectLocal::Bridge("cni0".to_owned())));
         assert_eq!(parse("InterfaceNamePrefix", "", "veth"), Ok(DetectLocal::NamePrefix("veth".to_owned())));
-        for (mode, bridge, prefix, flag) in [
-            ("BridgeInterface", "", "veth", "--pod-bridge-interface"),
-            ("InterfaceNamePrefix", "cni0", "", "--pod-interface-name-prefix"),
-            ("NodeCIDR", "", "", "not supported yet"),
-            ("nodecidr", "", "", "`nodecidr`"),
+        for (mode, bridge, prefix, field) in [
+            ("BridgeInterface", "", "veth", "detectLocal.bridgeInterface (--pod-bridge-interface): ``"),
+            (
+                "InterfaceNamePrefix",
+                "cni0",
+                " ",
+                "detectLocal.interfaceNamePrefix (--pod-interface-name-prefix): ` `",
+            ),
+            ("nodecidr", "", "", "detectLocalMode (--detect-local-mode): `nodecidr`"),
         ] {
             let error = parse(mode, bridge, prefix).unwrap_err().to_string();
-            assert!(error.contains(flag), "{mode}: {error}");
+            assert!(error.starts_with(field), "{mode}: {error}");
         }
     }
 }

@@ -7,14 +7,13 @@ use k8s_openapi::jiff::Timestamp;
 use proxy_common::addr::Family;
 use serde::Serialize;
 
-/// A family whose oldest waiting change is this old is unhealthy: twice the sync period.
-pub const STUCK_AFTER: Duration = Duration::from_secs(60);
-
 /// What the agent knows about its own progress.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HealthState {
     /// Index: [`Family::index`].
     families: [FamilyState; 2],
+    /// A family whose oldest waiting change is this old is unhealthy.
+    pub stuck_after: Duration,
     /// Whether load balancers may send traffic to this node.
     pub node_eligible: bool,
     /// Why `/readyz` says no, if it does.
@@ -27,18 +26,17 @@ struct FamilyState {
     last_updated: Option<Timestamp>,
 }
 
-impl Default for HealthState {
-    /// At start: no Node seen, nothing programmed.
-    fn default() -> Self {
+impl HealthState {
+    /// At start: no Node seen, nothing programmed. Changes should be programmed within `sync_period`.
+    pub fn new(sync_period: Duration) -> Self {
         Self {
+            stuck_after: 2 * sync_period,
             families: <[FamilyState; 2]>::default(),
             node_eligible: false,
             waiting_for: Some("nothing has been programmed yet".to_owned()),
         }
     }
-}
 
-impl HealthState {
     /// A change waits since `now`, unless an older one does.
     pub fn queued(&mut self, family: Family, now: Instant) {
         self.of(family).oldest_queued.get_or_insert(now);
@@ -51,7 +49,7 @@ impl HealthState {
 
     /// Whether no judged family is stuck.
     pub fn healthy(&self, now: Instant) -> bool {
-        self.families.iter().all(|family| family.healthy(now))
+        self.families.iter().all(|family| family.healthy(now, self.stuck_after))
     }
 
     fn of(&mut self, family: Family) -> &mut FamilyState {
@@ -65,8 +63,8 @@ impl HealthState {
 
 impl FamilyState {
     /// A family that was never updated is not judged: it is starting, or not in use.
-    fn healthy(&self, now: Instant) -> bool {
-        let stuck = |since| now.saturating_duration_since(since) >= STUCK_AFTER;
+    fn healthy(&self, now: Instant, stuck_after: Duration) -> bool {
+        let stuck = |since| now.saturating_duration_since(since) >= stuck_after;
         self.last_updated.is_none() || !self.oldest_queued.is_some_and(stuck)
     }
 }
@@ -149,9 +147,9 @@ pub fn judge(state: &HealthState, probe: Probe, now: Now) -> Answer {
 }
 
 fn body(state: &HealthState, node_eligible: Option<bool>, ok: bool, now: Now) -> String {
-    let status = Family::ALL.into_iter().zip(&state.families).filter_map(|(family, state)| {
-        let body =
-            FamilyBody { last_updated: rfc3339(state.last_updated?), healthy: state.healthy(now.instant) };
+    let status = Family::ALL.into_iter().zip(&state.families).filter_map(|(family, known)| {
+        let healthy = known.healthy(now.instant, state.stuck_after);
+        let body = FamilyBody { last_updated: rfc3339(known.last_updated?), healthy };
         Some((family.to_string(), body))
     });
     let newest = state.families.iter().filter_map(|family| family.last_updated).max();
@@ -182,6 +180,7 @@ mod tests {
     use super::*;
 
     const T0: &str = "2026-01-01T00:00:00Z";
+    const SYNC_PERIOD: Duration = Duration::from_secs(30);
 
     fn time(s: &str) -> Timestamp {
         s.parse().unwrap()
@@ -189,7 +188,7 @@ mod tests {
 
     /// A node that may get traffic, both families updated at T0.
     fn running() -> HealthState {
-        let mut state = HealthState { node_eligible: true, ..HealthState::default() };
+        let mut state = HealthState { node_eligible: true, ..HealthState::new(SYNC_PERIOD) };
         for family in Family::ALL {
             state.updated(family, time(T0));
         }
@@ -209,14 +208,14 @@ mod tests {
 
     #[test]
     fn p198_fresh_start_is_healthy() {
-        let mut fresh = HealthState::default();
+        let mut fresh = HealthState::new(SYNC_PERIOD);
         let t0 = Instant::now();
         check(&fresh, t0, false, true);
         fresh.node_eligible = true;
         check(&fresh, t0, true, true);
         // Waiting for the first list, however long, is not being stuck.
         fresh.queued(Family::V4, t0);
-        check(&fresh, t0 + 10 * STUCK_AFTER, true, true);
+        check(&fresh, t0 + 20 * SYNC_PERIOD, true, true);
         assert_eq!(json(&fresh, Probe::Livez, t0).get("status"), None);
     }
 
@@ -274,7 +273,7 @@ mod tests {
     fn p204_bodies_to_the_byte() {
         let instant = Instant::now();
         let now = Now { instant, time: time("2026-01-01T00:10:00.123456789Z") };
-        let mut state = HealthState { node_eligible: true, ..HealthState::default() };
+        let mut state = HealthState { node_eligible: true, ..HealthState::new(SYNC_PERIOD) };
         assert_eq!(
             judge(&state, Probe::Livez, now).body,
             r#"{"lastUpdated":"2026-01-01T00:10:00.123456789Z","currentTime":"2026-01-01T00:10:00.123456789Z","healthy":true}"#

@@ -7,7 +7,7 @@
 mod judge;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::Router;
 use axum::extract::State;
@@ -17,17 +17,22 @@ use axum::routing::any;
 use k8s_openapi::jiff::Timestamp;
 use proxy_common::addr::Family;
 
-pub use self::judge::{Answer, HealthState, Now, Probe, STUCK_AFTER, judge};
+pub use self::judge::{Answer, HealthState, Now, Probe, judge};
 use crate::metrics::Metrics;
 
 /// Port of the health server when `--healthz-bind-address` names none.
 pub const DEFAULT_PORT: u16 = 10256;
 
 /// The state behind the probes, shared by everyone who has something to tell. Cheap to clone.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Health(Arc<Mutex<HealthState>>);
 
 impl Health {
+    /// At start. A change that waits for twice `sync_period` is too much.
+    pub fn new(sync_period: Duration) -> Self {
+        Self(Arc::new(Mutex::new(HealthState::new(sync_period))))
+    }
+
     /// A change of this family waits to be programmed.
     pub fn queued(&self, family: Family) {
         self.state().queued(family, Instant::now());
@@ -106,6 +111,8 @@ mod tests {
     use crate::http::testing::{request, with_server};
     use crate::metrics::Readers;
 
+    const SYNC_PERIOD: Duration = Duration::from_secs(30);
+
     fn serve<F: Future<Output = ()>>(
         health: &Health,
         test: impl FnOnce(std::net::SocketAddr, Arc<Metrics>) -> F,
@@ -117,7 +124,7 @@ mod tests {
 
     #[test]
     fn p198_fresh_start_over_http() {
-        let health = Health::default();
+        let health = Health::new(SYNC_PERIOD);
         health.node(true);
         serve(&health, |address, metrics| async move {
             for path in ["/healthz", "/livez"] {
@@ -138,7 +145,7 @@ mod tests {
 
     #[test]
     fn p204_headers_and_body_over_http() {
-        let health = Health::default();
+        let health = Health::new(SYNC_PERIOD);
         health.updated(Family::V4);
         // The Node has not been seen: 503, with the same body.
         serve(&health, |address, _| async move {
@@ -158,7 +165,7 @@ mod tests {
 
     #[test]
     fn readiness_waits_for_the_first_full_list() {
-        let health = Health::default();
+        let health = Health::new(SYNC_PERIOD);
         let teller = health.clone();
         serve(&health, |address, _| async move {
             let first = request(address, "GET", "/readyz").await.unwrap();

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime};
 
-use axum::Router;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::routing::get;
+use axum::{Json, Router};
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::{Family as Labelled, MetricConstructor};
@@ -25,6 +25,7 @@ use proxy_common::addr::Family;
 
 pub use self::scrape::{MapUsage, ReadError, Readers};
 use crate::health::Probe;
+use crate::kube_proxy::KubeProxyConfiguration;
 
 /// Port of the metrics server when `--metrics-bind-address` names none.
 pub const DEFAULT_PORT: u16 = 10249;
@@ -254,14 +255,17 @@ impl Metrics {
     }
 }
 
-/// `/metrics`, and what kube-proxy serves beside it: `/healthz` and `/proxyMode`.
-pub fn router(metrics: Arc<Metrics>) -> Router {
+/// `/metrics`, and what kube-proxy serves beside it: `/healthz`, `/proxyMode` and `/configz`, which shows the
+/// configuration with all defaults.
+pub fn router(metrics: Arc<Metrics>, configuration: &KubeProxyConfiguration) -> Router {
+    let configz = Json(serde_json::json!({ "kubeproxy.config.k8s.io": configuration }));
     let scrape =
         |State(metrics): State<Arc<Metrics>>| async move { ([(CONTENT_TYPE, OPEN_METRICS)], metrics.text()) };
     Router::new()
         .route("/metrics", get(scrape))
         .route("/healthz", get(|| async { "ok" }))
         .route("/proxyMode", get(|| async { "ebpf" }))
+        .route("/configz", get(|| async { configz }))
         .with_state(metrics)
 }
 

@@ -154,7 +154,8 @@ fn maps_are_read_at_each_scrape() {
 fn served_over_http() {
     let metrics = Arc::new(Metrics::new(Readers::default()));
     metrics.synced(Family::V4, Duration::from_millis(1), true);
-    with_server(router(Arc::clone(&metrics)), |address| async move {
+    let configuration = KubeProxyConfiguration::default().with_defaults();
+    with_server(router(Arc::clone(&metrics), &configuration), |address| async move {
         let scraped = request(address, "GET", "/metrics").await.unwrap();
         assert_eq!(scraped.status, 200);
         let content_type = "content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n";
@@ -167,5 +168,11 @@ fn served_over_http() {
             let response = request(address, "GET", path).await.unwrap();
             assert_eq!((response.status, &*response.body), (200, want), "{path}");
         }
+        let configz = request(address, "GET", "/configz").await.unwrap();
+        assert!(configz.head.contains("\r\ncontent-type: application/json\r\n"), "{}", configz.head);
+        let shown: serde_json::Value = serde_json::from_str(&configz.body).unwrap();
+        let shown: KubeProxyConfiguration =
+            serde_json::from_value(shown["kubeproxy.config.k8s.io"].clone()).unwrap();
+        assert_eq!(shown, KubeProxyConfiguration::default().with_defaults());
     });
 }

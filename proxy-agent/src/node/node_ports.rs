@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use proxy_common::abi::local_address::{HOST, NODEPORT};
 use proxy_common::addr::{Addr, Family, Prefix};
 
+use crate::kube_proxy::Invalid;
 use crate::sources::lenient;
 
 /// The one word that may stand in place of prefixes.
@@ -25,45 +26,26 @@ pub enum NodePortAddresses {
     Prefixes(Vec<Prefix>),
 }
 
-/// A setting that cannot be used.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum NodePortAddressesError {
-    /// `primary` beside prefixes.
-    #[error(
-        "--nodeport-addresses: `primary` cannot be combined with `{other}`; give `primary` alone or only CIDRs"
-    )]
-    Mixed {
-        /// The value beside it.
-        other: String,
-    },
-    /// Neither a prefix nor `primary`.
-    #[error(
-        "--nodeport-addresses: `{value}` is not a CIDR (such as 192.0.2.0/24) and not the word `primary`"
-    )]
-    NotACidr {
-        /// The value.
-        value: String,
-    },
-}
-
 impl NodePortAddresses {
     /// From the values of the option; none at all means `primary`.
     ///
     /// # Errors
     ///
     /// `primary` beside another value, or a value that is no CIDR.
-    pub fn parse<S: AsRef<str>>(values: &[S]) -> Result<Self, NodePortAddressesError> {
+    pub fn parse<S: AsRef<str>>(values: &[S]) -> Result<Self, Invalid> {
         let values: Vec<&str> = values.iter().map(AsRef::as_ref).collect();
         if values.is_empty() || values == [PRIMARY] {
             return Ok(Self::Primary);
         }
         if values.contains(&PRIMARY) {
             let other = values.iter().find(|value| **value != PRIMARY).unwrap_or(&PRIMARY);
-            return Err(NodePortAddressesError::Mixed { other: (*other).to_owned() });
+            let reason = format!("cannot be combined with `{other}`; give `{PRIMARY}` alone or only CIDRs");
+            return Err(Invalid::new("nodePortAddresses", PRIMARY, reason));
         }
+        let must = format!("is not a CIDR (such as 192.0.2.0/24) and not the word `{PRIMARY}`");
         let prefixes = values.iter().map(|value| {
             lenient::prefix(value)
-                .map_err(|_what: &str| NodePortAddressesError::NotACidr { value: (*value).to_owned() })
+                .map_err(|_what: &str| Invalid::new("nodePortAddresses", value, must.as_str()))
         });
         Ok(Self::Prefixes(prefixes.collect::<Result<_, _>>()?))
     }
@@ -254,7 +236,7 @@ mod tests {
         ] {
             let error = NodePortAddresses::parse(values).unwrap_err().to_string();
             assert!(
-                error.starts_with("--nodeport-addresses: ") && error.contains(want),
+                error.starts_with("nodePortAddresses (--nodeport-addresses): ") && error.contains(want),
                 "{values:?}: {error}"
             );
         }

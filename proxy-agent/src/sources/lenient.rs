@@ -12,7 +12,7 @@ use proxy_common::addr::{Addr, Family, Prefix};
 ///
 /// # Errors
 /// Says what the text is instead, to be read after the quoted text.
-pub(super) fn addr(text: &str) -> Result<Addr, &'static str> {
+pub(crate) fn addr(text: &str) -> Result<Addr, &'static str> {
     let addr = parse(text).ok_or("is not an IP address")?;
     if addr.to_ip().is_unspecified() { Err("is the unspecified address") } else { Ok(addr) }
 }

@@ -26,7 +26,10 @@ impl Intake {
             converter: Converter::new(node_name),
             services: Known::new(|key| Some(Change::ServiceGone(key))),
             slices: Known::new(|key| Some(Change::SliceGone(key))),
-            node: Known::new(|()| None),
+            node: Known::new(|()| {
+                tracing::warn!("this Node is gone; what was known of it stays in force");
+                None
+            }),
             service_cidrs: Known::new(|name| Some(Change::ServiceCidrGone(name))),
         }
     }

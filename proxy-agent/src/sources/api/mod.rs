@@ -7,6 +7,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use axum::http::Uri;
 use futures::{FutureExt as _, StreamExt as _};
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -40,24 +41,29 @@ pub struct Server {
 }
 
 impl Server {
-    /// Reads `kubeconfig`, or the ServiceAccount of this pod. Nothing is sent yet: a server that is down is no
-    /// error here.
+    /// Reads `kubeconfig`; without it and without `master`, the ServiceAccount of this pod. `master` is the server in
+    /// place of the one that is read, or, alone, one that asks for no credentials. Nothing is sent yet: a server that
+    /// is down is no error here.
     ///
     /// # Errors
     /// The configuration cannot be read or used.
-    pub async fn configured(kubeconfig: Option<&Path>) -> Result<Self, SourceError> {
-        let mut config = match kubeconfig {
-            Some(path) => {
+    pub async fn configured(kubeconfig: Option<&Path>, master: Option<&Uri>) -> Result<Self, SourceError> {
+        let mut config = match (kubeconfig, master) {
+            (Some(path), _) => {
                 let failed =
                     |source| SourceError::Kubeconfig { path: path.to_owned(), source: Box::new(source) };
                 let kubeconfig = Kubeconfig::read_from(path).map_err(failed)?;
                 let options = KubeConfigOptions::default();
                 Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(failed)?
             }
-            None => {
+            (None, Some(master)) => Config::new(master.clone()),
+            (None, None) => {
                 Config::incluster().map_err(|source| SourceError::InCluster { source: Box::new(source) })?
             }
         };
+        if let Some(master) = master {
+            config.cluster_url = master.clone();
+        }
         // Every watch is ended by the server before that, so a connection on which nothing comes for this long is dead.
         config.read_timeout = Some(SILENCE_MAX);
         let url = config.cluster_url.to_string();

@@ -75,6 +75,8 @@ impl Converter {
         let mut node = Node {
             zone: zone.map(|zone| self.shared.string(zone)),
             ips: [None; 2],
+            primary: None,
+            pod_cidrs: pod_cidrs(object),
             leaving: object.metadata.deletion_timestamp.is_some()
                 || taints.any(|taint| taint.key == LEAVING_TAINT),
         };
@@ -83,6 +85,7 @@ impl Converter {
             for address in addresses.clone().filter(|address| address.type_ == kind) {
                 if let Ok(addr) = lenient::addr(&address.address) {
                     node.ips[addr.family().index()].get_or_insert(addr);
+                    node.primary.get_or_insert(addr.family());
                 }
             }
         }
@@ -127,6 +130,18 @@ impl Converter {
 /// Namespace and name as they are, to look up what is known about an object that is gone.
 pub fn key_of(meta: &ObjectMeta) -> ObjectKey {
     ObjectKey::new(meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
+}
+
+/// `podCIDRs`, or the older `podCIDR` where only that is set.
+fn pod_cidrs(object: &core::Node) -> Vec<Prefix> {
+    let Some(spec) = &object.spec else { return Vec::new() };
+    let many = spec.pod_cidrs.iter().flatten().filter(|text| !text.is_empty());
+    let one = spec.pod_cidr.iter().filter(|text| !text.is_empty());
+    let parse = |text: &String| lenient::prefix(text).ok();
+    match many.clone().next() {
+        Some(_) => many.filter_map(parse).collect(),
+        None => one.filter_map(parse).collect(),
+    }
 }
 
 fn label<'a>(meta: &'a ObjectMeta, name: &str) -> Option<&'a str> {

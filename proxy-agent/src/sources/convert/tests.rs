@@ -473,7 +473,10 @@ fn p230_p231_node_addresses_and_zone() {
     for (labels, zone) in
         [(json!({ZONE_LABEL: "za"}), Some("za".into())), (json!({ZONE_LABEL: ""}), None), (Value::Null, None)]
     {
-        assert_eq!(converter.node(&object("n1", labels)), Some(Node { zone, ips, ..Node::default() }));
+        assert_eq!(
+            converter.node(&object("n1", labels)),
+            Some(Node { zone, ips, primary: Some(Family::V4), ..Node::default() })
+        );
     }
     assert_eq!(converter.node(&object("n2", Value::Null)), None);
     assert_eq!(converter.node(&core::Node::default()), None);
