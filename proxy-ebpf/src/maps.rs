@@ -329,8 +329,8 @@ impl FlowCell for Cell {
     }
 
     #[inline(always)]
-    fn set_expected_ack(&self, ack: u32) {
-        set_field!(self, expected_ack, ack);
+    fn set_expected(&self, number: u32) {
+        set_field!(self, expected, number);
     }
 
     #[inline(always)]

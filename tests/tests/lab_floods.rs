@@ -6,10 +6,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use proxy_common::abi::{Counter, FlowKey};
-use proxy_tests::floods::{Backend, Crowd, Flood, Ground, NODE_ADDRESS, Outcome, Senders, Sent, Way};
+use proxy_common::datapath::edge::parse::tcp;
+use proxy_tests::floods::{
+    Backend, CROWD_ADDRESS, Crowd, Flood, Ground, NODE_ADDRESS, Outcome, Senders, Sent, Way,
+};
 use proxy_tests::scenarios::until;
 
 /// Packets of a flood that counts: ninety times what the table of new flows holds.
@@ -140,7 +144,7 @@ impl Flooded {
 }
 
 fn spoofed(backend: Backend, packets: u64) -> Flood {
-    Flood { target: backend.node_port(), senders: Senders::Anybody, packets }
+    Flood { target: backend.node_port(), senders: Senders::Anybody, flags: tcp::SYN, packets }
 }
 
 #[test]
@@ -196,6 +200,26 @@ fn nobody_comes_with_the_nodes_own_address() -> Result<()> {
         assert_eq!((outcome.alive, outcome.broken), (CONNECTIONS / 5, BTreeMap::new()), "the node's own");
         assert_eq!((flooded.begun(), scene.ground.counted(Counter::DropOwnSource)?), (0, flood.packets));
     }
+    Ok(())
+}
+
+/// Resets by every port of the client's address, with sequence numbers by chance. The backend does not believe them; who
+/// says nothing for a while must not lose the flow by them.
+#[test]
+fn resets_in_the_name_of_a_client_end_nothing() -> Result<()> {
+    let _turn = alone();
+    let ground = Ground::new(&[])?;
+    // A flow that was reset lives for ten seconds.
+    let pause = Duration::from_secs(12);
+    let target = Ground::target(Backend::Local);
+    let crowd = Crowd::with_pause(&ground.client(), target, Way::Tcp, CONNECTIONS, pause)?;
+    let resets =
+        Flood { senders: Senders::One(CROWD_ADDRESS), flags: tcp::RST, ..spoofed(Backend::Local, 65_535) };
+    eprintln!("{:.0}/s", resets.send(&ground.attacker())?.rate());
+    crowd.go_on(0)?;
+    let outcome = crowd.outcome();
+    // One in 65536 fits by chance.
+    assert!(outcome.alive >= CONNECTIONS - 3, "{outcome:?}");
     Ok(())
 }
 

@@ -78,8 +78,8 @@ impl FlowCell for Record {
         self.0.set(Flow { state, ..self.get() });
     }
 
-    fn set_expected_ack(&self, expected_ack: u32) {
-        self.0.set(Flow { expected_ack, ..self.get() });
+    fn set_expected(&self, expected: u32) {
+        self.0.set(Flow { expected, ..self.get() });
     }
 
     fn set_last_seen(&self, last_seen: u64) {

@@ -82,8 +82,9 @@ pub struct Flow {
     pub check: u32,
     /// Bits of [`state`].
     pub state: u32,
-    /// TCP, until the flow is assured: what the client's next acknowledgement number has to be, host order.
-    pub expected_ack: u32,
+    /// TCP, host order. Until the flow is assured: what the client's next acknowledgement number has to be. After that:
+    /// what the backend has acknowledged, which a reset of the client has to follow.
+    pub expected: u32,
     /// When a packet was last seen: nanoseconds of the monotonic clock.
     pub last_seen: u64,
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UdpSocket};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::lab::Place;
 
-/// From an answer to the next request.
+/// From an answer to the next request, unless somebody wants another pause.
 const PAUSE: Duration = Duration::from_millis(500);
 /// A connection without an answer for that long is broken: many retransmissions are lost by then.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -46,7 +46,8 @@ pub struct Crowd {
 struct Shared {
     target: SocketAddr,
     way: Way,
-    end: AtomicBool,
+    pause: Duration,
+    end: Notify,
     members: Vec<Member>,
 }
 
@@ -79,28 +80,42 @@ impl Crowd {
     /// # Errors
     /// If the place cannot be entered. A connection that fails is none; see [`Crowd::outcome`].
     pub fn open(place: &Place, target: SocketAddr, way: Way, count: usize) -> Result<Self> {
+        Self::with_pause(place, target, way, count, PAUSE)
+    }
+
+    /// The same with so long a pause after each answer.
+    ///
+    /// # Errors
+    /// As [`Crowd::open`].
+    pub fn with_pause(
+        place: &Place,
+        target: SocketAddr,
+        way: Way,
+        count: usize,
+        pause: Duration,
+    ) -> Result<Self> {
         let members = (0..count).map(|_| Member::default()).collect();
-        let shared = Arc::new(Shared { target, way, end: AtomicBool::new(false), members });
+        let shared = Arc::new(Shared { target, way, pause, end: Notify::new(), members });
         let (place, ours) = (place.clone(), Arc::clone(&shared));
         let thread = thread::spawn(move || place.net().enter(|| run(&ours))?);
         let crowd = Self { shared, thread: Some(thread) };
-        crowd.wait(&vec![1; count])?;
+        crowd.wait(&vec![1; count], 1)?;
         Ok(crowd)
     }
 
-    /// Waits until every connection that is not broken has had `more` further answers to what it has said since the call.
+    /// Waits until every connection that is not broken has had one more answer, and `more` further ones to what it has said
+    /// since the call.
     ///
     /// # Errors
     /// If the crowd has ended.
     pub fn go_on(&self, more: u64) -> Result<()> {
-        // What is on its way at the call does not count.
-        let wanted: Vec<u64> = self.shared.members.iter().map(|member| member.rounds() + more + 1).collect();
-        self.wait(&wanted)
+        let wanted: Vec<u64> = self.shared.members.iter().map(|member| member.rounds() + 1 + more).collect();
+        self.wait(&wanted, 1 + more)
     }
 
-    fn wait(&self, wanted: &[u64]) -> Result<()> {
-        let rounds = wanted.iter().max().copied().unwrap_or(0);
-        let deadline = Instant::now() + PATIENCE * u32::try_from(rounds.clamp(1, 60))? + PATIENCE;
+    fn wait(&self, wanted: &[u64], answers: u64) -> Result<()> {
+        // Each is an answer or the end; the first one may be a connection before.
+        let deadline = Instant::now() + (PATIENCE + self.shared.pause) * u32::try_from(1 + answers)?;
         let behind = |(member, wanted): &(&Member, &u64)| member.rounds() < **wanted && !member.is_broken();
         while self.shared.members.iter().zip(wanted).any(|pair| behind(&pair)) {
             ensure!(self.thread.as_ref().is_some_and(|thread| !thread.is_finished()), "the crowd has ended");
@@ -142,7 +157,7 @@ impl Crowd {
     }
 
     fn stop(&mut self) -> Result<()> {
-        self.shared.end.store(true, Ordering::Relaxed);
+        self.shared.end.notify_one();
         match self.thread.take().map(JoinHandle::join) {
             None => Ok(()),
             Some(Ok(result)) => result,
@@ -186,21 +201,20 @@ fn run(shared: &Arc<Shared>) -> Result<()> {
                 }
             });
         }
-        tasks.join_all().await;
+        // With the set, its tasks end.
+        shared.end.notified().await;
     });
     Ok(())
 }
 
-/// One connection.
+/// One connection, until something happens to it.
 async fn talk(shared: &Shared, number: usize, doors: &Semaphore) -> io::Result<()> {
     let member = &shared.members[number];
     let door = doors.acquire().await.map_err(io::Error::other)?;
     let mut line = within(Line::open(shared.target, shared.way)).await?;
     let mut door = Some(door);
-    for round in 0_u64.. {
-        if shared.end.load(Ordering::Relaxed) {
-            break;
-        }
+    let mut round = 0_u64;
+    loop {
         let mut words = [0; 16];
         words[..8].copy_from_slice(&(number as u64).to_be_bytes());
         words[8..].copy_from_slice(&round.to_be_bytes());
@@ -209,9 +223,9 @@ async fn talk(shared: &Shared, number: usize, doors: &Semaphore) -> io::Result<(
         member.slowest_us.fetch_max(start.elapsed().as_micros() as u64, Ordering::Relaxed);
         member.rounds.fetch_add(1, Ordering::Relaxed);
         drop(door.take());
-        sleep(PAUSE).await;
+        sleep(shared.pause).await;
+        round += 1;
     }
-    Ok(())
 }
 
 async fn within<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> {

@@ -1,4 +1,4 @@
-//! TCP SYNs whose senders do not exist.
+//! TCP segments from invented senders.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -7,23 +7,24 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use proxy_common::datapath::edge::parse::tcp::SYN;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, ipproto, socket_with};
 
 use super::sys::{BATCH, send_some};
 use crate::lab::Place;
 use crate::packets::{ETHERNET, Packet};
 
-/// Bytes of a SYN without options: IPv4 and TCP header.
+/// Bytes of a segment without options and data: IPv4 and TCP header.
 const LENGTH: usize = 40;
 
 /// Packets to be sent.
 #[derive(Clone, Copy, Debug)]
 pub struct Flood {
-    /// Whom they ask for a connection.
+    /// To whom.
     pub target: SocketAddrV4,
-    /// Who pretends to ask.
+    /// From whom, as it seems.
     pub senders: Senders,
+    /// Bits of [`proxy_common::datapath::edge::parse::tcp`]. Sequence numbers are random, acknowledgement numbers zero.
+    pub flags: u8,
     /// How many.
     pub packets: u64,
 }
@@ -77,7 +78,7 @@ impl Flood {
     /// What one thread sends: of the packets in order every `step`th, from `first` on.
     fn send_share(&self, first: u64, step: u64, share: u64) -> Result<()> {
         let socket = self.socket().context("a raw socket")?;
-        let template = Template::new(self.target)?;
+        let template = Template::new(self.target, self.flags)?;
         let mut random = fastrand::Rng::with_seed(first);
         let (mut number, end) = (first, first + step * share);
         let mut batch = [[0; LENGTH]; BATCH];
@@ -122,7 +123,7 @@ impl Flood {
     }
 }
 
-/// A SYN from nowhere, to be filled in.
+/// A segment from nowhere, to be filled in.
 struct Template {
     bytes: [u8; LENGTH],
     /// The one's-complement sum that its TCP checksum stands for.
@@ -135,10 +136,10 @@ const SEQUENCE: usize = 24;
 const CHECKSUM: usize = 36;
 
 impl Template {
-    fn new(target: SocketAddrV4) -> Result<Self> {
+    fn new(target: SocketAddrV4, flags: u8) -> Result<Self> {
         let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-        let frame = Packet::tcp(nowhere, target.into(), SYN, 0, 0).bytes();
-        let bytes: [u8; LENGTH] = frame[ETHERNET..].try_into().context("a SYN is 40 bytes long")?;
+        let frame = Packet::tcp(nowhere, target.into(), flags, 0, 0).bytes();
+        let bytes: [u8; LENGTH] = frame[ETHERNET..].try_into().context("a segment with data")?;
         let sum = u32::from(!u16::from_be_bytes([bytes[CHECKSUM], bytes[CHECKSUM + 1]]));
         Ok(Self { bytes, sum })
     }
@@ -162,17 +163,19 @@ impl Template {
 
 #[cfg(test)]
 mod tests {
+    use proxy_common::datapath::edge::parse::tcp;
+
     use super::*;
 
     #[test]
     fn packets_are_what_a_client_would_send() -> Result<()> {
         let target = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 10), 30080);
-        let template = Template::new(target)?;
-        let flood = Flood { target, senders: Senders::Anybody, packets: 0 };
+        let template = Template::new(target, tcp::RST)?;
+        let flood = Flood { target, senders: Senders::Anybody, flags: tcp::RST, packets: 0 };
         let mut random = fastrand::Rng::with_seed(7);
         for number in 0..1000 {
             let (sender, sequence) = (flood.sender(number, &mut random), random.u32(..));
-            let frame = Packet::tcp(sender.into(), target.into(), SYN, sequence, 0).bytes();
+            let frame = Packet::tcp(sender.into(), target.into(), tcp::RST, sequence, 0).bytes();
             let packet = template.packet(sender, sequence);
             // Where the address is, and behind the checksum of the IP header.
             assert_eq!(packet[SOURCE..], frame[ETHERNET + SOURCE..]);

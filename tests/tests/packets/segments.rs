@@ -142,6 +142,43 @@ fn a_reset_ends_a_flow_unless_it_goes_on() {
     }
 }
 
+/// A reset that anybody could have sent in the name of the client ends nothing: neither by time, nor with a SYN behind
+/// it.
+#[test]
+fn a_reset_that_does_not_fit_ends_nothing() {
+    for net in Net::ALL {
+        let (world, client, vip, pod) = (world(), net.client(), net.there(), net.remote(1));
+        let own = establish(&world, net, vip);
+        let said = |world: &World, from: u32| {
+            open(world, &Packet::tcp(client, vip, PSH | ACK, from, 5001));
+            answer(world, &Packet::tcp(pod, own, ACK, 5001, from.wrapping_add(22)));
+        };
+        let blind = |from: u32| {
+            for far in [1 << 16, 1 << 20, 1 << 31, u32::MAX] {
+                for flags in [RST, RST | ACK, RST | FIN | ACK] {
+                    open(&world, &Packet::tcp(client, vip, flags, from.wrapping_add(far), 5001));
+                    assert_eq!(state(&world), (Tier::Assured, REPLIED | ASSURED), "{far:#x}");
+                }
+            }
+        };
+        // Before the backend has said anything, and after; what others say in the name of the client moves nothing.
+        blind(1001);
+        said(&world, 1001);
+        blind(1023);
+        open(&world, &Packet::tcp(client, vip, PSH | ACK, 0x7000_0000, 5001));
+        blind(1023);
+        open(&world, &Packet::tcp(client, vip, RST, 0x7000_0000, 0));
+        assert_eq!(state(&world).1, REPLIED | ASSURED);
+        open(&world, &Packet::tcp(client, vip, SYN, 9000, 0));
+        world.pass(3_600);
+        assert_eq!(open(&world, &Packet::tcp(client, vip, ACK, 1023, 5001)).1, own);
+        assert_eq!(counts(&world), [(Counter::Flow, 1)]);
+        // What is on its way, and has not been acknowledged, may be before it.
+        open(&world, &Packet::tcp(client, vip, RST, 1023 + 60_000, 0));
+        assert_eq!(state(&world).1, REPLIED | ASSURED | RESET);
+    }
+}
+
 #[test]
 fn idle_flows_live_as_long_as_they_should() {
     const DAY: u64 = 86_400;

@@ -15,6 +15,9 @@ use crate::be::Be16;
 
 /// How far the first acknowledgement may be ahead of the backend's SYN: what a backend may send before it.
 const FIRST_WINDOW: u32 = 1 << 17;
+/// How far a client's reset may be ahead of what the backend has acknowledged. Where more was on its way, its
+/// acknowledgements make the client send resets that fit.
+const RESET_WINDOW: u32 = 1 << 16;
 /// Source ports tried before a flow is given up.
 const PORT_TRIES: u32 = 16;
 /// Tuples tried for a new flow: its own, and some with another source port. The verifier follows each.
@@ -482,6 +485,15 @@ fn owned<T: EdgeTables>(tables: &T, index: &FlowKey, target: &FlowRef, spare: bo
         && (spare || owner.tier == Tier::Assured && !timeouts::closed(flow.state))
 }
 
+/// The numbers of a TCP segment, host order; zero of anything else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Numbers {
+    /// Sequence number.
+    pub seq: u32,
+    /// Acknowledgement number: counts with ACK only.
+    pub ack: u32,
+}
+
 /// A packet of the client: advances the state, and makes the flow safe from eviction once the client has gone on after
 /// an answer.
 #[inline(always)]
@@ -490,39 +502,49 @@ pub fn on_request<T: EdgeTables>(
     key: &FlowKey,
     place: &Place<T::Cell>,
     parsed: &Parsed,
-    acknowledges: Option<u32>,
+    numbers: Numbers,
     now: u64,
 ) {
     let flow = place.flow();
     let mut state = flow.state;
-    let proven = if parsed.proto == proto::TCP {
-        state = tcp_state(state, parsed.kind, FIN_REQUEST);
-        state & PROVEN != 0
-            || acknowledges.is_some_and(|ack| ack.wrapping_sub(flow.expected_ack) < FIRST_WINDOW)
-    } else {
-        true
-    };
+    let mut proven = true;
+    if parsed.proto == proto::TCP {
+        // Anybody can send a reset in the name of a client; the backend believes one that fits (RFC 5961 §3.2).
+        if parsed.kind & tcp::RST == 0
+            || state & ASSURED == 0
+            || numbers.seq.wrapping_sub(flow.expected) < RESET_WINDOW
+        {
+            state = tcp_state(state, parsed.kind, FIN_REQUEST);
+        }
+        proven = state & PROVEN != 0
+            || parsed.kind & tcp::ACK != 0 && numbers.ack.wrapping_sub(flow.expected) < FIRST_WINDOW;
+    }
     place.cell.set_last_seen(now);
     if state != flow.state {
         place.cell.set_state(state);
     }
     // One that finds no room tries again with each packet, and is counted once.
-    if state & (REPLIED | ASSURED) == REPLIED && proven && !assure(tables, key, place) && state & PROVEN == 0
+    if state & (REPLIED | ASSURED) == REPLIED
+        && proven
+        && !assure(tables, key, place, numbers.seq)
+        && state & PROVEN == 0
     {
         place.cell.set_state(state | PROVEN);
         tables.count(Counter::FlowsFull);
     }
 }
 
-/// Moves a record with its indexes. False, and nothing changed, if there is no room.
+/// Moves a record with its indexes, when its client has gone on with `seq`. False, and nothing changed, if there is no
+/// room.
 #[inline(never)]
-fn assure<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) -> bool {
+fn assure<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>, seq: u32) -> bool {
     let mut flow = place.flow();
     if has_snat(&flow) && !keeps_source(tables, key, place) {
         // Its backend will not know what comes from another source; and the entry of this one is somebody else's.
         return true;
     }
     flow.state = (flow.state | ASSURED) & !PROVEN;
+    flow.expected = seq;
     if !tables.add_flow(Tier::Assured, key, &flow) {
         return false;
     }
@@ -533,23 +555,27 @@ fn assure<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) -> b
     done
 }
 
-/// A packet of the backend. `sequence` is that of a SYN.
+/// A packet of the backend.
 #[inline(always)]
-pub fn on_reply<C: FlowCell>(place: &Place<C>, parsed: &Parsed, sequence: Option<u32>, now: u64) {
-    let before = place.flow().state;
+pub fn on_reply<C: FlowCell>(place: &Place<C>, parsed: &Parsed, numbers: Numbers, now: u64) {
+    let flow = place.flow();
+    let before = flow.state;
     let mut state = before;
     if parsed.proto != proto::TCP {
         state |= REPLIED;
     } else {
         state = tcp_state(state, parsed.kind, FIN_REPLY);
         // A reset answers whoever asks, and gives the client nothing that it could prove to have heard.
-        if let Some(sequence) = sequence
-            && parsed.kind & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK
-        {
-            if before & ASSURED == 0 {
-                place.cell.set_expected_ack(sequence.wrapping_add(1));
-            }
+        let begins = parsed.kind & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK;
+        if begins {
             state |= REPLIED;
+        }
+        if before & ASSURED != 0 {
+            if parsed.kind & (tcp::RST | tcp::ACK) == tcp::ACK && numbers.ack != flow.expected {
+                place.cell.set_expected(numbers.ack);
+            }
+        } else if begins {
+            place.cell.set_expected(numbers.seq.wrapping_add(1));
         }
     }
     place.cell.set_last_seen(now);

@@ -36,7 +36,7 @@ pub mod icmp;
 
 pub mod refuse;
 
-use self::flows::{Choice, Place};
+use self::flows::{Choice, Numbers, Place};
 use self::packet::Packet;
 use self::parse::{Outcome, Parsed, Part, Tuple, tcp};
 use self::tables::{EdgeTables, Scratch, Work};
@@ -259,14 +259,10 @@ fn entering<T: EdgeTables>(
         );
     };
 
-    let acknowledges = if parsed.proto == proto::TCP && parsed.kind & tcp::ACK != 0 {
-        packet.load::<4>(parsed.transport.wrapping_add(8)).map(u32::from_be_bytes)
-    } else {
-        None
-    };
+    let numbers = numbers(packet, parsed);
     let service = place.flow().service;
     tables.count_packet(service, true, parsed.bytes);
-    flows::on_request(tables, &work.key, place, parsed, acknowledges, now);
+    flows::on_request(tables, &work.key, place, parsed, numbers, now);
     work.new = Tuple {
         source: tuple.source,
         source_port: work.key.source_port,
@@ -281,6 +277,18 @@ fn entering<T: EdgeTables>(
 #[inline(always)]
 fn entry(packet: &impl Packet) -> At {
     At { ifindex: packet.ifindex(), egress: false }
+}
+
+/// The numbers of a segment.
+#[inline(always)]
+fn numbers(packet: &impl Packet, parsed: &Parsed) -> Numbers {
+    if parsed.proto == proto::TCP
+        && let Some([a, b, c, d, ack @ ..]) = packet.load::<8>(parsed.transport.wrapping_add(4))
+    {
+        Numbers { seq: u32::from_be_bytes([a, b, c, d]), ack: u32::from_be_bytes(ack) }
+    } else {
+        Numbers::default()
+    }
 }
 
 /// A backend for a new flow, or why there is none.
@@ -411,12 +419,8 @@ fn answering(
 ) -> Option<Verdict> {
     work.key = flows::key(FlowKind::Record, parsed.proto, &flows::reversed(&parsed.tuple));
     let place = flows::record(tables, &work.key, now)?;
-    let sequence = if parsed.proto == proto::TCP && parsed.kind & tcp::SYN != 0 {
-        packet.load::<4>(parsed.transport.wrapping_add(4)).map(u32::from_be_bytes)
-    } else {
-        None
-    };
-    flows::on_reply(&place, parsed, sequence, now);
+    let numbers = numbers(packet, parsed);
+    flows::on_reply(&place, parsed, numbers, now);
     flows::keep_vip(tables, &work.key, &place);
     let flow = place.flow();
     tables.count_packet(flow.service, false, parsed.bytes);

@@ -67,8 +67,8 @@ pub trait FlowCell: Clone {
     fn get(&self) -> Flow;
     /// Replaces the state.
     fn set_state(&self, state: u32);
-    /// Notes what the client has to acknowledge.
-    fn set_expected_ack(&self, ack: u32);
+    /// Notes what the client has to acknowledge, or where a reset has to follow.
+    fn set_expected(&self, number: u32);
     /// Notes when a packet was seen.
     fn set_last_seen(&self, now: u64);
     /// Notes the translated source: the address first, since the port says that both count.
