@@ -34,7 +34,7 @@ use crate::metrics::{self, MapUsage, Metrics, Readers};
 use crate::model::{Freed, Model};
 use crate::node::patience::FOR_POD_CIDRS;
 use crate::node::{FollowError, NodeIps, Patience, Verdict, local_addresses, watch_addresses};
-use crate::plan::{Wanted, lost_claims, plan, plan_node, rivals};
+use crate::plan::{Wanted, lost_claims, plan, plan_left, plan_node, rivals};
 use crate::report::{Report, State};
 use crate::selftest::{self, SelfTestError};
 use crate::sockets::{Places, SocketSweeper};
@@ -203,6 +203,10 @@ struct Agent {
     programmed: Option<Programmed>,
     /// Devices and what is attached to them, from the first programming on.
     edge: Option<Edge>,
+    /// Whether any interface of a pod is attached; `None` until that is known.
+    pods_attached: Option<bool>,
+    /// Devices that are attached, once the first pass is made and until that is announced.
+    announce: Option<usize>,
     facts: Facts,
     synced: bool,
     /// What is waited for before the first programming, once the first full list is there.
@@ -243,11 +247,14 @@ impl Agent {
             cgroup: config.cgroup.display().to_string(),
             ..State::default()
         };
+        let no_pods = config.edge.settings.pods.is_none();
         let context = Context {
             node_name: Arc::clone(&config.node_name),
             cluster_cidr: config.cluster_cidr,
             pods_by_interface: config.edge.settings.detect_local.by_interface(),
             ignore_external_ips: !config.allow_external_ips,
+            // Until the devices have been looked at, nobody need be alarmed.
+            pods_in_packets: !no_pods,
             ..Context::default()
         };
         Self {
@@ -258,6 +265,9 @@ impl Agent {
             addresses,
             programmed: None,
             edge: None,
+            // What an earlier agent has attached to pods goes with the first pass.
+            pods_attached: no_pods.then_some(false),
+            announce: None,
             facts: Facts::default(),
             synced: false,
             patience: None,
@@ -316,8 +326,15 @@ impl Agent {
                 Err(AgentError::ReadBack(error)) => Some(self.failed(&error)),
                 Err(error) => return Err(error),
             };
+            // Who waits for readiness may look at `status` next.
             self.report.write();
             self.metrics.problems(self.report.count());
+            if retry.is_none()
+                && let Some(devices) = self.announce.take()
+            {
+                tracing::info!(devices, "ready");
+                self.health.programmed();
+            }
         }
     }
 
@@ -450,15 +467,20 @@ impl Agent {
 
     /// Traffic from outside is served once the first pass over the devices is made; only then the node is ready.
     fn take_edge(&mut self, state: edge::State) {
-        let first = state.passes == 1;
-        let devices = state.devices.iter().filter(|device| !device.attached.is_empty()).count();
-        self.report.edge(state);
-        if first {
-            // Who waits for readiness may look at `status` next.
-            self.report.write();
-            tracing::info!(devices, "ready");
-            self.health.programmed();
+        if state.passes == 1 {
+            self.announce = Some(state.devices.iter().filter(|device| device.is_attached()).count());
         }
+        let pods = state.devices.iter().any(edge::DeviceState::is_attached_pod);
+        if self.pods_attached != Some(pods) {
+            self.pods_attached = Some(pods);
+            self.node_changed = true;
+        }
+        if self.context.pods_in_packets != pods {
+            self.context.pods_in_packets = pods;
+            // What is reported about them.
+            self.cluster.touch_with_source_ranges();
+        }
+        self.report.edge(state);
     }
 
     /// Programs what has changed. With nothing changed it does nothing.
@@ -572,6 +594,7 @@ impl Agent {
             let by_source = !self.context.pods_by_interface;
             let pods = self.context.cluster_cidr.iter().flatten().filter(|_| by_source).copied().collect();
             carry_out(maps, &plan_node(model, addresses, cidrs, pods))?;
+            carry_out(maps, &plan_left(model, self.pods_attached))?;
             self.report
                 .set("--nodeport-addresses".to_owned(), self.config.nodeport_addresses.warnings(ips, &host));
         }

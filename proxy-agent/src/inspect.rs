@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
 use proxy_common::abi::frontend::{FrontendKind, flags};
+use proxy_common::abi::node::PODS_IN_PACKETS;
 use proxy_common::abi::{ABI_VERSION, Counter, FrontendKey, FrontendValue, ServiceCounters};
 use serde::Serialize;
 
@@ -135,6 +136,8 @@ pub struct StatusView {
     pub counters: BTreeMap<&'static str, u64>,
     /// Cookie of the host's network namespace.
     pub host_netns: u64,
+    /// Whether pods' sockets leave to the packet edge what they cannot be told.
+    pub pods_in_packets: bool,
     /// What the agent left, if anything.
     pub agent: Option<State>,
 }
@@ -216,6 +219,7 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
         maps: usage.into_iter().map(|(map, entries, capacity)| (map, (entries, capacity))).collect(),
         counters: Counter::ALL.into_iter().map(counter).collect::<Result<_, aya::maps::MapError>>()?,
         host_netns: maps.host_netns(),
+        pods_in_packets: maps.node_flags() & PODS_IN_PACKETS != 0,
         agent: report::read(&state_file(&args.pins.run_dir, &args.pins.pin_dir)).ok(),
     };
     if args.output == Output::Json {

@@ -124,6 +124,8 @@ pub struct Model {
     pub service_cidrs: BTreeSet<Prefix>,
     /// `POD_SOURCES`.
     pub pod_sources: BTreeSet<Prefix>,
+    /// `NODE`: the flags.
+    pub node_flags: u64,
     /// Sizes of the maps.
     pub capacity: Capacity,
     /// Free service ids.
@@ -205,6 +207,7 @@ impl Model {
             local_addresses: contents.local_addresses.iter().copied().collect(),
             service_cidrs: contents.service_cidrs.iter().copied().collect(),
             pod_sources: contents.pod_sources.iter().copied().collect(),
+            node_flags: contents.node_flags,
             capacity,
             service_ids,
             backend_ids,

@@ -33,6 +33,8 @@ pub enum Op {
     ServiceCidr(Prefix, bool),
     /// `POD_SOURCES`: adds or removes.
     PodSource(Prefix, bool),
+    /// `NODE`: the flags.
+    NodeFlags(u64),
 }
 
 /// Why an operation failed.
@@ -83,7 +85,8 @@ pub fn filter_bits(op: &Op) -> Vec<FilterBit> {
         | Op::Slots(..)
         | Op::Service(..)
         | Op::SourceRange(..)
-        | Op::PodSource(..) => Vec::new(),
+        | Op::PodSource(..)
+        | Op::NodeFlags(..) => Vec::new(),
     }
 }
 
@@ -149,4 +152,6 @@ pub struct Contents {
     pub service_cidrs: Vec<Prefix>,
     /// `POD_SOURCES`.
     pub pod_sources: Vec<Prefix>,
+    /// `NODE`: the flags.
+    pub node_flags: u64,
 }

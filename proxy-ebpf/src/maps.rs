@@ -191,17 +191,17 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn host_netns(&self) -> u64 {
+    fn node(&self) -> Node {
         match NODE.get_ptr(0) {
-            Some(node) => load_words!(node, Node, 1).host_netns,
-            None => 0,
+            Some(node) => load_words!(node, Node, 2),
+            None => Node { host_netns: 0, flags: 0 },
         }
     }
 
     #[inline(always)]
     fn learn_host_netns(&self, cookie: u64) {
         if let Some(node) = NODE.get_ptr_mut(0) {
-            // SAFETY: the kernel's lookup returned a pointer to a whole element: one aligned word.
+            // SAFETY: the kernel's lookup returned a pointer to a whole element, which begins with the cookie.
             unsafe { node.cast::<u64>().write_volatile(cookie) };
         }
     }

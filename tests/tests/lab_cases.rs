@@ -4,8 +4,8 @@
 //! checks begin when the agent has programmed it. Endpoints are real servers, and everybody else whose address a
 //! client asks for serves there, too: see the module `world`.
 //!
-//! The host and pods of the node under test meet the socket edge; the pod Q of another node and everybody outside meet
-//! the packet edge at the node's devices. Every check of a pod runs a second time, in a test whose name ends in
+//! The host and pods of the node under test meet the socket edge, which leaves to the packet edge what it cannot tell a
+//! pod; the pod Q of another node and everybody outside meet the packet edge at the node's devices. Every check of a pod runs a second time, in a test whose name ends in
 //! `_packets`: there the pods are in no cgroup of the node, so that their packets meet the packet edge. UDP is tried with
 //! connected and with unconnected sockets.
 //!
@@ -14,7 +14,7 @@
 //! - `keep` and `masq`: the server sees whom [`cases::masquerade::seen`] says.
 //! - REJECT: ECONNREFUSED. At a socket, from the call that names the destination. A server listens at the destination, so
 //!   it is not the kernel that refuses.
-//! - DROP: silence; at a socket EPERM.
+//! - DROP: silence; at a socket of the host EPERM.
 //! - PASS: the real owner of the destination answers.
 //!
 //! Pauses and affinity timeouts are a fifth of the table's.

@@ -5,10 +5,9 @@
 //! runs the very code that the BPF programs are made of.
 //!
 //! - Senders on this node (P, P6, L1, many pods, H) are sockets at the socket edge, told apart by their network namespaces.
-//!   Where it does something else than the table says, [`Case::on_sockets`] tells so, and that is what is asserted.
-//!   UDP is asked twice: connected, and by sendmsg().
-//! - Senders elsewhere (Q, X, Y, X6) are packets: which Service port, which set, which verdict is checked. There is no
-//!   packet edge yet that would translate them.
+//!   UDP is asked twice: connected, and by sendmsg(). Every case is run twice: once what pods' sockets leave alone is
+//!   judged as packets, once nobody is there to do that. [`Case::on_sockets`] tells what comes out differently then.
+//! - Senders elsewhere (Q, X, Y, X6) are packets: which Service port, which set, which verdict is checked.
 //! - Source addresses (`keep`, `masq`) are not checked here: nothing has an address before a kernel gives it one.
 //! - Time is the simulator's own; pauses cost nothing.
 
@@ -35,7 +34,8 @@ macro_rules! cases {
 fn run(name: &str) -> Result<()> {
     let case = cases::all().into_iter().find(|case| case.test_name() == name);
     let case = case.context("no case of the table has this name")?;
-    pure::check(&case.on_sockets())
+    pure::check(&case, true).context("with packets of pods")?;
+    pure::check(&case.on_sockets(), false).context("without packets of pods")
 }
 
 /// Flows are a matter of packets and real sockets.
@@ -53,9 +53,10 @@ fn every_case_with_anything_to_check_has_its_test() {
 #[test]
 fn every_wrong_expectation_is_noticed() {
     for case in cases::all() {
-        for (wrong, check) in falsified(&case.on_sockets()).into_iter().filter(|(_, check)| is_checked(check))
-        {
-            assert!(pure::check(&wrong).is_err(), "{} passes with {check:?}", wrong.id);
+        for (case, in_packets) in [(case.clone(), true), (case.on_sockets(), false)] {
+            for (wrong, check) in falsified(&case).into_iter().filter(|(_, check)| is_checked(check)) {
+                assert!(pure::check(&wrong, in_packets).is_err(), "{} passes with {check:?}", wrong.id);
+            }
         }
     }
 }

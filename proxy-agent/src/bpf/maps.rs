@@ -127,6 +127,11 @@ impl KernelMaps {
         self.node.word(0, 0).map_or(0, |word| word.load(Acquire))
     }
 
+    /// Bits of [`proxy_common::abi::node`].
+    pub fn node_flags(&self) -> u64 {
+        self.node.word(0, 1).map_or(0, |word| word.load(Acquire))
+    }
+
     /// A counter, summed over the CPUs.
     ///
     /// # Errors
@@ -227,6 +232,7 @@ impl KernelMaps {
             local_addresses: self.local_addresses.iter().collect::<Result<_, _>>()?,
             service_cidrs: prefixes(&self.service_cidrs)?,
             pod_sources: prefixes(&self.pod_sources)?,
+            node_flags: self.node_flags(),
         })
     }
 }
@@ -309,6 +315,7 @@ impl MapStore for KernelMaps {
             Op::PodSource(pods, present) => {
                 put(&mut self.pod_sources, &prefix_key(*pods), *present).map_err(failed("POD_SOURCES"))
             }
+            Op::NodeFlags(flags) => store("NODE", &self.node, 0, 1, *flags),
         }
     }
 }

@@ -131,15 +131,16 @@ fn filter(service: &Service, family: Family, context: &Context, problems: &mut V
     let pods = context.cluster_cidr[family.index()];
     let pods_allowed = pods.is_some_and(|pods| cover(&ranges, &pods));
 
-    if !pods_allowed {
+    if !pods_allowed && !context.pods_in_packets {
         let why = match pods {
             Some(pods) => format!("do not contain every pod ({pods})"),
             None => format!("cannot be compared with the addresses of pods (no cluster CIDR for {family})"),
         };
         for vip in in_family(&service.load_balancer_ips, family) {
             problems.push(format!(
-                "sockets of pods are refused on load-balancer address {vip}: spec.loadBalancerSourceRanges {why}, \
-                 and a socket has no source address yet when it connects"
+                "sockets of pods are refused on load-balancer address {vip} while no interface of a pod is attached \
+                 (--pod-interfaces): spec.loadBalancerSourceRanges {why}, and a socket has no source address yet when \
+                 it connects"
             ));
         }
     }

@@ -49,6 +49,8 @@ pub struct Context {
     pub host_addresses: Vec<Addr>,
     /// The feature gate `AllowServiceExternalIPs` is off: externalIPs are no frontends.
     pub ignore_external_ips: bool,
+    /// The packet edge judges what pods send where their sockets cannot be told.
+    pub pods_in_packets: bool,
 }
 
 /// A backend of a Service port.

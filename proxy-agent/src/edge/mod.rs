@@ -31,7 +31,7 @@ pub mod attach;
 pub mod reserved_ports;
 
 use attach::{Attacher, Outcome};
-use choice::{Choices, choose, problems};
+use choice::{Choices, Role, choose, problems};
 use settings::Settings;
 use snapshot::{Snapshot, watch_network};
 use sources::{Facts, Sources, resolve};
@@ -75,6 +75,18 @@ pub struct DeviceState {
     pub near: bool,
     /// Whether packets start with the IP header.
     pub l3: bool,
+}
+
+impl DeviceState {
+    /// Whether the programs are attached.
+    pub fn is_attached(&self) -> bool {
+        !self.attached.is_empty()
+    }
+
+    /// Whether it is the host's side of a pod and the programs are attached.
+    pub fn is_attached_pod(&self) -> bool {
+        self.is_attached() && self.role == Role::Pod.name()
+    }
 }
 
 /// How the packet edge is doing.

@@ -24,8 +24,12 @@ use crate::desired::{DesiredPort, DesiredService, PortKey};
 use crate::model::{Claim, Freed, Model, Port, PortBackend, members, service_name};
 use crate::store::Op;
 
+mod left;
+
 #[cfg(test)]
 mod tests;
+
+pub use left::plan_left;
 
 /// What one Service should become; `None` when it is gone.
 #[derive(Clone, Debug)]

@@ -7,8 +7,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::{
-    AffinityKey, AffinityValue, Backend, Counter, Event, FrontendKey, FrontendValue, Service, ServiceName,
-    SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    AffinityKey, AffinityValue, Backend, Counter, Event, FrontendKey, FrontendValue, Node, Service,
+    ServiceName, SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
@@ -36,6 +36,7 @@ pub struct Simulator {
     source_ranges: BTreeSet<(u32, Prefix)>,
     service_cidrs: BTreeSet<Prefix>,
     pod_sources: BTreeSet<Prefix>,
+    node_flags: u64,
     affinity: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
     streams: RefCell<BTreeMap<u32, StreamRecord>>,
     udp_flows: RefCell<BTreeMap<UdpFlowKey, UdpFlow>>,
@@ -74,6 +75,7 @@ impl Simulator {
             source_ranges: self.source_ranges.iter().copied().collect(),
             service_cidrs: self.service_cidrs.iter().copied().collect(),
             pod_sources: self.pod_sources.iter().copied().collect(),
+            node_flags: self.node_flags,
         }
     }
 
@@ -122,6 +124,7 @@ impl MapStore for Simulator {
             Op::SourceRange(id, range, present) => put(&mut self.source_ranges, (*id, *range), *present),
             Op::ServiceCidr(cidr, present) => put(&mut self.service_cidrs, *cidr, *present),
             Op::PodSource(pods, present) => put(&mut self.pod_sources, *pods, *present),
+            Op::NodeFlags(flags) => self.node_flags = *flags,
         }
         Ok(())
     }
@@ -157,8 +160,8 @@ impl Tables for Simulator {
         self.service_cidrs.iter().any(|cidr| cidr.contains(*addr))
     }
 
-    fn host_netns(&self) -> u64 {
-        self.host_netns.get()
+    fn node(&self) -> Node {
+        Node { host_netns: self.host_netns.get(), flags: self.node_flags }
     }
 
     fn learn_host_netns(&self, cookie: u64) {

@@ -52,11 +52,14 @@ pub enum Counter {
     DropRedirect = 22,
     /// Dropped: it came from elsewhere with an address of this host as its source.
     DropOwnSource = 23,
+    /// connect() to an address of ours, or a datagram for one, that a pod's socket was not told about: the packet edge
+    /// serves or judges what follows.
+    LeftToPackets = 24,
 }
 
 impl Counter {
     /// Every counter, in index order.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::Connected,
         Self::Datagram,
         Self::RejectNoEndpoint,
@@ -81,6 +84,7 @@ impl Counter {
         Self::DropUnwritable,
         Self::DropRedirect,
         Self::DropOwnSource,
+        Self::LeftToPackets,
     ];
 
     /// Name in metrics and `status`.
@@ -110,6 +114,7 @@ impl Counter {
             Self::DropUnwritable => "drop_unwritable",
             Self::DropRedirect => "drop_redirect",
             Self::DropOwnSource => "drop_own_source",
+            Self::LeftToPackets => "left_to_packets",
         }
     }
 }

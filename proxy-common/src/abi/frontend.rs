@@ -95,7 +95,7 @@ pub mod flags {
     pub const SOURCE_RANGES: u16 = 1 << 3;
     /// Source ranges exclude this host.
     pub const DENY_HOST: u16 = 1 << 4;
-    /// Source ranges do not include every pod, and a socket knows no source yet: pods are refused here.
+    /// Source ranges do not include every pod, and a socket knows no source yet: pods are not served at their sockets.
     pub const DENY_POD: u16 = 1 << 5;
     /// An externalIP, load-balancer address or nodePort, as opposed to a clusterIP.
     pub const EXTERNAL: u16 = 1 << 6;

@@ -46,13 +46,22 @@ pub mod proto {
     pub const ICMPV6: u8 = 58;
 }
 
-/// `NODE`: one element, facts about this node that BPF programs need. Written by the agent, except
-/// `host_netns`, which the socket edge writes when it sees the agent's own probe connection.
+/// `NODE`: one element, facts about this node that the socket edge needs. Each word is stored and loaded by itself.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct Node {
-    /// Cookie of the host's network namespace (`bpf_get_netns_cookie`); 0 until it is known.
+    /// Cookie of the host's network namespace (`bpf_get_netns_cookie`); 0 until it is known. Written by the socket edge
+    /// when it sees the agent's own probe connection.
     pub host_netns: u64,
+    /// Bits of [`node`]. Written by the agent.
+    pub flags: u64,
+}
+
+/// Bits of [`Node::flags`].
+pub mod node {
+    /// The packet edge is attached to interfaces of pods, so their packets are judged there: what a pod's socket would
+    /// have to be denied in place of silence is left alone.
+    pub const PODS_IN_PACKETS: u64 = 1 << 0;
 }
 
 /// What the packet edge has done for one Service port, on one CPU: value of `SERVICE_COUNTERS`, by service id.
@@ -89,5 +98,5 @@ pub mod local_address {
     pub const NODEPORT: u32 = 2;
 }
 
-const _: () = assert!(size_of::<Node>() == 8);
+const _: () = assert!(size_of::<Node>() == 16);
 const _: () = assert!(size_of::<PrefixKey>() == 20);

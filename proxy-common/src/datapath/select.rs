@@ -20,7 +20,7 @@ pub enum Client {
 }
 
 impl Client {
-    /// Flags of a frontend that refuse this client at the socket, and that give it the local set.
+    /// Flags of a frontend that keep this client from being served at the socket, and that give it the local set.
     #[inline(always)]
     const fn bits(self) -> (u16, u16) {
         match self {

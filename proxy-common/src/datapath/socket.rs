@@ -2,6 +2,9 @@
 //!
 //! The application asks for a VIP and keeps seeing it; the socket is connected to a pod. After connect() there is
 //! no work per packet at all.
+//!
+//! What a pod's socket cannot be told is left to the packet edge, if that has the interfaces of pods: silence, and
+//! whether the pod's address is in source ranges, since a socket has no address yet.
 
 use super::lookup::{self, Target};
 use super::select::{Client, Selection, select};
@@ -9,7 +12,7 @@ use super::tables::{Socket, Tables};
 use crate::abi::frontend::flags::PROBE;
 use crate::abi::{
     AffinityKey, Backend, Counter, FlowDirection, FrontendValue, SocketRecord, StreamRecord, UdpFlow,
-    UdpFlowKey, backend::flags::SERVING, proto,
+    UdpFlowKey, backend::flags::SERVING, node::PODS_IN_PACKETS, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -20,13 +23,13 @@ const MPTCP: u32 = 262;
 /// What the hook answers the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Go on, address untouched.
+    /// Go on, address untouched: it is not ours, or what follows is the packet edge's.
     Pass,
     /// Go on, address rewritten.
     Translated,
     /// Fail with ECONNREFUSED (EPERM on kernels that cannot say it).
     Reject,
-    /// Fail with EPERM: the packet would have been dropped.
+    /// Fail with EPERM: the packet would have been dropped, and nobody is there to do so.
     Drop,
     /// Fail with ENOMEM: what was asked for could not be remembered, so nothing was translated.
     Fail,
@@ -36,18 +39,24 @@ pub enum Verdict {
 #[inline(always)]
 pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(proto) = protocol(socket) else { return Verdict::Pass };
+    let verdict = lead(socket, tables, proto);
+    // The socket may have been connected through us before. When this connect() fails, it still is.
+    if verdict == Verdict::Pass {
+        forget(socket, tables);
+    }
+    verdict
+}
+
+/// Connects a socket of `proto` to a backend instead.
+#[inline(always)]
+fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8) -> Verdict {
     let (vip, vip_port) = (socket.addr(), socket.port());
     let frontend = match target(socket, tables, vip, vip_port, proto) {
         Ok(frontend) => frontend,
-        Err(verdict) => {
-            // The socket may have been connected through us before. When this connect() fails, it still is.
-            if verdict == Verdict::Pass {
-                forget(socket, tables);
-            }
-            return verdict;
-        }
+        Err(verdict) => return verdict,
     };
-    match choose(socket, tables, frontend) {
+    let caller = Caller::of(socket, tables);
+    match caller.select(tables, frontend) {
         Selection::Backend(id, backend) => {
             let record = SocketRecord {
                 vip,
@@ -65,14 +74,8 @@ pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
             tables.count(Counter::Connected);
             Verdict::Translated
         }
-        Selection::Reject(why) => {
-            tables.count(why);
-            Verdict::Reject
-        }
-        Selection::Drop(why) => {
-            tables.count(why);
-            Verdict::Drop
-        }
+        Selection::Reject(why) => caller.refused(tables, Verdict::Reject, why),
+        Selection::Drop(why) => caller.refused(tables, Verdict::Drop, why),
     }
 }
 
@@ -92,29 +95,27 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let fresh = flow.and_then(|flow| serving(tables, frontend, &flow));
     let (id, addr, port) = match fresh {
         Some(found) => found,
-        None => match (choose(socket, tables, frontend), flow) {
-            (Selection::Backend(id, backend), before) => {
-                if before.is_some() {
-                    tables.count(Counter::UdpRepick);
+        None => {
+            let caller = Caller::of(socket, tables);
+            match (caller.select(tables, frontend), flow) {
+                (Selection::Backend(id, backend), before) => {
+                    if before.is_some() {
+                        tables.count(Counter::UdpRepick);
+                    }
+                    let Backend { addr, port, .. } = backend;
+                    let flow = UdpFlow { addr, port, pad: 0, backend: id, check: 0 };
+                    if !tables.put_udp_flow(&key, &flow.seal(&key)) {
+                        tables.count(Counter::FailRecord);
+                        return Verdict::Fail;
+                    }
+                    (id, addr, port)
                 }
-                let flow = UdpFlow { addr: backend.addr, port: backend.port, pad: 0, backend: id, check: 0 };
-                if !tables.put_udp_flow(&key, &flow.seal(&key)) {
-                    tables.count(Counter::FailRecord);
-                    return Verdict::Fail;
-                }
-                (id, backend.addr, backend.port)
+                // Nothing serves any more: as with conntrack, the flow is left to itself.
+                (_, Some(flow)) => (flow.backend, flow.addr, flow.port),
+                (Selection::Reject(why), None) => return caller.refused(tables, Verdict::Reject, why),
+                (Selection::Drop(why), None) => return caller.refused(tables, Verdict::Drop, why),
             }
-            // Nothing serves any more: as with conntrack, the flow is left to itself.
-            (_, Some(flow)) => (flow.backend, flow.addr, flow.port),
-            (Selection::Reject(why), None) => {
-                tables.count(why);
-                return Verdict::Reject;
-            }
-            (Selection::Drop(why), None) => {
-                tables.count(why);
-                return Verdict::Drop;
-            }
-        },
+        }
     };
     // Answers are translated back by this entry; it is looked up on each send because the LRU may have evicted it.
     let back = flow_key(socket, addr, port, FlowDirection::Reply);
@@ -258,21 +259,45 @@ fn target(
             Err(Verdict::Reject)
         }
         Target::InactiveAddress => {
-            tables.count(Counter::DropInactiveAddress);
-            Err(Verdict::Drop)
+            Err(Caller::of(socket, tables).refused(tables, Verdict::Drop, Counter::DropInactiveAddress))
         }
-        Target::Retry => {
-            tables.count(Counter::DropRetry);
-            Err(Verdict::Drop)
-        }
+        Target::Retry => Err(Caller::of(socket, tables).refused(tables, Verdict::Drop, Counter::DropRetry)),
     }
 }
 
-#[inline(always)]
-fn choose(socket: &impl Socket, tables: &impl Tables, frontend: FrontendValue) -> Selection {
-    let netns = socket.netns();
-    let client = if netns == tables.host_netns() { Client::Host } else { Client::Pod };
-    select(tables, frontend, client, AffinityKey::netns_client(netns))
+/// Who asks, as far as that matters.
+struct Caller {
+    netns: u64,
+    client: Client,
+    /// The packet edge judges what this socket will send.
+    in_packets: bool,
+}
+
+impl Caller {
+    #[inline(always)]
+    fn of(socket: &impl Socket, tables: &impl Tables) -> Self {
+        let (netns, node) = (socket.netns(), tables.node());
+        let client = if netns == node.host_netns { Client::Host } else { Client::Pod };
+        let in_packets = client == Client::Pod && node.flags & PODS_IN_PACKETS != 0;
+        Self { netns, client, in_packets }
+    }
+
+    #[inline(always)]
+    fn select(&self, tables: &impl Tables, frontend: FrontendValue) -> Selection {
+        select(tables, frontend, self.client, AffinityKey::netns_client(self.netns))
+    }
+
+    /// Counts a refusal. Where a packet would be dropped, the address is left as it is if somebody drops the packets: the
+    /// client then hears nothing, as it should. (Of the host's packets nobody judges all.)
+    #[inline(always)]
+    fn refused(&self, tables: &impl Tables, verdict: Verdict, why: Counter) -> Verdict {
+        if verdict == Verdict::Drop && self.in_packets {
+            tables.count(Counter::LeftToPackets);
+            return Verdict::Pass;
+        }
+        tables.count(why);
+        verdict
+    }
 }
 
 /// The backend of a flow, while it belongs to the Service port and serves.

@@ -1,8 +1,8 @@
 //! What decisions may look at and write: traits that BPF maps implement in the kernel and ordered maps in tests.
 
 use crate::abi::{
-    AffinityKey, AffinityValue, Backend, Counter, Event, FrontendKey, FrontendValue, Service, SocketRecord,
-    StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    AffinityKey, AffinityValue, Backend, Counter, Event, FrontendKey, FrontendValue, Node, Service,
+    SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -23,8 +23,8 @@ pub trait Tables {
     fn local_address(&self, addr: &Addr) -> u32;
     /// Whether `SERVICE_CIDRS` contains the address.
     fn in_service_cidr(&self, addr: &Addr) -> bool;
-    /// `NODE`: cookie of the host's network namespace, 0 while unknown.
-    fn host_netns(&self) -> u64;
+    /// `NODE`: every word loaded once.
+    fn node(&self) -> Node;
     /// Notes the cookie of the host's network namespace.
     fn learn_host_netns(&self, cookie: u64);
     /// `AFFINITY`.

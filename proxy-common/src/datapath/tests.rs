@@ -12,8 +12,8 @@ use super::tables::Tables;
 use crate::abi::backend::flags::IN_CLUSTER;
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
-    AffinityKey, AffinityValue, Backend, BackendState, Counter, Event, FrontendKey, FrontendValue, Service,
-    SlotRange, StreamRecord, Trace, UdpFlow, UdpFlowKey, local_address, proto,
+    AffinityKey, AffinityValue, Backend, BackendState, Counter, Event, FrontendKey, FrontendValue, Node,
+    Service, SlotRange, StreamRecord, Trace, UdpFlow, UdpFlowKey, local_address, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -76,8 +76,8 @@ impl Tables for Racing {
         self.in_cidr
     }
 
-    fn host_netns(&self) -> u64 {
-        0
+    fn node(&self) -> Node {
+        Node::default()
     }
 
     fn learn_host_netns(&self, _: u64) {}

@@ -12,8 +12,8 @@
 //! - Endpoints and senders: [`ENDPOINTS`] and [`Sender`].
 //! - Service `a/s` has clusterIP 10.96.0.10 and one port `web`, TCP 80, to port 8080 of the endpoints.
 //!
-//! The table speaks of kube-proxy. What the socket edge does differently is a table of its own, [`Case::on_sockets`];
-//! so is whose address endpoints see, [`masquerade`].
+//! The table speaks of kube-proxy. What the socket edge does differently where no packet edge follows is a table of its
+//! own, [`Case::on_sockets`]; so is whose address endpoints see, [`masquerade`].
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -252,7 +252,7 @@ pub enum Expect {
     Sticky(BTreeSet<Target>, Source),
     /// Connection refused.
     Reject,
-    /// Silence. (At a socket, the call fails instead.)
+    /// Silence. (At a socket of the host, or of a pod whose packets nobody judges, the call fails instead.)
     Drop,
     /// The proxy does not touch them.
     Pass,

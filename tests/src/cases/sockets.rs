@@ -1,7 +1,7 @@
-//! Where the socket edge does something else than the table says, and why.
+//! Where the socket edge does something else than the table says, if no packet edge follows, and why.
 
 use super::checks::parse;
-use super::{Case, Check, Connect, Proto};
+use super::{Case, Check, Connect};
 
 /// A check that comes out differently.
 struct Deviation {
@@ -18,8 +18,7 @@ const DEVIATIONS: [Deviation; 2] = [
     Deviation {
         case: "P145",
         instead: "P>10.96.0.10/ping = PASS",
-        because: "ping has no port that a Service could have: the hooks leave such sockets alone, and the refusal is \
-                  up to the packet edge",
+        because: "ping has no port that a Service could have: the hooks leave such sockets alone",
     },
     Deviation {
         case: "P156",
@@ -32,22 +31,10 @@ const DEVIATIONS: [Deviation; 2] = [
 impl Case {
     /// The case as the socket edge alone answers it: the checks of senders whose sockets it sees that come out
     /// differently there are replaced.
-    pub fn on_sockets(self) -> Self {
-        self.deviating(|_| true)
-    }
-
-    /// The case as the socket edge and, after it, the packet edge answer it.
-    pub fn on_sockets_and_packets(self) -> Self {
-        self.deviating(|proto| proto != Proto::Ping)
-    }
-
-    fn deviating(mut self, relevant: impl Fn(Proto) -> bool) -> Self {
+    pub fn on_sockets(mut self) -> Self {
         for deviation in DEVIATIONS.iter().filter(|deviation| deviation.case == self.id) {
             let instead = parse(deviation.instead).expect("a check in the table of deviations");
             for check in self.steps.iter_mut().flat_map(|step| &mut step.checks) {
-                if !matches!(check, Check::Connect(connect) if relevant(connect.dest.proto)) {
-                    continue;
-                }
                 if let Some(instead) = instead.iter().find(|instead| same_connections(instead, check)) {
                     *check = instead.clone();
                 }

@@ -176,7 +176,7 @@ fn bpftool_shows_every_map_with_field_names() -> Result<()> {
             "AFFINITY" => &["client", "service", "backend", "generation", "epoch", "last_seen"],
             "UDP_FLOWS" => &["cookie", "addr", "port", "direction", "backend", "check"],
             "STREAMS" => &["cookie", "record", "vip", "backend_addr", "service", "check"],
-            "NODE" => &["host_netns"],
+            "NODE" => &["host_netns", "flags"],
             "DEVICES" => &["snat_v4", "snat_v6", "flags"],
             "FLOWS" | "NEW_FLOWS" => &[
                 "source",

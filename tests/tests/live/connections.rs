@@ -110,7 +110,7 @@ fn ways(connect: &Connect, edge: Edge) -> &'static [lab::Proto] {
 fn attempts(place: &Place, connect: &Connect, who: &Client<'_>) -> Result<Vec<Attempt>> {
     let client = place.connect(connect.dest.addr).proto(who.way);
     match (&connect.expect, connect.pace) {
-        (Expect::Drop, _) if who.edge != Edge::Socket => client.timeout(SILENCE).times(2).run(),
+        (Expect::Drop, _) if !who.is_host() => client.timeout(SILENCE).times(2).run(),
         // With long pauses, until every endpoint was reached; in time, as the case says.
         (Expect::Spread(targets, _), Some(Pace { connections, pause })) if !pause.is_zero() => {
             let mut flow = client.pace(pause).start()?;
@@ -206,13 +206,18 @@ impl Client<'_> {
         failed(attempt, stages, "ECONNREFUSED")
     }
 
+    /// The host is told. Of a pod's socket the address is left alone, and its packets vanish.
     fn dropped(&self, attempt: &Attempt) -> bool {
-        match (self.edge, self.way) {
-            (Edge::Socket, lab::Proto::UdpUnconnected) => failed(attempt, &["send"], "EPERM"),
-            (Edge::Socket, _) => failed(attempt, &["connect"], "EPERM"),
-            (_, lab::Proto::Tcp) => failed(attempt, &["connect"], "ETIMEDOUT"),
-            (_, _) => failed(attempt, &["recv"], "ETIMEDOUT"),
+        match (self.is_host(), self.way) {
+            (true, lab::Proto::UdpUnconnected) => failed(attempt, &["send"], "EPERM"),
+            (true, _) => failed(attempt, &["connect"], "EPERM"),
+            (false, lab::Proto::Tcp) => failed(attempt, &["connect"], "ETIMEDOUT"),
+            (false, _) => failed(attempt, &["recv"], "ETIMEDOUT"),
         }
+    }
+
+    fn is_host(&self) -> bool {
+        self.sender == Sender::H
     }
 }
 

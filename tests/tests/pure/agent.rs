@@ -14,7 +14,7 @@ use proxy_agent::cluster::{self, Change, Cluster, ObjectKey, Scope};
 use proxy_agent::desired::{Context, desired_service};
 use proxy_agent::model::Model;
 use proxy_agent::node::{NodePortAddresses, local_addresses};
-use proxy_agent::plan::{Plan, Wanted, plan, plan_node};
+use proxy_agent::plan::{Plan, Wanted, plan, plan_left, plan_node};
 use proxy_agent::sim::Simulator;
 use proxy_agent::sources::convert::Converter;
 use proxy_agent::store::{Capacity, MapStore as _, Op};
@@ -49,7 +49,8 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    pub(super) fn new(config: &Config) -> Result<Self> {
+    /// `pods_in_packets`: whether it is attached to the interfaces of pods.
+    pub(super) fn new(config: &Config, pods_in_packets: bool) -> Result<Self> {
         let mut cluster_cidr = [None; 2];
         for text in &config.cluster_cidr {
             let cidr = prefix(text).with_context(|| format!("cluster CIDR {text}"))?;
@@ -64,7 +65,7 @@ impl Agent {
         let maps = Simulator::default();
         maps.host_netns.set(HOST_NETNS);
         maps.clock.set(3_600_000_000_000);
-        Ok(Self {
+        let mut agent = Self {
             converter: Converter::new(NODE),
             objects: BTreeMap::new(),
             cluster: Cluster::default(),
@@ -74,6 +75,7 @@ impl Agent {
                 host_addresses: addresses.collect::<Result<_>>()?,
                 ignore_external_ips: !config.allow_external_ips,
                 pods_by_interface: config.detect_local != DetectLocal::ClusterCidr,
+                pods_in_packets,
                 ..Context::default()
             },
             node_ports,
@@ -86,7 +88,10 @@ impl Agent {
             }),
             maps,
             first: true,
-        })
+        };
+        let ops = plan_left(&mut agent.model, Some(pods_in_packets));
+        agent.carry_out(&ops)?;
+        Ok(agent)
     }
 
     /// Makes `objects` the whole state of the cluster: what differs from the state before is told to the cluster, and
@@ -178,6 +183,11 @@ impl Agent {
         let by_source = self.context.cluster_cidr[source.family().index()];
         let pods = by_source.filter(|_| !self.context.pods_by_interface);
         pods.is_some_and(|pods| pods.contains(source)) || self.context.host_addresses.contains(&source)
+    }
+
+    /// Whether packets of a pod of this node are near.
+    pub(super) fn is_near_pod(&self, source: Addr) -> bool {
+        self.context.pods_by_interface || self.is_near(source)
     }
 
     /// The Service port behind a frontend.

@@ -1,9 +1,9 @@
 //! Who connects: sockets of this node, which meet the real socket edge, and packets from elsewhere.
 //!
-//! For packets there is no edge yet that would translate them. What is judged is everything before that: whose
-//! address it is ([`lookup::find`]), the set that a far or near client gets, the pick, affinity by the client's
-//! address ([`select`]). Source ranges of packets are compared here, as the packet edge will do by a table that is
-//! filled from the same Service; that the frontend tells it to look there is checked.
+//! Of packets everything is judged that comes before their translation: whose address it is ([`lookup::find`]), the set
+//! that a far or near client gets, the pick, affinity by the client's address ([`select`]). Source ranges of packets are
+//! compared here, as the packet edge does by a table that is filled from the same Service; that the frontend tells it to
+//! look there is checked. What a pod's socket leaves alone goes on as a packet, where those of pods are judged.
 
 use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
@@ -11,12 +11,14 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Result, bail, ensure};
 use proxy_agent::sim::SimSocket;
 use proxy_common::abi::frontend::flags::SOURCE_RANGES;
+use proxy_common::abi::node::PODS_IN_PACKETS;
 use proxy_common::abi::{FrontendValue, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::lookup;
 use proxy_common::datapath::select::{Client as Origin, Selection, select};
 use proxy_common::datapath::socket::{self, Verdict};
+use proxy_common::datapath::tables::Tables as _;
 use proxy_tests::cases::{Dest, Proto, Sender};
 
 use super::agent::{Agent, abi_port};
@@ -32,7 +34,7 @@ pub(super) enum Fate {
     To(SocketAddr),
     /// Refused.
     Reject,
-    /// In silence; at a socket, with EPERM.
+    /// In silence; at a socket where nobody judges packets, with EPERM.
     Drop,
     /// Where the client wanted to go.
     Pass,
@@ -50,28 +52,28 @@ pub(super) enum Way {
 /// One client.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Client {
-    /// A process in the network namespace with this cookie.
-    Socket { netns: u64 },
+    /// A process in the network namespace with this cookie; `pod` is its address, if that is a pod's.
+    Socket { netns: u64, pod: Option<IpAddr> },
     /// A machine with this address.
     Packets { source: IpAddr, origin: Origin },
 }
 
 /// The clients that `sender` stands for.
 pub(super) fn of(sender: Sender, agent: &Agent) -> Vec<Client> {
-    let netns = |first: u64| {
+    let pods = |first: u64| {
         let pods = (first..).zip(sender.addresses());
-        pods.map(|(netns, _)| Client::Socket { netns }).collect()
+        pods.map(|(netns, address)| Client::Socket { netns, pod: Some(address) }).collect()
     };
     let packets = |source: IpAddr| {
         let origin = if agent.is_near(source.into()) { Origin::Near } else { Origin::Far };
         Client::Packets { source, origin }
     };
     match sender {
-        Sender::H => netns(HOST_NETNS),
+        Sender::H => vec![Client::Socket { netns: HOST_NETNS, pod: None }],
         // One pod with two addresses.
-        Sender::P | Sender::P6 => netns(HOST_NETNS + 1),
-        Sender::L1 => netns(HOST_NETNS + 2),
-        Sender::Pods => netns(HOST_NETNS + 3),
+        Sender::P | Sender::P6 => pods(HOST_NETNS + 1),
+        Sender::L1 => pods(HOST_NETNS + 2),
+        Sender::Pods => pods(HOST_NETNS + 3),
         Sender::Q | Sender::X | Sender::Y | Sender::X6 => {
             sender.addresses().into_iter().map(packets).collect()
         }
@@ -82,7 +84,13 @@ impl Client {
     /// A new connection (or the first datagram of a new socket).
     pub(super) fn connect(&self, agent: &Agent, dest: &Dest, way: Way) -> Result<Fate> {
         match *self {
-            Self::Socket { netns } => at_socket(agent, netns, dest, way),
+            Self::Socket { netns, pod } => match (at_socket(agent, netns, dest, way)?, pod) {
+                (Fate::Pass, Some(pod)) if agent.maps().node().flags & PODS_IN_PACKETS != 0 => {
+                    let origin = if agent.is_near_pod(pod.into()) { Origin::Near } else { Origin::Far };
+                    as_packet(agent, pod.into(), origin, dest)
+                }
+                (fate, _) => Ok(fate),
+            },
             Self::Packets { source, origin } => as_packet(agent, source.into(), origin, dest),
         }
     }

@@ -22,9 +22,10 @@ const UNEVEN: usize = PER_TARGET / 4;
 /// The same where all fates are alike.
 const SOME: usize = 20;
 
-/// Runs the steps of a case, one after the other, on one and the same agent.
-pub(crate) fn check(case: &Case) -> Result<()> {
-    let mut agent = Agent::new(&case.config)?;
+/// Runs the steps of a case, one after the other, on one and the same agent. `pods_in_packets`: what pods' sockets leave
+/// alone is judged as packets.
+pub(crate) fn check(case: &Case, pods_in_packets: bool) -> Result<()> {
+    let mut agent = Agent::new(&case.config, pods_in_packets)?;
     for (number, step) in case.steps.iter().enumerate() {
         agent.take_in(&step.objects).with_context(|| format!("step {number}"))?;
         for check in &step.checks {

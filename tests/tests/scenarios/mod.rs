@@ -5,7 +5,8 @@ mod cluster;
 mod outside;
 mod services;
 
-use proxy_tests::lab::Attempt;
+use proxy_tests::lab::{Attempt, Place};
+use proxy_tests::scenarios::CLIENT;
 
 const KUBIA: [&str; 3] = ["kubia-7nog1", "kubia-gzwli", "kubia-3inly"];
 const LINUXEA: [&str; 3] = ["linuxea-0", "linuxea-1", "linuxea-2"];
@@ -14,4 +15,9 @@ const MANY: usize = 300;
 
 fn failure(attempt: &Attempt) -> &str {
     attempt.error.as_deref().unwrap_or("answered")
+}
+
+/// How a client finds out that an address for Services has none: the host is told, a pod waits.
+fn failure_without_service(place: &Place) -> &'static str {
+    if place.name() == CLIENT { "ETIMEDOUT" } else { "EPERM" }
 }

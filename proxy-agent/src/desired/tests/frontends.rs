@@ -125,6 +125,9 @@ fn p150_to_p152_p158_source_ranges_filter_the_load_balancer_address_only() {
     let problems = world.desired().problems;
     assert_eq!(problems.len(), 2, "one for each address: {problems:?}");
     assert!(problems[0].contains("198.18.5.5") && problems[0].contains("10.64.0.0/12"), "{problems:?}");
+    let served = world.with(|w| w.context.pods_in_packets = true);
+    served.check("P>VIP = DROP");
+    assert_eq!(served.desired().problems, [""; 0], "they are judged in packets");
 }
 
 #[test]

@@ -156,6 +156,7 @@ fn s_with(slices: Vec<Slice>) -> World {
             pods_by_interface: false,
             host_addresses: ["127.0.0.1", "::1", "192.0.2.10", "2001:db8:1::10"].map(addr).to_vec(),
             ignore_external_ips: false,
+            pods_in_packets: false,
         },
     }
 }

@@ -221,7 +221,8 @@ impl Machine {
                 | Op::Frontend(..)
                 | Op::LocalAddress(..)
                 | Op::ServiceCidr(..)
-                | Op::PodSource(..) => false,
+                | Op::PodSource(..)
+                | Op::NodeFlags(..) => false,
             };
             assert!(!reused, "{op:?} writes to what is not free yet");
         }

@@ -265,6 +265,58 @@ fn clients_get_the_set_and_the_refusal_that_is_theirs() {
     assert_eq!(sim.counted(Counter::DropSourceRange), 120);
 }
 
+/// What a pod cannot be told at its socket is left alone, once its packets are judged. The host is told as before.
+#[test]
+fn silence_and_source_ranges_are_left_to_the_packets_of_pods() {
+    let mut sim = world();
+    frontend(&mut sim, exact(vip(21), 80, TCP), 2, POD_LOCAL | NEAR_LOCAL);
+    frontend(&mut sim, exact(vip(30), 80, TCP), 1, DENY_POD | DENY_HOST);
+    frontend(&mut sim, exact(vip(31), 80, TCP), 1, DENY_POD);
+    sim.apply(&Op::Slots(40, vec![99])).unwrap();
+    let torn = Service { cluster: SlotRange { base: 40, len: 1 }, ..Service::default() };
+    sim.apply(&Op::Service(3, torn)).unwrap();
+    frontend(&mut sim, exact(vip(32), 80, TCP), 3, 0);
+    let other = exact(vip(34), 80, TCP);
+    sim.apply(&Op::Frontend(exact(vip(33), 80, TCP), Some(FrontendValue::new(&other, 1, 0)))).unwrap();
+    let dropped = [
+        (vip(21), Counter::DropNoLocalEndpoint),
+        (vip(99), Counter::DropInactiveAddress),
+        (vip(30), Counter::DropSourceRange),
+        (vip(32), Counter::DropRetry),
+        (vip(33), Counter::DropRetry),
+    ];
+    for (address, counter) in dropped {
+        check(&sim, socket(address, 80, TCP), Drop, Some(counter));
+    }
+    check(&sim, socket(vip(31), 80, TCP), Drop, Some(Counter::DropSourceRange));
+
+    sim.apply(&Op::NodeFlags(PODS_IN_PACKETS)).unwrap();
+    for (address, counter) in dropped {
+        check(&sim, socket(address, 80, TCP), Pass, Some(Counter::LeftToPackets));
+        check(&sim, SimSocket { netns: HOST_NETNS, ..socket(address, 80, TCP) }, Drop, Some(counter));
+    }
+    check(&sim, socket(vip(31), 80, TCP), Pass, Some(Counter::LeftToPackets));
+    let host = SimSocket { netns: HOST_NETNS, ..socket(vip(31), 80, TCP) };
+    check(&sim, host, Translated, Some(Counter::Connected));
+    // Everything else is as before.
+    check(&sim, socket(vip(10), 80, TCP), Translated, Some(Counter::Connected));
+    check(&sim, socket(vip(20), 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
+    check(&sim, socket(vip(10), 81, TCP), Reject, Some(Counter::RejectUnusedPort));
+    check(&sim, socket(pod(1), 8080, TCP), Pass, None);
+}
+
+#[test]
+fn a_socket_that_is_left_to_packets_forgets_its_record() {
+    let mut sim = world();
+    sim.apply(&Op::NodeFlags(PODS_IN_PACKETS)).unwrap();
+    for proto in [TCP, UDP] {
+        let mut socket = check(&sim, socket(vip(10), 80, proto), Translated, Some(Counter::Connected));
+        (socket.addr, socket.port) = (vip(99), Be16::new(80));
+        assert_eq!(connect(&mut socket, &sim), Pass);
+        assert_eq!((socket.addr, record_of(&sim, &socket)), (vip(99), None));
+    }
+}
+
 #[test]
 fn the_probe_and_nothing_else_teaches_which_namespace_is_the_hosts() {
     let mut sim = world();

@@ -152,6 +152,30 @@ fn a_flow_is_left_to_itself_when_nothing_serves_and_a_new_one_is_refused() {
 }
 
 #[test]
+fn datagrams_of_pods_are_left_to_packets_but_for_flows_that_there_are() {
+    let mut sim = world();
+    sim.apply(&Op::NodeFlags(PODS_IN_PACKETS)).unwrap();
+    let from = socket(vip(10), 80, UDP);
+    let first = send(&sim, &from);
+    for id in 1..=3 {
+        set_backend(&mut sim, id, 0, 5);
+    }
+    set_service(&mut sim, |service| service.cluster = SlotRange::DROP);
+    assert_eq!(send(&sim, &from), first);
+    assert_eq!(sim.counted(Counter::LeftToPackets), 0);
+    let other = SimSocket { cookie: 501, ..from };
+    for address in [vip(10), vip(99)] {
+        let mut left = SimSocket { addr: address, ..other.clone() };
+        let before = left.clone();
+        assert_eq!(sendmsg(&mut left, &sim), Pass);
+        assert_eq!(left, before);
+        let mut host = SimSocket { netns: HOST_NETNS, ..before };
+        assert_eq!(sendmsg(&mut host, &sim), Drop);
+    }
+    assert_eq!(sim.counted(Counter::LeftToPackets), 2);
+}
+
+#[test]
 fn a_flow_ends_with_its_frontend() {
     let mut sim = world();
     let from = socket(vip(10), 80, UDP);
