@@ -9,6 +9,7 @@
 use super::lookup::{self, Target};
 use super::select::{Client, Selection, select};
 use super::tables::{Socket, Tables};
+use super::trace;
 use crate::abi::frontend::flags::PROBE;
 use crate::abi::{
     AffinityKey, Backend, Counter, FlowDirection, FrontendValue, SocketRecord, StreamRecord, UdpFlow,
@@ -70,12 +71,13 @@ fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8) -> Verdict {
                 tables.count(Counter::FailRecord);
                 return Verdict::Fail;
             }
+            let to = (backend.addr, backend.port);
+            trace::called(tables, Counter::Connected, socket, frontend.service, Some(to), true);
             socket.rewrite(backend.addr, backend.port);
-            tables.count(Counter::Connected);
             Verdict::Translated
         }
-        Selection::Reject(why) => caller.refused(tables, Verdict::Reject, why),
-        Selection::Drop(why) => caller.refused(tables, Verdict::Drop, why),
+        Selection::Reject(why) => caller.refused(tables, socket, Verdict::Reject, why, frontend.service),
+        Selection::Drop(why) => caller.refused(tables, socket, Verdict::Drop, why, frontend.service),
     }
 }
 
@@ -112,8 +114,12 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
                 }
                 // Nothing serves any more: as with conntrack, the flow is left to itself.
                 (_, Some(flow)) => (flow.backend, flow.addr, flow.port),
-                (Selection::Reject(why), None) => return caller.refused(tables, Verdict::Reject, why),
-                (Selection::Drop(why), None) => return caller.refused(tables, Verdict::Drop, why),
+                (Selection::Reject(why), None) => {
+                    return caller.refused(tables, socket, Verdict::Reject, why, frontend.service);
+                }
+                (Selection::Drop(why), None) => {
+                    return caller.refused(tables, socket, Verdict::Drop, why, frontend.service);
+                }
             }
         }
     };
@@ -129,8 +135,8 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
         tables.count(Counter::FailRecord);
         return Verdict::Fail;
     }
+    trace::called(tables, Counter::Datagram, socket, frontend.service, Some((addr, port)), fresh.is_none());
     socket.rewrite(addr, port);
-    tables.count(Counter::Datagram);
     Verdict::Translated
 }
 
@@ -255,13 +261,19 @@ fn target(
         }
         Target::Other => Err(Verdict::Pass),
         Target::UnusedPort => {
-            tables.count(Counter::RejectUnusedPort);
+            trace::called(tables, Counter::RejectUnusedPort, socket, 0, None, true);
             Err(Verdict::Reject)
         }
-        Target::InactiveAddress => {
-            Err(Caller::of(socket, tables).refused(tables, Verdict::Drop, Counter::DropInactiveAddress))
+        Target::InactiveAddress => Err(Caller::of(socket, tables).refused(
+            tables,
+            socket,
+            Verdict::Drop,
+            Counter::DropInactiveAddress,
+            0,
+        )),
+        Target::Retry => {
+            Err(Caller::of(socket, tables).refused(tables, socket, Verdict::Drop, Counter::DropRetry, 0))
         }
-        Target::Retry => Err(Caller::of(socket, tables).refused(tables, Verdict::Drop, Counter::DropRetry)),
     }
 }
 
@@ -290,13 +302,18 @@ impl Caller {
     /// Counts a refusal. Where a packet would be dropped, the address is left as it is if somebody drops the packets: the
     /// client then hears nothing, as it should. (Of the host's packets nobody judges all.)
     #[inline(always)]
-    fn refused(&self, tables: &impl Tables, verdict: Verdict, why: Counter) -> Verdict {
-        if verdict == Verdict::Drop && self.in_packets {
-            tables.count(Counter::LeftToPackets);
-            return Verdict::Pass;
-        }
-        tables.count(why);
-        verdict
+    fn refused(
+        &self,
+        tables: &impl Tables,
+        socket: &impl Socket,
+        verdict: Verdict,
+        why: Counter,
+        service: u32,
+    ) -> Verdict {
+        let left = verdict == Verdict::Drop && self.in_packets;
+        let what = if left { Counter::LeftToPackets } else { why };
+        trace::called(tables, what, socket, service, None, true);
+        if left { Verdict::Pass } else { verdict }
     }
 }
 

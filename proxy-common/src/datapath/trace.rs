@@ -75,7 +75,8 @@ fn packet(tables: &impl Tables, parsed: &Parsed, new: &Tuple, service: u32, abou
     });
 }
 
-/// Counts what becomes of a call on a socket, and tells of it. `to` is what it is translated to.
+/// Counts what becomes of a call on a socket, and tells of it. `to` is what it is translated to; `begins`: it is not
+/// the next datagram of a flow.
 #[inline(always)]
 pub fn called(
     tables: &impl Tables,
@@ -83,24 +84,34 @@ pub fn called(
     socket: &impl Socket,
     service: u32,
     to: Option<(Addr, Be16)>,
+    begins: bool,
 ) {
     tables.count(what);
-    if watched(tables) && wanted(tables, service, false) {
-        let (new_destination, new_destination_port) = to.unwrap_or((Addr::ZERO, Be16::default()));
-        tables.tell(&Event {
-            time: tables.now(),
-            destination: socket.addr(),
-            destination_port: socket.port(),
-            new_destination,
-            new_destination_port,
-            service,
-            // MPTCP speaks TCP with everybody.
-            proto: socket.protocol() as u8,
-            what: what as u8,
-            place: place::SOCKET,
-            ..Event::default()
-        });
+    if watched(tables) {
+        let to = to.unwrap_or((Addr::ZERO, Be16::default()));
+        call(tables, socket, &to, u64::from(service) << 32 | u64::from(begins) << 8 | what as u64);
     }
+}
+
+#[inline(never)]
+fn call(tables: &impl Tables, socket: &impl Socket, to: &(Addr, Be16), about: u64) {
+    let (service, what) = ((about >> 32) as u32, about as u8);
+    if !wanted(tables, service, about >> 8 & 1 == 0) {
+        return;
+    }
+    tables.tell(&Event {
+        time: tables.now(),
+        destination: socket.addr(),
+        destination_port: socket.port(),
+        new_destination: to.0,
+        new_destination_port: to.1,
+        service,
+        // MPTCP speaks TCP with everybody.
+        proto: socket.protocol() as u8,
+        what,
+        place: place::SOCKET,
+        ..Event::default()
+    });
 }
 
 #[inline(always)]
