@@ -121,7 +121,7 @@ fn sequence(kernel: &mut Kernel, seed: u64, form: Form, tally: &mut Tally) -> Re
         packets += 1;
         let name = || format!("packet {packets}: {step:02x?}");
         let (verdict, bytes) = one(kernel, &world, &step, form).with_context(name)?;
-        check(&step, verdict, &bytes).map_err(anyhow::Error::msg).with_context(name)?;
+        check(&world, &step, verdict, &bytes).map_err(anyhow::Error::msg).with_context(name)?;
         let family = if step.bytes.get(12..14) == Some(&[0x86, 0xdd]) { "v6" } else { "v4" };
         *tally.entry(format!("{verdict:?} {family}")).or_default() += 1;
         traffic.note(&step, verdict, &bytes);

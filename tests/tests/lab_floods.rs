@@ -76,6 +76,7 @@ impl Scene {
         assert_eq!(assured.difference(&self.assured()?).count(), 0, "flows are gone");
         let flooded = Flooded { sent, outcome, before, after };
         eprintln!("{flooded}");
+        assert!(flooded.outcome.fewest >= flooded.sent.took.as_secs() / 2, "some have waited for long");
         Ok(flooded)
     }
 }
@@ -152,6 +153,7 @@ fn a_flood_breaks_no_established_connection() -> Result<()> {
     let _turn = alone();
     let mut scene = Scene::new(Backend::Local)?;
     scene.flood(spoofed(Backend::Local, PACKETS), |_| Ok(()))?.arrived();
+    assert_eq!(scene.ground.agent().get("/readyz")?.0, 200);
     Ok(())
 }
 

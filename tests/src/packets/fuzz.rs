@@ -38,7 +38,7 @@ pub fn packet(data: &[u8]) {
 fn send(world: &World, step: &Step) -> (proxy_common::datapath::edge::Verdict, Vec<u8>) {
     let send = if step.egress { World::leave } else { World::enter };
     let (verdict, bytes) = send(world, step.device, step.bytes.clone());
-    if let Err(what) = check(step, verdict, &bytes) {
+    if let Err(what) = check(world, step, verdict, &bytes) {
         unreachable!("{what}: {step:02x?} to {verdict:?} {bytes:02x?}");
     }
     (verdict, bytes)

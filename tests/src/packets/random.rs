@@ -7,7 +7,7 @@ use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
 
 use super::wire::{Body, ETHERNET, Packet, Seen, Trouble, fragments, read};
-use super::world::{BARE, NEAR, NIC, Net, OVERLAY, POD};
+use super::world::{BARE, NEAR, NIC, Net, OVERLAY, POD, World};
 
 /// By how often they are used.
 const DEVICES: [u32; 10] = [NIC, NIC, NIC, NIC, OVERLAY, OVERLAY, OVERLAY, POD, BARE, NEAR];
@@ -315,7 +315,7 @@ fn way_out(bytes: &[u8]) -> Option<u32> {
 ///
 /// # Errors
 /// With what does not hold.
-pub fn check(step: &Step, verdict: Verdict, out: &[u8]) -> Result<(), String> {
+pub fn check(world: &World, step: &Step, verdict: Verdict, out: &[u8]) -> Result<(), String> {
     let before = &step.bytes[..];
     match verdict {
         Verdict::Pass if out != before => return Err("changed, but not translated".into()),
@@ -330,7 +330,9 @@ pub fn check(step: &Step, verdict: Verdict, out: &[u8]) -> Result<(), String> {
         }
         Verdict::Reply => {}
     }
-    if verdict != Verdict::Pass && !concerns_us(before) {
+    // A fragment by itself may be anybody's, as far as the filter tells.
+    let unclear = verdict == Verdict::Drop && to(before).is_some_and(|to| world.may_be_ours(to));
+    if verdict != Verdict::Pass && !concerns_us(before) && !unclear {
         return Err("none of ours".into());
     }
     let (Ok(was), true) = (read(before), matches!(verdict, Verdict::Translated | Verdict::Reply)) else {
@@ -347,6 +349,16 @@ pub fn check(step: &Step, verdict: Verdict, out: &[u8]) -> Result<(), String> {
         return Err(format!("{was:?} became {is:?}"));
     }
     Ok(())
+}
+
+/// The destination in an IP header, whatever else the packet is.
+fn to(bytes: &[u8]) -> Option<IpAddr> {
+    let at = |offset: usize, len: usize| bytes.get(ETHERNET + offset..ETHERNET + offset + len);
+    match bytes.get(12..14)? {
+        [0x08, 0x00] => <[u8; 4]>::try_from(at(16, 4)?).ok().map(IpAddr::from),
+        [0x86, 0xdd] => <[u8; 16]>::try_from(at(24, 16)?).ok().map(IpAddr::from),
+        _ => None,
+    }
 }
 
 /// Whether an address of the world is anywhere in the packet.

@@ -15,6 +15,7 @@ use proxy_common::abi::{
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::{Edge, Verdict};
+use proxy_common::datapath::lookup::may_be_ours;
 
 /// The device to the world outside.
 pub const NIC: u32 = 2;
@@ -280,6 +281,11 @@ impl World {
         let mut frame = Frame::new(bytes, device);
         let verdict = self.sim.packet(&mut frame, edge_of(device), true);
         (verdict, frame.bytes)
+    }
+
+    /// Whether the filter says that an address may be one of a Service or of the host.
+    pub fn may_be_ours(&self, ip: IpAddr) -> bool {
+        may_be_ours(&self.sim, &ip.into())
     }
 
     /// Lets time pass, in seconds.

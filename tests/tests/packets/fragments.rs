@@ -1,6 +1,12 @@
 //! Fragments: the later ones have no ports and follow their first one.
 
-use proxy_common::abi::Counter;
+use std::net::{IpAddr, SocketAddr};
+
+use proxy_agent::store::{MapStore as _, Op};
+use proxy_common::abi::frontend::flags::EXTERNAL;
+use proxy_common::abi::proto::UDP;
+use proxy_common::abi::{Counter, FrontendKey, FrontendValue};
+use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_tests::packets::{Body, NIC, Net, OVERLAY, POD, Packet, fragments};
 
@@ -53,10 +59,10 @@ fn all_fragments_go_where_the_first_one_goes() {
     }
 }
 
-fn sent_from(first: &[u8], net: Net) -> std::net::SocketAddr {
+fn sent_from(first: &[u8], net: Net) -> SocketAddr {
     let header = if net.v6 { 14 + 40 + 8 } else { 14 + 20 };
     let port = u16::from_be_bytes([first[header], first[header + 1]]);
-    std::net::SocketAddr::new(seen(first).source.ip(), port)
+    SocketAddr::new(seen(first).source.ip(), port)
 }
 
 #[test]
@@ -92,9 +98,9 @@ fn what_comes_before_its_first_fragment_is_dropped() {
 fn fragments_of_others_stay_as_they_are() {
     for net in Net::ALL {
         let world = world();
-        let beside = std::net::SocketAddr::new(net.beside().ip(), 80);
-        let unused = std::net::SocketAddr::new(net.ranged().ip(), 9999);
-        let node = std::net::SocketAddr::new(net.node(), 9999);
+        let beside = SocketAddr::new(net.beside().ip(), 80);
+        let unused = SocketAddr::new(net.ranged().ip(), 9999);
+        let node = SocketAddr::new(net.node(), 9999);
         for (id, destination) in (1..).zip([beside, unused, node, net.client(), net.remote(2)]) {
             let packet = Packet::udp(net.stranger(), destination, &large());
             let [first, later] = both(&packet, id);
@@ -110,6 +116,35 @@ fn fragments_of_others_stay_as_they_are() {
             let [_, later] = both(&Packet::udp(net.stranger(), destination, &large()), id);
             passes(|bytes| world.enter(NIC, bytes), &later);
         }
+        assert_eq!(counts(&world), []);
+    }
+}
+
+/// The filter has a bit for each address of a Service, which others share by chance: not to the loss of pods.
+#[test]
+fn fragments_to_pods_pass_out_of_order() {
+    for net in Net::ALL {
+        let mut world = world();
+        let beside = |like: IpAddr, number: u16| match like {
+            IpAddr::V4(v4) => IpAddr::from((u32::from(v4) & 0xffff_0000 | u32::from(number)).to_be_bytes()),
+            IpAddr::V6(v6) => IpAddr::from((u128::from(v6) & !0xffff | u128::from(number)).to_be_bytes()),
+        };
+        for number in 1..100 {
+            let addr = beside(net.ranged().ip(), number).into();
+            let key = FrontendKey::exact(addr, Be16::new(53), UDP);
+            let value = FrontendValue::new(&key, net.there_id(), EXTERNAL);
+            world.sim.apply(&Op::Frontend(key, Some(value))).unwrap();
+        }
+        let mut shared = 0;
+        for pod in (0..=u16::MAX).map(|number| beside(net.remote(1).ip(), number)) {
+            if world.may_be_ours(pod) {
+                let packet = Packet::udp(net.stranger(), SocketAddr::new(pod, 80), &large());
+                let [_, later] = both(&packet, 1);
+                passes(|bytes| world.enter(NIC, bytes), &later);
+                shared += 1;
+            }
+        }
+        assert!(shared > 0, "{net:?}: no pod shares a bit with a Service");
         assert_eq!(counts(&world), []);
     }
 }

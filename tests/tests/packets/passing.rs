@@ -34,7 +34,7 @@ proptest! {
         while let Some(step) = traffic.next() {
             world.pass(step.pause);
             let (verdict, bytes) = send(&world, &step);
-            if let Err(what) = check(&step, verdict, &bytes) {
+            if let Err(what) = check(&world, &step, verdict, &bytes) {
                 return Err(TestCaseError::fail(format!("{what}: {step:02x?} to {bytes:02x?}")));
             }
             traffic.note(&step, verdict, &bytes);
@@ -63,7 +63,7 @@ proptest! {
         let world = World::new().unwrap();
         let step = Step { device, egress, bytes, pause: 0 };
         let (verdict, after) = send(&world, &step);
-        if let Err(what) = check(&step, verdict, &after) {
+        if let Err(what) = check(&world, &step, verdict, &after) {
             return Err(TestCaseError::fail(format!("{what}: {step:02x?} to {after:02x?}")));
         }
     }

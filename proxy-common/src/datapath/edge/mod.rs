@@ -516,12 +516,14 @@ fn malformed(tables: &impl EdgeTables, destination: &Addr) -> Verdict {
 }
 
 /// A later fragment that has come before its first one. Only with that one is it known whose it is: where there may be a
-/// frontend it cannot go on. The host takes its own fragments together.
+/// frontend it cannot go on. The host takes its own fragments together, and pods are none, though they may share a bit of
+/// the filter with one.
 #[inline(never)]
 fn stray_fragment(tables: &impl EdgeTables, destination: &Addr) -> Verdict {
     let bit = FilterBit::of_address(destination);
     if tables.local_address(destination) & local_address::HOST != 0
-        || tables.filter(bit.word) & bit.mask == 0 && !tables.in_service_cidr(destination)
+        || !tables.in_service_cidr(destination)
+            && (tables.filter(bit.word) & bit.mask == 0 || tables.is_pod_source(destination))
     {
         return Verdict::Pass;
     }
