@@ -10,7 +10,7 @@ use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::{snat_index, vip_index};
-use proxy_common::datapath::edge::parse::tcp::{ACK, PSH, RST, SYN};
+use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::{EdgeTables as _, FlowCell as _, Tier};
 use proxy_tests::packets::{Body, NIC, Net, OVERLAY, POD, Packet, Trouble, World};
 
@@ -101,6 +101,63 @@ fn a_source_that_has_been_given_away_is_replaced() {
         let (_, source) = open(&world, &request);
         assert_ne!(source, own);
         answer(&world, &reply(&request, net.remote(1), source));
+    }
+}
+
+/// The kernel gives a port to another connection as soon as the destination differs.
+#[test]
+fn who_has_talked_through_a_vip_can_talk_to_the_pod_itself() {
+    for net in Net::ALL {
+        for (endings, vip) in [(FIN, net.there()), (RST, net.there()), (FIN, net.here()), (RST, net.here())] {
+            let (world, client) = (world(), net.client());
+            let pod = if vip == net.here() { net.local() } else { net.remote(1) };
+            let request = |kind| {
+                let routed = translated(world.enter(NIC, Packet::tcp(client, vip, kind, 1000, 5001).bytes()));
+                let sent = if pod == net.local() { routed } else { translated(world.leave(OVERLAY, routed)) };
+                seen(&sent).source
+            };
+            let own = request(SYN);
+            let reply = |kind| {
+                let reply = Packet::tcp(pod, own, kind, 5000, 1001).bytes();
+                let routed = if own == client { reply } else { translated(world.enter(OVERLAY, reply)) };
+                assert_eq!(seen(&translated(world.leave(NIC, routed))).source, vip);
+            };
+            reply(SYN | ACK);
+            request(ACK);
+            request(endings | ACK);
+            if endings == FIN {
+                reply(FIN | ACK);
+                request(ACK);
+                // Late segments are still its own.
+                reply(ACK);
+            }
+
+            for kind in [SYN, ACK] {
+                let direct = Packet::tcp(client, pod, kind, 9000, 0).bytes();
+                passes(|bytes| world.enter(NIC, bytes), &direct);
+                if pod != net.local() {
+                    passes(|bytes| world.leave(OVERLAY, bytes), &direct);
+                }
+                let answer = Packet::tcp(pod, client, kind | ACK, 7000, 9001).bytes();
+                passes(|bytes| world.leave(NIC, bytes), &answer);
+            }
+            assert_eq!(world.sim.edge.records(Tier::Assured), []);
+            // And through the VIP again.
+            request(SYN);
+        }
+    }
+}
+
+/// A reset that was not believed ends nothing.
+#[test]
+fn an_answer_after_a_false_reset_is_translated() {
+    for net in Net::ALL {
+        let (world, vip) = (world(), net.here());
+        translated(world.enter(NIC, Packet::tcp(net.client(), vip, SYN, 1000, 0).bytes()));
+        for kind in [RST | ACK, SYN | ACK] {
+            let reply = Packet::tcp(net.local(), net.client(), kind, 5000, 1001).bytes();
+            assert_eq!(seen(&translated(world.leave(NIC, reply))).source, vip);
+        }
     }
 }
 

@@ -339,6 +339,17 @@ pub fn create<T: EdgeTables>(
     None
 }
 
+/// Whether a packet begins another connection between the ends of a closed one: the client has asked for a VIP before, and
+/// talks to the backend itself this time. (If it asks for a VIP again, its SYN makes the flow anew as it enters.) Such a
+/// connection is nothing of ours, and the record would hide it.
+#[inline(always)]
+pub fn is_succeeded(flow: &Flow, parsed: &Parsed) -> bool {
+    parsed.proto == proto::TCP
+        && parsed.kind & tcp::SYN != 0
+        && timeouts::closed(flow.state)
+        && flow.state & REPLIED != 0
+}
+
 /// Where a new flow goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]

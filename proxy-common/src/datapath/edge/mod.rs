@@ -336,7 +336,7 @@ fn serves(tables: &impl EdgeTables, key: &FlowKey, flow: &Flow) -> bool {
     })
 }
 
-/// A request on its way to another node, or of a pod to itself: gets a source of ours. `None` if it needs none.
+/// A request on its way to another node, or of a pod to itself: gets a source of ours. `None` if it needs none, or is none.
 #[inline(never)]
 fn leaving(
     packet: &mut impl Packet,
@@ -349,6 +349,10 @@ fn leaving(
     work.key = flows::key(FlowKind::Record, parsed.proto, tuple);
     let place = flows::record(tables, &work.key, now)?;
     let flow = place.flow();
+    if flows::is_succeeded(&flow, parsed) {
+        flows::remove(tables, &work.key, &place);
+        return None;
+    }
     if flow.state & OUTSIDE == 0 && tuple.source != tuple.destination {
         return None;
     }
@@ -419,6 +423,10 @@ fn answering(
 ) -> Option<Verdict> {
     work.key = flows::key(FlowKind::Record, parsed.proto, &flows::reversed(&parsed.tuple));
     let place = flows::record(tables, &work.key, now)?;
+    if flows::is_succeeded(&place.flow(), parsed) {
+        flows::remove(tables, &work.key, &place);
+        return None;
+    }
     let numbers = numbers(packet, parsed);
     flows::on_reply(&place, parsed, numbers, now);
     flows::keep_vip(tables, &work.key, &place);
