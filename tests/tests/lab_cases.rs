@@ -208,6 +208,8 @@ cases! { SEEN Seen:
     p114_the_node_moves_to_other_zones
     p120_sources_through_a_clusterip
     p121_a_pod_reaches_itself
+    p122_masquerading_everybody_changes_what_is_served_in_nothing
+    p123_masquerading_everybody_concerns_clusterips_only
     p124_sources_through_a_clusterip_without_detect_local
     p125_sources_through_external_addresses_without_detect_local
     p126_the_internal_policy_has_no_say_in_sources
@@ -355,6 +357,8 @@ cases! { UNSEEN Unseen:
     p114_the_node_moves_to_other_zones_packets
     p120_sources_through_a_clusterip_packets
     p121_a_pod_reaches_itself_packets
+    p122_masquerading_everybody_changes_what_is_served_in_nothing_packets
+    p123_masquerading_everybody_concerns_clusterips_only_packets
     p124_sources_through_a_clusterip_without_detect_local_packets
     p125_sources_through_external_addresses_without_detect_local_packets
     p127_pods_are_what_comes_from_a_bridge_packets

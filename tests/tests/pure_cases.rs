@@ -163,6 +163,8 @@ cases! {
     p114_the_node_moves_to_other_zones
     p120_sources_through_a_clusterip
     p121_a_pod_reaches_itself
+    p122_masquerading_everybody_changes_what_is_served_in_nothing
+    p123_masquerading_everybody_concerns_clusterips_only
     p124_sources_through_a_clusterip_without_detect_local
     p125_sources_through_external_addresses_without_detect_local
     p126_the_internal_policy_has_no_say_in_sources

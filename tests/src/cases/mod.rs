@@ -88,6 +88,8 @@ pub struct Config {
     pub allow_external_ips: bool,
     /// What tells pods' packets from others.
     pub detect_local: DetectLocal,
+    /// `masqueradeAll`.
+    pub masquerade_all: bool,
 }
 
 /// detect-local: what tells pods' packets from others.
@@ -109,6 +111,7 @@ impl Default for Config {
             node_port_addresses: vec!["primary"],
             allow_external_ips: true,
             detect_local: DetectLocal::default(),
+            masquerade_all: false,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! P120-P130: whose address endpoints see. (P122 and P123 are about `masqueradeAll`, which Vipr does not have.)
+//! P120-P130: whose address endpoints see.
 
 use super::objects::{case, s, s_lb, web};
 use super::{Case, DetectLocal};
@@ -6,6 +6,7 @@ use super::{Case, DetectLocal};
 /// The cases of this group.
 pub(super) fn cases() -> Vec<Case> {
     let anybody_may_be_a_pod = |id, title| case(id, title).config(|config| config.cluster_cidr.clear());
+    let everybody_is_masqueraded = |id, title| case(id, title).config(|config| config.masquerade_all = true);
     let lb_local = || s_lb().external_local();
     let by_interface =
         "P>VIP = L1, R1 keep; P>CIP = L1, R1 keep; Q>NP = L1 keep; X>VIP = L1 keep; H>CIP = L1, R1 masq";
@@ -19,6 +20,12 @@ pub(super) fn cases() -> Vec<Case> {
         case("P121", "a pod reaches itself")
             .step([s(), web("L1")], "L1>CIP = L1 masq")
             .step([s_lb().external_local(), web("L1")], "L1>VIP = L1 masq; L1>CIP = L1 masq")
+            .done(),
+        everybody_is_masqueraded("P122", "masquerading everybody changes what is served in nothing")
+            .step([s(), web("L1, R1")], "P>CIP = L1, R1 masq")
+            .done(),
+        everybody_is_masqueraded("P123", "masquerading everybody concerns clusterIPs only")
+            .step([lb_local(), web("L1")], "X>VIP = L1 keep; P>VIP = L1 keep")
             .done(),
         anybody_may_be_a_pod("P124", "sources through a clusterIP without detect-local")
             .step([s(), web("L1")], "X>CIP = L1 keep; H>CIP = L1 keep; P>CIP = L1 keep")

@@ -38,6 +38,7 @@ impl Proxy {
         let agent = agent.flag("nodeport-addresses", config.node_port_addresses.join(","));
         let agent =
             agent.flag("feature-gates", format!("AllowServiceExternalIPs={}", config.allow_external_ips));
+        let agent = agent.flag("masquerade-all", config.masquerade_all);
         let agent = match config.detect_local {
             DetectLocal::ClusterCidr => agent,
             DetectLocal::Bridge(name) => {
