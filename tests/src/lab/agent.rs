@@ -30,6 +30,7 @@ pub struct Agent {
     pin_dir: String,
     flags: BTreeMap<String, String>,
     env: BTreeMap<String, String>,
+    subcommand: Option<&'static str>,
     log: File,
     show_log: bool,
     running: Option<Proc>,
@@ -51,7 +52,16 @@ impl Agent {
         // Without a name, so that nothing stays behind whatever happens.
         let log = tempfile::tempfile().context("no temporary file for the agent's log")?;
         let host = node.host().clone();
-        Ok(Self { host, pin_dir, flags, env: BTreeMap::new(), log, show_log: true, running: None })
+        Ok(Self {
+            host,
+            pin_dir,
+            flags,
+            env: BTreeMap::new(),
+            subcommand: Some("run"),
+            log,
+            show_log: true,
+            running: None,
+        })
     }
 
     /// Sets `--flag value`, also in place of a default.
@@ -80,6 +90,13 @@ impl Agent {
         self.flag("kubeconfig", file.display())
     }
 
+    /// Leaves out the word `run`: flags only, as kube-proxy is started.
+    #[must_use]
+    pub fn bare(mut self) -> Self {
+        self.subcommand = None;
+        self
+    }
+
     /// Sets an environment variable, such as `RUST_LOG`.
     #[must_use]
     pub fn env(mut self, key: &str, value: &str) -> Self {
@@ -101,7 +118,7 @@ impl Agent {
     pub fn start(&mut self) -> Result<()> {
         ensure!(self.running.is_none(), "the agent runs already");
         let mut command = self.host.command(binary::proxy_agent()?);
-        command.arg("run");
+        command.args(self.subcommand);
         for (flag, value) in &self.flags {
             command.arg(format!("--{flag}={value}"));
         }
@@ -163,6 +180,14 @@ impl Agent {
         self.running.take().context("the agent does not run")?.terminate(Duration::from_secs(10))
     }
 
+    /// Waits until it ends by itself.
+    ///
+    /// # Errors
+    /// If it does not run, or not end within `patience`.
+    pub fn wait_end(&mut self, patience: Duration) -> Result<ExitStatus> {
+        self.running.take().context("the agent does not run")?.wait(patience)
+    }
+
     /// Its process id, while it runs.
     pub fn id(&self) -> Option<u32> {
         self.running.as_ref().map(Proc::id)
@@ -201,7 +226,11 @@ impl Agent {
     /// With its standard error if it fails, or if it does not print JSON.
     pub fn tool(&self, subcommand: &str, args: &[&str]) -> Result<Value> {
         let mut command = self.host.command(binary::proxy_agent()?);
-        command.args([subcommand, "-o", "json", "--pin-dir", &self.pin_dir]).args(args);
+        command.args([subcommand, "-o", "json", "--pin-dir", &self.pin_dir]);
+        if let Some(run_dir) = self.flags.get("run-dir") {
+            command.args(["--run-dir", run_dir]);
+        }
+        command.args(args);
         let text = command.text()?;
         serde_json::from_str(&text)
             .with_context(|| format!("proxy-agent {subcommand} printed no JSON: {text:?}"))

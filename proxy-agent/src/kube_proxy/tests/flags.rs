@@ -10,8 +10,16 @@ use crate::kube_proxy::fields::{FIELDS, values};
 const WITHOUT_FIELD: [&str; 7] =
     ["config", "write-config-to", "cleanup", "init-only", "master", "healthz-port", "metrics-port"];
 /// Flags that kube-proxy does not have.
-const OWN: [&str; 7] =
-    ["manifests", "devices", "pod-interfaces", "no-tcx", "cgroup-path", "pin-dir", "run-dir"];
+const OWN: [&str; 8] = [
+    "manifests",
+    "devices",
+    "pod-interfaces",
+    "flow-table-size",
+    "no-tcx",
+    "cgroup-path",
+    "pin-dir",
+    "run-dir",
+];
 
 fn given(args: &[&str]) -> KubeProxyConfiguration {
     run_args(args).kube_proxy.to_configuration()
