@@ -97,8 +97,7 @@ impl Setting {
     }
 
     fn status(&self) -> Result<Value> {
-        let run_dir = self.dir.path().join("run").display().to_string();
-        self.agent.tool("status", &["--run-dir", &run_dir])
+        self.agent.tool("status", &[])
     }
 
     /// What is wrong with an object; `null` for nothing.

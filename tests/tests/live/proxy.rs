@@ -72,8 +72,7 @@ impl Proxy {
     fn wait_for(&self, step: usize) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let run_dir = self.dir.path().join("run").display().to_string();
-            let status = self.agent.tool("status", &["--run-dir", &run_dir])?;
+            let status = self.agent.tool("status", &[])?;
             let problems = &status["agent"]["problems"];
             let of_marker = &problems[format!("Service {MARKER}/{MARKER}")];
             if of_marker.to_string().contains(&name(step)) {
