@@ -198,8 +198,9 @@ fn bpftool_shows_every_map_with_field_names() -> Result<()> {
             "SOURCE_RANGES" => &["prefix_len", "service", "addr"],
             // Plain numbers, and addresses.
             "FILTER" | "SLOTS" | "LOCAL_ADDRESSES" | "COUNTERS" => &["key", "value"],
-            // The kernel shows socket storage by socket only.
-            "SOCKETS" => continue,
+            "TRACE" => &["until", "service", "sample"],
+            // The kernel shows socket storage by socket only, and a ring buffer to its reader.
+            "SOCKETS" | "EVENTS" => continue,
             other => anyhow::bail!("what does {other} hold?"),
         };
         let pin = world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}")).join(map.name);
