@@ -120,5 +120,5 @@ fn wanted(tables: &impl Tables, service: u32, goes_on: bool) -> bool {
     if trace.until <= tables.now() || trace.service != 0 && trace.service != service {
         return false;
     }
-    !goes_on || trace.sample != 0 && tables.random() % trace.sample == 0
+    !goes_on || trace.sample != 0 && tables.random().is_multiple_of(trace.sample)
 }
