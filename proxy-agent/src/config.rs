@@ -75,13 +75,13 @@ impl Raw {
     /// [`FileError`].
     pub fn load(args: &RunArgs) -> Result<Self, FileError> {
         let mut flags = args.kube_proxy.to_configuration();
+        let mut notes = args.kube_proxy.deprecated();
         let Some(path) = args.kube_proxy.config() else {
-            return Ok(Self { configuration: flags.with_defaults(), file: None, notes: Vec::new() });
+            return Ok(Self { configuration: flags.with_defaults(), file: None, notes });
         };
         let file = ConfigFile::read(path)?;
-        let (mut configuration, notes) = file.decode()?;
-        let mut notes: Vec<String> =
-            notes.into_iter().map(|note| format!("--config {}: {note}", path.display())).collect();
+        let (mut configuration, ignored) = file.decode()?;
+        notes.extend(ignored.into_iter().map(|note| format!("--config {}: {note}", path.display())));
         if let Some(name) = flags.hostname_override.take().filter(|name| !name.is_empty()) {
             configuration.hostname_override = Some(name);
         }
@@ -406,6 +406,8 @@ mod tests {
         assert_eq!(servers(&[&empty]), ["0.0.0.0:10256", "127.0.0.1:10249"]);
         assert_eq!(servers(&["--bind-address=::"]), ["[::]:10256", "[::1]:10249"]);
         assert_eq!(servers(&["--healthz-port=0", "--metrics-bind-address="]), ["", ""]);
+        let notes = resolve(&["--metrics-port=1"]).unwrap().notes;
+        assert_eq!(notes, ["--metrics-port is deprecated; use --metrics-bind-address"]);
         assert_eq!(resolve(&[]).unwrap().on_bind_failure, OnBindFailure::Retry(BIND_RETRY));
         assert_eq!(resolve(&["--bind-address-hard-fail"]).unwrap().on_bind_failure, OnBindFailure::Fail);
         let error = wrong(&["--metrics-bind-address=localhost:1", "--healthz-bind-address=0.0.0.0:0"]);
@@ -497,6 +499,7 @@ mod tests {
         assert_eq!(
             config.notes,
             [
+                "--healthz-port is deprecated; use --healthz-bind-address".to_owned(),
                 format!("--config {}: there is no field `typo`", path.display()),
                 "--cluster-cidr, --healthz-bind-address, --kubeconfig, --masquerade-all: ignored because --config is given"
                     .to_owned(),

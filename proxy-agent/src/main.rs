@@ -8,7 +8,7 @@ use clap::CommandFactory as _;
 use proxy_agent::args::{Cli, Command, MonitorArgs, Pins, RunArgs};
 use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::config::{Config, Raw, state_file};
-use proxy_agent::kube_proxy::configuration::Logging;
+use proxy_agent::kube_proxy::KubeProxyConfiguration;
 use proxy_agent::monitor::MonitorError;
 use proxy_agent::node::Host;
 use proxy_agent::{agent, edge, flows, inspect, monitor, process};
@@ -50,7 +50,7 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
         return cleanup(&args.pins);
     }
     let raw = Raw::load(args)?;
-    start_log(&raw.configuration.logging)?;
+    start_log(&raw.configuration)?;
     if let Some(path) = flags.write_config_to() {
         // Where it will be used need not be this host.
         let config =
@@ -100,8 +100,8 @@ fn stop() -> anyhow::Result<impl Future<Output = ()>> {
     })
 }
 
-fn start_log(settings: &Logging) -> anyhow::Result<()> {
-    let level = match settings.verbosity.unwrap_or_default() {
+fn start_log(settings: &KubeProxyConfiguration) -> anyhow::Result<()> {
+    let level = match settings.verbosity() {
         // kube's clients log every attempt; the API source says the same once.
         0..=3 => "info,kube_client=off,kube_runtime=off",
         4..=5 => "proxy_agent=debug,info",
@@ -110,9 +110,10 @@ fn start_log(settings: &Logging) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_new(level))?;
     let ansi = std::io::stderr().is_terminal();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr);
-    match settings.format.as_deref() {
-        Some("json") => log.json().init(),
-        _ => log.init(),
+    if settings.logs_json() {
+        log.json().init()
+    } else {
+        log.init()
     }
     Ok(())
 }

@@ -19,140 +19,131 @@ pub const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 /// `kind` of the file.
 pub const KIND: &str = "KubeProxyConfiguration";
 
-/// The file. What each field means here is told in `docs/configuration.md`.
+/// The file. What each field means here is told in `docs/configuration.md`, which a test holds to be complete.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "docs/configuration.md documents every field, and a test holds it to that")]
 pub struct KubeProxyConfiguration {
-    pub api_version: Option<String>,
-    pub kind: Option<String>,
-    pub feature_gates: Option<BTreeMap<String, bool>>,
-    pub client_connection: ClientConnection,
-    pub logging: Logging,
-    pub hostname_override: Option<String>,
-    pub bind_address: Option<String>,
+    pub(crate) api_version: Option<String>,
+    pub(crate) kind: Option<String>,
+    pub(crate) feature_gates: Option<BTreeMap<String, bool>>,
+    pub(crate) client_connection: ClientConnection,
+    pub(crate) logging: Logging,
+    pub(crate) hostname_override: Option<String>,
+    pub(crate) bind_address: Option<String>,
     /// Empty: no server. (A file cannot say that: empty means the default there.)
-    pub healthz_bind_address: Option<String>,
+    pub(crate) healthz_bind_address: Option<String>,
     /// As `healthz_bind_address`.
-    pub metrics_bind_address: Option<String>,
-    pub bind_address_hard_fail: Option<bool>,
-    pub enable_profiling: Option<bool>,
-    pub show_hidden_metrics_for_version: Option<String>,
-    pub mode: Option<String>,
-    pub iptables: Iptables,
-    pub ipvs: Ipvs,
-    pub nftables: Nftables,
-    pub winkernel: Winkernel,
-    pub detect_local_mode: Option<String>,
-    pub detect_local: DetectLocal,
+    pub(crate) metrics_bind_address: Option<String>,
+    pub(crate) bind_address_hard_fail: Option<bool>,
+    pub(crate) enable_profiling: Option<bool>,
+    pub(crate) show_hidden_metrics_for_version: Option<String>,
+    pub(crate) mode: Option<String>,
+    pub(crate) iptables: Iptables,
+    pub(crate) ipvs: Ipvs,
+    pub(crate) nftables: Nftables,
+    pub(crate) winkernel: Winkernel,
+    pub(crate) detect_local_mode: Option<String>,
+    pub(crate) detect_local: DetectLocal,
     #[serde(rename = "clusterCIDR")]
-    pub cluster_cidr: Option<String>,
-    pub node_port_addresses: Option<Vec<String>>,
-    pub oom_score_adj: Option<i32>,
-    pub conntrack: Conntrack,
-    pub config_sync_period: Option<GoDuration>,
-    pub port_range: Option<String>,
-    pub windows_run_as_service: Option<bool>,
+    pub(crate) cluster_cidr: Option<String>,
+    pub(crate) node_port_addresses: Option<Vec<String>>,
+    pub(crate) oom_score_adj: Option<i32>,
+    pub(crate) conntrack: Conntrack,
+    pub(crate) config_sync_period: Option<GoDuration>,
+    pub(crate) port_range: Option<String>,
+    pub(crate) windows_run_as_service: Option<bool>,
 }
 
 /// `clientConnection`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "as for the file")]
-pub struct ClientConnection {
-    pub kubeconfig: Option<String>,
-    pub accept_content_types: Option<String>,
-    pub content_type: Option<String>,
-    pub qps: Option<f32>,
-    pub burst: Option<i32>,
+pub(crate) struct ClientConnection {
+    pub(crate) kubeconfig: Option<String>,
+    pub(crate) accept_content_types: Option<String>,
+    pub(crate) content_type: Option<String>,
+    pub(crate) qps: Option<f32>,
+    pub(crate) burst: Option<i32>,
 }
 
 /// `logging`. Parts without a meaning here are kept as they are written.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "as for the file")]
-pub struct Logging {
-    pub format: Option<String>,
-    pub flush_frequency: Option<Value>,
-    pub verbosity: Option<u32>,
-    pub vmodule: Option<Value>,
-    pub options: Option<Value>,
+pub(crate) struct Logging {
+    pub(crate) format: Option<String>,
+    pub(crate) flush_frequency: Option<Value>,
+    pub(crate) verbosity: Option<u32>,
+    pub(crate) vmodule: Option<Value>,
+    pub(crate) options: Option<Value>,
 }
 
 /// `iptables`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "as for the file")]
-pub struct Iptables {
-    pub masquerade_bit: Option<i32>,
-    pub masquerade_all: Option<bool>,
-    pub localhost_node_ports: Option<bool>,
-    pub sync_period: Option<GoDuration>,
-    pub min_sync_period: Option<GoDuration>,
+pub(crate) struct Iptables {
+    pub(crate) masquerade_bit: Option<i32>,
+    pub(crate) masquerade_all: Option<bool>,
+    pub(crate) localhost_node_ports: Option<bool>,
+    pub(crate) sync_period: Option<GoDuration>,
+    pub(crate) min_sync_period: Option<GoDuration>,
 }
 
 /// `ipvs`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "as for the file")]
-pub struct Ipvs {
-    pub sync_period: Option<GoDuration>,
-    pub min_sync_period: Option<GoDuration>,
-    pub scheduler: Option<String>,
+pub(crate) struct Ipvs {
+    pub(crate) sync_period: Option<GoDuration>,
+    pub(crate) min_sync_period: Option<GoDuration>,
+    pub(crate) scheduler: Option<String>,
     #[serde(rename = "excludeCIDRs")]
-    pub exclude_cidrs: Option<Vec<String>>,
+    pub(crate) exclude_cidrs: Option<Vec<String>>,
     #[serde(rename = "strictARP")]
-    pub strict_arp: Option<bool>,
-    pub tcp_timeout: Option<GoDuration>,
-    pub tcp_fin_timeout: Option<GoDuration>,
-    pub udp_timeout: Option<GoDuration>,
+    pub(crate) strict_arp: Option<bool>,
+    pub(crate) tcp_timeout: Option<GoDuration>,
+    pub(crate) tcp_fin_timeout: Option<GoDuration>,
+    pub(crate) udp_timeout: Option<GoDuration>,
 }
 
 /// `nftables`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "as for the file")]
-pub struct Nftables {
-    pub masquerade_bit: Option<i32>,
-    pub masquerade_all: Option<bool>,
-    pub sync_period: Option<GoDuration>,
-    pub min_sync_period: Option<GoDuration>,
+pub(crate) struct Nftables {
+    pub(crate) masquerade_bit: Option<i32>,
+    pub(crate) masquerade_all: Option<bool>,
+    pub(crate) sync_period: Option<GoDuration>,
+    pub(crate) min_sync_period: Option<GoDuration>,
 }
 
 /// `winkernel`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "as for the file")]
-pub struct Winkernel {
-    pub network_name: Option<String>,
-    pub source_vip: Option<String>,
+pub(crate) struct Winkernel {
+    pub(crate) network_name: Option<String>,
+    pub(crate) source_vip: Option<String>,
     #[serde(rename = "enableDSR")]
-    pub enable_dsr: Option<bool>,
-    pub root_hns_endpoint_name: Option<String>,
-    pub forward_health_check_vip: Option<bool>,
+    pub(crate) enable_dsr: Option<bool>,
+    pub(crate) root_hns_endpoint_name: Option<String>,
+    pub(crate) forward_health_check_vip: Option<bool>,
 }
 
 /// `detectLocal`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "as for the file")]
-pub struct DetectLocal {
-    pub bridge_interface: Option<String>,
-    pub interface_name_prefix: Option<String>,
+pub(crate) struct DetectLocal {
+    pub(crate) bridge_interface: Option<String>,
+    pub(crate) interface_name_prefix: Option<String>,
 }
 
 /// `conntrack`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "as for the file")]
-pub struct Conntrack {
-    pub max_per_core: Option<i32>,
-    pub min: Option<i32>,
-    pub tcp_established_timeout: Option<GoDuration>,
-    pub tcp_close_wait_timeout: Option<GoDuration>,
-    pub tcp_be_liberal: Option<bool>,
-    pub udp_timeout: Option<GoDuration>,
-    pub udp_stream_timeout: Option<GoDuration>,
+pub(crate) struct Conntrack {
+    pub(crate) max_per_core: Option<i32>,
+    pub(crate) min: Option<i32>,
+    pub(crate) tcp_established_timeout: Option<GoDuration>,
+    pub(crate) tcp_close_wait_timeout: Option<GoDuration>,
+    pub(crate) tcp_be_liberal: Option<bool>,
+    pub(crate) udp_timeout: Option<GoDuration>,
+    pub(crate) udp_stream_timeout: Option<GoDuration>,
 }
 
 /// What a proxy mode's section says about syncing.
@@ -274,6 +265,16 @@ impl KubeProxyConfiguration {
     /// When a value cannot be written as YAML, which none is known to do.
     pub fn to_yaml(&self) -> Result<String, serde_saphyr::SerializeError> {
         serde_saphyr::to_string(self)
+    }
+
+    /// Verbosity of the log, as `-v` has it.
+    pub fn verbosity(&self) -> u32 {
+        self.logging.verbosity.unwrap_or_default()
+    }
+
+    /// Whether the log is to be JSON, not text.
+    pub fn logs_json(&self) -> bool {
+        self.logging.format.as_deref() == Some("json")
     }
 
     /// What the section of the proxy mode says about syncing; the mode without a name is iptables.

@@ -75,8 +75,8 @@ pub struct Flags {
     /// This node's primary IP, in place of the Node's. Nothing is bound to it.
     #[arg(long, value_name = "IP", help_heading = "Services")]
     pub bind_address: Option<String>,
-    /// How long the agent may fail to program a change before it tries again and calls itself unhealthy at twice
-    /// this [default: 30s].
+    /// A failed change is tried again after a second, or after this if it is shorter; /livez says no when a change has
+    /// waited twice as long [default: 30s].
     #[arg(long, value_name = "DURATION", help_heading = "Services")]
     pub iptables_sync_period: Option<GoDuration>,
 
@@ -122,6 +122,13 @@ impl Flags {
     /// Where to write the configuration, if that is wanted.
     pub fn write_config_to(&self) -> Option<&Path> {
         self.write_config_to.as_deref().filter(|path| !path.as_os_str().is_empty())
+    }
+
+    /// Sentences about flags that should not be used any more.
+    pub fn deprecated(&self) -> Vec<String> {
+        let ports = [("healthz", self.healthz_port), ("metrics", self.metrics_port)];
+        let given = ports.into_iter().filter(|(_, port)| port.is_some());
+        given.map(|(name, _)| format!("--{name}-port is deprecated; use --{name}-bind-address")).collect()
     }
 
     /// What the flags say, in the file's terms.
