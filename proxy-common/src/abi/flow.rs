@@ -119,6 +119,8 @@ pub mod state {
     pub const OUTSIDE: u32 = 1 << 5;
     /// The client has gone on after an answer, but there was no room in `FLOWS`: it moves when there is.
     pub const PROVEN: u32 = 1 << 6;
+    /// The client's FIN came first, so that the backend does not wait in TIME_WAIT (RFC 9293 §3.6.1).
+    pub const CLIENT_FIRST: u32 = 1 << 7;
 }
 
 /// Ports that translated sources get: outside of Linux' ephemeral range (32768 on) and of the nodePorts

@@ -384,6 +384,35 @@ fn a_source_that_was_given_away_is_not_taken_back() {
     }
 }
 
+/// Who ends a connection first remembers it: the source of one that its client has ended is free for another soon.
+#[test]
+fn a_source_is_free_again_once_the_backend_has_forgotten_it() {
+    use proxy_common::datapath::edge::timeouts::{closed, forgotten};
+    for net in Net::ALL {
+        let (client, vip, backend) = (net.client(), net.there(), net.remote(1));
+        for (by_client, reset) in [(true, false), (false, false), (false, true)] {
+            let world = world();
+            let own = establish(&world, net, vip);
+            let from_client = |flags| {
+                open(&world, &Packet::tcp(client, vip, flags, 1001, 5001));
+            };
+            let from_backend = |flags| {
+                answer(&world, &Packet::tcp(backend, own, flags, 5001, 1001));
+            };
+            match (by_client, reset) {
+                (true, _) => (from_client(FIN | ACK), from_backend(FIN | ACK)),
+                (false, false) => (from_backend(FIN | ACK), from_client(FIN | ACK)),
+                (false, true) => (from_backend(RST | ACK), ()),
+            };
+            let (_, _, flow) = record(&world);
+            assert!(closed(flow.state), "{by_client} {reset}");
+            let at = |milliseconds: u64| forgotten(&flow, flow.last_seen + milliseconds * 1_000_000);
+            assert_eq!((at(499), at(500)), (false, by_client || reset), "{by_client} {reset}");
+        }
+        assert!(!forgotten(&Flow { state: ASSURED, ..Flow::default() }, u64::MAX));
+    }
+}
+
 #[test]
 fn without_a_free_source_port_the_client_is_told() {
     for net in Net::ALL {

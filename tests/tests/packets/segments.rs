@@ -1,7 +1,9 @@
 //! TCP: which segments begin a flow, which end one, and when it is safe from eviction.
 
 use proxy_common::abi::Counter;
-use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, OUTSIDE, REPLIED, RESET};
+use proxy_common::abi::flow::state::{
+    ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, OUTSIDE, REPLIED, RESET,
+};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
@@ -100,11 +102,12 @@ fn a_syn_begins_anew_when_both_sides_have_finished() {
         open(&world, &syn);
         assert_eq!(state(&world), (Tier::Assured, REPLIED | ASSURED), "a live flow stays");
         open(&world, &Packet::tcp(client, vip, FIN | ACK, 1001, 5001));
-        assert_eq!(state(&world).1, REPLIED | ASSURED | FIN_REQUEST);
+        let half_closed = REPLIED | ASSURED | FIN_REQUEST | CLIENT_FIRST;
+        assert_eq!(state(&world).1, half_closed);
         open(&world, &syn);
-        assert_eq!(state(&world).1, REPLIED | ASSURED | FIN_REQUEST, "half closed is not closed");
+        assert_eq!(state(&world).1, half_closed, "half closed is not closed");
         answer(&world, &Packet::tcp(pod, own, FIN | ACK, 5001, 1002));
-        assert_eq!(state(&world).1, REPLIED | ASSURED | FIN_REQUEST | FIN_REPLY);
+        assert_eq!(state(&world).1, half_closed | FIN_REPLY);
         // The last acknowledgement still finds its way.
         let (_, source) = open(&world, &Packet::tcp(client, vip, ACK, 1002, 5002));
         assert_eq!(source, own);

@@ -8,7 +8,7 @@ use super::parse::{Parsed, Tuple, tcp};
 use super::tables::{EdgeTables, FlowCell, Tier, Work};
 use super::timeouts;
 use crate::abi::flow::SNAT_PORTS;
-use crate::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, PROVEN, REPLIED, RESET};
+use crate::abi::flow::state::{ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, PROVEN, REPLIED, RESET};
 use crate::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef, proto};
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -485,15 +485,19 @@ pub fn keep_vip<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>
 /// Whether a flow has the source that an index entry stands for, and keeps it. Where free ones have become rare (not
 /// `spare`), only an open connection that is assured does: else a flood would leave none to anybody.
 ///
-/// A backend remembers a connection for a while and refuses another one from there (TIME_WAIT, RFC 9293 §3.6.1), so it
-/// costs time to take a source over.
+/// A backend that ends a connection remembers it for a while and refuses another one from there (TIME_WAIT, RFC 9293
+/// §3.6.1), so it costs time to take such a source over.
 #[inline(never)]
 fn owned<T: EdgeTables>(tables: &T, index: &FlowKey, target: &FlowRef, spare: bool, now: u64) -> bool {
     let Some(owner) = record(tables, &snat_target(index, target), now) else { return false };
     let flow = owner.flow();
     flow.snat == index.destination
         && flow.snat_port == index.destination_port
-        && (spare || owner.tier == Tier::Assured && !timeouts::closed(flow.state))
+        && if spare {
+            !timeouts::forgotten(&flow, now)
+        } else {
+            owner.tier == Tier::Assured && !timeouts::closed(flow.state)
+        }
 }
 
 /// The numbers of a TCP segment, host order; zero of anything else.
@@ -601,7 +605,8 @@ const fn tcp_state(state: u32, flags: u8, fin: u32) -> u32 {
     if flags & tcp::RST != 0 {
         state | RESET
     } else if flags & tcp::FIN != 0 {
-        (state & !RESET) | fin
+        let first = state & (FIN_REQUEST | FIN_REPLY) == 0 && fin == FIN_REQUEST;
+        (state & !RESET) | fin | if first { CLIENT_FIRST } else { 0 }
     } else {
         state & !RESET
     }

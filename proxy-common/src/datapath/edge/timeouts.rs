@@ -4,10 +4,12 @@
 //! with kube-proxy's conntrack settings. UDP: RFC 4787 wants two minutes and recommends five.
 
 use crate::abi::Flow;
-use crate::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, RESET};
+use crate::abi::flow::state::{ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, RESET};
 use crate::abi::proto;
 
 const SECOND: u64 = 1_000_000_000;
+/// A lost last acknowledgement has been asked for again by then: Linux waits 200 ms.
+const QUIET: u64 = SECOND / 2;
 
 /// Nanoseconds that a flow in `state` lives without a packet.
 #[inline(always)]
@@ -48,4 +50,12 @@ pub const fn expired(flow: &Flow, proto: u8, now: u64) -> bool {
 #[inline(always)]
 pub const fn closed(state: u32) -> bool {
     state & RESET != 0 || state & FIN_REQUEST != 0 && state & FIN_REPLY != 0
+}
+
+/// Whether the backend remembers nothing of a connection, so that another one may have the same source.
+#[inline(always)]
+pub const fn forgotten(flow: &Flow, now: u64) -> bool {
+    closed(flow.state)
+        && flow.state & (RESET | CLIENT_FIRST) != 0
+        && now.saturating_sub(flow.last_seen) >= QUIET
 }
