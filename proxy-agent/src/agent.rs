@@ -17,7 +17,7 @@ use proxy_common::be::Be16;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::bpf::dataplane::{Dataplane, DataplaneError, Sizes};
+use crate::bpf::dataplane::{Dataplane, DataplaneError, OPT_OUT_ENTRIES, Sizes};
 use crate::bpf::maps::KernelMaps;
 use crate::bpf::sys;
 use crate::cluster::{Change, Cluster, ObjectKey, Scope};
@@ -34,6 +34,7 @@ use crate::metrics::{self, MapUsage, Metrics, Readers};
 use crate::model::{Freed, Model};
 use crate::node::patience::FOR_POD_CIDRS;
 use crate::node::{FollowError, NodeIps, Patience, Verdict, local_addresses, watch_addresses};
+use crate::opt_out::{self, Follower, Place};
 use crate::plan::{Wanted, lost_claims, plan, plan_left, plan_node, rivals};
 use crate::report::{Report, State};
 use crate::selftest::{self, SelfTestError};
@@ -77,6 +78,9 @@ pub enum AgentError {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// Cgroups cannot be followed.
+    #[error("--socket-opt-out: {0}; if too many files are watched, raise fs.inotify.max_user_instances")]
+    OptOut(std::io::Error),
     /// Most of what is sent would be of a family that this host does not have.
     #[error("the node's primary IP {0} is IPv6, which is switched off on this host")]
     PrimaryFamily(Addr),
@@ -134,11 +138,15 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
 
     tokio::spawn(keep_collecting(config.pins.clone(), Arc::clone(&metrics), flow_counts));
     let addresses = watch_addresses().await?;
+    let opt_out = match config.opt_out.is_empty() {
+        true => None,
+        false => Some(Follower::start(config.cgroup.clone()).map_err(AgentError::OptOut)?),
+    };
     let (tx, updates) = mpsc::channel(QUEUE);
     let mut source = tokio::spawn(run_source(config.clone(), tx));
     tracing::info!(node = %config.node_name, source = %config.source, cgroup = %config.cgroup.display(), "starting");
     let file = config.file.clone();
-    let mut agent = Agent::new(config, health, metrics, addresses);
+    let mut agent = Agent::new(config, health, metrics, addresses, opt_out);
 
     tokio::pin!(stop);
     tokio::select! {
@@ -158,10 +166,10 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
 
 async fn run_source(config: Config, updates: mpsc::Sender<Update>) -> Result<(), SourceError> {
     match config.source {
-        Source::Manifests(dir) => manifests::run(dir, &config.node_name, updates).await,
+        Source::Manifests(dir) => manifests::run(dir, &config.node_name, &config.opt_out, updates).await,
         Source::Kubernetes { kubeconfig, master } => {
             let server = api::Server::configured(kubeconfig.as_deref(), master.as_ref()).await?;
-            api::run(server, &config.node_name, updates).await;
+            api::run(server, &config.node_name, &config.opt_out, updates).await;
             Ok(())
         }
     }
@@ -208,6 +216,11 @@ struct Agent {
     /// Devices that are attached, once the first pass is made and until that is announced.
     announce: Option<usize>,
     facts: Facts,
+    /// Finds the cgroups of pods that opt out of the socket edge, if any may.
+    opt_out: Option<Follower>,
+    found: opt_out::Found,
+    /// Those cgroups; `None` until the pods are known.
+    opted_out: Option<BTreeSet<u64>>,
     synced: bool,
     /// What is waited for before the first programming, once the first full list is there.
     patience: Option<Patience>,
@@ -238,6 +251,7 @@ impl Agent {
         health: Health,
         metrics: Arc<Metrics>,
         addresses: watch::Receiver<BTreeSet<Addr>>,
+        opt_out: Option<Follower>,
     ) -> Self {
         let state = State {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -269,6 +283,9 @@ impl Agent {
             pods_attached: no_pods.then_some(false),
             announce: None,
             facts: Facts::default(),
+            opt_out,
+            found: opt_out::Found::new(),
+            opted_out: None,
             synced: false,
             patience: None,
             pod_cidrs: None,
@@ -301,6 +318,10 @@ impl Agent {
                     Err(_) => std::future::pending().await,
                 },
                 Some(state) = edge_changed(&mut self.edge) => self.take_edge(state),
+                Some(found) = opt_out_changed(&mut self.opt_out) => {
+                    self.found = found;
+                    self.take_opt_out();
+                }
                 Some(()) = grace_over(&mut self.waiting) => self.release(),
                 Some(()) = finished(&mut self.sweep) => self.sweep = None,
                 () = async { tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)).await },
@@ -363,6 +384,7 @@ impl Agent {
                     self.health.node(true);
                 }
                 self.take_addresses();
+                self.take_opt_out();
             }
             Update::Problems(problems) => self.report.source(problems),
         }
@@ -380,12 +402,13 @@ impl Agent {
             }
             Change::SliceGone(_) => self.metrics.endpoint_changes(1),
             Change::Node(node) => self.health.node(!node.leaving),
-            Change::ServiceCidr(..) | Change::ServiceCidrGone(_) => {}
+            Change::ServiceCidr(..) | Change::ServiceCidrGone(_) | Change::Pod(_) | Change::PodGone(_) => {}
         }
         match self.cluster.apply(change) {
             Scope::Nothing => return,
             Scope::Service => {}
             Scope::Node => self.take_node(),
+            Scope::Pods => return self.take_opt_out(),
         }
         for &family in &self.config.families {
             self.health.queued(family);
@@ -448,6 +471,46 @@ impl Agent {
         self.node_changed = true;
     }
 
+    /// Brings together which Pods opt out and where their cgroups are.
+    fn take_opt_out(&mut self) {
+        let Some(follower) = &self.opt_out else {
+            self.opted_out = Some(BTreeSet::new());
+            return;
+        };
+        let own_network = || self.cluster.pods().filter(|pod| !pod.host_network);
+        follower.want(own_network().map(|pod| Arc::clone(&pod.uid)).collect());
+        // Until all are known, what an earlier agent has written stays.
+        if !self.synced || !own_network().all(|pod| self.found.contains_key(&pod.uid)) {
+            return;
+        }
+        let (mut cgroups, mut names, mut problems) = (BTreeSet::new(), Vec::new(), BTreeMap::new());
+        for pod in self.cluster.pods() {
+            let problem = match self.found.get(&pod.uid) {
+                _ if pod.host_network => "it uses the host's network, whose packets nobody judges",
+                _ if !self.context.pods_in_packets => {
+                    "no interface of a pod is attached (--pod-interfaces), so nobody would serve its packets"
+                }
+                Some(Place::Cgroup(_)) if cgroups.len() >= OPT_OUT_ENTRIES as usize => {
+                    "too many pods opt out"
+                }
+                Some(Place::Cgroup(cgroup)) => {
+                    cgroups.insert(*cgroup);
+                    names.push(pod.key.to_string());
+                    continue;
+                }
+                Some(Place::Missing) => "its cgroup is not there (--cgroup-path)",
+                Some(Place::NotYet) | None => continue,
+            };
+            let reason = format!("cannot opt out of the socket edge: {problem}; its sockets are served");
+            problems.insert(format!("Pod {}", pod.key), vec![reason]);
+        }
+        self.report.opted_out(names, problems);
+        if self.opted_out.as_ref() != Some(&cgroups) {
+            self.opted_out = Some(cgroups);
+            self.node_changed = true;
+        }
+    }
+
     /// Lets the packet edge know what it cannot see; starts it, the first time.
     async fn tell_edge(&mut self) -> Result<(), AgentError> {
         let Some(programmed) = &self.programmed else { return Ok(()) };
@@ -479,6 +542,7 @@ impl Agent {
             self.context.pods_in_packets = pods;
             // What is reported about them.
             self.cluster.touch_with_source_ranges();
+            self.take_opt_out();
         }
         self.report.edge(state);
     }
@@ -594,7 +658,7 @@ impl Agent {
             let by_source = !self.context.pods_by_interface;
             let pods = self.context.cluster_cidr.iter().flatten().filter(|_| by_source).copied().collect();
             carry_out(maps, &plan_node(model, addresses, cidrs, pods))?;
-            carry_out(maps, &plan_left(model, self.pods_attached))?;
+            carry_out(maps, &plan_left(model, self.pods_attached, self.opted_out.as_ref()))?;
             self.report
                 .set("--nodeport-addresses".to_owned(), self.config.nodeport_addresses.warnings(ips, &host));
         }
@@ -703,6 +767,14 @@ fn carry_out(maps: &mut impl MapStore, ops: &[Op]) -> Result<(), SelfTestError> 
 async fn edge_changed(edge: &mut Option<Edge>) -> Option<edge::State> {
     match edge {
         Some(edge) => Some(edge.changed().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Other cgroups of pods that opt out; never where none can.
+async fn opt_out_changed(follower: &mut Option<Follower>) -> Option<opt_out::Found> {
+    match follower {
+        Some(follower) => Some(follower.changed().await),
         None => std::future::pending().await,
     }
 }

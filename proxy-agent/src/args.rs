@@ -171,6 +171,13 @@ pub struct RunArgs {
         help_heading = "Devices"
     )]
     pub pod_interfaces: Vec<String>,
+    /// Pods of this node whose sockets are left alone, so that their packets are served instead: `annotation` (those
+    /// annotated `vipr.dev/socket-edge: "off"`) or `runtime-class=NAME`, several separated by commas [default: none].
+    ///
+    /// For service meshes that must see the address that was asked for. Needs the pods' interfaces, and the permission to
+    /// list and watch pods.
+    #[arg(long, value_name = "RULES", value_delimiter = ',', help_heading = "Devices")]
+    pub socket_opt_out: Vec<String>,
     /// Attach to devices by clsact filters also where the kernel has TCX.
     #[arg(long, hide = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true")]
     #[arg(action = clap::ArgAction::Set)]

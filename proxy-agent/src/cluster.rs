@@ -178,6 +178,17 @@ pub struct Node {
     pub leaving: bool,
 }
 
+/// A Pod of this node whose sockets are to be left alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// Namespace and name.
+    pub key: ObjectKey,
+    /// The uid that names its cgroup: a static pod's is not that of the object which mirrors it.
+    pub uid: Arc<str>,
+    /// `spec.hostNetwork`.
+    pub host_network: bool,
+}
+
 /// One change that a source delivers. Keys name what is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -195,6 +206,27 @@ pub enum Change {
     ServiceCidr(Arc<str>, Vec<Prefix>),
     /// A ServiceCIDR is gone.
     ServiceCidrGone(Arc<str>),
+    /// A Pod that opts out of the socket edge appeared or changed.
+    Pod(Pod),
+    /// A Pod is gone, or does not opt out any more.
+    PodGone(ObjectKey),
+}
+
+impl Change {
+    /// That the object of this change is there no more. (A node never goes.)
+    pub fn gone(&self) -> Option<Self> {
+        match self {
+            Self::Service(service) => Some(Self::ServiceGone(service.key.clone())),
+            Self::Slice(slice) => Some(Self::SliceGone(slice.key.clone())),
+            Self::ServiceCidr(name, _) => Some(Self::ServiceCidrGone(Arc::clone(name))),
+            Self::Pod(pod) => Some(Self::PodGone(pod.key.clone())),
+            Self::Node(_)
+            | Self::ServiceGone(_)
+            | Self::SliceGone(_)
+            | Self::ServiceCidrGone(_)
+            | Self::PodGone(_) => None,
+        }
+    }
 }
 
 /// What a [`Cluster::apply`] touched.
@@ -206,6 +238,8 @@ pub enum Scope {
     Service,
     /// Node or ServiceCIDRs.
     Node,
+    /// Pods that opt out.
+    Pods,
 }
 
 /// Everything known, and which Services have changed since they were last looked at.
@@ -216,6 +250,7 @@ pub struct Cluster {
     owner: BTreeMap<ObjectKey, ObjectKey>,
     node: Node,
     service_cidrs: BTreeMap<Arc<str>, Vec<Prefix>>,
+    pods: BTreeMap<ObjectKey, Pod>,
     dirty: BTreeSet<ObjectKey>,
 }
 
@@ -263,6 +298,14 @@ impl Cluster {
             }
             Change::ServiceCidrGone(name) => match self.service_cidrs.remove(&name) {
                 Some(_) => Scope::Node,
+                None => Scope::Nothing,
+            },
+            Change::Pod(pod) => match self.pods.insert(pod.key.clone(), pod.clone()) {
+                Some(before) if before == pod => Scope::Nothing,
+                _ => Scope::Pods,
+            },
+            Change::PodGone(key) => match self.pods.remove(&key) {
+                Some(_) => Scope::Pods,
                 None => Scope::Nothing,
             },
         }
@@ -334,6 +377,11 @@ impl Cluster {
     /// This node.
     pub fn node(&self) -> &Node {
         &self.node
+    }
+
+    /// The Pods of this node that opt out of the socket edge, by key.
+    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.values()
     }
 
     /// Every ServiceCIDR prefix.

@@ -18,7 +18,7 @@ use crate::http::{BIND_RETRY, OnBindFailure, bind_address};
 use crate::kube_proxy::{ConfigFile, FileError, Invalid, KubeProxyConfiguration, fields, validate};
 use crate::node::{Host, NodePortAddresses};
 use crate::sources::lenient;
-use crate::{health, metrics};
+use crate::{health, metrics, opt_out};
 
 /// The feature gate of kube-proxy that has a meaning here.
 const EXTERNAL_IPS_GATE: &str = "AllowServiceExternalIPs";
@@ -117,6 +117,8 @@ pub struct Config {
     pub nodeport_addresses: NodePortAddresses,
     /// Devices of the packet edge, and how to attach to them.
     pub edge: edge::Config,
+    /// Which Pods are left to the packet edge.
+    pub opt_out: opt_out::Rules,
     /// Elements of `FLOWS`, if it has to be made.
     pub flow_table_size: u32,
     /// Whether externalIPs are served (feature gate `AllowServiceExternalIPs`).
@@ -157,6 +159,9 @@ pub enum ConfigError {
     /// Devices.
     #[error(transparent)]
     Devices(#[from] SettingsError),
+    /// Who opts out.
+    #[error(transparent)]
+    OptOut(#[from] opt_out::RuleError),
     /// Not a URL.
     #[error("--master `{0}`: must be a URL such as https://192.0.2.1:6443")]
     Master(String),
@@ -228,6 +233,7 @@ impl Config {
                 no_tcx: args.no_tcx,
                 pins,
             },
+            opt_out: opt_out::Rules::parse(&args.socket_opt_out)?,
             flow_table_size: args.flow_table_size,
             allow_external_ips: given
                 .feature_gates

@@ -236,6 +236,9 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
     for (name, _) in view.programs.iter().filter(|(_, attached)| !**attached) {
         writeln!(out, "           {name} is NOT attached: restart the agent")?;
     }
+    if let Some(agent) = view.agent.as_ref().filter(|agent| !agent.opted_out.is_empty()) {
+        writeln!(out, "opted out: {}", agent.opted_out.join(", "))?;
+    }
     for (map, (used, size)) in &view.maps {
         writeln!(out, "{:<10} {used} of {size}", format!("{}:", map.to_lowercase()))?;
     }

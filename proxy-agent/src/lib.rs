@@ -37,6 +37,8 @@ pub mod node;
 
 pub mod edge;
 
+pub mod opt_out;
+
 pub mod http;
 
 pub mod health;

@@ -124,6 +124,8 @@ pub struct Model {
     pub service_cidrs: BTreeSet<Prefix>,
     /// `POD_SOURCES`.
     pub pod_sources: BTreeSet<Prefix>,
+    /// `OPT_OUT`: ids of cgroups.
+    pub opt_out: BTreeSet<u64>,
     /// `NODE`: the flags.
     pub node_flags: u64,
     /// Sizes of the maps.
@@ -207,6 +209,7 @@ impl Model {
             local_addresses: contents.local_addresses.iter().copied().collect(),
             service_cidrs: contents.service_cidrs.iter().copied().collect(),
             pod_sources: contents.pod_sources.iter().copied().collect(),
+            opt_out: contents.opt_out.iter().copied().collect(),
             node_flags: contents.node_flags,
             capacity,
             service_ids,

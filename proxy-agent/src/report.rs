@@ -34,6 +34,9 @@ pub struct State {
     /// The devices that carry Service traffic.
     #[serde(default)]
     pub devices: Vec<DeviceState>,
+    /// Pods whose sockets are left alone.
+    #[serde(default)]
+    pub opted_out: Vec<String>,
     /// What is wrong, by object.
     pub problems: BTreeMap<String, Vec<String>>,
 }
@@ -44,14 +47,14 @@ pub struct Report {
     path: PathBuf,
     state: State,
     written: Option<State>,
-    source_objects: Vec<String>,
-    edge_objects: Vec<String>,
+    /// The objects that have a problem, by who says so.
+    objects: BTreeMap<&'static str, Vec<String>>,
 }
 
 impl Report {
     /// A report that will be written to `path`.
     pub fn new(path: PathBuf, state: State) -> Self {
-        Self { path, state, written: None, source_objects: Vec::new(), edge_objects: Vec::new() }
+        Self { path, state, written: None, objects: BTreeMap::new() }
     }
 
     /// What the programs cost the verifier.
@@ -69,30 +72,35 @@ impl Report {
 
     /// Replaces what the source said.
     pub fn source(&mut self, problems: Vec<Problem>) {
-        for object in std::mem::take(&mut self.source_objects) {
-            self.state.problems.remove(&object);
-        }
         let mut by_object: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for problem in problems {
             by_object.entry(problem.object).or_default().push(problem.reason);
         }
-        self.source_objects = by_object.keys().cloned().collect();
-        for (object, reasons) in by_object {
-            self.set(object, reasons);
-        }
+        self.replace("source", by_object);
+    }
+
+    /// Replaces which pods' sockets are left alone, and what is wrong with that.
+    pub fn opted_out(&mut self, pods: Vec<String>, problems: BTreeMap<String, Vec<String>>) {
+        self.state.opted_out = pods;
+        self.replace("opt-out", problems);
     }
 
     /// Replaces what is known of devices.
     pub fn edge(&mut self, state: edge::State) {
         self.verified(&state.verified);
         self.state.devices = state.devices;
-        for object in std::mem::take(&mut self.edge_objects) {
-            if !state.problems.contains_key(&object) {
+        self.replace("edge", state.problems);
+    }
+
+    /// Replaces all that `who` has found wrong.
+    fn replace(&mut self, who: &'static str, problems: BTreeMap<String, Vec<String>>) {
+        let objects = problems.keys().cloned().collect();
+        for object in self.objects.insert(who, objects).unwrap_or_default() {
+            if !problems.contains_key(&object) {
                 self.set(object, Vec::new());
             }
         }
-        self.edge_objects = state.problems.keys().cloned().collect();
-        for (object, reasons) in state.problems {
+        for (object, reasons) in problems {
             self.set(object, reasons);
         }
     }

@@ -33,6 +33,8 @@ pub enum Op {
     ServiceCidr(Prefix, bool),
     /// `POD_SOURCES`: adds or removes.
     PodSource(Prefix, bool),
+    /// `OPT_OUT`: adds or removes a cgroup.
+    OptOut(u64, bool),
     /// `NODE`: the flags.
     NodeFlags(u64),
 }
@@ -86,6 +88,7 @@ pub fn filter_bits(op: &Op) -> Vec<FilterBit> {
         | Op::Service(..)
         | Op::SourceRange(..)
         | Op::PodSource(..)
+        | Op::OptOut(..)
         | Op::NodeFlags(..) => Vec::new(),
     }
 }
@@ -152,6 +155,8 @@ pub struct Contents {
     pub service_cidrs: Vec<Prefix>,
     /// `POD_SOURCES`.
     pub pod_sources: Vec<Prefix>,
+    /// `OPT_OUT`.
+    pub opt_out: Vec<u64>,
     /// `NODE`: the flags.
     pub node_flags: u64,
 }

@@ -52,6 +52,10 @@ static LOCAL_ADDRESSES: HashMap<Addr, u32, 1> = HashMap::new();
 #[btf_map]
 static SERVICE_CIDRS: LpmTrie<Addr, u32, 1, BPF_F_NO_PREALLOC> = LpmTrie::new();
 
+/// Cgroups of pods whose sockets are left alone.
+#[btf_map]
+static OPT_OUT: HashMap<u64, u32, 1, BPF_F_NO_PREALLOC> = HashMap::new();
+
 #[btf_map]
 static AFFINITY: LruHashMap<AffinityKey, AffinityValue, 1> = LruHashMap::new();
 
@@ -196,6 +200,11 @@ impl Tables for Maps {
             Some(node) => load_words!(node, Node, 2),
             None => Node { host_netns: 0, flags: 0 },
         }
+    }
+
+    #[inline(always)]
+    fn opted_out(&self, cgroup: u64) -> bool {
+        OPT_OUT.get_ptr(cgroup).is_some()
     }
 
     #[inline(always)]

@@ -6,6 +6,7 @@
 use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::EbpfContext as _;
+use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
 use proxy_common::abi::SocketRecord;
@@ -83,6 +84,12 @@ impl<const V6: bool> Socket for SockAddr<V6> {
     fn netns(&self) -> u64 {
         // SAFETY: the context is the one this program was called with.
         unsafe { bpf_get_netns_cookie(self.ctx.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn cgroup(&self, level: i32) -> u64 {
+        // SAFETY: a helper without preconditions (5.7).
+        unsafe { bpf_get_current_ancestor_cgroup_id(level) }
     }
 
     #[inline(always)]

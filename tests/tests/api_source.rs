@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use proxy_agent::cluster::Cluster;
+use proxy_agent::opt_out::{ANNOTATION, Rules};
 use proxy_agent::sources::api::{self, Server};
 use proxy_agent::sources::{Problem, SourceError, Update};
 use proxy_tests::apiserver::{ApiServer, Cut, Resource, Verb};
@@ -47,8 +48,12 @@ impl Watched {
     }
 
     fn of(api: Server) -> Self {
+        Self::with_opt_out(api, Rules::default())
+    }
+
+    fn with_opt_out(api: Server, opt_out: Rules) -> Self {
         let (sender, updates) = channel(64);
-        let source = tokio::spawn(async move { api::run(api, "n1", sender).await });
+        let source = tokio::spawn(async move { api::run(api, "n1", &opt_out, sender).await });
         let (cluster, problems) = Default::default();
         Self { source, updates, cluster, problems, synced: 0, messages: 0 }
     }
@@ -369,6 +374,51 @@ async fn service_cidrs_are_optional() {
         }
         assert_eq!(watched.synced, 1);
     }
+}
+
+#[tokio::test]
+async fn pods_are_watched_only_if_they_may_opt_out() {
+    let server = ApiServer::start().unwrap();
+    let pod = |name: &str, node: &str, value: &str| {
+        json!({
+            "apiVersion": "v1", "kind": "Pod", "spec": { "nodeName": node },
+            "metadata": { "namespace": "a", "name": name, "uid": name, "annotations": { ANNOTATION: value } },
+        })
+    };
+    server
+        .apply_all([pod("out", "n1", "off"), pod("in", "n1", "on"), pod("elsewhere", "n2", "off")])
+        .unwrap();
+    let mut watched = Watched::synced(&server).await;
+    watched.settle().await;
+    assert_eq!(server.count(Verb::List, Resource::Pods) + server.open_watches(Resource::Pods), 0);
+
+    let api = || async {
+        let folder = TempDir::new().unwrap();
+        server.write_kubeconfig(&folder.path().join("kubeconfig")).unwrap();
+        Server::configured(Some(&folder.path().join("kubeconfig")), None).await.unwrap()
+    };
+    let rules = Rules::parse(&["annotation".to_owned()]).unwrap();
+    let names =
+        |watched: &Watched| watched.cluster.pods().map(|pod| pod.key.name.to_string()).collect::<Vec<_>>();
+    let mut watched = Watched::with_opt_out(api().await, rules.clone());
+    watched.until("synced", |watched| watched.synced == 1).await;
+    assert_eq!(names(&watched), ["out"]);
+    server.apply(pod("in", "n1", "off")).unwrap();
+    watched.until("two", |watched| names(watched) == ["in", "out"]).await;
+    server.apply(pod("out", "n1", "on")).unwrap();
+    server.delete_named(Resource::Pods, "a", "in");
+    watched.until("none", |watched| names(watched).is_empty()).await;
+    let of_this_node = |request: &proxy_tests::apiserver::Request| request.query.contains("spec.nodeName");
+    let requests: Vec<_> =
+        server.requests().into_iter().filter(|request| request.resource == Resource::Pods).collect();
+    assert!(!requests.is_empty() && requests.iter().all(of_this_node), "{requests:?}");
+
+    // Whoever may not read them goes without.
+    server.fail(None, Some(Resource::Pods), 403, usize::MAX);
+    let mut watched = Watched::with_opt_out(api().await, rules);
+    watched.until("synced", |watched| watched.synced == 1 && !watched.problems.is_empty()).await;
+    let problem = &watched.problems[0];
+    assert!(problem.object.ends_with(", pods") && problem.reason.contains("--socket-opt-out"), "{problem:?}");
 }
 
 #[tokio::test]

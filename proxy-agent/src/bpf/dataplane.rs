@@ -41,6 +41,8 @@ const KERNEL_FLOOR: (u32, u32) = (5, 10);
 const AFFINITY_ENTRIES: u32 = 65_536;
 /// Elements of `UDP_FLOWS`: two for each unconnected socket and VIP.
 const UDP_FLOW_ENTRIES: u32 = 65_536;
+/// Elements of `OPT_OUT`: a node has some hundred pods.
+pub const OPT_OUT_ENTRIES: u32 = 4_096;
 /// Elements of `FLOWS`, unless somebody asks for others; memory is taken as they are used.
 pub const FLOW_ENTRIES: u32 = 262_144;
 /// Elements of `NEW_FLOWS`: flows whose client has not gone on after an answer.
@@ -275,6 +277,7 @@ fn entries(map: &str, want: Capacity, flows: u32) -> u32 {
         "DEVICES" => DEVICE_ENTRIES,
         "LOCAL_ADDRESSES" => LOCAL_ADDRESS_ENTRIES,
         "SERVICE_CIDRS" => SERVICE_CIDR_ENTRIES,
+        "OPT_OUT" => OPT_OUT_ENTRIES,
         _ => 0,
     }
 }

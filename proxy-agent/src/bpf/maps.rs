@@ -45,6 +45,7 @@ pub struct KernelMaps {
     local_addresses: HashMap<MapData, Addr, u32>,
     service_cidrs: LpmTrie<MapData, Addr, u32>,
     pod_sources: LpmTrie<MapData, Addr, u32>,
+    opt_out: HashMap<MapData, u64, u32>,
     counters: PerCpuArray<MapData, u64>,
     service_counters: PerCpuArray<MapData, ServiceCounters>,
     flow_maps: FlowMaps,
@@ -105,6 +106,7 @@ impl KernelMaps {
             local_addresses: typed(Map::HashMap(data("LOCAL_ADDRESSES")?)).map_err(bad("LOCAL_ADDRESSES"))?,
             service_cidrs: typed(Map::LpmTrie(data("SERVICE_CIDRS")?)).map_err(bad("SERVICE_CIDRS"))?,
             pod_sources: typed(Map::LpmTrie(data("POD_SOURCES")?)).map_err(bad("POD_SOURCES"))?,
+            opt_out: typed(Map::HashMap(data("OPT_OUT")?)).map_err(bad("OPT_OUT"))?,
             counters: typed(Map::PerCpuArray(data("COUNTERS")?)).map_err(bad("COUNTERS"))?,
             service_counters: typed(service_counters).map_err(bad("SERVICE_COUNTERS"))?,
             flow_maps: FlowMaps::open(pins)?,
@@ -232,6 +234,7 @@ impl KernelMaps {
             local_addresses: self.local_addresses.iter().collect::<Result<_, _>>()?,
             service_cidrs: prefixes(&self.service_cidrs)?,
             pod_sources: prefixes(&self.pod_sources)?,
+            opt_out: self.opt_out.keys().collect::<Result<_, _>>()?,
             node_flags: self.node_flags(),
         })
     }
@@ -314,6 +317,10 @@ impl MapStore for KernelMaps {
             }
             Op::PodSource(pods, present) => {
                 put(&mut self.pod_sources, &prefix_key(*pods), *present).map_err(failed("POD_SOURCES"))
+            }
+            Op::OptOut(cgroup, true) => self.opt_out.insert(cgroup, 1, 0).map_err(failed("OPT_OUT")),
+            Op::OptOut(cgroup, false) => {
+                absent_is_fine(self.opt_out.remove(cgroup)).map_err(failed("OPT_OUT"))
             }
             Op::NodeFlags(flags) => store("NODE", &self.node, 0, 1, *flags),
         }

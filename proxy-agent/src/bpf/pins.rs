@@ -66,7 +66,7 @@ const fn spec<K, V>(name: &'static str, map_type: MapType, independent: bool) ->
 }
 
 /// Every map. What each holds is told in `docs/maps.md`.
-pub const MAPS: [MapSpec; 25] = [
+pub const MAPS: [MapSpec; 26] = [
     spec::<u32, u64>("FILTER", MapType::Array, false),
     spec::<abi::FrontendKey, abi::FrontendValue>("FRONTENDS", MapType::Hash, false),
     spec::<u32, abi::Service>("SERVICES", MapType::Array, false),
@@ -79,6 +79,7 @@ pub const MAPS: [MapSpec; 25] = [
     spec::<u32, abi::Node>("NODE", MapType::Array, true),
     spec::<Addr, u32>("LOCAL_ADDRESSES", MapType::Hash, false),
     spec::<abi::PrefixKey, u32>("SERVICE_CIDRS", MapType::LpmTrie, false),
+    spec::<u64, u32>("OPT_OUT", MapType::Hash, true),
     spec::<u32, abi::StreamRecord>("STREAMS", MapType::Array, true),
     spec::<i32, abi::SocketRecord>("SOCKETS", MapType::SkStorage, true),
     spec::<abi::SourceRangeKey, u32>("SOURCE_RANGES", MapType::LpmTrie, false),

@@ -36,6 +36,7 @@ pub struct Simulator {
     source_ranges: BTreeSet<(u32, Prefix)>,
     service_cidrs: BTreeSet<Prefix>,
     pod_sources: BTreeSet<Prefix>,
+    opt_out: BTreeSet<u64>,
     node_flags: u64,
     affinity: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
     streams: RefCell<BTreeMap<u32, StreamRecord>>,
@@ -75,6 +76,7 @@ impl Simulator {
             source_ranges: self.source_ranges.iter().copied().collect(),
             service_cidrs: self.service_cidrs.iter().copied().collect(),
             pod_sources: self.pod_sources.iter().copied().collect(),
+            opt_out: self.opt_out.iter().copied().collect(),
             node_flags: self.node_flags,
         }
     }
@@ -124,6 +126,7 @@ impl MapStore for Simulator {
             Op::SourceRange(id, range, present) => put(&mut self.source_ranges, (*id, *range), *present),
             Op::ServiceCidr(cidr, present) => put(&mut self.service_cidrs, *cidr, *present),
             Op::PodSource(pods, present) => put(&mut self.pod_sources, *pods, *present),
+            Op::OptOut(cgroup, present) => put(&mut self.opt_out, *cgroup, *present),
             Op::NodeFlags(flags) => self.node_flags = *flags,
         }
         Ok(())
@@ -162,6 +165,10 @@ impl Tables for Simulator {
 
     fn node(&self) -> Node {
         Node { host_netns: self.host_netns.get(), flags: self.node_flags }
+    }
+
+    fn opted_out(&self, cgroup: u64) -> bool {
+        self.opt_out.contains(&cgroup)
     }
 
     fn learn_host_netns(&self, cookie: u64) {
@@ -245,6 +252,8 @@ pub struct SimSocket {
     pub cookie: u64,
     /// Cookie of the network namespace.
     pub netns: u64,
+    /// Ids of the cgroups that the process is in, the outermost first.
+    pub cgroups: &'static [u64],
     /// What the socket storage holds.
     pub record: Option<SocketRecord>,
     /// Whether writing the socket storage fails.
@@ -270,6 +279,11 @@ impl Socket for SimSocket {
 
     fn netns(&self) -> u64 {
         self.netns
+    }
+
+    fn cgroup(&self, level: i32) -> u64 {
+        let index = usize::try_from(level - 1);
+        index.ok().and_then(|index| self.cgroups.get(index)).copied().unwrap_or(0)
     }
 
     fn rewrite(&mut self, addr: Addr, port: Be16) {

@@ -62,6 +62,8 @@ pub mod node {
     /// The packet edge is attached to interfaces of pods, so their packets are judged there: what a pod's socket would
     /// have to be denied in place of silence is left alone.
     pub const PODS_IN_PACKETS: u64 = 1 << 0;
+    /// `OPT_OUT` has elements that the socket edge must look at.
+    pub const OPTED_OUT: u64 = 1 << 1;
 }
 
 /// What the packet edge has done for one Service port, on one CPU: value of `SERVICE_COUNTERS`, by service id.

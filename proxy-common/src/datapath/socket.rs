@@ -4,7 +4,8 @@
 //! no work per packet at all.
 //!
 //! What a pod's socket cannot be told is left to the packet edge, if that has the interfaces of pods: silence, and
-//! whether the pod's address is in source ranges, since a socket has no address yet.
+//! whether the pod's address is in source ranges, since a socket has no address yet. So is everything of pods that have
+//! opted out.
 
 use super::lookup::{self, Target};
 use super::select::{Client, Selection, select};
@@ -12,14 +13,17 @@ use super::tables::{Socket, Tables};
 use super::trace;
 use crate::abi::frontend::flags::PROBE;
 use crate::abi::{
-    AffinityKey, Backend, Counter, FlowDirection, FrontendValue, SocketRecord, StreamRecord, UdpFlow,
-    UdpFlowKey, backend::flags::SERVING, node::PODS_IN_PACKETS, proto,
+    AffinityKey, Backend, Counter, FlowDirection, FrontendValue, Node, SocketRecord, StreamRecord, UdpFlow,
+    UdpFlowKey, backend::flags::SERVING, node::OPTED_OUT, node::PODS_IN_PACKETS, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
 
 /// IPPROTO_MPTCP: a stream socket that speaks TCP with anyone.
 const MPTCP: u32 = 262;
+/// How deep below the root the cgroup of a pod may lie. Those of kubelet are two to four levels deep, and deeper by as
+/// much where the node itself is a container.
+const CGROUP_LEVELS: i32 = 16;
 
 /// What the hook answers the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,11 +56,11 @@ pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
 #[inline(always)]
 fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8) -> Verdict {
     let (vip, vip_port) = (socket.addr(), socket.port());
-    let frontend = match target(socket, tables, vip, vip_port, proto) {
-        Ok(frontend) => frontend,
+    let (frontend, node) = match target(socket, tables, vip, vip_port, proto) {
+        Ok(found) => found,
         Err(verdict) => return verdict,
     };
-    let caller = Caller::of(socket, tables);
+    let caller = Caller::of(socket, node);
     match caller.select(tables, frontend) {
         Selection::Backend(id, backend) => {
             let record = SocketRecord {
@@ -88,8 +92,8 @@ fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8) -> Verdict {
 pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(proto) = protocol(socket) else { return Verdict::Pass };
     let (vip, vip_port) = (socket.addr(), socket.port());
-    let frontend = match target(socket, tables, vip, vip_port, proto) {
-        Ok(frontend) => frontend,
+    let (frontend, node) = match target(socket, tables, vip, vip_port, proto) {
+        Ok(found) => found,
         Err(verdict) => return verdict,
     };
     let key = flow_key(socket, vip, vip_port, FlowDirection::Original);
@@ -98,7 +102,7 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let (id, addr, port) = match fresh {
         Some(found) => found,
         None => {
-            let caller = Caller::of(socket, tables);
+            let caller = Caller::of(socket, node);
             match (caller.select(tables, frontend), flow) {
                 (Selection::Backend(id, backend), before) => {
                     if before.is_some() {
@@ -243,7 +247,7 @@ fn protocol(socket: &impl Socket) -> Option<u8> {
     }
 }
 
-/// The frontend at `addr`, or the verdict for an address that is none.
+/// The frontend at `addr`, with the facts of this node, or the verdict for an address that is none.
 #[inline(always)]
 fn target(
     socket: &impl Socket,
@@ -251,20 +255,30 @@ fn target(
     addr: Addr,
     port: Be16,
     proto: u8,
-) -> Result<FrontendValue, Verdict> {
-    match lookup::find(tables, &addr, port, proto) {
+) -> Result<(FrontendValue, Node), Verdict> {
+    let found = lookup::find(tables, &addr, port, proto);
+    if let Target::Other = found {
+        return Err(Verdict::Pass);
+    }
+    let node = tables.node();
+    if node.flags & OPTED_OUT != 0 && socket.netns() != node.host_netns && has_opted_out(socket, tables) {
+        trace::called(tables, Counter::LeftToPackets, socket, 0, None, true);
+        return Err(Verdict::Pass);
+    }
+    match found {
         Target::Frontend(frontend) => {
             if frontend.flags & PROBE != 0 {
                 tables.learn_host_netns(socket.netns());
+                return Ok((frontend, tables.node()));
             }
-            Ok(frontend)
+            Ok((frontend, node))
         }
         Target::Other => Err(Verdict::Pass),
         Target::UnusedPort => {
             trace::called(tables, Counter::RejectUnusedPort, socket, 0, None, true);
             Err(Verdict::Reject)
         }
-        Target::InactiveAddress => Err(Caller::of(socket, tables).refused(
+        Target::InactiveAddress => Err(Caller::of(socket, node).refused(
             tables,
             socket,
             Verdict::Drop,
@@ -272,9 +286,22 @@ fn target(
             0,
         )),
         Target::Retry => {
-            Err(Caller::of(socket, tables).refused(tables, socket, Verdict::Drop, Counter::DropRetry, 0))
+            Err(Caller::of(socket, node).refused(tables, socket, Verdict::Drop, Counter::DropRetry, 0))
         }
     }
+}
+
+/// Whether the process is in one of the cgroups of `OPT_OUT`. (A container has a cgroup of its own below its pod's.)
+#[inline(always)]
+fn has_opted_out(socket: &impl Socket, tables: &impl Tables) -> bool {
+    for level in 1..=CGROUP_LEVELS {
+        match socket.cgroup(level) {
+            0 => return false,
+            cgroup if tables.opted_out(cgroup) => return true,
+            _ => {}
+        }
+    }
+    false
 }
 
 /// Who asks, as far as that matters.
@@ -287,8 +314,8 @@ struct Caller {
 
 impl Caller {
     #[inline(always)]
-    fn of(socket: &impl Socket, tables: &impl Tables) -> Self {
-        let (netns, node) = (socket.netns(), tables.node());
+    fn of(socket: &impl Socket, node: Node) -> Self {
+        let netns = socket.netns();
         let client = if netns == node.host_netns { Client::Host } else { Client::Pod };
         let in_packets = client == Client::Pod && node.flags & PODS_IN_PACKETS != 0;
         Self { netns, client, in_packets }

@@ -25,6 +25,8 @@ pub trait Tables {
     fn in_service_cidr(&self, addr: &Addr) -> bool;
     /// `NODE`: every word loaded once.
     fn node(&self) -> Node;
+    /// `OPT_OUT`: whether processes of the cgroup are left to the packet edge.
+    fn opted_out(&self, cgroup: u64) -> bool;
     /// Notes the cookie of the host's network namespace.
     fn learn_host_netns(&self, cookie: u64);
     /// `AFFINITY`.
@@ -65,6 +67,9 @@ pub trait Socket {
     fn cookie(&self) -> u64;
     /// Cookie of the socket's network namespace.
     fn netns(&self) -> u64;
+    /// Id of the cgroup that contains the calling process, so many levels below the root of the hierarchy; 0 where its own
+    /// is higher.
+    fn cgroup(&self, level: i32) -> u64;
     /// Replaces the peer address. `addr` is of the family that the hook is for, or IPv4-mapped.
     fn rewrite(&mut self, addr: Addr, port: Be16);
     /// `SOCKETS`: this socket's record.

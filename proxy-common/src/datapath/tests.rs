@@ -80,6 +80,10 @@ impl Tables for Racing {
         Node::default()
     }
 
+    fn opted_out(&self, _cgroup: u64) -> bool {
+        false
+    }
+
     fn learn_host_netns(&self, _: u64) {}
 
     fn affinity(&self, _: &AffinityKey) -> Option<AffinityValue> {

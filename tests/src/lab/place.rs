@@ -139,6 +139,21 @@ impl Pod {
         &self.node
     }
 
+    /// The same pod with its processes in another cgroup of its node, which is made: where kubelet puts containers.
+    ///
+    /// # Errors
+    /// If the cgroup cannot be made.
+    pub fn in_cgroup(&self, path: &str) -> Result<Place> {
+        let node =
+            self.place.cgroup().ancestors().nth(2).context("a pod's cgroup is pods/NAME of its node's")?;
+        Place::new(
+            self.place.name(),
+            self.place.net().clone(),
+            node.join(path),
+            self.place.addresses().to_vec(),
+        )
+    }
+
     /// The name of the node's end of its veth.
     pub fn host_device(&self) -> &str {
         &self.device

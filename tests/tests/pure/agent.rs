@@ -89,7 +89,7 @@ impl Agent {
             maps,
             first: true,
         };
-        let ops = plan_left(&mut agent.model, Some(pods_in_packets));
+        let ops = plan_left(&mut agent.model, Some(pods_in_packets), None);
         agent.carry_out(&ops)?;
         Ok(agent)
     }
@@ -233,24 +233,14 @@ fn difference(before: &BTreeMap<Id, Vec<Change>>, after: &BTreeMap<Id, Vec<Chang
     let mut changes = Vec::new();
     for (id, was) in before {
         let is = after.get(id).unwrap_or(&no_changes);
-        let kept: Vec<Change> = is.iter().filter_map(gone).collect();
-        changes.extend(was.iter().filter_map(gone).filter(|gone| !kept.contains(gone)));
+        let kept: Vec<Change> = is.iter().filter_map(Change::gone).collect();
+        changes.extend(was.iter().filter_map(Change::gone).filter(|gone| !kept.contains(gone)));
     }
     for (id, is) in after {
         let was = before.get(id).unwrap_or(&no_changes);
         changes.extend(is.iter().filter(|change| !was.contains(change)).cloned());
     }
     changes
-}
-
-/// That an object is there no more. (A node never goes.)
-fn gone(change: &Change) -> Option<Change> {
-    match change {
-        Change::Service(service) => Some(Change::ServiceGone(service.key.clone())),
-        Change::Slice(slice) => Some(Change::SliceGone(slice.key.clone())),
-        Change::ServiceCidr(name, _) => Some(Change::ServiceCidrGone(Arc::clone(name))),
-        Change::Node(_) | Change::ServiceGone(_) | Change::SliceGone(_) | Change::ServiceCidrGone(_) => None,
-    }
 }
 
 fn prefix(text: &str) -> Option<Prefix> {

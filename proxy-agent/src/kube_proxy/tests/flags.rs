@@ -10,11 +10,12 @@ use crate::kube_proxy::fields::{FIELDS, values};
 const WITHOUT_FIELD: [&str; 7] =
     ["config", "write-config-to", "cleanup", "init-only", "master", "healthz-port", "metrics-port"];
 /// Flags that kube-proxy does not have.
-const OWN: [&str; 8] = [
+const OWN: [&str; 9] = [
     "manifests",
     "devices",
     "pod-interfaces",
     "flow-table-size",
+    "socket-opt-out",
     "no-tcx",
     "cgroup-path",
     "pin-dir",

@@ -222,6 +222,7 @@ impl Machine {
                 | Op::LocalAddress(..)
                 | Op::ServiceCidr(..)
                 | Op::PodSource(..)
+                | Op::OptOut(..)
                 | Op::NodeFlags(..) => false,
             };
             assert!(!reused, "{op:?} writes to what is not free yet");

@@ -317,6 +317,49 @@ fn a_socket_that_is_left_to_packets_forgets_its_record() {
     }
 }
 
+/// Whatever the verdict would be, it is the packet edge's.
+#[test]
+fn sockets_of_a_pod_that_has_opted_out_are_left_alone() {
+    let mut sim = world();
+    // Served, without an endpoint, an unused port.
+    let addresses = [(vip(10), 80), (vip(20), 80), (vip(10), 81)];
+    let left = |sim: &Simulator, cgroups: &'static [u64]| {
+        let left = addresses.map(|(address, port)| {
+            let before = SimSocket { cgroups, ..socket(address, port, TCP) };
+            let mut after = before.clone();
+            (connect(&mut after, sim), after == before) == (Pass, true)
+        });
+        assert!(left.iter().all(|other| *other == left[0]), "{cgroups:?}: {left:?}");
+        left[0]
+    };
+    sim.apply(&Op::OptOut(7, true)).unwrap();
+    sim.apply(&Op::NodeFlags(PODS_IN_PACKETS)).unwrap();
+    assert_eq!(connect(&mut SimSocket { cgroups: &[1, 7], ..socket(vip(10), 80, TCP) }, &sim), Translated);
+    sim.apply(&Op::NodeFlags(PODS_IN_PACKETS | OPTED_OUT)).unwrap();
+    let deep: [u64; 16] = [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 7];
+    let deep: &'static [u64] = Vec::leak(deep.to_vec());
+    for cgroups in [&[7][..], &[1, 7], &[1, 2, 7, 3], deep] {
+        assert!(left(&sim, cgroups));
+    }
+    assert_eq!(sim.counted(Counter::LeftToPackets), 12);
+    // Other pods, and whatever is none of ours.
+    for cgroups in [&[][..], &[1, 2, 3]] {
+        let other = SimSocket { cgroups, ..socket(vip(10), 80, TCP) };
+        check(&sim, other, Translated, Some(Counter::Connected));
+    }
+    check(&sim, SimSocket { cgroups: &[7], ..socket(pod(1), 8080, TCP) }, Pass, None);
+    // Nobody judges what the host sends.
+    let host = SimSocket { netns: HOST_NETNS, cgroups: &[7], ..socket(vip(10), 80, TCP) };
+    check(&sim, host, Translated, Some(Counter::Connected));
+    // Each datagram is asked about, also of a flow that began before.
+    let mut datagram = socket(vip(10), 80, UDP);
+    assert_eq!(sendmsg(&mut datagram, &sim), Translated);
+    let mut datagram = SimSocket { cgroups: &[1, 7], ..socket(vip(10), 80, UDP) };
+    assert_eq!((sendmsg(&mut datagram, &sim), datagram.addr), (Pass, vip(10)));
+    sim.apply(&Op::OptOut(7, false)).unwrap();
+    assert!(!left(&sim, &[1, 7]));
+}
+
 #[test]
 fn the_probe_and_nothing_else_teaches_which_namespace_is_the_hosts() {
     let mut sim = world();

@@ -81,6 +81,11 @@ impl Complaints {
                           kubeconfig"
                     .to_owned()
             }
+            Some(403) if kind == Kind::Pods => {
+                "we may not list and watch pods (API group \"\"), which --socket-opt-out needs: add that rule to our role; \
+                 no Pod opts out until then"
+                    .to_owned()
+            }
             Some(403) => format!(
                 "we may not list and watch {resource} (API group {group:?}): bind our ServiceAccount to the \
                  ClusterRole system:node-proxier, or add that rule to its role"

@@ -8,6 +8,7 @@ use kube::{Resource as _, ResourceExt as _};
 
 use super::{Kind, KindEvent};
 use crate::cluster::{Change, ObjectKey};
+use crate::opt_out::Rules;
 use crate::sources::Problem;
 use crate::sources::convert::{Converter, key_of};
 
@@ -18,12 +19,16 @@ pub(super) struct Intake {
     slices: Known<ObjectKey>,
     node: Known<()>,
     service_cidrs: Known<Arc<str>>,
+    pods: Known<ObjectKey>,
 }
 
 impl Intake {
-    pub(super) fn new(node_name: &str) -> Self {
+    pub(super) fn new(node_name: &str, opt_out: &Rules) -> Self {
+        let mut pods = Known::new(|key| Some(Change::PodGone(key)));
+        pods.complete = opt_out.is_empty();
         Self {
-            converter: Converter::new(node_name),
+            converter: Converter::new(node_name).with_opt_out(opt_out.clone()),
+            pods,
             services: Known::new(|key| Some(Change::ServiceGone(key))),
             slices: Known::new(|key| Some(Change::SliceGone(key))),
             node: Known::new(|()| {
@@ -60,12 +65,20 @@ impl Intake {
                 };
                 self.service_cidrs.take(event, |object| object.name_any().into(), convert, changes);
             }
+            KindEvent::Pod(event) => {
+                let convert = |object: &_| Ok(converter.pod(object)?.map(Change::Pod));
+                self.pods.take(event, |object| key_of(object.meta()), convert, changes);
+            }
         }
     }
 
-    /// Takes the list of ServiceCIDRs as complete, and empty unless some are known.
-    pub(super) fn go_without_service_cidrs(&mut self) {
-        self.service_cidrs.complete = true;
+    /// Takes the list of an optional kind as complete, and empty unless some are known.
+    pub(super) fn go_without(&mut self, kind: Kind) {
+        match kind {
+            Kind::ServiceCidrs => self.service_cidrs.complete = true,
+            Kind::Pods => self.pods.complete = true,
+            Kind::Services | Kind::EndpointSlices | Kind::Node => {}
+        }
     }
 
     /// Whether the first list of this kind has come, and no other is coming in.
@@ -75,12 +88,17 @@ impl Intake {
             Kind::EndpointSlices => self.slices.has_list(),
             Kind::Node => self.node.has_list(),
             Kind::ServiceCidrs => self.service_cidrs.has_list(),
+            Kind::Pods => self.pods.has_list(),
         }
     }
 
     /// Whether every kind has delivered its first list.
     pub(super) fn is_complete(&self) -> bool {
-        self.services.complete && self.slices.complete && self.node.complete && self.service_cidrs.complete
+        self.services.complete
+            && self.slices.complete
+            && self.node.complete
+            && self.service_cidrs.complete
+            && self.pods.complete
     }
 }
 

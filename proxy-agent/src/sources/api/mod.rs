@@ -1,7 +1,7 @@
 //! The Kubernetes API as the source of objects.
 //!
-//! Four watches (Services, EndpointSlices, this Node, ServiceCIDRs) run in one task and end in one channel, so the
-//! agent sees one order of changes. Each object is reduced at once and dropped. Whatever fails is retried for ever,
+//! Four watches (Services, EndpointSlices, this Node, ServiceCIDRs), and one of this node's Pods if any may opt out of the
+//! socket edge, run in one task and end in one channel, so the agent sees one order of changes. Each object is reduced at once and dropped. Whatever fails is retried for ever,
 //! each watch by itself; what was known stays known, and only a complete new list makes an object go.
 
 use std::path::Path;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use axum::http::Uri;
 use futures::{FutureExt as _, StreamExt as _};
-use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -18,6 +18,7 @@ use kube::{Client, Config};
 use tokio::sync::mpsc::Sender;
 
 use super::{SourceError, Update};
+use crate::opt_out::Rules;
 use complaints::Complaints;
 use intake::Intake;
 
@@ -73,13 +74,14 @@ impl Server {
     }
 }
 
-/// The four kinds that are watched.
+/// The kinds that are watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Services,
     EndpointSlices,
     Node,
     ServiceCidrs,
+    Pods,
 }
 
 impl Kind {
@@ -90,13 +92,14 @@ impl Kind {
             Self::EndpointSlices => ("endpointslices", "discovery.k8s.io"),
             Self::Node => ("nodes", ""),
             Self::ServiceCidrs => ("servicecidrs", "networking.k8s.io"),
+            Self::Pods => ("pods", ""),
         }
     }
 
     /// Whether the agent works without it: ServiceCIDRs are newer than everything else, and so are the RBAC rules
-    /// that allow to read them.
+    /// that allow to read them; Pods are more than kube-proxy may read.
     fn is_optional(self) -> bool {
-        self == Self::ServiceCidrs
+        matches!(self, Self::ServiceCidrs | Self::Pods)
     }
 }
 
@@ -107,13 +110,14 @@ enum KindEvent {
     Slice(Event<EndpointSlice>),
     Node(Event<Node>),
     ServiceCidr(Event<ServiceCIDR>),
+    Pod(Event<Pod>),
 }
 
 /// Sends what the API server says until the receiver is dropped. `node_name` is the name of this node in lower
-/// case.
-pub async fn run(server: Server, node_name: &str, updates: Sender<Update>) {
-    let mut events = watch::all(&server.client, node_name);
-    let mut intake = Intake::new(node_name);
+/// case, `opt_out` tells which of its Pods matter.
+pub async fn run(server: Server, node_name: &str, opt_out: &Rules, updates: Sender<Update>) {
+    let mut events = watch::all(&server.client, node_name, !opt_out.is_empty());
+    let mut intake = Intake::new(node_name, opt_out);
     let mut complaints = Complaints::new(server.url);
     let mut synced = false;
     while let Some(first) = tokio::select! {
@@ -134,7 +138,7 @@ pub async fn run(server: Server, node_name: &str, updates: Sender<Update>) {
                 Err(error) => {
                     complaints.note(kind, &error);
                     if kind.is_optional() && watch::is_refused(&error) {
-                        intake.go_without_service_cidrs();
+                        intake.go_without(kind);
                     }
                 }
             }

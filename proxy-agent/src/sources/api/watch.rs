@@ -22,19 +22,24 @@ const NOT_SERVED_RETRY: Duration = Duration::from_secs(600);
 /// An event or error of one of the watches.
 pub(super) type Item = (Kind, Result<KindEvent, Error>);
 
-/// All four watches.
-pub(super) fn all(client: &Client, node_name: &str) -> SelectAll<BoxStream<'static, Item>> {
+/// All watches.
+pub(super) fn all(client: &Client, node_name: &str, pods: bool) -> SelectAll<BoxStream<'static, Item>> {
     let config = Config::default().timeout(WATCH_SECONDS).page_size(PAGE);
     let services =
         config.clone().labels("!service.kubernetes.io/service-proxy-name").fields("spec.clusterIP!=None");
     let slices = config.clone().labels("!service.kubernetes.io/headless");
     let node = config.clone().fields(&format!("metadata.name={node_name}"));
-    stream::select_all([
+    let of_node = config.clone().fields(&format!("spec.nodeName={node_name}"));
+    let mut watches = vec![
         of_kind(client, Kind::Services, services, KindEvent::Service),
         of_kind(client, Kind::EndpointSlices, slices, KindEvent::Slice),
         of_kind(client, Kind::Node, node, KindEvent::Node),
         of_kind(client, Kind::ServiceCidrs, config, KindEvent::ServiceCidr),
-    ])
+    ];
+    if pods {
+        watches.push(of_kind(client, Kind::Pods, of_node, KindEvent::Pod));
+    }
+    stream::select_all(watches)
 }
 
 /// The server has answered that we cannot have this kind: it does not serve it, or RBAC forbids it.

@@ -15,7 +15,8 @@ use proxy_common::addr::Prefix;
 use super::Problem;
 use super::lenient;
 use super::share::Shared;
-use crate::cluster::{Node, ObjectKey};
+use crate::cluster::{Node, ObjectKey, Pod};
+use crate::opt_out::Rules;
 
 mod service;
 mod slice;
@@ -38,6 +39,8 @@ const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// The cluster autoscaler is about to delete a node with this taint.
 const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
+/// On the object that mirrors a static pod: what kubelet calls the pod itself.
+const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 /// The zone of a node.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
@@ -45,6 +48,7 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 #[derive(Debug)]
 pub struct Converter {
     node_name: String,
+    opt_out: Rules,
     shared: Shared,
 }
 
@@ -62,7 +66,12 @@ pub struct ServiceCidr {
 impl Converter {
     /// For the node of this name (lower case).
     pub fn new(node_name: &str) -> Self {
-        Self { node_name: node_name.to_owned(), shared: Shared::default() }
+        Self { node_name: node_name.to_owned(), opt_out: Rules::default(), shared: Shared::default() }
+    }
+
+    /// With the rules by which Pods opt out of the socket edge: else none does.
+    pub fn with_opt_out(self, opt_out: Rules) -> Self {
+        Self { opt_out, ..self }
     }
 
     /// This node; `None` for any other. Addresses that are none are skipped.
@@ -90,6 +99,31 @@ impl Converter {
             }
         }
         Some(node)
+    }
+
+    /// A Pod of this node that runs and opts out of the socket edge; `None` for any other.
+    ///
+    /// # Errors
+    /// The object has no usable name or uid.
+    pub fn pod(&mut self, object: &core::Pod) -> Result<Option<Pod>, Problem> {
+        let (meta, spec) = (&object.metadata, object.spec.as_ref());
+        let phase = object.status.as_ref().and_then(|status| status.phase.as_deref());
+        let class = spec.and_then(|spec| spec.runtime_class_name.as_deref());
+        if spec.and_then(|spec| spec.node_name.as_deref()).is_none_or(|node| node != self.node_name)
+            || matches!(phase, Some("Succeeded" | "Failed"))
+            || !self.opt_out.hold(meta.annotations.as_ref(), class)
+        {
+            return Ok(None);
+        }
+        let key = self.key("Pod", meta, SUBDOMAIN_MAX)?;
+        let hash = meta.annotations.as_ref().and_then(|annotations| annotations.get(CONFIG_HASH));
+        let Some(uid) = hash.or(meta.uid.as_ref()).filter(|uid| !uid.is_empty()) else {
+            let reason =
+                "metadata.uid is missing, so that its cgroup cannot be found; its sockets are served";
+            return Err(Problem { object: format!("Pod {key}"), reason: reason.to_owned() });
+        };
+        let host_network = spec.and_then(|spec| spec.host_network).unwrap_or(false);
+        Ok(Some(Pod { key, uid: uid.as_str().into(), host_network }))
     }
 
     /// A ServiceCIDR.

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::cluster::{Endpoint, Hints, Service, ServiceType, Slice, TrafficPolicy};
+use crate::opt_out::ANNOTATION;
 
 #[test]
 fn a_full_service() {
@@ -516,6 +517,53 @@ fn service_cidrs() {
     assert_eq!((&*got.name, texts.join(" ").as_str()), ("kubernetes", "10.96.0.0/16 fd00:96::/112"));
     assert_eq!(got.problems, ["spec.cidrs[2] \"10.96.0.0\" is not a CIDR; it is ignored"]);
     Converter::new("n1").service_cidr(&ServiceCIDR::default()).unwrap_err();
+}
+
+#[test]
+fn pods_that_opt_out() {
+    let pod = |object: Value| {
+        let rules = Rules::parse(&["annotation".to_owned(), "runtime-class=gvisor".to_owned()]).unwrap();
+        Converter::new("n1").with_opt_out(rules).pod(&serde_json::from_value(object).unwrap())
+    };
+    let off = json!({ANNOTATION: "off"});
+    let meta = json!({"namespace": "a", "name": "p", "uid": "u-1", "annotations": off});
+    for (meta, spec, phase, want) in [
+        (meta.clone(), json!({"nodeName": "n1"}), "Running", Some(("u-1", false))),
+        (meta.clone(), json!({"nodeName": "n1", "hostNetwork": true}), "Pending", Some(("u-1", true))),
+        (meta.clone(), json!({"nodeName": "n2"}), "Running", None),
+        (meta.clone(), json!({}), "Pending", None),
+        (meta.clone(), json!({"nodeName": "n1"}), "Succeeded", None),
+        (meta, json!({"nodeName": "n1"}), "Failed", None),
+        (
+            json!({"namespace": "a", "name": "p", "uid": "u-1", "annotations": {ANNOTATION: "on"}}),
+            json!({"nodeName": "n1"}),
+            "Running",
+            None,
+        ),
+        (
+            json!({"namespace": "a", "name": "p", "uid": "u-1"}),
+            json!({"nodeName": "n1", "runtimeClassName": "gvisor"}),
+            "Running",
+            Some(("u-1", false)),
+        ),
+        (
+            json!({"namespace": "a", "name": "p", "uid": "u-1",
+                   "annotations": {ANNOTATION: "off", "kubernetes.io/config.hash": "c0ffee"}}),
+            json!({"nodeName": "n1"}),
+            "Running",
+            Some(("c0ffee", false)),
+        ),
+    ] {
+        let object = json!({"metadata": meta, "spec": spec, "status": {"phase": phase}});
+        let got = pod(object.clone()).unwrap();
+        let got = got.as_ref().map(|pod| (&*pod.uid, pod.host_network));
+        assert_eq!(got, want, "{object}");
+        let object = serde_json::from_value(object).unwrap();
+        assert_eq!(Converter::new("n1").pod(&object).unwrap(), None, "without rules nobody opts out");
+    }
+    let nameless =
+        json!({"metadata": {"name": "p", "namespace": "a", "annotations": off}, "spec": {"nodeName": "n1"}});
+    assert!(pod(nameless).unwrap_err().reason.starts_with("metadata.uid is missing"));
 }
 
 #[test]

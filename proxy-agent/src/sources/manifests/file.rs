@@ -35,6 +35,7 @@ pub(super) enum Kind {
     Endpoints,
     Node,
     ServiceCidr,
+    Pod,
 }
 
 /// What makes an object the same object.
@@ -75,8 +76,8 @@ impl FileError {
 }
 
 impl Kind {
-    const ALL: [Self; 5] =
-        [Self::Service, Self::EndpointSlice, Self::Endpoints, Self::Node, Self::ServiceCidr];
+    const ALL: [Self; 6] =
+        [Self::Service, Self::EndpointSlice, Self::Endpoints, Self::Node, Self::ServiceCidr, Self::Pod];
 
     /// `kind`, API group and version.
     fn names(self) -> (&'static str, &'static str, &'static str) {
@@ -86,12 +87,13 @@ impl Kind {
             Self::Endpoints => ("Endpoints", "", "v1"),
             Self::Node => ("Node", "", "v1"),
             Self::ServiceCidr => ("ServiceCIDR", "networking.k8s.io/", "v1"),
+            Self::Pod => ("Pod", "", "v1"),
         }
     }
 
     fn is_namespaced(self) -> bool {
         match self {
-            Self::Service | Self::EndpointSlice | Self::Endpoints => true,
+            Self::Service | Self::EndpointSlice | Self::Endpoints | Self::Pod => true,
             Self::Node | Self::ServiceCidr => false,
         }
     }
@@ -311,6 +313,10 @@ fn convert(
         }
         Kind::Node => {
             converter.node(&typed::<core::Node>(kind, value)?).map(Change::Node).into_iter().collect()
+        }
+        Kind::Pod => {
+            let pod = converter.pod(&typed::<core::Pod>(kind, value)?).map_err(refused)?;
+            pod.map(Change::Pod).into_iter().collect()
         }
         Kind::ServiceCidr => {
             let cidr = converter.service_cidr(&typed::<ServiceCIDR>(kind, value)?).map_err(refused)?;

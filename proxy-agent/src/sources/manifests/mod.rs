@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use tokio::sync::mpsc::Sender;
 
 use super::{SourceError, Update};
+use crate::opt_out::Rules;
 use snapshot::Snapshot;
 use watch::Watch;
 
@@ -35,13 +36,18 @@ struct Changed {
 }
 
 /// Sends what is in `directory`, then every change of it, until the receiver is dropped. `node_name` is the name
-/// of this node in lower case.
+/// of this node in lower case, `opt_out` tells which of its Pods matter.
 ///
 /// # Errors
 /// The directory cannot be read at the start, or there is no inotify. Nothing has been sent then.
-pub async fn run(directory: PathBuf, node_name: &str, updates: Sender<Update>) -> Result<(), SourceError> {
+pub async fn run(
+    directory: PathBuf,
+    node_name: &str,
+    opt_out: &Rules,
+    updates: Sender<Update>,
+) -> Result<(), SourceError> {
     let mut watch = Watch::new(&directory)?;
-    let mut snapshot = Snapshot::new(directory.clone(), node_name);
+    let mut snapshot = Snapshot::new(directory.clone(), node_name, opt_out);
     let mut changed = Changed { any: true, ..Changed::default() };
     let mut synced = false;
     loop {

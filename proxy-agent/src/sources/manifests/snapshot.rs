@@ -6,11 +6,11 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use super::file::{self, FileError, Id, Objects};
 use super::{Changed, is_manifest};
 use crate::cluster::Change;
+use crate::opt_out::Rules;
 use crate::sources::Problem;
 use crate::sources::convert::Converter;
 
@@ -53,10 +53,10 @@ struct Stamp {
 }
 
 impl Snapshot {
-    pub(super) fn new(directory: PathBuf, node_name: &str) -> Self {
+    pub(super) fn new(directory: PathBuf, node_name: &str, opt_out: &Rules) -> Self {
         Self {
             directory,
-            converter: Converter::new(node_name),
+            converter: Converter::new(node_name).with_opt_out(opt_out.clone()),
             files: BTreeMap::new(),
             places: BTreeMap::new(),
             problems: Vec::new(),
@@ -209,17 +209,7 @@ impl Stamp {
 
 /// What must be said for `before` to become `after`.
 fn difference(before: &[Change], after: &[Change], changes: &mut Vec<Change>) {
-    let kept: Vec<_> = after.iter().filter_map(gone).collect();
-    changes.extend(before.iter().filter_map(gone).filter(|gone| !kept.contains(gone)));
+    let kept: Vec<_> = after.iter().filter_map(Change::gone).collect();
+    changes.extend(before.iter().filter_map(Change::gone).filter(|gone| !kept.contains(gone)));
     changes.extend(after.iter().filter(|change| !before.contains(change)).cloned());
-}
-
-/// The opposite of a change. (A node never goes.)
-fn gone(change: &Change) -> Option<Change> {
-    match change {
-        Change::Service(service) => Some(Change::ServiceGone(service.key.clone())),
-        Change::Slice(slice) => Some(Change::SliceGone(slice.key.clone())),
-        Change::ServiceCidr(name, _) => Some(Change::ServiceCidrGone(Arc::clone(name))),
-        Change::Node(_) | Change::ServiceGone(_) | Change::SliceGone(_) | Change::ServiceCidrGone(_) => None,
-    }
 }

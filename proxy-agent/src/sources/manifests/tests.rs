@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout};
 
 use super::*;
 use crate::cluster::{Change, Cluster, ObjectKey};
+use crate::opt_out::{ANNOTATION, Rules};
 use crate::sources::Problem;
 
 /// Longer than anything takes on a busy machine, shorter than the look round that would hide a missed event.
@@ -29,6 +30,10 @@ struct Followed {
     problems: Vec<Problem>,
     /// Changes of the message that came last.
     last: Vec<Change>,
+}
+
+fn rules() -> Rules {
+    Rules::parse(&["annotation".to_owned()]).unwrap()
 }
 
 impl Drop for Followed {
@@ -51,7 +56,7 @@ impl Followed {
     async fn existing(directory: TempDir, below: &str) -> Self {
         let (sender, updates) = channel(16);
         let path = directory.path().join(below);
-        let source = tokio::spawn(async move { run(path, "n1", sender).await });
+        let source = tokio::spawn(async move { run(path, "n1", &rules(), sender).await });
         let (cluster, problems, last) = Default::default();
         let mut followed = Self { source, directory, updates, cluster, problems, last };
         while !followed.take_next().await {}
@@ -168,6 +173,32 @@ async fn every_kind_and_form_is_read() {
         .expect_problem("list.json, document 2, items[1], ServiceCIDR c", "spec.cidrs[1] \"nonsense\"")
         .await;
     assert_eq!(followed.problems.len(), 1);
+}
+
+#[tokio::test]
+async fn pods_opt_out_and_in() {
+    let pod = |value: &str| {
+        format!(
+            "{{kind: Pod, apiVersion: v1, metadata: {{name: p, uid: u-1, annotations: {{{ANNOTATION}: '{value}'}}}}, \
+             spec: {{nodeName: n1}}}}"
+        )
+    };
+    let mut followed = Followed::of(&[("pod.yaml", &pod("off"))]).await;
+    let names =
+        |followed: &Followed| followed.cluster.pods().map(|pod| pod.key.to_string()).collect::<Vec<_>>();
+    assert_eq!(names(&followed), ["default/p"]);
+    followed.write("pod.yaml", &pod("on"));
+    while !names(&followed).is_empty() {
+        followed.take_next().await;
+    }
+    followed.write("pod.yaml", &pod("off"));
+    while names(&followed).is_empty() {
+        followed.take_next().await;
+    }
+    fs::remove_file(followed.path("pod.yaml")).unwrap();
+    while !names(&followed).is_empty() {
+        followed.take_next().await;
+    }
 }
 
 #[tokio::test]
@@ -363,7 +394,7 @@ async fn a_missing_directory_is_an_error_at_the_start() {
     fs::write(&file, "").unwrap();
     for path in [directory.path().join("none"), file] {
         let (sender, mut updates) = channel(1);
-        let error = run(path.clone(), "n1", sender).await.unwrap_err();
+        let error = run(path.clone(), "n1", &rules(), sender).await.unwrap_err();
         assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
         assert!(updates.recv().await.is_none());
     }

@@ -1,0 +1,134 @@
+//! The cgroup tree as kubelet makes it.
+//!
+//! With its cgroupfs driver: `kubepods/burstable/pod<uid>`; with systemd's:
+//! `kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<uid with _>.slice`; both below whatever `--cgroup-root`
+//! says, and without the middle part for pods of the Guaranteed class.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::DirEntryExt as _;
+use std::path::{Path, PathBuf};
+
+/// How many levels below the root the directory of all pods may lie.
+const DEPTH_MAX: usize = 8;
+
+/// What a look at the tree has shown.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tree {
+    /// The cgroup id (its inode, 5.5) of each pod, by uid.
+    pub pods: BTreeMap<String, u64>,
+    /// The directories that pods appear in.
+    pub parents: Vec<PathBuf>,
+}
+
+/// Looks at the tree below `root`. What cannot be read is left out: cgroups go at any time.
+pub fn look(root: &Path) -> Tree {
+    let mut tree = Tree::default();
+    descend(root, false, 0, &mut tree);
+    tree
+}
+
+fn descend(directory: &Path, of_pods: bool, depth: usize, tree: &mut Tree) {
+    if of_pods {
+        tree.parents.push(directory.to_owned());
+    }
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        match uid(name) {
+            Some(uid) if of_pods => {
+                tree.pods.insert(uid, entry.ino());
+            }
+            _ if depth < DEPTH_MAX => {
+                let of_pods = of_pods || is_of_pods(name);
+                descend(&entry.path(), of_pods, depth + 1, tree);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Whether a cgroup of this name contains all pods.
+fn is_of_pods(name: &str) -> bool {
+    let name = name.strip_suffix(".slice").unwrap_or(name);
+    name == "kubepods" || name.ends_with("-kubepods")
+}
+
+/// The uid of the pod whose cgroup has this name.
+fn uid(name: &str) -> Option<String> {
+    let name = name.strip_suffix(".slice").unwrap_or(name);
+    let uid = match name.rsplit_once("-pod") {
+        Some((_, uid)) => uid,
+        None => name.strip_prefix("pod")?,
+    };
+    (!uid.is_empty()).then(|| uid.replace('_', "-"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::*;
+
+    #[test]
+    fn cgroups_of_both_drivers_at_any_root() {
+        let root = tempfile::tempdir().unwrap();
+        let pods = [
+            ("kubepods/podaaaa-01", Some("aaaa-01")),
+            ("kubepods/burstable/podaaaa-02", Some("aaaa-02")),
+            ("kubepods/burstable/podaaaa-02/0123456789", None),
+            // Not a pod's: what runs in a container names its own as it likes.
+            ("kubepods/burstable/podaaaa-02/podaaaa-03", None),
+            ("kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-podbbbb_01.slice", Some("bbbb-01")),
+            (
+                "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/\
+                 kubelet-kubepods-besteffort-podbbbb_02.slice/cri-containerd-x.scope",
+                None,
+            ),
+            (
+                "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/\
+                 kubelet-kubepods-besteffort-podbbbb_02.slice",
+                Some("bbbb-02"),
+            ),
+            // A static pod's is a digest.
+            ("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podc0ffee.slice", Some("c0ffee")),
+            ("system.slice/podman.service", None),
+            ("machine.slice/libpod-conmon", None),
+            ("podnobody", None),
+        ];
+        for (path, _) in pods {
+            fs::create_dir_all(root.path().join(path)).unwrap();
+        }
+        fs::write(root.path().join("kubepods/podfile"), "").unwrap();
+        let want: BTreeMap<String, u64> = pods
+            .iter()
+            .filter_map(|(path, uid)| {
+                Some(((*uid)?.to_owned(), fs::metadata(root.path().join(path)).unwrap().ino()))
+            })
+            .collect();
+        let tree = look(root.path());
+        assert_eq!(tree.pods, want);
+        let mut parents: Vec<_> = tree
+            .parents
+            .iter()
+            .map(|parent| parent.strip_prefix(root.path()).unwrap().to_str().unwrap())
+            .collect();
+        parents.sort_unstable();
+        assert_eq!(
+            parents,
+            [
+                "kubelet.slice/kubelet-kubepods.slice",
+                "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice",
+                "kubepods",
+                "kubepods.slice",
+                "kubepods.slice/kubepods-burstable.slice",
+                "kubepods/burstable",
+            ]
+        );
+        assert_eq!(look(&root.path().join("nowhere")), Tree::default());
+    }
+}
