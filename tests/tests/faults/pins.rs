@@ -139,7 +139,9 @@ fn a_link_that_is_missing_is_made_again() -> Result<()> {
 /// Puts an element into each table that only packets, devices or rarer Services fill.
 fn something_for_the_packet_edge(pins: &PinDir) -> Result<()> {
     let range = Prefix::new(Addr::v4([203, 0, 113, 0]), 24).context("a prefix")?;
-    KernelMaps::open(pins, true)?.apply(&Op::SourceRange(0, range, true))?;
+    let mut maps = KernelMaps::open(pins, true)?;
+    maps.apply(&Op::SourceRange(0, range, true))?;
+    maps.apply(&Op::OptOut(u64::MAX, true))?;
     let mut flows = FlowMaps::open(pins)?;
     let key = FlowKey { proto: TCP, ..Zeroable::zeroed() };
     for table in [&mut flows.flows, &mut flows.new_flows] {
@@ -197,7 +199,7 @@ fn bpftool_shows_every_map_with_field_names() -> Result<()> {
             "SERVICE_CIDRS" | "POD_SOURCES" => &["prefix_len", "bytes"],
             "SOURCE_RANGES" => &["prefix_len", "service", "addr"],
             // Plain numbers, and addresses.
-            "FILTER" | "SLOTS" | "LOCAL_ADDRESSES" | "COUNTERS" => &["key", "value"],
+            "FILTER" | "SLOTS" | "LOCAL_ADDRESSES" | "COUNTERS" | "OPT_OUT" => &["key", "value"],
             "TRACE" => &["until", "service", "sample"],
             // The kernel shows socket storage by socket only, and a ring buffer to its reader.
             "SOCKETS" | "EVENTS" => continue,
