@@ -1,9 +1,10 @@
 //! Random histories of random Services, with crashes at any operation.
 //!
-//! `VIPR_HISTORIES` says how many histories each property tries (256 by default). A failure prints the smallest
-//! history that fails, and its seed is kept in `proptest-regressions`.
+//! The same ten thousand each time; `PROPTEST_CASES=1000000 PROPTEST_RNG_SEED=2 cargo test -p proxy-agent histories` tries
+//! others. A failure prints the smallest history that fails, and its seed is kept in `proptest-regressions`.
 
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 use proxy_common::abi::frontend::flags as frontend;
 
 use super::machine::{Grace, Machine, Step};
@@ -85,9 +86,14 @@ fn any_step() -> impl Strategy<Value = Step> {
 }
 
 fn histories() -> ProptestConfig {
-    let cases =
-        std::env::var("VIPR_HISTORIES").map_or(256, |n| n.parse().expect("VIPR_HISTORIES is a number"));
-    ProptestConfig { cases, ..ProptestConfig::default() }
+    let mut config = ProptestConfig::default();
+    if std::env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = 10_000;
+    }
+    if std::env::var_os("PROPTEST_RNG_SEED").is_none() {
+        config.rng_seed = RngSeed::Fixed(1);
+    }
+    config
 }
 
 proptest! {
