@@ -2,6 +2,7 @@
 
 pub mod apiserver;
 pub mod cases;
+pub mod deployment;
 pub mod floods;
 pub mod lab;
 pub mod packets;

@@ -25,6 +25,16 @@ pub(crate) struct Args {
     /// An agent and a BPF object that log every decision, for debugging.
     #[arg(long)]
     debug_log: bool,
+    /// Without the test tools: all that an image needs.
+    #[arg(long)]
+    agent_only: bool,
+}
+
+/// What is built beside the BPF object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Programs {
+    Agent,
+    AgentAndTools,
 }
 
 /// Builds everything and says where the agent is.
@@ -32,7 +42,8 @@ pub(crate) struct Args {
 /// # Errors
 /// When a build fails, or a release build is not static.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let dir = programs(args.release, args.debug_log)?;
+    let programs = if args.agent_only { Programs::Agent } else { Programs::AgentAndTools };
+    let dir = build(args.release, args.debug_log, programs)?;
     let agent = dir.join("proxy-agent");
     let kind = if args.release {
         ensure!(is_static(&agent)?, "{} is not static: it names a dynamic linker", agent.display());
@@ -50,9 +61,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// # Errors
 /// When a build fails.
 pub(crate) fn programs(release: bool, debug_log: bool) -> Result<PathBuf> {
+    build(release, debug_log, Programs::AgentAndTools)
+}
+
+fn build(release: bool, debug_log: bool, programs: Programs) -> Result<PathBuf> {
     build_ebpf::run(&build_ebpf::Args { debug_log })?;
     let mut cargo = workspace::cargo();
-    cargo.args(["build", "--package", "proxy-agent", "--package", "proxy-tests", "--bins"]);
+    cargo.args(["build", "--bins", "--package", "proxy-agent"]);
+    if programs == Programs::AgentAndTools {
+        cargo.args(["--package", "proxy-tests"]);
+    }
     if debug_log {
         cargo.args(["--features", "proxy-agent/debug-log"]);
     }

@@ -119,6 +119,7 @@ async fn serve(
         let path = parts.uri.path().to_owned();
         let query = parts.uri.query().unwrap_or_default().to_owned();
         state.requests.push(Request { verb, resource, path, query });
+        state.access.judge(&parts.headers, verb, resource)?;
         state.faults.latency
     };
     if !latency.is_zero() {

@@ -2,11 +2,13 @@
 //!
 //! [`ApiServer`] speaks the list and watch protocol over plain HTTP and can misbehave on request: [`ApiServer`]'s
 //! fault methods cut watches, go away, fail requests, hold lists back, lose or shuffle events. It stores what it is
-//! given: it neither validates nor defaults nor allocates addresses, and nobody has to log in. [`ControlPlane`]
+//! given: it neither validates nor defaults nor allocates addresses, and nobody has to log in, unless
+//! [`ApiServer::restrict`] says who may do what. [`ControlPlane`]
 //! starts a real etcd and kube-apiserver with the same basic surface. [`client::apply`] writes to either.
 //!
 //! What the protocol is: <https://kubernetes.io/docs/reference/using-api/api-concepts/>.
 
+mod access;
 pub mod client;
 mod control_plane;
 mod faults;
@@ -32,10 +34,12 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
+pub use access::allows;
 pub use control_plane::ControlPlane;
 pub use faults::Cut;
 pub use resource::{Request, Resource, Verb};
 
+use access::Access;
 use faults::{Faults, Gate};
 use object::Key;
 use server::Command;
@@ -52,6 +56,7 @@ struct Shared {
 struct State {
     store: Store,
     requests: Vec<Request>,
+    access: Access,
     faults: Faults,
     /// When the last list and the last watch event of a resource went out.
     lists_sent: BTreeMap<Resource, Instant>,

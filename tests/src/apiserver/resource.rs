@@ -147,6 +147,25 @@ pub enum Verb {
     Delete,
 }
 
+impl Verb {
+    /// Every verb.
+    pub const ALL: [Self; 7] =
+        [Self::Get, Self::List, Self::Watch, Self::Create, Self::Update, Self::Patch, Self::Delete];
+
+    /// As RBAC rules name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Get => "get",
+            Self::List => "list",
+            Self::Watch => "watch",
+            Self::Create => "create",
+            Self::Update => "update",
+            Self::Patch => "patch",
+            Self::Delete => "delete",
+        }
+    }
+}
+
 /// A request that reached the server, for assertions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {

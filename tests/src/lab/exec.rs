@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::container::Container;
 use super::netns::Netns;
 use super::sys::{self, Confinement};
 
@@ -21,17 +22,18 @@ pub struct Exec {
     command: Command,
     net: Netns,
     cgroup: Option<PathBuf>,
+    container: Option<Container>,
 }
 
 impl Exec {
     /// Runs `program` in `net` and `cgroup`.
     pub fn new(net: &Netns, cgroup: &Path, program: impl AsRef<OsStr>) -> Self {
-        Self { command: Command::new(program), net: net.clone(), cgroup: Some(cgroup.to_path_buf()) }
+        Self { command: Command::new(program), net: net.clone(), cgroup: Some(cgroup.to_path_buf()), container: None }
     }
 
     /// Runs `program` in `net` and the cgroup of this process.
     pub(super) fn in_netns(net: &Netns, program: impl AsRef<OsStr>) -> Self {
-        Self { command: Command::new(program), net: net.clone(), cgroup: None }
+        Self { command: Command::new(program), net: net.clone(), cgroup: None, container: None }
     }
 
     /// Adds an argument.
@@ -70,6 +72,12 @@ impl Exec {
         self
     }
 
+    /// Runs the program, which is then named by its path in there, in a container.
+    pub fn contained(&mut self, container: Container) -> &mut Self {
+        self.container = Some(container);
+        self
+    }
+
     /// Starts the program.
     ///
     /// # Errors
@@ -80,7 +88,7 @@ impl Exec {
     }
 
     fn spawn_child(self) -> Result<(String, Child)> {
-        let Self { mut command, net, cgroup } = self;
+        let Self { mut command, net, cgroup, container } = self;
         let program = command.get_program().to_string_lossy().into_owned();
         let procs = match &cgroup {
             Some(dir) => {
@@ -90,7 +98,7 @@ impl Exec {
             }
             None => None,
         };
-        sys::confine(&mut command, Confinement { net: net.fd(), procs });
+        sys::confine(&mut command, Confinement { net: net.fd(), procs, container });
         let child = spawn_from_lasting_thread(command);
         let child = child
             .with_context(|| format!("cannot run {program} in the lab: is it installed and in PATH?"))?;

@@ -25,6 +25,7 @@
 
 mod agent;
 pub mod binary;
+pub mod container;
 mod exec;
 mod lines;
 mod netns;
@@ -46,6 +47,7 @@ use std::thread;
 use anyhow::{Context as _, Result, ensure};
 
 pub use agent::Agent;
+pub use container::Container;
 pub use exec::{Exec, Proc};
 pub use netns::{Netns, Role};
 pub use place::{Node, Place, Pod};

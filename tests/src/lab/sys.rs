@@ -10,6 +10,8 @@ use std::sync::Arc;
 use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
+use super::container::Container;
+
 /// Moves the calling thread into a new network namespace.
 pub(super) fn unshare_net() -> io::Result<()> {
     // SAFETY: only CLONE_NEWNET is given: neither the descriptor table nor memory becomes unshared, which is what
@@ -28,6 +30,8 @@ pub(super) struct Confinement {
     pub(super) net: Arc<OwnedFd>,
     /// `cgroup.procs` of its cgroup, opened for writing; `None` leaves the child in the cgroup of its parent.
     pub(super) procs: Option<File>,
+    /// What it sees of the file system, and may do.
+    pub(super) container: Option<Container>,
 }
 
 /// Makes `command` start its child inside `place`, and die with the thread that spawns it.
@@ -49,5 +53,11 @@ fn prepare_child(place: &Confinement, parent: Pid) -> io::Result<()> {
         // "0" names the writer.
         (&*procs).write_all(b"0")?;
     }
-    join_net(place.net.as_fd())
+    join_net(place.net.as_fd())?;
+    if let Some(container) = &place.container {
+        // SAFETY: only CLONE_NEWNS is given, to a process of one thread: what is shared with nobody cannot become unshared.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+        container.enter()?;
+    }
+    Ok(())
 }

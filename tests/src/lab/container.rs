@@ -1,0 +1,159 @@
+//! What a container runtime makes of an image and a pod's specification: an empty root with a program and some mounts,
+//! read-only, and a few capabilities. The network namespace and the cgroup are those of the place; process ids are the
+//! host's.
+
+use std::ffi::{CStr, CString};
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, bail};
+use rustix::mount::{MountFlags, MountPropagationFlags};
+use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set, set_no_new_privs};
+use tempfile::TempDir;
+
+/// Where the program is in every container.
+pub const PROGRAM: &str = "/program";
+
+/// What the kubelet gives to pods of the priority class `system-node-critical`.
+const OOM_SCORE_ADJ: &[u8] = b"-997";
+
+/// A container, not yet running. The mounts are made by the process that runs in it, in a namespace that ends with it.
+/// Clones share the root directory.
+#[derive(Clone, Debug)]
+pub struct Container {
+    root: Arc<TempDir>,
+    root_path: CString,
+    mounts: Vec<Mount>,
+    capabilities: CapabilitySet,
+}
+
+/// A directory or file of the host in a container.
+#[derive(Clone, Debug)]
+struct Mount {
+    source: CString,
+    target: CString,
+    read_only: bool,
+}
+
+impl Container {
+    /// A container of `program`, as an image made from scratch holds it, with what runtimes mount into every one: /proc,
+    /// and /sys read-only. Until it is given capabilities it has none. A program that is not static brings the host's libraries.
+    ///
+    /// # Errors
+    /// If there is no room for its root directory.
+    pub fn new(program: &Path) -> Result<Self> {
+        let root = tempfile::Builder::new().prefix("container-").tempdir()?;
+        let root_path = c_string(root.path())?;
+        let mut container = Self {
+            root: Arc::new(root),
+            root_path,
+            mounts: Vec::new(),
+            capabilities: CapabilitySet::empty(),
+        };
+        container.mount(program, PROGRAM, true)?;
+        container.mount("/proc", "/proc", false)?;
+        container.mount("/proc/sys", "/proc/sys", true)?;
+        container.mount("/sys", "/sys", true)?;
+        for libraries in ["/lib", "/lib64", "/usr/lib"].map(Path::new) {
+            if libraries.exists() && !is_static(program)? {
+                container.mount(libraries, &libraries.display().to_string(), true)?;
+            }
+        }
+        Ok(container)
+    }
+
+    /// Lets the process have a capability, by the name that Kubernetes has for it: `NET_ADMIN`.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub fn capability(&mut self, name: &str) -> Result<()> {
+        match CapabilitySet::from_name(name) {
+            Some(capability) => self.capabilities |= capability,
+            None => bail!("no capability {name}"),
+        }
+        Ok(())
+    }
+
+    /// Mounts `source`, a file or directory that exists, at `target`. What is given later covers what came before.
+    ///
+    /// # Errors
+    /// If `source` does not exist.
+    pub fn mount(&mut self, source: impl AsRef<Path>, target: &str, read_only: bool) -> Result<()> {
+        let source = source.as_ref();
+        let inside = self.root.path().join(target.trim_start_matches('/'));
+        let of_host = ["/proc", "/sys"].iter().any(|host| target.starts_with(host) && target != *host);
+        // Mount points below those two are there already.
+        if !of_host {
+            make_mount_point(source, &inside)?;
+        }
+        self.mounts.push(Mount { source: c_string(source)?, target: c_string(&inside)?, read_only });
+        Ok(())
+    }
+
+    /// Makes the calling process, which has a mount namespace of its own, the one in the container. Runs between fork and
+    /// exec: it makes system calls only.
+    pub(super) fn enter(&self) -> io::Result<()> {
+        let root = self.root_path.as_c_str();
+        fs_write(c"/proc/self/oom_score_adj", OOM_SCORE_ADJ)?;
+        rustix::mount::mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        rustix::mount::mount_bind(root, root)?;
+        for Mount { source, target, read_only } in &self.mounts {
+            rustix::mount::mount_bind(source.as_c_str(), target.as_c_str())?;
+            if *read_only {
+                remount_read_only(target)?;
+            }
+        }
+        remount_read_only(root)?;
+        rustix::process::chroot(root)?;
+        rustix::process::chdir(c"/")?;
+        let all = (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number));
+        for capability in all.filter(|one| !self.capabilities.contains(*one)) {
+            match remove_capability_from_bounding_set(capability) {
+                Ok(()) => {}
+                // The kernel has no more than these.
+                Err(rustix::io::Errno::INVAL) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(set_no_new_privs(true)?)
+    }
+}
+
+fn remount_read_only(target: &CStr) -> io::Result<()> {
+    Ok(rustix::mount::mount_remount(target, MountFlags::BIND | MountFlags::RDONLY, c"")?)
+}
+
+/// `std::fs::write`, without allocating.
+fn fs_write(path: &CStr, bytes: &[u8]) -> io::Result<()> {
+    use rustix::fs::{Mode, OFlags};
+    let file = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::write(file, bytes)?;
+    Ok(())
+}
+
+fn make_mount_point(source: &Path, target: &Path) -> Result<()> {
+    let kind = fs::metadata(source).with_context(|| source.display().to_string())?;
+    let dir = if kind.is_dir() { target.to_path_buf() } else { target.parent().unwrap_or(target).to_owned() };
+    fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+    if !kind.is_dir() {
+        fs::write(target, "").with_context(|| target.display().to_string())?;
+    }
+    Ok(())
+}
+
+fn c_string(path: impl Into<PathBuf>) -> Result<CString> {
+    let path = path.into();
+    CString::new(path.as_os_str().as_bytes()).with_context(|| format!("{path:?} has a zero byte"))
+}
+
+/// Whether an ELF program names no dynamic linker. Every dynamic program has this path in its first page.
+fn is_static(program: &Path) -> Result<bool> {
+    use std::io::Read as _;
+    let mut head = Vec::new();
+    let file = fs::File::open(program).with_context(|| program.display().to_string())?;
+    file.take(4096).read_to_end(&mut head)?;
+    Ok(!head.windows(7).any(|bytes| bytes == b"/ld-lin"))
+}
