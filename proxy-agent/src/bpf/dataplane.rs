@@ -67,7 +67,7 @@ pub enum DataplaneError {
     Open(#[from] OpenError),
     /// Not allowed.
     #[error(
-        "the kernel does not allow BPF here: {0}; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN"
+        "the kernel does not allow BPF here: {0}; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
     )]
     Permission(io::Error),
     /// The maps could not be made or the object could not be read.
@@ -159,7 +159,7 @@ impl Dataplane {
         let mut programs = loader.load(OBJECT).map_err(permission)?;
         let mut verified = Vec::new();
         for name in PROGRAMS {
-            let failed = |source| DataplaneError::Program { program: name, source };
+            let failed = |source| refused(name, source);
             let program = program(&mut programs, name)?;
             if let Program::CgroupSock(program) = program {
                 program.load().map_err(failed)?;
@@ -244,6 +244,16 @@ pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("VIPR_EBPF_OB
 fn program<'a>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, DataplaneError> {
     let missing = DataplaneError::Program { program: name, source: ProgramError::UnexpectedProgramType };
     programs.program_mut(name).ok_or(missing)
+}
+
+/// Tells missing permission apart from other reasons why a program is not loaded. (A verdict of the verifier is EACCES.)
+fn refused(program: &'static str, source: ProgramError) -> DataplaneError {
+    match source {
+        ProgramError::LoadError { io_error, .. } if io_error.raw_os_error() == Some(libc::EPERM) => {
+            DataplaneError::Permission(io_error)
+        }
+        source => DataplaneError::Program { program, source },
+    }
 }
 
 /// Attaches to a cgroup and hands the link out, to be pinned.

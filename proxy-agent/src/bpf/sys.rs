@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
 use aya::maps::{MapData, MapType};
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_type};
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_type};
 use rustix::mm::{MapFlags, ProtFlags};
 
 /// A BPF array map's values in this process's memory (`BPF_F_MMAPABLE`, kernel 5.5).
@@ -160,6 +160,32 @@ pub fn tcx_link_info(link: BorrowedFd<'_>) -> io::Result<TcxLinkInfo> {
     // SAFETY: the member of the union that the kernel fills for this kind of link.
     let tcx = unsafe { info.__bindgen_anon_1.tcx };
     Ok(TcxLinkInfo { program_id: info.prog_id, device: tcx.ifindex })
+}
+
+/// Ids of the programs that TCX runs on one side of a network device, in the order in which packets meet them
+/// (`BPF_PROG_QUERY`, kernel 6.6). aya 0.14 opens each of them, for which the kernel
+/// wants CAP_SYS_ADMIN, and fails when one of them vanishes meanwhile.
+///
+/// # Errors
+///
+/// What bpf(2) says: EINVAL on kernels without TCX, ENODEV when the device is gone.
+pub fn tcx_programs(device: u32, ingress: bool) -> io::Result<Vec<u32>> {
+    // BPF_MPROG_MAX: the kernel allows no more.
+    let mut ids = [0_u32; 64];
+    let side = if ingress { bpf_attach_type::BPF_TCX_INGRESS } else { bpf_attach_type::BPF_TCX_EGRESS };
+    let mut attr = zeroed_attr();
+    // SAFETY: writes the member of the union that BPF_PROG_QUERY reads.
+    let query = unsafe { &mut attr.query };
+    query.__bindgen_anon_1.target_ifindex = device;
+    query.attach_type = side as u32;
+    query.__bindgen_anon_2.count = ids.len() as u32;
+    query.prog_ids = ids.as_mut_ptr() as u64;
+    bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr)?;
+    // SAFETY: the member that the kernel fills for this command.
+    let query = unsafe { attr.query };
+    // SAFETY: two names of one integer.
+    let count = unsafe { query.__bindgen_anon_2.count };
+    Ok(ids.into_iter().take(count as usize).collect())
 }
 
 fn link_info(link: BorrowedFd<'_>) -> io::Result<bpf_link_info> {

@@ -85,11 +85,10 @@ impl Mechanism {
 
     /// What this kernel has.
     pub fn of_kernel() -> Self {
-        // Every network namespace has a loopback device.
-        match SchedClassifier::query_tcx("lo", TcAttachType::Ingress) {
+        match sys::tcx_programs(LOOPBACK, true) {
             Ok(_) => Self::Tcx,
             Err(error) => {
-                tracing::debug!(error = %chain(&error), "no TCX; attaching clsact filters");
+                tracing::debug!(%error, "no TCX; attaching clsact filters");
                 Self::Clsact
             }
         }
@@ -112,6 +111,14 @@ pub enum AttachError {
     Pin {
         /// The pin.
         path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Which programs are there cannot be told.
+    #[error("{program}: listing the programs of the device: {source}")]
+    Order {
+        /// The program.
+        program: &'static str,
         /// What the kernel said.
         source: io::Error,
     },
@@ -162,6 +169,9 @@ const fn priority(direction: Direction) -> u16 {
 const HANDLE: TcHandle = TcHandle::new(0x5649, 0x5052);
 
 const EEXIST: i32 = 17;
+
+/// Index of the loopback device of every network namespace.
+const LOOPBACK: u32 = 1;
 
 /// The four programs on the pinned maps. Each is loaded when it is first needed.
 #[derive(Debug)]
@@ -265,14 +275,13 @@ impl TcPrograms {
             }
             None => self.new_link(device, program, direction, &pin)?,
         }
-        let failed = |source| AttachError::Program { program, source };
-        let (_, programs) =
-            SchedClassifier::query_tcx(device.name, direction.attach_type()).map_err(failed)?;
+        let programs = sys::tcx_programs(device.index, direction == Direction::Ingress)
+            .map_err(|source| AttachError::Order { program, source })?;
         let there = match direction {
             Direction::Ingress => programs.first(),
             Direction::Egress => programs.last(),
         };
-        Ok(there.is_some_and(|there| there.id() == own))
+        Ok(there == Some(&own))
     }
 
     /// Attaches a second time, at the right place, and then lets go of the link that has been overtaken. Only for
