@@ -38,9 +38,8 @@ impl Access {
 
 /// Whether a rule, of a ClusterRole without resource names, grants a verb.
 pub fn allows(rule: &PolicyRule, verb: Verb, resource: Resource) -> bool {
-    let names = |list: &Option<Vec<String>>, name: &str| {
-        list.iter().flatten().any(|one| one == name || one == "*")
-    };
+    let names =
+        |list: &Option<Vec<String>>, name: &str| list.iter().flatten().any(|one| one == name || one == "*");
     rule.resource_names.is_none()
         && names(&rule.api_groups, resource.group())
         && names(&rule.resources, resource.plural())

@@ -97,7 +97,8 @@ impl Container {
     /// exec: it makes system calls only.
     pub(super) fn enter(&self) -> io::Result<()> {
         let root = self.root_path.as_c_str();
-        fs_write(c"/proc/self/oom_score_adj", OOM_SCORE_ADJ)?;
+        // Root of a machine that is a container itself may lack the capability.
+        let _as_by_default = fs_write(c"/proc/self/oom_score_adj", OOM_SCORE_ADJ);
         rustix::mount::mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
         rustix::mount::mount_bind(root, root)?;
         for Mount { source, target, read_only } in &self.mounts {

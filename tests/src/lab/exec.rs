@@ -28,7 +28,12 @@ pub struct Exec {
 impl Exec {
     /// Runs `program` in `net` and `cgroup`.
     pub fn new(net: &Netns, cgroup: &Path, program: impl AsRef<OsStr>) -> Self {
-        Self { command: Command::new(program), net: net.clone(), cgroup: Some(cgroup.to_path_buf()), container: None }
+        Self {
+            command: Command::new(program),
+            net: net.clone(),
+            cgroup: Some(cgroup.to_path_buf()),
+            container: None,
+        }
     }
 
     /// Runs `program` in `net` and the cgroup of this process.
@@ -83,8 +88,10 @@ impl Exec {
     /// # Errors
     /// Names the program if it is missing or its place is gone.
     pub fn spawn(self) -> Result<Proc> {
+        // Its mount points must not vanish while it runs.
+        let container = self.container.clone();
         let (program, child) = self.spawn_child()?;
-        Ok(Proc { program, child })
+        Ok(Proc { program, child, _container: container })
     }
 
     fn spawn_child(self) -> Result<(String, Child)> {
@@ -120,6 +127,7 @@ impl Exec {
     /// As [`Exec::spawn`]; a failing program is not an error here.
     pub fn output_with_input(mut self, input: &str) -> Result<Output> {
         self.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let _container = self.container.clone();
         let (program, mut child) = self.spawn_child()?;
         let sent = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input.as_bytes()));
         let output = child.wait_with_output().with_context(|| format!("cannot wait for {program}"))?;
@@ -149,6 +157,7 @@ impl Exec {
 pub struct Proc {
     program: String,
     child: Child,
+    _container: Option<Container>,
 }
 
 impl Proc {
