@@ -180,7 +180,7 @@ fn set(names: &[&str]) -> BTreeSet<String> {
 
 #[test]
 fn the_pod_of_the_daemon_set_works_and_asks_for_no_more_than_it_may() -> Result<()> {
-    let setting = Setting::new()?;
+    let mut setting = Setting::new()?;
     let pins = format!("--pin-dir={}", setting.node().pin_dir().join("vipr").display());
     let init = setting.deployment.pod()?.init_containers.as_ref().and_then(|all| all.first());
     let mut prepare = setting.node().host().command(binary::proxy_agent()?);
@@ -213,7 +213,18 @@ fn the_pod_of_the_daemon_set_works_and_asks_for_no_more_than_it_may() -> Result<
     }
     assert_eq!(pod.complaints()?, Vec::<String>::new());
     assert_eq!(pod.process.terminate(Duration::from_secs(10))?.code(), Some(0));
-    setting.is_served()
+    setting.is_served()?;
+
+    // The way back: the same pod with another argument removes what is pinned.
+    let containers =
+        setting.deployment.daemon_set.spec.template.spec.as_mut().map(|spec| &mut spec.containers);
+    containers.and_then(|all| all.first_mut()).context("a container")?.args =
+        Some(vec!["cleanup".to_owned()]);
+    let mut cleanup = setting.start(&setting.deployment.capabilities()?)?;
+    let status = cleanup.process.wait(Duration::from_secs(10))?;
+    ensure!(status.success(), "{status}: {}", cleanup.log()?);
+    assert!(!setting.node().pin_dir().join("vipr").exists());
+    Ok(())
 }
 
 /// The agent must refuse to go on without them, and say why.

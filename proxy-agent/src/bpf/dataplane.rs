@@ -248,12 +248,12 @@ fn program<'a>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Pro
 
 /// Tells missing permission apart from other reasons why a program is not loaded. (A verdict of the verifier is EACCES.)
 fn refused(program: &'static str, source: ProgramError) -> DataplaneError {
-    match source {
-        ProgramError::LoadError { io_error, .. } if io_error.raw_os_error() == Some(libc::EPERM) => {
-            DataplaneError::Permission(io_error)
-        }
-        source => DataplaneError::Program { program, source },
+    if let ProgramError::LoadError { io_error, .. } = &source
+        && let Some(libc::EPERM) = io_error.raw_os_error()
+    {
+        return DataplaneError::Permission(io::Error::from_raw_os_error(libc::EPERM));
     }
+    DataplaneError::Program { program, source }
 }
 
 /// Attaches to a cgroup and hands the link out, to be pinned.
