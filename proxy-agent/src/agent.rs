@@ -26,7 +26,10 @@ use crate::desired::{Context, DesiredService, desired_service};
 use crate::edge::settings::DetectLocal;
 use crate::edge::sources::Facts;
 use crate::edge::{self, Edge};
+use crate::events::{Event, Events};
 use crate::flows::{FlowCounts, keep_collecting};
+use crate::health::check_ports::CheckPorts;
+use crate::health::checks::check;
 use crate::health::{self, Health};
 use crate::http::{self, HttpError};
 use crate::kube_proxy::{self, ConfigFile};
@@ -109,6 +112,9 @@ pub enum AgentError {
 /// that is shorter.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// How long the end waits for the Event that says why.
+const LAST_WORD: Duration = Duration::from_secs(5);
+
 /// Updates that may wait while the agent programs.
 const QUEUE: usize = 64;
 
@@ -129,11 +135,11 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let mut servers = JoinSet::new();
     if let Some(address) = config.healthz {
         let router = health::router(health.clone(), Arc::clone(&metrics));
-        servers.spawn(http::serve("health", address, router, config.on_bind_failure));
+        servers.spawn(http::serve(health::SERVER, address, router, config.on_bind_failure));
     }
     if let Some(address) = config.metrics {
         let router = metrics::router(Arc::clone(&metrics), &config.effective);
-        servers.spawn(http::serve("metrics", address, router, config.on_bind_failure));
+        servers.spawn(http::serve(metrics::SERVER, address, router, config.on_bind_failure));
     }
 
     tokio::spawn(keep_collecting(config.pins.clone(), Arc::clone(&metrics), flow_counts));
@@ -142,11 +148,22 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         true => None,
         false => Some(Follower::start(config.cgroup.clone()).map_err(AgentError::OptOut)?),
     };
+    let server = match &config.source {
+        Source::Manifests(_) => None,
+        Source::Kubernetes { kubeconfig, master } => {
+            Some(api::Server::configured(kubeconfig.as_deref(), master.as_ref()).await?)
+        }
+    };
+    let events = match &server {
+        None => Events::nowhere(),
+        Some(api) => Events::to_api(api.client.clone(), Arc::clone(&config.node_name), Arc::clone(&metrics)),
+    };
+    events.tell(Event::starting());
     let (tx, updates) = mpsc::channel(QUEUE);
-    let mut source = tokio::spawn(run_source(config.clone(), tx));
+    let mut source = tokio::spawn(run_source(config.clone(), server, tx));
     tracing::info!(node = %config.node_name, source = %config.source, cgroup = %config.cgroup.display(), "starting");
     let file = config.file.clone();
-    let mut agent = Agent::new(config, health, metrics, addresses, opt_out);
+    let mut agent = Agent::new(config, health, metrics, addresses, opt_out, events.clone());
 
     tokio::pin!(stop);
     tokio::select! {
@@ -155,7 +172,10 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
             Ok(())
         }
         ended = agent.follow(updates) => ended,
-        error = cannot_serve(&mut servers) => Err(error.into()),
+        error = cannot_serve(&mut servers) => {
+            events.tell_and_wait(Event::cannot_serve(&error), LAST_WORD).await;
+            Err(error.into())
+        }
         error = file_changed(file) => Err(error),
         ended = &mut source => match ended {
             Ok(Err(error)) => Err(error.into()),
@@ -164,19 +184,23 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     }
 }
 
-async fn run_source(config: Config, updates: mpsc::Sender<Update>) -> Result<(), SourceError> {
-    match config.source {
-        Source::Manifests(dir) => manifests::run(dir, &config.node_name, &config.opt_out, updates).await,
-        Source::Kubernetes { kubeconfig, master } => {
-            let server = api::Server::configured(kubeconfig.as_deref(), master.as_ref()).await?;
-            api::run(server, &config.node_name, &config.opt_out, updates).await;
+async fn run_source(
+    config: Config,
+    server: Option<api::Server>,
+    updates: mpsc::Sender<Update>,
+) -> Result<(), SourceError> {
+    match (config.source, server) {
+        (Source::Manifests(dir), _) => manifests::run(dir, &config.node_name, &config.opt_out, updates).await,
+        (Source::Kubernetes { .. }, server) => {
+            if let Some(server) = server {
+                api::run(server, &config.node_name, &config.opt_out, updates).await;
+            }
             Ok(())
         }
     }
 }
 
-/// Returns when a server ends, which it does if its address cannot be bound and that is to be fatal. Whoever records
-/// Events of this node has to know as well.
+/// Returns when a server ends, which it does if its address cannot be bound and that is to be fatal.
 async fn cannot_serve(servers: &mut JoinSet<Result<(), HttpError>>) -> HttpError {
     while let Some(ended) = servers.join_next().await {
         // A panic has been printed.
@@ -240,6 +264,7 @@ struct Agent {
     sweep: Option<JoinHandle<()>>,
     sweep_again: bool,
     trigger_times: Vec<(Family, i64)>,
+    check_ports: CheckPorts,
     report: Report,
     health: Health,
     metrics: Arc<Metrics>,
@@ -252,6 +277,7 @@ impl Agent {
         metrics: Arc<Metrics>,
         addresses: watch::Receiver<BTreeSet<Addr>>,
         opt_out: Option<Follower>,
+        events: Events,
     ) -> Self {
         let state = State {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -272,7 +298,7 @@ impl Agent {
             ..Context::default()
         };
         Self {
-            report: Report::new(config.state_file.clone(), state),
+            report: Report::new(config.state_file.clone(), state, events),
             config,
             cluster: Cluster::default(),
             context,
@@ -298,6 +324,7 @@ impl Agent {
             sweep: None,
             sweep_again: false,
             trigger_times: Vec::new(),
+            check_ports: CheckPorts::start(health.clone()),
             health,
             metrics,
         }
@@ -322,6 +349,7 @@ impl Agent {
                     self.found = found;
                     self.take_opt_out();
                 }
+                failures = self.check_ports.failures() => self.report.check_ports(failures),
                 Some(()) = grace_over(&mut self.waiting) => self.release(),
                 Some(()) = finished(&mut self.sweep) => self.sweep = None,
                 () = async { tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)).await },
@@ -586,6 +614,7 @@ impl Agent {
             let unchanged = self.wanted(&rival);
             wanted.insert(rival, unchanged);
         }
+        let touched: Vec<ObjectKey> = wanted.keys().cloned().collect();
         let result = self.program(&mut programmed, wanted, first);
         // Programs are attached once all is written for the first time: if that fails, all of it is done again.
         self.programmed = (!first || result.is_ok()).then_some(programmed);
@@ -594,6 +623,7 @@ impl Agent {
             self.metrics.synced(family, took, result.is_ok());
         }
         result?;
+        self.open_check_ports(touched);
         (self.everything, self.node_changed) = (false, false);
         if first {
             tracing::info!(?took, "the first full list is programmed");
@@ -690,6 +720,27 @@ impl Agent {
             self.report.service(&service, reasons);
         }
         Ok(())
+    }
+
+    /// Has the health of these Services told to load balancers, on the addresses that serve nodePorts.
+    fn open_check_ports(&self, services: Vec<ObjectKey>) {
+        if self.node_changed || self.everything {
+            let host = self.context.host_addresses.iter().copied().collect();
+            let ips = &self.context.node.ips;
+            let listen_on = |family| self.config.nodeport_addresses.listen_on(family, ips, &host);
+            self.check_ports.listen_on(Family::ALL.map(listen_on));
+        }
+        let checks = |service: &ObjectKey| {
+            let object = self.cluster.service(service);
+            Family::ALL.map(|family| {
+                let object = object.filter(|_| self.config.families.contains(&family))?;
+                check(object, self.cluster.slices(service), family)
+            })
+        };
+        self.check_ports.services(services.into_iter().map(|service| {
+            let checks = checks(&service);
+            (service, checks)
+        }));
     }
 
     /// Waits for running programs beside the loop, unless that is under way.

@@ -44,6 +44,15 @@ pub enum HttpError {
     },
 }
 
+impl HttpError {
+    /// Which server it is about.
+    pub fn server(&self) -> &'static str {
+        match self {
+            Self::Bind { server, .. } | Self::Serve { server, .. } => server,
+        }
+    }
+}
+
 /// Not the address of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("must be IP:port, an IP address, or empty (which switches the server off)")]

@@ -45,6 +45,8 @@ pub mod health;
 
 pub mod metrics;
 
+pub mod events;
+
 pub mod report;
 
 pub mod kube_proxy;

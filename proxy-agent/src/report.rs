@@ -1,6 +1,7 @@
 //! What a user should know beside the maps: where objects come from, and what is wrong with which.
 //!
-//! The agent logs each problem once and keeps them all in a small file that `proxy-agent status` reads.
+//! The agent logs each problem once, makes an Event of it where it is about a Service, and keeps them all in a small
+//! file that `proxy-agent status` reads.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::cluster::ObjectKey;
 use crate::edge::{self, DeviceState};
+use crate::events::{Event, Events};
+use crate::health::check_ports::Failures;
 use crate::node::NodeIps;
 use crate::sources::Problem;
 
@@ -41,20 +44,30 @@ pub struct State {
     pub problems: BTreeMap<String, Vec<String>>,
 }
 
+/// Who tells of problems. What one says stands until that one says something else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Teller {
+    Source,
+    Programming,
+    Devices,
+    CheckPorts,
+    OptOut,
+}
+
 /// Keeps the file.
 #[derive(Debug)]
 pub struct Report {
     path: PathBuf,
     state: State,
     written: Option<State>,
-    /// The objects that have a problem, by who says so.
-    objects: BTreeMap<&'static str, Vec<String>>,
+    told: BTreeMap<(String, Teller), Vec<String>>,
+    events: Events,
 }
 
 impl Report {
-    /// A report that will be written to `path`.
-    pub fn new(path: PathBuf, state: State) -> Self {
-        Self { path, state, written: None, objects: BTreeMap::new() }
+    /// A report that will be written to `path`; what is wrong with Services is also told to `events`.
+    pub fn new(path: PathBuf, state: State, events: Events) -> Self {
+        Self { path, state, written: None, told: BTreeMap::new(), events }
     }
 
     /// What the programs cost the verifier.
@@ -76,52 +89,79 @@ impl Report {
         for problem in problems {
             by_object.entry(problem.object).or_default().push(problem.reason);
         }
-        self.replace("source", by_object);
+        self.replace(Teller::Source, by_object);
     }
 
     /// Replaces which pods' sockets are left alone, and what is wrong with that.
     pub fn opted_out(&mut self, pods: Vec<String>, problems: BTreeMap<String, Vec<String>>) {
         self.state.opted_out = pods;
-        self.replace("opt-out", problems);
+        self.replace(Teller::OptOut, problems);
     }
 
     /// Replaces what is known of devices.
     pub fn edge(&mut self, state: edge::State) {
         self.verified(&state.verified);
         self.state.devices = state.devices;
-        self.replace("edge", state.problems);
+        self.replace(Teller::Devices, state.problems);
     }
 
-    /// Replaces all that `who` has found wrong.
-    fn replace(&mut self, who: &'static str, problems: BTreeMap<String, Vec<String>>) {
-        let objects = problems.keys().cloned().collect();
-        for object in self.objects.insert(who, objects).unwrap_or_default() {
-            if !problems.contains_key(&object) {
-                self.set(object, Vec::new());
-            }
-        }
-        for (object, reasons) in problems {
-            self.set(object, reasons);
-        }
+    /// Replaces what is wrong with the servers of healthCheckNodePorts.
+    pub fn check_ports(&mut self, failures: Failures) {
+        let by_object = failures.into_iter().map(|(service, reasons)| (object(&service), reasons));
+        self.replace(Teller::CheckPorts, by_object.collect());
     }
 
-    /// Replaces what is wrong with a Service.
+    /// Replaces what is wrong with a Service as it is programmed.
     pub fn service(&mut self, service: &ObjectKey, reasons: Vec<String>) {
-        self.set(format!("Service {service}"), reasons);
+        self.set(object(service), reasons);
     }
 
     /// Replaces what is wrong with something else.
     pub fn set(&mut self, object: String, reasons: Vec<String>) {
-        let before = self.state.problems.remove(&object).unwrap_or_default();
+        self.tell((object, Teller::Programming), reasons);
+    }
+
+    fn replace(&mut self, teller: Teller, by_object: BTreeMap<String, Vec<String>>) {
+        let solved = |(object, of): &&(String, Teller)| *of == teller && !by_object.contains_key(object);
+        let solved: Vec<_> = self.told.keys().filter(solved).cloned().collect();
+        for key in solved {
+            self.tell(key, Vec::new());
+        }
+        for (object, reasons) in by_object {
+            self.tell((object, teller), reasons);
+        }
+    }
+
+    fn tell(&mut self, key: (String, Teller), reasons: Vec<String>) {
+        let before = self.told.remove(&key).unwrap_or_default();
+        if reasons == before {
+            if !reasons.is_empty() {
+                self.told.insert(key, reasons);
+            }
+            return;
+        }
+        let (object, teller) = &key;
         for reason in reasons.iter().filter(|reason| !before.contains(reason)) {
             tracing::warn!(%object, %reason, "problem");
-        }
-        if reasons.is_empty() {
-            if !before.is_empty() {
-                tracing::info!(%object, "problem solved");
+            if let Some(service) = service_of(object) {
+                self.events.tell(match teller {
+                    Teller::CheckPorts => Event::check_port_failed(service, reason),
+                    Teller::Source | Teller::Programming | Teller::Devices => Event::problem(service, reason),
+                });
             }
+        }
+        let object = object.clone();
+        if !reasons.is_empty() {
+            self.told.insert(key, reasons);
+        }
+        let of_object =
+            self.told.range((object.clone(), Teller::Source)..=(object.clone(), Teller::CheckPorts));
+        let all: Vec<String> = of_object.flat_map(|(_, reasons)| reasons).cloned().collect();
+        if all.is_empty() {
+            tracing::info!(%object, "problem solved");
+            self.state.problems.remove(&object);
         } else {
-            self.state.problems.insert(object, reasons);
+            self.state.problems.insert(object, all);
         }
     }
 
@@ -153,6 +193,17 @@ pub fn read(path: &Path) -> std::io::Result<State> {
     Ok(serde_json::from_slice(&std::fs::read(path)?)?)
 }
 
+/// A Service as `status` names it.
+fn object(service: &ObjectKey) -> String {
+    format!("Service {service}")
+}
+
+/// The Service that `status` names so; `None` for other objects.
+fn service_of(object: &str) -> Option<ObjectKey> {
+    let (namespace, name) = object.strip_prefix("Service ")?.split_once('/')?;
+    Some(ObjectKey::new(namespace, name))
+}
+
 fn write_atomically(path: &Path, state: &State) -> std::io::Result<()> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
@@ -160,4 +211,54 @@ fn write_atomically(path: &Path, state: &State) -> std::io::Result<()> {
     let beside = path.with_extension("new");
     std::fs::write(&beside, serde_json::to_vec_pretty(state)?)?;
     std::fs::rename(&beside, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(dir: &Path) -> Report {
+        Report::new(dir.join("state.json"), State::default(), Events::nowhere())
+    }
+
+    fn problem(reason: &str) -> Problem {
+        Problem { object: "Service a/s".to_owned(), reason: reason.to_owned() }
+    }
+
+    /// What is wrong with Service a/s according to the file.
+    fn check(report: &mut Report, want: &[&str]) {
+        report.write();
+        let state = read(&report.path).unwrap();
+        let got = state.problems.get("Service a/s").map_or(&[][..], Vec::as_slice);
+        assert_eq!(got, want);
+        assert_eq!(report.count(), usize::from(!want.is_empty()));
+    }
+
+    #[test]
+    fn nobody_takes_back_what_another_has_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut report, key) = (report(dir.path()), ObjectKey::new("a", "s"));
+        report.source(vec![problem("no name")]);
+        check(&mut report, &["no name"]);
+        // The Service that cannot be used is programmed as one that is gone.
+        report.service(&key, Vec::new());
+        check(&mut report, &["no name"]);
+        report.check_ports(Failures::from([(key.clone(), vec!["taken".to_owned()])]));
+        report.service(&key, vec!["no room".to_owned()]);
+        check(&mut report, &["no name", "no room", "taken"]);
+        report.source(Vec::new());
+        check(&mut report, &["no room", "taken"]);
+        report.check_ports(Failures::new());
+        report.service(&key, Vec::new());
+        check(&mut report, &[]);
+    }
+
+    #[test]
+    fn services_are_known_by_their_names() {
+        let key = ObjectKey::new("a", "s");
+        assert_eq!(service_of(&object(&key)), Some(key));
+        for other in ["EndpointSlice a/s", "Service", "Service x", "services.yaml, document 2", "node"] {
+            assert_eq!(service_of(other), None, "{other}");
+        }
+    }
 }

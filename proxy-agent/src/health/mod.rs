@@ -3,7 +3,11 @@
 //! The sync loop tells [`Health`] what it does, the Node watcher tells it whether load balancers may send traffic
 //! here, and [`judge()`] turns that into an answer. `/healthz` and `/livez` answer exactly as kube-proxy does: load
 //! balancers and autoscalers read them.
+//!
+//! Services with a `healthCheckNodePort` have servers of their own: [`check_ports`], whose answers [`checks`] decides.
 
+pub mod check_ports;
+pub mod checks;
 mod judge;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +26,9 @@ use crate::metrics::Metrics;
 
 /// Port of the health server when `--healthz-bind-address` names none.
 pub const DEFAULT_PORT: u16 = 10256;
+
+/// Name of the health server in logs and errors.
+pub const SERVER: &str = "health";
 
 /// The state behind the probes, shared by everyone who has something to tell. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -95,9 +102,14 @@ pub fn router(health: Health, metrics: Arc<Metrics>) -> Router {
 }
 
 fn respond((health, metrics): &(Health, Arc<Metrics>), probe: Probe) -> Response {
-    let Answer { ok, content_type, body } = health.answer(probe);
+    let response = respond_with(health.answer(probe));
+    metrics.probed(probe, response.status().as_u16());
+    response
+}
+
+fn respond_with(answer: Answer) -> Response {
+    let Answer { ok, content_type, body } = answer;
     let status = if ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    metrics.probed(probe, status.as_u16());
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static(content_type)),
         (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),

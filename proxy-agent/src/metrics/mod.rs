@@ -30,6 +30,9 @@ use crate::kube_proxy::KubeProxyConfiguration;
 /// Port of the metrics server when `--metrics-bind-address` names none.
 pub const DEFAULT_PORT: u16 = 10249;
 
+/// Name of the metrics server in logs and errors.
+pub const SERVER: &str = "metrics";
+
 /// Content-Type of the OpenMetrics text format.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -54,6 +57,18 @@ pub struct Metrics {
     sockets_destroyed: Counter,
     flows_collected: Counter,
     problems: Gauge,
+    events: Labelled<ByFate, Counter>,
+}
+
+/// What became of an Event for the API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub enum EventFate {
+    /// The API server has it.
+    Written,
+    /// The API server refused it or did not answer.
+    Failed,
+    /// There were too many.
+    Dropped,
 }
 
 /// Which of a Service's two traffic policies.
@@ -147,6 +162,7 @@ impl Metrics {
             "Objects or files that cannot be used at present; `proxy-agent status` lists them",
             Gauge::default(),
         );
+        let events = register(vipr, "events", "Events for the Kubernetes API", Labelled::default());
         vipr.register("build", "The agent that runs", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
         readers.register(vipr);
 
@@ -172,6 +188,7 @@ impl Metrics {
             sockets_destroyed,
             flows_collected,
             problems,
+            events,
         }
     }
 
@@ -242,6 +259,11 @@ impl Metrics {
     /// So many objects or files cannot be used.
     pub fn problems(&self, count: usize) {
         self.problems.set(gauge(count));
+    }
+
+    /// An Event was written, or not.
+    pub fn event(&self, result: EventFate) {
+        self.events.get_or_create(&ByFate { result }).inc();
     }
 
     /// Everything as OpenMetrics text.
@@ -322,6 +344,11 @@ struct ByPolicy {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByCode {
     code: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByFate {
+    result: EventFate,
 }
 
 /// kube-proxy's histogram buckets, in seconds.

@@ -5,7 +5,7 @@
 //! says so to the user.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use proxy_common::abi::local_address::{HOST, NODEPORT};
 use proxy_common::addr::{Addr, Family, Prefix};
@@ -71,6 +71,35 @@ impl NodePortAddresses {
                     Self::Primary => known(family, node_ips) == Some(addr),
                     Self::Prefixes(prefixes) => prefixes.iter().any(|prefix| prefix.contains(addr)),
                 })
+    }
+
+    /// Where a server listens that is to be reached on every address of `family` that serves nodePorts; `host` are the
+    /// addresses of this host. The unspecified address where all do, and the node's own IP even if this host does not
+    /// have it: listening there then fails, and somebody is told. Link-local addresses are left out, because they mean
+    /// nothing without an interface.
+    pub fn listen_on(
+        &self,
+        family: Family,
+        node_ips: &[Option<Addr>; 2],
+        host: &BTreeSet<Addr>,
+    ) -> Vec<IpAddr> {
+        if self.matches_all(family, node_ips) {
+            return vec![match family {
+                Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+                Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+            }];
+        }
+        match self {
+            Self::Primary => known(family, node_ips).into_iter().map(Addr::to_ip).collect(),
+            Self::Prefixes(_) => host
+                .iter()
+                .copied()
+                .filter(|&addr| {
+                    addr.family() == family && self.serves(addr, node_ips) && !is_link_local(addr)
+                })
+                .map(Addr::to_ip)
+                .collect(),
+        }
     }
 
     /// What the setting does that its author may not expect, one sentence each. Of a family in which the host has no
@@ -221,6 +250,24 @@ mod tests {
         check_with(&["primary"], node_ips(Some(ETH0), Some("::1")), &[ETH0, ETH0_V6, ETH1_V6]);
         check_with(&[], node_ips(Some("127.0.0.1"), Some(ETH0_V6)), &[ETH0, ETH1, ETH0_V6]);
         check_with(&[], node_ips(None, None), &[ETH0, ETH1, ETH0_V6, ETH1_V6]);
+    }
+
+    #[test]
+    fn p190_servers_listen_where_node_ports_are_served() {
+        let host: BTreeSet<Addr> = OF_N1.into_iter().chain(["fe80::1"]).map(addr).collect();
+        let check = |setting: &[&str], ips, want: [&[&str]; 2]| {
+            let setting = NodePortAddresses::parse(setting).unwrap();
+            for (family, want) in Family::ALL.into_iter().zip(want) {
+                let got: Vec<String> =
+                    setting.listen_on(family, &ips, &host).iter().map(IpAddr::to_string).collect();
+                assert_eq!(got, want, "{setting:?} {family}");
+            }
+        };
+        let both = node_ips(Some(ETH0), Some(ETH0_V6));
+        check(&["primary"], both, [&[ETH0], &[ETH0_V6]]);
+        check(&[], node_ips(Some("192.0.2.20"), None), [&["192.0.2.20"], &["::"]]);
+        check(&["0.0.0.0/0", "2001:db8::/32"], both, [&["0.0.0.0"], &[ETH0_V6, ETH1_V6]]);
+        check(&["198.51.100.0/24", "fe80::/10"], both, [&[ETH1], &[]]);
     }
 
     #[test]

@@ -1,0 +1,225 @@
+//! Events: what a user should see in `kubectl describe`, written to the API (events.k8s.io/v1).
+//!
+//! Whoever has something to say hands it over ([`Events::tell`]) and goes on; a task of its own writes it. What comes
+//! again and again is written once, a flood is cut off ([`gate`]), and a server that does not answer costs the Event,
+//! nothing else. Without an API (`--manifests`) there are none: whatever becomes an Event is in the log, too.
+
+mod gate;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::core::v1::{ObjectReference, Service};
+use kube::api::ListParams;
+use kube::runtime::events::{self, EventType, Recorder, Reporter};
+use kube::{Api, Client, Resource as _};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{sleep, timeout};
+
+use self::gate::Gate;
+use crate::cluster::ObjectKey;
+use crate::http::HttpError;
+use crate::metrics::{EventFate, Metrics};
+
+/// Who reports, in `kubectl get events`.
+const CONTROLLER: &str = "vipr";
+/// Events that may wait to be written.
+const QUEUE: usize = 64;
+/// How often one is tried, how long each time, and the pause in between.
+const ATTEMPTS: usize = 3;
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_secs(5);
+/// The longest note that the API takes, bytes.
+const NOTE_MAX: usize = 1024;
+
+/// What an Event is about.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Regarding {
+    /// This node.
+    Node,
+    /// A Service.
+    Service(ObjectKey),
+}
+
+/// Something that a user should see.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Event {
+    regarding: Regarding,
+    warning: bool,
+    reason: &'static str,
+    action: &'static str,
+    note: String,
+}
+
+impl Event {
+    /// The agent starts.
+    pub fn starting() -> Self {
+        let note = concat!("proxy-agent ", env!("CARGO_PKG_VERSION")).to_owned();
+        Self { regarding: Regarding::Node, warning: false, reason: "Starting", action: "Start", note }
+    }
+
+    /// One of the agent's own servers cannot serve, which ends the agent. (For the health server kube-proxy's reason.)
+    pub fn cannot_serve(error: &HttpError) -> Self {
+        let reason = match error.server() {
+            crate::health::SERVER => "FailedToStartProxierHealthcheck",
+            _ => "FailedToStartMetricsServer",
+        };
+        Self { regarding: Regarding::Node, warning: true, reason, action: "Start", note: error.to_string() }
+    }
+
+    /// A port for load balancers' health checks cannot be opened.
+    pub fn check_port_failed(service: ObjectKey, note: &str) -> Self {
+        Self::about(service, "FailedToStartServiceHealthcheck", "Listen", note)
+    }
+
+    /// Something about a Service or its slices cannot be served as it is written.
+    pub fn problem(service: ObjectKey, note: &str) -> Self {
+        Self::about(service, "ServiceProblem", "Program", note)
+    }
+
+    fn about(service: ObjectKey, reason: &'static str, action: &'static str, note: &str) -> Self {
+        let regarding = Regarding::Service(service);
+        Self { regarding, warning: true, reason, action, note: note.to_owned() }
+    }
+}
+
+type Queued = (Event, Option<oneshot::Sender<()>>);
+
+/// Where Events are handed over. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Events(Option<(mpsc::Sender<Queued>, Arc<Metrics>)>);
+
+impl Events {
+    /// For an agent without an API.
+    pub fn nowhere() -> Self {
+        Self(None)
+    }
+
+    /// Events of the node of this name. Needs a runtime.
+    pub fn to_api(client: Client, node: Arc<str>, metrics: Arc<Metrics>) -> Self {
+        let (tx, queue) = mpsc::channel(QUEUE);
+        tokio::spawn(write_all(client, node, queue, Arc::clone(&metrics)));
+        Self(Some((tx, metrics)))
+    }
+
+    /// Hands an Event over. When too many wait it is dropped, and counted.
+    pub fn tell(&self, event: Event) {
+        self.hand_over(event, None);
+    }
+
+    /// Hands an Event over and waits until it is written, or this long.
+    pub async fn tell_and_wait(&self, event: Event, patience: Duration) {
+        let (done, written) = oneshot::channel();
+        self.hand_over(event, Some(done));
+        // Dropped without a word when there is nobody to write.
+        let _ = timeout(patience, written).await;
+    }
+
+    fn hand_over(&self, event: Event, done: Option<oneshot::Sender<()>>) {
+        let Some((queue, metrics)) = &self.0 else { return };
+        if queue.try_send((event, done)).is_err() {
+            metrics.event(EventFate::Dropped);
+        }
+    }
+}
+
+async fn write_all(client: Client, node: Arc<str>, mut queue: mpsc::Receiver<Queued>, metrics: Arc<Metrics>) {
+    let mut gate = Gate::new(Instant::now());
+    while let Some((event, done)) = queue.recv().await {
+        let fate = match gate.judge(&event, Instant::now()) {
+            gate::Verdict::Known => continue,
+            gate::Verdict::TooMany => EventFate::Dropped,
+            gate::Verdict::Write => write(&client, &node, &event).await,
+        };
+        metrics.event(fate);
+        drop(done);
+    }
+}
+
+async fn write(client: &Client, node: &Arc<str>, event: &Event) -> EventFate {
+    let mut attempt = 1;
+    loop {
+        let refused = match timeout(PATIENCE, publish(client, node, event)).await {
+            Ok(Ok(())) => return EventFate::Written,
+            Ok(Err(kube::Error::Api(status))) if status.code < 500 && status.code != 429 => {
+                Some(status.message)
+            }
+            Ok(Err(error)) if attempt == ATTEMPTS => Some(error.to_string()),
+            Err(_) if attempt == ATTEMPTS => Some("no answer".to_owned()),
+            Ok(Err(_)) | Err(_) => None,
+        };
+        if let Some(error) = refused {
+            tracing::warn!(reason = event.reason, note = event.note, error, "an Event could not be written");
+            return EventFate::Failed;
+        }
+        attempt += 1;
+        sleep(PAUSE).await;
+    }
+}
+
+async fn publish(client: &Client, node: &Arc<str>, event: &Event) -> Result<(), kube::Error> {
+    let reference = match &event.regarding {
+        // As the kubelet and kube-proxy name it, and `kubectl describe node` looks for it.
+        Regarding::Node => ObjectReference {
+            kind: Some("Node".to_owned()),
+            name: Some(node.to_string()),
+            uid: Some(node.to_string()),
+            ..ObjectReference::default()
+        },
+        Regarding::Service(key) => reference(client, key).await?,
+    };
+    let reporter = Reporter { controller: CONTROLLER.to_owned(), instance: Some(node.to_string()) };
+    // A recorder adds to its earlier Event of the same reason and drops the new note. The gate has seen to it that
+    // this one says something else.
+    let recorder = Recorder::new(client.clone(), reporter);
+    let written = events::Event {
+        type_: if event.warning { EventType::Warning } else { EventType::Normal },
+        reason: event.reason.to_owned(),
+        note: Some(shortened(&event.note).to_owned()),
+        action: event.action.to_owned(),
+        secondary: None,
+    };
+    recorder.publish(&written, &reference).await
+}
+
+/// A reference with the uid, by which `kubectl describe` finds the Events of an object. The agent does not keep uids,
+/// and may list Services, but not get them.
+async fn reference(client: &Client, key: &ObjectKey) -> Result<ObjectReference, kube::Error> {
+    let services: Api<Service> = Api::namespaced(client.clone(), &key.namespace);
+    let of_name = ListParams::default().fields(&format!("metadata.name={}", key.name)).limit(1);
+    let found = services.list(&of_name).await?.items.into_iter().next();
+    Ok(match found {
+        Some(service) => service.object_ref(&()),
+        None => ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Service".to_owned()),
+            namespace: Some(key.namespace.to_string()),
+            name: Some(key.name.to_string()),
+            ..ObjectReference::default()
+        },
+    })
+}
+
+fn shortened(note: &str) -> &str {
+    note.get(..note.floor_char_boundary(NOTE_MAX)).unwrap_or(note)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_end_where_the_api_does() {
+        assert_eq!(shortened("short"), "short");
+        let long = "ä".repeat(600);
+        assert_eq!(shortened(&long), "ä".repeat(512));
+        assert_eq!(shortened(&format!("x{long}")).len(), 1023);
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_where_there_is_no_api() {
+        let start = Instant::now();
+        Events::nowhere().tell_and_wait(Event::starting(), Duration::from_secs(60)).await;
+        assert!(start.elapsed() < Duration::from_secs(10));
+    }
+}
