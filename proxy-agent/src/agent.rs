@@ -8,7 +8,7 @@ use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use proxy_common::abi::FrontendKey;
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE};
@@ -27,13 +27,13 @@ use crate::edge::settings::DetectLocal;
 use crate::edge::sources::Facts;
 use crate::edge::{self, Edge};
 use crate::events::{Event, Events};
-use crate::flows::{FlowCounts, keep_collecting};
+use crate::flows::{Counts, keep_collecting};
 use crate::health::check_ports::CheckPorts;
 use crate::health::checks::check;
 use crate::health::{self, Health};
 use crate::http::{self, HttpError};
 use crate::kube_proxy::{self, ConfigFile};
-use crate::metrics::{self, MapUsage, Metrics, Readers};
+use crate::metrics::{self, Metrics};
 use crate::model::{Freed, Model};
 use crate::node::patience::FOR_POD_CIDRS;
 use crate::node::{FollowError, NodeIps, Patience, Verdict, local_addresses, watch_addresses};
@@ -45,6 +45,7 @@ use crate::sockets::{Places, SocketSweeper};
 use crate::sources::{SourceError, Update, api, manifests};
 use crate::stale::Serving;
 use crate::store::{Capacity, MapStore, Op, StoreError};
+use crate::telemetry::{Arrival, Telemetry, readers};
 
 /// Why the agent ends other than by a signal.
 #[derive(Debug, thiserror::Error)]
@@ -130,8 +131,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
 
     let health = Health::new(config.sync_period);
     health.waiting_for("the first full list has not arrived");
-    let flow_counts = FlowCounts::default();
-    let metrics = Arc::new(Metrics::new(readers(&config, flow_counts.clone())));
+    let counts = Counts::default();
+    let metrics = Arc::new(Metrics::new(readers(&config.pins, counts.clone())));
     let mut servers = JoinSet::new();
     if let Some(address) = config.healthz {
         let router = health::router(health.clone(), Arc::clone(&metrics));
@@ -142,7 +143,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         servers.spawn(http::serve(metrics::SERVER, address, router, config.on_bind_failure));
     }
 
-    tokio::spawn(keep_collecting(config.pins.clone(), Arc::clone(&metrics), flow_counts));
+    tokio::spawn(keep_collecting(config.pins.clone(), Arc::clone(&metrics), counts));
     let addresses = watch_addresses().await?;
     let opt_out = match config.opt_out.is_empty() {
         true => None,
@@ -252,6 +253,8 @@ struct Agent {
     pod_cidrs: Option<Vec<Prefix>>,
     /// The node's own tables have to be looked at.
     node_changed: bool,
+    /// Every Service has to be looked at, because other endpoints may be near.
+    zone_changed: bool,
     /// Everything has to be looked at: at the start, and after a failure.
     everything: bool,
     /// Freed numbers: those that wait for a grace period which has begun, and those that came later.
@@ -263,7 +266,7 @@ struct Agent {
     numbers_came_back: bool,
     sweep: Option<JoinHandle<()>>,
     sweep_again: bool,
-    trigger_times: Vec<(Family, i64)>,
+    telemetry: Telemetry,
     check_ports: CheckPorts,
     report: Report,
     health: Health,
@@ -287,6 +290,7 @@ impl Agent {
             cgroup: config.cgroup.display().to_string(),
             ..State::default()
         };
+        let telemetry = Telemetry::new(Arc::clone(&metrics), config.families.clone());
         let no_pods = config.edge.settings.pods.is_none();
         let context = Context {
             node_name: Arc::clone(&config.node_name),
@@ -316,6 +320,7 @@ impl Agent {
             patience: None,
             pod_cidrs: None,
             node_changed: true,
+            zone_changed: false,
             everything: true,
             waiting: None,
             freed: Freed::default(),
@@ -323,7 +328,7 @@ impl Agent {
             numbers_came_back: false,
             sweep: None,
             sweep_again: false,
-            trigger_times: Vec::new(),
+            telemetry,
             check_ports: CheckPorts::start(health.clone()),
             health,
             metrics,
@@ -388,6 +393,7 @@ impl Agent {
     }
 
     fn failed(&mut self, error: &dyn std::error::Error) -> Instant {
+        self.telemetry.sync_ended(false);
         tracing::error!(%error, "programming failed; trying again");
         self.everything = true;
         Instant::now() + RETRY.min(self.config.sync_period)
@@ -419,20 +425,13 @@ impl Agent {
     }
 
     fn take_change(&mut self, change: Change) {
-        match &change {
-            Change::Service(_) | Change::ServiceGone(_) => self.metrics.service_changes(1),
-            Change::Slice(slice) => {
-                self.metrics.endpoint_changes(1);
-                // Of what was there before the start nobody waits for.
-                if let Some(time) = slice.trigger_time.filter(|_| self.synced) {
-                    self.trigger_times.push((slice.family, time));
-                }
-            }
-            Change::SliceGone(_) => self.metrics.endpoint_changes(1),
-            Change::Node(node) => self.health.node(!node.leaving),
-            Change::ServiceCidr(..) | Change::ServiceCidrGone(_) | Change::Pod(_) | Change::PodGone(_) => {}
+        if let Change::Node(node) = &change {
+            self.health.node(!node.leaving);
         }
-        match self.cluster.apply(change) {
+        let arrival = Arrival::of(&change);
+        let scope = self.cluster.apply(change);
+        self.telemetry.arrived(arrival, scope, !self.synced);
+        match scope {
             Scope::Nothing => return,
             Scope::Service => {}
             Scope::Node => self.take_node(),
@@ -440,12 +439,12 @@ impl Agent {
         }
         for &family in &self.config.families {
             self.health.queued(family);
-            self.metrics.sync_queued(family);
         }
     }
 
     fn take_node(&mut self) {
         let before = self.context.node.ips;
+        self.zone_changed |= self.context.node.zone != self.cluster.node().zone;
         self.context.node = self.cluster.node().clone();
         let ips = NodeIps::derive(&self.context.node, self.config.bind_address);
         self.context.node.ips = ips.known();
@@ -577,7 +576,6 @@ impl Agent {
 
     /// Programs what has changed. With nothing changed it does nothing.
     fn sync(&mut self) -> Result<(), AgentError> {
-        let start = Instant::now();
         if self.everything {
             self.cluster.touch_all();
         }
@@ -586,11 +584,15 @@ impl Agent {
         if dirty.is_empty() && !self.everything && !self.node_changed && !again {
             return Ok(());
         }
+        self.telemetry.sync_begins(self.everything || self.zone_changed);
         dirty.extend(self.refused.iter().cloned());
         let mut wanted: BTreeMap<ObjectKey, Option<Wanted>> =
             dirty.into_iter().map(|key| (key.clone(), self.wanted(&key))).collect();
 
         let first = self.programmed.is_none();
+        for (service, wanted) in &wanted {
+            self.telemetry.desired(service, wanted.as_ref().map(|wanted| &wanted.desired));
+        }
         let mut programmed = match self.programmed.take() {
             Some(mut programmed) if self.everything => {
                 programmed.model = read_back(&programmed.dataplane.maps)?;
@@ -618,20 +620,16 @@ impl Agent {
         let result = self.program(&mut programmed, wanted, first);
         // Programs are attached once all is written for the first time: if that fails, all of it is done again.
         self.programmed = (!first || result.is_ok()).then_some(programmed);
-        let took = start.elapsed();
-        for &family in &self.config.families {
-            self.metrics.synced(family, took, result.is_ok());
-        }
         result?;
+        let took = self.telemetry.sync_ended(true);
         self.open_check_ports(touched);
-        (self.everything, self.node_changed) = (false, false);
+        (self.everything, self.node_changed, self.zone_changed) = (false, false, false);
         if first {
             tracing::info!(?took, "the first full list is programmed");
         }
         for &family in &self.config.families {
             self.health.updated(family);
         }
-        self.observe_programming();
         Ok(())
     }
 
@@ -687,14 +685,15 @@ impl Agent {
             let cidrs = self.cluster.service_cidrs().collect();
             let by_source = !self.context.pods_by_interface;
             let pods = self.context.cluster_cidr.iter().flatten().filter(|_| by_source).copied().collect();
-            carry_out(maps, &plan_node(model, addresses, cidrs, pods))?;
-            carry_out(maps, &plan_left(model, self.pods_attached, self.opted_out.as_ref()))?;
+            let mut ops = plan_node(model, addresses, cidrs, pods);
+            ops.extend(plan_left(model, self.pods_attached, self.opted_out.as_ref()));
+            self.telemetry.writing(&ops, |ops| carry_out(maps, ops))?;
             self.report
                 .set("--nodeport-addresses".to_owned(), self.config.nodeport_addresses.warnings(ips, &host));
         }
         let plan = plan(model, &wanted, self.everything);
         tracing::debug!(services = wanted.len(), operations = plan.ops.len(), "programming");
-        carry_out(maps, &plan.ops)?;
+        self.telemetry.writing(&plan.ops, |ops| carry_out(maps, ops))?;
         self.freed.append(plan.freed);
         if first {
             dataplane.attach(&self.config.cgroup)?;
@@ -769,11 +768,13 @@ impl Agent {
         self.sweep_again = false;
         let (sweeper, metrics) = (Arc::clone(sweeper), Arc::clone(&self.metrics));
         let serving = Serving::of(&programmed.model);
+        let families = self.config.families.clone();
         self.sweep = Some(tokio::task::spawn_blocking(move || {
             use std::os::fd::AsFd as _;
+            let start = Instant::now();
             match sweeper.destroy_stale(sockets.as_fd(), |record| serving.is_stale(record)) {
                 Ok(report) => {
-                    metrics.sockets_destroyed(report.destroyed);
+                    metrics.swept(&families, start.elapsed(), report.destroyed_by_family);
                     if report.destroyed > 0 {
                         tracing::info!(
                             destroyed = report.destroyed,
@@ -788,14 +789,6 @@ impl Agent {
                 Err(error) => tracing::warn!(%error, "stale UDP sockets could not be swept"),
             }
         }));
-    }
-
-    fn observe_programming(&mut self) {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        for (family, time) in self.trigger_times.drain(..) {
-            let since = Duration::from_nanos(u64::try_from(time).unwrap_or(0));
-            self.metrics.network_programmed(family, now.saturating_sub(since));
-        }
     }
 }
 
@@ -893,28 +886,5 @@ fn warn_about_cgroup(config: &Config) {
             cgroup = %config.cgroup.display(),
             "not the root of the cgroup v2 hierarchy: only processes below it are served"
         );
-    }
-}
-
-/// What a scrape reads from the maps. They are opened for each scrape: the agent may replace them.
-fn readers(config: &Config, flow_counts: FlowCounts) -> Readers {
-    use proxy_common::abi::Counter;
-    let (pins, for_maps) = (config.pins.clone(), config.pins.clone());
-    Readers {
-        verdicts: Box::new(move || {
-            let maps = KernelMaps::open(&pins, false)?;
-            let read = |counter: Counter| Ok((counter.name(), maps.counter(counter)?));
-            Counter::ALL.into_iter().map(read).collect()
-        }),
-        maps: Box::new(move || {
-            let maps = KernelMaps::open(&for_maps, false)?;
-            let (mut usage, [flows, index]) = (maps.usage()?, flow_counts.get());
-            usage.push(("FLOWS", flows, maps.flow_maps().flows.capacity()?));
-            usage.push(("FLOW_INDEX", index, maps.flow_maps().index.capacity()?));
-            Ok(usage
-                .into_iter()
-                .map(|(map, entries, capacity)| MapUsage { map, entries, capacity })
-                .collect())
-        }),
     }
 }

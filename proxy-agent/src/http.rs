@@ -122,8 +122,19 @@ pub(crate) mod testing {
 
     /// One request on a connection of its own.
     pub(crate) async fn request(address: SocketAddr, method: &str, path: &str) -> io::Result<Response> {
+        request_with(address, method, path, &[]).await
+    }
+
+    /// The same with these headers.
+    pub(crate) async fn request_with(
+        address: SocketAddr,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+    ) -> io::Result<Response> {
         let mut stream = TcpStream::connect(address).await?;
-        let request = format!("{method} {path} HTTP/1.1\r\nHost: n1\r\nConnection: close\r\n\r\n");
+        let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: n1\r\nConnection: close\r\n{headers}\r\n");
         stream.write_all(request.as_bytes()).await?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await?;

@@ -57,6 +57,8 @@ pub mod config;
 
 pub mod process;
 
+pub mod telemetry;
+
 pub mod agent;
 
 pub mod inspect;

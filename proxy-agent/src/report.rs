@@ -50,8 +50,8 @@ enum Teller {
     Source,
     Programming,
     Devices,
-    CheckPorts,
     OptOut,
+    CheckPorts,
 }
 
 /// Keeps the file.
@@ -146,7 +146,7 @@ impl Report {
             if let Some(service) = service_of(object) {
                 self.events.tell(match teller {
                     Teller::CheckPorts => Event::check_port_failed(service, reason),
-                    Teller::Source | Teller::Programming | Teller::Devices => Event::problem(service, reason),
+                    _ => Event::problem(service, reason),
                 });
             }
         }

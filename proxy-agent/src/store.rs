@@ -39,6 +39,25 @@ pub enum Op {
     NodeFlags(u64),
 }
 
+impl Op {
+    /// The map that it writes to.
+    pub const fn map(&self) -> &'static str {
+        match self {
+            Self::Name(..) => "NAMES",
+            Self::Backend(..) | Self::BackendState(..) => "BACKENDS",
+            Self::Slots(..) => "SLOTS",
+            Self::Service(..) => "SERVICES",
+            Self::SourceRange(..) => "SOURCE_RANGES",
+            Self::Frontend(..) => "FRONTENDS",
+            Self::LocalAddress(..) => "LOCAL_ADDRESSES",
+            Self::ServiceCidr(..) => "SERVICE_CIDRS",
+            Self::PodSource(..) => "POD_SOURCES",
+            Self::OptOut(..) => "OPT_OUT",
+            Self::NodeFlags(..) => "NODE",
+        }
+    }
+}
+
 /// Why an operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {

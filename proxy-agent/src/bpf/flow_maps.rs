@@ -43,13 +43,18 @@ impl FlowMaps {
     }
 }
 
-/// One of them.
+/// What keys and values of a [`Table`] are.
+pub trait Element: aya::Pod + bytemuck::Pod {}
+
+impl<T: aya::Pod + bytemuck::Pod> Element for T {}
+
+/// One of them, or another hash that can be as large.
 #[derive(Debug)]
-pub struct Table<V: aya::Pod + bytemuck::Pod> {
-    map: HashMap<MapData, FlowKey, V>,
+pub struct Table<V: Element, K: Element = FlowKey> {
+    map: HashMap<MapData, K, V>,
 }
 
-impl<V: aya::Pod + bytemuck::Pod> Table<V> {
+impl<V: Element, K: Element> Table<V, K> {
     /// Opens the map of this name.
     ///
     /// # Errors
@@ -66,7 +71,7 @@ impl<V: aya::Pod + bytemuck::Pod> Table<V> {
     /// # Errors
     ///
     /// What the kernel says.
-    pub fn get(&self, key: &FlowKey) -> Result<Option<V>, MapError> {
+    pub fn get(&self, key: &K) -> Result<Option<V>, MapError> {
         match self.map.get(key, 0) {
             Ok(value) => Ok(Some(value)),
             Err(MapError::KeyNotFound) => Ok(None),
@@ -79,7 +84,7 @@ impl<V: aya::Pod + bytemuck::Pod> Table<V> {
     /// # Errors
     ///
     /// What the kernel says: EEXIST when there is one.
-    pub fn add(&mut self, key: &FlowKey, value: &V) -> Result<(), MapError> {
+    pub fn add(&mut self, key: &K, value: &V) -> Result<(), MapError> {
         self.map.insert(key, value, NO_EXIST)
     }
 
@@ -88,7 +93,7 @@ impl<V: aya::Pod + bytemuck::Pod> Table<V> {
     /// # Errors
     ///
     /// What the kernel says.
-    pub fn remove(&mut self, key: &FlowKey) -> Result<(), MapError> {
+    pub fn remove(&mut self, key: &K) -> Result<(), MapError> {
         match self.map.remove(key) {
             Err(MapError::KeyNotFound) => Ok(()),
             Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -121,7 +126,7 @@ impl<V: aya::Pod + bytemuck::Pod> Table<V> {
     /// # Errors
     ///
     /// What the kernel says.
-    pub fn for_each(&self, look: impl FnMut((FlowKey, V))) -> io::Result<()> {
+    pub fn for_each(&self, look: impl FnMut((K, V))) -> io::Result<()> {
         let (mut walk, mut look) = (Walk::default(), look);
         while let Some(elements) = walk.step(self)? {
             elements.for_each(&mut look);
@@ -133,9 +138,9 @@ impl<V: aya::Pod + bytemuck::Pod> Table<V> {
 /// A walk over a table, some elements at a time. What is there from its beginning to its end is met; what comes or goes
 /// meanwhile may be.
 #[derive(Debug)]
-pub struct Walk<V> {
+pub struct Walk<V, K = FlowKey> {
     next: Next,
-    keys: Vec<FlowKey>,
+    keys: Vec<K>,
     values: Vec<V>,
 }
 
@@ -146,13 +151,13 @@ enum Next {
     End,
 }
 
-impl<V> Default for Walk<V> {
+impl<V, K> Default for Walk<V, K> {
     fn default() -> Self {
         Self { next: Next::Begin, keys: Vec::new(), values: Vec::new() }
     }
 }
 
-impl<V: aya::Pod + bytemuck::Pod> Walk<V> {
+impl<V: Element, K: Element> Walk<V, K> {
     /// The next elements; `None` after the last.
     ///
     /// # Errors
@@ -160,8 +165,8 @@ impl<V: aya::Pod + bytemuck::Pod> Walk<V> {
     /// What the kernel says.
     pub fn step(
         &mut self,
-        table: &Table<V>,
-    ) -> io::Result<Option<impl Iterator<Item = (FlowKey, V)> + use<'_, V>>> {
+        table: &Table<V, K>,
+    ) -> io::Result<Option<impl Iterator<Item = (K, V)> + use<'_, V, K>>> {
         let from = match self.next {
             Next::Begin => None,
             Next::From(bucket) => Some(bucket),

@@ -1,17 +1,20 @@
 //! The pinned maps as the agent and its inspection commands see them.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
-use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie};
+use aya::maps::{
+    HashMap, IterableMap as _, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie,
+};
 use proxy_common::abi::{
-    Backend, Counter, FilterBit, Flow, FlowKey, FrontendKey, FrontendValue, Service, ServiceCounters,
+    Backend, Counter, Device, FilterBit, Flow, FlowKey, FrontendKey, FrontendValue, Service, ServiceCounters,
     ServiceName, SourceRangeKey,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 
-use super::flow_maps::FlowMaps;
+use super::flow_maps::{FlowMaps, Table};
 use super::pins::PinDir;
 use super::sys::Mapping;
 use crate::store::{Capacity, Contents, MapStore, Op, StoreError, filter_bits, filter_words};
@@ -49,6 +52,7 @@ pub struct KernelMaps {
     counters: PerCpuArray<MapData, u64>,
     service_counters: PerCpuArray<MapData, ServiceCounters>,
     flow_maps: FlowMaps,
+    devices: Table<Device, u32>,
     filter: Mapping,
     services: Mapping,
     slots: Mapping,
@@ -110,6 +114,7 @@ impl KernelMaps {
             counters: typed(Map::PerCpuArray(data("COUNTERS")?)).map_err(bad("COUNTERS"))?,
             service_counters: typed(service_counters).map_err(bad("SERVICE_COUNTERS"))?,
             flow_maps: FlowMaps::open(pins)?,
+            devices: Table::open(pins, "DEVICES")?,
             filter: mapping("FILTER", size_of::<u64>())?,
             services,
             slots,
@@ -164,7 +169,8 @@ impl KernelMaps {
         &self.flow_maps
     }
 
-    /// Elements in use and capacity, by map; those of the flows are too many to be counted by the way.
+    /// Elements in use and capacity, by map, of those that the agent writes. Those that the programs fill are too many to
+    /// be counted by the way.
     ///
     /// # Errors
     ///
@@ -175,12 +181,31 @@ impl KernelMaps {
         let used = |id: &u32| self.backend(*id).is_some_and(|backend| backend.state.flags != 0);
         let backends = (0..self.capacity.backends).filter(used).count() as u64;
         let source_ranges = self.source_ranges.keys().count() as u64;
+        let capacity = |map: &MapData| Ok::<u64, MapError>(map.info()?.max_entries().into());
+        let devices = self.devices.count().map_err(MapError::IoError)?;
         Ok(vec![
             ("FRONTENDS", frontends, self.capacity.frontends.into()),
             ("SERVICES", services, self.capacity.services.into()),
+            ("SLOTS", self.slots_in_use(), self.capacity.slots.into()),
             ("BACKENDS", backends, self.capacity.backends.into()),
             ("SOURCE_RANGES", source_ranges, self.capacity.source_ranges.into()),
+            (
+                "LOCAL_ADDRESSES",
+                self.local_addresses.keys().count() as u64,
+                capacity(self.local_addresses.map())?,
+            ),
+            ("SERVICE_CIDRS", self.service_cidrs.keys().count() as u64, capacity(self.service_cidrs.map())?),
+            ("POD_SOURCES", self.pod_sources.keys().count() as u64, capacity(self.pod_sources.map())?),
+            ("DEVICES", devices, self.devices.capacity()?),
         ])
+    }
+
+    /// Slots that are in some Service's set. Its two sets may share them.
+    fn slots_in_use(&self) -> u64 {
+        let sets = (0..self.capacity.services).filter_map(|id| self.service(id));
+        let sets = sets.flat_map(|service| [service.cluster, service.local]).filter(|set| !set.is_empty());
+        let distinct: BTreeMap<u32, u32> = sets.map(|set| (set.base, set.len)).collect();
+        distinct.values().copied().map(u64::from).sum()
     }
 
     /// What `FRONTENDS` holds for a key.

@@ -6,7 +6,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use aya::maps::MapError;
@@ -14,6 +13,7 @@ use proxy_common::abi::{Flow, FlowKey, FlowKind, FlowRef};
 use proxy_common::datapath::edge::flows::{has_snat, snat_index, snat_target, vip_index, vip_target};
 use proxy_common::datapath::edge::timeouts::expired;
 
+use super::counts::{Counts, Other};
 use super::now;
 use crate::bpf::flow_maps::{FlowMaps, Walk};
 use crate::bpf::maps::OpenError;
@@ -147,31 +147,19 @@ fn record_key(index: &FlowKey, target: &FlowRef) -> FlowKey {
     if index.kind == FlowKind::Snat as u8 { snat_target(index, target) } else { vip_target(index, target) }
 }
 
-/// How much there was when the last collection ended, for whoever cannot take the time to count.
-#[derive(Clone, Debug, Default)]
-pub struct FlowCounts(Arc<[AtomicU64; 2]>);
-
-impl FlowCounts {
-    /// Elements of `FLOWS` and of `FLOW_INDEX`.
-    pub fn get(&self) -> [u64; 2] {
-        self.0.each_ref().map(|count| count.load(Ordering::Relaxed))
-    }
-
-    fn set(&self, collected: &Collected) {
-        let [flows, index] = &*self.0;
-        flows.store(collected.records - collected.expired, Ordering::Relaxed);
-        index.store(collected.index_entries - collected.dangling, Ordering::Relaxed);
-    }
-}
-
-/// Collects again and again, with little of one CPU, beside whatever else the runtime does.
-pub async fn keep_collecting(pins: PinDir, metrics: Arc<Metrics>, counts: FlowCounts) {
+/// Again and again, with little of one CPU, beside whatever else the runtime does: collects, and counts what other maps
+/// hold whose elements come and go by themselves.
+pub async fn keep_collecting(pins: PinDir, metrics: Arc<Metrics>, counts: Counts) {
     loop {
         match collect(&pins).await {
             Ok(collected) => {
-                counts.set(&collected);
+                counts.set("FLOWS", collected.records - collected.expired);
+                counts.set("FLOW_INDEX", collected.index_entries - collected.dangling);
                 metrics.flows_collected(collected.expired);
                 tracing::debug!(?collected, "expired flows collected");
+                if let Err(error) = count_others(&pins, &counts).await {
+                    tracing::warn!(%error, "the elements of maps could not be counted");
+                }
             }
             // Before the first list has been programmed there are no maps.
             Err(CollectError::Open(error)) => tracing::debug!(%error, "no flows to collect"),
@@ -179,6 +167,21 @@ pub async fn keep_collecting(pins: PinDir, metrics: Arc<Metrics>, counts: FlowCo
         }
         tokio::time::sleep(PAUSE).await;
     }
+}
+
+/// Counts the maps of [`Other`], one after the other.
+async fn count_others(pins: &PinDir, counts: &Counts) -> Result<(), CollectError> {
+    for other in Other::ALL {
+        let pins = pins.clone();
+        let (count, took) = tokio::task::spawn_blocking(move || {
+            let start = Instant::now();
+            (other.count(&pins), start.elapsed())
+        })
+        .await?;
+        counts.set(other.name(), count?);
+        tokio::time::sleep(took * REST).await;
+    }
+    Ok(())
 }
 
 /// One collection. Each step is short, so that the runtime can end in between.

@@ -6,9 +6,12 @@
 
 mod collect;
 
+mod counts;
+
 mod view;
 
-pub use self::collect::{CollectError, Collected, Collection, FlowCounts, keep_collecting};
+pub use self::collect::{CollectError, Collected, Collection, keep_collecting};
+pub use self::counts::Counts;
 pub use self::view::{FlowView, flow_views, print};
 
 /// The clock of [`proxy_common::abi::Flow::last_seen`]: monotonic, in nanoseconds.

@@ -21,8 +21,8 @@ type Failures = Labelled<[(&'static str, &'static str); 1], Counter>;
 pub struct MapUsage {
     /// The map's name.
     pub map: &'static str,
-    /// Elements in use.
-    pub entries: u64,
+    /// Elements in use; `None` where nobody can tell.
+    pub entries: Option<u64>,
     /// Elements it can hold.
     pub capacity: u64,
 }
@@ -90,7 +90,7 @@ impl Collector for AtScrape {
         }
 
         let maps = self.read(MAPS, &self.readers.maps);
-        let entries = maps.iter().map(|usage| (usage.map, usage.entries));
+        let entries = maps.iter().filter_map(|usage| Some((usage.map, usage.entries?)));
         encode_by_map(&mut encoder, "map_entries", "Elements in use in a BPF map.", entries)?;
         let capacities = maps.iter().map(|usage| (usage.map, usage.capacity));
         encode_by_map(&mut encoder, "map_capacity", "Elements that a BPF map can hold.", capacities)

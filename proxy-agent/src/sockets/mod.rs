@@ -106,6 +106,8 @@ pub struct Report {
     pub hidden: usize,
     /// Sockets destroyed.
     pub destroyed: usize,
+    /// The same, by [`proxy_common::addr::Family::index`] of the backend.
+    pub destroyed_by_family: [usize; 2],
     /// What could not be done; the rest was.
     pub errors: Vec<SocketsError>,
 }
@@ -228,8 +230,12 @@ fn sweep_here(places: &Places, condemned: &Condemn<'_>) -> Result<Report, Socket
 
     for (diag, family, id) in stale {
         let Some((diag, name)) = diags.get(diag) else { continue };
+        let of_backend = Addr::from(id.destination_address).family().index();
         match diag.destroy(family, id) {
-            Ok(destroyed) => report.destroyed += usize::from(destroyed),
+            Ok(destroyed) => {
+                report.destroyed += usize::from(destroyed);
+                report.destroyed_by_family[of_backend] += usize::from(destroyed);
+            }
             Err(error) => {
                 report.errors.push(SocketsError::Within { name: name.clone(), source: Box::new(error) });
             }

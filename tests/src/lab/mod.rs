@@ -50,7 +50,7 @@ pub use agent::Agent;
 pub use container::Container;
 pub use exec::{Exec, Proc};
 pub use netns::{Netns, Role};
-pub use place::{Node, Place, Pod};
+pub use place::{HttpAnswer, Node, Place, Pod};
 pub use serve::Serve;
 pub use spec::{LabSpec, LeafSpec, NodeSpec};
 pub use traffic::{Connect, Flow, Held, Hold};

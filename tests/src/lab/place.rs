@@ -101,7 +101,16 @@ impl Place {
     /// # Errors
     /// If nothing answers within 5 seconds, or not in HTTP.
     pub fn http_get(&self, server: SocketAddr, path: &str) -> Result<(u16, String)> {
-        self.0.net.enter(|| http_get(server, path))?.with_context(|| format!("GET http://{server}{path}"))
+        self.http(server, path, &[]).map(|answer| (answer.status, answer.body))
+    }
+
+    /// As [`Place::http_get`], with these headers, for the whole answer.
+    ///
+    /// # Errors
+    /// As [`Place::http_get`].
+    pub fn http(&self, server: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Result<HttpAnswer> {
+        let answer = self.0.net.enter(|| http_get(server, path, headers))?;
+        answer.with_context(|| format!("GET http://{server}{path}"))
     }
 
     fn servers(&self) -> std::sync::MutexGuard<'_, Vec<Proc>> {
@@ -109,16 +118,36 @@ impl Place {
     }
 }
 
-fn http_get(server: SocketAddr, path: &str) -> Result<(u16, String)> {
+/// What an HTTP server has answered.
+#[derive(Clone, Debug)]
+pub struct HttpAnswer {
+    /// The status code.
+    pub status: u16,
+    /// The headers, in lower case, each line with its end.
+    pub headers: String,
+    /// The body.
+    pub body: String,
+}
+
+impl HttpAnswer {
+    /// The value of a header; its name in lower case.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+    }
+}
+
+fn http_get(server: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Result<HttpAnswer> {
     let patience = Duration::from_secs(5);
     let mut stream = TcpStream::connect_timeout(&server, patience)?;
     stream.set_read_timeout(Some(patience))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\n\r\n")?;
+    let more: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {server}\r\n{more}Connection: close\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").context("no end of the headers")?;
     let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no status line")?;
-    Ok((status, body.to_owned()))
+    let headers = head.split_once("\r\n").map_or_else(String::new, |(_, lines)| lines.to_lowercase());
+    Ok(HttpAnswer { status, headers, body: body.to_owned() })
 }
 
 /// A pod: a place on a node. Clones are the same pod.

@@ -15,7 +15,6 @@ use axum::extract::State;
 use axum::http::{HeaderName, HeaderValue};
 use axum::response::{IntoResponse as _, Response};
 use axum::serve::Listener;
-use proxy_common::addr::Family;
 use rustix::net::sockopt::set_ipv6_v6only;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{oneshot, watch};
@@ -34,9 +33,9 @@ pub type Failures = BTreeMap<ObjectKey, Vec<String>>;
 /// What is to be served.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Wanted {
-    /// By [`Family::index`].
+    /// By [`proxy_common::addr::Family::index`].
     listen_on: [Vec<IpAddr>; 2],
-    /// Services with a check in some family, by [`Family::index`].
+    /// Services with a check in some family, by [`proxy_common::addr::Family::index`].
     services: BTreeMap<ObjectKey, [Option<Check>; 2]>,
 }
 
@@ -56,7 +55,7 @@ impl CheckPorts {
         Self { wanted, failures }
     }
 
-    /// Listens on these addresses, by [`Family::index`], instead of those before.
+    /// Listens on these addresses, by [`proxy_common::addr::Family::index`], instead of those before.
     pub fn listen_on(&self, addresses: [Vec<IpAddr>; 2]) {
         self.wanted.send_if_modified(|wanted| {
             let changed = wanted.listen_on != addresses;
@@ -65,7 +64,7 @@ impl CheckPorts {
         });
     }
 
-    /// Replaces the checks of these Services, each by [`Family::index`]; `None` where there is none.
+    /// Replaces the checks of these Services, each by [`proxy_common::addr::Family::index`]; `None` where there is none.
     pub fn services(&self, checks: impl Iterator<Item = (ObjectKey, [Option<Check>; 2])>) {
         self.wanted.send_if_modified(|wanted| {
             let mut changed = false;

@@ -1,6 +1,7 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
+use proxy_common::addr::Family;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;

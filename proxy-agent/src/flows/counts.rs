@@ -1,0 +1,92 @@
+//! How many elements there are in the maps that the programs fill, as of the last look: for whoever cannot take the time
+//! to count.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use proxy_common::abi::{
+    AffinityKey, AffinityValue, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, UdpFlow, UdpFlowKey,
+};
+
+use super::collect::CollectError;
+use crate::bpf::flow_maps::{Element, Table};
+use crate::bpf::pins::PinDir;
+
+/// The maps that are counted.
+const MAPS: [&str; 7] =
+    ["FLOWS", "FLOW_INDEX", "NEW_FLOWS", "NEW_FLOW_INDEX", "AFFINITY", "UDP_FLOWS", "FRAGMENTS"];
+
+/// The counts. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Counts(Arc<[AtomicU64; MAPS.len()]>);
+
+impl Counts {
+    /// The elements of each map; 0 before the first look.
+    pub fn get(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        MAPS.into_iter().zip(&*self.0).map(|(map, count)| (map, count.load(Ordering::Relaxed)))
+    }
+
+    pub(super) fn set(&self, map: &str, elements: u64) {
+        for (_, count) in MAPS.iter().zip(&*self.0).filter(|(name, _)| **name == map) {
+            count.store(elements, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Those that evict, so that nobody has to look through them but to count: 65536 elements or twice as many, which takes
+/// some ten milliseconds.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Other {
+    NewFlows,
+    NewFlowIndex,
+    Affinity,
+    UdpFlows,
+    Fragments,
+}
+
+impl Other {
+    pub(super) const ALL: [Self; 5] =
+        [Self::NewFlows, Self::NewFlowIndex, Self::Affinity, Self::UdpFlows, Self::Fragments];
+
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::NewFlows => "NEW_FLOWS",
+            Self::NewFlowIndex => "NEW_FLOW_INDEX",
+            Self::Affinity => "AFFINITY",
+            Self::UdpFlows => "UDP_FLOWS",
+            Self::Fragments => "FRAGMENTS",
+        }
+    }
+
+    pub(super) fn count(self, pins: &PinDir) -> Result<u64, CollectError> {
+        fn of<K: Element, V: Element>(pins: &PinDir, map: &str) -> Result<u64, CollectError> {
+            Ok(Table::<V, K>::open(pins, map)?
+                .count()
+                .map_err(|error: io::Error| CollectError::Walk(error))?)
+        }
+        match self {
+            Self::NewFlows => of::<FlowKey, Flow>(pins, self.name()),
+            Self::NewFlowIndex => of::<FlowKey, FlowRef>(pins, self.name()),
+            Self::Affinity => of::<AffinityKey, AffinityValue>(pins, self.name()),
+            Self::UdpFlows => of::<UdpFlowKey, UdpFlow>(pins, self.name()),
+            Self::Fragments => of::<FragmentKey, FragmentPorts>(pins, self.name()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_map_has_its_place() {
+        let counts = Counts::default();
+        for (number, map) in MAPS.iter().enumerate() {
+            counts.set(map, number as u64 + 1);
+        }
+        counts.set("SERVICES", 99);
+        assert!(counts.get().eq(MAPS.into_iter().zip(1..)));
+        assert!(Other::ALL.iter().all(|other| MAPS.contains(&other.name())));
+    }
+}

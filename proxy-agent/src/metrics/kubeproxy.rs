@@ -1,0 +1,131 @@
+//! Metrics that kube-proxy has, by its names; prefix `kubeproxy_`.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family as Labelled;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+use super::labels::{Buckets, ByCode, ByFamily, ByPolicy};
+use super::register;
+
+type Seconds = Gauge<f64, AtomicU64>;
+type Durations = Labelled<ByFamily, Histogram, Buckets>;
+
+/// The metrics.
+#[derive(Debug)]
+pub(super) struct KubeProxy {
+    pub(super) sync_duration: Durations,
+    pub(super) full_sync_duration: Durations,
+    pub(super) partial_sync_duration: Durations,
+    pub(super) sync_last: Labelled<ByFamily, Seconds>,
+    pub(super) sync_last_queued: Labelled<ByFamily, Seconds>,
+    pub(super) network_programming: Durations,
+    pub(super) endpoint_changes: Counter,
+    pub(super) endpoint_changes_pending: Gauge,
+    pub(super) service_changes: Counter,
+    pub(super) service_changes_pending: Gauge,
+    pub(super) no_local_endpoints: Labelled<ByPolicy, Gauge>,
+    pub(super) sweep_duration: Durations,
+    pub(super) swept: Labelled<ByFamily, Counter>,
+    pub(super) healthz: Labelled<ByCode, Counter>,
+    pub(super) livez: Labelled<ByCode, Counter>,
+}
+
+impl KubeProxy {
+    /// Registers all of them. The encoder appends `_total` to the name of a counter, and nothing to that of a gauge.
+    pub(super) fn new(registry: &mut Registry) -> Self {
+        let sync = || Durations::new_with_constructor(Buckets::Sync);
+        let metrics = Self {
+            sync_duration: register(
+                registry,
+                "sync_proxy_rules_duration_seconds",
+                "Time that a sync took, failed ones included",
+                sync(),
+            ),
+            full_sync_duration: register(
+                registry,
+                "sync_full_proxy_rules_duration_seconds",
+                "Time that a sync of everything took: at the start, after a failure, when the zone of the Node changes",
+                sync(),
+            ),
+            partial_sync_duration: register(
+                registry,
+                "sync_partial_proxy_rules_duration_seconds",
+                "Time that a sync of what has changed took",
+                sync(),
+            ),
+            sync_last: register(
+                registry,
+                "sync_proxy_rules_last_timestamp_seconds",
+                "When the last successful sync ended, in seconds since 1970",
+                Labelled::default(),
+            ),
+            sync_last_queued: register(
+                registry,
+                "sync_proxy_rules_last_queued_timestamp_seconds",
+                "When a sync was last asked for, in seconds since 1970",
+                Labelled::default(),
+            ),
+            network_programming: register(
+                registry,
+                "network_programming_duration_seconds",
+                "Time from a change of a Service's pods to the kernel maps, by the trigger time of the EndpointSlice",
+                Durations::new_with_constructor(Buckets::NetworkProgramming),
+            ),
+            endpoint_changes: register(
+                registry,
+                "sync_proxy_rules_endpoint_changes",
+                "EndpointSlice changes seen",
+                Counter::default(),
+            ),
+            endpoint_changes_pending: register(
+                registry,
+                "sync_proxy_rules_endpoint_changes_pending",
+                "EndpointSlice changes that wait to be programmed",
+                Gauge::default(),
+            ),
+            service_changes: register(
+                registry,
+                "sync_proxy_rules_service_changes",
+                "Service changes seen; kube-proxy counts each once per family",
+                Counter::default(),
+            ),
+            service_changes_pending: register(
+                registry,
+                "sync_proxy_rules_service_changes_pending",
+                "Service changes that wait to be programmed",
+                Gauge::default(),
+            ),
+            no_local_endpoints: register(
+                registry,
+                "sync_proxy_rules_no_local_endpoints_total",
+                "Service ports with a Local traffic policy that have endpoints, but none on this node",
+                Labelled::default(),
+            ),
+            sweep_duration: register(
+                registry,
+                "conntrack_reconciler_sync_duration_seconds",
+                "Time of a sweep for UDP sockets whose backend has left; one sweep looks at both families",
+                sync(),
+            ),
+            swept: register(
+                registry,
+                "conntrack_reconciler_deleted_entries",
+                "Connected UDP sockets that were ended because their backend had left, by the family of the backend",
+                Labelled::default(),
+            ),
+            healthz: register(registry, "proxy_healthz", "Answers of /healthz", Labelled::default()),
+            livez: register(registry, "proxy_livez", "Answers of /livez", Labelled::default()),
+        };
+        // A rate over answers needs the zero before the first one.
+        for family in [&metrics.healthz, &metrics.livez] {
+            for code in [200, 503] {
+                drop(family.get_or_create(&ByCode { code }));
+            }
+        }
+        metrics
+    }
+}

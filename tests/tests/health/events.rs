@@ -1,0 +1,136 @@
+//! Events as `kubectl describe` finds them.
+
+use std::thread;
+
+use anyhow::{Result, ensure};
+use proxy_tests::apiserver::{ApiServer, Resource, Verb};
+use proxy_tests::scenarios::until;
+use serde_json::{Value, json};
+
+use super::*;
+
+/// The Events with this reason.
+fn with_reason(server: &ApiServer, reason: &str) -> Vec<Value> {
+    server.recorded_events().into_iter().filter(|event| event["reason"] == reason).collect()
+}
+
+fn wait(server: &ApiServer, reason: &str, count: usize) -> Result<Vec<Value>> {
+    until(&format!("{count} Events {reason}"), || {
+        Ok(Some(with_reason(server, reason)).filter(|events| events.len() == count))
+    })
+}
+
+#[test]
+fn a_start_and_a_service_with_a_problem() -> Result<()> {
+    let stage = Stage::new()?;
+    let (server, mut agent) = stage.with_api()?;
+    server.apply(service("s", "10.96.0.10", &json!({"externalIPs": ["nonsense"]})))?;
+    start(&mut agent)?;
+    let [started] = &wait(&server, "Starting", 1)?[..] else { unreachable!("one") };
+    let regarding = json!({"kind": "Node", "name": "n1", "uid": "n1"});
+    assert_eq!((&started["type"], &started["regarding"]), (&json!("Normal"), &regarding));
+    assert_eq!(
+        (&started["reportingController"], &started["reportingInstance"]),
+        (&json!("vipr"), &json!("n1"))
+    );
+
+    let [event] = &wait(&server, "ServiceProblem", 1)?[..] else { unreachable!("one") };
+    let object = server.get(Resource::Services, "a", "s").unwrap();
+    let regarding = &event["regarding"];
+    assert_eq!((&regarding["kind"], &regarding["uid"]), (&json!("Service"), &object["metadata"]["uid"]));
+    assert_eq!((&event["type"], &event["metadata"]["namespace"]), (&json!("Warning"), &json!("a")));
+    let [problem] = &problems(&agent, "Service a/s")?[..] else { unreachable!("one") };
+    assert_eq!(event["note"], json!(problem));
+
+    // Not again at each sync, nor when the problem comes back soon; another problem is another Event.
+    for port in 81..91 {
+        let ports = json!([{"name": "web", "port": port, "protocol": "TCP"}]);
+        let fields = if port % 2 == 0 {
+            json!({"ports": ports})
+        } else {
+            json!({"externalIPs": ["nonsense"], "ports": ports})
+        };
+        server.apply(service("s", "10.96.0.10", &fields))?;
+        until("the change", || {
+            Ok((problems(&agent, "Service a/s")?.len() == usize::from(port % 2 == 1)).then_some(()))
+        })?;
+    }
+    server.apply(service("s", "10.96.0.10", &json!({"externalIPs": ["rubbish"]})))?;
+    let both = wait(&server, "ServiceProblem", 2)?;
+    assert!(
+        both.iter().any(|event| event["note"].as_str().is_some_and(|note| note.contains("rubbish"))),
+        "{both:?}"
+    );
+    assert_eq!(sample(&agent, "vipr_events_total{result=\"written\"}")?, 3.0);
+    Ok(())
+}
+
+#[test]
+fn a_service_that_does_not_fit() -> Result<()> {
+    let stage = Stage::new()?;
+    let (server, mut agent) = stage.with_api()?;
+    start(&mut agent)?;
+    // One address more than `FRONTENDS` has room for.
+    let capacity = sample(&agent, "vipr_map_capacity{map=\"FRONTENDS\"}")? as u32;
+    let addresses: Vec<String> = (0..capacity)
+        .map(|n| std::net::Ipv4Addr::from(u32::from(std::net::Ipv4Addr::new(198, 18, 0, 1)) + n).to_string())
+        .collect();
+    server.apply_all([
+        service("s", "10.96.0.10", &json!({"externalIPs": addresses})),
+        service("t", "10.96.0.20", &json!({})),
+        slice("t", "IPv4", &["L1"]),
+    ])?;
+    let [event] = &wait(&server, "ServiceProblem", 1)?[..] else { unreachable!("one") };
+    assert_eq!(event["regarding"]["name"], "s", "{event}");
+    // The others are served.
+    stage.lab.pod("L1").serve().tcp(8080).start()?;
+    until("t", || Ok(stage.lab.pod("P").connect("10.96.0.20:80").one()?.ok.then_some(())))
+}
+
+#[test]
+fn an_address_that_cannot_be_bound() -> Result<()> {
+    let stage = Stage::new()?;
+    for (flag, reason) in [
+        ("healthz-bind-address", "FailedToStartProxierHealthcheck"),
+        ("metrics-bind-address", "FailedToStartMetricsServer"),
+    ] {
+        let (server, agent) = stage.with_api()?;
+        // The API server's own.
+        let mut agent = agent.flag(flag, "127.0.0.1:6443").flag("bind-address-hard-fail", "true");
+        agent.start()?;
+        assert_eq!(agent.wait_end(PATIENCE)?.code(), Some(1));
+        let [event] = &with_reason(&server, reason)[..] else {
+            unreachable!("{:?}", server.recorded_events())
+        };
+        assert_eq!((&event["type"], &event["regarding"]["kind"]), (&json!("Warning"), &json!("Node")));
+        ensure!(event["note"].as_str().is_some_and(|note| note.contains("127.0.0.1:6443")), "{event}");
+        let log = agent.quiet().log();
+        ensure!(
+            log.lines().any(|line| line.starts_with("error: ") && line.contains("127.0.0.1:6443")),
+            "{log}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn nobody_waits_for_events() -> Result<()> {
+    let stage = Stage::new()?;
+    let (server, mut agent) = stage.with_api()?;
+    // Forbidden: told once, and that is all.
+    server.fail(Some(Verb::Create), Some(Resource::Events), 403, 1000);
+    server.apply_all((0..100).map(|n| {
+        service(&format!("s{n}"), &format!("10.96.1.{n}"), &json!({"externalIPs": ["nonsense"]}))
+    }))?;
+    start(&mut agent)?;
+    wait_sample(&agent, "vipr_problems", |problems| problems == 100.0)?;
+    wait_sample(&agent, "vipr_events_total{result=\"failed\"}", |failed| failed >= 20.0)?;
+    wait_sample(&agent, "vipr_events_total{result=\"dropped\"}", |dropped| dropped >= 50.0)?;
+    server.apply(service("last", "10.96.2.1", &json!({})))?;
+    until("the last Service", || {
+        let services = agent.tool("services", &[])?;
+        let found = services.as_array().is_some_and(|all| all.iter().any(|port| port["name"] == "last"));
+        thread::yield_now();
+        Ok(found.then_some(()))
+    })
+}

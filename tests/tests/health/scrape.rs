@@ -1,0 +1,125 @@
+//! What a scrape of the running agent gets.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Result, ensure};
+use proxy_common::abi::Counter;
+use proxy_tests::lab::HttpAnswer;
+use proxy_tests::scenarios::until;
+use serde_json::json;
+
+use super::*;
+
+fn get(stage: &Stage, path: &str, headers: &[(&str, &str)]) -> Result<HttpAnswer> {
+    stage.host().http("127.0.0.1:10249".parse()?, path, headers)
+}
+
+#[test]
+fn either_text_format_is_served() -> Result<()> {
+    let stage = Stage::new()?;
+    stage.write(&[service("s", "10.96.0.10", &json!({})), slice("s", "IPv4", &["L1"])])?;
+    let mut agent = stage.with_manifests()?;
+    start(&mut agent)?;
+
+    let plain = get(&stage, "/metrics", &[])?;
+    assert_eq!(plain.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+    let open =
+        get(&stage, "/metrics", &[("Accept", "application/openmetrics-text;version=1.0.0,*/*;q=0.1")])?;
+    assert_eq!(
+        open.header("content-type"),
+        Some("application/openmetrics-text; version=1.0.0; charset=utf-8")
+    );
+    ensure!(open.body.ends_with("\n# EOF\n") && !plain.body.contains("# EOF"), "the end");
+    // The same samples, and each described just before it comes.
+    let names = |text: &str| -> BTreeSet<String> {
+        let samples = text.lines().filter(|line| !line.starts_with('#'));
+        samples.filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned())).collect()
+    };
+    assert_eq!(names(&plain.body), names(&open.body));
+    let mut described = BTreeSet::new();
+    let mut last = "";
+    for line in plain.body.lines() {
+        if let Some(text) = line.strip_prefix("# TYPE ") {
+            last = text.split(' ').next().unwrap_or_default();
+            ensure!(described.insert(last), "{last} is described twice");
+        } else if !line.starts_with('#') {
+            let name = line.split(['{', ' ']).next().unwrap_or_default();
+            let parts = ["_bucket", "_sum", "_count"].map(|part| name.strip_suffix(part));
+            ensure!(name == last || parts.contains(&Some(last)), "{line} after the description of {last}");
+        }
+    }
+    for (path, body) in [("/healthz", "ok"), ("/proxyMode", "ebpf")] {
+        let answer = get(&stage, path, &[])?;
+        assert_eq!((answer.status, &*answer.body), (200, body), "{path}");
+    }
+    Ok(())
+}
+
+#[test]
+fn maps_verdicts_and_sweeps_are_counted() -> Result<()> {
+    let stage = Stage::new()?;
+    let pod = stage.lab.pod("L1");
+    pod.serve().udp(8080).start()?;
+    let mut service = service("s", "10.96.0.10", &json!({"sessionAffinity": "ClientIP"}));
+    service["spec"]["ports"][0]["protocol"] = "UDP".into();
+    let mut slice = slice("s", "IPv4", &["L1"]);
+    slice["ports"][0]["protocol"] = "UDP".into();
+    stage.write(&[service.clone(), slice.clone()])?;
+    let mut agent = stage.with_manifests()?;
+    start(&mut agent)?;
+
+    let maps = |name: &str| -> Result<BTreeSet<String>> {
+        let samples = samples(&agent, &format!("vipr_map_{name}{{map=\""))?;
+        Ok(samples.keys().filter_map(|sample| Some(sample.split('"').nth(1)?.to_owned())).collect())
+    };
+    let mut all: BTreeSet<String> = [
+        "FRONTENDS",
+        "SERVICES",
+        "SLOTS",
+        "BACKENDS",
+        "SOURCE_RANGES",
+        "LOCAL_ADDRESSES",
+        "SERVICE_CIDRS",
+        "POD_SOURCES",
+        "DEVICES",
+        "FLOWS",
+        "FLOW_INDEX",
+        "NEW_FLOWS",
+        "NEW_FLOW_INDEX",
+        "AFFINITY",
+        "UDP_FLOWS",
+        "FRAGMENTS",
+        "STREAMS",
+    ]
+    .map(str::to_owned)
+    .into();
+    assert_eq!(maps("capacity")?, all);
+    all.remove("STREAMS");
+    assert_eq!(maps("entries")?, all);
+    let entries = |map: &str| sample(&agent, &format!("vipr_map_entries{{map=\"{map}\"}}"));
+    assert_eq!((entries("SERVICES")?, entries("SLOTS")?), (1.0, 1.0));
+    assert!(entries("DEVICES")? >= 2.0 && entries("LOCAL_ADDRESSES")? >= 4.0);
+    assert_eq!(samples(&agent, "vipr_verdicts_total")?.len(), Counter::ALL.len());
+
+    let connected = "vipr_verdicts_total{verdict=\"connected\"}";
+    let before = sample(&agent, connected)?;
+    let p = stage.lab.pod("P");
+    let mut held = p.hold("10.96.0.10:80").udp().open()?;
+    assert!(held.say("one")?.ok);
+    ensure!(p.connect("10.96.0.10:80").udp_unconnected().one()?.ok, "a datagram");
+    assert_eq!(sample(&agent, connected)?, before + 1.0);
+    // Counted every few seconds.
+    for map in ["AFFINITY", "UDP_FLOWS"] {
+        wait_sample(&agent, &format!("vipr_map_entries{{map=\"{map}\"}}"), |entries| entries > 0.0)?;
+    }
+
+    let deleted = "kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family=\"IPv4\"}";
+    assert_eq!(sample(&agent, deleted)?, 0.0);
+    slice["endpoints"] = json!([]);
+    stage.write(&[service, slice])?;
+    wait_sample(&agent, deleted, |deleted| deleted == 1.0)?;
+    until("the end of the socket", || Ok((!held.say("two")?.ok).then_some(())))?;
+    let sweeps = "kubeproxy_conntrack_reconciler_sync_duration_seconds_count{ip_family=\"IPv6\"}";
+    assert!(sample(&agent, sweeps)? >= 2.0, "one at the start, one for the backend that left");
+    Ok(())
+}

@@ -1,0 +1,281 @@
+//! When the agent syncs, how much of it, and what its metrics tell of that.
+
+use std::thread;
+use std::time::{Instant, SystemTime};
+
+use anyhow::{Result, ensure};
+use k8s_openapi::jiff::Timestamp;
+use proxy_agent::bpf::maps::KernelMaps;
+use proxy_agent::bpf::pins::PinDir;
+use proxy_agent::store::{MapStore as _, Op};
+use proxy_common::abi::{FrontendKey, FrontendValue, proto};
+use proxy_common::addr::Addr;
+use proxy_common::be::Be16;
+use proxy_tests::apiserver::{ApiServer, Resource, Verb};
+use proxy_tests::lab::Summary;
+use proxy_tests::scenarios::until;
+use serde_json::{Value, json};
+
+use super::*;
+
+const CIP: &str = "10.96.0.10:80";
+/// Long enough for what must not happen to happen.
+const A_WHILE: Duration = Duration::from_millis(400);
+
+/// How many syncs there were: `full_`, `partial_`, or all of them.
+fn syncs(agent: &Agent, kind: &str) -> Result<f64> {
+    sample(agent, &format!("kubeproxy_sync_{kind}proxy_rules_duration_seconds_count{{ip_family=\"IPv4\"}}"))
+}
+
+/// Waits until nothing is programmed any more.
+fn settle(agent: &Agent) -> Result<()> {
+    until("the end of syncs", || {
+        let before = syncs(agent, "")?;
+        thread::sleep(A_WHILE);
+        Ok((syncs(agent, "")? == before).then_some(()))
+    })
+}
+
+/// Service `s` with this port, in namespace `a`.
+fn with_port(port: u16) -> Value {
+    service("s", "10.96.0.10", &json!({"ports": [{"name": "web", "port": port, "protocol": "TCP"}]}))
+}
+
+/// The names of the Services that are programmed.
+fn programmed(agent: &Agent) -> Result<Vec<String>> {
+    let services = agent.tool("services", &[])?;
+    let names = services.as_array().into_iter().flatten();
+    Ok(names.filter_map(|port| Some(port["name"].as_str()?.to_owned())).collect())
+}
+
+fn wait_port(stage: &Stage, port: u16) -> Result<()> {
+    let target = format!("10.96.0.10:{port}");
+    until(&target, || Ok(stage.lab.pod("P").connect(&target).one()?.ok.then_some(())))
+}
+
+/// An API server with Service `s` and endpoint L1, which serves, and an agent that is ready and quiet.
+fn with_s(stage: &Stage) -> Result<(ApiServer, Agent)> {
+    stage.lab.pod("L1").serve().tcp(8080).start()?;
+    let (server, mut agent) = stage.with_api()?;
+    server.apply_all([with_port(80), slice("s", "IPv4", &["L1"])])?;
+    start(&mut agent)?;
+    settle(&agent)?;
+    Ok((server, agent))
+}
+
+#[test]
+fn p210_p211_the_first_sync_waits_for_every_list() -> Result<()> {
+    let stage = Stage::new()?;
+    stage.lab.pod("L1").serve().tcp(8080).start()?;
+    let (server, mut agent) = stage.with_api()?;
+    server.apply_all([with_port(80), slice("s", "IPv4", &["L1"])])?;
+    let p = stage.lab.pod("P");
+    for restart in [false, true] {
+        server.hold_list(Resource::EndpointSlices);
+        server.forget_requests();
+        agent.start()?;
+        until("the list of Services", || {
+            Ok((server.count(Verb::List, Resource::Services) > 0).then_some(()))
+        })?;
+        thread::sleep(A_WHILE);
+        assert_eq!(syncs(&agent, "")?, 0.0);
+        // Nothing is programmed, or what was before stays in force.
+        assert_eq!(p.connect(CIP).one()?.ok, restart);
+        assert!(matches!(agent.get("/readyz"), Ok((503, _))));
+
+        server.release_list(Resource::EndpointSlices);
+        agent.wait_ready(PATIENCE)?;
+        assert!(p.connect(CIP).one()?.ok);
+        assert_eq!(syncs(&agent, "full_")?, 1.0, "all lists in one sync");
+        agent.kill9()?;
+    }
+    Ok(())
+}
+
+/// There is no pause between syncs: a change waits for none, and no change is lost in a burst.
+#[test]
+fn p212_changes_are_programmed_at_once() -> Result<()> {
+    let stage = Stage::new()?;
+    let (server, agent) = with_s(&stage)?;
+    let before = syncs(&agent, "")?;
+    server.apply(with_port(81))?;
+    wait_port(&stage, 81)?;
+    for port in 82..87 {
+        let start = Instant::now();
+        server.apply(with_port(port))?;
+        wait_port(&stage, port)?;
+        thread::sleep(Duration::from_millis(200).saturating_sub(start.elapsed()));
+    }
+    settle(&agent)?;
+    assert_eq!(syncs(&agent, "")? - before, 6.0);
+
+    let before = syncs(&agent, "")?;
+    for port in 1000..1200 {
+        server.apply(with_port(port))?;
+    }
+    wait_port(&stage, 1199)?;
+    settle(&agent)?;
+    let made = syncs(&agent, "")? - before;
+    ensure!((1.0..=200.0).contains(&made), "{made} syncs");
+    assert!(!stage.lab.pod("P").connect("10.96.0.10:1198").one()?.ok, "the last change counts");
+    assert_eq!(sample(&agent, "kubeproxy_sync_proxy_rules_service_changes_pending")?, 0.0);
+    Ok(())
+}
+
+/// Fills `FRONTENDS` with what belongs to nobody, until nothing more fits.
+fn fill_frontends(stage: &Stage) -> Result<u32> {
+    let mut maps = KernelMaps::open(&PinDir::new(stage.node().pin_dir()), true)?;
+    for number in 0..=maps.capacity().frontends {
+        let [_, _, high, low] = number.to_be_bytes();
+        let key = FrontendKey::exact(Addr::v4([203, 0, high, low]), Be16::new(1), proto::TCP);
+        let value = FrontendValue { service: 0, flags: 0, check: key.check() };
+        if maps.apply(&Op::Frontend(key, Some(value))).is_err() {
+            return Ok(number);
+        }
+    }
+    anyhow::bail!("the map is never full")
+}
+
+#[test]
+fn p213_a_sync_that_fails_is_made_again_in_full() -> Result<()> {
+    let stage = Stage::new()?;
+    let (server, agent) = with_s(&stage)?;
+    let (full, failures) = (syncs(&agent, "full_")?, sample(&agent, "vipr_sync_failures_total")?);
+    ensure!(fill_frontends(&stage)? > 1000, "the map was full already");
+    let start = Instant::now();
+    server.apply_all([service("t", "10.96.0.20", &json!({})), slice("t", "IPv4", &["L1"])])?;
+    until("t", || Ok(stage.lab.pod("P").connect("10.96.0.20:80").one()?.ok.then_some(())))?;
+    // A second later, or a period if that is shorter.
+    ensure!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    settle(&agent)?;
+    assert_eq!(sample(&agent, "vipr_sync_failures_total")? - failures, 1.0);
+    assert_eq!(syncs(&agent, "full_")? - full, 1.0);
+    assert!(sample(&agent, "vipr_map_entries{map=\"FRONTENDS\"}")? < 100.0, "what nobody knows is gone");
+    // Success ends it.
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(syncs(&agent, "full_")? - full, 1.0);
+    assert_eq!(agent.get("/livez")?.0, 200);
+    Ok(())
+}
+
+#[test]
+fn p215_p216_what_changes_nothing_causes_no_sync() -> Result<()> {
+    let stage = Stage::new()?;
+    let (server, agent) = with_s(&stage)?;
+    let (before, seen) =
+        (syncs(&agent, "")?, sample(&agent, "kubeproxy_sync_proxy_rules_endpoint_changes_total")?);
+    let mut annotated = with_port(80);
+    annotated["metadata"]["annotations"] = json!({"note": "nothing that a proxy reads"});
+    server.apply(annotated)?;
+    assert!(server.touch(Resource::EndpointSlices, "a", "s-ipv4")?);
+    wait_sample(&agent, "kubeproxy_sync_proxy_rules_endpoint_changes_total", |total| total > seen)?;
+    settle(&agent)?;
+    assert_eq!(syncs(&agent, "")?, before);
+    // Whereas this does.
+    server.apply(with_port(81))?;
+    wait_port(&stage, 81)?;
+    assert_eq!(syncs(&agent, "")?, before + 1.0);
+    Ok(())
+}
+
+#[test]
+fn p217_local_policies_without_local_endpoints() -> Result<()> {
+    let stage = Stage::new()?;
+    let (server, mut agent) = stage.with_api()?;
+    let local = json!({"internalTrafficPolicy": "Local"});
+    server.apply_all([
+        service("s", "10.96.0.10", &local),
+        slice("s", "IPv4", &["R1"]),
+        service("t", "10.96.0.20", &local),
+    ])?;
+    start(&mut agent)?;
+    let of = |policy: &str, family: &str| {
+        let labels = format!("{{traffic_policy=\"{policy}\",ip_family=\"{family}\"}}");
+        format!("kubeproxy_sync_proxy_rules_no_local_endpoints_total{labels}")
+    };
+    assert_eq!(sample(&agent, &of("internal", "IPv4"))?, 1.0);
+    for (policy, family) in [("internal", "IPv6"), ("external", "IPv4"), ("external", "IPv6")] {
+        assert_eq!(samples(&agent, &of(policy, family))?.into_values().collect::<Vec<_>>(), [0.0]);
+    }
+    server.apply(slice("s", "IPv4", &["R1", "L1"]))?;
+    wait_sample(&agent, &of("internal", "IPv4"), |count| count == 0.0).map(drop)
+}
+
+#[test]
+fn p218_p219_how_long_a_change_took() -> Result<()> {
+    let stage = Stage::new()?;
+    let (server, agent) = with_s(&stage)?;
+    let name =
+        |part: &str| format!("kubeproxy_network_programming_duration_seconds_{part}{{ip_family=\"IPv4\"}}");
+    // Nobody waited for what was there before.
+    assert_eq!(sample(&agent, &name("count"))?, 0.0);
+    let mut changed = slice("s", "IPv4", &["L1", "R1"]);
+    let since = Timestamp::try_from(SystemTime::now() - Duration::from_secs(2))?;
+    changed["metadata"]["annotations"] =
+        json!({"endpoints.kubernetes.io/last-change-trigger-time": since.to_string()});
+    server.apply(changed.clone())?;
+    wait_sample(&agent, &name("count"), |count| count == 1.0)?;
+    let took = sample(&agent, &name("sum"))?;
+    ensure!((2.0..10.0).contains(&took), "{took}");
+
+    assert!(server.delete(&changed)?);
+    until("no endpoints", || Ok((!stage.lab.pod("P").connect(CIP).one()?.ok).then_some(())))?;
+    assert_eq!(sample(&agent, &name("count"))?, 1.0);
+    Ok(())
+}
+
+#[test]
+fn p220_one_of_many_services() -> Result<()> {
+    const MANY: u16 = 500;
+    let stage = Stage::new()?;
+    let (server, mut agent) = stage.with_api()?;
+    for number in 0..MANY {
+        let [high, low] = number.to_be_bytes();
+        let name = format!("s{number}");
+        server.apply_all([
+            service(&name, &format!("10.96.{}.{low}", 10 + high), &json!({})),
+            slice(&name, "IPv4", &["L1", "R1"]),
+        ])?;
+    }
+    start(&mut agent)?;
+    settle(&agent)?;
+    let operations =
+        || -> Result<f64> { Ok(samples(&agent, "vipr_map_operations_total")?.into_values().sum()) };
+    let (full, partial, before) = (syncs(&agent, "full_")?, syncs(&agent, "partial_")?, operations()?);
+    ensure!(before > f64::from(MANY), "{before}");
+    server.apply(slice("s77", "IPv4", &["L1"]))?;
+    until("the change", || Ok((syncs(&agent, "partial_")? == partial + 1.0).then_some(())))?;
+    let made = operations()? - before;
+    ensure!((1.0..10.0).contains(&made), "{made} operations");
+    settle(&agent)?;
+    assert_eq!((syncs(&agent, "full_")?, syncs(&agent, "partial_")?), (full, partial + 1.0));
+    Ok(())
+}
+
+#[test]
+fn p221_leftovers_of_another_run_go() -> Result<()> {
+    let stage = Stage::new()?;
+    stage.lab.pod("L1").serve().tcp(8080).start()?;
+    let kept = [with_port(80), slice("s", "IPv4", &["L1"])];
+    let gone = [service("gone", "10.96.0.20", &json!({})), slice("gone", "IPv4", &["L1"])];
+    stage.write(&[&kept[..], &gone].concat())?;
+    let mut agent = stage.with_manifests()?;
+    start(&mut agent)?;
+    let p = stage.lab.pod("P");
+    assert_eq!(programmed(&agent)?, ["gone", "s"]);
+    assert!(p.connect("10.96.0.20:80").one()?.ok);
+
+    let mut flow = p.connect(CIP).pace(Duration::from_millis(1)).start()?;
+    flow.wait_for(10)?;
+    agent.terminate()?;
+    stage.write(&kept)?;
+    flow.wait_for(10)?;
+    start(&mut agent)?;
+    assert_eq!(programmed(&agent)?, ["s"]);
+    assert!(!p.connect("10.96.0.20:80").timeout(A_WHILE).one()?.ok);
+    assert_eq!(syncs(&agent, "full_")?, 1.0);
+    flow.wait_for(10)?;
+    let summary = Summary::of(&flow.stop()?);
+    assert!(summary.by_error.is_empty(), "{summary:?}");
+    Ok(())
+}
