@@ -20,9 +20,10 @@ use tokio::task::{JoinHandle, JoinSet};
 use crate::bpf::dataplane::{Dataplane, DataplaneError, OPT_OUT_ENTRIES, Sizes};
 use crate::bpf::maps::KernelMaps;
 use crate::bpf::sys;
-use crate::cluster::{Change, Cluster, ObjectKey, Scope};
+use crate::cluster::{Change, ObjectKey, Scope};
 use crate::config::{Config, Source};
-use crate::desired::{Context, DesiredService, desired_service};
+use crate::desired::DesiredService;
+use crate::drift::differences;
 use crate::edge::settings::DetectLocal;
 use crate::edge::sources::Facts;
 use crate::edge::{self, Edge};
@@ -32,13 +33,14 @@ use crate::health::check_ports::CheckPorts;
 use crate::health::checks::check;
 use crate::health::{self, Health};
 use crate::http::{self, HttpError};
+use crate::knowledge::Knowledge;
 use crate::kube_proxy::{self, ConfigFile};
 use crate::metrics::{self, Metrics};
 use crate::model::{Freed, Model};
 use crate::node::patience::FOR_POD_CIDRS;
-use crate::node::{FollowError, NodeIps, Patience, Verdict, local_addresses, watch_addresses};
+use crate::node::{FollowError, NodeIps, Patience, Verdict, watch_addresses};
 use crate::opt_out::{self, Follower, Place};
-use crate::plan::{Wanted, lost_claims, plan, plan_left, plan_node, rivals};
+use crate::plan::{Wanted, lost_claims, plan, plan_left, rivals};
 use crate::report::{Report, State};
 use crate::selftest::{self, SelfTestError};
 use crate::sockets::{Places, SocketSweeper};
@@ -116,6 +118,9 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How long the end waits for the Event that says why.
 const LAST_WORD: Duration = Duration::from_secs(5);
 
+/// Differences that are named when the maps are found changed.
+const DRIFT_LOGGED: usize = 16;
+
 /// Updates that may wait while the agent programs.
 const QUEUE: usize = 64;
 
@@ -149,12 +154,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         true => None,
         false => Some(Follower::start(config.cgroup.clone()).map_err(AgentError::OptOut)?),
     };
-    let server = match &config.source {
-        Source::Manifests(_) => None,
-        Source::Kubernetes { kubeconfig, master } => {
-            Some(api::Server::configured(kubeconfig.as_deref(), master.as_ref()).await?)
-        }
-    };
+    let server = connect(&config).await?;
     let events = match &server {
         None => Events::nowhere(),
         Some(api) => Events::to_api(api.client.clone(), Arc::clone(&config.node_name), Arc::clone(&metrics)),
@@ -185,7 +185,18 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     }
 }
 
-async fn run_source(
+/// The API server, if that is the source.
+pub(crate) async fn connect(config: &Config) -> Result<Option<api::Server>, SourceError> {
+    match &config.source {
+        Source::Manifests(_) => Ok(None),
+        Source::Kubernetes { kubeconfig, master } => {
+            Ok(Some(api::Server::configured(kubeconfig.as_deref(), master.as_ref()).await?))
+        }
+    }
+}
+
+/// Sends what the source says until the receiver is dropped.
+pub(crate) async fn run_source(
     config: Config,
     server: Option<api::Server>,
     updates: mpsc::Sender<Update>,
@@ -230,8 +241,7 @@ struct Programmed {
 
 struct Agent {
     config: Config,
-    cluster: Cluster,
-    context: Context,
+    known: Knowledge,
     addresses: watch::Receiver<BTreeSet<Addr>>,
     programmed: Option<Programmed>,
     /// Devices and what is attached to them, from the first programming on.
@@ -257,6 +267,8 @@ struct Agent {
     zone_changed: bool,
     /// Everything has to be looked at: at the start, and after a failure.
     everything: bool,
+    /// When the maps are next compared with the model.
+    audit_at: Instant,
     /// Freed numbers: those that wait for a grace period which has begun, and those that came later.
     waiting: Option<(JoinHandle<std::io::Result<()>>, Freed)>,
     freed: Freed,
@@ -292,20 +304,12 @@ impl Agent {
         };
         let telemetry = Telemetry::new(Arc::clone(&metrics), config.families.clone());
         let no_pods = config.edge.settings.pods.is_none();
-        let context = Context {
-            node_name: Arc::clone(&config.node_name),
-            cluster_cidr: config.cluster_cidr,
-            pods_by_interface: config.edge.settings.detect_local.by_interface(),
-            ignore_external_ips: !config.allow_external_ips,
-            // Until the devices have been looked at, nobody need be alarmed.
-            pods_in_packets: !no_pods,
-            ..Context::default()
-        };
+        let known = Knowledge::new(&config);
+        let audit_at = Instant::now() + config.sync_period;
         Self {
             report: Report::new(config.state_file.clone(), state, events),
             config,
-            cluster: Cluster::default(),
-            context,
+            known,
             addresses,
             programmed: None,
             edge: None,
@@ -322,6 +326,7 @@ impl Agent {
             node_changed: true,
             zone_changed: false,
             everything: true,
+            audit_at,
             waiting: None,
             freed: Freed::default(),
             refused: BTreeSet::new(),
@@ -359,6 +364,7 @@ impl Agent {
                 Some(()) = finished(&mut self.sweep) => self.sweep = None,
                 () = async { tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)).await },
                     if retry_at.is_some() => self.everything = true,
+                () = tokio::time::sleep_until(self.audit_at.into()) => self.audit(),
             }
             // What has arrived meanwhile is programmed together.
             while let Ok(update) = updates.try_recv() {
@@ -392,6 +398,25 @@ impl Agent {
         }
     }
 
+    /// Compares the maps with what was written. If somebody else has written to them, everything is written anew.
+    fn audit(&mut self) {
+        self.audit_at = Instant::now() + self.config.sync_period;
+        let Some(programmed) = self.programmed.as_ref().filter(|_| !self.everything) else { return };
+        let contents = match programmed.dataplane.maps.contents() {
+            Ok(contents) => contents,
+            Err(error) => return tracing::warn!(%error, "the maps cannot be read back"),
+        };
+        let found = differences(&programmed.model, &contents, &programmed.dataplane.maps.filter());
+        for difference in found.iter().take(DRIFT_LOGGED) {
+            tracing::warn!(%difference, "somebody else has changed a map; writing everything anew");
+        }
+        if found.len() > DRIFT_LOGGED {
+            tracing::warn!(differences = found.len(), "more has been changed than is named here");
+        }
+        self.metrics.drifted(found.iter().map(|difference| difference.map));
+        self.everything |= !found.is_empty();
+    }
+
     fn failed(&mut self, error: &dyn std::error::Error) -> Instant {
         self.telemetry.sync_ended(false);
         tracing::error!(%error, "programming failed; trying again");
@@ -414,7 +439,7 @@ impl Agent {
                     pod_cidrs: self.config.edge.settings.detect_local == DetectLocal::NodeCidr,
                 });
                 // Without a cluster there need not be a Node: this one is then as good as any.
-                if matches!(self.config.source, Source::Manifests(_)) && !self.cluster.node().leaving {
+                if matches!(self.config.source, Source::Manifests(_)) && !self.known.cluster.node().leaving {
                     self.health.node(true);
                 }
                 self.take_addresses();
@@ -429,7 +454,7 @@ impl Agent {
             self.health.node(!node.leaving);
         }
         let arrival = Arrival::of(&change);
-        let scope = self.cluster.apply(change);
+        let scope = self.known.cluster.apply(change);
         self.telemetry.arrived(arrival, scope, !self.synced);
         match scope {
             Scope::Nothing => return,
@@ -443,22 +468,20 @@ impl Agent {
     }
 
     fn take_node(&mut self) {
-        let before = self.context.node.ips;
-        self.zone_changed |= self.context.node.zone != self.cluster.node().zone;
-        self.context.node = self.cluster.node().clone();
-        let ips = NodeIps::derive(&self.context.node, self.config.bind_address);
-        self.context.node.ips = ips.known();
+        let before = self.known.context.node.ips;
+        self.zone_changed |= self.known.context.node.zone != self.known.cluster.node().zone;
+        let ips = self.known.take_node(&self.config);
         self.node_changed = true;
         self.report.node_ips(&ips);
-        if self.programmed.is_some() && before != self.context.node.ips {
-            tracing::info!(?before, after = ?self.context.node.ips, "the node's IPs have changed");
+        if self.programmed.is_some() && before != self.known.context.node.ips {
+            tracing::info!(?before, after = ?self.known.context.node.ips, "the node's IPs have changed");
         }
     }
 
     /// Waits for what the first programming needs of the Node, until the time that is returned. Later on, ends the agent
     /// when its podCIDRs change.
     fn wait_for_node(&mut self) -> Result<Option<Instant>, AgentError> {
-        let node = self.cluster.node();
+        let node = self.known.cluster.node();
         if let Some(patience) = self.patience {
             match patience.judge(node, Instant::now()) {
                 Verdict::Wait { until, reason } => {
@@ -475,16 +498,13 @@ impl Agent {
             }
             tracing::info!(ipv4 = %ips.of(Family::V4), ipv6 = %ips.of(Family::V6), primary = %ips.primary(), "node IPs");
             self.report.node_ips(&ips);
-            self.context.node.ips = ips.known();
-            if patience.pod_cidrs {
-                self.pod_cidrs = Some(node.pod_cidrs.clone());
-                for &family in &self.config.families {
-                    let of_family = node.pod_cidrs.iter().find(|cidr| cidr.family() == family);
-                    self.context.cluster_cidr[family.index()] = of_family.copied();
+            let pod_cidrs = patience.pod_cidrs.then(|| node.pod_cidrs.clone());
+            self.known.take_node(&self.config);
+            if let Some(cidrs) = pod_cidrs {
+                if !self.known.take_pod_cidrs(&self.config.families) {
+                    return Err(AgentError::PodCidrFamily(list(&cidrs)));
                 }
-                if self.context.cluster_cidr == [None, None] {
-                    return Err(AgentError::PodCidrFamily(list(&node.pod_cidrs)));
-                }
+                self.pod_cidrs = Some(cidrs);
             }
         } else if let Some(before) = self.pod_cidrs.as_ref().filter(|cidrs| **cidrs != node.pod_cidrs) {
             return Err(AgentError::PodCidrsChanged { before: list(before), after: list(&node.pod_cidrs) });
@@ -493,8 +513,7 @@ impl Agent {
     }
 
     fn take_addresses(&mut self) {
-        self.context.host_addresses = self.addresses.borrow_and_update().iter().copied().collect();
-        self.cluster.touch_with_source_ranges();
+        self.known.take_addresses(&self.addresses.borrow_and_update());
         self.node_changed = true;
     }
 
@@ -504,17 +523,17 @@ impl Agent {
             self.opted_out = Some(BTreeSet::new());
             return;
         };
-        let own_network = || self.cluster.pods().filter(|pod| !pod.host_network);
+        let own_network = || self.known.cluster.pods().filter(|pod| !pod.host_network);
         follower.want(own_network().map(|pod| Arc::clone(&pod.uid)).collect());
         // Until all are known, what an earlier agent has written stays.
         if !self.synced || !own_network().all(|pod| self.found.contains_key(&pod.uid)) {
             return;
         }
         let (mut cgroups, mut names, mut problems) = (BTreeSet::new(), Vec::new(), BTreeMap::new());
-        for pod in self.cluster.pods() {
+        for pod in self.known.cluster.pods() {
             let problem = match self.found.get(&pod.uid) {
                 _ if pod.host_network => "it uses the host's network, whose packets nobody judges",
-                _ if !self.context.pods_in_packets => {
+                _ if !self.known.context.pods_in_packets => {
                     "no interface of a pod is attached (--pod-interfaces), so nobody would serve its packets"
                 }
                 Some(Place::Cgroup(_)) if cgroups.len() >= OPT_OUT_ENTRIES as usize => {
@@ -546,8 +565,9 @@ impl Agent {
             let from = FrontendKey { addr: **addr, port: Be16::new(0), proto: 0, kind: 0 };
             frontends.range(from..).next().is_some_and(|(key, _)| key.addr == **addr)
         };
-        self.facts.node_ips = self.context.node.ips;
-        self.facts.frontends = self.context.host_addresses.iter().filter(is_frontend).copied().collect();
+        self.facts.node_ips = self.known.context.node.ips;
+        self.facts.frontends =
+            self.known.context.host_addresses.iter().filter(is_frontend).copied().collect();
         match &self.edge {
             Some(edge) => edge.tell(self.facts.clone()),
             None => self.edge = Some(Edge::start(self.config.edge.clone(), self.facts.clone()).await?),
@@ -565,10 +585,10 @@ impl Agent {
             self.pods_attached = Some(pods);
             self.node_changed = true;
         }
-        if self.context.pods_in_packets != pods {
-            self.context.pods_in_packets = pods;
+        if self.known.context.pods_in_packets != pods {
+            self.known.context.pods_in_packets = pods;
             // What is reported about them.
-            self.cluster.touch_with_source_ranges();
+            self.known.cluster.touch_with_source_ranges();
             self.take_opt_out();
         }
         self.report.edge(state);
@@ -577,9 +597,9 @@ impl Agent {
     /// Programs what has changed. With nothing changed it does nothing.
     fn sync(&mut self) -> Result<(), AgentError> {
         if self.everything {
-            self.cluster.touch_all();
+            self.known.cluster.touch_all();
         }
-        let mut dirty = self.cluster.take_dirty();
+        let mut dirty = self.known.cluster.take_dirty();
         let again = std::mem::take(&mut self.numbers_came_back) && !self.refused.is_empty();
         if dirty.is_empty() && !self.everything && !self.node_changed && !again {
             return Ok(());
@@ -587,7 +607,7 @@ impl Agent {
         self.telemetry.sync_begins(self.everything || self.zone_changed);
         dirty.extend(self.refused.iter().cloned());
         let mut wanted: BTreeMap<ObjectKey, Option<Wanted>> =
-            dirty.into_iter().map(|key| (key.clone(), self.wanted(&key))).collect();
+            dirty.into_iter().map(|key| (key.clone(), self.known.wanted(&key))).collect();
 
         let first = self.programmed.is_none();
         for (service, wanted) in &wanted {
@@ -613,7 +633,7 @@ impl Agent {
         }
         self.remember_remote(&wanted);
         for rival in rivals(&programmed.model, &wanted) {
-            let unchanged = self.wanted(&rival);
+            let unchanged = self.known.wanted(&rival);
             wanted.insert(rival, unchanged);
         }
         let touched: Vec<ObjectKey> = wanted.keys().cloned().collect();
@@ -646,12 +666,6 @@ impl Agent {
         }
     }
 
-    fn wanted(&self, key: &ObjectKey) -> Option<Wanted> {
-        let service = self.cluster.service(key)?;
-        let desired = desired_service(service, self.cluster.slices(key), &self.context);
-        Some(Wanted { created: service.created, desired })
-    }
-
     /// Makes or takes over maps that are large enough, and loads the programs.
     fn set_up(&mut self, wanted: &BTreeMap<ObjectKey, Option<Wanted>>) -> Result<Programmed, AgentError> {
         let desired = wanted.values().flatten().map(|wanted| &wanted.desired);
@@ -679,17 +693,12 @@ impl Agent {
         let Programmed { dataplane, model, .. } = programmed;
         let maps = &mut dataplane.maps;
         if self.node_changed || self.everything {
-            let host = self.context.host_addresses.iter().copied().collect();
-            let ips = &self.context.node.ips;
-            let addresses = local_addresses(&self.config.nodeport_addresses, ips, &host);
-            let cidrs = self.cluster.service_cidrs().collect();
-            let by_source = !self.context.pods_by_interface;
-            let pods = self.context.cluster_cidr.iter().flatten().filter(|_| by_source).copied().collect();
-            let mut ops = plan_node(model, addresses, cidrs, pods);
+            let mut ops = self.known.plan_node(&self.config.nodeport_addresses, model);
             ops.extend(plan_left(model, self.pods_attached, self.opted_out.as_ref()));
             self.telemetry.writing(&ops, |ops| carry_out(maps, ops))?;
-            self.report
-                .set("--nodeport-addresses".to_owned(), self.config.nodeport_addresses.warnings(ips, &host));
+            let host = self.known.context.host_addresses.iter().copied().collect();
+            let warnings = self.config.nodeport_addresses.warnings(&self.known.context.node.ips, &host);
+            self.report.set("--nodeport-addresses".to_owned(), warnings);
         }
         let plan = plan(model, &wanted, self.everything);
         tracing::debug!(services = wanted.len(), operations = plan.ops.len(), "programming");
@@ -724,16 +733,16 @@ impl Agent {
     /// Has the health of these Services told to load balancers, on the addresses that serve nodePorts.
     fn open_check_ports(&self, services: Vec<ObjectKey>) {
         if self.node_changed || self.everything {
-            let host = self.context.host_addresses.iter().copied().collect();
-            let ips = &self.context.node.ips;
+            let host = self.known.context.host_addresses.iter().copied().collect();
+            let ips = &self.known.context.node.ips;
             let listen_on = |family| self.config.nodeport_addresses.listen_on(family, ips, &host);
             self.check_ports.listen_on(Family::ALL.map(listen_on));
         }
         let checks = |service: &ObjectKey| {
-            let object = self.cluster.service(service);
+            let object = self.known.cluster.service(service);
             Family::ALL.map(|family| {
                 let object = object.filter(|_| self.config.families.contains(&family))?;
-                check(object, self.cluster.slices(service), family)
+                check(object, self.known.cluster.slices(service), family)
             })
         };
         self.check_ports.services(services.into_iter().map(|service| {

@@ -63,6 +63,10 @@ pub enum Command {
     /// What the datapath decides, as it does: connections of sockets, flows of clients from outside, and what is refused,
     /// with the reason. Until SIGINT.
     Monitor(MonitorArgs),
+    /// Compare the cluster (or the manifests) with the kernel maps, and print every difference.
+    ///
+    /// Takes the flags of `run`, needs no running agent, and writes nothing. Ends with 1 if anything differs.
+    Verify(Box<VerifyArgs>),
     /// Detach the programs and remove everything pinned. Services stop working on this node.
     Cleanup {
         /// Where everything is pinned.
@@ -122,6 +126,17 @@ pub struct MonitorArgs {
     /// Also one in N packets of flows that go on; 1 for each.
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     pub sample: u32,
+}
+
+/// Options of `verify`.
+#[derive(Args, Clone, Debug)]
+pub struct VerifyArgs {
+    /// Those of `run`.
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// How to print.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
 }
 
 /// Output formats.

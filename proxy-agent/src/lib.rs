@@ -59,6 +59,12 @@ pub mod process;
 
 pub mod telemetry;
 
+pub mod knowledge;
+
+pub mod drift;
+
+pub mod verify;
+
 pub mod agent;
 
 pub mod inspect;

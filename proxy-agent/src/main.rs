@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::CommandFactory as _;
-use proxy_agent::args::{Cli, Command, MonitorArgs, Pins, RunArgs};
+use proxy_agent::args::{Cli, Command, MonitorArgs, Pins, RunArgs, VerifyArgs};
 use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::config::{Config, Raw, state_file};
 use proxy_agent::kube_proxy::KubeProxyConfiguration;
@@ -27,6 +27,7 @@ fn main() -> ExitCode {
         Command::Backends(args) => print(|out| inspect::backends(&args, out)),
         Command::Flows(args) => print(|out| flows::print(&args, out)),
         Command::Monitor(args) => watch(&args),
+        Command::Verify(args) => verify(&args),
         Command::Cleanup { pins } => cleanup(&pins),
         Command::Completion { shell } => {
             let mut script = Vec::new();
@@ -71,6 +72,17 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
     process::set_oom_score_adj(config.oom_score_adj);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async { anyhow::Ok(agent::run(config, stop()?).await?) })
+}
+
+fn verify(args: &VerifyArgs) -> anyhow::Result<()> {
+    let raw = Raw::load(&args.run)?;
+    let config = Config::resolve(&args.run, raw, &Host::look(args.run.cgroup_path.as_deref())?)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let findings = runtime.block_on(proxy_agent::verify::run(&config))?;
+    print(|out| findings.print(args.output, out))?;
+    let differences = findings.differences.len();
+    anyhow::ensure!(differences == 0, "{differences} differences between what should be and the maps");
+    Ok(())
 }
 
 fn watch(args: &MonitorArgs) -> anyhow::Result<()> {

@@ -486,7 +486,7 @@ fn the_filter_keeps_what_flows_lead_to() -> Result<()> {
     }
     let has = |bench: &Bench, number: u8| {
         let FilterBit { word, mask } = FilterBit::of_backend(&address(number));
-        bench.dataplane.maps.filter(word).is_some_and(|bits| bits & mask != 0)
+        bench.dataplane.maps.filter().get(word as usize).is_some_and(|bits| bits & mask != 0)
     };
     let all = |bench: &Bench| [1, 2, 3, 4].map(|number| has(bench, number));
     assert_eq!(all(&bench), [true, true, true, false]);
@@ -505,7 +505,7 @@ fn new_maps_know_what_older_flows_lead_to() -> Result<()> {
     FlowMaps::open(&pins)?.flows.add(&FlowKey { destination: departed, ..key }, &flow)?;
     let FilterBit { word, mask } = FilterBit::of_backend(&departed);
     let has = || -> Result<bool> {
-        Ok(KernelMaps::open(&pins, false)?.filter(word).is_some_and(|bits| bits & mask != 0))
+        Ok(KernelMaps::open(&pins, false)?.filter().get(word as usize).is_some_and(|bits| bits & mask != 0))
     };
     // Nobody has told the filter yet; a new agent does, whether it takes the maps over or has to replace them.
     assert!(!has()?);

@@ -221,9 +221,9 @@ impl KernelMaps {
         }
     }
 
-    /// An element of `FILTER`.
-    pub fn filter(&self, word: u32) -> Option<u64> {
-        load::<1>(&self.filter, word).map(|[bits]| bits)
+    /// `FILTER`, from word 0.
+    pub fn filter(&self) -> Vec<u64> {
+        array(&self.filter, |word| load::<1>(&self.filter, word).map(|[bits]| bits))
     }
 
     /// An element of `SERVICES`.

@@ -104,6 +104,13 @@ impl Metrics {
         }
     }
 
+    /// Elements of these maps were not what had been written.
+    pub fn drifted(&self, maps: impl Iterator<Item = &'static str>) {
+        for map in maps {
+            self.own.drift.get_or_create(&ByMap { map }).inc();
+        }
+    }
+
     /// An applied slice change reached the kernel maps this long after its trigger time. Not for the first list,
     /// and not for deletions.
     pub fn network_programmed(&self, family: Family, after: Duration) {

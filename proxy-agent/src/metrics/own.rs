@@ -16,6 +16,7 @@ pub(super) struct Own {
     pub(super) sync_failures: Counter,
     pub(super) programming: Labelled<ByStage, Histogram, Buckets>,
     pub(super) operations: Labelled<ByMap, Counter>,
+    pub(super) drift: Labelled<ByMap, Counter>,
     pub(super) sockets_destroyed: Counter,
     pub(super) flows_collected: Counter,
     pub(super) problems: Gauge,
@@ -39,6 +40,12 @@ impl Own {
                 Labelled::new_with_constructor(Buckets::Stage),
             ),
             operations: register(registry, "map_operations", "Operations on BPF maps", Labelled::default()),
+            drift: register(
+                registry,
+                "drift",
+                "Elements of BPF maps that somebody else had changed; they have been written anew",
+                Labelled::default(),
+            ),
             sockets_destroyed: register(
                 registry,
                 "sockets_destroyed",

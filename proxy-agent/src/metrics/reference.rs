@@ -34,6 +34,7 @@ fn example() -> Metrics {
             metrics.no_local_endpoints(policy, family, 0);
         }
     }
+    metrics.drifted(["NAME"].into_iter());
     metrics.map_operations(&BTreeMap::from([("NAME", 1)]));
     metrics.swept(&Family::ALL, Duration::ZERO, [0, 0]);
     metrics

@@ -1,6 +1,7 @@
 //! The faults, by where they come from.
 
 mod api;
+mod drift;
 mod hosts;
 mod limits;
 mod manifests;

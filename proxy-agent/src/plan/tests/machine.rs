@@ -4,6 +4,7 @@
 //! any frontend has led to since the last grace period must stay readable: the machine remembers all of it.
 
 use super::*;
+use crate::drift::differences;
 
 /// What a BPF program may hold: a service id and a range (base, length), and the backends in it.
 type Held = BTreeMap<(u32, u32, u32), Vec<(u32, Endpoint)>>;
@@ -254,6 +255,7 @@ impl Machine {
         assert_eq!(restored.source_ranges, self.bench.model.source_ranges);
         assert_eq!(restored.orphans, Vec::new());
         account(&restored, &Freed::default());
+        assert_eq!(differences(&self.bench.model, &contents, &filter_words(&contents)), []);
 
         let ids = self.ids();
         for (key, id) in ids_before.iter().filter(|(key, _)| ids.contains_key(key)) {

@@ -22,6 +22,7 @@ use crate::sim::Simulator;
 use crate::store::{Capacity, Contents, MapStore as _, Op, filter_words};
 
 mod changes;
+mod drift;
 mod full_maps;
 mod histories;
 mod machine;

@@ -1,0 +1,81 @@
+//! What is known of cluster and node, and what follows from it for the maps.
+//!
+//! The agent writes it as news come in; the agent and `proxy-agent verify` read it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use proxy_common::addr::{Addr, Family};
+
+use crate::cluster::{Cluster, ObjectKey};
+use crate::config::Config;
+use crate::desired::{Context, desired_service};
+use crate::model::Model;
+use crate::node::{NodeIps, NodePortAddresses, local_addresses};
+use crate::plan::{Wanted, plan_node};
+use crate::store::Op;
+
+/// The objects, and the facts that decisions about them look at.
+#[derive(Debug)]
+pub struct Knowledge {
+    /// What the source has said.
+    pub cluster: Cluster,
+    /// The facts of this node.
+    pub context: Context,
+}
+
+impl Knowledge {
+    /// What the configuration tells.
+    pub fn new(config: &Config) -> Self {
+        let context = Context {
+            node_name: Arc::clone(&config.node_name),
+            cluster_cidr: config.cluster_cidr,
+            pods_by_interface: config.edge.settings.detect_local.by_interface(),
+            ignore_external_ips: !config.allow_external_ips,
+            // Until the devices have been looked at, nobody need be alarmed.
+            pods_in_packets: !config.edge.settings.pods.is_none(),
+            ..Context::default()
+        };
+        Self { cluster: Cluster::default(), context }
+    }
+
+    /// Takes the Node as the source has it.
+    pub fn take_node(&mut self, config: &Config) -> NodeIps {
+        self.context.node = self.cluster.node().clone();
+        let ips = NodeIps::derive(&self.context.node, config.bind_address);
+        self.context.node.ips = ips.known();
+        ips
+    }
+
+    /// Tells pods by the Node's podCIDRs from here on. False: none of them is of a family that this host has.
+    pub fn take_pod_cidrs(&mut self, families: &[Family]) -> bool {
+        for &family in families {
+            let mut cidrs = self.cluster.node().pod_cidrs.iter();
+            self.context.cluster_cidr[family.index()] = cidrs.find(|cidr| cidr.family() == family).copied();
+        }
+        self.context.cluster_cidr != [None, None]
+    }
+
+    /// Takes the addresses of this host.
+    pub fn take_addresses(&mut self, addresses: &BTreeSet<Addr>) {
+        self.context.host_addresses = addresses.iter().copied().collect();
+        self.cluster.touch_with_source_ranges();
+    }
+
+    /// What a Service should become; `None` when it is gone.
+    pub fn wanted(&self, key: &ObjectKey) -> Option<Wanted> {
+        let service = self.cluster.service(key)?;
+        let desired = desired_service(service, self.cluster.slices(key), &self.context);
+        Some(Wanted { created: service.created, desired })
+    }
+
+    /// Plans the node's own tables.
+    pub fn plan_node(&self, node_ports: &NodePortAddresses, model: &mut Model) -> Vec<Op> {
+        let host = self.context.host_addresses.iter().copied().collect();
+        let addresses = local_addresses(node_ports, &self.context.node.ips, &host);
+        let cidrs = self.cluster.service_cidrs().collect();
+        let by_source = !self.context.pods_by_interface;
+        let pods = self.context.cluster_cidr.iter().flatten().filter(|_| by_source).copied().collect();
+        plan_node(model, addresses, cidrs, pods)
+    }
+}

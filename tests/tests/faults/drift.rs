@@ -1,0 +1,117 @@
+//! Somebody else writes to the maps: `verify` names it, and the agent puts it right.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use proxy_common::abi::ABI_VERSION;
+use proxy_tests::scenarios::{NODE, World, until};
+use serde_json::Value;
+
+use super::{KUBIA, KUBIA_VIP, numbers};
+
+/// A world whose agent compares once a second.
+fn world() -> Result<World> {
+    let mut world = World::new(&[KUBIA, "s14-dns.yaml"])?;
+    let manifests = world.manifests().dir().to_path_buf();
+    let agent = world.new_agent(NODE)?.manifests(&manifests);
+    let agent = agent.flag("iptables-sync-period", "1s").flag("iptables-min-sync-period", "1s");
+    world.adopt(NODE, agent).start_ready()?;
+    Ok(world)
+}
+
+/// What `verify` finds: the maps and objects of the differences. It ends with 1 if there are any.
+fn verify(world: &World) -> Result<Vec<(String, String)>> {
+    let node = world.lab().node(NODE);
+    let mut command = world.command(NODE, "verify")?;
+    command.args(["-o", "json", "--hostname-override", NODE, "--cluster-cidr", node.cluster_cidr()]);
+    command.arg("--manifests").arg(world.manifests().dir());
+    let output = command.output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let found: Value = serde_json::from_slice(&output.stdout).with_context(|| said.clone())?;
+    ensure!(found["services"].as_u64() > Some(0) && found["refused"] == serde_json::json!({}), "{found}");
+    let differences = found["differences"].as_array().context("a list")?;
+    ensure!(output.status.success() == differences.is_empty(), "{}: {found}", output.status);
+    ensure!(differences.is_empty() || said.contains("differences between"), "{said}");
+    let text = |difference: &Value, field: &str| difference[field].as_str().unwrap_or_default().to_owned();
+    Ok(differences.iter().map(|one| (text(one, "map"), text(one, "object"))).collect())
+}
+
+/// Runs `bpftool map WORDS` on a map; `{}` in it stands for the pin.
+fn bpftool(world: &World, map: &str, words: &str) -> Result<String> {
+    let pin = world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}")).join(map);
+    let mut command = world.host().command("bpftool");
+    command.args(["-j", "map"]);
+    for word in words.split_whitespace() {
+        match word {
+            "{}" => command.arg("pinned").arg(&pin),
+            other => command.arg(other),
+        };
+    }
+    command.text().context("the lab needs bpftool")
+}
+
+/// The keys of a hash map as bpftool takes them.
+fn keys(world: &World, map: &str) -> Result<Vec<String>> {
+    let dump: Value = serde_json::from_str(&bpftool(world, map, "dump {}")?)?;
+    let bytes = |element: &Value| {
+        let bytes = element["key"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        bytes.collect::<Vec<_>>().join(" ")
+    };
+    Ok(dump.as_array().context("elements")?.iter().map(bytes).collect())
+}
+
+fn drift(world: &mut World, map: &str) -> Result<u64> {
+    let metrics = world.agent(NODE).metrics()?;
+    let name = format!("vipr_drift_total{{map=\"{map}\"}} ");
+    Ok(metrics.lines().find_map(|line| line.strip_prefix(&name)?.parse().ok()).unwrap_or(0))
+}
+
+#[test]
+fn elements_that_are_removed_or_changed_are_named_and_come_back() -> Result<()> {
+    let mut world = world()?;
+    assert_eq!(verify(&world)?, [], "nothing has been touched");
+    let before = numbers(&world, NODE)?;
+
+    // Every frontend, while no agent runs: `verify` needs none.
+    world.agent(NODE).kill9()?;
+    let frontends = keys(&world, "FRONTENDS")?;
+    for key in &frontends {
+        bpftool(&world, "FRONTENDS", &format!("delete {{}} key {key}"))?;
+    }
+    let found = verify(&world)?;
+    ensure!(found.len() == frontends.len() && found.iter().all(|(map, _)| map == "FRONTENDS"), "{found:?}");
+    ensure!(
+        found.iter().any(|(_, object)| object.contains(KUBIA_VIP) && object.contains("kubia")),
+        "{found:?}"
+    );
+    world.agent(NODE).start_ready()?;
+    assert_eq!(verify(&world)?, []);
+    assert_eq!(numbers(&world, NODE)?, before);
+
+    // One at a time, under a running agent.
+    for (map, what) in [("FRONTENDS", "delete"), ("NAMES", "delete"), ("LOCAL_ADDRESSES", "delete")] {
+        let key = keys(&world, map)?.swap_remove(0);
+        bpftool(&world, map, &format!("{what} {{}} key {key}"))?;
+        until(map, || Ok((drift(&mut world, map)? > 0).then_some(())))?;
+        until("healed", || Ok(keys(&world, map)?.contains(&key).then_some(())))?;
+    }
+    // Arrays have no elements to delete: a slot that names nobody.
+    bpftool(&world, "SLOTS", "update {} key 1 0 0 0 value 255 255 0 0")?;
+    until("SLOTS", || Ok((drift(&mut world, "SLOTS")? > 0).then_some(())))?;
+    until("verified", || Ok(verify(&world)?.is_empty().then_some(())))?;
+    let attempts = world.client().connect(KUBIA_VIP).http().times(20).run()?;
+    ensure!(attempts.iter().all(|attempt| attempt.ok), "{attempts:?}");
+    // Healing is no drift.
+    let sum = |world: &mut World| {
+        ["FRONTENDS", "NAMES", "SLOTS", "LOCAL_ADDRESSES"]
+            .map(|map| drift(world, map))
+            .into_iter()
+            .sum::<Result<u64>>()
+    };
+    let (counted, end) = (sum(&mut world)?, Instant::now() + Duration::from_secs(3));
+    while Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert_eq!(sum(&mut world)?, counted);
+    Ok(())
+}
