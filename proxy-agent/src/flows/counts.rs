@@ -1,7 +1,6 @@
 //! How many elements there are in the maps that the programs fill, as of the last look: for whoever cannot take the time
 //! to count.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -61,9 +60,7 @@ impl Other {
 
     pub(super) fn count(self, pins: &PinDir) -> Result<u64, CollectError> {
         fn of<K: Element, V: Element>(pins: &PinDir, map: &str) -> Result<u64, CollectError> {
-            Ok(Table::<V, K>::open(pins, map)?
-                .count()
-                .map_err(|error: io::Error| CollectError::Walk(error))?)
+            Ok(Table::<V, K>::open(pins, map)?.count()?)
         }
         match self {
             Self::NewFlows => of::<FlowKey, Flow>(pins, self.name()),

@@ -36,12 +36,12 @@ pub struct Telemetry {
     trigger_times: Vec<(Family, i64)>,
     /// Services with ports whose policy is Local and whose endpoints are all elsewhere.
     remote: BTreeMap<ObjectKey, Remote>,
-    sync: Sync,
+    sync: Running,
 }
 
 /// The sync that runs.
 #[derive(Debug)]
-struct Sync {
+struct Running {
     started: Instant,
     full: bool,
     writing: Duration,
@@ -81,7 +81,7 @@ impl Arrival {
 impl Telemetry {
     /// For an agent that serves these families.
     pub fn new(metrics: Arc<Metrics>, families: Vec<Family>) -> Self {
-        let sync = Sync {
+        let sync = Running {
             started: Instant::now(),
             full: false,
             writing: Duration::ZERO,
@@ -130,7 +130,7 @@ impl Telemetry {
     /// A sync begins.
     pub fn sync_begins(&mut self, full: bool) {
         let operations = std::mem::take(&mut self.sync.operations);
-        self.sync = Sync { started: Instant::now(), full, writing: Duration::ZERO, operations };
+        self.sync = Running { started: Instant::now(), full, writing: Duration::ZERO, operations };
     }
 
     /// Carries operations out by `write`, and measures it.
@@ -158,7 +158,7 @@ impl Telemetry {
 
     /// The sync has ended. Returns how long it took.
     pub fn sync_ended(&mut self, ok: bool) -> Duration {
-        let Sync { started, full, writing, operations } = &mut self.sync;
+        let Running { started, full, writing, operations } = &mut self.sync;
         let took = started.elapsed();
         self.metrics.synced(&self.families, SyncResult { full: *full, ok, took });
         self.metrics.stage(Stage::Plan, took.saturating_sub(*writing));
