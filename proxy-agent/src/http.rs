@@ -1,11 +1,18 @@
-//! The agent's small HTTP servers: bind addresses as users write them, and serving that survives a taken port.
+//! The agent's small HTTP servers: bind addresses as users write them, and serving that survives a taken port and
+//! clients that are slow, silent or many.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use tokio::net::TcpListener;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::{sleep, timeout};
 
 /// Pause between attempts to bind.
 pub const BIND_RETRY: Duration = Duration::from_secs(5);
@@ -32,23 +39,13 @@ pub enum HttpError {
         /// Why not.
         source: io::Error,
     },
-    /// The server ended.
-    #[error("the {server} server on {address} ended: {source}")]
-    Serve {
-        /// Which server.
-        server: &'static str,
-        /// Where.
-        address: SocketAddr,
-        /// Why.
-        source: io::Error,
-    },
 }
 
 impl HttpError {
     /// Which server it is about.
     pub fn server(&self) -> &'static str {
         match self {
-            Self::Bind { server, .. } | Self::Serve { server, .. } => server,
+            Self::Bind { server, .. } => server,
         }
     }
 }
@@ -77,11 +74,36 @@ pub fn bind_address(value: &str, default_port: u16) -> Result<Option<SocketAddr>
     }
 }
 
+/// What clients may take. A connection costs a file descriptor, and some of the servers are open to the world.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Connections at once; others wait in the kernel.
+    pub room: Arc<Semaphore>,
+    /// For the head of a request, also of the next one.
+    pub silence: Duration,
+    /// For a connection; it then ends with the answer that it owes.
+    pub lifetime: Duration,
+}
+
+impl Default for Limits {
+    /// A room of its own.
+    fn default() -> Self {
+        Self {
+            room: Arc::new(Semaphore::new(256)),
+            silence: Duration::from_secs(30),
+            lifetime: Duration::from_secs(300),
+        }
+    }
+}
+
+/// How long a connection that is to end may take for its last answer.
+const FAREWELL: Duration = Duration::from_secs(5);
+
 /// Serves `router` on `address` until the future is dropped. `server` is its name in logs and errors.
 ///
 /// # Errors
 ///
-/// When binding fails and [`OnBindFailure::Fail`] is asked for, or when serving ends.
+/// When binding fails and [`OnBindFailure::Fail`] is asked for.
 pub async fn serve(
     server: &'static str,
     address: SocketAddr,
@@ -94,12 +116,65 @@ pub async fn serve(
             (Err(source), OnBindFailure::Fail) => return Err(HttpError::Bind { server, address, source }),
             (Err(error), OnBindFailure::Retry(pause)) => {
                 tracing::error!(server, %address, %error, retry_in = ?pause, "cannot listen");
-                tokio::time::sleep(pause).await;
+                sleep(pause).await;
             }
         }
     };
     tracing::info!(server, %address, "listening");
-    axum::serve(listener, router).await.map_err(|source| HttpError::Serve { server, address, source })
+    serve_on(listener, router, Limits::default(), std::future::pending()).await;
+    Ok(())
+}
+
+/// Serves whoever connects to `listener` until `stop` is ready. Then nobody listens any more, and open connections end
+/// with the answer that they owe.
+pub async fn serve_on(listener: TcpListener, router: Router, limits: Limits, stop: impl Future<Output = ()>) {
+    // Dropped at the end, which every connection notices.
+    let (_open, end) = watch::channel(());
+    let next = async || {
+        // Never closed.
+        let room = Arc::clone(&limits.room).acquire_owned().await.ok()?;
+        match listener.accept().await {
+            Ok((stream, _)) => Some((stream, room)),
+            Err(error) => {
+                tracing::debug!(%error, "a connection cannot be taken");
+                // Where there are no descriptors left, there are none at once.
+                sleep(Duration::from_millis(100)).await;
+                None
+            }
+        }
+    };
+    tokio::pin!(stop);
+    loop {
+        let connected = tokio::select! {
+            connected = next() => connected,
+            () = &mut stop => return,
+        };
+        if let Some((stream, room)) = connected {
+            tokio::spawn(converse(stream, router.clone(), limits.clone(), end.clone(), room));
+        }
+    }
+}
+
+async fn converse(
+    stream: TcpStream,
+    router: Router,
+    limits: Limits,
+    mut end: watch::Receiver<()>,
+    _room: OwnedSemaphorePermit,
+) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.silence)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    tokio::pin!(connection);
+    tokio::select! {
+        // A client that breaks off or talks nonsense is its own affair.
+        _ = connection.as_mut() => return,
+        _ = end.changed() => {}
+        () = sleep(limits.lifetime) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    let _ = timeout(FAREWELL, connection).await;
 }
 
 #[cfg(test)]
@@ -150,7 +225,7 @@ pub(crate) mod testing {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
             tokio::select! {
-                ended = axum::serve(listener, router).into_future() => panic!("{ended:?}"),
+                () = serve_on(listener, router, Limits::default(), std::future::pending()) => panic!("it ended"),
                 () = test(address) => {}
             }
         });
@@ -198,20 +273,97 @@ mod tests {
 
             let pause = Duration::from_millis(20);
             let server = tokio::spawn(serve("test", address, router, OnBindFailure::Retry(pause)));
-            tokio::time::sleep(3 * pause).await;
+            sleep(3 * pause).await;
             assert!(!server.is_finished());
             drop(taken);
             let answered = async {
                 loop {
                     match testing::request(address, "GET", "/").await {
                         Ok(response) => break response,
-                        Err(_) => tokio::time::sleep(pause).await,
+                        Err(_) => sleep(pause).await,
                     }
                 }
             };
-            let response = tokio::time::timeout(Duration::from_secs(10), answered).await.unwrap();
+            let response = timeout(Duration::from_secs(10), answered).await.unwrap();
             assert_eq!((response.status, &*response.body), (200, "here"));
             server.abort();
+        });
+    }
+
+    /// Serves on a free port with these limits while `test` runs; `test` may end the server.
+    fn limited<F: Future<Output = ()>>(
+        limits: Limits,
+        test: impl FnOnce(SocketAddr, tokio::sync::oneshot::Sender<()>) -> F,
+    ) {
+        block_on(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let slow = get(|| async {
+                sleep(Duration::from_millis(100)).await;
+                "here"
+            });
+            let (stop, stopped) = tokio::sync::oneshot::channel();
+            let stopped = async {
+                if stopped.await.is_err() {
+                    std::future::pending().await
+                }
+            };
+            let server = tokio::spawn(serve_on(listener, Router::new().route("/", slow), limits, stopped));
+            timeout(Duration::from_secs(20), test(address, stop)).await.expect("in time");
+            server.abort();
+        });
+    }
+
+    /// What is read until the other side ends the connection.
+    async fn rest(stream: &mut TcpStream) -> String {
+        use tokio::io::AsyncReadExt as _;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        text
+    }
+
+    #[test]
+    fn the_silent_do_not_keep_others_out() {
+        let limits = Limits {
+            room: Arc::new(Semaphore::new(3)),
+            silence: Duration::from_millis(200),
+            ..Limits::default()
+        };
+        limited(limits, |address, _stop| async move {
+            let mut silent = Vec::new();
+            for _ in 0..6 {
+                silent.push(TcpStream::connect(address).await.unwrap());
+            }
+            let answer = testing::request(address, "GET", "/").await.unwrap();
+            assert_eq!(answer.body, "here");
+            for mut stream in silent {
+                assert_eq!(rest(&mut stream).await, "");
+            }
+        });
+    }
+
+    #[test]
+    fn connections_end_with_the_answer_that_they_owe() {
+        use tokio::io::AsyncWriteExt as _;
+        let request = b"GET / HTTP/1.1\r\nHost: n1\r\n\r\n";
+        // By age.
+        let limits = Limits { lifetime: Duration::from_millis(50), ..Limits::default() };
+        limited(limits, |address, _stop| async move {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(request).await.unwrap();
+            assert!(rest(&mut stream).await.ends_with("here"));
+        });
+        // With the server.
+        limited(Limits::default(), |address, stop| async move {
+            let mut idle = TcpStream::connect(address).await.unwrap();
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(request).await.unwrap();
+            sleep(Duration::from_millis(20)).await;
+            stop.send(()).unwrap();
+            assert!(rest(&mut stream).await.ends_with("here"));
+            assert_eq!(rest(&mut idle).await, "");
+            let refused = TcpStream::connect(address).await.unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
         });
     }
 }

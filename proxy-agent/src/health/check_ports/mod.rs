@@ -14,15 +14,14 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderName, HeaderValue};
 use axum::response::{IntoResponse as _, Response};
-use axum::serve::Listener;
 use rustix::net::sockopt::set_ipv6_v6only;
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{oneshot, watch};
 
 use super::checks::{Check, answer};
 use super::{Health, respond_with};
 use crate::cluster::ObjectKey;
-use crate::http::BIND_RETRY;
+use crate::http::{BIND_RETRY, Limits, serve_on};
 
 /// Connections that the kernel keeps waiting for a server.
 const BACKLOG: u32 = 128;
@@ -90,6 +89,8 @@ impl CheckPorts {
 }
 
 async fn keep(health: Health, mut orders: watch::Receiver<Wanted>, told: watch::Sender<Failures>) {
+    // One room for all of them.
+    let limits = Limits::default();
     let mut open: BTreeMap<(ObjectKey, SocketAddr), Server> = BTreeMap::new();
     loop {
         let places = places(&orders.borrow_and_update());
@@ -105,7 +106,7 @@ async fn keep(health: Health, mut orders: watch::Receiver<Wanted>, told: watch::
                 server.endpoints.store(endpoints, Ordering::Relaxed);
                 continue;
             }
-            match Server::open(&service, address, endpoints, health.clone()) {
+            match Server::open(&service, address, endpoints, health.clone(), limits.clone()) {
                 Ok(server) => {
                     tracing::info!(%service, %address, "listening for spec.healthCheckNodePort");
                     open.insert((service, address), server);
@@ -161,19 +162,28 @@ struct Told {
 }
 
 impl Server {
-    fn open(service: &ObjectKey, address: SocketAddr, endpoints: usize, health: Health) -> io::Result<Self> {
-        let (open, closed) = oneshot::channel();
-        let listener = Held { listener: listen(address)?, _open: open };
+    fn open(
+        service: &ObjectKey,
+        address: SocketAddr,
+        endpoints: usize,
+        health: Health,
+        limits: Limits,
+    ) -> io::Result<Self> {
+        let listener = listen(address)?;
         let endpoints = Arc::new(AtomicUsize::new(endpoints));
         let told = Told { service: service.clone(), endpoints: Arc::clone(&endpoints), health };
         // Any path, any method.
         let router = Router::new().fallback(respond).with_state(Arc::new(told));
         let (stop, stopped) = oneshot::channel::<()>();
-        let stopped = async {
-            // Never sent, only dropped.
-            let _ = stopped.await;
-        };
-        tokio::spawn(axum::serve(listener, router).with_graceful_shutdown(stopped).into_future());
+        let (open, closed) = oneshot::channel::<()>();
+        tokio::spawn(async move {
+            let stopped = async {
+                // Never sent, only dropped.
+                let _ = stopped.await;
+            };
+            serve_on(listener, router, limits, stopped).await;
+            drop(open);
+        });
         Ok(Self { endpoints, stop, closed })
     }
 
@@ -204,26 +214,6 @@ async fn respond(State(told): State<Arc<Told>>) -> Response {
     let weight = HeaderName::from_static("x-load-balancing-endpoint-weight");
     let answer = answer(&told.service, endpoints, told.health.healthy());
     ([(weight, HeaderValue::from(endpoints))], respond_with(answer)).into_response()
-}
-
-/// A listener whose end can be waited for.
-struct Held {
-    listener: TcpListener,
-    _open: oneshot::Sender<()>,
-}
-
-impl Listener for Held {
-    type Io = TcpStream;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
-        // Waits where no more descriptors are to be had.
-        Listener::accept(&mut self.listener).await
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
 }
 
 #[cfg(test)]

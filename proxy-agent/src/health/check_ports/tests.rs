@@ -3,6 +3,7 @@ use std::time::Duration;
 
 use proxy_common::addr::Family;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use super::*;
 use crate::http::testing::{Response, request};
