@@ -14,7 +14,7 @@ use proxy_common::abi::{
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 
-use super::flow_maps::{FlowMaps, Table};
+use super::flow_maps::{FlowMaps, Table, count};
 use super::pins::PinDir;
 use super::sys::Mapping;
 use crate::store::{Capacity, Contents, MapStore, Op, StoreError, filter_bits, filter_words};
@@ -176,8 +176,9 @@ impl KernelMaps {
     ///
     /// What the kernel says about a hash map that it cannot walk.
     pub fn usage(&self) -> Result<Vec<(&'static str, u64, u64)>, MapError> {
-        let frontends = self.frontends.keys().count() as u64;
-        let services = self.names.keys().count() as u64;
+        let frontends =
+            count::<FrontendValue, FrontendKey>(self.frontends.map()).map_err(MapError::IoError)?;
+        let services = count::<ServiceName, u32>(self.names.map()).map_err(MapError::IoError)?;
         let used = |id: &u32| self.backend(*id).is_some_and(|backend| backend.state.flags != 0);
         let backends = (0..self.capacity.backends).filter(used).count() as u64;
         let source_ranges = self.source_ranges.keys().count() as u64;

@@ -27,7 +27,7 @@ pub struct MapUsage {
     pub capacity: u64,
 }
 
-/// What is read at each scrape, on the thread that serves it: readers have to be quick. One that fails is logged and
+/// What is read at each scrape, on a thread beside the sync loop. One that fails is logged and
 /// counted, and its metrics are missing from that scrape.
 pub struct Readers {
     /// The datapath's counters, by [`proxy_common::abi::Counter::name`], summed over CPUs.

@@ -36,7 +36,8 @@ pub fn router(metrics: Arc<Metrics>, configuration: &KubeProxyConfiguration) -> 
 async fn scrape(State(metrics): State<Arc<Metrics>>, headers: HeaderMap) -> impl IntoResponse {
     let accepted: Vec<&str> =
         headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
-    let text = metrics.text();
+    // Beside the sync loop: the maps are read.
+    let text = tokio::task::spawn_blocking(move || metrics.text()).await.unwrap_or_default();
     let (content_type, body) = if prefers_open_metrics(&accepted.join(",")) {
         (OPEN_METRICS, text)
     } else {

@@ -36,12 +36,14 @@ fn either_text_format_is_served() -> Result<()> {
         samples.filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned())).collect()
     };
     assert_eq!(names(&plain.body), names(&open.body));
+    let docs = include_str!("../../../docs/metrics.md");
     let mut described = BTreeSet::new();
     let mut last = "";
     for line in plain.body.lines() {
         if let Some(text) = line.strip_prefix("# TYPE ") {
             last = text.split(' ').next().unwrap_or_default();
             ensure!(described.insert(last), "{last} is described twice");
+            ensure!(docs.contains(&format!("| `{last}` |")), "{last} is not in docs/metrics.md");
         } else if !line.starts_with('#') {
             let name = line.split(['{', ' ']).next().unwrap_or_default();
             let parts = ["_bucket", "_sum", "_count"].map(|part| name.strip_suffix(part));

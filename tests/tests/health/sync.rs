@@ -159,6 +159,26 @@ fn p213_a_sync_that_fails_is_made_again_in_full() -> Result<()> {
 }
 
 #[test]
+fn p214_what_comes_and_goes_together_is_not_programmed() -> Result<()> {
+    let stage = Stage::new()?;
+    let (server, agent) = with_s(&stage)?;
+    let operations =
+        || -> Result<f64> { Ok(samples(&agent, "vipr_map_operations_total")?.into_values().sum()) };
+    let seen = "kubeproxy_sync_proxy_rules_service_changes_total";
+    let (made, before) = (operations()?, sample(&agent, seen)?);
+    server.hold_events(Resource::Services);
+    let t = service("t", "10.96.0.20", &json!({}));
+    server.apply(t.clone())?;
+    assert!(server.delete(&t)?);
+    server.release_events(Resource::Services);
+    wait_sample(&agent, seen, |changes| changes >= before + 2.0)?;
+    settle(&agent)?;
+    assert_eq!(programmed(&agent)?, ["s"]);
+    assert_eq!(operations()?, made);
+    Ok(())
+}
+
+#[test]
 fn p215_p216_what_changes_nothing_causes_no_sync() -> Result<()> {
     let stage = Stage::new()?;
     let (server, agent) = with_s(&stage)?;
