@@ -141,14 +141,18 @@ impl Report {
             return;
         }
         let (object, teller) = &key;
-        for reason in reasons.iter().filter(|reason| !before.contains(reason)) {
+        let new: Vec<&str> =
+            reasons.iter().filter(|reason| !before.contains(reason)).map(String::as_str).collect();
+        for reason in &new {
             tracing::warn!(%object, %reason, "problem");
-            if let Some(service) = service_of(object) {
-                self.events.tell(match teller {
-                    Teller::CheckPorts => Event::check_port_failed(service, reason),
-                    _ => Event::problem(service, reason),
-                });
-            }
+        }
+        if let Some(service) = service_of(object)
+            && let Some(note) = note(&new)
+        {
+            self.events.tell(match teller {
+                Teller::CheckPorts => Event::check_port_failed(service, note),
+                _ => Event::problem(service, note),
+            });
         }
         let object = object.clone();
         if !reasons.is_empty() {
@@ -191,6 +195,15 @@ impl Report {
 /// When there is none, or it is not one of ours.
 pub fn read(path: &Path) -> std::io::Result<State> {
     Ok(serde_json::from_slice(&std::fs::read(path)?)?)
+}
+
+/// All of them in one Event: a Service can have a thousand.
+fn note(reasons: &[&str]) -> Option<String> {
+    let (first, others) = reasons.split_first()?;
+    Some(match others.len() {
+        0 => (*first).to_owned(),
+        more => format!("{first} (and {more} more: `proxy-agent status` on this node)"),
+    })
 }
 
 /// A Service as `status` names it.
@@ -251,6 +264,13 @@ mod tests {
         report.check_ports(Failures::new());
         report.service(&key, Vec::new());
         check(&mut report, &[]);
+    }
+
+    #[test]
+    fn one_note_for_all() {
+        assert_eq!(note(&[]), None);
+        assert_eq!(note(&["x"]).unwrap(), "x");
+        assert_eq!(note(&["x", "y", "z"]).unwrap(), "x (and 2 more: `proxy-agent status` on this node)");
     }
 
     #[test]

@@ -69,7 +69,7 @@ mod tests {
     use crate::cluster::ObjectKey;
 
     fn event(name: &str, note: &str) -> Event {
-        Event::problem(ObjectKey::new("a", name), note)
+        Event::problem(ObjectKey::new("a", name), note.to_owned())
     }
 
     #[test]
@@ -81,7 +81,7 @@ mod tests {
         // Another note, object or reason is something else.
         assert_eq!(gate.judge(&event("s", "y"), t0), Verdict::Write);
         assert_eq!(gate.judge(&event("t", "x"), t0), Verdict::Write);
-        let port = Event::check_port_failed(ObjectKey::new("a", "s"), "x");
+        let port = Event::check_port_failed(ObjectKey::new("a", "s"), "x".to_owned());
         assert_eq!(gate.judge(&port, t0), Verdict::Write);
         assert_eq!(gate.judge(&event("s", "x"), t0 + FORGET), Verdict::Write);
         assert_eq!(gate.written.len(), 1, "the memory is bounded");

@@ -68,18 +68,18 @@ impl Event {
     }
 
     /// A port for load balancers' health checks cannot be opened.
-    pub fn check_port_failed(service: ObjectKey, note: &str) -> Self {
+    pub fn check_port_failed(service: ObjectKey, note: String) -> Self {
         Self::about(service, "FailedToStartServiceHealthcheck", "Listen", note)
     }
 
     /// Something about a Service or its slices cannot be served as it is written.
-    pub fn problem(service: ObjectKey, note: &str) -> Self {
+    pub fn problem(service: ObjectKey, note: String) -> Self {
         Self::about(service, "ServiceProblem", "Program", note)
     }
 
-    fn about(service: ObjectKey, reason: &'static str, action: &'static str, note: &str) -> Self {
+    fn about(service: ObjectKey, reason: &'static str, action: &'static str, note: String) -> Self {
         let regarding = Regarding::Service(service);
-        Self { regarding, warning: true, reason, action, note: note.to_owned() }
+        Self { regarding, warning: true, reason, action, note }
     }
 }
 

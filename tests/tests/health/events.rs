@@ -1,6 +1,6 @@
 //! Events as `kubectl describe` finds them.
 
-use std::thread;
+use std::net::Ipv4Addr;
 
 use anyhow::{Result, ensure};
 use proxy_tests::apiserver::{ApiServer, Resource, Verb};
@@ -68,23 +68,25 @@ fn a_start_and_a_service_with_a_problem() -> Result<()> {
 #[test]
 fn a_service_that_does_not_fit() -> Result<()> {
     let stage = Stage::new()?;
+    stage.lab.pod("L1").serve().tcp(8080).start()?;
     let (server, mut agent) = stage.with_api()?;
+    server.apply_all([service("t", "10.96.0.20", &json!({})), slice("t", "IPv4", &["L1"])])?;
     start(&mut agent)?;
-    // One address more than `FRONTENDS` has room for.
+    // More addresses than `FRONTENDS` has room for.
     let capacity = sample(&agent, "vipr_map_capacity{map=\"FRONTENDS\"}")? as u32;
-    let addresses: Vec<String> = (0..capacity)
-        .map(|n| std::net::Ipv4Addr::from(u32::from(std::net::Ipv4Addr::new(198, 18, 0, 1)) + n).to_string())
-        .collect();
-    server.apply_all([
-        service("s", "10.96.0.10", &json!({"externalIPs": addresses})),
-        service("t", "10.96.0.20", &json!({})),
-        slice("t", "IPv4", &["L1"]),
-    ])?;
+    let address = |number| Ipv4Addr::from(u32::from(Ipv4Addr::new(198, 18, 0, 1)) + number).to_string();
+    let addresses: Vec<String> = (0..capacity + 10).map(address).collect();
+    server.apply(service("s", "10.96.0.10", &json!({"externalIPs": addresses})))?;
+    // One for all that is refused.
     let [event] = &wait(&server, "ServiceProblem", 1)?[..] else { unreachable!("one") };
     assert_eq!(event["regarding"]["name"], "s", "{event}");
+    let note = event["note"].as_str().unwrap_or_default();
+    ensure!(note.contains("FRONTENDS is full") && note.contains("more: `proxy-agent status`"), "{note}");
+    ensure!(problems(&agent, "Service a/s")?.len() > 10);
     // The others are served.
-    stage.lab.pod("L1").serve().tcp(8080).start()?;
-    until("t", || Ok(stage.lab.pod("P").connect("10.96.0.20:80").one()?.ok.then_some(())))
+    ensure!(problems(&agent, "Service a/t")?.is_empty());
+    ensure!(stage.lab.pod("P").connect("10.96.0.20:80").one()?.ok);
+    Ok(())
 }
 
 #[test]
@@ -130,7 +132,6 @@ fn nobody_waits_for_events() -> Result<()> {
     until("the last Service", || {
         let services = agent.tool("services", &[])?;
         let found = services.as_array().is_some_and(|all| all.iter().any(|port| port["name"] == "last"));
-        thread::yield_now();
         Ok(found.then_some(()))
     })
 }
