@@ -627,8 +627,10 @@ impl Agent {
             if let Err(error) = sys::grace_period() {
                 tracing::warn!(%error, "waiting for running programs");
             }
-            for key in programmed.model.ports.keys() {
-                wanted.entry(key.service.clone()).or_insert(None);
+            // Services that went while nothing could be programmed are named nowhere else.
+            let named = programmed.model.ports.keys().map(|key| key.service.clone());
+            for service in named.chain(self.report.services()).chain(self.check_ports.known()) {
+                wanted.entry(service).or_insert(None);
             }
         }
         self.remember_remote(&wanted);

@@ -77,7 +77,7 @@ pub fn bind_address(value: &str, default_port: u16) -> Result<Option<SocketAddr>
 /// What clients may take. A connection costs a file descriptor, and some of the servers are open to the world.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Connections at once; others wait in the kernel.
+    /// Connections at once; others wait in the kernel. Servers may share it.
     pub room: Arc<Semaphore>,
     /// For the head of a request, also of the next one.
     pub silence: Duration,
@@ -131,10 +131,9 @@ pub async fn serve_on(listener: TcpListener, router: Router, limits: Limits, sto
     // Dropped at the end, which every connection notices.
     let (_open, end) = watch::channel(());
     let next = async || {
-        // Never closed.
-        let room = Arc::clone(&limits.room).acquire_owned().await.ok()?;
         match listener.accept().await {
-            Ok((stream, _)) => Some((stream, room)),
+            // Not before: who waits for a client needs no room. (The semaphore is never closed.)
+            Ok((stream, _)) => Some((stream, Arc::clone(&limits.room).acquire_owned().await.ok()?)),
             Err(error) => {
                 tracing::debug!(%error, "a connection cannot be taken");
                 // Where there are no descriptors left, there are none at once.
@@ -339,6 +338,21 @@ mod tests {
             for mut stream in silent {
                 assert_eq!(rest(&mut stream).await, "");
             }
+        });
+    }
+
+    #[test]
+    fn servers_share_a_room() {
+        let limits = Limits { room: Arc::new(Semaphore::new(1)), ..Limits::default() };
+        limited(limits.clone(), |first, _stop| async move {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let second = listener.local_addr().unwrap();
+            let router = Router::new().route("/", get(|| async { "here" }));
+            let server = tokio::spawn(serve_on(listener, router, limits, std::future::pending()));
+            for address in [first, second, first, second] {
+                assert_eq!(testing::request(address, "GET", "/").await.unwrap().body, "here");
+            }
+            server.abort();
         });
     }
 

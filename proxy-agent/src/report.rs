@@ -116,6 +116,12 @@ impl Report {
         self.set(object(service), reasons);
     }
 
+    /// The Services with which something was wrong when they were programmed.
+    pub fn services(&self) -> Vec<ObjectKey> {
+        let told = self.told.keys().filter(|(_, teller)| *teller == Teller::Programming);
+        told.filter_map(|(object, _)| service_of(object)).collect()
+    }
+
     /// Replaces what is wrong with something else.
     pub fn set(&mut self, object: String, reasons: Vec<String>) {
         self.tell((object, Teller::Programming), reasons);
@@ -257,7 +263,9 @@ mod tests {
         report.service(&key, Vec::new());
         check(&mut report, &["no name"]);
         report.check_ports(Failures::from([(key.clone(), vec!["taken".to_owned()])]));
+        assert_eq!(report.services(), []);
         report.service(&key, vec!["no room".to_owned()]);
+        assert_eq!(report.services(), std::slice::from_ref(&key));
         check(&mut report, &["no name", "no room", "taken"]);
         report.source(Vec::new());
         check(&mut report, &["no room", "taken"]);

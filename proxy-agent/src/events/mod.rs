@@ -29,8 +29,9 @@ const QUEUE: usize = 64;
 const ATTEMPTS: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_secs(5);
-/// The longest note that the API takes, bytes.
+/// The longest note and the longest name of a reporter that the API takes, bytes.
 const NOTE_MAX: usize = 1024;
+const INSTANCE_MAX: usize = 128;
 
 /// What an Event is about.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -168,14 +169,15 @@ async fn publish(client: &Client, node: &Arc<str>, event: &Event) -> Result<(), 
         },
         Regarding::Service(key) => reference(client, key).await?,
     };
-    let reporter = Reporter { controller: CONTROLLER.to_owned(), instance: Some(node.to_string()) };
+    let reporter =
+        Reporter { controller: CONTROLLER.to_owned(), instance: Some(shortened(node, INSTANCE_MAX)) };
     // A recorder adds to its earlier Event of the same reason and drops the new note. The gate has seen to it that
     // this one says something else.
     let recorder = Recorder::new(client.clone(), reporter);
     let written = events::Event {
         type_: if event.warning { EventType::Warning } else { EventType::Normal },
         reason: event.reason.to_owned(),
-        note: Some(shortened(&event.note).to_owned()),
+        note: Some(shortened(&event.note, NOTE_MAX)),
         action: event.action.to_owned(),
         secondary: None,
     };
@@ -200,8 +202,8 @@ async fn reference(client: &Client, key: &ObjectKey) -> Result<ObjectReference, 
     })
 }
 
-fn shortened(note: &str) -> &str {
-    note.get(..note.floor_char_boundary(NOTE_MAX)).unwrap_or(note)
+fn shortened(text: &str, most: usize) -> String {
+    text.get(..text.floor_char_boundary(most)).unwrap_or(text).to_owned()
 }
 
 #[cfg(test)]
@@ -210,10 +212,10 @@ mod tests {
 
     #[test]
     fn notes_end_where_the_api_does() {
-        assert_eq!(shortened("short"), "short");
+        assert_eq!(shortened("short", NOTE_MAX), "short");
         let long = "ä".repeat(600);
-        assert_eq!(shortened(&long), "ä".repeat(512));
-        assert_eq!(shortened(&format!("x{long}")).len(), 1023);
+        assert_eq!(shortened(&long, NOTE_MAX), "ä".repeat(512));
+        assert_eq!(shortened(&format!("x{long}"), NOTE_MAX).len(), 1023);
     }
 
     #[tokio::test]

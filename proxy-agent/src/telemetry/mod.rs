@@ -127,8 +127,11 @@ impl Telemetry {
         self.metrics.pending(slices, services);
     }
 
-    /// A sync begins.
+    /// A sync begins. One that is `full` tells of every Service that there is.
     pub fn sync_begins(&mut self, full: bool) {
+        if full {
+            self.remote.clear();
+        }
         let operations = std::mem::take(&mut self.sync.operations);
         self.sync = Running { started: Instant::now(), full, writing: Duration::ZERO, operations };
     }

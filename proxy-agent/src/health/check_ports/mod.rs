@@ -78,6 +78,11 @@ impl CheckPorts {
         });
     }
 
+    /// The Services that have a check in some family.
+    pub fn known(&self) -> Vec<ObjectKey> {
+        self.wanted.borrow().services.keys().cloned().collect()
+    }
+
     /// What is wrong, when that has changed.
     pub async fn failures(&mut self) -> Failures {
         match self.failures.changed().await {

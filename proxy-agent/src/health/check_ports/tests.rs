@@ -121,7 +121,9 @@ fn p195_p197_ports_close_and_move() {
         let end = tokio::time::timeout(Duration::from_secs(10), kept.read(&mut buffer)).await.unwrap();
         assert_eq!(end.unwrap(), 0, "the connection ends with the port");
 
+        assert_eq!(ports.known(), [key("s")]);
         set(&ports, "s", None);
+        assert_eq!(ports.known(), []);
         until(second, "/", refused).await.unwrap_err();
     });
 }
