@@ -1,6 +1,7 @@
 //! The command line, as given. [`crate::config`] resolves it.
 
 use std::ffi::OsString;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -67,6 +68,11 @@ pub enum Command {
     ///
     /// Takes the flags of `run`, needs no running agent, and writes nothing. Ends with 1 if anything differs.
     Verify(Box<VerifyArgs>),
+    /// What becomes of a connection to an address and port, and why: whose it is, which endpoints it may get, and what
+    /// each kind of client is told.
+    ///
+    /// The answer is that of the datapath's own code on the maps as they are. Nothing is sent.
+    Explain(ExplainArgs),
     /// Detach the programs and remove everything pinned. Services stop working on this node.
     Cleanup {
         /// Where everything is pinned.
@@ -117,7 +123,7 @@ pub struct FlowsArgs {
 /// Options of `monitor`.
 #[derive(Args, Clone, Debug)]
 pub struct MonitorArgs {
-    /// As for the other commands; as JSON, an object for each line.
+    /// As for the other commands; as JSON, an object for each line, as YAML, a document.
     #[command(flatten)]
     pub inspect: Inspect,
     /// Only this Service. What is refused before it is clear whose it is belongs to none.
@@ -139,6 +145,44 @@ pub struct VerifyArgs {
     pub output: Output,
 }
 
+/// Options of `explain`.
+#[derive(Args, Clone, Debug)]
+pub struct ExplainArgs {
+    /// As for the other commands.
+    #[command(flatten)]
+    pub inspect: Inspect,
+    /// The client's address: of this host, of a pod, or of a machine outside. Without it: every kind of client.
+    #[arg(long, value_name = "ADDRESS", value_parser = client_address)]
+    pub from: Option<IpAddr>,
+    /// How the client connects.
+    #[arg(ignore_case = true)]
+    pub protocol: Protocol,
+    /// Where to: `10.96.0.10:53`, `[fd00::10]:53`.
+    #[arg(value_name = "ADDRESS:PORT")]
+    pub target: SocketAddr,
+}
+
+/// Only the API server knows the addresses of pods by name, and the agent does not ask it about pods.
+fn client_address(text: &str) -> Result<IpAddr, String> {
+    text.parse().map_err(|_not_an_address| match text.split_once('/') {
+        Some((namespace, pod)) => format!(
+            "must be an address; `kubectl get pod -n {namespace} {pod} -o jsonpath={{.status.podIP}}` prints the pod's"
+        ),
+        None => "must be an address".to_owned(),
+    })
+}
+
+/// Protocols of Service ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
 /// Output formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Output {
@@ -146,6 +190,8 @@ pub enum Output {
     Table,
     /// For programs.
     Json,
+    /// For both.
+    Yaml,
 }
 
 /// Options of `run`: kube-proxy's flags, and what kube-proxy has nothing for, which holds beside its configuration file

@@ -33,6 +33,14 @@ pub enum InspectError {
     /// The maps cannot be read.
     #[error("reading the pinned maps: {0}")]
     Read(#[from] aya::maps::MapError),
+    /// A client of one family cannot connect to an address of the other.
+    #[error("--from {from} and {target} are of different families")]
+    Families {
+        /// The client.
+        from: std::net::IpAddr,
+        /// Where to.
+        target: SocketAddr,
+    },
     /// Standard output is gone.
     #[error("writing: {0}")]
     Write(#[from] io::Error),
@@ -153,8 +161,8 @@ pub fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError
     for view in &mut views {
         view.traffic = maps.service_counters(view.id)?.into();
     }
-    if args.output == Output::Json {
-        return json(&views, out);
+    if print_data(args.output, &views, out)? {
+        return Ok(());
     }
     let rows = views.iter().map(|view| {
         let list = |set: &[SocketAddr]| set.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(" ");
@@ -183,8 +191,8 @@ pub fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError
 /// [`InspectError`].
 pub fn backends(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
     let views = backend_views(&read(args)?);
-    if args.output == Output::Json {
-        return json(&views, out);
+    if print_data(args.output, &views, out)? {
+        return Ok(());
     }
     let rows = views.iter().map(|view| {
         [
@@ -222,8 +230,8 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
         pods_in_packets: maps.node_flags() & PODS_IN_PACKETS != 0,
         agent: report::read(&state_file(&args.pins.run_dir, &args.pins.pin_dir)).ok(),
     };
-    if args.output == Output::Json {
-        return json(&view, out);
+    if print_data(args.output, &view, out)? {
+        return Ok(());
     }
     writeln!(out, "agent:     {}", if view.agent_running { "running" } else { "not running" })?;
     if let Some(agent) = &view.agent {
@@ -322,7 +330,7 @@ fn backend_views(model: &Model) -> Vec<BackendView> {
     views
 }
 
-fn frontend_view(key: &FrontendKey, value: &FrontendValue) -> FrontendView {
+pub(crate) fn frontend_view(key: &FrontendKey, value: &FrontendValue) -> FrontendView {
     let known = [
         (flags::NEAR_LOCAL, "near-local"),
         (flags::FAR_LOCAL, "far-local"),
@@ -341,15 +349,25 @@ fn names(bits: u32, known: &[(u32, &'static str)]) -> Vec<&'static str> {
     known.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect()
 }
 
-fn endpoint(backend: &PortBackend) -> SocketAddr {
+pub(crate) fn endpoint(backend: &PortBackend) -> SocketAddr {
     SocketAddr::new(backend.addr.to_ip(), backend.port.get())
 }
 
-/// Prints a value as JSON.
-pub(crate) fn json(value: &impl Serialize, out: &mut impl Write) -> Result<(), InspectError> {
-    serde_json::to_writer_pretty(&mut *out, value).map_err(io::Error::from)?;
-    writeln!(out)?;
-    Ok(())
+/// Prints a value as JSON or YAML; false if it is to be a table.
+pub(crate) fn print_data(
+    output: Output,
+    value: &impl Serialize,
+    out: &mut impl Write,
+) -> Result<bool, InspectError> {
+    match output {
+        Output::Table => return Ok(false),
+        Output::Json => {
+            serde_json::to_writer_pretty(&mut *out, value).map_err(io::Error::from)?;
+            writeln!(out)?;
+        }
+        Output::Yaml => write!(out, "{}", serde_saphyr::to_string(value).map_err(io::Error::other)?)?,
+    }
+    Ok(true)
 }
 
 /// Columns as wide as their widest cell, the last one as it comes.

@@ -69,6 +69,8 @@ pub mod agent;
 
 pub mod inspect;
 
+pub mod explain;
+
 pub mod monitor;
 
 /// Name of an IP protocol number as Kubernetes writes it.

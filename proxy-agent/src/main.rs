@@ -11,7 +11,7 @@ use proxy_agent::config::{Config, Raw, state_file};
 use proxy_agent::kube_proxy::KubeProxyConfiguration;
 use proxy_agent::monitor::MonitorError;
 use proxy_agent::node::Host;
-use proxy_agent::{agent, edge, flows, inspect, monitor, process};
+use proxy_agent::{agent, edge, explain, flows, inspect, monitor, process};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         Command::Flows(args) => print(|out| flows::print(&args, out)),
         Command::Monitor(args) => watch(&args),
         Command::Verify(args) => verify(&args),
+        Command::Explain(args) => print(|out| explain::print(&args, out)),
         Command::Cleanup { pins } => cleanup(&pins),
         Command::Completion { shell } => {
             let mut script = Vec::new();

@@ -167,6 +167,10 @@ fn print_all(
                 serde_json::to_writer(&mut *out, &view).map_err(io::Error::from)?;
                 writeln!(out)?;
             }
+            Output::Yaml => {
+                writeln!(out, "---")?;
+                write!(out, "{}", serde_saphyr::to_string(&view).map_err(io::Error::other)?)?;
+            }
             Output::Table => writeln!(out, "{view}")?,
         }
     }

@@ -19,7 +19,7 @@ use crate::cluster::ObjectKey;
 use crate::config::Config;
 use crate::drift::{Difference, differences};
 use crate::edge::settings::DetectLocal;
-use crate::inspect::{InspectError, json, table};
+use crate::inspect::{InspectError, print_data, table};
 use crate::knowledge::Knowledge;
 use crate::model::Model;
 use crate::node::watch_addresses;
@@ -151,8 +151,8 @@ impl Findings {
     ///
     /// [`InspectError`].
     pub fn print(&self, output: Output, out: &mut impl Write) -> Result<(), InspectError> {
-        if output == Output::Json {
-            return json(self, out);
+        if print_data(output, self, out)? {
+            return Ok(());
         }
         for (service, reasons) in &self.refused {
             writeln!(out, "Service {service} is not served: {}", reasons.join("; "))?;

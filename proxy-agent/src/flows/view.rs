@@ -13,12 +13,12 @@ use proxy_common::datapath::edge::timeouts::{closed, expired};
 use serde::Serialize;
 
 use super::now;
-use crate::args::{FlowsArgs, Output};
+use crate::args::FlowsArgs;
 use crate::bpf::flow_maps::FlowMaps;
 use crate::bpf::maps::KernelMaps;
 use crate::bpf::pins::PinDir;
 use crate::desired::PortKey;
-use crate::inspect::{InspectError, json, table};
+use crate::inspect::{InspectError, print_data, table};
 use crate::model::{Model, Port};
 use crate::proto_name;
 
@@ -65,8 +65,8 @@ pub fn print(args: &FlowsArgs, out: &mut impl Write) -> Result<(), InspectError>
     if let Some(service) = &args.service {
         views.retain(|view| view.service.as_ref() == Some(service));
     }
-    if args.inspect.output == Output::Json {
-        return json(&views, out);
+    if print_data(args.inspect.output, &views, out)? {
+        return Ok(());
     }
     let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     let rows = views.iter().map(|view| {

@@ -1,4 +1,5 @@
-//! The maps as ordered maps: what a plan does to them, and what the datapath then decides, without a kernel.
+//! The maps as ordered maps: what a plan does to them, and what the datapath then decides, without a kernel. Tests
+//! fill them by plans, [`crate::explain`] from the pinned maps.
 //!
 //! The simulator carries out the very operations that the kernel maps get ([`MapStore`]), and is looked at by the
 //! very code that the BPF programs are made of ([`Tables`]).
@@ -38,7 +39,8 @@ pub struct Simulator {
     pod_sources: BTreeSet<Prefix>,
     opt_out: BTreeSet<u64>,
     node_flags: u64,
-    affinity: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
+    /// `AFFINITY`.
+    pub clients: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
     streams: RefCell<BTreeMap<u32, StreamRecord>>,
     udp_flows: RefCell<BTreeMap<UdpFlowKey, UdpFlow>>,
     counters: RefCell<BTreeMap<Counter, u64>>,
@@ -60,6 +62,28 @@ pub struct Simulator {
 }
 
 impl Simulator {
+    /// Maps with these contents, and what `filter` says of each word of `FILTER`.
+    pub fn of(contents: &Contents, filter: &[u64]) -> Self {
+        fn array<T: Copy>(elements: &[T]) -> BTreeMap<u32, T> {
+            (0..).zip(elements.iter().copied()).collect()
+        }
+        Self {
+            names: contents.names.iter().copied().collect(),
+            filter: array(filter),
+            frontends: contents.frontends.iter().copied().collect(),
+            services: array(&contents.services),
+            slots: array(&contents.slots),
+            backends: array(&contents.backends),
+            local_addresses: contents.local_addresses.iter().copied().collect(),
+            source_ranges: contents.source_ranges.iter().copied().collect(),
+            service_cidrs: contents.service_cidrs.iter().copied().collect(),
+            pod_sources: contents.pod_sources.iter().copied().collect(),
+            opt_out: contents.opt_out.iter().copied().collect(),
+            node_flags: contents.node_flags,
+            ..Self::default()
+        }
+    }
+
     /// The contents as an agent would read them back. Arrays end at the last element ever written.
     pub fn contents(&self) -> Contents {
         fn array<T: Copy + Default>(elements: &BTreeMap<u32, T>) -> Vec<T> {
@@ -176,11 +200,11 @@ impl Tables for Simulator {
     }
 
     fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
-        self.affinity.borrow().get(key).copied()
+        self.clients.borrow().get(key).copied()
     }
 
     fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
-        self.affinity.borrow_mut().insert(*key, *value);
+        self.clients.borrow_mut().insert(*key, *value);
     }
 
     fn stream(&self, slot: u32) -> Option<StreamRecord> {

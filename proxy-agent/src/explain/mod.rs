@@ -1,0 +1,318 @@
+//! `proxy-agent explain`: what becomes of a connection, and why.
+//!
+//! [`explain`] is a pure function of the maps' contents: the datapath's own lookup and selection run on copies of the
+//! maps ([`crate::sim`]), once for each kind of client ([`clients`]). [`print`] reads the pinned maps and puts the
+//! result into words. It works while no agent runs.
+
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+
+use aya::maps::{HashMap, Map, MapData, MapError};
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
+use proxy_common::abi::frontend::flags::SOURCE_RANGES;
+use proxy_common::abi::{AffinityKey, AffinityValue, Device, FrontendKey, proto};
+use proxy_common::addr::Addr;
+use proxy_common::be::Be16;
+use proxy_common::datapath::edge::tables::EdgeTables as _;
+use proxy_common::datapath::lookup::{self, Target};
+use proxy_common::datapath::tables::Tables as _;
+use serde::Serialize;
+
+use crate::args::{ExplainArgs, Protocol};
+use crate::bpf::maps::{KernelMaps, OpenError};
+use crate::bpf::pins::PinDir;
+use crate::flows::now;
+use crate::inspect::{FrontendView, InspectError, endpoint, frontend_view, print_data, table};
+use crate::model::{Model, PortBackend};
+use crate::proto_name;
+use crate::sim::Simulator;
+
+pub mod question;
+
+pub mod clients;
+
+#[cfg(test)]
+mod tests;
+
+pub use clients::Answer;
+pub use question::Question;
+
+/// Whose the address is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Owner {
+    /// A Service port.
+    Frontend,
+    /// A clusterIP, but of no Service port with this number and protocol.
+    UnusedPort,
+    /// Of a ServiceCIDR, but no Service's.
+    InactiveAddress,
+    /// None of ours.
+    Other,
+}
+
+impl Owner {
+    const fn words(self) -> &'static str {
+        match self {
+            Self::Frontend => "a frontend",
+            Self::UnusedPort => "an unused port of a clusterIP",
+            Self::InactiveAddress => "an address of a ServiceCIDR that no Service has",
+            Self::Other => "no address of a Service: Vipr does not touch it",
+        }
+    }
+}
+
+/// Everything that is known about a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Explanation {
+    /// What was asked: `ADDRESS:PORT`.
+    pub target: SocketAddr,
+    /// TCP, UDP or SCTP.
+    pub protocol: &'static str,
+    /// The client's address, if one was given.
+    pub from: Option<IpAddr>,
+    /// Whose the address is.
+    pub owner: Owner,
+    /// The frontend that matches.
+    pub frontend: Option<FrontendView>,
+    /// The Service port behind it.
+    pub service: Option<ServiceView>,
+    /// What each kind of client is told.
+    pub clients: Vec<Answer>,
+}
+
+/// The Service port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceView {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// Port name; empty when unnamed.
+    pub port: String,
+    /// Index into `SERVICES`.
+    pub id: u32,
+    /// Session affinity timeout; 0 for none.
+    pub affinity_seconds: u32,
+    /// Who may use this frontend; empty where everybody may.
+    pub source_ranges: Vec<String>,
+    /// Whether the client is in those; none without a client, or without ranges.
+    pub client_in_source_ranges: Option<bool>,
+    /// Its endpoints, as far as the maps have them.
+    pub backends: Vec<BackendView>,
+}
+
+/// An endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BackendView {
+    /// Address and port.
+    pub endpoint: SocketAddr,
+    /// Whether it is in the cluster set: that of clients whose policy is Cluster.
+    pub in_cluster: bool,
+    /// Whether it is in the local set: that of clients whose policy is Local.
+    pub in_local: bool,
+    /// Whether its pod serves; if not, only UDP flows that are there already would notice.
+    pub serving: bool,
+    /// Whether it is on this node.
+    pub on_this_node: bool,
+    /// Why it is not in both sets.
+    pub reason: &'static str,
+}
+
+/// What becomes of the connection that `question` is about. `maps` holds `AFFINITY` of the client, `DEVICES` and the clock
+/// beside what the agent has written, of which `model` is the other reading.
+pub fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanation {
+    let Question { proto, addr, port, from } = *question;
+    let target = lookup::find(maps, &addr, port, proto);
+    let owner = match target {
+        Target::Frontend(_) => Owner::Frontend,
+        Target::UnusedPort => Owner::UnusedPort,
+        Target::InactiveAddress => Owner::InactiveAddress,
+        // Copies do not change under their reader.
+        Target::Other | Target::Retry => Owner::Other,
+    };
+    let mut explanation = Explanation {
+        target: SocketAddr::new(addr.to_ip(), port.get()),
+        protocol: proto_name(proto),
+        from: from.map(Addr::to_ip),
+        owner,
+        frontend: None,
+        service: None,
+        clients: Vec::new(),
+    };
+    let mut among = 0;
+    if let Target::Frontend(value) = target {
+        let exact = FrontendKey::exact(addr, port, proto);
+        let key = match maps.frontend(&exact) {
+            Some(_) => exact,
+            None => FrontendKey::node_port(addr.unspecified(), port, proto),
+        };
+        explanation.frontend = Some(frontend_view(&key, &value));
+        if let Some((key, port)) = model.ports.iter().find(|(_, port)| port.id == value.service) {
+            among = port.backends.len();
+            let ranges = || model.source_ranges_of(port.id);
+            let filtered = value.flags & SOURCE_RANGES != 0;
+            explanation.service = Some(ServiceView {
+                namespace: key.service.namespace.to_string(),
+                name: key.service.name.to_string(),
+                port: key.port_name.to_string(),
+                id: port.id,
+                affinity_seconds: port.service.affinity.seconds,
+                source_ranges: ranges().filter(|_| filtered).map(|range| range.to_string()).collect(),
+                client_in_source_ranges: from
+                    .filter(|_| filtered)
+                    .map(|from| maps.in_source_ranges(port.id, &from)),
+                backends: port.backends.iter().map(backend_view).collect(),
+            });
+        }
+    }
+    explanation.clients = clients::answers(maps, question, target, among);
+    explanation
+}
+
+fn backend_view(backend: &PortBackend) -> BackendView {
+    let has = |flag: u32| backend.state.flags & flag != 0;
+    let (in_cluster, in_local) = (has(IN_CLUSTER), has(IN_LOCAL));
+    let reason = match (in_cluster, in_local) {
+        (true, true) => "",
+        (true, false) => "not on this node",
+        (false, true) => "terminating while others are ready elsewhere, or hinted for others",
+        (false, false) => "for flows that it has only: not ready, or terminating, or hinted for others",
+    };
+    BackendView {
+        endpoint: endpoint(backend),
+        in_cluster,
+        in_local,
+        serving: has(SERVING),
+        on_this_node: has(ON_THIS_NODE),
+        reason,
+    }
+}
+
+/// `proxy-agent explain`.
+///
+/// # Errors
+///
+/// [`InspectError`].
+pub fn print(args: &ExplainArgs, out: &mut impl Write) -> Result<(), InspectError> {
+    let proto = match args.protocol {
+        Protocol::Tcp => proto::TCP,
+        Protocol::Udp => proto::UDP,
+        Protocol::Sctp => proto::SCTP,
+    };
+    let question = Question {
+        proto,
+        addr: args.target.ip().into(),
+        port: Be16::new(args.target.port()),
+        from: args.from.map(Addr::from),
+    };
+    if let Some(from) = question.from.filter(|from| from.family() != question.addr.family()) {
+        return Err(InspectError::Families { from: from.to_ip(), target: args.target });
+    }
+    let (maps, model) = read(&PinDir::new(&args.inspect.pins.pin_dir), &question)?;
+    let explanation = explain(&maps, &model, &question);
+    if print_data(args.inspect.output, &explanation, out)? {
+        return Ok(());
+    }
+    words(&explanation, out)
+}
+
+/// Copies of the pinned maps.
+fn read(pins: &PinDir, question: &Question) -> Result<(Simulator, Model), InspectError> {
+    let kernel = KernelMaps::open(pins, false)?;
+    let contents = kernel.contents()?;
+    let maps = Simulator::of(&contents, &kernel.filter());
+    maps.host_netns.set(kernel.host_netns());
+    maps.clock.set(now());
+    let devices: HashMap<MapData, u32, Device> = open(pins, "DEVICES", Map::HashMap)?;
+    maps.edge.devices.replace(devices.iter().collect::<Result<_, _>>()?);
+
+    let model = Model::restore(kernel.capacity(), &contents);
+    let affinity: HashMap<MapData, AffinityKey, AffinityValue> = open(pins, "AFFINITY", Map::LruHashMap)?;
+    if let Target::Frontend(value) = lookup::find(&maps, &question.addr, question.port, question.proto) {
+        for client in clients::identities(&maps, question) {
+            let key = AffinityKey { client, service: value.service };
+            match affinity.get(&key, 0) {
+                Ok(value) => drop(maps.clients.borrow_mut().insert(key, value)),
+                Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok((maps, model))
+}
+
+fn open<K: aya::Pod, V: aya::Pod>(
+    pins: &PinDir,
+    name: &str,
+    kind: fn(MapData) -> Map,
+) -> Result<HashMap<MapData, K, V>, OpenError> {
+    let path = pins.map(name);
+    let map = MapData::from_pin(&path).and_then(|map| HashMap::try_from(kind(map)));
+    map.map_err(|source| OpenError::Pin { path, source })
+}
+
+fn words(explanation: &Explanation, out: &mut impl Write) -> Result<(), InspectError> {
+    let Explanation { target, protocol, from, owner, frontend, service, clients } = explanation;
+    writeln!(out, "{target}/{protocol} is {}", owner.words())?;
+    if let Some(frontend) = frontend {
+        let flags = if frontend.flags.is_empty() { "none".to_owned() } else { frontend.flags.join(", ") };
+        writeln!(out, "frontend:  {} (flags: {flags})", frontend.name)?;
+    }
+    if let Some(service) = service {
+        let port = if service.port.is_empty() {
+            "unnamed port".to_owned()
+        } else {
+            format!("port {}", service.port)
+        };
+        writeln!(out, "service:   {}/{}, {port} (id {})", service.namespace, service.name, service.id)?;
+        match service.affinity_seconds {
+            0 => writeln!(out, "affinity:  none")?,
+            seconds => writeln!(out, "affinity:  by client, {seconds}s")?,
+        }
+        if !service.source_ranges.is_empty() {
+            let ranges = service.source_ranges.join(" ");
+            let client = match (from, service.client_in_source_ranges) {
+                (Some(from), Some(true)) => format!("; {from} is in them"),
+                (Some(from), _) => format!("; {from} is not in them"),
+                (None, _) => "; packets are judged by their source: ask with --from".to_owned(),
+            };
+            writeln!(out, "sources:   {ranges}{client}")?;
+        }
+        let yes = |set: bool| if set { "yes" } else { "-" }.to_owned();
+        writeln!(out, "backends:  {}", if service.backends.is_empty() { "none" } else { "" })?;
+        let rows = service.backends.iter().map(|backend| {
+            [
+                format!("  {}", backend.endpoint),
+                yes(backend.in_cluster),
+                yes(backend.in_local),
+                yes(backend.serving),
+                yes(backend.on_this_node),
+                backend.reason.to_owned(),
+            ]
+        });
+        if !service.backends.is_empty() {
+            table(["  ENDPOINT", "CLUSTER", "LOCAL", "SERVING", "HERE", "WHY"], rows, out)?;
+        }
+    }
+    writeln!(out, "clients:")?;
+    let rows = clients.iter().map(|answer| {
+        let mut backends: Vec<String> = answer.backends.iter().map(SocketAddr::to_string).collect();
+        if let Some(remembered) = answer.remembered {
+            backends = vec![format!("{remembered} (remembered)")];
+        }
+        let counter = answer.counter.filter(|_| !answer.reason.is_empty());
+        let why = counter.map_or(String::new(), |counter| format!("{} ({counter})", answer.reason));
+        let answer_and_why =
+            format!("{}{}{}", backends.join(" "), if why.is_empty() { "" } else { " " }, why);
+        [
+            format!("  {}", answer.client.words()),
+            answer.verdict.words().to_owned(),
+            answer_and_why.trim().to_owned(),
+        ]
+    });
+    table(["  CLIENT", "VERDICT", "BACKENDS OR REASON"], rows, out)
+}
