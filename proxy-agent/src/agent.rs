@@ -28,6 +28,7 @@ use crate::edge::settings::DetectLocal;
 use crate::edge::sources::Facts;
 use crate::edge::{self, Edge};
 use crate::events::{Event, Events};
+use crate::explain::reasons::{self, Asked, PortReasons};
 use crate::flows::{Counts, keep_collecting};
 use crate::health::check_ports::CheckPorts;
 use crate::health::checks::check;
@@ -163,6 +164,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let (tx, updates) = mpsc::channel(QUEUE);
     let mut source = tokio::spawn(run_source(config.clone(), server, tx));
     tracing::info!(node = %config.node_name, source = %config.source, cgroup = %config.cgroup.display(), "starting");
+    let (questions, asked) = mpsc::channel(1);
+    tokio::spawn(reasons::serve(reasons::socket(&config.state_file), questions));
     let file = config.file.clone();
     let mut agent = Agent::new(config, health, metrics, addresses, opt_out, events.clone());
 
@@ -172,7 +175,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
             tracing::info!("stopping; the dataplane stays in place");
             Ok(())
         }
-        ended = agent.follow(updates) => ended,
+        ended = agent.follow(updates, asked) => ended,
         error = cannot_serve(&mut servers) => {
             events.tell_and_wait(Event::cannot_serve(&error), LAST_WORD).await;
             Err(error.into())
@@ -340,7 +343,11 @@ impl Agent {
         }
     }
 
-    async fn follow(&mut self, mut updates: mpsc::Receiver<Update>) -> Result<(), AgentError> {
+    async fn follow(
+        &mut self,
+        mut updates: mpsc::Receiver<Update>,
+        mut asked: mpsc::Receiver<Asked>,
+    ) -> Result<(), AgentError> {
         let mut retry: Option<Instant> = None;
         loop {
             let retry_at = retry.map(tokio::time::Instant::from_std);
@@ -360,6 +367,11 @@ impl Agent {
                     self.take_opt_out();
                 }
                 failures = self.check_ports.failures() => self.report.check_ports(failures),
+                Some(asked) = asked.recv() => {
+                    // Who asks may have gone.
+                    let _ = asked.reply.send(self.reasons(&asked.service));
+                    continue;
+                }
                 Some(()) = grace_over(&mut self.waiting) => self.release(),
                 Some(()) = finished(&mut self.sweep) => self.sweep = None,
                 () = async { tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)).await },
@@ -666,6 +678,14 @@ impl Agent {
                 remote.get_or_insert(backend.addr);
             }
         }
+    }
+
+    /// What becomes of the endpoints of a Service, and why.
+    fn reasons(&self, key: &ObjectKey) -> Vec<PortReasons> {
+        let service = self.known.cluster.service(key);
+        let reasons =
+            |service| reasons::of_service(service, self.known.cluster.slices(key), &self.known.context);
+        service.map(reasons).unwrap_or_default()
     }
 
     /// Makes or takes over maps that are large enough, and loads the programs.

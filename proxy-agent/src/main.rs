@@ -153,8 +153,10 @@ fn cleanup(pins: &Pins) -> anyhow::Result<()> {
     dir.remove()?;
     drop(lock);
     let state = state_file(&pins.run_dir, &pins.pin_dir);
-    if state.exists() {
-        std::fs::remove_file(&state).with_context(|| state.display().to_string())?;
+    for file in [explain::reasons::socket(&state), state] {
+        if file.exists() {
+            std::fs::remove_file(&file).with_context(|| file.display().to_string())?;
+        }
     }
     Ok(())
 }

@@ -34,8 +34,8 @@ impl World {
                     "spec": { "cidrs": ["10.96.0.0/16"] }, "status": { "conditions": [{ "type": "Ready", "status": "True",
                     "reason": "", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z" }] } }),
         ];
-        let (ready, leaving) =
-            (json!({ "ready": true }), json!({ "ready": false, "serving": true, "terminating": true }));
+        let (ready, unready) = (json!({ "ready": true }), json!({ "ready": false, "serving": false }));
+        let leaving = json!({ "ready": false, "serving": true, "terminating": true });
         for (name, number, spec, endpoints) in [
             (
                 "cart",
@@ -53,7 +53,7 @@ impl World {
                 vec![("L1", &ready)],
             ),
             ("leaving", 60, json!({}), vec![("L2", &leaving)]),
-            ("mixed", 70, json!({}), vec![("L1", &ready), ("L2", &leaving)]),
+            ("mixed", 70, json!({}), vec![("L1", &ready), ("L2", &leaving), ("R1", &unready)]),
         ] {
             let ip = format!("10.96.0.{number}");
             let mut spec = spec;
@@ -121,10 +121,9 @@ impl World {
         let answer = clients.iter().find(says).with_context(|| format!("no verdict: {explanation}"))?;
         let verdict = answer["verdict"].as_str().unwrap_or_default().to_owned();
         let one = |endpoint: &Value| endpoint.as_str().and_then(server_of);
-        let servers = match &answer["remembered"] {
-            Value::Null => answer["backends"].as_array().into_iter().flatten().filter_map(one).collect(),
-            remembered => one(remembered).into_iter().collect(),
-        };
+        let remembered = one(&answer["remembered"]);
+        let backends = answer["backends"].as_array().into_iter().flatten();
+        let servers = remembered.map_or_else(|| backends.filter_map(one).collect(), |one| [one].into());
         Ok((verdict, servers))
     }
 
@@ -225,6 +224,38 @@ fn who_is_remembered_is_told() -> Result<()> {
         assert_eq!(seen.1.len(), 1, "{client}: {seen:?}");
         assert_eq!(world.said(&address, "tcp", target)?, seen, "{client}");
     }
+    Ok(())
+}
+
+/// Its endpoints with the reasons, and whether an agent has told them.
+fn reasons(world: &World) -> Result<(bool, Vec<(String, String)>)> {
+    let explanation = world.agent.tool("explain", &["tcp", "10.96.0.70:80"])?;
+    let service = &explanation["service"];
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let backends = service["backends"].as_array().context("backends")?;
+    let reasons = backends.iter().map(|one| (text(&one["endpoint"]), text(&one["reason"]))).collect();
+    Ok((service["agentAnswered"] == true, reasons))
+}
+
+#[test]
+fn an_agent_tells_why_an_endpoint_is_out() -> Result<()> {
+    let mut world = World::new()?;
+    let (answered, told) = reasons(&world)?;
+    let told: Vec<(&str, &str)> = told.iter().map(|(one, why)| (one.as_str(), why.as_str())).collect();
+    assert!(answered);
+    assert_eq!(
+        told,
+        [
+            ("10.64.1.11:8080", ""),
+            ("10.64.1.12:8080", "terminating while others are ready"),
+            ("10.64.2.21:8080", "not ready; not on this node"),
+        ]
+    );
+    world.agent.kill9()?;
+    let (answered, told) = reasons(&world)?;
+    assert!(!answered, "its socket is still there, but nobody answers");
+    let endpoints: Vec<&str> = told.iter().map(|(one, _)| one.as_str()).collect();
+    assert_eq!(endpoints, ["10.64.1.11:8080", "10.64.1.12:8080"], "the maps hold what serves");
     Ok(())
 }
 

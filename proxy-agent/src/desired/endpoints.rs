@@ -19,45 +19,127 @@ pub(super) struct Endpoints {
 }
 
 /// What the endpoints of `port` in `slices` (all of one family) come to.
-///
-/// Both sets take the ready endpoints, and while there are none of those the ones that terminate but still serve.
-/// The two fall back independently, and only the cluster set heeds topology hints.
 pub(super) fn select<'a>(
     port: &ServicePort,
     slices: impl Iterator<Item = &'a Slice>,
     context: &Context,
 ) -> Endpoints {
-    let found = distinct(port, slices);
-    let endpoints = || found.iter().map(|entry| entry.endpoint);
-    let local = || endpoints().filter(|e| e.local);
-    let ready = |e: &Endpoint| e.ready;
-    let leaving = |e: &Endpoint| e.serving && e.terminating;
-
-    let any_ready = endpoints().any(ready);
-    let any_local_ready = local().any(ready);
-    let topology = Topology::choose(endpoints().filter(|e| e.ready), context);
-
-    let state = |e: &Endpoint| {
-        let in_cluster = if any_ready { e.ready && topology.keeps(e) } else { leaving(e) };
-        let in_local = e.local && if any_local_ready { e.ready } else { leaving(e) };
-        bit(in_cluster, flags::IN_CLUSTER)
-            | bit(in_local, flags::IN_LOCAL)
-            | bit(e.serving, flags::SERVING)
-            | bit(e.local, flags::ON_THIS_NODE)
-    };
-    let backends = found
+    let judged = judge(port, slices, context);
+    // Silence where another node could answer, a refusal where nobody can.
+    let anywhere = judged.iter().any(|standing| standing.ready || standing.is_leaving());
+    let backends = judged
         .iter()
-        .map(|entry| DesiredBackend {
-            addr: entry.endpoint.addr,
-            port: Be16::new(entry.port),
-            flags: state(entry.endpoint),
+        .map(|standing| DesiredBackend {
+            addr: standing.addr,
+            port: Be16::new(standing.port),
+            flags: bit(standing.cluster.is_ok(), flags::IN_CLUSTER)
+                | bit(standing.local.is_ok(), flags::IN_LOCAL)
+                | bit(standing.serving, flags::SERVING)
+                | bit(standing.on_this_node, flags::ON_THIS_NODE),
         })
         .filter(|backend| backend.flags & (flags::IN_CLUSTER | flags::IN_LOCAL | flags::SERVING) != 0)
         .collect();
-
-    // Silence where another node could answer, a refusal where nobody can.
-    let anywhere = any_ready || endpoints().any(leaving);
     Endpoints { backends, empty_local: if anywhere { SlotRange::DROP } else { SlotRange::REJECT } }
+}
+
+/// An endpoint of a Service port, and why it is in a set or not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Its address.
+    pub addr: Addr,
+    /// Its port.
+    pub port: u16,
+    /// Condition `ready`.
+    pub ready: bool,
+    /// Condition `serving`.
+    pub serving: bool,
+    /// Condition `terminating`.
+    pub terminating: bool,
+    /// Whether it is on this node.
+    pub on_this_node: bool,
+    /// Whether it is in the cluster set, or why not.
+    pub cluster: Result<(), Reason>,
+    /// Whether it is in the local set, or why not.
+    pub local: Result<(), Reason>,
+}
+
+impl Standing {
+    /// Used while no endpoint is ready.
+    const fn is_leaving(&self) -> bool {
+        self.serving && self.terminating
+    }
+}
+
+/// Why an endpoint is not in a set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// It is neither ready, nor does it terminate while it still serves.
+    NotReady,
+    /// It still serves while it terminates, but others are ready.
+    OthersReady,
+    /// It has terminated as far as clients are concerned.
+    ServesNoMore,
+    /// Topology hints keep it for other nodes.
+    HintedForNodes,
+    /// Topology hints keep it for other zones.
+    HintedForZones,
+    /// The set is that of this node.
+    NotOnThisNode,
+}
+
+impl Reason {
+    /// In words.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::NotReady => "not ready",
+            Self::OthersReady => "terminating while others are ready",
+            Self::ServesNoMore => "terminating and no longer serving",
+            Self::HintedForNodes => "topology hints keep it for other nodes",
+            Self::HintedForZones => "topology hints keep it for other zones",
+            Self::NotOnThisNode => "not on this node",
+        }
+    }
+}
+
+/// Every endpoint of `port` in `slices` (all of one family), by address and port.
+///
+/// Both sets take the ready endpoints, and while there are none of those the ones that terminate but still serve.
+/// The two fall back independently, and only the cluster set heeds topology hints.
+pub(super) fn judge<'a>(
+    port: &ServicePort,
+    slices: impl Iterator<Item = &'a Slice>,
+    context: &Context,
+) -> Vec<Standing> {
+    let found = distinct(port, slices);
+    let ready = || found.iter().map(|entry| entry.endpoint).filter(|endpoint| endpoint.ready);
+    let any_ready = ready().next().is_some();
+    let any_local_ready = ready().any(|endpoint| endpoint.local);
+    let topology = Topology::choose(ready(), context);
+
+    let standing = |entry: &Entry<'_>| {
+        let &Entry { endpoint, port } = entry;
+        let &Endpoint { addr, ready, serving, terminating, local, .. } = endpoint;
+        let fit = |others_ready: bool| match (ready, terminating, serving) {
+            (true, ..) => Ok(()),
+            (false, true, true) if !others_ready => Ok(()),
+            (false, true, true) => Err(Reason::OthersReady),
+            (false, true, false) => Err(Reason::ServesNoMore),
+            (false, false, _) => Err(Reason::NotReady),
+        };
+        let hinted = if ready { topology.judge(endpoint) } else { Ok(()) };
+        let here = if local { Ok(()) } else { Err(Reason::NotOnThisNode) };
+        Standing {
+            addr,
+            port,
+            ready,
+            serving,
+            terminating,
+            on_this_node: local,
+            cluster: fit(any_ready).and(hinted),
+            local: here.and_then(|()| fit(any_local_ready)),
+        }
+    };
+    found.iter().map(standing).collect()
 }
 
 const fn bit(set: bool, bit: u32) -> u32 {
@@ -126,12 +208,13 @@ impl<'c> Topology<'c> {
         }
     }
 
-    fn keeps(&self, endpoint: &Endpoint) -> bool {
-        match self {
-            Self::Everywhere => true,
-            Self::Node(name) => is_hinted_for(node_hints(endpoint), name),
-            Self::Zone(zone) => is_hinted_for(zone_hints(endpoint), zone),
-        }
+    fn judge(&self, endpoint: &Endpoint) -> Result<(), Reason> {
+        let (kept, reason) = match self {
+            Self::Everywhere => return Ok(()),
+            Self::Node(name) => (is_hinted_for(node_hints(endpoint), name), Reason::HintedForNodes),
+            Self::Zone(zone) => (is_hinted_for(zone_hints(endpoint), zone), Reason::HintedForZones),
+        };
+        if kept { Ok(()) } else { Err(reason) }
     }
 }
 

@@ -21,6 +21,8 @@ mod endpoints;
 #[cfg(test)]
 mod tests;
 
+pub use endpoints::{Reason, Standing};
+
 /// A Service port in one family: the unit that gets an id in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PortKey {
@@ -136,6 +138,19 @@ pub fn desired_service<'a>(
     }
     ports.sort_unstable_by(|a, b| a.key.cmp(&b.key));
     DesiredService { ports, problems }
+}
+
+/// Every endpoint of a Service port, with the reasons for what [`desired_service`] makes of it. Empty for a port that the
+/// Service does not have.
+pub fn standings<'a>(
+    service: &Service,
+    slices: impl Iterator<Item = &'a Slice>,
+    key: &PortKey,
+    context: &Context,
+) -> Vec<Standing> {
+    let port = service.ports.iter().find(|port| port.name == key.port_name && port.proto == key.proto);
+    let of_family = slices.filter(|slice| slice.family == key.family);
+    port.map_or_else(Vec::new, |port| endpoints::judge(port, of_family, context))
 }
 
 /// The ports that do not contradict an earlier one, each with the nodePort that it may have (0 for none). The API

@@ -2,7 +2,7 @@
 //!
 //! [`explain`] is a pure function of the maps' contents: the datapath's own lookup and selection run on copies of the
 //! maps ([`crate::sim`]), once for each kind of client ([`clients`]). [`print`] reads the pinned maps and puts the
-//! result into words. It works while no agent runs.
+//! result into words. It works while no agent runs; one that runs adds what the maps do not hold ([`reasons`]).
 
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
@@ -18,9 +18,10 @@ use proxy_common::datapath::lookup::{self, Target};
 use proxy_common::datapath::tables::Tables as _;
 use serde::Serialize;
 
-use crate::args::{ExplainArgs, Protocol};
+use crate::args::{ExplainArgs, Pins, Protocol};
 use crate::bpf::maps::{KernelMaps, OpenError};
 use crate::bpf::pins::PinDir;
+use crate::config::state_file;
 use crate::flows::now;
 use crate::inspect::{FrontendView, InspectError, endpoint, frontend_view, print_data, table};
 use crate::model::{Model, PortBackend};
@@ -31,11 +32,15 @@ pub mod question;
 
 pub mod clients;
 
+pub mod reasons;
+
 #[cfg(test)]
 mod tests;
 
 pub use clients::Answer;
 pub use question::Question;
+
+use reasons::EndpointReasons;
 
 /// Whose the address is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -100,7 +105,9 @@ pub struct ServiceView {
     pub source_ranges: Vec<String>,
     /// Whether the client is in those; none without a client, or without ranges.
     pub client_in_source_ranges: Option<bool>,
-    /// Its endpoints, as far as the maps have them.
+    /// Whether an agent has answered: without one, endpoints that do not serve are missing, and reasons are general.
+    pub agent_answered: bool,
+    /// Its endpoints.
     pub backends: Vec<BackendView>,
 }
 
@@ -119,7 +126,34 @@ pub struct BackendView {
     /// Whether it is on this node.
     pub on_this_node: bool,
     /// Why it is not in both sets.
-    pub reason: &'static str,
+    pub reason: String,
+}
+
+impl ServiceView {
+    /// Adds what the agent knows of the endpoints.
+    pub fn learn(&mut self, endpoints: &[EndpointReasons]) {
+        self.agent_answered = true;
+        for known in endpoints {
+            let reason = match (&known.not_in_cluster, &known.not_in_local) {
+                (None, None) => String::new(),
+                (Some(why), None) | (None, Some(why)) => why.clone(),
+                (Some(cluster), Some(local)) if cluster == local => cluster.clone(),
+                (Some(cluster), Some(local)) => format!("{cluster}; {local}"),
+            };
+            match self.backends.iter_mut().find(|backend| backend.endpoint == known.endpoint) {
+                Some(backend) => backend.reason = reason,
+                None => self.backends.push(BackendView {
+                    endpoint: known.endpoint,
+                    in_cluster: false,
+                    in_local: false,
+                    serving: known.serving,
+                    on_this_node: known.on_this_node,
+                    reason,
+                }),
+            }
+        }
+        self.backends.sort_by_key(|backend| backend.endpoint);
+    }
 }
 
 /// What becomes of the connection that `question` is about. `maps` holds `AFFINITY` of the client, `DEVICES` and the clock
@@ -165,6 +199,7 @@ pub fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanat
                 client_in_source_ranges: from
                     .filter(|_| filtered)
                     .map(|from| maps.in_source_ranges(port.id, &from)),
+                agent_answered: false,
                 backends: port.backends.iter().map(backend_view).collect(),
             });
         }
@@ -188,7 +223,7 @@ fn backend_view(backend: &PortBackend) -> BackendView {
         in_local,
         serving: has(SERVING),
         on_this_node: has(ON_THIS_NODE),
-        reason,
+        reason: reason.to_owned(),
     }
 }
 
@@ -213,7 +248,16 @@ pub fn print(args: &ExplainArgs, out: &mut impl Write) -> Result<(), InspectErro
         return Err(InspectError::Families { from: from.to_ip(), target: args.target });
     }
     let (maps, model) = read(&PinDir::new(&args.inspect.pins.pin_dir), &question)?;
-    let explanation = explain(&maps, &model, &question);
+    let mut explanation = explain(&maps, &model, &question);
+    if let Some(view) = &mut explanation.service
+        && let Some(key) = model.ports.iter().find(|(_, port)| port.id == view.id).map(|(key, _)| key)
+    {
+        let Pins { pin_dir, run_dir } = &args.inspect.pins;
+        let answer = reasons::ask(&reasons::socket(&state_file(run_dir, pin_dir)), &key.service);
+        if let Some(port) = answer.iter().flatten().find(|port| port.is_of(key)) {
+            view.learn(&port.endpoints);
+        }
+    }
     if print_data(args.inspect.output, &explanation, out)? {
         return Ok(());
     }
@@ -291,11 +335,14 @@ fn words(explanation: &Explanation, out: &mut impl Write) -> Result<(), InspectE
                 yes(backend.in_local),
                 yes(backend.serving),
                 yes(backend.on_this_node),
-                backend.reason.to_owned(),
+                backend.reason.clone(),
             ]
         });
         if !service.backends.is_empty() {
             table(["  ENDPOINT", "CLUSTER", "LOCAL", "SERVING", "HERE", "WHY"], rows, out)?;
+        }
+        if !service.agent_answered {
+            writeln!(out, "  (no agent answers: endpoints that do not serve are not known)")?;
         }
     }
     writeln!(out, "clients:")?;

@@ -324,3 +324,50 @@ fn every_output_says_the_same() {
         assert!(text.contains(part), "{part:?} is not in\n{text}");
     }
 }
+
+#[test]
+fn an_agent_answers_at_its_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = reasons::socket(&dir.path().join("run/state.json"));
+    let known = EndpointReasons {
+        endpoint: "10.64.0.9:8080".parse().unwrap(),
+        serving: false,
+        on_this_node: true,
+        not_in_cluster: Some("not ready".to_owned()),
+        not_in_local: Some("not ready".to_owned()),
+    };
+    let port = reasons::PortReasons {
+        port: "web".to_owned(),
+        proto: TCP,
+        family: "IPv4".to_owned(),
+        endpoints: vec![known],
+    };
+    let cart = ObjectKey::new("shop", "cart");
+    assert!(reasons::ask(&path, &cart).is_err(), "nobody there");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let answers = runtime.block_on(async {
+        let (questions, mut asked) = tokio::sync::mpsc::channel::<reasons::Asked>(1);
+        tokio::spawn(reasons::serve(path.clone(), questions));
+        let wanted = [cart.clone(), ObjectKey::new("shop", "other")];
+        let client = tokio::task::spawn_blocking(move || {
+            while !path.exists() {
+                std::thread::yield_now();
+            }
+            wanted.map(|service| reasons::ask(&path, &service).unwrap())
+        });
+        for _ in 0..2 {
+            let asked = asked.recv().await.unwrap();
+            let answer = if asked.service == cart { vec![port.clone()] } else { Vec::new() };
+            asked.reply.send(answer).unwrap();
+        }
+        client.await.unwrap()
+    });
+    assert_eq!(answers, [vec![port.clone()], Vec::new()]);
+
+    // What it says is added to what the maps hold.
+    let mut service = ask(&maps(&contents()), TCP, "10.96.0.10:80", "").service.unwrap();
+    service.learn(&port.endpoints);
+    let last = service.backends.last().unwrap();
+    assert_eq!((last.endpoint.to_string().as_str(), last.reason.as_str()), ("10.64.0.9:8080", "not ready"));
+    assert!(service.agent_answered && service.backends.len() == 5);
+}

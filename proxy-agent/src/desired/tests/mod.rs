@@ -21,6 +21,7 @@ use crate::cluster::{
 
 mod frontends;
 mod properties;
+mod reasons;
 mod sets;
 
 const ENDPOINTS: [(&str, &str, bool); 5] = [
