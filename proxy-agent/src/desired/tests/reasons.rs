@@ -3,9 +3,12 @@
 use super::*;
 use crate::desired::{Reason, standings};
 
+/// In a set, or why not.
+type Judged = Result<(), Reason>;
+
 /// Each endpoint of a world with its reasons, cluster set first.
 #[track_caller]
-fn check(world: &World, want: &[(&str, Result<(), Reason>, Result<(), Reason>)]) {
+fn check(world: &World, want: &[(&str, Judged, Judged)]) {
     let desired = world.desired();
     let found = standings(&world.service, world.slices.iter(), &desired.ports[0].key, &world.context);
     let told: Vec<_> = found
