@@ -1,7 +1,7 @@
 //! `proxy-agent explain`: what becomes of a connection, and why.
 //!
 //! [`explain`] is a pure function of the maps' contents: the datapath's own lookup and selection run on copies of the
-//! maps ([`crate::sim`]), once for each kind of client ([`clients`]). [`print`] reads the pinned maps and puts the
+//! maps ([`crate::sim`]), once for each kind of client ([`clients`]). [`print()`] reads the pinned maps and puts the
 //! result into words. It works while no agent runs; one that runs adds what the maps do not hold ([`reasons`]).
 
 use std::io::Write;
