@@ -79,6 +79,8 @@ pub struct Explanation {
     pub from: Option<IpAddr>,
     /// Whose the address is.
     pub owner: Owner,
+    /// What else a user may have meant.
+    pub note: Option<String>,
     /// The frontend that matches.
     pub frontend: Option<FrontendView>,
     /// The Service port behind it.
@@ -173,6 +175,7 @@ pub fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanat
         protocol: proto_name(proto),
         from: from.map(Addr::to_ip),
         owner,
+        note: note(maps, model, question, owner),
         frontend: None,
         service: None,
         clients: Vec::new(),
@@ -206,6 +209,25 @@ pub fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanat
     }
     explanation.clients = clients::answers(maps, question, target, among);
     explanation
+}
+
+/// The ports that a clusterIP has, when another is asked for; or that the port is a nodePort, on other addresses.
+fn note(maps: &Simulator, model: &Model, question: &Question, owner: Owner) -> Option<String> {
+    let Question { proto, addr, port, .. } = *question;
+    match owner {
+        Owner::UnusedPort => {
+            let exact = model.frontends.keys().filter(|key| key.addr == addr && key.port != Be16::default());
+            let ports = exact.map(|key| format!("{}/{}", key.port.get(), proto_name(key.proto)));
+            Some(format!("it has {}", ports.collect::<Vec<_>>().join(" ")))
+        }
+        Owner::Other => {
+            let node_port = maps.frontend(&FrontendKey::node_port(addr.unspecified(), port, proto));
+            node_port.map(|_| {
+                format!("{} is a nodePort, but not on this address: --nodeport-addresses decides", port.get())
+            })
+        }
+        Owner::Frontend | Owner::InactiveAddress => None,
+    }
 }
 
 fn backend_view(backend: &PortBackend) -> BackendView {
@@ -300,8 +322,11 @@ fn open<K: aya::Pod, V: aya::Pod>(
 }
 
 fn words(explanation: &Explanation, out: &mut impl Write) -> Result<(), InspectError> {
-    let Explanation { target, protocol, from, owner, frontend, service, clients } = explanation;
+    let Explanation { target, protocol, from, owner, note, frontend, service, clients } = explanation;
     writeln!(out, "{target}/{protocol} is {}", owner.words())?;
+    if let Some(note) = note {
+        writeln!(out, "note:      {note}")?;
+    }
     if let Some(frontend) = frontend {
         let flags = if frontend.flags.is_empty() { "none".to_owned() } else { frontend.flags.join(", ") };
         writeln!(out, "frontend:  {} (flags: {flags})", frontend.name)?;

@@ -193,6 +193,21 @@ fn what_is_no_frontend() {
 }
 
 #[test]
+fn what_may_have_been_meant() {
+    for (target, note) in [
+        ("10.96.0.10:81", Some("it has 80/TCP")),
+        (
+            "198.51.100.1:30080",
+            Some("30080 is a nodePort, but not on this address: --nodeport-addresses decides"),
+        ),
+        ("192.0.2.10:30080", None),
+        ("198.51.100.1:80", None),
+    ] {
+        assert_eq!(ask(&maps(&contents()), TCP, target, "").note.as_deref(), note, "{target}");
+    }
+}
+
+#[test]
 fn without_endpoints() {
     let refused = |client: &str| format!("{client} Refused reject_no_endpoint");
     let want: Vec<String> = ["Host", "Pod", "PodPackets", "Outside"].map(refused).into();
