@@ -157,7 +157,9 @@ impl Report {
         {
             self.events.tell(match teller {
                 Teller::CheckPorts => Event::check_port_failed(service, note),
-                _ => Event::problem(service, note),
+                Teller::Source | Teller::Programming | Teller::Devices | Teller::OptOut => {
+                    Event::problem(service, note)
+                }
             });
         }
         let object = object.clone();
