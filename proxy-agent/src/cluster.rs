@@ -246,7 +246,8 @@ pub enum Scope {
 #[derive(Debug, Default)]
 pub struct Cluster {
     services: BTreeMap<ObjectKey, Service>,
-    slices: BTreeMap<ObjectKey, BTreeMap<Arc<str>, Slice>>,
+    /// Those of each Service, by name. A Service has one or two: a map of them would take ten times the memory.
+    slices: BTreeMap<ObjectKey, Vec<Slice>>,
     owner: BTreeMap<ObjectKey, ObjectKey>,
     node: Node,
     service_cidrs: BTreeMap<Arc<str>, Vec<Prefix>>,
@@ -312,17 +313,21 @@ impl Cluster {
     }
 
     fn put_slice(&mut self, slice: Slice) -> Scope {
-        let of_service = self.slices.entry(slice.service.clone()).or_default();
-        if of_service.get(&slice.key.name) == Some(&slice) {
-            return Scope::Nothing;
+        let (key, owner) = (slice.key.clone(), slice.service.clone());
+        let of_service = self.slices.entry(owner.clone()).or_default();
+        match of_service.binary_search_by(|other| other.key.name.cmp(&key.name)) {
+            Ok(place) if of_service[place] == slice => return Scope::Nothing,
+            Ok(place) => of_service[place] = slice,
+            Err(place) => {
+                of_service.reserve_exact(1);
+                of_service.insert(place, slice);
+            }
         }
-        let owner = slice.service.clone();
-        of_service.insert(Arc::clone(&slice.key.name), slice.clone());
         self.dirty.insert(owner.clone());
-        if let Some(before) = self.owner.insert(slice.key.clone(), owner.clone())
+        if let Some(before) = self.owner.insert(key.clone(), owner.clone())
             && before != owner
         {
-            self.forget(&slice.key, &before);
+            self.forget(&key, &before);
         }
         Scope::Service
     }
@@ -335,7 +340,7 @@ impl Cluster {
 
     fn forget(&mut self, slice: &ObjectKey, owner: &ObjectKey) {
         if let Some(of_service) = self.slices.get_mut(owner) {
-            of_service.remove(&slice.name);
+            of_service.retain(|other| other.key.name != slice.name);
             if of_service.is_empty() {
                 self.slices.remove(owner);
             }
@@ -371,7 +376,7 @@ impl Cluster {
 
     /// The slices of a Service, by name.
     pub fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &Slice> + Clone {
-        self.slices.get(service).into_iter().flat_map(BTreeMap::values)
+        self.slices.get(service).into_iter().flatten()
     }
 
     /// This node.

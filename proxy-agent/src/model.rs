@@ -112,8 +112,8 @@ impl Freed {
 pub struct Model {
     /// Service ports, by name.
     pub ports: BTreeMap<Arc<PortKey>, Port>,
-    /// Who claims which frontend.
-    pub claims: BTreeMap<FrontendKey, BTreeSet<Claim>>,
+    /// Who claims which frontend, the winner first.
+    pub claims: BTreeMap<FrontendKey, Vec<Claim>>,
     /// `FRONTENDS`.
     pub frontends: BTreeMap<FrontendKey, FrontendValue>,
     /// `SOURCE_RANGES`: service ids with their prefixes.

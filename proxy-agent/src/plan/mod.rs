@@ -320,7 +320,12 @@ fn claim(
     }
     for (frontend, _) in frontends {
         let claim = Claim { created, port: Arc::clone(key) };
-        model.claims.entry(*frontend).or_default().insert(claim);
+        let claims = model.claims.entry(*frontend).or_default();
+        if let Err(place) = claims.binary_search(&claim) {
+            // Hardly ever is there a second one.
+            claims.reserve_exact(1);
+            claims.insert(place, claim);
+        }
         touched.insert(*frontend);
     }
 }
