@@ -60,7 +60,7 @@ fn without_rights(world: &World, wrapper: &[&str]) -> Result<String> {
 fn missing_capabilities() -> Result<()> {
     let world = World::new(&[KUBIA])?;
     let root = without_rights(&world, &["--bounding-set=-all", "--inh-caps=-all"])?;
-    says(&root, &["run as root", "CAP_BPF", "CAP_NET_ADMIN", "CAP_SYS_ADMIN"])?;
+    says(&root, &["run as root", "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"])?;
     // Everything of an ordinary user is refused, the pin directory first.
     let mut executable = world.host().command("setpriv");
     executable

@@ -4,6 +4,7 @@
 //! has been programmed is read from the pinned maps, not asked of the agent.
 
 mod changes;
+mod connections;
 mod process;
 mod start;
 mod view;
@@ -36,7 +37,7 @@ const MIB: f64 = (1 << 20) as f64;
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Options {
     /// Clusters: Services x endpoints of each.
-    #[arg(long, value_delimiter = ',', default_value = "100x10,1000x250,10000x10")]
+    #[arg(long, value_delimiter = ',', default_value = "100x10,1000x250,10000x10,10000x25")]
     worlds: Vec<World>,
     /// Cold starts in each world.
     #[arg(long, default_value_t = 3)]
@@ -44,9 +45,9 @@ pub(crate) struct Options {
     /// Single changes of an endpoint.
     #[arg(long, default_value_t = 500)]
     changes: usize,
-    /// New Services.
-    #[arg(long, default_value_t = 100)]
-    new_services: usize,
+    /// New Services, and moves of an endpoint that a client looks for.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u8).range(2..=200))]
+    new_services: u8,
     /// Services that change at once, at most.
     #[arg(long, default_value_t = 1000)]
     burst: usize,
@@ -120,9 +121,17 @@ fn in_world(world: World, options: &Options, agent_cpu: usize, report: &mut Repo
             .samples(burst.len())
             .detail("Services", options.burst.min(world.services) as f64),
     );
-    let new = changes::new_services(&api, &view, world, options.new_services)?;
+    let new_services = usize::from(options.new_services);
+    let new = changes::new_services(&api, &view, world, new_services)?;
     figures.push(latency("new Service: p50", &name, &new, 0.5));
     progress(format_args!("{world}: {} changes", single.len() + new.len()));
+    connections::prepare(&lab, node, &api)?;
+    let moved = connections::moved_endpoints(node, &api, new_services)?;
+    figures.push(latency("write to connection: p50", &name, &moved, 0.5).bar(Bar::AtMost(5.0)));
+    let appeared = connections::new_services(node, &api, new_services)?;
+    figures
+        .push(latency("write to connection, new Service: p50", &name, &appeared, 0.5).bar(Bar::AtMost(10.0)));
+    progress(format_args!("{world}: {} changes that clients looked for", moved.len() + appeared.len()));
 
     restart(node, &mut agent, &api, world, agent_cpu, figures)
 }
