@@ -155,7 +155,7 @@ fn cold_starts(starts: &[Start], world: World, report: &mut Report) {
             .detail("system s", of(&|start| start.cpu.system.as_secs_f64())),
         figure("peak RssAnon", "MiB", &|start| start.anonymous as f64 / MIB)
             .detail("VmHWM MiB", of(&|start| start.high_water as f64 / MIB))
-            .bar(Bar::AtMost(80.0)),
+            .bar(Bar::AtMost(if world.services * world.endpoints <= 100_000 { 60.0 } else { 120.0 })),
     ]);
     match starts.iter().map(|start| start.syscalls.as_ref()).collect::<Result<Vec<_>, _>>() {
         Ok(counts) => {
