@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use proxy_common::abi::ABI_VERSION;
 use proxy_tests::apiserver::{ApiServer, Cut, Resource};
 use proxy_tests::lab::Agent;
 use proxy_tests::scenarios::{Loops, NODE, World, endpoint, served};
 use serde_json::{Value, json};
 
+use super::drift::verify_with;
 use super::{KUBIA, KUBIA_VIP, numbers};
 
 const READY: &str = "s13-readiness.yaml";
@@ -88,8 +89,10 @@ fn a_directory_and_the_api_make_the_same_maps() -> Result<()> {
     world.take_agent(NODE)?.terminate()?;
     world.command(NODE, "cleanup")?.text()?;
 
-    let (_server, agent) = cluster(&world)?;
+    let (server, agent) = cluster(&world)?;
     world.adopt(NODE, agent).start_ready()?;
+    let kubeconfig = world.dir().join("kubeconfig");
+    assert_eq!(verify_with(&world, "--kubeconfig", &kubeconfig)?, []);
     let from_api = (numbers(&world, NODE)?, dumps(&world)?);
     assert_eq!(from_api.0, from_files.0);
     for (map, elements) in &from_files.1 {
@@ -99,6 +102,14 @@ fn a_directory_and_the_api_make_the_same_maps() -> Result<()> {
         assert!(used.count() > 0, "{map} is empty");
         assert!(from_api.1[map] == *elements, "{map} differs");
     }
+
+    // What the server has and no agent has programmed.
+    world.take_agent(NODE)?.kill9()?;
+    for slice in server.list(Resource::EndpointSlices) {
+        server.delete(&slice)?;
+    }
+    let found = verify_with(&world, "--kubeconfig", &kubeconfig)?;
+    ensure!(found.iter().any(|(map, _)| map == "SERVICES"), "{found:?}");
     Ok(())
 }
 

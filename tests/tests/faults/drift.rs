@@ -1,5 +1,6 @@
 //! Somebody else writes to the maps: `verify` names it, and the agent puts it right.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -21,10 +22,15 @@ fn world() -> Result<World> {
 
 /// What `verify` finds: the maps and objects of the differences. It ends with 1 if there are any.
 fn verify(world: &World) -> Result<Vec<(String, String)>> {
+    verify_with(world, "--manifests", world.manifests().dir())
+}
+
+/// The same, with another source.
+pub(super) fn verify_with(world: &World, flag: &str, source: &Path) -> Result<Vec<(String, String)>> {
     let node = world.lab().node(NODE);
     let mut command = world.command(NODE, "verify")?;
     command.args(["-o", "json", "--hostname-override", NODE, "--cluster-cidr", node.cluster_cidr()]);
-    command.arg("--manifests").arg(world.manifests().dir());
+    command.arg(flag).arg(source);
     let output = command.output()?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let found: Value = serde_json::from_slice(&output.stdout).with_context(|| said.clone())?;
