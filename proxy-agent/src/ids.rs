@@ -58,19 +58,20 @@ impl IdPool {
 pub struct SlotPool {
     by_base: BTreeMap<u32, u32>,
     by_len: BTreeSet<(u32, u32)>,
+    available: u32,
 }
 
 impl SlotPool {
     /// All of `1..capacity` free.
     pub fn new(capacity: u32) -> Self {
-        let mut pool = Self { by_base: BTreeMap::new(), by_len: BTreeSet::new() };
+        let mut pool = Self { by_base: BTreeMap::new(), by_len: BTreeSet::new(), available: 0 };
         pool.insert(1, capacity.saturating_sub(1));
         pool
     }
 
     /// A pool in which the ranges of `used` are taken. Ranges that overlap or do not fit are `Err`.
     pub fn restore(capacity: u32, mut used: Vec<SlotRange>) -> Result<Self, SlotRange> {
-        let mut pool = Self { by_base: BTreeMap::new(), by_len: BTreeSet::new() };
+        let mut pool = Self { by_base: BTreeMap::new(), by_len: BTreeSet::new(), available: 0 };
         used.sort_by_key(|range| range.base);
         let mut next = 1;
         for range in used {
@@ -112,19 +113,21 @@ impl SlotPool {
 
     /// How many slots are free.
     pub fn available(&self) -> u32 {
-        self.by_base.values().sum()
+        self.available
     }
 
     fn insert(&mut self, base: u32, len: u32) {
         if len > 0 {
             self.by_base.insert(base, len);
             self.by_len.insert((len, base));
+            self.available += len;
         }
     }
 
     fn remove(&mut self, base: u32, len: u32) {
         self.by_base.remove(&base);
         self.by_len.remove(&(len, base));
+        self.available -= len;
     }
 }
 
@@ -174,6 +177,7 @@ mod tests {
                     held.push(range);
                 }
                 let restored = SlotPool::restore(1000, held.clone());
+                prop_assert_eq!(pool.available(), pool.by_base.values().sum::<u32>());
                 prop_assert_eq!(restored.map(|p| p.by_base), Ok(pool.by_base.clone()));
             }
             for range in held {

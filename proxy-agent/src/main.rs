@@ -71,6 +71,7 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     process::set_oom_score_adj(config.oom_score_adj);
+    process::share_one_heap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async { anyhow::Ok(agent::run(config, stop()?).await?) })
 }

@@ -235,6 +235,22 @@ impl Model {
         ranges.take_while(move |(id, _)| *id == service).map(|(_, prefix)| *prefix)
     }
 
+    /// Whether less than an eighth is left of a map whose size follows the cluster.
+    pub fn is_tight(&self) -> bool {
+        let left =
+            |capacity: u32, used: usize| capacity.saturating_sub(u32::try_from(used).unwrap_or(u32::MAX));
+        let Capacity { frontends, services, slots, backends, source_ranges } = self.capacity;
+        [
+            (frontends, left(frontends, self.frontends.len())),
+            (services, self.service_ids.available()),
+            (slots, self.slots.available()),
+            (backends, self.backend_ids.available()),
+            (source_ranges, left(source_ranges, self.source_ranges.len())),
+        ]
+        .iter()
+        .any(|(capacity, left)| *left < capacity / 8)
+    }
+
     /// Gives numbers back, after a grace period.
     pub fn release(&mut self, freed: Freed) {
         for (id, epoch) in freed.services {

@@ -153,6 +153,17 @@ pub struct Capacity {
     pub source_ranges: u32,
 }
 
+impl Capacity {
+    /// Whether nothing of this is larger than in `other`.
+    pub const fn fits_into(&self, other: Self) -> bool {
+        self.frontends <= other.frontends
+            && self.services <= other.services
+            && self.slots <= other.slots
+            && self.backends <= other.backends
+            && self.source_ranges <= other.source_ranges
+    }
+}
+
 /// What the maps hold, read back from them.
 #[derive(Clone, Debug, Default)]
 pub struct Contents {
@@ -178,4 +189,19 @@ pub struct Contents {
     pub opt_out: Vec<u64>,
     /// `NODE`: the flags.
     pub node_flags: u64,
+}
+
+impl Contents {
+    /// Writes each element of the maps whose size follows the cluster. In no order that anybody could be served in.
+    pub fn elements(&self) -> impl Iterator<Item = Op> {
+        let names = self.names.iter().map(|(id, name)| Op::Name(*id, Some(Box::new(*name))));
+        let used = |backend: &&Backend| **backend != Backend::default();
+        let backends = (0..).zip(&self.backends).filter(move |(_, backend)| used(backend));
+        let backends = backends.map(|(id, backend)| Op::Backend(id, *backend));
+        let services = (0..).zip(&self.services).map(|(id, service)| Op::Service(id, *service));
+        let ranges = self.source_ranges.iter().map(|(id, range)| Op::SourceRange(*id, *range, true));
+        let frontends = self.frontends.iter().map(|(key, value)| Op::Frontend(*key, Some(*value)));
+        let slots = [Op::Slots(0, self.slots.clone())];
+        names.chain(backends).chain(slots).chain(services).chain(ranges).chain(frontends)
+    }
 }

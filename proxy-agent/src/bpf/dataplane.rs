@@ -15,8 +15,8 @@ use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, Pro
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
-use super::maps::{KernelMaps, OpenError};
-use super::pins::{MAPS, PinDir, PinError};
+use super::maps::{GrowError, KernelMaps, OpenError};
+use super::pins::{Found, MAPS, PinDir, PinError};
 use super::sys;
 use crate::store::Capacity;
 
@@ -65,6 +65,9 @@ pub enum DataplaneError {
     /// The pinned maps.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// Maps that are too small cannot be copied into larger ones.
+    #[error("making maps larger: {0}")]
+    Grow(#[from] GrowError),
     /// Not allowed.
     #[error(
         "the kernel does not allow BPF here: {0}; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
@@ -81,6 +84,9 @@ pub enum DataplaneError {
         /// What aya or the verifier said.
         source: ProgramError,
     },
+    /// It has panicked, which has been printed.
+    #[error("loading the BPF programs: {0}")]
+    Panic(tokio::task::JoinError),
     /// A link could not be made, pinned or updated.
     #[error("attaching {program} to {cgroup}: {reason}")]
     Attach {
@@ -104,7 +110,7 @@ pub enum DataplaneError {
 /// How large the maps have to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Pinned maps below this are replaced.
+    /// Pinned maps below this are replaced by larger ones that hold the same.
     pub least: Capacity,
     /// New maps are made this large.
     pub want: Capacity,
@@ -126,7 +132,8 @@ pub struct Dataplane {
 }
 
 impl Dataplane {
-    /// Creates or takes over the maps and loads the programs. Nothing is attached yet.
+    /// Creates or takes over the maps, has them grow, and loads the programs. Nothing is attached yet: what is attached
+    /// serves on, from the maps as they were.
     ///
     /// # Errors
     ///
@@ -138,7 +145,8 @@ impl Dataplane {
         if let Err(errno) = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited) {
             tracing::debug!(%errno, "RLIMIT_MEMLOCK could not be raised");
         }
-        let resumed = pins.drop_unusable(|map| entries(map, sizes.least, 1))?;
+        let Found { resumed, too_small } = pins.drop_unusable(|map| entries(map, sizes.least, 1))?;
+        let larger = pins.with_larger(too_small.clone());
 
         let set_retval =
             is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false);
@@ -147,7 +155,7 @@ impl Dataplane {
         loader.btf(None).override_global("HAS_SET_RETVAL", &has_set_retval, true);
         let maps: Vec<(&str, PathBuf, u32)> = MAPS
             .iter()
-            .map(|spec| (spec.name, pins.map(spec.name), entries(spec.name, sizes.want, sizes.flows)))
+            .map(|spec| (spec.name, larger.map(spec.name), entries(spec.name, sizes.want, sizes.flows)))
             .collect();
         for (name, pin, entries) in &maps {
             // Zero: the object says how many.
@@ -171,7 +179,12 @@ impl Dataplane {
         }
         #[cfg(feature = "debug-log")]
         super::debug_log::follow(&mut programs);
-        let maps = KernelMaps::open(&pins, true)?;
+        let mut maps = KernelMaps::open(&larger, true)?;
+        if !too_small.is_empty() {
+            maps.copy_from(&KernelMaps::open(&pins, false)?, &too_small)?;
+            tracing::info!(maps = ?too_small, "maps have been made larger");
+        }
+        let pins = larger.replace_by_larger()?;
         let flows = maps.flow_maps().flows.capacity().ok();
         tracing::info!(resumed, set_retval, capacity = ?maps.capacity(), flows, "BPF programs loaded");
         if flows.is_some_and(|there| there != u64::from(sizes.flows)) {

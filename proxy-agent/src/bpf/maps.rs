@@ -1,6 +1,6 @@
 //! The pinned maps as the agent and its inspection commands see them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering::{Acquire, Release};
@@ -38,6 +38,17 @@ pub enum OpenError {
         /// What the kernel said.
         source: io::Error,
     },
+}
+
+/// Why the elements of a map are not in a larger one.
+#[derive(Debug, thiserror::Error)]
+pub enum GrowError {
+    /// They cannot be read.
+    #[error("reading what there is: {0}")]
+    Read(#[from] MapError),
+    /// They cannot be written.
+    #[error(transparent)]
+    Write(#[from] StoreError),
 }
 
 /// The maps that hold Services and the node's own facts.
@@ -267,6 +278,23 @@ impl KernelMaps {
 }
 
 impl KernelMaps {
+    /// Writes into `maps`, which are empty, what `old` holds of them, at the same numbers.
+    ///
+    /// # Errors
+    ///
+    /// [`GrowError`].
+    pub fn copy_from(&mut self, old: &Self, maps: &BTreeSet<&str>) -> Result<(), GrowError> {
+        let contents = old.contents()?;
+        contents.elements().filter(|op| maps.contains(op.map())).try_for_each(|op| self.apply(&op))?;
+        if maps.contains("SERVICE_COUNTERS") {
+            for (id, _) in &contents.names {
+                let counted = old.service_counters.get(id, 0)?;
+                self.service_counters.set(*id, counted, 0)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Brings `FILTER` to what the other maps hold: sets what is missing, clears what has become stale. Flows go on when
     /// their backend has left its Service, so their backends count as well.
     ///

@@ -17,3 +17,6 @@ pub mod tc;
 
 #[cfg(feature = "debug-log")]
 mod debug_log;
+
+#[cfg(test)]
+mod tests;

@@ -4,8 +4,10 @@
 //! <pin-dir>/links/<program>        the cgroup links: they outlive the agent, and every ABI version
 //! <pin-dir>/links/<program>-<n>    the links to the network device with index n
 //! <pin-dir>/v<ABI_VERSION>/<MAP>   the maps of this version's layout
+//! <pin-dir>/v<ABI_VERSION>/<MAP>-larger   what takes the place of a map as soon as it holds the same
 //! ```
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -18,6 +20,9 @@ use proxy_common::addr::Addr;
 /// `BPF_FS_MAGIC` of linux/magic.h.
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
 const BPF_FS: &str = "/sys/fs/bpf";
+
+/// Ends the name of a pin that is to take another's place. (A BPF file system allows no dots.)
+const LARGER: &str = "-larger";
 
 /// Why the pin directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -98,16 +103,32 @@ pub const MAPS: [MapSpec; 26] = [
     spec::<(), ()>("EVENTS", MapType::RingBuf, true),
 ];
 
+/// The maps whose size follows the cluster. They grow while Services are served: a larger one gets the same elements at
+/// the same numbers, then takes over the pin.
+const GROWING: [&str; 7] =
+    ["FRONTENDS", "SERVICES", "NAMES", "SERVICE_COUNTERS", "SLOTS", "BACKENDS", "SOURCE_RANGES"];
+
 /// A pin directory.
 #[derive(Clone, Debug)]
 pub struct PinDir {
     root: PathBuf,
+    /// Maps that are to be replaced by larger ones, which lie beside them.
+    larger: BTreeSet<&'static str>,
+}
+
+/// What there is of this version's maps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The maps that hold Services are there and stay.
+    pub resumed: bool,
+    /// Of those, the ones that are too small.
+    pub too_small: BTreeSet<&'static str>,
 }
 
 impl PinDir {
     /// The directory at `root`, which need not exist yet.
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_path_buf() }
+        Self { root: root.to_path_buf(), larger: BTreeSet::new() }
     }
 
     /// The directory itself.
@@ -122,7 +143,32 @@ impl PinDir {
 
     /// Where a map is pinned.
     pub fn map(&self, name: &str) -> PathBuf {
-        self.maps().join(name)
+        if self.larger.contains(name) {
+            self.maps().join(format!("{name}{LARGER}"))
+        } else {
+            self.maps().join(name)
+        }
+    }
+
+    /// The same directory, with others beside these maps, to take their place.
+    pub fn with_larger(&self, maps: BTreeSet<&'static str>) -> Self {
+        Self { root: self.root.clone(), larger: maps }
+    }
+
+    /// Has the larger maps take the place of those beside which they lie, one by one: each holds what the other did, so
+    /// any mixture of them will do.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::File`] names the one that stays where it is.
+    pub fn replace_by_larger(self) -> Result<Self, PinError> {
+        let settled = Self::new(&self.root);
+        for name in &self.larger {
+            let from = self.map(name);
+            std::fs::rename(&from, settled.map(name))
+                .map_err(|source| PinError::File { path: from, source })?;
+        }
+        Ok(settled)
     }
 
     /// Where links are pinned.
@@ -173,24 +219,35 @@ impl PinDir {
         lock(&self.maps())
     }
 
-    /// Removes the pins of maps that this agent cannot use: of another layout, or smaller than `entries` asks for.
-    /// Maps that refer to each other go together. Programs that are attached keep what they use until they are
-    /// replaced. True when the maps that hold Services are there and stay.
+    /// Removes the pins of maps that this agent cannot use: of another layout, or smaller than `entries` asks for and
+    /// not among those that can grow; and larger maps that have not taken anybody's place. Maps that refer to each other
+    /// go together. Programs that are attached keep what they use until they are replaced.
     ///
     /// # Errors
     ///
     /// [`PinError::File`] when a pin cannot be removed.
-    pub fn drop_unusable(&self, entries: impl Fn(&str) -> u32) -> Result<bool, PinError> {
-        let mut keep = true;
+    pub fn drop_unusable(&self, entries: impl Fn(&str) -> u32) -> Result<Found, PinError> {
+        let (mut keep, mut too_small) = (true, BTreeSet::new());
         for spec in &MAPS {
+            let unfinished = self.maps().join(format!("{}{LARGER}", spec.name));
+            if unfinished.exists() {
+                remove(&unfinished)?;
+            }
             let pin = self.map(spec.name);
-            let usable = MapInfo::from_pin(&pin).is_ok_and(|info| fits(spec, &info, entries(spec.name)));
+            let info = MapInfo::from_pin(&pin).ok().filter(|info| fits(spec, info));
+            let large_enough = info.as_ref().is_some_and(|info| info.max_entries() >= entries(spec.name));
+            let grows = GROWING.contains(&spec.name);
+            if info.is_some() && !large_enough && grows {
+                too_small.insert(spec.name);
+            }
+            let usable = large_enough || info.is_some() && grows;
             if spec.independent && pin.exists() && !usable {
                 remove(&pin)?;
             }
             keep &= usable || spec.independent;
         }
         if !keep {
+            too_small.clear();
             for spec in MAPS.iter().filter(|spec| !spec.independent) {
                 let pin = self.map(spec.name);
                 if pin.exists() {
@@ -199,7 +256,7 @@ impl PinDir {
                 }
             }
         }
-        Ok(keep)
+        Ok(Found { resumed: keep, too_small })
     }
 
     /// Removes the maps of every other ABI version. Only after this version's programs have been attached.
@@ -234,12 +291,11 @@ impl PinDir {
     }
 }
 
-/// Whether a pinned map has the layout of `spec` and at least `entries` elements.
-fn fits(spec: &MapSpec, info: &MapInfo, entries: u32) -> bool {
+/// Whether a pinned map has the layout of `spec`.
+fn fits(spec: &MapSpec, info: &MapInfo) -> bool {
     info.map_type().is_ok_and(|map_type| map_type == spec.map_type)
         && info.key_size() as usize == spec.key
         && info.value_size() as usize == spec.value
-        && info.max_entries() >= entries
 }
 
 fn lock(path: &Path) -> Result<OwnedFd, PinError> {

@@ -159,10 +159,15 @@ impl Worker {
     async fn run(mut self, publish: watch::Sender<State>) {
         reserved_ports::reserve();
         let mut attacher = None;
+        let mut maps = 0;
         let mut retry = RETRY;
         loop {
             let snapshot = self.network.borrow_and_update().clone();
             let facts = self.facts.borrow_and_update().clone();
+            if maps != facts.maps {
+                // What is attached serves until it is replaced, in place.
+                (attacher, maps) = (None, facts.maps);
+            }
             let mut state = State { passes: publish.borrow().passes + 1, ..State::default() };
             let choices = choose(&snapshot, &self.config.settings, &self.chosen);
             log_changes(&self.chosen, &choices);

@@ -15,6 +15,8 @@ use super::snapshot::{Kind, Route, Snapshot, ask_source, is_link_local};
 /// What the agent knows that the network does not tell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
+    /// How often larger maps have taken the place of others: the programs are to use those that are pinned.
+    pub maps: u64,
     /// The node's own IPs, by [`Family::index`].
     pub node_ips: [Option<Addr>; 2],
     /// Addresses of this host that are frontends.

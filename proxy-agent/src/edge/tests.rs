@@ -364,6 +364,7 @@ fn sources_are_what_the_kernel_would_take_but_no_frontend() {
         assert_eq!((v4("eth0"), v4("eth1")), (addr("192.0.2.11"), addr("198.51.100.5")));
 
         let facts = Facts {
+            maps: 0,
             node_ips: [Some(addr("192.0.2.10")), None],
             frontends: [addr("198.51.100.5"), addr("192.0.2.11")].into(),
             remote: [Some(addr("10.64.2.21")), None],

@@ -57,7 +57,8 @@ pub struct Plan {
 /// A map that is too small for a Service port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "map {map} is full: {need} more needed, {available} free; restart the agent to grow it, or raise its size"
+    "map {map} is full: {need} more needed, {available} free, and it could not be made larger; `proxy-agent status` \
+     says why"
 )]
 pub struct Full {
     map: &'static str,

@@ -2,6 +2,7 @@
 
 mod api;
 mod drift;
+mod growth;
 mod hosts;
 mod limits;
 mod manifests;

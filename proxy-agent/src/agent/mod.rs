@@ -5,50 +5,45 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proxy_common::abi::FrontendKey;
-use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE};
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::bpf::dataplane::{Dataplane, DataplaneError, OPT_OUT_ENTRIES, Sizes};
-use crate::bpf::maps::KernelMaps;
-use crate::bpf::sys;
+use crate::bpf::dataplane::{DataplaneError, OPT_OUT_ENTRIES};
 use crate::cluster::{Change, ObjectKey, Scope};
 use crate::config::{Config, Source};
-use crate::desired::DesiredService;
-use crate::drift::differences;
 use crate::edge::settings::DetectLocal;
 use crate::edge::sources::Facts;
 use crate::edge::{self, Edge};
 use crate::events::{Event, Events};
-use crate::explain::reasons::{self, Asked, PortReasons};
+use crate::explain::reasons::{self, Asked};
 use crate::flows::{Counts, keep_collecting};
 use crate::health::check_ports::CheckPorts;
-use crate::health::checks::check;
 use crate::health::{self, Health};
 use crate::http::{self, HttpError};
 use crate::knowledge::Knowledge;
 use crate::kube_proxy::{self, ConfigFile};
 use crate::metrics::{self, Metrics};
-use crate::model::{Freed, Model};
+use crate::model::Freed;
 use crate::node::patience::FOR_POD_CIDRS;
 use crate::node::{FollowError, NodeIps, Patience, Verdict, watch_addresses};
 use crate::opt_out::{self, Follower, Place};
-use crate::plan::{Wanted, lost_claims, plan, plan_left, rivals};
+use crate::process::give_back_memory;
 use crate::report::{Report, State};
-use crate::selftest::{self, SelfTestError};
-use crate::sockets::{Places, SocketSweeper};
+use crate::selftest::SelfTestError;
 use crate::sources::{SourceError, Update, api, manifests};
-use crate::stale::Serving;
-use crate::store::{Capacity, MapStore, Op, StoreError};
 use crate::telemetry::{Arrival, Telemetry, readers};
+
+mod programming;
+mod sizes;
+
+use programming::Programmed;
 
 /// Why the agent ends other than by a signal.
 #[derive(Debug, thiserror::Error)]
@@ -118,9 +113,6 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// How long the end waits for the Event that says why.
 const LAST_WORD: Duration = Duration::from_secs(5);
-
-/// Differences that are named when the maps are found changed.
-const DRIFT_LOGGED: usize = 16;
 
 /// Updates that may wait while the agent programs.
 const QUEUE: usize = 64;
@@ -235,13 +227,6 @@ async fn file_changed(file: Option<ConfigFile>) -> AgentError {
     }
 }
 
-/// What has been set up in the kernel, and what is known of it.
-struct Programmed {
-    dataplane: Dataplane,
-    model: Model,
-    sweeper: Option<(Arc<SocketSweeper>, OwnedFd)>,
-}
-
 struct Agent {
     config: Config,
     known: Knowledge,
@@ -279,6 +264,8 @@ struct Agent {
     /// have come back.
     refused: BTreeSet<ObjectKey>,
     numbers_came_back: bool,
+    /// Maps are not made larger before.
+    grow_at: Instant,
     sweep: Option<JoinHandle<()>>,
     sweep_again: bool,
     telemetry: Telemetry,
@@ -334,6 +321,7 @@ impl Agent {
             freed: Freed::default(),
             refused: BTreeSet::new(),
             numbers_came_back: false,
+            grow_at: Instant::now(),
             sweep: None,
             sweep_again: false,
             telemetry,
@@ -389,7 +377,7 @@ impl Agent {
                 retry = Some(until);
                 continue;
             }
-            retry = match self.sync() {
+            retry = match self.sync().await {
                 Ok(()) => {
                     self.tell_edge().await?;
                     None
@@ -408,25 +396,6 @@ impl Agent {
                 self.health.programmed();
             }
         }
-    }
-
-    /// Compares the maps with what was written. If somebody else has written to them, everything is written anew.
-    fn audit(&mut self) {
-        self.audit_at = Instant::now() + self.config.sync_period;
-        let Some(programmed) = self.programmed.as_ref().filter(|_| !self.everything) else { return };
-        let contents = match programmed.dataplane.maps.contents() {
-            Ok(contents) => contents,
-            Err(error) => return tracing::warn!(%error, "the maps cannot be read back"),
-        };
-        let found = differences(&programmed.model, &contents, &programmed.dataplane.maps.filter());
-        for difference in found.iter().take(DRIFT_LOGGED) {
-            tracing::warn!(%difference, "somebody else has changed a map; writing everything anew");
-        }
-        if found.len() > DRIFT_LOGGED {
-            tracing::warn!(differences = found.len(), "more has been changed than is named here");
-        }
-        self.metrics.drifted(found.iter().map(|difference| difference.map));
-        self.everything |= !found.is_empty();
     }
 
     fn failed(&mut self, error: &dyn std::error::Error) -> Instant {
@@ -590,6 +559,8 @@ impl Agent {
     /// Traffic from outside is served once the first pass over the devices is made; only then the node is ready.
     fn take_edge(&mut self, state: edge::State) {
         if state.passes == 1 {
+            // Loading has taken some.
+            give_back_memory();
             self.announce = Some(state.devices.iter().filter(|device| device.is_attached()).count());
         }
         let pods = state.devices.iter().any(edge::DeviceState::is_attached_pod);
@@ -605,237 +576,11 @@ impl Agent {
         }
         self.report.edge(state);
     }
-
-    /// Programs what has changed. With nothing changed it does nothing.
-    fn sync(&mut self) -> Result<(), AgentError> {
-        if self.everything {
-            self.known.cluster.touch_all();
-        }
-        let mut dirty = self.known.cluster.take_dirty();
-        let again = std::mem::take(&mut self.numbers_came_back) && !self.refused.is_empty();
-        if dirty.is_empty() && !self.everything && !self.node_changed && !again {
-            return Ok(());
-        }
-        self.telemetry.sync_begins(self.everything || self.zone_changed);
-        dirty.extend(self.refused.iter().cloned());
-        let mut wanted: BTreeMap<ObjectKey, Option<Wanted>> =
-            dirty.into_iter().map(|key| (key.clone(), self.known.wanted(&key))).collect();
-
-        let first = self.programmed.is_none();
-        for (service, wanted) in &wanted {
-            self.telemetry.desired(service, wanted.as_ref().map(|wanted| &wanted.desired));
-        }
-        let mut programmed = match self.programmed.take() {
-            Some(mut programmed) if self.everything => {
-                programmed.model = read_back(&programmed.dataplane.maps)?;
-                programmed
-            }
-            Some(programmed) => programmed,
-            None => self.set_up(&wanted)?,
-        };
-        if self.everything {
-            // Numbers that the lost knowledge had freed are found free again; a grace period makes them so.
-            (self.waiting, self.freed) = (None, Freed::default());
-            if let Err(error) = sys::grace_period() {
-                tracing::warn!(%error, "waiting for running programs");
-            }
-            // Services that went while nothing could be programmed are named nowhere else.
-            let named = programmed.model.ports.keys().map(|key| key.service.clone());
-            for service in named.chain(self.report.services()).chain(self.check_ports.known()) {
-                wanted.entry(service).or_insert(None);
-            }
-        }
-        self.remember_remote(&wanted);
-        for rival in rivals(&programmed.model, &wanted) {
-            let unchanged = self.known.wanted(&rival);
-            wanted.insert(rival, unchanged);
-        }
-        let touched: Vec<ObjectKey> = wanted.keys().cloned().collect();
-        let result = self.program(&mut programmed, wanted, first);
-        // Programs are attached once all is written for the first time: if that fails, all of it is done again.
-        self.programmed = (!first || result.is_ok()).then_some(programmed);
-        result?;
-        let took = self.telemetry.sync_ended(true);
-        self.open_check_ports(touched);
-        (self.everything, self.node_changed, self.zone_changed) = (false, false, false);
-        if first {
-            tracing::info!(?took, "the first full list is programmed");
-        }
-        for &family in &self.config.families {
-            self.health.updated(family);
-        }
-        Ok(())
-    }
-
-    /// Any backend on another node will do: the way to it shows which source the kernel prefers.
-    fn remember_remote(&mut self, wanted: &BTreeMap<ObjectKey, Option<Wanted>>) {
-        let ports = wanted.values().flatten().flat_map(|wanted| &wanted.desired.ports);
-        let mut backends = ports.flat_map(|port| &port.backends).filter(|b| b.flags & ON_THIS_NODE == 0);
-        while self.facts.remote.contains(&None)
-            && let Some(backend) = backends.next()
-        {
-            if let Some(remote) = self.facts.remote.get_mut(backend.addr.family().index()) {
-                remote.get_or_insert(backend.addr);
-            }
-        }
-    }
-
-    /// What becomes of the endpoints of a Service, and why.
-    fn reasons(&self, key: &ObjectKey) -> Vec<PortReasons> {
-        let service = self.known.cluster.service(key);
-        let reasons =
-            |service| reasons::of_service(service, self.known.cluster.slices(key), &self.known.context);
-        service.map(reasons).unwrap_or_default()
-    }
-
-    /// Makes or takes over maps that are large enough, and loads the programs.
-    fn set_up(&mut self, wanted: &BTreeMap<ObjectKey, Option<Wanted>>) -> Result<Programmed, AgentError> {
-        let desired = wanted.values().flatten().map(|wanted| &wanted.desired);
-        let dataplane =
-            Dataplane::open(self.config.pins.clone(), sizes_for(desired, self.config.flow_table_size))?;
-        self.report.verified(&dataplane.verified);
-        // Also of new maps: the flows beside them may be older.
-        let model = read_back(&dataplane.maps)?;
-        let sweeper = match SocketSweeper::new(Places::default()) {
-            Ok(sweeper) => Some((Arc::new(sweeper), dataplane.sockets()?)),
-            Err(error) => {
-                self.report.set("node".to_owned(), vec![error.to_string()]);
-                None
-            }
-        };
-        Ok(Programmed { dataplane, model, sweeper })
-    }
-
-    fn program(
-        &mut self,
-        programmed: &mut Programmed,
-        wanted: BTreeMap<ObjectKey, Option<Wanted>>,
-        first: bool,
-    ) -> Result<(), AgentError> {
-        let Programmed { dataplane, model, .. } = programmed;
-        let maps = &mut dataplane.maps;
-        if self.node_changed || self.everything {
-            let mut ops = self.known.plan_node(&self.config.nodeport_addresses, model);
-            ops.extend(plan_left(model, self.pods_attached, self.opted_out.as_ref()));
-            self.telemetry.writing(&ops, |ops| carry_out(maps, ops))?;
-            let host = self.known.context.host_addresses.iter().copied().collect();
-            let warnings = self.config.nodeport_addresses.warnings(&self.known.context.node.ips, &host);
-            self.report.set("--nodeport-addresses".to_owned(), warnings);
-        }
-        let plan = plan(model, &wanted, self.everything);
-        tracing::debug!(services = wanted.len(), operations = plan.ops.len(), "programming");
-        self.telemetry.writing(&plan.ops, |ops| carry_out(maps, ops))?;
-        self.freed.append(plan.freed);
-        if first {
-            dataplane.attach(&self.config.cgroup)?;
-            selftest::run(&mut dataplane.maps)?;
-        }
-        self.begin_grace();
-        if plan.udp_stale || first {
-            self.sweep_again = true;
-        }
-        self.begin_sweep(programmed);
-        for (service, wanted) in wanted {
-            let mut reasons = wanted.map(|wanted| wanted.desired.problems).unwrap_or_default();
-            match plan.refused.get(&service) {
-                Some(refused) => {
-                    reasons.extend(refused.iter().cloned());
-                    self.refused.insert(service.clone());
-                }
-                None => {
-                    self.refused.remove(&service);
-                }
-            }
-            reasons.extend(lost_claims(&programmed.model, &service));
-            self.report.service(&service, reasons);
-        }
-        Ok(())
-    }
-
-    /// Has the health of these Services told to load balancers, on the addresses that serve nodePorts.
-    fn open_check_ports(&self, services: Vec<ObjectKey>) {
-        if self.node_changed || self.everything {
-            let host = self.known.context.host_addresses.iter().copied().collect();
-            let ips = &self.known.context.node.ips;
-            let listen_on = |family| self.config.nodeport_addresses.listen_on(family, ips, &host);
-            self.check_ports.listen_on(Family::ALL.map(listen_on));
-        }
-        let checks = |service: &ObjectKey| {
-            let object = self.known.cluster.service(service);
-            Family::ALL.map(|family| {
-                let object = object.filter(|_| self.config.families.contains(&family))?;
-                check(object, self.known.cluster.slices(service), family)
-            })
-        };
-        self.check_ports.services(services.into_iter().map(|service| {
-            let checks = checks(&service);
-            (service, checks)
-        }));
-    }
-
-    /// Waits for running programs beside the loop, unless that is under way.
-    fn begin_grace(&mut self) {
-        if self.waiting.is_none() && !self.freed.is_empty() {
-            let freed = std::mem::take(&mut self.freed);
-            self.waiting = Some((tokio::task::spawn_blocking(sys::grace_period), freed));
-        }
-    }
-
-    fn release(&mut self) {
-        if let (Some((_, freed)), Some(programmed)) = (self.waiting.take(), &mut self.programmed) {
-            programmed.model.release(freed);
-            self.numbers_came_back = true;
-        }
-        self.begin_grace();
-    }
-
-    /// Destroys sockets that are connected to UDP backends which have left, beside the loop.
-    fn begin_sweep(&mut self, programmed: &Programmed) {
-        if !self.sweep_again || self.sweep.is_some() {
-            return;
-        }
-        let Some((sweeper, sockets)) = &programmed.sweeper else { return };
-        let Ok(sockets) = sockets.try_clone() else { return };
-        self.sweep_again = false;
-        let (sweeper, metrics) = (Arc::clone(sweeper), Arc::clone(&self.metrics));
-        let serving = Serving::of(&programmed.model);
-        let families = self.config.families.clone();
-        self.sweep = Some(tokio::task::spawn_blocking(move || {
-            use std::os::fd::AsFd as _;
-            let start = Instant::now();
-            match sweeper.destroy_stale(sockets.as_fd(), |record| serving.is_stale(record)) {
-                Ok(report) => {
-                    metrics.swept(&families, start.elapsed(), report.destroyed_by_family);
-                    if report.destroyed > 0 {
-                        tracing::info!(
-                            destroyed = report.destroyed,
-                            "destroyed sockets of UDP backends that have left"
-                        );
-                    }
-                    for error in &report.errors {
-                        tracing::warn!(%error, "sweeping stale UDP sockets");
-                    }
-                    tracing::debug!(?report, "stale UDP sockets swept");
-                }
-                Err(error) => tracing::warn!(%error, "stale UDP sockets could not be swept"),
-            }
-        }));
-    }
 }
 
 fn list(cidrs: &[Prefix]) -> String {
     let cidrs: Vec<String> = cidrs.iter().map(Prefix::to_string).collect();
     format!("[{}]", cidrs.join(", "))
-}
-
-fn read_back(maps: &KernelMaps) -> Result<Model, AgentError> {
-    let contents = maps.contents()?;
-    maps.refresh_filter(&contents).map_err(SelfTestError::from)?;
-    Ok(Model::restore(maps.capacity(), &contents))
-}
-
-fn carry_out(maps: &mut impl MapStore, ops: &[Op]) -> Result<(), SelfTestError> {
-    ops.iter().try_for_each(|op| maps.apply(op)).map_err(|error: StoreError| error.into())
 }
 
 /// The next news of the packet edge; never while it has not been started.
@@ -873,40 +618,6 @@ async fn finished(task: &mut Option<JoinHandle<()>>) -> Option<()> {
     // A panic in it has been printed; the next sweep is a new task.
     let _ = task.await;
     Some(())
-}
-
-/// What the maps must hold at least, with a quarter to spare, and what they are made for: twice as much, over floors
-/// that cost little. Maps between the two are kept at a restart, and with them every id.
-fn sizes_for<'a>(services: impl Iterator<Item = &'a DesiredService>, flows: u32) -> Sizes {
-    let (mut ports, mut frontends, mut backends, mut slots, mut source_ranges) = (0, 0, 0, 0, 0);
-    for port in services.flat_map(|service| &service.ports) {
-        ports += 1;
-        frontends += port.frontends.len();
-        backends += port.backends.len();
-        source_ranges += port.source_ranges.len();
-        for set in [IN_CLUSTER, IN_LOCAL] {
-            slots += port.backends.iter().filter(|backend| backend.flags & set != 0).count();
-        }
-    }
-    // A changed set is written beside the old one.
-    let need = [frontends, ports, backends, slots + slots / 2, source_ranges];
-    let capacity = |scale: fn(usize) -> usize, floors: [u32; 5]| {
-        let size = |count: usize, floor: u32| u32::try_from(scale(count)).unwrap_or(u32::MAX / 64).max(floor);
-        let [frontends, services, backends, slots, source_ranges] = need;
-        let [f, s, b, l, r] = floors;
-        Capacity {
-            frontends: size(frontends, f),
-            services: size(services, s),
-            backends: size(backends, b),
-            slots: size(slots, l),
-            source_ranges: size(source_ranges, r),
-        }
-    };
-    Sizes {
-        least: capacity(|count| count + count / 4, [1; 5]),
-        want: capacity(|count| count * 2, [16_384, 8_192, 65_536, 131_072, 65_536]),
-        flows,
-    }
 }
 
 fn warn_about_cgroup(config: &Config) {

@@ -1,0 +1,143 @@
+//! Maps that grow, in a kernel. It takes root.
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
+use proxy_common::abi::{
+    Affinity, Backend, BackendState, FrontendKey, FrontendValue, Service, ServiceCounters, SlotRange, proto,
+};
+use proxy_common::addr::{Addr, Family, Prefix};
+use proxy_common::be::Be16;
+
+use super::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
+use super::maps::KernelMaps;
+use super::pins::PinDir;
+use crate::cluster::ObjectKey;
+use crate::desired::PortKey;
+use crate::model::service_name;
+use crate::store::{Capacity, Contents, MapStore as _, Op};
+
+const SMALL: Capacity = Capacity { frontends: 4, services: 4, slots: 8, backends: 4, source_ranges: 4 };
+const LARGE: Capacity = Capacity { frontends: 64, services: 32, slots: 80, backends: 48, source_ranges: 40 };
+const GROWING: [&str; 7] =
+    ["NAMES", "SERVICE_COUNTERS", "SERVICES", "BACKENDS", "SLOTS", "SOURCE_RANGES", "FRONTENDS"];
+
+/// A pin directory that goes when it is dropped.
+struct Pins(PinDir);
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.remove() {
+            eprintln!("{error}");
+        }
+    }
+}
+
+fn open(pins: &PinDir, capacity: Capacity) -> Dataplane {
+    let sizes = Sizes { least: capacity, want: capacity, flows: FLOW_ENTRIES };
+    Dataplane::open(pins.clone(), sizes).unwrap()
+}
+
+/// Something in each of the maps, at its highest number.
+fn fill(maps: &mut KernelMaps) {
+    let addr = |last: u8| Addr::from(Ipv4Addr::new(192, 0, 2, last));
+    let port = PortKey {
+        service: ObjectKey::new("default", "kubia"),
+        port_name: "".into(),
+        proto: proto::TCP,
+        family: Family::V4,
+    };
+    let key = FrontendKey { addr: addr(1), port: Be16::new(80), proto: proto::TCP, kind: 0 };
+    let range = SlotRange { base: 6, len: 2 };
+    let backend = Backend {
+        addr: addr(2),
+        port: Be16::new(8080),
+        pad: [0; 2],
+        service: 3,
+        state: BackendState { flags: 7, generation: 5 },
+    };
+    let service =
+        Service { cluster: range, local: SlotRange::REJECT, affinity: Affinity { seconds: 9, epoch: 4 } };
+    for op in [
+        Op::Name(3, Some(Box::new(service_name(&port)))),
+        Op::Backend(3, backend),
+        Op::Slots(6, vec![3, 3]),
+        Op::Service(3, service),
+        Op::SourceRange(3, Prefix::new(addr(0), 24).unwrap(), true),
+        Op::Frontend(key, Some(FrontendValue::new(&key, 3, 0))),
+    ] {
+        maps.apply(&op).unwrap();
+    }
+}
+
+/// Has a connection counted on each CPU, as the programs do.
+fn count(pins: &PinDir) {
+    let map = Map::PerCpuArray(MapData::from_pin(pins.map("SERVICE_COUNTERS")).unwrap());
+    let mut counters = PerCpuArray::<_, ServiceCounters>::try_from(map).unwrap();
+    let one = ServiceCounters { connections: 1, ..ServiceCounters::default() };
+    let cpus = aya::util::nr_cpus().unwrap();
+    counters.set(3, PerCpuValues::try_from(vec![one; cpus]).unwrap(), 0).unwrap();
+}
+
+fn shown(contents: &Contents) -> String {
+    format!("{contents:#?}")
+}
+
+fn pin_again(from: &Path, to: &Path) {
+    if to.exists() {
+        std::fs::remove_file(to).unwrap();
+    }
+    MapData::from_pin(from).unwrap().pin(to).unwrap();
+}
+
+#[test]
+fn larger_maps_hold_the_same_wherever_a_growth_was_cut_short() {
+    let pins = Pins(PinDir::new(Path::new(&format!("/sys/fs/bpf/vipr-unit-grow-{}", std::process::id()))));
+    let pins = &pins.0;
+    pins.create().unwrap();
+    let mut small = open(pins, SMALL);
+    fill(&mut small.maps);
+    count(pins);
+    let connections = small.maps.service_counters(3).unwrap().connections;
+    assert!(connections > 0);
+    let before = small.maps.contents().unwrap();
+    let ids =
+        |contents: &Contents| [contents.names.len(), contents.frontends.len(), contents.source_ranges.len()];
+    assert_eq!((ids(&before), before.backends.len(), before.slots.len()), ([1, 1, 1], 4, 8));
+    let kept = |name: &str| pins.root().join(format!("{name}-kept"));
+    GROWING.iter().for_each(|name| pin_again(&pins.map(name), &kept(name)));
+
+    for replaced in 0..=GROWING.len() {
+        // An agent died after it had replaced so many maps, and while it filled the next one.
+        for (number, name) in GROWING.iter().enumerate() {
+            if number >= replaced {
+                pin_again(&kept(name), &pins.map(name));
+            }
+        }
+        if let Some(next) = GROWING.get(replaced) {
+            pin_again(&kept(next), &pins.maps().join(format!("{next}-larger")));
+        }
+        let large = open(pins, LARGE);
+        assert!(large.resumed);
+        assert_eq!(large.maps.capacity(), LARGE, "{replaced} were replaced");
+        assert_eq!(shown(&large.maps.contents().unwrap()), shown(&before), "{replaced} were replaced");
+        assert_eq!(
+            large.maps.service_counters(3).unwrap().connections,
+            connections,
+            "{replaced} were replaced"
+        );
+        assert!(
+            !pins.maps().read_dir().unwrap().any(|pin| pin
+                .unwrap()
+                .file_name()
+                .to_string_lossy()
+                .contains('-'))
+        );
+    }
+    // Large enough is large enough.
+    let id = |name: &str| MapData::from_pin(pins.map(name)).unwrap().info().unwrap().id();
+    let before = GROWING.map(id);
+    open(pins, SMALL);
+    assert_eq!(GROWING.map(id), before);
+}

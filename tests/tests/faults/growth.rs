@@ -1,0 +1,216 @@
+//! More Services than the maps were made for: they grow, and nobody who is served notices.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use proxy_common::abi::ABI_VERSION;
+use proxy_tests::lab::{Proto, Summary};
+use proxy_tests::scenarios::{Loops, NODE, World, endpoint, served, until};
+use serde_json::{Value, json};
+
+use super::drift::verify_with;
+use super::{KUBIA, KUBIA_VIP};
+
+const STICKY: &str = "s02-session-affinity.yaml";
+const STICKY_VIP: &str = "10.111.249.154:80";
+const REDIS_VIP: &str = "10.96.65.65:6379";
+const NODE_PORT: &str = "192.168.1.11:30123";
+const FILES: [&str; 5] = [KUBIA, STICKY, "s08-nodeport.yaml", "s12-redis.yaml", "s14-dns.yaml"];
+/// Of the maps that a small cluster gets, `SERVICES` has the least room: this many ports are more.
+const SERVICES: u32 = 4_500;
+const PORTS: u32 = 2 * SERVICES;
+
+/// A world whose agent tries once a second what it has to try again.
+fn world() -> Result<World> {
+    let mut world = World::new(&FILES)?;
+    let manifests = world.manifests().dir().to_path_buf();
+    let agent = world.new_agent(NODE)?.manifests(&manifests);
+    let agent = agent.flag("iptables-sync-period", "1s").flag("iptables-min-sync-period", "1s");
+    world.adopt(NODE, agent).start_ready()?;
+    world.lab().outside_via(NODE)?;
+    Ok(world)
+}
+
+/// Services with two ports and without endpoints, and a last one that the pods of the first file serve, with a nodePort.
+fn many() -> String {
+    let mut text = String::new();
+    for number in 0..SERVICES {
+        let ip = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 100, 0, 1)) + number);
+        text += &format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{ name: many-{number} }}\nspec:\n  type: NodePort\n  clusterIP: {ip}\n  \
+             ports:\n  - {{ name: a, port: 80{} }}\n  - {{ name: b, port: 81 }}\n",
+            if number + 1 == SERVICES { ", nodePort: 30999" } else { "" }
+        );
+    }
+    let slice = json!({
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": { "name": "many-last", "labels": { "kubernetes.io/service-name": "many-4499" } },
+        "addressType": "IPv4",
+        "ports": [{ "name": "a", "port": 8080 }],
+        "endpoints": [endpoint("kubia-7nog1", "node-a", "172.16.1.4")],
+    });
+    format!("{text}---\n{slice}\n")
+}
+
+fn pin(world: &World, map: &str) -> PathBuf {
+    world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}")).join(map)
+}
+
+/// How many elements a map has room for.
+fn room(world: &World, map: &str) -> Result<u64> {
+    let mut command = world.host().command("bpftool");
+    command.args(["-j", "map", "show", "pinned"]).arg(pin(world, map));
+    let shown: Value = serde_json::from_str(&command.text().context("the lab needs bpftool")?)?;
+    shown["max_entries"].as_u64().context("max_entries")
+}
+
+/// The Service ports that there were before the many, each with its number; what they have carried aside.
+fn ids(world: &World) -> Result<Vec<Value>> {
+    let Value::Array(mut services) = world.tool(NODE, "services")? else { bail!("no list of Services") };
+    services.retain(|service| !service.to_string().contains("many-"));
+    for service in &mut services {
+        service["traffic"].take();
+    }
+    Ok(services)
+}
+
+/// Connections that came to the nodePort.
+fn counted(world: &World) -> Result<u64> {
+    let services = world.tool(NODE, "services")?;
+    let mut services = services.as_array().context("services")?.iter();
+    let counted = services.find(|service| service["name"] == "kubia-nodeport");
+    counted.and_then(|service| service["traffic"]["connections"].as_u64()).context("kubia-nodeport")
+}
+
+/// Clients in a pod, on the node and outside, over TCP and UDP.
+fn loops(world: &World) -> Result<Loops> {
+    let mut loops = Loops::start(world, &[KUBIA_VIP])?;
+    loops.add(NODE_PORT, world.outside().connect(NODE_PORT).http())?;
+    for place in world.clients() {
+        loops.add("10.96.0.10:53", place.connect("10.96.0.10:53").udp())?;
+    }
+    loops.go_on()?;
+    Ok(loops)
+}
+
+/// Whom the Service with session affinity gives to a pod and to the node.
+fn remembered(world: &World) -> Result<Vec<Vec<String>>> {
+    let clients = world.clients();
+    let servers = clients.iter().map(|place| {
+        let summary = served(STICKY_VIP, &place.connect(STICKY_VIP).http().times(10).run()?)?;
+        Ok(summary.servers().into_iter().map(str::to_owned).collect())
+    });
+    servers.collect()
+}
+
+/// Waits for larger maps, and for the many in them.
+fn all_fit(world: &World) -> Result<()> {
+    let enough = u64::from(PORTS + PORTS / 4);
+    until("larger maps", || Ok((room(world, "SERVICES")? >= enough).then_some(())))?;
+    let services = |number: u32| format!("default/many-{number}");
+    (0..SERVICES)
+        .step_by(500)
+        .try_for_each(|number| world.wait_ports(NODE, &services(number), |ports| ports.len() == 2).map(drop))
+}
+
+/// The many are served too: at the sockets, and in the packets from outside.
+fn the_last_is_served(world: &World) -> Result<()> {
+    let vip = format!("{}:80", Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 100, 0, 1)) + SERVICES - 1));
+    served(&vip, &world.client().connect(&vip).http().times(10).run()?)?;
+    // The packet edge takes the larger maps a moment later.
+    let target = "192.168.1.11:30999";
+    until("a nodePort from outside", || {
+        let attempts = world.outside().connect(target).http().times(10).run()?;
+        Ok((Summary::of(&attempts).ok == 10).then_some(()))
+    })
+}
+
+#[test]
+fn maps_grow_while_clients_go_on() -> Result<()> {
+    let world = world()?;
+    let (before, remembered_before) = (ids(&world)?, remembered(&world)?);
+    ensure!(remembered_before.iter().all(|servers| servers.len() == 1), "{remembered_before:?}");
+    let small = room(&world, "SERVICES")?;
+    ensure!(small < u64::from(PORTS), "{small}: the test needs more Services");
+    let mut held = world.client().hold(REDIS_VIP).proto(Proto::Redis).open()?;
+    let mut loops = loops(&world)?;
+    loops.next(100)?;
+    let counted_before = counted(&world)?;
+
+    world.manifests().write("many.yaml", &many())?;
+    all_fit(&world)?;
+    the_last_is_served(&world)?;
+    loops.next(100)?;
+
+    assert_eq!(ids(&world)?, before, "everything keeps its numbers");
+    assert_eq!(remembered(&world)?, remembered_before, "clients are still remembered");
+    ensure!(held.say("PING")?.ok, "a connection through the growth");
+    let counted = counted(&world)?;
+    ensure!(counted > counted_before && counted_before >= 100, "{counted_before}, then {counted}");
+    assert_eq!(world.problems(NODE)?, Default::default());
+    assert_eq!(verify_with(&world, "--manifests", world.manifests().dir())?, []);
+    let left: BTreeSet<_> = fs::read_dir(pin(&world, ""))?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<_>>()?;
+    ensure!(left.iter().all(|name| !name.contains('-')), "{left:?}");
+    loops.none_failed().map(drop)
+}
+
+#[test]
+fn maps_that_cannot_grow_refuse_what_does_not_fit_and_nothing_else() -> Result<()> {
+    let world = world()?;
+    let before = ids(&world)?;
+    // Something that no agent removes lies where a larger map would be pinned.
+    let obstacle = pin(&world, "SERVICES-larger");
+    fs::create_dir(&obstacle)?;
+    let mut loops = loops(&world)?;
+    world.manifests().write("many.yaml", &many())?;
+    let problems = world.wait_problems(NODE, |problems| {
+        problems.get("maps").is_some_and(|reasons| reasons.concat().contains("SERVICES-larger"))
+            && problems.values().flatten().any(|reason| reason.contains("map SERVICES is full"))
+    })?;
+    let refused = problems.keys().filter(|object| object.starts_with("Service default/many-")).count();
+    // Each has two ports.
+    ensure!((400..=900).contains(&refused), "{refused} of {SERVICES} are refused");
+    ensure!(problems.keys().all(|object| object == "maps" || object.contains("many-")), "{problems:?}");
+    assert_eq!(ids(&world)?, before);
+    loops.next(100)?;
+
+    // With the next try it goes well.
+    fs::remove_dir(&obstacle)?;
+    all_fit(&world)?;
+    world.wait_problems(NODE, |problems| problems.is_empty())?;
+    the_last_is_served(&world)?;
+    assert_eq!(ids(&world)?, before);
+    loops.none_failed().map(drop)
+}
+
+#[test]
+fn an_agent_that_is_killed_while_maps_grow_leaves_nothing_half_done() -> Result<()> {
+    let mut world = world()?;
+    let (before, remembered_before) = (ids(&world)?, remembered(&world)?);
+    let mut loops = loops(&world)?;
+    world.agent(NODE).kill9()?;
+    world.manifests().write("many.yaml", &many())?;
+    // Reading the manifests takes most of the time; each start gets a little further.
+    let mut delay = 0;
+    let small = room(&world, "SERVICES")?;
+    while room(&world, "SERVICES")? == small {
+        delay += 100;
+        ensure!(delay < 4_000, "the maps do not grow");
+        world.agent(NODE).start()?;
+        std::thread::sleep(std::time::Duration::from_millis(delay));
+        world.agent(NODE).kill9()?;
+        loops.go_on()?;
+    }
+    world.agent(NODE).start_ready()?;
+    the_last_is_served(&world)?;
+    assert_eq!(ids(&world)?, before);
+    assert_eq!(remembered(&world)?, remembered_before);
+    assert_eq!(verify_with(&world, "--manifests", world.manifests().dir())?, []);
+    loops.none_failed().map(drop)
+}
