@@ -201,7 +201,36 @@ async fn everything_is_listed_then_watched() {
 }
 
 #[tokio::test]
-async fn p210_nothing_is_synced_before_every_list_is_complete() {
+async fn p054_p055_p056_p057_slices_that_are_for_a_proxy() {
+    let server = ApiServer::start().unwrap();
+    let (of_s, key) = (slice("s-1", "s"), proxy_agent::cluster::ObjectKey::new("a", "s"));
+    let mut names = slice("s-2", "s");
+    names["addressType"] = "FQDN".into();
+    names["endpoints"] = json!([{ "addresses": ["db.example"] }]);
+    let mut nobodys = slice("x-1", "s");
+    nobodys["metadata"]["labels"] = json!({});
+    // Before the Service.
+    server.apply_all([of_s.clone(), names, nobodys]).unwrap();
+    let mut watched = Watched::synced(&server).await;
+    server.apply(service("s", 80)).unwrap();
+    watched.until_services(&["s:80"]).await;
+    let slices = |watched: &Watched| -> Vec<String> {
+        watched.cluster.slices(&key).map(|slice| slice.key.name.to_string()).collect()
+    };
+    assert_eq!(slices(&watched), ["s-1"]);
+
+    wait_for_watches(&server).await;
+    let mut headless = of_s.clone();
+    headless["metadata"]["labels"]["service.kubernetes.io/headless"] = "".into();
+    server.apply(headless).unwrap();
+    watched.until("headless", |watched| slices(watched).is_empty()).await;
+    server.apply(of_s).unwrap();
+    watched.until("for a proxy again", |watched| slices(watched) == ["s-1"]).await;
+    assert_eq!(watched.problems, []);
+}
+
+#[tokio::test]
+async fn p210_p211_nothing_is_synced_before_every_list_is_complete() {
     for resource in WATCHED {
         let server = ApiServer::start().unwrap();
         server.apply(service("s", 80)).unwrap();

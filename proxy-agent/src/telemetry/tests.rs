@@ -56,8 +56,12 @@ impl World {
 }
 
 fn service(name: &str, spec: &Value) -> Change {
+    annotated(name, spec, &Value::Null)
+}
+
+fn annotated(name: &str, spec: &Value, annotations: &Value) -> Change {
     let mut object = json!({
-        "metadata": {"namespace": "a", "name": name},
+        "metadata": {"namespace": "a", "name": name, "annotations": annotations},
         "spec": {
             "clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10"], "ipFamilies": ["IPv4"],
             "ports": [{"name": "web", "port": 80}],
@@ -146,7 +150,7 @@ fn p215_p216_what_changes_nothing_asks_for_no_sync() {
     assert!(before > 0.0);
 
     // Annotations are no part of what is kept of a Service.
-    assert_eq!(world.take(service("s", &json!({}))), Scope::Nothing);
+    assert_eq!(world.take(annotated("s", &json!({}), &json!({"note": "read by people"}))), Scope::Nothing);
     assert_eq!(world.take(slice("s", "n1", time)), Scope::Nothing);
     assert_eq!(world.sample(queued), before);
     assert_eq!(world.sample("kubeproxy_sync_proxy_rules_service_changes_total"), 2.0);

@@ -210,15 +210,20 @@ fn p196_a_service_without_a_load_balancer_has_none() -> Result<()> {
 #[test]
 fn p197_a_port_that_moves() -> Result<()> {
     let stage = Stage::new()?;
-    let slice = slice("s", "IPv4", &["L1"]);
-    stage.write(&[s_h(&json!({})), slice.clone()])?;
-    let mut agent = stage.with_manifests()?;
+    let (server, mut agent) = stage.with_api()?;
+    server.apply_all([s_h(&json!({})), slice("s", "IPv4", &["L1"])])?;
     start(&mut agent)?;
     let x = stage.lab.client("X");
-    wait(&x, PORT, 200)?;
-    stage.write(&[s_h(&json!({"healthCheckNodePort": 32001})), slice])?;
+    tells(&wait(&x, PORT, 200)?, 1, true)?;
+    // The port of a Service cannot be changed: another Service takes its place.
+    assert!(server.delete(&s_h(&json!({})))?);
+    server.apply(s_h(&json!({"healthCheckNodePort": 32001})))?;
     tells(&wait(&x, "192.0.2.10:32001", 200)?, 1, true)?;
-    wait_refused(&x, PORT)
+    wait_refused(&x, PORT)?;
+    // Or its object is overwritten, as by a file.
+    server.apply(s_h(&json!({})))?;
+    tells(&wait(&x, PORT, 200)?, 1, true)?;
+    wait_refused(&x, "192.0.2.10:32001")
 }
 
 #[test]

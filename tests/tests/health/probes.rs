@@ -1,6 +1,7 @@
 //! `/healthz` and `/livez` of the running agent.
 
 use anyhow::Result;
+use k8s_openapi::jiff::Timestamp;
 use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
 
@@ -13,6 +14,22 @@ fn wait(agent: &Agent, healthz: u16, livez: u16) -> Result<[Value; 2]> {
         let bodies = [serde_json::from_str(&first.1)?, serde_json::from_str(&second.1)?];
         Ok(((first.0, second.0) == (healthz, livez)).then_some(bodies))
     })
+}
+
+/// Whatever the answer is, it has kube-proxy's headers, and says when it was given and when the last update was.
+fn has_its_form(stage: &Stage, path: &str, status: u16) -> Result<()> {
+    let answer = stage.host().http("127.0.0.1:10256".parse()?, path, &[])?;
+    assert_eq!(answer.status, status, "{answer:?}");
+    assert_eq!(answer.header("content-type"), Some("application/json"));
+    assert_eq!(answer.header("x-content-type-options"), Some("nosniff"));
+    assert!(!answer.body.ends_with('\n'), "{answer:?}");
+    let body: Value = serde_json::from_str(&answer.body)?;
+    let times = ["lastUpdated", "currentTime"].map(|field| body[field].as_str().unwrap_or_default());
+    let [updated, now] = times.map(str::parse::<Timestamp>);
+    let (updated, now) = (updated?, now?);
+    assert_eq!(updated == now, status == 200, "{answer:?}");
+    assert!(updated <= now && Timestamp::now().duration_since(now).as_secs() < 60, "{answer:?}");
+    Ok(())
 }
 
 #[test]
@@ -30,15 +47,15 @@ fn p198_p204_a_node_that_is_fine() -> Result<()> {
         }
     }
     assert_eq!((&healthz["nodeEligible"], livez.get("nodeEligible")), (&json!(true), None));
-    let answer = stage.host().http("127.0.0.1:10256".parse()?, "/healthz", &[])?;
-    assert_eq!(answer.header("content-type"), Some("application/json"));
-    assert_eq!(answer.header("x-content-type-options"), Some("nosniff"));
+    for path in ["/healthz", "/livez"] {
+        has_its_form(&stage, path, 200)?;
+    }
     assert!(sample(&agent, "kubeproxy_proxy_healthz_total{code=\"200\"}")? >= 2.0);
     Ok(())
 }
 
 #[test]
-fn p200_p201_p202_a_node_that_goes() -> Result<()> {
+fn p200_p201_p202_p204_a_node_that_goes() -> Result<()> {
     let stage = Stage::new()?;
     stage.write(&[])?;
     let mut agent = stage.with_manifests()?;
@@ -51,6 +68,7 @@ fn p200_p201_p202_a_node_that_goes() -> Result<()> {
     let [healthz, livez] = wait(&agent, 503, 200)?;
     assert_eq!((&healthz["healthy"], &healthz["nodeEligible"]), (&json!(true), &json!(false)));
     assert_eq!(livez.get("nodeEligible"), None);
+    has_its_form(&stage, "/healthz", 503)?;
 
     tainted["spec"]["unschedulable"] = true.into();
     tainted["spec"]["taints"] = json!([{"key": "other", "value": "x", "effect": "NoSchedule"}]);

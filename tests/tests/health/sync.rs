@@ -182,13 +182,13 @@ fn p214_what_comes_and_goes_together_is_not_programmed() -> Result<()> {
 fn p215_p216_what_changes_nothing_causes_no_sync() -> Result<()> {
     let stage = Stage::new()?;
     let (server, agent) = with_s(&stage)?;
-    let (before, seen) =
-        (syncs(&agent, "")?, sample(&agent, "kubeproxy_sync_proxy_rules_endpoint_changes_total")?);
+    let seen = |kind: &str| sample(&agent, &format!("kubeproxy_sync_proxy_rules_{kind}_changes_total"));
+    let (before, services, slices) = (syncs(&agent, "")?, seen("service")?, seen("endpoint")?);
     let mut annotated = with_port(80);
     annotated["metadata"]["annotations"] = json!({"note": "nothing that a proxy reads"});
     server.apply(annotated)?;
     assert!(server.touch(Resource::EndpointSlices, "a", "s-ipv4")?);
-    wait_sample(&agent, "kubeproxy_sync_proxy_rules_endpoint_changes_total", |total| total > seen)?;
+    until("both", || Ok((seen("service")? > services && seen("endpoint")? > slices).then_some(())))?;
     settle(&agent)?;
     assert_eq!(syncs(&agent, "")?, before);
     // Whereas this does.
@@ -196,6 +196,26 @@ fn p215_p216_what_changes_nothing_causes_no_sync() -> Result<()> {
     wait_port(&stage, 81)?;
     assert_eq!(syncs(&agent, "")?, before + 1.0);
     Ok(())
+}
+
+#[test]
+fn p054_a_slice_of_host_names_is_not_counted() -> Result<()> {
+    let stage = Stage::new()?;
+    let (server, agent) = with_s(&stage)?;
+    let seen = "kubeproxy_sync_proxy_rules_endpoint_changes_total";
+    let before = sample(&agent, seen)?;
+    let mut names = slice("s", "FQDN", &[]);
+    for host in ["db.example", "db2.example"] {
+        names["endpoints"] = json!([{"addresses": [host], "conditions": {"ready": true}}]);
+        server.apply(names.clone())?;
+    }
+    assert!(server.delete(&names)?);
+    // What comes after it on the same watch.
+    server.apply(slice("s", "IPv4", &["L1", "R1"]))?;
+    wait_sample(&agent, seen, |total| total > before)?;
+    assert_eq!(sample(&agent, seen)?, before + 1.0);
+    let p = stage.lab.pod("P");
+    until("L1", || Ok((p.connect(CIP).one()?.server.as_deref() == Some("L1")).then_some(())))
 }
 
 #[test]

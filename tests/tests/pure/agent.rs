@@ -17,7 +17,7 @@ use proxy_agent::node::{NodePortAddresses, local_addresses};
 use proxy_agent::plan::{Plan, Wanted, plan, plan_left, plan_node};
 use proxy_agent::sim::Simulator;
 use proxy_agent::sources::convert::Converter;
-use proxy_agent::store::{Capacity, MapStore as _, Op};
+use proxy_agent::store::{Capacity, Contents, MapStore as _, Op, filter_words};
 use proxy_common::abi;
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::datapath::lookup;
@@ -32,6 +32,10 @@ use super::show;
 const NODE: &str = "n1";
 const ADDRESSES: [&str; 6] =
     ["192.0.2.10", "2001:db8:1::10", "198.51.100.10", "2001:db8:2::10", "127.0.0.1", "::1"];
+
+/// Room for all that a test has.
+const CAPACITY: Capacity =
+    Capacity { frontends: 2048, services: 1024, slots: 4096, backends: 2048, source_ranges: 64 };
 
 /// Kind, namespace and name.
 type Id = (String, String, String);
@@ -49,8 +53,13 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    /// `pods_in_packets`: whether it is attached to the interfaces of pods.
+    /// The first agent of a node. `pods_in_packets`: whether it is attached to the interfaces of pods.
     pub(super) fn new(config: &Config, pods_in_packets: bool) -> Result<Self> {
+        Self::over(&Contents::default(), config, pods_in_packets)
+    }
+
+    /// One that finds these maps.
+    pub(super) fn over(found: &Contents, config: &Config, pods_in_packets: bool) -> Result<Self> {
         let mut cluster_cidr = [None; 2];
         for text in &config.cluster_cidr {
             let cidr = prefix(text).with_context(|| format!("cluster CIDR {text}"))?;
@@ -62,7 +71,7 @@ impl Agent {
             NodePortAddresses::parse(&config.node_port_addresses)?
         };
         let addresses = ADDRESSES.iter().map(|text| Ok(text.parse::<IpAddr>()?.into()));
-        let maps = Simulator::default();
+        let maps = Simulator::of(found, &filter_words(found));
         maps.host_netns.set(HOST_NETNS);
         maps.clock.set(3_600_000_000_000);
         let mut agent = Self {
@@ -79,13 +88,7 @@ impl Agent {
                 ..Context::default()
             },
             node_ports,
-            model: Model::new(Capacity {
-                frontends: 256,
-                services: 64,
-                slots: 512,
-                backends: 256,
-                source_ranges: 64,
-            }),
+            model: Model::restore(CAPACITY, found),
             maps,
             first: true,
         };
@@ -95,8 +98,8 @@ impl Agent {
     }
 
     /// Makes `objects` the whole state of the cluster: what differs from the state before is told to the cluster, and
-    /// what that touches is programmed.
-    pub(super) fn take_in(&mut self, objects: &[Value]) -> Result<()> {
+    /// what that touches is programmed. Returns how.
+    pub(super) fn take_in(&mut self, objects: &[Value]) -> Result<Vec<Op>> {
         let mut after = BTreeMap::new();
         for object in objects {
             let id = id(object);
@@ -141,7 +144,8 @@ impl Agent {
         Ok(change.into_iter().collect())
     }
 
-    fn program(&mut self, node_changed: bool) -> Result<()> {
+    fn program(&mut self, node_changed: bool) -> Result<Vec<Op>> {
+        let mut all = Vec::new();
         if self.first {
             self.cluster.touch_all();
         }
@@ -151,16 +155,25 @@ impl Agent {
             let pods = self.context.cluster_cidr.iter().flatten().copied().collect();
             let ops = plan_node(&mut self.model, addresses, self.cluster.service_cidrs().collect(), pods);
             self.carry_out(&ops)?;
+            all.extend(ops);
         }
         let dirty = self.cluster.take_dirty();
-        let wanted = dirty.into_iter().map(|key| (key.clone(), self.wanted(&key))).collect();
+        let mut wanted: BTreeMap<ObjectKey, Option<Wanted>> =
+            dirty.into_iter().map(|key| (key.clone(), self.wanted(&key))).collect();
+        if self.first {
+            // Services of another run are named nowhere else.
+            for port in self.model.ports.keys() {
+                wanted.entry(port.service.clone()).or_insert(None);
+            }
+        }
         let Plan { ops, freed, refused, .. } = plan(&mut self.model, &wanted, self.first);
         ensure!(refused.is_empty(), "refused: {refused:?}");
         self.carry_out(&ops)?;
         // Nobody reads the maps meanwhile: the grace period is over.
         self.model.release(freed);
         self.first = false;
-        Ok(())
+        all.extend(ops);
+        Ok(all)
     }
 
     fn wanted(&self, key: &ObjectKey) -> Option<Wanted> {

@@ -11,6 +11,7 @@ use proxy_tests::cases::{Case, Check, Connect, Dest, Expect, Frontend, Pace, Pro
 
 mod agent;
 mod clients;
+mod syncs;
 
 use agent::Agent;
 use clients::{Fate, Way};

@@ -484,7 +484,7 @@ fn p230_p231_node_addresses_and_zone() {
 }
 
 #[test]
-fn a_node_that_is_leaving() {
+fn p200_p201_p202_a_node_that_is_leaving() {
     for (meta, taints, want) in [
         (json!({"name": "n1"}), Value::Null, false),
         (
@@ -492,6 +492,7 @@ fn a_node_that_is_leaving() {
             json!([{"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}]),
             false,
         ),
+        (json!({"name": "n1"}), json!([{"key": "other", "value": "x", "effect": "NoSchedule"}]), false),
         (
             json!({"name": "n1"}),
             json!([{"key": LEAVING_TAINT, "effect": "PreferNoSchedule", "value": "1"}]),
