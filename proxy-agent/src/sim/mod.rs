@@ -265,7 +265,7 @@ impl Tables for Simulator {
 
 /// A socket for [`Simulator`]: what a cgroup hook would be called with.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SimSocket {
+pub struct SimSocket<'a> {
     /// Peer address.
     pub addr: Addr,
     /// Peer port.
@@ -277,14 +277,14 @@ pub struct SimSocket {
     /// Cookie of the network namespace.
     pub netns: u64,
     /// Ids of the cgroups that the process is in, the outermost first.
-    pub cgroups: &'static [u64],
+    pub cgroups: &'a [u64],
     /// What the socket storage holds.
     pub record: Option<SocketRecord>,
     /// Whether writing the socket storage fails.
     pub storage_fails: bool,
 }
 
-impl Socket for SimSocket {
+impl Socket for SimSocket<'_> {
     fn addr(&self) -> Addr {
         self.addr
     }

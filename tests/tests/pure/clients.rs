@@ -124,7 +124,7 @@ fn at_socket(agent: &Agent, netns: u64, dest: &Dest, way: Way) -> Result<Fate> {
 }
 
 /// The application sees what it asked for.
-fn back(agent: &Agent, mut socket: SimSocket, way: Way, asked: (Addr, Be16)) -> Result<()> {
+fn back(agent: &Agent, mut socket: SimSocket<'_>, way: Way, asked: (Addr, Be16)) -> Result<()> {
     let seen = match way {
         Way::Connect => socket::peername(&mut socket, agent.maps()),
         Way::Datagram => socket::recvmsg(&mut socket, agent.maps()),

@@ -4,7 +4,12 @@ use super::*;
 
 /// What connect() to an address must answer and count; unless translated, nothing may have been touched.
 #[track_caller]
-fn check(sim: &Simulator, mut socket: SimSocket, verdict: Verdict, counted: Option<Counter>) -> SimSocket {
+fn check<'a>(
+    sim: &Simulator,
+    mut socket: SimSocket<'a>,
+    verdict: Verdict,
+    counted: Option<Counter>,
+) -> SimSocket<'a> {
     let before = (socket.clone(), counts(sim));
     assert_eq!(connect(&mut socket, sim), verdict, "{before:?}");
     let more: Vec<_> = Counter::ALL
@@ -184,7 +189,7 @@ fn open_sockets_whose_cookies_meet_are_both_remembered() {
     let meets = 500 + u64::from(STREAM_SLOTS);
     let second = check(&sim, with(meets, 10), Translated, Some(Counter::Connected));
     assert_eq!((first.record.is_some(), second.record.is_some()), (false, true));
-    let seen = |socket: &SimSocket| {
+    let seen = |socket: &SimSocket<'_>| {
         let mut asked = socket.clone();
         (peername(&mut asked, &sim), asked.addr)
     };
@@ -241,10 +246,10 @@ fn a_connection_that_cannot_be_remembered_fails_untouched() {
 #[test]
 fn clients_get_the_set_and_the_refusal_that_is_theirs() {
     let mut sim = world();
-    let host = |socket: SimSocket| SimSocket { netns: HOST_NETNS, ..socket };
+    let host = |socket: SimSocket<'static>| SimSocket { netns: HOST_NETNS, ..socket };
     let mut verdicts = |flags: u16| {
         frontend(&mut sim, exact(vip(10), 80, TCP), 1, flags);
-        let connected = |from: SimSocket| {
+        let connected = |from: SimSocket<'static>| {
             let mut ids = BTreeSet::new();
             for _ in 0..60 {
                 let mut socket = from.clone();

@@ -2,22 +2,22 @@
 
 use super::*;
 
-fn flow_key(socket: &SimSocket, addr: Addr, port: u16, direction: FlowDirection) -> UdpFlowKey {
+fn flow_key(socket: &SimSocket<'_>, addr: Addr, port: u16, direction: FlowDirection) -> UdpFlowKey {
     let port = Be16::new(port);
     UdpFlowKey { cookie: socket.cookie, addr, port, direction: direction as u16, pad: 0 }
 }
 
-fn original(socket: &SimSocket) -> UdpFlowKey {
+fn original(socket: &SimSocket<'_>) -> UdpFlowKey {
     flow_key(socket, vip(10), 80, FlowDirection::Original)
 }
 
-fn reply(socket: &SimSocket, backend: u32) -> UdpFlowKey {
+fn reply(socket: &SimSocket<'_>, backend: u32) -> UdpFlowKey {
     flow_key(socket, pod(backend), 8080, FlowDirection::Reply)
 }
 
 /// Sends a datagram of `from` to the VIP and says which backend it goes to.
 #[track_caller]
-fn send(sim: &Simulator, from: &SimSocket) -> u32 {
+fn send(sim: &Simulator, from: &SimSocket<'_>) -> u32 {
     let mut socket = from.clone();
     assert_eq!(sendmsg(&mut socket, sim), Translated);
     assert_eq!(socket.record, from.record.or(HAS_FLOWS), "the socket is not connected");
@@ -26,7 +26,7 @@ fn send(sim: &Simulator, from: &SimSocket) -> u32 {
 
 /// Receives a datagram from a backend, on a socket that has sent some, and says whom the application is told it came
 /// from.
-fn receive(sim: &Simulator, to: &SimSocket, backend: u32) -> (Addr, u16) {
+fn receive(sim: &Simulator, to: &SimSocket<'_>, backend: u32) -> (Addr, u16) {
     let record = to.record.or(HAS_FLOWS);
     let mut socket = SimSocket { addr: pod(backend), port: Be16::new(8080), record, ..to.clone() };
     let verdict = recvmsg(&mut socket, sim);

@@ -88,7 +88,7 @@ fn frontend(sim: &mut Simulator, key: FrontendKey, service: u32, flags: u16) {
 }
 
 /// A pod's socket that is about to talk to `addr`.
-fn socket(addr: Addr, port: u16, proto: u8) -> SimSocket {
+fn socket(addr: Addr, port: u16, proto: u8) -> SimSocket<'static> {
     SimSocket {
         addr,
         port: Be16::new(port),
@@ -103,7 +103,7 @@ fn socket(addr: Addr, port: u16, proto: u8) -> SimSocket {
 
 /// Which backend the socket leads to after a translation.
 #[track_caller]
-fn backend_of(socket: &SimSocket) -> u32 {
+fn backend_of(socket: &SimSocket<'_>) -> u32 {
     assert_eq!(socket.port, Be16::new(8080));
     let id = u32::from(socket.addr.v4_octets()[3]);
     assert_eq!(socket.addr, pod(id));
@@ -111,7 +111,7 @@ fn backend_of(socket: &SimSocket) -> u32 {
 }
 
 /// What is remembered of a socket, wherever that is.
-fn record_of(sim: &Simulator, socket: &SimSocket) -> Option<SocketRecord> {
+fn record_of(sim: &Simulator, socket: &SimSocket<'_>) -> Option<SocketRecord> {
     sim.stream(StreamRecord::slot(socket.cookie))?.of(socket.cookie).or(socket.record)
 }
 
