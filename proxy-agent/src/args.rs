@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-use crate::kube_proxy::Flags;
-
 use crate::bpf::dataplane::FLOW_ENTRIES;
+use crate::cluster::ObjectKey;
+use crate::kube_proxy::Flags;
 
 /// Most elements of `FLOWS` that may be asked for; the kernel needs twice as many for its index.
 const FLOW_ENTRIES_MAX: u32 = 1 << 26;
@@ -151,9 +151,13 @@ pub struct ExplainArgs {
     /// As for the other commands.
     #[command(flatten)]
     pub inspect: Inspect,
-    /// The client's address: of this host, of a pod, or of a machine outside. Without it: every kind of client.
-    #[arg(long, value_name = "ADDRESS", value_parser = client_address)]
-    pub from: Option<IpAddr>,
+    /// The client: an address (of this host, of a pod, or of a machine outside) or a Pod. Without it: every kind of
+    /// client.
+    #[arg(long, value_name = "ADDRESS|NAMESPACE/POD", value_parser = client)]
+    pub from: Option<ClientName>,
+    /// Where that Pod is looked up.
+    #[command(flatten, next_help_heading = "Where the Pod of --from is looked up")]
+    pub source: SourceArgs,
     /// How the client connects.
     #[arg(ignore_case = true)]
     pub protocol: Protocol,
@@ -162,14 +166,47 @@ pub struct ExplainArgs {
     pub target: SocketAddr,
 }
 
-/// Only the API server knows the addresses of pods by name, and the agent does not ask it about pods.
-fn client_address(text: &str) -> Result<IpAddr, String> {
-    text.parse().map_err(|_not_an_address| match text.split_once('/') {
-        Some((namespace, pod)) => format!(
-            "must be an address; `kubectl get pod -n {namespace} {pod} -o jsonpath={{.status.podIP}}` prints the pod's"
-        ),
-        None => "must be an address".to_owned(),
-    })
+/// Where objects are looked up, as `run` has it.
+#[derive(Args, Clone, Debug, Default)]
+pub struct SourceArgs {
+    /// Directory of Kubernetes manifests, with the Pod's status.
+    #[arg(long, value_name = "DIR")]
+    pub manifests: Option<PathBuf>,
+    /// kube-proxy's configuration file, for the kubeconfig that it names.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["manifests", "kubeconfig"])]
+    pub config: Option<PathBuf>,
+    /// Kubeconfig file of a user who may read pods. Without any of these: the cluster whose pod this is.
+    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
+    pub kubeconfig: Option<PathBuf>,
+    /// URL of the Kubernetes API server, in place of the one in the kubeconfig.
+    #[arg(long, value_name = "URL")]
+    pub master: Option<String>,
+}
+
+/// Who a connection comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ClientName {
+    /// Whoever has this address.
+    Address(IpAddr),
+    /// The Pod of this name.
+    Pod(ObjectKey),
+}
+
+fn client(text: &str) -> Result<ClientName, String> {
+    if let Ok(address) = text.parse() {
+        return Ok(ClientName::Address(address));
+    }
+    let legal = |name: &str, more: &str| {
+        let of_a_name =
+            |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || more.contains(c);
+        !name.is_empty() && name.chars().all(of_a_name)
+    };
+    match text.split_once('/') {
+        Some((namespace, name)) if legal(namespace, "") && legal(name, ".") => {
+            Ok(ClientName::Pod(ObjectKey::new(namespace, name)))
+        }
+        _ => Err("must be an address, or NAMESPACE/POD".to_owned()),
+    }
 }
 
 /// Protocols of Service ports.
@@ -256,4 +293,39 @@ pub struct RunArgs {
     /// Where everything is pinned.
     #[command(flatten, next_help_heading = "Process")]
     pub pins: Pins,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_are_addresses_or_pods() {
+        let address = |text: &str| ClientName::Address(text.parse().unwrap());
+        for (text, want) in [
+            ("10.64.1.50", Some(address("10.64.1.50"))),
+            ("fd00:64::50", Some(address("fd00:64::50"))),
+            ("shop/cart-1", Some(ClientName::Pod(ObjectKey::new("shop", "cart-1")))),
+            ("kube-system/etcd.n1", Some(ClientName::Pod(ObjectKey::new("kube-system", "etcd.n1")))),
+            ("cart-1", None),
+            ("10.64.0.0/12", None),
+            ("fd00:64::/48", None),
+            ("shop/", None),
+            ("shop/pod/cart-1", None),
+        ] {
+            assert_eq!(client(text).ok(), want, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_pod_is_looked_up_in_one_place() {
+        let line = |more: &[&str]| {
+            let line = ["proxy-agent", "explain", "--from", "shop/cart-1", "tcp", "10.96.0.10:80"];
+            Cli::from_command_line(line.iter().chain(more).map(OsString::from))
+        };
+        assert!(line(&["--kubeconfig", "f", "--master", "https://192.0.2.1:6443"]).is_ok());
+        for more in [["--kubeconfig", "f", "--manifests", "d"], ["--config", "f", "--kubeconfig", "g"]] {
+            assert!(line(&more).is_err(), "{more:?}");
+        }
+    }
 }

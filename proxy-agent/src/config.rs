@@ -10,7 +10,7 @@ use std::time::Duration;
 use axum::http::Uri;
 use proxy_common::addr::{Addr, Family, Prefix};
 
-use crate::args::RunArgs;
+use crate::args::{RunArgs, SourceArgs};
 use crate::bpf::pins::PinDir;
 use crate::edge;
 use crate::edge::settings::{DetectLocal, Selection, Settings, SettingsError};
@@ -52,6 +52,22 @@ impl std::fmt::Display for Source {
             }
             Self::Kubernetes { kubeconfig: None, master: None } => f.write_str("Kubernetes API (in cluster)"),
         }
+    }
+}
+
+impl Source {
+    /// Where a command that needs nothing else of the configuration looks objects up.
+    ///
+    /// # Errors
+    ///
+    /// The configuration file cannot be used, or the server's URL is none.
+    pub fn of(args: &SourceArgs) -> Result<Self, ConfigError> {
+        let of_file = match &args.config {
+            None => None,
+            Some(path) => ConfigFile::read(path)?.decode()?.0.client_connection.kubeconfig,
+        };
+        let given = args.kubeconfig.as_ref().map(|path| path.to_string_lossy().into_owned());
+        source(args.manifests.as_deref(), given.or(of_file).as_deref(), args.master.as_deref())
     }
 }
 
@@ -162,6 +178,9 @@ pub enum ConfigError {
     /// Who opts out.
     #[error(transparent)]
     OptOut(#[from] opt_out::RuleError),
+    /// The configuration file.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// Not a URL.
     #[error("--master `{0}`: must be a URL such as https://192.0.2.1:6443")]
     Master(String),
@@ -218,7 +237,11 @@ impl Config {
         let pins = PinDir::new(&args.pins.pin_dir);
         Ok(Self {
             node_name: node_name(&text(&given.hostname_override), &host.name)?,
-            source: source(args, &given)?,
+            source: source(
+                args.manifests.as_deref(),
+                given.client_connection.kubeconfig.as_deref(),
+                args.kube_proxy.master.as_deref(),
+            )?,
             cgroup: host.cgroup.clone(),
             pins: pins.clone(),
             state_file: state_file(&args.pins.run_dir, &args.pins.pin_dir),
@@ -280,17 +303,20 @@ fn node_name(given: &str, host: &str) -> Result<Arc<str>, ConfigError> {
     if name.is_empty() { Err(ConfigError::NoName) } else { Ok(name.into()) }
 }
 
-fn source(args: &RunArgs, given: &KubeProxyConfiguration) -> Result<Source, ConfigError> {
-    if let Some(dir) = &args.manifests {
-        return Ok(Source::Manifests(dir.clone()));
+fn source(
+    manifests: Option<&Path>,
+    kubeconfig: Option<&str>,
+    master: Option<&str>,
+) -> Result<Source, ConfigError> {
+    if let Some(dir) = manifests {
+        return Ok(Source::Manifests(dir.to_owned()));
     }
-    let not_empty = |text: &&String| !text.is_empty();
-    let kubeconfig = given.client_connection.kubeconfig.as_ref().filter(not_empty).map(PathBuf::from);
-    let master = match args.kube_proxy.master.as_ref().filter(not_empty) {
+    let kubeconfig = kubeconfig.filter(|text| !text.is_empty()).map(PathBuf::from);
+    let master = match master.filter(|text| !text.is_empty()) {
         None => None,
         Some(text) => match text.parse::<Uri>() {
             Ok(url) if url.scheme().is_some() && url.host().is_some() => Some(url),
-            _ => return Err(ConfigError::Master(text.clone())),
+            _ => return Err(ConfigError::Master(text.to_owned())),
         },
     };
     Ok(Source::Kubernetes { kubeconfig, master })

@@ -5,9 +5,10 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::CommandFactory as _;
-use proxy_agent::args::{Cli, Command, MonitorArgs, Pins, RunArgs, VerifyArgs};
+use proxy_agent::args::{Cli, Command, ExplainArgs, MonitorArgs, Pins, RunArgs, VerifyArgs};
 use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::config::{Config, Raw, state_file};
+use proxy_agent::explain::ExplainError;
 use proxy_agent::kube_proxy::KubeProxyConfiguration;
 use proxy_agent::monitor::MonitorError;
 use proxy_agent::node::Host;
@@ -28,7 +29,7 @@ fn main() -> ExitCode {
         Command::Flows(args) => print(|out| flows::print(&args, out)),
         Command::Monitor(args) => watch(&args),
         Command::Verify(args) => verify(&args),
-        Command::Explain(args) => print(|out| explain::print(&args, out)),
+        Command::Explain(args) => explain(&args),
         Command::Cleanup { pins } => cleanup(&pins),
         Command::Completion { shell } => {
             let mut script = Vec::new();
@@ -85,6 +86,15 @@ fn verify(args: &VerifyArgs) -> anyhow::Result<()> {
     let differences = findings.differences.len();
     anyhow::ensure!(differences == 0, "{differences} differences between what should be and the maps");
     Ok(())
+}
+
+fn explain(args: &ExplainArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let pod = runtime.block_on(explain::client_pod(args))?;
+    match explain::print(args, pod.as_ref(), &mut std::io::stdout().lock()) {
+        Err(ExplainError::Inspect(error)) => print(|_| Err(error)),
+        other => Ok(other?),
+    }
 }
 
 fn watch(args: &MonitorArgs) -> anyhow::Result<()> {

@@ -2,11 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use proxy_tests::apiserver::{ApiServer, Resource, Verb};
 use proxy_tests::lab::{Agent, Attempt, Lab, Place, Summary};
+use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -19,7 +22,7 @@ const PATIENCE: Duration = Duration::from_millis(300);
 struct World {
     agent: Agent,
     lab: Lab,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl World {
@@ -98,8 +101,19 @@ impl World {
         fs::write(manifests.join("objects.json"), list.to_string())?;
         let mut agent = lab.node("n1").agent()?.manifests(&manifests);
         agent = agent.flag("run-dir", dir.path().join("run").display());
+        agent = agent.flag("socket-opt-out", "annotation");
         agent.start_ready()?;
-        Ok(Self { agent, lab, _dir: dir })
+        Ok(Self { agent, lab, dir })
+    }
+
+    /// The path of a file or directory of this world.
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    /// What is said of a connection to the Service `cart` from `from`.
+    fn cart(&self, from: &str, more: &[&str]) -> Result<Value> {
+        self.agent.tool("explain", &[&["--from", from, "tcp", "10.96.0.10:80"], more].concat())
     }
 
     /// The client of that name and its address.
@@ -115,7 +129,19 @@ impl World {
 
     /// What is said that the client sees: a verdict, and the servers that it may meet.
     fn said(&self, from: &str, proto: &str, target: &str) -> Result<(String, BTreeSet<String>)> {
-        let explanation = self.agent.tool("explain", &["--from", from, proto, target])?;
+        self.said_of(from, &[], proto, target)
+    }
+
+    /// The same of a Pod that is looked up in `place`.
+    fn said_of(
+        &self,
+        from: &str,
+        place: &[&str],
+        proto: &str,
+        target: &str,
+    ) -> Result<(String, BTreeSet<String>)> {
+        let args = [&["--from", from, proto, target], place].concat();
+        let explanation = self.agent.tool("explain", &args)?;
         let clients = explanation["clients"].as_array().context("clients")?;
         let says = |client: &&Value| client["verdict"] != "left-to-packets";
         let answer = clients.iter().find(says).with_context(|| format!("no verdict: {explanation}"))?;
@@ -267,11 +293,123 @@ fn it_works_without_an_agent_and_refuses_what_cannot_be() -> Result<()> {
     assert_eq!(explanation["service"]["name"], "cart");
     assert_eq!(explanation["clients"].as_array().map(Vec::len), Some(4));
     for (args, words) in [
-        (["--from", "shop/cart-1", "tcp", "10.96.0.10:80"], "kubectl get pod -n shop cart-1"),
+        (["--from", "10.64.0.0/12", "tcp", "10.96.0.10:80"], "must be an address, or NAMESPACE/POD"),
         (["--from", "fd00::1", "tcp", "10.96.0.10:80"], "different families"),
     ] {
         let error = world.agent.tool("explain", &args).err().context("not refused")?;
         ensure!(format!("{error:#}").contains(words), "{error:#}");
     }
+    Ok(())
+}
+
+/// A Pod in namespace `shop`.
+fn pod(name: &str, node: &str, host_network: bool, addresses: &[&str]) -> Value {
+    let ips: Vec<Value> = addresses.iter().map(|ip| json!({ "ip": ip })).collect();
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": { "namespace": "shop", "name": name, "uid": format!("0f2b7c1e-{name}") },
+        "spec": { "nodeName": node, "hostNetwork": host_network },
+        "status": { "phase": "Running", "podIP": addresses.first(), "podIPs": ips },
+    })
+}
+
+#[test]
+fn a_client_may_be_the_name_of_a_pod() -> Result<()> {
+    let world = World::new()?;
+    let pods = [
+        pod("client", "n1", false, &["10.64.1.50", "fd00:64:0:1::50"]),
+        pod("of-host", "n1", true, &["192.0.2.10"]),
+        pod("elsewhere", "n2", false, &["10.64.2.50"]),
+        pod("pending", "n1", false, &[]),
+    ];
+    let host = world.lab.node("n1").host();
+    let listener = host.net().enter(|| TcpListener::bind("127.0.0.1:6443"))??;
+    let server = ApiServer::start_on(listener)?;
+    server.apply_all(pods.clone())?;
+    let (kubeconfig, config) = (world.path("kubeconfig"), world.path("config.conf"));
+    server.write_kubeconfig(kubeconfig.as_ref())?;
+    fs::write(
+        &config,
+        format!(
+            "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nclientConnection: {{kubeconfig: \
+             {kubeconfig}}}\n"
+        ),
+    )?;
+    let saved = world.path("saved");
+    fs::create_dir(&saved)?;
+    fs::write(Path::new(&saved).join("pods.json"), json!({ "kind": "List", "items": pods }).to_string())?;
+
+    let url = server.url();
+    let places: [[&str; 2]; 4] =
+        [["--kubeconfig", &kubeconfig], ["--config", &config], ["--master", &url], ["--manifests", &saved]];
+    for place in places {
+        for (pod, address) in
+            [("client", "10.64.1.50"), ("of-host", "192.0.2.10"), ("elsewhere", "10.64.2.50")]
+        {
+            let (by_name, by_address) =
+                (world.cart(&format!("shop/{pod}"), &place)?, world.cart(address, &[])?);
+            assert_eq!((&by_name["clients"], &by_name["from"]), (&by_address["clients"], &json!(address)));
+            assert_eq!((&by_name["pod"]["name"], &by_address["pod"]), (&json!(pod), &Value::Null));
+            let note = by_name["clientNote"].as_str().unwrap_or_default();
+            assert_eq!(note.starts_with("it runs on node n2"), pod == "elsewhere", "{note}");
+        }
+        let of_host = world.cart("shop/of-host", &place)?;
+        let kinds: Vec<&Value> = of_host["clients"]
+            .as_array()
+            .context("clients")?
+            .iter()
+            .map(|answer| &answer["client"])
+            .collect();
+        assert_eq!(kinds, [&json!("host")]);
+    }
+    // What is said of it by name is what it sees.
+    let (place, _) = world.client("P");
+    let said = world.said_of("shop/client", &["--kubeconfig", &kubeconfig], "tcp", "10.96.0.10:80")?;
+    assert_eq!(world.seen(&place, "tcp", "10.96.0.10:80")?, said);
+
+    let refused = |from: &str, place: &[&str], words: &[&str]| -> Result<()> {
+        let error = format!("{:#}", world.cart(from, place).err().context("not refused")?);
+        ensure!(words.iter().all(|word| error.contains(word)), "{words:?} not in {error}");
+        Ok(())
+    };
+    for place in places {
+        refused("shop/nobody", &place, &["--from shop/nobody", "no such Pod"])?;
+        refused("shop/pending", &place, &["--from shop/pending", "status.podIPs is empty"])?;
+    }
+    server.fail(Some(Verb::Get), Some(Resource::Pods), 403, 1);
+    let who = "give --kubeconfig of a user who may read pods";
+    refused("shop/client", &places[0], &["--from shop/client", &url, "(403)", who, "the Pod's address"])?;
+    server.go_away();
+    refused("shop/client", &places[0], &["--from shop/client", &url, "the Pod's address does as well"])?;
+    refused("shop/client", &[], &["--from shop/client", "--kubeconfig"])
+}
+
+#[test]
+fn a_pod_that_has_opted_out_is_told_of_its_packets() -> Result<()> {
+    let world = World::new()?;
+    let mut object = pod("client", "n1", false, &["10.64.1.50"]);
+    object["metadata"]["annotations"] = json!({ "vipr.dev/socket-edge": "off" });
+    fs::write(world.path("manifests/pod.json"), object.to_string())?;
+    let inside =
+        world.lab.pod("P").in_cgroup("kubepods/burstable/pod0f2b7c1e-client/0123abcd").context("a cgroup")?;
+    until("it has opted out", || {
+        let status = world.agent.tool("status", &[])?;
+        Ok((status["agent"]["opted_out"] == json!(["shop/client"])).then_some(()))
+    })?;
+    let manifests = world.path("manifests");
+    let place = ["--manifests", &manifests];
+    let explanation = world.cart("shop/client", &place)?;
+    assert_eq!(explanation["pod"]["optedOut"], true);
+    let [socket, packets] = &explanation["clients"].as_array().context("clients")?[..] else {
+        anyhow::bail!("{explanation}")
+    };
+    assert_eq!((&socket["client"], &socket["verdict"]), (&json!("pod"), &json!("left-to-packets")));
+    assert!(socket["reason"].as_str().is_some_and(|why| why.contains("opted out")), "{socket}");
+    assert_eq!((&packets["client"], &packets["verdict"]), (&json!("pod-packets"), &json!("served")));
+    let said = world.said_of("shop/client", &place, "tcp", "10.96.0.10:80")?;
+    assert_eq!(world.seen(&inside, "tcp", "10.96.0.10:80")?, said);
+    // Whose address it is does not tell.
+    let note = world.cart("10.64.1.50", &[])?["clientNote"].clone();
+    assert!(note.as_str().is_some_and(|note| note.contains("opted out of the socket edge (1)")), "{note}");
     Ok(())
 }

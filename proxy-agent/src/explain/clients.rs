@@ -140,12 +140,20 @@ pub fn answers(maps: &Simulator, question: &Question, target: Target, among: usi
             client,
             verdict: first.verdict,
             counter: first.why.map(Counter::name),
-            reason: first.why.map_or("", reason),
+            reason: match first.why {
+                Some(Counter::LeftToPackets) if has_opted_out(maps, question) => OPTED_OUT,
+                why => why.map_or("", reason),
+            },
             backends: backends.into_iter().collect(),
             remembered: first.backend.filter(|_| is_remembered),
         });
     }
     answers
+}
+
+/// Whether the client is a pod whose sockets are left alone.
+fn has_opted_out(maps: &Simulator, question: &Question) -> bool {
+    question.cgroup.is_some_and(|cgroup| maps.opted_out(cgroup))
 }
 
 fn clients(maps: &Simulator, question: &Question, target: Target) -> Vec<Client> {
@@ -233,7 +241,7 @@ fn at_socket(maps: &Simulator, question: &Question, netns: u64, index: u32) -> V
         protocol: question.proto.into(),
         cookie: u64::from(index) + 1,
         netns,
-        cgroups: &[],
+        cgroups: question.cgroup.as_slice(),
         record: None,
         storage_fails: false,
     };
@@ -264,6 +272,8 @@ fn in_packets(
         edge::Verdict::Pass => Verdict::NotOurs,
     }
 }
+
+const OPTED_OUT: &str = "the pod has opted out of the socket edge: its packets are judged";
 
 /// What a counter stands for.
 const fn reason(counter: Counter) -> &'static str {

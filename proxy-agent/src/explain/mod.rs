@@ -6,6 +6,7 @@
 
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
@@ -18,19 +19,23 @@ use proxy_common::datapath::lookup::{self, Target};
 use proxy_common::datapath::tables::Tables as _;
 use serde::Serialize;
 
-use crate::args::{ExplainArgs, Pins, Protocol};
+use crate::args::{ClientName, ExplainArgs, Pins, Protocol};
 use crate::bpf::maps::{KernelMaps, OpenError};
 use crate::bpf::pins::PinDir;
-use crate::config::state_file;
+use crate::config::{ConfigError, Source, state_file};
 use crate::flows::now;
 use crate::inspect::{FrontendView, InspectError, endpoint, frontend_view, print_data, table};
 use crate::model::{Model, PortBackend};
+use crate::node::Host;
 use crate::proto_name;
+use crate::report;
 use crate::sim::Simulator;
 
 pub mod question;
 
 pub mod clients;
+
+pub mod pod;
 
 pub mod reasons;
 
@@ -38,6 +43,7 @@ pub mod reasons;
 mod tests;
 
 pub use clients::Answer;
+pub use pod::{ClientPod, PodError, PodView};
 pub use question::Question;
 
 use reasons::EndpointReasons;
@@ -77,6 +83,10 @@ pub struct Explanation {
     pub protocol: &'static str,
     /// The client's address, if one was given.
     pub from: Option<IpAddr>,
+    /// The client, if it was given as a Pod.
+    pub pod: Option<PodView>,
+    /// What is to be known of the client: how far the answer holds for it.
+    pub client_note: Option<String>,
     /// Whose the address is.
     pub owner: Owner,
     /// What else a user may have meant.
@@ -161,7 +171,7 @@ impl ServiceView {
 /// What becomes of the connection that `question` is about. `maps` holds `AFFINITY` of the client, `DEVICES` and the clock
 /// beside what the agent has written, of which `model` is the other reading.
 pub fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanation {
-    let Question { proto, addr, port, from } = *question;
+    let Question { proto, addr, port, from, .. } = *question;
     let target = lookup::find(maps, &addr, port, proto);
     let owner = match target {
         Target::Frontend(_) => Owner::Frontend,
@@ -174,6 +184,8 @@ pub fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanat
         target: SocketAddr::new(addr.to_ip(), port.get()),
         protocol: proto_name(proto),
         from: from.map(Addr::to_ip),
+        pod: None,
+        client_note: None,
         owner,
         note: note(maps, model, question, owner),
         frontend: None,
@@ -249,41 +261,100 @@ fn backend_view(backend: &PortBackend) -> BackendView {
     }
 }
 
-/// `proxy-agent explain`.
+/// The Pod that `--from` names, if it names one.
 ///
 /// # Errors
 ///
-/// [`InspectError`].
-pub fn print(args: &ExplainArgs, out: &mut impl Write) -> Result<(), InspectError> {
+/// [`ExplainError`].
+pub async fn client_pod(args: &ExplainArgs) -> Result<Option<ClientPod>, ExplainError> {
+    let Some(ClientName::Pod(key)) = &args.from else { return Ok(None) };
+    Ok(Some(ClientPod::look_up(&Source::of(&args.source)?, key).await?))
+}
+
+/// Why nothing is explained.
+#[derive(Debug, thiserror::Error)]
+pub enum ExplainError {
+    /// Where Pods are looked up.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The Pod.
+    #[error(transparent)]
+    Pod(#[from] PodError),
+    /// The maps, or standard output.
+    #[error(transparent)]
+    Inspect(#[from] InspectError),
+}
+
+/// `proxy-agent explain`. `pod` is what [`client_pod`] has found.
+///
+/// # Errors
+///
+/// [`ExplainError`].
+pub fn print(args: &ExplainArgs, pod: Option<&ClientPod>, out: &mut impl Write) -> Result<(), ExplainError> {
     let proto = match args.protocol {
         Protocol::Tcp => proto::TCP,
         Protocol::Udp => proto::UDP,
         Protocol::Sctp => proto::SCTP,
     };
-    let question = Question {
-        proto,
-        addr: args.target.ip().into(),
-        port: Be16::new(args.target.port()),
-        from: args.from.map(Addr::from),
+    let addr = Addr::from(args.target.ip());
+    let from = match (pod, &args.from) {
+        (Some(pod), _) => Some(pod.address(addr.family())?),
+        (None, Some(ClientName::Address(address))) => Some(Addr::from(*address)),
+        (None, Some(ClientName::Pod(_)) | None) => None,
     };
-    if let Some(from) = question.from.filter(|from| from.family() != question.addr.family()) {
-        return Err(InspectError::Families { from: from.to_ip(), target: args.target });
+    if let Some(from) = from.filter(|from| from.family() != addr.family()) {
+        return Err(InspectError::Families { from: from.to_ip(), target: args.target }.into());
     }
-    let (maps, model) = read(&PinDir::new(&args.inspect.pins.pin_dir), &question)?;
+    let Pins { pin_dir, run_dir } = &args.inspect.pins;
+    let state_file = state_file(run_dir, pin_dir);
+    let state = report::read(&state_file).ok();
+    let cgroup = pod.filter(|pod| !pod.host_network).and_then(|pod| {
+        let root = match &state {
+            Some(state) => PathBuf::from(&state.cgroup),
+            None => Host::look(None).ok()?.cgroup,
+        };
+        pod.cgroup(&root)
+    });
+    let question = Question { proto, addr, port: Be16::new(args.target.port()), from, cgroup };
+    let (maps, model) = read(&PinDir::new(pin_dir), &question)?;
     let mut explanation = explain(&maps, &model, &question);
     if let Some(view) = &mut explanation.service
         && let Some(key) = model.ports.iter().find(|(_, port)| port.id == view.id).map(|(key, _)| key)
     {
-        let Pins { pin_dir, run_dir } = &args.inspect.pins;
-        let answer = reasons::ask(&reasons::socket(&state_file(run_dir, pin_dir)), &key.service);
+        let answer = reasons::ask(&reasons::socket(&state_file), &key.service);
         if let Some(port) = answer.iter().flatten().find(|port| port.is_of(key)) {
             view.learn(&port.endpoints);
         }
     }
+    let opted_out = maps.contents().opt_out;
+    explanation.pod = pod.map(|pod| pod.view(cgroup, &opted_out));
+    let node = state.as_ref().map(|state| state.node.as_str());
+    explanation.client_note = client_note(&explanation, node, opted_out.len());
     if print_data(args.inspect.output, &explanation, out)? {
         return Ok(());
     }
-    words(&explanation, out)
+    Ok(words(&explanation, out)?)
+}
+
+/// What limits the answer: `here` is the name of this node, if it is known.
+fn client_note(explanation: &Explanation, here: Option<&str>, opted_out: usize) -> Option<String> {
+    let pod = explanation.pod.as_ref();
+    if let Some((node, here)) = pod.and_then(|pod| pod.node.as_deref()).zip(here)
+        && node != here
+    {
+        return Some(format!(
+            "it runs on node {node}, whose agent decides; this is {here}: ask there what its sockets are told"
+        ));
+    }
+    let by_socket = explanation.clients.iter().any(|answer| answer.client == clients::Client::Pod);
+    (by_socket && opted_out > 0 && pod.is_none_or(|pod| pod.opted_out.is_none())).then(|| {
+        format!(
+            "pods of this node that have opted out of the socket edge ({opted_out}) are told what the line `{}` says, all \
+             others what `{}` says",
+            clients::Client::PodPackets.words(),
+            clients::Client::Pod.words()
+        )
+    })
 }
 
 /// Copies of the pinned maps.
@@ -322,8 +393,15 @@ fn open<K: aya::Pod, V: aya::Pod>(
 }
 
 fn words(explanation: &Explanation, out: &mut impl Write) -> Result<(), InspectError> {
-    let Explanation { target, protocol, from, owner, note, frontend, service, clients } = explanation;
+    let Explanation { target, protocol, from, pod, client_note, owner, note, frontend, service, clients } =
+        explanation;
     writeln!(out, "{target}/{protocol} is {}", owner.words())?;
+    if let (Some(pod), Some(from)) = (pod, from) {
+        writeln!(out, "client:    {}, {from}", pod.words())?;
+    }
+    if let Some(note) = client_note {
+        writeln!(out, "note:      {note}")?;
+    }
     if let Some(note) = note {
         writeln!(out, "note:      {note}")?;
     }

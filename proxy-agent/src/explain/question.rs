@@ -15,6 +15,8 @@ pub struct Question {
     pub port: Be16,
     /// The client's address, if it is a certain one.
     pub from: Option<Addr>,
+    /// Id of the cgroup of the pod that the client is, if it is a certain one.
+    pub cgroup: Option<u64>,
 }
 
 const MAC_HEADER: usize = 14;

@@ -7,7 +7,7 @@ use proxy_common::abi::frontend::flags::{
     DENY_HOST, DENY_POD, EXTERNAL, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL, SOURCE_RANGES,
 };
 use proxy_common::abi::local_address::{HOST, NODEPORT};
-use proxy_common::abi::node::PODS_IN_PACKETS;
+use proxy_common::abi::node::{OPTED_OUT, PODS_IN_PACKETS};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
 use proxy_common::abi::{
     Affinity, Backend, BackendState, FrontendValue, Service, SlotRange, device::flags::NEAR,
@@ -107,7 +107,8 @@ fn maps(contents: &Contents) -> Simulator {
 fn ask(maps: &Simulator, proto: u8, target: &str, from: &str) -> Explanation {
     let target: SocketAddr = target.parse().unwrap();
     let from = (!from.is_empty()).then(|| addr(from));
-    let question = Question { proto, addr: target.ip().into(), port: Be16::new(target.port()), from };
+    let question =
+        Question { proto, addr: target.ip().into(), port: Be16::new(target.port()), from, cgroup: None };
     explain(maps, &Model::restore(CAPACITY, &maps.contents()), &question)
 }
 
@@ -385,4 +386,51 @@ fn an_agent_answers_at_its_socket() {
     let last = service.backends.last().unwrap();
     assert_eq!((last.endpoint.to_string().as_str(), last.reason.as_str()), ("10.64.0.9:8080", "not ready"));
     assert!(service.agent_answered && service.backends.len() == 5);
+}
+
+/// What a pod in the cgroup `cgroup` is told, and why not at its socket, if that of 7 has opted out.
+fn in_cgroup(cgroup: Option<u64>) -> (Vec<String>, &'static str) {
+    let opted_out = Contents { opt_out: vec![7], node_flags: PODS_IN_PACKETS | OPTED_OUT, ..contents() };
+    let (addr, port) = (addr("10.96.0.10"), Be16::new(80));
+    let question = Question { proto: TCP, addr, port, from: Some(self::addr("10.64.1.50")), cgroup };
+    let maps = maps(&opted_out);
+    let explanation = explain(&maps, &Model::restore(CAPACITY, &maps.contents()), &question);
+    let reason = explanation.clients.first().map_or("", |answer| answer.reason);
+    (told(&explanation), reason)
+}
+
+#[test]
+fn sockets_of_a_pod_that_has_opted_out_leave_everything_to_packets() {
+    let packets = "PodPackets Served 1,2,3".to_owned();
+    let (told, reason) = in_cgroup(Some(7));
+    assert_eq!(told, ["Pod LeftToPackets left_to_packets", &packets]);
+    assert!(reason.starts_with("the pod has opted out"), "{reason}");
+    for cgroup in [Some(8), None] {
+        assert_eq!(in_cgroup(cgroup), (vec!["Pod Served 1,2,3".to_owned(), packets.clone()], ""));
+    }
+}
+
+#[test]
+fn what_limits_an_answer_is_told() {
+    let mut explanation = ask(&maps(&contents()), TCP, "10.96.0.10:80", "10.64.1.50");
+    let note = |explanation: &Explanation, here, opted_out| {
+        client_note(explanation, here, opted_out).unwrap_or_default()
+    };
+    assert_eq!(note(&explanation, Some("n1"), 0), "");
+    assert!(note(&explanation, Some("n1"), 2).contains("opted out of the socket edge (2)"));
+    let pod = PodView {
+        namespace: "shop".to_owned(),
+        name: "cart-1".to_owned(),
+        node: Some("n1".to_owned()),
+        host_network: false,
+        opted_out: Some(false),
+    };
+    explanation.pod = Some(pod.clone());
+    assert_eq!(note(&explanation, Some("n1"), 2), "");
+    assert!(note(&explanation, Some("n2"), 2).starts_with("it runs on node n1"));
+    explanation.pod = Some(PodView { opted_out: None, ..pod });
+    assert!(note(&explanation, Some("n1"), 2).contains("opted out of the socket edge (2)"));
+    // No pod's socket is asked about.
+    let of_host = ask(&maps(&contents()), TCP, "10.96.0.10:80", "192.0.2.10");
+    assert_eq!(note(&of_host, Some("n1"), 2), "");
 }

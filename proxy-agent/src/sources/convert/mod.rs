@@ -116,14 +116,13 @@ impl Converter {
             return Ok(None);
         }
         let key = self.key("Pod", meta, SUBDOMAIN_MAX)?;
-        let hash = meta.annotations.as_ref().and_then(|annotations| annotations.get(CONFIG_HASH));
-        let Some(uid) = hash.or(meta.uid.as_ref()).filter(|uid| !uid.is_empty()) else {
+        let Some(uid) = cgroup_uid(meta) else {
             let reason =
                 "metadata.uid is missing, so that its cgroup cannot be found; its sockets are served";
             return Err(Problem { object: format!("Pod {key}"), reason: reason.to_owned() });
         };
         let host_network = spec.and_then(|spec| spec.host_network).unwrap_or(false);
-        Ok(Some(Pod { key, uid: uid.as_str().into(), host_network }))
+        Ok(Some(Pod { key, uid: uid.into(), host_network }))
     }
 
     /// A ServiceCIDR.
@@ -159,6 +158,12 @@ impl Converter {
         }
         Ok(ObjectKey { namespace: self.shared.string(namespace), name: self.shared.string(name) })
     }
+}
+
+/// What the cgroup of a Pod is named by: its uid; of a static one the digest of its file.
+pub fn cgroup_uid(meta: &ObjectMeta) -> Option<&str> {
+    let hash = meta.annotations.as_ref().and_then(|annotations| annotations.get(CONFIG_HASH));
+    hash.or(meta.uid.as_ref()).map(String::as_str).filter(|uid| !uid.is_empty())
 }
 
 /// Namespace and name as they are, to look up what is known about an object that is gone.

@@ -121,6 +121,37 @@ pub(super) fn read(
     before: &Objects,
     converter: &mut Converter,
 ) -> Result<Parsed, FileError> {
+    let mut reader = Reader { shown, before, converter, parsed: Parsed::default() };
+    documents(path, metadata, &mut |value, at| reader.document(value, at))?;
+    Ok(reader.parsed)
+}
+
+/// The Pod `key`, if the file has it.
+///
+/// # Errors
+/// As [`read`], also when there is something wrong with the Pod.
+pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<core::Pod>, FileError> {
+    let id = Id { kind: Kind::Pod, key: key.clone() };
+    let is_it = |value: &Value| {
+        text(value, "kind") == "Pod" && text(value, "apiVersion") == "v1" && id_of(Kind::Pod, value) == id
+    };
+    let mut found = None;
+    let metadata = fs::metadata(path).map_err(FileError::Io)?;
+    documents(path, &metadata, &mut |mut value, at| {
+        let items = match value.get_mut("items").map(Value::take) {
+            Some(Value::Array(items)) => items,
+            _ => vec![value],
+        };
+        if let Some(value) = items.into_iter().find(is_it).filter(|_| found.is_none()) {
+            let syntax = |message| FileError::Syntax { document: at.document, message };
+            found = Some(typed::<core::Pod>(Kind::Pod, value).map_err(syntax));
+        }
+    })?;
+    found.transpose()
+}
+
+/// Passes on every document of a file.
+fn documents(path: &Path, metadata: &Metadata, pass_on: PassOn<'_>) -> Result<(), FileError> {
     // Opening a pipe would wait for a writer.
     if !metadata.is_file() {
         return Err(FileError::NotAFile);
@@ -132,25 +163,25 @@ pub(super) fn read(
     if text.len() as u64 > FILE_MAX {
         return Err(FileError::TooLarge);
     }
-    let mut reader = Reader { shown, before, converter, parsed: Parsed::default() };
-    if path.extension().is_some_and(|extension| extension == "json") {
-        read_json(&text, &mut reader)?;
-    } else {
-        read_yaml(&text, &mut reader)?;
+    match path.extension().is_some_and(|extension| extension == "json") {
+        true => read_json(&text, pass_on),
+        false => read_yaml(&text, pass_on),
     }
-    Ok(reader.parsed)
 }
 
-fn read_json(text: &[u8], reader: &mut Reader<'_>) -> Result<(), FileError> {
+/// Takes a document and where it is.
+type PassOn<'a> = &'a mut dyn FnMut(Value, &At);
+
+fn read_json(text: &[u8], pass_on: PassOn<'_>) -> Result<(), FileError> {
     for (i, value) in serde_json::Deserializer::from_slice(text).into_iter::<Value>().enumerate() {
         let document = i + 1;
         let value = value.map_err(|error| FileError::Syntax { document, message: error.to_string() })?;
-        reader.document(value, &At { document, line: None, item: None });
+        pass_on(value, &At { document, line: None, item: None });
     }
     Ok(())
 }
 
-fn read_yaml(mut text: &[u8], reader: &mut Reader<'_>) -> Result<(), FileError> {
+fn read_yaml(mut text: &[u8], pass_on: PassOn<'_>) -> Result<(), FileError> {
     // The size of the file bounds what it says itself; what remains to be bounded is what aliases multiply.
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
@@ -168,7 +199,7 @@ fn read_yaml(mut text: &[u8], reader: &mut Reader<'_>) -> Result<(), FileError> 
         let document = i + 1;
         let value = value.map_err(|error| FileError::Syntax { document, message: explain(&error) })?;
         let line = Some(value.referenced.line());
-        reader.document(value.value, &At { document, line, item: None });
+        pass_on(value.value, &At { document, line, item: None });
     }
     Ok(())
 }

@@ -10,11 +10,15 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
 
+use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::mpsc::Sender;
 
 use super::{SourceError, Update};
+use crate::cluster::ObjectKey;
 use crate::opt_out::Rules;
 use snapshot::Snapshot;
 use watch::Watch;
@@ -81,6 +85,24 @@ pub async fn run(
             () = updates.closed() => return Ok(()),
         };
     }
+}
+
+/// The Pod `key`, from the first file in `directory` that has it. Files that cannot be read are passed over.
+///
+/// # Errors
+/// The directory cannot be read.
+pub fn pod(directory: &Path, key: &ObjectKey) -> Result<Option<Pod>, SourceError> {
+    let names = || -> io::Result<BTreeSet<OsString>> {
+        let entries = fs::read_dir(directory)?.map(|entry| entry.map(|entry| entry.file_name()));
+        entries.filter(|name| name.as_ref().map_or(true, |name| is_manifest(name))).collect()
+    };
+    let failed = |source| SourceError::Directory { path: directory.to_owned(), source };
+    Ok(names().map_err(failed)?.iter().find_map(|name| {
+        file::pod(&directory.join(name), key).unwrap_or_else(|error| {
+            tracing::warn!(file = %name.display(), %error, "passed over");
+            None
+        })
+    }))
 }
 
 /// Whether a file of this name is a manifest.
