@@ -21,7 +21,16 @@ use crate::sources::lenient;
 use crate::{health, metrics, opt_out};
 
 /// The feature gate of kube-proxy that has a meaning here.
-const EXTERNAL_IPS_GATE: &str = "AllowServiceExternalIPs";
+pub(crate) const EXTERNAL_IPS_GATE: Gate = Gate { name: "AllowServiceExternalIPs", stage: "DEPRECATED" };
+
+/// A feature gate.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gate {
+    /// Its name.
+    pub(crate) name: &'static str,
+    /// How far it is, in the words of Kubernetes.
+    pub(crate) stage: &'static str,
+}
 
 /// Where objects come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -258,11 +267,7 @@ impl Config {
             },
             opt_out: opt_out::Rules::parse(&args.socket_opt_out)?,
             flow_table_size: args.flow_table_size,
-            allow_external_ips: given
-                .feature_gates
-                .as_ref()
-                .and_then(|gates| gates.get(EXTERNAL_IPS_GATE))
-                .is_none_or(|allowed| *allowed),
+            allow_external_ips: allows_external_ips(&given),
             bind_address,
             families: Family::ALL.into_iter().filter(|family| *family == Family::V4 || host.ipv6).collect(),
             healthz,
@@ -279,6 +284,12 @@ impl Config {
             notes,
         })
     }
+}
+
+/// Whether externalIPs are served.
+pub(crate) fn allows_external_ips(given: &KubeProxyConfiguration) -> bool {
+    let gate = given.feature_gates.as_ref().and_then(|gates| gates.get(EXTERNAL_IPS_GATE.name));
+    gate.is_none_or(|allowed| *allowed)
 }
 
 const NO_IPV6: &str = "is IPv6, which is switched off on this host";
@@ -363,7 +374,7 @@ fn of_no_use(given: &KubeProxyConfiguration) -> Vec<String> {
 /// One sentence about everything that is set, valid, and has no meaning here.
 fn without_effect(given: &KubeProxyConfiguration) -> Option<String> {
     let mut settings = fields::without_effect(given);
-    let gates = given.feature_gates.iter().flatten().filter(|(name, _)| *name != EXTERNAL_IPS_GATE);
+    let gates = given.feature_gates.iter().flatten().filter(|(name, _)| *name != EXTERNAL_IPS_GATE.name);
     settings.extend(gates.map(|(name, value)| format!("featureGates.{name}={value}")));
     (!settings.is_empty())
         .then(|| format!("settings of kube-proxy without effect here: {}", settings.join(", ")))

@@ -14,7 +14,7 @@ use crate::cluster::ObjectKey;
 use crate::config::Source;
 use crate::opt_out;
 use crate::sources::convert::cgroup_uid;
-use crate::sources::{SourceError, api, manifests};
+use crate::sources::{Problem, SourceError, api, manifests};
 
 /// How long an API server may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum PodError {
     /// The source cannot be used.
-    #[error("--from {pod}: {source}; the Pod's address does as well")]
+    #[error("--from {pod}: the Pod cannot be looked up (its address does as well)")]
     Source {
         /// The Pod.
         pod: ObjectKey,
@@ -124,10 +124,16 @@ impl ClientPod {
     ///
     /// [`PodError`].
     pub async fn look_up(source: &Source, key: &ObjectKey) -> Result<Self, PodError> {
-        let (pod, place) = (key.clone(), source.to_string());
+        let (pod, mut place) = (key.clone(), source.to_string());
         let failed = |source| PodError::Source { pod: key.clone(), source };
         let object = match source {
-            Source::Manifests(directory) => manifests::pod(directory, key).map_err(failed)?,
+            Source::Manifests(directory) => {
+                let (object, unreadable) = manifests::pod(directory, key).map_err(failed)?;
+                for Problem { object, reason } in unreadable {
+                    place += &format!(" (where {object} cannot be used: {reason})");
+                }
+                object
+            }
             Source::Kubernetes { kubeconfig, master } => {
                 let server = api::Server::configured(kubeconfig.as_deref(), master.as_ref());
                 let server = server.await.map_err(failed)?;
@@ -291,5 +297,27 @@ mod tests {
         assert_eq!(pod.cgroup(root.path()), None);
         std::fs::create_dir_all(root.path().join("kubepods/podu-1")).unwrap();
         assert!(pod.cgroup(root.path()).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_file_that_cannot_be_used_is_named_if_the_pod_is_nowhere_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(directory.path().join(name), text).unwrap();
+        write("a.yaml", "kind: [\n");
+        write("b.yaml", "apiVersion: v1\nkind: Pod\nmetadata: {name: cart-1}\nstatus: {podIP: 10.64.1.50}\n");
+        write("ignored.txt", "kind: [\n");
+        let source = Source::Manifests(directory.path().to_owned());
+        let found = ClientPod::look_up(&source, &ObjectKey::new("default", "cart-1")).await.unwrap();
+        assert_eq!(told(&found, Family::V4), "10.64.1.50");
+        let missing = ClientPod::look_up(&source, &ObjectKey::new("shop", "cart-1")).await.unwrap_err();
+        let words = missing.to_string();
+        assert!(
+            words.contains("has no such Pod") && words.contains("where a.yaml cannot be used"),
+            "{words}"
+        );
+        assert!(!words.contains("ignored"), "{words}");
+        let nowhere = Source::Manifests(directory.path().join("nowhere"));
+        let error = ClientPod::look_up(&nowhere, &ObjectKey::new("shop", "cart-1")).await.unwrap_err();
+        assert!(matches!(error, PodError::Source { source: SourceError::Directory { .. }, .. }), "{error:?}");
     }
 }

@@ -105,6 +105,12 @@ pub(super) struct ByCode {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ByFeature {
+    pub(super) name: &'static str,
+    pub(super) stage: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByFate {
     pub(super) result: EventFate,
 }
@@ -128,6 +134,8 @@ pub(super) enum Buckets {
     NetworkProgramming,
     /// 10 µs, times four, to 42 s.
     Stage,
+    /// client-go's: 5 ms to a minute.
+    Request,
 }
 
 impl MetricConstructor<Histogram> for Buckets {
@@ -137,6 +145,9 @@ impl MetricConstructor<Histogram> for Buckets {
             Self::NetworkProgramming => {
                 let whole = (1..60).chain((60..120).step_by(5)).chain((120..=300).step_by(30));
                 Histogram::new([0.25, 0.5].into_iter().chain(whole.map(f64::from)))
+            }
+            Self::Request => {
+                Histogram::new([0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0])
             }
             Self::Stage => Histogram::new((0..12).map(|n| 1e-5 * 4_f64.powi(n))),
         }

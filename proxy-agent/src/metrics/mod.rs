@@ -8,8 +8,10 @@ mod kubeproxy;
 mod labels;
 mod own;
 mod process;
+mod requests;
 mod scrape;
 mod serve;
+mod slis;
 
 #[cfg(test)]
 mod reference;
@@ -20,15 +22,19 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use prometheus_client::encoding::text;
+use prometheus_client::metrics::family::Family as Labelled;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Metric, Registry};
 use proxy_common::addr::Family;
 
 use self::kubeproxy::KubeProxy;
-use self::labels::{ByCode, ByFate, ByMap, ByPolicy, ByStage, FamilyLabel};
+use self::labels::{ByCode, ByFate, ByFeature, ByMap, ByPolicy, ByStage, FamilyLabel};
 pub use self::labels::{EventFate, PolicyKind, Stage};
 use self::own::Own;
+pub use self::requests::CountRequests;
 pub use self::scrape::{MapUsage, ReadError, Readers};
 pub use self::serve::router;
+use self::slis::{ByCheck, Slis};
 use crate::health::Probe;
 
 /// Port of the metrics server when `--metrics-bind-address` names none.
@@ -43,6 +49,8 @@ pub struct Metrics {
     registry: Registry,
     kubeproxy: KubeProxy,
     own: Own,
+    features: Labelled<ByFeature, Gauge>,
+    slis: Slis,
 }
 
 /// How a sync went.
@@ -65,7 +73,10 @@ impl Metrics {
         let own = Own::new(vipr);
         readers.register(vipr);
         process::register(&mut registry);
-        Self { registry, kubeproxy, own }
+        requests::register(&mut registry);
+        let help = "Whether a feature gate that has a meaning here is on";
+        let features = register(&mut registry, "kubernetes_feature_enabled", help, Labelled::default());
+        Self { registry, kubeproxy, own, features, slis: Slis::new() }
     }
 
     /// A sync was asked for.
@@ -139,8 +150,24 @@ impl Metrics {
         self.kubeproxy.no_local_endpoints.get_or_create(&labels).set(gauge(service_ports));
     }
 
+    /// A feature gate of kube-proxy is on, or off.
+    pub fn feature(&self, name: &'static str, stage: &'static str, enabled: bool) {
+        self.features.get_or_create(&ByFeature { name, stage }).set(i64::from(enabled));
+    }
+
+    /// The metrics server was asked whether it is there.
+    pub fn pinged(&self) {
+        self.slis.answered(ByCheck { name: "ping", r#type: "healthz" }, true);
+    }
+
     /// A probe was answered with this HTTP status.
     pub fn probed(&self, probe: Probe, code: u16) {
+        let r#type = match probe {
+            Probe::Healthz => "healthz",
+            Probe::Livez => "livez",
+            Probe::Readyz => "readyz",
+        };
+        self.slis.answered(ByCheck { name: "proxy", r#type }, code == 200);
         match probe {
             Probe::Healthz => drop(self.kubeproxy.healthz.get_or_create(&ByCode { code }).inc()),
             Probe::Livez => drop(self.kubeproxy.livez.get_or_create(&ByCode { code }).inc()),
@@ -176,13 +203,22 @@ impl Metrics {
 
     /// Everything as OpenMetrics text.
     pub fn text(&self) -> String {
-        let mut out = String::new();
-        // Writing to a String fails only if a metric cannot be printed; what is there is still worth having.
-        if let Err(error) = text::encode(&mut out, &self.registry) {
-            tracing::warn!(%error, "a metric cannot be printed");
-        }
-        out
+        printed(&self.registry)
     }
+
+    /// What probes were told, likewise.
+    pub fn slis(&self) -> String {
+        printed(&self.slis.registry)
+    }
+}
+
+fn printed(registry: &Registry) -> String {
+    let mut out = String::new();
+    // Writing to a String fails only if a metric cannot be printed; what is there is still worth having.
+    if let Err(error) = text::encode(&mut out, registry) {
+        tracing::warn!(%error, "a metric cannot be printed");
+    }
+    out
 }
 
 /// Registers `metric` and gives it back. A help text gets its full stop from the registry.

@@ -37,6 +37,12 @@ fn example() -> Metrics {
     metrics.drifted(["NAME"].into_iter());
     metrics.map_operations(&BTreeMap::from([("NAME", 1)]));
     metrics.swept(&Family::ALL, Duration::ZERO, [0, 0]);
+    metrics.feature("NAME", "STAGE", true);
+    requests::count("HOST", "GET", None, Duration::ZERO);
+    metrics.pinged();
+    for probe in [Probe::Healthz, Probe::Livez, Probe::Readyz] {
+        [200, 503].into_iter().for_each(|code| metrics.probed(probe, code));
+    }
     metrics
 }
 
@@ -85,12 +91,14 @@ fn described(text: &str) -> BTreeMap<String, Described> {
 
 /// One table for each prefix.
 fn tables() -> String {
-    let all = described(&example().text());
+    let example = example();
+    let (all, slis) = (described(&example.text()), described(&example.slis()));
     let mut out = String::new();
-    for (title, prefixes) in [
-        ("kube-proxy's names", &["kubeproxy_"][..]),
-        ("Vipr's own", &["vipr_"]),
-        ("Of every component", &["kubernetes_", "process_"]),
+    for (title, prefixes, all) in [
+        ("kube-proxy's names", &["kubeproxy_"][..], &all),
+        ("Vipr's own", &["vipr_"], &all),
+        ("Of every component", &["kubernetes_", "process_", "rest_client_"], &all),
+        ("Of every component, at /metrics/slis", &["kubernetes_"], &slis),
     ] {
         out += &format!("\n## {title}\n\n| metric | type | labels | meaning |\n|---|---|---|---|\n");
         for (name, metric) in
@@ -109,6 +117,10 @@ fn tables() -> String {
 fn shown(label: &str, values: &BTreeSet<String>) -> String {
     let named: Vec<&str> = values.iter().map(String::as_str).collect();
     match label {
+        "host" | "method" | "verb" => format!("`{label}`"),
+        _ if [["<error>"], ["NAME"], ["STAGE"]].iter().any(|made_up| named == made_up) => {
+            format!("`{label}`")
+        }
         "map" | "version" | "git_version" | "major" | "minor" => format!("`{label}`"),
         "verdict" => format!("`{label}` ([below](#verdicts))"),
         _ => format!("`{label}`: {}", named.join(", ")),

@@ -14,6 +14,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 
 use super::Metrics;
+use crate::config::{EXTERNAL_IPS_GATE, Gate, allows_external_ips};
 use crate::kube_proxy::KubeProxyConfiguration;
 
 /// Content-Type of OpenMetrics.
@@ -21,23 +22,35 @@ const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset
 /// Content-Type of the older format.
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// `/metrics`, and what kube-proxy serves beside it: `/healthz`, `/proxyMode` and `/configz`, which shows the
-/// configuration with all defaults.
+/// `/metrics`, and what kube-proxy serves beside it: `/metrics/slis`, `/healthz`, `/proxyMode` and `/configz`, which shows
+/// the configuration with all defaults.
 pub fn router(metrics: Arc<Metrics>, configuration: &KubeProxyConfiguration) -> Router {
+    let Gate { name, stage } = EXTERNAL_IPS_GATE;
+    metrics.feature(name, stage, allows_external_ips(configuration));
     let configz = Json(serde_json::json!({ "kubeproxy.config.k8s.io": configuration }));
     Router::new()
-        .route("/metrics", get(scrape))
-        .route("/healthz", get(|| async { "ok" }))
+        .route("/metrics", get(|state, headers| scrape(state, headers, Metrics::text)))
+        .route("/metrics/slis", get(|state, headers| scrape(state, headers, Metrics::slis)))
+        .route("/healthz", get(ping))
         .route("/proxyMode", get(|| async { "ebpf" }))
         .route("/configz", get(|| async { configz }))
         .with_state(metrics)
 }
 
-async fn scrape(State(metrics): State<Arc<Metrics>>, headers: HeaderMap) -> impl IntoResponse {
+async fn ping(State(metrics): State<Arc<Metrics>>) -> &'static str {
+    metrics.pinged();
+    "ok"
+}
+
+async fn scrape(
+    State(metrics): State<Arc<Metrics>>,
+    headers: HeaderMap,
+    what: fn(&Metrics) -> String,
+) -> impl IntoResponse {
     let accepted: Vec<&str> =
         headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
     // Beside the sync loop: the maps are read.
-    let text = tokio::task::spawn_blocking(move || metrics.text()).await.unwrap_or_default();
+    let text = tokio::task::spawn_blocking(move || what(&metrics)).await.unwrap_or_default();
     let (content_type, body) = if prefers_open_metrics(&accepted.join(",")) {
         (OPEN_METRICS, text)
     } else {

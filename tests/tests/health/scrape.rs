@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
 use proxy_common::abi::Counter;
+use proxy_tests::apiserver::{Resource, Verb};
 use proxy_tests::lab::HttpAnswer;
 use proxy_tests::scenarios::until;
 use serde_json::json;
@@ -53,6 +54,50 @@ fn either_text_format_is_served() -> Result<()> {
     for (path, body) in [("/healthz", "ok"), ("/proxyMode", "ebpf")] {
         let answer = get(&stage, path, &[])?;
         assert_eq!((answer.status, &*answer.body), (200, body), "{path}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_every_component_of_kubernetes_has() -> Result<()> {
+    let stage = Stage::new()?;
+    let (server, agent) = stage.with_api()?;
+    server.fail(Some(Verb::List), Some(Resource::Services), 500, 1);
+    let mut agent = agent.flag("feature-gates", "AllowServiceExternalIPs=false");
+    start(&mut agent)?;
+    let requests = |code: &str, method: &str| {
+        sample(
+            &agent,
+            &format!(
+                "rest_client_requests_total{{code=\"{code}\",method=\"{method}\",host=\"127.0.0.1:6443\"}}"
+            ),
+        )
+    };
+    // Four lists, and the watches after them; the Event of the start.
+    until("lists and watches", || Ok((requests("200", "GET")? >= 8.0).then_some(())))?;
+    until("an Event", || Ok((requests("201", "POST")? >= 1.0).then_some(())))?;
+    assert_eq!(requests("500", "GET")?, 1.0);
+    let took = "rest_client_request_duration_seconds_count{verb=\"GET\",host=\"127.0.0.1:6443\"}";
+    assert!(sample(&agent, took)? >= 9.0);
+    let gate = "kubernetes_feature_enabled{name=\"AllowServiceExternalIPs\",stage=\"DEPRECATED\"}";
+    assert_eq!(samples(&agent, gate)?.into_values().collect::<Vec<_>>(), [0.0]);
+    server.go_away();
+    until("no answer", || Ok((requests("<error>", "GET")? >= 1.0).then_some(())))?;
+
+    let slis = || -> Result<String> { Ok(get(&stage, "/metrics/slis", &[])?.body) };
+    ensure!(!slis()?.contains("name=\"ping\""), "nobody has asked");
+    assert_eq!(get(&stage, "/healthz", &[])?.status, 200);
+    assert_eq!(agent.get("/livez")?.0, 200);
+    let body = slis()?;
+    for line in [
+        "# TYPE kubernetes_healthcheck gauge",
+        "kubernetes_healthcheck{name=\"ping\",type=\"healthz\"} 1",
+        "# TYPE kubernetes_healthchecks_total counter",
+        "kubernetes_healthchecks_total{name=\"ping\",type=\"healthz\",status=\"success\"} 1",
+        "kubernetes_healthcheck{name=\"proxy\",type=\"livez\"} 1",
+        "kubernetes_healthchecks_total{name=\"proxy\",type=\"livez\",status=\"success\"} 1",
+    ] {
+        ensure!(body.lines().any(|other| other == line), "{line} not in {body}");
     }
     Ok(())
 }

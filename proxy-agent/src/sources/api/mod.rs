@@ -12,12 +12,14 @@ use futures::{FutureExt as _, StreamExt as _};
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
+use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::watcher::Event;
 use kube::{Client, Config};
 use tokio::sync::mpsc::Sender;
 
 use super::{SourceError, Update};
+use crate::metrics::CountRequests;
 use crate::opt_out::Rules;
 use complaints::Complaints;
 use intake::Intake;
@@ -68,7 +70,9 @@ impl Server {
         // Every watch is ended by the server before that, so a connection on which nothing comes for this long is dead.
         config.read_timeout = Some(SILENCE_MAX);
         let url = config.cluster_url.to_string();
-        let client = Client::try_from(config)
+        let count = CountRequests::of(&config.cluster_url);
+        let client = ClientBuilder::try_from(config)
+            .map(|builder| builder.with_layer(&count).build())
             .map_err(|source| SourceError::Client { server: url.clone(), source: Box::new(source) })?;
         Ok(Self { client, url })
     }

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::mpsc::Sender;
 
-use super::{SourceError, Update};
+use super::{Problem, SourceError, Update};
 use crate::cluster::ObjectKey;
 use crate::opt_out::Rules;
 use snapshot::Snapshot;
@@ -87,22 +87,26 @@ pub async fn run(
     }
 }
 
-/// The Pod `key`, from the first file in `directory` that has it. Files that cannot be read are passed over.
+/// The Pod `key`, from the first file in `directory` that has it, and the files that cannot be read.
 ///
 /// # Errors
 /// The directory cannot be read.
-pub fn pod(directory: &Path, key: &ObjectKey) -> Result<Option<Pod>, SourceError> {
+pub fn pod(directory: &Path, key: &ObjectKey) -> Result<(Option<Pod>, Vec<Problem>), SourceError> {
     let names = || -> io::Result<BTreeSet<OsString>> {
         let entries = fs::read_dir(directory)?.map(|entry| entry.map(|entry| entry.file_name()));
         entries.filter(|name| name.as_ref().map_or(true, |name| is_manifest(name))).collect()
     };
     let failed = |source| SourceError::Directory { path: directory.to_owned(), source };
-    Ok(names().map_err(failed)?.iter().find_map(|name| {
-        file::pod(&directory.join(name), key).unwrap_or_else(|error| {
-            tracing::warn!(file = %name.display(), %error, "passed over");
-            None
-        })
-    }))
+    let mut unreadable = Vec::new();
+    for name in names().map_err(failed)? {
+        match file::pod(&directory.join(&name), key) {
+            Ok(None) => {}
+            Ok(found) => return Ok((found, unreadable)),
+            Err(error) => unreadable
+                .push(Problem { object: name.to_string_lossy().into_owned(), reason: error.to_string() }),
+        }
+    }
+    Ok((None, unreadable))
 }
 
 /// Whether a file of this name is a manifest.
