@@ -30,6 +30,8 @@ pub(super) fn cases() -> Vec<Case> {
             .done(),
         case("P044", "one address three times in a slice")
             .step([s(), web("L1/st, L1, L1/t")], "P>CIP = L1; set CIP = 1")
+            // If it were not ready, another one that terminates would serve, too.
+            .step([s(), web("L1/st, L1, L1/t, R1/st")], "P>CIP = L1; set CIP = 1")
             .done(),
         case("P045", "a slice port without a name")
             .step([s(), without("/ports/0", "name")], "P>CIP = REJECT")

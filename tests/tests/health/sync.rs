@@ -83,8 +83,12 @@ fn p210_p211_the_first_sync_waits_for_every_list() -> Result<()> {
         assert_eq!(p.connect(CIP).one()?.ok, restart);
         assert!(matches!(agent.get("/readyz"), Ok((503, _))));
 
+        let released = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64();
         server.release_list(Resource::EndpointSlices);
         agent.wait_ready(PATIENCE)?;
+        let last = "kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family=\"IPv4\"}";
+        let after = sample(&agent, last)? - released;
+        ensure!((0.0..10.0).contains(&after), "not at once, but after {after} s; a period has 30 s");
         assert!(p.connect(CIP).one()?.ok);
         assert_eq!(syncs(&agent, "full_")?, 1.0, "all lists in one sync");
         agent.kill9()?;
