@@ -2,13 +2,15 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, its steps included")]
 
+mod source;
+
 use std::time::Duration;
 
 use proxy_agent::cluster::Cluster;
 use proxy_agent::opt_out::{ANNOTATION, Rules};
 use proxy_agent::sources::api::{self, Server};
 use proxy_agent::sources::{Problem, SourceError, Update};
-use proxy_tests::apiserver::{ApiServer, Cut, Resource, Verb};
+use proxy_tests::apiserver::{ApiServer, Cut, Resource, Streams, Verb};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::mpsc::{Receiver, channel, error::TryRecvError};
@@ -22,6 +24,15 @@ const A_WHILE: Duration = Duration::from_millis(500);
 
 const WATCHED: [Resource; 4] =
     [Resource::Services, Resource::EndpointSlices, Resource::Nodes, Resource::ServiceCidrs];
+
+/// A server of each kind: one that streams lists, and one that has them in pages only.
+fn servers() -> [ApiServer; 2] {
+    [Streams::Offered, Streams::Refused].map(|streams| {
+        let server = ApiServer::start().unwrap();
+        server.offer_streams(streams);
+        server
+    })
+}
 
 /// A source and what it has said so far.
 struct Watched {
@@ -149,12 +160,16 @@ fn service_cidr(cidr: &str) -> Value {
 }
 
 /// Without blocking: the source runs on this thread too.
-async fn wait_for_watches(server: &ApiServer) {
+async fn until(what: &str, done: impl Fn() -> bool) {
     let deadline = Instant::now() + SOON;
-    while WATCHED.iter().any(|resource| server.open_watches(*resource) != 1) {
-        assert!(Instant::now() < deadline, "the watches are not open");
+    while !done() {
+        assert!(Instant::now() < deadline, "not {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+async fn wait_for_watches(server: &ApiServer) {
+    until("watching", || WATCHED.iter().all(|resource| server.open_watches(*resource) == 1)).await;
 }
 
 #[tokio::test]
@@ -231,8 +246,9 @@ async fn p054_p055_p056_p057_slices_that_are_for_a_proxy() {
 
 #[tokio::test]
 async fn p210_p211_nothing_is_synced_before_every_list_is_complete() {
-    for resource in WATCHED {
-        let server = ApiServer::start().unwrap();
+    for (resource, server) in
+        WATCHED.into_iter().flat_map(|resource| servers().map(|server| (resource, server)))
+    {
         server.apply(service("s", 80)).unwrap();
         server.hold_list(resource);
         let mut watched = Watched::start(&server).await;
@@ -245,27 +261,29 @@ async fn p210_p211_nothing_is_synced_before_every_list_is_complete() {
 }
 
 #[tokio::test]
-async fn large_lists_come_in_pages_and_batches() {
-    let server = ApiServer::start().unwrap();
-    for i in 0..1200 {
-        server.apply(service(&format!("s{i:04}"), 80)).unwrap();
+async fn large_lists_come_in_batches() {
+    for (server, pages) in servers().into_iter().zip([0, 3]) {
+        for i in 0..1200 {
+            server.apply(service(&format!("s{i:04}"), 80)).unwrap();
+        }
+        server.hold_further_pages(Resource::Services);
+        let mut watched = Watched::start(&server).await;
+        watched.until("beginning", |watched| watched.services().len() == 500).await;
+        watched.settle().await;
+        assert_eq!((watched.synced, watched.services().len()), (0, 500));
+        server.release_list(Resource::Services);
+        watched.until("synced", |watched| watched.synced == 1).await;
+        assert_eq!(watched.services().len(), 1200);
+        assert_eq!(server.count(Verb::List, Resource::Services), pages);
+        assert!(watched.messages < 100, "{}", watched.messages);
     }
-    server.hold_further_pages(Resource::Services);
-    let mut watched = Watched::start(&server).await;
-    watched.until("first page", |watched| watched.services().len() == 500).await;
-    watched.settle().await;
-    assert_eq!(watched.synced, 0);
-    server.release_list(Resource::Services);
-    watched.until("synced", |watched| watched.synced == 1).await;
-    assert_eq!(watched.services().len(), 1200);
-    assert_eq!(server.count(Verb::List, Resource::Services), 3);
-    assert!(watched.messages < 100, "{}", watched.messages);
 }
 
 #[tokio::test]
 async fn what_a_new_list_lacks_is_gone_but_only_at_its_end() {
-    for by_http in [false, true] {
-        let server = ApiServer::start().unwrap();
+    for (by_http, server) in
+        [false, true].into_iter().flat_map(|by_http| servers().map(|server| (by_http, server)))
+    {
         for i in 0..600 {
             server.apply(service(&format!("s{i:04}"), 80)).unwrap();
         }
@@ -291,33 +309,40 @@ async fn what_a_new_list_lacks_is_gone_but_only_at_its_end() {
 
 #[tokio::test]
 async fn a_failed_list_prunes_nothing() {
-    let server = ApiServer::start().unwrap();
-    for i in 0..600 {
-        server.apply(service(&format!("s{i:04}"), 80)).unwrap();
+    for server in servers() {
+        for i in 0..600 {
+            server.apply(service(&format!("s{i:04}"), 80)).unwrap();
+        }
+        let mut watched = Watched::synced(&server).await;
+        wait_for_watches(&server).await;
+        server.hold_further_pages(Resource::Services);
+        server.delete_silently(Resource::Services, "a", "s0599");
+        server.compact();
+        server.forget_requests();
+        server.cut_watches(Cut::Broken);
+        // The new list breaks off behind its beginning.
+        until("a list", || server.lists(Resource::Services) == 1).await;
+        watched.settle().await;
+        server.fail(None, Some(Resource::Services), 500, 1);
+        server.cut_connections();
+        watched.until("reported", |watched| !watched.problems.is_empty()).await;
+        watched.settle().await;
+        assert_eq!(watched.services().len(), 600);
+        server.release_list(Resource::Services);
+        watched.until("pruned", |watched| watched.services().len() == 599).await;
+        watched.until("no problem", |watched| watched.problems.is_empty()).await;
     }
-    let mut watched = Watched::synced(&server).await;
-    wait_for_watches(&server).await;
-    server.hold_further_pages(Resource::Services);
-    server.delete_silently(Resource::Services, "a", "s0599");
-    server.compact();
-    server.cut_watches(Cut::Broken);
-    // The new list breaks off behind its first page.
-    tokio::time::sleep(A_WHILE).await;
-    server.fail(Some(Verb::List), Some(Resource::Services), 500, 1);
-    server.cut_connections();
-    watched.settle().await;
-    assert_eq!(watched.services().len(), 600);
-    server.release_list(Resource::Services);
-    watched.until("pruned", |watched| watched.services().len() == 599).await;
-    watched.until("no problem", |watched| watched.problems.is_empty()).await;
 }
 
 #[tokio::test]
 async fn broken_watches_lose_nothing() {
-    for cut in [Cut::Clean, Cut::Broken, Cut::WithinNextEvent] {
-        let server = ApiServer::start().unwrap();
+    for (cut, server) in [Cut::Clean, Cut::Broken, Cut::WithinNextEvent]
+        .into_iter()
+        .flat_map(|cut| servers().map(|server| (cut, server)))
+    {
         server.apply(service("s", 80)).unwrap();
         let mut watched = Watched::synced(&server).await;
+        let lists = server.lists(Resource::Services);
         for port in 81..84 {
             wait_for_watches(&server).await;
             server.cut_watches(cut);
@@ -327,7 +352,7 @@ async fn broken_watches_lose_nothing() {
                 break;
             }
         }
-        assert_eq!(server.count(Verb::List, Resource::Services), 1, "{cut:?} needs no new list");
+        assert_eq!(server.lists(Resource::Services), lists, "{cut:?} needs no new list");
     }
 }
 
@@ -366,7 +391,7 @@ async fn a_server_that_is_away_at_the_start_is_waited_for() {
 async fn forbidden_says_which_rule_is_missing() {
     let server = ApiServer::start().unwrap();
     server.apply(slice("s-1", "s")).unwrap();
-    server.fail(Some(Verb::List), Some(Resource::EndpointSlices), 403, 1000);
+    server.fail(None, Some(Resource::EndpointSlices), 403, 1000);
     let mut watched = Watched::start(&server).await;
     watched.until("reported", |watched| !watched.problems.is_empty()).await;
     let [problem] = &watched.problems[..] else { panic!("{:?}", watched.problems) };
@@ -395,7 +420,7 @@ async fn service_cidrs_are_optional() {
         assert_eq!(watched.problems.len(), usize::from(status == 403));
         if status == 404 {
             tokio::time::sleep(4 * A_WHILE).await;
-            assert_eq!(server.count(Verb::List, Resource::ServiceCidrs), 1);
+            assert_eq!(server.lists(Resource::ServiceCidrs), 1);
         } else {
             server.stop_failing();
             watched.until("allowed", |watched| watched.service_cidrs() == ["10.96.0.0/16"]).await;
@@ -419,7 +444,7 @@ async fn pods_are_watched_only_if_they_may_opt_out() {
         .unwrap();
     let mut watched = Watched::synced(&server).await;
     watched.settle().await;
-    assert_eq!(server.count(Verb::List, Resource::Pods) + server.open_watches(Resource::Pods), 0);
+    assert_eq!(server.lists(Resource::Pods) + server.open_watches(Resource::Pods), 0);
 
     let api = || async {
         let folder = TempDir::new().unwrap();

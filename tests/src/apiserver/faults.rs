@@ -26,12 +26,27 @@ pub enum Cut {
     WithinNextEvent,
 }
 
+/// What becomes of a list that is asked for as the beginning of a watch (`sendInitialEvents`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Streams {
+    /// It is served, as since Kubernetes 1.34.
+    #[default]
+    Offered,
+    /// It is answered 422, as by a server that knows the parameter and has the feature switched off.
+    Refused,
+    /// The parameters are ignored, as by a server that has never heard of them: the watch begins with the state, and
+    /// its end is not marked.
+    Ignored,
+}
+
 /// Faults that requests ask about.
 #[derive(Debug, Default)]
 pub(super) struct Faults {
+    pub(super) streams: Streams,
     failures: Vec<Failure>,
     pub(super) latency: Duration,
     pub(super) expired_as_http: bool,
+    pub(super) short_watches: bool,
 }
 
 #[derive(Debug)]
@@ -39,6 +54,8 @@ struct Failure {
     verb: Option<Verb>,
     resource: Option<Resource>,
     status: u16,
+    /// Seconds, for `Retry-After`.
+    retry_after: Option<u32>,
     remaining: usize,
 }
 
@@ -50,6 +67,10 @@ impl Faults {
         })?;
         let failure = self.failures.get_mut(index)?;
         let status = Status::new(failure.status, "the test asked for this failure");
+        let status = match failure.retry_after {
+            Some(seconds) => status.with_retry_after(seconds),
+            None => status,
+        };
         failure.remaining -= 1;
         if failure.remaining == 0 {
             self.failures.remove(index);
@@ -120,8 +141,17 @@ impl ApiServer {
     /// Answers the next `count` requests of a verb and a resource (`None`: any) with an HTTP status. A client with
     /// retries of its own uses several up.
     pub fn fail(&self, verb: Option<Verb>, resource: Option<Resource>, status: u16, count: usize) {
-        if count > 0 {
-            let failure = Failure { verb, resource, status, remaining: count };
+        self.push_failure(Failure { verb, resource, status, retry_after: None, remaining: count });
+    }
+
+    /// Answers the next `count` requests with an HTTP status that asks clients to stay away for some seconds.
+    pub fn fail_and_ask_for(&self, retry_after: u32, status: u16, count: usize) {
+        let retry_after = Some(retry_after);
+        self.push_failure(Failure { verb: None, resource: None, status, retry_after, remaining: count });
+    }
+
+    fn push_failure(&self, failure: Failure) {
+        if failure.remaining > 0 {
             self.shared.state().faults.failures.push(failure);
         }
     }
@@ -141,7 +171,8 @@ impl ApiServer {
         self.gate(Gate { resource, further_pages: false });
     }
 
-    /// Serves the first page of a list, and lets the further ones wait for [`Self::release_list`].
+    /// Serves the first page of a list, and lets the further ones wait for [`Self::release_list`]. Of a list that is
+    /// streamed, the first half or [`STREAM_BEGINNING`](super::STREAM_BEGINNING) objects are served.
     pub fn hold_further_pages(&self, resource: Resource) {
         self.gate(Gate { resource, further_pages: true });
     }
@@ -155,6 +186,11 @@ impl ApiServer {
     /// Answers the lists of a resource again, those that wait included.
     pub fn release_list(&self, resource: Resource) {
         self.shared.gates.send_modify(|gates| gates.retain(|gate| gate.resource != resource));
+    }
+
+    /// Says whether lists are streamed from here on; those that are being streamed go on.
+    pub fn offer_streams(&self, streams: Streams) {
+        self.shared.state().faults.streams = streams;
     }
 
     /// Forgets the history: whatever resourceVersion or continue token a client has, it is expired.
@@ -174,6 +210,28 @@ impl ApiServer {
         let mut state = self.shared.state();
         state.store.tell_watches(&Item::Error(Status::new(code, "the test asked for this error")));
         state.store.end_watches();
+    }
+
+    /// Has every list of a resource hold something that is no such object, and tells open watches of it. It has to be
+    /// JSON, in one line.
+    pub fn add_nonsense(&self, resource: Resource, object: &str) {
+        self.shared.state().store.add_nonsense(resource, object);
+    }
+
+    /// Ends what [`Self::add_nonsense`] began.
+    pub fn remove_nonsense(&self, resource: Resource) {
+        self.shared.state().store.remove_nonsense(resource);
+    }
+
+    /// Sends a line, whatever it is, to every watch of a resource.
+    pub fn send_line(&self, resource: Resource, line: &str) {
+        self.shared.state().store.send_line(resource, line);
+    }
+
+    /// Whether watches that do not begin with a list end as soon as they are opened, as by something in between that
+    /// cannot carry them.
+    pub fn end_watches_at_once(&self, at_once: bool) {
+        self.shared.state().faults.short_watches = at_once;
     }
 
     /// Sends a bookmark to every watch that wants them.

@@ -16,13 +16,13 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::faults::Gate;
+use super::faults::{Gate, Streams};
 use super::object::{Key, Object};
 use super::resource::{Request, Resource, Verb};
 use super::selector::Selection;
 use super::status::Status;
 use super::store::{Page, Start};
-use super::watch::{Watch, error_line};
+use super::watch::{STREAM_BEGINNING, Watch, error_line};
 use super::write::{self, Write};
 use super::{Shared, State};
 
@@ -118,7 +118,7 @@ async fn serve(
         let mut state = shared.state();
         let path = parts.uri.path().to_owned();
         let query = parts.uri.query().unwrap_or_default().to_owned();
-        state.requests.push(Request { verb, resource, path, query });
+        state.requests.push(Request { verb, resource, path, query, at: std::time::Instant::now() });
         state.access.judge(&parts.headers, verb, resource)?;
         state.faults.latency
     };
@@ -260,12 +260,16 @@ fn list_response(resource: Resource, selection: &Selection, page: Page) -> Respo
     let (kind, api_version) = (resource.kind(), resource.api_version());
     let head =
         format!(r#"{{"kind":"{kind}List","apiVersion":"{api_version}","metadata":{metadata},"items":["#);
+    let mut nonsense = page.nonsense.join(",");
+    if !nonsense.is_empty() && !page.objects.is_empty() {
+        nonsense.push(',');
+    }
     let pieces: Vec<Vec<Arc<Object>>> = page.objects.chunks(PIECE).map(<[_]>::to_vec).collect();
     let pieces = pieces.into_iter().enumerate().flat_map(|(index, piece)| {
         let comma = if index == 0 { "" } else { "," };
         [Bytes::from(comma), Bytes::from(items(&piece))]
     });
-    let all = std::iter::once(Bytes::from(head)).chain(pieces).chain([Bytes::from("]}\n")]);
+    let all = [head, nonsense].map(Bytes::from).into_iter().chain(pieces).chain([Bytes::from("]}\n")]);
     let body = Body::from_stream(futures::stream::iter(all.map(Ok::<_, Infallible>)));
     respond(StatusCode::OK, body)
 }
@@ -292,7 +296,15 @@ async fn watch(
     params: &Params,
 ) -> Result<Response<Body>, Status> {
     let bookmarks = flag(&params.allow_watch_bookmarks);
-    let send_initial = flag(&params.send_initial_events);
+    let streams = shared.state().faults.streams;
+    if streams == Streams::Refused && !params.send_initial_events.is_empty() {
+        return Err(Status::new(
+            422,
+            "sendInitialEvents: Forbidden: sendInitialEvents is forbidden for watch unless the WatchList feature \
+             gate is enabled",
+        ));
+    }
+    let send_initial = streams == Streams::Offered && flag(&params.send_initial_events);
     if !params.send_initial_events.is_empty() && params.resource_version_match != "NotOlderThan" {
         return Err(Status::new(
             422,
@@ -306,7 +318,7 @@ async fn watch(
         match number::<u64>("resourceVersion", &params.resource_version)?.filter(|version| *version > 0) {
             _ if send_initial => Start::State,
             Some(version) => Start::Revision(version),
-            None if params.send_initial_events.is_empty() => Start::State,
+            None if params.send_initial_events.is_empty() || streams == Streams::Ignored => Start::State,
             None => Start::Latest,
         };
     let timeout = number::<u64>("timeoutSeconds", &params.timeout_seconds)?.filter(|seconds| *seconds > 0);
@@ -315,6 +327,9 @@ async fn watch(
         shared.pass(Gate { resource, further_pages: false }).await;
     }
     let mut state = shared.state();
+    if state.faults.short_watches && !matches!(start, Start::State) {
+        return Ok(respond(StatusCode::OK, Body::empty()));
+    }
     let (items, from) = match state.store.watch(resource, &selection, start, send_initial) {
         Ok(begun) => begun,
         Err(expired) if state.faults.expired_as_http => return Err(expired),
@@ -322,6 +337,7 @@ async fn watch(
     };
     drop(state);
     let shared = Arc::clone(shared);
+    let beginning = STREAM_BEGINNING.min(items.len() / 2);
     let watch = Watch {
         shared,
         resource,
@@ -332,6 +348,7 @@ async fn watch(
         until,
         break_write,
         cut_next_event: false,
+        beginning: send_initial.then_some(beginning),
     };
     Ok(respond(StatusCode::OK, watch.into_body()))
 }

@@ -36,8 +36,9 @@ use tokio::sync::mpsc;
 
 pub use access::allows;
 pub use control_plane::ControlPlane;
-pub use faults::Cut;
+pub use faults::{Cut, Streams};
 pub use resource::{Request, Resource, Verb};
+pub use watch::STREAM_BEGINNING;
 
 use access::Access;
 use faults::{Faults, Gate};
@@ -204,13 +205,19 @@ impl ApiServer {
         self.shared.state().requests.clone()
     }
 
+    /// How many lists of a resource were asked for, streamed ones included; pages do not count.
+    pub fn lists(&self, resource: Resource) -> usize {
+        let state = self.shared.state();
+        state.requests.iter().filter(|request| request.resource == resource && request.is_list()).count()
+    }
+
     /// How many of [`Self::requests`] had this verb and resource.
     pub fn count(&self, verb: Verb, resource: Resource) -> usize {
         let state = self.shared.state();
         state.requests.iter().filter(|request| request.verb == verb && request.resource == resource).count()
     }
 
-    /// When the last byte of the last list (or page of it) of a resource went to the socket.
+    /// When the last byte of the last list of a resource, page of one, or list that was streamed went to the socket.
     pub fn list_sent(&self, resource: Resource) -> Option<Instant> {
         self.shared.state().lists_sent.get(&resource).copied()
     }

@@ -1,6 +1,7 @@
 //! The resources that the server knows, and the verbs that it counts.
 
 use std::fmt;
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
@@ -177,4 +178,17 @@ pub struct Request {
     pub path: String,
     /// Query of the URL, percent-encoded; empty for none.
     pub query: String,
+    /// When it was read.
+    pub at: Instant,
+}
+
+impl Request {
+    /// Whether it asks for a list: its first page, or a watch that begins with it.
+    pub fn is_list(&self) -> bool {
+        match self.verb {
+            Verb::List => !self.query.contains("continue="),
+            Verb::Watch => self.query.contains("sendInitialEvents=true"),
+            Verb::Get | Verb::Create | Verb::Update | Verb::Patch | Verb::Delete => false,
+        }
+    }
 }

@@ -76,6 +76,11 @@ impl Status {
         }
     }
 
+    /// Asks to stay away for that long.
+    pub(super) fn with_retry_after(self, seconds: u32) -> Self {
+        Self { details: json!({ "retryAfterSeconds": seconds }), ..self }
+    }
+
     pub(super) fn to_value(&self) -> Value {
         let mut value = json!({
             "kind": "Status",
@@ -98,8 +103,8 @@ impl Status {
         response
             .headers_mut()
             .insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
-        if self.code == 429 {
-            response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
+        if let Some(seconds) = self.details["retryAfterSeconds"].as_u64() {
+            response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from(seconds));
         }
         response
     }

@@ -44,6 +44,8 @@ pub(super) enum Item {
     Abort,
     /// The next event is cut in the middle.
     CutNextEvent,
+    /// A line that is sent as it is.
+    Line(String),
 }
 
 /// A page of a list.
@@ -51,6 +53,8 @@ pub(super) enum Item {
 pub(super) struct Page {
     pub(super) revision: u64,
     pub(super) objects: Vec<Arc<Object>>,
+    /// Items that are sent as they are.
+    pub(super) nonsense: Vec<String>,
     /// How many more there are.
     pub(super) remaining: usize,
 }
@@ -86,6 +90,8 @@ struct Table {
     shuffled: Vec<Arc<Change>>,
     /// How many changes are sent twice.
     duplicate: usize,
+    /// What lists hold besides objects.
+    nonsense: Vec<String>,
 }
 
 impl Table {
@@ -274,7 +280,10 @@ impl Store {
             .values()
             .filter(|object| after.is_none_or(|after| object.key > *after) && selection.matches(object));
         let objects = selected.by_ref().take(limit).map(Arc::clone).collect();
-        Ok(Page { revision, objects, remaining: selected.count() })
+        let remaining = selected.count();
+        let table = self.table(resource);
+        let nonsense = if after.is_none() { table.nonsense.clone() } else { Vec::new() };
+        Ok(Page { revision, objects, nonsense, remaining })
     }
 
     /// Begins a watch: what it has to catch up with is already in the channel. Also returns the revision from which
@@ -296,6 +305,7 @@ impl Store {
             Start::State => {
                 let selected = table.objects.values().filter(|object| selection.matches(object));
                 selected.for_each(|object| send(Item::Initial(Arc::clone(object))));
+                table.nonsense.iter().for_each(|object| send(Item::Line(added(object))));
                 if mark_initial_end {
                     send(Item::InitialEnd(revision));
                 }
@@ -327,6 +337,22 @@ impl Store {
         for table in self.tables.values_mut() {
             table.watches.retain(|watch| watch.items.send(item.clone()).is_ok());
         }
+    }
+
+    /// Has lists and watches of a resource tell of something that is no object: the watches once, each list that comes.
+    pub(super) fn add_nonsense(&mut self, resource: Resource, object: &str) {
+        self.table(resource).nonsense.push(object.to_owned());
+        self.send_line(resource, &added(object));
+    }
+
+    /// Lists are free of nonsense again.
+    pub(super) fn remove_nonsense(&mut self, resource: Resource) {
+        self.table(resource).nonsense.clear();
+    }
+
+    /// Sends a line to every watch of a resource.
+    pub(super) fn send_line(&mut self, resource: Resource, line: &str) {
+        self.table(resource).watches.retain(|watch| watch.items.send(Item::Line(line.to_owned())).is_ok());
     }
 
     /// Ends every watch after what it has been sent.
@@ -383,4 +409,9 @@ impl Store {
     pub(super) fn duplicate(&mut self, resource: Resource, count: usize) {
         self.table(resource).duplicate = count;
     }
+}
+
+/// The event of an object that is sent as it is.
+fn added(object: &str) -> String {
+    format!(r#"{{"type":"ADDED","object":{object}}}"#)
 }

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::Shared;
+use super::faults::Gate;
 use super::object::Object;
 use super::resource::Resource;
 use super::selector::Selection;
@@ -19,6 +20,10 @@ use super::store::{Change, Item};
 
 /// Marks the bookmark that ends the initial events.
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
+
+/// Objects of a list that is streamed which [`ApiServer::hold_further_pages`](super::ApiServer::hold_further_pages) lets
+/// pass, at most.
+pub const STREAM_BEGINNING: usize = 500;
 
 /// A watch in progress.
 pub(super) struct Watch {
@@ -33,6 +38,8 @@ pub(super) struct Watch {
     /// Tells the connection to break within its next write.
     pub(super) break_write: Arc<AtomicBool>,
     pub(super) cut_next_event: bool,
+    /// Initial objects that are still to be sent without asking; `None` if no list is being streamed.
+    pub(super) beginning: Option<usize>,
 }
 
 impl Watch {
@@ -51,6 +58,7 @@ impl Watch {
                         Err(bookmark) => return Some((Ok(bookmark?), None)),
                     },
                 };
+                watch.pass(&item).await;
                 match watch.line(item) {
                     Ok(Some(line)) => {
                         watch.shared.state().events_sent.insert(watch.resource, std::time::Instant::now());
@@ -61,6 +69,23 @@ impl Watch {
                 }
             }
         })
+    }
+
+    /// Waits if the list that is being streamed has to.
+    async fn pass(&mut self, item: &Item) {
+        if !matches!(item, Item::Initial(_) | Item::InitialEnd(_)) {
+            return;
+        }
+        let is_end = matches!(item, Item::InitialEnd(_));
+        match &mut self.beginning {
+            Some(left @ 1..) if !is_end => *left -= 1,
+            Some(_) => self.shared.pass(Gate { resource: self.resource, further_pages: true }).await,
+            None => {}
+        }
+        if is_end {
+            self.beginning = None;
+            self.shared.state().lists_sent.insert(self.resource, std::time::Instant::now());
+        }
     }
 
     /// When the time is up: what is still to be sent, or the bookmark from which the client can resume.
@@ -78,6 +103,7 @@ impl Watch {
             Item::Change(change) => self.change(&change),
             Item::Bookmark(revision) => self.bookmarks.then(|| self.bookmark(revision, false)),
             Item::Error(status) => Some(error_line(&status)),
+            Item::Line(line) => Some(Bytes::from(line + "\n")),
             Item::Abort => return Err(io::ErrorKind::ConnectionReset.into()),
             Item::CutNextEvent => {
                 self.cut_next_event = true;

@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::time::{Duration, Instant};
 
-use kube::runtime::watcher::Error;
-
-use super::{Kind, watch};
+use super::Kind;
+use super::follow::Error;
 use crate::sources::Problem;
 
 /// How often the same complaint is logged.
@@ -30,7 +29,7 @@ impl Complaints {
     /// An error came from the watch of `kind`.
     pub(super) fn note(&mut self, kind: Kind, error: &Error) {
         let (resource, _) = kind.resource();
-        if watch::status_code(error) == Some(410) {
+        if error.code() == Some(410) {
             tracing::debug!(resource, "the API server has forgotten where we were; listing again");
             return;
         }
@@ -42,14 +41,14 @@ impl Complaints {
         if is_new {
             self.logged.insert(kind, (reason.clone(), Instant::now()));
         }
-        let not_served = kind.is_optional() && watch::status_code(error) == Some(404);
+        let not_served = kind.is_optional() && error.code() == Some(404);
         match (is_new, not_served) {
             (false, _) => tracing::debug!(resource, reason, "still the same"),
             (true, true) => tracing::info!(resource, "{reason}"),
             (true, false) => tracing::warn!(resource, server = self.url, "{reason}"),
         }
         // A broken watch is not told as a problem: that it works again shows only with the next object.
-        if matches!(error, Error::InitialListFailed(_)) && !not_served {
+        if error.is_of_list() && !not_served {
             self.changed |= self.problems.insert(kind, reason.clone()).as_ref() != Some(&reason);
         }
     }
@@ -75,7 +74,7 @@ impl Complaints {
 
     fn explain(&self, kind: Kind, error: &Error) -> String {
         let (resource, group) = kind.resource();
-        match watch::status_code(error) {
+        match error.code() {
             Some(401) => {
                 "the API server does not accept our credentials: check the ServiceAccount token or the \
                           kubeconfig"

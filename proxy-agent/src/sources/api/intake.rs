@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use kube::runtime::watcher::Event;
-use kube::{Resource as _, ResourceExt as _};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Resource;
 
+use super::follow::Event;
+use super::received::Received;
 use super::{Kind, KindEvent};
 use crate::cluster::{Change, ObjectKey};
 use crate::opt_out::Rules;
@@ -45,11 +47,11 @@ impl Intake {
         match event {
             KindEvent::Service(event) => {
                 let convert = |object: &_| Ok(converter.service(object)?.map(Change::Service));
-                self.services.take(event, |object| key_of(object.meta()), convert, changes);
+                self.services.take(event, key_of, convert, changes);
             }
             KindEvent::Slice(event) => {
                 let convert = |object: &_| Ok(converter.slice(object)?.map(Change::Slice));
-                self.slices.take(event, |object| key_of(object.meta()), convert, changes);
+                self.slices.take(event, key_of, convert, changes);
             }
             KindEvent::Node(event) => {
                 let convert = |object: &_| Ok(converter.node(object).map(Change::Node));
@@ -63,11 +65,16 @@ impl Intake {
                     }
                     Ok(Some(Change::ServiceCidr(cidr.name, cidr.prefixes)))
                 };
-                self.service_cidrs.take(event, |object| object.name_any().into(), convert, changes);
+                self.service_cidrs.take(
+                    event,
+                    |meta| meta.name.as_deref().unwrap_or_default().into(),
+                    convert,
+                    changes,
+                );
             }
             KindEvent::Pod(event) => {
                 let convert = |object: &_| Ok(converter.pod(object)?.map(Change::Pod));
-                self.pods.take(event, |object| key_of(object.meta()), convert, changes);
+                self.pods.take(event, key_of, convert, changes);
             }
         }
     }
@@ -121,18 +128,25 @@ impl<K: Ord + Clone> Known<K> {
         self.complete && self.listed.is_none()
     }
 
-    fn take<O>(
+    fn take<O: Resource<DynamicType = ()>>(
         &mut self,
-        event: Event<O>,
-        key: impl FnOnce(&O) -> K,
+        event: Event<Received<O>>,
+        key: impl FnOnce(&ObjectMeta) -> K,
         convert: impl FnOnce(&O) -> Result<Option<Change>, Problem>,
         changes: &mut Vec<Change>,
     ) {
         match event {
-            Event::Init => self.listed = Some(BTreeSet::new()),
-            Event::InitApply(object) | Event::Apply(object) => {
-                let key = key(&object);
-                match convert(&object) {
+            Event::ListBegins => self.listed = Some(BTreeSet::new()),
+            Event::Applied(received) => {
+                let key = key(received.meta());
+                let converted = match &received {
+                    Received::Object(object) => convert(object),
+                    Received::Nonsense(nonsense) => Err(Problem {
+                        object: format!("{} {}", O::kind(&()), key_of(received.meta())),
+                        reason: format!("{}; the object is ignored", nonsense.reason),
+                    }),
+                };
+                match converted {
                     Ok(Some(change)) => {
                         changes.push(change);
                         if let Some(listed) = &mut self.listed {
@@ -151,8 +165,8 @@ impl<K: Ord + Clone> Known<K> {
                     }
                 }
             }
-            Event::Delete(object) => self.remove(key(&object), changes),
-            Event::InitDone => {
+            Event::Deleted(received) => self.remove(key(received.meta()), changes),
+            Event::ListEnds => {
                 let listed = self.listed.take().unwrap_or_default();
                 let lacking: Vec<K> = self.all.difference(&listed).cloned().collect();
                 for key in lacking {

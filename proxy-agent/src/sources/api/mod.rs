@@ -1,8 +1,9 @@
 //! The Kubernetes API as the source of objects.
 //!
-//! Four watches (Services, EndpointSlices, this Node, ServiceCIDRs), and one of this node's Pods if any may opt out of the
-//! socket edge, run in one task and end in one channel, so the agent sees one order of changes. Each object is reduced at once and dropped. Whatever fails is retried for ever,
-//! each watch by itself; what was known stays known, and only a complete new list makes an object go.
+//! Four kinds (Services, EndpointSlices, this Node, ServiceCIDRs), and this node's Pods if any may opt out of the socket
+//! edge, are followed in one task and end in one channel, so the agent sees one order of changes. Each object is reduced
+//! at once and dropped. Whatever fails is retried for ever, each kind by itself and at its own pace; what was known stays
+//! known, and only a complete new list makes an object go.
 
 use std::path::Path;
 use std::time::Duration;
@@ -14,7 +15,6 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::runtime::watcher::Event;
 use kube::{Client, Config};
 use tokio::sync::mpsc::Sender;
 
@@ -22,10 +22,15 @@ use super::{SourceError, Update};
 use crate::metrics::CountRequests;
 use crate::opt_out::Rules;
 use complaints::Complaints;
+use follow::Event;
 use intake::Intake;
+use received::Received;
 
 mod complaints;
+mod follow;
 mod intake;
+mod pace;
+mod received;
 mod watch;
 
 /// The most changes in one message while lists come in.
@@ -69,6 +74,8 @@ impl Server {
         }
         // Every watch is ended by the server before that, so a connection on which nothing comes for this long is dead.
         config.read_timeout = Some(SILENCE_MAX);
+        // The client's own retries are for requests that nobody repeats: many in a row, and without a word.
+        config.default_retry = false;
         let url = config.cluster_url.to_string();
         let count = CountRequests::of(&config.cluster_url);
         let client = ClientBuilder::try_from(config)
@@ -110,11 +117,11 @@ impl Kind {
 /// An event of one of the watches.
 #[expect(clippy::large_enum_variant, reason = "taken apart at once, never kept")]
 enum KindEvent {
-    Service(Event<Service>),
-    Slice(Event<EndpointSlice>),
-    Node(Event<Node>),
-    ServiceCidr(Event<ServiceCIDR>),
-    Pod(Event<Pod>),
+    Service(Event<Received<Service>>),
+    Slice(Event<Received<EndpointSlice>>),
+    Node(Event<Received<Node>>),
+    ServiceCidr(Event<Received<ServiceCIDR>>),
+    Pod(Event<Received<Pod>>),
 }
 
 /// Sends what the API server says until the receiver is dropped. `node_name` is the name of this node in lower
@@ -146,7 +153,15 @@ pub async fn run(server: Server, node_name: &str, opt_out: &Rules, updates: Send
                     }
                 }
             }
-            next = if changes.len() < BATCH_MAX { events.next().now_or_never().flatten() } else { None };
+            next = None;
+            if changes.len() < BATCH_MAX {
+                next = events.next().now_or_never().flatten();
+                if next.is_none() && !intake.has_list(kind) {
+                    // A list that is streamed: the connection has to be given its turn for each piece of it.
+                    tokio::task::yield_now().await;
+                    next = events.next().now_or_never().flatten();
+                }
+            }
         }
         let mut messages = Vec::new();
         if !changes.is_empty() {

@@ -1,0 +1,134 @@
+//! Objects as they come from the API server: one that makes no sense must not cost the list that it is in.
+
+use std::borrow::Cow;
+use std::fmt::Debug;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Resource;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+/// An object, as far as it can be understood.
+#[derive(Clone, Debug)]
+pub(super) enum Received<K> {
+    /// It is what it should be.
+    Object(K),
+    /// It is JSON, but not such an object.
+    Nonsense(Box<Nonsense>),
+}
+
+/// What is wrong with an object.
+#[derive(Clone, Debug)]
+pub(super) struct Nonsense {
+    /// Of its metadata: namespace, name and resourceVersion, if it has them.
+    meta: ObjectMeta,
+    /// The field or the place, and why.
+    pub(super) reason: String,
+}
+
+impl Nonsense {
+    fn new(text: &str, error: &serde_json::Error) -> Self {
+        let object: Value = serde_json::from_str(text).unwrap_or_default();
+        let field = |name: &str| object["metadata"][name].as_str().map(str::to_owned);
+        let meta = ObjectMeta {
+            namespace: field("namespace"),
+            name: field("name"),
+            resource_version: field("resourceVersion"),
+            ..ObjectMeta::default()
+        };
+        Self { meta, reason: error.to_string() }
+    }
+}
+
+impl<'de, K: DeserializeOwned> Deserialize<'de> for Received<K> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // Where it ends has to be known before it is looked into. Nothing is copied: kube reads from memory.
+        let text = <&RawValue>::deserialize(deserializer)?.get();
+        Ok(match serde_json::from_str(text) {
+            Ok(object) => Self::Object(object),
+            Err(error) => Self::Nonsense(Box::new(Nonsense::new(text, &error))),
+        })
+    }
+}
+
+/// Served where the object is.
+impl<K: Resource> Resource for Received<K> {
+    type DynamicType = K::DynamicType;
+    type Scope = K::Scope;
+
+    fn kind(dt: &Self::DynamicType) -> Cow<'_, str> {
+        K::kind(dt)
+    }
+
+    fn group(dt: &Self::DynamicType) -> Cow<'_, str> {
+        K::group(dt)
+    }
+
+    fn version(dt: &Self::DynamicType) -> Cow<'_, str> {
+        K::version(dt)
+    }
+
+    fn plural(dt: &Self::DynamicType) -> Cow<'_, str> {
+        K::plural(dt)
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        match self {
+            Self::Object(object) => object.meta(),
+            Self::Nonsense(nonsense) => &nonsense.meta,
+        }
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        match self {
+            Self::Object(object) => object.meta_mut(),
+            Self::Nonsense(nonsense) => &mut nonsense.meta,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Service;
+    use kube::ResourceExt as _;
+    use kube::api::{ObjectList, WatchEvent};
+
+    use super::*;
+
+    const GOOD: &str = r#"{"metadata":{"name":"good","resourceVersion":"1"},"spec":{"ports":[{"port":80}]}}"#;
+    const BAD: &str = r#"{"metadata":{"namespace":"a","name":"bad","resourceVersion":"2","labels":7},"spec":{"ports":"none"}}"#;
+
+    fn describe(received: &Received<Service>) -> String {
+        let verdict = match received {
+            Received::Object(_) => "fine",
+            Received::Nonsense(nonsense) => &nonsense.reason,
+        };
+        format!("{} {:?}: {verdict}", received.name_any(), received.resource_version())
+    }
+
+    #[test]
+    fn nonsense_costs_itself() {
+        let list = format!(r#"{{"metadata":{{"resourceVersion":"3"}},"items":[{GOOD},{BAD},[],{GOOD}]}}"#);
+        let list: ObjectList<Received<Service>> = serde_json::from_str(&list).unwrap();
+        let all: Vec<String> = list.items.iter().map(describe).collect();
+        assert_eq!((&all[0], &all[3]), (&r#"good Some("1"): fine"#.to_owned(), &all[0]));
+        assert!(all[1].starts_with(r#"bad Some("2"): invalid type: integer `7`"#), "{all:?}");
+        assert!(all[2].starts_with(" None: "), "{all:?}");
+    }
+
+    #[test]
+    fn events_hold_them_too() {
+        let event = |object: &str| {
+            let event = format!(r#"{{"type":"ADDED","object":{object}}}"#);
+            match serde_json::from_str::<WatchEvent<Received<Service>>>(&event) {
+                Ok(WatchEvent::Added(received)) => describe(&received),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(event(GOOD), r#"good Some("1"): fine"#);
+        assert!(event(BAD).starts_with(r#"bad Some("2"): "#));
+        assert!(event("null").starts_with(" None: "));
+    }
+}
