@@ -92,7 +92,10 @@ impl Complaints {
             Some(404) if kind.is_optional() => {
                 format!("the API server does not serve {resource}; going on without them")
             }
-            Some(code) => format!("the API server answers {code} to {resource}: {}", causes(error)),
+            Some(code) => {
+                let message = error.status().map_or("", |status| &status.message);
+                format!("the API server answers {code} to {resource}: {message}")
+            }
             None => format!("cannot get {resource} from the API server: {}", causes(error)),
         }
     }

@@ -216,6 +216,7 @@ where
         }
         loop {
             let phase = std::mem::replace(&mut self.phase, Phase::Unknown);
+            let watch = if let Phase::Watching { watch, .. } = &phase { Some(*watch) } else { None };
             let (phase, result) = match phase {
                 Phase::Unknown => self.list().await,
                 Phase::Streaming { events, began } => self.stream(events, began).await,
@@ -224,14 +225,13 @@ where
                 Phase::Watching { version, events, watch } => told(version, events, watch).await,
             };
             self.phase = phase;
+            // A list alone is no success: it might be asked for again and again.
+            if watch.is_some_and(|watch| !watch.is_short()) {
+                self.pace.reset();
+            }
             match result {
                 Ok(None) => {}
-                Ok(Some(event)) => {
-                    if matches!(self.phase, Phase::Listed { .. } | Phase::Watching { .. }) {
-                        self.pace.reset();
-                    }
-                    return Ok(event);
-                }
+                Ok(Some(event)) => return Ok(event),
                 Err(error) => {
                     self.pause = Some(self.pause_after(&error));
                     return Err(error);
@@ -297,8 +297,7 @@ where
                 (Phase::Streaming { events, began }, Ok(Some(Event::Deleted(object))))
             }
             Some(Ok(WatchEvent::Bookmark(mark))) if is_list_end(&mark.metadata.annotations) => {
-                let watch = Watch { silent: false, ..Watch::opened() };
-                let version = mark.metadata.resource_version;
+                let (version, watch) = (mark.metadata.resource_version, Watch::opened());
                 (Phase::Watching { version, events, watch }, Ok(Some(Event::ListEnds)))
             }
             Some(Ok(WatchEvent::Bookmark(_))) => (Phase::Streaming { events, began }, Ok(None)),
