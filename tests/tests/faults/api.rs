@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_common::abi::ABI_VERSION;
-use proxy_tests::apiserver::{ApiServer, Cut, Resource};
+use proxy_tests::apiserver::{ApiServer, Resource};
 use proxy_tests::lab::Agent;
 use proxy_tests::scenarios::{Loops, NODE, World, endpoint, served};
 use serde_json::{Value, json};
@@ -14,7 +14,9 @@ use serde_json::{Value, json};
 use super::drift::verify_with;
 use super::{KUBIA, KUBIA_VIP, numbers};
 
-const READY: &str = "s13-readiness.yaml";
+/// The Service that changes.
+pub(super) const READY: &str = "s13-readiness.yaml";
+pub(super) const READY_VIP: &str = "10.97.97.97:80";
 const READY_SERVICE: &str = "default/service-clusterip";
 
 /// What the agents of a cluster are given: the objects of all files; for each Endpoints object the EndpointSlice that a
@@ -57,7 +59,7 @@ fn mirrored(endpoints: &Value) -> Result<Value> {
 }
 
 /// An API server on the loopback device of [`NODE`] with the objects of a world, and an agent of the node for it.
-fn cluster(world: &World) -> Result<(ApiServer, Agent)> {
+pub(super) fn cluster(world: &World) -> Result<(ApiServer, Agent)> {
     let listener = world.host().net().enter(|| TcpListener::bind("127.0.0.1:6443"))??;
     let server = ApiServer::start_on(listener)?;
     server.apply_all(objects(world)?)?;
@@ -117,7 +119,7 @@ fn a_directory_and_the_api_make_the_same_maps() -> Result<()> {
 fn the_source_can_be_changed_without_anybody_noticing() -> Result<()> {
     let mut world = World::start(&[KUBIA, READY])?;
     let before = numbers(&world, NODE)?;
-    let mut loops = Loops::start(&world, &[KUBIA_VIP, "10.97.97.97:80"])?;
+    let mut loops = Loops::start(&world, &[KUBIA_VIP, READY_VIP])?;
     let (_server, agent) = cluster(&world)?;
     world.take_agent(NODE)?.terminate()?;
     world.adopt(NODE, agent).start_ready()?;
@@ -161,7 +163,7 @@ fn the_api_server_is_away_when_the_agent_starts() -> Result<()> {
 }
 
 /// The slice of [`READY_SERVICE`] with the pods of these numbers.
-fn slice(world: &World, pods: &[usize]) -> Result<Value> {
+pub(super) fn slice(world: &World, pods: &[usize]) -> Result<Value> {
     let all = [("node-a", "172.16.1.42"), ("node-b", "172.16.2.44"), ("node-b", "172.16.3.46")];
     let mut slice = world.manifests().objects(READY)?.remove(1);
     slice["metadata"]["namespace"] = "default".into();
@@ -174,108 +176,7 @@ fn slice(world: &World, pods: &[usize]) -> Result<Value> {
 }
 
 /// Waits until the node has the pods of these numbers.
-fn wait_for(world: &World, pods: &[usize]) -> Result<()> {
+pub(super) fn wait_for(world: &World, pods: &[usize]) -> Result<()> {
     let all = ["172.16.1.42:80", "172.16.2.44:80", "172.16.3.46:80"];
     world.wait_endpoints(NODE, READY_SERVICE, &pods.iter().map(|&pod| all[pod]).collect::<Vec<_>>())
-}
-
-#[test]
-fn watches_that_break() -> Result<()> {
-    let mut world = World::new(&[KUBIA, READY])?;
-    let (server, agent) = cluster(&world)?;
-    world.adopt(NODE, agent).start_ready()?;
-    let before = world.ports(NODE, "default/kubia")?;
-    // One Service that nobody touches, and one that changes all the time.
-    let mut loops = Loops::start(&world, &[KUBIA_VIP, "10.97.97.97:80"])?;
-
-    server.apply(slice(&world, &[0, 1])?)?;
-    wait_for(&world, &[0, 1])?;
-    for cut in [Cut::Clean, Cut::Broken] {
-        server.cut_watches(cut);
-        server.apply(slice(&world, &[1, 2])?)?;
-        wait_for(&world, &[1, 2])?;
-        server.apply(slice(&world, &[0, 1])?)?;
-        wait_for(&world, &[0, 1])?;
-    }
-    server.cut_watches(Cut::WithinNextEvent);
-    server.apply(slice(&world, &[1, 2])?)?;
-    wait_for(&world, &[1, 2])?;
-    server.cut_connections();
-    server.apply(slice(&world, &[0])?)?;
-    wait_for(&world, &[0])?;
-
-    // 410: what the client knows is too old, as an event and as an answer.
-    for by_http in [false, true] {
-        server.expire_watches_by_http(by_http);
-        server.compact();
-        server.fail_watches(410);
-        server.apply(slice(&world, &[1, 2])?)?;
-        wait_for(&world, &[1, 2])?;
-        server.compact();
-        server.cut_watches(Cut::Broken);
-        server.apply(slice(&world, &[0])?)?;
-        wait_for(&world, &[0])?;
-    }
-    // Errors on the way back.
-    server.fail(None, None, 500, 5);
-    server.fail(None, Some(Resource::EndpointSlices), 429, 2);
-    server.cut_watches(Cut::Broken);
-    server.apply(slice(&world, &[0, 1, 2])?)?;
-    wait_for(&world, &[0, 1, 2])?;
-
-    assert_eq!(world.ports(NODE, "default/kubia")?, before, "nobody touched it");
-    loops.go_on()?;
-    loops.none_failed().map(drop)
-}
-
-#[test]
-fn deletions_that_no_watch_has_seen() -> Result<()> {
-    let mut world = World::new(&[KUBIA, READY, "s17-no-endpoints.yaml", "s15-kubernetes.yaml"])?;
-    let (server, agent) = cluster(&world)?;
-    world.adopt(NODE, agent).start_ready()?;
-    let mut loops = Loops::start(&world, &[KUBIA_VIP])?;
-    let before = world.ports(NODE, "default/kubia")?;
-
-    // Away, and different when it comes back.
-    server.go_away();
-    loops.next(20)?;
-    assert!(server.delete_silently(Resource::Services, "default", "webapp"));
-    assert!(server.delete_silently(Resource::EndpointSlices, "default", "kubernetes"));
-    server.apply_silently(slice(&world, &[2])?)?;
-    server.compact();
-    loops.next(20)?;
-    assert_eq!(world.ports(NODE, "default/webapp")?.len(), 1, "unknown yet");
-    server.come_back();
-    world.wait_ports(NODE, "default/webapp", <[_]>::is_empty)?;
-    world.wait_endpoints(NODE, "default/kubernetes", &[])?;
-    wait_for(&world, &[2])?;
-    let refused = world.client().connect("10.96.0.1:443").http().one()?;
-    assert_eq!(refused.error.as_deref(), Some(proxy_tests::scenarios::refusal()));
-
-    assert_eq!(world.ports(NODE, "default/kubia")?, before);
-    loops.go_on()?;
-    loops.none_failed().map(drop)
-}
-
-#[test]
-fn a_list_that_is_slow_removes_nothing_meanwhile() -> Result<()> {
-    let mut world = World::new(&[KUBIA, READY])?;
-    let (server, agent) = cluster(&world)?;
-    world.adopt(NODE, agent).start_ready()?;
-    let before = numbers(&world, NODE)?;
-    let mut loops = Loops::start(&world, &[KUBIA_VIP, "10.97.97.97:80"])?;
-    // Restarted, it gets Services but no slices: it must not conclude that there are none.
-    for resource in [Resource::EndpointSlices, Resource::Services] {
-        server.hold_list(resource);
-        server.forget_requests();
-        world.agent(NODE).kill9()?;
-        world.agent(NODE).start()?;
-        loops.next(100)?;
-        assert!(!matches!(world.agent(NODE).get("/readyz"), Ok((200, _))));
-        assert_eq!(numbers(&world, NODE)?, before);
-        server.release_list(resource);
-        world.agent(NODE).wait_ready(Duration::from_secs(60))?;
-        assert_eq!(numbers(&world, NODE)?, before);
-    }
-    loops.none_failed().map(drop)
 }

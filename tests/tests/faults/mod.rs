@@ -8,6 +8,7 @@ mod limits;
 mod manifests;
 mod pins;
 mod restarts;
+mod storms;
 
 use anyhow::{Result, ensure};
 use proxy_tests::lab::Agent;
