@@ -111,7 +111,7 @@ proptest! {
     }
 
     #[test]
-    fn full_maps_cost_nobody_else_and_lose_nothing(
+    fn full_maps_cost_nobody_else_and_lose_nothing_until_they_grow(
         steps in prop::collection::vec(any_step(), 1..12),
         frontends in 4..20_u32,
         services in 2..8_u32,
@@ -123,6 +123,8 @@ proptest! {
         for step in &steps {
             machine.step(step);
         }
+        machine.grow(ROOMY);
+        prop_assert_eq!(&machine.refused, &BTreeSet::new(), "everything fits");
         machine.settle();
         machine.clear();
     }

@@ -89,6 +89,10 @@ impl Machine {
             self.observe();
             full = true;
             plan_for = everything(&self.bench.model, &self.bench.services);
+            // Those that were refused may have gone since, and are named nowhere else.
+            for key in &self.refused {
+                plan_for.entry(key.clone()).or_insert(None);
+            }
         }
         self.converged(&ids);
         self.grace(step.grace);
@@ -329,6 +333,17 @@ impl Machine {
                 }
             }
         }
+    }
+
+    /// Moves into maps of this size, and plans everything as after a crash before the first operation.
+    pub(super) fn grow(&mut self, capacity: Capacity) {
+        let contents = self.bench.sim.contents();
+        let mut larger = Simulator::default();
+        contents.elements().for_each(|op| larger.apply(&op).unwrap());
+        assert_eq!(format!("{:?}", larger.contents()), format!("{contents:?}"));
+        self.bench.sim = larger;
+        self.bench.model.capacity = capacity;
+        self.step(&Step { changes: Vec::new(), crashes: vec![0], grace: Grace::Nothing });
     }
 
     /// Lets every grace period pass.
