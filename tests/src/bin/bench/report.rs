@@ -139,6 +139,13 @@ impl Report {
         Self { version: VERSION, bench, machine, options, figures: Vec::new(), notes: Vec::new() }
     }
 
+    /// Adds what the figures do not say by themselves, once.
+    pub(crate) fn note(&mut self, note: String) {
+        if !self.notes.contains(&note) {
+            self.notes.push(note);
+        }
+    }
+
     /// Whether every figure with a bar meets it.
     pub(crate) fn all_met(&self) -> bool {
         self.figures.iter().all(|figure| figure.ok != Some(false))

@@ -8,6 +8,7 @@ use proxy_tests::apiserver::{ApiServer, Resource};
 
 use super::view::View;
 use crate::objects::World;
+use crate::sys::Count;
 
 /// How long a change may take.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -33,6 +34,25 @@ pub(super) fn single(api: &ApiServer, view: &View, world: World, count: usize) -
         thread::sleep(PAUSE);
     }
     Ok(took)
+}
+
+/// The same, and counts with `counter` what the agent does for each change; returns that.
+///
+/// # Errors
+/// If a change does not arrive, or the counter cannot be read.
+pub(super) fn counted(
+    api: &ApiServer,
+    view: &View,
+    world: World,
+    count: usize,
+    counter: &mut Count,
+) -> Result<f64> {
+    // What the agent does behind the last change is over by then.
+    const SETTLE: Duration = Duration::from_millis(500);
+    let before = counter.read()?;
+    single(api, view, world, count)?;
+    thread::sleep(SETTLE);
+    Ok((counter.read()? - before) as f64 / count as f64)
 }
 
 /// Makes new Services behind those of the world; returns how long each took until its clusterIP worked.

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
-use proxy_tests::apiserver::ApiServer;
+use proxy_tests::apiserver::{ApiServer, Streams};
 use proxy_tests::lab::{Lab, LabSpec, Node};
 
 use crate::cpu;
@@ -23,6 +23,7 @@ use crate::objects::World;
 use crate::progress;
 use crate::report::{Bar, Figure, Report};
 use crate::stats::{median_of, percentile};
+use crate::sys::Count;
 use process::{CpuTime, memory};
 use start::Start;
 use view::View;
@@ -48,6 +49,9 @@ pub(crate) struct Options {
     /// New Services, and moves of an endpoint that a client looks for.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u8).range(2..=200))]
     new_services: u8,
+    /// Lists come in pages, as from an API server that does not stream them.
+    #[arg(long)]
+    paged: bool,
     /// Services that change at once, at most.
     #[arg(long, default_value_t = 1000)]
     burst: usize,
@@ -79,6 +83,9 @@ fn in_world(world: World, options: &Options, agent_cpu: usize, report: &mut Repo
     // The node's loopback is its own: the port is free.
     let listener = node.host().net().enter(|| TcpListener::bind("127.0.0.1:6443"))?;
     let api = ApiServer::start_on(listener?)?;
+    if options.paged {
+        api.offer_streams(Streams::Refused);
+    }
     let folder = tempfile::tempdir()?;
     let kubeconfig = folder.path().join("kubeconfig");
     api.write_kubeconfig(&kubeconfig)?;
@@ -115,6 +122,8 @@ fn in_world(world: World, options: &Options, agent_cpu: usize, report: &mut Repo
     // Both have to hold: the second figure is there for its own bar.
     figures.push(latency("endpoint change: p50", &name, &single, 0.5).bar(Bar::AtMost(1.0)));
     figures.push(latency("endpoint change: p99", &name, &single, 0.99).bar(Bar::AtMost(10.0)));
+    counted(&api, &view, world, options.changes / 2 * 2, pid, report)?;
+    let figures = &mut report.figures;
     let burst = changes::burst(&api, &view, world, options.burst.min(world.services))?;
     figures.push(
         Figure::new("burst: all in the map", &name, "ms", median_of(burst.iter().map(millis)))
@@ -134,6 +143,30 @@ fn in_world(world: World, options: &Options, agent_cpu: usize, report: &mut Repo
     progress(format_args!("{world}: {} changes that clients looked for", moved.len() + appeared.len()));
 
     restart(node, &mut agent, &api, world, agent_cpu, figures)
+}
+
+/// What the agent does for one change of an endpoint.
+fn counted(
+    api: &ApiServer,
+    view: &View,
+    world: World,
+    changes: usize,
+    pid: u32,
+    report: &mut Report,
+) -> Result<()> {
+    for (what, counter) in [
+        ("endpoint change: system calls", Count::syscalls(pid)),
+        ("endpoint change: allocations", Count::allocations(pid)),
+    ] {
+        match counter {
+            Ok(mut counter) => {
+                let each = changes::counted(api, view, world, changes, &mut counter)?;
+                report.figures.push(Figure::new(what, &world.to_string(), "", each).samples(changes));
+            }
+            Err(reason) => report.note(format!("No figure \"{what}\": {reason:#}.")),
+        }
+    }
+    Ok(())
 }
 
 fn cold_starts(starts: &[Start], world: World, report: &mut Report) {
@@ -164,12 +197,7 @@ fn cold_starts(starts: &[Start], world: World, report: &mut Report) {
                 .figures
                 .push(Figure::new("cold start: system calls", &name, "", median).samples(counts.len()));
         }
-        Err(reason) => {
-            let note = format!("System calls are not counted: {reason:#}.");
-            if !report.notes.contains(&note) {
-                report.notes.push(note);
-            }
-        }
+        Err(reason) => report.note(format!("System calls of starts are not counted: {reason:#}.")),
     }
 }
 

@@ -13,7 +13,7 @@ use super::process::{CpuTime, Peak, memory};
 use super::view::wait_for_maps;
 use crate::cpu;
 use crate::objects::World;
-use crate::sys::SyscallCount;
+use crate::sys::Count;
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -52,7 +52,7 @@ pub(super) fn start(
     agent.start()?;
     let pid = agent.id().context("the agent has no process")?;
     cpu::pin_process(pid, own_cpu)?;
-    let mut syscalls = SyscallCount::of(pid);
+    let mut syscalls = Count::syscalls(pid);
     let peak = Peak::of(pid);
 
     let (programmed, ready) = thread::scope(|scope| {
