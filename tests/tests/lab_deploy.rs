@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use proxy_tests::apiserver::{ApiServer, Resource, Verb, allows};
+use proxy_tests::apiserver::{ApiServer, Resource, Streams, Verb, allows};
 use proxy_tests::deployment::{Deployment, SERVICE_ACCOUNT, directory};
 use proxy_tests::lab::{Held, Lab, Node, Proc, binary};
 use proxy_tests::scenarios::until;
@@ -41,6 +41,8 @@ impl Setting {
         let (lab, dir) = (Lab::cases()?, tempfile::tempdir()?);
         let listener = lab.node("n1").host().net().enter(|| TcpListener::bind("127.0.0.1:6443"))??;
         let server = ApiServer::start_on(listener)?;
+        // One that does not stream lists: there it takes the right to list.
+        server.offer_streams(Streams::Refused);
         server.apply(lab.node("n1").object())?;
         server.apply(json!({
             "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "shop", "name": "cart" },

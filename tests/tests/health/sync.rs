@@ -11,7 +11,7 @@ use proxy_agent::store::{MapStore as _, Op};
 use proxy_common::abi::{FrontendKey, FrontendValue, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
-use proxy_tests::apiserver::{ApiServer, Resource, Verb};
+use proxy_tests::apiserver::{ApiServer, Resource};
 use proxy_tests::lab::Summary;
 use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
@@ -74,9 +74,7 @@ fn p210_p211_the_first_sync_waits_for_every_list() -> Result<()> {
         server.hold_list(Resource::EndpointSlices);
         server.forget_requests();
         agent.start()?;
-        until("the list of Services", || {
-            Ok((server.count(Verb::List, Resource::Services) > 0).then_some(()))
-        })?;
+        until("the list of Services", || Ok((server.lists(Resource::Services) > 0).then_some(())))?;
         thread::sleep(A_WHILE);
         assert_eq!(syncs(&agent, "")?, 0.0);
         // Nothing is programmed, or what was before stays in force.
