@@ -37,6 +37,8 @@ pub enum Streams {
     /// The parameters are ignored, as by a server that has never heard of them: the watch begins with the state, and
     /// its end is not marked.
     Ignored,
+    /// It is never answered, as by something in between that waits for the end of a response.
+    Stuck,
 }
 
 /// Faults that requests ask about.

@@ -304,6 +304,9 @@ async fn watch(
              gate is enabled",
         ));
     }
+    if streams == Streams::Stuck && flag(&params.send_initial_events) {
+        std::future::pending::<()>().await;
+    }
     let send_initial = streams == Streams::Offered && flag(&params.send_initial_events);
     if !params.send_initial_events.is_empty() && params.resource_version_match != "NotOlderThan" {
         return Err(Status::new(

@@ -91,6 +91,18 @@ async fn a_list_whose_end_never_comes_among_changes() {
     watched.until_services(&["s:80"]).await;
 }
 
+#[tokio::test]
+async fn a_list_that_is_never_answered() {
+    let server = ApiServer::start().unwrap();
+    server.offer_streams(Streams::Stuck);
+    server.apply(service("s", 80)).unwrap();
+    let mut watched = Watched::start(&server).await;
+    tokio::time::sleep(Duration::from_secs(44)).await;
+    assert_eq!(server.count(Verb::List, Resource::Services), 0);
+    watched.until("synced", |watched| watched.synced == 1).await;
+    assert_eq!(watched.services(), ["s:80"]);
+}
+
 /// What no Service looks like; the first would be one of the name that is given.
 fn nonsense(name: &str) -> [String; 5] {
     let named = |rest: &str| format!(r#"{{"metadata":{{"namespace":"a","name":"{name}"}},{rest}}}"#);

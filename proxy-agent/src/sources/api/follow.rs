@@ -31,6 +31,9 @@ const SILENCE: Duration = Duration::from_secs(155);
 const SHORT: Duration = Duration::from_secs(1);
 /// Objects in one page of a list.
 const PAGE: u32 = 500;
+/// No answer for this long to a list that is to be streamed, which is longer than a connection may take: something in
+/// between waits for the end of a watch.
+const STREAM_BEGINS: Duration = Duration::from_secs(45);
 /// Nothing new for this long, in a list that has begun to stream, or no end of it for that long: the server does not
 /// know that it has to mark the end.
 const STREAM_SILENCE: Duration = Duration::from_secs(5);
@@ -256,7 +259,11 @@ where
             return self.page(Vec::new().into_iter(), None, String::new()).await;
         }
         // Without a version it is as new as a list is: whatever is stored when the server is asked.
-        match self.api.watch(&self.selection.watch(true), "").await {
+        let params = self.selection.watch(true);
+        let Ok(answer) = timeout(STREAM_BEGINS, self.api.watch(&params, "")).await else {
+            return self.without_streams("a list that was to be streamed did not begin");
+        };
+        match answer {
             Ok(events) => {
                 let phase = Phase::Streaming { events: events.boxed(), began: Instant::now() };
                 (phase, Ok(Some(Event::ListBegins)))
