@@ -10,14 +10,17 @@ use proxy_common::abi::local_address::{HOST, NODEPORT};
 use proxy_common::abi::node::{OPTED_OUT, PODS_IN_PACKETS};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
 use proxy_common::abi::{
-    Affinity, Backend, BackendState, FrontendValue, Service, SlotRange, device::flags::NEAR,
+    Affinity, AffinityKey, AffinityValue, Backend, BackendState, Device, FrontendValue, Service, SlotRange,
+    device::flags::NEAR,
 };
 use proxy_common::addr::{Family, Prefix};
 
 use super::clients::Verdict;
+use super::print::{client_note, words};
 use super::*;
 use crate::cluster::ObjectKey;
 use crate::desired::PortKey;
+use crate::inspect::print_data;
 use crate::model::service_name;
 use crate::store::{Capacity, Contents, filter_words};
 
