@@ -48,7 +48,7 @@ impl KubeProxy {
             full_sync_duration: register(
                 registry,
                 "sync_full_proxy_rules_duration_seconds",
-                "Time that a sync of everything took: at the start, after a failure, when the zone of the Node changes",
+                "Time that a sync of everything took: at the start, after a failure, when maps grow, when the zone of the Node changes",
                 sync(),
             ),
             partial_sync_duration: register(
