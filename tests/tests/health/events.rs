@@ -74,7 +74,7 @@ fn a_service_that_does_not_fit() -> Result<()> {
     server.apply_all([service("t", "10.96.0.20", &json!({})), slice("t", "IPv4", &["L1"])])?;
     start(&mut agent)?;
     // More addresses than `FRONTENDS` has room for, and something lies where a larger one would be pinned.
-    std::fs::create_dir(stage.node().pin_dir().join(format!("v{ABI_VERSION}/FRONTENDS-larger")))?;
+    fs::create_dir(stage.node().pin_dir().join(format!("v{ABI_VERSION}/FRONTENDS-larger")))?;
     let capacity = sample(&agent, "vipr_map_capacity{map=\"FRONTENDS\"}")? as u32;
     let address = |number| Ipv4Addr::from(u32::from(Ipv4Addr::new(198, 18, 0, 1)) + number).to_string();
     let addresses: Vec<String> = (0..capacity + 10).map(address).collect();
