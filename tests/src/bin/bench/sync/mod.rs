@@ -121,7 +121,7 @@ fn in_world(world: World, options: &Options, agent_cpu: usize, report: &mut Repo
     let single = changes::single(&api, &view, world, options.changes / 2 * 2)?;
     // Both have to hold: the second figure is there for its own bar.
     figures.push(latency("endpoint change: p50", &name, &single, 0.5).bar(Bar::AtMost(1.0)));
-    figures.push(latency("endpoint change: p99", &name, &single, 0.99).bar(Bar::AtMost(10.0)));
+    figures.push(latency("endpoint change: p99", &name, &single, 0.99).bar(Bar::AtMost(5.0)));
     counted(&api, &view, world, options.changes / 2 * 2, pid, report)?;
     let figures = &mut report.figures;
     let burst = changes::burst(&api, &view, world, options.burst.min(world.services))?;
