@@ -19,9 +19,12 @@ const STICKY_VIP: &str = "10.111.249.154:80";
 const REDIS_VIP: &str = "10.96.65.65:6379";
 const NODE_PORT: &str = "192.168.1.11:30123";
 const FILES: [&str; 5] = [KUBIA, STICKY, "s08-nodeport.yaml", "s12-redis.yaml", "s14-dns.yaml"];
-/// Of the maps that a small cluster gets, `SERVICES` has the least room: this many ports are more.
-const SERVICES: u32 = 4_500;
-const PORTS: u32 = 2 * SERVICES;
+/// Of the maps that a small cluster gets, `SERVICES` has the least room, 8192: twice as many ports as these are almost that,
+/// or more.
+const FEW: u32 = 3_700;
+const MANY: u32 = 4_500;
+/// Too many for what those few have made of it.
+const MORE: u32 = 8_000;
 
 /// A world whose agent tries once a second what it has to try again.
 fn world() -> Result<World> {
@@ -35,20 +38,20 @@ fn world() -> Result<World> {
 }
 
 /// Services with two ports and without endpoints, and a last one that the pods of the first file serve, with a nodePort.
-fn many() -> String {
+fn many(services: u32) -> String {
     let mut text = String::new();
-    for number in 0..SERVICES {
+    for number in 0..services {
         let ip = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 100, 0, 1)) + number);
         text += &format!(
             "---\napiVersion: v1\nkind: Service\nmetadata: {{ name: many-{number} }}\nspec:\n  type: NodePort\n  clusterIP: {ip}\n  \
              ports:\n  - {{ name: a, port: 80{} }}\n  - {{ name: b, port: 81 }}\n",
-            if number + 1 == SERVICES { ", nodePort: 30999" } else { "" }
+            if number + 1 == services { ", nodePort: 30999" } else { "" }
         );
     }
     let slice = json!({
         "apiVersion": "discovery.k8s.io/v1",
         "kind": "EndpointSlice",
-        "metadata": { "name": "many-last", "labels": { "kubernetes.io/service-name": "many-4499" } },
+        "metadata": { "name": "many-last", "labels": { "kubernetes.io/service-name": format!("many-{}", services - 1) } },
         "addressType": "IPv4",
         "ports": [{ "name": "a", "port": 8080 }],
         "endpoints": [endpoint("kubia-7nog1", "node-a", "172.16.1.4")],
@@ -108,18 +111,18 @@ fn remembered(world: &World) -> Result<Vec<Vec<String>>> {
 }
 
 /// Waits for larger maps, and for the many in them.
-fn all_fit(world: &World) -> Result<()> {
-    let enough = u64::from(PORTS + PORTS / 4);
+fn all_fit(world: &World, services: u32) -> Result<()> {
+    let enough = u64::from(2 * services + services / 2);
     until("larger maps", || Ok((room(world, "SERVICES")? >= enough).then_some(())))?;
-    let services = |number: u32| format!("default/many-{number}");
-    (0..SERVICES)
+    let service = |number: u32| format!("default/many-{number}");
+    (0..services)
         .step_by(500)
-        .try_for_each(|number| world.wait_ports(NODE, &services(number), |ports| ports.len() == 2).map(drop))
+        .try_for_each(|number| world.wait_ports(NODE, &service(number), |ports| ports.len() == 2).map(drop))
 }
 
 /// The many are served too: at the sockets, and in the packets from outside.
-fn the_last_is_served(world: &World) -> Result<()> {
-    let vip = format!("{}:80", Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 100, 0, 1)) + SERVICES - 1));
+fn the_last_is_served(world: &World, services: u32) -> Result<()> {
+    let vip = format!("{}:80", Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 100, 0, 1)) + services - 1));
     served(&vip, &world.client().connect(&vip).http().times(10).run()?)?;
     // The packet edge takes the larger maps a moment later.
     let target = "192.168.1.11:30999";
@@ -135,16 +138,22 @@ fn maps_grow_while_clients_go_on() -> Result<()> {
     let (before, remembered_before) = (ids(&world)?, remembered(&world)?);
     ensure!(remembered_before.iter().all(|servers| servers.len() == 1), "{remembered_before:?}");
     let small = room(&world, "SERVICES")?;
-    ensure!(small < u64::from(PORTS), "{small}: the test needs more Services");
+    ensure!(
+        (2 * FEW + 1..2 * MANY).contains(&u32::try_from(small)?),
+        "{small}: the test needs other numbers"
+    );
     let mut held = world.client().hold(REDIS_VIP).proto(Proto::Redis).open()?;
     let mut loops = loops(&world)?;
     loops.next(100)?;
     let counted_before = counted(&world)?;
 
-    world.manifests().write("many.yaml", &many())?;
-    all_fit(&world)?;
-    the_last_is_served(&world)?;
-    loops.next(100)?;
+    // Before they are full, and because of what does not fit.
+    for services in [FEW, MORE] {
+        world.manifests().write("many.yaml", &many(services))?;
+        all_fit(&world, services)?;
+        the_last_is_served(&world, services)?;
+        loops.next(100)?;
+    }
 
     assert_eq!(ids(&world)?, before, "everything keeps its numbers");
     assert_eq!(remembered(&world)?, remembered_before, "clients are still remembered");
@@ -168,23 +177,23 @@ fn maps_that_cannot_grow_refuse_what_does_not_fit_and_nothing_else() -> Result<(
     let obstacle = pin(&world, "SERVICES-larger");
     fs::create_dir(&obstacle)?;
     let mut loops = loops(&world)?;
-    world.manifests().write("many.yaml", &many())?;
+    world.manifests().write("many.yaml", &many(MANY))?;
     let problems = world.wait_problems(NODE, |problems| {
         problems.get("maps").is_some_and(|reasons| reasons.concat().contains("SERVICES-larger"))
             && problems.values().flatten().any(|reason| reason.contains("map SERVICES is full"))
     })?;
     let refused = problems.keys().filter(|object| object.starts_with("Service default/many-")).count();
     // Each has two ports.
-    ensure!((400..=900).contains(&refused), "{refused} of {SERVICES} are refused");
+    ensure!((400..=900).contains(&refused), "{refused} of {MANY} are refused");
     ensure!(problems.keys().all(|object| object == "maps" || object.contains("many-")), "{problems:?}");
     assert_eq!(ids(&world)?, before);
     loops.next(100)?;
 
     // With the next try it goes well.
     fs::remove_dir(&obstacle)?;
-    all_fit(&world)?;
+    all_fit(&world, MANY)?;
     world.wait_problems(NODE, |problems| problems.is_empty())?;
-    the_last_is_served(&world)?;
+    the_last_is_served(&world, MANY)?;
     assert_eq!(ids(&world)?, before);
     loops.none_failed().map(drop)
 }
@@ -195,7 +204,7 @@ fn an_agent_that_is_killed_while_maps_grow_leaves_nothing_half_done() -> Result<
     let (before, remembered_before) = (ids(&world)?, remembered(&world)?);
     let mut loops = loops(&world)?;
     world.agent(NODE).kill9()?;
-    world.manifests().write("many.yaml", &many())?;
+    world.manifests().write("many.yaml", &many(MANY))?;
     // Reading the manifests takes most of the time; each start gets a little further.
     let mut delay = 0;
     let small = room(&world, "SERVICES")?;
@@ -208,7 +217,7 @@ fn an_agent_that_is_killed_while_maps_grow_leaves_nothing_half_done() -> Result<
         loops.go_on()?;
     }
     world.agent(NODE).start_ready()?;
-    the_last_is_served(&world)?;
+    the_last_is_served(&world, MANY)?;
     assert_eq!(ids(&world)?, before);
     assert_eq!(remembered(&world)?, remembered_before);
     assert_eq!(verify_with(&world, "--manifests", world.manifests().dir())?, []);

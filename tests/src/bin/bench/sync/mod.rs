@@ -128,7 +128,8 @@ fn in_world(world: World, options: &Options, agent_cpu: usize, report: &mut Repo
     figures.push(
         Figure::new("burst: all in the map", &name, "ms", median_of(burst.iter().map(millis)))
             .samples(burst.len())
-            .detail("Services", options.burst.min(world.services) as f64),
+            .detail("Services", options.burst.min(world.services) as f64)
+            .bar(Bar::AtMost(250.0)),
     );
     let new_services = usize::from(options.new_services);
     let new = changes::new_services(&api, &view, world, new_services)?;
@@ -175,20 +176,26 @@ fn cold_starts(starts: &[Start], world: World, report: &mut Report) {
     let figure = |what: &str, unit, value: &dyn Fn(&Start) -> f64| {
         Figure::new(format!("cold start: {what}"), &name, unit, of(value)).samples(starts.len())
     };
+    let small = world.services * world.endpoints <= 100_000;
     let behind_lists = |start: &Start| start.programmed.saturating_sub(start.listed).as_secs_f64();
     report.figures.extend([
         figure("ready", "s", &|start| start.ready.as_secs_f64())
-            .detail("lists sent s", of(&|start| start.listed.as_secs_f64()))
-            .detail("programmed s", of(&|start| start.programmed.as_secs_f64())),
+            .detail("lists sent s", of(&|start| start.listed.as_secs_f64())),
+        figure("programmed", "s", &|start| start.programmed.as_secs_f64()).bar(Bar::AtMost(if small {
+            3.0
+        } else {
+            8.0
+        })),
         figure("programmed, from lists sent", "s", &behind_lists)
             .detail("longest s", starts.iter().map(behind_lists).fold(0.0, f64::max))
             .bar(Bar::AtMost(1.0)),
         figure("CPU", "s", &|start| start.cpu.total().as_secs_f64())
             .detail("user s", of(&|start| start.cpu.user.as_secs_f64()))
-            .detail("system s", of(&|start| start.cpu.system.as_secs_f64())),
+            .detail("system s", of(&|start| start.cpu.system.as_secs_f64()))
+            .bar(Bar::AtMost(2.0)),
         figure("peak RssAnon", "MiB", &|start| start.anonymous as f64 / MIB)
             .detail("VmHWM MiB", of(&|start| start.high_water as f64 / MIB))
-            .bar(Bar::AtMost(if world.services * world.endpoints <= 100_000 { 60.0 } else { 120.0 })),
+            .bar(Bar::AtMost(if small { 60.0 } else { 120.0 })),
     ]);
     match starts.iter().map(|start| start.syscalls.as_ref()).collect::<Result<Vec<_>, _>>() {
         Ok(counts) => {
