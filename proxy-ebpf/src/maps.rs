@@ -282,8 +282,11 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn tell(&self, event: &Event) {
-        let _ = EVENTS.output_untyped::<Event>(event, 0);
+    fn tell(&self, make: impl FnOnce() -> Event) {
+        if let Some(mut event) = EVENTS.reserve_untyped::<Event>(0) {
+            event.write(make());
+            event.submit(0);
+        }
     }
 
     #[inline(always)]

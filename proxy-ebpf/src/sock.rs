@@ -116,14 +116,13 @@ impl<const V6: bool> Socket for SockAddr<V6> {
     }
 
     #[inline(always)]
-    fn put_record(&mut self, record: &SocketRecord) -> bool {
-        let mut copy = *record;
+    fn put_record(&mut self, mut record: SocketRecord) -> bool {
         // SAFETY: the helper checks the socket that the context carries.
-        let stored = unsafe { SOCKETS.get_or_insert_ptr_mut(&self.ctx, Some(&mut copy)) };
+        let stored = unsafe { SOCKETS.get_or_insert_ptr_mut(&self.ctx, Some(&mut record)) };
         // SAFETY: null or a whole element; the kernel holds the socket locked during connect().
         match unsafe { stored.as_mut() } {
             Some(stored) => {
-                *stored = *record;
+                *stored = record;
                 true
             }
             None => false,

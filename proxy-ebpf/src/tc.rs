@@ -4,6 +4,7 @@
 //! keep the kernel's own record of the checksum (`CHECKSUM_COMPLETE`, `CHECKSUM_PARTIAL`) right.
 
 use core::hint::black_box;
+use core::mem::MaybeUninit;
 use core::ptr::addr_of;
 
 use aya_ebpf::bindings::{
@@ -108,23 +109,34 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
-    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+    fn load_linear<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         // One value each: what the verifier has seen compared must be what is added and read, not the same sum once more.
         let offset = black_box(offset as usize);
         if offset > FURTHEST as usize {
             return None;
         }
         let start = black_box(get!(self, data) as usize + offset);
-        if start + N <= get!(self, data_end) as usize {
-            // SAFETY: the line above compares with the packet's end, which the verifier insists on.
-            return Some(unsafe { (start as *const [u8; N]).read_unaligned() });
+        if start + N > get!(self, data_end) as usize {
+            return None;
         }
-        let mut bytes = [0; N];
+        // SAFETY: the line above compares with the packet's end, which the verifier insists on.
+        Some(unsafe { (start as *const [u8; N]).read_unaligned() })
+    }
+
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        if let Some(bytes) = self.load_linear(offset) {
+            return Some(bytes);
+        }
+        if offset > FURTHEST {
+            return None;
+        }
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
         // SAFETY: the helper checks the offset; the buffer has the length that it is given.
-        let done = unsafe {
-            bpf_skb_load_bytes(self.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
-        };
-        if done == 0 { Some(bytes) } else { None }
+        let done =
+            unsafe { bpf_skb_load_bytes(self.skb.cast(), offset, bytes.as_mut_ptr().cast(), N as u32) };
+        // SAFETY: the helper has written all of it.
+        if done == 0 { Some(unsafe { bytes.assume_init() }) } else { None }
     }
 
     #[inline(always)]

@@ -258,8 +258,8 @@ impl Tables for Simulator {
         self.trace.get()
     }
 
-    fn tell(&self, event: &Event) {
-        self.events.borrow_mut().push(*event);
+    fn tell(&self, make: impl FnOnce() -> Event) {
+        self.events.borrow_mut().push(make());
     }
 }
 
@@ -318,9 +318,9 @@ impl Socket for SimSocket<'_> {
         self.record
     }
 
-    fn put_record(&mut self, record: &SocketRecord) -> bool {
+    fn put_record(&mut self, record: SocketRecord) -> bool {
         if !self.storage_fails {
-            self.record = Some(*record);
+            self.record = Some(record);
         }
         !self.storage_fails
     }

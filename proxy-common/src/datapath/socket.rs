@@ -71,7 +71,7 @@ fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8) -> Verdict {
                 service: frontend.service,
                 backend: id,
             };
-            if !remember(socket, tables, &record) {
+            if !remember(socket, tables, record) {
                 tables.count(Counter::FailRecord);
                 return Verdict::Fail;
             }
@@ -135,7 +135,7 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
         return Verdict::Fail;
     }
     // A socket without a record has no flows: recvmsg() of everybody else's sockets costs one look at the socket.
-    if socket.record().is_none() && !socket.put_record(&SocketRecord::default()) {
+    if socket.record().is_none() && !socket.put_record(SocketRecord::default()) {
         tables.count(Counter::FailRecord);
         return Verdict::Fail;
     }
@@ -180,12 +180,12 @@ pub fn release(protocol: u32, cookie: u64, tables: &impl Tables) {
 
 /// Notes what a connected socket asked for.
 #[inline(always)]
-fn remember(socket: &mut impl Socket, tables: &impl Tables, record: &SocketRecord) -> bool {
+fn remember(socket: &mut impl Socket, tables: &impl Tables, record: SocketRecord) -> bool {
     if is_stream(socket) {
         let cookie = socket.cookie();
         let slot = StreamRecord::slot(cookie);
         let free = tables.stream(slot).is_some_and(|taken| taken.cookie == 0 || taken.cookie == cookie);
-        if free && tables.put_stream(slot, &StreamRecord::new(cookie, *record)) {
+        if free && tables.put_stream(slot, &StreamRecord::new(cookie, record)) {
             return true;
         }
     }

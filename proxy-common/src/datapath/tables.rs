@@ -47,8 +47,9 @@ pub trait Tables {
     fn count(&self, counter: Counter);
     /// `TRACE`.
     fn trace(&self) -> Trace;
-    /// Puts an event into `EVENTS`; one that finds no room is lost.
-    fn tell(&self, event: &Event);
+    /// Puts the event that `make` makes into `EVENTS`, in place: it is too much for the stack. One that finds no room is
+    /// lost.
+    fn tell(&self, make: impl FnOnce() -> Event);
     /// 32 random bits.
     fn random(&self) -> u32;
     /// Nanoseconds of the monotonic clock.
@@ -75,7 +76,7 @@ pub trait Socket {
     /// `SOCKETS`: this socket's record.
     fn record(&self) -> Option<SocketRecord>;
     /// Writes this socket's record; false when that failed.
-    fn put_record(&mut self, record: &SocketRecord) -> bool;
+    fn put_record(&mut self, record: SocketRecord) -> bool;
     /// Forgets this socket's record, if there is one.
     fn drop_record(&mut self);
 }

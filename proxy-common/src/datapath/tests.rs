@@ -114,7 +114,7 @@ impl Tables for Racing {
         Trace::default()
     }
 
-    fn tell(&self, _: &Event) {}
+    fn tell(&self, _: impl FnOnce() -> Event) {}
 }
 
 #[test]

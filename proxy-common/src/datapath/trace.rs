@@ -56,7 +56,7 @@ fn packet(tables: &impl Tables, parsed: &Parsed, new: &Tuple, service: u32, abou
         return;
     }
     let old = &parsed.tuple;
-    tables.tell(&Event {
+    tables.tell(|| Event {
         time: tables.now(),
         source: old.source,
         destination: old.destination,
@@ -99,7 +99,7 @@ fn call(tables: &impl Tables, socket: &impl Socket, to: &(Addr, Be16), about: u6
     if !wanted(tables, service, about >> 8 & 1 == 0) {
         return;
     }
-    tables.tell(&Event {
+    tables.tell(|| Event {
         time: tables.now(),
         destination: socket.addr(),
         destination_port: socket.port(),

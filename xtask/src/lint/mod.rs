@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::build_ebpf;
 use crate::process::{run as run_command, say};
@@ -13,11 +13,16 @@ use crate::workspace::{self, find_program};
 
 mod manifests;
 
+mod stack;
+
 mod unsafe_code;
 
 /// Arguments of `lint`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    /// Run only the checks whose name contains one of these.
+    #[arg(value_name = "FILTER")]
+    filters: Vec<String>,
     /// Also look for known vulnerabilities; fetches the RustSec database from GitHub.
     #[arg(long)]
     advisories: bool,
@@ -29,7 +34,7 @@ pub(crate) struct Args {
 /// When something is missing and cannot be installed, or a check failed.
 pub(crate) fn run(args: &Args) -> Result<()> {
     setup::lint(setup::quiet)?;
-    let mut checks = Checks::default();
+    let mut checks = Checks { filters: args.filters.clone(), ..Checks::default() };
     checks.run("formatting", || run_command(workspace::cargo().args(["fmt", "--all", "--check"])));
     checks.run("manifests", manifests::check);
     checks.run("unsafe code", unsafe_code::check);
@@ -41,6 +46,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     // The agent embeds the object, so nothing that uses the agent compiles without it.
     checks.run("BPF object", || build_ebpf::run(&build_ebpf::Args { debug_log: false }));
+    checks.run("stack of the BPF programs", || stack::check(&workspace::ebpf_object()));
     checks.run("clippy on the host", || {
         let mut clippy = workspace::cargo();
         clippy.args(["clippy", "--workspace", "--all-targets", "--all-features", "--locked", "--keep-going"]);
@@ -59,12 +65,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// What has been checked and what failed.
 #[derive(Default)]
 struct Checks {
+    filters: Vec<String>,
     count: usize,
     failed: Vec<String>,
 }
 
 impl Checks {
     fn run(&mut self, name: &str, check: impl FnOnce() -> Result<()>) {
+        if !self.filters.is_empty() && !self.filters.iter().any(|filter| name.contains(filter.as_str())) {
+            return;
+        }
         say(name);
         self.count += 1;
         if let Err(error) = check() {
@@ -74,6 +84,7 @@ impl Checks {
     }
 
     fn finish(self) -> Result<()> {
+        ensure!(self.count > 0, "no check has {:?} in its name", self.filters);
         if !self.failed.is_empty() {
             bail!("{} of {} checks failed: {}", self.failed.len(), self.count, self.failed.join("; "));
         }

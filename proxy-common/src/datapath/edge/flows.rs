@@ -421,34 +421,36 @@ fn random_port(tables: &impl EdgeTables) -> Be16 {
 }
 
 /// Forgets a flow: indexes first.
-#[inline(never)]
+#[inline(always)]
 pub fn remove<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) {
     unlink_vip(tables, place.tier, key, &place.cell);
     unlink_snat(tables, place.tier, key, &place.cell);
     tables.remove_flow(place.tier, key);
 }
 
-/// Our own source for packets of a flow to another node: what it has, or a new one at `addr`. False: all ports that were
-/// tried are taken. Afterwards the record holds it.
+/// Our own source for packets of the flow with the key in `work` to another node: what it has, or a new one at `addr`.
+/// False: all ports that were tried are taken. Afterwards the record holds it.
 #[inline(never)]
 pub fn translate_source<T: EdgeTables>(
     tables: &T,
-    key: &FlowKey,
+    work: &mut Work,
     place: &Place<T::Cell>,
     addr: &Addr,
     now: u64,
 ) -> bool {
+    let Work { key, index, .. } = work;
     for attempt in 0..PORT_TRIES {
         let port = random_port(tables);
-        let (index, target) = snat_index(key, addr, port);
-        if let Some(other) = indexed(tables, &index) {
-            if owned(tables, &index, &other, attempt < PORT_TRIES / 2, now) {
+        let target;
+        (*index, target) = snat_index(key, addr, port);
+        if let Some(other) = indexed(tables, index) {
+            if owned(tables, index, &other, attempt < PORT_TRIES / 2, now) {
                 continue;
             }
-            tables.remove_index(Tier::New, &index);
-            tables.remove_index(Tier::Assured, &index);
+            tables.remove_index(Tier::New, index);
+            tables.remove_index(Tier::Assured, index);
         }
-        if tables.add_index(place.tier, &index, &target) {
+        if tables.add_index(place.tier, index, &target) {
             place.cell.set_snat(*addr, port);
             return true;
         }

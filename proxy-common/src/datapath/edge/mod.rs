@@ -205,7 +205,7 @@ fn entering<T: EdgeTables>(
     let now = tables.now();
     let tuple = &parsed.tuple;
     if !matches!(parsed.proto, proto::TCP | proto::UDP | proto::SCTP) {
-        return turn_away(packet, tables, parsed, nobodys(find(tables, parsed)), 0, entry(packet));
+        return turn_away::<_, _, false>(packet, tables, parsed, nobodys(find(tables, parsed)), 0);
     }
     if flow::SNAT_PORTS.contains(&tuple.destination_port.get())
         && let Some(place) = flows::by_snat(tables, parsed.proto, tuple, &mut work.key, now)
@@ -245,18 +245,12 @@ fn entering<T: EdgeTables>(
             }
             // Nothing serves any more: as with conntrack, a UDP flow is left to itself.
             (_, Some(_)) if parsed.proto == proto::UDP => {}
-            _ => return turn_away(packet, tables, parsed, refusal, work.to.service, entry(packet)),
+            _ => return turn_away::<_, _, false>(packet, tables, parsed, refusal, work.to.service),
         }
     }
     let Some(place) = &place else {
-        return turn_away(
-            packet,
-            tables,
-            parsed,
-            Refusal::drop(Counter::DropFlowTable),
-            work.to.service,
-            entry(packet),
-        );
+        let refusal = Refusal::drop(Counter::DropFlowTable);
+        return turn_away::<_, _, false>(packet, tables, parsed, refusal, work.to.service);
     };
 
     let numbers = numbers(packet, parsed);
@@ -277,6 +271,12 @@ fn entering<T: EdgeTables>(
 #[inline(always)]
 fn entry(packet: &impl Packet) -> At {
     At { ifindex: packet.ifindex(), egress: false }
+}
+
+/// Where a packet that leaves is.
+#[inline(always)]
+fn exit(packet: &impl Packet) -> At {
+    At { ifindex: packet.ifindex(), egress: true }
 }
 
 /// The numbers of a segment.
@@ -363,35 +363,21 @@ fn leaving(
         });
         if own == Addr::ZERO {
             let refusal = Refusal::drop(Counter::DropNoSource);
-            return Some(dismiss(packet, tables, parsed, refusal, flow.service));
+            return Some(turn_away::<_, _, true>(packet, tables, parsed, refusal, flow.service));
         }
-        if !flows::translate_source(tables, &work.key, &place, &own, now) {
+        if !flows::translate_source(tables, work, &place, &own, now) {
             if !give_back(packet, tables, parsed, work, &place) {
                 return Some(Verdict::Drop);
             }
             // The client is told, by what it talks to.
             let refusal = Refusal::reject(Counter::RejectNoPort);
-            return Some(dismiss(packet, tables, parsed, refusal, flow.service));
+            return Some(turn_away::<_, _, true>(packet, tables, parsed, refusal, flow.service));
         }
     }
     let flow = place.flow();
     work.new = Tuple { source: flow.snat, source_port: flow.snat_port, ..*tuple };
-    let at = At { ifindex: packet.ifindex(), egress: true };
-    trace::translated(tables, parsed, &work.new, flow.service, at, false);
+    trace::translated(tables, parsed, &work.new, flow.service, exit(packet), false);
     Some(finish(packet, tables, parsed, &work.new, true))
-}
-
-/// [`turn_away`] for a packet that leaves.
-#[inline(never)]
-fn dismiss(
-    packet: &mut impl Packet,
-    tables: &impl EdgeTables,
-    parsed: &Parsed,
-    refusal: Refusal,
-    service: u32,
-) -> Verdict {
-    let at = At { ifindex: packet.ifindex(), egress: true };
-    turn_away(packet, tables, parsed, refusal, service, at)
 }
 
 /// Makes a packet again what the client sent, and forgets its flow. False: it is half done and must not go on.
@@ -438,8 +424,7 @@ fn answering(
         destination: parsed.tuple.destination,
         destination_port: flow.client_port,
     };
-    let at = At { ifindex: packet.ifindex(), egress: true };
-    trace::translated(tables, parsed, &work.new, flow.service, at, false);
+    trace::translated(tables, parsed, &work.new, flow.service, exit(packet), false);
     Some(finish(packet, tables, parsed, &work.new, true))
 }
 
@@ -453,7 +438,7 @@ fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, pars
         Target::Frontend(_) => Refusal::drop(Counter::DropNoFlow),
         Target::Other | Target::UnusedPort | Target::InactiveAddress | Target::Retry => nobodys(target),
     };
-    dismiss(packet, tables, parsed, refusal, 0)
+    turn_away::<_, _, true>(packet, tables, parsed, refusal, 0)
 }
 
 /// What is no frontend.
@@ -467,15 +452,16 @@ const fn nobodys(target: Target) -> Refusal {
     }
 }
 
-#[inline(always)]
-fn turn_away(
-    packet: &mut impl Packet,
-    tables: &impl EdgeTables,
+/// What becomes of a packet that is not translated, on its way out of the host or into it.
+#[inline(never)]
+fn turn_away<P: Packet, T: EdgeTables, const EGRESS: bool>(
+    packet: &mut P,
+    tables: &T,
     parsed: &Parsed,
     refusal: Refusal,
     service: u32,
-    at: At,
 ) -> Verdict {
+    let at = At { ifindex: packet.ifindex(), egress: EGRESS };
     match refusal.how {
         How::Not | How::Pass => Verdict::Pass,
         How::Drop => {

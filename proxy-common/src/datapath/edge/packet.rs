@@ -20,6 +20,11 @@ pub trait Packet {
     fn entered_by(&self) -> u32;
     /// `N` bytes, if they are all there and begin at [`FURTHEST`] at the latest.
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+    /// As [`Packet::load`], if that takes no call of the kernel; else `None`, too.
+    #[inline(always)]
+    fn load_linear<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        self.load(offset)
+    }
     /// Replaces `N` bytes in a way that the one's-complement sum of all replaced bytes of the packet, checksum fields
     /// included, stays the same in the end. False if that failed.
     fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N]) -> bool;

@@ -116,34 +116,53 @@ pub enum Outcome {
 /// the packet is not IP, or too short.
 #[inline(always)]
 pub fn addresses(packet: &impl Packet, parsed: &mut Parsed) -> bool {
+    let family = match packet.ethertype() {
+        ETHERTYPE_IPV4 => Family::V4,
+        ETHERTYPE_IPV6 => Family::V6,
+        _ => return false,
+    };
+    read_addresses::<_, true>(packet, family, parsed) || addresses_anywhere(packet, family, parsed)
+}
+
+/// [`addresses`] of a packet whose headers are not in its linear part. The buffers that this takes would be on the stack
+/// below every other function.
+#[inline(never)]
+fn addresses_anywhere(packet: &impl Packet, family: Family, parsed: &mut Parsed) -> bool {
+    read_addresses::<_, false>(packet, family, parsed)
+}
+
+#[inline(always)]
+fn read_addresses<P: Packet, const LINEAR: bool>(packet: &P, family: Family, parsed: &mut Parsed) -> bool {
     let ip = packet.ip_offset();
-    match packet.ethertype() {
-        ETHERTYPE_IPV4 => {
-            let (Some([proto]), Some(both)) =
-                (packet.load::<1>(ip.wrapping_add(9)), packet.load::<8>(ip.wrapping_add(12)))
-            else {
+    match family {
+        Family::V4 => {
+            let (Some([proto]), Some(both)) = (
+                load::<P, 1, LINEAR>(packet, ip.wrapping_add(9)),
+                load::<P, 8, LINEAR>(packet, ip.wrapping_add(12)),
+            ) else {
                 return false;
             };
             let [source, destination]: [u32; 2] = bytemuck::cast(both);
             parsed.tuple.source = Addr::v4_in_memory(source);
             parsed.tuple.destination = Addr::v4_in_memory(destination);
             parsed.proto = proto;
-            true
         }
-        ETHERTYPE_IPV6 => {
-            let (Some([next]), Some(both)) =
-                (packet.load::<1>(ip.wrapping_add(6)), packet.load::<32>(ip.wrapping_add(8)))
-            else {
-                return false;
-            };
-            let [s0, s1, d0, d1]: [u64; 4] = bytemuck::cast(both);
-            parsed.tuple.source = bytemuck::cast([s0, s1]);
-            parsed.tuple.destination = bytemuck::cast([d0, d1]);
+        Family::V6 => {
+            // One after the other: both at once would not fit into the registers.
+            let Some([next]) = load::<P, 1, LINEAR>(packet, ip.wrapping_add(6)) else { return false };
+            let Some(source) = load::<P, 16, LINEAR>(packet, ip.wrapping_add(8)) else { return false };
+            parsed.tuple.source = bytemuck::cast(bytemuck::cast::<_, [u64; 2]>(source));
+            let Some(destination) = load::<P, 16, LINEAR>(packet, ip.wrapping_add(24)) else { return false };
+            parsed.tuple.destination = bytemuck::cast(bytemuck::cast::<_, [u64; 2]>(destination));
             parsed.proto = next;
-            true
         }
-        _ => false,
     }
+    true
+}
+
+#[inline(always)]
+fn load<P: Packet, const N: usize, const LINEAR: bool>(packet: &P, offset: u32) -> Option<[u8; N]> {
+    if LINEAR { packet.load_linear(offset) } else { packet.load(offset) }
 }
 
 /// Reads the headers of a packet.
