@@ -22,7 +22,7 @@ use crate::config::state_file;
 use crate::model::{Model, PortBackend};
 use crate::plan::FrontendName;
 use crate::proto_name;
-use crate::report::{self, State};
+use crate::report::{self, State, program_object};
 
 /// Why nothing can be shown.
 #[derive(Debug, thiserror::Error)]
@@ -242,7 +242,10 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
     let attached = view.programs.values().filter(|attached| **attached).count();
     writeln!(out, "programs:  {attached} of {} attached", view.programs.len())?;
     for (name, _) in view.programs.iter().filter(|(_, attached)| !**attached) {
-        writeln!(out, "           {name} is NOT attached: restart the agent")?;
+        let refused =
+            view.agent.as_ref().is_some_and(|agent| agent.problems.contains_key(&program_object(name)));
+        let what = if refused { "see problems" } else { "restart the agent" };
+        writeln!(out, "           {name} is NOT attached: {what}")?;
     }
     if let Some(agent) = view.agent.as_ref().filter(|agent| !agent.opted_out.is_empty()) {
         writeln!(out, "opted out: {}", agent.opted_out.join(", "))?;

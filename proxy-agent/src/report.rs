@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use proxy_common::addr::Family;
 use serde::{Deserialize, Serialize};
 
+use crate::bpf::{Refused, tc};
 use crate::cluster::ObjectKey;
 use crate::edge::{self, DeviceState};
 use crate::events::{Event, Events};
@@ -76,6 +77,13 @@ impl Report {
         self.state.verified_instructions.extend(known);
     }
 
+    /// Replaces which of `programs` the kernel has refused.
+    pub fn refused(&mut self, programs: &[&str], refused: &Refused) {
+        for program in programs {
+            self.set(program_object(program), refused.get(program).cloned().into_iter().collect());
+        }
+    }
+
     /// Replaces the node's IPs.
     pub fn node_ips(&mut self, ips: &NodeIps) {
         let mut families = Family::ALL;
@@ -101,6 +109,7 @@ impl Report {
     /// Replaces what is known of devices.
     pub fn edge(&mut self, state: edge::State) {
         self.verified(&state.verified);
+        self.refused(&tc::PROGRAMS, &state.refused);
         self.state.devices = state.devices;
         self.replace(Teller::Devices, state.problems);
     }
@@ -215,6 +224,11 @@ fn note(reasons: &[&str]) -> Option<String> {
 }
 
 /// A Service as `status` names it.
+/// What problems name a BPF program.
+pub fn program_object(program: &str) -> String {
+    format!("BPF program {program}")
+}
+
 fn object(service: &ObjectKey) -> String {
     format!("Service {service}")
 }

@@ -11,7 +11,7 @@ use proxy_common::addr::Family;
 
 use super::sizes::Needs;
 use super::{Agent, AgentError};
-use crate::bpf::dataplane::{Dataplane, DataplaneError, Sizes, chain};
+use crate::bpf::dataplane::{Dataplane, DataplaneError, PROGRAMS, Sizes, chain};
 use crate::bpf::maps::KernelMaps;
 use crate::bpf::sys;
 use crate::cluster::ObjectKey;
@@ -140,9 +140,17 @@ impl Agent {
     async fn open(&mut self, sizes: Sizes) -> Result<Programmed, AgentError> {
         let pins = self.config.pins.clone();
         // It takes the kernel's verifier a while, and probes are to be answered meanwhile.
-        let opening = tokio::task::spawn_blocking(move || Dataplane::open(pins, sizes));
+        let first = self.edge.is_none();
+        let health = self.health.clone();
+        let loading = move |program: &str| {
+            if first {
+                health.waiting_for(format!("the kernel verifies BPF program {program}"));
+            }
+        };
+        let opening = tokio::task::spawn_blocking(move || Dataplane::open(pins, sizes, loading));
         let dataplane = opening.await.map_err(DataplaneError::Panic)??;
         self.report.verified(&dataplane.verified);
+        self.report.refused(&PROGRAMS, &dataplane.refused);
         let sweeper = match SocketSweeper::new(Places::default()) {
             Ok(sweeper) => Some((Arc::new(sweeper), dataplane.sockets()?)),
             Err(error) => {

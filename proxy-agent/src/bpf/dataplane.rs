@@ -15,6 +15,7 @@ use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, Pro
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
+use super::load::{Refused, describe, log_level, reason, timed};
 use super::maps::{GrowError, KernelMaps, OpenError};
 use super::pins::{Found, MAPS, PinDir, PinError};
 use super::sys;
@@ -33,6 +34,12 @@ pub const PROGRAMS: [&str; 9] = [
     "connect4",
     "connect6",
 ];
+
+/// Of the other side of a half translation: neither is attached without the other.
+const PAIRS: [[&str; 2]; 2] = [["recvmsg4", "sendmsg4"], ["recvmsg6", "sendmsg6"]];
+
+/// The program without which nothing is served at sockets, the self-test's connection included.
+const NEEDED: &str = "connect4";
 
 /// Oldest kernel with everything that the programs need.
 const KERNEL_FLOOR: (u32, u32) = (5, 10);
@@ -77,7 +84,7 @@ pub enum DataplaneError {
     #[error("creating the BPF maps: {0}")]
     Load(#[from] EbpfError),
     /// The verifier or the kernel refused a program.
-    #[error("BPF program {program}: {source}")]
+    #[error("BPF program {program}: {}", reason(source))]
     Program {
         /// Its name.
         program: &'static str,
@@ -127,18 +134,31 @@ pub struct Dataplane {
     pub resumed: bool,
     /// Verified instructions per program, where the kernel tells (5.16).
     pub verified: Vec<(&'static str, Option<u32>)>,
+    /// Programs that are not attached.
+    pub refused: Refused,
     pins: PinDir,
     programs: Ebpf,
 }
 
 impl Dataplane {
-    /// Creates or takes over the maps, has them grow, and loads the programs. Nothing is attached yet: what is attached
-    /// serves on, from the maps as they were.
+    /// Creates or takes over the maps, has them grow, and loads the programs; `loading` hears of each. Nothing is attached
+    /// yet: what is attached serves on, from the maps as they were. A program that the kernel refuses costs itself, and the
+    /// one that only makes sense with it.
     ///
     /// # Errors
     ///
     /// [`DataplaneError`] says what is missing and what to do.
-    pub fn open(pins: PinDir, sizes: Sizes) -> Result<Self, DataplaneError> {
+    pub fn open(pins: PinDir, sizes: Sizes, loading: impl Fn(&'static str)) -> Result<Self, DataplaneError> {
+        Self::open_object(OBJECT, pins, sizes, loading)
+    }
+
+    /// [`Dataplane::open`] with the programs of another object.
+    pub(super) fn open_object(
+        object: &[u8],
+        pins: PinDir,
+        sizes: Sizes,
+        loading: impl Fn(&'static str),
+    ) -> Result<Self, DataplaneError> {
         check_kernel()?;
         // Kernels before 5.11 charge maps against this limit.
         let unlimited = rustix::process::Rlimit { current: None, maximum: None };
@@ -152,7 +172,8 @@ impl Dataplane {
             is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false);
         let has_set_retval = u8::from(set_retval);
         let mut loader = EbpfLoader::new();
-        loader.btf(None).override_global("HAS_SET_RETVAL", &has_set_retval, true);
+        loader.btf(None).verifier_log_level(log_level());
+        loader.override_global("HAS_SET_RETVAL", &has_set_retval, true);
         let maps: Vec<(&str, PathBuf, u32)> = MAPS
             .iter()
             .map(|spec| (spec.name, larger.map(spec.name), entries(spec.name, sizes.want, sizes.flows)))
@@ -164,19 +185,21 @@ impl Dataplane {
             }
             loader.map_pin_path(name, pin.as_path());
         }
-        let mut programs = loader.load(OBJECT).map_err(permission)?;
+        let mut programs = loader.load(object).map_err(permission)?;
         let mut verified = Vec::new();
+        let mut refused = Refused::new();
         for name in PROGRAMS {
-            let failed = |source| refused(name, source);
+            loading(name);
             let program = program(&mut programs, name)?;
-            if let Program::CgroupSock(program) = program {
-                program.load().map_err(failed)?;
-            } else {
-                <&mut CgroupSockAddr>::try_from(&mut *program).map_err(failed)?.load().map_err(failed)?;
+            match timed(name, || load(program)) {
+                Ok(instructions) => verified.push((name, instructions)),
+                Err(source) if name == NEEDED || is_permission(&source) => return Err(failed(name, source)),
+                Err(source) => {
+                    refused.insert(name, describe(name, &source));
+                }
             }
-            let info = program.info().map_err(failed)?;
-            verified.push((name, info.verified_instruction_count()));
         }
+        leave_out_halves(&mut refused);
         #[cfg(feature = "debug-log")]
         super::debug_log::follow(&mut programs);
         let mut maps = KernelMaps::open(&larger, true)?;
@@ -195,7 +218,7 @@ impl Dataplane {
                  `proxy-agent cleanup` or a reboot"
             );
         }
-        Ok(Self { maps, resumed, verified, pins, programs })
+        Ok(Self { maps, resumed, verified, refused, pins, programs })
     }
 
     /// Attaches the programs to `cgroup`, or replaces those that are attached there.
@@ -214,6 +237,15 @@ impl Dataplane {
                 reason,
             };
             let pin = self.pins.link(name);
+            if self.refused.contains_key(name) {
+                // One of an earlier agent would go on with maps that nobody writes any more.
+                match std::fs::remove_file(&pin) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(failed(format!("{}: {error}", pin.display())));
+                    }
+                    _ => continue,
+                }
+            }
             let program = program(&mut self.programs, name)?;
             let old = match sys::open_link(&pin) {
                 Ok(link) => Some(link),
@@ -259,11 +291,34 @@ fn program<'a>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Pro
     programs.program_mut(name).ok_or(missing)
 }
 
-/// Tells missing permission apart from other reasons why a program is not loaded. (A verdict of the verifier is EACCES.)
-fn refused(program: &'static str, source: ProgramError) -> DataplaneError {
-    if let ProgramError::LoadError { io_error, .. } = &source
-        && let Some(libc::EPERM) = io_error.raw_os_error()
-    {
+/// Loads a program of the socket edge. Returns its verified instructions, where the kernel tells.
+fn load(program: &mut Program) -> Result<Option<u32>, ProgramError> {
+    if let Program::CgroupSock(program) = program {
+        program.load()?;
+    } else {
+        <&mut CgroupSockAddr>::try_from(&mut *program)?.load()?;
+    }
+    Ok(program.info()?.verified_instruction_count())
+}
+
+/// Leaves out the other half of what is refused.
+fn leave_out_halves(refused: &mut Refused) {
+    for [one, other] in PAIRS {
+        for (missing, left_out) in [(one, other), (other, one)] {
+            if refused.contains_key(missing) {
+                refused.entry(left_out).or_insert_with(|| format!("is not attached without {missing}"));
+            }
+        }
+    }
+}
+
+/// Whether permission is missing. (A verdict of the verifier is EACCES.)
+fn is_permission(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::LoadError { io_error, .. } if io_error.raw_os_error() == Some(libc::EPERM))
+}
+
+fn failed(program: &'static str, source: ProgramError) -> DataplaneError {
+    if is_permission(&source) {
         return DataplaneError::Permission(io::Error::from_raw_os_error(libc::EPERM));
     }
     DataplaneError::Program { program, source }

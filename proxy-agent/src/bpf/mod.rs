@@ -11,6 +11,10 @@ pub mod maps;
 
 pub mod flow_maps;
 
+mod load;
+
+pub use load::Refused;
+
 pub mod dataplane;
 
 pub mod tc;

@@ -5,9 +5,11 @@
 //! handle of its own. Everything here asks the kernel what is there and changes only what differs, so it can be
 //! repeated at any time.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use aya::programs::links::{FdLink, LinkOrder};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
@@ -16,6 +18,7 @@ use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use super::dataplane::{OBJECT, chain};
+use super::load::{Refused, describe, log_level, reason, timed};
 use super::pins::{MAPS, PinDir};
 use super::sys;
 
@@ -136,26 +139,23 @@ pub enum AttachError {
         /// The program.
         program: &'static str,
     },
-    /// The programs for this kind of device could not be loaded.
+    /// The object for this kind of device cannot be used.
     #[error(transparent)]
     Load(#[from] LoadError),
-}
-
-/// Why the programs cannot be loaded.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The object or its maps.
-    #[error("loading the packet edge: {}", chain(.0))]
-    Object(#[from] EbpfError),
-    /// The verifier or the kernel refused a program.
-    #[error("BPF program {program}: {}", reason(source))]
-    Program {
-        /// Its name.
+    /// The kernel has refused to load the program.
+    #[error("{program}: {reason}")]
+    Refused {
+        /// The program.
         program: &'static str,
-        /// What aya or the verifier said.
-        source: ProgramError,
+        /// What the verifier said, and what is lost.
+        reason: String,
     },
 }
+
+/// Why the object cannot be used: itself, or its maps.
+#[derive(Debug, thiserror::Error)]
+#[error("loading the packet edge: {}", chain(.0))]
+pub struct LoadError(#[from] EbpfError);
 
 /// Priority of clsact filters: before everybody on ingress, behind everybody on egress.
 const fn priority(direction: Direction) -> u16 {
@@ -173,10 +173,15 @@ const EEXIST: i32 = 17;
 /// Index of the loopback device of every network namespace.
 const LOOPBACK: u32 = 1;
 
+/// What the kernel refuses to load it refuses again, and looking takes it seconds: that is not done with every pass.
+const RELOAD: Duration = Duration::from_secs(300);
+
 /// The four programs on the pinned maps. Each is loaded when it is first needed.
 #[derive(Debug)]
 pub struct TcPrograms {
     programs: Ebpf,
+    /// Those that the kernel has refused, when, and why.
+    refused: BTreeMap<&'static str, (Instant, String)>,
 }
 
 impl TcPrograms {
@@ -184,46 +189,68 @@ impl TcPrograms {
     ///
     /// # Errors
     ///
-    /// [`LoadError::Object`].
+    /// [`LoadError`].
     pub fn open(pins: &PinDir, l3: bool) -> Result<Self, LoadError> {
+        Self::open_object(OBJECT, pins, l3)
+    }
+
+    /// [`TcPrograms::open`] with the programs of another object.
+    pub(super) fn open_object(object: &[u8], pins: &PinDir, l3: bool) -> Result<Self, LoadError> {
         let mut loader = EbpfLoader::new();
         let l3 = u8::from(l3);
         let coarse =
             is_helper_supported(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_ktime_get_coarse_ns);
         let coarse = u8::from(coarse.unwrap_or(false));
-        loader.btf(None).override_global("L3_DEVICE", &l3, true).override_global(
-            "COARSE_CLOCK",
-            &coarse,
-            true,
-        );
+        loader.btf(None).verifier_log_level(log_level());
+        loader.override_global("L3_DEVICE", &l3, true).override_global("COARSE_CLOCK", &coarse, true);
         let paths = MAPS.map(|spec| (spec.name, pins.map(spec.name)));
         for (name, path) in &paths {
             loader.map_pin_path(name, path.as_path());
         }
-        Ok(Self { programs: loader.load(OBJECT)? })
+        Ok(Self { programs: loader.load(object)?, refused: BTreeMap::new() })
     }
 
-    /// Loads programs at once: the verifier takes its time, and a CPU for each.
+    /// Loads programs at once: the verifier takes its time, and a CPU for each. One that the kernel refuses costs itself.
+    pub fn load(&mut self, names: &[&'static str]) {
+        self.refused.retain(|_, (when, _)| when.elapsed() < RELOAD);
+        let refused = std::thread::scope(|scope| {
+            let wanted = |name: &str| {
+                let known = names.iter().copied().find(|known| *known == name)?;
+                (!self.refused.contains_key(known)).then_some(known)
+            };
+            let programs = self.programs.programs_mut();
+            let programs = programs.filter_map(|(name, program)| Some((wanted(name)?, program)));
+            let loading: Vec<_> = programs
+                .map(|(name, program)| (name, scope.spawn(move || loaded(name, program).map(drop))))
+                .collect();
+            let refused = loading.into_iter().filter_map(|(program, loading)| {
+                let result = loading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                Some((program, (Instant::now(), describe(program, &result.err()?))))
+            });
+            refused.collect::<Vec<_>>()
+        });
+        self.refused.extend(refused);
+        #[cfg(feature = "debug-log")]
+        super::debug_log::follow(&mut self.programs);
+    }
+
+    /// Those that the kernel has refused.
+    pub fn refused(&self) -> Refused {
+        self.refused.iter().map(|(program, (_, reason))| (*program, reason.clone())).collect()
+    }
+
+    /// Whether both programs of a pair can be attached: one alone would make half translations.
     ///
     /// # Errors
     ///
-    /// [`LoadError::Program`].
-    pub fn load(&mut self, names: &[&'static str]) -> Result<(), LoadError> {
-        std::thread::scope(|scope| {
-            let known = |name: &str| names.iter().copied().find(|known| *known == name);
-            let programs = self.programs.programs_mut();
-            let programs = programs.filter_map(|(name, program)| Some((known(name)?, program)));
-            let loading: Vec<_> = programs
-                .map(|(name, program)| (name, scope.spawn(move || loaded(program).map(drop))))
-                .collect();
-            loading.into_iter().try_for_each(|(program, loading)| {
-                let result = loading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                result.map_err(|source| LoadError::Program { program, source })
-            })
-        })?;
-        #[cfg(feature = "debug-log")]
-        super::debug_log::follow(&mut self.programs);
-        Ok(())
+    /// [`AttachError::Refused`].
+    pub fn check(&self, pair: Pair) -> Result<(), AttachError> {
+        let programs = Direction::ALL.map(|direction| pair.program(direction));
+        let refused = |program| Some((program, self.refused.get(program)?));
+        match programs.into_iter().find_map(refused) {
+            Some((program, (_, reason))) => Err(AttachError::Refused { program, reason: reason.clone() }),
+            None => Ok(()),
+        }
     }
 
     /// Verified instructions of those that are loaded, where the kernel tells (5.16).
@@ -441,30 +468,17 @@ fn remove_pin(pin: &Path) -> Result<(), AttachError> {
     }
 }
 
-/// An error in a line. The verifier's log has thousands: the one that tells is near its end.
-fn reason(error: &ProgramError) -> String {
-    let ProgramError::LoadError { io_error, verifier_log } = error else { return chain(error) };
-    let log = verifier_log.to_string();
-    tracing::debug!(%log, "the kernel does not load a program");
-    let is_statistic = |line: &&str| {
-        !line.is_empty()
-            && !["processed ", "verification time ", "stack depth "].iter().any(|word| line.starts_with(word))
-    };
-    let verdict = log.lines().map(str::trim).rfind(is_statistic).unwrap_or("without a reason");
-    format!("the kernel does not load it: {io_error}: {verdict}")
-}
-
 fn classifier<'a>(
     programs: &'a mut Ebpf,
     name: &'static str,
 ) -> Result<&'a mut SchedClassifier, ProgramError> {
-    loaded(programs.program_mut(name).ok_or(ProgramError::UnexpectedProgramType)?)
+    loaded(name, programs.program_mut(name).ok_or(ProgramError::UnexpectedProgramType)?)
 }
 
-fn loaded(program: &mut Program) -> Result<&mut SchedClassifier, ProgramError> {
+fn loaded<'a>(name: &'static str, program: &'a mut Program) -> Result<&'a mut SchedClassifier, ProgramError> {
     let classifier: &mut SchedClassifier = program.try_into()?;
     if classifier.fd().is_err() {
-        classifier.load()?;
+        timed(name, || classifier.load())?;
     }
     Ok(classifier)
 }

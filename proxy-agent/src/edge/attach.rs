@@ -4,7 +4,7 @@
 //! the device that it belongs to, and is tried again with the next pass.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use proxy_common::abi;
@@ -14,6 +14,7 @@ use proxy_common::addr::Addr;
 use super::choice::{Choice, Choices, Role};
 use super::snapshot::Layer;
 use super::sources::Sources;
+use crate::bpf::Refused;
 use crate::bpf::maps::OpenError;
 use crate::bpf::pins::PinDir;
 use crate::bpf::tc::{
@@ -23,13 +24,10 @@ use crate::bpf::tc::{
 
 /// How often in a row a program is put back to its place before the device is left to whoever wants that place.
 const PATIENCE: u32 = 3;
-/// What the kernel refuses to load it refuses again, and looking takes it seconds: that is not done with every pass.
-const RELOAD: Duration = Duration::from_secs(300);
-
 /// Why the packet edge cannot be set up at all.
 #[derive(Debug, thiserror::Error)]
 pub enum AttacherError {
-    /// The programs, or their maps.
+    /// The object, or its maps.
     #[error(transparent)]
     Load(#[from] LoadError),
     /// `DEVICES`.
@@ -45,8 +43,6 @@ pub struct Attacher {
     l2: TcPrograms,
     /// For devices without MAC headers; most nodes have none.
     l3: Option<TcPrograms>,
-    /// When those could not be loaded, and why.
-    l3_failed: Option<(Instant, String)>,
     devices: HashMap<MapData, u32, abi::Device>,
     /// Devices that may have clsact filters of ours although they are not wanted; all, at the start.
     filtered: BTreeMap<u32, String>,
@@ -78,16 +74,7 @@ impl Attacher {
         let failed = |source| OpenError::Pin { path: path.clone(), source };
         let devices = MapData::from_pin(&path).map_err(failed)?;
         let devices = HashMap::try_from(Map::HashMap(devices)).map_err(failed)?;
-        Ok(Self {
-            pins,
-            mechanism,
-            l2,
-            l3: None,
-            l3_failed: None,
-            devices,
-            filtered: present,
-            overtaken: BTreeMap::new(),
-        })
+        Ok(Self { pins, mechanism, l2, l3: None, devices, filtered: present, overtaken: BTreeMap::new() })
     }
 
     /// Verified instructions per program, where the kernel tells.
@@ -95,19 +82,18 @@ impl Attacher {
         self.l2.verified()
     }
 
+    /// Programs that the kernel has refused.
+    pub fn refused(&self) -> Refused {
+        let mut refused = self.l2.refused();
+        refused.extend(self.l3.iter().flat_map(TcPrograms::refused));
+        refused
+    }
+
     /// Attaches to what is chosen and detaches from everything else. External devices come first.
-    ///
-    /// # Errors
-    ///
-    /// When the programs cannot be loaded; nothing has changed then.
-    pub fn apply(
-        &mut self,
-        choices: &Choices,
-        sources: &BTreeMap<u32, Sources>,
-    ) -> Result<BTreeMap<u32, Outcome>, AttacherError> {
+    pub fn apply(&mut self, choices: &Choices, sources: &BTreeMap<u32, Sources>) -> BTreeMap<u32, Outcome> {
         let start = Instant::now();
         if choices.values().any(|choice| choice.layer == Layer::L2) {
-            self.l2.load(&PROGRAMS)?;
+            self.l2.load(&PROGRAMS);
         }
         let loading = start.elapsed();
         let mut order: Vec<(&u32, &Choice)> = choices.iter().collect();
@@ -123,7 +109,7 @@ impl Attacher {
         self.detach_others(choices);
         let (took, mechanism) = (start.elapsed(), self.mechanism.name());
         tracing::debug!(?took, ?loading, devices = choices.len(), mechanism, "pass over the devices");
-        Ok(outcomes)
+        outcomes
     }
 
     fn attach(
@@ -141,11 +127,13 @@ impl Attacher {
             self.devices.insert(index, value, 0).map_err(DeviceError::Map)?;
         }
         let device = Device { index, name: &choice.name };
-        let pair = match choice.role {
-            Role::External => Pair::Edge,
-            Role::Pod => Pair::Pod,
-        };
+        let pair = pair(choice);
         let pins = self.pins.clone();
+        if let Err(refused) = self.programs(choice.layer)?.check(pair) {
+            // Those of an earlier agent would go on with maps that nobody writes any more.
+            self.detach(index, &choice.name);
+            return Err(refused.into());
+        }
         for direction in Direction::ALL {
             let program = pair.program(direction);
             match self.mechanism {
@@ -183,23 +171,20 @@ impl Attacher {
         if layer == Layer::L2 {
             return Ok(&mut self.l2);
         }
-        if let Some((when, reason)) = &self.l3_failed
-            && when.elapsed() < RELOAD
-        {
-            return Err(DeviceError::Refused(reason.clone()));
+        let l3 = match self.l3.take() {
+            Some(programs) => programs,
+            None => TcPrograms::open(&self.pins, true).map_err(AttachError::from)?,
+        };
+        let l3 = self.l3.insert(l3);
+        l3.load(&Direction::ALL.map(|direction| Pair::Edge.program(direction)));
+        Ok(l3)
+    }
+
+    fn detach(&self, index: u32, name: &str) {
+        if let Err(error) = remove_links(&self.pins, |_, other| other != index) {
+            tracing::warn!(%error, path = %self.pins.links().display(), "links that are not needed any more stay");
         }
-        if self.l3.is_none() {
-            let loaded = TcPrograms::open(&self.pins, true).and_then(|mut programs| {
-                programs.load(&Direction::ALL.map(|direction| Pair::Edge.program(direction)))?;
-                Ok(programs)
-            });
-            match loaded {
-                Ok(programs) => (self.l3, self.l3_failed) = (Some(programs), None),
-                Err(error) => self.l3_failed = Some((Instant::now(), error.to_string())),
-            }
-        }
-        let reason = || self.l3_failed.as_ref().map(|(_, reason)| reason.clone()).unwrap_or_default();
-        self.l3.as_mut().ok_or_else(|| DeviceError::Refused(reason()))
+        detach_clsact(name);
     }
 
     fn detach_others(&mut self, choices: &Choices) {
@@ -233,15 +218,19 @@ impl Attacher {
     }
 }
 
+fn pair(choice: &Choice) -> Pair {
+    match choice.role {
+        Role::External => Pair::Edge,
+        Role::Pod => Pair::Pod,
+    }
+}
+
 /// Why a device is not served.
 #[derive(Debug, thiserror::Error)]
 enum DeviceError {
     /// Its programs.
     #[error(transparent)]
     Attach(#[from] AttachError),
-    /// The programs for its kind of device could not be loaded a while ago.
-    #[error("{0}")]
-    Refused(String),
     /// `DEVICES`.
     #[error("map DEVICES: {0}")]
     Map(MapError),

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::bpf::Refused;
 use crate::bpf::pins::PinDir;
 use crate::bpf::tc::Mechanism;
 use crate::node::FollowError;
@@ -100,6 +101,8 @@ pub struct State {
     pub problems: BTreeMap<String, Vec<String>>,
     /// Verified instructions per program, where the kernel tells.
     pub verified: Vec<(&'static str, Option<u32>)>,
+    /// Programs that the kernel has refused.
+    pub refused: Refused,
 }
 
 /// The task, which ends when this is dropped. What is attached stays.
@@ -176,9 +179,10 @@ impl Worker {
             let (config, wanted, given) = (self.config.clone(), choices.clone(), sources.clone());
             let work = move || pass(attacher, &config, present, &wanted, &given);
             let outcomes = match tokio::task::spawn_blocking(work).await {
-                Ok(Ok((back, outcomes, verified))) => {
+                Ok(Ok((back, outcomes))) => {
+                    state.verified = back.verified();
+                    state.refused = back.refused();
                     attacher = Some(back);
-                    state.verified = verified;
                     outcomes
                 }
                 Ok(Err(error)) => {
@@ -216,8 +220,6 @@ impl Worker {
     }
 }
 
-type Passed = (Attacher, BTreeMap<u32, Outcome>, Vec<(&'static str, Option<u32>)>);
-
 /// Everything that blocks.
 fn pass(
     attacher: Option<Attacher>,
@@ -225,7 +227,7 @@ fn pass(
     present: BTreeMap<u32, String>,
     choices: &Choices,
     sources: &BTreeMap<u32, Sources>,
-) -> Result<Passed, attach::AttacherError> {
+) -> Result<(Attacher, BTreeMap<u32, Outcome>), attach::AttacherError> {
     let mut attacher = match attacher {
         Some(attacher) => attacher,
         None => {
@@ -233,9 +235,8 @@ fn pass(
             Attacher::new(config.pins.clone(), mechanism, present)?
         }
     };
-    let outcomes = attacher.apply(choices, sources)?;
-    let verified = attacher.verified();
-    Ok((attacher, outcomes, verified))
+    let outcomes = attacher.apply(choices, sources);
+    Ok((attacher, outcomes))
 }
 
 fn names(snapshot: &Snapshot) -> BTreeMap<u32, String> {

@@ -44,8 +44,11 @@ impl Node {
             let pins = PinDir::new(&PathBuf::from(root));
             pins.create().unwrap();
             let little = Capacity { frontends: 16, services: 16, slots: 16, backends: 16, source_ranges: 16 };
-            let dataplane =
-                Dataplane::open(pins.clone(), Sizes { least: little, want: little, flows: FLOW_ENTRIES });
+            let dataplane = Dataplane::open(
+                pins.clone(),
+                Sizes { least: little, want: little, flows: FLOW_ENTRIES },
+                drop,
+            );
             let config = Config { settings: Settings::default(), no_tcx: false, pins: pins.clone() };
             let node = match dataplane {
                 Ok(dataplane) => Self { config, _dataplane: dataplane },

@@ -110,10 +110,14 @@ impl Kernel {
         pins.create()?;
         let capacity =
             Capacity { frontends: 1024, services: 256, slots: 1024, backends: 256, source_ranges: 64 };
-        let mut dataplane =
-            Dataplane::open(pins.clone(), Sizes { least: capacity, want: capacity, flows: FLOW_ENTRIES })?;
+        let mut dataplane = Dataplane::open(
+            pins.clone(),
+            Sizes { least: capacity, want: capacity, flows: FLOW_ENTRIES },
+            drop,
+        )?;
         let mut programs = TcPrograms::open(&pins, false)?;
-        programs.load(&PROGRAMS)?;
+        programs.load(&PROGRAMS);
+        ensure!(programs.refused().is_empty(), "the kernel refuses {:?}", programs.refused());
         let verified = programs.verified();
         let programs = descriptors(&pins)?;
         for op in Net::ALL.into_iter().flat_map(Net::ops) {

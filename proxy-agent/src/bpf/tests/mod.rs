@@ -1,5 +1,7 @@
 //! Maps that grow, in a kernel. It takes root.
 
+mod refusals;
+
 use std::net::Ipv4Addr;
 use std::path::Path;
 
@@ -36,7 +38,7 @@ impl Drop for Pins {
 
 fn open(pins: &PinDir, capacity: Capacity) -> Dataplane {
     let sizes = Sizes { least: capacity, want: capacity, flows: FLOW_ENTRIES };
-    Dataplane::open(pins.clone(), sizes).unwrap()
+    Dataplane::open(pins.clone(), sizes, drop).unwrap()
 }
 
 /// Something in each of the maps, at its highest number.
