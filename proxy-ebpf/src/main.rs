@@ -1,7 +1,7 @@
 //! Vipr's BPF programs: entry points that hand the kernel's context to `proxy_common::datapath` and turn its
 //! verdict into a return value. No decision is made here.
 
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 // On other targets the crate compiles (for lints and documentation) but nothing calls the entry points.
 #![cfg_attr(not(target_arch = "bpf"), allow(dead_code, reason = "entry points are called by the kernel"))]
 

@@ -3,7 +3,8 @@
 //! Bytes are read from the packet's linear part where they are there, else by helper. They are written by helpers, which
 //! keep the kernel's own record of the checksum (`CHECKSUM_COMPLETE`, `CHECKSUM_PARTIAL`) right.
 
-use core::hint::black_box;
+#[cfg(target_arch = "bpf")]
+use core::arch::asm;
 use core::mem::MaybeUninit;
 use core::ptr::addr_of;
 
@@ -75,6 +76,79 @@ impl Skb {
     }
 }
 
+/// The same value, of which the compiler does not know how it was made: what the verifier has seen compared must be what is
+/// added and read, not the same sum once more.
+#[cfg(target_arch = "bpf")]
+#[inline(always)]
+fn opaque(value: u64) -> u64 {
+    let same: u64;
+    // SAFETY: the instruction copies a register. (Without one, two lines would have the same place in the line table, which
+    // the kernel refuses.)
+    unsafe {
+        asm!("{same} = {value}", same = out(reg) same, value = in(reg) value, options(pure, nomem, nostack));
+    }
+    same
+}
+
+#[cfg(not(target_arch = "bpf"))]
+use core::hint::black_box as opaque;
+
+/// Defines a function that reads a word of a packet by one instruction. The compiler itself would take single bytes, since
+/// nothing in a packet is aligned; kernels for x86_64 and aarch64 allow that.
+macro_rules! word_reader {
+    ($name:ident, $type:ty, $instruction:literal) => {
+        /// # Safety
+        /// The word at `address` is in the packet, as the verifier has seen.
+        #[inline(always)]
+        unsafe fn $name(address: u64) -> $type {
+            #[cfg(target_arch = "bpf")]
+            {
+                let word: u64;
+                // SAFETY: as the caller says.
+                unsafe {
+                    asm!($instruction, word = out(reg) word, address = in(reg) address, options(pure, readonly, nostack));
+                }
+                word as $type
+            }
+            #[cfg(not(target_arch = "bpf"))]
+            // SAFETY: as the caller says.
+            unsafe {
+                (address as *const $type).read_unaligned()
+            }
+        }
+    };
+}
+
+word_reader!(read_u64, u64, "{word} = *(u64 *)({address} + 0)");
+word_reader!(read_u32, u32, "{word} = *(u32 *)({address} + 0)");
+word_reader!(read_u16, u16, "{word} = *(u16 *)({address} + 0)");
+word_reader!(read_u8, u8, "{word} = *(u8 *)({address} + 0)");
+
+/// Reads a packet's bytes in the largest words that fit.
+///
+/// # Safety
+/// The bytes from `address` on are in the packet, as the verifier has seen.
+#[inline(always)]
+unsafe fn read_bytes<const N: usize>(address: u64) -> [u8; N] {
+    let mut bytes = [0; N];
+    let mut at = 0;
+    macro_rules! read {
+        ($reader:ident, $size:literal) => {
+            while at + $size <= N {
+                // SAFETY: as the caller says.
+                let word = unsafe { $reader(address + at as u64) };
+                bytes[at..at + $size].copy_from_slice(&word.to_ne_bytes());
+                at += $size;
+            }
+        };
+    }
+    read!(read_u64, 8);
+    read!(read_u32, 4);
+    read!(read_u16, 2);
+    read!(read_u8, 1);
+    bytes
+}
+
 /// A global function: the verifier looks at it once, and at its callers without it.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -110,17 +184,16 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn load_linear<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        // One value each: what the verifier has seen compared must be what is added and read, not the same sum once more.
-        let offset = black_box(offset as usize);
-        if offset > FURTHEST as usize {
+        let offset = opaque(u64::from(offset));
+        if offset > u64::from(FURTHEST) {
             return None;
         }
-        let start = black_box(get!(self, data) as usize + offset);
-        if start + N > get!(self, data_end) as usize {
+        let start = opaque(u64::from(get!(self, data)) + offset);
+        if start + N as u64 > u64::from(get!(self, data_end)) {
             return None;
         }
         // SAFETY: the line above compares with the packet's end, which the verifier insists on.
-        Some(unsafe { (start as *const [u8; N]).read_unaligned() })
+        Some(unsafe { read_bytes(start) })
     }
 
     #[inline(always)]

@@ -136,24 +136,18 @@ fn read_addresses<P: Packet, const LINEAR: bool>(packet: &P, family: Family, par
     let ip = packet.ip_offset();
     match family {
         Family::V4 => {
-            let (Some([proto]), Some(both)) = (
-                load::<P, 1, LINEAR>(packet, ip.wrapping_add(9)),
-                load::<P, 8, LINEAR>(packet, ip.wrapping_add(12)),
-            ) else {
-                return false;
-            };
-            let [source, destination]: [u32; 2] = bytemuck::cast(both);
-            parsed.tuple.source = Addr::v4_in_memory(source);
-            parsed.tuple.destination = Addr::v4_in_memory(destination);
+            let Some(header) = load::<P, 20, LINEAR>(packet, ip) else { return false };
+            let [_, _, _, _, _, _, _, _, _, proto, _, _, s0, s1, s2, s3, d0, d1, d2, d3] = header;
+            parsed.tuple.source = Addr::v4_in_memory(u32::from_ne_bytes([s0, s1, s2, s3]));
+            parsed.tuple.destination = Addr::v4_in_memory(u32::from_ne_bytes([d0, d1, d2, d3]));
             parsed.proto = proto;
         }
         Family::V6 => {
-            // One after the other: both at once would not fit into the registers.
-            let Some([next]) = load::<P, 1, LINEAR>(packet, ip.wrapping_add(6)) else { return false };
-            let Some(source) = load::<P, 16, LINEAR>(packet, ip.wrapping_add(8)) else { return false };
-            parsed.tuple.source = bytemuck::cast(bytemuck::cast::<_, [u64; 2]>(source));
-            let Some(destination) = load::<P, 16, LINEAR>(packet, ip.wrapping_add(24)) else { return false };
-            parsed.tuple.destination = bytemuck::cast(bytemuck::cast::<_, [u64; 2]>(destination));
+            let Some(header) = load::<P, 40, LINEAR>(packet, ip) else { return false };
+            let [_, _, _, _, _, _, next, ..] = header;
+            let [_, s0, s1, d0, d1]: [u64; 5] = bytemuck::cast(header);
+            parsed.tuple.source = bytemuck::cast([s0, s1]);
+            parsed.tuple.destination = bytemuck::cast([d0, d1]);
             parsed.proto = next;
         }
     }
