@@ -7,15 +7,18 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use proxy_agent::flows::now;
 use proxy_common::abi::flow::SNAT_PORTS;
+use proxy_common::abi::proto::UDP;
 use proxy_common::abi::{Counter, Flow};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::has_snat;
 use proxy_common::datapath::edge::tables::Tier;
+use proxy_common::datapath::edge::timeouts::expired;
 use proxy_tests::packets::kernel::{Action, Flows, Form, Kernel, Ran, VERIFIER_LIMIT};
 use proxy_tests::packets::random::{Step, Traffic, check};
-use proxy_tests::packets::{ETHERNET, NIC, Net, Packet, Trouble, World, read};
+use proxy_tests::packets::{ETHERNET, NIC, Net, OVERLAY, Packet, Trouble, World, read};
 
 /// Packets that are sent in all.
 const PACKETS: usize = 12_000;
@@ -98,6 +101,31 @@ fn a_train_of_datagrams_is_refused() -> Result<()> {
             let Ran::Done(Action::Redirected, told) = ran else { bail!("{net:?}: {ran:?}") };
             let told = read(&told)?;
             ensure!(told.icmp == Some(Trouble::PortUnreachable.numbers(net.v6)), "{told:?}");
+        }
+        Ok(())
+    })
+}
+
+/// As all are that have not been used for long, on a machine that has just started.
+#[test]
+fn flows_may_be_older_than_the_machine() -> Result<()> {
+    Kernel::new()?.inside(|kernel| {
+        for net in Net::ALL {
+            for seconds in [1, 3 * 86_400] {
+                kernel.forget()?;
+                let request = Packet::udp(net.client(), net.there(), b"?").bytes();
+                let ran = kernel.packet(NIC, false, &request, Form::Plain)?;
+                let Ran::Done(Action::GoesOn, routed) = ran else { bail!("{net:?}: {ran:?}") };
+                kernel.age(now() + seconds * 1_000_000_000)?;
+                let [_, new] = kernel.flows()?.records;
+                let [flow] = new.values().collect::<Vec<_>>()[..] else { bail!("{net:?}: {new:?}") };
+                ensure!(flow.last_seen > now(), "{net:?}: {flow:?}");
+                let lives = !expired(flow, UDP, now());
+                let ran = kernel.packet(OVERLAY, true, &routed, Form::Plain)?;
+                let Ran::Done(Action::GoesOn, sent) = ran else { bail!("{net:?}: {ran:?}") };
+                // An expired one is as good as none.
+                ensure!((sent != routed) == lives, "{net:?}, {seconds} s: lives: {lives}, {flow:?}");
+            }
         }
         Ok(())
     })

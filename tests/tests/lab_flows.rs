@@ -252,8 +252,8 @@ fn a_running_agent_collects_and_counts_what_is_there() -> Result<()> {
     let mut world = World::start(&["s01-clusterip.yaml"])?;
     let pins = PinDir::new(world.lab().node(NODE).pin_dir());
     let mut maps = FlowMaps::open(&pins)?;
-    // Long before this test, as long as the machine has been up for ten seconds.
-    let (expired, live) = (record(TCP, 1, RESET | ASSURED, 0), record(TCP, 2, ASSURED, now()));
+    let long_ago = now().wrapping_sub(60 * SECOND);
+    let (expired, live) = (record(TCP, 1, RESET | ASSURED, long_ago), record(TCP, 2, ASSURED, now()));
     put(&mut maps, &[expired, live])?;
     let mut sample = |name: &str| -> Result<u64> {
         let metrics = world.agent(NODE).metrics()?;
@@ -287,7 +287,7 @@ fn flows_are_shown_in_words() -> Result<()> {
     let mut maps = FlowMaps::open(&PinDir::new(node.pin_dir()))?;
     let (vip, backend) = ("10.111.249.153:80", port.cluster[0]);
     let flow = |port_number: u16, state: u32, idle: u64, change: &dyn Fn(&mut FlowKey, &mut Flow)| {
-        let (mut key, mut flow) = record(TCP, port_number, state, now().saturating_sub(idle * SECOND));
+        let (mut key, mut flow) = record(TCP, port_number, state, now().wrapping_sub(idle * SECOND));
         (key.destination, key.destination_port) = (backend.ip().into(), Be16::new(backend.port()));
         (flow.vip, flow.vip_port) = (Addr::v4([10, 111, 249, 153]), Be16::new(80));
         flow.service = port.id;

@@ -25,7 +25,8 @@ use crate::model::service_name;
 use crate::store::{Capacity, Contents, filter_words};
 
 const HOST_NETNS: u64 = 7;
-const NOW: u64 = 1_000_000_000_000;
+/// The machine has been up for a second.
+const NOW: u64 = 1_000_000_000;
 const CAPACITY: Capacity =
     Capacity { frontends: 64, services: 8, slots: 64, backends: 16, source_ranges: 16 };
 
@@ -285,7 +286,7 @@ fn session_affinity_remembers_who_asks() {
         generation,
         epoch: 3,
         pad: 0,
-        last_seen: NOW - age * 1_000_000_000,
+        last_seen: NOW.wrapping_sub(age * 1_000_000_000),
     };
     let host = AffinityKey { client: AffinityKey::netns_client(HOST_NETNS), service: 3 };
     let outside = AffinityKey { client: addr("203.0.113.7"), service: 3 };

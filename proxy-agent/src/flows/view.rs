@@ -10,6 +10,7 @@ use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::flows::has_snat;
 use proxy_common::datapath::edge::timeouts::{closed, expired};
+use proxy_common::datapath::tables::since;
 use serde::Serialize;
 
 use super::now;
@@ -113,7 +114,7 @@ pub fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::Result<V
                 outside: flow.state & OUTSIDE != 0,
                 state: state(key, flow, now),
                 assured: flow.state & ASSURED != 0,
-                idle_seconds: now.saturating_sub(flow.last_seen) as f64 / 1e9,
+                idle_seconds: since(flow.last_seen, now) as f64 / 1e9,
             }
         })
         .collect();

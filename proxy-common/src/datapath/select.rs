@@ -1,6 +1,6 @@
 //! Which backend serves: the set that the client gets, session affinity, and one random pick.
 
-use super::tables::Tables;
+use super::tables::{Tables, since};
 use crate::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{Affinity, AffinityKey, AffinityValue, Backend, Counter, FrontendValue, SlotRange};
@@ -101,7 +101,7 @@ fn remembered(
     if entry.epoch != affinity.epoch {
         return None;
     }
-    let age = now.saturating_sub(entry.last_seen);
+    let age = since(entry.last_seen, now);
     if age >= u64::from(affinity.seconds).wrapping_mul(1_000_000_000) {
         return None;
     }

@@ -56,6 +56,15 @@ pub trait Tables {
     fn now(&self) -> u64;
 }
 
+/// Nanoseconds from `then` to `now`, both of the monotonic clock; 0 if `then` is still to come.
+///
+/// The clock begins with the machine and never comes near 2^63. A time before it is a negative number.
+#[inline(always)]
+pub const fn since(then: u64, now: u64) -> u64 {
+    let passed = now.wrapping_sub(then);
+    if passed >> 63 == 0 { passed } else { 0 }
+}
+
 /// The socket and the address that a cgroup hook was called for.
 pub trait Socket {
     /// The peer address in question: what the application asked for, or where a datagram came from.

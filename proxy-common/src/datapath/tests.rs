@@ -6,14 +6,15 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
+use super::edge::timeouts::{expired, lifetime};
 use super::lookup::{Target, find};
 use super::select::{Client, Selection, select};
-use super::tables::Tables;
+use super::tables::{Tables, since};
 use crate::abi::backend::flags::IN_CLUSTER;
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
-    AffinityKey, AffinityValue, Backend, BackendState, Counter, Event, FrontendKey, FrontendValue, Node,
-    Service, SlotRange, StreamRecord, Trace, UdpFlow, UdpFlowKey, local_address, proto,
+    AffinityKey, AffinityValue, Backend, BackendState, Counter, Event, Flow, FrontendKey, FrontendValue,
+    Node, Service, SlotRange, StreamRecord, Trace, UdpFlow, UdpFlowKey, local_address, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -220,6 +221,27 @@ fn an_index_outside_of_the_map_is_dropped() {
 }
 
 proptest! {
+    /// Whatever the machine's age, also when something is older than the machine.
+    #[test]
+    fn time_passes_alike_on_every_machine(
+        any in 0..1_u64 << 62,
+        passed in 0..1_u64 << 50,
+        state in 0..1_u32 << 8,
+        proto in prop_oneof![Just(proto::TCP), Just(proto::UDP), Just(proto::SCTP)],
+    ) {
+        let lifetime = lifetime(proto, state);
+        for now in [0, 1_000_000_000, 3_600_000_000_000, any] {
+            for passed in [0, passed, lifetime - 1, lifetime, lifetime + 1] {
+                let last_seen = now.wrapping_sub(passed);
+                prop_assert_eq!(since(last_seen, now), passed);
+                // The clocks of two CPUs differ.
+                prop_assert_eq!(since(now + passed, now), 0);
+                let flow = Flow { last_seen, state, ..Flow::default() };
+                prop_assert_eq!(expired(&flow, proto, now), passed >= lifetime);
+            }
+        }
+    }
+
     #[test]
     fn a_pick_stays_in_its_range(random: u32, base in 1..1_000_000_u32, len in 1..1_000_000_u32) {
         for random in [0, 1, random, u32::MAX - 1, u32::MAX] {

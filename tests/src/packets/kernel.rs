@@ -210,9 +210,9 @@ impl Kernel {
         let Flows { records, .. } = self.flows()?;
         for (records, table) in records.into_iter().zip([&mut self.flows.flows, &mut self.flows.new_flows]) {
             for (key, flow) in records {
-                let last_seen = flow.last_seen.checked_sub(nanos).context("the machine has just started")?;
+                // That may be before the machine started.
                 table.remove(&key)?;
-                table.add(&key, &Flow { last_seen, ..flow })?;
+                table.add(&key, &Flow { last_seen: flow.last_seen.wrapping_sub(nanos), ..flow })?;
             }
         }
         Ok(())

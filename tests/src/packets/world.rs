@@ -255,7 +255,7 @@ pub struct World {
 }
 
 impl World {
-    /// The world of both families, without any flow, some time after the machine has started.
+    /// The world of both families, without any flow, on a machine that starts at this moment.
     ///
     /// # Errors
     /// Never: ordered maps take everything.
@@ -265,7 +265,6 @@ impl World {
             sim.apply(&op)?;
         }
         sim.edge.devices.replace(Net::devices().into_iter().collect());
-        sim.clock.set(1_000_000_000_000);
         Ok(Self { sim })
     }
 

@@ -73,7 +73,6 @@ impl Agent {
         let addresses = ADDRESSES.iter().map(|text| Ok(text.parse::<IpAddr>()?.into()));
         let maps = Simulator::of(found, &filter_words(found));
         maps.host_netns.set(HOST_NETNS);
-        maps.clock.set(3_600_000_000_000);
         let mut agent = Self {
             converter: Converter::new(NODE),
             objects: BTreeMap::new(),

@@ -6,7 +6,6 @@ const TIMEOUT: u32 = 10;
 
 fn sticky() -> Simulator {
     let mut sim = world();
-    sim.clock.set(100 * SECOND);
     set_service(&mut sim, |service| service.affinity.seconds = TIMEOUT);
     sim
 }
@@ -114,6 +113,7 @@ fn clients_are_told_apart_by_their_namespace_and_only_remembered_where_asked() {
 #[test]
 fn a_clock_that_went_backwards_forgets_nobody() {
     let sim = sticky();
+    sim.clock.set(100 * SECOND);
     let first = connect_from(&sim, POD_NETNS);
     sim.clock.set(1);
     assert_eq!(connect_from(&sim, POD_NETNS), first);

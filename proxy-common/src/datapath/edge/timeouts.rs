@@ -6,6 +6,7 @@
 use crate::abi::Flow;
 use crate::abi::flow::state::{ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, RESET};
 use crate::abi::proto;
+use crate::datapath::tables::since;
 
 const SECOND: u64 = 1_000_000_000;
 /// A lost last acknowledgement has been asked for again by then: Linux waits 200 ms.
@@ -43,7 +44,7 @@ pub const fn lifetime(proto: u8, state: u32) -> u64 {
 /// Whether a record counts as absent.
 #[inline(always)]
 pub const fn expired(flow: &Flow, proto: u8, now: u64) -> bool {
-    now.saturating_sub(flow.last_seen) >= lifetime(proto, flow.state)
+    since(flow.last_seen, now) >= lifetime(proto, flow.state)
 }
 
 /// Whether both ends, or one by force, have ended a TCP connection: a SYN then begins another one.
@@ -55,7 +56,5 @@ pub const fn closed(state: u32) -> bool {
 /// Whether the backend remembers nothing of a connection, so that another one may have the same source.
 #[inline(always)]
 pub const fn forgotten(flow: &Flow, now: u64) -> bool {
-    closed(flow.state)
-        && flow.state & (RESET | CLIENT_FIRST) != 0
-        && now.saturating_sub(flow.last_seen) >= QUIET
+    closed(flow.state) && flow.state & (RESET | CLIENT_FIRST) != 0 && since(flow.last_seen, now) >= QUIET
 }
