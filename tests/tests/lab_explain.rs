@@ -100,7 +100,6 @@ impl World {
         fs::create_dir(&manifests)?;
         fs::write(manifests.join("objects.json"), list.to_string())?;
         let mut agent = lab.node("n1").agent()?.manifests(&manifests);
-        agent = agent.flag("run-dir", dir.path().join("run").display());
         agent = agent.flag("socket-opt-out", "annotation");
         agent.start_ready()?;
         Ok(Self { agent, lab, dir })

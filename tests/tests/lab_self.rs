@@ -322,8 +322,8 @@ fn outside_traffic_for_services_follows_the_chosen_node() -> Result<()> {
 fn traces(lab: &Lab) -> Result<Vec<PathBuf>> {
     let node = lab.node("n1");
     let cgroup = node.cgroup().parent().context("no parent")?.to_path_buf();
-    let pins = node.pin_dir().parent().context("no parent")?.to_path_buf();
-    Ok(vec![cgroup, pins])
+    let [pins, run] = [node.pin_dir(), node.run_dir()].map(Path::parent);
+    Ok(vec![cgroup, pins.context("no parent")?.to_path_buf(), run.context("no parent")?.to_path_buf()])
 }
 
 fn wait_until_gone(paths: &[PathBuf]) -> Result<()> {
@@ -352,7 +352,7 @@ fn two_labs_beside_each_other_leave_nothing() -> Result<()> {
     let paths = [traces(&first)?, traces(&second)?].concat();
     assert!(paths.iter().all(|path| path.is_dir()), "{paths:?}");
 
-    // A program that outlives its parent, and files where an agent would pin.
+    // A program that outlives its parent, and directories of an agent.
     let mut shell = first.pod("L2").command("sh");
     shell.args(["-c", "sleep 1000 & echo $!"]).stdout(Stdio::piped());
     let orphan = {
@@ -369,10 +369,11 @@ fn two_labs_beside_each_other_leave_nothing() -> Result<()> {
     };
     assert!(is_alive(orphan));
     fs::create_dir_all(first.node("n1").pin_dir().join("v1/links"))?;
+    fs::create_dir_all(first.node("n1").run_dir())?;
 
     drop(first);
-    assert!(paths[..2].iter().all(|path| !path.exists()), "{paths:?}");
-    assert!(paths[2..].iter().all(|path| path.is_dir()), "{paths:?}");
+    assert!(paths[..3].iter().all(|path| !path.exists()), "{paths:?}");
+    assert!(paths[3..].iter().all(|path| path.is_dir()), "{paths:?}");
     assert!(
         !fs::read_to_string(format!("/proc/{orphan}/status")).is_ok_and(|status| status.contains("sleeping"))
     );
@@ -406,8 +407,9 @@ fn victim() -> Result<()> {
     lab.pod("L1").serve().tcp(8080).start()?;
     fs::create_dir_all(lab.node("n1").pin_dir().join("v1"))?;
     let server = fs::read_to_string(lab.pod("L1").cgroup().join("cgroup.procs"))?;
-    let [cgroup, pins] = &traces(&lab)?[..] else { unreachable!("two directories") };
-    eprintln!("victim: {} {} {}", cgroup.display(), pins.display(), server.trim());
+    fs::create_dir_all(lab.node("n1").run_dir())?;
+    let traces: Vec<_> = traces(&lab)?.iter().map(|path| path.display().to_string()).collect();
+    eprintln!("victim: {} {}", server.trim(), traces.join(" "));
     thread::sleep(Duration::from_secs(20));
     Ok(())
 }
@@ -426,8 +428,8 @@ fn a_killed_process_is_swept_up() -> Result<()> {
     victim.kill()?;
     victim.wait()?;
     let line = line.context("the victim made no lab")?;
-    let [cgroup, pins, server] = line.split(' ').collect::<Vec<_>>()[..] else { unreachable!("{line}") };
-    let paths = [PathBuf::from(cgroup), PathBuf::from(pins)];
+    let (server, paths) = line.split_once(' ').context("the victim names nothing")?;
+    let paths: Vec<_> = paths.split(' ').map(PathBuf::from).collect();
 
     // Its children die at once and by themselves; what the kernel keeps goes with the next lab.
     let deadline = Instant::now() + Duration::from_secs(5);

@@ -65,9 +65,7 @@ impl World {
     }
 
     fn agent(&self) -> Result<Agent> {
-        let run = self.dir.path().join("run");
-        let mut agent = self.node().agent()?.flag("run-dir", run.display());
-        agent = agent.manifests(&self.dir.path().join("manifests"));
+        let mut agent = self.node().agent()?.manifests(&self.dir.path().join("manifests"));
         agent.start_ready()?;
         Ok(agent)
     }
@@ -84,7 +82,7 @@ impl World {
     fn cleanup(&self) -> Result<()> {
         let mut cleanup = self.node().host().command(binary::proxy_agent()?);
         cleanup.arg("cleanup").arg("--pin-dir").arg(self.node().pin_dir());
-        cleanup.arg("--run-dir").arg(self.dir.path().join("run"));
+        cleanup.arg("--run-dir").arg(self.node().run_dir());
         cleanup.text().map(drop)
     }
 }

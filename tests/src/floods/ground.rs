@@ -125,8 +125,7 @@ impl Ground {
         for (number, object) in objects.enumerate() {
             std::fs::write(dir.path().join(format!("{number}.json")), object.to_string())?;
         }
-        let mut agent =
-            lab.node("n1").agent()?.manifests(dir.path()).flag("run-dir", dir.path().join("run").display());
+        let mut agent = lab.node("n1").agent()?.manifests(dir.path());
         for (flag, value) in flags {
             agent = agent.flag(flag, value);
         }

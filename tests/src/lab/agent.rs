@@ -28,6 +28,7 @@ const SHOWN_LINES: usize = 200;
 pub struct Agent {
     host: Place,
     pin_dir: String,
+    run_dir: String,
     flags: BTreeMap<String, String>,
     env: BTreeMap<String, String>,
     subcommand: Option<&'static str>,
@@ -39,11 +40,12 @@ pub struct Agent {
 impl Agent {
     pub(super) fn new(node: &Node) -> Result<Self> {
         binary::proxy_agent()?;
-        let pin_dir = node.pin_dir().display().to_string();
+        let [pin_dir, run_dir] = [node.pin_dir(), node.run_dir()].map(|dir| dir.display().to_string());
         let flags = [
             ("hostname-override", node.name()),
             ("cgroup-path", &node.cgroup().display().to_string()),
             ("pin-dir", &pin_dir),
+            ("run-dir", &run_dir),
             ("cluster-cidr", node.cluster_cidr()),
             ("healthz-bind-address", HEALTH),
             ("metrics-bind-address", METRICS),
@@ -55,6 +57,7 @@ impl Agent {
         Ok(Self {
             host,
             pin_dir,
+            run_dir,
             flags,
             env: BTreeMap::new(),
             subcommand: Some("run"),
@@ -154,13 +157,13 @@ impl Agent {
         }
     }
 
-    /// [`Agent::start`], then [`Agent::wait_ready`] for up to 20 seconds.
+    /// [`Agent::start`], then [`Agent::wait_ready`] for up to a minute.
     ///
     /// # Errors
     /// As those two.
     pub fn start_ready(&mut self) -> Result<()> {
         self.start()?;
-        self.wait_ready(Duration::from_secs(20))
+        self.wait_ready(Duration::from_secs(60))
     }
 
     /// Kills it with SIGKILL.
@@ -226,10 +229,7 @@ impl Agent {
     /// With its standard error if it fails, or if it does not print JSON.
     pub fn tool(&self, subcommand: &str, args: &[&str]) -> Result<Value> {
         let mut command = self.host.command(binary::proxy_agent()?);
-        command.args([subcommand, "-o", "json", "--pin-dir", &self.pin_dir]);
-        if let Some(run_dir) = self.flags.get("run-dir") {
-            command.args(["--run-dir", run_dir]);
-        }
+        command.args([subcommand, "-o", "json", "--pin-dir", &self.pin_dir, "--run-dir", &self.run_dir]);
         command.args(args);
         let text = command.text()?;
         serde_json::from_str(&text)

@@ -40,6 +40,7 @@ mod wire;
 mod wiring;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -88,6 +89,10 @@ impl Lab {
         ensure!(
             rustix::process::geteuid().is_root(),
             "the lab makes network namespaces and needs root: `sudo -E`"
+        );
+        ensure!(
+            Path::new("/proc/net/if_inet6").exists(),
+            "the lab needs IPv6: this kernel lacks it, or was started with ipv6.disable=1"
         );
         let residue = Residue::create()?;
         let hub = Netns::new(Role::Router)?;

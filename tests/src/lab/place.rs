@@ -197,13 +197,14 @@ impl Deref for Pod {
     }
 }
 
-/// A node: a host place, a cgroup that holds it and all its pods, a directory for pins.
+/// A node: a host place, a cgroup that holds it and all its pods, directories for pins and for files of the agent.
 #[derive(Clone, Debug)]
 pub struct Node {
     host: Place,
     spec: NodeSpec,
     cgroup: PathBuf,
     pin_dir: PathBuf,
+    run_dir: PathBuf,
     cluster_cidr: String,
 }
 
@@ -219,8 +220,9 @@ impl Node {
         let beside = network.node_addresses(spec)?;
         let addresses = spec.eth0.iter().chain(&spec.eth1).chain(&beside).copied().collect();
         let host = Place::new(&spec.name, net, cgroup.join("host"), addresses)?;
-        let pin_dir = residue.pins.join(&spec.name);
-        Ok(Self { host, spec: spec.clone(), cgroup, pin_dir, cluster_cidr: cluster_cidr.to_owned() })
+        let [pin_dir, run_dir] = [&residue.pins, &residue.run].map(|dir| dir.join(&spec.name));
+        let cluster_cidr = cluster_cidr.to_owned();
+        Ok(Self { host, spec: spec.clone(), cgroup, pin_dir, run_dir, cluster_cidr })
     }
 
     /// Its name.
@@ -246,6 +248,11 @@ impl Node {
     /// A directory on bpffs for this node's pins. It does not exist; its parent does, and is removed with the lab.
     pub fn pin_dir(&self) -> &Path {
         &self.pin_dir
+    }
+
+    /// The agent's `--run-dir` on this node. It does not exist; its parent does, and is removed with the lab.
+    pub fn run_dir(&self) -> &Path {
+        &self.run_dir
     }
 
     /// The cluster's pod prefixes, as `--cluster-cidr` takes them.

@@ -1,5 +1,5 @@
-//! What a lab leaves in the kernel beside its processes: a cgroup subtree and pins. Where they live, how they are
-//! named, how they are removed, also those of labs whose process was killed before it could clean up.
+//! What a lab leaves beside its processes: a cgroup subtree, pins, and files of agents that run. Where they live, how
+//! they are named, how they are removed, also those of labs whose process was killed before it could clean up.
 
 use std::fs::{self, File};
 use std::io;
@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use proxy_agent::node::Host;
 use rustix::fs::{FlockOperation, flock, statfs};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -17,34 +18,40 @@ use rustix::process::{Pid, Signal, kill_process};
 const BPFFS: &str = "/sys/fs/bpf";
 /// `BPF_FS_MAGIC`.
 const BPFFS_MAGIC: u64 = 0xcafe_4a11;
+/// Where files of running programs are by convention, until the machine is switched off.
+const RUN: &str = "/run";
 const PREFIX: &str = "vipr-lab";
 
-/// The names of one lab: a cgroup directory and a prefix of pin directories.
-/// Dropping it removes both.
+/// The directories of one lab. Dropping it removes them.
 #[derive(Debug)]
 pub(super) struct Residue {
     /// Directory in the cgroup v2 hierarchy; exists.
     pub(super) cgroup: PathBuf,
     /// Directory on bpffs below which nodes get their pin directories; exists.
     pub(super) pins: PathBuf,
+    /// Directory below which nodes get their agents' `--run-dir`; exists.
+    pub(super) run: PathBuf,
 }
 
 impl Residue {
-    /// Sweeps what dead processes left, then makes the two directories of a new lab.
+    /// Sweeps what dead processes left, then makes the directories of a new lab.
     ///
     /// # Errors
     /// If cgroup v2 or bpffs is not there and cannot be had.
     pub(super) fn create() -> Result<Self> {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
-        let cgroup_root = cgroup2_root()?;
+        // As the agent looks for it: it may be mounted more than once.
+        let cgroup_root = Host::look(None)?.cgroup;
         mount_bpffs()?;
         let own = Owner::this_process()?;
         sweep(&cgroup_root, &own, remove_cgroup)?;
-        sweep(Path::new(BPFFS), &own, remove_pins)?;
+        sweep(Path::new(BPFFS), &own, remove_tree)?;
+        sweep(Path::new(RUN), &own, remove_tree)?;
 
         let name = own.name(COUNTER.fetch_add(1, Ordering::Relaxed));
-        let residue = Self { cgroup: cgroup_root.join(&name), pins: Path::new(BPFFS).join(&name) };
-        for dir in [&residue.cgroup, &residue.pins] {
+        let [pins, run] = [BPFFS, RUN].map(|root| Path::new(root).join(&name));
+        let residue = Self { cgroup: cgroup_root.join(&name), pins, run };
+        for dir in [&residue.cgroup, &residue.pins, &residue.run] {
             fs::create_dir(dir)
                 .with_context(|| format!("cannot create {}: the lab needs root", dir.display()))?;
         }
@@ -55,7 +62,7 @@ impl Residue {
 impl Drop for Residue {
     /// Kills what runs in the cgroups, then removes everything.
     fn drop(&mut self) {
-        for result in [remove_cgroup(&self.cgroup), remove_pins(&self.pins)] {
+        for result in [remove_cgroup(&self.cgroup), remove_tree(&self.pins), remove_tree(&self.run)] {
             if let Err(error) = result {
                 eprintln!("lab: {error:#}");
             }
@@ -119,23 +126,6 @@ fn sweep(root: &Path, own: &Owner, remove: fn(&Path) -> Result<()>) -> Result<()
         }
     }
     Ok(())
-}
-
-/// Where the cgroup v2 hierarchy is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on hybrid hosts.
-///
-/// # Errors
-/// If it is not mounted.
-fn cgroup2_root() -> Result<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context("/proc/self/mountinfo")?;
-    let root = mounts.lines().find_map(|line| {
-        let (mount, source) = line.split_once(" - ")?;
-        let point = mount.split(' ').nth(4)?;
-        source.starts_with("cgroup2 ").then(|| PathBuf::from(point))
-    });
-    root.context(
-        "no cgroup v2 hierarchy is mounted; the lab needs one: \
-         `mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified`",
-    )
 }
 
 fn mount_bpffs() -> Result<()> {
@@ -204,9 +194,8 @@ fn subdirectories(dir: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-fn remove_pins(dir: &Path) -> Result<()> {
-    missing_is_fine(fs::remove_dir_all(dir))
-        .with_context(|| format!("cannot remove the pins in {}", dir.display()))
+fn remove_tree(dir: &Path) -> Result<()> {
+    missing_is_fine(fs::remove_dir_all(dir)).with_context(|| format!("cannot remove {}", dir.display()))
 }
 
 fn missing_is_fine(result: io::Result<()>) -> io::Result<()> {

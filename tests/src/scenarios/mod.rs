@@ -12,7 +12,6 @@ mod view;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -42,7 +41,7 @@ pub const OUTSIDE_ADDRESS: &str = "203.0.113.7";
 /// The pods' addresses.
 const CLUSTER_CIDR: &str = "172.16.0.0/16";
 /// How long anything may take that happens at once on a machine with nothing else to do.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A lab made from manifests, with its agents.
 #[derive(Debug)]
@@ -104,7 +103,7 @@ impl World {
     /// # Errors
     /// If there is no agent to run.
     pub fn new_agent(&self, node: &str) -> Result<Agent> {
-        Ok(self.lab.node(node).agent()?.flag("run-dir", self.run_dir().display()))
+        self.lab.node(node).agent()
     }
 
     /// Keeps an agent as that of its node; the one before is killed.
@@ -161,11 +160,6 @@ impl World {
         [Place::clone(&self.client()), self.host().clone()]
     }
 
-    /// The agents' `--run-dir`.
-    pub fn run_dir(&self) -> PathBuf {
-        self.dir.path().join("run")
-    }
-
     /// The directory that holds everything of this world; more files may be put there.
     pub fn dir(&self) -> &std::path::Path {
         self.dir.path()
@@ -194,7 +188,7 @@ impl World {
     pub fn command(&self, node: &str, subcommand: &str) -> Result<Exec> {
         let node = self.lab.node(node);
         let mut command = node.host().command(binary::proxy_agent()?);
-        command.arg(subcommand).arg("--pin-dir").arg(node.pin_dir()).arg("--run-dir").arg(self.run_dir());
+        command.arg(subcommand).arg("--pin-dir").arg(node.pin_dir()).arg("--run-dir").arg(node.run_dir());
         Ok(command)
     }
 

@@ -156,9 +156,9 @@ fn kube_proxys_command_line_works_as_it_is() -> Result<()> {
     assert_eq!(source, format!("Kubernetes API ({})", kubeconfig.display()));
     agent.terminate()?;
 
-    let mut cleanup = setting.node().host().command(binary::proxy_agent()?);
-    cleanup.args(["--cleanup", "--run-dir"]).arg(setting.dir.path().join("run"));
-    cleanup.arg("--pin-dir").arg(setting.node().pin_dir());
+    let node = setting.node();
+    let mut cleanup = node.host().command(binary::proxy_agent()?);
+    cleanup.args(["--cleanup", "--run-dir"]).arg(node.run_dir()).arg("--pin-dir").arg(node.pin_dir());
     cleanup.text()?;
     assert!(!setting.node().pin_dir().exists());
     Ok(())

@@ -40,7 +40,7 @@ impl Setting {
     }
 
     fn agent(&self) -> Result<Agent> {
-        Ok(self.node().agent()?.flag("run-dir", self.dir.path().join("run").display()))
+        self.node().agent()
     }
 
     /// An agent that reads manifests.

@@ -44,7 +44,7 @@ fn without_rights(world: &World, wrapper: &[&str]) -> Result<String> {
     for (flag, value) in [
         ("--manifests", world.manifests().dir()),
         ("--pin-dir", node.pin_dir()),
-        ("--run-dir", &world.run_dir()),
+        ("--run-dir", node.run_dir()),
         ("--cgroup-path", node.cgroup()),
         ("--hostname-override", Path::new(NODE)),
     ] {

@@ -141,10 +141,10 @@ fn cleanup_removes_everything() -> Result<()> {
     let node = world.lab().node(NODE);
     assert!(!node.pin_dir().exists(), "{} is left", node.pin_dir().display());
     assert_eq!(
-        std::fs::read_dir(world.run_dir())?.count(),
+        std::fs::read_dir(node.run_dir())?.count(),
         0,
         "files are left in {}",
-        world.run_dir().display()
+        node.run_dir().display()
     );
     let mut tree = node.host().command("bpftool");
     tree.args(["-j", "cgroup", "tree", &node.cgroup().display().to_string()]);

@@ -51,7 +51,7 @@ impl Stage {
     }
 
     fn agent(&self) -> Result<Agent> {
-        Ok(self.node().agent()?.flag("run-dir", self.dir.path().join("run").display()))
+        self.node().agent()
     }
 
     /// An agent that reads what [`Stage::write`] has written.

@@ -83,9 +83,8 @@ impl Setting {
         if self.agent.id().is_some() {
             self.agent.terminate()?;
         }
-        let run_dir = self.dir.path().join("run").display().to_string();
         let mut agent = self.lab.node(NODE).agent()?.manifests(&self.dir.path().join("manifests"));
-        for (flag, value) in flags.iter().chain(&[("run-dir", run_dir.as_str())]) {
+        for (flag, value) in flags {
             agent = agent.flag(flag, value);
         }
         self.agent = agent;

@@ -29,7 +29,7 @@ impl Proxy {
         let manifests = dir.path().join("manifests");
         fs::create_dir(&manifests)?;
         let agent = world.node().agent()?;
-        let agent = agent.manifests(&manifests).flag("run-dir", dir.path().join("run").display());
+        let agent = agent.manifests(&manifests);
         let agent = if config.cluster_cidr.is_empty() {
             agent.without("cluster-cidr")
         } else {

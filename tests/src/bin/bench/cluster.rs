@@ -59,11 +59,7 @@ impl Cluster {
             self.api.apply_all(world.service_and_slices(service))?;
         }
         self.filled = self.filled.max(services);
-        let mut agent = node
-            .agent()?
-            .kubeconfig(&self.folder.path().join("kubeconfig"))
-            .flag("run-dir", self.folder.path().display())
-            .quiet();
+        let mut agent = node.agent()?.kubeconfig(&self.folder.path().join("kubeconfig")).quiet();
         agent.start()?;
         agent.wait_ready(READY)?;
         progress(format_args!("{world}: programmed"));

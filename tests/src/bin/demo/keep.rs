@@ -86,12 +86,13 @@ fn enter(world: &World) -> String {
 
 /// A program that asks about the dataplane of [`NODE`].
 fn tool(world: &World, inside: &Path) -> Result<String> {
+    let node = world.lab().node(NODE);
     Ok(format!(
         "#!/bin/sh\n# SUBCOMMAND...: proxy-agent on {NODE}.\nexec {} {NODE} {} \"$@\" --pin-dir {} --run-dir {}\n",
         inside.display(),
         binary::proxy_agent()?.display(),
-        world.lab().node(NODE).pin_dir().display(),
-        world.run_dir().display()
+        node.pin_dir().display(),
+        node.run_dir().display()
     ))
 }
 

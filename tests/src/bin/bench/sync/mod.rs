@@ -93,12 +93,12 @@ fn in_world(world: World, options: &Options, agent_cpu: usize, report: &mut Repo
     api.apply_all(world.objects())?;
     progress(format_args!("{world}: the API server has {} objects", api.revision()));
 
-    let mut agent = node.agent()?.kubeconfig(&kubeconfig).flag("run-dir", folder.path().display()).quiet();
+    let mut agent = node.agent()?.kubeconfig(&kubeconfig).quiet();
     let mut starts = Vec::new();
     for attempt in 0..options.starts {
         if attempt > 0 {
             agent.kill9()?;
-            start::cleanup(node, folder.path())?;
+            start::cleanup(node)?;
         }
         starts.push(start::start(&mut agent, node, &api, world, agent_cpu)?);
     }

@@ -103,8 +103,8 @@ pub(super) fn start(
 ///
 /// # Errors
 /// If `proxy-agent cleanup` fails.
-pub(super) fn cleanup(node: &Node, run_dir: &Path) -> Result<()> {
+pub(super) fn cleanup(node: &Node) -> Result<()> {
     let mut command = node.host().command(binary::proxy_agent()?);
-    command.arg("cleanup").arg("--pin-dir").arg(node.pin_dir()).arg("--run-dir").arg(run_dir);
+    command.arg("cleanup").arg("--pin-dir").arg(node.pin_dir()).arg("--run-dir").arg(node.run_dir());
     command.text().map(drop)
 }
