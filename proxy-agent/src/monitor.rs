@@ -141,7 +141,9 @@ pub async fn run(
         }
     };
     trace.set(0, Trace::default(), 0)?;
-    result
+    result?;
+    // What was decided since the last look.
+    print_all(&mut ring, &mut names, &pins, wanted.as_deref(), args, out)
 }
 
 fn print_all(

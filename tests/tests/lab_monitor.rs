@@ -14,7 +14,7 @@ use proxy_tests::scenarios::{NODE, OUTSIDE_ADDRESS, World};
 use rustix::process::Signal;
 use serde_json::Value;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A monitor that runs.
 struct Monitor(Proc);
@@ -30,8 +30,6 @@ impl Monitor {
 
     /// Ends it, and returns what it has told.
     fn end(mut self) -> Result<Vec<Value>> {
-        // It looks for events some times a second.
-        thread::sleep(Duration::from_millis(200));
         self.0.signal(Signal::INT)?;
         let mut text = String::new();
         self.0.take_stdout()?.read_to_string(&mut text)?;
