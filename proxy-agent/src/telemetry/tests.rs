@@ -185,6 +185,7 @@ fn p218_p219_changes_that_carry_a_time() {
 fn stages_and_operations_of_a_sync() {
     let mut world = World::new();
     world.take(service("s", &json!({})));
+    let began = Instant::now();
     world.telemetry.sync_begins(true);
     let ops = [Op::NodeFlags(1), Op::NodeFlags(0), Op::Slots(1, vec![1])];
     let slow = |_: &[Op]| -> Result<(), ()> {
@@ -193,6 +194,7 @@ fn stages_and_operations_of_a_sync() {
     };
     world.telemetry.writing(&ops, slow).unwrap();
     world.telemetry.sync_ended(true);
+    let took = began.elapsed().as_secs_f64();
     let stage = |world: &World, stage: &str| {
         let name = |part| format!("vipr_programming_duration_seconds_{part}{{stage=\"{stage}\"}}");
         (world.sample(&name("count")), world.sample(&name("sum")))
@@ -200,7 +202,7 @@ fn stages_and_operations_of_a_sync() {
     let [(waits, _), (plans, plan), (writes, write)] =
         ["wait", "plan", "write"].map(|name| stage(&world, name));
     assert_eq!((waits, plans, writes), (1.0, 1.0, 1.0));
-    assert!(write >= 0.02 && plan < write, "{plan} {write}");
+    assert!(write >= 0.02 && plan + write <= took, "{plan} {write} {took}");
     assert_eq!(world.sample("vipr_map_operations_total{map=\"NODE\"}"), 2.0);
     assert_eq!(world.sample("vipr_map_operations_total{map=\"SLOTS\"}"), 1.0);
     // Nothing waited for the next one.
