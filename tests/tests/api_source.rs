@@ -508,6 +508,32 @@ async fn another_server_than_the_kubeconfigs() {
     }
 }
 
+/// kubelet replaces the file long before the old token is refused, but a clock that was set back must not matter.
+#[tokio::test]
+async fn a_new_token_is_used_at_once() {
+    let server = ApiServer::start().unwrap();
+    let all = json!({ "apiGroups": ["*"], "resources": ["*"], "verbs": ["*"] });
+    let rules = [serde_json::from_value(all).unwrap()];
+    server.restrict("first", &rules);
+    let folder = TempDir::new().unwrap();
+    let [kubeconfig, token] = ["kubeconfig", "token"].map(|name| folder.path().join(name));
+    let text = proxy_tests::apiserver::client::kubeconfig(&server.url(), None);
+    let user = format!("{{ tokenFile: {} }}", token.display());
+    assert_eq!(text.matches("user: {}").count(), 1, "{text}");
+    std::fs::write(&kubeconfig, text.replace("user: {}", &format!("user: {user}"))).unwrap();
+    std::fs::write(&token, "first\n").unwrap();
+    let mut watched = Watched::of(Server::configured(Some(&kubeconfig), None).await.unwrap());
+    watched.until("synced", |watched| watched.synced == 1).await;
+
+    std::fs::write(&token, "second\n").unwrap();
+    server.restrict("second", &rules);
+    server.compact();
+    server.cut_watches(Cut::Clean);
+    server.apply(service("s", 80)).unwrap();
+    watched.until_services(&["s:80"]).await;
+    assert_eq!(watched.problems, []);
+}
+
 #[tokio::test]
 async fn ends_with_its_receiver() {
     let server = ApiServer::start().unwrap();

@@ -6,6 +6,7 @@
 //! known, and only a complete new list makes an object go.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::Uri;
@@ -25,12 +26,14 @@ use complaints::Complaints;
 use follow::Event;
 use intake::Intake;
 use received::Received;
+use token::TokenFile;
 
 mod complaints;
 mod follow;
 mod intake;
 mod pace;
 mod received;
+mod token;
 mod watch;
 
 /// The most changes in one message while lists come in.
@@ -78,8 +81,11 @@ impl Server {
         config.default_retry = false;
         let url = config.cluster_url.to_string();
         let count = CountRequests::of(&config.cluster_url);
+        // A token in the kubeconfig itself goes before one in a file.
+        let file = config.auth_info.token_file.take().filter(|_| config.auth_info.token.is_none());
+        let token = TokenFile(file.map(|file| Arc::new(file.into())));
         let client = ClientBuilder::try_from(config)
-            .map(|builder| builder.with_layer(&count).build())
+            .map(|builder| builder.with_layer(&token).with_layer(&count).build())
             .map_err(|source| SourceError::Client { server: url.clone(), source: Box::new(source) })?;
         Ok(Self { client, url })
     }
