@@ -4,6 +4,7 @@ use std::env;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
@@ -40,13 +41,28 @@ pub(crate) fn ebpf_object() -> PathBuf {
 ///
 /// `LD_LIBRARY_PATH` is what `cargo run` set for xtask itself; another compiler must not inherit it.
 pub(crate) fn cargo() -> Command {
-    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(root()).env_remove("LD_LIBRARY_PATH");
-    // Build scripts watch this variable: where it is unset it must stay unset, or they would run again.
-    if env::var_os("CARGO_TARGET_DIR").is_some() {
+    static ELSEWHERE: OnceLock<bool> = OnceLock::new();
+    let mut cargo = plain_cargo();
+    // Build scripts watch this variable: where it is not needed it must stay unset, or they would run again. It is where
+    // the user's configuration of cargo names another directory.
+    let is_elsewhere =
+        || metadata().is_ok_and(|all| all["target_directory"] != *target_dir().to_string_lossy());
+    if env::var_os("CARGO_TARGET_DIR").is_some() || *ELSEWHERE.get_or_init(is_elsewhere) {
         cargo.env("CARGO_TARGET_DIR", target_dir());
     }
     cargo
+}
+
+fn plain_cargo() -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    // Programs for another target would be in another directory.
+    cargo.current_dir(root()).env_remove("LD_LIBRARY_PATH").env_remove("CARGO_BUILD_TARGET");
+    cargo
+}
+
+fn metadata() -> Result<Value> {
+    let metadata = process::output(plain_cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    serde_json::from_str(&metadata).context("cargo metadata is not JSON")
 }
 
 /// A member of the workspace.
@@ -64,8 +80,7 @@ pub(crate) struct Package {
 /// # Errors
 /// When cargo cannot read the workspace.
 pub(crate) fn packages() -> Result<Vec<Package>> {
-    let metadata = process::output(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
-    let metadata: Value = serde_json::from_str(&metadata).context("cargo metadata is not JSON")?;
+    let metadata = metadata()?;
     let packages = metadata["packages"].as_array().context("cargo metadata names no packages")?;
     packages.iter().map(|package| read_package(package).context("cargo metadata is incomplete")).collect()
 }
