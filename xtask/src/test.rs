@@ -41,6 +41,10 @@ enum Ring {
     All,
 }
 
+/// Where a client of Kubernetes finds its API server, if nobody says it. The tests have servers of their own.
+const OF_THE_USER: [&str; 5] =
+    ["KUBECONFIG", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT", "HTTPS_PROXY", "https_proxy"];
+
 /// What to run, in terms of cargo's options.
 #[derive(Debug, PartialEq, Eq)]
 struct Selection {
@@ -141,6 +145,9 @@ fn test_command(runner: &[&str], selection: &Selection) -> Command {
     }
     cargo.args(&selection.tests).arg("--no-fail-fast");
     cargo.env("VIPR_AGENT", workspace::target_dir().join("debug").join("proxy-agent"));
+    for variable in OF_THE_USER {
+        cargo.env_remove(variable);
+    }
     cargo
 }
 

@@ -1,6 +1,6 @@
 //! Running programs inside a place of the lab, and ending them with it.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,8 @@ use super::container::Container;
 use super::netns::Netns;
 use super::sys::{self, Confinement};
 
-/// A program to be run in a network namespace and a cgroup: `std::process::Command` with a place.
+/// A program to be run in a network namespace and a cgroup: `std::process::Command` with a place. Of the environment
+/// it gets `PATH` only: a proxy, a cluster or a log level of whoever runs the lab is nothing to what is in it.
 #[derive(Debug)]
 pub struct Exec {
     command: Command,
@@ -28,17 +29,14 @@ pub struct Exec {
 impl Exec {
     /// Runs `program` in `net` and `cgroup`.
     pub fn new(net: &Netns, cgroup: &Path, program: impl AsRef<OsStr>) -> Self {
-        Self {
-            command: Command::new(program),
-            net: net.clone(),
-            cgroup: Some(cgroup.to_path_buf()),
-            container: None,
-        }
+        Self { cgroup: Some(cgroup.to_path_buf()), ..Self::in_netns(net, program) }
     }
 
     /// Runs `program` in `net` and the cgroup of this process.
     pub(super) fn in_netns(net: &Netns, program: impl AsRef<OsStr>) -> Self {
-        Self { command: Command::new(program), net: net.clone(), cgroup: None, container: None }
+        let mut command = Command::new(program);
+        command.env_clear().env("PATH", path());
+        Self { command, net: net.clone(), cgroup: None, container: None }
     }
 
     /// Adds an argument.
@@ -243,6 +241,13 @@ impl Drop for Proc {
     fn drop(&mut self) {
         self.kill_and_reap();
     }
+}
+
+/// Where programs are looked for: `PATH`, and where Debian keeps `nft`, which an ordinary user's `PATH` leaves out.
+fn path() -> OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/sbin:/sbin");
+    path
 }
 
 /// A command to start, and where its child goes.

@@ -100,7 +100,7 @@ fn tool(world: &World, inside: &Path) -> Result<String> {
 fn request(target: &str) -> Result<String> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     if std::env::split_paths(&path).any(|dir| dir.join("curl").is_file()) {
-        return Ok(format!("curl -s http://{target}/"));
+        return Ok(format!("curl -s --noproxy '*' http://{target}/"));
     }
     Ok(format!("{} connect {target} --proto http", binary::lab_pod()?.display()))
 }
