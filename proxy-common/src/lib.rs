@@ -13,6 +13,11 @@
 #![cfg_attr(not(test), no_std)]
 #![deny(unsafe_code)]
 
+#[cfg(target_endian = "big")]
+compile_error!(
+    "Vipr runs on little-endian machines only: the BPF object and the layout of its maps are little-endian"
+);
+
 pub mod be;
 
 pub mod addr;

@@ -3,17 +3,17 @@
 //! A release build is one static binary per program, so that the agent runs on any distribution and in an empty
 //! container image.
 
-use std::env;
 use std::ffi::OsString;
 use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::build_ebpf;
 use crate::process::{exec, run as run_command, say};
 use crate::setup;
+use crate::target::Target;
 use crate::workspace;
 
 /// Arguments of `build`.
@@ -22,6 +22,9 @@ pub(crate) struct Args {
     /// Optimised and static.
     #[arg(long)]
     release: bool,
+    /// With --release: the machine to build for, `x86_64` or `aarch64`, or rustc's name of the target. Without: this one.
+    #[arg(long, requires = "release")]
+    target: Option<String>,
     /// An agent and a BPF object that log every decision, for debugging.
     #[arg(long)]
     debug_log: bool,
@@ -40,32 +43,31 @@ enum Programs {
 /// Builds everything and says where the agent is.
 ///
 /// # Errors
-/// When a build fails, or a release build is not static.
+/// When a build fails, or a program of a release build is not static.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let programs = if args.agent_only { Programs::Agent } else { Programs::AgentAndTools };
-    let dir = build(args.release, args.debug_log, programs)?;
+    let target = if args.release { Some(Target::new(args.target.as_deref())?) } else { None };
+    let dir = build(target.as_ref(), args.debug_log, programs)?;
     let agent = dir.join("proxy-agent");
-    let kind = if args.release {
-        ensure!(is_static(&agent)?, "{} is not static: it names a dynamic linker", agent.display());
-        "static release binary"
-    } else {
-        "development binary"
+    let kind = match target {
+        Some(target) => format!("static release binary for {target}"),
+        None => "development binary".to_owned(),
     };
     let mib = fs::metadata(&agent).context("the agent was built but is not there")?.len() >> 20;
     say(&format!("agent ({kind}, {mib} MiB): {}", agent.display()));
     Ok(())
 }
 
-/// Builds the BPF object, the agent and the test tools; returns the directory of the programs.
+/// Builds the BPF object, and for release the agent and the test tools; returns the directory of the programs.
 ///
 /// # Errors
-/// When a build fails.
-pub(crate) fn programs(release: bool, debug_log: bool) -> Result<PathBuf> {
-    build(release, debug_log, Programs::AgentAndTools)
+/// When something is missing and cannot be installed, a build fails, or a program is not static.
+pub(crate) fn release(target: &Target) -> Result<PathBuf> {
+    build(Some(target), false, Programs::AgentAndTools)
 }
 
-fn build(release: bool, debug_log: bool, programs: Programs) -> Result<PathBuf> {
-    build_ebpf::run(&build_ebpf::Args { debug_log })?;
+/// A build without `target` is one for development, on this machine.
+fn build(target: Option<&Target>, debug_log: bool, programs: Programs) -> Result<PathBuf> {
     let mut cargo = workspace::cargo();
     cargo.args(["build", "--bins", "--package", "proxy-agent"]);
     if programs == Programs::AgentAndTools {
@@ -74,19 +76,18 @@ fn build(release: bool, debug_log: bool, programs: Programs) -> Result<PathBuf> 
     if debug_log {
         cargo.args(["--features", "proxy-agent/debug-log"]);
     }
-    let mut dir = workspace::target_dir();
-    if release {
-        let target = static_target()?;
-        // With --target the flag reaches only what runs in the end: procedural macros cannot be static.
-        cargo.args(["--release", "--target", &target]);
-        let flags = env::var("RUSTFLAGS").unwrap_or_default();
-        cargo.env("RUSTFLAGS", format!("{flags} -C target-feature=+crt-static").trim_start());
-        dir.push(target);
-        dir.push("release");
-    } else {
-        dir.push("debug");
+    if let Some(target) = target {
+        setup::target(target)?;
+        cargo.arg("--release");
+        target.apply(&mut cargo)?;
     }
+    build_ebpf::run(&build_ebpf::Args { debug_log })?;
     run_command(&mut cargo)?;
+    let Some(target) = target else { return Ok(workspace::target_dir().join("debug")) };
+    let dir = workspace::target_dir().join(target.to_string()).join("release");
+    for program in workspace::programs_in(&dir)? {
+        ensure!(is_static(&program)?, "{} is not static: it names a dynamic linker", program.display());
+    }
     Ok(dir)
 }
 
@@ -96,7 +97,7 @@ fn build(release: bool, debug_log: bool, programs: Programs) -> Result<PathBuf> 
 /// # Errors
 /// When something is missing and cannot be installed, a build fails, or the tool cannot be started.
 pub(crate) fn exec_tool(tool: &str, variables: &[(&str, PathBuf)], args: &[OsString]) -> Result<()> {
-    let dir = programs(true, false)?;
+    let dir = release(&Target::new(None)?)?;
     setup::lab(setup::quiet)?;
     // Through env, because sudo hands no variables on.
     let mut env = setup::as_root("env")?;
@@ -107,20 +108,6 @@ pub(crate) fn exec_tool(tool: &str, variables: &[(&str, PathBuf)], args: &[OsStr
         env.arg(variable);
     }
     exec(env.arg(dir.join(tool)).args(args))
-}
-
-/// The GNU target of this machine: glibc links statically there, and no further target has to be installed.
-fn static_target() -> Result<String> {
-    let arch = env::consts::ARCH;
-    ensure!(
-        cfg!(target_os = "linux") && cfg!(target_env = "gnu"),
-        "release builds are made on a GNU/Linux host, for that host"
-    );
-    Ok(match arch {
-        "x86_64" | "aarch64" => format!("{arch}-unknown-linux-gnu"),
-        "riscv64" => "riscv64gc-unknown-linux-gnu".to_owned(),
-        other => bail!("no release target for the architecture {other}"),
-    })
 }
 
 /// Whether a 64-bit little-endian ELF program has no interpreter, that is, needs no dynamic linker.
@@ -163,7 +150,7 @@ mod tests {
     #[test]
     fn this_test_is_a_dynamic_program_and_text_is_none() {
         let dynamic = cfg!(not(target_feature = "crt-static"));
-        assert_eq!(is_static(&env::current_exe().unwrap()).unwrap(), !dynamic);
+        assert_eq!(is_static(&std::env::current_exe().unwrap()).unwrap(), !dynamic);
         assert!(is_static(&workspace::root().join("Cargo.toml")).is_err());
     }
 

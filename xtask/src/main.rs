@@ -16,6 +16,8 @@ mod process;
 
 mod toolchain;
 
+mod target;
+
 mod setup;
 
 mod build_ebpf;

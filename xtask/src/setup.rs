@@ -12,7 +12,8 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::process::{run as run_command, say};
+use crate::process::{output, run as run_command, say};
+use crate::target::Target;
 use crate::toolchain::{self, BPF_LINKER, CARGO_DENY, CHOICE, LLVM, Toolchain};
 use crate::workspace::{find_program, is_root, tools_dir};
 
@@ -62,6 +63,38 @@ pub(crate) fn quiet(_: &str) {}
 /// When one is missing and cannot be installed.
 pub(crate) fn build(found: Found) -> Result<(Toolchain, PathBuf)> {
     Ok((ebpf_toolchain(found)?, bpf_linker(found)?))
+}
+
+/// What release programs of another machine are built with: Rust's library for it, and a C compiler, which also links.
+///
+/// # Errors
+/// When one is missing and cannot be installed.
+pub(crate) fn target(target: &Target) -> Result<()> {
+    if target.is_own() {
+        return Ok(());
+    }
+    let triple = target.to_string();
+    let library = output(Command::new("rustc").args(["--print", "target-libdir", "--target", &triple]))?;
+    if !Path::new(library.trim()).is_dir() {
+        if find_program("rustup").is_none() {
+            bail!(
+                "rustc has no library for {triple} ({}): install it the way this rustc was installed; with rustup \
+                 that is `rustup target add {triple}`",
+                library.trim()
+            );
+        }
+        say(&format!("installing Rust's library for {triple} into the toolchain that builds Vipr"));
+        run_command(Command::new("timeout").args(["300", "rustup", "target", "add", &triple]))?;
+    }
+    // A compiler may be there without the header files.
+    let compiles = |program: String| {
+        output(Command::new(program).args(["-E", "-include", "stdint.h", "-x", "c", "/dev/null"]))
+    };
+    if compiles(target.compiler()).is_err() {
+        let packages = target.compiler_packages();
+        apt_install(&packages.each_ref().map(String::as_str), &format!("a C compiler for {triple}"))?;
+    }
+    Ok(())
 }
 
 /// What the demo, the lab tests and the benchmarks use.

@@ -2,6 +2,8 @@
 
 use std::env;
 use std::ffi::OsStr;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -114,6 +116,16 @@ fn find_in(first: PathBuf, path: &OsStr, name: &str) -> Option<PathBuf> {
         .find(|candidate| is_executable(candidate))
 }
 
+/// The executables in `dir` itself.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub(crate) fn programs_in(dir: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(dir).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
+    let entries = entries.with_context(|| format!("cannot read {}", dir.display()))?;
+    Ok(entries.iter().map(fs::DirEntry::path).filter(|path| is_executable(path)).collect())
+}
+
 fn is_executable(path: &Path) -> bool {
     use std::os::unix::fs::PermissionsExt as _;
     path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
@@ -132,7 +144,7 @@ mod tests {
 
     #[test]
     fn root_is_the_workspace() {
-        let manifest = std::fs::read_to_string(root().join("Cargo.toml")).unwrap();
+        let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();
         assert!(manifest.contains("[workspace]"));
     }
 
