@@ -19,7 +19,7 @@ use proxy_common::datapath::socket::{self, Verdict};
 
 use crate::maps::Maps;
 use crate::sock::SockAddr;
-use crate::tc::Skb;
+use crate::tc::{Front, Skb};
 
 /// Whether the kernel lets these programs choose the errno (`bpf_set_retval`). Set by the loader; the verifier
 /// removes the branch where it is 0.
@@ -121,11 +121,22 @@ fn getpeername6(ctx: SockAddrContext) -> i32 {
 #[unsafe(no_mangle)]
 static L3_DEVICE: Global<u8> = Global::new(0);
 
+/// Whether what enters through such a device may still have the headers that it was carried in before its IP header: the
+/// IPv4 and IPv6 tunnels of kernels before 5.14. Set by the loader.
+#[unsafe(no_mangle)]
+static KEEPS_OUTER_HEADERS: Global<u8> = Global::new(0);
+
 /// Runs the pipeline on a packet. Whatever goes on goes on to the programs behind this one: `TC_ACT_OK` would skip them.
 #[inline(always)]
 fn filter(ctx: &TcContext, edge: Edge, egress: bool) -> i32 {
     let Some(scratch) = maps::scratch() else { return TC_ACT_UNSPEC };
-    let mut packet = Skb::new(ctx, L3_DEVICE.load() == 0);
+    let front = match (L3_DEVICE.load(), KEEPS_OUTER_HEADERS.load()) {
+        (0, _) => Front::MacHeader,
+        (_, 0) => Front::Nothing,
+        _ if egress => Front::Nothing,
+        _ => Front::OuterHeaders,
+    };
+    let mut packet = Skb::new(ctx, front);
     let verdict = if egress {
         edge::egress(&mut packet, &Maps, edge, scratch)
     } else {

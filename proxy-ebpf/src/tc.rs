@@ -8,12 +8,13 @@ use core::arch::asm;
 use core::mem::MaybeUninit;
 use core::ptr::addr_of;
 
+use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
 };
 use aya_ebpf::helpers::generated::{
     bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
-    bpf_skb_store_bytes,
+    bpf_skb_load_bytes_relative, bpf_skb_store_bytes,
 };
 use aya_ebpf::programs::TcContext;
 use proxy_common::datapath::edge::packet::{FURTHEST, Packet};
@@ -22,11 +23,24 @@ use proxy_common::datapath::edge::sctp;
 /// `BPF_ADJ_ROOM_MAC` of linux/bpf.h.
 const ADJ_ROOM_MAC: u32 = 1;
 const MAC_HEADER: u32 = 14;
+/// Ethernet with a tag, IPv4 with all options or IPv6 with an extension, and a header of GRE.
+const MOST_OUTER_HEADERS: u32 = 128;
 
 /// One packet on a TC hook.
 pub(crate) struct Skb {
     skb: *mut __sk_buff,
     ip_offset: u32,
+}
+
+/// What a packet has before its IP header.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Front {
+    /// An Ethernet header.
+    MacHeader,
+    /// The IP header is the first.
+    Nothing,
+    /// Perhaps the headers of the packet that it was carried in.
+    OuterHeaders,
 }
 
 /// Reads a context field exactly once.
@@ -38,10 +52,43 @@ macro_rules! get {
 }
 
 impl Skb {
-    /// `has_mac_header`: whether the device's packets begin with one.
+    /// The packet of a hook.
     #[inline(always)]
-    pub(crate) fn new(ctx: &TcContext, has_mac_header: bool) -> Self {
-        Self { skb: ctx.skb.skb, ip_offset: if has_mac_header { MAC_HEADER } else { 0 } }
+    pub(crate) fn new(ctx: &TcContext, front: Front) -> Self {
+        let mut packet = Self { skb: ctx.skb.skb, ip_offset: 0 };
+        packet.ip_offset = match front {
+            Front::MacHeader => MAC_HEADER,
+            Front::Nothing => 0,
+            Front::OuterHeaders => packet.outer_headers(),
+        };
+        packet
+    }
+
+    /// How much stands before the IP header: what is longer than the IP packet by its own account. The kernel knows where
+    /// that header is, but tells no offset.
+    #[inline(always)]
+    fn outer_headers(&self) -> u32 {
+        const HEAD: usize = 6;
+        let mut head = [0_u8; HEAD];
+        // SAFETY: the helper checks the offset; the buffer has the length that it is given. It stays zero, or is made so, if
+        // that fails.
+        let _ = unsafe {
+            bpf_skb_load_bytes_relative(
+                self.skb.cast(),
+                0,
+                head.as_mut_ptr().cast(),
+                HEAD as u32,
+                BPF_HDR_START_NET,
+            )
+        };
+        let [first, _, t0, t1, p0, p1] = head;
+        let own = match first >> 4 {
+            4 => u32::from(u16::from_be_bytes([t0, t1])),
+            6 => u32::from(u16::from_be_bytes([p0, p1])).wrapping_add(40),
+            _ => return 0,
+        };
+        let before = get!(self, len).wrapping_sub(own);
+        if before <= MOST_OUTER_HEADERS { before } else { 0 }
     }
 
     /// Sends the packet back to where it came from: out of the device that it came in by, or into the one that it was

@@ -361,10 +361,17 @@ fn entries(map: &str, want: Capacity, flows: u32) -> u32 {
 }
 
 fn check_kernel() -> Result<(), DataplaneError> {
+    let (version, release) = kernel();
+    if version < KERNEL_FLOOR { Err(DataplaneError::Kernel(release)) } else { Ok(()) }
+}
+
+/// Version of the running kernel, and its whole release.
+pub(super) fn kernel() -> ((u32, u32), String) {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    if version < KERNEL_FLOOR { Err(DataplaneError::Kernel(release)) } else { Ok(()) }
+    drop(numbers);
+    (version, release)
 }
 
 /// Tells missing permission apart from other failures of the first BPF system calls.

@@ -17,7 +17,7 @@ use aya::programs::{Program, ProgramError, ProgramType, SchedClassifier, TcAttac
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
-use super::dataplane::{OBJECT, chain};
+use super::dataplane::{OBJECT, chain, kernel};
 use super::load::{Refused, describe, log_level, reason, timed};
 use super::pins::{MAPS, PinDir};
 use super::sys;
@@ -170,6 +170,10 @@ const HANDLE: TcHandle = TcHandle::new(0x5649, 0x5052);
 
 const EEXIST: i32 = 17;
 
+/// The first kernel whose IPv4 and IPv6 tunnels leave no header of the outer packet in front of the inner one (commit
+/// 7ad136fd288c, "ipip: Reset MAC header after tunnel decap").
+const TUNNELS_MEND_HEADERS: (u32, u32) = (5, 14);
+
 /// Index of the loopback device of every network namespace.
 const LOOPBACK: u32 = 1;
 
@@ -202,7 +206,11 @@ impl TcPrograms {
             is_helper_supported(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_ktime_get_coarse_ns);
         let coarse = u8::from(coarse.unwrap_or(false));
         loader.btf(None).verifier_log_level(log_level());
-        loader.override_global("L3_DEVICE", &l3, true).override_global("COARSE_CLOCK", &coarse, true);
+        let outer_headers = u8::from(kernel().0 < TUNNELS_MEND_HEADERS);
+        loader
+            .override_global("L3_DEVICE", &l3, true)
+            .override_global("COARSE_CLOCK", &coarse, true)
+            .override_global("KEEPS_OUTER_HEADERS", &outer_headers, true);
         let paths = MAPS.map(|spec| (spec.name, pins.map(spec.name)));
         for (name, path) in &paths {
             loader.map_pin_path(name, path.as_path());
