@@ -284,7 +284,8 @@ impl Dataplane {
     }
 }
 
-pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("VIPR_EBPF_OBJECT"));
+/// The object file with the programs and the layout of the maps.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("VIPR_EBPF_OBJECT"));
 
 fn program<'a>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, DataplaneError> {
     let missing = DataplaneError::Program { program: name, source: ProgramError::UnexpectedProgramType };

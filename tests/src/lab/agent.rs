@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,6 +27,7 @@ const SHOWN_LINES: usize = 200;
 #[derive(Debug)]
 pub struct Agent {
     host: Place,
+    program: PathBuf,
     pin_dir: String,
     run_dir: String,
     flags: BTreeMap<String, String>,
@@ -39,7 +40,7 @@ pub struct Agent {
 
 impl Agent {
     pub(super) fn new(node: &Node) -> Result<Self> {
-        binary::proxy_agent()?;
+        let program = binary::proxy_agent()?.to_path_buf();
         let [pin_dir, run_dir] = [node.pin_dir(), node.run_dir()].map(|dir| dir.display().to_string());
         let flags = [
             ("hostname-override", node.name()),
@@ -56,6 +57,7 @@ impl Agent {
         let host = node.host().clone();
         Ok(Self {
             host,
+            program,
             pin_dir,
             run_dir,
             flags,
@@ -71,6 +73,13 @@ impl Agent {
     #[must_use]
     pub fn flag(mut self, flag: &str, value: impl ToString) -> Self {
         self.flags.insert(flag.to_owned(), value.to_string());
+        self
+    }
+
+    /// Runs another program than the agent that was built with the lab, such as an earlier one.
+    #[must_use]
+    pub fn program(mut self, program: &Path) -> Self {
+        program.clone_into(&mut self.program);
         self
     }
 
@@ -120,7 +129,7 @@ impl Agent {
     /// If it runs already, or cannot be run.
     pub fn start(&mut self) -> Result<()> {
         ensure!(self.running.is_none(), "the agent runs already");
-        let mut command = self.host.command(binary::proxy_agent()?);
+        let mut command = self.host.command(&self.program);
         command.args(self.subcommand);
         for (flag, value) in &self.flags {
             command.arg(format!("--{flag}={value}"));
@@ -228,8 +237,9 @@ impl Agent {
     /// # Errors
     /// With its standard error if it fails, or if it does not print JSON.
     pub fn tool(&self, subcommand: &str, args: &[&str]) -> Result<Value> {
-        let mut command = self.host.command(binary::proxy_agent()?);
-        command.args([subcommand, "-o", "json", "--pin-dir", &self.pin_dir, "--run-dir", &self.run_dir]);
+        let mut command = self.host.command(&self.program);
+        let run_dir = self.flags.get("run-dir").unwrap_or(&self.run_dir);
+        command.args([subcommand, "-o", "json", "--pin-dir", &self.pin_dir, "--run-dir", run_dir]);
         command.args(args);
         let text = command.text()?;
         serde_json::from_str(&text)

@@ -59,10 +59,14 @@ pub fn at_most(limit: usize, summary: &Summary) -> Result<()> {
     Ok(())
 }
 
-/// The error of a refused connection on this kernel: programs can choose it since 5.18.
-pub fn refusal() -> &'static str {
+/// The running kernel's version.
+pub fn kernel_version() -> (u32, u32) {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse().ok());
-    let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    if version >= (5, 18) { "ECONNREFUSED" } else { "EPERM" }
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// The error of a refused connection on this kernel: programs can choose it since 5.18.
+pub fn refusal() -> &'static str {
+    if kernel_version() >= (5, 18) { "ECONNREFUSED" } else { "EPERM" }
 }

@@ -1,0 +1,83 @@
+//! What has to be true of single connections and datagrams.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context as _, Result, ensure};
+use proxy_tests::lab::{Attempt, Place, Proto};
+
+use super::objects::Backend;
+use super::world::{ANSWER, SILENCE};
+
+/// Every way to talk that kernels have without a module.
+pub(super) const WAYS: [Proto; 3] = [Proto::Tcp, Proto::Udp, Proto::UdpUnconnected];
+
+/// Who answers, and whom it sees.
+#[derive(Clone, Copy)]
+pub(super) struct Answer<'a> {
+    /// The server.
+    pub(super) backend: Backend,
+    /// Its port.
+    pub(super) port: u16,
+    /// Whom it sees as the client: one of these.
+    pub(super) seen: &'a [&'a str],
+}
+
+impl<'a> Answer<'a> {
+    /// On the port that most Service ports lead to.
+    pub(super) fn from(backend: Backend, seen: &'a [&'a str]) -> Self {
+        Self { backend, port: 8080, seen }
+    }
+}
+
+/// One connection or datagram is answered by whom it should be, who sees whom it should, and the client sees what it asked
+/// for.
+pub(super) fn served(place: &Place, way: Proto, target: &str, answer: Answer<'_>) -> Result<Attempt> {
+    let attempt = place.connect(target).proto(way).timeout(ANSWER).one()?;
+    is_served(target, &attempt, way, answer)
+        .with_context(|| format!("{} to {target} by {way:?}", place.name()))?;
+    Ok(attempt)
+}
+
+/// The same of an attempt that was made.
+pub(super) fn is_served(target: &str, attempt: &Attempt, way: Proto, answer: Answer<'_>) -> Result<()> {
+    let asked: SocketAddr = target.parse().with_context(|| target.to_owned())?;
+    let Answer { backend, port, seen } = answer;
+    let ip: IpAddr = if asked.is_ipv4() { backend.v4 } else { backend.v6 }.parse().context(backend.name)?;
+    let at = SocketAddr::new(ip, port);
+    ensure!(attempt.ok, "not answered: {attempt:?}");
+    ensure!(
+        attempt.server.as_deref() == Some(backend.name) && attempt.endpoint == Some(at),
+        "not answered by {} at {at}: {attempt:?}",
+        backend.name
+    );
+    let peer = attempt.peer.context("the server saw nobody")?.ip().to_string();
+    ensure!(seen.contains(&peer.as_str()), "the server saw {peer}, not one of {seen:?}");
+    let told = if way == Proto::UdpUnconnected { attempt.from } else { attempt.peername };
+    ensure!(told == Some(asked), "the client asked for {asked} and sees {told:?}: {attempt:?}");
+    // A datagram of a connected socket comes from there as well.
+    ensure!(way != Proto::Udp || attempt.from == Some(asked), "the answer came from {:?}", attempt.from);
+    Ok(())
+}
+
+/// One call or what follows it fails with this error; `stages` are the calls that may say so.
+pub(super) fn fails(place: &Place, way: Proto, target: &str, stages: &[&str], error: &str) -> Result<()> {
+    let timeout = if error == "ETIMEDOUT" { SILENCE } else { ANSWER };
+    let attempt = place.connect(target).proto(way).timeout(timeout).one()?;
+    let stage = attempt.stage.as_deref().unwrap_or("none");
+    ensure!(
+        attempt.error.as_deref() == Some(error) && stages.contains(&stage),
+        "{} to {target} by {way:?}: not {error} from {stages:?}: {attempt:?}",
+        place.name()
+    );
+    Ok(())
+}
+
+/// Nobody answers.
+pub(super) fn silent(place: &Place, way: Proto, target: &str) -> Result<()> {
+    fails(place, way, target, if way == Proto::Tcp { &["connect"] } else { &["recv"] }, "ETIMEDOUT")
+}
+
+/// The call of a socket that names the destination fails.
+pub(super) fn denied(place: &Place, way: Proto, target: &str, error: &str) -> Result<()> {
+    fails(place, way, target, if way == Proto::UdpUnconnected { &["send"] } else { &["connect"] }, error)
+}

@@ -1,0 +1,303 @@
+//! What the agent finds when it starts, what it does while clients go on, and what it leaves behind.
+
+use std::env;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use proxy_common::abi::ABI_VERSION;
+use proxy_tests::lab::{Attempt, Flow, Held, Place, Proto};
+use proxy_tests::scenarios::until;
+use serde_json::{Value, json};
+
+use super::attached::{clsact_programs, start, tcx_programs};
+use super::checks::{Answer, is_served, served};
+use super::insns;
+use super::kernel::has_tcx;
+use super::objects::{HERE, THERE, cluster_ip, node_port};
+use super::row::{Outcome, Row, right};
+use super::tools::differences;
+use super::world::{ANSWER, ELSEWHERE, N1, ON_THIS_NODE, P, READY, STICKY, U, World, X};
+
+pub(super) const ROWS: &[Row] = &[
+    Row { id: "k070_growth", check: growth },
+    Row { id: "k071_restart", check: restart },
+    Row { id: "k080_cleanup", check: cleanup },
+];
+
+/// Pins a new map of bpftool's making where a map of ours should be.
+fn put_map(world: &World, version: &str, name: &str, layout: &str) -> Result<()> {
+    let dir = world.node().pin_dir().join(version);
+    fs::create_dir_all(&dir)?;
+    let mut command = world.host().command("bpftool");
+    command.args(["map", "create"]).arg(dir.join(name)).args(layout.split(' ')).args(["name", name]);
+    command.text().context("the rows need bpftool").map(drop)
+}
+
+/// Key size, value size and room of a pinned map.
+fn layout(world: &World, name: &str) -> Result<[u64; 3]> {
+    let pin = world.node().pin_dir().join(format!("v{ABI_VERSION}")).join(name);
+    let mut command = world.host().command("bpftool");
+    command.args(["-j", "map", "show", "pinned"]).arg(pin);
+    let shown: Value = serde_json::from_str(&command.text()?)?;
+    let field = |name: &str| shown[name].as_u64().with_context(|| format!("no {name} in {shown}"));
+    Ok([field("bytes_key")?, field("bytes_value")?, field("max_entries")?])
+}
+
+/// The first start of the agent: on the pins of an earlier build that is given, else on maps of other versions and layouts.
+pub(super) fn takeover(world: &World) -> Result<Outcome> {
+    let before = env::var_os("VIPR_AGENT_BEFORE").filter(|path| !path.is_empty());
+    let what = match &before {
+        Some(path) => after_another(world, Path::new(path))?,
+        None => after_other_layouts(world)?,
+    };
+    let mut left: Vec<String> = fs::read_dir(world.node().pin_dir())?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<_>>()?;
+    left.sort();
+    ensure!(left == ["links".to_owned(), format!("v{ABI_VERSION}")], "pinned are {left:?}");
+    served(&world.pod("P"), Proto::Tcp, &cluster_ip(ON_THIS_NODE.number, false, 80), Answer::from(HERE, &P))?;
+    right(what)
+}
+
+fn after_other_layouts(world: &World) -> Result<String> {
+    let own = format!("v{ABI_VERSION}");
+    for version in ["v0", "v999"] {
+        put_map(world, version, "FRONTENDS", "type hash key 24 value 16 entries 64")?;
+    }
+    for name in ["FRONTENDS", "FLOWS", "NODE"] {
+        put_map(world, &own, name, "type array key 4 value 12 entries 3")?;
+    }
+    start(world)?;
+    for name in ["FRONTENDS", "FLOWS", "NODE"] {
+        let layout = layout(world, name)?;
+        ensure!(layout != [4, 12, 3], "{name} is as it was found: {layout:?}");
+    }
+    Ok("maps of two other versions are gone, three of another layout replaced".to_owned())
+}
+
+/// An earlier agent serves, dies, and ours goes on with what it has left. Nobody who is connected notices.
+fn after_another(world: &World, program: &Path) -> Result<String> {
+    let mut earlier = world.new_agent()?.program(program);
+    earlier.start()?;
+    earlier.wait_ready(READY)?;
+    let mut clients = Clients::new(world)?;
+    let version = earlier.tool("status", &[])?["agent"]["version"].as_str().unwrap_or("?").to_owned();
+    earlier.kill9()?;
+    clients.go_on("without an agent")?;
+    start(world)?;
+    clients.go_on("with ours")?;
+    let count = clients.none_failed()?;
+    Ok(format!("from the agent of version {version}: {count} connections beside, all answered"))
+}
+
+/// Clients of all kinds: some stay connected, some make one connection after the other.
+struct Clients {
+    held: Vec<Held>,
+    flows: Vec<(String, Proto, Flow)>,
+}
+
+impl Clients {
+    fn new(world: &World) -> Result<Self> {
+        let (pod, unseen, outside) = (world.pod("P"), world.pod("U"), world.lab().client("X"));
+        let cip = |number| cluster_ip(number, false, 80);
+        let mut held = Vec::new();
+        for (place, target, way) in [
+            (&pod, cip(ELSEWHERE.number), Proto::Tcp),
+            (&pod, cip(ON_THIS_NODE.number), Proto::Udp),
+            (&unseen, cip(ELSEWHERE.number), Proto::Tcp),
+            (&outside, node_port(ELSEWHERE.number, false, 80), Proto::Tcp),
+            (&outside, node_port(ON_THIS_NODE.number, true, 80), Proto::Tcp),
+            (&outside, node_port(ELSEWHERE.number, true, 80), Proto::Udp),
+        ] {
+            held.push(place.hold(&target).proto(way).timeout(ANSWER).open()?);
+        }
+        let mut flows = Vec::new();
+        for (place, target, way) in [
+            (&pod, cip(ELSEWHERE.number), Proto::Tcp),
+            (&unseen, cip(ON_THIS_NODE.number), Proto::Udp),
+            (&outside, node_port(ELSEWHERE.number, false, 80), Proto::Tcp),
+        ] {
+            let connect = place.connect(&target).proto(way).timeout(ANSWER).pace(Duration::from_millis(20));
+            flows.push((target, way, connect.start()?));
+        }
+        let mut clients = Self { held, flows };
+        clients.go_on("at first")?;
+        Ok(clients)
+    }
+
+    /// Every connection that is held still works, and new ones do.
+    fn go_on(&mut self, when: &str) -> Result<()> {
+        for held in &mut self.held {
+            let said = held.say(when)?;
+            ensure!(said.ok && said.text.as_deref() == Some(when), "a held connection, {when}: {said:?}");
+        }
+        // The first one may have begun before.
+        self.flows.iter_mut().try_for_each(|(_, _, flow)| flow.wait_for(3)).with_context(|| when.to_owned())
+    }
+
+    /// Ends them. How many connections there were, of which none failed, or went elsewhere.
+    fn none_failed(self) -> Result<usize> {
+        let mut count = 0;
+        for (target, way, flow) in self.flows {
+            for attempt in flow.stop()? {
+                let (backend, seen): (_, &[&str]) = match (attempt.server.as_deref(), way) {
+                    (Some("L1"), _) => (HERE, &U),
+                    (_, _) if target.starts_with("192.") => (THERE, &N1),
+                    (_, _) => (THERE, &P),
+                };
+                is_served(&target, &attempt, way, Answer::from(backend, seen))
+                    .with_context(|| target.clone())?;
+                count += 1;
+            }
+        }
+        Ok(count)
+    }
+}
+
+/// Which Service and which backend has which number, of the Services that there are from the beginning on.
+fn numbers(world: &World) -> Result<Vec<Value>> {
+    let mut all = Vec::new();
+    for tool in ["services", "backends"] {
+        let Value::Array(list) = world.tool(tool)? else { bail!("no list of {tool}") };
+        all.extend(list.into_iter().filter(|one| !one.to_string().contains("many-")).map(|mut one| {
+            one["traffic"].take();
+            one
+        }));
+    }
+    Ok(all)
+}
+
+/// Whom the Service with session affinity gives to this client.
+fn remembered(place: &Place) -> Result<String> {
+    let target = cluster_ip(STICKY.number, false, 80);
+    let attempt: Attempt = place.connect(&target).timeout(ANSWER).one()?;
+    attempt.server.context("not answered")
+}
+
+/// Services of many ports, and no endpoints but the last one's.
+fn many(ports: u64) -> Vec<Value> {
+    const EACH: u64 = 20;
+    let services = ports.div_ceil(EACH);
+    let mut objects = Vec::new();
+    for number in 0..services {
+        let ports: Vec<Value> =
+            (0..EACH).map(|port| json!({ "name": format!("p{port}"), "port": 80 + port })).collect();
+        let ip = format!("10.96.{}.{}", 100 + number / 250, 1 + number % 250);
+        objects.push(json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "k", "name": format!("many-{number}") },
+            "spec": { "clusterIP": ip, "clusterIPs": [ip], "ipFamilies": ["IPv4"], "ports": ports },
+        }));
+    }
+    let last = services - 1;
+    objects.push(json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {
+            "namespace": "k", "name": "many-last", "labels": { "kubernetes.io/service-name": format!("many-{last}") },
+        },
+        "ports": [{ "name": "p0", "port": 8080 }],
+        "endpoints": [{ "addresses": [HERE.v4], "nodeName": HERE.node }],
+    }));
+    objects
+}
+
+/// More Service ports than there is room for: the maps are made larger while everybody goes on.
+fn growth(world: &World) -> Result<Outcome> {
+    let [.., small] = layout(world, "SERVICES")?;
+    let (before, kept) = (numbers(world)?, remembered(&world.pod("P"))?);
+    let mut clients = Clients::new(world)?;
+    let objects = many(small);
+    let last = objects[objects.len() - 2]["spec"]["clusterIP"].as_str().context("a clusterIP")?.to_owned();
+    world.write("many", &objects)?;
+    let look = || {
+        let [.., room] = layout(world, "SERVICES")?;
+        Ok((room > small).then_some(room))
+    };
+    let large = until("larger maps", look)?;
+    let target = format!("{last}:80");
+    let look = || Ok(world.pod("P").connect(&target).timeout(ANSWER).one()?.ok.then_some(()));
+    until("the last Service", look)?;
+    served(&world.pod("P"), Proto::Tcp, &target, Answer::from(HERE, &P))?;
+    // The packet edge takes the larger maps a moment later.
+    let outside = world.lab().client("X");
+    until("the last Service from outside", || {
+        Ok(outside.connect(&target).timeout(ANSWER).one()?.ok.then_some(()))
+    })?;
+    served(&outside, Proto::Tcp, &target, Answer::from(HERE, &X))?;
+    clients.go_on("with larger maps")?;
+    let count = clients.none_failed()?;
+    ensure!(numbers(world)? == before, "Services or backends have other numbers");
+    ensure!(remembered(&world.pod("P"))? == kept, "session affinity is forgotten");
+    let left = differences(world)?;
+    ensure!(left.is_empty(), "{left:?}");
+    right(format!("from {small} to {large} Service ports, {count} connections beside, all answered"))
+}
+
+/// The agent is killed and started again; where there is TCX, so that it changes over to filters.
+fn restart(world: &World) -> Result<Outcome> {
+    let (before, kept) = (numbers(world)?, remembered(&world.pod("P"))?);
+    let mut clients = Clients::new(world)?;
+    world.agent().kill9()?;
+    clients.go_on("without an agent")?;
+    let fresh = world.new_agent()?.flag("no-tcx", true);
+    *world.agent() = fresh;
+    start(world)?;
+    let attached = || {
+        let status = world.tool("status")?;
+        let devices = status["agent"]["devices"].as_array().context("status tells no devices")?;
+        let all = |how: &str| devices.iter().all(|device| device["attached"] == how);
+        Ok((!devices.is_empty() && all("clsact")).then_some(()))
+    };
+    until("filters on every device", attached)?;
+    let filters = clsact_programs(world.host(), "eth0")?;
+    ensure!(filters == ["edge_ingress", "edge_egress"], "by clsact: {filters:?}");
+    let mut change = "";
+    if has_tcx() {
+        let links = tcx_programs(world.host(), "eth0")?;
+        ensure!(links.is_empty(), "by TCX still: {links:?}");
+        change = ", from TCX to clsact";
+    }
+    clients.go_on("with another agent")?;
+    let count = clients.none_failed()?;
+    ensure!(numbers(world)? == before, "Services or backends have other numbers");
+    ensure!(remembered(&world.pod("P"))? == kept, "session affinity is forgotten");
+    right(format!("held connections go on, {count} others, all answered{change}"))
+}
+
+/// Nothing is left: no pin, no program, no filter; and nobody is served.
+fn cleanup(world: &World) -> Result<Outcome> {
+    let pins = world.node().pin_dir();
+    let mut held = world.pod("P").hold(cluster_ip(ELSEWHERE.number, false, 80)).timeout(ANSWER).open()?;
+    ensure!(!insns::names(pins)?.is_empty(), "no programs before");
+    let trace = insns::trace(pins)?;
+    world.agent().terminate()?;
+    world.command("cleanup")?.text()?;
+    ensure!(!pins.exists(), "{} is left", pins.display());
+    ensure!(
+        fs::read_dir(world.run_dir())?.next().is_none(),
+        "files are left in {}",
+        world.run_dir().display()
+    );
+    let devices = ["eth0", world.lab().pod("P").host_device(), "u0"].map(str::to_owned);
+    for device in &devices {
+        let filters = clsact_programs(world.host(), device)?;
+        ensure!(filters.is_empty(), "filters are left on {device}: {filters:?}");
+        if has_tcx() {
+            ensure!(tcx_programs(world.host(), device)?.is_empty(), "links are left on {device}");
+        }
+    }
+    // The kernel takes programs and maps away when nobody has used them for a moment.
+    until("no programs", || Ok(insns::using(trace).is_empty().then_some(())))
+        .with_context(|| format!("{:?}", insns::using(trace)))?;
+    for (place, target) in [
+        (world.pod("P"), cluster_ip(ON_THIS_NODE.number, false, 80)),
+        (world.lab().client("X"), node_port(ON_THIS_NODE.number, false, 80)),
+    ] {
+        let attempt = place.connect(&target).timeout(super::world::SILENCE).one()?;
+        ensure!(!attempt.ok, "{} is still served: {attempt:?}", place.name());
+    }
+    // What a socket was connected to stays.
+    ensure!(held.say("still there")?.ok, "a connection to a pod");
+    right("no pins, programs, filters or files are left")
+}

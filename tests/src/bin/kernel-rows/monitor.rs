@@ -1,0 +1,128 @@
+//! `proxy-agent monitor` tells of every kind of decision that can be brought about, at sockets and of packets.
+
+use std::collections::BTreeSet;
+use std::io::Read as _;
+use std::net::UdpSocket;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use aya::maps::{Array, Map, MapData};
+use proxy_agent::bpf::pins::PinDir;
+use proxy_common::abi::Trace;
+use proxy_tests::lab::{Place, Proto};
+use proxy_tests::scenarios::until;
+use rustix::process::Signal;
+use serde_json::Value;
+
+use super::objects::{balancer, cluster_ip, node_port};
+use super::row::{Outcome, Row, right};
+use super::world::{ABSENT, ANSWER, ELSEWHERE, EMPTY, GUARDED, N1, ON_THIS_NODE, SILENCE, World};
+
+pub(super) const ROWS: &[Row] = &[Row { id: "k065_monitor", check: monitor }];
+
+const INACTIVE: &str = "10.96.77.77:80";
+
+/// What is told: at sockets, of packets on their way in, and on their way out.
+const SOCKET: [&str; 8] = [
+    "connected",
+    "datagram",
+    "reject_no_endpoint",
+    "reject_unused_port",
+    "drop_no_local_endpoint",
+    "drop_inactive_address",
+    "drop_source_range",
+    "left_to_packets",
+];
+const IN: [&str; 8] = [
+    "flow",
+    "packet",
+    "reject_no_endpoint",
+    "reject_unused_port",
+    "drop_no_local_endpoint",
+    "drop_inactive_address",
+    "drop_source_range",
+    "drop_own_source",
+];
+const OUT: [&str; 4] = ["packet", "reject_unused_port", "drop_inactive_address", "drop_no_flow"];
+
+fn monitor(world: &World) -> Result<Outcome> {
+    let mut command = world.command("monitor")?;
+    command.args(["-o", "json", "--sample", "1"]).stdout(Stdio::piped());
+    let mut monitor = command.spawn()?;
+    let pins = PinDir::new(world.node().pin_dir());
+    let trace = Array::<_, Trace>::try_from(Map::Array(MapData::from_pin(pins.map("TRACE"))?))?;
+    until("the monitor", || Ok((trace.get(&0, 0)?.until != 0).then_some(())))?;
+    provoke(world)?;
+    // It looks for events some times a second.
+    std::thread::sleep(Duration::from_millis(500));
+    monitor.signal(Signal::INT)?;
+    let mut text = String::new();
+    monitor.take_stdout()?.read_to_string(&mut text)?;
+    let status = monitor.wait(ANSWER)?;
+    ensure!(status.success(), "monitor: {status}");
+    ensure!(trace.get(&0, 0)?.until == 0, "it goes on being told");
+
+    let mut told = BTreeSet::new();
+    for line in text.lines() {
+        let event: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
+        let word = |field: &str| event[field].as_str().unwrap_or_default().to_owned();
+        let place = if word("at") == "socket" { "socket".to_owned() } else { word("direction") };
+        told.insert((place, word("what")));
+    }
+    let wanted = [("socket", &SOCKET[..]), ("in", &IN), ("out", &OUT)];
+    let wanted = wanted.into_iter().flat_map(|(place, kinds)| kinds.iter().map(move |kind| (place, *kind)));
+    let is_told = |(place, kind): &(&str, &str)| told.contains(&((*place).to_owned(), (*kind).to_owned()));
+    let missing: Vec<_> = wanted.clone().filter(|kind| !is_told(kind)).collect();
+    ensure!(missing.is_empty(), "not told: {missing:?}; told: {told:?}");
+    right(format!("{} kinds of events, {} events", told.len(), text.lines().count()))
+}
+
+/// Something of every kind. What becomes of it is the affair of other rows.
+fn provoke(world: &World) -> Result<()> {
+    let (pod, host) = (world.pod("P"), world.host());
+    let [x, y, far] = ["X", "Y", "far"].map(|name| world.lab().client(name));
+    let cip = |number| cluster_ip(number, false, 80);
+    let unused = cluster_ip(ON_THIS_NODE.number, false, 999);
+    let lb = |number| balancer(number, false, 80);
+    let ask = |place: &Place, way: Proto, target: &str, timeout: Duration| {
+        place.connect(target).proto(way).timeout(timeout).one().map(drop)
+    };
+    for (place, way, target) in [
+        (&pod, Proto::Tcp, cip(ON_THIS_NODE.number)),
+        (&pod, Proto::UdpUnconnected, cip(ON_THIS_NODE.number)),
+        (&pod, Proto::Tcp, cip(EMPTY.number)),
+        (&pod, Proto::Udp, unused.clone()),
+        (host, Proto::Tcp, cip(ABSENT.number)),
+        (host, Proto::Udp, INACTIVE.to_owned()),
+        (host, Proto::Tcp, lb(GUARDED.number)),
+        (&x, Proto::Tcp, node_port(ELSEWHERE.number, false, 80)),
+        (&x, Proto::Tcp, lb(EMPTY.number)),
+        (&x, Proto::Udp, unused.clone()),
+    ] {
+        ask(place, way, &target, ANSWER)?;
+    }
+    for (place, target) in [
+        (&pod, cip(ABSENT.number)),
+        (&x, lb(ABSENT.number)),
+        (&x, INACTIVE.to_owned()),
+        (&y, lb(GUARDED.number)),
+    ] {
+        ask(place, Proto::Udp, &target, SILENCE)?;
+    }
+    // By a socket of the node that is in none of its cgroups, as that of a kernel thread: nobody has translated it.
+    let send = |source: &str, targets: &[&str]| -> Result<()> {
+        let socket = UdpSocket::bind((source, 0))?;
+        for target in targets {
+            // It may be told of the one before.
+            let _ = socket.send_to(b"?", target);
+        }
+        Ok(())
+    };
+    host.net().enter(|| send("0.0.0.0", &[&cip(ON_THIS_NODE.number), &unused, INACTIVE]))??;
+    // With the node's own address, from elsewhere.
+    far.net().ip(&format!("address add {}/32 dev lo", N1[0]))?;
+    let sent = far.net().enter(|| send(N1[0], &[&lb(ON_THIS_NODE.number)]))?;
+    far.net().ip(&format!("address delete {}/32 dev lo", N1[0]))?;
+    sent
+}

@@ -1,0 +1,82 @@
+//! The endpoint of a Service is replaced while clients use it.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use proxy_tests::lab::{Attempt, Held, Place, Summary};
+use serde_json::json;
+
+use super::objects::{Backend, HERE, Service, THERE, cluster_ip, node_port, service};
+use super::row::{Outcome, Row, right};
+use super::world::{ANSWER, MOVING, World};
+
+pub(super) const ROWS: &[Row] = &[Row { id: "k060_udp_endpoint_replaced", check: replaced }];
+
+/// Clients go on and on by sockets that live for 20 datagrams, and others keep one socket each.
+fn replaced(world: &World) -> Result<Outcome> {
+    move_to(world, HERE)?;
+    let [pod, unseen, outside] = [world.pod("P"), world.pod("U"), world.lab().client("X")];
+    let vip = cluster_ip(MOVING.number, false, 80);
+    let load = |place: &Place| {
+        place
+            .connect(&vip)
+            .udp_unconnected()
+            .per_socket(20)
+            .timeout(ANSWER)
+            .pace(Duration::from_millis(2))
+            .start()
+    };
+    let mut loads = [load(&pod)?, load(&unseen)?, load(&outside)?];
+    let hold = |place: &Place, target: &str| -> Result<Held> {
+        let mut held = place.hold(target).udp().timeout(ANSWER).open()?;
+        answered_by(&held.say("before")?, HERE)?;
+        Ok(held)
+    };
+    let mut connected = hold(&pod, &vip)?;
+    let mut in_packets = [hold(&unseen, &vip)?, hold(&outside, &node_port(MOVING.number, false, 80))?];
+    loads.iter_mut().try_for_each(|load| load.wait_for(20))?;
+
+    move_to(world, THERE)?;
+    for held in &mut in_packets {
+        answered_by(&held.say("after")?, THERE)?;
+    }
+    // The pod that it is connected to has left: it is ended, so that its owner opens another.
+    let ended = connected.say_until(ANSWER, |attempt| !attempt.ok)?;
+    let mut datagrams = 0;
+    for mut load in loads {
+        // The first one may have been sent before.
+        load.wait_for(2)?;
+        let moved = load.so_far()?.len();
+        load.wait_for(20)?;
+        let all = load.stop()?;
+        let lost: Vec<&Attempt> = all.iter().filter(|attempt| !attempt.ok).collect();
+        ensure!(
+            lost.is_empty(),
+            "{} of {} datagrams were not answered: {:?}",
+            lost.len(),
+            all.len(),
+            lost[0]
+        );
+        ensure!(all[0].server.as_deref() == Some(HERE.name), "began with {:?}", all[0]);
+        let after = Summary::of(&all[moved..]);
+        ensure!(after.servers() == [THERE.name], "goes on to {:?}", after.by_server);
+        datagrams += all.len();
+    }
+    right(format!(
+        "{datagrams} datagrams answered, no flow stays behind; a connected socket ends ({})",
+        ended.error.unwrap_or_default()
+    ))
+}
+
+fn move_to(world: &World, backend: Backend) -> Result<()> {
+    let backends: &[Backend] = if backend.name == HERE.name { &[HERE] } else { &[THERE] };
+    world.write("moving", &service(Service { backends, ..MOVING }, json!({})))?;
+    world.wait_backend(MOVING, backend)
+}
+
+fn answered_by(attempt: &Attempt, backend: Backend) -> Result<()> {
+    if attempt.server.as_deref() == Some(backend.name) {
+        return Ok(());
+    }
+    bail!("not answered by {}: {attempt:?}", backend.name)
+}

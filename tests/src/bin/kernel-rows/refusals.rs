@@ -1,0 +1,103 @@
+//! What is refused, and what vanishes.
+
+use anyhow::Result;
+use proxy_tests::lab::Proto;
+use proxy_tests::scenarios::refusal;
+
+use super::checks::{Answer, WAYS, denied, fails, served, silent};
+use super::kernel;
+use super::objects::{HERE, balancer, cluster_ip, node_port};
+use super::row::{Outcome, Row, right};
+use super::world::{ABSENT, EMPTY, GUARDED, ON_THIS_NODE, World, X};
+
+pub(super) const ROWS: &[Row] = &[
+    Row { id: "k025_reject_at_sockets", check: reject_at_sockets },
+    Row { id: "k026_drop_at_sockets", check: drop_at_sockets },
+    Row { id: "k027_reject_packets", check: reject_packets },
+    Row { id: "k028_drop_packets", check: drop_packets },
+    Row { id: "k029_source_ranges", check: source_ranges },
+];
+
+/// An address that Services may have, and none has.
+const INACTIVE: [&str; 2] = ["10.96.77.77:80", "[fd00:96::77]:80"];
+/// No Service has this port.
+const UNUSED: u16 = 999;
+
+/// No endpoint, or no such port: the call that names the destination fails.
+fn reject_at_sockets(world: &World) -> Result<Outcome> {
+    for v6 in [false, true] {
+        for target in [cluster_ip(EMPTY.number, v6, 80), cluster_ip(ON_THIS_NODE.number, v6, UNUSED)] {
+            for place in [&world.pod("P"), world.host()] {
+                for way in WAYS {
+                    denied(place, way, &target, refusal())?;
+                }
+            }
+        }
+    }
+    if kernel::has_set_retval() {
+        right(refusal())
+    } else {
+        Ok(Outcome::Lacks(format!("bpf_set_retval: {} instead of ECONNREFUSED", refusal())))
+    }
+}
+
+/// No endpoint on this node where the policy asks for one, or no such Service: the host is told, of a pod the packets
+/// vanish.
+fn drop_at_sockets(world: &World) -> Result<Outcome> {
+    for v6 in [false, true] {
+        for target in [cluster_ip(ABSENT.number, v6, 80), INACTIVE[usize::from(v6)].to_owned()] {
+            for way in WAYS {
+                denied(world.host(), way, &target, "EPERM")?;
+            }
+            silent(&world.pod("P"), Proto::Tcp, &target)?;
+            silent(&world.pod("P"), Proto::UdpUnconnected, &target)?;
+        }
+    }
+    right("EPERM for the host, silence for a pod")
+}
+
+/// From outside and from a pod whose packets are served: a reset, and an ICMP error.
+fn reject_packets(world: &World) -> Result<Outcome> {
+    let (outside, pod) = (world.lab().client("X"), world.pod("U"));
+    for v6 in [false, true] {
+        for (place, target) in [
+            (&outside, balancer(EMPTY.number, v6, 80)),
+            (&outside, node_port(EMPTY.number, v6, 80)),
+            (&outside, cluster_ip(ON_THIS_NODE.number, v6, UNUSED)),
+            (&pod, cluster_ip(EMPTY.number, v6, 80)),
+        ] {
+            fails(place, Proto::Tcp, &target, &["connect"], "ECONNREFUSED")?;
+            fails(place, Proto::Udp, &target, &["send", "recv"], "ECONNREFUSED")?;
+        }
+    }
+    right("from outside and from a pod, by TCP and UDP")
+}
+
+fn drop_packets(world: &World) -> Result<Outcome> {
+    let (outside, pod) = (world.lab().client("X"), world.pod("U"));
+    for v6 in [false, true] {
+        for (place, target) in [
+            (&outside, balancer(ABSENT.number, v6, 80)),
+            (&outside, INACTIVE[usize::from(v6)].to_owned()),
+            (&pod, cluster_ip(ABSENT.number, v6, 80)),
+        ] {
+            silent(place, Proto::Tcp, &target)?;
+            silent(place, Proto::UdpUnconnected, &target)?;
+        }
+    }
+    right("from outside and from a pod, by TCP and UDP")
+}
+
+/// X is in the ranges of the load-balancer address, and Y and the host are not.
+fn source_ranges(world: &World) -> Result<Outcome> {
+    let [x, y] = ["X", "Y"].map(|name| world.lab().client(name));
+    for v6 in [false, true] {
+        let target = balancer(GUARDED.number, v6, 80);
+        served(&x, Proto::Tcp, &target, Answer::from(HERE, &X))?;
+        silent(&y, Proto::Tcp, &target)?;
+        denied(world.host(), Proto::Tcp, &target, "EPERM")?;
+        // The ranges are about that address alone.
+        served(&y, Proto::Tcp, &node_port(GUARDED.number, v6, 80), Answer::from(HERE, &super::world::Y))?;
+    }
+    right("one client is in range, one and the host are not")
+}

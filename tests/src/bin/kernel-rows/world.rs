@@ -1,0 +1,236 @@
+//! The one world of all rows: two nodes, pods of either kind on the first, pods on the second, clients outside, and a node
+//! agent on the first. Who is elsewhere is reached without any agent.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use proxy_tests::lab::{Agent, Exec, Lab, LabSpec, Node, NodeSpec, Place, binary};
+use proxy_tests::scenarios::until;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::devices::{self, Device};
+use super::objects::{Backend, HERE, NARROW, Service, THERE, service, service_cidr};
+
+/// The node that is looked at.
+pub(super) const NODE: &str = "n1";
+/// How long the agent may take to be ready.
+pub(super) const READY: Duration = Duration::from_secs(55);
+/// How long an answer may take.
+pub(super) const ANSWER: Duration = Duration::from_secs(5);
+/// How long silence has to last.
+pub(super) const SILENCE: Duration = Duration::from_millis(300);
+
+/// Addresses of the pod whose sockets are seen, by family.
+pub(super) const P: [&str; 2] = ["10.64.1.50", "fd00:64:0:1::50"];
+/// Addresses of the pod that is in no cgroup of the node, so that its packets are served.
+pub(super) const U: [&str; 2] = ["10.64.1.51", "fd00:64:0:1::51"];
+/// Addresses of the client outside.
+pub(super) const X: [&str; 2] = ["203.0.113.7", "2001:db8:ff::7"];
+/// Those of another one.
+pub(super) const Y: [&str; 2] = ["203.0.113.200", "2001:db8:ff::200"];
+/// The node's own.
+pub(super) const N1: [&str; 2] = ["192.0.2.10", "2001:db8:1::10"];
+
+/// The Services, each with what differs in its `spec`.
+pub(super) const ON_THIS_NODE: Service = Service { name: "here", number: 1, backends: &[HERE] };
+pub(super) const ELSEWHERE: Service = Service { name: "there", number: 2, backends: &[THERE] };
+pub(super) const BOTH: Service = Service { name: "both", number: 3, backends: &[HERE, THERE] };
+pub(super) const STICKY: Service = Service { name: "sticky", number: 4, backends: &[HERE, THERE] };
+pub(super) const LOCAL: Service = Service { name: "local", number: 5, backends: &[HERE, THERE] };
+pub(super) const ABSENT: Service = Service { name: "absent", number: 6, backends: &[THERE] };
+pub(super) const EMPTY: Service = Service { name: "empty", number: 7, backends: &[] };
+pub(super) const GUARDED: Service = Service { name: "guarded", number: 8, backends: &[HERE] };
+pub(super) const BEHIND_NARROW: Service = Service { name: "narrow", number: 9, backends: &[NARROW] };
+pub(super) const MOVING: Service = Service { name: "moving", number: 10, backends: &[HERE] };
+
+/// What the rows have in common.
+pub(super) struct World {
+    // Dropped first: it runs in the lab.
+    agent: Mutex<Agent>,
+
+    lab: Lab,
+    dir: TempDir,
+    /// Devices that lead to the machine `far`.
+    pub(super) devices: Vec<Device>,
+    /// Whether only a hierarchy beside those of version 1 will do.
+    pub(super) hybrid: bool,
+}
+
+impl World {
+    /// Everything but the agent, which is not started.
+    pub(super) fn build(hybrid: bool) -> Result<Self> {
+        let lab = Lab::build(spec()?)?;
+        for pod in ["L1", "R1", "M1"] {
+            lab.pod(pod).serve().tcp(8080).udp(8080).tcp(8081).udp_echo(9082).echo(9083).start()?;
+        }
+        lab.client("owner").serve().tcp(80).udp(80).start()?;
+        let devices = devices::make(&lab)?;
+        let dir = tempfile::Builder::new().prefix("kernel-rows-").tempdir()?;
+        fs::create_dir(dir.path().join("manifests"))?;
+        let agent = Mutex::new(lab.node(NODE).agent()?.quiet());
+        let world = Self { agent, lab, dir, devices, hybrid };
+        *world.agent() = world.new_agent()?;
+        world.write("cluster", &world.objects())?;
+        world.write("moving", &service(MOVING, json!({})))?;
+        Ok(world)
+    }
+
+    fn objects(&self) -> Vec<Value> {
+        let mut objects = vec![self.node().object(), service_cidr()];
+        let sources = ["203.0.113.7/32", "2001:db8:ff::7/128"];
+        for (of, patch) in [
+            (ON_THIS_NODE, json!({})),
+            (ELSEWHERE, json!({})),
+            (BOTH, json!({})),
+            (STICKY, json!({ "sessionAffinity": "ClientIP" })),
+            (LOCAL, json!({ "externalTrafficPolicy": "Local" })),
+            (ABSENT, json!({ "externalTrafficPolicy": "Local", "internalTrafficPolicy": "Local" })),
+            (EMPTY, json!({})),
+            (GUARDED, json!({ "loadBalancerSourceRanges": sources })),
+            (BEHIND_NARROW, json!({})),
+        ] {
+            objects.extend(service(of, patch));
+        }
+        objects.extend(self.devices.iter().flat_map(|device| service(device.service(), json!({}))));
+        objects
+    }
+
+    /// An agent with the flags of this world, not yet started.
+    pub(super) fn new_agent(&self) -> Result<Agent> {
+        let agent = self.node().agent()?.quiet().manifests(&self.manifests());
+        let agent = agent.flag("run-dir", self.run_dir().display()).flag("socket-opt-out", "annotation");
+        // What has to be tried again is, soon.
+        Ok(agent.flag("iptables-sync-period", "1s").flag("iptables-min-sync-period", "1s"))
+    }
+
+    /// The agent.
+    pub(super) fn agent(&self) -> MutexGuard<'_, Agent> {
+        self.agent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The last of what the agent has said, unless a row that hangs has it.
+    pub(super) fn log(&self) -> String {
+        let Ok(agent) = self.agent.try_lock() else { return "(a row that hangs has it)".to_owned() };
+        let log = agent.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(60)..].join("\n")
+    }
+
+    /// The lab.
+    pub(super) fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// The node that is looked at.
+    pub(super) fn node(&self) -> &Node {
+        self.lab.node(NODE)
+    }
+
+    /// Its host.
+    pub(super) fn host(&self) -> &Place {
+        self.node().host()
+    }
+
+    /// A pod.
+    pub(super) fn pod(&self, name: &str) -> Place {
+        Place::clone(&self.lab.pod(name))
+    }
+
+    /// What the agent reads.
+    pub(super) fn manifests(&self) -> PathBuf {
+        self.dir.path().join("manifests")
+    }
+
+    /// The agent's `--run-dir`.
+    pub(super) fn run_dir(&self) -> PathBuf {
+        self.dir.path().join("run")
+    }
+
+    /// Replaces a file of manifests.
+    pub(super) fn write(&self, name: &str, objects: &[Value]) -> Result<()> {
+        let list = json!({ "apiVersion": "v1", "kind": "List", "items": objects });
+        let next = self.dir.path().join("next");
+        fs::write(&next, serde_json::to_vec(&list)?)?;
+        Ok(fs::rename(&next, self.manifests().join(name).with_extension("json"))?)
+    }
+
+    /// `proxy-agent SUBCOMMAND` on the node's state.
+    pub(super) fn command(&self, subcommand: &str) -> Result<Exec> {
+        let mut command = self.host().command(binary::proxy_agent()?);
+        command
+            .args([subcommand, "--pin-dir"])
+            .arg(self.node().pin_dir())
+            .arg("--run-dir")
+            .arg(self.run_dir());
+        Ok(command)
+    }
+
+    /// What such a command prints.
+    pub(super) fn tool(&self, subcommand: &str) -> Result<Value> {
+        let mut command = self.command(subcommand)?;
+        command.args(["-o", "json"]);
+        Ok(serde_json::from_str(&command.text()?)?)
+    }
+
+    /// A counter of the datapath.
+    pub(super) fn counter(&self, name: &str) -> Result<u64> {
+        self.tool("status")?["counters"][name].as_u64().with_context(|| format!("no counter {name}"))
+    }
+
+    /// Waits until the one endpoint of the first port of a Service is a backend.
+    pub(super) fn wait_backend(&self, service: Service, backend: Backend) -> Result<()> {
+        let look = || {
+            let services = self.tool("services")?;
+            let ports = services.as_array().context("no list of Services")?;
+            let own: Vec<&Value> = ports.iter().filter(|port| port["name"] == service.name).collect();
+            let done = |port: &&Value| {
+                let all = port["cluster"].as_array().map(Vec::as_slice).unwrap_or_default();
+                all.len() == 1
+                    && all[0].as_str().is_some_and(|at| at.contains(backend.v4) || at.contains(backend.v6))
+            };
+            Ok((!own.is_empty() && own.iter().all(done)).then_some(()))
+        };
+        until(service.name, look)
+    }
+
+    /// Whether the packet edge has a flow from this client to a Service's address.
+    pub(super) fn has_flow(&self, client: &str, vip: &str) -> Result<bool> {
+        let flows = self.tool("flows")?;
+        let flows = flows.as_array().context("no list of flows")?;
+        Ok(flows.iter().any(|flow| flow["client"] == client && flow["vip"] == vip))
+    }
+
+    /// The node's programs on a device: name of each, on the way in and out.
+    pub(super) fn device(&self, name: &str) -> Result<Value> {
+        let status = self.tool("status")?;
+        let devices = status["agent"]["devices"].as_array().context("status tells no devices")?;
+        let device = devices.iter().find(|device| device["name"] == name);
+        let device = device.with_context(|| format!("{name} is not in {devices:?}"))?.clone();
+        ensure!(device["attached"].as_str().is_some_and(|how| !how.is_empty()), "not attached: {device}");
+        Ok(device)
+    }
+}
+
+fn spec() -> Result<LabSpec> {
+    let n1 = NodeSpec::new(NODE, &N1, &["10.64.1.0/24", "fd00:64:0:1::/64"])?;
+    let n2 = NodeSpec::new("n2", &["192.0.2.20", "2001:db8:1::20"], &["10.64.2.0/24", "fd00:64:0:2::/64"])?;
+    let spec = LabSpec { cluster_cidr: "10.64.0.0/12,fd00:64::/48".to_owned(), ..LabSpec::default() };
+    // Who is answered by the real owner of an address of a Service was not served, refused or dropped.
+    let owned = ["198.18.5.6", "2001:db8:5::6", "198.18.5.8", "2001:db8:5::8", "10.96.0.6", "fd00:96::6"];
+    let inactive = ["10.96.77.77", "fd00:96::77"];
+    spec.node(n1)
+        .node(n2)
+        .pod(NODE, "P", &P)?
+        .pod(NODE, "U", &U)?
+        .unseen("U")
+        .pod(NODE, HERE.name, &[HERE.v4, HERE.v6])?
+        .pod("n2", THERE.name, &[THERE.v4, THERE.v6])?
+        .pod("n2", NARROW.name, &[NARROW.v4, NARROW.v6])?
+        .client("X", &X)?
+        .client("Y", &Y)?
+        .client("owner", &[&owned[..], &inactive].concat())
+}
