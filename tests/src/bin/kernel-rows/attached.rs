@@ -38,7 +38,9 @@ pub(super) fn start(world: &World) -> Result<()> {
 /// Every program is in the kernel, and the agent has nothing to complain about.
 fn load(world: &World) -> Result<Outcome> {
     start(world)?;
-    let status = world.tool("status")?;
+    let mut command = world.command("status")?;
+    command.args(["-o", "json"]);
+    let status: Value = serde_json::from_str(&command.text()?)?;
     let programs: BTreeMap<String, bool> = serde_json::from_value(status["programs"].clone())?;
     for name in PROGRAMS {
         ensure!(programs.get(name) == Some(&true), "{name} is not attached: {programs:?}");

@@ -1,6 +1,7 @@
 //! What has to be true of single connections and datagrams.
 
 use std::net::{IpAddr, SocketAddr};
+use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_tests::lab::{Attempt, Place, Proto};
@@ -72,9 +73,16 @@ pub(super) fn fails(place: &Place, way: Proto, target: &str, stages: &[&str], er
     Ok(())
 }
 
-/// Nobody answers.
-pub(super) fn silent(place: &Place, way: Proto, target: &str) -> Result<()> {
-    fails(place, way, target, if way == Proto::Tcp { &["connect"] } else { &["recv"] }, "ETIMEDOUT")
+/// Nobody answers any of these, who ask at once.
+pub(super) fn silent(asked: &[(&Place, Proto, String)]) -> Result<()> {
+    let silent = |(place, way, target): &(&Place, Proto, String)| {
+        fails(place, *way, target, if *way == Proto::Tcp { &["connect"] } else { &["recv"] }, "ETIMEDOUT")
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = asked.iter().map(|one| scope.spawn(move || silent(one))).collect();
+        let mut results = threads.into_iter().map(thread::ScopedJoinHandle::join);
+        results.try_for_each(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
 }
 
 /// The call of a socket that names the destination fails.

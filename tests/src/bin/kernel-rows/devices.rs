@@ -3,6 +3,8 @@
 //! All lead to one machine, `far`, over two veth pairs. On it, each device has the address of a pod and one of a client of its
 //! own, whose packets leave by it.
 
+use std::io::Write as _;
+
 use anyhow::{Context as _, Result, ensure};
 use proxy_tests::lab::{Lab, Place, Proto};
 
@@ -207,8 +209,11 @@ fn wireguard(name: &str, near: &Place, far: &Place) -> Result<()> {
     for (place, own, other, to) in [(near, 0, 1, UNDER[1][0]), (far, 1, 0, UNDER[0][0])] {
         let (port, endpoint) = ("51820", format!("{to}:51820"));
         let peer = ["peer", &public[other], "allowed-ips", "0.0.0.0/0,::/0", "endpoint", &endpoint];
-        let own_end = ["set", name, "listen-port", port, "private-key", "/dev/stdin"];
-        wg(place, &[&own_end[..], &peer].concat(), private[own])?;
+        let mut key = tempfile::NamedTempFile::new()?;
+        key.write_all(private[own].as_bytes())?;
+        let path = key.path().display().to_string();
+        let own_end = ["set", name, "listen-port", port, "private-key", &path];
+        wg(place, &[&own_end[..], &peer].concat(), "")?;
     }
     Ok(())
 }

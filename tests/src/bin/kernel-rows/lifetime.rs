@@ -6,6 +6,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use aya::EbpfLoader;
+use proxy_agent::bpf::dataplane::OBJECT;
+use proxy_agent::bpf::pins::{MAPS, PinDir};
 use proxy_common::abi::ABI_VERSION;
 use proxy_tests::lab::{Attempt, Flow, Held, Place, Proto};
 use proxy_tests::scenarios::until;
@@ -25,6 +28,9 @@ pub(super) const ROWS: &[Row] = &[
     Row { id: "k071_restart", check: restart },
     Row { id: "k080_cleanup", check: cleanup },
 ];
+
+/// Maps that do not depend on others: what another layout of them costs is their contents alone.
+const OTHER_LAYOUT: [&str; 3] = ["FLOWS", "NODE", "DEVICES"];
 
 /// Pins a new map of bpftool's making where a map of ours should be.
 fn put_map(world: &World, version: &str, name: &str, layout: &str) -> Result<()> {
@@ -61,20 +67,55 @@ pub(super) fn takeover(world: &World) -> Result<Outcome> {
     right(what)
 }
 
+/// Room for Service ports that an agent gives to a cluster that is smaller than any real one. What is left of such a one is
+/// soon full.
+const FEW: u32 = 512;
+
+/// Pins the maps that belong together, all in the right layout: with little room for Service ports, with too little for
+/// what they lead to.
+fn small_maps(pins: &PinDir) -> Result<()> {
+    pins.create()?;
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    let paths: Vec<_> =
+        MAPS.iter().filter(|spec| !spec.independent).map(|spec| (spec.name, pins.map(spec.name))).collect();
+    for (name, path) in &paths {
+        loader.map_pin_path(name, path.as_path());
+    }
+    for (name, entries) in [
+        ("SERVICES", FEW),
+        ("NAMES", FEW),
+        ("SERVICE_COUNTERS", FEW),
+        // These do not grow.
+        ("AFFINITY", 65_536),
+        ("LOCAL_ADDRESSES", 4_096),
+        ("SERVICE_CIDRS", 256),
+        ("POD_SOURCES", 256),
+    ] {
+        loader.map_max_entries(name, entries);
+    }
+    loader.load(OBJECT).context("making maps").map(drop)
+}
+
 fn after_other_layouts(world: &World) -> Result<String> {
     let own = format!("v{ABI_VERSION}");
     for version in ["v0", "v999"] {
         put_map(world, version, "FRONTENDS", "type hash key 24 value 16 entries 64")?;
     }
-    for name in ["FRONTENDS", "FLOWS", "NODE"] {
+    small_maps(&PinDir::new(world.node().pin_dir()))?;
+    for name in OTHER_LAYOUT {
         put_map(world, &own, name, "type array key 4 value 12 entries 3")?;
     }
     start(world)?;
-    for name in ["FRONTENDS", "FLOWS", "NODE"] {
+    for name in OTHER_LAYOUT {
         let layout = layout(world, name)?;
         ensure!(layout != [4, 12, 3], "{name} is as it was found: {layout:?}");
     }
-    Ok("maps of two other versions are gone, three of another layout replaced".to_owned())
+    let [services, frontends] =
+        [layout(world, "SERVICES")?, layout(world, "FRONTENDS")?].map(|layout| layout[2]);
+    ensure!(services == u64::from(FEW), "SERVICES was large enough, and has room for {services} now");
+    ensure!(frontends > u64::from(FEW), "FRONTENDS was too small, and has room for {frontends}");
+    Ok("of other versions: gone; of another layout, or too small: replaced; large enough: kept".to_owned())
 }
 
 /// An earlier agent serves, dies, and ours goes on with what it has left. Nobody who is connected notices.
@@ -119,7 +160,7 @@ impl Clients {
             (&unseen, cip(ON_THIS_NODE.number), Proto::Udp),
             (&outside, node_port(ELSEWHERE.number, false, 80), Proto::Tcp),
         ] {
-            let connect = place.connect(&target).proto(way).timeout(ANSWER).pace(Duration::from_millis(20));
+            let connect = place.connect(&target).proto(way).timeout(ANSWER).pace(Duration::from_millis(30));
             flows.push((target, way, connect.start()?));
         }
         let mut clients = Self { held, flows };

@@ -27,11 +27,10 @@ const UNUSED: u16 = 999;
 fn reject_at_sockets(world: &World) -> Result<Outcome> {
     for v6 in [false, true] {
         for target in [cluster_ip(EMPTY.number, v6, 80), cluster_ip(ON_THIS_NODE.number, v6, UNUSED)] {
-            for place in [&world.pod("P"), world.host()] {
-                for way in WAYS {
-                    denied(place, way, &target, refusal())?;
-                }
+            for way in WAYS {
+                denied(&world.pod("P"), way, &target, refusal())?;
             }
+            denied(world.host(), Proto::Tcp, &target, refusal())?;
         }
     }
     if kernel::has_set_retval() {
@@ -44,15 +43,18 @@ fn reject_at_sockets(world: &World) -> Result<Outcome> {
 /// No endpoint on this node where the policy asks for one, or no such Service: the host is told, of a pod the packets
 /// vanish.
 fn drop_at_sockets(world: &World) -> Result<Outcome> {
+    let pod = world.pod("P");
+    let mut vanish = Vec::new();
     for v6 in [false, true] {
         for target in [cluster_ip(ABSENT.number, v6, 80), INACTIVE[usize::from(v6)].to_owned()] {
-            for way in WAYS {
-                denied(world.host(), way, &target, "EPERM")?;
-            }
-            silent(&world.pod("P"), Proto::Tcp, &target)?;
-            silent(&world.pod("P"), Proto::UdpUnconnected, &target)?;
+            vanish.extend(WAYS.map(|way| (&pod, way, target.clone())));
         }
+        for way in WAYS {
+            denied(world.host(), way, &cluster_ip(ABSENT.number, v6, 80), "EPERM")?;
+        }
+        denied(world.host(), Proto::Tcp, INACTIVE[usize::from(v6)], "EPERM")?;
     }
+    silent(&vanish)?;
     right("EPERM for the host, silence for a pod")
 }
 
@@ -75,16 +77,17 @@ fn reject_packets(world: &World) -> Result<Outcome> {
 
 fn drop_packets(world: &World) -> Result<Outcome> {
     let (outside, pod) = (world.lab().client("X"), world.pod("U"));
+    let mut vanish = Vec::new();
     for v6 in [false, true] {
         for (place, target) in [
             (&outside, balancer(ABSENT.number, v6, 80)),
             (&outside, INACTIVE[usize::from(v6)].to_owned()),
             (&pod, cluster_ip(ABSENT.number, v6, 80)),
         ] {
-            silent(place, Proto::Tcp, &target)?;
-            silent(place, Proto::UdpUnconnected, &target)?;
+            vanish.extend([Proto::Tcp, Proto::UdpUnconnected].map(|way| (place, way, target.clone())));
         }
     }
+    silent(&vanish)?;
     right("from outside and from a pod, by TCP and UDP")
 }
 
@@ -94,7 +97,7 @@ fn source_ranges(world: &World) -> Result<Outcome> {
     for v6 in [false, true] {
         let target = balancer(GUARDED.number, v6, 80);
         served(&x, Proto::Tcp, &target, Answer::from(HERE, &X))?;
-        silent(&y, Proto::Tcp, &target)?;
+        silent(&[(&y, Proto::Tcp, target.clone())])?;
         denied(world.host(), Proto::Tcp, &target, "EPERM")?;
         // The ranges are about that address alone.
         served(&y, Proto::Tcp, &node_port(GUARDED.number, v6, 80), Answer::from(HERE, &super::world::Y))?;

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
+use proxy_agent::args::{FlowsArgs, Inspect, Output, Pins};
+use proxy_agent::{flows, inspect};
 use proxy_tests::lab::{Agent, Exec, Lab, LabSpec, Node, NodeSpec, Place, binary};
 use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
@@ -169,11 +171,20 @@ impl World {
         Ok(command)
     }
 
-    /// What such a command prints.
+    /// What `proxy-agent status`, `services`, `backends` or `flows` prints, without a process of its own: under emulation
+    /// its start takes a second.
     pub(super) fn tool(&self, subcommand: &str) -> Result<Value> {
-        let mut command = self.command(subcommand)?;
-        command.args(["-o", "json"]);
-        Ok(serde_json::from_str(&command.text()?)?)
+        let pins = Pins { pin_dir: self.node().pin_dir().to_path_buf(), run_dir: self.run_dir() };
+        let inspect = Inspect { pins, output: Output::Json };
+        let mut out = Vec::new();
+        match subcommand {
+            "status" => inspect::status(&inspect, &mut out)?,
+            "services" => inspect::services(&inspect, &mut out)?,
+            "backends" => inspect::backends(&inspect, &mut out)?,
+            "flows" => flows::print(&FlowsArgs { inspect, service: None }, &mut out)?,
+            other => bail!("no such command: {other}"),
+        }
+        Ok(serde_json::from_slice(&out)?)
     }
 
     /// A counter of the datapath.
