@@ -28,6 +28,8 @@ mod demo;
 
 mod test;
 
+mod kernels;
+
 mod bench;
 
 mod lint;

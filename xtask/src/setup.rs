@@ -9,9 +9,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum;
 
+use crate::kernels::{KEYRING, Machine};
 use crate::process::{output, run as run_command, say};
 use crate::target::Target;
 use crate::toolchain::{self, BPF_LINKER, CARGO_DENY, CHOICE, LLVM, Toolchain};
@@ -33,6 +34,8 @@ enum Part {
     Lab,
     /// What `lint` uses: clippy for the BPF target, and cargo-deny (built from source: a minute or two, once).
     Lint,
+    /// What `test kernels` uses: QEMU for this machine, and tools to unpack kernels and pack an initramfs.
+    Kernels,
 }
 
 /// Sets up the parts asked for.
@@ -45,6 +48,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             Part::Build => build(say).map(drop)?,
             Part::Lab => lab(say)?,
             Part::Lint => lint(say)?,
+            Part::Kernels => kernels(&[Machine::host()?], say)?,
         }
     }
     say("setup is complete");
@@ -126,6 +130,30 @@ pub(crate) fn lint(found: Found) -> Result<()> {
     let toolchain = ebpf_toolchain(found)?;
     ebpf_clippy(&toolchain, found);
     cargo_deny(found)
+}
+
+/// What the ring of kernels uses for these machines.
+///
+/// # Errors
+/// When a tool is missing and cannot be installed.
+pub(crate) fn kernels(machines: &[Machine], found: Found) -> Result<()> {
+    ensure!(
+        find_program("apt-get").is_some() && find_program("dpkg-deb").is_some(),
+        "the kernels are Debian's packages: they are fetched by apt, on Debian or a system made from it"
+    );
+    let tools =
+        [("cpio", "cpio"), ("depmod", "kmod"), ("xz", "xz-utils"), ("zstd", "zstd"), ("strip", "binutils")];
+    let tools = machines.iter().copied().map(Machine::qemu).chain(tools);
+    let mut missing: Vec<_> =
+        tools.filter(|(program, _)| find_program(program).is_none()).map(|(_, package)| package).collect();
+    if !Path::new(KEYRING).exists() {
+        missing.push("debian-archive-keyring");
+    }
+    if missing.is_empty() {
+        found("QEMU, and tools for kernels and initramfs: found");
+        return Ok(());
+    }
+    apt_install(&missing, "what boots other kernels (nothing of them is installed)")
 }
 
 /// A compiler for the BPF target: the one that is there, else rustup's nightly, else Debian's packages.

@@ -7,23 +7,30 @@
 //! - `lab` needs root: the integration tests whose name starts with `lab`, which load the real BPF programs and
 //!   build nodes, pods and clients from network namespaces.
 //!
+//! - `kernels` is [`crate::kernels`]: other kernels, booted in QEMU. It is not part of all.
+//!
 //! A new test file is picked up by its name alone. All rings build the same packages with the same features, so that
 //! going from one to another rebuilds no dependency; and in the dev profile, because building for release takes longer
 //! than the tests themselves.
 
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::build_ebpf;
+use crate::kernels;
 use crate::process::{run as run_command, say};
 use crate::setup::{self, mounted};
 use crate::workspace::{self, Package, find_program, is_root};
 
 /// Arguments of `test`.
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    other: Option<Other>,
     /// A ring (`unit`, `equivalence`, `lab` or `all`; without one: all), then filters: tests whose name contains one of
     /// them run.
     #[arg(value_name = "[RING] [FILTER]")]
@@ -31,6 +38,13 @@ pub(crate) struct Args {
     /// Show the output of tests while they run, one test at a time.
     #[arg(long)]
     no_capture: bool,
+}
+
+/// Rings with arguments of their own.
+#[derive(clap::Subcommand)]
+enum Other {
+    /// Boot Debian's kernels in QEMU and check every row on each.
+    Kernels(kernels::Args),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +75,9 @@ struct Selection {
 /// # Errors
 /// When something is missing, a build or a test fails, or there was no test to run.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    if let Some(Other::Kernels(args)) = &args.other {
+        return kernels::run(args);
+    }
     let (ring, filters) = split(&args.ring_and_filters);
     let selection = select(&workspace::packages()?, ring);
     if ring != Ring::Unit && !selection.tests.is_empty() {
@@ -68,12 +85,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     ensure!(selection.unit || !selection.tests.is_empty(), "the ring has no integration test");
 
-    build_ebpf::run(&build_ebpf::Args { debug_log: false })?;
-    let mut agent = workspace::cargo();
-    // The test programs are built in the same go: a build of the agent alone would see other features.
-    agent.arg("build").args(&selection.packages).args(["--bin", "proxy-agent"]).args(&selection.tests);
-    run_command(&mut agent)?;
-
+    build(&selection)?;
     if selection.unit && filters.is_empty() {
         run_command(workspace::cargo().args(["test", "--doc"]).args(&selection.packages))?;
     }
@@ -82,6 +94,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     } else {
         with_cargo_test(&selection, filters, args.no_capture)
     }
+}
+
+/// Builds what the rings build; returns the directory of the agent and of the programs of crate `tests`.
+///
+/// # Errors
+/// When a build fails.
+pub(crate) fn development_programs() -> Result<PathBuf> {
+    build(&select(&workspace::packages()?, Ring::All))?;
+    Ok(workspace::target_dir().join("debug"))
+}
+
+fn build(selection: &Selection) -> Result<()> {
+    build_ebpf::run(&build_ebpf::Args { debug_log: false })?;
+    let mut agent = workspace::cargo();
+    // The test programs are built in the same go: a build of the agent alone would see other features.
+    agent.arg("build").args(&selection.packages).args(["--bin", "proxy-agent"]).args(&selection.tests);
+    run_command(&mut agent)
 }
 
 /// Takes a leading ring name off the arguments.

@@ -1,0 +1,353 @@
+//! The initramfs of a kernel: Debian's tools and libraries, the kernel's modules, our programs, and the init script. It
+//! is all that the machine has: there is no disk.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::apt::only;
+use super::machine::Machine;
+use crate::process::output;
+
+/// Packages of [`TOOLS`], from this suite for every kernel: what differs is the kernel, and nothing else.
+pub(super) const TOOLS_SUITE: &str = "bookworm";
+/// See [`TOOLS`].
+pub(super) const TOOLS_PACKAGES: [&str; 5] =
+    ["busybox-static", "bpftool", "iproute2", "nftables", "wireguard-tools"];
+/// What the rows run, and how it is found in the packages.
+const TOOLS: [&str; 6] =
+    ["bin/busybox", "bin/ip", "sbin/tc", "usr/bin/wg", "usr/sbin/bpftool", "usr/sbin/nft"];
+
+/// Modules that the rows need. What one needs itself comes before it. A kernel has some built in, and others not at all.
+const MODULES: [&str; 53] = [
+    // What is asked for by the name of an algorithm, not of a symbol.
+    "crc32c_generic",
+    "sha1_generic",
+    "sha256_generic",
+    "hmac",
+    // Devices.
+    "veth",
+    "dummy",
+    "bridge",
+    "br_netfilter",
+    "8021q",
+    "bonding",
+    "ipip",
+    "sit",
+    "ip6_tunnel",
+    "wireguard",
+    "vxlan",
+    "geneve",
+    "vrf",
+    "tun",
+    "macvlan",
+    // Sockets.
+    "sctp",
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+    "raw_diag",
+    "sctp_diag",
+    // Traffic control.
+    "sch_ingress",
+    "cls_bpf",
+    "cls_matchall",
+    "cls_flower",
+    "act_bpf",
+    "act_gact",
+    "act_mirred",
+    "sch_netem",
+    "sch_tbf",
+    // nftables, and what iptables' rules become.
+    "nf_conntrack",
+    "nf_conntrack_netlink",
+    "nf_nat",
+    "nf_tables",
+    "nft_ct",
+    "nft_nat",
+    "nft_masq",
+    "nft_redir",
+    "nft_chain_nat",
+    "nft_fib",
+    "nft_fib_inet",
+    "nft_reject",
+    "nft_reject_inet",
+    "nft_counter",
+    "nft_limit",
+    "nft_log",
+    "nft_quota",
+    "nft_objref",
+    "nft_compat",
+];
+
+/// A kernel as its packages have it.
+pub(super) struct Image {
+    /// What QEMU starts.
+    pub(super) kernel: PathBuf,
+    modules: PathBuf,
+}
+
+impl Image {
+    /// Finds both parts below `root`, wherever that kernel's packages put them.
+    ///
+    /// # Errors
+    /// When one is missing.
+    pub(super) fn find(root: &Path) -> Result<Self> {
+        let lib = if root.join("usr/lib/modules").exists() { "usr/lib/modules" } else { "lib/modules" };
+        let modules = only(&root.join(lib), |_| true)?;
+        let beside = modules.join("vmlinuz");
+        let kernel = if beside.exists() {
+            beside
+        } else {
+            only(&root.join("boot"), |name| name.starts_with("vmlinuz-"))?
+        };
+        Ok(Self { kernel, modules })
+    }
+
+    /// The release, as `uname -r` prints it.
+    fn release(&self) -> Result<&str> {
+        self.modules.file_name().and_then(|name| name.to_str()).context("the modules' directory has no name")
+    }
+
+    /// Copies the modules into `tree` and lists them in `/modules`, in order; returns the names of those that this kernel
+    /// has neither as a module nor built in.
+    fn install_modules(&self, tree: &Path) -> Result<Vec<&'static str>> {
+        let release = self.release()?;
+        // depmod looks below lib/modules of a directory: this one leads to the kernel's.
+        let base = tree.with_extension("depmod");
+        fresh(&base.join("lib/modules"))?;
+        symlink(&self.modules, base.join("lib/modules").join(release)).context("cannot make a link")?;
+        output(Command::new("depmod").arg("-b").arg(&base).arg(release))?;
+        fs::remove_dir_all(&base).context("cannot remove depmod's directory")?;
+        let read = |name: &str| {
+            let path = self.modules.join(name);
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+        };
+        let (order, missing) = load_order(&MODULES, &read("modules.dep")?, &read("modules.builtin")?);
+        let dir = tree.join("lib/modules");
+        fs::create_dir_all(&dir).context("cannot create the modules' directory")?;
+        let mut list = String::new();
+        for module in &order {
+            let name = Path::new(module)
+                .file_name()
+                .and_then(|name| name.to_str())
+                .context("a module has no name")?;
+            let from = self.modules.join(module);
+            let plain = match name.rsplit_once('.') {
+                Some((plain, "xz")) => unpack("xz", &from, &dir.join(plain)).map(|()| plain)?,
+                Some((plain, "zst")) => unpack("zstd", &from, &dir.join(plain)).map(|()| plain)?,
+                _ => copy(&from, &dir.join(name)).map(|()| name)?,
+            };
+            list.push_str(&format!("/lib/modules/{plain}\n"));
+        }
+        write(&tree.join("modules"), &list, 0o644)?;
+        Ok(missing)
+    }
+}
+
+/// Where our programs are, and whether they bring libraries.
+pub(super) struct Programs {
+    /// Directory of `proxy-agent`, `lab-pod` and `kernel-rows`.
+    pub(super) dir: PathBuf,
+    /// Built for this machine and not static: its libraries come along.
+    pub(super) dynamic: bool,
+}
+
+/// The programs of ours that run in the kernel.
+const PROGRAMS: [&str; 3] = ["proxy-agent", "lab-pod", "kernel-rows"];
+
+/// Writes the initramfs of `image` to `archive`, uncompressed: unpacking it would take an emulated machine longer than
+/// copying it takes. Returns the modules that this kernel lacks.
+///
+/// # Errors
+/// When something that belongs into it is missing, or it cannot be written.
+pub(super) fn write_archive(
+    image: &Image,
+    machine: Machine,
+    tools: &Path,
+    programs: &Programs,
+    archive: &Path,
+) -> Result<Vec<&'static str>> {
+    let tree = archive.with_extension("tree");
+    fresh(&tree)?;
+    for dir in [
+        "usr/bin",
+        "usr/sbin",
+        "usr/lib",
+        "usr/lib64",
+        "busybox",
+        "dev",
+        "proc",
+        "run",
+        "sys",
+        "tmp",
+        "etc",
+        "root",
+        "var",
+    ] {
+        fs::create_dir_all(tree.join(dir)).with_context(|| format!("cannot create /{dir}"))?;
+    }
+    for dir in ["bin", "sbin", "lib", "lib64"] {
+        symlink(format!("usr/{dir}"), tree.join(dir)).context("cannot make a link")?;
+    }
+    symlink("/run", tree.join("var/run")).context("cannot make a link")?;
+    for tool in TOOLS {
+        copy(&tools.join(tool), &tree.join(tool))?;
+    }
+    let triple = format!("{}-linux-gnu", machine.name());
+    for dir in ["lib", "usr/lib", "lib64"] {
+        install_libraries(&tools.join(dir), &tree.join(dir))?;
+        install_libraries(&tools.join(dir).join(&triple), &tree.join(dir).join(&triple))?;
+    }
+    for program in PROGRAMS {
+        let from = programs.dir.join(program);
+        ensure!(from.exists(), "{} was not built", from.display());
+        copy(&from, &tree.join("bin").join(program))?;
+        if programs.dynamic {
+            // This machine's C library takes the place of the tools': it has to be as new.
+            for library in libraries(&output(Command::new("ldd").arg(&from))?) {
+                let to = tree.join(library.trim_start_matches('/'));
+                if let Some(dir) = to.parent() {
+                    fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+                }
+                copy(Path::new(&library), &to)?;
+            }
+        }
+    }
+    write(&tree.join("init"), include_str!("init.sh"), 0o755)?;
+    let missing = image.install_modules(&tree)?;
+    // Through a shell: the list of files is a pipe's.
+    let mut cpio = Command::new("sh");
+    cpio.args([
+        "-ec",
+        "find . -print0 | LC_ALL=C sort -z | cpio --null --create --format=newc --owner=0:0 --quiet > \"$1\"",
+        "cpio",
+    ]);
+    output(cpio.arg(archive).current_dir(&tree))?;
+    fs::remove_dir_all(&tree).context("cannot remove the tree of the initramfs")?;
+    Ok(missing)
+}
+
+/// Copies the shared libraries of one directory, if it exists, with the links that name them.
+fn install_libraries(from: &Path, to: &Path) -> Result<()> {
+    let Ok(entries) = fs::read_dir(from) else { return Ok(()) };
+    fs::create_dir_all(to).with_context(|| format!("cannot create {}", to.display()))?;
+    for entry in entries.flatten() {
+        let (from, name) = (entry.path(), entry.file_name());
+        if !name.to_string_lossy().contains(".so") {
+            continue;
+        }
+        match fs::read_link(&from) {
+            Ok(target) => symlink(target, to.join(&name)).context("cannot make a link")?,
+            Err(_) if from.is_file() => copy(&from, &to.join(&name))?,
+            Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// The files of the modules `wanted` and of all that they need, each after what it needs; and those that are neither
+/// modules nor built in.
+fn load_order<'a>(wanted: &[&'a str], dep: &str, builtin: &str) -> (Vec<String>, Vec<&'a str>) {
+    let module = |path: &str| {
+        let file = path.rsplit('/').next().unwrap_or(path);
+        file.split('.').next().unwrap_or(file).replace('-', "_")
+    };
+    let needs: BTreeMap<String, (&str, &str)> = dep
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(path, needs)| (module(path), (path, needs)))
+        .collect();
+    let builtin: BTreeSet<String> = builtin.lines().map(module).collect();
+    let (mut order, mut missing) = (Vec::new(), Vec::new());
+    for name in wanted {
+        match needs.get(*name) {
+            // depmod lists all that a module needs, the deepest last.
+            Some((path, needs)) => {
+                for path in needs.split_whitespace().rev().chain([*path]) {
+                    if !order.iter().any(|had| had == path) {
+                        order.push(path.to_owned());
+                    }
+                }
+            }
+            None if builtin.contains(*name) => {}
+            None => missing.push(*name),
+        }
+    }
+    (order, missing)
+}
+
+/// The files that `ldd` names.
+fn libraries(ldd: &str) -> Vec<String> {
+    let words = |line: &str| line.split_whitespace().find(|word| word.starts_with('/')).map(str::to_owned);
+    ldd.lines().filter_map(words).collect()
+}
+
+fn unpack(tool: &str, from: &Path, to: &Path) -> Result<()> {
+    let file = fs::File::create(to).with_context(|| format!("cannot write {}", to.display()))?;
+    let status = Command::new(tool).arg("-dc").arg(from).stdout(file).status();
+    ensure!(
+        status.with_context(|| format!("cannot start {tool}"))?.success(),
+        "{tool} cannot unpack {}",
+        from.display()
+    );
+    Ok(())
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    if let Err(error) = fs::copy(from, to) {
+        bail!("cannot copy {} to {}: {error}", from.display(), to.display());
+    }
+    Ok(())
+}
+
+fn write(path: &Path, text: &str, mode: u32) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        .with_context(|| format!("cannot set the mode of {}", path.display()))
+}
+
+/// An empty directory.
+fn fresh(dir: &Path) -> Result<()> {
+    if dir.exists() {
+        fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+    }
+    fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_are_loaded_after_what_they_need() {
+        let dep = "kernel/net/sctp/sctp.ko: kernel/lib/libcrc32c.ko\n\
+            kernel/lib/libcrc32c.ko:\n\
+            kernel/drivers/net/wireguard/wireguard.ko.xz: kernel/a/libchacha-x.ko.xz kernel/a/chacha.ko.xz\n\
+            kernel/a/libchacha-x.ko.xz: kernel/a/chacha.ko.xz\nkernel/a/chacha.ko.xz:\n\
+            kernel/net/nf-tables.ko: kernel/lib/libcrc32c.ko\n";
+        let wanted = ["sctp", "wireguard", "veth", "nft_counter", "nf_tables"];
+        let (order, missing) = load_order(&wanted, dep, "kernel/drivers/net/veth.ko\n");
+        let expected = [
+            "kernel/lib/libcrc32c.ko",
+            "kernel/net/sctp/sctp.ko",
+            "kernel/a/chacha.ko.xz",
+            "kernel/a/libchacha-x.ko.xz",
+            "kernel/drivers/net/wireguard/wireguard.ko.xz",
+            "kernel/net/nf-tables.ko",
+        ];
+        assert_eq!(order, expected);
+        assert_eq!(missing, ["nft_counter"]);
+    }
+
+    #[test]
+    fn libraries_are_the_paths_that_ldd_names() {
+        let ldd = "\tlinux-vdso.so.1 (0x7ffd)\n\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x7f1)\n\
+            \t/lib64/ld-linux-x86-64.so.2 (0x7f2)\n";
+        assert_eq!(libraries(ldd), ["/lib/x86_64-linux-gnu/libc.so.6", "/lib64/ld-linux-x86-64.so.2"]);
+    }
+}

@@ -1,0 +1,141 @@
+//! The kernels and machines of the ring: what each is called by whom.
+
+use std::env;
+use std::fmt;
+
+use anyhow::{Context as _, Result};
+use clap::ValueEnum;
+
+/// A kernel of the ring, named by its first two numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kernel {
+    V5_10,
+    V6_1,
+    V6_12,
+    Newest,
+}
+
+impl Kernel {
+    pub(super) const ALL: [Self; 4] = [Self::V5_10, Self::V6_1, Self::V6_12, Self::Newest];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::V5_10 => "5.10",
+            Self::V6_1 => "6.1",
+            Self::V6_12 => "6.12",
+            Self::Newest => "newest",
+        }
+    }
+
+    /// The suite of Debian that has it.
+    pub(super) fn suite(self) -> &'static str {
+        match self {
+            Self::V5_10 => "bullseye",
+            Self::V6_1 => "bookworm",
+            Self::V6_12 => "trixie",
+            Self::Newest => "sid",
+        }
+    }
+
+    /// The kernels that `word` stands for.
+    pub(super) fn named(word: &str) -> Option<Vec<Self>> {
+        if word == "all" {
+            return Some(Self::ALL.to_vec());
+        }
+        Self::ALL.into_iter().find(|kernel| kernel.name() == word).map(|kernel| vec![kernel])
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// An architecture, as Rust calls it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Machine {
+    X86_64,
+    Aarch64,
+}
+
+/// What `--arch` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Arch {
+    #[value(name = "x86_64")]
+    X86_64,
+    Aarch64,
+    All,
+}
+
+impl Arch {
+    pub(super) fn machines(self) -> Vec<Machine> {
+        match self {
+            Self::X86_64 => vec![Machine::X86_64],
+            Self::Aarch64 => vec![Machine::Aarch64],
+            Self::All => vec![Machine::X86_64, Machine::Aarch64],
+        }
+    }
+}
+
+impl Machine {
+    /// The one that this runs on.
+    ///
+    /// # Errors
+    /// When the ring does not know it.
+    pub(crate) fn host() -> Result<Self> {
+        match env::consts::ARCH {
+            "x86_64" => Some(Self::X86_64),
+            "aarch64" => Some(Self::Aarch64),
+            _ => None,
+        }
+        .context("say by --arch which machine the kernels are for: x86_64 or aarch64")
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64",
+            Self::Aarch64 => "aarch64",
+        }
+    }
+
+    /// Debian's name.
+    pub(super) fn debian(self) -> &'static str {
+        match self {
+            Self::X86_64 => "amd64",
+            Self::Aarch64 => "arm64",
+        }
+    }
+
+    /// The program that emulates it, and the package that has it.
+    pub(crate) fn qemu(self) -> (&'static str, &'static str) {
+        match self {
+            Self::X86_64 => ("qemu-system-x86_64", "qemu-system-x86"),
+            Self::Aarch64 => ("qemu-system-aarch64", "qemu-system-arm"),
+        }
+    }
+
+    /// QEMU's board. Emulated pointer authentication costs most of the time of an aarch64 kernel unless its algorithm is
+    /// QEMU's own.
+    pub(super) fn board(self, kvm: bool) -> [&'static str; 4] {
+        match (self, kvm) {
+            (Self::X86_64, _) => ["-M", "q35", "-cpu", "max"],
+            (Self::Aarch64, true) => ["-M", "virt", "-cpu", "max"],
+            (Self::Aarch64, false) => ["-M", "virt", "-cpu", "max,pauth-impdef=on"],
+        }
+    }
+
+    /// The first serial line.
+    pub(super) fn console(self) -> &'static str {
+        match self {
+            Self::X86_64 => "ttyS0",
+            Self::Aarch64 => "ttyAMA0",
+        }
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}

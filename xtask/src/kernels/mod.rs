@@ -1,0 +1,250 @@
+//! `test kernels`: boots Debian's cloud kernels in QEMU and checks that every row is right on each.
+//!
+//! The rows are a program of crate `tests`, `kernel-rows`, which runs in the kernel with the agent; this module gives it
+//! the kernels ([`apt`]), all that it needs there ([`initramfs`]), starts them ([`boot`]), and judges what came out
+//! ([`verdict`], [`budget`], [`report`]).
+
+use std::collections::VecDeque;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+mod apt;
+
+mod boot;
+
+mod budget;
+
+mod initramfs;
+
+mod machine;
+
+mod report;
+
+mod rows;
+
+mod verdict;
+
+pub(crate) use apt::KEYRING;
+pub(crate) use machine::Machine;
+
+use crate::process::say;
+use crate::workspace;
+use crate::{build, setup, test};
+use apt::Apt;
+use budget::Budget;
+use initramfs::{Image, Programs};
+use machine::{Arch, Kernel};
+use report::Outcome;
+
+/// Arguments of `test kernels`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Kernels (`5.10`, `6.1`, `6.12`, `newest` or `all`; without one: all), then filters: rows whose name contains one of
+    /// them run.
+    #[arg(value_name = "[KERNEL] [FILTER]")]
+    kernels_and_filters: Vec<String>,
+    /// The machine: emulated, where it is not this one's.
+    #[arg(long, value_enum)]
+    arch: Option<Arch>,
+    /// With the development binaries and this machine's libraries, which the other tests have built, instead of the static
+    /// release binaries. The BPF programs are the same.
+    #[arg(long)]
+    dev: bool,
+    /// Rewrite what is committed from what this run gives: the budget of verified instructions, the names of the rows, and
+    /// after a full run README's table.
+    #[arg(long)]
+    bless: bool,
+}
+
+/// Where packages, initramfs and logs are kept.
+fn dir() -> PathBuf {
+    workspace::target_dir().join("kernels")
+}
+
+/// One kernel on one machine, ready to be started.
+struct Job {
+    kernel: Kernel,
+    machine: Machine,
+    version: String,
+    image: PathBuf,
+    initramfs: PathBuf,
+    kvm: bool,
+}
+
+/// Fetches, boots, judges.
+///
+/// # Errors
+/// When something is missing, a build fails, or a row is not as it should be.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let (kernels, filters) = split(&args.kernels_and_filters);
+    let machines = match args.arch {
+        Some(arch) => arch.machines(),
+        None => vec![Machine::host()?],
+    };
+    ensure!(!args.bless || filters.is_empty(), "--bless needs every row: leave the filters out");
+    ensure!(
+        !args.dev || machines.iter().all(|machine| Machine::host().is_ok_and(|host| host == *machine)),
+        "development binaries run on this machine's architecture only: leave --dev out"
+    );
+    let mut expected = rows::Names::load()?;
+    let mut budget = Budget::load()?;
+    setup::kernels(&machines, setup::quiet)?;
+    let mut jobs = VecDeque::new();
+    for machine in &machines {
+        let programs = programs(*machine, args.dev)?;
+        let kvm = boot::has_kvm(*machine);
+        say(&format!("{machine}: {}", if kvm { "with KVM" } else { "emulated, without KVM" }));
+        let tools = Apt::update(initramfs::TOOLS_SUITE, *machine)?.tools(&initramfs::TOOLS_PACKAGES)?;
+        for kernel in &kernels {
+            jobs.push_back(prepare(*kernel, *machine, kvm, &tools, &programs)?);
+        }
+    }
+
+    let mut outcomes = boot_all(jobs, filters)?;
+    if args.bless {
+        expected.bless(&outcomes);
+        expected.store()?;
+        for outcome in &outcomes {
+            budget.bless(outcome.kernel, &outcome.console.instructions)?;
+        }
+        budget.store()?;
+    }
+    for outcome in &mut outcomes {
+        outcome.verdict = verdict::judge(&outcome.console, &expected.matching(filters));
+        // A filter may leave out the row that tells them.
+        if filters.is_empty() {
+            outcome.verdict.failures.extend(budget.check(outcome.kernel, &outcome.console.instructions));
+        }
+    }
+    outcomes.sort_by_key(|outcome| (outcome.machine, outcome.kernel));
+    report::print(&outcomes, args.dev);
+    let full = filters.is_empty() && !args.dev && outcomes.len() == Kernel::ALL.len() * 2;
+    let mut failed: usize = outcomes.iter().map(|outcome| outcome.verdict.failures.len()).sum();
+    if full && failed == 0 && !report::readme(&outcomes, args.bless)? {
+        say(
+            "README.md's table of kernels is not what this run gave: `cargo xtask test kernels all --arch all --bless` writes it",
+        );
+        failed += 1;
+    }
+    let passed: usize = outcomes.iter().map(|outcome| outcome.verdict.passed).sum();
+    println!("kernels: {passed} passed, {failed} failed");
+    ensure!(passed + failed > 0, "no row ran: none matches {filters:?}");
+    if failed > 0 {
+        bail!("the ring of kernels failed; the whole consoles are in {}", dir().join("logs").display());
+    }
+    Ok(())
+}
+
+/// Takes the kernels off the front of the arguments.
+fn split(args: &[String]) -> (Vec<Kernel>, &[String]) {
+    let mut kernels = Vec::new();
+    let mut rest = args;
+    while let Some((named, after)) =
+        rest.split_first().and_then(|(word, after)| Some((Kernel::named(word)?, after)))
+    {
+        kernels.extend(named);
+        rest = after;
+    }
+    if kernels.is_empty() {
+        kernels = Kernel::ALL.to_vec();
+    }
+    kernels.sort();
+    kernels.dedup();
+    (kernels, rest)
+}
+
+/// Builds what runs in the kernel.
+fn programs(machine: Machine, dev: bool) -> Result<Programs> {
+    Ok(if dev {
+        Programs { dir: test::development_programs()?, dynamic: true }
+    } else {
+        ensure!(
+            Machine::host().is_ok_and(|host| host == machine),
+            "the programs cannot be built for {machine} yet"
+        );
+        Programs { dir: build::programs(true, false)?, dynamic: false }
+    })
+}
+
+/// Fetches a kernel and makes its initramfs.
+fn prepare(kernel: Kernel, machine: Machine, kvm: bool, tools: &Path, programs: &Programs) -> Result<Job> {
+    let apt = Apt::update(kernel.suite(), machine)?;
+    let (root, version) = apt.kernel(&format!("linux-image-cloud-{}", machine.debian()))?;
+    let image = Image::find(&root)?;
+    let archive = dir().join(machine.name()).join(format!("{kernel}.cpio"));
+    let missing = initramfs::write_archive(&image, machine, tools, programs, &archive)?;
+    let lacks =
+        if missing.is_empty() { String::new() } else { format!("; no module {}", missing.join(", ")) };
+    say(&format!("{kernel} on {machine}: Debian's {version}{lacks}"));
+    Ok(Job { kernel, machine, version, image: image.kernel, initramfs: archive, kvm })
+}
+
+/// Boots them, as many side by side as this machine has processors; each has one of its own.
+fn boot_all(jobs: VecDeque<Job>, filters: &[String]) -> Result<Vec<Outcome>> {
+    let logs = dir().join("logs");
+    fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let workers = processors.min(jobs.len());
+    let each = (processors / workers).clamp(1, 2);
+    let (jobs, outcomes) = (Mutex::new(jobs), Mutex::new(Vec::new()));
+    let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    let work = || -> Result<()> {
+        while let Some(job) = next() {
+            let (name, start) = (format!("{} {}", job.kernel, job.machine), Instant::now());
+            let log = logs.join(format!("{}-{}.log", job.kernel, job.machine));
+            let said = boot::boot(&boot::Boot {
+                name: &name,
+                machine: job.machine,
+                kernel: &job.image,
+                initramfs: &job.initramfs,
+                kvm: job.kvm,
+                processors: each,
+                log: &log,
+                filters,
+            })?;
+            let outcome = Outcome {
+                kernel: job.kernel,
+                machine: job.machine,
+                version: job.version,
+                seconds: start.elapsed().as_secs(),
+                console: verdict::read(&said),
+                verdict: verdict::Verdict::default(),
+                log,
+            };
+            outcomes.lock().unwrap_or_else(PoisonError::into_inner).push(outcome);
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        workers
+            .into_iter()
+            .try_for_each(|worker| worker.join().ok().context("a worker of the ring panicked")?)
+    })?;
+    Ok(outcomes.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_come_first_then_filters() {
+        let check = |args: &[&str], kernels: &[Kernel], filters: &[&str]| {
+            let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+            let (found, rest) = split(&args);
+            assert_eq!(found, kernels);
+            assert_eq!(rest, filters);
+        };
+        check(&[], &Kernel::ALL, &[]);
+        check(&["all"], &Kernel::ALL, &[]);
+        check(&["newest", "5.10", "newest"], &[Kernel::V5_10, Kernel::Newest], &[]);
+        check(&["6.1", "sctp", "6.12"], &[Kernel::V6_1], &["sctp", "6.12"]);
+        check(&["load"], &Kernel::ALL, &["load"]);
+    }
+}

@@ -1,0 +1,230 @@
+//! Reads what a kernel's console said and judges it. Whatever is missing is a failure.
+
+use std::collections::BTreeMap;
+
+/// Stands before what the ring itself says about a boot.
+pub(super) const FAILED: &str = "ring: failed: ";
+
+/// The parts of a boot: the rows with each layout of cgroups.
+pub(super) const SECTIONS: [&str; 2] = ["unified", "hybrid"];
+
+/// How a row ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Ok,
+    /// With the reason.
+    Failed(String),
+    /// The kernel lacks something, and the rest was right.
+    Lacks(String),
+}
+
+/// The rows of one section, as they came.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Section {
+    /// Id and end of each.
+    pub(super) rows: Vec<(String, End)>,
+    /// The exit code of the program that runs them.
+    exit: Option<i32>,
+    /// Whether it came to its own last line.
+    closed: bool,
+}
+
+/// All that one console said.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Console {
+    pub(super) sections: BTreeMap<String, Section>,
+    /// Verified instructions of each program: the most that it took.
+    pub(super) instructions: BTreeMap<String, u64>,
+    /// Lines of the kernel, or of the ring, that say that something went wrong.
+    troubles: Vec<String>,
+    /// Whether it came to its end.
+    done: bool,
+}
+
+/// Whether a line is shown while the kernel runs. The rest is in the log.
+pub(super) fn is_news(line: &str) -> bool {
+    !line.starts_with("dmesg: ") || trouble(line).is_some()
+}
+
+/// Reads a console.
+pub(super) fn read(said: &str) -> Console {
+    let mut console = Console::default();
+    let mut section = None::<String>;
+    for line in said.lines().map(str::trim_end) {
+        if let Some(trouble) = trouble(line) {
+            console.troubles.push(trouble.to_owned());
+        }
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let current = section.as_ref().map(|name| console.sections.entry(name.clone()).or_default());
+        match words.as_slice() {
+            ["ring:", _, "s:", "begin", name] => {
+                section = Some((*name).to_owned());
+                console.sections.entry((*name).to_owned()).or_default();
+            }
+            ["ring:", _, "s:", "end", code] => {
+                if let Some(current) = current {
+                    current.exit = code.parse().ok();
+                }
+                section = None;
+            }
+            ["ring:", _, "s:", "done", _] => console.done = true,
+            ["row", id, rest @ ..] => {
+                if let (Some(current), Some(end)) = (current, end_of(rest)) {
+                    current.rows.push(((*id).to_owned(), end));
+                }
+            }
+            ["rows:", ..] => {
+                if let Some(current) = current {
+                    current.closed = true;
+                }
+            }
+            ["insns", program, count] => {
+                if let Ok(count) = count.parse::<u64>() {
+                    let most = console.instructions.entry((*program).to_owned()).or_default();
+                    *most = count.max(*most);
+                }
+            }
+            _ => {}
+        }
+    }
+    console
+}
+
+fn end_of(words: &[&str]) -> Option<End> {
+    match words {
+        ["ok", ..] => Some(End::Ok),
+        ["FAILED", _seconds, why @ ..] => Some(End::Failed(why.join(" "))),
+        ["lacks", what @ ..] => Some(End::Lacks(what.join(" "))),
+        _ => None,
+    }
+}
+
+/// What a line reports, if it is one that no healthy run has.
+fn trouble(line: &str) -> Option<&str> {
+    if let Some(failed) = line.strip_prefix(FAILED) {
+        return Some(failed);
+    }
+    // A kernel message: `[    1.234567] text`, after the mark of those shown at the end.
+    let message = line.strip_prefix("dmesg: ").unwrap_or(line).strip_prefix('[')?.split_once("] ")?.1;
+    let bad = ["Kernel panic", "BUG: ", "WARNING: ", "Oops: ", "Internal error", "Unable to handle kernel"];
+    let bad = bad.iter().any(|bad| message.starts_with(bad));
+    (bad || message.contains("general protection fault")).then_some(message)
+}
+
+/// What one boot came to.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Verdict {
+    /// Rows that are as they should be.
+    pub(super) passed: usize,
+    /// What is not, one sentence each.
+    pub(super) failures: Vec<String>,
+    /// What the kernel lacks, each once.
+    pub(super) lacks: Vec<String>,
+}
+
+/// Judges a console: every row of `expected` has to be in both sections, and right.
+pub(super) fn judge(console: &Console, expected: &[String]) -> Verdict {
+    let mut verdict = Verdict::default();
+    verdict.failures.extend(console.troubles.iter().cloned());
+    if !console.done {
+        verdict.failures.push("the kernel did not come to its end".to_owned());
+    }
+    for name in SECTIONS {
+        let none = Section::default();
+        let section = console.sections.get(name).unwrap_or(&none);
+        for id in expected {
+            let mut ends = section.rows.iter().filter(|(row, _)| row == id).map(|(_, end)| end);
+            match (ends.next(), ends.next()) {
+                (None, _) => verdict.failures.push(format!("{name}: row {id} is missing")),
+                (Some(_), Some(_)) => verdict.failures.push(format!("{name}: row {id} came twice")),
+                (Some(End::Failed(why)), None) => verdict.failures.push(format!("{name}: row {id}: {why}")),
+                (Some(End::Lacks(what)), None) => {
+                    verdict.passed += 1;
+                    if !verdict.lacks.contains(what) {
+                        verdict.lacks.push(what.clone());
+                    }
+                }
+                (Some(End::Ok), None) => verdict.passed += 1,
+            }
+        }
+        for (id, _) in section.rows.iter().filter(|(id, _)| !expected.contains(id)) {
+            verdict.failures.push(format!("{name}: row {id} is none that is expected"));
+        }
+        match section.exit {
+            Some(0) if section.closed => {}
+            Some(0) => verdict.failures.push(format!("{name}: the rows have no last line")),
+            Some(code) => verdict.failures.push(format!("{name}: the rows ended with exit code {code}")),
+            None => verdict.failures.push(format!("{name}: the rows did not end")),
+        }
+    }
+    verdict
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "[    0.5] Linux version 6.1\r\n\
+        ring: 4.10 s: begin unified\nrow load ok 3.2 every program\nrow tcx lacks no TCX: clsact\n\
+        insns edge_ingress 1000\nrows: 2 passed, 0 failed\nring: 9.00 s: end 0\n\
+        ring: 9.10 s: begin hybrid\nrow load ok 3.2 every program\nrow tcx lacks no TCX: clsact\n\
+        insns edge_ingress 900\nrows: 2 passed, 0 failed\nring: 12.00 s: end 0\n\
+        dmesg: [    3.1] Spectre V2 : WARNING: words\nring: 12.50 s: done 0\n";
+
+    fn failures(said: &str) -> Vec<String> {
+        judge(&read(said), &["load".into(), "tcx".into()]).failures
+    }
+
+    #[test]
+    fn a_good_run_passes_with_what_it_lacks() {
+        let console = read(GOOD);
+        assert!(console.done);
+        assert_eq!(console.instructions["edge_ingress"], 1000);
+        let verdict = judge(&console, &["load".into(), "tcx".into()]);
+        let lacks = vec!["no TCX: clsact".to_owned()];
+        assert_eq!(verdict, Verdict { passed: 4, failures: Vec::new(), lacks });
+    }
+
+    #[test]
+    fn a_missing_a_failed_a_doubled_and_a_strange_row_are_failures() {
+        let check = |from: &str, to: &str, expected: &[&str]| {
+            assert_eq!(failures(&GOOD.replacen(from, to, 1)), expected, "{to}");
+        };
+        check("row load ok 3.2 every program\n", "", &["unified: row load is missing"]);
+        check("row load ok 3.2 every", "row load FAILED 3.2 no", &["unified: row load: no program"]);
+        check("row load ok 3.2 every program\n", "row load perhaps\n", &["unified: row load is missing"]);
+        check("row tcx", "row load ok 1 again\nrow tcx", &["unified: row load came twice"]);
+        check("row tcx", "row new ok 1 what\nrow tcx", &["unified: row new is none that is expected"]);
+    }
+
+    #[test]
+    fn an_end_that_is_missing_or_bad_is_a_failure() {
+        let cut = &GOOD[..GOOD.find("ring: 12.00").unwrap()];
+        assert_eq!(failures(cut), ["the kernel did not come to its end", "hybrid: the rows did not end"]);
+        let code = GOOD.replacen("end 0", "end 101", 1);
+        assert_eq!(failures(&code), ["unified: the rows ended with exit code 101"]);
+        let open = GOOD.replacen("rows: 2 passed, 0 failed\n", "", 1);
+        assert_eq!(failures(&open), ["unified: the rows have no last line"]);
+        assert_eq!(failures("").len(), 7);
+    }
+
+    #[test]
+    fn an_oops_a_warning_and_a_timeout_are_failures() {
+        for (line, expected) in [
+            ("[   12.3] BUG: kernel NULL pointer dereference", "BUG: kernel NULL pointer dereference"),
+            ("dmesg: [   12.3] WARNING: CPU: 0 PID: 1 at x.c:1", "WARNING: CPU: 0 PID: 1 at x.c:1"),
+            ("[   12.3] Kernel panic - not syncing", "Kernel panic - not syncing"),
+            ("ring: failed: ended after 900 s", "ended after 900 s"),
+        ] {
+            assert_eq!(failures(&format!("{GOOD}{line}\n")), [expected]);
+        }
+        assert!(failures(&format!("{GOOD}the kernel says [1] WARNING: no message\n")).is_empty());
+    }
+
+    #[test]
+    fn kernel_messages_of_the_end_are_shown_only_if_bad() {
+        assert!(is_news("row load ok"));
+        assert!(!is_news("dmesg: [    1.0] Linux version"));
+        assert!(is_news("dmesg: [    1.0] Kernel panic - not syncing"));
+    }
+}
