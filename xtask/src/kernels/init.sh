@@ -12,6 +12,10 @@ $busybox --install -s /busybox
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mkdir -p /dev/pts /dev/shm
+ln -s /proc/self/fd /dev/fd
+ln -s fd/0 /dev/stdin
+ln -s fd/1 /dev/stdout
+ln -s fd/2 /dev/stderr
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
@@ -40,21 +44,26 @@ section() {
   mark "end $result"
 }
 
-# Words for kernel-rows, from the kernel's command line.
-filters=$(sed -n 's/.* ring.filters=\([^ ]*\).*/\1/p' /proc/cmdline | tr , ' ')
+# The rows of a section, from the kernel's command line; its words are separated by commas.
+rows_of() { sed -n "s/.* ring\\.$1=\\([^ ]*\\).*/\\1/p" /proc/cmdline | tr , ' '; }
 
-section unified $filters
+# shellcheck disable=SC2046
+section unified $(rows_of unified)
 
-# The layout of systemd's hybrid mode: hierarchies of version 1 where this kernel has them, and version 2 beside them.
-umount /sys/fs/cgroup
-mount -t tmpfs tmpfs /sys/fs/cgroup
-for controller in cpu,cpuacct memory pids net_cls,net_prio; do
-  mkdir /sys/fs/cgroup/$controller
-  mount -t cgroup -o $controller cgroup /sys/fs/cgroup/$controller || echo "ring: no cgroup v1 hierarchy of $controller"
-done
-mkdir /sys/fs/cgroup/unified
-mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified
-section hybrid --hybrid $filters
+if [ -n "$(rows_of hybrid)" ]; then
+  # The layout of systemd's hybrid mode: hierarchies of version 1 where this kernel has them, and version 2 beside them.
+  umount /sys/fs/cgroup
+  mount -t tmpfs tmpfs /sys/fs/cgroup
+  for controllers in cpu,cpuacct memory pids net_cls,net_prio; do
+    mkdir /sys/fs/cgroup/$controllers
+    mount -t cgroup -o $controllers cgroup /sys/fs/cgroup/$controllers 2> /dev/null \
+      || echo "ring: no cgroup v1 hierarchy of $controllers"
+  done
+  mkdir /sys/fs/cgroup/unified
+  mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified
+  # shellcheck disable=SC2046
+  section hybrid --hybrid $(rows_of hybrid)
+fi
 
 dmesg | sed 's/^/dmesg: /'
 mark "done $code"

@@ -9,7 +9,12 @@ use anyhow::{Context as _, Result};
 use super::report::Outcome;
 use crate::workspace;
 
-/// The rows that every kernel has to show, in the order in which they run.
+/// Which rows are run once more with the hybrid layout of cgroups, by parts of their names: those that load programs, attach
+/// them to cgroups, or look for pods there.
+const HYBRID: [&str; 4] = ["k002_", "k004_", "k01", "k062_"];
+
+/// The rows that every kernel has to show, in the order in which they run. The first one, the world in which the others run,
+/// is always run.
 pub(super) struct Names(Vec<String>);
 
 fn path() -> PathBuf {
@@ -26,11 +31,17 @@ impl Names {
         Ok(Self(text.lines().map(str::to_owned).collect()))
     }
 
-    /// Those that a run with `filters` has.
-    pub(super) fn matching(&self, filters: &[String]) -> Vec<String> {
-        let wanted =
-            |name: &&String| filters.is_empty() || filters.iter().any(|part| name.contains(part.as_str()));
-        self.0.iter().filter(wanted).cloned().collect()
+    /// What a section of a run with `filters` has.
+    pub(super) fn of(&self, section: &str, filters: &[String]) -> Vec<String> {
+        let in_section = |name: &str| section != "hybrid" || HYBRID.iter().any(|part| name.contains(part));
+        let wanted = |name: &str| {
+            in_section(name) && (filters.is_empty() || filters.iter().any(|part| name.contains(part)))
+        };
+        let mut rows: Vec<_> = self.0.iter().skip(1).filter(|name| wanted(name)).cloned().collect();
+        if section != "hybrid" || !rows.is_empty() {
+            rows.splice(..0, self.0.first().cloned());
+        }
+        rows
     }
 
     /// Takes all that any kernel showed.
@@ -56,10 +67,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn filters_choose_by_a_part_of_the_name() {
-        let names = Names(vec!["load".into(), "sctp-here".into(), "sctp-there".into()]);
-        assert_eq!(names.matching(&[]).len(), 3);
-        assert_eq!(names.matching(&["sctp".into()]), ["sctp-here", "sctp-there"]);
-        assert!(names.matching(&["none".into()]).is_empty());
+    fn filters_choose_by_a_part_of_the_name_and_the_world_is_always_there() {
+        let names = Names(["k000_world", "k002_load", "k010_tcp", "k040_sctp"].map(str::to_owned).to_vec());
+        let of = |section, filters: &[&str]| {
+            let filters: Vec<String> = filters.iter().map(|&filter| filter.to_owned()).collect();
+            names.of(section, &filters).iter().map(|name| name[..4].to_owned()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(of("unified", &[]), "k000 k002 k010 k040");
+        assert_eq!(of("hybrid", &[]), "k000 k002 k010");
+        assert_eq!(of("unified", &["tcp", "sctp"]), "k000 k010 k040");
+        assert_eq!(of("hybrid", &["tcp", "sctp"]), "k000 k010");
+        assert_eq!(of("hybrid", &["sctp"]), "");
     }
 }
