@@ -38,8 +38,10 @@ code=0
 section() {
   mark "begin $1"
   shift
-  VIPR_AGENT=/bin/proxy-agent /bin/kernel-rows "$@"
+  # What others say besides would break the lines of the rows, too.
+  VIPR_AGENT=/bin/proxy-agent /bin/kernel-rows "$@" 2> /tmp/stderr
   result=$?
+  sed 's/^/stderr: /' /tmp/stderr
   [ $result -eq 0 ] || code=$result
   mark "end $result"
 }
@@ -47,9 +49,7 @@ section() {
 # The rows of a section, from the kernel's command line; its words are separated by commas.
 rows_of() { sed -n "s/.* ring\\.$1=\\([^ ]*\\).*/\\1/p" /proc/cmdline | tr , ' '; }
 
-# shellcheck disable=SC2046
 section unified $(rows_of unified)
-
 if [ -n "$(rows_of hybrid)" ]; then
   # The layout of systemd's hybrid mode: hierarchies of version 1 where this kernel has them, and version 2 beside them.
   umount /sys/fs/cgroup
@@ -61,8 +61,7 @@ if [ -n "$(rows_of hybrid)" ]; then
   done
   mkdir /sys/fs/cgroup/unified
   mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified
-  # shellcheck disable=SC2046
-  section hybrid --hybrid $(rows_of hybrid)
+    section hybrid --hybrid $(rows_of hybrid)
 fi
 
 dmesg | sed 's/^/dmesg: /'

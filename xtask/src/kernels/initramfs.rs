@@ -152,21 +152,7 @@ pub(super) fn write_archive(
 ) -> Result<Vec<&'static str>> {
     let tree = archive.with_extension("tree");
     fresh(&tree)?;
-    for dir in [
-        "usr/bin",
-        "usr/sbin",
-        "usr/lib",
-        "usr/lib64",
-        "busybox",
-        "dev",
-        "proc",
-        "run",
-        "sys",
-        "tmp",
-        "etc",
-        "root",
-        "var",
-    ] {
+    for dir in "usr/bin usr/sbin usr/lib usr/lib64 busybox dev etc proc root run sys tmp var".split(' ') {
         fs::create_dir_all(tree.join(dir)).with_context(|| format!("cannot create /{dir}"))?;
     }
     for dir in ["bin", "sbin", "lib", "lib64"] {
@@ -184,16 +170,23 @@ pub(super) fn write_archive(
     for program in PROGRAMS {
         let from = programs.dir.join(program);
         ensure!(from.exists(), "{} was not built", from.display());
-        copy(&from, &tree.join("bin").join(program))?;
-        if programs.dynamic {
-            // This machine's C library takes the place of the tools': it has to be as new.
-            for library in libraries(&output(Command::new("ldd").arg(&from))?) {
-                let to = tree.join(library.trim_start_matches('/'));
-                if let Some(dir) = to.parent() {
-                    fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-                }
-                copy(Path::new(&library), &to)?;
+        let to = tree.join("bin").join(program);
+        if !programs.dynamic {
+            copy(&from, &to)?;
+            continue;
+        }
+        // Three quarters of a development binary are for debuggers.
+        output(Command::new("strip").arg("--strip-debug").arg("-o").arg(&to).arg(&from))?;
+        // This machine's C library takes the place of the tools': it has to be as new.
+        for library in libraries(&output(Command::new("ldd").arg(&from))?) {
+            let to = tree.join(library.trim_start_matches('/'));
+            if let Some(dir) = to.parent() {
+                fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
             }
+            if to.is_symlink() {
+                fs::remove_file(&to).with_context(|| format!("cannot replace {}", to.display()))?;
+            }
+            copy(Path::new(&library), &to)?;
         }
     }
     write(&tree.join("init"), include_str!("init.sh"), 0o755)?;

@@ -191,13 +191,12 @@ fn prepare(kernel: Kernel, machine: Machine, kvm: bool, tools: &Path, programs: 
     Ok(Job { kernel, machine, version, image: image.kernel, initramfs: archive, kvm })
 }
 
-/// Boots them, as many side by side as this machine has processors; each has one of its own.
+/// Boots them, as many side by side as this machine has processors.
 fn boot_all(jobs: VecDeque<Job>, sections: &[(&str, Vec<String>)]) -> Result<Vec<Outcome>> {
     let logs = dir().join("logs");
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
     let processors = thread::available_parallelism().map_or(1, usize::from);
     let workers = processors.min(jobs.len());
-    let each = (processors / workers).clamp(1, 2);
     let (jobs, outcomes) = (Mutex::new(jobs), Mutex::new(Vec::new()));
     let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
     let work = || -> Result<()> {
@@ -210,7 +209,6 @@ fn boot_all(jobs: VecDeque<Job>, sections: &[(&str, Vec<String>)]) -> Result<Vec
                 kernel: &job.image,
                 initramfs: &job.initramfs,
                 kvm: job.kvm,
-                processors: each,
                 log: &log,
                 sections,
             })?;

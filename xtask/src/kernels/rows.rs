@@ -13,8 +13,10 @@ use crate::workspace;
 /// them to cgroups, or look for pods there.
 const HYBRID: [&str; 4] = ["k002_", "k004_", "k01", "k062_"];
 
-/// The rows that every kernel has to show, in the order in which they run. The first one, the world in which the others run,
-/// is always run.
+/// How many rows always run, because they make what the others need: the world, and in it the agent.
+const ALWAYS: usize = 2;
+
+/// The rows that every kernel has to show, in the order in which they run.
 pub(super) struct Names(Vec<String>);
 
 fn path() -> PathBuf {
@@ -37,9 +39,9 @@ impl Names {
         let wanted = |name: &str| {
             in_section(name) && (filters.is_empty() || filters.iter().any(|part| name.contains(part)))
         };
-        let mut rows: Vec<_> = self.0.iter().skip(1).filter(|name| wanted(name)).cloned().collect();
+        let mut rows: Vec<_> = self.0.iter().skip(ALWAYS).filter(|name| wanted(name)).cloned().collect();
         if section != "hybrid" || !rows.is_empty() {
-            rows.splice(..0, self.0.first().cloned());
+            rows.splice(..0, self.0.iter().take(ALWAYS).cloned());
         }
         rows
     }
@@ -67,16 +69,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn filters_choose_by_a_part_of_the_name_and_the_world_is_always_there() {
-        let names = Names(["k000_world", "k002_load", "k010_tcp", "k040_sctp"].map(str::to_owned).to_vec());
+    fn filters_choose_by_a_part_of_the_name_and_the_first_are_always_there() {
+        let names = Names(
+            ["k000_world", "k001_takeover", "k002_load", "k010_tcp", "k040_sctp"].map(str::to_owned).to_vec(),
+        );
         let of = |section, filters: &[&str]| {
             let filters: Vec<String> = filters.iter().map(|&filter| filter.to_owned()).collect();
             names.of(section, &filters).iter().map(|name| name[..4].to_owned()).collect::<Vec<_>>().join(" ")
         };
-        assert_eq!(of("unified", &[]), "k000 k002 k010 k040");
-        assert_eq!(of("hybrid", &[]), "k000 k002 k010");
-        assert_eq!(of("unified", &["tcp", "sctp"]), "k000 k010 k040");
-        assert_eq!(of("hybrid", &["tcp", "sctp"]), "k000 k010");
+        assert_eq!(of("unified", &[]), "k000 k001 k002 k010 k040");
+        assert_eq!(of("hybrid", &[]), "k000 k001 k002 k010");
+        assert_eq!(of("unified", &["tcp", "sctp"]), "k000 k001 k010 k040");
+        assert_eq!(of("hybrid", &["tcp", "sctp"]), "k000 k001 k010");
         assert_eq!(of("hybrid", &["sctp"]), "");
     }
 }
