@@ -11,7 +11,7 @@ use super::machine::Machine;
 use super::verdict;
 
 /// How long one kernel may take: many times what it takes on two idle cores.
-const BOUND_SECONDS: u32 = 900;
+const BOUND_SECONDS: u32 = 1800;
 
 /// What to start.
 pub(super) struct Boot<'a> {

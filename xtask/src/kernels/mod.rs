@@ -33,6 +33,7 @@ pub(crate) use apt::KEYRING;
 pub(crate) use machine::Machine;
 
 use crate::process::say;
+use crate::target::Target;
 use crate::workspace;
 use crate::{build, setup, test};
 use apt::Apt;
@@ -170,11 +171,7 @@ fn programs(machine: Machine, dev: bool) -> Result<Programs> {
     Ok(if dev {
         Programs { dir: test::development_programs()?, dynamic: true }
     } else {
-        ensure!(
-            Machine::host().is_ok_and(|host| host == machine),
-            "the programs cannot be built for {machine} yet"
-        );
-        Programs { dir: build::programs(true, false)?, dynamic: false }
+        Programs { dir: build::release(&Target::new(Some(machine.name()))?)?, dynamic: false }
     })
 }
 
