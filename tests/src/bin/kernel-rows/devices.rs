@@ -218,6 +218,14 @@ fn wireguard(name: &str, near: &Place, far: &Place) -> Result<()> {
     Ok(())
 }
 
+/// Removes the devices whose packets have no link-layer header: the programs for them need no more be verified.
+pub(super) fn remove_l3(near: &Place) {
+    for kind in KINDS.iter().filter(|kind| kind.l3) {
+        // One that could not be made is not there.
+        let _ = near.net().ip(&format!("link delete {}", kind.name));
+    }
+}
+
 /// The node's programs are on the device; clients behind it and pods behind it are served.
 fn edge(world: &World, name: &str) -> Result<Outcome> {
     let device = world.devices.iter().find(|device| device.kind.name == name).context("no such kind")?;

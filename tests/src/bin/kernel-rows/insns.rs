@@ -2,18 +2,20 @@
 //! does not tell.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
 
-use anyhow::{Context as _, Result, bail};
-use aya::maps::MapInfo;
-use aya::programs::{CgroupSockAddr, Program, ProgramError, loaded_programs};
-use aya::{EbpfLoader, VerifierLogLevel};
-use proxy_agent::bpf::dataplane::OBJECT;
-use proxy_agent::bpf::pins::{MAPS, PinDir};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use anyhow::{Context as _, Result};
+use aya::maps::{MapFd, MapInfo, loaded_maps};
+use aya::programs::{ProgramInfo, loaded_programs};
+use aya_obj::Object;
+use aya_obj::generated::bpf_attach_type::{self, *};
+use aya_obj::generated::bpf_prog_type::{self, *};
+use proxy_agent::bpf::dataplane::{self, OBJECT};
+use proxy_agent::bpf::pins::PinDir;
+use proxy_agent::bpf::tc;
 
-use super::row::say;
-use super::world::World;
+use super::sys;
 
 /// Names of the programs that use the pinned maps.
 pub(super) fn names(pins: &Path) -> Result<BTreeSet<String>> {
@@ -27,49 +29,79 @@ pub(super) fn trace(pins: &Path) -> Result<u32> {
 
 /// Names of the programs that use a map.
 pub(super) fn using(map: u32) -> BTreeSet<String> {
+    users(map).filter_map(|info| info.name_as_str().map(str::to_owned)).collect()
+}
+
+fn users(map: u32) -> impl Iterator<Item = ProgramInfo> {
     // Programs come and go.
     let programs = loaded_programs().flatten();
-    let users = programs.filter(|info| info.map_ids().ok().flatten().is_some_and(|ids| ids.contains(&map)));
-    users.filter_map(|info| info.name_as_str().map(str::to_owned)).collect()
+    programs.filter(move |info| info.map_ids().ok().flatten().is_some_and(|ids| ids.contains(&map)))
 }
 
-/// Runs [`print`] in a process of its own, for what it does to that.
-pub(super) fn by_log(world: &World) -> Result<BTreeMap<String, u32>> {
-    let mut command = world.host().command(std::env::current_exe()?);
-    command.arg("--insns").arg(world.node().pin_dir());
-    let text = command.text()?;
-    let count = |line: &str| -> Option<(String, u32)> {
-        let (name, count) = line.strip_prefix("insns ")?.split_once(' ')?;
-        Some((name.to_owned(), count.parse().ok()?))
+/// Has every program verified once more, on the maps of those that run, for the verifier's last words: the library that the
+/// agent loads them by throws away what is said of one that is accepted.
+pub(super) fn by_log(pins: &Path) -> Result<BTreeMap<String, u32>> {
+    let maps = maps(pins)?;
+    let mut object = Object::parse(OBJECT)?;
+    let text = object.functions.keys().map(|(section, _)| *section).collect();
+    let defined = object.maps.clone();
+    let known =
+        defined.iter().filter_map(|(name, map)| Some((name.as_str(), maps.get(in_kernel(name))?, map)));
+    object.relocate_maps(known.map(|(name, fd, map)| (name, fd.as_fd().as_raw_fd(), map)), &text)?;
+    object.relocate_calls(&text)?;
+    let mut counts = BTreeMap::new();
+    for name in dataplane::PROGRAMS.iter().chain(&tc::PROGRAMS) {
+        let program = object.programs.get(*name).with_context(|| format!("no program {name}"))?;
+        let function = object.functions.get(&program.function_key()).context("a program without code")?;
+        let (kind, hook) = kind(name);
+        let log = sys::verify(kind, hook, &function.instructions, &program.license)
+            .with_context(|| format!("loading {name}"))?;
+        let count = log.split_once("processed ").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+        counts.insert((*name).to_owned(), count.with_context(|| format!("{name}: {log}"))?);
+    }
+    Ok(counts)
+}
+
+/// As much of a name as the kernel keeps.
+fn in_kernel(name: &str) -> &str {
+    &name[..name.len().min(15)]
+}
+
+/// The maps of the programs that run, by name. The settings of the loader are a map as well: of two, those for sockets are
+/// taken, which are those for devices with a MAC header on the kernels concerned.
+fn maps(pins: &Path) -> Result<BTreeMap<String, MapFd>> {
+    let (mut first, mut others) = (BTreeSet::new(), BTreeSet::new());
+    for info in users(trace(pins)?) {
+        let ids = info.map_ids()?.unwrap_or_default();
+        if info.name_as_str() == Some("connect4") { &mut first } else { &mut others }.extend(ids);
+    }
+    let mut maps = BTreeMap::new();
+    let loaded: Vec<MapInfo> = loaded_maps().flatten().collect();
+    for ids in [first, others] {
+        for info in loaded.iter().filter(|info| ids.contains(&info.id())) {
+            let name = info.name_as_str().unwrap_or_default().to_owned();
+            if let std::collections::btree_map::Entry::Vacant(place) = maps.entry(name) {
+                place.insert(info.fd()?);
+            }
+        }
+    }
+    Ok(maps)
+}
+
+/// How the kernel has to be told of a program.
+fn kind(name: &str) -> (bpf_prog_type, bpf_attach_type) {
+    let hook = match name {
+        "connect4" => BPF_CGROUP_INET4_CONNECT,
+        "connect6" => BPF_CGROUP_INET6_CONNECT,
+        "sendmsg4" => BPF_CGROUP_UDP4_SENDMSG,
+        "sendmsg6" => BPF_CGROUP_UDP6_SENDMSG,
+        "recvmsg4" => BPF_CGROUP_UDP4_RECVMSG,
+        "recvmsg6" => BPF_CGROUP_UDP6_RECVMSG,
+        "getpeername4" => BPF_CGROUP_INET4_GETPEERNAME,
+        "getpeername6" => BPF_CGROUP_INET6_GETPEERNAME,
+        "sock_release" => return (BPF_PROG_TYPE_CGROUP_SOCK, BPF_CGROUP_INET_SOCK_RELEASE),
+        // Of packet programs nobody asks where.
+        _ => return (BPF_PROG_TYPE_SCHED_CLS, BPF_CGROUP_INET_INGRESS),
     };
-    Ok(text.lines().filter_map(count).collect())
-}
-
-/// Has every program verified once more, for the verifier's last words. The log of a program that is loaded is thrown away by
-/// the library; so none is: the process may have no further descriptor, which the kernel notices when all is verified.
-pub(super) fn print(pins: &Path) -> Result<()> {
-    let pins = PinDir::new(pins);
-    let mut loader = EbpfLoader::new();
-    // As the agent sets them on a kernel that does not tell: see `Dataplane::open` and `TcPrograms::open`.
-    loader.btf(None).verifier_log_level(VerifierLogLevel::STATS);
-    let paths = MAPS.map(|spec| (spec.name, pins.map(spec.name)));
-    for (name, path) in &paths {
-        loader.map_pin_path(name, path.as_path());
-    }
-    let mut programs = loader.load(OBJECT)?;
-    let enough = getrlimit(Resource::Nofile);
-    for (name, program) in programs.programs_mut() {
-        setrlimit(Resource::Nofile, Rlimit { current: Some(0), maximum: enough.maximum })?;
-        let result = match program {
-            Program::CgroupSock(program) => program.load(),
-            Program::SchedClassifier(program) => program.load(),
-            program => <&mut CgroupSockAddr>::try_from(program)?.load(),
-        };
-        setrlimit(Resource::Nofile, enough.clone())?;
-        let Err(ProgramError::LoadError { verifier_log, .. }) = result else { bail!("{name} was loaded") };
-        let log = verifier_log.to_string();
-        let count = log.split_once("processed ").and_then(|(_, rest)| rest.split(' ').next());
-        say(&format!("insns {name} {}", count.with_context(|| format!("{name}: {log}"))?));
-    }
-    Ok(())
+    (BPF_PROG_TYPE_CGROUP_SOCK_ADDR, hook)
 }

@@ -11,17 +11,16 @@ use proxy_agent::bpf::dataplane::OBJECT;
 use proxy_agent::bpf::pins::{MAPS, PinDir};
 use proxy_common::abi::ABI_VERSION;
 use proxy_tests::lab::{Attempt, Flow, Held, Place, Proto};
-use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
 
 use super::attached::{clsact_programs, start, tcx_programs};
 use super::checks::{Answer, is_served, served};
-use super::insns;
 use super::kernel::has_tcx;
 use super::objects::{HERE, THERE, cluster_ip, node_port};
 use super::row::{Outcome, Row, right};
 use super::tools::differences;
-use super::world::{ANSWER, ELSEWHERE, N1, ON_THIS_NODE, P, READY, STICKY, U, World, X};
+use super::world::{ANSWER, ELSEWHERE, N1, ON_THIS_NODE, P, READY, STICKY, U, World, X, until};
+use super::{devices, insns};
 
 pub(super) const ROWS: &[Row] = &[
     Row { id: "k070_growth", check: growth },
@@ -245,6 +244,7 @@ fn many(ports: u64) -> Vec<Value> {
 
 /// More Service ports than there is room for: the maps are made larger while everybody goes on.
 fn growth(world: &World) -> Result<Outcome> {
+    devices::remove_l3(world.host());
     let [.., small] = layout(world, "SERVICES")?;
     let (before, kept) = (numbers(world)?, remembered(&world.pod("P"))?);
     let mut clients = Clients::new(world)?;
@@ -328,7 +328,7 @@ fn cleanup(world: &World) -> Result<Outcome> {
             ensure!(tcx_programs(world.host(), device)?.is_empty(), "links are left on {device}");
         }
     }
-    // The kernel takes programs and maps away when nobody has used them for a moment.
+    // The kernel takes programs away when nobody has used them for a moment.
     until("no programs", || Ok(insns::using(trace).is_empty().then_some(())))
         .with_context(|| format!("{:?}", insns::using(trace)))?;
     for (place, target) in [

@@ -29,7 +29,6 @@ mod tools;
 mod tunnel;
 mod world;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -48,9 +47,6 @@ struct Cli {
     /// Prints the names of the rows.
     #[arg(long)]
     list: bool,
-    /// Has the verifier say what the programs on the maps in this directory cost it.
-    #[arg(long, hide = true, value_name = "PIN_DIR")]
-    insns: Option<PathBuf>,
     /// Only rows whose name has one of these in it.
     filters: Vec<String>,
 }
@@ -76,10 +72,6 @@ fn rows() -> Vec<Row> {
 
 fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
-    if let Some(pins) = &cli.insns {
-        insns::print(pins)?;
-        return Ok(ExitCode::SUCCESS);
-    }
     let named = |row: &Row| cli.filters.is_empty() || cli.filters.iter().any(|part| row.id.contains(part));
     // The first one starts the agent.
     let rows: Vec<Row> = rows()

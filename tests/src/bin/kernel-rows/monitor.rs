@@ -11,13 +11,12 @@ use aya::maps::{Array, Map, MapData};
 use proxy_agent::bpf::pins::PinDir;
 use proxy_common::abi::Trace;
 use proxy_tests::lab::{Place, Proto};
-use proxy_tests::scenarios::until;
 use rustix::process::Signal;
 use serde_json::Value;
 
 use super::objects::{balancer, cluster_ip, node_port};
 use super::row::{Outcome, Row, right};
-use super::world::{ABSENT, ANSWER, ELSEWHERE, EMPTY, GUARDED, N1, ON_THIS_NODE, SILENCE, World};
+use super::world::{ABSENT, ANSWER, ELSEWHERE, EMPTY, GUARDED, N1, ON_THIS_NODE, SILENCE, World, until};
 
 pub(super) const ROWS: &[Row] = &[Row { id: "k065_monitor", check: monitor }];
 

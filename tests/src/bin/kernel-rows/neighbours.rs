@@ -2,13 +2,12 @@
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_tests::lab::{Place, Proto};
-use proxy_tests::scenarios::until;
 use serde_json::json;
 
 use super::checks::{Answer, served};
 use super::objects::{HERE, THERE, cluster_ip, node_port};
 use super::row::{Outcome, Row, right};
-use super::world::{ELSEWHERE, N1, NODE, ON_THIS_NODE, P, World, X};
+use super::world::{ELSEWHERE, N1, NODE, ON_THIS_NODE, P, World, X, until};
 
 pub(super) const ROWS: &[Row] =
     &[Row { id: "k061_nftables_dnat", check: nftables }, Row { id: "k062_opt_out", check: opt_out }];

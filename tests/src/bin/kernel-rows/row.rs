@@ -11,8 +11,8 @@ use anyhow::{Result, anyhow};
 
 use super::world::World;
 
-/// How long one row may take: emulation makes a second of what is a twentieth of it elsewhere.
-const ROW: Duration = Duration::from_secs(60);
+/// How long one row may take: emulation on a busy machine makes a minute of what is a second elsewhere.
+const ROW: Duration = Duration::from_secs(180);
 /// How long all of them may take.
 const ALL: Duration = Duration::from_secs(600);
 

@@ -1,9 +1,13 @@
-//! What the libraries have no call for: tun devices, and packets whose headers lie outside of the linear part.
+//! What the libraries have no call for: tun devices, packets whose headers lie outside of the linear part, and what the
+//! verifier says of a program that it accepts.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem::{size_of, zeroed};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_prog_type};
 
 /// Makes a device without link-layer headers in this thread's network namespace; it lives as long as the file, which reads
 /// what the device sends and writes what it receives.
@@ -79,4 +83,41 @@ pub(super) fn send_in_pieces(index: u32, frame: &[u8]) -> io::Result<()> {
     // SAFETY: the message is whole; the kernel only reads its parts and its address, which outlive the call.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), std::ptr::from_ref(&message), 0) };
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Loads a program, lets go of it, and returns what the verifier says in the end (`BPF_LOG_STATS`).
+///
+/// # Errors
+/// What bpf(2) says.
+pub(super) fn verify(
+    kind: bpf_prog_type,
+    hook: bpf_attach_type,
+    instructions: &[bpf_insn],
+    license: &CStr,
+) -> io::Result<String> {
+    const BPF_LOG_STATS: u32 = 4;
+    let mut log = vec![0_u8; 1 << 16];
+    // SAFETY: bpf_attr is a union of C structs of integers: zero is a value of each.
+    let mut attr: bpf_attr = unsafe { zeroed() };
+    // SAFETY: the member of the union that BPF_PROG_LOAD reads.
+    let load = unsafe { &mut attr.__bindgen_anon_3 };
+    load.prog_type = kind as u32;
+    load.expected_attach_type = hook as u32;
+    load.insns = instructions.as_ptr() as u64;
+    load.insn_cnt = u32::try_from(instructions.len()).map_err(io::Error::other)?;
+    load.license = license.as_ptr() as u64;
+    load.log_level = BPF_LOG_STATS;
+    load.log_buf = log.as_mut_ptr() as u64;
+    load.log_size = u32::try_from(log.len()).map_err(io::Error::other)?;
+    let (command, attributes) = (bpf_cmd::BPF_PROG_LOAD as libc::c_long, std::ptr::from_mut(&mut attr));
+    // SAFETY: `attr` is whole, and its pointers and sizes are those of live buffers, `log` one that may be written.
+    let program = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<bpf_attr>()) };
+    if program < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let program = RawFd::try_from(program).map_err(io::Error::other)?;
+    // SAFETY: a descriptor that was just made and that nobody else has.
+    drop(unsafe { OwnedFd::from_raw_fd(program) });
+    let said = CStr::from_bytes_until_nul(&log).map_err(io::Error::other)?;
+    Ok(said.to_string_lossy().into_owned())
 }

@@ -4,12 +4,11 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_common::abi::ABI_VERSION;
-use proxy_tests::scenarios::until;
 use serde_json::Value;
 
 use super::objects::{HERE, THERE, balancer, cluster_ip};
 use super::row::{Outcome, Row, right};
-use super::world::{ABSENT, BOTH, EMPTY, GUARDED, N1, NODE, P, World, X, Y};
+use super::world::{ABSENT, BOTH, EMPTY, GUARDED, N1, NODE, P, World, X, Y, until};
 
 pub(super) const ROWS: &[Row] =
     &[Row { id: "k066_verify", check: verify }, Row { id: "k067_explain", check: explain }];

@@ -4,13 +4,13 @@
 use std::fs;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use proxy_agent::args::{FlowsArgs, Inspect, Output, Pins};
 use proxy_agent::{flows, inspect};
 use proxy_tests::lab::{Agent, Exec, Lab, LabSpec, Node, NodeSpec, Place, binary};
-use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -20,7 +20,7 @@ use super::objects::{Backend, HERE, NARROW, Service, THERE, service, service_cid
 /// The node that is looked at.
 pub(super) const NODE: &str = "n1";
 /// How long the agent may take to be ready.
-pub(super) const READY: Duration = Duration::from_secs(55);
+pub(super) const READY: Duration = Duration::from_secs(150);
 /// How long an answer may take.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
 /// How long silence has to last.
@@ -223,6 +223,18 @@ impl World {
         let device = device.with_context(|| format!("{name} is not in {devices:?}"))?.clone();
         ensure!(device["attached"].as_str().is_some_and(|how| !how.is_empty()), "not attached: {device}");
         Ok(device)
+    }
+}
+
+/// Looks again and again until there is something to return, for as long as an agent may take to be ready.
+pub(super) fn until<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        ensure!(start.elapsed() < READY, "{what}: not as expected after {READY:?}");
+        thread::sleep(Duration::from_millis(20));
     }
 }
 
