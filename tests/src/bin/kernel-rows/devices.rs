@@ -16,12 +16,12 @@ use super::tunnel;
 use super::world::{ELSEWHERE, N1, NODE, ON_THIS_NODE, P, World};
 
 pub(super) const ROWS: &[Row] = &[
-    Row { id: "k050_vlan", check: |world| edge(world, "vlan7") },
-    Row { id: "k051_bond", check: |world| edge(world, "bond7") },
-    Row { id: "k052_ipip", check: |world| edge(world, "ipip7") },
-    Row { id: "k053_wireguard", check: |world| edge(world, "wg7") },
-    Row { id: "k054_vxlan", check: |world| edge(world, "vxlan7") },
-    Row { id: "k055_tun", check: |world| edge(world, "tun7") },
+    Row { id: KINDS[0].row, check: |world| edge(world, KINDS[0]) },
+    Row { id: KINDS[1].row, check: |world| edge(world, KINDS[1]) },
+    Row { id: KINDS[2].row, check: |world| edge(world, KINDS[2]) },
+    Row { id: KINDS[3].row, check: |world| edge(world, KINDS[3]) },
+    Row { id: KINDS[4].row, check: |world| edge(world, KINDS[4]) },
+    Row { id: KINDS[5].row, check: |world| edge(world, KINDS[5]) },
 ];
 
 /// The device that carries the others, with room for packets of more than a page, and the MAC addresses of both ends.
@@ -33,6 +33,7 @@ pub(super) const UNDER: [[&str; 2]; 2] = [["192.168.70.1", "fd70::1"], ["192.168
 /// What there is to know of a kind of device.
 #[derive(Clone, Copy)]
 struct Kind {
+    row: &'static str,
     name: &'static str,
     /// What a kernel without it lacks.
     what: &'static str,
@@ -48,8 +49,9 @@ struct Kind {
 
 /// A kind, with its name twice, and the number that its addresses have.
 macro_rules! kind {
-    ($name:literal, $what:literal, l3: $l3:literal, number: $number:literal, service: $service:literal, v6: $v6:literal) => {
+    ($row:literal, $name:literal, $what:literal, l3: $l3:literal, number: $number:literal, service: $service:literal, v6: $v6:literal) => {
         Kind {
+            row: $row,
             name: $name,
             what: $what,
             l3: $l3,
@@ -70,13 +72,13 @@ macro_rules! kind {
 }
 
 const KINDS: [Kind; 6] = [
-    kind!("vlan7", "VLAN devices", l3: false, number: "71", service: 21, v6: true),
-    kind!("bond7", "bonds", l3: false, number: "72", service: 22, v6: true),
+    kind!("k050_vlan", "vlan7", "VLAN devices", l3: false, number: "71", service: 21, v6: true),
+    kind!("k051_bond", "bond7", "bonds", l3: false, number: "72", service: 22, v6: true),
     // Only IPv4 goes through it.
-    kind!("ipip7", "ipip", l3: true, number: "73", service: 23, v6: false),
-    kind!("wg7", "WireGuard", l3: true, number: "74", service: 24, v6: true),
-    kind!("vxlan7", "VXLAN", l3: false, number: "75", service: 25, v6: true),
-    kind!("tun7", "tun devices", l3: true, number: "76", service: 26, v6: true),
+    kind!("k052_ipip", "ipip7", "ipip", l3: true, number: "73", service: 23, v6: false),
+    kind!("k053_wireguard", "wg7", "WireGuard", l3: true, number: "74", service: 24, v6: true),
+    kind!("k054_vxlan", "vxlan7", "VXLAN", l3: false, number: "75", service: 25, v6: true),
+    kind!("k055_tun", "tun7", "tun devices", l3: true, number: "76", service: 26, v6: true),
 ];
 
 /// A device, or why there is none.
@@ -92,8 +94,8 @@ impl Device {
     }
 }
 
-/// Makes `far` and the devices. One that cannot be made is the affair of its row.
-pub(super) fn make(lab: &Lab) -> Result<Vec<Device>> {
+/// Makes `far` and the devices of these rows. One that cannot be made is the affair of its row.
+pub(super) fn make(lab: &Lab, rows: &[&str]) -> Result<Vec<Device>> {
     let far = lab.add_client("far", &["203.0.113.70", "2001:db8:ff::70"])?;
     let near = lab.node(NODE).host();
     for (device, mtu) in [(UNDERLAY, 9000), ("b0", 1500)] {
@@ -113,7 +115,7 @@ pub(super) fn make(lab: &Lab) -> Result<Vec<Device>> {
     }
     let mut devices = Vec::new();
     let mut listening = far.serve();
-    for kind in KINDS {
+    for kind in KINDS.into_iter().filter(|kind| rows.contains(&kind.row)) {
         let made = kind.make(near, &far).map_err(|error| format!("{error:#}"));
         if made.is_ok() {
             for address in kind.pod().filter(|address| !address.is_empty()) {
@@ -227,9 +229,10 @@ pub(super) fn remove_l3(near: &Place) {
 }
 
 /// The node's programs are on the device; clients behind it and pods behind it are served.
-fn edge(world: &World, name: &str) -> Result<Outcome> {
-    let device = world.devices.iter().find(|device| device.kind.name == name).context("no such kind")?;
-    let kind = device.kind;
+fn edge(world: &World, kind: Kind) -> Result<Outcome> {
+    let name = kind.name;
+    let device =
+        world.devices.iter().find(|device| device.kind.row == kind.row).context("it was not made")?;
     if let Err(error) = &device.made {
         return lacks(kind.what, anyhow::anyhow!("{error}"));
     }

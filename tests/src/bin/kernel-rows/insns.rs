@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
+use std::thread;
 
 use anyhow::{Context as _, Result};
 use aya::maps::{MapFd, MapInfo, loaded_maps};
@@ -49,17 +50,25 @@ pub(super) fn by_log(pins: &Path) -> Result<BTreeMap<String, u32>> {
         defined.iter().filter_map(|(name, map)| Some((name.as_str(), maps.get(in_kernel(name))?, map)));
     object.relocate_maps(known.map(|(name, fd, map)| (name, fd.as_fd().as_raw_fd(), map)), &text)?;
     object.relocate_calls(&text)?;
-    let mut counts = BTreeMap::new();
-    for name in dataplane::PROGRAMS.iter().chain(&tc::PROGRAMS) {
-        let program = object.programs.get(*name).with_context(|| format!("no program {name}"))?;
+    let count = |name: &str| -> Result<u32> {
+        let program = object.programs.get(name).context("no such program")?;
         let function = object.functions.get(&program.function_key()).context("a program without code")?;
         let (kind, hook) = kind(name);
-        let log = sys::verify(kind, hook, &function.instructions, &program.license)
-            .with_context(|| format!("loading {name}"))?;
+        let log = sys::verify(kind, hook, &function.instructions, &program.license)?;
         let count = log.split_once("processed ").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
-        counts.insert((*name).to_owned(), count.with_context(|| format!("{name}: {log}"))?);
-    }
-    Ok(counts)
+        count.with_context(|| log.clone())
+    };
+    let names = dataplane::PROGRAMS.into_iter().chain(tc::PROGRAMS);
+    // A processor for each, if there are so many.
+    thread::scope(|scope| {
+        let count = &count;
+        let threads: Vec<_> = names.map(|name| (name, scope.spawn(move || count(name)))).collect();
+        let joined = threads.into_iter().map(|(name, thread)| {
+            let count = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            Ok((name.to_owned(), count.with_context(|| name.to_owned())?))
+        });
+        joined.collect()
+    })
 }
 
 /// As much of a name as the kernel keeps.

@@ -132,6 +132,9 @@ fn after_another(world: &World, program: &Path) -> Result<String> {
     Ok(format!("from the agent of version {version}: {count} connections beside, all answered"))
 }
 
+/// The pause between two connections: an emulated processor has something else to do meanwhile.
+const PACE: Duration = Duration::from_millis(200);
+
 /// Clients of all kinds: some stay connected, some make one connection after the other.
 struct Clients {
     held: Vec<Held>,
@@ -159,7 +162,7 @@ impl Clients {
             (&unseen, cip(ON_THIS_NODE.number), Proto::Udp),
             (&outside, node_port(ELSEWHERE.number, false, 80), Proto::Tcp),
         ] {
-            let connect = place.connect(&target).proto(way).timeout(ANSWER).pace(Duration::from_millis(30));
+            let connect = place.connect(&target).proto(way).timeout(ANSWER).pace(PACE);
             flows.push((target, way, connect.start()?));
         }
         let mut clients = Self { held, flows };

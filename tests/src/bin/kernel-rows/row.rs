@@ -41,7 +41,8 @@ pub(super) fn right(what: impl Into<String>) -> Result<Outcome> {
 /// Builds the world, which is a row as well, runs the rows, and says whether all were right.
 pub(super) fn run_all(rows: &[Row], hybrid: bool) -> bool {
     let start = Instant::now();
-    let built = within(ROW, move || World::build(hybrid)).map(Arc::new);
+    let ids: Vec<&str> = rows.iter().map(|row| row.id).collect();
+    let built = within(ROW, move || World::build(hybrid, &ids)).map(Arc::new);
     let mut failed = usize::from(built.is_err());
     let there = Outcome::Right("namespaces, devices and servers".to_owned());
     tell("k000_world", start, built.as_ref().map(|_| &there));
