@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::build_ebpf;
 use crate::process::{exec, run as run_command, say};
-use crate::setup;
+use crate::setup::{self, Part};
 use crate::target::Target;
 use crate::workspace;
 
@@ -35,9 +35,13 @@ pub(crate) struct Args {
 
 /// What is built beside the BPF object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Programs {
+pub(crate) enum Programs<'a> {
+    /// The agent alone.
     Agent,
-    AgentAndTools,
+    /// The agent, one program of crate `tests`, and the program of the lab's pods.
+    Tool(&'a str),
+    /// The agent and all of crate `tests`.
+    All,
 }
 
 /// Builds everything and says where the agent is.
@@ -45,7 +49,7 @@ enum Programs {
 /// # Errors
 /// When a build fails, or a program of a release build is not static.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let programs = if args.agent_only { Programs::Agent } else { Programs::AgentAndTools };
+    let programs = if args.agent_only { Programs::Agent } else { Programs::All };
     let target = if args.release { Some(Target::new(args.target.as_deref())?) } else { None };
     let dir = build(target.as_ref(), args.debug_log, programs)?;
     let agent = dir.join("proxy-agent");
@@ -58,21 +62,33 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Builds the BPF object, and for release the agent and the test tools; returns the directory of the programs.
+/// Builds the BPF object, and `programs` for release; returns their directory.
 ///
 /// # Errors
 /// When something is missing and cannot be installed, a build fails, or a program is not static.
-pub(crate) fn release(target: &Target) -> Result<PathBuf> {
-    build(Some(target), false, Programs::AgentAndTools)
+pub(crate) fn release(target: &Target, programs: Programs<'_>) -> Result<PathBuf> {
+    build(Some(target), false, programs)
 }
 
 /// A build without `target` is one for development, on this machine.
-fn build(target: Option<&Target>, debug_log: bool, programs: Programs) -> Result<PathBuf> {
+fn build(target: Option<&Target>, debug_log: bool, programs: Programs<'_>) -> Result<PathBuf> {
     let mut cargo = workspace::cargo();
-    cargo.args(["build", "--bins", "--package", "proxy-agent"]);
-    if programs == Programs::AgentAndTools {
-        cargo.args(["--package", "proxy-tests"]);
-    }
+    cargo.args(["build", "--package", "proxy-agent"]);
+    match programs {
+        Programs::Agent => cargo.arg("--bins"),
+        // A program that nobody starts costs its linking.
+        Programs::Tool(tool) => cargo.args([
+            "--package",
+            "proxy-tests",
+            "--bin",
+            "proxy-agent",
+            "--bin",
+            "lab-pod",
+            "--bin",
+            tool,
+        ]),
+        Programs::All => cargo.args(["--package", "proxy-tests", "--bins"]),
+    };
     if debug_log {
         cargo.args(["--features", "proxy-agent/debug-log"]);
     }
@@ -97,8 +113,8 @@ fn build(target: Option<&Target>, debug_log: bool, programs: Programs) -> Result
 /// # Errors
 /// When something is missing and cannot be installed, a build fails, or the tool cannot be started.
 pub(crate) fn exec_tool(tool: &str, variables: &[(&str, PathBuf)], args: &[OsString]) -> Result<()> {
-    let dir = release(&Target::new(None)?)?;
-    setup::lab(setup::quiet)?;
+    setup::parts(&[Part::Build, Part::Lab], setup::quiet)?;
+    let dir = release(&Target::new(None)?, Programs::Tool(tool))?;
     // Through env, because sudo hands no variables on.
     let mut env = setup::as_root("env")?;
     let agent = ("VIPR_AGENT", dir.join("proxy-agent"));

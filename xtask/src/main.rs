@@ -18,6 +18,8 @@ mod toolchain;
 
 mod target;
 
+mod plan;
+
 mod setup;
 
 mod build_ebpf;

@@ -1,6 +1,6 @@
-//! `setup`: finds what the other commands need and installs what is missing. It says what it found and what it
-//! installs, and it changes the machine only through the system's package manager, rustup, mounting the BPF
-//! filesystem, and the tools directory in the target directory.
+//! `setup`: finds what the other commands need, says what is missing and how it will come, and then installs that. It
+//! changes the machine only through the system's package manager, by mounting the BPF filesystem, and in the tools
+//! directory in the target directory; for a build for another machine, rustup adds that target's library.
 //!
 //! The other commands call the same functions for the parts they need, and those speak only when something is
 //! missing: nobody has to know about `setup` to run the demo.
@@ -13,9 +13,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum;
 
 use crate::kernels::{KEYRING, Machine};
+use crate::plan::{Compiler, DEBIAN_RUST, Plan};
 use crate::process::{output, run as run_command, say};
 use crate::target::Target;
-use crate::toolchain::{self, BPF_LINKER, CARGO_DENY, CHOICE, LLVM, Toolchain};
+use crate::toolchain::{self, BPF_LINKER, CARGO_DENY, LLVM, LLVM_PREFIX, PINNED, Toolchain, pinned_home};
 use crate::workspace::{find_program, is_root, tools_dir};
 
 /// Arguments of `setup`.
@@ -27,7 +28,7 @@ pub(crate) struct Args {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Part {
+pub(crate) enum Part {
     /// The compiler and linker for the BPF object.
     Build,
     /// What the demo, the lab tests and the benchmarks use: ip, bpftool, a mounted BPF filesystem.
@@ -43,14 +44,7 @@ enum Part {
 /// # Errors
 /// When something is missing and cannot be installed.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    for part in &args.parts {
-        match part {
-            Part::Build => build(say).map(drop)?,
-            Part::Lab => lab(say)?,
-            Part::Lint => lint(say)?,
-            Part::Kernels => kernels(&[Machine::host()?], say)?,
-        }
-    }
+    parts(&args.parts, say)?;
     say("setup is complete");
     Ok(())
 }
@@ -61,12 +55,67 @@ type Found = fn(&str);
 /// For commands that only want to get on with it.
 pub(crate) fn quiet(_: &str) {}
 
+/// Finds what the parts need, tells what is missing and how it will come, and installs it.
+///
+/// # Errors
+/// When something is missing and cannot be installed.
+pub(crate) fn parts(parts: &[Part], found: Found) -> Result<()> {
+    let mut plan = Plan::default();
+    for part in parts {
+        match part {
+            Part::Build => plan_build(&mut plan, found)?,
+            Part::Lab => plan_lab(&mut plan, found)?,
+            Part::Lint => plan_lint(&mut plan, found)?,
+            Part::Kernels => plan_kernels(&mut plan, &[Machine::host()?], found)?,
+        }
+    }
+    install(&plan)
+}
+
+/// As [`parts`], what the ring of kernels uses for these machines.
+///
+/// # Errors
+/// When a tool is missing and cannot be installed.
+pub(crate) fn kernels(machines: &[Machine], found: Found) -> Result<()> {
+    let mut plan = Plan::default();
+    plan_kernels(&mut plan, machines, found)?;
+    install(&plan)
+}
+
+/// Tells what is missing and how it will come, and installs it.
+fn install(plan: &Plan) -> Result<()> {
+    if plan.is_empty() {
+        return Ok(());
+    }
+    say(&plan.to_string());
+    let packages: Vec<_> = plan.packages.iter().map(|(package, _)| *package).collect();
+    if !packages.is_empty() {
+        apt_install(&packages, "Debian's packages")?;
+    }
+    if !plan.compiler.is_empty() {
+        install_compiler(&plan.compiler)?;
+    }
+    if plan.bpffs {
+        run_command(as_root("mount")?.args(["-t", "bpf", "bpf", "/sys/fs/bpf"]))?;
+    }
+    if plan.bpf_linker {
+        build_bpf_linker()?;
+    }
+    if plan.cargo_deny {
+        let mut install = cargo_install("cargo-deny", CARGO_DENY);
+        build_tool(install.arg("--no-default-features"))?;
+    }
+    Ok(())
+}
+
 /// The compiler and the linker for the BPF object.
 ///
 /// # Errors
 /// When one is missing and cannot be installed.
 pub(crate) fn build(found: Found) -> Result<(Toolchain, PathBuf)> {
-    Ok((ebpf_toolchain(found)?, bpf_linker(found)?))
+    parts(&[Part::Build], found)?;
+    let Compiler::Found(toolchain) = compiler()? else { bail!("no compiler for the BPF target") };
+    Ok((toolchain, toolchain::bpf_linker()?))
 }
 
 /// What release programs of another machine are built with: Rust's library for it, and a C compiler, which also links.
@@ -101,20 +150,53 @@ pub(crate) fn target(target: &Target) -> Result<()> {
     Ok(())
 }
 
-/// What the demo, the lab tests and the benchmarks use.
-///
-/// # Errors
-/// When a tool is missing and cannot be installed, or the BPF filesystem cannot be mounted.
-pub(crate) fn lab(found: Found) -> Result<()> {
-    let tools = [("ip", "iproute2"), ("nft", "nftables"), ("bpftool", "bpftool")];
-    let missing: Vec<_> = tools.iter().filter(|(program, _)| find_program(program).is_none()).collect();
-    if missing.is_empty() {
-        found("ip, nft and bpftool: found");
-    } else {
-        let packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
-        apt_install(&packages, "network and BPF tools")?;
+fn compiler() -> Result<Compiler> {
+    let there = |program| find_program(program).is_some();
+    Compiler::choose(Toolchain::chosen(), Toolchain::check, there("rustup"), there("apt-get"))
+}
+
+fn plan_build(plan: &mut Plan, found: Found) -> Result<()> {
+    match compiler()? {
+        Compiler::Found(toolchain) => found(&format!("compiler for the BPF target: found {toolchain}")),
+        Compiler::Install(ways) => plan.compiler = ways,
     }
-    mount_bpffs(found)?;
+    match toolchain::bpf_linker() {
+        Ok(linker) => found(&format!("bpf-linker {BPF_LINKER}: found {}", linker.display())),
+        Err(missing) => {
+            found(&format!("{missing:#}"));
+            plan.bpf_linker = true;
+            // The libraries that LLVM itself was linked with come along: the linker asks for all of them by name.
+            let libraries = [
+                (format!("{LLVM_PREFIX}/include/llvm-c/Core.h"), "llvm-22-dev"),
+                (format!("{LLVM_PREFIX}/lib/libPolly.a"), "libpolly-22-dev"),
+                ("/usr/include/zlib.h".to_owned(), "zlib1g-dev"),
+                ("/usr/include/zstd.h".to_owned(), "libzstd-dev"),
+                ("/usr/bin/c++".to_owned(), "g++"),
+            ];
+            let missing = libraries.iter().filter(|(file, _)| !Path::new(file).exists());
+            plan.packages.extend(missing.map(|(_, package)| (*package, "to build bpf-linker")));
+        }
+    }
+    Ok(())
+}
+
+/// Maps and links are pinned in a BPF filesystem; systemd mounts it at boot, a plain container does not.
+fn plan_lab(plan: &mut Plan, found: Found) -> Result<()> {
+    let tools = [
+        ("ip", "iproute2", "makes networks"),
+        ("nft", "nftables", "stands for a cluster's other rules"),
+        ("bpftool", "bpftool", "prints maps and programs"),
+    ];
+    for (program, package, purpose) in tools {
+        match find_program(program) {
+            Some(path) => found(&format!("{program}: found {}", path.display())),
+            None => plan.packages.push((package, purpose)),
+        }
+    }
+    plan.bpffs = !mounted("bpf")?.iter().any(|point| point == "/sys/fs/bpf");
+    if !plan.bpffs {
+        found("BPF filesystem: mounted at /sys/fs/bpf");
+    }
     match find_program("cargo-nextest") {
         Some(nextest) => found(&format!("cargo-nextest: found {}", nextest.display())),
         None => found("cargo-nextest: not found, tests will run with cargo test"),
@@ -122,117 +204,83 @@ pub(crate) fn lab(found: Found) -> Result<()> {
     Ok(())
 }
 
-/// What `lint` uses beyond rustfmt and clippy of the workspace's own toolchain.
-///
-/// # Errors
-/// When something is missing and cannot be installed; clippy for the BPF target may stay missing.
-pub(crate) fn lint(found: Found) -> Result<()> {
-    let toolchain = ebpf_toolchain(found)?;
-    ebpf_clippy(&toolchain, found);
-    cargo_deny(found)
+/// Beyond rustfmt and clippy of the workspace's own toolchain.
+fn plan_lint(plan: &mut Plan, found: Found) -> Result<()> {
+    let debian = match compiler()? {
+        // It may have clippy or not; the user's toolchain is not changed.
+        Compiler::Found(toolchain) => toolchain == Toolchain::Debian && !toolchain.has_clippy(),
+        Compiler::Install(ways) => ways.first() == Some(&Toolchain::Debian),
+    };
+    if debian {
+        plan.packages.push(("rust-web-clippy", "lints the BPF programs"));
+    }
+    match find_program("cargo-deny") {
+        Some(deny) => found(&format!("cargo-deny: found {}", deny.display())),
+        None => plan.cargo_deny = true,
+    }
+    Ok(())
 }
 
-/// What the ring of kernels uses for these machines.
-///
-/// # Errors
-/// When a tool is missing and cannot be installed.
-pub(crate) fn kernels(machines: &[Machine], found: Found) -> Result<()> {
+/// What boots other kernels. They are fetched, and nothing of them is installed.
+fn plan_kernels(plan: &mut Plan, machines: &[Machine], found: Found) -> Result<()> {
     ensure!(
         find_program("apt-get").is_some() && find_program("dpkg-deb").is_some(),
         "the kernels are Debian's packages: they are fetched by apt, on Debian or a system made from it"
     );
+    let emulators = machines.iter().map(|machine| (machine.qemu(), "boots other kernels"));
     let tools =
         [("cpio", "cpio"), ("depmod", "kmod"), ("xz", "xz-utils"), ("zstd", "zstd"), ("strip", "binutils")];
-    let tools = machines.iter().copied().map(Machine::qemu).chain(tools);
-    let mut missing: Vec<_> =
-        tools.filter(|(program, _)| find_program(program).is_none()).map(|(_, package)| package).collect();
+    let tools = tools.map(|tool| (tool, "unpacks kernels, packs what they start with"));
+    for ((program, package), purpose) in emulators.chain(tools) {
+        match find_program(program) {
+            Some(path) => found(&format!("{program}: found {}", path.display())),
+            None => plan.packages.push((package, purpose)),
+        }
+    }
     if !Path::new(KEYRING).exists() {
-        missing.push("debian-archive-keyring");
+        plan.packages.push(("debian-archive-keyring", "tells whether a package is Debian's"));
     }
-    if missing.is_empty() {
-        found("QEMU, and tools for kernels and initramfs: found");
-        return Ok(());
-    }
-    apt_install(&missing, "what boots other kernels (nothing of them is installed)")
+    Ok(())
 }
 
-/// A compiler for the BPF target: the one that is there, else rustup's nightly, else Debian's packages.
-fn ebpf_toolchain(found: Found) -> Result<Toolchain> {
-    let missing = match Toolchain::find() {
-        Ok(toolchain) => {
-            found(&format!("compiler for the BPF target: found {toolchain}"));
-            return Ok(toolchain);
-        }
-        Err(missing) => missing,
-    };
-    say(&format!("{missing:#}"));
-    let chosen = Toolchain::chosen();
-    if chosen != Some(Toolchain::Debian) && find_program("rustup").is_some() {
-        let name = match &chosen {
-            Some(Toolchain::Rustup(name)) => name.as_str(),
-            _ => "nightly",
+/// Installs the first of `ways` that can be.
+fn install_compiler(ways: &[Toolchain]) -> Result<()> {
+    let mut reasons = Vec::new();
+    for way in ways {
+        let installed = match way {
+            Toolchain::Pinned => install_pinned(),
+            Toolchain::Debian => apt_install(&DEBIAN_RUST, "a compiler for the BPF target"),
+            Toolchain::Rustup(_) => Ok(()),
         };
-        match rustup_install(name) {
-            Ok(()) => {
-                let toolchain = Toolchain::Rustup(name.to_owned());
-                match toolchain.check() {
-                    Ok(()) => return Ok(toolchain),
-                    Err(reason) => say(&format!("{toolchain} cannot be used: {reason:#}")),
-                }
+        match installed.and_then(|()| way.check()) {
+            Ok(()) => return Ok(()),
+            Err(reason) => {
+                say(&format!("{way} cannot be had: {reason:#}"));
+                reasons.push(format!("{way}: {reason:#}"));
             }
-            Err(reason) => say(&format!("rustup could not install {name}: {reason:#}")),
         }
     }
-    if let Some(Toolchain::Rustup(name)) = &chosen {
-        bail!("{CHOICE} asks for {name}, which cannot be used");
-    }
-    apt_install(&["rustc-web", "cargo-web", "rust-web-src"], "a compiler for the BPF target")?;
-    let toolchain = Toolchain::Debian;
-    toolchain.check().with_context(|| format!("{toolchain} was installed, but cannot be used"))?;
-    Ok(toolchain)
+    bail!("no compiler for the BPF target ({})", reasons.join("; "))
 }
 
 /// Bounded in time: behind a firewall that swallows packets rustup would wait for very long.
-fn rustup_install(name: &str) -> Result<()> {
-    say(&format!("installing rustup's {name} with rust-src (at most 10 minutes)"));
-    let mut rustup = Command::new("timeout");
-    rustup.args(["600", "rustup", "toolchain", "install", name, "--no-self-update"]);
-    run_command(rustup.args(["--profile", "minimal", "--component", "rust-src"]))
+fn install_pinned() -> Result<()> {
+    say(
+        "rustup gets a home of its own, in Vipr's target directory: what it says about a default toolchain is not about yours",
+    );
+    let mut install = Command::new("timeout");
+    install.args(["600", "rustup", "toolchain", "install", PINNED, "--no-self-update"]);
+    install.args(["--profile", "minimal", "--component", "rust-src", "--component", "clippy"]);
+    run_command(install.env("RUSTUP_HOME", pinned_home()))
 }
 
-/// bpf-linker, built from source against the system's LLVM if it is not there.
-fn bpf_linker(found: Found) -> Result<PathBuf> {
-    match toolchain::bpf_linker() {
-        Ok(linker) => {
-            found(&format!("bpf-linker {BPF_LINKER}: found {}", linker.display()));
-            return Ok(linker);
-        }
-        Err(missing) => say(&format!("{missing:#}")),
-    }
-    let prefix = format!("/usr/lib/llvm-{LLVM}");
-    // The libraries that this LLVM itself was linked with come along: the linker asks for all of them by name.
-    let libraries = ["/include/llvm-c/Core.h", "/lib/libPolly.a"].map(|file| format!("{prefix}{file}"));
-    let system = ["/usr/include/zlib.h", "/usr/include/zstd.h"].map(str::to_owned);
-    if !libraries.iter().chain(&system).all(|file| Path::new(file).exists()) {
-        let llvm = format!("llvm-{LLVM}-dev");
-        let polly = format!("libpolly-{LLVM}-dev");
-        apt_install(&[&llvm, &polly, "zlib1g-dev", "libzstd-dev", "g++"], "LLVM, to build bpf-linker")?;
-    }
-    let llvm = format!("llvm-{LLVM}");
+/// Built from source against the system's LLVM.
+fn build_bpf_linker() -> Result<()> {
     let mut install = cargo_install("bpf-linker", BPF_LINKER);
-    install.args(["--no-default-features", "--features", &llvm]).env("LLVM_PREFIX", &prefix);
-    build_tool(&mut install, "bpf-linker", "about a minute")?;
-    toolchain::bpf_linker().context("bpf-linker was built, but cannot be used")
-}
-
-/// Maps and links are pinned in a BPF filesystem; systemd mounts it at boot, a plain container does not.
-fn mount_bpffs(found: Found) -> Result<()> {
-    if mounted("bpf")?.iter().any(|point| point == "/sys/fs/bpf") {
-        found("BPF filesystem: mounted at /sys/fs/bpf");
-        return Ok(());
-    }
-    say("mounting the BPF filesystem at /sys/fs/bpf");
-    run_command(as_root("mount")?.args(["-t", "bpf", "bpf", "/sys/fs/bpf"]))
+    let feature = format!("llvm-{LLVM}");
+    install.args(["--no-default-features", "--features", &feature]).env("LLVM_PREFIX", LLVM_PREFIX);
+    build_tool(&mut install)?;
+    toolchain::bpf_linker().map(drop).context("bpf-linker was built, but cannot be used")
 }
 
 /// Where filesystems of type `kind` are mounted.
@@ -255,34 +303,6 @@ fn mounted_in(mounts: &str, kind: &str) -> Vec<String> {
         .collect()
 }
 
-/// Linting the BPF target is worth having, not worth failing for: the host build of the crate is linted anyway.
-fn ebpf_clippy(toolchain: &Toolchain, found: Found) {
-    if toolchain.has_clippy() {
-        found(&format!("clippy for the BPF target: found, of {toolchain}"));
-        return;
-    }
-    let result = match toolchain {
-        Toolchain::Debian => apt_install(&["rust-web-clippy"], "clippy for the BPF target"),
-        Toolchain::Rustup(name) => {
-            let mut rustup = Command::new("timeout");
-            run_command(rustup.args(["300", "rustup", "component", "add", "clippy", "--toolchain", name]))
-        }
-    };
-    if let Err(reason) = result {
-        say(&format!("lint will skip clippy for the BPF target: {reason:#}"));
-    }
-}
-
-fn cargo_deny(found: Found) -> Result<()> {
-    if let Some(deny) = find_program("cargo-deny") {
-        found(&format!("cargo-deny: found {}", deny.display()));
-        return Ok(());
-    }
-    let mut install = cargo_install("cargo-deny", CARGO_DENY);
-    install.arg("--no-default-features");
-    build_tool(&mut install, "cargo-deny", "a minute or two")
-}
-
 /// `cargo install` of one exact version into the tools directory.
 fn cargo_install(name: &str, version: &str) -> Command {
     let mut cargo = crate::workspace::cargo();
@@ -298,8 +318,7 @@ fn cargo_install(name: &str, version: &str) -> Command {
     cargo
 }
 
-fn build_tool(install: &mut Command, name: &str, time: &str) -> Result<()> {
-    say(&format!("building {name} into {} ({time})", tools_dir().display()));
+fn build_tool(install: &mut Command) -> Result<()> {
     run_command(install)?;
     let build = tools_dir().join("build");
     fs::remove_dir_all(&build).with_context(|| format!("cannot remove {}", build.display()))
@@ -315,7 +334,8 @@ fn apt_install(packages: &[&str], what: &str) -> Result<()> {
     run_command(
         as_root("env")?
             .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "--yes", "--quiet"])
-            .arg("--no-install-recommends")
+            // A package that would take another one's place, such as a compiler of the user's, is refused.
+            .args(["--no-install-recommends", "--no-remove"])
             .args(packages),
     )
 }

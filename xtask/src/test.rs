@@ -22,7 +22,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::build_ebpf;
 use crate::kernels;
 use crate::process::{run as run_command, say};
-use crate::setup::{self, mounted};
+use crate::setup::{self, Part, mounted};
 use crate::workspace::{self, Package, find_program, is_root};
 
 /// Arguments of `test`.
@@ -163,7 +163,7 @@ fn check_lab() -> Result<()> {
         !mounted("cgroup2")?.is_empty(),
         "these tests need a cgroup v2 hierarchy, and none is mounted; {only_unit}"
     );
-    setup::lab(setup::quiet)
+    setup::parts(&[Part::Build, Part::Lab], setup::quiet)
 }
 
 fn test_command(runner: &[&str], selection: &Selection) -> Command {

@@ -1,10 +1,13 @@
 //! Finds the compiler for the BPF target and the linker that goes with it. It only looks: [`crate::setup`] installs.
 //!
 //! Building for BPF needs `core` from source, hence a compiler that accepts `-Z` flags and the library source of
-//! exactly that compiler. There are two ways to have both:
+//! exactly that compiler. `RUSTC_BOOTSTRAP` opens a stable compiler, so two ways lead to the same release of it:
 //!
-//! - rustup's nightly with the component `rust-src`;
-//! - Debian's packages `rustc-web cargo-web rust-web-src`, a stable compiler that `RUSTC_BOOTSTRAP` opens.
+//! - rustup's [`PINNED`] with the component `rust-src`, in a directory of Vipr's own;
+//! - Debian's packages `rustc-web cargo-web rust-web-src`.
+//!
+//! The user's own toolchains are neither used nor changed, unless [`CHOICE`] names one: another compiler writes other
+//! code, and only this one's has been tried on every kernel.
 
 use std::env;
 use std::fmt;
@@ -22,19 +25,27 @@ pub(crate) const BPF_LINKER: &str = "0.13.0";
 /// The LLVM that bpf-linker is built with. A compiler with a newer one writes bitcode that it cannot read.
 pub(crate) const LLVM: u32 = 22;
 
+/// Where Debian puts that LLVM.
+pub(crate) const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
+
+/// The release of Rust that builds the BPF object where rustup provides it. Debian's packages are of the same one.
+pub(crate) const PINNED: &str = "1.96.0";
+
 /// The version of cargo-deny that `setup` builds. Any version on `PATH` is taken.
 pub(crate) const CARGO_DENY: &str = "0.20.2";
 
 /// The oldest compiler the workspace builds with: `rust-version` of the workspace.
 const OLDEST_RUSTC: (u32, u32) = (1, 95);
 
-/// Chooses the compiler by hand: `debian`, or the name of a rustup toolchain.
+/// Chooses the compiler by hand: `pinned`, `debian`, or the name of one of the user's rustup toolchains.
 pub(crate) const CHOICE: &str = "VIPR_EBPF_TOOLCHAIN";
 
 /// A compiler that can build for BPF, with its library source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Toolchain {
-    /// A toolchain of rustup's, by name.
+    /// [`PINNED`], by rustup, beside the user's toolchains.
+    Pinned,
+    /// A toolchain of the user's, by rustup's name of it.
     Rustup(String),
     /// Debian's packages.
     Debian,
@@ -43,6 +54,7 @@ pub(crate) enum Toolchain {
 impl fmt::Display for Toolchain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Pinned => write!(f, "Rust {PINNED}"),
             Self::Rustup(name) => write!(f, "rustup's {name}"),
             Self::Debian => f.write_str("Debian's rustc-web"),
         }
@@ -53,26 +65,11 @@ impl Toolchain {
     /// What [`CHOICE`] asks for, if anything.
     pub(crate) fn chosen() -> Option<Self> {
         let choice = env::var(CHOICE).ok().filter(|choice| !choice.is_empty())?;
-        Some(if choice == "debian" { Self::Debian } else { Self::Rustup(choice) })
-    }
-
-    /// The first usable toolchain, in order of preference.
-    ///
-    /// # Errors
-    /// When there is none, with the reason for each.
-    pub(crate) fn find() -> Result<Self> {
-        let candidates = match Self::chosen() {
-            Some(chosen) => vec![chosen],
-            None => vec![Self::Rustup("nightly".into()), Self::Debian],
-        };
-        let mut reasons = Vec::new();
-        for candidate in candidates {
-            match candidate.check() {
-                Ok(()) => return Ok(candidate),
-                Err(reason) => reasons.push(format!("{candidate}: {reason:#}")),
-            }
-        }
-        bail!("no compiler for the BPF target ({})", reasons.join("; "))
+        Some(match choice.as_str() {
+            "pinned" => Self::Pinned,
+            "debian" => Self::Debian,
+            _ => Self::Rustup(choice),
+        })
     }
 
     /// Whether this toolchain can build the BPF object.
@@ -80,12 +77,6 @@ impl Toolchain {
     /// # Errors
     /// The reason why it cannot.
     pub(crate) fn check(&self) -> Result<()> {
-        if let Self::Rustup(name) = self {
-            let installed = process::output(Command::new("rustup").args(["toolchain", "list"]))?;
-            if !installed.lines().any(|line| line.starts_with(name.as_str())) {
-                bail!("not installed");
-            }
-        }
         let version = process::output(self.program("rustc").arg("-vV"))?;
         check_version(&version)?;
         let sysroot = process::output(self.program("rustc").args(["--print", "sysroot"]))?;
@@ -101,9 +92,9 @@ impl Toolchain {
     pub(crate) fn cargo(&self, subcommand: &str) -> Command {
         // By its own name: cargo would look for it on PATH, where another toolchain's may come first.
         let mut cargo = self.program(if subcommand == "clippy" { "cargo-clippy" } else { "cargo" });
-        cargo.arg(subcommand).current_dir(workspace::root());
+        cargo.arg(subcommand).current_dir(workspace::root()).env("RUSTC_BOOTSTRAP", "1");
         if *self == Self::Debian {
-            cargo.env("CARGO", "/usr/bin/cargo").env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1");
+            cargo.env("CARGO", "/usr/bin/cargo").env("RUSTC", "/usr/bin/rustc");
         }
         cargo
     }
@@ -116,6 +107,11 @@ impl Toolchain {
     /// A program of this toolchain, without what `cargo run` and rustup set for xtask's own toolchain.
     fn program(&self, name: &str) -> Command {
         let mut command = match self {
+            Self::Pinned => {
+                let mut command = Command::new("rustup");
+                command.env("RUSTUP_HOME", pinned_home()).args(["run", PINNED, name]);
+                command
+            }
             Self::Rustup(toolchain) => {
                 let mut command = Command::new("rustup");
                 command.args(["run", toolchain, name]);
@@ -123,11 +119,20 @@ impl Toolchain {
             }
             Self::Debian => Command::new(Path::new("/usr/bin").join(name)),
         };
-        for variable in ["LD_LIBRARY_PATH", "RUSTUP_TOOLCHAIN", "RUSTC", "RUSTDOC", "CARGO"] {
+        for variable in ["LD_LIBRARY_PATH", "RUSTUP_TOOLCHAIN", "RUSTC", "RUSTDOC", "CARGO", "RUST_BACKTRACE"]
+        {
             command.env_remove(variable);
         }
+        // A look must not install anything.
+        command.env("RUSTUP_AUTO_INSTALL", "0");
         command
     }
+}
+
+/// A home of its own for rustup, so that neither the user's toolchains nor their settings change. `cargo clean` takes it
+/// away.
+pub(crate) fn pinned_home() -> PathBuf {
+    workspace::tools_dir().join("rustup")
 }
 
 /// Judges what `rustc -vV` printed.

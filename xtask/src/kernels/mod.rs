@@ -171,7 +171,10 @@ fn programs(machine: Machine, dev: bool) -> Result<Programs> {
     Ok(if dev {
         Programs { dir: test::development_programs()?, dynamic: true }
     } else {
-        Programs { dir: build::release(&Target::new(Some(machine.name()))?)?, dynamic: false }
+        Programs {
+            dir: build::release(&Target::new(Some(machine.name()))?, build::Programs::Tool("kernel-rows"))?,
+            dynamic: false,
+        }
     })
 }
 

@@ -7,8 +7,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::build_ebpf;
 use crate::process::{run as run_command, say};
-use crate::setup;
-use crate::toolchain::Toolchain;
+use crate::setup::{self, Part};
 use crate::workspace::{self, find_program};
 
 mod manifests;
@@ -33,7 +32,7 @@ pub(crate) struct Args {
 /// # Errors
 /// When something is missing and cannot be installed, or a check failed.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    setup::lint(setup::quiet)?;
+    setup::parts(&[Part::Build, Part::Lint], setup::quiet)?;
     let mut checks = Checks { filters: args.filters.clone(), ..Checks::default() };
     checks.run("formatting", || run_command(workspace::cargo().args(["fmt", "--all", "--check"])));
     checks.run("manifests", manifests::check);
@@ -103,7 +102,7 @@ fn cargo_deny(checks: &[&str]) -> Result<()> {
 
 /// Only here does clippy see the code behind `cfg(target_arch = "bpf")`.
 fn ebpf_clippy() -> Result<()> {
-    let toolchain = Toolchain::find()?;
+    let (toolchain, _) = setup::build(setup::quiet)?;
     if !toolchain.has_clippy() {
         say(&format!("skipped: {toolchain} has no clippy"));
         return Ok(());
