@@ -181,7 +181,7 @@ unsafe fn read_bytes<const N: usize>(address: u64) -> [u8; N] {
     let mut at = 0;
     macro_rules! read {
         ($reader:ident, $size:literal) => {
-            while at + $size <= N {
+            while N - at >= $size {
                 // SAFETY: as the caller says.
                 let word = unsafe { $reader(address + at as u64) };
                 bytes[at..at + $size].copy_from_slice(&word.to_ne_bytes());

@@ -49,8 +49,11 @@ impl Bench {
         let lab = Lab::build(spec.node(node))?;
         let pins = PinDir::new(lab.node("n1").pin_dir());
         pins.create()?;
-        let dataplane =
-            Dataplane::open(pins.clone(), Sizes { least: CAPACITY, want: CAPACITY, flows: FLOW_ENTRIES })?;
+        let dataplane = Dataplane::open(
+            pins.clone(),
+            Sizes { least: CAPACITY, want: CAPACITY, flows: FLOW_ENTRIES },
+            drop,
+        )?;
         Ok(Self { dataplane, pins, _lab: lab })
     }
 
@@ -234,14 +237,15 @@ fn a_table_keeps_its_size_and_its_flows() -> Result<()> {
     put(&mut FlowMaps::open(&pins)?, &[flow])?;
     drop(dataplane);
     for flows in [2 * FLOW_ENTRIES, FLOW_ENTRIES / 2] {
-        let dataplane = Dataplane::open(pins.clone(), Sizes { least: CAPACITY, want: CAPACITY, flows })?;
+        let dataplane =
+            Dataplane::open(pins.clone(), Sizes { least: CAPACITY, want: CAPACITY, flows }, drop)?;
         let maps = FlowMaps::open(&pins)?;
         assert!(dataplane.resumed);
         assert_eq!(keys(&maps)?, keys_of(&[flow]));
         assert_eq!(maps.flows.capacity()?, u64::from(FLOW_ENTRIES));
     }
     std::fs::remove_file(pins.map("FLOWS"))?;
-    Dataplane::open(pins.clone(), Sizes { least: CAPACITY, want: CAPACITY, flows: 10 })?;
+    Dataplane::open(pins.clone(), Sizes { least: CAPACITY, want: CAPACITY, flows: 10 }, drop)?;
     assert_eq!(FlowMaps::open(&pins)?.flows.capacity()?, 10);
     Ok(())
 }

@@ -81,7 +81,7 @@ fn no_reader_is_misled_by_a_writer() -> Result<()> {
     let pins = PinDir::new(node.pin_dir());
     pins.create()?;
     let mut dataplane =
-        Dataplane::open(pins, Sizes { least: CAPACITY, want: CAPACITY, flows: FLOW_ENTRIES })?;
+        Dataplane::open(pins, Sizes { least: CAPACITY, want: CAPACITY, flows: FLOW_ENTRIES }, drop)?;
     stay_on(0)?;
     let mut writer = Writer::new(&mut dataplane.maps)?;
     dataplane.attach(node.cgroup())?;
