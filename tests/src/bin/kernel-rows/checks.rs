@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
-use proxy_tests::lab::{Attempt, Place, Proto};
+use proxy_tests::lab::{Attempt, Held, Place, Proto};
 
 use super::objects::Backend;
 use super::world::{ANSWER, SILENCE};
@@ -58,6 +58,14 @@ pub(super) fn is_served(target: &str, attempt: &Attempt, way: Proto, answer: Ans
     // A datagram of a connected socket comes from there as well.
     ensure!(way != Proto::Udp || attempt.from == Some(asked), "the answer came from {:?}", attempt.from);
     Ok(())
+}
+
+/// A connection that stays open.
+pub(super) fn held(place: &Place, way: Proto, target: &str) -> Result<Held> {
+    let held = place.hold(target).proto(way).timeout(ANSWER).open()?;
+    let opened = held.opened();
+    ensure!(opened.ok, "{} to {target} by {way:?}: not opened: {opened:?}", place.name());
+    Ok(held)
 }
 
 /// One call or what follows it fails with this error; `stages` are the calls that may say so.

@@ -20,7 +20,7 @@ use super::objects::{HERE, THERE, cluster_ip, node_port};
 use super::row::{Outcome, Row, right};
 use super::tools::differences;
 use super::world::{ANSWER, ELSEWHERE, N1, ON_THIS_NODE, P, READY, STICKY, U, World, X, until};
-use super::{devices, insns};
+use super::{checks, devices, insns};
 
 pub(super) const ROWS: &[Row] = &[
     Row { id: "k070_growth", check: growth },
@@ -154,7 +154,7 @@ impl Clients {
             (&outside, node_port(ON_THIS_NODE.number, true, 80), Proto::Tcp),
             (&outside, node_port(ELSEWHERE.number, true, 80), Proto::Udp),
         ] {
-            held.push(place.hold(&target).proto(way).timeout(ANSWER).open()?);
+            held.push(checks::held(place, way, &target)?);
         }
         let mut flows = Vec::new();
         for (place, target, way) in [
@@ -312,7 +312,7 @@ fn restart(world: &World) -> Result<Outcome> {
 /// Nothing is left: no pin, no program, no filter; and nobody is served.
 fn cleanup(world: &World) -> Result<Outcome> {
     let pins = world.node().pin_dir();
-    let mut held = world.pod("P").hold(cluster_ip(ELSEWHERE.number, false, 80)).timeout(ANSWER).open()?;
+    let mut held = checks::held(&world.pod("P"), Proto::Tcp, &cluster_ip(ELSEWHERE.number, false, 80))?;
     ensure!(!insns::names(pins)?.is_empty(), "no programs before");
     let trace = insns::trace(pins)?;
     world.agent().terminate()?;

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use proxy_tests::lab::{Attempt, Held, Place, Summary};
+use proxy_tests::lab::{Attempt, Held, Place, Proto, Summary};
 use serde_json::json;
 
+use super::checks::held;
 use super::objects::{Backend, HERE, Service, THERE, cluster_ip, node_port, service};
 use super::row::{Outcome, Row, right};
 use super::world::{ANSWER, MOVING, World};
@@ -28,7 +29,7 @@ fn replaced(world: &World) -> Result<Outcome> {
     };
     let mut loads = [load(&pod)?, load(&unseen)?, load(&outside)?];
     let hold = |place: &Place, target: &str| -> Result<Held> {
-        let mut held = place.hold(target).udp().timeout(ANSWER).open()?;
+        let mut held = held(place, Proto::Udp, target)?;
         answered_by(&held.say("before")?, HERE)?;
         Ok(held)
     };

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, ensure};
 use proxy_tests::lab::{Place, Proto};
 
-use super::checks::{Answer, WAYS, is_served, served};
+use super::checks::{Answer, WAYS, held, is_served, served};
 use super::objects::{HERE, THERE, cluster_ip};
 use super::row::{Outcome, Row, right};
 use super::world::{ANSWER, BOTH, ELSEWHERE, N1, ON_THIS_NODE, P, STICKY, U, World};
@@ -61,7 +61,7 @@ fn getpeername(world: &World) -> Result<Outcome> {
         let target = cluster_ip(ELSEWHERE.number, v6, 80);
         for (place, _) in &clients(world) {
             for way in [Proto::Tcp, Proto::Udp] {
-                let mut held = place.hold(&target).proto(way).timeout(ANSWER).open()?;
+                let mut held = held(place, way, &target)?;
                 let said = held.say("hello")?;
                 ensure!(said.ok && said.text.as_deref() == Some("hello"), "{said:?}");
                 let told = said.peername.context("getpeername fails")?.to_string();
