@@ -82,6 +82,10 @@ fn cell(outcome: &Outcome, section: &str, name: &str) -> &'static str {
     }
 }
 
+/// Stands before the table in README.
+const LEAD: &str =
+    "What each of these kernels passes and lacks, as `cargo xtask test kernels all --arch all` found it:";
+
 /// The table of README.
 fn table(outcomes: &[Outcome]) -> String {
     let mut table = "| kernel | machine | rows passed | what it lacks |\n|---|---|---|---|\n".to_owned();
@@ -109,7 +113,7 @@ fn table(outcomes: &[Outcome]) -> String {
 pub(super) fn readme(outcomes: &[Outcome], write: bool) -> Result<bool> {
     let path = workspace::root().join("README.md");
     let text = fs::read_to_string(&path).context("cannot read README.md")?;
-    let new = replace(&text, &table(outcomes))
+    let new = replace(&text, &format!("{LEAD}\n\n{}", table(outcomes)))
         .context("README.md has no place between <!-- kernels --> and <!-- /kernels -->")?;
     if write {
         fs::write(&path, &new).context("cannot write README.md")?;
