@@ -48,7 +48,7 @@ impl Names {
 
     /// Takes all that any kernel showed.
     pub(super) fn bless(&mut self, outcomes: &[Outcome]) {
-        let sections = outcomes.iter().flat_map(|outcome| outcome.console.sections.values());
+        let sections = outcomes.iter().filter_map(|outcome| outcome.console.sections.get("unified"));
         let mut seen = BTreeSet::new();
         let rows = sections.flat_map(|section| &section.rows);
         self.0 = rows.map(|(name, _)| name.clone()).filter(|name| seen.insert(name.clone())).collect();
