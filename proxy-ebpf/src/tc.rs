@@ -64,8 +64,8 @@ impl Skb {
         packet
     }
 
-    /// How much stands before the IP header: what is longer than the IP packet by its own account. The kernel knows where
-    /// that header is, but tells no offset.
+    /// How much stands before the IP header: what is longer than the IP packet by its own account, unless the packet begins
+    /// with that header. The kernel knows where the header is, but tells no offset.
     #[inline(always)]
     fn outer_headers(&self) -> u32 {
         const HEAD: usize = 6;
@@ -88,7 +88,8 @@ impl Skb {
             _ => return 0,
         };
         let before = get!(self, len).wrapping_sub(own);
-        if before <= MOST_OUTER_HEADERS { before } else { 0 }
+        // Bytes behind a packet are no headers before it.
+        if before > MOST_OUTER_HEADERS || self.load_linear(0) == Some(head) { 0 } else { before }
     }
 
     /// Sends the packet back to where it came from: out of the device that it came in by, or into the one that it was

@@ -35,7 +35,7 @@ pub const PROGRAMS: [&str; 9] = [
     "connect6",
 ];
 
-/// Of the other side of a half translation: neither is attached without the other.
+/// Programs of which neither is attached without the other: alone it would make half translations.
 const PAIRS: [[&str; 2]; 2] = [["recvmsg4", "sendmsg4"], ["recvmsg6", "sendmsg6"]];
 
 /// The program without which nothing is served at sockets, the self-test's connection included.

@@ -171,7 +171,7 @@ const HANDLE: TcHandle = TcHandle::new(0x5649, 0x5052);
 const EEXIST: i32 = 17;
 
 /// The first kernel whose IPv4 and IPv6 tunnels leave no header of the outer packet in front of the inner one (commit
-/// 7ad136fd288c, "ipip: Reset MAC header after tunnel decap").
+/// 7ad136fd288c, "ipip: allow redirecting ipip and mplsip packets to eth devices", and those beside it).
 const TUNNELS_MEND_HEADERS: (u32, u32) = (5, 14);
 
 /// Index of the loopback device of every network namespace.

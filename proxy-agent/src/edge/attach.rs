@@ -24,6 +24,7 @@ use crate::bpf::tc::{
 
 /// How often in a row a program is put back to its place before the device is left to whoever wants that place.
 const PATIENCE: u32 = 3;
+
 /// Why the packet edge cannot be set up at all.
 #[derive(Debug, thiserror::Error)]
 pub enum AttacherError {
@@ -129,7 +130,7 @@ impl Attacher {
         let device = Device { index, name: &choice.name };
         let pair = pair(choice);
         let pins = self.pins.clone();
-        if let Err(refused) = self.programs(choice.layer)?.check(pair) {
+        if let Err(refused) = self.programs(choice)?.check(pair) {
             // Those of an earlier agent would go on with maps that nobody writes any more.
             self.detach(index, &choice.name);
             return Err(refused.into());
@@ -138,10 +139,10 @@ impl Attacher {
             let program = pair.program(direction);
             match self.mechanism {
                 Mechanism::Clsact => {
-                    self.programs(choice.layer)?.attach_clsact(&device, program, direction)?;
+                    self.programs(choice)?.attach_clsact(&device, program, direction)?;
                 }
                 Mechanism::Tcx => {
-                    if self.programs(choice.layer)?.attach_tcx(&pins, &device, program, direction)? {
+                    if self.programs(choice)?.attach_tcx(&pins, &device, program, direction)? {
                         self.overtaken.remove(&(program, index));
                         continue;
                     }
@@ -166,9 +167,9 @@ impl Attacher {
         Ok(())
     }
 
-    /// The programs for a kind of device.
-    fn programs(&mut self, layer: Layer) -> Result<&mut TcPrograms, DeviceError> {
-        if layer == Layer::L2 {
+    /// The programs for a device, loaded unless the kernel has refused them.
+    fn programs(&mut self, choice: &Choice) -> Result<&mut TcPrograms, DeviceError> {
+        if choice.layer == Layer::L2 {
             return Ok(&mut self.l2);
         }
         let l3 = match self.l3.take() {
@@ -176,10 +177,11 @@ impl Attacher {
             None => TcPrograms::open(&self.pins, true).map_err(AttachError::from)?,
         };
         let l3 = self.l3.insert(l3);
-        l3.load(&Direction::ALL.map(|direction| Pair::Edge.program(direction)));
+        l3.load(&Direction::ALL.map(|direction| pair(choice).program(direction)));
         Ok(l3)
     }
 
+    /// Detaches whatever is attached to a device.
     fn detach(&self, index: u32, name: &str) {
         if let Err(error) = remove_links(&self.pins, |_, other| other != index) {
             tracing::warn!(%error, path = %self.pins.links().display(), "links that are not needed any more stay");
