@@ -4,7 +4,6 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1 as core;
 use kube::Api;
 use proxy_common::addr::{Addr, Family};
 use serde::Serialize;
@@ -14,6 +13,7 @@ use crate::cluster::ObjectKey;
 use crate::config::Source;
 use crate::opt_out;
 use crate::sources::convert::cgroup_uid;
+use crate::sources::pod::PodObject;
 use crate::sources::{Problem, SourceError, api, manifests};
 
 /// How long an API server may take to answer.
@@ -137,7 +137,7 @@ impl ClientPod {
             Source::Kubernetes { kubeconfig, master } => {
                 let server = api::Server::configured(kubeconfig.as_deref(), master.as_ref());
                 let server = server.await.map_err(failed)?;
-                let pods = Api::<core::Pod>::namespaced(server.client, &key.namespace);
+                let pods = Api::<PodObject>::namespaced(server.client, &key.namespace);
                 let place = format!("the API server {}", server.url);
                 match timeout(PATIENCE, pods.get_opt(&key.name)).await {
                     Ok(Ok(object)) => object,
@@ -156,7 +156,7 @@ impl ClientPod {
     }
 
     /// What counts of an object.
-    pub fn of(key: &ObjectKey, object: &core::Pod) -> Self {
+    pub fn of(key: &ObjectKey, object: &PodObject) -> Self {
         let (spec, status) = (object.spec.as_ref(), object.status.as_ref());
         let host_network = spec.and_then(|spec| spec.host_network).unwrap_or(false);
         let listed =

@@ -12,6 +12,7 @@ use crate::cluster::Change;
 
 pub mod convert;
 pub(crate) mod lenient;
+pub mod pod;
 mod share;
 
 pub mod api;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use axum::http::Uri;
 use futures::{FutureExt as _, StreamExt as _};
-use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::client::ClientBuilder;
@@ -19,6 +19,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use tokio::sync::mpsc::Sender;
 
+use super::pod::PodObject;
 use super::{SourceError, Update};
 use crate::metrics::CountRequests;
 use crate::opt_out::Rules;
@@ -127,7 +128,7 @@ enum KindEvent {
     Slice(Event<Received<EndpointSlice>>),
     Node(Event<Received<Node>>),
     ServiceCidr(Event<Received<ServiceCIDR>>),
-    Pod(Event<Received<Pod>>),
+    Pod(Event<Received<PodObject>>),
 }
 
 /// Sends what the API server says until the receiver is dropped. `node_name` is the name of this node in lower

@@ -14,6 +14,7 @@ use proxy_common::addr::Prefix;
 
 use super::Problem;
 use super::lenient;
+use super::pod::PodObject;
 use super::share::Shared;
 use crate::cluster::{Node, ObjectKey, Pod};
 use crate::opt_out::Rules;
@@ -105,7 +106,7 @@ impl Converter {
     ///
     /// # Errors
     /// The object has no usable name or uid.
-    pub fn pod(&mut self, object: &core::Pod) -> Result<Option<Pod>, Problem> {
+    pub fn pod(&mut self, object: &PodObject) -> Result<Option<Pod>, Problem> {
         let (meta, spec) = (&object.metadata, object.spec.as_ref());
         let phase = object.status.as_ref().and_then(|status| status.phase.as_deref());
         let class = spec.and_then(|spec| spec.runtime_class_name.as_deref());

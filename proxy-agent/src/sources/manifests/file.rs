@@ -17,6 +17,7 @@ use thiserror::Error;
 use crate::cluster::{Change, ObjectKey};
 use crate::sources::Problem;
 use crate::sources::convert::Converter;
+use crate::sources::pod::PodObject;
 
 /// The largest file that is read, bytes.
 const FILE_MAX: u64 = 64 << 20;
@@ -130,7 +131,7 @@ pub(super) fn read(
 ///
 /// # Errors
 /// As [`read`], also when there is something wrong with the Pod.
-pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<core::Pod>, FileError> {
+pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<PodObject>, FileError> {
     let id = Id { kind: Kind::Pod, key: key.clone() };
     let is_it = |value: &Value| {
         text(value, "kind") == "Pod" && text(value, "apiVersion") == "v1" && id_of(Kind::Pod, value) == id
@@ -144,7 +145,7 @@ pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<core::Pod>, Fil
         };
         if let Some(value) = items.into_iter().find(is_it).filter(|_| found.is_none()) {
             let syntax = |message| FileError::Syntax { document: at.document, message };
-            found = Some(typed::<core::Pod>(Kind::Pod, value).map_err(syntax));
+            found = Some(typed::<PodObject>(Kind::Pod, value).map_err(syntax));
         }
     })?;
     found.transpose()
@@ -346,7 +347,7 @@ fn convert(
             converter.node(&typed::<core::Node>(kind, value)?).map(Change::Node).into_iter().collect()
         }
         Kind::Pod => {
-            let pod = converter.pod(&typed::<core::Pod>(kind, value)?).map_err(refused)?;
+            let pod = converter.pod(&typed::<PodObject>(kind, value)?).map_err(refused)?;
             pod.map(Change::Pod).into_iter().collect()
         }
         Kind::ServiceCidr => {
