@@ -10,8 +10,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{ObjectReference, Service};
-use kube::api::ListParams;
-use kube::runtime::events::{self, EventType, Recorder, Reporter};
+use k8s_openapi::api::events::v1 as api;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{ListParams, PostParams};
 use kube::{Api, Client, Resource as _};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
@@ -169,19 +171,28 @@ async fn publish(client: &Client, node: &Arc<str>, event: &Event) -> Result<(), 
         },
         Regarding::Service(key) => reference(client, key).await?,
     };
-    let reporter =
-        Reporter { controller: CONTROLLER.to_owned(), instance: Some(shortened(node, INSTANCE_MAX)) };
-    // A recorder adds to its earlier Event of the same reason and drops the new note. The gate has seen to it that
-    // this one says something else.
-    let recorder = Recorder::new(client.clone(), reporter);
-    let written = events::Event {
-        type_: if event.warning { EventType::Warning } else { EventType::Normal },
-        reason: event.reason.to_owned(),
+    let namespace = reference.namespace.clone().unwrap_or_else(|| "default".to_owned());
+    let now = Timestamp::now();
+    let name = format!("{}.{:x}", reference.name.as_deref().unwrap_or(CONTROLLER), now.as_nanosecond());
+    // A repeated Event would be a series, a patch of the first one; the gate lets none through.
+    let written = api::Event {
+        metadata: ObjectMeta {
+            name: Some(name),
+            namespace: Some(namespace.clone()),
+            ..ObjectMeta::default()
+        },
+        event_time: Some(MicroTime(now)),
+        type_: Some(if event.warning { "Warning" } else { "Normal" }.to_owned()),
+        reason: Some(event.reason.to_owned()),
         note: Some(shortened(&event.note, NOTE_MAX)),
-        action: event.action.to_owned(),
-        secondary: None,
+        action: Some(event.action.to_owned()),
+        regarding: Some(reference),
+        reporting_controller: Some(CONTROLLER.to_owned()),
+        reporting_instance: Some(shortened(node, INSTANCE_MAX)),
+        ..api::Event::default()
     };
-    recorder.publish(&written, &reference).await
+    let events: Api<api::Event> = Api::namespaced(client.clone(), &namespace);
+    events.create(&PostParams::default(), &written).await.map(drop)
 }
 
 /// A reference with the uid, by which `kubectl describe` finds the Events of an object. The agent does not keep uids,
