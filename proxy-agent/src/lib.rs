@@ -73,6 +73,8 @@ pub mod explain;
 
 pub mod monitor;
 
+pub mod cli;
+
 /// Name of an IP protocol number as Kubernetes writes it.
 pub const fn proto_name(proto: u8) -> &'static str {
     match proto {
