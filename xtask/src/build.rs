@@ -98,6 +98,9 @@ fn build(target: Option<&Target>, debug_log: bool, programs: Programs<'_>) -> Re
         target.apply(&mut cargo)?;
     }
     build_ebpf::run(&build_ebpf::Args { debug_log })?;
+    if let Some(target) = target {
+        say(&format!("building for {target}: some minutes the first time, then what has changed"));
+    }
     run_command(&mut cargo)?;
     let Some(target) = target else { return Ok(workspace::target_dir().join("debug")) };
     let dir = workspace::target_dir().join(target.to_string()).join("release");
