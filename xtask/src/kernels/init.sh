@@ -61,7 +61,7 @@ if [ -n "$(rows_of hybrid)" ]; then
   done
   mkdir /sys/fs/cgroup/unified
   mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified
-    section hybrid --hybrid $(rows_of hybrid)
+  section hybrid --hybrid $(rows_of hybrid)
 fi
 
 dmesg | sed 's/^/dmesg: /'
