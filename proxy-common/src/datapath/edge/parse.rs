@@ -121,19 +121,24 @@ pub fn addresses(packet: &impl Packet, parsed: &mut Parsed) -> bool {
         ETHERTYPE_IPV6 => Family::V6,
         _ => return false,
     };
-    read_addresses::<_, true>(packet, family, parsed) || addresses_anywhere(packet, family, parsed)
+    let ip = packet.ip_offset();
+    read_addresses::<_, true>(packet, family, ip, parsed) || addresses_anywhere(packet, family, ip, parsed)
 }
 
 /// [`addresses`] of a packet whose headers are not in its linear part. The buffers that this takes would be on the stack
 /// below every other function.
 #[inline(never)]
-fn addresses_anywhere(packet: &impl Packet, family: Family, parsed: &mut Parsed) -> bool {
-    read_addresses::<_, false>(packet, family, parsed)
+fn addresses_anywhere(packet: &impl Packet, family: Family, ip: u32, parsed: &mut Parsed) -> bool {
+    read_addresses::<_, false>(packet, family, ip, parsed)
 }
 
 #[inline(always)]
-fn read_addresses<P: Packet, const LINEAR: bool>(packet: &P, family: Family, parsed: &mut Parsed) -> bool {
-    let ip = packet.ip_offset();
+fn read_addresses<P: Packet, const LINEAR: bool>(
+    packet: &P,
+    family: Family,
+    ip: u32,
+    parsed: &mut Parsed,
+) -> bool {
     match family {
         Family::V4 => {
             let Some(header) = load::<P, 20, LINEAR>(packet, ip) else { return false };
@@ -159,7 +164,7 @@ fn load<P: Packet, const N: usize, const LINEAR: bool>(packet: &P, offset: u32) 
     if LINEAR { packet.load_linear(offset) } else { packet.load(offset) }
 }
 
-/// Reads the headers of a packet.
+/// Reads the rest of the headers of a packet whose [`addresses`] have been read.
 #[inline(never)]
 pub fn parse(packet: &impl Packet, parsed: &mut Parsed) -> Outcome {
     forget(parsed);
@@ -181,6 +186,9 @@ fn forget(parsed: &mut Parsed) {
 /// False if they are not there.
 #[inline(never)]
 pub fn quoted(packet: &impl Packet, family: Family, offset: u32, parsed: &mut Parsed) -> bool {
+    if !read_addresses::<_, false>(packet, family, offset, parsed) {
+        return false;
+    }
     forget(parsed);
     let outcome = match family {
         Family::V4 => ipv4(packet, offset, false, parsed),
@@ -191,11 +199,8 @@ pub fn quoted(packet: &impl Packet, family: Family, offset: u32, parsed: &mut Pa
 
 #[inline(always)]
 fn ipv4(packet: &impl Packet, ip: u32, whole: bool, parsed: &mut Parsed) -> Outcome {
-    let Some(header) = packet.load::<20>(ip) else { return Outcome::NotIp };
-    let [first, _, len_high, len_low, id0, id1, frag_high, frag_low, _, proto, ..] = header;
-    let [.., s0, s1, s2, s3, d0, d1, d2, d3] = header;
-    parsed.tuple.destination = Addr::v4_in_memory(u32::from_ne_bytes([d0, d1, d2, d3]));
-    parsed.tuple.source = Addr::v4_in_memory(u32::from_ne_bytes([s0, s1, s2, s3]));
+    let Some(header) = packet.load::<10>(ip) else { return Outcome::NotIp };
+    let [first, _, len_high, len_low, id0, id1, frag_high, frag_low, _, proto] = header;
     if first >> 4 != 4 {
         return Outcome::NotIp;
     }
@@ -219,15 +224,11 @@ fn ipv4(packet: &impl Packet, ip: u32, whole: bool, parsed: &mut Parsed) -> Outc
 
 #[inline(always)]
 fn ipv6(packet: &impl Packet, ip: u32, whole: bool, parsed: &mut Parsed) -> Outcome {
-    let Some(header) = packet.load::<40>(ip) else { return Outcome::NotIp };
-    let [first, _, _, _, len_high, len_low, next, ..] = header;
+    let Some(header) = packet.load::<8>(ip) else { return Outcome::NotIp };
+    let [first, _, _, _, len_high, len_low, next, _] = header;
     if first >> 4 != 6 {
         return Outcome::NotIp;
     }
-    let words: [u64; 5] = bytemuck::cast(header);
-    let [_, s0, s1, d0, d1] = words;
-    parsed.tuple.source = bytemuck::cast([s0, s1]);
-    parsed.tuple.destination = bytemuck::cast([d0, d1]);
     let payload = u32::from(u16::from_be_bytes([len_high, len_low]));
     let total = payload.wrapping_add(40);
     if whole && total > packet.length().wrapping_sub(ip) {
