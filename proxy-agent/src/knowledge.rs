@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::desired::{Context, desired_service};
 use crate::model::Model;
 use crate::node::{NodeIps, NodePortAddresses, local_addresses};
-use crate::plan::{Wanted, plan_node};
+use crate::plan::{NodeTables, Wanted, plan_node};
 use crate::store::Op;
 
 /// The objects, and the facts that decisions about them look at.
@@ -69,13 +69,16 @@ impl Knowledge {
         Some(Wanted { created: service.created, desired })
     }
 
-    /// Plans the node's own tables.
-    pub fn plan_node(&self, node_ports: &NodePortAddresses, model: &mut Model) -> Vec<Op> {
+    /// Plans the node's own tables, and says what there is no room for.
+    pub fn plan_node(&self, node_ports: &NodePortAddresses, model: &mut Model) -> (Vec<Op>, Vec<String>) {
         let host = self.context.host_addresses.iter().copied().collect();
-        let addresses = local_addresses(node_ports, &self.context.node.ips, &host);
-        let cidrs = self.cluster.service_cidrs().collect();
         let by_source = !self.context.pods_by_interface;
-        let pods = self.context.cluster_cidr.iter().flatten().filter(|_| by_source).copied().collect();
-        plan_node(model, addresses, cidrs, pods)
+        let mut tables = NodeTables {
+            addresses: local_addresses(node_ports, &self.context.node.ips, &host),
+            service_cidrs: self.cluster.service_cidrs().collect(),
+            pod_sources: self.context.cluster_cidr.iter().flatten().filter(|_| by_source).copied().collect(),
+        };
+        let problems = tables.fit();
+        (plan_node(model, tables), problems)
     }
 }

@@ -135,7 +135,8 @@ fn compare(known: &mut Knowledge, config: &Config, maps: &KernelMaps) -> Result<
     for port in model.ports.keys() {
         wanted.entry(port.service.clone()).or_insert(None);
     }
-    known.plan_node(&config.nodeport_addresses, &mut model);
+    // What there is no room for, the agent tells.
+    let _ = known.plan_node(&config.nodeport_addresses, &mut model);
     let plan = plan(&mut model, &wanted, true);
     Ok(Findings {
         services: known.cluster.services().count(),

@@ -47,7 +47,7 @@ static NODE: Array<Node, 1, BPF_F_MMAPABLE> = Array::new();
 static NAMES: HashMap<u32, ServiceName, 1, BPF_F_NO_PREALLOC> = HashMap::new();
 
 #[btf_map]
-static LOCAL_ADDRESSES: HashMap<Addr, u32, 1> = HashMap::new();
+static LOCAL_ADDRESSES: HashMap<Addr, u32, 1, BPF_F_NO_PREALLOC> = HashMap::new();
 
 #[btf_map]
 static SERVICE_CIDRS: LpmTrie<Addr, u32, 1, BPF_F_NO_PREALLOC> = LpmTrie::new();

@@ -103,7 +103,8 @@ impl Agent {
         // Whose frontend it is can be told only with all who claim it, and of empty maps nobody is served.
         let empty = programmed.model.frontends.is_empty() && !programmed.attached;
         let touched: Vec<ObjectKey> = dirty.into_iter().collect();
-        self.program_node()?;
+        // What one of the node's own tables refuses is told at the end: nobody's Service waits for it.
+        let node = self.program_node();
         let portions = touched.chunks(if empty { PORTION } else { touched.len().max(1) });
         let last = portions.len().saturating_sub(1);
         let mut udp_stale = false;
@@ -111,6 +112,7 @@ impl Agent {
             udp_stale |= self.program(services, self.everything && number == last)?;
         }
         let first = self.serve(udp_stale)?;
+        node?;
         let took = self.telemetry.sync_ended(true);
         self.open_check_ports(touched);
         if self.everything {
@@ -206,7 +208,8 @@ impl Agent {
         if !self.node_changed && !self.everything {
             return Ok(());
         }
-        let mut ops = self.known.plan_node(&self.config.nodeport_addresses, model);
+        let (mut ops, problems) = self.known.plan_node(&self.config.nodeport_addresses, model);
+        self.report.set("node tables".to_owned(), problems);
         ops.extend(plan_left(model, self.pods_attached, self.opted_out.as_ref()));
         self.telemetry.writing(&ops, |ops| carry_out(&mut dataplane.maps, ops))?;
         let host = self.known.context.host_addresses.iter().copied().collect();

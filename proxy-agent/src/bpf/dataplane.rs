@@ -19,6 +19,7 @@ use super::load::{Refused, describe, log_level, reason, timed};
 use super::maps::{GrowError, KernelMaps, OpenError};
 use super::pins::{Found, MAPS, PinDir, PinError};
 use super::sys;
+use crate::plan::{LOCAL_ADDRESS_ENTRIES, PREFIX_ENTRIES};
 use crate::store::Capacity;
 
 /// The programs, in the order in which they are attached: those of the reply direction first, so that no request is
@@ -55,10 +56,7 @@ pub const FLOW_ENTRIES: u32 = 262_144;
 /// Elements of `NEW_FLOWS`: flows whose client has not gone on after an answer.
 const NEW_FLOW_ENTRIES: u32 = 65_536;
 const FRAGMENT_ENTRIES: u32 = 8_192;
-const POD_SOURCE_ENTRIES: u32 = 256;
 const DEVICE_ENTRIES: u32 = 4_096;
-const LOCAL_ADDRESS_ENTRIES: u32 = 4_096;
-const SERVICE_CIDR_ENTRIES: u32 = 256;
 
 /// Why the dataplane cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -352,10 +350,9 @@ fn entries(map: &str, want: Capacity, flows: u32) -> u32 {
         "NEW_FLOW_INDEX" => 2 * NEW_FLOW_ENTRIES,
         "FRAGMENTS" => FRAGMENT_ENTRIES,
         "SOURCE_RANGES" => want.source_ranges,
-        "POD_SOURCES" => POD_SOURCE_ENTRIES,
+        "POD_SOURCES" | "SERVICE_CIDRS" => PREFIX_ENTRIES,
         "DEVICES" => DEVICE_ENTRIES,
         "LOCAL_ADDRESSES" => LOCAL_ADDRESS_ENTRIES,
-        "SERVICE_CIDRS" => SERVICE_CIDR_ENTRIES,
         "OPT_OUT" => OPT_OUT_ENTRIES,
         _ => 0,
     }

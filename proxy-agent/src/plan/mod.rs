@@ -25,11 +25,13 @@ use crate::model::{Claim, Freed, Model, Port, PortBackend, members, service_name
 use crate::store::Op;
 
 mod left;
+mod node;
 
 #[cfg(test)]
 mod tests;
 
 pub use left::plan_left;
+pub use node::{LOCAL_ADDRESS_ENTRIES, NodeTables, PREFIX_ENTRIES, plan_node};
 
 /// What one Service should become; `None` when it is gone.
 #[derive(Clone, Debug)]
@@ -429,31 +431,6 @@ pub fn lost_claims(model: &Model, service: &ObjectKey) -> Vec<String> {
     lost.sort();
     lost.dedup();
     lost
-}
-
-/// Plans the node's own tables: `LOCAL_ADDRESSES`, `SERVICE_CIDRS` and `POD_SOURCES`. Additions come first.
-pub fn plan_node(
-    model: &mut Model,
-    addresses: BTreeMap<Addr, u32>,
-    cidrs: BTreeSet<Prefix>,
-    pods: BTreeSet<Prefix>,
-) -> Vec<Op> {
-    let mut ops = Vec::new();
-    for (addr, bits) in &addresses {
-        if model.local_addresses.get(addr) != Some(bits) {
-            ops.push(Op::LocalAddress(*addr, Some(*bits)));
-        }
-    }
-    let stale = model.local_addresses.keys().filter(|addr| !addresses.contains_key(addr));
-    ops.extend(stale.map(|addr| Op::LocalAddress(*addr, None)));
-    ops.extend(cidrs.difference(&model.service_cidrs).map(|cidr| Op::ServiceCidr(*cidr, true)));
-    ops.extend(model.service_cidrs.difference(&cidrs).map(|cidr| Op::ServiceCidr(*cidr, false)));
-    ops.extend(pods.difference(&model.pod_sources).map(|pods| Op::PodSource(*pods, true)));
-    ops.extend(model.pod_sources.difference(&pods).map(|pods| Op::PodSource(*pods, false)));
-    model.local_addresses = addresses;
-    model.service_cidrs = cidrs;
-    model.pod_sources = pods;
-    ops
 }
 
 /// A frontend as users write it.

@@ -14,7 +14,7 @@ use proxy_agent::cluster::{self, Change, Cluster, ObjectKey, Scope};
 use proxy_agent::desired::{Context, desired_service};
 use proxy_agent::model::Model;
 use proxy_agent::node::{NodePortAddresses, local_addresses};
-use proxy_agent::plan::{Plan, Wanted, plan, plan_left, plan_node};
+use proxy_agent::plan::{NodeTables, Plan, Wanted, plan, plan_left, plan_node};
 use proxy_agent::sim::Simulator;
 use proxy_agent::sources::convert::Converter;
 use proxy_agent::store::{Capacity, Contents, MapStore as _, Op, filter_words};
@@ -150,9 +150,12 @@ impl Agent {
         }
         if node_changed {
             let host = self.context.host_addresses.iter().copied().collect();
-            let addresses = local_addresses(&self.node_ports, &self.context.node.ips, &host);
-            let pods = self.context.cluster_cidr.iter().flatten().copied().collect();
-            let ops = plan_node(&mut self.model, addresses, self.cluster.service_cidrs().collect(), pods);
+            let wanted = NodeTables {
+                addresses: local_addresses(&self.node_ports, &self.context.node.ips, &host),
+                service_cidrs: self.cluster.service_cidrs().collect(),
+                pod_sources: self.context.cluster_cidr.iter().flatten().copied().collect(),
+            };
+            let ops = plan_node(&mut self.model, wanted);
             self.carry_out(&ops)?;
             all.extend(ops);
         }

@@ -275,7 +275,8 @@ fn node_tables_gain_before_they_lose() {
     let mut node = |addresses: &[(u8, u32)], cidrs: &[u8], pods: &[u8]| {
         let addresses = addresses.iter().map(|(number, bits)| (vip(*number), *bits)).collect();
         let [cidrs, pods] = [cidrs, pods].map(|numbers| numbers.iter().map(|number| cidr(*number)).collect());
-        outline(&Plan { ops: plan_node(&mut model, addresses, cidrs, pods), ..Plan::default() })
+        let wanted = NodeTables { addresses, service_cidrs: cidrs, pod_sources: pods };
+        outline(&Plan { ops: plan_node(&mut model, wanted), ..Plan::default() })
     };
     let ops = ["+10.96.0.1", "+10.96.0.2", "+10.96.0.0/16", "+pods 10.64.0.0/16"];
     assert_eq!(node(&[(1, HOST), (2, HOST)], &[96], &[64]), ops);

@@ -14,7 +14,7 @@ use proxy_common::be::Be16;
 
 use proxy_common::datapath::tables::Tables as _;
 
-use super::{FrontendName, Plan, Wanted, lost_claims, plan, plan_node, rivals};
+use super::{FrontendName, NodeTables, Plan, Wanted, lost_claims, plan, plan_node, rivals};
 use crate::cluster::ObjectKey;
 use crate::desired::{DesiredBackend, DesiredPort, DesiredService, PortKey};
 use crate::model::{Freed, Model, Port, parse_name};

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use aya::EbpfLoader;
 use proxy_agent::bpf::dataplane::OBJECT;
 use proxy_agent::bpf::pins::{MAPS, PinDir};
+use proxy_agent::plan::{LOCAL_ADDRESS_ENTRIES, PREFIX_ENTRIES};
 use proxy_common::abi::ABI_VERSION;
 use proxy_tests::lab::{Attempt, Flow, Held, Place, Proto};
 use serde_json::{Value, json};
@@ -87,9 +88,9 @@ fn small_maps(pins: &PinDir) -> Result<()> {
         ("SERVICE_COUNTERS", FEW),
         // These do not grow.
         ("AFFINITY", 65_536),
-        ("LOCAL_ADDRESSES", 4_096),
-        ("SERVICE_CIDRS", 256),
-        ("POD_SOURCES", 256),
+        ("LOCAL_ADDRESSES", LOCAL_ADDRESS_ENTRIES),
+        ("SERVICE_CIDRS", PREFIX_ENTRIES),
+        ("POD_SOURCES", PREFIX_ENTRIES),
     ] {
         loader.map_max_entries(name, entries);
     }
