@@ -16,7 +16,9 @@ use aya_ebpf::bindings::{BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, ProgramArray};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
-use proxy_common::abi::{Backend, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Service, proto};
+use proxy_common::abi::{
+    Backend, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Origin, Service, proto,
+};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::checksum;
@@ -147,9 +149,11 @@ fn translate(ctx: &TcContext) -> Option<i32> {
         destination: Addr::v4(vip),
         source_port: Be16 { bytes: source_port },
         destination_port: Be16 { bytes: port },
+        origin: Origin::OUTSIDE,
         proto: proto::TCP,
         kind: FlowKind::Vip as u8,
-        pad: [0; 2],
+        pad: 0,
+        pad_end: 0,
     };
     // SAFETY: one field is copied at once.
     let known = unsafe { REFERENCE_FLOWS.get(flow) }?.backend;

@@ -5,23 +5,32 @@
 
 #[cfg(target_arch = "bpf")]
 use core::arch::asm;
-use core::mem::MaybeUninit;
+use core::mem::{MaybeUninit, offset_of};
 use core::ptr::addr_of;
 
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+    bpf_fib_lookup as FibLookup,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
-    bpf_skb_load_bytes_relative, bpf_skb_store_bytes,
+    bpf_fib_lookup, bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail,
+    bpf_skb_load_bytes, bpf_skb_load_bytes_relative, bpf_skb_store_bytes,
 };
 use aya_ebpf::programs::TcContext;
+use proxy_common::addr::{Addr, Family};
 use proxy_common::datapath::edge::packet::{FURTHEST, Packet};
 use proxy_common::datapath::edge::sctp;
 
 /// `BPF_ADJ_ROOM_MAC` of linux/bpf.h.
 const ADJ_ROOM_MAC: u32 = 1;
+/// Of linux/socket.h, as the first byte of a word of little-endian machines.
+const AF_INET: u64 = 2;
+const AF_INET6: u64 = 10;
+/// Results of `bpf_fib_lookup`, of linux/bpf.h.
+const BPF_FIB_LKUP_RET_SUCCESS: u32 = 0;
+const BPF_FIB_LKUP_RET_NO_NEIGH: u32 = 7;
+const BPF_FIB_LKUP_RET_FRAG_NEEDED: u32 = 8;
 const MAC_HEADER: u32 = 14;
 /// Ethernet with a tag, IPv4 with all options or IPv6 with an extension, and a header of GRE.
 const MOST_OUTER_HEADERS: u32 = 128;
@@ -228,6 +237,34 @@ impl Packet for Skb {
     #[inline(always)]
     fn entered_by(&self) -> u32 {
         get!(self, ingress_ifindex)
+    }
+
+    #[inline(always)]
+    fn route_to(&self, family: Family, addr: &Addr) -> u32 {
+        // Whoever is routed to has an answer in `ifindex`, also where the neighbour is not known yet (before 5.11 the field
+        // is then left as it was) or the packet would be too long.
+        const FOUND: [i64; 3] = [
+            BPF_FIB_LKUP_RET_SUCCESS as i64,
+            BPF_FIB_LKUP_RET_NO_NEIGH as i64,
+            BPF_FIB_LKUP_RET_FRAG_NEEDED as i64,
+        ];
+        let ifindex = self.ifindex();
+        let [d0, d1] = match family {
+            Family::V4 => [u64::from(u32::from_ne_bytes(addr.v4_octets())), 0],
+            Family::V6 => bytemuck::cast(*addr),
+        };
+        // The compiler would zero what it knows to be zero by a call.
+        let zero = opaque(0);
+        let family = match family {
+            Family::V4 => AF_INET,
+            Family::V6 => AF_INET6,
+        };
+        let mut asked: [u64; 8] = [family, u64::from(ifindex), zero, zero, d0, d1, zero, zero];
+        const { assert!(size_of::<FibLookup>() == 64 && offset_of!(FibLookup, family) == 0) };
+        const { assert!(offset_of!(FibLookup, ifindex) == 8 && offset_of!(FibLookup, __bindgen_anon_4) == 32) };
+        // SAFETY: the helper reads and writes as many bytes as it is told, which is the array.
+        let found = unsafe { bpf_fib_lookup(self.skb.cast(), asked.as_mut_ptr().cast(), 64, 0) };
+        if FOUND.contains(&found) { asked[1] as u32 } else { 0 }
     }
 
     #[inline(always)]

@@ -17,10 +17,10 @@ use proxy_agent::desired::PortKey;
 use proxy_agent::flows::{Collected, Collection, now};
 use proxy_agent::model::service_name;
 use proxy_agent::store::{Capacity, MapStore as _, Op};
-use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, OUTSIDE, REPLIED, RESET};
+use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
-    Backend, BackendState, FilterBit, Flow, FlowKey, FlowKind, FlowRef, ServiceCounters, backend,
+    Backend, BackendState, FilterBit, Flow, FlowKey, FlowKind, FlowRef, Origin, ServiceCounters, backend,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
@@ -66,16 +66,22 @@ impl Bench {
     }
 }
 
+/// Flows of a pod keep their source.
+const POD: Origin = Origin::pod(7);
+const OUTSIDE: Origin = Origin::OUTSIDE;
+
 /// A record: its client is 203.0.113.7 with this port, and the backend sees another one if the flow is from outside.
-fn record(proto: u8, client_port: u16, state: u32, last_seen: u64) -> (FlowKey, Flow) {
+fn record(origin: Origin, proto: u8, client_port: u16, state: u32, last_seen: u64) -> (FlowKey, Flow) {
     let key = FlowKey {
         source: Addr::v4([203, 0, 113, 7]),
         destination: Addr::v4([10, 64, 2, 21]),
         source_port: Be16::new(client_port),
         destination_port: Be16::new(8080),
+        origin,
         proto,
         kind: FlowKind::Record as u8,
-        pad: [0; 2],
+        pad: 0,
+        pad_end: 0,
     };
     let mut flow = Flow {
         vip: VIP.into(),
@@ -88,7 +94,7 @@ fn record(proto: u8, client_port: u16, state: u32, last_seen: u64) -> (FlowKey, 
         last_seen,
         ..Flow::default()
     };
-    if state & OUTSIDE != 0 {
+    if origin == OUTSIDE {
         (flow.snat, flow.snat_port) =
             (Addr::v4([192, 0, 2, 10]), Be16::new(client_port.wrapping_add(10_000)));
     }
@@ -96,7 +102,7 @@ fn record(proto: u8, client_port: u16, state: u32, last_seen: u64) -> (FlowKey, 
 }
 
 fn indexes((key, flow): &(FlowKey, Flow)) -> Vec<(FlowKey, FlowRef)> {
-    let snat = (flow.state & OUTSIDE != 0).then(|| snat_index(key, &flow.snat, flow.snat_port));
+    let snat = (key.origin == OUTSIDE).then(|| snat_index(key, &flow.snat, flow.snat_port));
     [vip_index(key, flow)].into_iter().chain(snat).collect()
 }
 
@@ -138,17 +144,24 @@ fn what_has_expired_is_collected_and_nothing_else() -> Result<()> {
     let bench = Bench::new()?;
     let mut maps = bench.flows()?;
     let late = 1000 * 86_400 * SECOND;
-    let states = [0, REPLIED, REPLIED | ASSURED | OUTSIDE, FIN_REQUEST | ASSURED, RESET | ASSURED];
-    let closed = FIN_REQUEST | FIN_REPLY | ASSURED | OUTSIDE;
+    let states = [
+        (POD, 0),
+        (POD, REPLIED),
+        (OUTSIDE, REPLIED | ASSURED),
+        (POD, FIN_REQUEST | ASSURED),
+        (POD, RESET | ASSURED),
+    ];
+    let closed = (OUTSIDE, FIN_REQUEST | FIN_REPLY | ASSURED);
     let (mut live, mut dead) = (Vec::new(), Vec::new());
     // Enough for several steps of the walk.
     for number in 0..1500 {
         for (proto, state) in states.iter().chain([&closed]).flat_map(|state| [(TCP, *state), (UDP, *state)])
         {
             let port = 1 + number * 6 + u16::try_from(states.iter().take_while(|s| **s != state).count())?;
+            let (origin, state) = state;
             let edge = late - lifetime(proto, state);
-            live.push(record(proto, port, state, edge + 1));
-            dead.push(record(proto, port + 20_000, state, edge));
+            live.push(record(origin, proto, port, state, edge + 1));
+            dead.push(record(origin, proto, port + 20_000, state, edge));
         }
     }
     put(&mut maps, &live)?;
@@ -164,7 +177,7 @@ fn what_has_expired_is_collected_and_nothing_else() -> Result<()> {
     maps.index.add(&index, &target)?;
     live.push(other);
     // One whose record has gone, and one whose record is among those that can be evicted.
-    let (gone, evictable) = (record(TCP, 60_001, OUTSIDE, late), record(TCP, 60_002, OUTSIDE, late));
+    let (gone, evictable) = (record(OUTSIDE, TCP, 60_001, 0, late), record(OUTSIDE, TCP, 60_002, 0, late));
     for (index, target) in indexes(&gone).into_iter().chain(indexes(&evictable)) {
         maps.index.add(&index, &target)?;
     }
@@ -192,7 +205,7 @@ fn flows_that_come_and_go_meanwhile_are_let_alone() -> Result<()> {
     let bench = Bench::new()?;
     let mut maps = bench.flows()?;
     let late = 1000 * 86_400 * SECOND;
-    let steady: Vec<_> = (1..=5000).map(|port| record(TCP, port, ASSURED | OUTSIDE, late)).collect();
+    let steady: Vec<_> = (1..=5000).map(|port| record(OUTSIDE, TCP, port, ASSURED, late)).collect();
     put(&mut maps, &steady)?;
     let mut writer = bench.flows()?;
     // Records come with their index, live or expired, and some go by themselves: beside the walk, elements move into
@@ -201,7 +214,7 @@ fn flows_that_come_and_go_meanwhile_are_let_alone() -> Result<()> {
         let mut stay = Vec::new();
         for port in 10_000..40_000 {
             let age = if port % 3 == 0 { 10 * 86_400 * SECOND } else { 0 };
-            let flow = record(UDP, port, ASSURED, late - age);
+            let flow = record(POD, UDP, port, ASSURED, late - age);
             put(&mut writer, &[flow])?;
             match port % 3 {
                 0 => {}
@@ -240,7 +253,7 @@ fn flows_that_come_and_go_meanwhile_are_let_alone() -> Result<()> {
 #[test]
 fn a_table_keeps_its_size_and_its_flows() -> Result<()> {
     let Bench { dataplane, pins, _lab } = Bench::new()?;
-    let flow = record(TCP, 1, ASSURED | OUTSIDE, now());
+    let flow = record(OUTSIDE, TCP, 1, ASSURED, now());
     put(&mut FlowMaps::open(&pins)?, &[flow])?;
     drop(dataplane);
     for flows in [2 * FLOW_ENTRIES, FLOW_ENTRIES / 2] {
@@ -263,7 +276,8 @@ fn a_running_agent_collects_and_counts_what_is_there() -> Result<()> {
     let pins = PinDir::new(world.lab().node(NODE).pin_dir());
     let mut maps = FlowMaps::open(&pins)?;
     let long_ago = now().wrapping_sub(60 * SECOND);
-    let (expired, live) = (record(TCP, 1, RESET | ASSURED, long_ago), record(TCP, 2, ASSURED, now()));
+    let (expired, live) =
+        (record(POD, TCP, 1, RESET | ASSURED, long_ago), record(POD, TCP, 2, ASSURED, now()));
     put(&mut maps, &[expired, live])?;
     let mut sample = |name: &str| -> Result<u64> {
         let metrics = world.agent(NODE).metrics()?;
@@ -296,8 +310,8 @@ fn flows_are_shown_in_words() -> Result<()> {
     let node = world.lab().node(NODE);
     let mut maps = FlowMaps::open(&PinDir::new(node.pin_dir()))?;
     let (vip, backend) = ("10.111.249.153:80", port.cluster[0]);
-    let flow = |port_number: u16, state: u32, idle: u64, change: &dyn Fn(&mut FlowKey, &mut Flow)| {
-        let (mut key, mut flow) = record(TCP, port_number, state, now().wrapping_sub(idle * SECOND));
+    let flow = |origin, port_number, state, idle: u64, change: &dyn Fn(&mut FlowKey, &mut Flow)| {
+        let (mut key, mut flow) = record(origin, TCP, port_number, state, now().wrapping_sub(idle * SECOND));
         (key.destination, key.destination_port) = (backend.ip().into(), Be16::new(backend.port()));
         (flow.vip, flow.vip_port) = (Addr::v4([10, 111, 249, 153]), Be16::new(80));
         flow.service = port.id;
@@ -309,22 +323,24 @@ fn flows_are_shown_in_words() -> Result<()> {
     put(
         &mut maps,
         &[
-            flow(1001, REPLIED | ASSURED | OUTSIDE, 5, &as_it_is),
-            flow(1002, ASSURED | FIN_REPLY, 0, &as_it_is),
-            flow(1003, ASSURED | FIN_REPLY | FIN_REQUEST, 0, &as_it_is),
+            flow(OUTSIDE, 1001, REPLIED | ASSURED, 5, &as_it_is),
+            flow(POD, 1002, ASSURED | FIN_REPLY, 0, &as_it_is),
+            flow(POD, 1003, ASSURED | FIN_REPLY | FIN_REQUEST, 0, &as_it_is),
             // Where two flows would have met, one has got another port.
-            flow(1004, ASSURED, 0, &|key, _| key.source_port = Be16::new(12_345)),
+            flow(POD, 1004, ASSURED, 0, &|key, _| key.source_port = Be16::new(12_345)),
             // The Service that it began with is gone, and the id is another's.
-            flow(1005, ASSURED, 0, &|key, flow| {
+            flow(POD, 1005, ASSURED, 0, &|key, flow| {
                 (key.destination, flow.vip) = (Addr::v4([10, 64, 9, 9]), Addr::v4([10, 96, 0, 99]));
             }),
             // Its backend has left the Service.
-            flow(1006, ASSURED, 0, &|key, _| key.destination = Addr::v4([10, 64, 9, 9])),
+            flow(POD, 1006, ASSURED, 0, &|key, _| key.destination = Addr::v4([10, 64, 9, 9])),
         ],
     )?;
-    for (key, flow) in
-        [flow(1007, 0, 0, &as_it_is), flow(1008, REPLIED, 0, &as_it_is), flow(1009, RESET, 60, &as_it_is)]
-    {
+    for (key, flow) in [
+        flow(POD, 1007, 0, 0, &as_it_is),
+        flow(POD, 1008, REPLIED, 0, &as_it_is),
+        flow(POD, 1009, RESET, 60, &as_it_is),
+    ] {
         maps.new_flows.add(&key, &flow)?;
     }
 
@@ -491,7 +507,7 @@ fn the_filter_keeps_what_flows_lead_to() -> Result<()> {
     }
     let mut maps = bench.flows()?;
     for (table, number) in [(&mut maps.flows, 2), (&mut maps.new_flows, 4)] {
-        let (key, flow) = record(TCP, 1, ASSURED, now());
+        let (key, flow) = record(POD, TCP, 1, ASSURED, now());
         table.add(&FlowKey { destination: address(number), ..key }, &flow)?;
     }
     let has = |bench: &Bench, number: u8| {
@@ -511,7 +527,7 @@ fn new_maps_know_what_older_flows_lead_to() -> Result<()> {
     let mut world = World::start(&["s01-clusterip.yaml"])?;
     let pins = PinDir::new(world.lab().node(NODE).pin_dir());
     let departed = Addr::v4([10, 64, 7, 2]);
-    let (key, flow) = record(TCP, 1, ASSURED, now());
+    let (key, flow) = record(POD, TCP, 1, ASSURED, now());
     FlowMaps::open(&pins)?.flows.add(&FlowKey { destination: departed, ..key }, &flow)?;
     let FilterBit { word, mask } = FilterBit::of_backend(&departed);
     let has = || -> Result<bool> {

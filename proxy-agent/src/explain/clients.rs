@@ -289,6 +289,7 @@ const fn reason(counter: Counter) -> &'static str {
         Counter::LeftToPackets => {
             "a socket cannot be told silence, and has no address yet: its packets are judged"
         }
+        Counter::DropForeignSource => "the kernel's routes lead to its source by another interface",
         Counter::DropRetry => "the maps were being changed; ask again",
         Counter::Connected | Counter::Datagram | Counter::Flow => "",
         Counter::FailRecord

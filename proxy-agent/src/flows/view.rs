@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::SocketAddr;
 
-use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, OUTSIDE, REPLIED, RESET};
-use proxy_common::abi::{Flow, FlowKey, FrontendKey};
+use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
+use proxy_common::abi::{Flow, FlowKey, FrontendKey, Origin};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::flows::has_snat;
@@ -111,7 +111,7 @@ pub fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::Result<V
                 vip: address(flow.vip, flow.vip_port),
                 backend: address(key.destination, key.destination_port),
                 source: source(key, flow),
-                outside: flow.state & OUTSIDE != 0,
+                outside: key.origin == Origin::OUTSIDE,
                 state: state(key, flow, now),
                 assured: flow.state & ASSURED != 0,
                 idle_seconds: since(flow.last_seen, now) as f64 / 1e9,

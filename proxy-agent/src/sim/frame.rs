@@ -1,5 +1,6 @@
 //! A packet on the host: what the TC shell does to an skb, done to a vector of bytes.
 
+use proxy_common::addr::{Addr, Family};
 use proxy_common::datapath::edge::checksum;
 use proxy_common::datapath::edge::packet::{FURTHEST, Packet};
 
@@ -14,12 +15,14 @@ pub struct Frame {
     pub ifindex: u32,
     /// Index of the device by which it entered the host; 0 if it was made there.
     pub entered_by: u32,
+    /// Index of the device by which the host's routes lead to its source; 0 if that is not known.
+    pub route_back: u32,
 }
 
 impl Frame {
     /// A packet that has come in by the device `ifindex`.
     pub fn new(bytes: Vec<u8>, ifindex: u32) -> Self {
-        Self { bytes, ifindex, entered_by: ifindex }
+        Self { bytes, ifindex, entered_by: ifindex, route_back: 0 }
     }
 
     fn range(&mut self, offset: u32, len: usize) -> Option<&mut [u8]> {
@@ -47,6 +50,11 @@ impl Packet for Frame {
 
     fn entered_by(&self) -> u32 {
         self.entered_by
+    }
+
+    fn route_to(&self, _family: Family, _addr: &Addr) -> u32 {
+        // Nothing else is asked for.
+        self.route_back
     }
 
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {

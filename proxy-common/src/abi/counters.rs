@@ -55,11 +55,13 @@ pub enum Counter {
     /// connect() to an address of ours, or a datagram for one, that a pod's socket was not told about: the packet edge
     /// serves or judges what follows.
     LeftToPackets = 24,
+    /// Dropped: by the kernel's routes its source cannot be behind the pod's interface that it came through.
+    DropForeignSource = 25,
 }
 
 impl Counter {
     /// Every counter, in index order.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::Connected,
         Self::Datagram,
         Self::RejectNoEndpoint,
@@ -85,6 +87,7 @@ impl Counter {
         Self::DropRedirect,
         Self::DropOwnSource,
         Self::LeftToPackets,
+        Self::DropForeignSource,
     ];
 
     /// Name in metrics and `status`.
@@ -115,6 +118,7 @@ impl Counter {
             Self::DropRedirect => "drop_redirect",
             Self::DropOwnSource => "drop_own_source",
             Self::LeftToPackets => "left_to_packets",
+            Self::DropForeignSource => "drop_foreign_source",
         }
     }
 }

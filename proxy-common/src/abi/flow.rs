@@ -4,6 +4,9 @@
 //! lead to it from the tuples of the outer sides: client and VIP, backend and our own address. The record is written
 //! first, then its indexes; they are removed the other way round. An index without a record is a miss.
 //!
+//! Every key begins with the flow's [`Origin`]: whoever writes another one's address into a packet finds, makes and ends
+//! flows of his own only.
+//!
 //! Written by the edges; the agent only collects what has expired. The `NEW_…` maps are LRU hashes, in which a flood
 //! can evict a flow until its client has proved that it hears the replies; the others never evict.
 
@@ -23,7 +26,27 @@ pub enum FlowKind {
     Snat = 2,
 }
 
-/// Key of all four maps: a tuple as packets carry it.
+/// Where the client of a flow is: its requests enter there, and only what leaves there is its answer. A pod can write any
+/// source address, but it cannot choose the interface that its packets enter through.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
+pub struct Origin {
+    /// Index of the host's side of the pod's interface; 0 behind external devices, by any of which a packet may come.
+    pub ifindex: u32,
+}
+
+impl Origin {
+    /// Behind the external devices.
+    pub const OUTSIDE: Self = Self { ifindex: 0 };
+
+    /// Behind the interface of a pod.
+    #[inline(always)]
+    pub const fn pod(ifindex: u32) -> Self {
+        Self { ifindex }
+    }
+}
+
+/// Key of all four maps: an origin, and a tuple as packets carry it.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
 pub struct FlowKey {
@@ -35,19 +58,23 @@ pub struct FlowKey {
     pub source_port: Be16,
     /// Destination port.
     pub destination_port: Be16,
+    /// Where the client is.
+    pub origin: Origin,
     /// IP protocol number.
     pub proto: u8,
     /// A [`FlowKind`].
     pub kind: u8,
+    /// Zero, by one store. (Bytes would be zeroed by a call, in a BPF program.)
+    pub pad: u16,
     /// Zero.
-    pub pad: [u8; 2],
+    pub pad_end: u32,
 }
 
 impl FlowKey {
     /// 32 bits that depend on every byte of the key.
     #[inline(always)]
     pub fn check(&self) -> u32 {
-        let words: &[u64; 5] = bytemuck::cast_ref(self);
+        let words: &[u64; 6] = bytemuck::cast_ref(self);
         let mut hash = 0x9e37_79b9_7f4a_7c15_u64;
         for word in words {
             hash = (hash ^ word).wrapping_mul(0xff51_afd7_ed55_8ccd).rotate_left(29);
@@ -115,8 +142,6 @@ pub mod state {
     pub const FIN_REPLY: u32 = 1 << 3;
     /// Either side has sent RST.
     pub const RESET: u32 = 1 << 4;
-    /// The client came through an external device: packets to another node get a source of ours.
-    pub const OUTSIDE: u32 = 1 << 5;
     /// The client has gone on after an answer, but there was no room in `FLOWS`: it moves when there is.
     pub const PROVEN: u32 = 1 << 6;
     /// The client's FIN came first, so that the backend does not wait in TIME_WAIT (RFC 9293 §3.6.1).
@@ -135,6 +160,8 @@ pub struct FragmentKey {
     pub source: Addr,
     /// Destination address.
     pub destination: Addr,
+    /// Where it came from, or goes to: whoever writes another one's packet numbers gives his own fragments ports.
+    pub origin: Origin,
     /// Identification, as on the wire (IPv4: in the first two bytes).
     pub id: [u8; 4],
     /// IP protocol number.
@@ -155,8 +182,8 @@ pub struct FragmentPorts {
     pub destination: Be16,
 }
 
-const _: () = assert!(size_of::<FlowKey>() == 40);
+const _: () = assert!(size_of::<FlowKey>() == 48);
 const _: () = assert!(size_of::<Flow>() == 72);
 const _: () = assert!(size_of::<FlowRef>() == 24);
-const _: () = assert!(size_of::<FragmentKey>() == 40);
+const _: () = assert!(size_of::<FragmentKey>() == 44);
 const _: () = assert!(size_of::<FragmentPorts>() == 4);

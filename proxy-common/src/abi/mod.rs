@@ -24,13 +24,13 @@ pub use counters::Counter;
 pub use device::{Device, SourceRangeKey};
 pub use event::{Event, Trace};
 pub use filter::{FILTER_WORDS, FilterBit};
-pub use flow::{Flow, FlowKey, FlowKind, FlowRef, FragmentKey, FragmentPorts};
+pub use flow::{Flow, FlowKey, FlowKind, FlowRef, FragmentKey, FragmentPorts, Origin};
 pub use frontend::{FrontendKey, FrontendKind, FrontendValue};
 pub use service::{Affinity, Service, ServiceName, SlotRange};
 pub use socket::{FlowDirection, SocketRecord, StreamRecord, UdpFlow, UdpFlowKey};
 
 /// Version of everything in this module. Maps are pinned below `<pin-dir>/v<ABI_VERSION>/`.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// IP protocol numbers (RFC 9293, RFC 768, RFC 9260) as map keys hold them.
 pub mod proto {

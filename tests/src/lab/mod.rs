@@ -31,6 +31,7 @@ mod lines;
 mod netns;
 pub mod network;
 mod place;
+mod raw;
 mod residue;
 mod serve;
 mod spec;

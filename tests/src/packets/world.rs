@@ -1,5 +1,6 @@
 //! One node with Services of both families, as map operations: what the host's maps and the kernel's are filled with.
 
+use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
 
 use proxy_agent::sim::Simulator;
@@ -252,6 +253,8 @@ fn frontend(key: FrontendKey, service: u32, flags: u16) -> Op {
 pub struct World {
     /// Its maps.
     pub sim: Simulator,
+    /// The device by which the host's routes lead to what enters; 0 for none.
+    pub route_back: Cell<u32>,
 }
 
 impl World {
@@ -265,12 +268,12 @@ impl World {
             sim.apply(&op)?;
         }
         sim.edge.devices.replace(Net::devices().into_iter().collect());
-        Ok(Self { sim })
+        Ok(Self { sim, route_back: Cell::new(0) })
     }
 
     /// A packet enters through a device: what becomes of it.
     pub fn enter(&self, device: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
-        let mut frame = Frame::new(bytes, device);
+        let mut frame = Frame { route_back: self.route_back.get(), ..Frame::new(bytes, device) };
         let verdict = self.sim.packet(&mut frame, edge_of(device), false);
         (verdict, frame.bytes)
     }

@@ -4,6 +4,7 @@ mod corpus;
 mod errors;
 mod fragments;
 mod malformed;
+mod origins;
 mod passing;
 mod records;
 mod refusals;

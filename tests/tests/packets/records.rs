@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use proxy_common::abi::flow::SNAT_PORTS;
-use proxy_common::abi::flow::state::{ASSURED, OUTSIDE};
-use proxy_common::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef};
+use proxy_common::abi::flow::state::ASSURED;
+use proxy_common::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef, Origin};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
@@ -316,9 +316,11 @@ fn few_ports(net: Net, proto: u8, tier: Tier) -> World {
             destination: backend.ip().into(),
             source_port: port,
             destination_port: Be16::new(backend.port()),
+            origin: Origin::OUTSIDE,
             proto,
             kind: FlowKind::Record as u8,
-            pad: [0; 2],
+            pad: 0,
+            pad_end: 0,
         };
         let flow = Flow {
             vip: net.there().ip().into(),
@@ -326,7 +328,6 @@ fn few_ports(net: Net, proto: u8, tier: Tier) -> World {
             client_port: port,
             snat: own,
             snat_port: port,
-            state: OUTSIDE,
             check: key.check(),
             last_seen: world.sim.clock.get(),
             ..Flow::default()

@@ -1,9 +1,7 @@
 //! TCP: which segments begin a flow, which end one, and when it is safe from eviction.
 
 use proxy_common::abi::Counter;
-use proxy_common::abi::flow::state::{
-    ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, OUTSIDE, REPLIED, RESET,
-};
+use proxy_common::abi::flow::state::{ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
@@ -14,7 +12,7 @@ use super::{answer, counts, establish, open, passes, record, translated, world};
 #[track_caller]
 fn state(world: &World) -> (Tier, u32) {
     let (tier, _, flow) = record(world);
-    (tier, flow.state & !OUTSIDE)
+    (tier, flow.state)
 }
 
 #[test]

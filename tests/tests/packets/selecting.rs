@@ -5,8 +5,7 @@ use std::net::SocketAddr;
 
 use proxy_agent::store::{MapStore as _, Op};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, SERVING};
-use proxy_common::abi::flow::state::OUTSIDE;
-use proxy_common::abi::{BackendState, Counter, Service, SlotRange};
+use proxy_common::abi::{BackendState, Counter, Origin, Service, SlotRange};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parse::tcp::{ACK, SYN};
 use proxy_common::datapath::tables::Tables as _;
@@ -83,10 +82,13 @@ fn near_and_far_clients_have_sets_of_their_own() {
 #[test]
 fn the_device_tells_who_comes_from_outside() {
     for net in Net::ALL {
-        for (device, outside) in [(NIC, true), (OVERLAY, true), (POD, false), (NEAR, false)] {
+        let outside = Origin::OUTSIDE;
+        for (device, origin) in
+            [(NIC, outside), (OVERLAY, outside), (POD, Origin::pod(POD)), (NEAR, Origin::pod(NEAR))]
+        {
             let world = world();
             translated(world.enter(device, Packet::udp(net.client(), net.there(), b"?").bytes()));
-            assert_eq!(record(&world).2.state & OUTSIDE != 0, outside);
+            assert_eq!(record(&world).1.origin, origin);
         }
     }
 }

@@ -9,7 +9,7 @@ use super::tables::{EdgeTables, FlowCell, Tier, Work};
 use super::timeouts;
 use crate::abi::flow::SNAT_PORTS;
 use crate::abi::flow::state::{ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, PROVEN, REPLIED, RESET};
-use crate::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef, proto};
+use crate::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef, Origin, proto};
 use crate::addr::Addr;
 use crate::be::Be16;
 
@@ -51,15 +51,17 @@ pub fn has_snat(flow: &Flow) -> bool {
 
 /// A key of any kind.
 #[inline(always)]
-pub fn key(kind: FlowKind, proto: u8, tuple: &Tuple) -> FlowKey {
+pub fn key(kind: FlowKind, origin: Origin, proto: u8, tuple: &Tuple) -> FlowKey {
     FlowKey {
         source: tuple.source,
         destination: tuple.destination,
         source_port: tuple.source_port,
         destination_port: tuple.destination_port,
+        origin,
         proto,
         kind: kind as u8,
-        pad: [0; 2],
+        pad: 0,
+        pad_end: 0,
     }
 }
 
@@ -99,16 +101,15 @@ pub fn by_vip<T: EdgeTables>(
     proto: u8,
     tuple: &Tuple,
     work: &mut Work,
-    now: u64,
 ) -> Option<Place<T::Cell>> {
-    if find_by_vip(tables, proto, tuple, work) { of_vip(tables, tuple, &work.key, now) } else { None }
+    if find_by_vip(tables, proto, tuple, work) { of_vip(tables, tuple, &work.key, work.now) } else { None }
 }
 
 /// The first half of [`by_vip`]: whether the tuple is in the index. Both keys are then in `work`, of the index and of
 /// the record, whatever that may be.
 #[inline(never)]
 pub fn find_by_vip(tables: &impl EdgeTables, proto: u8, tuple: &Tuple, work: &mut Work) -> bool {
-    work.index = key(FlowKind::Vip, proto, tuple);
+    work.index = key(FlowKind::Vip, work.origin, proto, tuple);
     let Some(target) = indexed(tables, &work.index) else { return false };
     work.key = vip_target(&work.index, &target);
     true
@@ -125,19 +126,19 @@ pub fn of_vip<T: EdgeTables>(tables: &T, tuple: &Tuple, key: &FlowKey, now: u64)
     if same { Some(place) } else { None }
 }
 
-/// The live record that a packet from the backend `tuple.source` to our own address belongs to. Its key goes into `key`.
+/// The live record that a packet from the backend `tuple.source` to our own address belongs to. Its key is then in `work`.
 #[inline(never)]
 pub fn by_snat<T: EdgeTables>(
     tables: &T,
     proto: u8,
     tuple: &Tuple,
-    key: &mut FlowKey,
-    now: u64,
+    work: &mut Work,
 ) -> Option<Place<T::Cell>> {
-    let index = self::key(FlowKind::Snat, proto, tuple);
+    let Work { key, now, origin, .. } = work;
+    let index = self::key(FlowKind::Snat, *origin, proto, tuple);
     let target = indexed(tables, &index)?;
     *key = snat_target(&index, &target);
-    let place = record(tables, key, now)?;
+    let place = record(tables, key, *now)?;
     let flow = place.flow();
     let same = has_snat(&flow) && flow.snat == tuple.destination && flow.snat_port == tuple.destination_port;
     if same { Some(place) } else { None }
@@ -160,9 +161,11 @@ pub fn vip_target(index: &FlowKey, target: &FlowRef) -> FlowKey {
         destination: target.addr,
         source_port: target.client_port,
         destination_port: target.port,
+        origin: index.origin,
         proto: index.proto,
         kind: FlowKind::Record as u8,
-        pad: [0; 2],
+        pad: 0,
+        pad_end: 0,
     }
 }
 
@@ -174,9 +177,11 @@ pub fn snat_target(index: &FlowKey, target: &FlowRef) -> FlowKey {
         destination: index.source,
         source_port: target.client_port,
         destination_port: index.source_port,
+        origin: index.origin,
         proto: index.proto,
         kind: FlowKind::Record as u8,
-        pad: [0; 2],
+        pad: 0,
+        pad_end: 0,
     }
 }
 
@@ -188,9 +193,11 @@ pub fn vip_index(key: &FlowKey, flow: &Flow) -> (FlowKey, FlowRef) {
         destination: flow.vip,
         source_port: flow.client_port,
         destination_port: flow.vip_port,
+        origin: key.origin,
         proto: key.proto,
         kind: FlowKind::Vip as u8,
-        pad: [0; 2],
+        pad: 0,
+        pad_end: 0,
     };
     let check = index.check();
     (
@@ -207,9 +214,11 @@ pub fn snat_index(key: &FlowKey, snat: &Addr, snat_port: Be16) -> (FlowKey, Flow
         destination: *snat,
         source_port: key.destination_port,
         destination_port: snat_port,
+        origin: key.origin,
         proto: key.proto,
         kind: FlowKind::Snat as u8,
-        pad: [0; 2],
+        pad: 0,
+        pad_end: 0,
     };
     let check = index.check();
     (index, FlowRef { addr: key.source, port: key.source_port, client_port: key.source_port, check })
@@ -288,7 +297,7 @@ pub fn create<T: EdgeTables>(
     indexed: bool,
     work: &mut Work,
 ) -> Option<Place<T::Cell>> {
-    let Work { now, to, .. } = *work;
+    let Work { now, to, origin, .. } = *work;
     if indexed {
         recycle(tables, work);
     }
@@ -300,7 +309,6 @@ pub fn create<T: EdgeTables>(
         service: to.service,
         backend: to.backend,
         generation: backend.state.generation,
-        state: to.state,
         last_seen: now,
         ..Flow::default()
     };
@@ -309,9 +317,11 @@ pub fn create<T: EdgeTables>(
         destination: backend.addr,
         source_port: tuple.source_port,
         destination_port: backend.port,
+        origin,
         proto: to.proto,
         kind: FlowKind::Record as u8,
-        pad: [0; 2],
+        pad: 0,
+        pad_end: 0,
     };
     for attempt in 0..TUPLE_TRIES {
         if attempt > 0 {
@@ -360,8 +370,6 @@ pub struct Choice {
     pub service: u32,
     /// Backend id.
     pub backend: u32,
-    /// The first state of the flow.
-    pub state: u32,
 }
 
 /// Whether a flow can have a key.

@@ -73,16 +73,15 @@ pub fn ingress(
 /// Says in `work` what becomes of it. False: it is about nothing of ours.
 #[inline(never)]
 fn entering(tables: &impl EdgeTables, outer: &Parsed, quote: &Parsed, work: &mut Work) -> bool {
-    let now = tables.now();
     let reply = flows::reversed(&quote.tuple);
     let source = outer.tuple.source;
-    if flows::by_snat(tables, quote.proto, &reply, &mut work.key, now).is_some() {
+    if flows::by_snat(tables, quote.proto, &reply, work).is_some() {
         let key = &work.key;
         let quoted = Tuple { source: key.source, source_port: key.source_port, ..quote.tuple };
         work.edit = Edit { source, destination: key.source, quoted };
         return true;
     }
-    if flows::by_vip(tables, quote.proto, &reply, work, now).is_none() {
+    if flows::by_vip(tables, quote.proto, &reply, work).is_none() {
         return false;
     }
     let key = &work.key;
@@ -123,9 +122,9 @@ fn leaving<T: EdgeTables, const EXTERNAL: bool>(
     quote: &Parsed,
     work: &mut Work,
 ) -> bool {
-    let now = tables.now();
+    let (now, origin) = (work.now, work.origin);
     let Tuple { source, destination, .. } = outer.tuple;
-    work.key = flows::key(FlowKind::Record, quote.proto, &quote.tuple);
+    work.key = flows::key(FlowKind::Record, origin, quote.proto, &quote.tuple);
     if let Some(place) = flows::record(tables, &work.key, now) {
         // About a request: the client knows the VIP only.
         let flow = place.flow();
@@ -139,7 +138,7 @@ fn leaving<T: EdgeTables, const EXTERNAL: bool>(
         work.edit = Edit { source, destination, quoted };
         return true;
     }
-    work.key = flows::key(FlowKind::Record, quote.proto, &flows::reversed(&quote.tuple));
+    work.key = flows::key(FlowKind::Record, origin, quote.proto, &flows::reversed(&quote.tuple));
     let Some(place) = flows::record(tables, &work.key, now) else { return false };
     let flow = place.flow();
     if !EXTERNAL || !flows::has_snat(&flow) {

@@ -2,8 +2,11 @@
 //!
 //! Every client has an edge: the device that its packets enter through. Requests are translated as they enter
 //! ([`ingress`]), answers as they leave there again ([`egress`]); in between, the kernel and whatever filters packets
-//! in it see the true client and the true pod. A packet that goes on to another node leaves with a source of ours, so
-//! that its answer comes back here.
+//! in it see the true client and the true pod. A packet of a client outside that goes on to another node leaves with a
+//! source of ours, so that its answer comes back here.
+//!
+//! A flow is found by its [`Origin`], too: the pod's interface, or the external devices together. A pod that writes the
+//! address of another client into a packet begins a flow of its own, and no answer to that client belongs to it.
 //!
 //! | packet | where | what becomes of it |
 //! |---|---|---|
@@ -44,11 +47,10 @@ use super::lookup::{self, Target};
 use super::select::{Client, Selection, select};
 use super::trace::{self, At};
 use crate::abi::device::flags::NEAR;
-use crate::abi::flow::state::OUTSIDE;
 use crate::abi::frontend::flags::{EXTERNAL, SOURCE_RANGES};
 use crate::abi::{
-    Counter, FilterBit, Flow, FlowKey, FlowKind, FragmentKey, FragmentPorts, backend::flags::SERVING, flow,
-    local_address, proto,
+    Counter, FilterBit, Flow, FlowKey, FlowKind, FragmentKey, FragmentPorts, Origin, backend::flags::SERVING,
+    flow, local_address, proto,
 };
 use crate::addr::{Addr, Family};
 use crate::be::Be16;
@@ -60,6 +62,17 @@ pub enum Edge {
     External,
     /// The host side of a pod's interface.
     Pod,
+}
+
+impl Edge {
+    /// Whose flows a packet on a device of this kind can belong to.
+    #[inline(always)]
+    const fn origin(self, ifindex: u32) -> Origin {
+        match self {
+            Self::External => Origin::OUTSIDE,
+            Self::Pod => Origin::pod(ifindex),
+        }
+    }
 }
 
 /// What becomes of a packet.
@@ -129,17 +142,18 @@ pub fn ingress(
         Outcome::NotIp => return Verdict::Pass,
         Outcome::Malformed => return malformed(tables, &parsed.tuple.destination),
     }
+    (work.now, work.origin) = (tables.now(), edge.origin(packet.ifindex()));
     if parsed.part == Part::First {
         // Whosever it is: the ports will tell. Where they cannot be kept, the other fragments are lost, as any packet may.
-        remember_ports(tables, parsed, false);
+        remember_ports(tables, parsed, work.origin, false);
     }
-    if parsed.part == Part::Later && !restore_ports(tables, parsed, false) {
+    if parsed.part == Part::Later && !restore_ports(tables, parsed, work.origin, false) {
         return stray_fragment(tables, &parsed.tuple.destination);
     }
     if icmp::is_error(parsed) {
         icmp::ingress(packet, tables, parsed, quote, work)
     } else {
-        entering(packet, tables, parsed, edge, work)
+        entering(packet, tables, parsed, work)
     }
 }
 
@@ -166,7 +180,8 @@ pub fn egress(
     }
     let error = icmp::is_error(parsed);
     if from_backend || to_backend || error {
-        if parsed.part == Part::Later && !restore_ports(tables, parsed, true) {
+        (work.now, work.origin) = (tables.now(), edge.origin(packet.ifindex()));
+        if parsed.part == Part::Later && !restore_ports(tables, parsed, work.origin, true) {
             return Verdict::Pass;
         }
         if error {
@@ -176,11 +191,10 @@ pub fn egress(
                 icmp::egress::<_, _, false>(packet, tables, parsed, quote, work)
             };
         }
-        let now = tables.now();
-        if to_backend && let Some(verdict) = leaving(packet, tables, parsed, work, now) {
+        if to_backend && let Some(verdict) = leaving(packet, tables, parsed, work) {
             return verdict;
         }
-        if from_backend && let Some(verdict) = answering(packet, tables, parsed, work, now) {
+        if from_backend && let Some(verdict) = answering(packet, tables, parsed, work) {
             return verdict;
         }
     }
@@ -199,20 +213,19 @@ fn entering<T: EdgeTables>(
     packet: &mut impl Packet,
     tables: &T,
     parsed: &Parsed,
-    edge: Edge,
     work: &mut Work,
 ) -> Verdict {
-    let now = tables.now();
+    let now = work.now;
     let tuple = &parsed.tuple;
     if !matches!(parsed.proto, proto::TCP | proto::UDP | proto::SCTP) {
         return turn_away::<_, _, false>(packet, tables, parsed, nobodys(find(tables, parsed)), 0);
     }
     if flow::SNAT_PORTS.contains(&tuple.destination_port.get())
-        && let Some(place) = flows::by_snat(tables, parsed.proto, tuple, &mut work.key, now)
+        && let Some(place) = flows::by_snat(tables, parsed.proto, tuple, work)
     {
         work.new = Tuple { destination: work.key.source, destination_port: work.key.source_port, ..*tuple };
         trace::translated(tables, parsed, &work.new, place.flow().service, entry(packet), false);
-        return finish(packet, tables, parsed, &work.new, false);
+        return finish(packet, tables, parsed, work, false);
     }
 
     let begins = parsed.proto == proto::TCP && parsed.kind & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN;
@@ -228,9 +241,8 @@ fn entering<T: EdgeTables>(
             // Not ours to guess: another proxy's connection tracking may know it.
             return Verdict::Pass;
         }
-        let state = if edge == Edge::External { OUTSIDE } else { 0 };
-        work.to = Choice { proto: parsed.proto, service: 0, backend: 0, state };
-        let refusal = choose(tables, parsed, packet.ifindex(), &mut work.to);
+        work.to = Choice { proto: parsed.proto, service: 0, backend: 0 };
+        let refusal = choose(packet, tables, parsed, work.origin, &mut work.to);
         match (refusal.how, &place) {
             (How::Not, old) => {
                 let moves = old.is_some() && parsed.proto == proto::UDP;
@@ -238,7 +250,6 @@ fn entering<T: EdgeTables>(
                 if let Some(old) = old {
                     flows::remove(tables, &work.key, old);
                 }
-                work.now = now;
                 place = flows::create(tables, tuple, indexed, work);
                 tables.count(if moves { Counter::UdpRepick } else { Counter::Flow });
                 tables.count_connection(work.to.service);
@@ -264,7 +275,7 @@ fn entering<T: EdgeTables>(
         destination_port: work.key.destination_port,
     };
     trace::translated(tables, parsed, &work.new, service, entry(packet), !stays);
-    finish(packet, tables, parsed, &work.new, false)
+    finish(packet, tables, parsed, work, false)
 }
 
 /// Where a packet that enters is.
@@ -293,7 +304,13 @@ fn numbers(packet: &impl Packet, parsed: &Parsed) -> Numbers {
 
 /// A backend for a new flow, or why there is none.
 #[inline(never)]
-fn choose(tables: &impl EdgeTables, parsed: &Parsed, ifindex: u32, to: &mut Choice) -> Refusal {
+fn choose(
+    packet: &impl Packet,
+    tables: &impl EdgeTables,
+    parsed: &Parsed,
+    origin: Origin,
+    to: &mut Choice,
+) -> Refusal {
     let tuple = &parsed.tuple;
     let target = find(tables, parsed);
     let Target::Frontend(frontend) = target else { return nobodys(target) };
@@ -306,8 +323,12 @@ fn choose(tables: &impl EdgeTables, parsed: &Parsed, ifindex: u32, to: &mut Choi
         // host's own connections to the backend.
         return Refusal::drop(Counter::DropOwnSource);
     }
+    if origin != Origin::OUTSIDE && is_elsewhere(packet, tables, parsed, origin) {
+        // Passed on, a nodePort's would be refused by the kernel to whose address it has.
+        return Refusal::drop(Counter::DropForeignSource);
+    }
     let near = tables.is_pod_source(&tuple.source)
-        || tables.device(ifindex).is_some_and(|device| device.flags & NEAR != 0);
+        || tables.device(packet.ifindex()).is_some_and(|device| device.flags & NEAR != 0);
     let client = if near { Client::Near } else { Client::Far };
     match select(tables, frontend, client, tuple.source) {
         Selection::Backend(id, _) => {
@@ -317,6 +338,15 @@ fn choose(tables: &impl EdgeTables, parsed: &Parsed, ifindex: u32, to: &mut Choi
         Selection::Reject(why) => Refusal::reject(why),
         Selection::Drop(why) => Refusal::drop(why),
     }
+}
+
+/// Whether the source of a packet cannot be behind the pod's interface that it has come through: the kernel's routes lead to
+/// it by another pod's interface, or by an external device. A pod cannot write routes. Devices that are no edges tell
+/// nothing: pods are behind bridges, and some networks route all of them by one device.
+#[inline(never)]
+fn is_elsewhere(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, origin: Origin) -> bool {
+    let by = packet.route_to(parsed.family, &parsed.tuple.source);
+    by != 0 && by != origin.ifindex && tables.device(by).is_some()
 }
 
 /// Whose the destination is. What has no ports asks for port 0.
@@ -343,17 +373,14 @@ fn leaving(
     tables: &impl EdgeTables,
     parsed: &mut Parsed,
     work: &mut Work,
-    now: u64,
 ) -> Option<Verdict> {
+    let now = work.now;
     let tuple = &parsed.tuple;
-    work.key = flows::key(FlowKind::Record, parsed.proto, tuple);
+    work.key = flows::key(FlowKind::Record, work.origin, parsed.proto, tuple);
     let place = flows::record(tables, &work.key, now)?;
     let flow = place.flow();
     if flows::is_succeeded(&flow, parsed) {
         flows::remove(tables, &work.key, &place);
-        return None;
-    }
-    if flow.state & OUTSIDE == 0 && tuple.source != tuple.destination {
         return None;
     }
     if !flows::has_snat(&flow) || !flows::keeps_source(tables, &work.key, &place) {
@@ -377,7 +404,7 @@ fn leaving(
     let flow = place.flow();
     work.new = Tuple { source: flow.snat, source_port: flow.snat_port, ..*tuple };
     trace::translated(tables, parsed, &work.new, flow.service, exit(packet), false);
-    Some(finish(packet, tables, parsed, &work.new, true))
+    Some(finish(packet, tables, parsed, work, true))
 }
 
 /// Makes a packet again what the client sent, and forgets its flow. False: it is half done and must not go on.
@@ -393,7 +420,7 @@ fn give_back<T: EdgeTables>(
     let (destination, destination_port, source_port) = (flow.vip, flow.vip_port, flow.client_port);
     flows::remove(tables, &work.key, place);
     work.new = Tuple { destination, destination_port, source_port, ..parsed.tuple };
-    let done = finish(packet, tables, parsed, &work.new, true) != Verdict::Drop;
+    let done = finish(packet, tables, parsed, work, true) != Verdict::Drop;
     parsed.tuple = work.new;
     done
 }
@@ -405,9 +432,9 @@ fn answering(
     tables: &impl EdgeTables,
     parsed: &Parsed,
     work: &mut Work,
-    now: u64,
 ) -> Option<Verdict> {
-    work.key = flows::key(FlowKind::Record, parsed.proto, &flows::reversed(&parsed.tuple));
+    let now = work.now;
+    work.key = flows::key(FlowKind::Record, work.origin, parsed.proto, &flows::reversed(&parsed.tuple));
     let place = flows::record(tables, &work.key, now)?;
     if flows::is_succeeded(&place.flow(), parsed) {
         flows::remove(tables, &work.key, &place);
@@ -425,7 +452,7 @@ fn answering(
         destination_port: flow.client_port,
     };
     trace::translated(tables, parsed, &work.new, flow.service, exit(packet), false);
-    Some(finish(packet, tables, parsed, &work.new, true))
+    Some(finish(packet, tables, parsed, work, true))
 }
 
 /// A packet that leaves for an address of ours: nobody has translated it, and nobody out there can.
@@ -475,20 +502,20 @@ fn turn_away<P: Packet, T: EdgeTables, const EGRESS: bool>(
     }
 }
 
-/// Writes the new tuple; the other fragments of the packet will follow.
+/// Writes the new tuple of `work`; the other fragments of the packet will follow.
 #[inline(never)]
 fn finish(
     packet: &mut impl Packet,
     tables: &impl EdgeTables,
     parsed: &Parsed,
-    new: &Tuple,
+    work: &Work,
     egress: bool,
 ) -> Verdict {
-    if egress && parsed.part == Part::First && !remember_ports(tables, parsed, egress) {
+    if egress && parsed.part == Part::First && !remember_ports(tables, parsed, work.origin, egress) {
         tables.count(Counter::DropFragment);
         return Verdict::Drop;
     }
-    if rewrite::rewrite(packet, parsed, new) {
+    if rewrite::rewrite(packet, parsed, &work.new) {
         Verdict::Translated
     } else {
         tables.count(Counter::DropUnwritable);
@@ -527,15 +554,15 @@ fn stray_fragment(tables: &impl EdgeTables, destination: &Addr) -> Verdict {
 
 /// Keeps the ports of a first fragment for the others.
 #[inline(never)]
-fn remember_ports(tables: &impl EdgeTables, parsed: &Parsed, egress: bool) -> bool {
+fn remember_ports(tables: &impl EdgeTables, parsed: &Parsed, origin: Origin, egress: bool) -> bool {
     let Tuple { source_port: source, destination_port: destination, .. } = parsed.tuple;
-    tables.put_fragment(&fragment_key(parsed, egress), &FragmentPorts { source, destination })
+    tables.put_fragment(&fragment_key(parsed, origin, egress), &FragmentPorts { source, destination })
 }
 
 /// The ports of a later fragment, from its first one.
 #[inline(never)]
-fn restore_ports(tables: &impl EdgeTables, parsed: &mut Parsed, egress: bool) -> bool {
-    match tables.fragment(&fragment_key(parsed, egress)) {
+fn restore_ports(tables: &impl EdgeTables, parsed: &mut Parsed, origin: Origin, egress: bool) -> bool {
+    match tables.fragment(&fragment_key(parsed, origin, egress)) {
         Some(ports) => {
             parsed.tuple.source_port = ports.source;
             parsed.tuple.destination_port = ports.destination;
@@ -546,10 +573,11 @@ fn restore_ports(tables: &impl EdgeTables, parsed: &mut Parsed, egress: bool) ->
 }
 
 #[inline(always)]
-fn fragment_key(parsed: &Parsed, egress: bool) -> FragmentKey {
+fn fragment_key(parsed: &Parsed, origin: Origin, egress: bool) -> FragmentKey {
     FragmentKey {
         source: parsed.tuple.source,
         destination: parsed.tuple.destination,
+        origin,
         id: parsed.id,
         proto: parsed.proto,
         egress: u8::from(egress),

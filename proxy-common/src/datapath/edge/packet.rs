@@ -3,6 +3,8 @@
 //! Offsets count from the first byte the program sees (the MAC header, where there is one). Every load and store is
 //! checked on its own: no reference into packet memory ever exists.
 
+use crate::addr::{Addr, Family};
+
 /// Nothing is loaded from behind this offset: no header that matters lies there, and the verifier wants a bound.
 pub const FURTHEST: u32 = 1024;
 
@@ -18,6 +20,9 @@ pub trait Packet {
     fn ifindex(&self) -> u32;
     /// Index of the device through which the packet entered this host; 0 if it was made here.
     fn entered_by(&self) -> u32;
+    /// Index of the device by which the kernel's routes lead to `addr` from here, of the packet's family; 0 if none does, or
+    /// the kernel does not tell.
+    fn route_to(&self, family: Family, addr: &Addr) -> u32;
     /// `N` bytes, if they are all there and begin at [`FURTHEST`] at the latest.
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
     /// As [`Packet::load`], if that takes no call of the kernel; else `None`, too.

@@ -3,7 +3,7 @@
 use super::flows::Choice;
 use super::icmp::Edit;
 use super::parse::{Parsed, Tuple};
-use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts};
+use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, Origin};
 use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::tables::Tables;
@@ -46,6 +46,8 @@ pub struct Work {
     pub edit: Edit,
     /// When the packet came: nanoseconds of the monotonic clock.
     pub now: u64,
+    /// Whose flows the packet can belong to.
+    pub origin: Origin,
 }
 
 /// What one packet needs on its way, too much for the 512 bytes of stack that a BPF program has. What another packet has

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use proxy_common::abi::ABI_VERSION;
 use proxy_tests::lab::{Place, binary};
 use proxy_tests::scenarios::{NODE, OUTSIDE, World};
 
@@ -46,7 +47,7 @@ pub(crate) fn running(world: &World, stage: &Stage) -> Result<()> {
         stage.line(&format!("  {agent} {subcommand}"));
     }
     let node = world.lab().node(NODE);
-    stage.line(&format!("  bpftool map dump pinned {}/v1/FRONTENDS", node.pin_dir().display()));
+    stage.line(&format!("  bpftool map dump pinned {}/v{ABI_VERSION}/FRONTENDS", node.pin_dir().display()));
     stage.line("\n  # change a file, save it, and ask again: it is followed live");
     stage.line(&format!("  ${{EDITOR:-vi}} {}/s13-readiness.yaml", world.manifests().dir().display()));
     stage.line("\nCtrl-C ends the demo and removes everything.");

@@ -8,7 +8,7 @@ use aya::programs::{ProgramFd, TestRun as _, loaded_programs};
 use aya::{Ebpf, TestRunOptions};
 use proxy_agent::bpf::pins::{MAPS, PinDir};
 use proxy_common::abi::{
-    Backend, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Service, SlotRange, proto,
+    Backend, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Origin, Service, SlotRange, proto,
 };
 use proxy_common::be::Be16;
 use proxy_tests::lab::Netns;
@@ -157,9 +157,11 @@ impl Rig {
             destination: vip,
             source_port: Be16::new(frame.source.port()),
             destination_port: port,
+            origin: Origin::OUTSIDE,
             proto: proto::TCP,
             kind: FlowKind::Vip as u8,
-            pad: [0; 2],
+            pad: 0,
+            pad_end: 0,
         };
         flows.insert(flow, Flow { backend: id, ..Flow::default() }, 0)?;
         Ok(())

@@ -1,0 +1,35 @@
+//! Packets with headers of the sender's own making, as whoever has NET_RAW can send them: every container does.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+
+use anyhow::{Context as _, Result};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
+
+use super::Place;
+use crate::packets::{ETHERNET, Packet, read};
+
+impl Place {
+    /// Sends packets from here, each to where it says, whatever source it names.
+    ///
+    /// # Errors
+    /// If raw sockets are not allowed, or there is no way to a destination.
+    pub fn send_raw(&self, packets: impl IntoIterator<Item = Packet> + Send) -> Result<()> {
+        self.net().enter(|| {
+            let sockets = [AddressFamily::INET, AddressFamily::INET6].map(socket);
+            let [v4, v6] = sockets;
+            let (v4, v6) = (v4?, v6?);
+            packets.into_iter().try_for_each(|packet| {
+                let frame = packet.bytes();
+                let to = read(&frame)?.destination.ip();
+                let socket = if matches!(to, IpAddr::V4(_)) { &v4 } else { &v6 };
+                let sent = sendto(socket, &frame[ETHERNET..], SendFlags::empty(), &SocketAddr::new(to, 0));
+                sent.map(drop).with_context(|| format!("sending to {to}"))
+            })
+        })?
+    }
+}
+
+fn socket(family: AddressFamily) -> Result<OwnedFd> {
+    socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).context("a raw socket")
+}

@@ -1,0 +1,93 @@
+//! A pod with NET_RAW writes another one's address into its packets.
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
+use proxy_tests::lab::Proto;
+use proxy_tests::packets::Packet;
+
+use super::world::{HERE, THERE, Victim, World, served};
+
+/// What can be sent in the name of `victim` to `to`.
+fn in_the_name_of(victim: &Victim, to: SocketAddr) -> Vec<Packet> {
+    if victim.proto == Proto::Udp {
+        return vec![Packet::udp(victim.local, to, b"forged")];
+    }
+    let segment = |flags| Packet::tcp(victim.local, to, flags, 0x1234_5678, 0x8765_4321);
+    [SYN, ACK, PSH | ACK, FIN | ACK, RST, RST | ACK].map(segment).into()
+}
+
+/// Every connection goes on, and new ones can be made.
+fn nobody_notices(world: &World, victims: &mut [Victim], when: &str) -> Result<()> {
+    victims.iter_mut().try_for_each(|victim| victim.goes_on(when))?;
+    for place in [world.victim(), world.client()] {
+        for (_, target) in world.targets(&place)? {
+            for proto in [Proto::Tcp, Proto::Udp] {
+                served(&place, proto, target)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// In the name of each connection's client its attacker asks every address of the Services that lead to the same pod.
+#[test]
+fn h001_requests_in_the_name_of_others() -> Result<()> {
+    let world = World::start()?;
+    let mut victims = world.hold()?;
+    let attacker = world.attacker();
+    for agent in ["with an agent", "without an agent"] {
+        for strict in ["0", "1"] {
+            for device in ["all", "default"] {
+                world.host().net().sysctl(&format!("net/ipv4/conf/{device}/rp_filter"), strict)?;
+            }
+            let mut packets = Vec::new();
+            for victim in &victims {
+                let v6 = victim.local.is_ipv6();
+                for to in [victim.service.cluster_ip(v6)?, victim.service.node_port(v6)?] {
+                    packets.extend(in_the_name_of(victim, to));
+                }
+            }
+            for _ in 0..3 {
+                attacker.send_raw(packets.clone())?;
+                nobody_notices(&world, &mut victims, agent)?;
+            }
+        }
+        if agent == "with an agent" {
+            world.agent().kill9()?;
+        }
+    }
+    Ok(())
+}
+
+/// Datagrams and SYNs from every port of both victims: what they ask themselves is answered, each time.
+#[test]
+fn h002_all_ports_of_others() -> Result<()> {
+    let world = World::start()?;
+    let mut victims = world.hold()?;
+    let attacker = world.attacker();
+    for v6 in [false, true] {
+        for place in [world.victim(), world.client()] {
+            let own = place.addresses().iter().copied().find(|ip| ip.is_ipv6() == v6);
+            let Some(own) = own else { anyhow::bail!("{} has no such address", place.name()) };
+            for service in [HERE, THERE] {
+                for to in [service.cluster_ip(v6)?, service.node_port(v6)?] {
+                    let from = |port| SocketAddr::new(own, port);
+                    // Linux' ephemeral range.
+                    attacker.send_raw((32_768..=60_999).map(|port| Packet::udp(from(port), to, b"?")))?;
+                    attacker
+                        .send_raw((32_768..=60_999).map(|port| Packet::tcp(from(port), to, SYN, 1, 0)))?;
+                }
+            }
+            for (_, target) in world.targets(&place)? {
+                for proto in [Proto::Tcp, Proto::Udp, Proto::UdpUnconnected] {
+                    for _ in 0..10 {
+                        served(&place, proto, target)?;
+                    }
+                }
+            }
+        }
+    }
+    nobody_notices(&world, &mut victims, "after all")
+}

@@ -1,0 +1,5 @@
+//! Each test is an attack, or a burden that somebody puts on the node, with victims that must not notice it.
+
+mod forged;
+mod tables;
+mod world;
