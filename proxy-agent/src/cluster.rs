@@ -295,10 +295,14 @@ impl Cluster {
                     return Scope::Nothing;
                 }
                 self.service_cidrs.insert(name, prefixes);
+                self.touch_with_external_ips();
                 Scope::Node
             }
             Change::ServiceCidrGone(name) => match self.service_cidrs.remove(&name) {
-                Some(_) => Scope::Node,
+                Some(_) => {
+                    self.touch_with_external_ips();
+                    Scope::Node
+                }
                 None => Scope::Nothing,
             },
             Change::Pod(pod) => match self.pods.insert(pod.key.clone(), pod.clone()) {
@@ -357,6 +361,12 @@ impl Cluster {
     pub fn touch_with_source_ranges(&mut self) {
         let ranged = self.services.values().filter(|service| !service.source_ranges.is_empty());
         self.dirty.extend(ranged.map(|service| service.key.clone()));
+    }
+
+    /// Marks every Service that has externalIPs: whether they are served depends on the ServiceCIDRs.
+    fn touch_with_external_ips(&mut self) {
+        let external = self.services.values().filter(|service| !service.external_ips.is_empty());
+        self.dirty.extend(external.map(|service| service.key.clone()));
     }
 
     /// The Services that changed, or whose endpoints did, since the last call; those that are gone too.

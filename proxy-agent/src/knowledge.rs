@@ -39,8 +39,9 @@ impl Knowledge {
         Self { cluster: Cluster::default(), context }
     }
 
-    /// Takes the Node as the source has it.
+    /// Takes the Node and the ServiceCIDRs as the source has them.
     pub fn take_node(&mut self, config: &Config) -> NodeIps {
+        self.context.service_cidrs = self.cluster.service_cidrs().collect();
         self.context.node = self.cluster.node().clone();
         let ips = NodeIps::derive(&self.context.node, config.bind_address);
         self.context.node.ips = ips.known();

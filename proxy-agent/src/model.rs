@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
+use proxy_common::abi::frontend::FrontendKind;
+use proxy_common::abi::frontend::flags::{EXTERNAL, LOAD_BALANCER};
 use proxy_common::abi::service::NAME_LEN;
 use proxy_common::abi::{Backend, BackendState, FrontendKey, FrontendValue, Service, ServiceName, SlotRange};
 use proxy_common::addr::{Addr, Family, Prefix};
@@ -69,9 +71,49 @@ pub fn members(backends: &[PortBackend], set: u32) -> impl Iterator<Item = u32> 
     backends.iter().filter(move |b| b.state.flags & set != 0).map(|b| b.id)
 }
 
-/// A wish for a frontend. The oldest Service gets it; ties are decided by name.
+/// Why a Service has an address, best first: the more people have had a say in it, the better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Title {
+    /// The API server has given it to the Service alone.
+    ClusterIp,
+    /// A load balancer has given it.
+    LoadBalancer,
+    /// The API server has given the port.
+    NodePort,
+    /// Whoever has written the Service.
+    ExternalIp,
+}
+
+impl Title {
+    /// The title of a frontend with these flags.
+    pub const fn of(key: &FrontendKey, flags: u16) -> Self {
+        if key.kind == FrontendKind::NodePort as u8 {
+            Self::NodePort
+        } else if flags & EXTERNAL == 0 {
+            Self::ClusterIp
+        } else if flags & LOAD_BALANCER != 0 {
+            Self::LoadBalancer
+        } else {
+            Self::ExternalIp
+        }
+    }
+
+    /// In the words of the API.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ClusterIp => "clusterIP",
+            Self::LoadBalancer => "load-balancer address",
+            Self::NodePort => "nodePort",
+            Self::ExternalIp => "externalIP",
+        }
+    }
+}
+
+/// A wish for a frontend. The best title gets it, among equals the oldest Service; ties are decided by name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Claim {
+    /// Why.
+    pub title: Title,
     /// Creation time of the Service, seconds since 1970.
     pub created: i64,
     /// Who claims.

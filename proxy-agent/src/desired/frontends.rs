@@ -15,7 +15,7 @@ pub(super) struct OfFamily<'s> {
     service: &'s Service,
     family: Family,
     cluster_ip: Addr,
-    external_ips: &'s [Addr],
+    external_ips: Vec<Addr>,
     /// Flags of the clusterIP.
     internal: u16,
     /// Flags of externalIPs, load-balancer addresses and nodePorts.
@@ -63,7 +63,7 @@ impl<'s> OfFamily<'s> {
             service,
             family,
             cluster_ip,
-            external_ips: if context.ignore_external_ips { &[] } else { &service.external_ips },
+            external_ips: external_ips(service, family, cluster_ip, context, problems),
             internal,
             external,
             filter: filter(service, family, context, problems),
@@ -83,11 +83,12 @@ impl<'s> OfFamily<'s> {
             (exact(self.cluster_ip), self.internal),
         ]);
         // One address in two roles is one frontend: the first role decides the policy, and a filter always stays.
-        for addr in in_family(self.external_ips, self.family) {
-            frontends.entry(exact(addr)).or_insert(self.external);
+        for addr in &self.external_ips {
+            frontends.entry(exact(*addr)).or_insert(self.external);
         }
         for addr in in_family(&self.service.load_balancer_ips, self.family) {
-            *frontends.entry(exact(addr)).or_insert(self.external) |= self.filter.flags;
+            *frontends.entry(exact(addr)).or_insert(self.external) |=
+                self.filter.flags | flags::LOAD_BALANCER;
         }
         if node_port != 0 {
             let any = match self.family {
@@ -98,6 +99,30 @@ impl<'s> OfFamily<'s> {
         }
         frontends.into_iter().collect()
     }
+}
+
+/// The externalIPs of `family` that are served. Anybody may write any address there, so those that clusterIPs are given from
+/// are not: one that is free today is another Service's tomorrow.
+fn external_ips(
+    service: &Service,
+    family: Family,
+    cluster_ip: Addr,
+    context: &Context,
+    problems: &mut Vec<String>,
+) -> Vec<Addr> {
+    if context.ignore_external_ips {
+        return Vec::new();
+    }
+    let mut served = Vec::with_capacity(service.external_ips.len());
+    for addr in in_family(&service.external_ips, family).filter(|addr| *addr != cluster_ip) {
+        match context.service_cidrs.iter().find(|cidr| cidr.contains(addr)) {
+            Some(cidr) => problems.push(format!(
+                "spec.externalIPs: {addr} is not served: it is in the ServiceCIDR {cidr}, whose addresses are clusterIPs only"
+            )),
+            None => served.push(addr),
+        }
+    }
+    served
 }
 
 fn in_family(addrs: &[Addr], family: Family) -> impl Iterator<Item = Addr> {

@@ -49,6 +49,8 @@ pub struct Context {
     pub pods_by_interface: bool,
     /// Every address of this host, loopback included.
     pub host_addresses: Vec<Addr>,
+    /// The prefixes that clusterIPs are given from.
+    pub service_cidrs: Vec<Prefix>,
     /// The feature gate `AllowServiceExternalIPs` is off: externalIPs are no frontends.
     pub ignore_external_ips: bool,
     /// The packet edge judges what pods send where their sockets cannot be told.

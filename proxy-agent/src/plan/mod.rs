@@ -21,7 +21,7 @@ use proxy_common::addr::{Addr, Prefix};
 
 use crate::cluster::ObjectKey;
 use crate::desired::{DesiredPort, DesiredService, PortKey};
-use crate::model::{Claim, Freed, Model, Port, PortBackend, members, service_name};
+use crate::model::{Claim, Freed, Model, Port, PortBackend, Title, members, service_name};
 use crate::store::Op;
 
 mod left;
@@ -321,8 +321,8 @@ fn claim(
         }
         touched.insert(*frontend);
     }
-    for (frontend, _) in frontends {
-        let claim = Claim { created, port: Arc::clone(key) };
+    for (frontend, flags) in frontends {
+        let claim = Claim { title: Title::of(frontend, *flags), created, port: Arc::clone(key) };
         let claims = model.claims.entry(*frontend).or_default();
         if let Err(place) = claims.binary_search(&claim) {
             // Hardly ever is there a second one.
@@ -414,17 +414,22 @@ pub fn rivals(model: &Model, services: &BTreeMap<ObjectKey, Option<Wanted>>) -> 
     rivals
 }
 
-/// Frontends that a Service claims and another, older Service has: for each, who has it.
+/// Frontends that a Service claims and another one has, by a better title or because it is older: for each, who has it.
 pub fn lost_claims(model: &Model, service: &ObjectKey) -> Vec<String> {
     let mut lost = Vec::new();
     for key in model.ports_of(service) {
-        for (frontend, _) in model.ports.get(key).into_iter().flat_map(|port| &port.claims) {
+        for (frontend, flags) in model.ports.get(key).into_iter().flat_map(|port| &port.claims) {
             let winner = model.claims.get(frontend).and_then(|claims| claims.first());
             if let Some(winner) = winner
                 && winner.port.service != *service
             {
                 let (name, of) = (FrontendName(frontend), &winner.port.service);
-                lost.push(format!("{name} is not served: Service {of} has it and is older"));
+                let why = if winner.title == Title::of(frontend, *flags) {
+                    "and is older".to_owned()
+                } else {
+                    format!("as its {}", winner.title.name())
+                };
+                lost.push(format!("{name} is not served: Service {of} has it {why}"));
             }
         }
     }

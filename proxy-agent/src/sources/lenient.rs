@@ -3,7 +3,7 @@
 //! Objects from before Kubernetes validated strictly may hold leading zeros (`010.000.000.001`, decimal) and
 //! CIDRs with host bits; both are accepted and canonicalised.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use proxy_common::abi::proto;
 use proxy_common::addr::{Addr, Family, Prefix};
@@ -15,6 +15,20 @@ use proxy_common::addr::{Addr, Family, Prefix};
 pub(crate) fn addr(text: &str) -> Result<Addr, &'static str> {
     let addr = parse(text).ok_or("is not an IP address")?;
     if addr.to_ip().is_unspecified() { Err("is the unspecified address") } else { Ok(addr) }
+}
+
+/// The kind of an address at which no endpoint can be, with its article (Kubernetes: `ValidateEndpointIP`).
+pub(super) fn special(addr: Addr) -> Option<&'static str> {
+    let (loopback, link_local, multicast) = match addr.to_ip() {
+        IpAddr::V4(ip) => (ip.is_loopback(), ip.is_link_local(), ip.is_multicast()),
+        IpAddr::V6(ip) => (ip.is_loopback(), ip.is_unicast_link_local(), ip.is_multicast()),
+    };
+    match (loopback, link_local, multicast) {
+        (true, ..) => Some("a loopback"),
+        (_, true, _) => Some("a link-local"),
+        (.., true) => Some("a multicast"),
+        _ => None,
+    }
 }
 
 /// A CIDR; host bits are masked off.
@@ -76,6 +90,28 @@ fn decimal(text: &str) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_where_no_endpoint_can_be() {
+        for (text, want) in [
+            ("127.0.0.1", Some("a loopback")),
+            ("127.255.0.1", Some("a loopback")),
+            ("::1", Some("a loopback")),
+            ("::ffff:127.0.0.1", Some("a loopback")),
+            ("169.254.169.254", Some("a link-local")),
+            ("fe80::1", Some("a link-local")),
+            ("febf::1", Some("a link-local")),
+            ("224.0.0.1", Some("a multicast")),
+            ("239.1.1.1", Some("a multicast")),
+            ("ff02::1", Some("a multicast")),
+            ("10.64.1.1", None),
+            ("192.0.2.10", None),
+            ("fd00::1", None),
+            ("fec0::1", None),
+        ] {
+            assert_eq!(special(addr(text).unwrap()), want, "{text}");
+        }
+    }
 
     #[test]
     fn addresses() {

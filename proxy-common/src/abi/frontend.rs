@@ -99,6 +99,8 @@ pub mod flags {
     pub const DENY_POD: u16 = 1 << 5;
     /// An externalIP, load-balancer address or nodePort, as opposed to a clusterIP.
     pub const EXTERNAL: u16 = 1 << 6;
+    /// A load balancer has given the address to the Service. Read by the agent only.
+    pub const LOAD_BALANCER: u16 = 1 << 8;
     /// The agent's own self-test: the socket edge notes the caller's network namespace as the host's.
     pub const PROBE: u16 = 1 << 7;
 }

@@ -79,6 +79,23 @@ fn p020_p021_external_ips_of_the_family() {
     world.check("P>EXT = L1\nX>EXT = L1");
 }
 
+/// The address of a Service that there may be tomorrow is nobody's today.
+#[test]
+fn external_ips_among_cluster_ips_are_refused_by_name() {
+    let world = s("L1").with(|w| {
+        w.context.service_cidrs = vec![prefix("10.96.0.0/16"), prefix("fd00:96::/112")];
+        // The first is its own.
+        let external = ["10.96.0.10", "10.96.7.7", "198.18.9.9", "fd00:96::77"];
+        w.service.external_ips = external.map(addr).to_vec();
+    });
+    let desired = world.desired();
+    assert_eq!(listed(&desired, Family::V4), ["10.96.0.10", "10.96.0.10:80/6", "198.18.9.9:80/6"]);
+    let told: Vec<&str> =
+        desired.problems.iter().map(|problem| &problem[..problem.find(':').unwrap_or(0)]).collect();
+    assert_eq!(told, ["spec.externalIPs"], "{:?}", desired.problems);
+    assert!(desired.problems[0].contains("10.96.7.7") && desired.problems[0].contains("10.96.0.0/16"));
+}
+
 #[test]
 fn p022_external_ips_can_be_switched_off() {
     let world = s_lb("L1, R1").with(|w| w.context.ignore_external_ips = true);
@@ -220,10 +237,10 @@ fn one_address_in_two_roles_is_one_frontend() {
     };
     let both = s_lb("L1").source_ranges(&["203.0.113.0/25"]).with(|w| w.service.external_ips.push(vip));
     let filter = frontend::SOURCE_RANGES | frontend::DENY_HOST | frontend::DENY_POD;
-    assert_eq!(flags(&both, vip), frontend::EXTERNAL | filter);
+    assert_eq!(flags(&both, vip), frontend::EXTERNAL | frontend::LOAD_BALANCER | filter);
     assert_eq!(flags(&both, addr("198.18.9.9")), frontend::EXTERNAL);
     let open = both.source_ranges(&["203.0.113.0/25", "0.0.0.0/0"]);
-    assert_eq!(flags(&open, vip), frontend::EXTERNAL);
+    assert_eq!(flags(&open, vip), frontend::EXTERNAL | frontend::LOAD_BALANCER);
     let cluster_ip = addr("10.96.0.10");
     let same = s_lb("L1").internal_local().with(|w| w.service.external_ips.push(cluster_ip));
     assert_eq!(flags(&same, cluster_ip), frontend::NEAR_LOCAL | frontend::FAR_LOCAL | frontend::POD_LOCAL);

@@ -156,6 +156,7 @@ fn s_with(slices: Vec<Slice>) -> World {
             cluster_cidr: [Some(prefix("10.64.0.0/12")), Some(prefix("fd00:64::/48"))],
             pods_by_interface: false,
             host_addresses: ["127.0.0.1", "::1", "192.0.2.10", "2001:db8:1::10"].map(addr).to_vec(),
+            service_cidrs: Vec::new(),
             ignore_external_ips: false,
             pods_in_packets: false,
         },

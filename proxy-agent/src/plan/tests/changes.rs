@@ -192,6 +192,39 @@ fn an_endpoint_that_returns_has_a_new_generation() {
     assert!(third > second);
 }
 
+/// Anybody can write any externalIP into a Service of any age: what has been given to another one stays that one's.
+#[test]
+fn the_best_title_gets_a_frontend_and_age_counts_among_equals_only() {
+    use proxy_common::abi::frontend::flags::{EXTERNAL, LOAD_BALANCER};
+    let key = exact(10, 80, TCP);
+    let claims = |name: &str, created, flags| {
+        let mut port = port(name, TCP, &[key], &[(1, HERE)]);
+        port.frontends = vec![(key, flags)];
+        wanted(created, vec![port])
+    };
+    let titles = [("external", EXTERNAL), ("balancer", EXTERNAL | LOAD_BALANCER), ("cluster", 0)];
+    let titles: Vec<(&str, i64, u16)> =
+        titles.iter().zip(1..).map(|((name, flags), age)| (*name, age, *flags)).collect();
+    // In any order in which they come; the better the title, the younger.
+    for order in [[0, 1, 2], [2, 1, 0], [1, 2, 0], [2, 0, 1]] {
+        let mut bench = Bench::new(ROOMY);
+        for index in order {
+            let (name, created, flags) = titles[index];
+            bench.becomes(&[(name, claims(name, created, flags))]);
+        }
+        for (place, (name, ..)) in titles.iter().enumerate().rev() {
+            assert_eq!(bench.model.frontends[&key].service, bench.id(name), "{order:?}");
+            for (loser, ..) in &titles[..place] {
+                let why =
+                    if *name == "cluster" { "as its clusterIP" } else { "as its load-balancer address" };
+                let lost = format!("10.96.0.10:80/TCP is not served: Service a/{name} has it {why}");
+                assert_eq!(lost_claims(&bench.model, &service(loser)), [lost]);
+            }
+            bench.becomes(&[(name, None)]);
+        }
+    }
+}
+
 #[test]
 fn the_oldest_service_gets_a_frontend_and_the_next_one_inherits_it() {
     let mut bench = Bench::new(ROOMY);

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
 use proxy_common::abi::frontend::flags::SOURCE_RANGES;
 use proxy_common::abi::proto::{TCP, UDP};
-use proxy_common::abi::{FilterBit, FrontendKey, FrontendKind, Service, SlotRange};
+use proxy_common::abi::{FilterBit, FrontendKey, FrontendKind, Service, SlotRange, frontend};
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
 
@@ -112,16 +112,27 @@ fn set(contents: &Contents, range: SlotRange) -> Set {
     Set::Endpoints(slots.iter().map(endpoint).map(|b| (b.addr, b.port)).collect())
 }
 
+/// How good a claim is, the lower the better: a clusterIP, a load balancer's address, an externalIP. nodePorts are only
+/// claimed as such.
+fn rank(key: &FrontendKey, flags: u16) -> u8 {
+    match (flags & frontend::flags::EXTERNAL, flags & frontend::flags::LOAD_BALANCER) {
+        _ if key.kind == FrontendKind::NodePort as u8 => 0,
+        (0, _) => 0,
+        (_, 0) => 2,
+        _ => 1,
+    }
+}
+
 /// What the maps ought to mean: worked out from the Services alone, without ids and without an order of events.
 fn ought(services: &Services) -> Meaning {
     let mut meaning = Meaning::default();
-    let mut best: BTreeMap<FrontendKey, (i64, PortKey, u16)> = BTreeMap::new();
+    let mut best: BTreeMap<FrontendKey, (u8, i64, PortKey, u16)> = BTreeMap::new();
     for wanted in services.values() {
         for port in &wanted.desired.ports {
             for (key, flags) in &port.frontends {
-                let claim = (wanted.created, port.key.clone(), *flags);
+                let claim = (rank(key, *flags), wanted.created, port.key.clone(), *flags);
                 let holder = best.entry(*key).or_insert_with(|| claim.clone());
-                if (claim.0, &claim.1) < (holder.0, &holder.1) {
+                if (claim.0, claim.1, &claim.2) < (holder.0, holder.1, &holder.2) {
                     *holder = claim;
                 }
             }
@@ -142,7 +153,7 @@ fn ought(services: &Services) -> Meaning {
             );
         }
     }
-    for (key, (_, owner, flags)) in best {
+    for (key, (.., owner, flags)) in best {
         let owner = (key.kind != FrontendKind::Address as u8).then_some(owner);
         meaning.frontends.insert(key, (owner, flags));
     }

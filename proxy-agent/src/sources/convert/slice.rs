@@ -135,6 +135,12 @@ impl Converter {
                     continue;
                 }
             };
+            // As the API server: nobody gets at what only the node itself can reach by way of a Service.
+            if let Some(what) = lenient::special(addr) {
+                let what = format!("is {what} address, where no endpoint can be");
+                findings.quoted(format_args!("endpoints[{i}].addresses[0]"), text, &what);
+                continue;
+            }
             let conditions = endpoint.conditions.as_ref();
             endpoints.push(Endpoint {
                 addr,

@@ -311,6 +311,10 @@ fn p015_p052_p053_addresses() {
         {"addresses": ["fd00::1"]},
         {"addresses": ["pod-1"]},
         {"addresses": ["10.64.2.21"]},
+        // Where the node itself listens, its cloud's metadata, everybody.
+        {"addresses": ["127.0.0.1"]},
+        {"addresses": ["169.254.169.254"]},
+        {"addresses": ["224.0.0.1"]},
     ]);
     let got = slice(&json!({"endpoints": endpoints})).unwrap();
     let got_addrs: Vec<_> = got.endpoints.iter().map(|endpoint| endpoint.addr).collect();
@@ -320,6 +324,9 @@ fn p015_p052_p053_addresses() {
         [
             "endpoints[3].addresses[0] \"fd00::1\" is not IPv4, the addressType of the slice; it is ignored",
             "endpoints[4].addresses[0] \"pod-1\" is not an IP address; it is ignored",
+            "endpoints[6].addresses[0] \"127.0.0.1\" is a loopback address, where no endpoint can be; it is ignored",
+            "endpoints[7].addresses[0] \"169.254.169.254\" is a link-local address, where no endpoint can be; it is ignored",
+            "endpoints[8].addresses[0] \"224.0.0.1\" is a multicast address, where no endpoint can be; it is ignored",
         ]
     );
 }
