@@ -2,7 +2,8 @@
 //!
 //! A probe frontend leads to a socket of ours. When a datagram sent to the probe address arrives there, the programs
 //! run for processes of this cgroup and translate; on the way the socket edge learns which network namespace is the
-//! host's: the one the agent runs in.
+//! host's: the one the agent runs in. Whoever else sends to the probe address meanwhile, by the port that only the kernel and
+//! the agent know, teaches it another one; so where the kernel tells the agent (5.14), that counts ([`settle`]).
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
@@ -14,6 +15,8 @@ use proxy_common::abi::{backend, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 
+use crate::bpf::maps::KernelMaps;
+use crate::bpf::sys;
 use crate::store::{MapStore, Op, StoreError};
 
 /// The IPv4 dummy address (RFC 7600): never a real destination.
@@ -72,6 +75,22 @@ pub fn run(maps: &mut impl MapStore) -> Result<(), SelfTestError> {
         maps.apply(op)?;
     }
     proof
+}
+
+/// Puts right what a pod may have taught the socket edge while the probe was there: the host's network namespace is ours.
+///
+/// # Errors
+///
+/// [`SelfTestError::Store`].
+pub fn settle(maps: &KernelMaps) -> Result<(), SelfTestError> {
+    let learned = maps.host_netns();
+    let Some(own) = sys::netns_cookie().filter(|own| *own != learned) else { return Ok(()) };
+    tracing::warn!(
+        learned,
+        own,
+        "another network namespace has been taken for the host's; it is not any more"
+    );
+    Ok(maps.set_host_netns(own)?)
 }
 
 fn exchange(receiver: &UdpSocket, to: SocketAddr) -> Result<(), SelfTestError> {

@@ -262,6 +262,7 @@ impl Agent {
         if first {
             programmed.dataplane.attach(&self.config.cgroup)?;
             selftest::run(&mut programmed.dataplane.maps)?;
+            selftest::settle(&programmed.dataplane.maps)?;
             programmed.attached = true;
         }
         self.begin_grace();

@@ -145,6 +145,15 @@ impl KernelMaps {
         self.node.word(0, 0).map_or(0, |word| word.load(Acquire))
     }
 
+    /// Replaces it.
+    ///
+    /// # Errors
+    ///
+    /// Never: the map has room for it.
+    pub fn set_host_netns(&self, cookie: u64) -> Result<(), StoreError> {
+        store("NODE", &self.node, 0, 0, cookie)
+    }
+
     /// Bits of [`proxy_common::abi::node`].
     pub fn node_flags(&self) -> u64 {
         self.node.word(0, 1).map_or(0, |word| word.load(Acquire))

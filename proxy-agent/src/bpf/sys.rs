@@ -255,6 +255,24 @@ pub fn grace_period() -> io::Result<()> {
     if result == 0 { Ok(()) } else { replace_inner_map() }
 }
 
+/// Cookie of the calling thread's network namespace, as BPF programs see it; `None` before kernel 5.14.
+pub fn netns_cookie() -> Option<u64> {
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0)).ok()?;
+    let mut cookie = 0_u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes as many bytes as it is told at most, which is the variable.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            std::ptr::from_mut(&mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    (result == 0).then_some(cookie)
+}
+
 /// Makes a one-element array of maps and replaces its element.
 fn replace_inner_map() -> io::Result<()> {
     let inner = create_array(bpf_map_type::BPF_MAP_TYPE_ARRAY, None)?;

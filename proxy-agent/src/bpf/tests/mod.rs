@@ -15,9 +15,11 @@ use proxy_common::be::Be16;
 use super::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
 use super::maps::KernelMaps;
 use super::pins::PinDir;
+use super::sys;
 use crate::cluster::ObjectKey;
 use crate::desired::PortKey;
 use crate::model::service_name;
+use crate::selftest;
 use crate::store::{Capacity, Contents, MapStore as _, Op};
 
 const SMALL: Capacity = Capacity { frontends: 4, services: 4, slots: 8, backends: 4, source_ranges: 4 };
@@ -142,4 +144,19 @@ fn larger_maps_hold_the_same_wherever_a_growth_was_cut_short() {
     let before = GROWING.map(id);
     open(pins, SMALL);
     assert_eq!(GROWING.map(id), before);
+}
+
+/// A pod that finds the probe's port in time teaches its own network namespace, which does not stay.
+#[test]
+fn the_hosts_network_namespace_is_the_agents() {
+    let dir = Path::new("/sys/fs/bpf").join(format!("vipr-netns-{}", std::process::id()));
+    let pins = Pins(PinDir::new(&dir));
+    pins.0.create().unwrap();
+    let dataplane = open(&pins.0, SMALL);
+    let own = sys::netns_cookie().expect("a kernel of 5.14");
+    for wrong in [0, own + 1] {
+        dataplane.maps.set_host_netns(wrong).unwrap();
+        selftest::settle(&dataplane.maps).unwrap();
+        assert_eq!((dataplane.maps.host_netns(), dataplane.maps.node_flags()), (own, 0));
+    }
 }
