@@ -3,7 +3,6 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -11,8 +10,12 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
+
+mod room;
+
+pub use room::{Room, Seat};
 
 /// Pause between attempts to bind.
 pub const BIND_RETRY: Duration = Duration::from_secs(5);
@@ -77,9 +80,9 @@ pub fn bind_address(value: &str, default_port: u16) -> Result<Option<SocketAddr>
 /// What clients may take. A connection costs a file descriptor, and some of the servers are open to the world.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Connections at once; others wait in the kernel. Servers may share it.
-    pub room: Arc<Semaphore>,
-    /// For the head of a request, also of the next one.
+    /// Connections at once. Servers may share it.
+    pub room: Room,
+    /// For the head of the request. There is one for each connection.
     pub silence: Duration,
     /// For a connection; it then ends with the answer that it owes.
     pub lifetime: Duration,
@@ -88,11 +91,7 @@ pub struct Limits {
 impl Default for Limits {
     /// A room of its own.
     fn default() -> Self {
-        Self {
-            room: Arc::new(Semaphore::new(256)),
-            silence: Duration::from_secs(30),
-            lifetime: Duration::from_secs(300),
-        }
+        Self { room: Room::new(256), silence: Duration::from_secs(5), lifetime: Duration::from_secs(60) }
     }
 }
 
@@ -130,10 +129,10 @@ pub async fn serve(
 pub async fn serve_on(listener: TcpListener, router: Router, limits: Limits, stop: impl Future<Output = ()>) {
     // Dropped at the end, which every connection notices.
     let (_open, end) = watch::channel(());
+    let port = listener.local_addr().map_or(0, |address| address.port());
     let next = async || {
         match listener.accept().await {
-            // Not before: who waits for a client needs no room. (The semaphore is never closed.)
-            Ok((stream, _)) => Some((stream, Arc::clone(&limits.room).acquire_owned().await.ok()?)),
+            Ok((stream, from)) => Some((stream, limits.room.enter(port, from.ip()))),
             Err(error) => {
                 tracing::debug!(%error, "a connection cannot be taken");
                 // Where there are no descriptors left, there are none at once.
@@ -148,8 +147,8 @@ pub async fn serve_on(listener: TcpListener, router: Router, limits: Limits, sto
             connected = next() => connected,
             () = &mut stop => return,
         };
-        if let Some((stream, room)) = connected {
-            tokio::spawn(converse(stream, router.clone(), limits.clone(), end.clone(), room));
+        if let Some((stream, seat)) = connected {
+            tokio::spawn(converse(stream, router.clone(), limits.clone(), end.clone(), seat));
         }
     }
 }
@@ -159,16 +158,19 @@ async fn converse(
     router: Router,
     limits: Limits,
     mut end: watch::Receiver<()>,
-    _room: OwnedSemaphorePermit,
+    mut seat: Seat,
 ) {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.silence)
+        .keep_alive(false)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     tokio::pin!(connection);
     tokio::select! {
         // A client that breaks off or talks nonsense is its own affair.
         _ = connection.as_mut() => return,
+        // Somebody else has its place.
+        _ = &mut seat.gone => return,
         _ = end.changed() => {}
         () = sleep(limits.lifetime) => {}
     }
@@ -323,27 +325,27 @@ mod tests {
 
     #[test]
     fn the_silent_do_not_keep_others_out() {
-        let limits = Limits {
-            room: Arc::new(Semaphore::new(3)),
-            silence: Duration::from_millis(200),
-            ..Limits::default()
-        };
-        limited(limits, |address, _stop| async move {
-            let mut silent = Vec::new();
-            for _ in 0..6 {
-                silent.push(TcpStream::connect(address).await.unwrap());
-            }
-            let answer = testing::request(address, "GET", "/").await.unwrap();
-            assert_eq!(answer.body, "here");
-            for mut stream in silent {
-                assert_eq!(rest(&mut stream).await, "");
-            }
-        });
+        for (places, silence) in [(3, Duration::from_secs(3600)), (100, Duration::from_millis(200))] {
+            let limits = Limits { room: Room::new(places), silence, ..Limits::default() };
+            limited(limits, |address, _stop| async move {
+                let mut silent = Vec::new();
+                for _ in 0..6 {
+                    silent.push(TcpStream::connect(address).await.unwrap());
+                }
+                let answer = testing::request(address, "GET", "/").await.unwrap();
+                assert_eq!(answer.body, "here");
+                // One place for who has been answered; the last ones stay until it is their turn, or the time is up.
+                let stay = if silence > Duration::from_secs(60) { places - 1 } else { 0 };
+                for mut stream in silent.drain(..6 - stay) {
+                    assert_eq!(rest(&mut stream).await, "");
+                }
+            });
+        }
     }
 
     #[test]
     fn servers_share_a_room() {
-        let limits = Limits { room: Arc::new(Semaphore::new(1)), ..Limits::default() };
+        let limits = Limits { room: Room::new(1), ..Limits::default() };
         limited(limits.clone(), |first, _stop| async move {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let second = listener.local_addr().unwrap();

@@ -188,8 +188,12 @@ impl Ground {
     }
 }
 
-/// Servers and crowds have a descriptor for each connection; child processes inherit the limit.
-fn allow_open_files() -> Result<()> {
+/// Allows as many open files as this process may have: servers and crowds have one for each connection. Child processes
+/// inherit the limit.
+///
+/// # Errors
+/// What the kernel says.
+pub fn allow_open_files() -> Result<()> {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
 }

@@ -11,4 +11,4 @@ mod sys;
 
 pub use self::crowd::{Crowd, Outcome, Way};
 pub use self::flood::{Flood, Senders, Sent};
-pub use self::ground::{Backend, CROWD_ADDRESS, Ground, NODE_ADDRESS};
+pub use self::ground::{Backend, CROWD_ADDRESS, Ground, NODE_ADDRESS, allow_open_files};

@@ -32,10 +32,13 @@ pub(super) const HERE: Service =
 pub(super) const THERE: Service =
     Service { name: "there", number: 2, node: "n2", pod: ["10.64.2.21", "fd00:64:0:2::21"] };
 
+/// Where the agent answers probes.
+pub(super) const HEALTH_PORT: u16 = 10_256;
+
 /// Addresses of the client outside.
 const CLIENT: [&str; 2] = ["203.0.113.7", "2001:db8:ff::7"];
 /// Addresses of the attacker's node.
-const NODE: [&str; 2] = ["192.0.2.10", "2001:db8:1::10"];
+pub(super) const NODE: [&str; 2] = ["192.0.2.10", "2001:db8:1::10"];
 
 impl Service {
     fn at(v6: bool, ip: &str, port: u16) -> Result<SocketAddr> {
@@ -140,10 +143,14 @@ impl World {
         objects.extend([HERE, THERE].into_iter().flat_map(Service::objects));
         fs::create_dir(dir.path().join("manifests"))?;
         let agent = lab.node("n1").agent()?.quiet().manifests(&dir.path().join("manifests"));
+        // Probes of kubelets and load balancers come from everywhere.
+        let agent = agent.flag("healthz-bind-address", format!("0.0.0.0:{HEALTH_PORT}"));
         let agent = Mutex::new(agent.flag("run-dir", dir.path().join("run").display()));
         let world = Self { agent, lab, dir };
         world.write("all", &objects)?;
         world.agent().start_ready()?;
+        let log = world.agent().log();
+        ensure!(!log.contains("has been taken for the host's"), "{log}");
         for place in [world.victim(), world.client()] {
             for (_, target) in world.targets(&place)? {
                 served(&place, Proto::Tcp, target)?;

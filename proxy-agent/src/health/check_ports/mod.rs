@@ -21,7 +21,7 @@ use tokio::sync::{oneshot, watch};
 use super::checks::{Check, answer};
 use super::{Health, respond_with};
 use crate::cluster::ObjectKey;
-use crate::http::{BIND_RETRY, Limits, serve_on};
+use crate::http::{BIND_RETRY, Limits, Room, serve_on};
 
 /// Connections that the kernel keeps waiting for a server.
 const BACKLOG: u32 = 128;
@@ -94,8 +94,8 @@ impl CheckPorts {
 }
 
 async fn keep(health: Health, mut orders: watch::Receiver<Wanted>, told: watch::Sender<Failures>) {
-    // One room for all of them.
-    let limits = Limits::default();
+    // One room for all of them, in which no port takes anything from another.
+    let limits = Limits { room: Room::new(512), ..Limits::default() };
     let mut open: BTreeMap<(ObjectKey, SocketAddr), Server> = BTreeMap::new();
     loop {
         let places = places(&orders.borrow_and_update());

@@ -1,0 +1,164 @@
+//! Who may stay connected where everybody may connect. Who comes always gets a place; where there is none left, somebody else
+//! gives his up.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::oneshot;
+
+/// Places for connections. Servers may share them. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Room(Arc<Mutex<Guests>>);
+
+#[derive(Debug)]
+struct Guests {
+    places: usize,
+    next: u64,
+    /// By arrival.
+    here: BTreeMap<u64, Guest>,
+}
+
+#[derive(Debug)]
+struct Guest {
+    port: u16,
+    source: IpAddr,
+    /// Dropped to have it leave.
+    _stay: oneshot::Sender<()>,
+}
+
+/// A place, until it is dropped.
+#[derive(Debug)]
+pub struct Seat {
+    room: Room,
+    id: u64,
+    /// Ready when the place has been given to somebody else.
+    pub gone: oneshot::Receiver<()>,
+}
+
+impl Room {
+    /// So many, and at least one.
+    pub fn new(places: usize) -> Self {
+        let places = places.max(1);
+        Self(Arc::new(Mutex::new(Guests { places, next: 0, here: BTreeMap::new() })))
+    }
+
+    /// A place for a connection from `source` to a server on `port`. Where all are taken, the port with the most connections
+    /// gives one up: of the source that has most of them there, the one that has been there longest. A request takes
+    /// milliseconds, so that one has not sent any, or does not read the answer.
+    pub fn enter(&self, port: u16, source: IpAddr) -> Seat {
+        let mut guests = self.guests();
+        if guests.here.len() >= guests.places
+            && let Some(id) = guests.most_dispensable()
+        {
+            guests.here.remove(&id);
+        }
+        let id = guests.next;
+        guests.next += 1;
+        let (stay, gone) = oneshot::channel();
+        guests.here.insert(id, Guest { port, source: network(source), _stay: stay });
+        drop(guests);
+        Seat { room: self.clone(), id, gone }
+    }
+
+    fn guests(&self) -> MutexGuard<'_, Guests> {
+        // Every method leaves it whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Guests {
+    fn most_dispensable(&self) -> Option<u64> {
+        let mut ports: BTreeMap<u16, usize> = BTreeMap::new();
+        for guest in self.here.values() {
+            *ports.entry(guest.port).or_default() += 1;
+        }
+        let (port, _) = ports.into_iter().max_by_key(|(_, connections)| *connections)?;
+        // By source: how many, and the first of them; of two with as many the one that has been there longer.
+        let mut sources: BTreeMap<IpAddr, (usize, std::cmp::Reverse<u64>)> = BTreeMap::new();
+        for (id, guest) in self.here.iter().filter(|(_, guest)| guest.port == port) {
+            sources.entry(guest.source).or_insert((0, std::cmp::Reverse(*id))).0 += 1;
+        }
+        sources.into_values().max().map(|(_, first)| first.0)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.room.guests().here.remove(&self.id);
+    }
+}
+
+/// Whoever has an IPv6 address has all of its /64.
+fn network(source: IpAddr) -> IpAddr {
+    match source.to_canonical() {
+        IpAddr::V4(ip) => ip.into(),
+        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn has_left(seat: &mut Seat) -> bool {
+        !matches!(seat.gone.try_recv(), Err(oneshot::error::TryRecvError::Empty))
+    }
+
+    #[test]
+    fn who_comes_gets_a_place_of_whoever_has_most() {
+        let room = Room::new(4);
+        let enter = |port, source: &str| room.enter(port, source.parse().unwrap());
+        let mut many: Vec<Seat> = (0..3).map(|_| enter(1, "192.0.2.1")).collect();
+        let mut one = enter(1, "192.0.2.2");
+        let mut newcomer = enter(1, "192.0.2.3");
+        assert_eq!(many.iter_mut().map(has_left).collect::<Vec<_>>(), [true, false, false]);
+        assert!(!has_left(&mut one) && !has_left(&mut newcomer));
+        // Of two with as many, the one that has been there longer.
+        drop(many.pop());
+        let mut next = enter(1, "192.0.2.4");
+        assert!(![&mut one, &mut newcomer, &mut next].map(has_left).contains(&true));
+        let _last = enter(1, "192.0.2.5");
+        assert_eq!(many.iter_mut().map(has_left).collect::<Vec<_>>(), [true, true]);
+        assert!(![&mut one, &mut newcomer, &mut next].map(has_left).contains(&true));
+    }
+
+    #[test]
+    fn a_port_takes_nothing_from_another_one() {
+        let room = Room::new(4);
+        let enter = |port, source: u8| room.enter(port, IpAddr::from([192, 0, 2, source]));
+        let mut quiet = enter(2, 1);
+        // Each from elsewhere.
+        let mut crowd: Vec<Seat> = (2..20).map(|source| enter(1, source)).collect();
+        assert!(!has_left(&mut quiet));
+        assert_eq!(crowd.iter_mut().map(has_left).filter(|left| !left).count(), 3);
+        let mut other = enter(2, 200);
+        assert!(!has_left(&mut other) && !has_left(&mut quiet));
+    }
+
+    #[test]
+    fn an_ipv6_network_is_one_source() {
+        let room = Room::new(3);
+        let enter = |source: &str| room.enter(1, source.parse().unwrap());
+        let mut own = enter("2001:db8:1::1");
+        let mut crowd = [enter("2001:db8:2::1"), enter("2001:db8:2::ffff:2")];
+        let _next = enter("2001:db8:2::3");
+        assert_eq!(crowd.each_mut().map(has_left), [true, false]);
+        assert!(!has_left(&mut own));
+        assert_eq!(network("::ffff:192.0.2.1".parse().unwrap()), IpAddr::from([192, 0, 2, 1]));
+    }
+
+    #[test]
+    fn a_place_is_free_when_it_is_dropped() {
+        let room = Room::new(1);
+        let enter = || room.enter(1, IpAddr::from([192, 0, 2, 1]));
+        drop(enter());
+        let mut seat = enter();
+        assert!(!has_left(&mut seat));
+        let mut next = enter();
+        // It has lost its place already, and takes nobody's with it.
+        assert!(has_left(&mut seat));
+        drop(seat);
+        assert!(!has_left(&mut next));
+    }
+}
