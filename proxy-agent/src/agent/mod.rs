@@ -26,7 +26,7 @@ use crate::explain::reasons::{self, Asked};
 use crate::flows::{Counts, keep_collecting};
 use crate::health::check_ports::CheckPorts;
 use crate::health::{self, Health};
-use crate::http::{self, HttpError};
+use crate::http::{self, HttpError, ServerThread};
 use crate::knowledge::Knowledge;
 use crate::kube_proxy::{self, ConfigFile};
 use crate::metrics::{self, Metrics};
@@ -80,6 +80,9 @@ pub enum AgentError {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// A thread cannot be started.
+    #[error("a thread for probes and metrics: {0}; raise the limit of processes or open files")]
+    Thread(std::io::Error),
     /// Cgroups cannot be followed.
     #[error("--socket-opt-out: {0}; if too many files are watched, raise fs.inotify.max_user_instances")]
     OptOut(std::io::Error),
@@ -132,13 +135,20 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let counts = Counts::default();
     let metrics = Arc::new(Metrics::new(readers(&config.pins, counts.clone())));
     let mut servers = JoinSet::new();
+    // Whoever decides by a probe whether this agent lives does not wait for a plan, nor for who reads all metrics.
+    let probes = ServerThread::start("probes").map_err(AgentError::Thread)?;
+    let reading = ServerThread::start("metrics").map_err(AgentError::Thread)?;
     if let Some(address) = config.healthz {
         let router = health::router(health.clone(), Arc::clone(&metrics));
-        servers.spawn(http::serve(health::SERVER, address, router, config.on_bind_failure));
+        servers
+            .spawn_on(http::serve(health::SERVER, address, router, config.on_bind_failure), probes.handle());
     }
     if let Some(address) = config.metrics {
         let router = metrics::router(Arc::clone(&metrics), &config.effective);
-        servers.spawn(http::serve(metrics::SERVER, address, router, config.on_bind_failure));
+        servers.spawn_on(
+            http::serve(metrics::SERVER, address, router, config.on_bind_failure),
+            reading.handle(),
+        );
     }
 
     tokio::spawn(keep_collecting(config.pins.clone(), Arc::clone(&metrics), counts));
@@ -159,7 +169,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let (questions, asked) = mpsc::channel(1);
     tokio::spawn(reasons::serve(reasons::socket(&config.state_file), questions));
     let file = config.file.clone();
-    let mut agent = Agent::new(config, health, metrics, addresses, opt_out, events.clone());
+    let check_ports = CheckPorts::start(health.clone(), probes.handle());
+    let mut agent = Agent::new(config, health, metrics, addresses, opt_out, events.clone(), check_ports);
 
     tokio::pin!(stop);
     tokio::select! {
@@ -283,6 +294,7 @@ impl Agent {
         addresses: watch::Receiver<BTreeSet<Addr>>,
         opt_out: Option<Follower>,
         events: Events,
+        check_ports: CheckPorts,
     ) -> Self {
         let state = State {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -325,7 +337,7 @@ impl Agent {
             sweep: None,
             sweep_again: false,
             telemetry,
-            check_ports: CheckPorts::start(health.clone()),
+            check_ports,
             health,
             metrics,
         }

@@ -15,7 +15,10 @@ use tokio::time::{sleep, timeout};
 
 mod room;
 
+mod thread;
+
 pub use room::{Room, Seat};
+pub use thread::ServerThread;
 
 /// Pause between attempts to bind.
 pub const BIND_RETRY: Duration = Duration::from_secs(5);

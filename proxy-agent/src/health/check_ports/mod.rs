@@ -16,6 +16,7 @@ use axum::http::{HeaderName, HeaderValue};
 use axum::response::{IntoResponse as _, Response};
 use rustix::net::sockopt::set_ipv6_v6only;
 use tokio::net::{TcpListener, TcpSocket};
+use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 
 use super::checks::{Check, answer};
@@ -46,11 +47,11 @@ pub struct CheckPorts {
 }
 
 impl CheckPorts {
-    /// No servers yet. Needs a runtime.
-    pub fn start(health: Health) -> Self {
+    /// No servers yet. They will run on `runtime`.
+    pub fn start(health: Health, runtime: &Handle) -> Self {
         let (wanted, orders) = watch::channel(Wanted::default());
         let (told, failures) = watch::channel(Failures::new());
-        tokio::spawn(keep(health, orders, told));
+        runtime.spawn(keep(health, orders, told));
         Self { wanted, failures }
     }
 

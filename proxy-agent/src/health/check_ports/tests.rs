@@ -20,7 +20,7 @@ fn key(name: &str) -> ObjectKey {
 
 /// Servers on loopback only.
 fn start(health: &Health) -> CheckPorts {
-    let ports = CheckPorts::start(health.clone());
+    let ports = CheckPorts::start(health.clone(), &Handle::current());
     ports.listen_on([vec![LOOPBACK], Vec::new()]);
     ports
 }
