@@ -3,7 +3,7 @@
 //! The agent logs each problem once, makes an Event of it where it is about a Service, and keeps them all in a small
 //! file that `proxy-agent status` reads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use proxy_common::addr::Family;
@@ -156,8 +156,9 @@ impl Report {
             return;
         }
         let (object, teller) = &key;
+        let known: BTreeSet<&str> = before.iter().map(String::as_str).collect();
         let new: Vec<&str> =
-            reasons.iter().filter(|reason| !before.contains(reason)).map(String::as_str).collect();
+            reasons.iter().map(String::as_str).filter(|reason| !known.contains(reason)).collect();
         for reason in &new {
             tracing::warn!(%object, %reason, "problem");
         }

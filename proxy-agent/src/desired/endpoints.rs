@@ -8,7 +8,7 @@ use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 
 use super::{Context, DesiredBackend};
-use crate::cluster::{Endpoint, Hints, ServicePort, Slice};
+use crate::cluster::{Endpoint, Hints, ServicePort, Slice, SlicePort};
 
 /// The endpoints of one Service port in one family.
 pub(super) struct Endpoints {
@@ -18,12 +18,33 @@ pub(super) struct Endpoints {
     pub(super) empty_local: SlotRange,
 }
 
-/// What the endpoints of `port` in `slices` (all of one family) come to.
-pub(super) fn select<'a>(
-    port: &ServicePort,
-    slices: impl Iterator<Item = &'a Slice>,
-    context: &Context,
-) -> Endpoints {
+/// Slices of one family, by the ports that they name: a Service of many ports looks for each of them.
+pub(super) struct ByPort<'a>(Vec<(&'a SlicePort, &'a Slice)>);
+
+impl<'a> ByPort<'a> {
+    pub(super) fn new(slices: impl Iterator<Item = &'a Slice>) -> Self {
+        let mut ports: Vec<_> =
+            slices.flat_map(|slice| slice.ports.iter().map(move |port| (port, slice))).collect();
+        // Stable: those of one name stay in the order of the slices.
+        ports.sort_by(|(one, _), (other, _)| Self::key(one).cmp(&Self::key(other)));
+        Self(ports)
+    }
+
+    /// Joined by name, never by number: one named port may have several numbers.
+    fn key(port: &SlicePort) -> (u8, &str) {
+        (port.proto, &port.name)
+    }
+
+    fn of(&self, port: &ServicePort) -> &[(&'a SlicePort, &'a Slice)] {
+        let wanted = (port.proto, &*port.name);
+        let from = self.0.partition_point(|(port, _)| Self::key(port) < wanted);
+        let of_name = &self.0[from..];
+        &of_name[..of_name.partition_point(|(port, _)| Self::key(port) == wanted)]
+    }
+}
+
+/// What the endpoints of `port` in `slices` come to.
+pub(super) fn select(port: &ServicePort, slices: &ByPort<'_>, context: &Context) -> Endpoints {
     let judged = judge(port, slices, context);
     // Silence where another node could answer, a refusal where nobody can.
     let anywhere = judged.iter().any(|standing| standing.ready || standing.is_leaving());
@@ -101,15 +122,11 @@ impl Reason {
     }
 }
 
-/// Every endpoint of `port` in `slices` (all of one family), by address and port.
+/// Every endpoint of `port` in `slices`, by address and port.
 ///
 /// Both sets take the ready endpoints, and while there are none of those the ones that terminate but still serve.
 /// The two fall back independently, and only the cluster set heeds topology hints.
-pub(super) fn judge<'a>(
-    port: &ServicePort,
-    slices: impl Iterator<Item = &'a Slice>,
-    context: &Context,
-) -> Vec<Standing> {
+pub(super) fn judge(port: &ServicePort, slices: &ByPort<'_>, context: &Context) -> Vec<Standing> {
     let found = distinct(port, slices);
     let ready = || found.iter().map(|entry| entry.endpoint).filter(|endpoint| endpoint.ready);
     let any_ready = ready().next().is_some();
@@ -167,13 +184,10 @@ impl Entry<'_> {
 }
 
 /// The union over the slices, by address and port, each once.
-fn distinct<'a>(port: &ServicePort, slices: impl Iterator<Item = &'a Slice>) -> Vec<Entry<'a>> {
+fn distinct<'a>(port: &ServicePort, slices: &ByPort<'a>) -> Vec<Entry<'a>> {
     let mut entries = Vec::new();
-    for slice in slices {
-        // Joined by name, never by number: one named port may have several numbers.
-        for at in slice.ports.iter().filter(|p| p.proto == port.proto && p.name == port.name) {
-            entries.extend(slice.endpoints.iter().map(|endpoint| Entry { endpoint, port: at.port }));
-        }
+    for (at, slice) in slices.of(port) {
+        entries.extend(slice.endpoints.iter().map(|endpoint| Entry { endpoint, port: at.port }));
     }
     // Stable: entries of one key stay in the order of the slices.
     entries.sort_by_key(Entry::key);

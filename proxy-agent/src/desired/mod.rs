@@ -6,6 +6,7 @@
 //! [`frontends`] says where a Service port can be reached and what its policies mean there, [`endpoints`] which
 //! endpoints are in which set. The claims index and the plan read the result.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use proxy_common::abi::{FrontendKey, SlotRange};
@@ -121,8 +122,9 @@ pub fn desired_service<'a>(
     for family in Family::ALL {
         let Some(cluster_ip) = service.cluster_ips[family.index()] else { continue };
         let frontends = frontends::OfFamily::new(service, family, cluster_ip, context, &mut problems);
+        let by_port = endpoints::ByPort::new(slices.clone().filter(|slice| slice.family == family));
         for &(port, node_port) in &distinct {
-            let endpoints = endpoints::select(port, slices.clone().filter(|s| s.family == family), context);
+            let endpoints = endpoints::select(port, &by_port, context);
             ports.push(DesiredPort {
                 key: PortKey {
                     service: service.key.clone(),
@@ -152,34 +154,38 @@ pub fn standings<'a>(
 ) -> Vec<Standing> {
     let port = service.ports.iter().find(|port| port.name == key.port_name && port.proto == key.proto);
     let of_family = slices.filter(|slice| slice.family == key.family);
-    port.map_or_else(Vec::new, |port| endpoints::judge(port, of_family, context))
+    port.map_or_else(Vec::new, |port| endpoints::judge(port, &endpoints::ByPort::new(of_family), context))
 }
 
 /// The ports that do not contradict an earlier one, each with the nodePort that it may have (0 for none). The API
 /// server refuses contradictions; manifests meet no API server.
 fn distinct_ports<'s>(ports: &'s [ServicePort], problems: &mut Vec<String>) -> Vec<(&'s ServicePort, u16)> {
     let mut kept: Vec<(&ServicePort, u16)> = Vec::with_capacity(ports.len());
+    // By protocol: the numbers, names and nodePorts of those.
+    let (mut numbers, mut names, mut node_ports) = (HashSet::new(), HashSet::new(), HashSet::new());
     for (index, port) in ports.iter().enumerate() {
-        let of_proto = || kept.iter().filter(|(earlier, _)| earlier.proto == port.proto);
         let proto = crate::proto_name(port.proto);
-        if of_proto().any(|(earlier, _)| earlier.port == port.port) {
+        if numbers.contains(&(port.proto, port.port)) {
             problems.push(format!(
                 "spec.ports[{index}]: an earlier entry has {proto} port {} already; this entry is not served",
                 port.port
             ));
-        } else if of_proto().any(|(earlier, _)| earlier.name == port.name) {
+        } else if names.contains(&(port.proto, &*port.name)) {
             problems.push(format!(
                 "spec.ports[{index}]: an earlier {proto} entry is named {:?} already; this entry is not served",
                 &*port.name
             ));
-        } else if port.node_port != 0 && of_proto().any(|&(_, node_port)| node_port == port.node_port) {
-            problems.push(format!(
-                "spec.ports[{index}].nodePort: an earlier entry has {proto} nodePort {} already; this entry has none",
-                port.node_port
-            ));
-            kept.push((port, 0));
         } else {
-            kept.push((port, port.node_port));
+            numbers.insert((port.proto, port.port));
+            names.insert((port.proto, &*port.name));
+            let is_free = port.node_port == 0 || node_ports.insert((port.proto, port.node_port));
+            if !is_free {
+                problems.push(format!(
+                    "spec.ports[{index}].nodePort: an earlier entry has {proto} nodePort {} already; this entry has none",
+                    port.node_port
+                ));
+            }
+            kept.push((port, if is_free { port.node_port } else { 0 }));
         }
     }
     kept

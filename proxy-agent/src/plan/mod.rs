@@ -253,9 +253,10 @@ fn change_port(
 
 const IN_SETS: u32 = IN_CLUSTER | IN_LOCAL;
 
-/// Brings the source ranges of a service id to what is desired: additions at once, removals at the end.
+/// Brings the source ranges of a service id to what is desired, in order: additions at once, removals at the end.
 fn change_ranges(model: &mut Model, id: u32, desired: &[Prefix], plan: &mut Plan, dead: &mut Vec<Op>) {
-    let stale: Vec<Prefix> = model.source_ranges_of(id).filter(|range| !desired.contains(range)).collect();
+    let stale: Vec<Prefix> =
+        model.source_ranges_of(id).filter(|range| desired.binary_search(range).is_err()).collect();
     dead.extend(stale.into_iter().map(|range| Op::SourceRange(id, range, false)));
     for range in desired {
         if model.source_ranges.insert((id, *range)) {

@@ -198,3 +198,41 @@ fn an_endpoint_in_no_set_is_kept_while_it_serves() {
         ]
     );
 }
+
+/// Eight times the ports in as many slices cost about eight times the time: a Service that is as large as the API allows must
+/// not hold up everybody else. (Each port looked through all ports of all slices once: sixty-four times.)
+#[test]
+fn the_work_grows_with_the_ports_and_not_with_their_square() {
+    let took = |ports: u16| {
+        let mut world = s("L1");
+        let name = |number: u16| format!("p{number}").into();
+        world.service.ports = (0..ports)
+            .map(|number| ServicePort {
+                name: name(number),
+                proto: proto::TCP,
+                port: number + 1,
+                node_port: 0,
+            })
+            .collect();
+        let template = world.slices.remove(0);
+        world.slices = (0..8)
+            .map(|_| {
+                let ports = (0..ports)
+                    .map(|number| SlicePort { name: name(number), proto: proto::TCP, port: number + 1 })
+                    .collect();
+                Slice { ports, ..template.clone() }
+            })
+            .collect();
+        let times = (0..3).map(|_| {
+            let start = std::time::Instant::now();
+            assert_eq!(
+                world.desired().ports.iter().filter(|port| !port.backends.is_empty()).count(),
+                usize::from(ports)
+            );
+            start.elapsed()
+        });
+        times.min().unwrap()
+    };
+    let (few, many) = (took(1_000), took(8_000));
+    assert!(many < few * 24, "{few:?} became {many:?}");
+}

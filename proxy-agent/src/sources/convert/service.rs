@@ -1,5 +1,6 @@
 //! Services.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use k8s_openapi::api::core::v1 as core;
@@ -50,6 +51,7 @@ impl Converter {
 
     fn service_ports(&mut self, spec: &core::ServiceSpec, findings: &mut Findings) -> Vec<ServicePort> {
         let mut ports: Vec<ServicePort> = Vec::new();
+        let mut names = HashSet::new();
         for (i, entry) in spec.ports.iter().flatten().enumerate() {
             let name = entry.name.as_deref().unwrap_or_default();
             if let Err(reason) = check_port_name(name) {
@@ -70,7 +72,7 @@ impl Converter {
                 findings.note(format_args!("spec.ports[{i}].port"), format_args!("{} {what}", entry.port));
                 continue;
             };
-            if ports.iter().any(|other| *other.name == *name && other.proto == proto) {
+            if !names.insert((name, proto)) {
                 let what = "has the name and protocol of an earlier port and is ignored";
                 findings.note(format_args!("spec.ports[{i}]"), format_args!("{what}"));
                 continue;
