@@ -67,7 +67,7 @@ pub(super) fn boot(boot: &Boot<'_>) -> Result<String> {
         let text = text.trim_end();
         writeln!(log, "{text}").with_context(|| format!("cannot write {}", boot.log.display()))?;
         if verdict::is_news(text) {
-            println!("{:>15} | {text}", boot.name);
+            println!("{:>24} | {text}", boot.name);
         }
         said.push_str(text);
         said.push('\n');

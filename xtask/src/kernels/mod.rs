@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -41,7 +42,8 @@ use budget::Budget;
 use initramfs::{Image, Programs};
 use machine::{Arch, Kernel};
 use report::Outcome;
-use verdict::SECTIONS;
+use rows::LIFETIME;
+use verdict::{BOOTS, Console, SECTIONS};
 
 /// Arguments of `test kernels`.
 #[derive(clap::Args)]
@@ -96,23 +98,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut expected = rows::Names::load()?;
     let mut budget = Budget::load()?;
     setup::kernels(&machines, setup::quiet)?;
-    let mut jobs = VecDeque::new();
+    let mut jobs = Vec::new();
     for machine in &machines {
         let programs = programs(*machine, args.dev)?;
         let kvm = boot::has_kvm(*machine);
         say(&format!("{machine}: {}", if kvm { "with KVM" } else { "emulated, without KVM" }));
         let tools = Apt::update(initramfs::TOOLS_SUITE, *machine)?.tools(&initramfs::TOOLS_PACKAGES)?;
         for kernel in &kernels {
-            jobs.push_back(prepare(*kernel, *machine, kvm, &tools, &programs)?);
+            jobs.push(prepare(*kernel, *machine, kvm, &tools, &programs)?);
         }
     }
 
-    // Without filters all rows run, also those that are not known yet.
     let mut sections = SECTIONS.map(|section| (section, expected.of(section, filters)));
     if filters.is_empty() {
-        sections[0].1.clear();
+        // Also those that are not known yet.
+        sections[0].1 = LIFETIME.map(|part| format!("--without={part}")).into();
     }
-    let mut outcomes = boot_all(jobs, &sections)?;
+    let mut outcomes = boot_all(&jobs, &sections)?;
     if args.bless {
         expected.bless(&outcomes);
         expected.store()?;
@@ -191,18 +193,33 @@ fn prepare(kernel: Kernel, machine: Machine, kvm: bool, tools: &Path, programs: 
     Ok(Job { kernel, machine, version, image: image.kernel, initramfs: archive, kvm })
 }
 
-/// Boots them, as many side by side as this machine has processors.
-fn boot_all(jobs: VecDeque<Job>, sections: &[(&str, Vec<String>)]) -> Result<Vec<Outcome>> {
+/// What one boot of a kernel said.
+struct Booted {
+    kernel: usize,
+    from: Instant,
+    to: Instant,
+    console: Console,
+    log: PathBuf,
+}
+
+/// Boots all parts of each, as many side by side as this machine has processors.
+fn boot_all(jobs: &[Job], sections: &[(&str, Vec<String>)]) -> Result<Vec<Outcome>> {
     let logs = dir().join("logs");
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
+    let has_rows = |boot: &Range<usize>| sections[boot.clone()].iter().any(|(_, rows)| !rows.is_empty());
+    let parts: Vec<_> = BOOTS.into_iter().filter(has_rows).collect();
+    let todo: VecDeque<_> =
+        (0..jobs.len()).flat_map(|job| (0..parts.len()).map(move |part| (job, part))).collect();
     let processors = thread::available_parallelism().map_or(1, usize::from);
-    let workers = processors.min(jobs.len());
-    let (jobs, outcomes) = (Mutex::new(jobs), Mutex::new(Vec::new()));
-    let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    let workers = processors.min(todo.len());
+    let (todo, booted) = (Mutex::new(todo), Mutex::new(Vec::new()));
+    let next = || todo.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
     let work = || -> Result<()> {
-        while let Some(job) = next() {
-            let (name, start) = (format!("{} {}", job.kernel, job.machine), Instant::now());
-            let log = logs.join(format!("{}-{}.log", job.kernel, job.machine));
+        while let Some((kernel, part)) = next() {
+            let (job, sections) = (&jobs[kernel], &sections[parts[part].clone()]);
+            let name = format!("{} {} {}", job.kernel, job.machine, sections[0].0);
+            let log = logs.join(format!("{}-{}-{}.log", job.kernel, job.machine, sections[0].0));
+            let from = Instant::now();
             let said = boot::boot(&boot::Boot {
                 name: &name,
                 machine: job.machine,
@@ -212,16 +229,8 @@ fn boot_all(jobs: VecDeque<Job>, sections: &[(&str, Vec<String>)]) -> Result<Vec
                 log: &log,
                 sections,
             })?;
-            let outcome = Outcome {
-                kernel: job.kernel,
-                machine: job.machine,
-                version: job.version,
-                seconds: start.elapsed().as_secs(),
-                console: verdict::read(&said),
-                verdict: verdict::Verdict::default(),
-                log,
-            };
-            outcomes.lock().unwrap_or_else(PoisonError::into_inner).push(outcome);
+            let done = Booted { kernel, from, to: Instant::now(), console: verdict::read(&said), log };
+            booted.lock().unwrap_or_else(PoisonError::into_inner).push(done);
         }
         Ok(())
     };
@@ -231,7 +240,26 @@ fn boot_all(jobs: VecDeque<Job>, sections: &[(&str, Vec<String>)]) -> Result<Vec
             .into_iter()
             .try_for_each(|worker| worker.join().ok().context("a worker of the ring panicked")?)
     })?;
-    Ok(outcomes.into_inner().unwrap_or_else(PoisonError::into_inner))
+    let mut booted = booted.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut outcomes = Vec::new();
+    for (number, job) in jobs.iter().enumerate() {
+        let boots: Vec<Booted> = booted.extract_if(.., |boot| boot.kernel == number).collect();
+        let seconds = |from: Option<Instant>, to: Option<Instant>| Some((to? - from?).as_secs());
+        outcomes.push(Outcome {
+            kernel: job.kernel,
+            machine: job.machine,
+            version: job.version.clone(),
+            seconds: seconds(
+                boots.iter().map(|boot| boot.from).min(),
+                boots.iter().map(|boot| boot.to).max(),
+            )
+            .unwrap_or_default(),
+            logs: boots.iter().map(|boot| boot.log.clone()).collect(),
+            console: boots.into_iter().map(|boot| boot.console).reduce(Console::and).unwrap_or_default(),
+            verdict: verdict::Verdict::default(),
+        });
+    }
+    Ok(outcomes)
 }
 
 #[cfg(test)]

@@ -15,12 +15,12 @@ pub(super) struct Outcome {
     pub(super) machine: Machine,
     /// Debian's version of the kernel.
     pub(super) version: String,
-    /// From the start of QEMU to its end.
+    /// From the start of the first boot to the end of the last.
     pub(super) seconds: u64,
     pub(super) console: Console,
     pub(super) verdict: Verdict,
-    /// The whole console.
-    pub(super) log: PathBuf,
+    /// The whole consoles.
+    pub(super) logs: Vec<PathBuf>,
 }
 
 /// Prints kernels × rows, verified instructions, and what failed.
@@ -37,7 +37,7 @@ pub(super) fn print(outcomes: &[Outcome], dev: bool) {
         }
     }
     let head = |outcome: &Outcome| format!("{} {}", outcome.kernel, outcome.machine);
-    print!("{:<26}", "row (unified hybrid)");
+    print!("{:<26}", "row (unified own hybrid)");
     line(outcomes.iter().map(head));
     for name in names {
         print!("{name:<26}");
@@ -63,7 +63,8 @@ pub(super) fn print(outcomes: &[Outcome], dev: bool) {
     println!("{}", table(outcomes));
     println!("with {}", if dev { "development binaries" } else { "release binaries" });
     for outcome in outcomes.iter().filter(|outcome| !outcome.verdict.failures.is_empty()) {
-        println!("\n{} failed; its console: {}", head(outcome), outcome.log.display());
+        let logs: Vec<String> = outcome.logs.iter().map(|log| log.display().to_string()).collect();
+        println!("\n{} failed; its consoles: {}", head(outcome), logs.join(", "));
         outcome.verdict.failures.iter().for_each(|failure| println!("  {failure}"));
     }
 }

@@ -13,6 +13,10 @@ use crate::workspace;
 /// them to cgroups, or look for pods there.
 const HYBRID: [&str; 4] = ["k002_", "k004_", "k01", "k062_"];
 
+/// Which rows have a world of their own, by parts of their names: those that load the programs once more. Verifying them is
+/// most of the time of an emulated kernel, so these rows are booted beside the others.
+pub(super) const LIFETIME: [&str; 2] = ["k07", "k08"];
+
 /// How many rows always run, because they make what the others need: the world, and in it the agent.
 const ALWAYS: usize = 2;
 
@@ -35,12 +39,17 @@ impl Names {
 
     /// What a section of a run with `filters` has.
     pub(super) fn of(&self, section: &str, filters: &[String]) -> Vec<String> {
-        let in_section = |name: &str| section != "hybrid" || HYBRID.iter().any(|part| name.contains(part));
+        let is_one_of = |name: &str, parts: &[&str]| parts.iter().any(|part| name.contains(part));
+        let in_section = |name: &str| match section {
+            "hybrid" => is_one_of(name, &HYBRID),
+            "lifetime" => is_one_of(name, &LIFETIME),
+            _ => !is_one_of(name, &LIFETIME),
+        };
         let wanted = |name: &str| {
             in_section(name) && (filters.is_empty() || filters.iter().any(|part| name.contains(part)))
         };
         let mut rows: Vec<_> = self.0.iter().skip(ALWAYS).filter(|name| wanted(name)).cloned().collect();
-        if section != "hybrid" || !rows.is_empty() {
+        if !rows.is_empty() {
             rows.splice(..0, self.0.iter().take(ALWAYS).cloned());
         }
         rows
@@ -48,9 +57,9 @@ impl Names {
 
     /// Takes all that any kernel showed.
     pub(super) fn bless(&mut self, outcomes: &[Outcome]) {
-        let sections = outcomes.iter().filter_map(|outcome| outcome.console.sections.get("unified"));
+        let of = |section| outcomes.iter().filter_map(move |outcome| outcome.console.sections.get(section));
         let mut seen = BTreeSet::new();
-        let rows = sections.flat_map(|section| &section.rows);
+        let rows = of("unified").chain(of("lifetime")).flat_map(|section| &section.rows);
         self.0 = rows.map(|(name, _)| name.clone()).filter(|name| seen.insert(name.clone())).collect();
     }
 
@@ -71,7 +80,9 @@ mod tests {
     #[test]
     fn filters_choose_by_a_part_of_the_name_and_the_first_are_always_there() {
         let names = Names(
-            ["k000_world", "k001_takeover", "k002_load", "k010_tcp", "k040_sctp"].map(str::to_owned).to_vec(),
+            ["k000_world", "k001_takeover", "k002_load", "k010_tcp", "k040_sctp", "k070_growth"]
+                .map(str::to_owned)
+                .to_vec(),
         );
         let of = |section, filters: &[&str]| {
             let filters: Vec<String> = filters.iter().map(|&filter| filter.to_owned()).collect();
@@ -82,5 +93,8 @@ mod tests {
         assert_eq!(of("unified", &["tcp", "sctp"]), "k000 k001 k010 k040");
         assert_eq!(of("hybrid", &["tcp", "sctp"]), "k000 k001 k010");
         assert_eq!(of("hybrid", &["sctp"]), "");
+        assert_eq!(of("lifetime", &[]), "k000 k001 k070");
+        assert_eq!(of("lifetime", &["sctp"]), "");
+        assert_eq!(of("unified", &["growth"]), "");
     }
 }

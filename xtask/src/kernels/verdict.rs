@@ -5,8 +5,13 @@ use std::collections::BTreeMap;
 /// Stands before what the ring itself says about a boot.
 pub(super) const FAILED: &str = "ring: failed: ";
 
-/// The parts of a boot: the rows with each layout of cgroups.
-pub(super) const SECTIONS: [&str; 2] = ["unified", "hybrid"];
+/// The parts of the rows, each with an agent of its own: most, those of an agent's life, and some once more with the other
+/// layout of cgroups.
+pub(super) const SECTIONS: [&str; 3] = ["unified", "lifetime", "hybrid"];
+
+/// The boots of a kernel, side by side where there are processors for it: which sections each has, by
+/// [`SECTIONS`]' numbers. They take about as long.
+pub(super) const BOOTS: [std::ops::Range<usize>; 2] = [0..1, 1..3];
 
 /// How a row ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +44,20 @@ pub(super) struct Console {
     troubles: Vec<String>,
     /// Whether it came to its end.
     done: bool,
+}
+
+impl Console {
+    /// This one, and that of another boot of the same kernel.
+    pub(super) fn and(mut self, other: Self) -> Self {
+        self.sections.extend(other.sections);
+        for (program, count) in other.instructions {
+            let most = self.instructions.entry(program).or_default();
+            *most = count.max(*most);
+        }
+        self.troubles.extend(other.troubles);
+        self.done &= other.done;
+        self
+    }
 }
 
 /// Whether a line is shown while the kernel runs. The rest is in the log.
@@ -176,7 +195,7 @@ mod tests {
         dmesg: [    3.1] Spectre V2 : WARNING: words\nring: 12.50 s: done 0\n";
 
     fn expected() -> [(&'static str, Vec<String>); 2] {
-        SECTIONS.map(|section| (section, vec!["load".into(), "tcx".into()]))
+        ["unified", "hybrid"].map(|section| (section, vec!["load".into(), "tcx".into()]))
     }
 
     fn failures(said: &str) -> Vec<String> {
@@ -191,6 +210,19 @@ mod tests {
         let verdict = judge(&console, &expected());
         let lacks = vec!["no TCX: clsact".to_owned()];
         assert_eq!(verdict, Verdict { passed: 4, failures: Vec::new(), lacks });
+    }
+
+    #[test]
+    fn two_boots_are_judged_as_one_kernel() {
+        let (one, other) = GOOD.split_at(GOOD.find("ring: 9.10").unwrap());
+        let end = "ring: 9.05 s: done 0\n";
+        let judged = |one: &str, other: &str| judge(&read(one).and(read(other)), &expected()).failures;
+        assert_eq!(judged(&format!("{one}{end}"), other), [""; 0]);
+        assert_eq!(judged(one, other), ["the kernel did not come to its end"]);
+        let console = read(&format!("{one}{end}")).and(read(other));
+        assert_eq!(console.instructions["edge_ingress"], 1000);
+        let oops = format!("{other}[   12.3] BUG: no\n");
+        assert_eq!(judged(&format!("{one}{end}"), &oops), ["BUG: no"]);
     }
 
     #[test]

@@ -44,6 +44,9 @@ struct Cli {
     /// The cgroup v2 hierarchy has to be the one at /sys/fs/cgroup/unified, beside those of version 1.
     #[arg(long)]
     hybrid: bool,
+    /// Not rows whose name has this in it.
+    #[arg(long)]
+    without: Vec<String>,
     /// Prints the names of the rows.
     #[arg(long)]
     list: bool,
@@ -72,7 +75,9 @@ fn rows() -> Vec<Row> {
 
 fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
-    let named = |row: &Row| cli.filters.is_empty() || cli.filters.iter().any(|part| row.id.contains(part));
+    let is_one_of = |row: &Row, parts: &[String]| parts.iter().any(|part| row.id.contains(part));
+    let named =
+        |row: &Row| (cli.filters.is_empty() || is_one_of(row, &cli.filters)) && !is_one_of(row, &cli.without);
     // The first one starts the agent.
     let rows: Vec<Row> = rows()
         .into_iter()
