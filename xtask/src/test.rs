@@ -13,11 +13,9 @@
 //! going from one to another rebuilds no dependency; and in the dev profile, because building for release takes longer
 //! than the tests themselves.
 
-use std::env;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::thread;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -182,18 +180,9 @@ fn test_command(runner: &[&str], selection: &Selection) -> Command {
     cargo
 }
 
-/// How many tests run at a time: most of those in the lab wait most of the time. Who has said it himself is heeded.
-fn side_by_side(cargo: &mut Command, variable: &str) {
-    if env::var_os(variable).is_none() {
-        let processors = thread::available_parallelism().map_or(1, usize::from);
-        cargo.env(variable, (2 * processors).to_string());
-    }
-}
-
 /// nextest fails by itself when it finds no test to run.
 fn with_nextest(selection: &Selection, filters: &[String], no_capture: bool) -> Result<()> {
     let mut cargo = test_command(&["nextest", "run"], selection);
-    side_by_side(&mut cargo, "NEXTEST_TEST_THREADS");
     if no_capture {
         cargo.arg("--no-capture");
     }
@@ -203,7 +192,6 @@ fn with_nextest(selection: &Selection, filters: &[String], no_capture: bool) -> 
 /// `cargo test` reports per test program and calls it a success when no test ran: its output is counted.
 fn with_cargo_test(selection: &Selection, filters: &[String], no_capture: bool) -> Result<()> {
     let mut cargo = test_command(&["test"], selection);
-    side_by_side(&mut cargo, "RUST_TEST_THREADS");
     cargo.arg("--").args(filters);
     if no_capture {
         cargo.args(["--nocapture", "--test-threads=1"]);
