@@ -112,7 +112,6 @@ impl Agent {
             udp_stale |= self.program(services, self.everything && number == last)?;
         }
         let first = self.serve(udp_stale)?;
-        node?;
         let took = self.telemetry.sync_ended(true);
         self.open_check_ports(touched);
         if self.everything {
@@ -125,7 +124,7 @@ impl Agent {
         for &family in &self.config.families {
             self.health.updated(family);
         }
-        Ok(())
+        node
     }
 
     /// What the maps need for these Services.

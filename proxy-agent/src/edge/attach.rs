@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use proxy_common::abi;
-use proxy_common::abi::device::flags::NEAR;
+use proxy_common::abi::device::flags::{NEAR, POD};
 use proxy_common::addr::Addr;
 
 use super::choice::{Choice, Choices, Role};
@@ -122,7 +122,8 @@ impl Attacher {
     ) -> Result<(), DeviceError> {
         let [snat_v4, snat_v6] = sources;
         let near = if choice.near { NEAR } else { 0 };
-        let value = abi::Device { snat_v4, snat_v6, flags: near };
+        let pod = if choice.role == Role::Pod { POD } else { 0 };
+        let value = abi::Device { snat_v4, snat_v6, flags: near | pod };
         // What the programs read has to be there before they run.
         if self.devices.get(&index, 0).ok() != Some(value) {
             self.devices.insert(index, value, 0).map_err(DeviceError::Map)?;

@@ -394,7 +394,7 @@ fn p127_near_is_in_devices() {
         node.config.settings.detect_local = DetectLocal::NamePrefix("cali".to_owned());
         let mut edge = node.start().await;
         until(&mut edge, "the first pass", |state| state.passes == 1).await;
-        assert_eq!(node.device("cali1").unwrap().flags, abi::device::flags::NEAR);
+        assert_eq!(node.device("cali1").unwrap().flags, abi::device::flags::NEAR | abi::device::flags::POD);
         assert_eq!(node.device("eth0").unwrap().flags, 0);
     });
 }

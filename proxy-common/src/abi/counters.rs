@@ -55,7 +55,7 @@ pub enum Counter {
     /// connect() to an address of ours, or a datagram for one, that a pod's socket was not told about: the packet edge
     /// serves or judges what follows.
     LeftToPackets = 24,
-    /// Dropped: by the kernel's routes its source cannot be behind the pod's interface that it came through.
+    /// Dropped: by the kernel's routes its source is behind another pod's interface than the one that it came through.
     DropForeignSource = 25,
 }
 

@@ -20,6 +20,8 @@ pub struct Device {
 pub mod flags {
     /// Packets from here are local pod traffic, whatever their source (detect-local by interface).
     pub const NEAR: u32 = 1 << 0;
+    /// The host's side of a pod's interface: whom the kernel's routes lead to by it is that pod.
+    pub const POD: u32 = 1 << 1;
 }
 
 /// Key of the `SOURCE_RANGES` LPM trie, in the layout that `struct bpf_lpm_trie_key` demands.

@@ -233,9 +233,9 @@ impl Net {
         vec![
             (NIC, own(0)),
             (OVERLAY, overlay),
-            (POD, own(0)),
+            (POD, own(device::flags::POD)),
             (BARE, Device::default()),
-            (NEAR, own(device::flags::NEAR)),
+            (NEAR, own(device::flags::NEAR | device::flags::POD)),
         ]
     }
 }

@@ -46,7 +46,7 @@ use self::tables::{EdgeTables, Scratch, Work};
 use super::lookup::{self, Target};
 use super::select::{Client, Selection, select};
 use super::trace::{self, At};
-use crate::abi::device::flags::NEAR;
+use crate::abi::device::flags::{NEAR, POD};
 use crate::abi::frontend::flags::{EXTERNAL, SOURCE_RANGES};
 use crate::abi::{
     Counter, FilterBit, Flow, FlowKey, FlowKind, FragmentKey, FragmentPorts, Origin, backend::flags::SERVING,
@@ -341,12 +341,12 @@ fn choose(
 }
 
 /// Whether the source of a packet cannot be behind the pod's interface that it has come through: the kernel's routes lead to
-/// it by another pod's interface, or by an external device. A pod cannot write routes. Devices that are no edges tell
-/// nothing: pods are behind bridges, and some networks route all of them by one device.
+/// it by another pod's interface. A pod cannot write routes. Other devices tell nothing: pods are behind bridges, and some
+/// networks route all of them by one device, which may be an external one.
 #[inline(never)]
 fn is_elsewhere(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, origin: Origin) -> bool {
     let by = packet.route_to(parsed.family, &parsed.tuple.source);
-    by != 0 && by != origin.ifindex && tables.device(by).is_some()
+    by != 0 && by != origin.ifindex && tables.device(by).is_some_and(|device| device.flags & POD != 0)
 }
 
 /// Whose the destination is. What has no ports asks for port 0.
