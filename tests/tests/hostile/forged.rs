@@ -2,10 +2,11 @@
 
 use std::net::SocketAddr;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_tests::lab::Proto;
 use proxy_tests::packets::Packet;
+use proxy_tests::scenarios::until;
 
 use super::world::{HERE, THERE, Victim, World, served};
 
@@ -56,6 +57,28 @@ fn h001_requests_in_the_name_of_others() -> Result<()> {
         }
         if agent == "with an agent" {
             world.agent().kill9()?;
+        }
+    }
+    Ok(())
+}
+
+/// The kernel's own routes tell whose an address is: another pod's is not served at all, its owner's is.
+#[test]
+fn h003_the_address_of_another_pod() -> Result<()> {
+    let world = World::start()?;
+    let dropped = || -> Result<u64> {
+        let status = world.agent().tool("status", &[])?;
+        status["counters"]["drop_foreign_source"].as_u64().context("a counter")
+    };
+    let (attacker, victim) = (world.attacker(), world.victim());
+    for v6 in [false, true] {
+        let before = dropped()?;
+        for (sender, expected) in [(&victim, 0), (&attacker, 2)] {
+            let own =
+                victim.addresses().iter().copied().find(|ip| ip.is_ipv6() == v6).context("an address")?;
+            let (from, to) = (SocketAddr::new(own, 61_234), HERE.cluster_ip(v6)?);
+            sender.send_raw([Packet::udp(from, to, b"?"), Packet::tcp(from, to, SYN, 1, 0)])?;
+            until("the packets have been judged", || Ok((dropped()? == before + expected).then_some(())))?;
         }
     }
     Ok(())
