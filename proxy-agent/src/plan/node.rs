@@ -50,22 +50,23 @@ impl NodeTables {
             stays
         });
         (0..spare).for_each(|_| _ = addresses.pop_last());
-        let spare = too_many(
-            "SERVICE_CIDRS",
-            "prefixes of ServiceCIDRs",
-            service_cidrs.len(),
-            PREFIX_ENTRIES,
-            "unused addresses of the others are not dropped",
-        );
-        (0..spare).for_each(|_| _ = service_cidrs.pop_last());
-        let spare = too_many(
-            "POD_SOURCES",
-            "prefixes of pods",
-            pod_sources.len(),
-            PREFIX_ENTRIES,
-            "who comes from the others counts as a client outside of the cluster",
-        );
-        (0..spare).for_each(|_| _ = pod_sources.pop_last());
+        for (map, what, prefixes, cost) in [
+            (
+                "SERVICE_CIDRS",
+                "prefixes of ServiceCIDRs",
+                service_cidrs,
+                "unused addresses of the others are not dropped",
+            ),
+            (
+                "POD_SOURCES",
+                "prefixes of pods",
+                pod_sources,
+                "who comes from the others counts as a client outside of the cluster",
+            ),
+        ] {
+            let spare = too_many(map, what, prefixes.len(), PREFIX_ENTRIES, cost);
+            (0..spare).for_each(|_| _ = prefixes.pop_last());
+        }
         problems
     }
 }
