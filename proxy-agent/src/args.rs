@@ -9,10 +9,13 @@ use clap_complete::Shell;
 
 use crate::bpf::dataplane::FLOW_ENTRIES;
 use crate::cluster::ObjectKey;
+use crate::desired::{Budget, Budgets};
 use crate::kube_proxy::Flags;
 
 /// Most elements of `FLOWS` that may be asked for; the kernel needs twice as many for its index.
 const FLOW_ENTRIES_MAX: u32 = 1 << 26;
+/// The largest budget of a Service: no map is made for more.
+const BUDGET_MAX: u32 = 1 << 25;
 
 /// Makes Kubernetes Services work on this node, in place of kube-proxy, by eBPF and with any CNI.
 ///
@@ -276,9 +279,9 @@ pub struct RunArgs {
     /// list and watch pods.
     #[arg(long, value_name = "RULES", value_delimiter = ',', help_heading = "Devices")]
     pub socket_opt_out: Vec<String>,
-    /// Attach to devices by clsact filters also where the kernel has TCX.
-    #[arg(long, hide = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true")]
-    #[arg(action = clap::ArgAction::Set)]
+    /// Attach to devices by clsact filters also where the kernel has TCX: behind filters of others on the way out.
+    #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true")]
+    #[arg(action = clap::ArgAction::Set, help_heading = "Devices")]
     pub no_tcx: bool,
     /// cgroup v2 directory whose processes are served [default: the root of the hierarchy that is mounted].
     #[arg(long, value_name = "DIR", help_heading = "Process")]
@@ -290,9 +293,64 @@ pub struct RunArgs {
     #[arg(long, value_name = "NUMBER", default_value_t = FLOW_ENTRIES, help_heading = "Devices")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(FLOW_ENTRIES_MAX)))]
     pub flow_table_size: u32,
+    /// What one Service may ask for.
+    #[command(flatten, next_help_heading = "Tenants")]
+    pub tenants: Tenants,
     /// Where everything is pinned.
     #[command(flatten, next_help_heading = "Process")]
     pub pins: Pins,
+}
+
+/// What nobody may take from others.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Tenants {
+    /// Frontends of one Service at most: its ports times its addresses, of both families. One that asks for more is not
+    /// served, and named in `status`.
+    #[arg(long, value_name = "NUMBER", default_value_t = Budget::DEFAULT.frontends, value_parser = budget())]
+    pub max_service_frontends: u32,
+    /// Endpoints of one Service at most, those of each port counted, as its slices name them.
+    #[arg(long, value_name = "NUMBER", default_value_t = Budget::DEFAULT.endpoints, value_parser = budget())]
+    pub max_service_endpoints: u32,
+    /// loadBalancerSourceRanges of one Service at most, those of each port counted.
+    #[arg(long, value_name = "NUMBER", default_value_t = Budget::DEFAULT.source_ranges, value_parser = budget())]
+    pub max_service_source_ranges: u32,
+    /// Frontends of one namespace at most. Its oldest Services are served, the others named in `status`. Not with
+    /// --manifests.
+    #[arg(long, value_name = "NUMBER", default_value_t = Budgets::DEFAULT.namespace.frontends, value_parser = budget())]
+    pub max_namespace_frontends: u32,
+    /// Endpoints of one namespace at most, those of each port counted. Its oldest EndpointSlices count.
+    #[arg(long, value_name = "NUMBER", default_value_t = Budgets::DEFAULT.namespace.endpoints, value_parser = budget())]
+    pub max_namespace_endpoints: u32,
+    /// loadBalancerSourceRanges of one namespace at most, those of each port counted.
+    #[arg(long, value_name = "NUMBER", default_value_t = Budgets::DEFAULT.namespace.source_ranges, value_parser = budget())]
+    pub max_namespace_source_ranges: u32,
+    /// Do not serve externalIPs and load-balancer addresses that are addresses of this host.
+    ///
+    /// Not for load balancers that give their addresses to hosts, as kube-vip and keepalived do.
+    #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true")]
+    #[arg(action = clap::ArgAction::Set)]
+    pub protect_node_addresses: bool,
+}
+
+impl Tenants {
+    /// What a Service and a namespace may ask for. A namespace may have what one of its Services may have.
+    pub fn budgets(&self) -> Budgets {
+        let service = Budget {
+            frontends: self.max_service_frontends,
+            endpoints: self.max_service_endpoints,
+            source_ranges: self.max_service_source_ranges,
+        };
+        let namespace = Budget {
+            frontends: self.max_namespace_frontends.max(service.frontends),
+            endpoints: self.max_namespace_endpoints.max(service.endpoints),
+            source_ranges: self.max_namespace_source_ranges.max(service.source_ranges),
+        };
+        Budgets { service, namespace }
+    }
+}
+
+fn budget() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=i64::from(BUDGET_MAX))
 }
 
 #[cfg(test)]
@@ -315,6 +373,18 @@ mod tests {
         ] {
             assert_eq!(client(text).ok(), want, "{text}");
         }
+    }
+
+    #[test]
+    fn each_budget_has_its_flag() {
+        let fields = [("frontends", 7), ("endpoints", 8), ("source-ranges", 9)];
+        let flags = fields.iter().flat_map(|(field, number)| {
+            [format!("--max-service-{field}={number}"), format!("--max-namespace-{field}={number}0")]
+        });
+        let line = ["proxy-agent", "run"].into_iter().map(str::to_owned).chain(flags).map(OsString::from);
+        let Command::Run(args) = Cli::from_command_line(line).unwrap().command else { panic!("not run") };
+        let budget = |tens: u32| Budget { frontends: 7 * tens, endpoints: 8 * tens, source_ranges: 9 * tens };
+        assert_eq!(args.tenants.budgets(), Budgets { service: budget(1), namespace: budget(10) });
     }
 
     #[test]

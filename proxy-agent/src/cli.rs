@@ -10,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{Cli, Command, ExplainArgs, MonitorArgs, Pins, RunArgs, VerifyArgs};
+use crate::bpf::notes::Notes;
 use crate::bpf::pins::PinDir;
 use crate::config::{Config, Raw, state_file};
 use crate::explain::ExplainError;
@@ -71,7 +72,7 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
     }
     if flags.init_only == Some(true) {
         config.pins.create()?;
-        edge::reserved_ports::reserve();
+        edge::reserved_ports::reserve(&Notes::of(&config.pins));
         return Ok(());
     }
     process::set_oom_score_adj(config.oom_score_adj);
@@ -156,21 +157,5 @@ fn print(
 }
 
 fn cleanup(pins: &Pins) -> anyhow::Result<()> {
-    let dir = PinDir::new(&pins.pin_dir);
-    if !pins.pin_dir.exists() {
-        return Ok(());
-    }
-    let lock = dir.lock()?;
-    // Links go with their pins; filters have none.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(edge::remove_filters())?;
-    dir.remove()?;
-    drop(lock);
-    let state = state_file(&pins.run_dir, &pins.pin_dir);
-    for file in [explain::reasons::socket(&state), state] {
-        if file.exists() {
-            std::fs::remove_file(&file).with_context(|| file.display().to_string())?;
-        }
-    }
-    Ok(())
+    Ok(crate::cleanup::run(&PinDir::new(&pins.pin_dir), &state_file(&pins.run_dir, &pins.pin_dir))?)
 }

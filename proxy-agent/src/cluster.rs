@@ -363,6 +363,15 @@ impl Cluster {
         self.dirty.extend(ranged.map(|service| service.key.clone()));
     }
 
+    /// Marks every Service that has one of these addresses as externalIP or from a load balancer.
+    pub fn touch_at(&mut self, addresses: &BTreeSet<Addr>) {
+        let has = |service: &&Service| {
+            service.external_ips.iter().chain(&service.load_balancer_ips).any(|addr| addresses.contains(addr))
+        };
+        let concerned = self.services.values().filter(|service| !addresses.is_empty() && has(service));
+        self.dirty.extend(concerned.map(|service| service.key.clone()));
+    }
+
     /// Marks every Service that has externalIPs: whether they are served depends on the ServiceCIDRs.
     fn touch_with_external_ips(&mut self) {
         let external = self.services.values().filter(|service| !service.external_ips.is_empty());
@@ -382,6 +391,16 @@ impl Cluster {
     /// All Services, by key.
     pub fn services(&self) -> impl Iterator<Item = &Service> {
         self.services.values()
+    }
+
+    /// What a Service costs at most to program: its frontends, endpoints and source ranges, counted on the quick.
+    pub fn weight(&self, key: &ObjectKey) -> usize {
+        let of_service = |service: &Service| {
+            let addresses = 4 + service.external_ips.len() + service.load_balancer_ips.len();
+            service.ports.len() * (addresses + service.source_ranges.len())
+        };
+        let endpoints = self.slices(key).map(|slice| slice.ports.len() * slice.endpoints.len());
+        self.service(key).map_or(0, of_service) + endpoints.sum::<usize>()
     }
 
     /// The slices of a Service, by name.

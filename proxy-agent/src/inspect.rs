@@ -16,6 +16,7 @@ use serde::Serialize;
 use crate::args::{Inspect, Output};
 use crate::bpf::dataplane::PROGRAMS;
 use crate::bpf::maps::{KernelMaps, OpenError};
+use crate::bpf::others::Other;
 use crate::bpf::pins::PinDir;
 use crate::bpf::sys;
 use crate::config::state_file;
@@ -262,9 +263,11 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
     let rows = devices.into_iter().map(|device| {
         let attached = if device.attached.is_empty() { "NOT attached".to_owned() } else { device.attached };
         let role = if device.near { format!("{}, near", device.role) } else { device.role };
-        [format!("  {}", device.name), role, attached, device.sources.join(" "), device.reason]
+        let others: Vec<String> = device.others.iter().map(Other::to_string).collect();
+        let others = if others.is_empty() { "-".to_owned() } else { others.join("; ") };
+        [format!("  {}", device.name), role, attached, others, device.sources.join(" "), device.reason]
     });
-    table(["  DEVICE", "ROLE", "ATTACHED", "SOURCES", "REASON"], rows, out)?;
+    table(["  DEVICE", "ROLE", "ATTACHED", "OTHERS", "SOURCES", "REASON"], rows, out)?;
     writeln!(out, "problems:  {}", if problems.is_empty() { "none" } else { "" })?;
     for (object, reasons) in problems {
         for reason in reasons {

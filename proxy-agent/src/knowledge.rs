@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use proxy_common::addr::{Addr, Family};
 
-use crate::cluster::{Cluster, ObjectKey};
+use crate::cluster::{Cluster, ObjectKey, Slice};
 use crate::config::Config;
 use crate::desired::{Context, desired_service};
 use crate::model::Model;
@@ -32,6 +32,8 @@ impl Knowledge {
             cluster_cidr: config.cluster_cidr,
             pods_by_interface: config.edge.settings.detect_local.by_interface(),
             ignore_external_ips: !config.allow_external_ips,
+            protect_node_addresses: config.protect_node_addresses,
+            budget: config.budgets.service,
             // Until the devices have been looked at, nobody need be alarmed.
             pods_in_packets: !config.edge.settings.pods.is_none(),
             ..Context::default()
@@ -59,8 +61,11 @@ impl Knowledge {
 
     /// Takes the addresses of this host.
     pub fn take_addresses(&mut self, addresses: &BTreeSet<Addr>) {
-        self.context.host_addresses = addresses.iter().copied().collect();
+        let before = std::mem::replace(&mut self.context.host_addresses, addresses.clone());
         self.cluster.touch_with_source_ranges();
+        if self.context.protect_node_addresses {
+            self.cluster.touch_at(&before.symmetric_difference(addresses).copied().collect());
+        }
     }
 
     /// What a Service should become; `None` when it is gone.
@@ -70,16 +75,40 @@ impl Knowledge {
         Some(Wanted { created: service.created, desired })
     }
 
-    /// Plans the node's own tables, and says what there is no room for.
-    pub fn plan_node(&self, node_ports: &NodePortAddresses, model: &mut Model) -> (Vec<Op>, Vec<String>) {
-        let host = self.context.host_addresses.iter().copied().collect();
+    /// Works out the same of what is known now, wherever it is called.
+    pub fn work_out(&self, key: &ObjectKey) -> impl FnOnce() -> Option<Wanted> + Send + use<> {
+        let service = self.cluster.service(key).cloned();
+        let slices: Vec<Slice> = self.cluster.slices(key).cloned().collect();
+        let context = self.context.clone();
+        move || {
+            let service = service?;
+            let desired = desired_service(&service, slices.iter(), &context);
+            Some(Wanted { created: service.created, desired })
+        }
+    }
+
+    /// Plans the node's own tables.
+    pub fn plan_node(&self, node_ports: &NodePortAddresses, model: &mut Model) -> NodePlan {
+        let host = &self.context.host_addresses;
         let by_source = !self.context.pods_by_interface;
         let mut tables = NodeTables {
-            addresses: local_addresses(node_ports, &self.context.node.ips, &host),
+            addresses: local_addresses(node_ports, &self.context.node.ips, host),
             service_cidrs: self.cluster.service_cidrs().collect(),
             pod_sources: self.context.cluster_cidr.iter().flatten().filter(|_| by_source).copied().collect(),
         };
         let problems = tables.fit();
-        (plan_node(model, tables), problems)
+        let (ops, concerned) = plan_node(model, tables);
+        NodePlan { ops, concerned, problems }
     }
+}
+
+/// What becomes of the node's own tables.
+#[derive(Debug)]
+pub struct NodePlan {
+    /// To be carried out from first to last.
+    pub ops: Vec<Op>,
+    /// Services that have to be planned again.
+    pub concerned: BTreeSet<ObjectKey>,
+    /// What there is no room for.
+    pub problems: Vec<String>,
 }

@@ -25,6 +25,8 @@ pub mod sim;
 
 pub mod stale;
 
+mod netlink;
+
 pub mod bpf;
 
 pub mod selftest;
@@ -44,6 +46,8 @@ pub mod http;
 pub mod health;
 
 pub mod metrics;
+
+pub mod shares;
 
 pub mod events;
 
@@ -72,6 +76,8 @@ pub mod inspect;
 pub mod explain;
 
 pub mod monitor;
+
+pub mod cleanup;
 
 pub mod cli;
 

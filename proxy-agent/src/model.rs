@@ -6,6 +6,7 @@ use std::sync::Arc;
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 use proxy_common::abi::frontend::FrontendKind;
 use proxy_common::abi::frontend::flags::{EXTERNAL, LOAD_BALANCER};
+use proxy_common::abi::local_address::NODEPORT;
 use proxy_common::abi::service::NAME_LEN;
 use proxy_common::abi::{Backend, BackendState, FrontendKey, FrontendValue, Service, ServiceName, SlotRange};
 use proxy_common::addr::{Addr, Family, Prefix};
@@ -156,6 +157,11 @@ pub struct Model {
     pub ports: BTreeMap<Arc<PortKey>, Port>,
     /// Who claims which frontend, the winner first.
     pub claims: BTreeMap<FrontendKey, Vec<Claim>>,
+    /// Claimed frontends at addresses that serve nodePorts, by protocol and port: each may be in the way of a nodePort.
+    pub beside_node_ports: BTreeSet<(u8, Be16, Addr)>,
+    /// Claimed frontends that may have another holder than `frontends` says: for want of room, or because addresses of the node
+    /// have come or gone. Whoever claims them is planned again.
+    pub unsettled: BTreeSet<FrontendKey>,
     /// `FRONTENDS`.
     pub frontends: BTreeMap<FrontendKey, FrontendValue>,
     /// `SOURCE_RANGES`: service ids with their prefixes.
@@ -246,6 +252,8 @@ impl Model {
         Self {
             ports,
             claims: BTreeMap::new(),
+            beside_node_ports: BTreeSet::new(),
+            unsettled: BTreeSet::new(),
             frontends: contents.frontends.iter().copied().collect(),
             source_ranges: contents.source_ranges.iter().copied().collect(),
             local_addresses: contents.local_addresses.iter().copied().collect(),
@@ -261,12 +269,103 @@ impl Model {
         }
     }
 
-    /// The ports of a Service.
+    /// The names of a Service's ports, in order.
     pub fn ports_of<'a>(&'a self, service: &ObjectKey) -> impl Iterator<Item = &'a Arc<PortKey>> + use<'a> {
+        self.of_service(service).map(|(key, _)| key)
+    }
+
+    /// The ports of a Service, by name.
+    pub fn of_service<'a>(
+        &'a self,
+        service: &ObjectKey,
+    ) -> impl Iterator<Item = (&'a Arc<PortKey>, &'a Port)> + use<'a> {
         let first =
             PortKey { service: service.clone(), port_name: Arc::from(""), proto: 0, family: Family::V4 };
         let service = service.clone();
-        self.ports.range(first..).map(|(key, _)| key).take_while(move |key| key.service == service)
+        self.ports.range(first..).take_while(move |(key, _)| key.service == service)
+    }
+
+    /// The addresses that serve nodePorts.
+    pub fn node_port_addresses(&self) -> BTreeSet<Addr> {
+        let serving = self.local_addresses.iter().filter(|(_, bits)| *bits & NODEPORT != 0);
+        serving.map(|(addr, _)| *addr).collect()
+    }
+
+    /// Takes the addresses of this host. Returns the Services that claim frontends where nodePorts have come or gone.
+    pub fn take_local_addresses(&mut self, addresses: BTreeMap<Addr, u32>) -> BTreeSet<ObjectKey> {
+        let before = self.node_port_addresses();
+        self.local_addresses = addresses;
+        let after = self.node_port_addresses();
+        let mut concerned = BTreeSet::new();
+        for addr in before.symmetric_difference(&after) {
+            let from = FrontendKey { addr: *addr, port: Be16::new(0), proto: 0, kind: 0 };
+            for (key, claims) in self.claims.range(from..).take_while(|(key, _)| key.addr == *addr) {
+                if key.kind == FrontendKind::Exact as u8 {
+                    concerned.extend(claims.iter().map(|claim| claim.port.service.clone()));
+                    self.unsettled.insert(*key);
+                    let place = (key.proto, key.port, key.addr);
+                    if after.contains(addr) {
+                        self.beside_node_ports.insert(place);
+                    } else {
+                        self.beside_node_ports.remove(&place);
+                    }
+                }
+            }
+        }
+        concerned
+    }
+
+    /// Adds a claim.
+    pub fn claim(&mut self, frontend: FrontendKey, claim: Claim) {
+        if self.beside_node_port(&frontend).is_some() {
+            self.beside_node_ports.insert((frontend.proto, frontend.port, frontend.addr));
+        }
+        let claims = self.claims.entry(frontend).or_default();
+        if let Err(place) = claims.binary_search(&claim) {
+            // Hardly ever is there a second one.
+            claims.reserve_exact(1);
+            claims.insert(place, claim);
+        }
+    }
+
+    /// Removes the claim of a Service port.
+    pub fn disclaim(&mut self, frontend: &FrontendKey, port: &PortKey) {
+        let Some(claims) = self.claims.get_mut(frontend) else { return };
+        claims.retain(|claim| *claim.port != *port);
+        if claims.is_empty() {
+            self.claims.remove(frontend);
+            self.beside_node_ports.remove(&(frontend.proto, frontend.port, frontend.addr));
+        }
+    }
+
+    /// Who may have a frontend: the best of its claims. At an address that serves nodePorts, externalIPs go after whoever
+    /// has the nodePort, and the others before: what is found by address and port is found first.
+    pub fn holder(&self, frontend: &FrontendKey) -> Option<&Claim> {
+        let first = self.claims.get(frontend)?.first()?;
+        let node_port = self.beside_node_port(frontend).and_then(|key| self.claims.get(&key)?.first());
+        let better =
+            node_port.filter(|other| other.title < first.title && other.port.service != first.port.service);
+        Some(better.unwrap_or(first))
+    }
+
+    /// The nodePort that a frontend by address and port is in the way of; `None` where no nodePort is served.
+    pub fn beside_node_port(&self, frontend: &FrontendKey) -> Option<FrontendKey> {
+        let bits = self.local_addresses.get(&frontend.addr)?;
+        let beside = frontend.kind == FrontendKind::Exact as u8 && bits & NODEPORT != 0;
+        beside.then(|| {
+            FrontendKey::node_port(unspecified(frontend.addr.family()), frontend.port, frontend.proto)
+        })
+    }
+
+    /// The claimed frontends that are in the way of a nodePort.
+    pub fn in_the_way_of(&self, node_port: &FrontendKey) -> impl Iterator<Item = FrontendKey> {
+        let FrontendKey { addr, port, proto, kind } = *node_port;
+        let here = (kind == FrontendKind::NodePort as u8).then_some((proto, port, Addr::ZERO));
+        let places = here.into_iter().flat_map(|from| self.beside_node_ports.range(from..));
+        places
+            .take_while(move |(p, n, _)| (*p, *n) == (proto, port))
+            .filter(move |(.., at)| at.family() == addr.family())
+            .map(move |(.., at)| FrontendKey::exact(*at, port, proto))
     }
 
     /// The prefixes that `SOURCE_RANGES` holds for a service id, in order.
@@ -304,6 +403,14 @@ impl Model {
         for range in freed.ranges {
             self.slots.give_back(range);
         }
+    }
+}
+
+/// The unspecified address of a family, by which nodePorts are keyed.
+pub const fn unspecified(family: Family) -> Addr {
+    match family {
+        Family::V4 => Addr::v4([0; 4]),
+        Family::V6 => Addr::ZERO,
     }
 }
 

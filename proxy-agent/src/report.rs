@@ -1,10 +1,12 @@
 //! What a user should know beside the maps: where objects come from, and what is wrong with which.
 //!
-//! The agent logs each problem once, makes an Event of it where it is about a Service, and keeps them all in a small
-//! file that `proxy-agent status` reads.
+//! The agent logs each problem once, makes an Event of it where it is about a Service, and keeps them in a small file that
+//! `proxy-agent status` reads. A namespace has its share of the log and of the file: however much is wrong with its objects,
+//! what is wrong with another's is seen.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use proxy_common::addr::Family;
 use serde::{Deserialize, Serialize};
@@ -15,6 +17,7 @@ use crate::edge::{self, DeviceState};
 use crate::events::{Event, Events};
 use crate::health::check_ports::Failures;
 use crate::node::NodeIps;
+use crate::shares::{Shares, tenant_of};
 use crate::sources::Problem;
 
 /// The file's contents.
@@ -55,26 +58,52 @@ enum Teller {
     CheckPorts,
 }
 
+/// Reasons that are kept of what one teller says about one object.
+const REASONS: usize = 10;
+/// Objects of one tenant that the file names.
+const OBJECTS: usize = 100;
+/// Lines of the log that a tenant has at once.
+const LINES: u32 = 50;
+/// It has one more each time this much has passed.
+const PER_LINE: Duration = Duration::from_secs(10);
+
+type Told = BTreeMap<(String, Teller), Vec<String>>;
+
 /// Keeps the file.
 #[derive(Debug)]
 pub struct Report {
     path: PathBuf,
+    /// Its problems as they were written last.
     state: State,
-    written: Option<State>,
-    told: BTreeMap<(String, Teller), Vec<String>>,
+    /// Something has changed since the file was written.
+    changed: bool,
+    told: Told,
+    /// Of how many objects something is told.
+    objects: usize,
+    lines: Shares,
     events: Events,
 }
 
 impl Report {
     /// A report that will be written to `path`; what is wrong with Services is also told to `events`.
     pub fn new(path: PathBuf, state: State, events: Events) -> Self {
-        Self { path, state, written: None, told: BTreeMap::new(), events }
+        Self {
+            path,
+            state,
+            changed: true,
+            told: Told::new(),
+            objects: 0,
+            lines: Shares::new(LINES, PER_LINE),
+            events,
+        }
     }
 
     /// What the programs cost the verifier.
     pub fn verified(&mut self, programs: &[(&'static str, Option<u32>)]) {
         let known = programs.iter().filter_map(|(name, count)| Some(((*name).to_owned(), (*count)?)));
-        self.state.verified_instructions.extend(known);
+        for (name, count) in known {
+            self.changed |= self.state.verified_instructions.insert(name, count) != Some(count);
+        }
     }
 
     /// Replaces which of `programs` the kernel has refused.
@@ -88,7 +117,8 @@ impl Report {
     pub fn node_ips(&mut self, ips: &NodeIps) {
         let mut families = Family::ALL;
         families.sort_by_key(|family| *family != ips.primary());
-        self.state.node_ips = families.map(|family| ips.of(family).to_string()).into();
+        self.changed |=
+            replace(&mut self.state.node_ips, families.map(|family| ips.of(family).to_string()).into());
     }
 
     /// Replaces what the source said.
@@ -102,7 +132,7 @@ impl Report {
 
     /// Replaces which pods' sockets are left alone, and what is wrong with that.
     pub fn opted_out(&mut self, pods: Vec<String>, problems: BTreeMap<String, Vec<String>>) {
-        self.state.opted_out = pods;
+        self.changed |= replace(&mut self.state.opted_out, pods);
         self.replace(Teller::OptOut, problems);
     }
 
@@ -110,7 +140,7 @@ impl Report {
     pub fn edge(&mut self, state: edge::State) {
         self.verified(&state.verified);
         self.refused(&tc::PROGRAMS, &state.refused);
-        self.state.devices = state.devices;
+        self.changed |= replace(&mut self.state.devices, state.devices);
         self.replace(Teller::Devices, state.problems);
     }
 
@@ -147,23 +177,27 @@ impl Report {
         }
     }
 
-    fn tell(&mut self, key: (String, Teller), reasons: Vec<String>) {
+    fn tell(&mut self, key: (String, Teller), mut reasons: Vec<String>) {
         let before = self.told.remove(&key).unwrap_or_default();
-        if reasons == before {
-            if !reasons.is_empty() {
-                self.told.insert(key, reasons);
-            }
-            return;
-        }
-        let (object, teller) = &key;
         let known: BTreeSet<&str> = before.iter().map(String::as_str).collect();
         let new: Vec<&str> =
             reasons.iter().map(String::as_str).filter(|reason| !known.contains(reason)).collect();
-        for reason in &new {
-            tracing::warn!(%object, %reason, "problem");
+        let (note, logged) = (note(&new), new.iter().take(REASONS).map(|&reason| reason.to_owned()));
+        let logged: Vec<String> = logged.collect();
+        shorten(&mut reasons);
+        if reasons == before {
+            self.told.extend((!reasons.is_empty()).then_some((key, reasons)));
+            return;
         }
-        if let Some(service) = service_of(object)
-            && let Some(note) = note(&new)
+        self.changed = true;
+        let (object, teller) = key.clone();
+        for reason in &logged {
+            if let Some(unlogged) = self.line(&object) {
+                tracing::warn!(%object, %reason, unlogged, "problem");
+            }
+        }
+        if let Some(service) = service_of(&object)
+            && let Some(note) = note
         {
             self.events.tell(match teller {
                 Teller::CheckPorts => Event::check_port_failed(service, note),
@@ -172,38 +206,91 @@ impl Report {
                 }
             });
         }
-        let object = object.clone();
-        if !reasons.is_empty() {
-            self.told.insert(key, reasons);
+        let was_told = !before.is_empty() || self.is_told(&object);
+        self.told.extend((!reasons.is_empty()).then_some((key, reasons)));
+        match (was_told, self.is_told(&object)) {
+            (false, true) => self.objects += 1,
+            (true, false) => {
+                self.objects -= 1;
+                if let Some(unlogged) = self.line(&object) {
+                    tracing::info!(%object, unlogged, "problem solved");
+                }
+            }
+            _ => {}
         }
-        let of_object =
-            self.told.range((object.clone(), Teller::Source)..=(object.clone(), Teller::CheckPorts));
-        let all: Vec<String> = of_object.flat_map(|(_, reasons)| reasons).cloned().collect();
-        if all.is_empty() {
-            tracing::info!(%object, "problem solved");
-            self.state.problems.remove(&object);
-        } else {
-            self.state.problems.insert(object, all);
+    }
+
+    /// Whether there may be another line in the log about an object, and how many there were not before it.
+    fn line(&mut self, object: &str) -> Option<u64> {
+        match tenant_of(object) {
+            "" => Some(0),
+            tenant => self.lines.take(tenant, Instant::now()),
         }
+    }
+
+    fn is_told(&self, object: &str) -> bool {
+        let all = (object.to_owned(), Teller::Source)..=(object.to_owned(), Teller::CheckPorts);
+        self.told.range(all).next().is_some()
     }
 
     /// How many objects have a problem.
     pub fn count(&self) -> usize {
-        self.state.problems.len()
+        self.objects
     }
 
     /// Writes the file if anything has changed. A failure is logged: the dataplane does not depend on it.
     pub fn write(&mut self) {
-        if self.written.as_ref() == Some(&self.state) {
+        if !self.changed {
             return;
         }
+        self.state.problems = shown(&self.told);
         match write_atomically(&self.path, &self.state) {
-            Ok(()) => self.written = Some(self.state.clone()),
+            Ok(()) => self.changed = false,
             Err(error) => {
                 tracing::warn!(path = %self.path.display(), %error, "the file that `status` reads cannot be written");
             }
         }
     }
+}
+
+/// Whether it was another one.
+fn replace<T: PartialEq>(place: &mut T, value: T) -> bool {
+    let changed = *place != value;
+    *place = value;
+    changed
+}
+
+/// Cuts off what is too much for one object, and says how much that was.
+fn shorten(reasons: &mut Vec<String>) {
+    if let Some(more) = reasons.len().checked_sub(REASONS).filter(|more| *more > 0) {
+        reasons.truncate(REASONS);
+        reasons.push(format!("and {more} more like these"));
+    }
+}
+
+/// What the file tells: of each tenant so many objects, and how many more there are; of the node everything.
+fn shown(told: &Told) -> BTreeMap<String, Vec<String>> {
+    let mut problems: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut tenants: BTreeMap<&str, (usize, BTreeSet<&str>)> = BTreeMap::new();
+    for ((object, _), reasons) in told {
+        if let Some(shown) = problems.get_mut(object) {
+            shown.extend(reasons.iter().cloned());
+            continue;
+        }
+        let tenant = tenant_of(object);
+        let (count, more) = tenants.entry(tenant).or_default();
+        if *count >= OBJECTS && !tenant.is_empty() {
+            more.insert(object);
+        } else {
+            *count += 1;
+            problems.insert(object.clone(), reasons.clone());
+        }
+    }
+    for (tenant, (_, more)) in tenants.into_iter().filter(|(_, (_, more))| !more.is_empty()) {
+        let line = format!("something is wrong with {} more objects, which are not named here", more.len());
+        problems.insert(format!("all of {tenant}"), vec![line]);
+    }
+    problems
 }
 
 /// Reads the file that an agent left.
@@ -224,12 +311,12 @@ fn note(reasons: &[&str]) -> Option<String> {
     })
 }
 
-/// A Service as `status` names it.
 /// What problems name a BPF program.
 pub fn program_object(program: &str) -> String {
     format!("BPF program {program}")
 }
 
+/// A Service as `status` names it.
 fn object(service: &ObjectKey) -> String {
     format!("Service {service}")
 }
@@ -240,11 +327,16 @@ fn service_of(object: &str) -> Option<ObjectKey> {
     Some(ObjectKey::new(namespace, name))
 }
 
+/// What becomes the file when it is whole; left behind by an agent that dies before.
+pub fn beside(path: &Path) -> PathBuf {
+    path.with_extension("new")
+}
+
 fn write_atomically(path: &Path, state: &State) -> std::io::Result<()> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
     }
-    let beside = path.with_extension("new");
+    let beside = beside(path);
     std::fs::write(&beside, serde_json::to_vec_pretty(state)?)?;
     std::fs::rename(&beside, path)
 }
@@ -289,6 +381,39 @@ mod tests {
         report.check_ports(Failures::new());
         report.service(&key, Vec::new());
         check(&mut report, &[]);
+    }
+
+    /// Ten thousand Services of a namespace with a thousand reasons each, and one of another.
+    #[test]
+    fn a_namespace_does_not_crowd_out_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut report = report(dir.path());
+        let reasons: Vec<String> = (0..1_000).map(|number| format!("no {number}")).collect();
+        for number in 0..10_000 {
+            report.service(&ObjectKey::new("a", &format!("s{number}")), reasons.clone());
+        }
+        report.service(&ObjectKey::new("b", "s"), vec!["no room".to_owned()]);
+        for device in 0..200 {
+            report.set(format!("device eth{device}"), vec!["down".to_owned()]);
+        }
+        assert_eq!(report.count(), 10_201);
+        report.write();
+        let problems = read(&report.path).unwrap().problems;
+        assert_eq!(problems["Service b/s"], ["no room"]);
+        assert_eq!(problems.len(), OBJECTS + 1 + 1 + 200);
+        let more = "something is wrong with 9900 more objects, which are not named here";
+        assert_eq!(problems["all of a"], [more]);
+        let of_one = &problems["Service a/s0"];
+        assert_eq!((of_one.len(), &*of_one[REASONS]), (REASONS + 1, "and 990 more like these"));
+        assert!(std::fs::metadata(&report.path).unwrap().len() < 64 << 10);
+        // What is there is told; what is gone is forgotten.
+        assert_eq!(report.services().len(), 10_001);
+        for number in 0..10_000 {
+            report.service(&ObjectKey::new("a", &format!("s{number}")), Vec::new());
+        }
+        assert_eq!(report.count(), 201);
+        report.write();
+        assert!(!read(&report.path).unwrap().problems.contains_key("all of a"));
     }
 
     #[test]

@@ -38,6 +38,8 @@ impl Serving {
         let node_port = FrontendKey::node_port(record.vip.unspecified(), record.vip_port, proto::UDP);
         let service = self.frontends.get(&exact).or_else(|| self.frontends.get(&node_port));
         let Some(serving) = service.and_then(|service| self.backends.get(service)) else { return false };
-        !serving.is_empty() && !serving.contains(&(record.backend_addr, record.backend_port))
+        let serves = serving.contains(&(record.backend_addr, record.backend_port));
+        // A socket may have been connected to a pod itself, and send datagrams to a VIP besides.
+        record.is_connected() && !serving.is_empty() && !serves
     }
 }

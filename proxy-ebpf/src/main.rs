@@ -30,16 +30,19 @@ const ALLOW: i32 = 1;
 /// Without `bpf_set_retval` the kernel makes this EPERM.
 const DENY: i32 = 0;
 
-const ENOMEM: i32 = 12;
+// The kernel's NFS client takes these for failures of the network, and waits before it tries again. After errors that it does not
+// know it tries again at once and for ever: EPERM (until CVE-2024-42246), ENOMEM, ETIMEDOUT (`xs_tcp_setup_socket`).
+const ENOBUFS: i32 = 105;
 const ECONNREFUSED: i32 = 111;
+const EHOSTUNREACH: i32 = 113;
 
 #[inline(always)]
 fn answer(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Pass | Verdict::Translated => ALLOW,
-        Verdict::Drop => DENY,
+        Verdict::Drop => deny_with(EHOSTUNREACH),
         Verdict::Reject => deny_with(ECONNREFUSED),
-        Verdict::Fail => deny_with(ENOMEM),
+        Verdict::Fail => deny_with(ENOBUFS),
     }
 }
 

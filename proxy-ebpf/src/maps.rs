@@ -3,7 +3,7 @@
 //! Sizes are placeholders: the agent sets them when it creates the maps. Names and types are the ABI
 //! (`docs/maps.md`).
 
-use core::ptr::{addr_of_mut, read_volatile};
+use core::ptr::{addr_of, addr_of_mut, read_volatile};
 
 use aya_ebpf::Global;
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage, lpm_trie};
@@ -316,15 +316,27 @@ pub(crate) fn scratch() -> Option<&'static mut Scratch> {
     Some(unsafe { &mut *scratch })
 }
 
+/// A global function: the verifier looks at it once, and at its callers without it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn vipr_device_flags(ifindex: u32) -> u32 {
+    // SAFETY: copied at once; elements are replaced only when a device's own addresses change.
+    unsafe { DEVICES.get(ifindex) }.map_or(0, |device| device.flags)
+}
+
 /// A record in its map.
 #[derive(Clone, Copy)]
 pub(crate) struct Cell(*mut Flow);
 
 macro_rules! set_field {
-    ($self:ident, $field:ident, $value:expr) => {
+    ($self:ident, $check:ident, $($field:ident = $value:expr),+) => {
         // SAFETY: the kernel's lookup returned a pointer to a whole element, which stays readable and writable while
-        // the program runs, even if another flow takes it.
-        unsafe { addr_of_mut!((*$self.0).$field).write_volatile($value) }
+        // the program runs, even if another flow takes it: then its check is another one.
+        unsafe {
+            if addr_of!((*$self.0).check).read_volatile() == $check {
+                $(addr_of_mut!((*$self.0).$field).write_volatile($value);)+
+            }
+        }
     };
 }
 
@@ -336,24 +348,33 @@ impl FlowCell for Cell {
     }
 
     #[inline(always)]
-    fn set_state(&self, state: u32) {
-        set_field!(self, state, state);
+    fn set_state(&self, check: u32, state: u32) {
+        set_field!(self, check, state = state);
     }
 
     #[inline(always)]
-    fn set_expected(&self, number: u32) {
-        set_field!(self, expected, number);
+    fn set_expected(&self, check: u32, number: u32) {
+        set_field!(self, check, expected = number);
     }
 
     #[inline(always)]
-    fn set_last_seen(&self, now: u64) {
-        set_field!(self, last_seen, now);
+    fn set_syn(&self, check: u32, syn: u16) {
+        set_field!(self, check, syn = syn);
     }
 
     #[inline(always)]
-    fn set_snat(&self, addr: Addr, port: Be16) {
-        set_field!(self, snat, addr);
-        set_field!(self, snat_port, port);
+    fn set_answered_by(&self, check: u32, ifindex: u32) {
+        set_field!(self, check, answered_by = ifindex);
+    }
+
+    #[inline(always)]
+    fn set_last_seen(&self, check: u32, now: u64) {
+        set_field!(self, check, last_seen = now);
+    }
+
+    #[inline(always)]
+    fn set_snat(&self, check: u32, addr: Addr, port: Be16) {
+        set_field!(self, check, snat = addr, snat_port = port);
     }
 }
 
@@ -439,6 +460,11 @@ impl EdgeTables for Maps {
     fn device(&self, ifindex: u32) -> Option<Device> {
         // SAFETY: copied at once; elements are replaced only when a device's own addresses change.
         unsafe { DEVICES.get(ifindex) }.copied()
+    }
+
+    #[inline(always)]
+    fn device_flags(&self, ifindex: u32) -> u32 {
+        vipr_device_flags(ifindex)
     }
 
     #[inline(always)]

@@ -7,6 +7,7 @@ mod source;
 use std::time::Duration;
 
 use proxy_agent::cluster::Cluster;
+use proxy_agent::desired::Budgets;
 use proxy_agent::opt_out::{ANNOTATION, Rules};
 use proxy_agent::sources::api::{self, Server};
 use proxy_agent::sources::{Problem, SourceError, Update};
@@ -63,8 +64,12 @@ impl Watched {
     }
 
     fn with_opt_out(api: Server, opt_out: Rules) -> Self {
+        Self::with(api, opt_out, Budgets::default())
+    }
+
+    fn with(api: Server, opt_out: Rules, budgets: Budgets) -> Self {
         let (sender, updates) = channel(64);
-        let source = tokio::spawn(async move { api::run(api, "n1", &opt_out, sender).await });
+        let source = tokio::spawn(async move { api::run(api, "n1", &opt_out, budgets, sender).await });
         let (cluster, problems) = Default::default();
         Self { source, updates, cluster, problems, synced: 0, messages: 0 }
     }

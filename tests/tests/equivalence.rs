@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, bail, ensure};
 use proxy_agent::flows::now;
 use proxy_common::abi::flow::SNAT_PORTS;
+use proxy_common::abi::flow::state::ASSURED;
 use proxy_common::abi::proto::UDP;
 use proxy_common::abi::{Counter, Flow};
 use proxy_common::be::Be16;
@@ -221,6 +222,9 @@ fn host_flows(world: &World) -> Flows {
 fn timeless(mut flows: Flows) -> Flows {
     for flow in flows.records.iter_mut().flat_map(|records| records.values_mut()) {
         flow.last_seen = 0;
+        if flow.state & ASSURED != 0 && flow.syn != 0 {
+            flow.syn = 1;
+        }
     }
     flows
 }

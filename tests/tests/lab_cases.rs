@@ -14,7 +14,7 @@
 //! - `keep` and `masq`: the server sees whom [`cases::masquerade::seen`] says.
 //! - REJECT: ECONNREFUSED. At a socket, from the call that names the destination. A server listens at the destination, so
 //!   it is not the kernel that refuses.
-//! - DROP: silence; at a socket of the host EPERM.
+//! - DROP: silence; at a socket of the host EHOSTUNREACH (EPERM before 5.18).
 //! - PASS: the real owner of the destination answers.
 //!
 //! Pauses and affinity timeouts are a fifth of the table's.

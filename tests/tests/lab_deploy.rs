@@ -185,8 +185,9 @@ fn the_pod_of_the_daemon_set_works_and_asks_for_no_more_than_it_may() -> Result<
     let mut setting = Setting::new()?;
     let pins = format!("--pin-dir={}", setting.node().pin_dir().join("vipr").display());
     let init = setting.deployment.pod()?.init_containers.as_ref().and_then(|all| all.first());
+    let init = init.and_then(|init| init.args.clone()).context("an init container")?;
     let mut prepare = setting.node().host().command(binary::proxy_agent()?);
-    prepare.args(init.and_then(|init| init.args.clone()).context("an init container")?).arg(pins);
+    prepare.args(init).arg(&pins);
     prepare.text()?;
 
     let mut pod = setting.start(&setting.deployment.capabilities()?)?;
@@ -217,7 +218,10 @@ fn the_pod_of_the_daemon_set_works_and_asks_for_no_more_than_it_may() -> Result<
     assert_eq!(pod.process.terminate(Duration::from_secs(10))?.code(), Some(0));
     setting.is_served()?;
 
-    // The way back: the same pod with another argument removes what is pinned.
+    // The way back: the same pod with other arguments. Only its init container may write sysctls.
+    let mut take_back = setting.node().host().command(binary::proxy_agent()?);
+    take_back.arg("cleanup").arg(&pins);
+    take_back.text()?;
     let containers =
         setting.deployment.daemon_set.spec.template.spec.as_mut().map(|spec| &mut spec.containers);
     containers.and_then(|all| all.first_mut()).context("a container")?.args =

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::programs::{SchedClassifier, TcAttachType};
 use proxy_tests::lab::network::{BRIDGE, Network, NodeLinks, OVERLAY, PodLinks};
 use proxy_tests::lab::{Agent, Lab, LabSpec, Node, binary};
-use proxy_tests::scenarios::until;
+use proxy_tests::scenarios::{NODE, OUTSIDE_ADDRESS, World, until};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -172,5 +172,200 @@ fn a_name_that_no_device_has_is_a_problem() -> Result<()> {
         Ok(status["agent"]["problems"].get("--devices").is_none().then_some(()))
     })?;
     assert_eq!(setting.programs("eth7")?, ["edge_ingress", "edge_egress"]);
+    Ok(())
+}
+
+/// What another program has made is there before, beside and after what the agent has made, which dies without a word.
+#[test]
+fn cleanup_takes_back_what_was_made_and_nothing_else() -> Result<()> {
+    let lab = Lab::build(LabSpec::cases()?)?;
+    let (node, host) = (lab.node("n1"), lab.node("n1").host());
+    let tc = |line: &str| {
+        let mut tc = host.command("tc");
+        tc.args(line.split(' '));
+        tc.text()
+    };
+    let clsact = || -> Result<Vec<String>> {
+        let all = tc("qdisc show")?;
+        let devices = all.lines().filter(|line| line.starts_with("qdisc clsact"));
+        Ok(devices.filter_map(|line| line.split(' ').nth(4)).map(str::to_owned).collect())
+    };
+    let reserved = || -> Result<String> {
+        let read = || std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports");
+        Ok(host.net().enter(read)??.trim().to_owned())
+    };
+    let cleanup = |rights: &[&str]| {
+        let mut cleanup = host.command("setpriv");
+        cleanup.args(rights).arg("--").arg(binary::proxy_agent()?).arg("cleanup");
+        cleanup.arg("--pin-dir").arg(node.pin_dir()).arg("--run-dir").arg(node.run_dir());
+        cleanup.output()
+    };
+    let says = |output: &std::process::Output, words: &str| {
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success() && text.contains(words), "{words:?} not in {text:?}");
+        Ok(())
+    };
+    host.net().sysctl("net/ipv4/ip_local_reserved_ports", "8080,29000-30100")?;
+    tc("qdisc add dev eth1 clsact")?;
+    let manifests = tempfile::tempdir()?;
+    let mut agent = node.agent()?.manifests(manifests.path()).flag("no-tcx", true);
+    agent.start_ready()?;
+    assert!(clsact()?.len() > 2, "{:?}", clsact()?);
+    assert_eq!(reserved()?, "8080,10000-30100");
+    tc("filter add dev eth0 ingress pref 7 protocol ip u32 match u32 0 0")?;
+
+    says(&cleanup(&[])?, "another agent is running")?;
+    agent.kill9()?;
+    let state = std::fs::read_dir(node.run_dir())?.next().context("a state file")??.path();
+    std::fs::write(state.with_extension("new"), "half of a st")?;
+    // Nothing is half done by who has no rights at all; what takes a capability keeps its note.
+    let nobody = ["--reuid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"];
+    says(&cleanup(&nobody)?, "Permission denied")?;
+    assert!(node.pin_dir().join("links").exists());
+    says(&cleanup(&["--bounding-set=-all", "--inh-caps=-all"])?, "filters of eth0: Operation not permitted")?;
+    assert!(clsact()?.len() > 2, "{:?}", clsact()?);
+    // Once with every right, and once with nothing to do.
+    for _ in 0..2 {
+        let output = cleanup(&[])?;
+        ensure!(output.status.success(), "{output:?}");
+        assert_eq!(clsact()?, ["eth0", "eth1"]);
+        for direction in ["ingress", "egress"] {
+            for device in ["eth0", "eth1"] {
+                let filters = tc(&format!("filter show dev {device} {direction}"))?;
+                assert_eq!(filters.contains("u32"), device == "eth0" && direction == "ingress", "{filters}");
+                assert!(!filters.contains("edge_"), "{filters}");
+            }
+        }
+        assert_eq!(reserved()?, "8080,29000-30100");
+        assert!(!node.pin_dir().exists());
+        assert_eq!(std::fs::read_dir(node.run_dir())?.count(), 0);
+    }
+    Ok(())
+}
+
+/// A filter that returns `verdict` for packets with a source in `prefix` (`ADDRESS/LENGTH`), and passes on everything else.
+fn policy(prefix: &str, verdict: u32) -> Result<String> {
+    let (address, length) = prefix.split_once('/').context("no prefix")?;
+    let address = u32::from(address.parse::<std::net::Ipv4Addr>()?);
+    let mask = u32::MAX << (32 - length.parse::<u32>()?);
+    // The source of an IPv4 header is at 12; what begins at SKF_NET_OFF begins with the IP header.
+    let source = (-0x100000_i32 + 12).cast_unsigned();
+    let pass_on = u32::MAX;
+    Ok(format!("5,32 0 0 {source},84 0 0 {mask},21 0 1 {address},6 0 0 {verdict},6 0 0 {pass_on}"))
+}
+
+/// A world with a nodePort, and somebody else's rules on the device that clients outside come by.
+struct Ruled {
+    world: World,
+}
+
+impl Ruled {
+    const NODE_PORT: &str = "192.168.1.11:30123";
+    const PODS: &str = "172.16.0.0/16";
+    const SERVICE: &str = "192.168.1.11/32";
+
+    /// Adds a filter on the way out of `eth0`.
+    fn filter(&self, prefix: &str, verdict: u32) -> Result<()> {
+        let mut tc = self.world.host().command("tc");
+        tc.args("filter add dev eth0 egress pref 10 protocol ip bpf da bytecode".split(' '));
+        tc.arg(policy(prefix, verdict)?);
+        tc.text().map(drop)
+    }
+
+    fn unfilter(&self) -> Result<()> {
+        let mut tc = self.world.host().command("tc");
+        tc.args("filter del dev eth0 egress pref 10".split(' '));
+        tc.text().map(drop)
+    }
+
+    /// Whether a client outside is served.
+    fn is_served(&self) -> Result<bool> {
+        let outside = self.world.outside();
+        let attempt = outside.connect(Self::NODE_PORT).http();
+        Ok(attempt.timeout(Duration::from_secs(5)).one()?.ok)
+    }
+
+    /// Waits until `status` tells of these things of others on `eth0`, and a problem of `object` or none.
+    fn wait(&self, others: &[&str], object: &str, is_problem: bool) -> Result<()> {
+        // A change of the network has the agent look at once.
+        self.world.host().net().ip("link add type veth\n")?;
+        let look = || -> Result<(Vec<String>, bool)> {
+            let status = self.world.tool(NODE, "status")?;
+            let devices = status["agent"]["devices"].as_array().context("no devices")?;
+            let eth0 = devices.iter().find(|device| device["name"] == "eth0").context("no eth0")?;
+            let others = eth0["others"].as_array().context("no others")?;
+            let text = |other: &Value, key: &str| other[key].as_str().unwrap_or_default().to_owned();
+            let others = others.iter().map(|other| ["what", "side", "direction"].map(|key| text(other, key)));
+            let others = others.map(|words| words.join(" ")).collect();
+            Ok((others, status["agent"]["problems"].get(object).is_some()))
+        };
+        until("status", || {
+            Ok((look()? == (others.iter().map(|&o| o.to_owned()).collect(), is_problem)).then_some(()))
+        })
+        .with_context(|| format!("{object}: {:?}", look()))
+    }
+}
+
+/// TC_ACT_OK and TC_ACT_SHOT of linux/pkt_cls.h.
+const OK: u32 = 0;
+const SHOT: u32 = 2;
+
+/// TCX programs run ahead of all filters. On the way out those see Services' addresses, which `status` tells as long as it
+/// is so. By `--no-tcx` ours are behind them, unless they accept packets in a way that no other filter gets them.
+#[test]
+fn what_filters_of_others_see_on_the_way_out() -> Result<()> {
+    let mut ruled = Ruled { world: World::start(&["s08-nodeport.yaml"])? };
+    ruled.wait(&[], "device eth0", false)?;
+    assert!(ruled.is_served()?);
+    let mut tc = ruled.world.host().command("tc");
+    tc.args("qdisc add dev eth0 clsact".split(' '));
+    tc.text()?;
+    ruled.wait(&[], "device eth0", false)?;
+    let filters = [(Ruled::PODS, SHOT), (Ruled::SERVICE, SHOT), (Ruled::PODS, OK)];
+
+    for ((prefix, verdict), served) in filters.into_iter().zip([true, false, true]) {
+        ruled.filter(prefix, verdict)?;
+        ruled.wait(&["bpf filter, pref 10 behind egress"], "device eth0", true)?;
+        assert_eq!(ruled.is_served()?, served, "TCX: {verdict} for {prefix}");
+        let status = ruled.world.command(NODE, "status")?;
+        let table = status.text()?;
+        for told in ["bpf filter, pref 10 behind on egress", "device eth0: others are behind ours"] {
+            assert!(table.contains(told), "{told}: {table}");
+        }
+        ruled.unfilter()?;
+        ruled.wait(&[], "device eth0", false)?;
+    }
+
+    let mut agent = ruled.world.take_agent(NODE)?;
+    agent.terminate()?;
+    let manifests = ruled.world.manifests().dir().to_path_buf();
+    let mut agent = ruled.world.new_agent(NODE)?.manifests(&manifests).flag("no-tcx", true);
+    agent.start_ready()?;
+    ruled.world.adopt(NODE, agent);
+    for ((prefix, verdict), served) in filters.into_iter().zip([false, true, false]) {
+        ruled.filter(prefix, verdict)?;
+        ruled.wait(&["bpf filter, pref 10 ahead egress"], "device eth0", false)?;
+        assert_eq!(ruled.is_served()?, served, "clsact: {verdict} for {prefix}");
+        ruled.unfilter()?;
+    }
+    assert!(ruled.is_served()?);
+    Ok(())
+}
+
+/// Answers meet the kernel's policies before they are translated: those for pods' addresses hold, those for the Service's
+/// do not.
+#[test]
+fn what_ipsec_policies_match() -> Result<()> {
+    let ruled = Ruled { world: World::start(&["s08-nodeport.yaml"])? };
+    let ip = |line: &str| ruled.world.host().net().ip(&format!("xfrm policy {line}\n"));
+    ruled.wait(&[], "IPsec", false)?;
+    for (prefix, served) in [(Ruled::SERVICE, true), (Ruled::PODS, false)] {
+        ip(&format!("add src {prefix} dst {OUTSIDE_ADDRESS}/32 dir out action block"))?;
+        ruled.wait(&[], "IPsec", true)?;
+        assert_eq!(ruled.is_served()?, served, "a policy for {prefix}");
+        ip("flush")?;
+        ruled.wait(&[], "IPsec", false)?;
+        assert!(ruled.is_served()?);
+    }
     Ok(())
 }

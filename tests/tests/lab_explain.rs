@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use proxy_tests::apiserver::{ApiServer, Resource, Verb};
 use proxy_tests::lab::{Agent, Attempt, Lab, Place, Summary};
-use proxy_tests::scenarios::until;
+use proxy_tests::scenarios::{denial, until};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -160,7 +160,7 @@ impl World {
         let verdict = match (first.ok, first.error.as_deref()) {
             (true, _) => "served",
             (false, Some("ECONNREFUSED")) => "refused",
-            (false, Some("EPERM")) => "denied",
+            (false, Some(error)) if error == denial() => "denied",
             (false, Some("ETIMEDOUT")) => "dropped",
             _ => anyhow::bail!("{first:?}"),
         };

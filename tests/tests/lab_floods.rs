@@ -16,8 +16,8 @@ use proxy_tests::floods::{
 };
 use proxy_tests::scenarios::until;
 
-/// Packets of a flood that counts: ninety times what the table of new flows holds.
-const PACKETS: u64 = 6_000_000;
+/// Packets of a flood that counts: thirty times what the table of new flows holds.
+const PACKETS: u64 = 2_000_000;
 /// Connections that have to live.
 const CONNECTIONS: usize = 1000;
 /// Clients that come while there is a flood.

@@ -13,9 +13,11 @@
 //! going from one to another rebuilds no dependency; and in the dev profile, because building for release takes longer
 //! than the tests themselves.
 
+use std::env;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::thread;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -180,9 +182,20 @@ fn test_command(runner: &[&str], selection: &Selection) -> Command {
     cargo
 }
 
+/// How many tests run at a time: most of those in the lab wait most of the time. Who has said it himself is heeded. (`cargo test`
+/// cannot give a greedy test the machine for itself, so it runs as many as there are processors.)
+fn side_by_side(cargo: &mut Command) {
+    const VARIABLE: &str = "NEXTEST_TEST_THREADS";
+    if env::var_os(VARIABLE).is_none() {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        cargo.env(VARIABLE, (2 * processors).to_string());
+    }
+}
+
 /// nextest fails by itself when it finds no test to run.
 fn with_nextest(selection: &Selection, filters: &[String], no_capture: bool) -> Result<()> {
     let mut cargo = test_command(&["nextest", "run"], selection);
+    side_by_side(&mut cargo);
     if no_capture {
         cargo.arg("--no-capture");
     }

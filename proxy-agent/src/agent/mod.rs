@@ -5,20 +5,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proxy_common::abi::FrontendKey;
-use proxy_common::addr::{Addr, Family, Prefix};
-use proxy_common::be::Be16;
+use proxy_common::addr::{Addr, Prefix};
 use tokio::sync::{mpsc, watch};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::{JoinError, JoinHandle, JoinSet};
 
-use crate::bpf::dataplane::{DataplaneError, OPT_OUT_ENTRIES};
-use crate::cluster::{Change, ObjectKey, Scope};
+use crate::bpf::dataplane::DataplaneError;
+use crate::cluster::ObjectKey;
 use crate::config::{Config, Source};
-use crate::edge::settings::DetectLocal;
 use crate::edge::sources::Facts;
 use crate::edge::{self, Edge};
 use crate::events::{Event, Events};
@@ -31,84 +27,25 @@ use crate::knowledge::Knowledge;
 use crate::kube_proxy::{self, ConfigFile};
 use crate::metrics::{self, Metrics};
 use crate::model::Freed;
-use crate::node::patience::FOR_POD_CIDRS;
-use crate::node::{FollowError, NodeIps, Patience, Verdict, watch_addresses};
-use crate::opt_out::{self, Follower, Place};
-use crate::process::give_back_memory;
+use crate::node::{Patience, watch_addresses};
+use crate::opt_out::{self, Follower};
+use crate::plan::Wanted;
 use crate::report::{Report, State};
 use crate::selftest::SelfTestError;
 use crate::sources::{SourceError, Update, api, manifests};
-use crate::telemetry::{Arrival, Telemetry, readers};
+use crate::telemetry::{Telemetry, readers};
 
+mod error;
+mod news;
 mod programming;
+mod queue;
+mod room;
 mod sizes;
+mod telling;
 
+pub use error::AgentError;
 use programming::Programmed;
-
-/// Why the agent ends other than by a signal.
-#[derive(Debug, thiserror::Error)]
-pub enum AgentError {
-    /// The dataplane cannot be set up.
-    #[error(transparent)]
-    Dataplane(#[from] DataplaneError),
-    /// The source cannot be read.
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    /// The host's addresses or devices cannot be read.
-    #[error(transparent)]
-    Follow(#[from] FollowError),
-    /// A server cannot serve.
-    #[error(transparent)]
-    Http(#[from] HttpError),
-    /// The socket edge does not work.
-    #[error(transparent)]
-    SelfTest(#[from] SelfTestError),
-    /// The maps cannot be read back or written.
-    #[error("reading the pinned maps back: {0}")]
-    ReadBack(#[from] aya::maps::MapError),
-    /// The source ended, which it never should.
-    #[error("the source of objects has ended; restart the agent")]
-    SourceEnded,
-    /// The configuration file is another one than it was at the start.
-    #[error("the configuration file {0} has changed; the agent ends, to be started again with it")]
-    FileChanged(PathBuf),
-    /// Nobody would notice a change of the configuration file.
-    #[error("the configuration file {path} cannot be watched: {source}")]
-    FileWatch {
-        /// The file.
-        path: PathBuf,
-        /// What the kernel said.
-        source: std::io::Error,
-    },
-    /// A thread cannot be started.
-    #[error("a thread for probes and metrics: {0}; raise the limit of processes or open files")]
-    Thread(std::io::Error),
-    /// Cgroups cannot be followed.
-    #[error("--socket-opt-out: {0}; if too many files are watched, raise fs.inotify.max_user_instances")]
-    OptOut(std::io::Error),
-    /// Most of what is sent would be of a family that this host does not have.
-    #[error("the node's primary IP {0} is IPv6, which is switched off on this host")]
-    PrimaryFamily(Addr),
-    /// Pods are told by the Node's podCIDRs, which do not come.
-    #[error(
-        "--detect-local-mode NodeCIDR: the Node has no podCIDRs after {FOR_POD_CIDRS:?}; let the control plane allocate \
-         them, or choose another mode"
-    )]
-    NoPodCidrs,
-    /// None of the Node's podCIDRs is of a family that this host has.
-    #[error("--detect-local-mode NodeCIDR: this host has no family of the Node's podCIDRs {0}")]
-    PodCidrFamily(String),
-    /// The Node's podCIDRs are others than at the start.
-    #[error(
-        "the Node's podCIDRs have changed from {before} to {after}; the agent ends, to be started again with them"
-    )]
-    PodCidrsChanged {
-        /// What they were.
-        before: String,
-        /// What they are.
-        after: String,
-    },
-}
+use queue::Queue;
 
 /// After a failed map operation everything is read back and planned anew, this much later, or after the sync period if
 /// that is shorter.
@@ -118,7 +55,7 @@ const RETRY: Duration = Duration::from_secs(1);
 const LAST_WORD: Duration = Duration::from_secs(5);
 
 /// Updates that may wait while the agent programs.
-const QUEUE: usize = 64;
+const QUEUE: usize = 16;
 
 /// Runs the agent until `stop` is ready.
 ///
@@ -164,7 +101,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     };
     events.tell(Event::starting());
     let (tx, updates) = mpsc::channel(QUEUE);
-    let mut source = tokio::spawn(run_source(config.clone(), server, tx));
+    // Nobody's change waits while an object as large as it may be is taken apart.
+    let reader = ServerThread::start("source").map_err(AgentError::Thread)?;
+    let mut source = reader.handle().spawn(run_source(config.clone(), server, tx));
     tracing::info!(node = %config.node_name, source = %config.source, cgroup = %config.cgroup.display(), "starting");
     let (questions, asked) = mpsc::channel(1);
     tokio::spawn(reasons::serve(reasons::socket(&config.state_file), questions));
@@ -211,7 +150,7 @@ pub(crate) async fn run_source(
         (Source::Manifests(dir), _) => manifests::run(dir, &config.node_name, &config.opt_out, updates).await,
         (Source::Kubernetes { .. }, server) => {
             if let Some(server) = server {
-                api::run(server, &config.node_name, &config.opt_out, updates).await;
+                api::run(server, &config.node_name, &config.opt_out, config.budgets, updates).await;
             }
             Ok(())
         }
@@ -271,14 +210,30 @@ struct Agent {
     /// Freed numbers: those that wait for a grace period which has begun, and those that came later.
     waiting: Option<(JoinHandle<std::io::Result<()>>, Freed)>,
     freed: Freed,
-    /// Services of which something did not fit into the maps: tried again with every change, and whenever numbers
-    /// have come back.
+    /// Services of which something did not fit into the maps.
     refused: BTreeSet<ObjectKey>,
-    numbers_came_back: bool,
+    /// They are to be tried again: something has gone from the maps, or they are to be told that the maps do not grow.
+    room: bool,
+    /// The maps could not be made larger when that was tried last.
+    stuck: bool,
+    /// Services that have changed and are not programmed yet.
+    queue: Queue,
+    /// The heavy Service of which it is worked out, beside the loop, what it wants.
+    working_out: Option<(ObjectKey, JoinHandle<Option<Wanted>>)>,
+    /// Services that have been programmed, and whose health is not told yet.
+    concluded: Vec<ObjectKey>,
+    /// What is wrong with Services, beside what others have of them.
+    said: BTreeMap<ObjectKey, Vec<String>>,
+    /// Services of which others may have something now, or no more.
+    retell: BTreeSet<ObjectKey>,
     /// Maps are not made larger before.
     grow_at: Instant,
+    /// The sweep of UDP sockets that runs, and since when.
     sweep: Option<JoinHandle<()>>,
+    swept_since: Instant,
     sweep_again: bool,
+    /// It does not begin before.
+    sweep_at: Instant,
     telemetry: Telemetry,
     check_ports: CheckPorts,
     report: Report,
@@ -332,10 +287,18 @@ impl Agent {
             waiting: None,
             freed: Freed::default(),
             refused: BTreeSet::new(),
-            numbers_came_back: false,
+            room: false,
+            stuck: false,
+            queue: Queue::default(),
+            working_out: None,
+            concluded: Vec::new(),
+            said: BTreeMap::new(),
+            retell: BTreeSet::new(),
             grow_at: Instant::now(),
             sweep: None,
+            swept_since: Instant::now(),
             sweep_again: false,
+            sweep_at: Instant::now(),
             telemetry,
             check_ports,
             health,
@@ -351,6 +314,7 @@ impl Agent {
         let mut retry: Option<Instant> = None;
         loop {
             let retry_at = retry.map(tokio::time::Instant::from_std);
+            let busy = retry.is_none() && self.is_busy();
             tokio::select! {
                 update = updates.recv() => match update {
                     // The source task tells why, if there is a reason.
@@ -372,11 +336,17 @@ impl Agent {
                     let _ = asked.reply.send(self.reasons(&asked.service));
                     continue;
                 }
+                Some(wanted) = worked_out(&mut self.working_out) => self.begin(wanted),
                 Some(()) = grace_over(&mut self.waiting) => self.release(),
-                Some(()) = finished(&mut self.sweep) => self.sweep = None,
+                Some(()) = finished(&mut self.sweep) => self.end_sweep(),
+                () = tokio::time::sleep_until(self.sweep_at.into()), if self.sweep_again && self.sweep.is_none() => {
+                    self.begin_sweep();
+                }
                 () = async { tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)).await },
                     if retry_at.is_some() => self.everything = true,
                 () = tokio::time::sleep_until(self.audit_at.into()) => self.audit(),
+                // News come first: whoever brings them has a turn of its own.
+                () = tokio::task::yield_now(), if busy => {}
             }
             // What has arrived meanwhile is programmed together.
             while let Ok(update) = updates.try_recv() {
@@ -416,183 +386,6 @@ impl Agent {
         self.everything = true;
         Instant::now() + RETRY.min(self.config.sync_period)
     }
-
-    fn take_in(&mut self, update: Update) {
-        match update {
-            Update::Changes(changes) => {
-                for change in changes {
-                    self.take_change(change);
-                }
-            }
-            Update::Synced => {
-                self.synced = true;
-                self.patience = Some(Patience {
-                    since: Instant::now(),
-                    ips: matches!(self.config.source, Source::Kubernetes { .. }),
-                    pod_cidrs: self.config.edge.settings.detect_local == DetectLocal::NodeCidr,
-                });
-                // Without a cluster there need not be a Node: this one is then as good as any.
-                if matches!(self.config.source, Source::Manifests(_)) && !self.known.cluster.node().leaving {
-                    self.health.node(true);
-                }
-                self.take_addresses();
-                self.take_opt_out();
-            }
-            Update::Problems(problems) => self.report.source(problems),
-        }
-    }
-
-    fn take_change(&mut self, change: Change) {
-        if let Change::Node(node) = &change {
-            self.health.node(!node.leaving);
-        }
-        let arrival = Arrival::of(&change);
-        let scope = self.known.cluster.apply(change);
-        self.telemetry.arrived(arrival, scope, !self.synced);
-        match scope {
-            Scope::Nothing => return,
-            Scope::Service => {}
-            Scope::Node => self.take_node(),
-            Scope::Pods => return self.take_opt_out(),
-        }
-        for &family in &self.config.families {
-            self.health.queued(family);
-        }
-    }
-
-    fn take_node(&mut self) {
-        let before = self.known.context.node.ips;
-        self.zone_changed |= self.known.context.node.zone != self.known.cluster.node().zone;
-        let ips = self.known.take_node(&self.config);
-        self.node_changed = true;
-        self.report.node_ips(&ips);
-        if self.programmed.is_some() && before != self.known.context.node.ips {
-            tracing::info!(?before, after = ?self.known.context.node.ips, "the node's IPs have changed");
-        }
-    }
-
-    /// Waits for what the first programming needs of the Node, until the time that is returned. Later on, ends the agent
-    /// when its podCIDRs change.
-    fn wait_for_node(&mut self) -> Result<Option<Instant>, AgentError> {
-        let node = self.known.cluster.node();
-        if let Some(patience) = self.patience {
-            match patience.judge(node, Instant::now()) {
-                Verdict::Wait { until, reason } => {
-                    self.health.waiting_for(reason);
-                    return Ok(Some(until));
-                }
-                Verdict::GiveUp => return Err(AgentError::NoPodCidrs),
-                Verdict::Start => self.patience = None,
-            }
-            self.health.waiting_for("nothing has been programmed yet");
-            let ips = NodeIps::derive(node, self.config.bind_address);
-            if !self.config.families.contains(&ips.primary()) {
-                return Err(AgentError::PrimaryFamily(ips.of(ips.primary())));
-            }
-            tracing::info!(ipv4 = %ips.of(Family::V4), ipv6 = %ips.of(Family::V6), primary = %ips.primary(), "node IPs");
-            self.report.node_ips(&ips);
-            let pod_cidrs = patience.pod_cidrs.then(|| node.pod_cidrs.clone());
-            self.known.take_node(&self.config);
-            if let Some(cidrs) = pod_cidrs {
-                if !self.known.take_pod_cidrs(&self.config.families) {
-                    return Err(AgentError::PodCidrFamily(list(&cidrs)));
-                }
-                self.pod_cidrs = Some(cidrs);
-            }
-        } else if let Some(before) = self.pod_cidrs.as_ref().filter(|cidrs| **cidrs != node.pod_cidrs) {
-            return Err(AgentError::PodCidrsChanged { before: list(before), after: list(&node.pod_cidrs) });
-        }
-        Ok(None)
-    }
-
-    fn take_addresses(&mut self) {
-        self.known.take_addresses(&self.addresses.borrow_and_update());
-        self.node_changed = true;
-    }
-
-    /// Brings together which Pods opt out and where their cgroups are.
-    fn take_opt_out(&mut self) {
-        let Some(follower) = &self.opt_out else {
-            self.opted_out = Some(BTreeSet::new());
-            return;
-        };
-        let own_network = || self.known.cluster.pods().filter(|pod| !pod.host_network);
-        follower.want(own_network().map(|pod| Arc::clone(&pod.uid)).collect());
-        // Until all are known, what an earlier agent has written stays.
-        if !self.synced || !own_network().all(|pod| self.found.contains_key(&pod.uid)) {
-            return;
-        }
-        let (mut cgroups, mut names, mut problems) = (BTreeSet::new(), Vec::new(), BTreeMap::new());
-        for pod in self.known.cluster.pods() {
-            let problem = match self.found.get(&pod.uid) {
-                _ if pod.host_network => "it uses the host's network, whose packets nobody judges",
-                _ if !self.known.context.pods_in_packets => {
-                    "no interface of a pod is attached (--pod-interfaces), so nobody would serve its packets"
-                }
-                Some(Place::Cgroup(_)) if cgroups.len() >= OPT_OUT_ENTRIES as usize => {
-                    "too many pods opt out"
-                }
-                Some(Place::Cgroup(cgroup)) => {
-                    cgroups.insert(*cgroup);
-                    names.push(pod.key.to_string());
-                    continue;
-                }
-                Some(Place::Missing) => "its cgroup is not there (--cgroup-path)",
-                Some(Place::NotYet) | None => continue,
-            };
-            let reason = format!("cannot opt out of the socket edge: {problem}; its sockets are served");
-            problems.insert(format!("Pod {}", pod.key), vec![reason]);
-        }
-        self.report.opted_out(names, problems);
-        if self.opted_out.as_ref() != Some(&cgroups) {
-            self.opted_out = Some(cgroups);
-            self.node_changed = true;
-        }
-    }
-
-    /// Lets the packet edge know what it cannot see; starts it, the first time.
-    async fn tell_edge(&mut self) -> Result<(), AgentError> {
-        let Some(programmed) = &self.programmed else { return Ok(()) };
-        let frontends = &programmed.model.frontends;
-        let is_frontend = |addr: &&Addr| {
-            let from = FrontendKey { addr: **addr, port: Be16::new(0), proto: 0, kind: 0 };
-            frontends.range(from..).next().is_some_and(|(key, _)| key.addr == **addr)
-        };
-        self.facts.node_ips = self.known.context.node.ips;
-        self.facts.frontends =
-            self.known.context.host_addresses.iter().filter(is_frontend).copied().collect();
-        match &self.edge {
-            Some(edge) => edge.tell(self.facts.clone()),
-            None => self.edge = Some(Edge::start(self.config.edge.clone(), self.facts.clone()).await?),
-        }
-        Ok(())
-    }
-
-    /// Traffic from outside is served once the first pass over the devices is made; only then the node is ready.
-    fn take_edge(&mut self, state: edge::State) {
-        if state.passes == 1 {
-            // Loading has taken some.
-            give_back_memory();
-            self.announce = Some(state.devices.iter().filter(|device| device.is_attached()).count());
-        }
-        let pods = state.devices.iter().any(edge::DeviceState::is_attached_pod);
-        if self.pods_attached != Some(pods) {
-            self.pods_attached = Some(pods);
-            self.node_changed = true;
-        }
-        if self.known.context.pods_in_packets != pods {
-            self.known.context.pods_in_packets = pods;
-            // What is reported about them.
-            self.known.cluster.touch_with_source_ranges();
-            self.take_opt_out();
-        }
-        self.report.edge(state);
-    }
-}
-
-fn list(cidrs: &[Prefix]) -> String {
-    let cidrs: Vec<String> = cidrs.iter().map(Prefix::to_string).collect();
-    format!("[{}]", cidrs.join(", "))
 }
 
 /// The next news of the packet edge; never while it has not been started.
@@ -622,6 +415,18 @@ async fn grace_over(waiting: &mut Option<(JoinHandle<std::io::Result<()>>, Freed
             *waiting = None;
             std::future::pending().await
         }
+    }
+}
+
+/// What a heavy Service wants, once that is worked out; never while it is not asked for.
+async fn worked_out(task: &mut Option<(ObjectKey, JoinHandle<Option<Wanted>>)>) -> Option<Option<Wanted>> {
+    let Some((_, working)) = task else { return std::future::pending().await };
+    match working.await.map_err(JoinError::try_into_panic) {
+        Ok(wanted) => Some(wanted),
+        // As if it had been worked out here.
+        Err(Ok(panic)) => std::panic::resume_unwind(panic),
+        // It is cancelled only when the runtime shuts down.
+        Err(Err(_)) => std::future::pending().await,
     }
 }
 

@@ -1,33 +1,34 @@
 //! From what is known to the maps: what has changed is planned and written, what somebody else has changed is written
 //! anew, and maps that run full grow.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use proxy_common::abi::backend::flags::ON_THIS_NODE;
-use proxy_common::addr::Family;
 
-use super::sizes::Needs;
+use super::queue::{Begun, Heavy};
 use super::{Agent, AgentError};
-use crate::bpf::dataplane::{Dataplane, DataplaneError, PROGRAMS, Sizes, chain};
+use crate::bpf::dataplane::{Dataplane, DataplaneError, PROGRAMS, Sizes};
 use crate::bpf::maps::KernelMaps;
 use crate::bpf::sys;
 use crate::cluster::ObjectKey;
+use crate::desired::DesiredService;
 use crate::drift::differences;
-use crate::explain::reasons::{self, PortReasons};
-use crate::health::checks::check;
-use crate::model::{Freed, Model};
-use crate::plan::{Wanted, lost_claims, plan, plan_left, rivals};
+use crate::knowledge::NodePlan;
+use crate::model::{Freed, Model, Port};
+use crate::plan::{Part, REASONS, Wanted, plan, plan_left, plan_part, ports_beside, rivals};
 use crate::process::give_back_memory;
 use crate::selftest::{self, SelfTestError};
+use crate::shares::rest_after;
 use crate::sockets::{Places, SocketSweeper};
 use crate::stale::Serving;
 use crate::store::{MapStore, Op, StoreError};
 
-/// Services that are planned together while the maps are empty: what is planned at once takes memory at once.
-const PORTION: usize = 1_000;
+/// What is planned together while the maps are empty, in frontends, endpoints and source ranges: what is planned at once takes
+/// memory at once.
+const PORTION: usize = 1 << 16;
 
 /// Differences that are named when the maps are found changed.
 const DRIFT_LOGGED: usize = 16;
@@ -73,16 +74,19 @@ impl Agent {
     }
 
     async fn sync_changes(&mut self) -> Result<(), AgentError> {
+        self.try_refused_again();
         if self.everything {
             self.known.cluster.touch_all();
+            self.queue.clear();
+            self.working_out = None;
+            self.said.clear();
         }
         let mut dirty = self.known.cluster.take_dirty();
-        let again = std::mem::take(&mut self.numbers_came_back) && !self.refused.is_empty();
-        if dirty.is_empty() && !self.everything && !self.node_changed && !again {
+        let news = !dirty.is_empty() || self.everything || self.node_changed;
+        if !news && !self.is_busy() {
             return Ok(());
         }
         self.telemetry.sync_begins(self.everything || self.zone_changed);
-        dirty.extend(self.refused.iter().cloned());
 
         let mut programmed = match self.programmed.take() {
             Some(programmed) => programmed,
@@ -102,18 +106,16 @@ impl Agent {
         let programmed = self.programmed.insert(programmed);
         // Whose frontend it is can be told only with all who claim it, and of empty maps nobody is served.
         let empty = programmed.model.frontends.is_empty() && !programmed.attached;
-        let touched: Vec<ObjectKey> = dirty.into_iter().collect();
         // What one of the node's own tables refuses is told at the end: nobody's Service waits for it.
-        let node = self.program_node();
-        let portions = touched.chunks(if empty { PORTION } else { touched.len().max(1) });
-        let last = portions.len().saturating_sub(1);
-        let mut udp_stale = false;
-        for (number, services) in portions.enumerate() {
-            udp_stale |= self.program(services, self.everything && number == last)?;
-        }
+        let node = self.program_node(&mut dirty);
+        let touched: Vec<ObjectKey> = dirty.into_iter().collect();
+        let udp_stale = match self.everything {
+            true => self.program_everything(&touched, empty)?,
+            false => self.take_turn(&touched)?,
+        };
         let first = self.serve(udp_stale)?;
         let took = self.telemetry.sync_ended(true);
-        self.open_check_ports(touched);
+        self.tell_health();
         if self.everything {
             give_back_memory();
         }
@@ -127,18 +129,9 @@ impl Agent {
         node
     }
 
-    /// What the maps need for these Services.
-    fn sizes<'a>(&self, services: impl Iterator<Item = &'a ObjectKey>) -> Sizes {
-        let mut needs = Needs::default();
-        for wanted in services.filter_map(|service| self.known.wanted(service)) {
-            needs.add(&wanted.desired);
-        }
-        needs.sizes(self.config.flow_table_size)
-    }
-
     /// Makes or takes over maps that are large enough, and loads the programs. Nothing is attached: what an earlier agent
     /// has attached, or this one, serves on from the maps as they were.
-    async fn open(&mut self, sizes: Sizes) -> Result<Programmed, AgentError> {
+    pub(super) async fn open(&mut self, sizes: Sizes) -> Result<Programmed, AgentError> {
         let pins = self.config.pins.clone();
         // It takes the kernel's verifier a while, and probes are to be answered meanwhile.
         let first = self.edge.is_none();
@@ -163,93 +156,141 @@ impl Agent {
         Ok(Programmed { dataplane, model, sweeper, attached: false })
     }
 
-    /// Moves into larger maps when something did not fit, or soon would not. True when there is something to be programmed
-    /// or told because of that.
-    async fn grow(&mut self) -> bool {
-        let Some(programmed) = &self.programmed else { return false };
-        if self.refused.is_empty() && !programmed.model.is_tight() || Instant::now() < self.grow_at {
-            return false;
-        }
-        let capacity = programmed.dataplane.maps.capacity();
-        let sizes = self.sizes(self.known.cluster.services().map(|service| &service.key));
-        let grown = match sizes.least.fits_into(capacity) {
-            // Nothing is gained by maps of the same size.
-            true => Ok(None),
-            false => self.open(sizes).await.map(Some),
-        };
-        let mut problems = Vec::new();
-        match grown {
-            Ok(Some(larger)) => {
-                self.programmed = Some(larger);
-                self.everything = true;
-                self.facts.maps += 1;
-            }
-            not => {
-                if let Err(error) = not {
-                    let error = chain(&error);
-                    tracing::warn!(%error, retry_in = ?self.config.sync_period, "maps cannot be made larger");
-                    problems.push(format!(
-                        "cannot be made larger: {error}; Services that do not fit are not served"
-                    ));
-                }
-                self.grow_at = Instant::now() + self.config.sync_period;
-                // Those that were refused are told so.
-                self.numbers_came_back = true;
-            }
-        }
-        self.report.set("maps".to_owned(), problems);
-        true
-    }
-
-    /// Writes the node's own tables.
-    fn program_node(&mut self) -> Result<(), AgentError> {
+    /// Writes the node's own tables. Services that this concerns become `dirty`.
+    fn program_node(&mut self, dirty: &mut BTreeSet<ObjectKey>) -> Result<(), AgentError> {
         let Some(Programmed { dataplane, model, .. }) = &mut self.programmed else { return Ok(()) };
         if !self.node_changed && !self.everything {
             return Ok(());
         }
-        let (mut ops, problems) = self.known.plan_node(&self.config.nodeport_addresses, model);
+        let NodePlan { mut ops, concerned, problems } =
+            self.known.plan_node(&self.config.nodeport_addresses, model);
+        dirty.extend(concerned);
         self.report.set("node tables".to_owned(), problems);
         ops.extend(plan_left(model, self.pods_attached, self.opted_out.as_ref()));
         self.telemetry.writing(&ops, |ops| carry_out(&mut dataplane.maps, ops))?;
-        let host = self.known.context.host_addresses.iter().copied().collect();
-        let warnings = self.config.nodeport_addresses.warnings(&self.known.context.node.ips, &host);
+        let host = &self.known.context.host_addresses;
+        let warnings = self.config.nodeport_addresses.warnings(&self.known.context.node.ips, host);
         self.report.set("--nodeport-addresses".to_owned(), warnings);
         Ok(())
     }
 
+    /// Programs these Services, which are all that there are or were, at once; of empty maps, in portions.
+    fn program_everything(&mut self, mut services: &[ObjectKey], empty: bool) -> Result<bool, AgentError> {
+        let mut udp_stale = false;
+        loop {
+            let mut weight = 0;
+            let heavier = |service: &ObjectKey| {
+                weight += self.known.cluster.weight(service);
+                weight > PORTION
+            };
+            let end = services.iter().position(heavier).filter(|_| empty).unwrap_or(services.len());
+            let (portion, rest) = services.split_at(end.max(1).min(services.len()));
+            udp_stale |= self.program(portion, rest.is_empty())?;
+            if rest.is_empty() {
+                return Ok(udp_stale);
+            }
+            services = rest;
+        }
+    }
+
+    /// Whether the next turn need not wait for news.
+    pub(super) fn is_busy(&self) -> bool {
+        !self.queue.is_empty() || !self.retell.is_empty()
+    }
+
+    /// Programs some of these Services and of those that wait.
+    fn take_turn(&mut self, dirty: &[ObjectKey]) -> Result<bool, AgentError> {
+        for service in dirty {
+            self.queue.add(service.clone(), self.weight(service));
+        }
+        let mut light = self.queue.take_light();
+        light.extend(self.take_refused());
+        let mut udp_stale = !light.is_empty() && self.program(&light, false)?;
+        match self.queue.take_heavy() {
+            Some(Heavy::GoesOn(begun)) => udp_stale |= self.program_part(begun)?,
+            Some(Heavy::Begins(service)) => {
+                let work = self.known.work_out(&service);
+                self.working_out = Some((service, tokio::task::spawn_blocking(work)));
+            }
+            None => {}
+        }
+        self.tell_rivals();
+        Ok(udp_stale)
+    }
+
+    /// What a Service costs at most, to replace what it has by what it wants.
+    pub(super) fn weight(&self, service: &ObjectKey) -> usize {
+        let Some(Programmed { model, .. }) = &self.programmed else { return 0 };
+        model.of_service(service).map(|(_, port)| cost(port)).sum::<usize>()
+            + self.known.cluster.weight(service)
+    }
+
+    /// Plans and writes the next part of a heavy Service. True when it was the last one, and connected UDP sockets may lead to
+    /// where they should not any more.
+    fn program_part(&mut self, mut begun: Begun) -> Result<bool, AgentError> {
+        let Some(Programmed { dataplane, model, .. }) = &mut self.programmed else { return Ok(false) };
+        let (ports, gone) = begun.next(|key| model.ports.get(key).map_or(0, cost));
+        let part = Part { created: begun.created, ports: &ports, gone: &gone };
+        self.retell.extend(rivals(model, &begun.service, &part));
+        let mut plan = plan_part(model, &begun.service, &part);
+        tracing::debug!(service = %begun.service, operations = plan.ops.len(), "programming a part");
+        self.telemetry.writing(&plan.ops, |ops| carry_out(&mut dataplane.maps, ops))?;
+        self.freed.append(plan.freed);
+        begun.udp_stale |= plan.udp_stale;
+        let refused = plan.refused.remove(&begun.service).unwrap_or_default();
+        let room = REASONS.saturating_sub(begun.refused.len());
+        begun.refused.extend(refused.into_iter().take(room));
+        begun.lost.look(model, &begun.service, ports.iter().map(|port| &port.key));
+        if !begun.refused.is_empty() {
+            // Maps grow at once.
+            self.refused.insert(begun.service.clone());
+        }
+        self.refuse(plan.refused);
+        if !begun.is_done() {
+            self.queue.put_back(begun);
+            return Ok(false);
+        }
+        let Begun { service, problems, refused, lost, udp_stale, .. } = begun;
+        self.conclude(&service, problems, &refused, lost);
+        Ok(udp_stale)
+    }
+
+    /// Begins with a heavy Service, of which it is known now what it wants.
+    pub(super) fn begin(&mut self, wanted: Option<Wanted>) {
+        let Some((service, _)) = self.working_out.take() else { return };
+        self.telemetry.desired(&service, wanted.as_ref().map(|wanted| &wanted.desired));
+        self.remember_remote(wanted.iter());
+        let Wanted { created, desired } =
+            wanted.unwrap_or(Wanted { created: i64::MAX, desired: DesiredService::default() });
+        let model = self.programmed.as_ref().map(|programmed| &programmed.model);
+        let gone = model.map_or_else(Vec::new, |model| ports_beside(model, &service, &desired.ports));
+        self.queue.put_back(Begun::new(service, created, desired.ports, gone, desired.problems));
+    }
+
     /// Plans and writes these Services. True when connected UDP sockets may lead to where they should not any more.
     fn program(&mut self, services: &[ObjectKey], full: bool) -> Result<bool, AgentError> {
-        let mut wanted: BTreeMap<ObjectKey, Option<Wanted>> =
+        let wanted: BTreeMap<ObjectKey, Option<Wanted>> =
             services.iter().map(|key| (key.clone(), self.known.wanted(key))).collect();
         for (service, wanted) in &wanted {
             self.telemetry.desired(service, wanted.as_ref().map(|wanted| &wanted.desired));
         }
-        self.remember_remote(&wanted);
+        self.remember_remote(wanted.values().flatten());
         let Some(Programmed { dataplane, model, .. }) = &mut self.programmed else { return Ok(false) };
-        for rival in rivals(model, &wanted) {
-            let unchanged = self.known.wanted(&rival);
-            wanted.insert(rival, unchanged);
+        for (service, one) in &wanted {
+            let ports = one.as_ref().map_or(&[][..], |one| &one.desired.ports);
+            let gone = ports_beside(model, service, ports);
+            let rivals = rivals(model, service, &Part { created: 0, ports, gone: &gone });
+            self.retell.extend(rivals.into_iter().filter(|rival| !wanted.contains_key(rival)));
         }
-        let plan = plan(model, &wanted, full);
+        let mut plan = plan(model, &wanted, full);
         tracing::debug!(services = wanted.len(), operations = plan.ops.len(), "programming");
         self.telemetry.writing(&plan.ops, |ops| carry_out(&mut dataplane.maps, ops))?;
         self.freed.append(plan.freed);
-        // Before the maps have grown, or could not, it is too early to complain.
-        let may_grow = Instant::now() >= self.grow_at;
         for (service, wanted) in wanted {
-            let mut reasons = wanted.map(|wanted| wanted.desired.problems).unwrap_or_default();
-            match plan.refused.get(&service) {
-                Some(refused) => {
-                    reasons.extend(refused.iter().filter(|_| !may_grow).cloned());
-                    self.refused.insert(service.clone());
-                }
-                None => {
-                    self.refused.remove(&service);
-                }
-            }
-            reasons.extend(lost_claims(model, &service));
-            self.report.service(&service, reasons);
+            let problems = wanted.map(|wanted| wanted.desired.problems).unwrap_or_default();
+            self.tell(&service, problems, &plan.refused.remove(&service).unwrap_or_default());
         }
+        self.refuse(plan.refused);
         Ok(plan.udp_stale)
     }
 
@@ -271,8 +312,8 @@ impl Agent {
     }
 
     /// Any backend on another node will do: the way to it shows which source the kernel prefers.
-    fn remember_remote(&mut self, wanted: &BTreeMap<ObjectKey, Option<Wanted>>) {
-        let ports = wanted.values().flatten().flat_map(|wanted| &wanted.desired.ports);
+    fn remember_remote<'a>(&mut self, wanted: impl Iterator<Item = &'a Wanted>) {
+        let ports = wanted.flat_map(|wanted| &wanted.desired.ports);
         let mut backends = ports.flat_map(|port| &port.backends).filter(|b| b.flags & ON_THIS_NODE == 0);
         while self.facts.remote.contains(&None)
             && let Some(backend) = backends.next()
@@ -283,61 +324,24 @@ impl Agent {
         }
     }
 
-    /// What becomes of the endpoints of a Service, and why.
-    pub(super) fn reasons(&self, key: &ObjectKey) -> Vec<PortReasons> {
-        let service = self.known.cluster.service(key);
-        let reasons =
-            |service| reasons::of_service(service, self.known.cluster.slices(key), &self.known.context);
-        service.map(reasons).unwrap_or_default()
+    /// The sweep has ended; the next one has to wait.
+    pub(super) fn end_sweep(&mut self) {
+        self.sweep = None;
+        self.sweep_at = Instant::now() + rest_after(self.swept_since.elapsed());
     }
 
-    /// Has the health of these Services told to load balancers, on the addresses that serve nodePorts.
-    fn open_check_ports(&self, services: Vec<ObjectKey>) {
-        if self.node_changed || self.everything {
-            let host = self.known.context.host_addresses.iter().copied().collect();
-            let ips = &self.known.context.node.ips;
-            let listen_on = |family| self.config.nodeport_addresses.listen_on(family, ips, &host);
-            self.check_ports.listen_on(Family::ALL.map(listen_on));
-        }
-        let checks = |service: &ObjectKey| {
-            let object = self.known.cluster.service(service);
-            Family::ALL.map(|family| {
-                let object = object.filter(|_| self.config.families.contains(&family))?;
-                check(object, self.known.cluster.slices(service), family)
-            })
-        };
-        self.check_ports.services(services.into_iter().map(|service| {
-            let checks = checks(&service);
-            (service, checks)
-        }));
-    }
-
-    /// Waits for running programs beside the loop, unless that is under way.
-    fn begin_grace(&mut self) {
-        if self.waiting.is_none() && !self.freed.is_empty() {
-            let freed = std::mem::take(&mut self.freed);
-            self.waiting = Some((tokio::task::spawn_blocking(sys::grace_period), freed));
-        }
-    }
-
-    pub(super) fn release(&mut self) {
-        if let (Some((_, freed)), Some(programmed)) = (self.waiting.take(), &mut self.programmed) {
-            programmed.model.release(freed);
-            self.numbers_came_back = true;
-        }
-        self.begin_grace();
-    }
-
-    /// Destroys sockets that are connected to UDP backends which have left, beside the loop.
-    fn begin_sweep(&mut self) {
-        if !self.sweep_again || self.sweep.is_some() {
+    /// Destroys sockets that are connected to UDP backends which have left, beside the loop. Whoever makes backends come and
+    /// go does not have every process of the host looked through without a pause.
+    pub(super) fn begin_sweep(&mut self) {
+        if !self.sweep_again || self.sweep.is_some() || Instant::now() < self.sweep_at {
             return;
         }
+        self.sweep_again = false;
         let Some(Programmed { model, sweeper: Some((sweeper, sockets)), .. }) = &self.programmed else {
             return;
         };
         let Ok(sockets) = sockets.try_clone() else { return };
-        self.sweep_again = false;
+        self.swept_since = Instant::now();
         let (sweeper, metrics) = (Arc::clone(sweeper), Arc::clone(&self.metrics));
         let serving = Serving::of(model);
         let families = self.config.families.clone();
@@ -362,6 +366,11 @@ impl Agent {
             }
         }));
     }
+}
+
+/// What it costs to replace or remove a port.
+fn cost(port: &Port) -> usize {
+    1 + port.claims.len() + port.backends.len()
 }
 
 fn read_back(maps: &KernelMaps) -> Result<Model, AgentError> {

@@ -7,6 +7,8 @@ pub mod sys;
 
 pub mod pins;
 
+pub mod notes;
+
 pub mod maps;
 
 pub mod flow_maps;
@@ -17,7 +19,11 @@ pub use load::Refused;
 
 pub mod dataplane;
 
+pub mod clsact;
+
 pub mod tc;
+
+pub mod others;
 
 #[cfg(feature = "debug-log")]
 mod debug_log;

@@ -3,6 +3,7 @@
 //! ```text
 //! <pin-dir>/links/<program>        the cgroup links: they outlive the agent, and every ABI version
 //! <pin-dir>/links/<program>-<n>    the links to the network device with index n
+//! <pin-dir>/made/…                 notes of what has been made elsewhere ([`super::notes`])
 //! <pin-dir>/v<ABI_VERSION>/<MAP>   the maps of this version's layout
 //! <pin-dir>/v<ABI_VERSION>/<MAP>-larger   what takes the place of a map as soon as it holds the same
 //! ```
@@ -16,6 +17,8 @@ use std::path::{Path, PathBuf};
 use aya::maps::{MapInfo, MapType};
 use proxy_common::abi::{self, ABI_VERSION};
 use proxy_common::addr::Addr;
+
+use super::notes::Notes;
 
 /// `BPF_FS_MAGIC` of linux/magic.h.
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
@@ -276,18 +279,42 @@ impl PinDir {
         Ok(())
     }
 
+    /// Whether the directory is there.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::File`] when this process may not know.
+    pub fn is_there(&self) -> Result<bool, PinError> {
+        self.root.try_exists().map_err(|source| PinError::File { path: self.root.clone(), source })
+    }
+
     /// Removes everything, which also detaches the programs.
     ///
     /// # Errors
     ///
     /// [`PinError::File`] when a pin cannot be removed.
     pub fn remove(&self) -> Result<(), PinError> {
+        self.remove_pins()?;
+        if self.root.exists() { remove_tree(&self.root) } else { Ok(()) }
+    }
+
+    /// Removes everything but the notes of what is left elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::File`] when a pin cannot be removed.
+    pub fn remove_pins(&self) -> Result<(), PinError> {
         // Links first: no program must run on after its maps have lost their names.
         let links = self.links();
+        let notes = Notes::of(self);
         if links.exists() {
             remove_tree(&links)?;
         }
-        if self.root.exists() { remove_tree(&self.root) } else { Ok(()) }
+        let all = if self.root.exists() { entries(&self.root)? } else { Vec::new() };
+        for path in all.iter().filter(|path| *path != notes.path()) {
+            if path.is_dir() { remove_tree(path) } else { remove(path) }?;
+        }
+        Ok(())
     }
 }
 

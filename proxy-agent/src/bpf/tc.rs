@@ -12,18 +12,22 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use aya::programs::links::{FdLink, LinkOrder};
-use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError};
 use aya::programs::{Program, ProgramError, ProgramType, SchedClassifier, TcAttachType, tc};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
+use serde::{Deserialize, Serialize};
 
+use super::clsact::{HANDLE, priority};
 use super::dataplane::{OBJECT, chain, kernel};
 use super::load::{Refused, describe, log_level, reason, timed};
-use super::pins::{MAPS, PinDir};
+use super::notes::{Note, Notes};
+use super::pins::{MAPS, PinDir, PinError};
 use super::sys;
 
 /// Which way packets go, seen from the host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Direction {
     /// Out of the host.
     Egress,
@@ -156,19 +160,6 @@ pub enum AttachError {
 #[derive(Debug, thiserror::Error)]
 #[error("loading the packet edge: {}", chain(.0))]
 pub struct LoadError(#[from] EbpfError);
-
-/// Priority of clsact filters: before everybody on ingress, behind everybody on egress.
-const fn priority(direction: Direction) -> u16 {
-    match direction {
-        Direction::Ingress => 1,
-        Direction::Egress => u16::MAX,
-    }
-}
-
-/// Handle of clsact filters: "VIPR".
-const HANDLE: TcHandle = TcHandle::new(0x5649, 0x5052);
-
-const EEXIST: i32 = 17;
 
 /// The first kernel whose IPv4 and IPv6 tunnels leave no header of the outer packet in front of the inner one (commit
 /// 7ad136fd288c, "ipip: allow redirecting ipip and mplsip packets to eth devices", and those beside it).
@@ -379,6 +370,7 @@ impl TcPrograms {
     /// [`AttachError`]; what was attached before stays.
     pub fn attach_clsact(
         &mut self,
+        pins: &PinDir,
         device: &Device<'_>,
         program: &'static str,
         direction: Direction,
@@ -391,10 +383,7 @@ impl TcPrograms {
             Ok(id) => id,
             // There is none yet.
             Err(_) => {
-                match tc::qdisc_add_clsact(device.name) {
-                    Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(EEXIST) => {}
-                    other => other.map_err(|error| failed(error.into()))?,
-                }
+                make_clsact(&Notes::of(pins), device, program)?;
                 let options = NlOptions { priority: priority(direction), handle: HANDLE, classid: None };
                 classifier
                     .attach_with_options(device.name, attach_type, TcAttachOptions::Netlink(options))
@@ -416,11 +405,22 @@ pub struct Device<'a> {
     pub name: &'a str,
 }
 
-/// Removes the clsact filters of a device, if there are any. Its clsact queueing discipline stays: others may use it.
-pub fn detach_clsact(device: &str) {
-    for direction in Direction::ALL {
-        // Dropped, it takes the filter along; without a filter, a queueing discipline or a device nothing happens.
-        drop(filter(device, direction));
+/// Puts the clsact queueing discipline of a device in place. Where there was none, it is noted as ours.
+fn make_clsact(notes: &Notes, device: &Device<'_>, program: &'static str) -> Result<(), AttachError> {
+    let note = Note::Clsact(device.index);
+    let pin = |error: PinError| AttachError::Pin {
+        path: notes.path().to_path_buf(),
+        source: io::Error::other(error),
+    };
+    // Before it is there: whoever dies in between has made it.
+    let new = notes.add(&note).map_err(pin)?;
+    let made = tc::qdisc_add_clsact(device.name);
+    if new && made.is_err() {
+        notes.remove(&note).map_err(pin)?;
+    }
+    match made {
+        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+        made => made.map_err(|error| AttachError::Program { program, source: error.into() }),
     }
 }
 
@@ -450,12 +450,14 @@ fn filter(device: &str, direction: Direction) -> io::Result<SchedClassifierLink>
     SchedClassifierLink::attached(device, direction.attach_type(), priority(direction), HANDLE, None)
 }
 
-fn link_pin(pins: &PinDir, program: &str, index: u32) -> PathBuf {
+pub(super) fn link_pin(pins: &PinDir, program: &str, index: u32) -> PathBuf {
     pins.link(&format!("{program}-{index}"))
 }
 
 /// The pinned link and what it is to; `None` without a pin.
-fn device_link(pin: &Path) -> Result<Option<(std::os::fd::OwnedFd, sys::TcxLinkInfo)>, AttachError> {
+pub(super) fn device_link(
+    pin: &Path,
+) -> Result<Option<(std::os::fd::OwnedFd, sys::TcxLinkInfo)>, AttachError> {
     let failed = |source| AttachError::Pin { path: pin.to_path_buf(), source };
     match sys::open_link(pin) {
         Ok(link) => {

@@ -35,8 +35,12 @@ impl<'a> ByPort<'a> {
         (port.proto, &port.name)
     }
 
-    fn of(&self, port: &ServicePort) -> &[(&'a SlicePort, &'a Slice)] {
-        let wanted = (port.proto, &*port.name);
+    /// How many endpoints the slices name for a port.
+    pub(super) fn count(&self, port: &ServicePort) -> usize {
+        self.of((port.proto, &port.name)).iter().map(|(_, slice)| slice.endpoints.len()).sum()
+    }
+
+    fn of(&self, wanted: (u8, &str)) -> &[(&'a SlicePort, &'a Slice)] {
         let from = self.0.partition_point(|(port, _)| Self::key(port) < wanted);
         let of_name = &self.0[from..];
         &of_name[..of_name.partition_point(|(port, _)| Self::key(port) == wanted)]
@@ -45,7 +49,7 @@ impl<'a> ByPort<'a> {
 
 /// What the endpoints of `port` in `slices` come to.
 pub(super) fn select(port: &ServicePort, slices: &ByPort<'_>, context: &Context) -> Endpoints {
-    let judged = judge(port, slices, context);
+    let judged = judge((port.proto, &port.name), slices, context);
     // Silence where another node could answer, a refusal where nobody can.
     let anywhere = judged.iter().any(|standing| standing.ready || standing.is_leaving());
     let backends = judged
@@ -122,11 +126,11 @@ impl Reason {
     }
 }
 
-/// Every endpoint of `port` in `slices`, by address and port.
+/// Every endpoint of `port`, a protocol and a name, in `slices`, by address and port.
 ///
 /// Both sets take the ready endpoints, and while there are none of those the ones that terminate but still serve.
 /// The two fall back independently, and only the cluster set heeds topology hints.
-pub(super) fn judge(port: &ServicePort, slices: &ByPort<'_>, context: &Context) -> Vec<Standing> {
+pub(super) fn judge(port: (u8, &str), slices: &ByPort<'_>, context: &Context) -> Vec<Standing> {
     let found = distinct(port, slices);
     let ready = || found.iter().map(|entry| entry.endpoint).filter(|endpoint| endpoint.ready);
     let any_ready = ready().next().is_some();
@@ -184,7 +188,7 @@ impl Entry<'_> {
 }
 
 /// The union over the slices, by address and port, each once.
-fn distinct<'a>(port: &ServicePort, slices: &ByPort<'a>) -> Vec<Entry<'a>> {
+fn distinct<'a>(port: (u8, &str), slices: &ByPort<'a>) -> Vec<Entry<'a>> {
     let mut entries = Vec::new();
     for (at, slice) in slices.of(port) {
         entries.extend(slice.endpoints.iter().map(|endpoint| Entry { endpoint, port: at.port }));

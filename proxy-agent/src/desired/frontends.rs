@@ -9,19 +9,16 @@ use proxy_common::be::Be16;
 
 use super::Context;
 use crate::cluster::{Service, ServicePort, ServiceType, TrafficPolicy};
+use crate::model::unspecified;
 
 /// The addresses of a Service in one family, with the flags of their frontends: the same for all its ports.
-pub(super) struct OfFamily<'s> {
-    service: &'s Service,
+pub(super) struct OfFamily {
     family: Family,
     cluster_ip: Addr,
-    external_ips: Vec<Addr>,
-    /// Flags of the clusterIP.
-    internal: u16,
-    /// Flags of externalIPs, load-balancer addresses and nodePorts.
+    addresses: BTreeMap<Addr, u16>,
+    /// Flags of nodePorts.
     external: u16,
-    /// What source ranges mean for load-balancer addresses.
-    filter: Filter,
+    source_ranges: Vec<Prefix>,
 }
 
 /// `loadBalancerSourceRanges` in one family.
@@ -33,10 +30,10 @@ struct Filter {
     ranges: Vec<Prefix>,
 }
 
-impl<'s> OfFamily<'s> {
+impl OfFamily {
     /// For `service`, whose clusterIP in `family` is `cluster_ip`.
     pub(super) fn new(
-        service: &'s Service,
+        service: &Service,
         family: Family,
         cluster_ip: Addr,
         context: &Context,
@@ -59,45 +56,50 @@ impl<'s> OfFamily<'s> {
                 }
                 TrafficPolicy::Local | TrafficPolicy::Cluster => 0,
             };
-        Self {
-            service,
-            family,
-            cluster_ip,
-            external_ips: external_ips(service, family, cluster_ip, context, problems),
-            internal,
-            external,
-            filter: filter(service, family, context, problems),
+        let vips = load_balancer_ips(service, family, context, problems);
+        let filter = filter(service, family, &vips, context, problems);
+        // One address in two roles is one frontend: the first role decides the policy, and a filter always stays.
+        let mut addresses = BTreeMap::from([(cluster_ip, internal)]);
+        for addr in external_ips(service, family, cluster_ip, context, problems) {
+            addresses.entry(addr).or_insert(external);
         }
+        for addr in vips {
+            *addresses.entry(addr).or_insert(external) |= filter.flags | flags::LOAD_BALANCER;
+        }
+        Self { family, cluster_ip, addresses, external, source_ranges: filter.ranges }
     }
 
     /// As [`super::DesiredPort::source_ranges`].
     pub(super) fn source_ranges(&self) -> &[Prefix] {
-        &self.filter.ranges
+        &self.source_ranges
+    }
+
+    /// How many frontends these ports have together, each with its nodePort.
+    pub(super) fn count(&self, ports: &[(&ServicePort, u16)]) -> usize {
+        let node_ports = ports.iter().filter(|(_, node_port)| *node_port != 0);
+        self.addresses.len() * ports.len() + node_ports.count()
+    }
+
+    /// The clusterIP as such.
+    pub(super) const fn address(&self) -> FrontendKey {
+        FrontendKey::address(self.cluster_ip)
     }
 
     /// The frontends of `port`, by key. `node_port` 0 means that it has none.
     pub(super) fn of_port(&self, port: &ServicePort, node_port: u16) -> Vec<(FrontendKey, u16)> {
-        let exact = |addr| FrontendKey::exact(addr, Be16::new(port.port), port.proto);
-        let mut frontends = BTreeMap::from([
-            (FrontendKey::address(self.cluster_ip), 0),
-            (exact(self.cluster_ip), self.internal),
-        ]);
-        // One address in two roles is one frontend: the first role decides the policy, and a filter always stays.
-        for addr in &self.external_ips {
-            frontends.entry(exact(*addr)).or_insert(self.external);
-        }
-        for addr in in_family(&self.service.load_balancer_ips, self.family) {
-            *frontends.entry(exact(addr)).or_insert(self.external) |=
-                self.filter.flags | flags::LOAD_BALANCER;
-        }
+        let exact = |(addr, flags): (&Addr, &u16)| {
+            (FrontendKey::exact(*addr, Be16::new(port.port), port.proto), *flags)
+        };
+        let mut frontends = Vec::with_capacity(self.addresses.len() + 1);
+        frontends.extend(self.addresses.iter().map(exact));
         if node_port != 0 {
-            let any = match self.family {
-                Family::V4 => Addr::v4([0; 4]),
-                Family::V6 => Addr::ZERO,
-            };
-            frontends.insert(FrontendKey::node_port(any, Be16::new(node_port), port.proto), self.external);
+            frontends.push((
+                FrontendKey::node_port(unspecified(self.family), Be16::new(node_port), port.proto),
+                self.external,
+            ));
+            frontends.sort_unstable();
         }
-        frontends.into_iter().collect()
+        frontends
     }
 }
 
@@ -113,14 +115,58 @@ fn external_ips(
     if context.ignore_external_ips {
         return Vec::new();
     }
-    let mut served = Vec::with_capacity(service.external_ips.len());
-    for addr in in_family(&service.external_ips, family).filter(|addr| *addr != cluster_ip) {
-        match context.service_cidrs.iter().find(|cidr| cidr.contains(addr)) {
-            Some(cidr) => problems.push(format!(
-                "spec.externalIPs: {addr} is not served: it is in the ServiceCIDR {cidr}, whose addresses are clusterIPs only"
-            )),
-            None => served.push(addr),
+    let others = in_family(&service.external_ips, family).filter(|addr| *addr != cluster_ip);
+    let why_not = |addr: &Addr| {
+        let among_cluster_ips = || {
+            let cidr = context.service_cidrs.iter().find(|cidr| cidr.contains(*addr))?;
+            Some(format!("it is in the ServiceCIDR {cidr}, whose addresses are clusterIPs only"))
+        };
+        on_this_node(addr, context).or_else(among_cluster_ips)
+    };
+    admitted("spec.externalIPs", others, why_not, problems)
+}
+
+/// The load-balancer addresses of `family` that are served.
+fn load_balancer_ips(
+    service: &Service,
+    family: Family,
+    context: &Context,
+    problems: &mut Vec<String>,
+) -> Vec<Addr> {
+    let all = in_family(&service.load_balancer_ips, family);
+    admitted("status.loadBalancer.ingress", all, |addr| on_this_node(addr, context), problems)
+}
+
+/// Why an address of this host is no Service's; `None` for others, and where all may be.
+fn on_this_node(addr: &Addr, context: &Context) -> Option<String> {
+    let protected = context.protect_node_addresses && context.host_addresses.contains(addr);
+    protected.then(|| "it is an address of this node (--protect-node-addresses)".to_owned())
+}
+
+/// Sentences about one field; what else is wrong with it is counted.
+const SENTENCES: usize = 16;
+
+/// Those of `addrs` that nothing speaks against.
+fn admitted(
+    field: &str,
+    addrs: impl Iterator<Item = Addr>,
+    why_not: impl Fn(&Addr) -> Option<String>,
+    problems: &mut Vec<String>,
+) -> Vec<Addr> {
+    let mut served = Vec::new();
+    let mut refused = 0_usize;
+    for addr in addrs {
+        let Some(why) = why_not(&addr) else {
+            served.push(addr);
+            continue;
+        };
+        refused += 1;
+        if refused <= SENTENCES {
+            problems.push(format!("{field}: {addr} is not served: {why}"));
         }
+    }
+    if refused > SENTENCES {
+        problems.push(format!("{field}: {} more are not served", refused - SENTENCES));
     }
     served
 }
@@ -140,11 +186,16 @@ fn external_policy_counts(service: &Service) -> bool {
 
 /// What `loadBalancerSourceRanges` mean for the load-balancer addresses of `family`. Without a range of the family,
 /// or with one that holds the whole family, nothing is filtered.
-fn filter(service: &Service, family: Family, context: &Context, problems: &mut Vec<String>) -> Filter {
+fn filter(
+    service: &Service,
+    family: Family,
+    vips: &[Addr],
+    context: &Context,
+    problems: &mut Vec<String>,
+) -> Filter {
     let mut ranges: Vec<Prefix> =
         service.source_ranges.iter().copied().filter(|r| r.family() == family).collect();
-    let mut vips = in_family(&service.load_balancer_ips, family).peekable();
-    if ranges.is_empty() || ranges.iter().any(Prefix::matches_all) || vips.peek().is_none() {
+    if ranges.is_empty() || ranges.iter().any(Prefix::matches_all) || vips.is_empty() {
         return Filter::default();
     }
 
@@ -161,7 +212,7 @@ fn filter(service: &Service, family: Family, context: &Context, problems: &mut V
             Some(pods) => format!("do not contain every pod ({pods})"),
             None => format!("cannot be compared with the addresses of pods (no cluster CIDR for {family})"),
         };
-        for vip in in_family(&service.load_balancer_ips, family) {
+        for vip in vips {
             problems.push(format!(
                 "sockets of pods are refused on load-balancer address {vip} while no interface of a pod is attached \
                  (--pod-interfaces): spec.loadBalancerSourceRanges {why}, and a socket has no source address yet when \
@@ -173,7 +224,7 @@ fn filter(service: &Service, family: Family, context: &Context, problems: &mut V
     let deny_pod = if pods_allowed { 0 } else { flags::DENY_POD };
     if context.node.ips[family.index()].is_some_and(|ip| allowed(&ip)) {
         // Where a load-balancer address is bound to this host, the host may use it as its source.
-        ranges.extend(vips.filter_map(alone));
+        ranges.extend(vips.iter().copied().filter_map(alone));
     }
     ranges.sort_unstable();
     ranges.dedup();

@@ -6,22 +6,25 @@
 //! [`frontends`] says where a Service port can be reached and what its policies mean there, [`endpoints`] which
 //! endpoints are in which set. The claims index and the plan read the result.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
 use proxy_common::abi::{FrontendKey, SlotRange};
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
 
+use budget::Demand;
+
 use crate::cluster::{Node, ObjectKey, Service, ServicePort, ServiceType, Slice};
 
-mod frontends;
-
+mod budget;
 mod endpoints;
+mod frontends;
 
 #[cfg(test)]
 mod tests;
 
+pub use budget::{Budget, Budgets};
 pub use endpoints::{Reason, Standing};
 
 /// A Service port in one family: the unit that gets an id in the kernel.
@@ -49,13 +52,17 @@ pub struct Context {
     /// detect-local by interface: pods are told apart in both families, whatever `cluster_cidr` says.
     pub pods_by_interface: bool,
     /// Every address of this host, loopback included.
-    pub host_addresses: Vec<Addr>,
+    pub host_addresses: BTreeSet<Addr>,
     /// The prefixes that clusterIPs are given from.
     pub service_cidrs: Vec<Prefix>,
     /// The feature gate `AllowServiceExternalIPs` is off: externalIPs are no frontends.
     pub ignore_external_ips: bool,
+    /// externalIPs and load-balancer addresses that are addresses of this host are no frontends.
+    pub protect_node_addresses: bool,
     /// The packet edge judges what pods send where their sockets cannot be told.
     pub pods_in_packets: bool,
+    /// How much one Service may ask for.
+    pub budget: Budget,
 }
 
 /// A backend of a Service port.
@@ -74,7 +81,8 @@ pub struct DesiredBackend {
 pub struct DesiredPort {
     /// Which.
     pub key: PortKey,
-    /// Frontends with their flags ([`proxy_common::abi::frontend::flags`]), by key, each once.
+    /// Frontends with their flags ([`proxy_common::abi::frontend::flags`]), by key, each once. That a clusterIP as such is
+    /// active is said by the last port of the family: its other ports are refused once those that it has are there.
     pub frontends: Vec<(FrontendKey, u16)>,
     /// Endpoints that are in a set or serving, by address and port, each once.
     pub backends: Vec<DesiredBackend>,
@@ -118,19 +126,33 @@ pub fn desired_service<'a>(
     }
 
     let distinct = distinct_ports(&service.ports, &mut problems);
-    let mut ports = Vec::with_capacity(distinct.len());
+    let mut families = Vec::with_capacity(2);
+    let mut demand = Demand::default();
     for family in Family::ALL {
         let Some(cluster_ip) = service.cluster_ips[family.index()] else { continue };
         let frontends = frontends::OfFamily::new(service, family, cluster_ip, context, &mut problems);
         let by_port = endpoints::ByPort::new(slices.clone().filter(|slice| slice.family == family));
+        demand.frontends += frontends.count(&distinct);
+        demand.endpoints += distinct.iter().map(|(port, _)| by_port.count(port)).sum::<usize>();
+        demand.source_ranges += frontends.source_ranges().len() * distinct.len();
+        families.push((family, frontends, by_port));
+    }
+    let beyond = demand.beyond(&context.budget);
+    if !beyond.is_empty() {
+        problems.splice(0..0, beyond);
+        return DesiredService { ports: Vec::new(), problems };
+    }
+
+    let mut ports = Vec::with_capacity(distinct.len() * families.len());
+    for (family, frontends, by_port) in &families {
         for &(port, node_port) in &distinct {
-            let endpoints = endpoints::select(port, &by_port, context);
+            let endpoints = endpoints::select(port, by_port, context);
             ports.push(DesiredPort {
                 key: PortKey {
                     service: service.key.clone(),
                     port_name: Arc::clone(&port.name),
                     proto: port.proto,
-                    family,
+                    family: *family,
                 },
                 frontends: frontends.of_port(port, node_port),
                 backends: endpoints.backends,
@@ -141,20 +163,28 @@ pub fn desired_service<'a>(
         }
     }
     ports.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+    for (family, frontends, _) in &families {
+        if let Some(last) = ports.iter_mut().rfind(|port| port.key.family == *family) {
+            last.frontends.push((frontends.address(), 0));
+            last.frontends.sort_unstable();
+        }
+    }
     DesiredService { ports, problems }
 }
 
-/// Every endpoint of a Service port, with the reasons for what [`desired_service`] makes of it. Empty for a port that the
-/// Service does not have.
+/// Every endpoint of each port of `desired`, with the reasons for what [`desired_service`] has made of it.
 pub fn standings<'a>(
-    service: &Service,
-    slices: impl Iterator<Item = &'a Slice>,
-    key: &PortKey,
+    desired: &DesiredService,
+    slices: impl Iterator<Item = &'a Slice> + Clone,
     context: &Context,
-) -> Vec<Standing> {
-    let port = service.ports.iter().find(|port| port.name == key.port_name && port.proto == key.proto);
-    let of_family = slices.filter(|slice| slice.family == key.family);
-    port.map_or_else(Vec::new, |port| endpoints::judge(port, &endpoints::ByPort::new(of_family), context))
+) -> Vec<Vec<Standing>> {
+    let by_port = Family::ALL
+        .map(|family| endpoints::ByPort::new(slices.clone().filter(move |slice| slice.family == family)));
+    let of_port = |port: &DesiredPort| {
+        let PortKey { proto, port_name, family, .. } = &port.key;
+        endpoints::judge((*proto, port_name), &by_port[family.index()], context)
+    };
+    desired.ports.iter().map(of_port).collect()
 }
 
 /// The ports that do not contradict an earlier one, each with the nodePort that it may have (0 for none). The API

@@ -8,19 +8,19 @@ use std::time::Instant;
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use proxy_common::abi;
-use proxy_common::abi::device::flags::{NEAR, POD};
+use proxy_common::abi::device::flags::{NEAR, POD, POD_BRIDGE};
 use proxy_common::addr::Addr;
 
 use super::choice::{Choice, Choices, Role};
 use super::snapshot::Layer;
 use super::sources::Sources;
-use crate::bpf::Refused;
 use crate::bpf::maps::OpenError;
+use crate::bpf::others::{Looking, Other};
 use crate::bpf::pins::PinDir;
 use crate::bpf::tc::{
-    AttachError, Device, Direction, LoadError, Mechanism, PROGRAMS, Pair, TcPrograms, detach_clsact,
-    remove_links,
+    AttachError, Device, Direction, LoadError, Mechanism, PROGRAMS, Pair, TcPrograms, remove_links,
 };
+use crate::bpf::{Refused, clsact};
 
 /// How often in a row a program is put back to its place before the device is left to whoever wants that place.
 const PATIENCE: u32 = 3;
@@ -56,6 +56,8 @@ pub struct Attacher {
 pub struct Outcome {
     /// How it is attached; on failure, why it is not (or not as it should be).
     pub attached: Result<Mechanism, String>,
+    /// What others run there.
+    pub others: Vec<Other>,
 }
 
 impl Attacher {
@@ -97,6 +99,12 @@ impl Attacher {
             self.l2.load(&PROGRAMS);
         }
         let loading = start.elapsed();
+        for &bridge in &pod_bridges(choices) {
+            let value = abi::Device { flags: POD_BRIDGE, ..abi::Device::default() };
+            if let Err(error) = self.describe(bridge, value) {
+                tracing::warn!(%error, index = bridge, "a bridge of pods is taken for a way in from outside");
+            }
+        }
         let mut order: Vec<(&u32, &Choice)> = choices.iter().collect();
         order.sort_by_key(|(index, choice)| (choice.role, **index));
         let mut outcomes = BTreeMap::new();
@@ -105,9 +113,12 @@ impl Attacher {
             let of_device = sources.get(&index).copied().unwrap_or_default();
             let attached = self.attach(index, choice, of_device, &mut spare);
             let attached = attached.map(|()| self.mechanism).map_err(|error| error.to_string());
-            outcomes.insert(index, Outcome { attached });
+            outcomes.insert(index, Outcome { attached, others: Vec::new() });
         }
         self.detach_others(choices);
+        if let Err(error) = self.find_others(choices, &mut outcomes) {
+            tracing::warn!(%error, "what others run on the devices cannot be told");
+        }
         let (took, mechanism) = (start.elapsed(), self.mechanism.name());
         tracing::debug!(?took, ?loading, devices = choices.len(), mechanism, "pass over the devices");
         outcomes
@@ -125,9 +136,7 @@ impl Attacher {
         let pod = if choice.role == Role::Pod { POD } else { 0 };
         let value = abi::Device { snat_v4, snat_v6, flags: near | pod };
         // What the programs read has to be there before they run.
-        if self.devices.get(&index, 0).ok() != Some(value) {
-            self.devices.insert(index, value, 0).map_err(DeviceError::Map)?;
-        }
+        self.describe(index, value).map_err(DeviceError::Map)?;
         let device = Device { index, name: &choice.name };
         let pair = pair(choice);
         let pins = self.pins.clone();
@@ -140,7 +149,7 @@ impl Attacher {
             let program = pair.program(direction);
             match self.mechanism {
                 Mechanism::Clsact => {
-                    self.programs(choice)?.attach_clsact(&device, program, direction)?;
+                    self.programs(choice)?.attach_clsact(&pins, &device, program, direction)?;
                 }
                 Mechanism::Tcx => {
                     if self.programs(choice)?.attach_tcx(&pins, &device, program, direction)? {
@@ -168,6 +177,26 @@ impl Attacher {
         Ok(())
     }
 
+    /// Looks for what others run beside ours.
+    fn find_others(&self, choices: &Choices, outcomes: &mut BTreeMap<u32, Outcome>) -> std::io::Result<()> {
+        let looking = Looking::begin()?;
+        for (&index, outcome) in outcomes {
+            if let Some(choice) = choices.get(&index) {
+                outcome.others = looking.others(&self.pins, index, pair(choice))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what `DEVICES` says of a device.
+    fn describe(&mut self, index: u32, value: abi::Device) -> Result<(), MapError> {
+        if self.devices.get(&index, 0).ok() == Some(value) {
+            Ok(())
+        } else {
+            self.devices.insert(index, value, 0)
+        }
+    }
+
     /// The programs for a device, loaded unless the kernel has refused them.
     fn programs(&mut self, choice: &Choice) -> Result<&mut TcPrograms, DeviceError> {
         if choice.layer == Layer::L2 {
@@ -187,7 +216,14 @@ impl Attacher {
         if let Err(error) = remove_links(&self.pins, |_, other| other != index) {
             tracing::warn!(%error, path = %self.pins.links().display(), "links that are not needed any more stay");
         }
-        detach_clsact(name);
+        self.detach_filters(index, name);
+    }
+
+    /// Removes the filters of a device, and logs what stays.
+    fn detach_filters(&self, index: u32, name: &str) {
+        if let Err(error) = clsact::detach(&self.pins, index) {
+            tracing::warn!(device = name, %error, "filters that are not needed any more stay");
+        }
     }
 
     fn detach_others(&mut self, choices: &Choices) {
@@ -206,19 +242,28 @@ impl Attacher {
         }
         for (index, name) in std::mem::take(&mut self.filtered) {
             if self.mechanism == Mechanism::Tcx || !choices.contains_key(&index) {
-                detach_clsact(&name);
+                self.detach_filters(index, &name);
             }
         }
         if self.mechanism == Mechanism::Clsact {
             self.filtered = choices.iter().map(|(index, choice)| (*index, choice.name.clone())).collect();
         }
         let known: BTreeSet<u32> = self.devices.keys().filter_map(Result::ok).collect();
-        for index in known.into_iter().filter(|index| !choices.contains_key(index)) {
+        let bridges = pod_bridges(choices);
+        for index in
+            known.into_iter().filter(|index| !choices.contains_key(index) && !bridges.contains(index))
+        {
             // Gone already is as good.
             let _ = self.devices.remove(&index);
         }
         self.overtaken.retain(|(_, index), _| choices.contains_key(index));
     }
+}
+
+/// The bridges of pods' interfaces that are no external devices themselves.
+fn pod_bridges(choices: &Choices) -> BTreeSet<u32> {
+    let pods = choices.values().filter(|choice| choice.role == Role::Pod);
+    pods.filter_map(|choice| choice.owner).filter(|owner| !choices.contains_key(owner)).collect()
 }
 
 fn pair(choice: &Choice) -> Pair {

@@ -7,7 +7,7 @@
 //! One task beside the agent's loop owns it all: attaching waits for the kernel's RCU, some 20 ms a time.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rtnetlink::Handle;
 use serde::{Deserialize, Serialize};
@@ -15,8 +15,10 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::bpf::Refused;
+use crate::bpf::notes::Notes;
+use crate::bpf::others::{Other, Side};
 use crate::bpf::pins::PinDir;
-use crate::bpf::tc::Mechanism;
+use crate::bpf::tc::{Direction, Mechanism};
 use crate::node::FollowError;
 
 pub mod settings;
@@ -31,6 +33,8 @@ pub mod attach;
 
 pub mod reserved_ports;
 
+mod ipsec;
+
 use attach::{Attacher, Outcome};
 use choice::{Choices, Role, choose, problems};
 use settings::Settings;
@@ -44,6 +48,16 @@ const RETRY_AT_MOST: Duration = Duration::from_secs(300);
 const CHECK: Duration = Duration::from_secs(30);
 /// What the agent knows changes in bursts as well.
 const SETTLE: Duration = Duration::from_millis(50);
+/// Where passes take long, the time between them is as long, up to this: whoever makes pods come and go does not keep the
+/// kernel's lock of all devices busy.
+const REST_AT_MOST: Duration = Duration::from_secs(1);
+
+const BEHIND_ON_EGRESS: &str = "others are behind ours on the way out (OTHERS in `proxy-agent status`): to them answers come \
+    from Services, not from pods. Let them allow Services' addresses; or run the agent with --no-tcx, which puts ours behind \
+    filters, if all of them let packets pass by TC_ACT_UNSPEC (`continue`) and have a `pref` below 65535";
+const AHEAD_ON_INGRESS: &str = "others are ahead of ours on the way in (OTHERS in `proxy-agent status`): to them requests go to \
+    Services, not to pods, and what they accept by anything but TC_ACT_UNSPEC (`continue`) is not served. Give filters a \
+    `pref` above 1; TCX programs are behind ours without --no-tcx";
 
 /// What is wanted of the packet edge.
 #[derive(Clone, Debug)]
@@ -70,6 +84,9 @@ pub struct DeviceState {
     pub reason: String,
     /// `tcx` or `clsact`; empty while the programs are not attached.
     pub attached: String,
+    /// What others run on it, except what is behind ours on the way in, as it should be.
+    #[serde(default)]
+    pub others: Vec<Other>,
     /// Sources of packets to other nodes: one of each family that has one.
     pub sources: Vec<String>,
     /// Whether all that enters counts as traffic of local pods.
@@ -160,7 +177,7 @@ struct Worker {
 
 impl Worker {
     async fn run(mut self, publish: watch::Sender<State>) {
-        reserved_ports::reserve();
+        reserved_ports::reserve(&Notes::of(&self.config.pins));
         let mut attacher = None;
         let mut maps = 0;
         let mut retry = RETRY;
@@ -178,11 +195,15 @@ impl Worker {
             let present = names(&snapshot);
             let (config, wanted, given) = (self.config.clone(), choices.clone(), sources.clone());
             let work = move || pass(attacher, &config, present, &wanted, &given);
+            let start = Instant::now();
             let outcomes = match tokio::task::spawn_blocking(work).await {
-                Ok(Ok((back, outcomes))) => {
+                Ok(Ok(Pass { attacher: back, outcomes, ipsec })) => {
                     state.verified = back.verified();
                     state.refused = back.refused();
                     attacher = Some(back);
+                    if ipsec {
+                        state.problems.insert("IPsec".to_owned(), vec![ipsec::PROBLEM.to_owned()]);
+                    }
                     outcomes
                 }
                 Ok(Err(error)) => {
@@ -193,6 +214,7 @@ impl Worker {
                 // It has panicked, or the agent ends.
                 Err(_) => return,
             };
+            let (ended, took) = (Instant::now(), start.elapsed());
             describe(&mut state, &choices, &sources, &outcomes);
             let flags = problems(&snapshot, &self.config.settings);
             if !flags.is_empty() {
@@ -216,8 +238,17 @@ impl Worker {
                 }
                 () = tokio::time::sleep(pause) => {}
             }
+            tokio::time::sleep_until((ended + took.min(REST_AT_MOST)).into()).await;
         }
     }
+}
+
+/// What a pass leaves.
+struct Pass {
+    attacher: Attacher,
+    outcomes: BTreeMap<u32, Outcome>,
+    /// Whether there are IPsec policies that packets meet on the devices.
+    ipsec: bool,
 }
 
 /// Everything that blocks.
@@ -227,7 +258,7 @@ fn pass(
     present: BTreeMap<u32, String>,
     choices: &Choices,
     sources: &BTreeMap<u32, Sources>,
-) -> Result<(Attacher, BTreeMap<u32, Outcome>), attach::AttacherError> {
+) -> Result<Pass, attach::AttacherError> {
     let mut attacher = match attacher {
         Some(attacher) => attacher,
         None => {
@@ -236,7 +267,12 @@ fn pass(
         }
     };
     let outcomes = attacher.apply(choices, sources);
-    Ok((attacher, outcomes))
+    let ipsec = !choices.is_empty()
+        && ipsec::has_policies().unwrap_or_else(|error| {
+            tracing::warn!(%error, "whether there are IPsec policies cannot be told");
+            false
+        });
+    Ok(Pass { attacher, outcomes, ipsec })
 }
 
 fn names(snapshot: &Snapshot) -> BTreeMap<u32, String> {
@@ -260,14 +296,20 @@ fn describe(
     outcomes: &BTreeMap<u32, Outcome>,
 ) {
     for (index, choice) in choices {
-        let attached = match outcomes.get(index).map(|outcome| &outcome.attached) {
+        let outcome = outcomes.get(index);
+        let others = outcome.map(|outcome| outcome.others.clone()).unwrap_or_default();
+        let mut problems = wrong_places(&others);
+        let attached = match outcome.map(|outcome| &outcome.attached) {
             Some(Ok(mechanism)) => mechanism.name().to_owned(),
             Some(Err(reason)) => {
-                state.problems.insert(format!("device {}", choice.name), vec![reason.clone()]);
+                problems.push(reason.clone());
                 String::new()
             }
             None => String::new(),
         };
+        if !problems.is_empty() {
+            state.problems.insert(format!("device {}", choice.name), problems);
+        }
         let addresses = sources.get(index).into_iter().flatten().copied().map(attach::shown);
         state.devices.push(DeviceState {
             index: *index,
@@ -275,6 +317,7 @@ fn describe(
             role: choice.role.name().to_owned(),
             reason: choice.reason.clone(),
             attached,
+            others,
             sources: addresses.filter(|address| !address.is_empty()).collect(),
             near: choice.near,
             l3: choice.layer == snapshot::Layer::L3,
@@ -282,22 +325,35 @@ fn describe(
     }
 }
 
-/// Removes every clsact filter of ours in the calling thread's network namespace. Links go with their pins.
+/// What it means that others see Services where they should see pods.
+fn wrong_places(others: &[Other]) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut tell = |direction, side, reason: &str| {
+        if others.iter().any(|other| (other.direction, other.side) == (direction, side)) {
+            problems.push(reason.to_owned());
+        }
+    };
+    tell(Direction::Egress, Side::Behind, BEHIND_ON_EGRESS);
+    tell(Direction::Ingress, Side::Ahead, AHEAD_ON_INGRESS);
+    problems
+}
+
+/// Removes every clsact filter of ours in the calling thread's network namespace, and the queueing disciplines that we made
+/// for them. Links go with their pins. Returns what stays, by device.
 ///
 /// # Errors
 ///
 /// When the devices cannot be listed.
-pub async fn remove_filters() -> Result<(), FollowError> {
+pub async fn remove_filters(pins: &PinDir) -> Result<Vec<(String, std::io::Error)>, FollowError> {
     let what = "this host's devices";
     let (connection, handle, _) =
         rtnetlink::new_connection().map_err(|source| FollowError::Open { what, source })?;
     let connection = tokio::spawn(connection);
     let snapshot = snapshot::dump(handle).await;
     connection.abort();
-    for name in names(&snapshot.map_err(|source| FollowError::Dump { what, source })?).values() {
-        crate::bpf::tc::detach_clsact(name);
-    }
-    Ok(())
+    let devices = names(&snapshot.map_err(|source| FollowError::Dump { what, source })?);
+    let stay = |(index, name)| Some((name, crate::bpf::clsact::detach(pins, index).err()?));
+    Ok(devices.into_iter().filter_map(stay).collect())
 }
 
 #[cfg(test)]

@@ -1,12 +1,12 @@
 //! Events: what a user should see in `kubectl describe`, written to the API (events.k8s.io/v1).
 //!
 //! Whoever has something to say hands it over ([`Events::tell`]) and goes on; a task of its own writes it. What comes
-//! again and again is written once, a flood is cut off ([`gate`]), and a server that does not answer costs the Event,
-//! nothing else. Without an API (`--manifests`) there are none: whatever becomes an Event is in the log, too.
+//! again and again is written once, a flood is cut off where it comes from, and namespaces take turns ([`mod@line`]); a server
+//! that does not answer costs the Event, nothing else. Without an API (`--manifests`) there are none: whatever becomes an Event is in the log, too.
 
-mod gate;
+mod line;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{ObjectReference, Service};
@@ -15,18 +15,16 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{ListParams, PostParams};
 use kube::{Api, Client, Resource as _};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, oneshot};
 use tokio::time::{sleep, timeout};
 
-use self::gate::Gate;
+use self::line::{Line, Next, Verdict};
 use crate::cluster::ObjectKey;
 use crate::http::HttpError;
 use crate::metrics::{EventFate, Metrics};
 
 /// Who reports, in `kubectl get events`.
 const CONTROLLER: &str = "vipr";
-/// Events that may wait to be written.
-const QUEUE: usize = 64;
 /// How often one is tried, how long each time, and the pause in between.
 const ATTEMPTS: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -86,11 +84,28 @@ impl Event {
     }
 }
 
-type Queued = (Event, Option<oneshot::Sender<()>>);
+/// Dropped when the Event is written, or never will be.
+type Done = Option<oneshot::Sender<()>>;
+
+/// Where Events wait.
+#[derive(Debug)]
+struct Desk {
+    line: Mutex<Line<Done>>,
+    /// Somebody has handed one over.
+    came: Notify,
+    metrics: Arc<Metrics>,
+}
+
+impl Desk {
+    fn line(&self) -> MutexGuard<'_, Line<Done>> {
+        // Every method leaves it whole.
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// Where Events are handed over. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Events(Option<(mpsc::Sender<Queued>, Arc<Metrics>)>);
+pub struct Events(Option<Arc<Desk>>);
 
 impl Events {
     /// For an agent without an API.
@@ -100,9 +115,10 @@ impl Events {
 
     /// Events of the node of this name. Needs a runtime.
     pub fn to_api(client: Client, node: Arc<str>, metrics: Arc<Metrics>) -> Self {
-        let (tx, queue) = mpsc::channel(QUEUE);
-        tokio::spawn(write_all(client, node, queue, Arc::clone(&metrics)));
-        Self(Some((tx, metrics)))
+        let line = Mutex::new(Line::new(Instant::now()));
+        let desk = Arc::new(Desk { line, came: Notify::new(), metrics });
+        tokio::spawn(write_all(client, node, Arc::clone(&desk)));
+        Self(Some(desk))
     }
 
     /// Hands an Event over. When too many wait it is dropped, and counted.
@@ -118,24 +134,34 @@ impl Events {
         let _ = timeout(patience, written).await;
     }
 
-    fn hand_over(&self, event: Event, done: Option<oneshot::Sender<()>>) {
-        let Some((queue, metrics)) = &self.0 else { return };
-        if queue.try_send((event, done)).is_err() {
-            metrics.event(EventFate::Dropped);
+    fn hand_over(&self, event: Event, done: Done) {
+        let Some(desk) = &self.0 else { return };
+        match desk.line().take(event, done, Instant::now()) {
+            Verdict::Waits => {}
+            Verdict::Known => return,
+            Verdict::TooMany | Verdict::Displaces => desk.metrics.event(EventFate::Dropped),
         }
+        desk.came.notify_one();
     }
 }
 
-async fn write_all(client: Client, node: Arc<str>, mut queue: mpsc::Receiver<Queued>, metrics: Arc<Metrics>) {
-    let mut gate = Gate::new(Instant::now());
-    while let Some((event, done)) = queue.recv().await {
-        let fate = match gate.judge(&event, Instant::now()) {
-            gate::Verdict::Known => continue,
-            gate::Verdict::TooMany => EventFate::Dropped,
-            gate::Verdict::Write => write(&client, &node, &event).await,
-        };
-        metrics.event(fate);
-        drop(done);
+async fn write_all(client: Client, node: Arc<str>, desk: Arc<Desk>) {
+    loop {
+        let next = desk.line().next(Instant::now());
+        match next {
+            Next::Write(event, done) => {
+                desk.metrics.event(write(&client, &node, &event).await);
+                drop(done);
+            }
+            Next::Late(_) => desk.metrics.event(EventFate::Dropped),
+            Next::Rest(until) => {
+                tokio::select! {
+                    () = tokio::time::sleep_until(until.into()) => {}
+                    () = desk.came.notified() => {}
+                }
+            }
+            Next::Nothing => desk.came.notified().await,
+        }
     }
 }
 

@@ -72,7 +72,7 @@ impl Verdict {
         match self {
             Self::Served => "served",
             Self::Refused => "refused",
-            Self::Denied => "denied (EPERM)",
+            Self::Denied => "denied (EHOSTUNREACH; EPERM before Linux 5.18)",
             Self::Dropped => "dropped silently",
             Self::LeftToPackets => "left to its packets",
             Self::NotOurs => "not touched",

@@ -75,11 +75,12 @@ pub fn of_service<'a>(
     context: &Context,
 ) -> Vec<PortReasons> {
     let desired = desired_service(service, slices.clone(), context);
-    let reasons = desired.ports.iter().map(|port| PortReasons {
+    let standings = standings(&desired, slices, context);
+    let reasons = desired.ports.iter().zip(&standings).map(|(port, standings)| PortReasons {
         port: port.key.port_name.to_string(),
         proto: port.key.proto,
         family: port.key.family.to_string(),
-        endpoints: standings(service, slices.clone(), &port.key, context).iter().map(Into::into).collect(),
+        endpoints: standings.iter().map(Into::into).collect(),
     });
     reasons.collect()
 }

@@ -11,7 +11,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+
+mod listen;
 
 mod room;
 
@@ -98,6 +101,9 @@ impl Default for Limits {
     }
 }
 
+/// The largest head of a request, bytes: what has come of it is read again with each piece.
+const HEAD_MAX: usize = 8_192;
+
 /// How long a connection that is to end may take for its last answer.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -112,9 +118,9 @@ pub async fn serve(
     router: Router,
     on_failure: OnBindFailure,
 ) -> Result<(), HttpError> {
-    let listener = loop {
-        match (TcpListener::bind(address).await, on_failure) {
-            (Ok(listener), _) => break listener,
+    let listeners = loop {
+        match (listen::listen(address), on_failure) {
+            (Ok(listeners), _) => break listeners,
             (Err(source), OnBindFailure::Fail) => return Err(HttpError::Bind { server, address, source }),
             (Err(error), OnBindFailure::Retry(pause)) => {
                 tracing::error!(server, %address, %error, retry_in = ?pause, "cannot listen");
@@ -123,7 +129,12 @@ pub async fn serve(
         }
     };
     tracing::info!(server, %address, "listening");
-    serve_on(listener, router, Limits::default(), std::future::pending()).await;
+    // A task for each: they take turns.
+    let (mut servers, limits) = (JoinSet::new(), Limits::default());
+    for listener in listeners {
+        servers.spawn(serve_on(listener, router.clone(), limits.clone(), std::future::pending()));
+    }
+    while servers.join_next().await.is_some() {}
     Ok(())
 }
 
@@ -167,6 +178,7 @@ async fn converse(
         .timer(TokioTimer::new())
         .header_read_timeout(limits.silence)
         .keep_alive(false)
+        .max_buf_size(HEAD_MAX)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     tokio::pin!(connection);
     tokio::select! {

@@ -1,7 +1,8 @@
 //! Who may stay connected where everybody may connect. Who comes always gets a place; where there is none left, somebody else
 //! gives his up.
 
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -17,6 +18,14 @@ struct Guests {
     next: u64,
     /// By arrival.
     here: BTreeMap<u64, Guest>,
+    /// The same, by port and source.
+    ports: BTreeMap<u16, Port>,
+}
+
+#[derive(Debug, Default)]
+struct Port {
+    guests: usize,
+    sources: BTreeMap<IpAddr, BTreeSet<u64>>,
 }
 
 #[derive(Debug)]
@@ -40,7 +49,7 @@ impl Room {
     /// So many, and at least one.
     pub fn new(places: usize) -> Self {
         let places = places.max(1);
-        Self(Arc::new(Mutex::new(Guests { places, next: 0, here: BTreeMap::new() })))
+        Self(Arc::new(Mutex::new(Guests { places, next: 0, here: BTreeMap::new(), ports: BTreeMap::new() })))
     }
 
     /// A place for a connection from `source` to a server on `port`. Where all are taken, the port with the most connections
@@ -51,12 +60,10 @@ impl Room {
         if guests.here.len() >= guests.places
             && let Some(id) = guests.most_dispensable()
         {
-            guests.here.remove(&id);
+            guests.remove(id);
         }
-        let id = guests.next;
-        guests.next += 1;
         let (stay, gone) = oneshot::channel();
-        guests.here.insert(id, Guest { port, source: network(source), _stay: stay });
+        let id = guests.add(Guest { port, source: network(source), _stay: stay });
         drop(guests);
         Seat { room: self.clone(), id, gone }
     }
@@ -68,24 +75,42 @@ impl Room {
 }
 
 impl Guests {
+    fn add(&mut self, guest: Guest) -> u64 {
+        let id = self.next;
+        self.next += 1;
+        let port = self.ports.entry(guest.port).or_default();
+        port.guests += 1;
+        port.sources.entry(guest.source).or_default().insert(id);
+        self.here.insert(id, guest);
+        id
+    }
+
+    fn remove(&mut self, id: u64) {
+        let Some(guest) = self.here.remove(&id) else { return };
+        let Some(port) = self.ports.get_mut(&guest.port) else { return };
+        port.guests -= 1;
+        if let Some(source) = port.sources.get_mut(&guest.source) {
+            source.remove(&id);
+            if source.is_empty() {
+                port.sources.remove(&guest.source);
+            }
+        }
+        if port.guests == 0 {
+            self.ports.remove(&guest.port);
+        }
+    }
+
     fn most_dispensable(&self) -> Option<u64> {
-        let mut ports: BTreeMap<u16, usize> = BTreeMap::new();
-        for guest in self.here.values() {
-            *ports.entry(guest.port).or_default() += 1;
-        }
-        let (port, _) = ports.into_iter().max_by_key(|(_, connections)| *connections)?;
-        // By source: how many, and the first of them; of two with as many the one that has been there longer.
-        let mut sources: BTreeMap<IpAddr, (usize, std::cmp::Reverse<u64>)> = BTreeMap::new();
-        for (id, guest) in self.here.iter().filter(|(_, guest)| guest.port == port) {
-            sources.entry(guest.source).or_insert((0, std::cmp::Reverse(*id))).0 += 1;
-        }
-        sources.into_values().max().map(|(_, first)| first.0)
+        let port = self.ports.values().max_by_key(|port| port.guests)?;
+        // Of two sources with as many the one that has been there longer.
+        let most = port.sources.values().max_by_key(|guests| (guests.len(), Reverse(guests.first())))?;
+        most.first().copied()
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.room.guests().here.remove(&self.id);
+        self.room.guests().remove(self.id);
     }
 }
 

@@ -6,6 +6,7 @@
 //! samples.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::extract::State;
 use axum::http::header::{ACCEPT, CONTENT_TYPE, HeaderMap, VARY};
@@ -27,10 +28,11 @@ const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub fn router(metrics: Arc<Metrics>, configuration: &KubeProxyConfiguration) -> Router {
     let Gate { name, stage } = EXTERNAL_IPS_GATE;
     metrics.feature(name, stage, allows_external_ips(configuration));
+    let (readings, slis) = (Readings::default(), Readings::default());
     let configz = Json(serde_json::json!({ "kubeproxy.config.k8s.io": configuration }));
     Router::new()
-        .route("/metrics", get(|state, headers| scrape(state, headers, Metrics::text)))
-        .route("/metrics/slis", get(|state, headers| scrape(state, headers, Metrics::slis)))
+        .route("/metrics", get(|state, headers| scrape(state, headers, readings, Metrics::text)))
+        .route("/metrics/slis", get(|state, headers| scrape(state, headers, slis, Metrics::slis)))
         .route("/healthz", get(ping))
         .route("/proxyMode", get(|| async { "ebpf" }))
         .route("/configz", get(|| async { configz }))
@@ -45,18 +47,53 @@ async fn ping(State(metrics): State<Arc<Metrics>>) -> &'static str {
 async fn scrape(
     State(metrics): State<Arc<Metrics>>,
     headers: HeaderMap,
+    readings: Readings,
     what: fn(&Metrics) -> String,
 ) -> impl IntoResponse {
     let accepted: Vec<&str> =
         headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
-    // Beside the sync loop: the maps are read.
-    let text = tokio::task::spawn_blocking(move || what(&metrics)).await.unwrap_or_default();
+    // A task of its own: who goes away in between does not have it begin anew for the next one.
+    let reading = tokio::spawn(async move { readings.text(move || what(&metrics)).await });
+    let text = reading.await.unwrap_or_default();
     let (content_type, body) = if prefers_open_metrics(&accepted.join(",")) {
-        (OPEN_METRICS, text)
+        (OPEN_METRICS, text.to_string())
     } else {
         (PROMETHEUS, prometheus(&text))
     };
     ([(CONTENT_TYPE, content_type), (VARY, "Accept")], body)
+}
+
+/// Reads for whoever asks. A reading looks at every map, and some servers are open to many: who asks while somebody else
+/// waits gets the same answer, and readings take half of one CPU at most. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+struct Readings(Arc<tokio::sync::Mutex<Option<Reading>>>);
+
+/// The last one.
+#[derive(Debug)]
+struct Reading {
+    began: Instant,
+    ended: Instant,
+    text: Arc<str>,
+}
+
+impl Readings {
+    /// What `read` says, or what it said to somebody else since this was called.
+    async fn text(&self, read: impl FnOnce() -> String + Send + 'static) -> Arc<str> {
+        let asked = Instant::now();
+        let mut last = self.0.lock().await;
+        if let Some(last) = &*last {
+            if last.began >= asked {
+                return Arc::clone(&last.text);
+            }
+            let rest = last.ended - last.began;
+            tokio::time::sleep_until((last.ended + rest).into()).await;
+        }
+        let began = Instant::now();
+        // Beside the other servers of this thread.
+        let text: Arc<str> = tokio::task::spawn_blocking(read).await.unwrap_or_default().into();
+        *last = Some(Reading { began, ended: Instant::now(), text: Arc::clone(&text) });
+        text
+    }
 }
 
 /// Whether a client with this `Accept` header wants OpenMetrics 1.0 at least as much as plain text.
@@ -110,7 +147,33 @@ fn prometheus(open_metrics: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_crowd_is_answered_by_few_readings_none_older_than_its_question() {
+        let readings = Readings::default();
+        let count = Arc::new(AtomicUsize::new(0));
+        let ask = || {
+            let (readings, count) = (readings.clone(), Arc::clone(&count));
+            tokio::spawn(async move {
+                let read = move || {
+                    std::thread::sleep(Duration::from_millis(20));
+                    count.fetch_add(1, Ordering::Relaxed).to_string()
+                };
+                readings.text(read).await.parse::<usize>().unwrap()
+            })
+        };
+        for _ in 0..3 {
+            let before = count.load(Ordering::Relaxed);
+            for answer in (0..100).map(|_| ask()).collect::<Vec<_>>() {
+                assert!(answer.await.unwrap() >= before);
+            }
+            assert!(count.load(Ordering::Relaxed) <= before + 2);
+        }
+    }
 
     #[test]
     fn formats_by_accept() {

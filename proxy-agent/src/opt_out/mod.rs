@@ -24,6 +24,8 @@ pub use rules::{ANNOTATION, RuleError, Rules};
 const LOOK_ROUND: Duration = Duration::from_secs(5);
 /// How long a burst of events may take to end.
 const QUIET: Duration = Duration::from_millis(2);
+/// A burst that does not end is looked at nevertheless, and no more often than once in this time.
+const BURST: Duration = Duration::from_millis(100);
 /// For how long nobody wonders where the cgroup of a pod is: kubelet makes it before anything of the pod runs.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -89,10 +91,13 @@ async fn follow(
 ) {
     let mut since: BTreeMap<Arc<str>, Instant> = BTreeMap::new();
     let mut first = true;
+    let mut look_at = Instant::now();
     loop {
         let uids = wanted.borrow_and_update().clone();
         since.retain(|uid, _| uids.contains(uid));
+        tokio::time::sleep_until(look_at.into()).await;
         let tree = watched(&root, &mut events).await;
+        look_at = Instant::now() + BURST;
         let mut places = Found::new();
         for uid in uids {
             let place = match tree.pods.get(&*uid) {
@@ -116,7 +121,9 @@ async fn follow(
         tokio::select! {
             changed = wanted.changed() => if changed.is_err() { return },
             Some(_) = events.next(), if !nobody => {
-                while tokio::time::timeout(QUIET, events.next()).await.is_ok() {}
+                let quiet = async { while tokio::time::timeout(QUIET, events.next()).await.is_ok() {} };
+                // Whoever keeps making cgroups keeps nobody's from being found.
+                let _ = tokio::time::timeout(BURST, quiet).await;
             }
             () = tokio::time::sleep(LOOK_ROUND), if !nobody => {}
         }

@@ -26,12 +26,14 @@ use crate::store::Op;
 
 mod left;
 mod node;
+mod rivals;
 
 #[cfg(test)]
 mod tests;
 
 pub use left::plan_left;
 pub use node::{LOCAL_ADDRESS_ENTRIES, NodeTables, PREFIX_ENTRIES, plan_node};
+pub use rivals::{FrontendName, LostClaims, rivals};
 
 /// What one Service should become; `None` when it is gone.
 #[derive(Clone, Debug)]
@@ -54,6 +56,18 @@ pub struct Plan {
     /// Whether connected UDP sockets may lead to backends that are not theirs any more: a serving backend has left,
     /// the first one has come, or a frontend has a new owner.
     pub udp_stale: bool,
+}
+
+/// Reasons that are told of one Service.
+pub const REASONS: usize = 16;
+
+impl Plan {
+    fn refuse(&mut self, service: &ObjectKey, reason: std::fmt::Arguments<'_>) {
+        let reasons = self.refused.entry(service.clone()).or_default();
+        if reasons.len() < REASONS {
+            reasons.push(reason.to_string());
+        }
+    }
 }
 
 /// A map that is too small for a Service port.
@@ -80,23 +94,19 @@ pub fn plan(model: &mut Model, services: &BTreeMap<ObjectKey, Option<Wanted>>, f
     }
 
     for (service, wanted) in services {
-        let mut gone: BTreeSet<Arc<PortKey>> = model.ports_of(service).cloned().collect();
-        for port in wanted.iter().flat_map(|wanted| &wanted.desired.ports) {
-            gone.remove(&port.key);
-            let created = wanted.as_ref().map_or(i64::MAX, |wanted| wanted.created);
-            match change_port(model, port, &mut plan, &mut dead) {
-                Ok(key) => claim(model, &key, created, &port.frontends, &mut touched),
-                Err(full) => {
-                    let reasons = plan.refused.entry(service.clone()).or_default();
-                    reasons.push(format!("port {:?}: {full}", port.key.port_name));
-                    keep_claims(model, port, created, &mut touched);
-                }
-            }
-        }
-        for key in gone {
-            claim(model, &key, 0, &[], &mut touched);
-            remove_port(model, &key, &mut plan, &mut dead);
-        }
+        let (created, ports) = match wanted {
+            Some(Wanted { created, desired }) => (*created, desired.ports.as_slice()),
+            None => (i64::MAX, &[][..]),
+        };
+        let gone = ports_beside(model, service, ports);
+        change_service(
+            model,
+            service,
+            &Part { created, ports, gone: &gone },
+            &mut plan,
+            &mut touched,
+            &mut dead,
+        );
     }
     if full {
         touched.extend(model.frontends.keys().copied());
@@ -105,14 +115,73 @@ pub fn plan(model: &mut Model, services: &BTreeMap<ObjectKey, Option<Wanted>>, f
             plan.freed.services.push((id, epoch));
         }
     }
-    frontends(model, &touched, &mut plan);
+    settle(model, touched, dead, &mut plan);
+    plan
+}
+
+/// Some ports of a Service: what becomes of them, while the others stay as they are.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    /// `metadata.creationTimestamp`.
+    pub created: i64,
+    /// Ports that are wanted.
+    pub ports: &'a [DesiredPort],
+    /// Ports that are wanted no more.
+    pub gone: &'a [Arc<PortKey>],
+}
+
+/// Plans the change of a part of a Service, as [`plan`] does. Part after part in the order of their keys, those that are gone
+/// last, makes what [`plan`] makes at once.
+pub fn plan_part(model: &mut Model, service: &ObjectKey, part: &Part<'_>) -> Plan {
+    let mut plan = Plan::default();
+    let (mut touched, mut dead) = (BTreeSet::new(), Vec::new());
+    change_service(model, service, part, &mut plan, &mut touched, &mut dead);
+    settle(model, touched, dead, &mut plan);
+    plan
+}
+
+/// The ports of a Service that the model has and that are not among `ports`, which are in order.
+pub fn ports_beside(model: &Model, service: &ObjectKey, ports: &[DesiredPort]) -> Vec<Arc<PortKey>> {
+    let mut wanted = ports.iter().map(|port| &port.key).peekable();
+    let is_gone = |key: &&Arc<PortKey>| {
+        while wanted.next_if(|wanted| **wanted < ***key).is_some() {}
+        wanted.peek().is_none_or(|wanted| **wanted != ***key)
+    };
+    model.ports_of(service).filter(is_gone).cloned().collect()
+}
+
+fn change_service(
+    model: &mut Model,
+    service: &ObjectKey,
+    part: &Part<'_>,
+    plan: &mut Plan,
+    touched: &mut BTreeSet<FrontendKey>,
+    dead: &mut Vec<Op>,
+) {
+    for port in part.ports {
+        match change_port(model, port, plan, dead) {
+            Ok(key) => claim(model, &key, part.created, &port.frontends, touched),
+            Err(full) => {
+                plan.refuse(service, format_args!("port {:?}: {full}", port.key.port_name));
+                keep_claims(model, port, part.created, touched);
+            }
+        }
+    }
+    for key in part.gone {
+        claim(model, key, 0, &[], touched);
+        remove_port(model, key, plan, dead);
+    }
+}
+
+/// Ends a plan: first the frontends, then what nothing refers to any more.
+fn settle(model: &mut Model, touched: BTreeSet<FrontendKey>, mut dead: Vec<Op>, plan: &mut Plan) {
+    frontends(model, touched, plan);
     for op in &dead {
         if let Op::SourceRange(id, range, false) = op {
             plan.freed.room |= model.source_ranges.remove(&(*id, *range));
         }
     }
     plan.ops.append(&mut dead);
-    plan
 }
 
 /// Removes source ranges of ids that no Service port has, before one gets such an id.
@@ -311,26 +380,29 @@ fn claim(
     frontends: &[(FrontendKey, u16)],
     touched: &mut BTreeSet<FrontendKey>,
 ) {
+    let claim_of = |frontend: &FrontendKey, flags| Claim {
+        title: Title::of(frontend, flags),
+        created,
+        port: Arc::clone(key),
+    };
     let Some(port) = model.ports.get_mut(key) else { return };
+    // As old as it was: then nothing has changed.
+    let known = |(frontend, flags): &(FrontendKey, u16)| {
+        let claims = model.claims.get(frontend).map_or(&[][..], Vec::as_slice);
+        claims.binary_search(&claim_of(frontend, *flags)).is_ok()
+    };
+    if port.claims == frontends && frontends.first().is_none_or(known) {
+        let unsettled = |(frontend, _): &&(FrontendKey, u16)| model.unsettled.contains(frontend);
+        touched.extend(frontends.iter().filter(unsettled).map(|(frontend, _)| *frontend));
+        return;
+    }
+    touched.extend(port.claims.iter().chain(frontends).map(|(frontend, _)| *frontend));
     let before = std::mem::replace(&mut port.claims, frontends.to_vec());
     for (frontend, _) in &before {
-        if let Some(claims) = model.claims.get_mut(frontend) {
-            claims.retain(|claim| claim.port != *key);
-            if claims.is_empty() {
-                model.claims.remove(frontend);
-            }
-        }
-        touched.insert(*frontend);
+        model.disclaim(frontend, key);
     }
     for (frontend, flags) in frontends {
-        let claim = Claim { title: Title::of(frontend, *flags), created, port: Arc::clone(key) };
-        let claims = model.claims.entry(*frontend).or_default();
-        if let Err(place) = claims.binary_search(&claim) {
-            // Hardly ever is there a second one.
-            claims.reserve_exact(1);
-            claims.insert(place, claim);
-        }
-        touched.insert(*frontend);
+        model.claim(*frontend, claim_of(frontend, *flags));
     }
 }
 
@@ -351,15 +423,19 @@ fn keep_claims(model: &mut Model, desired: &DesiredPort, created: i64, touched: 
     claim(model, &key, created, &kept, touched);
 }
 
-/// Gives every touched frontend to the first of its claims.
-fn frontends(model: &mut Model, touched: &BTreeSet<FrontendKey>, plan: &mut Plan) {
+/// Gives every touched frontend to its holder.
+fn frontends(model: &mut Model, mut touched: BTreeSet<FrontendKey>, plan: &mut Plan) {
+    let in_the_way: Vec<_> = touched.iter().flat_map(|key| model.in_the_way_of(key)).collect();
+    touched.extend(in_the_way);
     let mut appear = Vec::new();
     let mut vanish = Vec::new();
     // What vanishes makes no room yet: it goes last.
     let mut room = (model.capacity.frontends as usize).saturating_sub(model.frontends.len());
-    for key in touched {
-        let value = model.claims.get(key).and_then(|claims| {
-            let winner = model.ports.get(&claims.first()?.port)?;
+    for key in &touched {
+        model.unsettled.remove(key);
+        let value = model.holder(key).and_then(|holder| {
+            let winner = model.ports.get(&holder.port)?;
+            // Who holds it by a nodePort needs no frontend here.
             let flags = find_claim(&winner.claims, key)?;
             // An active clusterIP as such belongs to all ports of the Service.
             let id = if key.kind == FrontendKind::Address as u8 { 0 } else { winner.id };
@@ -372,9 +448,12 @@ fn frontends(model: &mut Model, touched: &BTreeSet<FrontendKey>, plan: &mut Plan
                 if has.is_none() && room == 0 {
                     let full = Full { map: "FRONTENDS", need: 1, available: 0 };
                     if let Some(claim) = model.claims.get(key).and_then(|claims| claims.first()) {
-                        let reasons = plan.refused.entry(claim.port.service.clone()).or_default();
-                        reasons.push(format!("frontend {}: {full}", FrontendName(key)));
+                        plan.refuse(
+                            &claim.port.service,
+                            format_args!("frontend {}: {full}", FrontendName(key)),
+                        );
                     }
+                    model.unsettled.insert(*key);
                     continue;
                 }
                 room -= usize::from(has.is_none());
@@ -396,64 +475,6 @@ fn frontends(model: &mut Model, touched: &BTreeSet<FrontendKey>, plan: &mut Plan
     plan.ops.extend(appear.into_iter().map(|(key, value)| Op::Frontend(key, Some(value))));
     plan.freed.room |= !vanish.is_empty();
     plan.ops.extend(vanish.into_iter().map(|key| Op::Frontend(key, None)));
-}
-
-/// The Services beside `services` that claim a frontend which one of those claims, or is about to claim: who has it, and
-/// so what must be said of them, may change.
-pub fn rivals(model: &Model, services: &BTreeMap<ObjectKey, Option<Wanted>>) -> BTreeSet<ObjectKey> {
-    let mut rivals = BTreeSet::new();
-    for (service, wanted) in services {
-        let before =
-            model.ports_of(service).filter_map(|key| model.ports.get(key)).flat_map(|port| &port.claims);
-        let after = wanted.iter().flat_map(|wanted| &wanted.desired.ports).flat_map(|port| &port.frontends);
-        for claim in before.chain(after).filter_map(|(frontend, _)| model.claims.get(frontend)).flatten() {
-            if !services.contains_key(&claim.port.service) {
-                rivals.insert(claim.port.service.clone());
-            }
-        }
-    }
-    rivals
-}
-
-/// Frontends that a Service claims and another one has, by a better title or because it is older: for each, who has it.
-pub fn lost_claims(model: &Model, service: &ObjectKey) -> Vec<String> {
-    let mut lost = Vec::new();
-    for key in model.ports_of(service) {
-        for (frontend, flags) in model.ports.get(key).into_iter().flat_map(|port| &port.claims) {
-            let winner = model.claims.get(frontend).and_then(|claims| claims.first());
-            if let Some(winner) = winner
-                && winner.port.service != *service
-            {
-                let (name, of) = (FrontendName(frontend), &winner.port.service);
-                let why = if winner.title == Title::of(frontend, *flags) {
-                    "and is older".to_owned()
-                } else {
-                    format!("as its {}", winner.title.name())
-                };
-                lost.push(format!("{name} is not served: Service {of} has it {why}"));
-            }
-        }
-    }
-    lost.sort();
-    lost.dedup();
-    lost
-}
-
-/// A frontend as users write it.
-pub struct FrontendName<'a>(pub &'a FrontendKey);
-
-impl std::fmt::Display for FrontendName<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let FrontendKey { addr, port, proto, kind } = self.0;
-        let proto = crate::proto_name(*proto);
-        if *kind == FrontendKind::Address as u8 {
-            write!(f, "address {addr}")
-        } else if *kind == FrontendKind::NodePort as u8 {
-            write!(f, "nodePort {port}/{proto} ({})", addr.family())
-        } else {
-            write!(f, "{}/{proto}", std::net::SocketAddr::new(addr.to_ip(), port.get()))
-        }
-    }
 }
 
 fn range_for(model: &mut Model, len: usize) -> Result<Option<SlotRange>, Full> {

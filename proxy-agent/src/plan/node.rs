@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proxy_common::abi::local_address::NODEPORT;
 use proxy_common::addr::{Addr, Prefix};
 
+use crate::cluster::ObjectKey;
 use crate::model::Model;
 use crate::store::Op;
 
@@ -71,8 +72,9 @@ impl NodeTables {
     }
 }
 
-/// Plans the tables. Additions come first, unless there is no room for both.
-pub fn plan_node(model: &mut Model, wanted: NodeTables) -> Vec<Op> {
+/// Plans the tables, additions first, unless there is no room for both. Returns with the operations the Services of which
+/// frontends are at addresses that begin or cease to serve nodePorts: they have to be planned again.
+pub fn plan_node(model: &mut Model, wanted: NodeTables) -> (Vec<Op>, BTreeSet<ObjectKey>) {
     let NodeTables { addresses, service_cidrs, pod_sources } = wanted;
     let changed = addresses.iter().filter(|(addr, bits)| model.local_addresses.get(addr) != Some(bits));
     let add = changed.map(|(addr, bits)| Op::LocalAddress(*addr, Some(*bits))).collect();
@@ -87,10 +89,9 @@ pub fn plan_node(model: &mut Model, wanted: NodeTables) -> Vec<Op> {
         let remove = have.difference(want).map(|prefix| op(*prefix, false)).collect();
         ops.extend(in_order(add, remove, want.len(), PREFIX_ENTRIES));
     }
-    model.local_addresses = addresses;
     model.service_cidrs = service_cidrs;
     model.pod_sources = pod_sources;
-    ops
+    (ops, model.take_local_addresses(addresses))
 }
 
 /// `len`: elements in the end. While additions come first there are also those that are to be removed.
@@ -152,7 +153,7 @@ mod tests {
         let mut model = Model::restore(capacity, &Contents::default());
         let mut held = BTreeSet::new();
         for numbers in [0..LOCAL_ADDRESS_ENTRIES, 10..LOCAL_ADDRESS_ENTRIES + 10, 5..6, 0..9] {
-            for op in plan_node(&mut model, hosts(numbers.clone())) {
+            for op in plan_node(&mut model, hosts(numbers.clone())).0 {
                 let Op::LocalAddress(addr, bits) = op else { unreachable!("{op:?}") };
                 assert!(if bits.is_some() { held.insert(addr) } else { held.remove(&addr) });
                 assert!(held.len() <= LOCAL_ADDRESS_ENTRIES as usize);

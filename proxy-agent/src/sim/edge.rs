@@ -58,6 +58,17 @@ impl EdgeMaps {
         self.flows[slot(Tier::New)].borrow_mut().remove(key).map(|record| record.get())
     }
 
+    /// Gives the element of a record to another one, as the kernel may while a reader has it.
+    ///
+    /// # Panics
+    /// If there is no such record.
+    pub fn recycle(&self, tier: Tier, old: &FlowKey, new: FlowKey, flow: Flow) {
+        let mut records = self.flows[slot(tier)].borrow_mut();
+        let record = records.remove(old).expect("a record");
+        record.0.set(flow);
+        records.insert(new, record);
+    }
+
     /// Makes what has been counted for a Service zero.
     pub(super) fn forget_counters(&self, service: u32) {
         self.counters.borrow_mut().remove(&service);
@@ -69,25 +80,42 @@ impl EdgeMaps {
     }
 }
 
+impl Record {
+    fn set(&self, check: u32, change: impl FnOnce(Flow) -> Flow) {
+        let flow = self.get();
+        if flow.check == check {
+            self.0.set(change(flow));
+        }
+    }
+}
+
 impl FlowCell for Record {
     fn get(&self) -> Flow {
         self.0.get()
     }
 
-    fn set_state(&self, state: u32) {
-        self.0.set(Flow { state, ..self.get() });
+    fn set_state(&self, check: u32, state: u32) {
+        self.set(check, |flow| Flow { state, ..flow });
     }
 
-    fn set_expected(&self, expected: u32) {
-        self.0.set(Flow { expected, ..self.get() });
+    fn set_expected(&self, check: u32, expected: u32) {
+        self.set(check, |flow| Flow { expected, ..flow });
     }
 
-    fn set_last_seen(&self, last_seen: u64) {
-        self.0.set(Flow { last_seen, ..self.get() });
+    fn set_syn(&self, check: u32, syn: u16) {
+        self.set(check, |flow| Flow { syn, ..flow });
     }
 
-    fn set_snat(&self, snat: Addr, snat_port: Be16) {
-        self.0.set(Flow { snat, snat_port, ..self.get() });
+    fn set_answered_by(&self, check: u32, answered_by: u32) {
+        self.set(check, |flow| Flow { answered_by, ..flow });
+    }
+
+    fn set_last_seen(&self, check: u32, last_seen: u64) {
+        self.set(check, |flow| Flow { last_seen, ..flow });
+    }
+
+    fn set_snat(&self, check: u32, snat: Addr, snat_port: Be16) {
+        self.set(check, |flow| Flow { snat, snat_port, ..flow });
     }
 }
 
@@ -163,6 +191,10 @@ impl EdgeTables for Simulator {
 
     fn device(&self, ifindex: u32) -> Option<Device> {
         self.edge.devices.borrow().get(&ifindex).copied()
+    }
+
+    fn device_flags(&self, ifindex: u32) -> u32 {
+        self.device(ifindex).map_or(0, |device| device.flags)
     }
 
     fn count_packet(&self, service: u32, request: bool, bytes: u32) {

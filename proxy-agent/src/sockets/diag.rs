@@ -6,31 +6,21 @@ use std::io;
 
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags};
 use netlink_packet_sock_diag::{SockDiagDestroy, SockDiagMessage};
-use rtnetlink::packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
-};
+use rtnetlink::packet_core::{NLM_F_ACK, NetlinkPayload};
 use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
-use rtnetlink::sys::{Socket, SocketAddr};
 
 use super::SocketsError;
-
-const LISTING: &str = "listing connected UDP sockets";
-const DESTROYING: &str = "destroying a socket";
+use crate::netlink::Netlink;
 
 /// A sock_diag socket.
-#[derive(Debug)]
-pub(super) struct Diag {
-    socket: Socket,
-}
+pub(super) struct Diag(Netlink);
 
 impl Diag {
     /// Opens one in the network namespace of the calling thread.
     pub(super) fn open() -> Result<Self, SocketsError> {
-        let failed = |source| SocketsError::Diag { what: "opening a netlink socket", source };
-        let mut socket = Socket::new(NETLINK_SOCK_DIAG).map_err(failed)?;
-        socket.bind_auto().map_err(failed)?;
-        socket.connect(&SocketAddr::new(0, 0)).map_err(failed)?;
-        Ok(Self { socket })
+        Netlink::open(NETLINK_SOCK_DIAG)
+            .map(Self)
+            .map_err(|source| failed("opening a netlink socket", source))
     }
 
     /// Whether the kernel can list and destroy, found out by requests that find nothing.
@@ -42,68 +32,44 @@ impl Diag {
     /// Calls `each` for every connected UDP socket of both families.
     pub(super) fn list(&self, mut each: impl FnMut(InetResponseHeader)) -> Result<(), SocketsError> {
         for (family, any) in [(libc::AF_INET, SocketId::new_v4()), (libc::AF_INET6, SocketId::new_v6())] {
-            self.list_family(request(family as u8, any), &mut each)?;
+            let message = SockDiagMessage::InetRequest(request(family as u8, any));
+            let listed = self.0.dump(message, |answer| {
+                if let SockDiagMessage::InetResponse(found) = answer {
+                    each(found.header);
+                }
+            });
+            listed.map_err(|source| failed("listing connected UDP sockets", source))?;
         }
         Ok(())
     }
 
-    fn list_family(
-        &self,
-        request: InetRequest,
-        each: &mut impl FnMut(InetResponseHeader),
-    ) -> Result<(), SocketsError> {
-        let failed = |source| SocketsError::Diag { what: LISTING, source };
-        self.send(SockDiagMessage::InetRequest(request), NLM_F_DUMP).map_err(failed)?;
-        loop {
-            let (datagram, _) = self.socket.recv_from_full().map_err(failed)?;
-            for message in messages(&datagram, LISTING) {
-                match message? {
-                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found)) => each(found.header),
-                    NetlinkPayload::Done(done) if done.code == 0 => return Ok(()),
-                    NetlinkPayload::Done(done) => {
-                        return Err(failed(io::Error::from_raw_os_error(done.code.saturating_abs())));
-                    }
-                    NetlinkPayload::Error(error) => return Err(failed(error.to_io())),
-                    NetlinkPayload::InnerMessage(_)
-                    | NetlinkPayload::Noop
-                    | NetlinkPayload::Overrun(_)
-                    | _ => {}
-                }
-            }
-        }
-    }
-
     /// Destroys the socket with this identity, cookie included; `false` if there is none any more.
     pub(super) fn destroy(&self, family: u8, id: SocketId) -> Result<bool, SocketsError> {
-        let failed = |source| SocketsError::Diag { what: DESTROYING, source };
         let request = SockDiagDestroy::new(SockDiagMessage::InetRequest(request(family, id)));
-        self.send(request, NLM_F_ACK).map_err(failed)?;
-        loop {
-            let (datagram, _) = self.socket.recv_from_full().map_err(failed)?;
-            for message in messages(&datagram, DESTROYING) {
-                let NetlinkPayload::Error(answer) = message? else { continue };
-                if answer.code.is_none() {
-                    return Ok(true);
-                }
-                let error = answer.to_io();
-                return match error.raw_os_error() {
-                    Some(libc::ENOENT | libc::ESTALE) => Ok(false),
-                    Some(libc::EOPNOTSUPP) => Err(SocketsError::NoDestroy),
-                    _ => Err(failed(error)),
-                };
-            }
+        let asked = self.0.send(request, NLM_F_ACK).and_then(|()| {
+            self.0.answers(|payload: NetlinkPayload<SockDiagMessage>| match payload {
+                NetlinkPayload::Error(answer) if answer.code.is_none() => Ok(true),
+                NetlinkPayload::Error(answer) => Err(answer.to_io()),
+                NetlinkPayload::InnerMessage(_)
+                | NetlinkPayload::Noop
+                | NetlinkPayload::Done(_)
+                | NetlinkPayload::Overrun(_)
+                | _ => Ok(false),
+            })
+        });
+        match asked {
+            Ok(()) => Ok(true),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ENOENT | libc::ESTALE) => Ok(false),
+                Some(libc::EOPNOTSUPP) => Err(SocketsError::NoDestroy),
+                _ => Err(failed("destroying a socket", error)),
+            },
         }
     }
+}
 
-    fn send<M: NetlinkSerializable>(&self, message: M, flags: u16) -> io::Result<()> {
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | flags;
-        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
-        message.finalize();
-        let mut buffer = vec![0; message.buffer_len()];
-        message.serialize(&mut buffer);
-        self.socket.send(&buffer, 0).map(drop)
-    }
+fn failed(what: &'static str, source: io::Error) -> SocketsError {
+    SocketsError::Diag { what, source }
 }
 
 fn request(family: u8, socket_id: SocketId) -> InetRequest {
@@ -123,32 +89,12 @@ pub(super) fn cookie(id: &SocketId) -> u64 {
     u64::from(u32::from_ne_bytes([a, b, c, d])) | u64::from(u32::from_ne_bytes([e, f, g, h])) << 32
 }
 
-/// The messages of one datagram.
-fn messages(
-    mut datagram: &[u8],
-    what: &'static str,
-) -> impl Iterator<Item = Result<NetlinkPayload<SockDiagMessage>, SocketsError>> {
-    std::iter::from_fn(move || {
-        if datagram.is_empty() {
-            return None;
-        }
-        match NetlinkMessage::<SockDiagMessage>::deserialize(datagram) {
-            Ok(message) => {
-                let len = (message.header.length as usize).next_multiple_of(4);
-                datagram = datagram.get(len..).unwrap_or_default();
-                Some(Ok(message.payload))
-            }
-            Err(error) => {
-                datagram = &[];
-                Some(Err(SocketsError::Answer { what, reason: error.to_string() }))
-            }
-        }
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use rtnetlink::packet_core::NetlinkSerializable;
+
     use super::*;
+    use crate::netlink::payloads;
 
     /// A list of connected UDP sockets as the kernel sends it: two sockets, by hand.
     fn datagram() -> Vec<u8> {
@@ -170,12 +116,14 @@ mod tests {
         bytes
     }
 
-    fn headers(datagram: &[u8]) -> Result<Vec<InetResponseHeader>, String> {
-        messages(datagram, LISTING)
-            .map(|message| match message {
-                Ok(NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found))) => Ok(found.header),
-                Ok(other) => panic!("{other:?}"),
-                Err(error) => Err(error.to_string()),
+    fn headers(datagram: &[u8]) -> io::Result<Vec<InetResponseHeader>> {
+        payloads(datagram)
+            .map(|payload| {
+                let payload = payload?;
+                let NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found)) = payload else {
+                    panic!("{payload:?}")
+                };
+                Ok(found.header)
             })
             .collect()
     }
@@ -193,8 +141,7 @@ mod tests {
     fn a_broken_datagram_is_an_error_not_an_endless_loop() {
         let whole = datagram();
         for len in (1..88).chain(89..176) {
-            let error = headers(&whole[..len]).unwrap_err();
-            assert!(error.starts_with("sock_diag, listing connected UDP sockets: "), "{len}: {error}");
+            assert!(headers(&whole[..len]).is_err(), "{len}");
         }
     }
 

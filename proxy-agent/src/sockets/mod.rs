@@ -52,16 +52,8 @@ pub enum SocketsError {
     Diag {
         /// What was asked of it.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's answer, or why it cannot be read.
         source: io::Error,
-    },
-    /// The kernel sent something that is no answer to the question.
-    #[error("sock_diag, {what}: the kernel's answer cannot be read: {reason}")]
-    Answer {
-        /// What was asked of it.
-        what: &'static str,
-        /// What is wrong with the answer.
-        reason: String,
     },
     /// The host's processes cannot be listed.
     #[error("cannot read {path} to find the network namespaces and sockets of this host: {source}")]

@@ -20,7 +20,7 @@ pub enum Counter {
     DropSourceRange = 6,
     /// Dropped: a map element was being reused twice in a row. Harmless when rare.
     DropRetry = 7,
-    /// Failed with ENOMEM: the socket's record could not be written.
+    /// Failed with ENOBUFS: the socket's record could not be written.
     FailRecord = 8,
     /// A client was sent to the backend that session affinity remembers.
     AffinityHit = 9,

@@ -22,6 +22,8 @@ pub mod flags {
     pub const NEAR: u32 = 1 << 0;
     /// The host's side of a pod's interface: whom the kernel's routes lead to by it is that pod.
     pub const POD: u32 = 1 << 1;
+    /// The network stack sees packets of this node's pods enter through it: it is the bridge of their interfaces.
+    pub const POD_BRIDGE: u32 = 1 << 2;
 }
 
 /// Key of the `SOURCE_RANGES` LPM trie, in the layout that `struct bpf_lpm_trie_key` demands.

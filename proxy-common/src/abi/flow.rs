@@ -97,23 +97,31 @@ pub struct Flow {
     pub snat_port: Be16,
     /// The client's own port. The key has another one where two flows would have met.
     pub client_port: Be16,
-    /// Zero.
-    pub pad: u16,
+    /// TCP. Until the backend has answered: how many bytes of data the client's SYN carried. Once the flow is assured: when
+    /// a SYN met it that the backend has not answered ([`syn_time`]), 0 for none.
+    pub syn: u16,
     /// Service id.
     pub service: u32,
     /// Backend id.
     pub backend: u32,
-    /// The backend's generation when it was chosen.
-    pub generation: u32,
+    /// Once the backend has answered: index of the device by which its answers enter, 0 for a process of this host.
+    pub answered_by: u32,
     /// [`FlowKey::check`] of the key: elements are reused under readers.
     pub check: u32,
     /// Bits of [`state`].
     pub state: u32,
-    /// TCP, host order. Until the flow is assured: what the client's next acknowledgement number has to be. After that:
-    /// what the backend has acknowledged, which a reset of the client has to follow.
+    /// TCP, host order. Until the backend has answered: what its answer has to acknowledge at least, which is the number
+    /// behind the client's SYN. Then, until the flow is assured: what the client's next acknowledgement number has to be.
+    /// After that: what the backend has acknowledged, which a reset of the client has to follow.
     pub expected: u32,
-    /// When a packet was last seen: nanoseconds of the monotonic clock.
+    /// When the flow was last prolonged ([`crate::datapath::edge::timeouts`]): nanoseconds of the monotonic clock.
     pub last_seen: u64,
+}
+
+/// A time as [`Flow::syn`] has it: units of 67 ms, which repeat after 73 minutes. Never 0.
+#[inline(always)]
+pub const fn syn_time(nanos: u64) -> u16 {
+    (nanos >> 26) as u16 | 1
 }
 
 /// Value of `FLOW_INDEX` and `NEW_FLOW_INDEX`: what, with the index key, makes the record's key.
@@ -142,10 +150,18 @@ pub mod state {
     pub const FIN_REPLY: u32 = 1 << 3;
     /// Either side has sent RST.
     pub const RESET: u32 = 1 << 4;
+    /// The backend has sent what answers no SYN of this client: somebody else's connection has these ends. The client's next
+    /// SYN gets others.
+    pub const TAKEN: u32 = 1 << 5;
     /// The client has gone on after an answer, but there was no room in `FLOWS`: it moves when there is.
     pub const PROVEN: u32 = 1 << 6;
     /// The client's FIN came first, so that the backend does not wait in TIME_WAIT (RFC 9293 §3.6.1).
     pub const CLIENT_FIRST: u32 = 1 << 7;
+    /// The client has sent data, or a FIN, that the backend has not answered.
+    pub const ASKED: u32 = 1 << 8;
+    /// A SYN has begun another flow of the same client and VIP in the maps that evict. It takes the place of this one when its
+    /// client proves it.
+    pub const SUCCEEDED: u32 = 1 << 9;
 }
 
 /// Ports that translated sources get: outside of Linux' ephemeral range (32768 on) and of the nodePorts

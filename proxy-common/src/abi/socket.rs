@@ -1,34 +1,47 @@
 //! What the socket edge remembers per socket: the address that the application asked for.
 //!
-//! `SOCKETS` is socket storage (freed with the socket) for connected sockets. `STREAMS` is an array that takes most
-//! stream sockets' records instead, because storage costs a short connection more than all the rest of connect().
-//! `UDP_FLOWS` is a small LRU hash for datagrams sent from unconnected UDP sockets. All are written and read by the
-//! socket edge; the agent reads `SOCKETS` by descriptor to find connected UDP sockets whose backend has left (sock_diag
-//! lists the storage of TCP sockets only).
+//! `SOCKETS` is socket storage (freed with the socket) for connected sockets, and for the first VIP that an unconnected UDP
+//! socket sends datagrams to: nobody else can evict it. `STREAMS` is an array that takes most stream sockets' records
+//! instead, because storage costs a short connection more than all the rest of connect(). `UDP_FLOWS` is a small LRU hash
+//! for datagrams to further VIPs. All are written and read by the socket edge; the agent reads `SOCKETS` by descriptor to
+//! find connected UDP sockets whose backend has left (sock_diag lists the storage of TCP sockets only).
 
 use bytemuck::{Pod, Zeroable};
 
 use crate::{addr::Addr, be::Be16};
 
-/// Value of `SOCKETS`. All zero on a socket that has only sent datagrams to VIPs: it may have entries in `UDP_FLOWS`.
+/// Value of `SOCKETS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct SocketRecord {
-    /// What the application connected to.
+    /// What the application connected to, or sends datagrams to.
     pub vip: Addr,
-    /// Where the socket is connected in truth.
+    /// Where the socket is connected in truth, or where its datagrams go.
     pub backend_addr: Addr,
     /// Port of `vip`.
     pub vip_port: Be16,
     /// Port of `backend_addr`.
     pub backend_port: Be16,
-    /// Service id.
+    /// Service id; [`SocketRecord::DATAGRAMS`] or [`SocketRecord::MORE_DATAGRAMS`] if the socket was not connected to `vip`.
     pub service: u32,
     /// Backend id.
     pub backend: u32,
 }
 
 const _: () = assert!(size_of::<SocketRecord>() == 44);
+
+impl SocketRecord {
+    /// The socket sends datagrams to `vip`, and to no other VIP.
+    pub const DATAGRAMS: u32 = 0;
+    /// It sends to other VIPs, too: these are in `UDP_FLOWS`, which may also have another VIP that `backend_addr` answers for.
+    pub const MORE_DATAGRAMS: u32 = u32::MAX;
+
+    /// Whether the socket is connected to `vip`.
+    #[inline(always)]
+    pub const fn is_connected(&self) -> bool {
+        self.service != Self::DATAGRAMS && self.service != Self::MORE_DATAGRAMS
+    }
+}
 
 /// Elements of `STREAMS`, a power of two: small enough to stay in a CPU's cache.
 pub const STREAM_SLOTS: u32 = 1 << 14;

@@ -34,9 +34,9 @@ pub enum Verdict {
     Translated,
     /// Fail with ECONNREFUSED (EPERM on kernels that cannot say it).
     Reject,
-    /// Fail with EPERM: the packet would have been dropped, and nobody is there to do so.
+    /// Fail with EHOSTUNREACH (EPERM likewise): the packet would have been dropped, and nobody is there to do so.
     Drop,
-    /// Fail with ENOMEM: what was asked for could not be remembered, so nothing was translated.
+    /// Fail with ENOBUFS (EPERM likewise): what was asked for could not be remembered, so nothing was translated.
     Fail,
 }
 
@@ -87,7 +87,8 @@ fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8) -> Verdict {
 
 /// sendmsg() with an address on a UDP socket.
 ///
-/// Datagrams of one socket to one VIP are a flow: they go to one backend while that serves.
+/// Datagrams of one socket to one VIP are a flow: they go to one backend while that serves. The socket's own storage has the
+/// first flow, which no other socket can evict; the others are in `UDP_FLOWS`.
 #[inline(always)]
 pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(proto) = protocol(socket) else { return Verdict::Pass };
@@ -96,59 +97,119 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
         Ok(found) => found,
         Err(verdict) => return verdict,
     };
-    let key = flow_key(socket, vip, vip_port, FlowDirection::Original);
-    let flow = tables.udp_flow(&key).filter(|flow| flow.is_for(&key));
-    let fresh = flow.and_then(|flow| serving(tables, frontend, &flow));
-    let (id, addr, port) = match fresh {
-        Some(found) => found,
-        None => {
-            let caller = Caller::of(socket, node);
-            match (caller.select(tables, frontend), flow) {
-                (Selection::Backend(id, backend), before) => {
-                    if before.is_some() {
-                        tables.count(Counter::UdpRepick);
-                    }
-                    let Backend { addr, port, .. } = backend;
-                    let flow = UdpFlow { addr, port, pad: 0, backend: id, check: 0 };
-                    if !tables.put_udp_flow(&key, &flow.seal(&key)) {
-                        tables.count(Counter::FailRecord);
-                        return Verdict::Fail;
-                    }
-                    (id, addr, port)
+    let record = socket.record();
+    let mut sent = SocketRecord { vip, vip_port, ..SocketRecord::default() };
+    let known = match record {
+        // A socket without a record has no flows.
+        None => false,
+        Some(record) if is_first(&record, &sent) => {
+            sent = SocketRecord { service: SocketRecord::DATAGRAMS, ..record };
+            true
+        }
+        Some(_) => find_other(socket, tables, &mut sent),
+    };
+    let fresh = known && serves(tables, frontend, &sent);
+    if !fresh {
+        let caller = Caller::of(socket, node);
+        match caller.select(tables, frontend) {
+            Selection::Backend(id, Backend { addr, port, .. }) => {
+                if known {
+                    tables.count(Counter::UdpRepick);
                 }
-                // Nothing serves any more: as with conntrack, the flow is left to itself.
-                (_, Some(flow)) => (flow.backend, flow.addr, flow.port),
-                (Selection::Reject(why), None) => {
-                    return caller.refused(tables, socket, Verdict::Reject, why, frontend.service);
-                }
-                (Selection::Drop(why), None) => {
-                    return caller.refused(tables, socket, Verdict::Drop, why, frontend.service);
-                }
+                (sent.backend_addr, sent.backend_port, sent.backend) = (addr, port, id);
+            }
+            // Nothing serves any more: as with conntrack, the flow is left to itself.
+            _ if known => {}
+            Selection::Reject(why) => {
+                return caller.refused(tables, socket, Verdict::Reject, why, frontend.service);
+            }
+            Selection::Drop(why) => {
+                return caller.refused(tables, socket, Verdict::Drop, why, frontend.service);
             }
         }
+    }
+    let kept = match record {
+        None => socket.put_record(sent),
+        Some(record) => record == sent || keep_beside(socket, tables, &record, &sent, fresh),
     };
-    // Answers are translated back by this entry; it is looked up on each send because the LRU may have evicted it.
-    let back = flow_key(socket, addr, port, FlowDirection::Reply);
-    let want = UdpFlow { addr: vip, port: vip_port, pad: 0, backend: id, check: 0 }.seal(&back);
-    if tables.udp_flow(&back) != Some(want) && !tables.put_udp_flow(&back, &want) {
+    if !kept {
         tables.count(Counter::FailRecord);
         return Verdict::Fail;
     }
-    // A socket without a record has no flows: recvmsg() of everybody else's sockets costs one look at the socket.
-    if socket.record().is_none() && !socket.put_record(SocketRecord::default()) {
-        tables.count(Counter::FailRecord);
-        return Verdict::Fail;
-    }
-    trace::called(tables, Counter::Datagram, socket, frontend.service, Some((addr, port)), fresh.is_none());
-    socket.rewrite(addr, port);
+    let to = (sent.backend_addr, sent.backend_port);
+    trace::called(tables, Counter::Datagram, socket, frontend.service, Some(to), !fresh);
+    socket.rewrite(sent.backend_addr, sent.backend_port);
     Verdict::Translated
+}
+
+/// Whether a socket's record is that of its first flow of datagrams, to the VIP of `sent`.
+#[inline(always)]
+fn is_first(record: &SocketRecord, sent: &SocketRecord) -> bool {
+    !record.is_connected() && record.vip == sent.vip && record.vip_port == sent.vip_port
+}
+
+/// Looks a flow of datagrams up in `UDP_FLOWS`, and writes its backend into `sent`.
+#[inline(never)]
+fn find_other(socket: &impl Socket, tables: &impl Tables, sent: &mut SocketRecord) -> bool {
+    let key = flow_key(socket, sent.vip, sent.vip_port, FlowDirection::Original);
+    match tables.udp_flow(&key) {
+        Some(flow) if flow.is_for(&key) => {
+            (sent.backend_addr, sent.backend_port, sent.backend) = (flow.addr, flow.port, flow.backend);
+            true
+        }
+        _ => false,
+    }
+}
+
+/// Keeps a flow of datagrams of a socket that has a record, of a connection or of datagrams: what there is no room for in the
+/// record goes to `UDP_FLOWS`. (`fresh`: the flow leads where it led.)
+#[inline(always)]
+fn keep_beside(
+    socket: &mut impl Socket,
+    tables: &impl Tables,
+    record: &SocketRecord,
+    sent: &SocketRecord,
+    fresh: bool,
+) -> bool {
+    let first = is_first(record, sent);
+    let same = record.backend_addr == sent.backend_addr && record.backend_port == sent.backend_port;
+    if first && !same {
+        // The backend before may still answer.
+        put_other(socket, tables, record, FlowDirection::Reply);
+    }
+    let held = if first { sent } else { record };
+    let more = SocketRecord { service: SocketRecord::MORE_DATAGRAMS, ..*held };
+    (record.is_connected() || *record == more || socket.put_record(more))
+        && (first || fresh || put_other(socket, tables, sent, FlowDirection::Original))
+        && put_other(socket, tables, sent, FlowDirection::Reply)
+}
+
+/// Writes one direction of a flow of datagrams into `UDP_FLOWS`, unless it is there. (The LRU may have evicted it.)
+#[inline(never)]
+fn put_other(
+    socket: &impl Socket,
+    tables: &impl Tables,
+    sent: &SocketRecord,
+    direction: FlowDirection,
+) -> bool {
+    let vip = (sent.vip, sent.vip_port);
+    let backend = (sent.backend_addr, sent.backend_port);
+    let ((from, from_port), (addr, port)) = match direction {
+        FlowDirection::Original => (vip, backend),
+        FlowDirection::Reply => (backend, vip),
+    };
+    let key = flow_key(socket, from, from_port, direction);
+    let flow = UdpFlow { addr, port, pad: 0, backend: sent.backend, check: 0 }.seal(&key);
+    tables.udp_flow(&key) == Some(flow) || tables.put_udp_flow(&key, &flow)
 }
 
 /// recvmsg() that reports where a datagram came from.
 #[inline(always)]
 pub fn recvmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(record) = socket.record() else { return Verdict::Pass };
-    if translate_back(socket, &record) == Verdict::Translated {
+    // Of two VIPs with one backend the last one that was asked has the answer.
+    let other_first = record.service == SocketRecord::MORE_DATAGRAMS;
+    if !other_first && translate_back(socket, &record) == Verdict::Translated {
         return Verdict::Translated;
     }
     let key = flow_key(socket, socket.addr(), socket.port(), FlowDirection::Reply);
@@ -157,6 +218,7 @@ pub fn recvmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
             socket.rewrite(flow.addr, flow.port);
             Verdict::Translated
         }
+        _ if other_first => translate_back(socket, &record),
         _ => Verdict::Pass,
     }
 }
@@ -165,8 +227,8 @@ pub fn recvmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
 #[inline(always)]
 pub fn peername(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     match stream(socket, tables).or_else(|| socket.record()) {
-        Some(record) => translate_back(socket, &record),
-        None => Verdict::Pass,
+        Some(record) if record.is_connected() => translate_back(socket, &record),
+        _ => Verdict::Pass,
     }
 }
 
@@ -192,13 +254,24 @@ fn remember(socket: &mut impl Socket, tables: &impl Tables, record: SocketRecord
     socket.put_record(record)
 }
 
-/// Forgets what a socket asked for before.
+/// Forgets what a socket asked for before, unless it leads where the socket connects now: while an agent attaches the programs
+/// to another cgroup, above the one before or below it, the hook runs twice in one connect().
 #[inline(always)]
 fn forget(socket: &mut impl Socket, tables: &impl Tables) {
+    let (addr, port) = (socket.addr(), socket.port());
+    let leads_here = |record: &SocketRecord| {
+        record.is_connected() && record.backend_addr == addr && record.backend_port == port
+    };
     if is_stream(socket) {
-        drop_stream(socket.cookie(), tables);
+        let cookie = socket.cookie();
+        let slot = StreamRecord::slot(cookie);
+        if tables.stream(slot).is_some_and(|taken| taken.cookie == cookie && !leads_here(&taken.record)) {
+            tables.free_stream(slot);
+        }
     }
-    socket.drop_record();
+    if socket.record().is_some_and(|record| !leads_here(&record)) {
+        socket.drop_record();
+    }
 }
 
 #[inline(always)]
@@ -344,12 +417,13 @@ impl Caller {
     }
 }
 
-/// The backend of a flow, while it belongs to the Service port and serves.
+/// Whether the backend of a flow of datagrams belongs to the Service port and serves.
 #[inline(always)]
-fn serving(tables: &impl Tables, frontend: FrontendValue, flow: &UdpFlow) -> Option<(u32, Addr, Be16)> {
-    let Backend { addr, port, service, state, .. } = tables.backend(flow.backend)?;
-    let same = addr == flow.addr && port == flow.port && service == frontend.service;
-    (same && state.flags & SERVING != 0).then_some((flow.backend, addr, port))
+fn serves(tables: &impl Tables, frontend: FrontendValue, sent: &SocketRecord) -> bool {
+    tables.backend(sent.backend).is_some_and(|Backend { addr, port, service, state, .. }| {
+        let same = addr == sent.backend_addr && port == sent.backend_port && service == frontend.service;
+        same && state.flags & SERVING != 0
+    })
 }
 
 #[inline(always)]

@@ -56,7 +56,7 @@ pub use place::{HttpAnswer, Node, Place, Pod};
 pub use serve::Serve;
 pub use spec::{LabSpec, LeafSpec, NodeSpec};
 pub use traffic::{Connect, Flow, Held, Hold};
-pub use wire::{Attempt, Line, Proto, Summary};
+pub use wire::{Attempt, HEAR, Line, Proto, SEND_ONLY, Summary};
 
 use residue::Residue;
 

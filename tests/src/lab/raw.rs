@@ -2,8 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use anyhow::{Context as _, Result};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with};
 
 use super::Place;
@@ -26,6 +29,31 @@ impl Place {
                 let sent = sendto(socket, &frame[ETHERNET..], SendFlags::empty(), &SocketAddr::new(to, 0));
                 sent.map(drop).with_context(|| format!("sending to {to}"))
             })
+        })?
+    }
+
+    /// Sends the same packets from here again and again, as fast as the kernel takes them, until `stop` says so. Returns how
+    /// many it has taken.
+    ///
+    /// # Errors
+    /// As [`Place::send_raw`].
+    pub fn flood_raw(&self, packets: &[Packet], stop: &AtomicBool) -> Result<u64> {
+        let frames: Vec<_> = packets.iter().map(|packet| (packet.destination.ip(), packet.bytes())).collect();
+        self.net().enter(|| {
+            let (v4, v6) = (socket(AddressFamily::INET)?, socket(AddressFamily::INET6)?);
+            let mut sent = 0;
+            for (to, frame) in frames.iter().cycle() {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                let socket = if to.is_ipv4() { &v4 } else { &v6 };
+                match sendto(socket, &frame[ETHERNET..], SendFlags::empty(), &SocketAddr::new(*to, 0)) {
+                    Ok(_) => sent += 1,
+                    Err(Errno::NOBUFS) => thread::yield_now(),
+                    Err(error) => return Err(error).with_context(|| format!("sending to {to}")),
+                }
+            }
+            Ok(sent)
         })?
     }
 }

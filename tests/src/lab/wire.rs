@@ -6,6 +6,11 @@ use std::net::SocketAddr;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+/// `lab-pod hold` sends a datagram that begins so and does not wait for its answer.
+pub const SEND_ONLY: &str = "send only: ";
+/// `lab-pod hold` that is told this and a datagram that it has sent waits for the answer.
+pub const HEAR: &str = "hear ";
+
 /// How a client talks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Proto {

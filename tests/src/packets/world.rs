@@ -278,9 +278,15 @@ impl World {
         (verdict, frame.bytes)
     }
 
-    /// A packet leaves through a device: what becomes of it.
+    /// A packet leaves through a device that it has entered by, too: what becomes of it.
     pub fn leave(&self, device: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
-        let mut frame = Frame::new(bytes, device);
+        self.leave_from(device, device, bytes)
+    }
+
+    /// A packet that has entered by a device (0: made by the host) leaves through another one: what becomes of it.
+    pub fn leave_from(&self, entered_by: u32, device: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+        let route_back = self.route_back.get();
+        let mut frame = Frame { entered_by, route_back, ..Frame::new(bytes, device) };
         let verdict = self.sim.packet(&mut frame, edge_of(device), true);
         (verdict, frame.bytes)
     }

@@ -70,3 +70,8 @@ pub fn kernel_version() -> (u32, u32) {
 pub fn refusal() -> &'static str {
     if kernel_version() >= (5, 18) { "ECONNREFUSED" } else { "EPERM" }
 }
+
+/// The error of the host's process whose packets would be dropped, likewise.
+pub fn denial() -> &'static str {
+    if kernel_version() >= (5, 18) { "EHOSTUNREACH" } else { "EPERM" }
+}

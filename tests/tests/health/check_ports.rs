@@ -140,6 +140,27 @@ fn p193_an_address_counts_once() -> Result<()> {
     tells(&wait(&stage.lab.client("X"), PORT, 200)?, 1, true)
 }
 
+/// As a node without endpoints says: no load balancer is to send anything to where the Service is not served.
+#[test]
+fn a_service_beyond_its_budget_has_no_endpoints() -> Result<()> {
+    let stage = Stage::new()?;
+    let lawful = [s_h(&json!({})), slice("s", "IPv4", &["L1"])];
+    stage.write(&lawful)?;
+    let mut agent = stage.with_manifests()?.flag("max-service-endpoints", 1);
+    start(&mut agent)?;
+    let x = stage.lab.client("X");
+    tells(&wait(&x, PORT, 200)?, 1, true)?;
+    stage.write(&[s_h(&json!({})), slice("s", "IPv4", &["L1", "L2"])])?;
+    tells(&wait(&x, PORT, 503)?, 0, true)?;
+    ensure!(problems(&agent, "Service a/s")?.concat().contains("--max-service-endpoints"));
+    // So it is for an agent that starts with it.
+    agent.kill9()?;
+    start(&mut agent)?;
+    tells(&wait(&x, PORT, 503)?, 0, true)?;
+    stage.write(&lawful)?;
+    tells(&wait(&x, PORT, 200)?, 1, true)
+}
+
 #[test]
 fn p194_p199_an_agent_that_is_stuck_says_no() -> Result<()> {
     let stage = Stage::new()?;

@@ -117,6 +117,39 @@ fn an_address_that_cannot_be_bound() -> Result<()> {
     Ok(())
 }
 
+/// A namespace full of Services with problems, and then another one's first.
+#[test]
+fn a_namespace_does_not_silence_another() -> Result<()> {
+    let stage = Stage::new()?;
+    let (server, mut agent) = stage.with_api()?;
+    let wrong = json!({"externalIPs": ["nonsense"]});
+    let noise = |round: u32| (0..250).map(move |n| (round, n));
+    start(&mut agent)?;
+    for (round, n) in (0..4).flat_map(noise) {
+        server.apply(service(&format!("s{round}-{n}"), &format!("10.96.{}.{n}", round + 1), &wrong))?;
+    }
+    wait_sample(&agent, "vipr_problems", |problems| problems == 1_000.0)?;
+    let mut quiet = service("quiet", "10.96.9.1", &wrong);
+    quiet["metadata"]["namespace"] = "b".into();
+    server.apply(quiet)?;
+    until("the Event of the other namespace", || {
+        let events = with_reason(&server, "ServiceProblem");
+        let of = |namespace: &str| {
+            events.iter().filter(|event| event["metadata"]["namespace"] == namespace).count()
+        };
+        ensure!(of("a") <= 11, "{}", of("a"));
+        Ok((of("b") == 1).then_some(()))
+    })?;
+    assert_eq!(problems(&agent, "Service b/quiet")?.len(), 1);
+    let rest = problems(&agent, "all of a")?;
+    assert!(rest.len() == 1 && rest[0].contains("900 more objects"), "{rest:?}");
+    let log = agent.quiet().log();
+    let lines =
+        |namespace: &str| log.lines().filter(|line| line.contains(&format!("Service {namespace}/"))).count();
+    assert!(lines("a") <= 60 && lines("b") == 1, "{} lines and {}", lines("a"), lines("b"));
+    Ok(())
+}
+
 #[test]
 fn nobody_waits_for_events() -> Result<()> {
     let stage = Stage::new()?;
@@ -128,7 +161,7 @@ fn nobody_waits_for_events() -> Result<()> {
     }))?;
     start(&mut agent)?;
     wait_sample(&agent, "vipr_problems", |problems| problems == 100.0)?;
-    wait_sample(&agent, "vipr_events_total{result=\"failed\"}", |failed| failed >= 20.0)?;
+    wait_sample(&agent, "vipr_events_total{result=\"failed\"}", |failed| failed >= 10.0)?;
     wait_sample(&agent, "vipr_events_total{result=\"dropped\"}", |dropped| dropped >= 50.0)?;
     server.apply(service("last", "10.96.2.1", &json!({})))?;
     until("the last Service", || {

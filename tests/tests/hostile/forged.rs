@@ -114,3 +114,29 @@ fn h002_all_ports_of_others() -> Result<()> {
     }
     nobody_notices(&world, &mut victims, "after all")
 }
+
+/// Somebody outside sends packets in the name of a pod of this node, by the port that the pod itself talks by: what the pod
+/// sends to the same backend has nothing to do with them.
+#[test]
+fn h004_in_the_name_of_a_pod_from_outside() -> Result<()> {
+    let world = World::start()?;
+    let mut victims = world.hold()?;
+    victims.retain(|victim| world.victim().addresses().contains(&victim.local.ip()));
+    let forger = world.client();
+    for agent in ["with an agent", "without an agent"] {
+        for strict in ["0", "1"] {
+            for device in ["all", "default"] {
+                world.host().net().sysctl(&format!("net/ipv4/conf/{device}/rp_filter"), strict)?;
+            }
+            for victim in &victims {
+                let to = victim.service.node_port(victim.local.is_ipv6())?;
+                forger.send_raw(in_the_name_of(victim, to))?;
+            }
+            nobody_notices(&world, &mut victims, agent)?;
+        }
+        if agent == "with an agent" {
+            world.agent().kill9()?;
+        }
+    }
+    Ok(())
+}

@@ -8,7 +8,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use proxy_tests::lab::{Agent, Held, Lab, LabSpec, NodeSpec, Place, Proto};
+use aya::maps::{HashMap, Map, MapData};
+use proxy_agent::bpf::flow_maps::FlowMaps;
+use proxy_agent::bpf::pins::PinDir;
+use proxy_common::abi::{Flow, FlowKey, UdpFlow, UdpFlowKey};
+use proxy_tests::lab::{Agent, Held, Lab, LabSpec, Netns, Node, NodeSpec, Place, Proto};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -34,6 +38,9 @@ pub(super) const THERE: Service =
 
 /// Where the agent answers probes.
 pub(super) const HEALTH_PORT: u16 = 10_256;
+
+/// Where pods say again what they hear.
+const ECHO_PORT: u16 = 8007;
 
 /// Addresses of the client outside.
 const CLIENT: [&str; 2] = ["203.0.113.7", "2001:db8:ff::7"];
@@ -62,6 +69,14 @@ impl Service {
         Self::at(v6, NODE[usize::from(v6)], 30_080 + self.number)
     }
 
+    /// Where it says again what it hears, for a client outside or inside of the cluster.
+    pub(super) fn echo(self, v6: bool, outside: bool) -> Result<SocketAddr> {
+        let (mut at, port) =
+            if outside { (self.node_port(v6)?, 30_190 + self.number) } else { (self.cluster_ip(v6)?, 7) };
+        at.set_port(port);
+        Ok(at)
+    }
+
     /// Its pod.
     pub(super) fn endpoint(self, v6: bool) -> Result<SocketAddr> {
         Self::at(v6, self.pod[usize::from(v6)], 8080)
@@ -69,22 +84,29 @@ impl Service {
 
     /// It and its slices.
     pub(super) fn objects(self) -> Vec<Value> {
-        let ports = ["TCP", "UDP"];
-        let of = |protocol: &&str| {
-            let port = 30_080 + self.number;
-            json!({ "name": protocol.to_lowercase(), "protocol": protocol, "port": 80, "nodePort": port })
-        };
+        let kinds = [("tcp", "TCP", 80, 30_080, 8080), ("udp", "UDP", 80, 30_080, 8080)];
+        let echoes = [("echo-tcp", "TCP", 7, 30_190, ECHO_PORT), ("echo-udp", "UDP", 7, 30_190, ECHO_PORT)];
+        let ports: Vec<Value> = kinds
+            .into_iter()
+            .chain(echoes)
+            .map(|(name, protocol, port, base, _)| {
+                json!({
+                    "name": name, "protocol": protocol, "port": port, "nodePort": base + self.number,
+                })
+            })
+            .collect();
         let ips = [format!("10.96.0.{}", self.number), format!("fd00:96::{}", self.number)];
         let mut objects = vec![json!({
             "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "h", "name": self.name },
             "spec": {
                 "type": "NodePort", "ipFamilies": ["IPv4", "IPv6"], "clusterIP": ips[0], "clusterIPs": ips,
-                "ports": ports.iter().map(of).collect::<Vec<_>>(),
+                "ports": ports,
             },
         })];
-        let slice_ports: Vec<Value> = ports
-            .iter()
-            .map(|protocol| json!({ "name": protocol.to_lowercase(), "protocol": protocol, "port": 8080 }))
+        let slice_ports: Vec<Value> = kinds
+            .into_iter()
+            .chain(echoes)
+            .map(|(name, protocol, .., port)| json!({ "name": name, "protocol": protocol, "port": port }))
             .collect();
         for (family, address) in ["IPv4", "IPv6"].into_iter().zip(self.pod) {
             let name = format!("{}-{}", self.name, family.to_lowercase());
@@ -114,6 +136,11 @@ pub(super) struct World {
 impl World {
     /// A world that is served.
     pub(super) fn start() -> Result<Self> {
+        Self::start_with(&[])
+    }
+
+    /// The same, with more flags of the agent.
+    pub(super) fn start_with(flags: &[(&str, &str)]) -> Result<Self> {
         let pods = ["10.64.1.0/24", "fd00:64:0:1::/64"];
         let n1 = NodeSpec::new("n1", &NODE, &pods)?;
         let n2 =
@@ -127,10 +154,11 @@ impl World {
             .unseen("victim")
             .pod("n1", "L1", &HERE.pod)?
             .pod("n2", "R1", &THERE.pod)?
-            .client("client", &CLIENT)?;
+            .client("client", &CLIENT)?
+            .client("forger", &["198.51.100.66", "2001:db8:fe::66"])?;
         let lab = Lab::build(spec)?;
         for pod in ["L1", "R1"] {
-            lab.pod(pod).serve().tcp(8080).udp(8080).start()?;
+            lab.pod(pod).serve().tcp(8080).udp(8080).echo(ECHO_PORT).udp_echo(ECHO_PORT).start()?;
         }
         let dir = tempfile::Builder::new().prefix("lab-hostile-").tempdir()?;
         let mut objects = vec![
@@ -145,6 +173,7 @@ impl World {
         let agent = lab.node("n1").agent()?.quiet().manifests(&dir.path().join("manifests"));
         // Probes of kubelets and load balancers come from everywhere.
         let agent = agent.flag("healthz-bind-address", format!("0.0.0.0:{HEALTH_PORT}"));
+        let agent = flags.iter().fold(agent, |agent, (flag, value)| agent.flag(flag, value));
         let agent = Mutex::new(agent.flag("run-dir", dir.path().join("run").display()));
         let world = Self { agent, lab, dir };
         world.write("all", &objects)?;
@@ -167,6 +196,13 @@ impl World {
         Ok(fs::rename(&next, self.dir.path().join("manifests").join(name).with_extension("json"))?)
     }
 
+    /// What `status` says of a Service.
+    pub(super) fn problems(&self, service: &str) -> Result<Vec<String>> {
+        let status = self.agent().tool("status", &[])?;
+        let problems = &status["agent"]["problems"][format!("Service h/{service}")];
+        Ok(if problems.is_null() { Vec::new() } else { serde_json::from_value(problems.clone())? })
+    }
+
     /// A directory for whatever a test needs.
     pub(super) fn dir(&self) -> &Path {
         self.dir.path()
@@ -182,9 +218,40 @@ impl World {
         self.lab.node("n1").host()
     }
 
+    /// Every network namespace.
+    pub(super) fn nets(&self) -> Vec<Netns> {
+        let places = self.lab.nodes().iter().map(Node::host).cloned();
+        let places = places
+            .chain(self.lab.all_pods().into_iter().map(|pod| Place::clone(&pod)))
+            .chain([self.client()]);
+        places.map(|place| place.net().clone()).chain([self.lab.hub().clone()]).collect()
+    }
+
+    /// The tuples of the flows that the first node serves: client, backend, what the client talks to, and our own source.
+    pub(super) fn flows(&self) -> Result<Vec<(FlowKey, Flow)>> {
+        let maps = FlowMaps::open(&PinDir::new(self.lab.node("n1").pin_dir()))?;
+        let mut flows = Vec::new();
+        for table in [&maps.flows, &maps.new_flows] {
+            table.for_each(|flow| flows.push(flow))?;
+        }
+        Ok(flows)
+    }
+
+    /// How many entries `UDP_FLOWS` has on the first node.
+    pub(super) fn datagrams(&self) -> Result<usize> {
+        let pin = PinDir::new(self.lab.node("n1").pin_dir()).map("UDP_FLOWS");
+        let map = HashMap::<_, UdpFlowKey, UdpFlow>::try_from(Map::HashMap(MapData::from_pin(pin)?))?;
+        Ok(map.keys().filter(Result::is_ok).count())
+    }
+
     /// The pod that harms others.
     pub(super) fn attacker(&self) -> Place {
         Place::clone(&self.lab.pod("attacker"))
+    }
+
+    /// Somebody outside who does the same.
+    pub(super) fn forger(&self) -> Place {
+        Place::clone(&self.lab.client("forger"))
     }
 
     /// A pod whose packets are translated at its interface.
@@ -195,6 +262,11 @@ impl World {
     /// The client outside.
     pub(super) fn client(&self) -> Place {
         Place::clone(&self.lab.client("client"))
+    }
+
+    /// A pod of the other node.
+    pub(super) fn elsewhere(&self) -> Place {
+        Place::clone(&self.lab.pod("R1"))
     }
 
     /// What a place talks to: pods by themselves, and Services.

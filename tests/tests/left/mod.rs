@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use proxy_tests::lab::{Agent, Attempt, Lab, LabSpec, Place, Proto};
-use proxy_tests::scenarios::until;
+use proxy_tests::scenarios::{denial, until};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -176,7 +176,7 @@ fn denied(place: &Place, target: &str) -> Result<()> {
     for way in WAYS {
         let attempt = ask(place, target, way)?;
         let stage = if way == Proto::UdpUnconnected { "send" } else { "connect" };
-        if (attempt.error.as_deref(), attempt.stage.as_deref()) != (Some("EPERM"), Some(stage)) {
+        if (attempt.error.as_deref(), attempt.stage.as_deref()) != (Some(denial()), Some(stage)) {
             bail!("{} to {target}, {way:?}: {attempt:?}", place.name());
         }
     }

@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use proxy_tests::cases::masquerade::{self, Edge, Seen};
 use proxy_tests::cases::{Connect, Dest, Endpoint, Expect, Pace, Proto, Sender, Target};
 use proxy_tests::lab::{self, Attempt, Held, Place};
+use proxy_tests::scenarios::denial;
 
 use super::world::World;
 
@@ -209,8 +210,8 @@ impl Client<'_> {
     /// The host is told. Of a pod's socket the address is left alone, and its packets vanish.
     fn dropped(&self, attempt: &Attempt) -> bool {
         match (self.is_host(), self.way) {
-            (true, lab::Proto::UdpUnconnected) => failed(attempt, &["send"], "EPERM"),
-            (true, _) => failed(attempt, &["connect"], "EPERM"),
+            (true, lab::Proto::UdpUnconnected) => failed(attempt, &["send"], denial()),
+            (true, _) => failed(attempt, &["connect"], denial()),
             (false, lab::Proto::Tcp) => failed(attempt, &["connect"], "ETIMEDOUT"),
             (false, _) => failed(attempt, &["recv"], "ETIMEDOUT"),
         }

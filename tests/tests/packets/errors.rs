@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use proxy_common::abi::Counter;
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::{ACK, PSH, SYN};
+use proxy_common::datapath::edge::parse::tcp::{ACK, SYN};
 use proxy_tests::packets::{Body, ETHERNET, NIC, Net, OVERLAY, POD, Packet, Trouble, World, read};
 
 use super::{answer, counts, open, passes, seen, translated, world};
@@ -67,6 +67,26 @@ fn about_a_request_on_its_way_to_another_node() {
     }
 }
 
+/// The header that it quotes tells no length (BIG TCP).
+#[test]
+fn about_a_train_that_is_longer_than_its_header_can_tell() {
+    for net in Net::ALL {
+        let (vip, at) = (net.there(), if net.v6 { 4 } else { 2 });
+        for request in
+            requests(net, vip).into_iter().filter(|request| matches!(request.body, Body::Tcp { .. }))
+        {
+            let world = world();
+            let (mut sent, _) = open(&world, &request);
+            sent[ETHERNET + at..ETHERNET + at + 2].fill(0);
+            let error = error(net.router(), Trouble::TooBig, &request, &sent, quotes(net)[0]);
+            let arrived = translated(world.leave(NIC, translated(world.enter(OVERLAY, error.bytes()))));
+            let mut original = request.bytes();
+            original[ETHERNET + at..ETHERNET + at + 2].fill(0);
+            is_about(&arrived, Trouble::TooBig, net.router(), net.client().ip(), &original);
+        }
+    }
+}
+
 #[test]
 fn about_a_request_to_a_pod_of_this_node() {
     for net in Net::ALL {
@@ -95,7 +115,7 @@ fn answered(
 ) -> (Vec<u8>, Vec<u8>) {
     let to = own.unwrap_or(request.source);
     let body = if matches!(request.body, Body::Tcp { .. }) {
-        Body::Tcp { flags: PSH | ACK, seq: 5001, ack: 1001, data: vec![3; 60] }
+        Body::Tcp { flags: SYN | ACK, seq: 5001, ack: 1001, data: vec![3; 60] }
     } else {
         Body::Udp { data: vec![4; 60], checksum: true }
     };

@@ -2,7 +2,7 @@
 
 use proxy_common::abi::Counter;
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::SYN;
+use proxy_common::datapath::edge::parse::tcp::{PSH, SYN};
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_tests::packets::{Body, ETHERNET, NIC, Net, OVERLAY, Packet};
 
@@ -67,6 +67,36 @@ fn lengths_that_lie() {
                 let wanted = if length == counted { Verdict::Translated } else { Verdict::Drop };
                 assert_eq!(verdict, wanted, "{length} instead of {counted}: {packet:?}");
                 assert_eq!(after.len(), whole.len());
+            }
+        }
+    }
+}
+
+/// A train of segments is longer than the field for its length can tell: that is zero then (BIG TCP).
+#[test]
+fn a_length_of_zero_stands_for_more_than_64_kib() {
+    const LONG: usize = 200_000;
+    for net in Net::ALL {
+        for syn in [SYN, SYN | PSH] {
+            let packet = Packet::tcp(net.client(), net.there(), syn, 1, 0);
+            for packet in [packet.clone(), packet.extended()] {
+                let at = ETHERNET + if net.v6 { 4 } else { 2 };
+                let train = |packet: &Packet, length: usize| {
+                    let mut bytes = packet.bytes();
+                    bytes[at..at + 2].fill(0);
+                    bytes.resize(ETHERNET + length, 0x5a);
+                    bytes
+                };
+                let world = world();
+                let (verdict, after) = world.enter(NIC, train(&packet, LONG));
+                assert_eq!(verdict, Verdict::Translated);
+                assert_eq!(after, train(&packet.between(net.client(), net.remote(1)), LONG));
+                let (_, _, flow) = super::record(&world);
+                let counted = world.sim.edge.service_counters(flow.service);
+                assert_eq!(counted.request_bytes, LONG as u64);
+
+                let world = self::world();
+                assert_eq!(world.enter(NIC, train(&packet, 65_535)).0, Verdict::Drop, "it could be told");
             }
         }
     }

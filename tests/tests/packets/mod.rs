@@ -6,10 +6,12 @@ mod fragments;
 mod malformed;
 mod origins;
 mod passing;
+mod proofs;
 mod records;
 mod refusals;
 mod segments;
 mod selecting;
+mod sources;
 mod translating;
 
 use std::net::SocketAddr;
@@ -20,7 +22,7 @@ use proxy_common::abi::{Flow, FlowKey};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parse::tcp::{ACK, SYN};
 use proxy_common::datapath::edge::tables::Tier;
-use proxy_tests::packets::{NIC, Net, OVERLAY, Packet, Seen, World, read};
+use proxy_tests::packets::{Body, NIC, Net, OVERLAY, Packet, Seen, World, read};
 
 fn world() -> World {
     World::new().unwrap()
@@ -96,4 +98,12 @@ fn record(world: &World) -> (Tier, FlowKey, Flow) {
     let all: Vec<_> = records(Tier::Assured).chain(records(Tier::New)).collect();
     assert_eq!(all.len(), 1, "{all:#?}");
     all[0]
+}
+
+fn reply(request: &Packet, from: SocketAddr, to: SocketAddr) -> Packet {
+    if matches!(request.body, Body::Udp { .. }) {
+        Packet::udp(from, to, b"!")
+    } else {
+        Packet::tcp(from, to, SYN | ACK, 5000, 1001)
+    }
 }

@@ -1,20 +1,20 @@
 //! Records and index entries: full maps, evictions, expiry, and tuples that meet.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::ASSURED;
-use proxy_common::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef, Origin};
-use proxy_common::addr::Addr;
+use proxy_common::abi::{Counter, FlowKind};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::{snat_index, vip_index};
 use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
-use proxy_common::datapath::edge::tables::{EdgeTables as _, FlowCell as _, Tier};
-use proxy_tests::packets::{Body, NIC, Net, OVERLAY, POD, Packet, Trouble, World};
+use proxy_common::datapath::edge::tables::Tier;
+use proxy_common::datapath::edge::timeouts::closed;
+use proxy_tests::packets::{NIC, Net, OVERLAY, POD, Packet, Trouble};
 
-use super::{answer, counts, establish, open, passes, record, replied, seen, translated, world};
+use super::{answer, counts, establish, open, passes, record, reply, seen, translated, world};
 
 #[test]
 fn a_flow_works_without_room_for_it() {
@@ -86,24 +86,6 @@ fn what_is_evicted_is_made_again() {
     }
 }
 
-/// The source of a flow may be somebody else's by the time that it is missed.
-#[test]
-fn a_source_that_has_been_given_away_is_replaced() {
-    for net in Net::ALL {
-        let world = world();
-        let request = Packet::tcp(net.client(), net.there(), SYN, 1000, 0);
-        let (_, own) = open(&world, &request);
-        let (_, key, flow) = record(&world);
-        let (index, target) = snat_index(&key, &flow.snat, flow.snat_port);
-        world.sim.edge.evict_index(&index).unwrap();
-        let other = net.stranger().ip().into();
-        assert!(world.sim.add_index(Tier::New, &index, &FlowRef { addr: other, ..target }));
-        let (_, source) = open(&world, &request);
-        assert_ne!(source, own);
-        answer(&world, &reply(&request, net.remote(1), source));
-    }
-}
-
 /// The kernel gives a port to another connection as soon as the destination differs.
 #[test]
 fn who_has_talked_through_a_vip_can_talk_to_the_pod_itself() {
@@ -132,6 +114,7 @@ fn who_has_talked_through_a_vip_can_talk_to_the_pod_itself() {
                 reply(ACK);
             }
 
+            world.pass(1);
             for kind in [SYN, ACK] {
                 let direct = Packet::tcp(client, pod, kind, 9000, 0).bytes();
                 passes(|bytes| world.enter(NIC, bytes), &direct);
@@ -174,14 +157,6 @@ fn an_entry_without_its_record_leads_nowhere() {
         passes(|bytes| world.leave(NIC, bytes), &Packet::udp(net.remote(1), net.client(), b"!").bytes());
         let (_, source) = open(&world, &request);
         answer(&world, &Packet::udp(net.remote(1), source, b"!"));
-    }
-}
-
-fn reply(request: &Packet, from: SocketAddr, to: SocketAddr) -> Packet {
-    if matches!(request.body, Body::Udp { .. }) {
-        Packet::udp(from, to, b"!")
-    } else {
-        Packet::tcp(from, to, SYN | ACK, 5000, 1001)
     }
 }
 
@@ -245,7 +220,12 @@ fn another_flow_on_the_tuple_of_a_closed_one() {
             answer(&world, &Packet::tcp(pod, own, SYN | ACK, 5000, 2));
             open(&world, &Packet::tcp(client, vip, ACK, 2, 5001));
             answer(&world, &Packet::tcp(pod, own, RST, 5001, 0));
-            record(&world);
+            // What stays of the closed ones is where each came from.
+            let kept = world.sim.edge.records(Tier::Assured);
+            let sources: BTreeSet<_> = kept.iter().map(|(_, flow)| flow.snat_port.get()).collect();
+            assert_eq!(sources.len(), kept.len());
+            assert!(kept.iter().all(|(_, flow)| closed(flow.state)));
+            assert!(sources.contains(&own.port()) && world.sim.edge.records(Tier::New).is_empty());
         }
         assert_eq!(counts(&world), [(Counter::Flow, 12)]);
     }
@@ -301,166 +281,6 @@ fn two_vips_with_one_backend_on_this_node() {
             let error = Packet::error(pod.ip(), Trouble::PortUnreachable, &routed, 548);
             let told = translated(world.leave(NIC, error.bytes()));
             assert_eq!(seen(&told).payload, request.bytes()[14..], "about the request");
-        }
-    }
-}
-
-/// A world in which every source port towards the usual backend is in use by a flow that lives, in `tier`.
-fn few_ports(net: Net, proto: u8, tier: Tier) -> World {
-    let world = world();
-    let (client, backend) = (net.stranger(), net.remote(1));
-    let own = Addr::from(net.overlay());
-    for port in SNAT_PORTS.map(Be16::new) {
-        let key = FlowKey {
-            source: client.ip().into(),
-            destination: backend.ip().into(),
-            source_port: port,
-            destination_port: Be16::new(backend.port()),
-            origin: Origin::OUTSIDE,
-            proto,
-            kind: FlowKind::Record as u8,
-            pad: 0,
-            pad_end: 0,
-        };
-        let flow = Flow {
-            vip: net.there().ip().into(),
-            vip_port: Be16::new(net.there().port()),
-            client_port: port,
-            snat: own,
-            snat_port: port,
-            check: key.check(),
-            last_seen: world.sim.clock.get(),
-            ..Flow::default()
-        };
-        let (index, target) = snat_index(&key, &own, port);
-        assert!(world.sim.add_flow(tier, &key, &flow) && world.sim.add_index(tier, &index, &target));
-    }
-    world
-}
-
-/// A flood leaves ports to others: those of flows that have proved nothing are taken.
-#[test]
-fn a_source_port_is_taken_from_whoever_has_proved_nothing() {
-    for net in Net::ALL {
-        let world = few_ports(net, 6, Tier::New);
-        let own = establish(&world, net, net.there());
-        assert_eq!(world.sim.counted(Counter::RejectNoPort), 0);
-        // Whoever had it gets another one with its next packet, and takes none from what is established.
-        for number in 0..200 {
-            let loser = SocketAddr::new(net.stranger().ip(), SNAT_PORTS.start + number);
-            let (_, source) = open(&world, &Packet::tcp(loser, net.there(), SYN, 1, 0));
-            assert_ne!(source, own);
-        }
-        let loser = SocketAddr::new(net.stranger().ip(), own.port());
-        let (_, source) = open(&world, &Packet::tcp(loser, net.there(), SYN, 1, 0));
-        assert_ne!(source, own);
-        let reply = Packet::tcp(net.remote(1), own, PSH | ACK, 5001, 1001);
-        assert_eq!(answer(&world, &reply), reply.between(net.there(), net.client()).bytes());
-    }
-}
-
-/// A client that goes on when its source is another's gets nothing that belongs to that one.
-#[test]
-fn a_source_that_was_given_away_is_not_taken_back() {
-    for net in Net::ALL {
-        let (world, vip) = (world(), net.there());
-        let (_, own) = open(&world, &Packet::tcp(net.client(), vip, SYN, 1000, 0));
-        answer(&world, &Packet::tcp(net.remote(1), own, SYN | ACK, 5000, 1001));
-        let (_, key, flow) = record(&world);
-        let (index, target) = snat_index(&key, &flow.snat, flow.snat_port);
-        let other = FlowRef { addr: net.stranger().ip().into(), ..target };
-        for tier in [Tier::New, Tier::Assured] {
-            world.sim.remove_index(Tier::New, &index);
-            assert!(world.sim.add_index(tier, &index, &other));
-            let routed =
-                translated(world.enter(NIC, Packet::tcp(net.client(), vip, ACK, 1001, 5001).bytes()));
-            assert_eq!((record(&world).0, world.sim.index(tier, &index)), (Tier::New, Some(other)));
-            let sent = translated(world.leave(OVERLAY, routed));
-            assert_ne!(seen(&sent).source, own);
-            // As it was.
-            let (snat, port) = (flow.snat, flow.snat_port);
-            world.sim.flow(Tier::New, &key).unwrap().set_snat(snat, port);
-        }
-        assert_eq!(world.sim.counted(Counter::FlowsFull), 0);
-    }
-}
-
-/// Who ends a connection first remembers it: the source of one that its client has ended is free for another soon.
-#[test]
-fn a_source_is_free_again_once_the_backend_has_forgotten_it() {
-    use proxy_common::datapath::edge::timeouts::{closed, forgotten};
-    for net in Net::ALL {
-        let (client, vip, backend) = (net.client(), net.there(), net.remote(1));
-        for (by_client, reset) in [(true, false), (false, false), (false, true)] {
-            let world = world();
-            let own = establish(&world, net, vip);
-            let from_client = |flags| {
-                open(&world, &Packet::tcp(client, vip, flags, 1001, 5001));
-            };
-            let from_backend = |flags| {
-                answer(&world, &Packet::tcp(backend, own, flags, 5001, 1001));
-            };
-            match (by_client, reset) {
-                (true, _) => (from_client(FIN | ACK), from_backend(FIN | ACK)),
-                (false, false) => (from_backend(FIN | ACK), from_client(FIN | ACK)),
-                (false, true) => (from_backend(RST | ACK), ()),
-            };
-            let (_, _, flow) = record(&world);
-            assert!(closed(flow.state), "{by_client} {reset}");
-            let at = |milliseconds: u64| forgotten(&flow, flow.last_seen + milliseconds * 1_000_000);
-            assert_eq!((at(499), at(500)), (false, by_client || reset), "{by_client} {reset}");
-        }
-        assert!(!forgotten(&Flow { state: ASSURED, ..Flow::default() }, u64::MAX));
-    }
-}
-
-#[test]
-fn without_a_free_source_port_the_client_is_told() {
-    for net in Net::ALL {
-        for (proto, request) in [
-            (6, Packet::tcp(net.client(), net.there(), SYN, 1000, 0)),
-            (17, Packet::udp(net.client(), net.there(), b"nobody will read this")),
-        ] {
-            let world = few_ports(net, proto, Tier::Assured);
-            let routed = translated(world.enter(NIC, request.bytes()));
-            let told = replied(world.leave(OVERLAY, routed.clone()));
-            assert_eq!((told.source.ip(), told.destination.ip()), (net.there().ip(), net.client().ip()));
-            if proto == 6 {
-                assert_eq!((told.source, told.destination), (net.there(), net.client()));
-                assert_eq!(told.tcp, Some((RST | ACK, 0, 1001)));
-            } else {
-                assert_eq!(told.icmp, Some(Trouble::PortUnreachable.numbers(net.v6)));
-                assert_eq!(told.payload, request.bytes()[14..][..told.payload.len()]);
-            }
-            assert_eq!(world.sim.counted(Counter::RejectNoPort), 1);
-            // Nothing of it stays, and when ports are free again it works.
-            assert!(
-                world
-                    .sim
-                    .edge
-                    .records(Tier::New)
-                    .iter()
-                    .all(|(key, _)| key.source != net.client().ip().into())
-            );
-            world.pass(300);
-            open(&world, &request);
-        }
-    }
-}
-
-#[test]
-fn a_source_port_is_not_given_away_while_its_flow_lives() {
-    for net in Net::ALL {
-        let world = world();
-        let mut owners = BTreeMap::new();
-        for port in 1..4000_u16 {
-            let client = SocketAddr::new(net.client().ip(), port);
-            let (_, own) = open(&world, &Packet::udp(client, net.there(), b"?"));
-            assert_eq!(owners.insert(own.port(), client), None, "port {} twice", own.port());
-        }
-        for (port, client) in owners {
-            let reply = Packet::udp(net.remote(1), SocketAddr::new(net.overlay(), port), b"!");
-            assert_eq!(answer(&world, &reply), reply.between(net.there(), client).bytes());
         }
     }
 }

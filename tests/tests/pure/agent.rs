@@ -148,18 +148,19 @@ impl Agent {
         if self.first {
             self.cluster.touch_all();
         }
+        let mut dirty = self.cluster.take_dirty();
         if node_changed {
-            let host = self.context.host_addresses.iter().copied().collect();
+            let host = &self.context.host_addresses;
             let wanted = NodeTables {
-                addresses: local_addresses(&self.node_ports, &self.context.node.ips, &host),
+                addresses: local_addresses(&self.node_ports, &self.context.node.ips, host),
                 service_cidrs: self.cluster.service_cidrs().collect(),
                 pod_sources: self.context.cluster_cidr.iter().flatten().copied().collect(),
             };
-            let ops = plan_node(&mut self.model, wanted);
+            let (ops, concerned) = plan_node(&mut self.model, wanted);
             self.carry_out(&ops)?;
             all.extend(ops);
+            dirty.extend(concerned);
         }
-        let dirty = self.cluster.take_dirty();
         let mut wanted: BTreeMap<ObjectKey, Option<Wanted>> =
             dirty.into_iter().map(|key| (key.clone(), self.wanted(&key))).collect();
         if self.first {

@@ -34,7 +34,7 @@ pub(super) enum Fate {
     To(SocketAddr),
     /// Refused.
     Reject,
-    /// In silence; at a socket where nobody judges packets, with EPERM.
+    /// In silence; at a socket where nobody judges packets, with an error.
     Drop,
     /// Where the client wanted to go.
     Pass,

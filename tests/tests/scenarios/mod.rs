@@ -5,8 +5,10 @@ mod cluster;
 mod outside;
 mod services;
 
+use std::process::Command;
+
 use proxy_tests::lab::{Attempt, Place};
-use proxy_tests::scenarios::CLIENT;
+use proxy_tests::scenarios::{CLIENT, denial};
 
 const KUBIA: [&str; 3] = ["kubia-7nog1", "kubia-gzwli", "kubia-3inly"];
 const LINUXEA: [&str; 3] = ["linuxea-0", "linuxea-1", "linuxea-2"];
@@ -19,5 +21,13 @@ fn failure(attempt: &Attempt) -> &str {
 
 /// How a client finds out that an address for Services has none: the host is told, a pod waits.
 fn failure_without_service(place: &Place) -> &'static str {
-    if place.name() == CLIENT { "ETIMEDOUT" } else { "EPERM" }
+    if place.name() == CLIENT { "ETIMEDOUT" } else { denial() }
+}
+
+/// The tour of `cargo xtask demo` judges itself.
+#[test]
+fn the_demo_has_no_unexpected_result() -> anyhow::Result<()> {
+    let demo = Command::new(env!("CARGO_BIN_EXE_demo")).output()?;
+    anyhow::ensure!(demo.status.success(), "{}", String::from_utf8_lossy(&demo.stdout));
+    Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use proxy_tests::lab::{Place, Proto};
 use proxy_tests::scenarios::{OUTSIDE_ADDRESS, World, evenly, refusal, served};
 
@@ -49,6 +49,27 @@ fn from_outside(world: &World, target: &str, node: &str) -> Result<()> {
         let right = if local { seen.to_string() == OUTSIDE_ADDRESS } else { own.contains(&seen) };
         assert!(right, "through {node}: {attempt:?}");
     }
+    Ok(())
+}
+
+/// A client that uses its ports over and over. The pods end the connections and remember where each came from: a SYN from
+/// there by another port of the client is not answered, and is sent again a second later.
+#[test]
+fn s08_no_connection_comes_from_where_a_pod_remembers_another() -> Result<()> {
+    let (world, target) = (World::start(&["s08-nodeport.yaml"])?, "192.168.1.11:30123");
+    let outside = world.outside();
+    outside.net().sysctl("net/ipv4/ip_local_port_range", "40000 41999")?;
+    let attempts = outside.connect(target).http().times(6_000).run()?;
+    evenly(&served(target, &attempts)?, &KUBIA)?;
+    let mut counters = outside.command("cat");
+    counters.arg("/proc/net/netstat");
+    let counters = counters.text()?;
+    let mut lines =
+        counters.lines().filter_map(|line| line.strip_prefix("TcpExt: ")).map(str::split_whitespace);
+    let (names, values) = (lines.next().context("names")?, lines.next().context("values")?);
+    let (_, again) = names.zip(values).find(|(name, _)| *name == "TCPSynRetrans").context("TCPSynRetrans")?;
+    // A busy machine may be that late, too.
+    ensure!(again.parse::<u64>()? <= 3, "{again} SYNs were sent again");
     Ok(())
 }
 

@@ -1,4 +1,6 @@
-//! The watch of the Kubernetes API: how lists come, and how often a server is asked that does not answer.
+//! The watch of the Kubernetes API: how lists come, how often a server is asked that does not answer, and how much
+//! of a namespace is kept.
 
 mod lists;
 mod pace;
+mod tenants;

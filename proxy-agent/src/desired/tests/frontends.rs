@@ -96,6 +96,41 @@ fn external_ips_among_cluster_ips_are_refused_by_name() {
     assert!(desired.problems[0].contains("10.96.7.7") && desired.problems[0].contains("10.96.0.0/16"));
 }
 
+/// As many sentences as there are addresses would be a burden of their own.
+#[test]
+fn what_is_wrong_with_many_addresses_is_counted() {
+    let world = s("L1").with(|w| {
+        w.context.service_cidrs = vec![prefix("10.96.0.0/16")];
+        w.service.external_ips = (0..100).map(|number| Addr::v4([10, 96, 7, number])).collect();
+    });
+    let problems = world.desired().problems;
+    assert_eq!(problems.len(), 17, "{problems:?}");
+    assert_eq!(problems[16], "spec.externalIPs: 84 more are not served");
+}
+
+#[test]
+fn addresses_of_the_node_are_kept_for_the_node_where_that_is_asked_for() {
+    let world = s_lb("L1").with(|w| {
+        w.service.external_ips.push(addr("192.0.2.10"));
+        w.service.load_balancer_ips.push(addr("192.0.3.10"));
+        w.context.host_addresses.extend([addr("192.0.3.10")]);
+    });
+    world.check("X>192.0.2.10:80 = L1\nX>192.0.3.10:80 = L1");
+    assert_eq!(world.desired().problems, [""; 0]);
+    let protected = world.with(|w| w.context.protect_node_addresses = true);
+    protected.check("X>192.0.2.10:80 = PASS\nX>192.0.3.10:80 = PASS\nX>NP = L1\nX>VIP = L1\nX>EXT = L1");
+    let why = "is not served: it is an address of this node (--protect-node-addresses)";
+    assert_eq!(
+        protected.desired().problems,
+        [
+            format!("status.loadBalancer.ingress: 192.0.3.10 {why}"),
+            format!("spec.externalIPs: 192.0.2.10 {why}")
+        ]
+    );
+    // An address that the node has no more, or not yet, is as good as any other.
+    protected.with(|w| w.context.host_addresses.clear()).check("X>192.0.3.10:80 = L1\nX>192.0.2.10:80 = L1");
+}
+
 #[test]
 fn p022_external_ips_can_be_switched_off() {
     let world = s_lb("L1, R1").with(|w| w.context.ignore_external_ips = true);
@@ -183,7 +218,7 @@ fn source_ranges_without_detect_local_or_a_node_address() {
     // 127.0.0.1 is in a range, but says nothing about this host.
     let unknown = s_lb("L1").source_ranges(&["127.0.0.0/8"]).with(|w| w.context.node.ips = [None, None]);
     unknown.check("H>VIP = DROP");
-    unknown.with(|w| w.context.host_addresses.push(addr("127.1.2.3"))).check("H>VIP = DROP");
+    unknown.with(|w| w.context.host_addresses.extend([addr("127.1.2.3")])).check("H>VIP = DROP");
     let known = s_lb("L1").source_ranges(&["192.0.2.0/24"]).with(|w| w.context.node.ips = [None, None]);
     known.check("H>VIP = L1");
 }
@@ -219,7 +254,7 @@ fn p150_to_p158_the_packet_edge_gets_the_ranges_and_may_get_the_address_itself()
     assert_eq!(ranges(&world, Family::V6), ["2001:db8:1::/48", "2001:db8:5::5/128"]);
     // A secondary address of the host does not count, nor does an unknown one.
     let secondary = s_lb("L1").source_ranges(&["192.0.3.0/24"]);
-    check(&secondary.with(|w| w.context.host_addresses.push(addr("192.0.3.10"))), &["192.0.3.0/24"]);
+    check(&secondary.with(|w| w.context.host_addresses.extend([addr("192.0.3.10")])), &["192.0.3.0/24"]);
     let unknown = s_lb("L1").source_ranges(&["192.0.2.0/24"]).with(|w| w.context.node.ips = [None, None]);
     check(&unknown, &["192.0.2.0/24"]);
 }

@@ -14,11 +14,12 @@ use proxy_common::abi::{FrontendKey, FrontendKind, SlotRange, proto};
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
 
-use super::{Context, DesiredPort, DesiredService, desired_service};
+use super::{Budget, Context, DesiredPort, DesiredService, desired_service};
 use crate::cluster::{
     Endpoint, Hints, Node, ObjectKey, Service, ServicePort, ServiceType, Slice, SlicePort, TrafficPolicy,
 };
 
+mod budget;
 mod frontends;
 mod properties;
 mod reasons;
@@ -155,10 +156,12 @@ fn s_with(slices: Vec<Slice>) -> World {
             },
             cluster_cidr: [Some(prefix("10.64.0.0/12")), Some(prefix("fd00:64::/48"))],
             pods_by_interface: false,
-            host_addresses: ["127.0.0.1", "::1", "192.0.2.10", "2001:db8:1::10"].map(addr).to_vec(),
+            host_addresses: ["127.0.0.1", "::1", "192.0.2.10", "2001:db8:1::10"].map(addr).into(),
             service_cidrs: Vec::new(),
             ignore_external_ips: false,
             pods_in_packets: false,
+            protect_node_addresses: false,
+            budget: Budget::DEFAULT,
         },
     }
 }

@@ -10,8 +10,8 @@ type Judged = Result<(), Reason>;
 #[track_caller]
 fn check(world: &World, want: &[(&str, Judged, Judged)]) {
     let desired = world.desired();
-    let found = standings(&world.service, world.slices.iter(), &desired.ports[0].key, &world.context);
-    let told: Vec<_> = found
+    let found = standings(&desired, world.slices.iter(), &world.context);
+    let told: Vec<_> = found[0]
         .iter()
         .map(|one| {
             let &(name, ..) = ENDPOINTS.iter().find(|(_, ip, _)| addr(ip) == one.addr).unwrap();

@@ -39,6 +39,8 @@ pub struct Choice {
     pub layer: Layer,
     /// Whether all that enters is traffic of local pods (detect-local by interface).
     pub near: bool,
+    /// Index of the bridge or bond that takes over what enters: the network stack sees packets enter through that.
+    pub owner: Option<u32>,
     /// Why it was chosen.
     pub reason: String,
 }
@@ -47,13 +49,15 @@ pub struct Choice {
 pub type Choices = BTreeMap<u32, Choice>;
 
 /// Chooses devices. `before` are the devices chosen so far: one that goes down or loses its last address keeps its
-/// role, so that packets are translated from the moment it is back.
+/// role, so that packets are translated from the moment it is back. What is up and has an address tells by itself what it is.
 pub fn choose(snapshot: &Snapshot, settings: &Settings, before: &Choices) -> Choices {
     let view = View { snapshot, settings };
     let chosen = snapshot.links.iter().filter_map(|(&index, link)| {
-        let (role, reason) = view.role(index, link).or_else(|| view.kept(link, before.get(&index)?))?;
+        let (role, reason) =
+            view.role(index, link).or_else(|| view.kept(index, link, before.get(&index)?))?;
         let near = settings.detect_local.names(&view.entrance(link).name);
-        Some((index, Choice { name: link.name.clone(), role, layer: link.layer, near, reason }))
+        let owner = view.owner(link).and(link.master);
+        Some((index, Choice { name: link.name.clone(), role, layer: link.layer, near, owner, reason }))
     });
     chosen.collect()
 }
@@ -93,9 +97,9 @@ impl View<'_> {
         }
     }
 
-    fn kept(&self, link: &Link, before: &Choice) -> Option<(Role, String)> {
+    fn kept(&self, index: u32, link: &Link, before: &Choice) -> Option<(Role, String)> {
         let same = before.name == link.name && self.owner(link).is_none();
-        same.then(|| {
+        (same && !self.is_bridge_to_itself(index, link)).then(|| {
             let state = if link.up { "nothing leads there any more" } else { "down" };
             (before.role, format!("kept ({state})"))
         })
@@ -138,6 +142,12 @@ impl View<'_> {
             })
             && self.snapshot.addresses_of(index).next().is_some()
             && !self.snapshot.routes_of(index).any(|route| route.gateway)
+    }
+
+    /// Whether a bridge is up with an address, and leads to pods of this node or to nobody.
+    fn is_bridge_to_itself(&self, index: u32, bridge: &Link) -> bool {
+        let has_address = self.snapshot.addresses_of(index).next().is_some();
+        bridge.kind == Kind::Bridge && bridge.up && has_address && self.leads_outside(index, bridge).is_none()
     }
 
     /// Why a device leads to clients or other nodes.

@@ -293,3 +293,32 @@ fn a_device_keeps_its_role_while_it_is_down() {
     check(&Net::default().device("lo", Kind::Loopback, "").plain("other"), &[]);
     check(&Net::default().device("lo", Kind::Loopback, ""), &[]);
 }
+
+/// What the bridge is follows from what is there, as it would after a restart.
+#[test]
+fn a_bridge_of_pods_is_external_only_while_it_leads_to_hosts() {
+    let pods =
+        Net::host().bridge("cni0").addr("10.64.1.1/24").to("10.64.1.0/24").veth("veth1").port_of("cni0");
+    let empty = Net::host().bridge("virbr0").addr("10.64.9.1/24").to("10.64.9.0/24");
+    for (name, net, want) in [
+        ("cni0", pods, &[ETH0, "veth1 pod: port of cni0, which carries pods"][..]),
+        ("virbr0", empty, &[ETH0]),
+    ] {
+        let mut with_gateway = net.clone();
+        let bridge = with_gateway.0.links.iter().find(|(_, link)| link.name == name).map(|(index, _)| *index);
+        let destination = Prefix::new(parse("10.65.0.0/16").0.into(), 16).unwrap();
+        let route = Route { device: bridge.unwrap(), destination, gateway: true, source: None };
+        with_gateway.0.routes.push(route);
+        let before = choose(&with_gateway.0, &Settings::default(), &Choices::new());
+        assert_eq!(before[&bridge.unwrap()].role, Role::External, "{name}");
+        assert_eq!(lines(&choose(&net.0, &Settings::default(), &before)), want, "{name}");
+        // While it is down nobody knows: its routes have gone with that.
+        let mut down = net;
+        down.0.links.get_mut(&bridge.unwrap()).unwrap().up = false;
+        assert_eq!(
+            choose(&down.0, &Settings::default(), &before)[&bridge.unwrap()].role,
+            Role::External,
+            "{name}"
+        );
+    }
+}

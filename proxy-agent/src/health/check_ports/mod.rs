@@ -114,7 +114,7 @@ async fn keep(health: Health, mut orders: watch::Receiver<Wanted>, told: watch::
             }
             match Server::open(&service, address, endpoints, health.clone(), limits.clone()) {
                 Ok(server) => {
-                    tracing::info!(%service, %address, "listening for spec.healthCheckNodePort");
+                    tracing::debug!(%service, %address, "listening for spec.healthCheckNodePort");
                     open.insert((service, address), server);
                 }
                 Err(error) => failures.entry(service).or_default().push(format!(

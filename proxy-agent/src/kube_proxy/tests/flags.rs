@@ -10,13 +10,20 @@ use crate::kube_proxy::fields::{FIELDS, values};
 const WITHOUT_FIELD: [&str; 7] =
     ["config", "write-config-to", "cleanup", "init-only", "master", "healthz-port", "metrics-port"];
 /// Flags that kube-proxy does not have.
-const OWN: [&str; 9] = [
+const OWN: [&str; 16] = [
     "manifests",
     "devices",
     "pod-interfaces",
     "flow-table-size",
     "socket-opt-out",
     "no-tcx",
+    "max-namespace-endpoints",
+    "max-namespace-frontends",
+    "max-namespace-source-ranges",
+    "max-service-endpoints",
+    "max-service-frontends",
+    "max-service-source-ranges",
+    "protect-node-addresses",
     "cgroup-path",
     "pin-dir",
     "run-dir",

@@ -243,10 +243,7 @@ fn the_oldest_service_gets_a_frontend_and_the_next_one_inherits_it() {
     );
     assert_eq!(lost(&bench, "a"), Vec::<String>::new());
     // Whoever of them changes, the others have to be told anew; so has everybody by a newcomer, and by nobody else.
-    let concerned = |name: &str, wanted| {
-        let changes = BTreeMap::from([(service(name), wanted)]);
-        rivals(&bench.model, &changes).iter().map(ToString::to_string).collect::<Vec<_>>()
-    };
+    let concerned = |name: &str, wanted| concerned(&bench, name, wanted);
     assert_eq!(concerned("a", None), ["a/m", "a/z"]);
     assert_eq!(concerned("new", claims("new", 1)), ["a/a", "a/m", "a/z"]);
     let elsewhere = wanted(1, vec![port("new", TCP, &[exact(11, 80, TCP)], &[(1, HERE)])]);
@@ -309,7 +306,7 @@ fn node_tables_gain_before_they_lose() {
         let addresses = addresses.iter().map(|(number, bits)| (vip(*number), *bits)).collect();
         let [cidrs, pods] = [cidrs, pods].map(|numbers| numbers.iter().map(|number| cidr(*number)).collect());
         let wanted = NodeTables { addresses, service_cidrs: cidrs, pod_sources: pods };
-        outline(&Plan { ops: plan_node(&mut model, wanted), ..Plan::default() })
+        outline(&Plan { ops: plan_node(&mut model, wanted).0, ..Plan::default() })
     };
     let ops = ["+10.96.0.1", "+10.96.0.2", "+10.96.0.0/16", "+pods 10.64.0.0/16"];
     assert_eq!(node(&[(1, HOST), (2, HOST)], &[96], &[64]), ops);
@@ -355,4 +352,17 @@ fn room_in_a_hash_is_told_of_without_numbers_to_give_back() {
     let plan = bench.change(&[("s", wanted(1, vec![port("s", TCP, &two[..1], &[(1, HERE)])]))]);
     assert!(plan.freed.room && !plan.freed.is_empty());
     assert!(bench.change(&[("s", wanted(1, vec![port("s", TCP, &two, &[(1, HERE)])]))]).freed.is_empty());
+}
+
+#[test]
+fn so_many_lost_frontends_are_named_and_the_others_counted() {
+    let mut bench = Bench::new(ROOMY);
+    let keys: Vec<_> = (10..30).map(|byte| exact(byte, 80, TCP)).collect();
+    let claims = |name: &str, created| wanted(created, vec![port(name, TCP, &keys, &[(1, HERE)])]);
+    bench.becomes(&[("old", claims("old", 1))]);
+    bench.becomes(&[("young", claims("young", 2))]);
+    let lost = lost_claims(&bench.model, &service("young"));
+    assert_eq!(lost.len(), 17, "{lost:?}");
+    assert_eq!(lost[0], "10.96.0.10:80/TCP is not served: Service a/old has it and is older");
+    assert_eq!(lost[16], "4 more frontends are not served: other Services have them");
 }

@@ -14,7 +14,10 @@ use proxy_common::be::Be16;
 
 use proxy_common::datapath::tables::Tables as _;
 
-use super::{FrontendName, NodeTables, Plan, Wanted, lost_claims, plan, plan_node, rivals};
+use super::{
+    FrontendName, LostClaims, NodeTables, Part, Plan, Wanted, plan, plan_node, plan_part, ports_beside,
+    rivals,
+};
 use crate::cluster::ObjectKey;
 use crate::desired::{DesiredBackend, DesiredPort, DesiredService, PortKey};
 use crate::model::{Freed, Model, Port, parse_name};
@@ -26,6 +29,8 @@ mod drift;
 mod full_maps;
 mod histories;
 mod machine;
+mod node_ports;
+mod parts;
 mod restart;
 
 /// Flags of an endpoint in the cluster set, in both sets, and in none (it drains).
@@ -235,6 +240,16 @@ impl Bench {
     }
 }
 
+/// Who has to be told anew when a Service becomes this.
+fn concerned(bench: &Bench, name: &str, wanted: Option<Wanted>) -> Vec<String> {
+    let service = service(name);
+    let wanted = wanted.unwrap_or(Wanted { created: 0, desired: DesiredService::default() });
+    let ports = &wanted.desired.ports;
+    let gone = ports_beside(&bench.model, &service, ports);
+    let part = Part { created: wanted.created, ports, gone: &gone };
+    rivals(&bench.model, &service, &part).iter().map(ToString::to_string).collect()
+}
+
 /// What a full plan looks at: every Service there is, and every one that the maps still hold.
 fn everything(model: &Model, services: &Services) -> BTreeMap<ObjectKey, Option<Wanted>> {
     let gone = model.ports.keys().map(|key| (key.service.clone(), None));
@@ -353,4 +368,10 @@ fn outline(plan: &Plan) -> Vec<String> {
         Op::NodeFlags(flags) => format!("flags {flags}"),
     };
     plan.ops.iter().map(one).collect()
+}
+
+fn lost_claims(model: &Model, service: &ObjectKey) -> Vec<String> {
+    let mut lost = LostClaims::default();
+    lost.look(model, service, model.ports_of(service).map(AsRef::as_ref));
+    lost.into_sentences()
 }

@@ -174,9 +174,9 @@ fn a_socket_that_goes_elsewhere_forgets_its_record() {
     let sim = world();
     for proto in [TCP, UDP] {
         let mut socket = check(&sim, socket(vip(10), 80, proto), Translated, Some(Counter::Connected));
-        (socket.addr, socket.port) = (pod(3), Be16::new(8080));
+        (socket.addr, socket.port) = (pod(200), Be16::new(8080));
         assert_eq!(connect(&mut socket, &sim), Pass);
-        assert_eq!((socket.addr, socket.port), (pod(3), Be16::new(8080)));
+        assert_eq!((socket.addr, socket.port), (pod(200), Be16::new(8080)));
         assert_eq!(record_of(&sim, &socket), None);
     }
 }
@@ -229,6 +229,18 @@ fn a_socket_that_is_refused_stays_what_it_was() {
         let mut again = SimSocket { addr, port: Be16::new(port), ..connected.clone() };
         assert!([Reject, Drop].contains(&connect(&mut again, &sim)));
         assert_eq!(again.record, connected.record, "{addr}:{port}");
+    }
+}
+
+#[test]
+fn a_hook_that_runs_twice_in_one_connect_remembers_what_was_asked_for() {
+    for proto in [TCP, UDP] {
+        let sim = world();
+        let mut connected = socket(vip(10), 80, proto);
+        assert_eq!(connect(&mut connected, &sim), Translated);
+        let (to, record) = (connected.addr, record_of(&sim, &connected));
+        assert_eq!(connect(&mut connected, &sim), Pass);
+        assert_eq!((connected.addr, record_of(&sim, &connected)), (to, record));
     }
 }
 

@@ -17,32 +17,45 @@ fn reply(socket: &SimSocket<'_>, backend: u32) -> UdpFlowKey {
 
 /// Sends a datagram of `from` to the VIP and says which backend it goes to.
 #[track_caller]
-fn send(sim: &Simulator, from: &SimSocket<'_>) -> u32 {
+fn send(sim: &Simulator, from: &mut SimSocket<'_>) -> u32 {
     let mut socket = from.clone();
+    let before = from.record.is_some_and(|record| record.is_connected());
     assert_eq!(sendmsg(&mut socket, sim), Translated);
-    assert_eq!(socket.record, from.record.or(HAS_FLOWS), "the socket is not connected");
+    from.record = socket.record;
+    assert_eq!(from.record.unwrap().is_connected(), before, "a datagram does not connect");
     backend_of(&socket)
 }
 
-/// Receives a datagram from a backend, on a socket that has sent some, and says whom the application is told it came
-/// from.
+/// Receives a datagram from a backend and says whom the application is told it came from.
 fn receive(sim: &Simulator, to: &SimSocket<'_>, backend: u32) -> (Addr, u16) {
-    let record = to.record.or(HAS_FLOWS);
-    let mut socket = SimSocket { addr: pod(backend), port: Be16::new(8080), record, ..to.clone() };
+    let mut socket = SimSocket { addr: pod(backend), port: Be16::new(8080), ..to.clone() };
     let verdict = recvmsg(&mut socket, sim);
     assert_eq!(verdict == Translated, socket.addr != pod(backend));
     (socket.addr, socket.port.get())
 }
 
-/// The record of a socket that is not connected and has sent datagrams to VIPs.
-const HAS_FLOWS: Option<SocketRecord> = Some(SocketRecord {
-    vip: Addr::ZERO,
-    backend_addr: Addr::ZERO,
-    vip_port: Be16::new(0),
-    backend_port: Be16::new(0),
-    service: 0,
-    backend: 0,
-});
+/// Records of sockets that send datagrams to the VIP: the first flow is in the record, any other one in `UDP_FLOWS`.
+fn records() -> [Option<SocketRecord>; 4] {
+    let record = SocketRecord {
+        vip: vip(99),
+        backend_addr: pod(99),
+        vip_port: Be16::new(80),
+        backend_port: Be16::new(8080),
+        service: SocketRecord::DATAGRAMS,
+        backend: 99,
+    };
+    [
+        None,
+        Some(record),
+        Some(SocketRecord { service: SocketRecord::MORE_DATAGRAMS, ..record }),
+        Some(SocketRecord { service: 9, ..record }),
+    ]
+}
+
+/// A socket that has sent datagrams to another VIP.
+fn busy() -> SimSocket<'static> {
+    SimSocket { record: records()[1], ..socket(vip(10), 80, UDP) }
+}
 
 const FROM_VIP: fn() -> (Addr, u16) = || (vip(10), 80);
 
@@ -51,11 +64,12 @@ fn datagrams_of_a_socket_stay_with_one_backend() {
     let sim = world();
     let mut backends = BTreeSet::new();
     for cookie in 0..30 {
-        let socket = SimSocket { cookie, ..socket(vip(10), 80, UDP) };
-        let first = send(&sim, &socket);
+        let record = records()[cookie as usize % 4];
+        let mut socket = SimSocket { cookie, record, ..socket(vip(10), 80, UDP) };
+        let first = send(&sim, &mut socket);
         backends.insert(first);
         for _ in 0..20 {
-            assert_eq!(send(&sim, &socket), first);
+            assert_eq!(send(&sim, &mut socket), first);
         }
         assert_eq!(receive(&sim, &socket, first), FROM_VIP());
     }
@@ -66,11 +80,11 @@ fn datagrams_of_a_socket_stay_with_one_backend() {
 #[test]
 fn answers_come_from_the_vip_for_this_socket_only() {
     let sim = world();
-    let socket = socket(vip(10), 80, UDP);
-    let id = send(&sim, &socket);
+    let mut socket = socket(vip(10), 80, UDP);
+    let id = send(&sim, &mut socket);
     assert_eq!(receive(&sim, &socket, id), FROM_VIP());
     // Another socket, another backend, another port of the same pod.
-    assert_eq!(receive(&sim, &SimSocket { cookie: 501, ..socket }, id), (pod(id), 8080));
+    assert_eq!(receive(&sim, &SimSocket { cookie: 501, ..busy() }, id), (pod(id), 8080));
     assert_eq!(receive(&sim, &socket, id % 3 + 1), (pod(id % 3 + 1), 8080));
     let mut other = SimSocket { addr: pod(id), port: Be16::new(9), ..socket };
     assert_eq!(recvmsg(&mut other, &sim), Pass);
@@ -89,10 +103,11 @@ fn answers_to_a_connected_socket_come_from_the_vip() {
 
 #[test]
 fn a_flow_moves_when_its_backend_stops_serving_and_hears_late_answers() {
-    for gone in ["not serving", "another owner", "another address"] {
+    let gone = ["not serving", "another owner", "another address"];
+    for (gone, record) in gone.into_iter().flat_map(|gone| records().map(|record| (gone, record))) {
         let mut sim = world();
-        let socket = socket(vip(10), 80, UDP);
-        let first = send(&sim, &socket);
+        let mut socket = SimSocket { record, ..socket(vip(10), 80, UDP) };
+        let first = send(&sim, &mut socket);
         let old = sim.backend(first).unwrap();
         // What takes the place of the old backend keeps one of its properties each.
         match gone {
@@ -104,9 +119,9 @@ fn a_flow_moves_when_its_backend_stops_serving_and_hears_late_answers() {
         sim.apply(&Op::Slots(30, rest)).unwrap();
         set_service(&mut sim, |service| service.cluster = SlotRange { base: 30, len: 2 });
 
-        let second = send(&sim, &socket);
+        let second = send(&sim, &mut socket);
         assert_ne!(second, first, "{gone}");
-        assert_eq!(send(&sim, &socket), second);
+        assert_eq!(send(&sim, &mut socket), second);
         assert_eq!(sim.counted(Counter::UdpRepick), 1);
         assert_eq!(receive(&sim, &socket, second), FROM_VIP());
         assert_eq!(receive(&sim, &socket, first), FROM_VIP(), "an answer that was under way");
@@ -116,12 +131,12 @@ fn a_flow_moves_when_its_backend_stops_serving_and_hears_late_answers() {
 #[test]
 fn a_flow_outlives_the_set_while_its_backend_serves() {
     let mut sim = world();
-    let socket = socket(vip(10), 80, UDP);
-    let first = send(&sim, &socket);
+    let mut socket = socket(vip(10), 80, UDP);
+    let first = send(&sim, &mut socket);
     // It drains: in no set, still serving.
     set_backend(&mut sim, first, SERVING, 5);
     set_service(&mut sim, |service| service.cluster = SlotRange::REJECT);
-    assert_eq!(send(&sim, &socket), first);
+    assert_eq!(send(&sim, &mut socket), first);
     assert_eq!(sim.counted(Counter::UdpRepick), 0);
 }
 
@@ -132,22 +147,22 @@ fn a_flow_is_left_to_itself_when_nothing_serves_and_a_new_one_is_refused() {
         (SlotRange::DROP, Drop, Counter::DropNoLocalEndpoint),
     ] {
         let mut sim = world();
-        let socket = socket(vip(10), 80, UDP);
-        let first = send(&sim, &socket);
+        let mut socket = socket(vip(10), 80, UDP);
+        let first = send(&sim, &mut socket);
         for id in 1..=3 {
             set_backend(&mut sim, id, 0, 5);
         }
         set_service(&mut sim, |service| service.cluster = verdict);
-        assert_eq!(send(&sim, &socket), first);
+        assert_eq!(send(&sim, &mut socket), first);
         assert_eq!(sim.counted(counter), 0);
-        let mut other = SimSocket { cookie: 501, ..socket.clone() };
+        let mut other = SimSocket { cookie: 501, record: None, ..socket.clone() };
         assert_eq!(sendmsg(&mut other, &sim), answer);
         assert_eq!((other.addr, sim.counted(counter)), (vip(10), 1));
         // The first backend that serves again gets it.
         set_backend(&mut sim, first % 3 + 1, SERVING | IN_CLUSTER, 6);
         sim.apply(&Op::Slots(30, vec![first % 3 + 1])).unwrap();
         set_service(&mut sim, |service| service.cluster = SlotRange { base: 30, len: 1 });
-        assert_eq!(send(&sim, &socket), first % 3 + 1);
+        assert_eq!(send(&sim, &mut socket), first % 3 + 1);
     }
 }
 
@@ -155,15 +170,15 @@ fn a_flow_is_left_to_itself_when_nothing_serves_and_a_new_one_is_refused() {
 fn datagrams_of_pods_are_left_to_packets_but_for_flows_that_there_are() {
     let mut sim = world();
     sim.apply(&Op::NodeFlags(PODS_IN_PACKETS)).unwrap();
-    let from = socket(vip(10), 80, UDP);
-    let first = send(&sim, &from);
+    let mut from = socket(vip(10), 80, UDP);
+    let first = send(&sim, &mut from);
     for id in 1..=3 {
         set_backend(&mut sim, id, 0, 5);
     }
     set_service(&mut sim, |service| service.cluster = SlotRange::DROP);
-    assert_eq!(send(&sim, &from), first);
+    assert_eq!(send(&sim, &mut from), first);
     assert_eq!(sim.counted(Counter::LeftToPackets), 0);
-    let other = SimSocket { cookie: 501, ..from };
+    let other = SimSocket { cookie: 501, record: None, ..from };
     for address in [vip(10), vip(99)] {
         let mut left = SimSocket { addr: address, ..other.clone() };
         let before = left.clone();
@@ -178,8 +193,8 @@ fn datagrams_of_pods_are_left_to_packets_but_for_flows_that_there_are() {
 #[test]
 fn a_flow_ends_with_its_frontend() {
     let mut sim = world();
-    let from = socket(vip(10), 80, UDP);
-    send(&sim, &from);
+    let mut from = socket(vip(10), 80, UDP);
+    send(&sim, &mut from);
     sim.apply(&Op::Frontend(exact(vip(10), 80, UDP), None)).unwrap();
     let mut socket = from.clone();
     assert_eq!(sendmsg(&mut socket, &sim), Reject);
@@ -204,15 +219,58 @@ fn a_datagram_that_cannot_be_remembered_fails_untouched_and_the_next_one_heals()
     for room in [0, 1] {
         let sim = world();
         sim.udp_flow_room.set(Some(room));
-        let from = socket(vip(10), 80, UDP);
+        let mut from = busy();
         let mut socket = from.clone();
         assert_eq!(sendmsg(&mut socket, &sim), Fail);
-        assert_eq!(socket, from);
+        assert_eq!((socket.addr, socket.port), (from.addr, from.port));
         assert_eq!(counts(&sim), [(Counter::FailRecord, 1)]);
         sim.udp_flow_room.set(None);
-        let id = send(&sim, &from);
+        from.record = socket.record;
+        let id = send(&sim, &mut from);
         assert_eq!(receive(&sim, &from, id), FROM_VIP());
     }
+}
+
+#[test]
+fn the_first_flow_of_a_socket_takes_no_room_that_others_have() {
+    let sim = world();
+    sim.udp_flow_room.set(Some(0));
+    let mut from = socket(vip(10), 80, UDP);
+    let id = send(&sim, &mut from);
+    assert_eq!(send(&sim, &mut from), id);
+    assert_eq!(receive(&sim, &from, id), FROM_VIP());
+}
+
+#[test]
+fn of_two_vips_with_one_backend_the_last_one_that_was_asked_answers() {
+    let mut sim = world();
+    frontend(&mut sim, exact(vip(11), 80, UDP), 1, 0);
+    set_service(&mut sim, |service| service.cluster = SlotRange { base: 30, len: 1 });
+    sim.apply(&Op::Slots(30, vec![2])).unwrap();
+    let mut from = socket(vip(10), 80, UDP);
+    for number in [10, 10, 11, 11, 10, 11, 10] {
+        from.addr = vip(number);
+        assert_eq!(send(&sim, &mut from), 2);
+        assert_eq!(receive(&sim, &from, 2), (vip(number), 80));
+    }
+    // What evicts the entries of other VIPs leaves the first one.
+    from.addr = vip(11);
+    send(&sim, &mut from);
+    assert!(sim.evict_udp_flow(&reply(&from, 2)).is_some());
+    assert_eq!(receive(&sim, &from, 2), FROM_VIP());
+}
+
+#[test]
+fn a_socket_that_is_connected_to_a_pod_has_that_peer_whatever_it_sends() {
+    let sim = world();
+    let mut from = socket(vip(10), 80, UDP);
+    let id = send(&sim, &mut from);
+    let mut peer = SimSocket { addr: pod(id), port: Be16::new(8080), ..from };
+    assert_eq!(peername(&mut peer, &sim), Pass);
+    assert_eq!(peer.addr, pod(id));
+    // It is connected after it has sent.
+    assert_eq!(connect(&mut peer, &sim), Pass);
+    assert_eq!(peer.record, None);
 }
 
 #[test]
@@ -228,26 +286,26 @@ fn a_socket_without_storage_sends_nothing() {
 #[test]
 fn a_socket_that_has_sent_nothing_is_not_looked_up() {
     let sim = world();
-    let from = socket(vip(10), 80, UDP);
-    let id = send(&sim, &from);
-    let mut server = SimSocket { addr: pod(id), port: Be16::new(8080), ..from };
+    let mut from = socket(vip(10), 80, UDP);
+    let id = send(&sim, &mut from);
+    let mut server = SimSocket { addr: pod(id), port: Be16::new(8080), record: None, ..from };
     assert_eq!(recvmsg(&mut server, &sim), Pass);
     assert_eq!(server.addr, pod(id));
 }
 
 #[test]
-fn either_entry_may_be_evicted() {
+fn either_entry_of_another_flow_may_be_evicted() {
     let sim = world();
-    let socket = socket(vip(10), 80, UDP);
-    let id = send(&sim, &socket);
+    let mut socket = busy();
+    let id = send(&sim, &mut socket);
     assert!(sim.evict_udp_flow(&reply(&socket, id)).is_some());
     assert_eq!(receive(&sim, &socket, id), (pod(id), 8080));
-    assert_eq!(send(&sim, &socket), id);
+    assert_eq!(send(&sim, &mut socket), id);
     assert_eq!(receive(&sim, &socket, id), FROM_VIP(), "healed by the next send");
 
     assert!(sim.evict_udp_flow(&original(&socket)).is_some());
     assert_eq!(receive(&sim, &socket, id), FROM_VIP());
-    let id = send(&sim, &socket);
+    let id = send(&sim, &mut socket);
     assert_eq!(receive(&sim, &socket, id), FROM_VIP());
 }
 
@@ -260,15 +318,18 @@ fn entries_that_are_torn_or_of_another_flow_do_not_count() {
         |own, _| UdpFlow { backend: own.backend % 3 + 1, ..own },
         |own, _| UdpFlow { check: own.check ^ 1, ..own },
     ];
-    let from = socket(vip(10), 80, UDP);
     for (at, tear) in tears.iter().enumerate() {
         // Another socket's flow, to another VIP and another backend.
         let mut sim = world();
+        let mut from = busy();
         frontend(&mut sim, exact(vip(11), 80, UDP), 1, 0);
-        let id = send(&sim, &from);
+        let id = send(&sim, &mut from);
         let (other, stranger) = (501..)
-            .map(|cookie| SimSocket { cookie, ..socket(vip(11), 80, UDP) })
-            .map(|other| (other.clone(), send(&sim, &other)))
+            .map(|cookie| SimSocket { cookie, addr: vip(11), ..busy() })
+            .map(|mut other| {
+                let id = send(&sim, &mut other);
+                (other, id)
+            })
             .find(|(_, stranger)| *stranger != id)
             .unwrap();
         let flow = |key: UdpFlowKey| (key, sim.udp_flow(&key).unwrap());
@@ -281,7 +342,7 @@ fn entries_that_are_torn_or_of_another_flow_do_not_count() {
         let (key, own) = flow(original(&from));
         let (_, theirs) = flow(flow_key(&other, vip(11), 80, FlowDirection::Original));
         assert!(sim.put_udp_flow(&key, &tear(own, theirs)));
-        let again = send(&sim, &from);
+        let again = send(&sim, &mut from);
         assert_eq!(receive(&sim, &from, again), FROM_VIP(), "tear {at}: both entries are written anew");
         let (_, healed) = flow(original(&from));
         assert_eq!((healed.addr, healed.backend), (pod(again), again), "tear {at}");
@@ -293,10 +354,10 @@ fn entries_that_are_torn_or_of_another_flow_do_not_count() {
 fn a_mapped_datagram_leaves_through_one_family_and_its_answer_arrives_through_the_other() {
     // sendmsg4 sees four bytes, recvmsg6 sixteen: both are the same address here.
     let sim = world();
-    let socket = socket(vip(10), 80, UDP);
-    let id = send(&sim, &socket);
+    let mut socket = socket(vip(10), 80, UDP);
+    let id = send(&sim, &mut socket);
     let mapped: Addr = format!("::ffff:10.64.0.{id}").parse::<std::net::IpAddr>().unwrap().into();
-    let mut answer = SimSocket { addr: mapped, port: Be16::new(8080), record: HAS_FLOWS, ..socket };
+    let mut answer = SimSocket { addr: mapped, port: Be16::new(8080), ..socket };
     assert_eq!(recvmsg(&mut answer, &sim), Translated);
     assert_eq!(answer.addr, vip(10));
 }

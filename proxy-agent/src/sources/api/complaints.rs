@@ -63,13 +63,18 @@ impl Complaints {
         }
     }
 
-    /// The whole list of problems, if it has changed since the last call.
-    pub(super) fn changed(&mut self) -> Option<Vec<Problem>> {
+    /// Whether the problems are others than at the last call.
+    pub(super) fn have_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
+    }
+
+    /// The whole list of problems.
+    pub(super) fn problems(&self) -> Vec<Problem> {
         let problem = |(kind, reason): (&Kind, &String)| Problem {
             object: format!("API server {}, {}", self.url, kind.resource().0),
             reason: format!("{reason}; what was known stays in force"),
         };
-        std::mem::take(&mut self.changed).then(|| self.problems.iter().map(problem).collect())
+        self.problems.iter().map(problem).collect()
     }
 
     fn explain(&self, kind: Kind, error: &Error) -> String {

@@ -2,17 +2,27 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
 
 use super::follow::Event;
 use super::received::Received;
+use super::tenants::Tenants;
+use super::watch::Fetched;
 use super::{Kind, KindEvent};
 use crate::cluster::{Change, ObjectKey};
+use crate::desired::Budgets;
 use crate::opt_out::Rules;
+use crate::shares::{Shares, tenant_of};
 use crate::sources::Problem;
 use crate::sources::convert::{Converter, key_of};
+
+/// Lines of the log that a namespace has at once.
+const LINES: u32 = 50;
+/// It has one more each time this much has passed.
+const PER_LINE: Duration = Duration::from_secs(10);
 
 /// The state of all watches.
 pub(super) struct Intake {
@@ -22,10 +32,13 @@ pub(super) struct Intake {
     node: Known<()>,
     service_cidrs: Known<Arc<str>>,
     pods: Known<ObjectKey>,
+    /// What of it is kept.
+    pub(super) tenants: Tenants,
+    lines: Shares,
 }
 
 impl Intake {
-    pub(super) fn new(node_name: &str, opt_out: &Rules) -> Self {
+    pub(super) fn new(node_name: &str, opt_out: &Rules, budgets: Budgets) -> Self {
         let mut pods = Known::new(|key| Some(Change::PodGone(key)));
         pods.complete = opt_out.is_empty();
         Self {
@@ -38,24 +51,49 @@ impl Intake {
                 None
             }),
             service_cidrs: Known::new(|name| Some(Change::ServiceCidrGone(name))),
+            tenants: Tenants::new(budgets),
+            lines: Shares::new(LINES, PER_LINE),
         }
     }
 
-    /// Takes one event in and appends what it changes.
+    /// Takes one event in and appends what it changes, as far as its namespace may have it.
     pub(super) fn take(&mut self, event: KindEvent, changes: &mut Vec<Change>) {
-        let converter = &mut self.converter;
+        let created = event.created();
+        let mut said = Vec::new();
+        self.convert(event, &mut said);
+        for change in said {
+            self.tenants.pass(change, created, changes);
+        }
+    }
+
+    /// Takes in what has been fetched of an object that was missing, unless the watch has told of it since.
+    pub(super) fn take_fetched(&mut self, (kind, key, event): Fetched, changes: &mut Vec<Change>) {
+        match event {
+            _ if !self.tenants.is_asked_for(kind, &key) => {}
+            Ok(Some(event)) => self.take(event, changes),
+            // It is gone, which the watch is about to tell, or the server is not well.
+            Ok(None) => self.tenants.not_fetched(kind, &key),
+            Err(error) => {
+                tracing::debug!(%key, %error, "an object cannot be fetched");
+                self.tenants.not_fetched(kind, &key);
+            }
+        }
+    }
+
+    fn convert(&mut self, event: KindEvent, changes: &mut Vec<Change>) {
+        let Self { converter, lines, .. } = self;
         match event {
             KindEvent::Service(event) => {
                 let convert = |object: &_| Ok(converter.service(object)?.map(Change::Service));
-                self.services.take(event, key_of, convert, changes);
+                self.services.take(event, key_of, convert, changes, lines);
             }
             KindEvent::Slice(event) => {
                 let convert = |object: &_| Ok(converter.slice(object)?.map(Change::Slice));
-                self.slices.take(event, key_of, convert, changes);
+                self.slices.take(event, key_of, convert, changes, lines);
             }
             KindEvent::Node(event) => {
                 let convert = |object: &_| Ok(converter.node(object).map(Change::Node));
-                self.node.take(event, |_| (), convert, changes);
+                self.node.take(event, |_| (), convert, changes, lines);
             }
             KindEvent::ServiceCidr(event) => {
                 let convert = |object: &_| {
@@ -70,11 +108,12 @@ impl Intake {
                     |meta| meta.name.as_deref().unwrap_or_default().into(),
                     convert,
                     changes,
+                    lines,
                 );
             }
             KindEvent::Pod(event) => {
                 let convert = |object: &_| Ok(converter.pod(object)?.map(Change::Pod));
-                self.pods.take(event, key_of, convert, changes);
+                self.pods.take(event, key_of, convert, changes, lines);
             }
         }
     }
@@ -134,6 +173,7 @@ impl<K: Ord + Clone> Known<K> {
         key: impl FnOnce(&ObjectMeta) -> K,
         convert: impl FnOnce(&O) -> Result<Option<Change>, Problem>,
         changes: &mut Vec<Change>,
+        lines: &mut Shares,
     ) {
         match event {
             Event::ListBegins => self.listed = Some(BTreeSet::new()),
@@ -158,7 +198,10 @@ impl<K: Ord + Clone> Known<K> {
                     Ok(None) => self.remove(key, changes),
                     // As if the server had not sent it: what was known of it stays.
                     Err(problem) => {
-                        tracing::warn!(object = problem.object, reason = problem.reason, "unusable object");
+                        let Problem { object, reason } = problem;
+                        if let Some(unlogged) = lines.take(tenant_of(&object), Instant::now()) {
+                            tracing::warn!(object, reason, unlogged, "unusable object");
+                        }
                         if let Some(listed) = &mut self.listed {
                             listed.insert(key);
                         }

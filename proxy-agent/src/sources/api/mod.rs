@@ -7,20 +7,23 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::http::Uri;
+use futures::stream::FuturesUnordered;
 use futures::{FutureExt as _, StreamExt as _};
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Client, Config};
+use kube::{Client, Config, Resource as _};
 use tokio::sync::mpsc::Sender;
 
 use super::pod::PodObject;
 use super::{SourceError, Update};
+use crate::cluster::Change;
+use crate::desired::Budgets;
 use crate::metrics::CountRequests;
 use crate::opt_out::Rules;
 use complaints::Complaints;
@@ -34,11 +37,19 @@ mod follow;
 mod intake;
 mod pace;
 mod received;
+mod tenants;
 mod token;
 mod watch;
 
 /// The most changes in one message while lists come in.
 const BATCH_MAX: usize = 256;
+
+/// The heaviest message: objects are as large as they are.
+const WEIGHT_MAX: usize = 1 << 16;
+
+/// Objects that are fetched at the same time, and how often those are looked at that wait for it.
+const FETCHES_MAX: usize = 4;
+const FETCH_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long a connection may be silent, also while a list is awaited.
 const SILENCE_MAX: Duration = Duration::from_secs(180);
@@ -131,19 +142,70 @@ enum KindEvent {
     Pod(Event<Received<PodObject>>),
 }
 
+impl KindEvent {
+    /// `metadata.creationTimestamp` of the object of which there is a new state, in seconds since 1970.
+    fn created(&self) -> i64 {
+        let time = match self {
+            Self::Service(Event::Applied(received)) => received.meta().creation_timestamp.as_ref(),
+            Self::Slice(Event::Applied(received)) => received.meta().creation_timestamp.as_ref(),
+            Self::Service(_) | Self::Slice(_) | Self::Node(_) | Self::ServiceCidr(_) | Self::Pod(_) => None,
+        };
+        time.map_or(i64::MAX, |time| time.0.as_second())
+    }
+}
+
+/// What the agent has to hold of a change until it has taken it in.
+fn weight(change: &Change) -> usize {
+    match change {
+        Change::Service(service) => {
+            let addresses = service.external_ips.len() + service.load_balancer_ips.len();
+            service.ports.len() + addresses + service.source_ranges.len()
+        }
+        Change::Slice(slice) => slice.ports.len() + slice.endpoints.len(),
+        Change::ServiceGone(_)
+        | Change::SliceGone(_)
+        | Change::Node(_)
+        | Change::ServiceCidr(..)
+        | Change::ServiceCidrGone(_)
+        | Change::Pod(_)
+        | Change::PodGone(_) => 1,
+    }
+}
+
 /// Sends what the API server says until the receiver is dropped. `node_name` is the name of this node in lower
-/// case, `opt_out` tells which of its Pods matter.
-pub async fn run(server: Server, node_name: &str, opt_out: &Rules, updates: Sender<Update>) {
+/// case, `opt_out` tells which of its Pods matter, `budgets` how much of a namespace is kept.
+pub async fn run(
+    server: Server,
+    node_name: &str,
+    opt_out: &Rules,
+    budgets: Budgets,
+    updates: Sender<Update>,
+) {
     let mut events = watch::all(&server.client, node_name, !opt_out.is_empty());
-    let mut intake = Intake::new(node_name, opt_out);
+    let mut fetches = FuturesUnordered::new();
+    let mut intake = Intake::new(node_name, opt_out, budgets);
     let mut complaints = Complaints::new(server.url);
     let mut synced = false;
-    while let Some(first) = tokio::select! {
-        event = events.next() => event,
-        () = updates.closed() => None,
-    } {
+    loop {
+        while fetches.len() < FETCHES_MAX
+            && let Some((kind, key)) = intake.tenants.next_fetch(Instant::now())
+        {
+            fetches.push(watch::fetch(server.client.clone(), kind, key));
+        }
         let mut changes = Vec::new();
-        let mut next = Some(first);
+        let mut next = tokio::select! {
+            event = events.next() => match event {
+                Some(event) => Some(event),
+                None => return,
+            },
+            Some(fetched) = fetches.next() => {
+                intake.take_fetched(fetched, &mut changes);
+                None
+            }
+            () = tokio::time::sleep(FETCH_AGAIN), if intake.tenants.waits() => None,
+            () = updates.closed() => return,
+        };
+        let (mut weighed, mut sum) = (0, 0);
         // What is ready goes with it; nothing is waited for.
         while let Some((kind, event)) = next {
             match event {
@@ -161,7 +223,9 @@ pub async fn run(server: Server, node_name: &str, opt_out: &Rules, updates: Send
                 }
             }
             next = None;
-            if changes.len() < BATCH_MAX {
+            sum += changes.iter().skip(weighed).map(weight).sum::<usize>();
+            weighed = changes.len();
+            if weighed < BATCH_MAX && sum < WEIGHT_MAX {
                 next = events.next().now_or_never().flatten();
                 if next.is_none() && !intake.has_list(kind) {
                     // A list that is streamed: the connection has to be given its turn for each piece of it.
@@ -174,7 +238,10 @@ pub async fn run(server: Server, node_name: &str, opt_out: &Rules, updates: Send
         if !changes.is_empty() {
             messages.push(Update::Changes(changes));
         }
-        messages.extend(complaints.changed().map(Update::Problems));
+        if complaints.have_changed() | intake.tenants.have_changed() {
+            let problems = complaints.problems().into_iter().chain(intake.tenants.problems());
+            messages.push(Update::Problems(problems.collect()));
+        }
         if !synced && intake.is_complete() {
             messages.push(Update::Synced);
             synced = true;

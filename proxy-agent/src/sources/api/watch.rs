@@ -5,13 +5,15 @@ use std::sync::{Arc, Once};
 
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream, SelectAll};
-use kube::core::Resource;
+use kube::api::ListParams;
+use kube::core::{NamespaceResourceScope, Resource};
 use kube::{Api, Client};
 use serde::de::DeserializeOwned;
 
 use super::follow::{Error, Event, Selection, follow};
 use super::received::Received;
 use super::{Kind, KindEvent};
+use crate::cluster::ObjectKey;
 
 /// An event or error of one of the kinds.
 pub(super) type Item = (Kind, Result<KindEvent, Error>);
@@ -42,6 +44,29 @@ pub(super) fn all(client: &Client, node_name: &str, pods: bool) -> SelectAll<Box
 /// The server has answered that we cannot have this kind: it does not serve it, or RBAC forbids it.
 pub(super) fn is_refused(error: &Error) -> bool {
     matches!(error.code(), Some(403 | 404))
+}
+
+/// An object that was asked for by its name, as an event of its watch; `None` if the server does not have it.
+pub(super) type Fetched = (Kind, ObjectKey, Result<Option<KindEvent>, kube::Error>);
+
+/// Fetches an object.
+pub(super) async fn fetch(client: Client, kind: Kind, key: ObjectKey) -> Fetched {
+    let event = match kind {
+        Kind::Services => one(client, &key).await.map(|object| object.map(KindEvent::Service)),
+        Kind::EndpointSlices => one(client, &key).await.map(|object| object.map(KindEvent::Slice)),
+        Kind::Node | Kind::ServiceCidrs | Kind::Pods => Ok(None),
+    };
+    (kind, key, event)
+}
+
+/// By a list of one object, which needs no more rights than the list of all.
+async fn one<K>(client: Client, key: &ObjectKey) -> kube::Result<Option<Event<Received<K>>>>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
+{
+    let api: Api<Received<K>> = Api::namespaced(client, &key.namespace);
+    let list = api.list(&ListParams::default().fields(&format!("metadata.name={}", key.name))).await?;
+    Ok(list.items.into_iter().next().map(Event::Applied))
 }
 
 fn of_kind<K>(

@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{self, Metadata};
-use std::io::{self, Read as _};
+use std::io;
 use std::path::Path;
 
 use k8s_openapi::api::core::v1 as core;
@@ -14,13 +13,12 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
 
+use super::bytes::{Bytes, FILE_MAX};
 use crate::cluster::{Change, ObjectKey};
 use crate::sources::Problem;
 use crate::sources::convert::Converter;
 use crate::sources::pod::PodObject;
 
-/// The largest file that is read, bytes.
-const FILE_MAX: u64 = 64 << 20;
 /// How deep a document may be nested. Kubernetes objects stay below 20.
 const DEPTH_MAX: usize = 64;
 /// How many YAML nodes aliases may stand for in one file: ten times what an honest file has.
@@ -66,6 +64,10 @@ pub(super) enum FileError {
     NotAFile,
     #[error("is larger than {FILE_MAX} bytes, the limit for one file; split it")]
     TooLarge,
+    #[error("has no end: it waits for more")]
+    Endless,
+    #[error("takes too long to be read; it is tried again later")]
+    Slow,
     #[error("document {document}: {message}")]
     Syntax { document: usize, message: String },
 }
@@ -111,34 +113,34 @@ impl fmt::Display for Id {
     }
 }
 
-/// Reads a file. `shown` is its name in problems, `before` what it held: an object that is broken keeps that.
+/// Reads the text of a file. `shown` is its name in problems, `before` what it held: an object that is broken keeps that.
 ///
 /// # Errors
-/// The file cannot be read, or is not YAML (JSON) from begin to end.
+/// It is not YAML (JSON) from begin to end.
 pub(super) fn read(
     path: &Path,
-    metadata: &Metadata,
+    text: &[u8],
     shown: &str,
     before: &Objects,
     converter: &mut Converter,
 ) -> Result<Parsed, FileError> {
     let mut reader = Reader { shown, before, converter, parsed: Parsed::default() };
-    documents(path, metadata, &mut |value, at| reader.document(value, at))?;
+    documents(path, text, &mut |value, at| reader.document(value, at))?;
     Ok(reader.parsed)
 }
 
 /// The Pod `key`, if the file has it.
 ///
 /// # Errors
-/// As [`read`], also when there is something wrong with the Pod.
+/// The file cannot be read, is not YAML (JSON), or there is something wrong with the Pod.
 pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<PodObject>, FileError> {
     let id = Id { kind: Kind::Pod, key: key.clone() };
     let is_it = |value: &Value| {
         text(value, "kind") == "Pod" && text(value, "apiVersion") == "v1" && id_of(Kind::Pod, value) == id
     };
     let mut found = None;
-    let metadata = fs::metadata(path).map_err(FileError::Io)?;
-    documents(path, &metadata, &mut |mut value, at| {
+    let text = Bytes::default().read(path)?;
+    documents(path, &text, &mut |mut value, at| {
         let items = match value.get_mut("items").map(Value::take) {
             Some(Value::Array(items)) => items,
             _ => vec![value],
@@ -152,21 +154,10 @@ pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<PodObject>, Fil
 }
 
 /// Passes on every document of a file.
-fn documents(path: &Path, metadata: &Metadata, pass_on: PassOn<'_>) -> Result<(), FileError> {
-    // Opening a pipe would wait for a writer.
-    if !metadata.is_file() {
-        return Err(FileError::NotAFile);
-    }
-    let mut text = Vec::new();
-    fs::File::open(path)
-        .and_then(|file| file.take(FILE_MAX + 1).read_to_end(&mut text))
-        .map_err(FileError::Io)?;
-    if text.len() as u64 > FILE_MAX {
-        return Err(FileError::TooLarge);
-    }
+fn documents(path: &Path, text: &[u8], pass_on: PassOn<'_>) -> Result<(), FileError> {
     match path.extension().is_some_and(|extension| extension == "json") {
-        true => read_json(&text, pass_on),
-        false => read_yaml(&text, pass_on),
+        true => read_json(text, pass_on),
+        false => read_yaml(text, pass_on),
     }
 }
 

@@ -23,6 +23,7 @@ use crate::opt_out::Rules;
 use snapshot::Snapshot;
 use watch::Watch;
 
+mod bytes;
 mod file;
 mod snapshot;
 mod watch;

@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
+use super::bytes::Bytes;
 use super::file::{self, FileError, Id, Objects};
 use super::{Changed, is_manifest};
 use crate::cluster::Change;
@@ -18,6 +19,7 @@ use crate::sources::convert::Converter;
 pub(super) struct Snapshot {
     directory: PathBuf,
     converter: Converter,
+    bytes: Bytes,
     files: BTreeMap<OsString, File>,
     /// The files that an object is in; the first one is where it is taken from.
     places: BTreeMap<Id, BTreeSet<OsString>>,
@@ -57,6 +59,7 @@ impl Snapshot {
         Self {
             directory,
             converter: Converter::new(node_name).with_opt_out(opt_out.clone()),
+            bytes: Bytes::default(),
             files: BTreeMap::new(),
             places: BTreeMap::new(),
             problems: Vec::new(),
@@ -122,7 +125,10 @@ impl Snapshot {
         file.stamp = metadata.as_ref().ok().map(Stamp::of);
         let shown = name.to_string_lossy();
         let new = match metadata {
-            Ok(metadata) => file::read(&path, &metadata, &shown, &file.objects, &mut self.converter),
+            Ok(_) => {
+                let text = self.bytes.read(&path);
+                text.and_then(|text| file::read(&path, &text, &shown, &file.objects, &mut self.converter))
+            }
             Err(error) => Err(FileError::Io(error)),
         };
         let (objects, exists) = match new {
@@ -136,6 +142,10 @@ impl Snapshot {
                     0 => String::new(),
                     kept => format!("; its last good state ({kept} objects) stays in force"),
                 };
+                if matches!(error, FileError::Slow) {
+                    // Whatever its time stamps say, it is to be read when it can be.
+                    file.stamp = None;
+                }
                 file.problems =
                     vec![Problem { object: shown.into_owned(), reason: format!("{error}{kept}") }];
                 self.files.insert(name, file);

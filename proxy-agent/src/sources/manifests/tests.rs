@@ -327,6 +327,26 @@ async fn hostile_files_are_refused_quickly() {
     followed.expect_problem("latin.yaml", "UTF-8").await;
 }
 
+/// The real ones: a pipe, the kernel's log, a device, and more than any disk has.
+#[tokio::test]
+async fn what_has_no_end_costs_itself() {
+    let mut followed = Followed::of(&[("good.yaml", &service("s", 80))]).await;
+    followed.expect(&["s:80"]).await;
+    let made = std::process::Command::new("mkfifo").arg(followed.path("pipe.yaml")).status().unwrap();
+    assert!(made.success());
+    symlink("/dev/zero", followed.path("zero.yaml")).unwrap();
+    symlink("/proc/kmsg", followed.path("log.yaml")).unwrap();
+    let sparse = fs::File::create(followed.path("sparse.yaml")).unwrap();
+    sparse.set_len(10 << 30).unwrap();
+    drop(sparse);
+    for name in ["pipe.yaml", "zero.yaml"] {
+        followed.expect_problem(name, "is not a regular file").await;
+    }
+    followed.expect_problem("sparse.yaml", "is larger than 67108864 bytes").await;
+    followed.write("good.yaml", &service("s", 81));
+    followed.expect(&["s:81"]).await;
+}
+
 #[tokio::test]
 async fn a_mounted_config_map_is_swapped_at_once() {
     let directory = TempDir::new().unwrap();

@@ -39,21 +39,24 @@ pub mod icmp;
 
 pub mod refuse;
 
-use self::flows::{Choice, Numbers, Place};
+mod fragments;
+mod judge;
+
+use self::flows::{Choice, Meeting, Numbers, Place};
+use self::fragments::{remember_ports, restore_ports, stray_fragment};
+use self::judge::{How, Refusal, choose, find, malformed, nobodys, turn_away};
 use self::packet::Packet;
 use self::parse::{Outcome, Parsed, Part, Tuple, tcp};
-use self::tables::{EdgeTables, Scratch, Work};
+use self::tables::{EdgeTables, FlowCell as _, Scratch, Work};
 use super::lookup::{self, Target};
-use super::select::{Client, Selection, select};
 use super::trace::{self, At};
-use crate::abi::device::flags::{NEAR, POD};
-use crate::abi::frontend::flags::{EXTERNAL, SOURCE_RANGES};
+use crate::abi::device::flags::{POD, POD_BRIDGE};
+use crate::abi::frontend::flags::EXTERNAL;
 use crate::abi::{
-    Counter, FilterBit, Flow, FlowKey, FlowKind, FragmentKey, FragmentPorts, Origin, backend::flags::SERVING,
-    flow, local_address, proto,
+    Counter, FilterBit, Flow, FlowKey, FlowKind, Origin, backend::flags::SERVING, flow, flow::state::REPLIED,
+    proto,
 };
 use crate::addr::{Addr, Family};
-use crate::be::Be16;
 
 /// Which kind of device a program runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,43 +89,6 @@ pub enum Verdict {
     Drop,
     /// Has been turned into an answer: goes back where it came from.
     Reply,
-}
-
-/// What becomes of a packet that is not translated. Both fields always hold something: the verifier refuses to copy
-/// what was never written, such as an enum's absent payload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Refusal {
-    how: How,
-    why: Counter,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum How {
-    /// It is translated.
-    Not,
-    /// It is nothing of ours.
-    Pass,
-    /// Nobody hears of it.
-    Drop,
-    /// The sender hears that nobody serves it.
-    Reject,
-}
-
-impl Refusal {
-    /// None. Nothing is counted.
-    const NOT: Self = Self { how: How::Not, why: Counter::Flow };
-    /// The packet is nothing of ours. Nothing is counted.
-    const PASS: Self = Self { how: How::Pass, why: Counter::Flow };
-
-    #[inline(always)]
-    const fn drop(why: Counter) -> Self {
-        Self { how: How::Drop, why }
-    }
-
-    #[inline(always)]
-    const fn reject(why: Counter) -> Self {
-        Self { how: How::Reject, why }
-    }
 }
 
 /// A packet enters through a device.
@@ -229,14 +195,20 @@ fn entering<T: EdgeTables>(
     }
 
     let begins = parsed.proto == proto::TCP && parsed.kind & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN;
+    work.numbers = numbers(packet, parsed);
     let indexed = flows::find_by_vip(tables, parsed.proto, tuple, work);
     let mut place = if indexed { flows::of_vip(tables, tuple, &work.key, now) } else { None };
-    let stays = place.as_ref().is_some_and(|place| match parsed.proto {
-        proto::TCP => !(begins && timeouts::closed(place.flow().state)),
-        proto::UDP => serves(tables, &work.key, &place.flow()),
-        _ => true,
-    });
-    if !stays {
+    work.meeting = match &mut place {
+        Some(place) => match parsed.proto {
+            proto::TCP if begins || place.flow().state & flow::state::SUCCEEDED != 0 => {
+                flows::meet(tables, parsed, begins, work, place)
+            }
+            proto::UDP if !serves(tables, &work.key, &place.flow()) => Meeting::REPLACES,
+            _ => Meeting::GOES_ON,
+        },
+        None => Meeting::REPLACES,
+    };
+    if work.meeting != Meeting::GOES_ON {
         if parsed.proto == proto::TCP && !begins {
             // Not ours to guess: another proxy's connection tracking may know it.
             return Verdict::Pass;
@@ -246,9 +218,10 @@ fn entering<T: EdgeTables>(
         match (refusal.how, &place) {
             (How::Not, old) => {
                 let moves = old.is_some() && parsed.proto == proto::UDP;
-                // The old index would lead the next packet back.
-                if let Some(old) = old {
-                    flows::remove(tables, &work.key, old);
+                if let Some(old) = old
+                    && work.meeting == Meeting::REPLACES
+                {
+                    flows::give_way(tables, &work.key, old);
                 }
                 place = flows::create(tables, tuple, indexed, work);
                 tables.count(if moves { Counter::UdpRepick } else { Counter::Flow });
@@ -264,17 +237,16 @@ fn entering<T: EdgeTables>(
         return turn_away::<_, _, false>(packet, tables, parsed, refusal, work.to.service);
     };
 
-    let numbers = numbers(packet, parsed);
     let service = place.flow().service;
     tables.count_packet(service, true, parsed.bytes);
-    flows::on_request(tables, &work.key, place, parsed, numbers, now);
+    flows::on_request(tables, place, parsed, work);
     work.new = Tuple {
         source: tuple.source,
         source_port: work.key.source_port,
         destination: work.key.destination,
         destination_port: work.key.destination_port,
     };
-    trace::translated(tables, parsed, &work.new, service, entry(packet), !stays);
+    trace::translated(tables, parsed, &work.new, service, entry(packet), work.meeting != Meeting::GOES_ON);
     finish(packet, tables, parsed, work, false)
 }
 
@@ -294,65 +266,44 @@ fn exit(packet: &impl Packet) -> At {
 #[inline(always)]
 fn numbers(packet: &impl Packet, parsed: &Parsed) -> Numbers {
     if parsed.proto == proto::TCP
-        && let Some([a, b, c, d, ack @ ..]) = packet.load::<8>(parsed.transport.wrapping_add(4))
+        && let Some([a, b, c, d, e, f, g, h, words]) = packet.load::<9>(parsed.transport.wrapping_add(4))
     {
-        Numbers { seq: u32::from_be_bytes([a, b, c, d]), ack: u32::from_be_bytes(ack) }
+        let headers =
+            parsed.transport.wrapping_sub(parsed.ip).wrapping_add(u32::from(words >> 4).wrapping_mul(4));
+        Numbers {
+            seq: u32::from_be_bytes([a, b, c, d]),
+            ack: u32::from_be_bytes([e, f, g, h]),
+            data: parsed.bytes.wrapping_sub(headers),
+        }
     } else {
         Numbers::default()
     }
 }
 
-/// A backend for a new flow, or why there is none.
-#[inline(never)]
-fn choose(
-    packet: &impl Packet,
-    tables: &impl EdgeTables,
-    parsed: &Parsed,
-    origin: Origin,
-    to: &mut Choice,
-) -> Refusal {
-    let tuple = &parsed.tuple;
-    let target = find(tables, parsed);
-    let Target::Frontend(frontend) = target else { return nobodys(target) };
-    to.service = frontend.service;
-    if frontend.flags & SOURCE_RANGES != 0 && !tables.in_source_ranges(frontend.service, &tuple.source) {
-        return Refusal::drop(Counter::DropSourceRange);
-    }
-    if tables.local_address(&tuple.source) & local_address::HOST != 0 {
-        // What this host sends itself never comes by a device. A flow of such a packet could be taken for one of the
-        // host's own connections to the backend.
-        return Refusal::drop(Counter::DropOwnSource);
-    }
-    if origin != Origin::OUTSIDE && is_elsewhere(packet, tables, parsed, origin) {
-        // Passed on, a nodePort's would be refused by the kernel to whose address it has.
-        return Refusal::drop(Counter::DropForeignSource);
-    }
-    let near = tables.is_pod_source(&tuple.source)
-        || tables.device(packet.ifindex()).is_some_and(|device| device.flags & NEAR != 0);
-    let client = if near { Client::Near } else { Client::Far };
-    match select(tables, frontend, client, tuple.source) {
-        Selection::Backend(id, _) => {
-            to.backend = id;
-            Refusal::NOT
-        }
-        Selection::Reject(why) => Refusal::reject(why),
-        Selection::Drop(why) => Refusal::drop(why),
-    }
-}
-
-/// Whether the source of a packet cannot be behind the pod's interface that it has come through: the kernel's routes lead to
-/// it by another pod's interface. A pod cannot write routes. Other devices tell nothing: pods are behind bridges, and some
-/// networks route all of them by one device, which may be an external one.
-#[inline(never)]
-fn is_elsewhere(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, origin: Origin) -> bool {
-    let by = packet.route_to(parsed.family, &parsed.tuple.source);
-    by != 0 && by != origin.ifindex && tables.device(by).is_some_and(|device| device.flags & POD != 0)
-}
-
-/// Whose the destination is. What has no ports asks for port 0.
+/// Whether a packet that leaves has entered this host from outside. What the network stack sees entering through a device
+/// without programs of ours may have come through one below it.
 #[inline(always)]
-fn find(tables: &impl EdgeTables, parsed: &Parsed) -> Target {
-    lookup::find(tables, &parsed.tuple.destination, parsed.tuple.destination_port, parsed.proto)
+fn is_from_outside(packet: &impl Packet, tables: &impl EdgeTables) -> bool {
+    let by = packet.entered_by();
+    by == packet.ifindex() || is_outward(tables, by)
+}
+
+/// Whether what enters by a device comes from outside of this host: neither from one of its pods nor from itself.
+#[inline(always)]
+fn is_outward(tables: &impl EdgeTables, ifindex: u32) -> bool {
+    ifindex != 0 && tables.device_flags(ifindex) & (POD | POD_BRIDGE) == 0
+}
+
+/// Whether a packet of the backend has entered by the device that its answers have entered by before; or by another one if it
+/// can be the backend's all the same: other nodes are reached by several devices, and what is behind an interface of a pod
+/// the kernel's routes tell.
+#[inline(never)]
+fn is_from_backend<T: EdgeTables>(packet: &impl Packet, tables: &T, parsed: &Parsed, cell: &T::Cell) -> bool {
+    let (by, flow) = (packet.entered_by(), cell.get());
+    flow.state & REPLIED == 0
+        || by == flow.answered_by
+        || is_outward(tables, by) && is_outward(tables, flow.answered_by)
+        || by != 0 && by == packet.route_to(parsed.family, &parsed.tuple.source)
 }
 
 /// Whether a UDP flow may stay where it is.
@@ -378,8 +329,13 @@ fn leaving(
     let tuple = &parsed.tuple;
     work.key = flows::key(FlowKind::Record, work.origin, parsed.proto, tuple);
     let place = flows::record(tables, &work.key, now)?;
+    // A pod of this node, or the host itself, may talk to the backend in truth, while somebody outside has begun a flow in
+    // its name.
+    if work.origin == Origin::OUTSIDE && !is_from_outside(packet, tables) {
+        return None;
+    }
     let flow = place.flow();
-    if flows::is_succeeded(&flow, parsed) {
+    if flows::is_succeeded(&flow, parsed, now) {
         flows::remove(tables, &work.key, &place);
         return None;
     }
@@ -436,12 +392,19 @@ fn answering(
     let now = work.now;
     work.key = flows::key(FlowKind::Record, work.origin, parsed.proto, &flows::reversed(&parsed.tuple));
     let place = flows::record(tables, &work.key, now)?;
-    if flows::is_succeeded(&place.flow(), parsed) {
+    if !is_from_backend(packet, tables, parsed, &place.cell) {
+        return None;
+    }
+    let flow = place.flow();
+    if flows::is_succeeded(&flow, parsed, now) {
         flows::remove(tables, &work.key, &place);
         return None;
     }
-    let numbers = numbers(packet, parsed);
-    flows::on_reply(&place, parsed, numbers, now);
+    work.numbers = numbers(packet, parsed);
+    if !flows::is_answer(&place, parsed, work.numbers) {
+        return None;
+    }
+    flows::on_reply(&place, parsed, work, packet.entered_by());
     flows::keep_vip(tables, &work.key, &place);
     let flow = place.flow();
     tables.count_packet(flow.service, false, parsed.bytes);
@@ -468,40 +431,6 @@ fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, pars
     turn_away::<_, _, true>(packet, tables, parsed, refusal, 0)
 }
 
-/// What is no frontend.
-#[inline(always)]
-const fn nobodys(target: Target) -> Refusal {
-    match target {
-        Target::Frontend(_) | Target::Other => Refusal::PASS,
-        Target::UnusedPort => Refusal::reject(Counter::RejectUnusedPort),
-        Target::InactiveAddress => Refusal::drop(Counter::DropInactiveAddress),
-        Target::Retry => Refusal::drop(Counter::DropRetry),
-    }
-}
-
-/// What becomes of a packet that is not translated, on its way out of the host or into it.
-#[inline(never)]
-fn turn_away<P: Packet, T: EdgeTables, const EGRESS: bool>(
-    packet: &mut P,
-    tables: &T,
-    parsed: &Parsed,
-    refusal: Refusal,
-    service: u32,
-) -> Verdict {
-    let at = At { ifindex: packet.ifindex(), egress: EGRESS };
-    match refusal.how {
-        How::Not | How::Pass => Verdict::Pass,
-        How::Drop => {
-            trace::refused(tables, refusal.why, parsed, service, at);
-            Verdict::Drop
-        }
-        How::Reject => {
-            trace::refused(tables, refusal.why, parsed, service, at);
-            refuse::refuse(packet, parsed)
-        }
-    }
-}
-
 /// Writes the new tuple of `work`; the other fragments of the packet will follow.
 #[inline(never)]
 fn finish(
@@ -520,67 +449,5 @@ fn finish(
     } else {
         tables.count(Counter::DropUnwritable);
         Verdict::Drop
-    }
-}
-
-/// Broken headers behind an IP header: nothing of that kind goes to a VIP; the rest is not ours to judge.
-#[inline(never)]
-fn malformed(tables: &impl EdgeTables, destination: &Addr) -> Verdict {
-    if lookup::may_be_ours(tables, destination)
-        && tables.local_address(destination) & local_address::HOST == 0
-        && !matches!(lookup::find(tables, destination, Be16 { bytes: [0; 2] }, 0), Target::Other)
-    {
-        tables.count(Counter::DropMalformed);
-        return Verdict::Drop;
-    }
-    Verdict::Pass
-}
-
-/// A later fragment that has come before its first one. Only with that one is it known whose it is: where there may be a
-/// frontend it cannot go on. The host takes its own fragments together, and pods are none, though they may share a bit of
-/// the filter with one.
-#[inline(never)]
-fn stray_fragment(tables: &impl EdgeTables, destination: &Addr) -> Verdict {
-    let bit = FilterBit::of_address(destination);
-    if tables.local_address(destination) & local_address::HOST != 0
-        || !tables.in_service_cidr(destination)
-            && (tables.filter(bit.word) & bit.mask == 0 || tables.is_pod_source(destination))
-    {
-        return Verdict::Pass;
-    }
-    tables.count(Counter::DropFragment);
-    Verdict::Drop
-}
-
-/// Keeps the ports of a first fragment for the others.
-#[inline(never)]
-fn remember_ports(tables: &impl EdgeTables, parsed: &Parsed, origin: Origin, egress: bool) -> bool {
-    let Tuple { source_port: source, destination_port: destination, .. } = parsed.tuple;
-    tables.put_fragment(&fragment_key(parsed, origin, egress), &FragmentPorts { source, destination })
-}
-
-/// The ports of a later fragment, from its first one.
-#[inline(never)]
-fn restore_ports(tables: &impl EdgeTables, parsed: &mut Parsed, origin: Origin, egress: bool) -> bool {
-    match tables.fragment(&fragment_key(parsed, origin, egress)) {
-        Some(ports) => {
-            parsed.tuple.source_port = ports.source;
-            parsed.tuple.destination_port = ports.destination;
-            true
-        }
-        None => false,
-    }
-}
-
-#[inline(always)]
-fn fragment_key(parsed: &Parsed, origin: Origin, egress: bool) -> FragmentKey {
-    FragmentKey {
-        source: parsed.tuple.source,
-        destination: parsed.tuple.destination,
-        origin,
-        id: parsed.id,
-        proto: parsed.proto,
-        egress: u8::from(egress),
-        pad: [0; 2],
     }
 }

@@ -205,8 +205,9 @@ fn ipv4(packet: &impl Packet, ip: u32, whole: bool, parsed: &mut Parsed) -> Outc
         return Outcome::NotIp;
     }
     let header_len = u32::from(first & 0x0f).wrapping_mul(4);
-    let total = u32::from(u16::from_be_bytes([len_high, len_low]));
+    let told = u32::from(u16::from_be_bytes([len_high, len_low]));
     let available = packet.length().wrapping_sub(ip);
+    let total = if is_too_long_to_tell(told, available, whole) { available } else { told };
     if header_len < 20 || total < header_len || whole && total > available {
         return Outcome::Malformed;
     }
@@ -229,9 +230,10 @@ fn ipv6(packet: &impl Packet, ip: u32, whole: bool, parsed: &mut Parsed) -> Outc
     if first >> 4 != 6 {
         return Outcome::NotIp;
     }
-    let payload = u32::from(u16::from_be_bytes([len_high, len_low]));
-    let total = payload.wrapping_add(40);
-    if whole && total > packet.length().wrapping_sub(ip) {
+    let told = u32::from(u16::from_be_bytes([len_high, len_low]));
+    let available = packet.length().wrapping_sub(ip);
+    let total = if is_too_long_to_tell(told, available, whole) { available } else { told.wrapping_add(40) };
+    if whole && total > available {
         return Outcome::Malformed;
     }
     let mut offset = ip.wrapping_add(40);
@@ -271,6 +273,14 @@ fn ipv6(packet: &impl Packet, ip: u32, whole: bool, parsed: &mut Parsed) -> Outc
         return Outcome::Malformed;
     }
     transport(packet, parsed, total.wrapping_sub(before), whole)
+}
+
+/// Whether a length of zero in an IP header stands for all that is there: it is too much for the field. Such is a train of TCP
+/// segments in one piece (BIG TCP: Linux 5.19 for IPv6, at first with a jumbo payload option, 6.3 for IPv4), and so is the
+/// header that an ICMP error quotes from one.
+#[inline(always)]
+const fn is_too_long_to_tell(told: u32, available: u32, whole: bool) -> bool {
+    told == 0 && (!whole || available > u16::MAX as u32)
 }
 
 /// Ports and flags. `length` is what the IP header leaves for the transport.

@@ -1,6 +1,6 @@
 //! What the packet edge looks at and writes, beside [`Tables`].
 
-use super::flows::Choice;
+use super::flows::{Choice, Numbers};
 use super::icmp::Edit;
 use super::parse::{Parsed, Tuple};
 use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, Origin};
@@ -48,6 +48,11 @@ pub struct Work {
     pub now: u64,
     /// Whose flows the packet can belong to.
     pub origin: Origin,
+    /// The packet's numbers.
+    pub numbers: Numbers,
+    /// What the packet does to the flow that it meets: a [`super::flows::Meeting`]. The verifier would follow each of them
+    /// if it knew which.
+    pub meeting: u32,
 }
 
 /// What one packet needs on its way, too much for the 512 bytes of stack that a BPF program has. What another packet has
@@ -63,18 +68,23 @@ pub struct Scratch {
     pub work: Work,
 }
 
-/// A record in place.
+/// A record in place. The kernel gives elements to other flows under readers, so every store is for the record with a
+/// [`Flow::check`]: another one's is left alone.
 pub trait FlowCell: Clone {
     /// What it holds.
     fn get(&self) -> Flow;
     /// Replaces the state.
-    fn set_state(&self, state: u32);
-    /// Notes what the client has to acknowledge, or where a reset has to follow.
-    fn set_expected(&self, number: u32);
-    /// Notes when a packet was seen.
-    fn set_last_seen(&self, now: u64);
+    fn set_state(&self, check: u32, state: u32);
+    /// Replaces [`Flow::expected`].
+    fn set_expected(&self, check: u32, number: u32);
+    /// Replaces [`Flow::syn`].
+    fn set_syn(&self, check: u32, syn: u16);
+    /// Notes by which device the backend's answers enter.
+    fn set_answered_by(&self, check: u32, ifindex: u32);
+    /// Prolongs the flow.
+    fn set_last_seen(&self, check: u32, now: u64);
     /// Notes the translated source: the address first, since the port says that both count.
-    fn set_snat(&self, addr: Addr, port: Be16);
+    fn set_snat(&self, check: u32, addr: Addr, port: Be16);
 }
 
 /// The maps of the packet edge.
@@ -105,6 +115,8 @@ pub trait EdgeTables: Tables {
     fn is_pod_source(&self, addr: &Addr) -> bool;
     /// `DEVICES`.
     fn device(&self, ifindex: u32) -> Option<Device>;
+    /// `DEVICES`: the flags of a device, none if there is no such device.
+    fn device_flags(&self, ifindex: u32) -> u32;
     /// `SERVICE_COUNTERS`: a packet of `bytes`, in or against the direction of the request.
     fn count_packet(&self, service: u32, request: bool, bytes: u32);
     /// `SERVICE_COUNTERS`: a new flow.

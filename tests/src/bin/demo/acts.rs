@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use proxy_common::abi::ABI_VERSION;
 use proxy_tests::lab::{Attempt, Held, Place, Proto, Summary};
 use proxy_tests::scenarios::{
     CLIENT, CLIENT_ADDRESS, Loops, NODE, OUTSIDE, OUTSIDE_ADDRESS, World, endpoint, evenly, refusal,
@@ -298,20 +299,12 @@ fn looking_inside(world: &mut World, stage: &mut Stage) -> Result<()> {
     stage.output(&world.command(NODE, "services")?.text()?);
     stage.line("");
     stage.say("The same with the kernel's own tool. The frontend names a Service by its number:");
-    let pins = world.lab().node(NODE).pin_dir().join("v1");
+    let pins = world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}"));
+    let frontends = pins.join("FRONTENDS");
+    stage.command("node-a", &format!("bpftool map dump pinned {}", frontends.display()));
     let mut dump = world.host().command("bpftool");
-    dump.args(["map", "dump", "pinned"]).arg(pins.join("FRONTENDS"));
-    stage.command("node-a", &format!("bpftool map dump pinned {}", pins.join("FRONTENDS").display()));
-    let dump = match dump.text() {
-        Ok(dump) => dump,
-        // Only this part of the tour needs it.
-        Err(error) => {
-            return {
-                stage.line(&format!("  (not shown: {error:#})"));
-                Ok(())
-            };
-        }
-    };
+    dump.args(["map", "dump", "pinned"]).arg(frontends);
+    let dump = dump.text()?;
     // The one with its port, not the one for all other ports of the address.
     let element = dump
         .split("},{")

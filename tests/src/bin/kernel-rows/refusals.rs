@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use proxy_tests::lab::Proto;
-use proxy_tests::scenarios::refusal;
+use proxy_tests::scenarios::{denial, refusal};
 
 use super::checks::{Answer, WAYS, denied, fails, served, silent};
 use super::kernel;
@@ -50,12 +50,12 @@ fn drop_at_sockets(world: &World) -> Result<Outcome> {
             vanish.extend(WAYS.map(|way| (&pod, way, target.clone())));
         }
         for way in WAYS {
-            denied(world.host(), way, &cluster_ip(ABSENT.number, v6, 80), "EPERM")?;
+            denied(world.host(), way, &cluster_ip(ABSENT.number, v6, 80), denial())?;
         }
-        denied(world.host(), Proto::Tcp, INACTIVE[usize::from(v6)], "EPERM")?;
+        denied(world.host(), Proto::Tcp, INACTIVE[usize::from(v6)], denial())?;
     }
     silent(&vanish)?;
-    right("EPERM for the host, silence for a pod")
+    right(format!("{} for the host, silence for a pod", denial()))
 }
 
 /// From outside and from a pod whose packets are served: a reset, and an ICMP error.
@@ -98,7 +98,7 @@ fn source_ranges(world: &World) -> Result<Outcome> {
         let target = balancer(GUARDED.number, v6, 80);
         served(&x, Proto::Tcp, &target, Answer::from(HERE, &X))?;
         silent(&[(&y, Proto::Tcp, target.clone())])?;
-        denied(world.host(), Proto::Tcp, &target, "EPERM")?;
+        denied(world.host(), Proto::Tcp, &target, denial())?;
         // The ranges are about that address alone.
         served(&y, Proto::Tcp, &node_port(GUARDED.number, v6, 80), Answer::from(HERE, &super::world::Y))?;
     }

@@ -17,6 +17,8 @@ use crate::bpf::tc::{Device, Direction, TcPrograms};
 use crate::node::testing::{in_new_netns, ip};
 use crate::store::Capacity;
 
+mod neighbours;
+
 /// Loading takes seconds on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -175,7 +177,9 @@ fn devices_are_followed_as_they_come_and_go() {
 
         let gone = index("cali1").unwrap();
         ip("link del cali1\n");
-        until(&mut edge, "a pod that goes", |state| attached(state).len() == 3).await;
+        // A pass that it goes in the middle of still knows it.
+        let has_gone = |state: &State| state.devices.iter().all(|device| device.name != "cali1");
+        until(&mut edge, "a pod that goes", has_gone).await;
         let pins = node.links();
         assert!(pins.iter().all(|pin| !pin.ends_with(&format!("-{gone}"))), "{pins:?}");
         assert_eq!(pins.len(), 6, "{pins:?}");
@@ -274,6 +278,8 @@ fn the_place_is_kept_against_later_arrivals() {
         let state = until(&mut edge, "a pass", |state| attached(state).len() == 4).await;
         assert_eq!(state.problems, BTreeMap::new());
         assert_eq!(programs("eth0"), [["edge_ingress", "pod_ingress"], ["pod_egress", "edge_egress"]]);
+        let [(_, other)] = &others(&state)[..] else { panic!("{state:#?}") };
+        assert!(other.starts_with("TCX program ") && other.ends_with(" ahead on egress"), "{other}");
     });
 }
 
@@ -330,11 +336,17 @@ fn kernels_without_tcx_get_filters() {
         until(&mut edge, "the first pass", |state| state.passes == 1).await;
         assert_eq!(node.links(), [""; 0]);
         drop(edge);
-        remove_filters().await.unwrap();
+        assert!(remove_filters(&node.config.pins).await.unwrap().is_empty());
         for device in ["eth0", "cali1"] {
             assert_eq!(filters(device, "ingress") + &filters(device, "egress"), "", "{device}");
         }
     });
+}
+
+/// What others run, by device.
+fn others(state: &State) -> Vec<(&str, String)> {
+    let all = state.devices.iter().flat_map(|device| device.others.iter().map(move |other| (device, other)));
+    all.map(|(device, other)| (device.name.as_str(), other.to_string())).collect()
 }
 
 #[test]
@@ -396,5 +408,23 @@ fn p127_near_is_in_devices() {
         until(&mut edge, "the first pass", |state| state.passes == 1).await;
         assert_eq!(node.device("cali1").unwrap().flags, abi::device::flags::NEAR | abi::device::flags::POD);
         assert_eq!(node.device("eth0").unwrap().flags, 0);
+    });
+}
+
+/// Packets of pods behind a bridge enter the network stack through it: they come from no client outside.
+#[test]
+fn bridges_of_pods_are_in_devices_while_they_have_pods() {
+    Node::run(async |node| {
+        ip("link add cni0 type bridge\nlink set cni0 up\naddress add 10.64.1.1/24 dev cni0\n\
+            link add veth1 type veth peer name far1\nlink set veth1 master cni0 up\n");
+        let mut edge = node.start().await;
+        until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let (pod, bridge) = (abi::device::flags::POD, abi::device::flags::POD_BRIDGE);
+        let flags = |device| node.device(device).map(|device| device.flags);
+        assert_eq!((flags("veth1"), flags("cni0"), flags("eth0")), (Some(pod), Some(bridge), Some(0)));
+        assert_eq!(programs("cni0"), [[""; 0], []]);
+        ip("link del veth1\n");
+        until(&mut edge, "a pass", |state| state.passes >= 2 && state.devices.len() == 2).await;
+        assert_eq!(flags("cni0"), None);
     });
 }

@@ -1,0 +1,200 @@
+//! What comes in: changes of the cluster, of the node's addresses, of its devices, and of pods that opt out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Instant;
+
+use proxy_common::abi::FrontendKey;
+use proxy_common::addr::{Addr, Family, Prefix};
+use proxy_common::be::Be16;
+
+use super::{Agent, AgentError};
+use crate::bpf::dataplane::OPT_OUT_ENTRIES;
+use crate::cluster::{Change, Scope};
+use crate::config::Source;
+use crate::edge::settings::DetectLocal;
+use crate::edge::{self, Edge};
+use crate::node::{NodeIps, Patience, Verdict};
+use crate::opt_out::Place;
+use crate::process::give_back_memory;
+use crate::sources::Update;
+use crate::telemetry::Arrival;
+
+impl Agent {
+    pub(super) fn take_in(&mut self, update: Update) {
+        match update {
+            Update::Changes(changes) => {
+                for change in changes {
+                    self.take_change(change);
+                }
+            }
+            Update::Synced => {
+                self.synced = true;
+                self.patience = Some(Patience {
+                    since: Instant::now(),
+                    ips: matches!(self.config.source, Source::Kubernetes { .. }),
+                    pod_cidrs: self.config.edge.settings.detect_local == DetectLocal::NodeCidr,
+                });
+                // Without a cluster there need not be a Node: this one is then as good as any.
+                if matches!(self.config.source, Source::Manifests(_)) && !self.known.cluster.node().leaving {
+                    self.health.node(true);
+                }
+                self.take_addresses();
+                self.take_opt_out();
+            }
+            Update::Problems(problems) => self.report.source(problems),
+        }
+    }
+
+    pub(super) fn take_change(&mut self, change: Change) {
+        if let Change::Node(node) = &change {
+            self.health.node(!node.leaving);
+        }
+        let arrival = Arrival::of(&change);
+        let scope = self.known.cluster.apply(change);
+        self.telemetry.arrived(arrival, scope, !self.synced);
+        match scope {
+            Scope::Nothing => return,
+            Scope::Service => {}
+            Scope::Node => self.take_node(),
+            Scope::Pods => return self.take_opt_out(),
+        }
+        for &family in &self.config.families {
+            self.health.queued(family);
+        }
+    }
+
+    pub(super) fn take_node(&mut self) {
+        let before = self.known.context.node.ips;
+        self.zone_changed |= self.known.context.node.zone != self.known.cluster.node().zone;
+        let ips = self.known.take_node(&self.config);
+        self.node_changed = true;
+        self.report.node_ips(&ips);
+        if self.programmed.is_some() && before != self.known.context.node.ips {
+            tracing::info!(?before, after = ?self.known.context.node.ips, "the node's IPs have changed");
+        }
+    }
+
+    /// Waits for what the first programming needs of the Node, until the time that is returned. Later on, ends the agent
+    /// when its podCIDRs change.
+    pub(super) fn wait_for_node(&mut self) -> Result<Option<Instant>, AgentError> {
+        let node = self.known.cluster.node();
+        if let Some(patience) = self.patience {
+            match patience.judge(node, Instant::now()) {
+                Verdict::Wait { until, reason } => {
+                    self.health.waiting_for(reason);
+                    return Ok(Some(until));
+                }
+                Verdict::GiveUp => return Err(AgentError::NoPodCidrs),
+                Verdict::Start => self.patience = None,
+            }
+            self.health.waiting_for("nothing has been programmed yet");
+            let ips = NodeIps::derive(node, self.config.bind_address);
+            if !self.config.families.contains(&ips.primary()) {
+                return Err(AgentError::PrimaryFamily(ips.of(ips.primary())));
+            }
+            tracing::info!(ipv4 = %ips.of(Family::V4), ipv6 = %ips.of(Family::V6), primary = %ips.primary(), "node IPs");
+            self.report.node_ips(&ips);
+            let pod_cidrs = patience.pod_cidrs.then(|| node.pod_cidrs.clone());
+            self.known.take_node(&self.config);
+            if let Some(cidrs) = pod_cidrs {
+                if !self.known.take_pod_cidrs(&self.config.families) {
+                    return Err(AgentError::PodCidrFamily(list(&cidrs)));
+                }
+                self.pod_cidrs = Some(cidrs);
+            }
+        } else if let Some(before) = self.pod_cidrs.as_ref().filter(|cidrs| **cidrs != node.pod_cidrs) {
+            return Err(AgentError::PodCidrsChanged { before: list(before), after: list(&node.pod_cidrs) });
+        }
+        Ok(None)
+    }
+
+    pub(super) fn take_addresses(&mut self) {
+        self.known.take_addresses(&self.addresses.borrow_and_update());
+        self.node_changed = true;
+    }
+
+    /// Brings together which Pods opt out and where their cgroups are.
+    pub(super) fn take_opt_out(&mut self) {
+        let Some(follower) = &self.opt_out else {
+            self.opted_out = Some(BTreeSet::new());
+            return;
+        };
+        let own_network = || self.known.cluster.pods().filter(|pod| !pod.host_network);
+        follower.want(own_network().map(|pod| Arc::clone(&pod.uid)).collect());
+        // Until all are known, what an earlier agent has written stays.
+        if !self.synced || !own_network().all(|pod| self.found.contains_key(&pod.uid)) {
+            return;
+        }
+        let (mut cgroups, mut names, mut problems) = (BTreeSet::new(), Vec::new(), BTreeMap::new());
+        for pod in self.known.cluster.pods() {
+            let problem = match self.found.get(&pod.uid) {
+                _ if pod.host_network => "it uses the host's network, whose packets nobody judges",
+                _ if !self.known.context.pods_in_packets => {
+                    "no interface of a pod is attached (--pod-interfaces), so nobody would serve its packets"
+                }
+                Some(Place::Cgroup(_)) if cgroups.len() >= OPT_OUT_ENTRIES as usize => {
+                    "too many pods opt out"
+                }
+                Some(Place::Cgroup(cgroup)) => {
+                    cgroups.insert(*cgroup);
+                    names.push(pod.key.to_string());
+                    continue;
+                }
+                Some(Place::Missing) => "its cgroup is not there (--cgroup-path)",
+                Some(Place::NotYet) | None => continue,
+            };
+            let reason = format!("cannot opt out of the socket edge: {problem}; its sockets are served");
+            problems.insert(format!("Pod {}", pod.key), vec![reason]);
+        }
+        self.report.opted_out(names, problems);
+        if self.opted_out.as_ref() != Some(&cgroups) {
+            self.opted_out = Some(cgroups);
+            self.node_changed = true;
+        }
+    }
+
+    /// Lets the packet edge know what it cannot see; starts it, the first time.
+    pub(super) async fn tell_edge(&mut self) -> Result<(), AgentError> {
+        let Some(programmed) = &self.programmed else { return Ok(()) };
+        let frontends = &programmed.model.frontends;
+        let is_frontend = |addr: &&Addr| {
+            let from = FrontendKey { addr: **addr, port: Be16::new(0), proto: 0, kind: 0 };
+            frontends.range(from..).next().is_some_and(|(key, _)| key.addr == **addr)
+        };
+        self.facts.node_ips = self.known.context.node.ips;
+        self.facts.frontends =
+            self.known.context.host_addresses.iter().filter(is_frontend).copied().collect();
+        match &self.edge {
+            Some(edge) => edge.tell(self.facts.clone()),
+            None => self.edge = Some(Edge::start(self.config.edge.clone(), self.facts.clone()).await?),
+        }
+        Ok(())
+    }
+
+    /// Traffic from outside is served once the first pass over the devices is made; only then the node is ready.
+    pub(super) fn take_edge(&mut self, state: edge::State) {
+        if state.passes == 1 {
+            // Loading has taken some.
+            give_back_memory();
+            self.announce = Some(state.devices.iter().filter(|device| device.is_attached()).count());
+        }
+        let pods = state.devices.iter().any(edge::DeviceState::is_attached_pod);
+        if self.pods_attached != Some(pods) {
+            self.pods_attached = Some(pods);
+            self.node_changed = true;
+        }
+        if self.known.context.pods_in_packets != pods {
+            self.known.context.pods_in_packets = pods;
+            // What is reported about them.
+            self.known.cluster.touch_with_source_ranges();
+            self.take_opt_out();
+        }
+        self.report.edge(state);
+    }
+}
+
+fn list(cidrs: &[Prefix]) -> String {
+    let cidrs: Vec<String> = cidrs.iter().map(Prefix::to_string).collect();
+    format!("[{}]", cidrs.join(", "))
+}

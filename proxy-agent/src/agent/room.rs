@@ -1,0 +1,103 @@
+//! Room in the maps: they grow, numbers come back after a grace period, and who had no room is tried again.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use super::Agent;
+use super::programming::Programmed;
+use super::sizes::Needs;
+use crate::bpf::dataplane::{Sizes, chain};
+use crate::bpf::sys;
+use crate::cluster::ObjectKey;
+
+impl Agent {
+    /// What the maps need for these Services.
+    pub(super) fn sizes<'a>(&self, services: impl Iterator<Item = &'a ObjectKey>) -> Sizes {
+        let mut needs = Needs::default();
+        for wanted in services.filter_map(|service| self.known.wanted(service)) {
+            needs.add(&wanted.desired);
+        }
+        needs.sizes(self.config.flow_table_size)
+    }
+
+    /// Moves into larger maps when something did not fit, or soon would not. True when there is something to be programmed
+    /// or told because of that.
+    pub(super) async fn grow(&mut self) -> bool {
+        let Some(programmed) = &self.programmed else { return false };
+        if self.refused.is_empty() && !programmed.model.is_tight() || Instant::now() < self.grow_at {
+            return false;
+        }
+        let capacity = programmed.dataplane.maps.capacity();
+        let sizes = self.sizes(self.known.cluster.services().map(|service| &service.key));
+        let grown = match sizes.least.fits_into(capacity) {
+            // Nothing is gained by maps of the same size.
+            true => Ok(None),
+            false => self.open(sizes).await.map(Some),
+        };
+        let mut problems = Vec::new();
+        match grown {
+            Ok(Some(larger)) => {
+                self.programmed = Some(larger);
+                self.everything = true;
+                self.stuck = false;
+                self.facts.maps += 1;
+            }
+            not => {
+                if let Err(error) = not {
+                    let error = chain(&error);
+                    tracing::warn!(%error, retry_in = ?self.config.sync_period, "maps cannot be made larger");
+                    problems.push(format!(
+                        "cannot be made larger: {error}; Services that do not fit are not served"
+                    ));
+                }
+                self.grow_at = Instant::now() + self.config.sync_period;
+                // Those that were refused are told so.
+                self.room |= !self.stuck;
+                self.stuck = !self.refused.is_empty();
+            }
+        }
+        self.report.set("maps".to_owned(), problems);
+        true
+    }
+
+    /// Has those that had no room tried again if there may be some. Nothing else makes room: a change of somebody else is
+    /// no reason to plan them.
+    pub(super) fn try_refused_again(&mut self) {
+        if std::mem::take(&mut self.room) {
+            self.queue.try_again(self.refused.iter());
+        }
+    }
+
+    /// Frontends that have gone over to these Services had no room: the Services are told so when they are tried again.
+    pub(super) fn refuse(&mut self, others: BTreeMap<ObjectKey, Vec<String>>) {
+        self.queue.try_again(others.keys());
+        self.refused.extend(others.into_keys());
+    }
+
+    /// Those of them whose turn it is.
+    pub(super) fn take_refused(&mut self) -> Vec<ObjectKey> {
+        let mut queue = std::mem::take(&mut self.queue);
+        let taken = queue.take_again(|service| self.refused.contains(service).then(|| self.weight(service)));
+        self.queue = queue;
+        taken
+    }
+
+    /// Waits for running programs beside the loop, unless that is under way.
+    pub(super) fn begin_grace(&mut self) {
+        if self.waiting.is_none() && !self.freed.is_empty() {
+            let freed = std::mem::take(&mut self.freed);
+            self.waiting = Some((tokio::task::spawn_blocking(sys::grace_period), freed));
+        }
+    }
+
+    /// Gives numbers back that have waited for it.
+    pub(super) fn release(&mut self) {
+        if let (Some((_, freed)), Some(Programmed { model, .. })) =
+            (self.waiting.take(), &mut self.programmed)
+        {
+            model.release(freed);
+            self.room = true;
+        }
+        self.begin_grace();
+    }
+}

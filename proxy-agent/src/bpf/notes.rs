@@ -1,0 +1,145 @@
+//! What the agent has changed outside of the pin directory: noted, so that `cleanup` can take it back whoever has died
+//! in between, and nothing that is somebody else's.
+//!
+//! ```text
+//! <pin-dir>/made/clsact-<n>                the clsact queueing discipline of the device with index n
+//! <pin-dir>/made/ports-<first>-<last>      ports that were added to net.ipv4.ip_local_reserved_ports
+//! ```
+//! A BPF file system holds BPF objects and directories, nothing else: a note is an empty directory. It is there whole or
+//! not at all, and for as long as what is pinned.
+
+use std::fmt;
+use std::io;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+use super::pins::{PinDir, PinError};
+
+/// Something that the agent has made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// The clsact queueing discipline of the device with this index.
+    Clsact(u32),
+    /// These ports have been reserved.
+    Ports(RangeInclusive<u16>),
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Clsact(device) => write!(f, "clsact-{device}"),
+            Self::Ports(ports) => write!(f, "ports-{}-{}", ports.start(), ports.end()),
+        }
+    }
+}
+
+impl Note {
+    fn parse(name: &str) -> Option<Self> {
+        let (what, rest) = name.split_once('-')?;
+        match what {
+            "clsact" => Some(Self::Clsact(rest.parse().ok()?)),
+            "ports" => {
+                let (first, last) = rest.split_once('-')?;
+                Some(Self::Ports(first.parse().ok()?..=last.parse().ok()?))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The notes of a pin directory.
+#[derive(Clone, Debug)]
+pub struct Notes(PathBuf);
+
+impl Notes {
+    /// Those of `pins`.
+    pub fn of(pins: &PinDir) -> Self {
+        Self(pins.root().join("made"))
+    }
+
+    /// Writes a note, before what it is about is made. False if it was there.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::File`].
+    pub fn add(&self, note: &Note) -> Result<bool, PinError> {
+        let path = self.of_note(note);
+        let made = std::fs::create_dir_all(&self.0).and_then(|()| std::fs::create_dir(&path));
+        match made {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(source) => Err(PinError::File { path, source }),
+        }
+    }
+
+    /// Removes a note, if it is there, after what it was about.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::File`].
+    pub fn remove(&self, note: &Note) -> Result<(), PinError> {
+        let path = self.of_note(note);
+        match std::fs::remove_dir(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(PinError::File { path, source }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the note is there.
+    pub fn has(&self, note: &Note) -> bool {
+        self.of_note(note).is_dir()
+    }
+
+    /// All of them.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::File`].
+    pub fn all(&self) -> Result<Vec<Note>, PinError> {
+        let failed = |source| PinError::File { path: self.0.clone(), source };
+        let entries = match std::fs::read_dir(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(failed)?,
+        };
+        let mut notes = Vec::new();
+        for entry in entries {
+            notes.extend(Note::parse(&entry.map_err(failed)?.file_name().to_string_lossy()));
+        }
+        Ok(notes)
+    }
+
+    /// Where they are.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    fn of_note(&self, note: &Note) -> PathBuf {
+        self.0.join(note.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_are_read_as_they_were_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let notes = Notes::of(&PinDir::new(dir.path()));
+        assert_eq!(notes.all().unwrap(), []);
+        let (clsact, ports) = (Note::Clsact(7), Note::Ports(10000..=28999));
+        for note in [&clsact, &ports] {
+            assert!(!notes.has(note));
+            assert!(notes.add(note).unwrap());
+            assert!(!notes.add(note).unwrap(), "it is there");
+            assert!(notes.has(note));
+        }
+        std::fs::create_dir(dir.path().join("made/something-else")).unwrap();
+        let mut all = notes.all().unwrap();
+        all.sort_by_key(Note::to_string);
+        assert_eq!(all, [clsact.clone(), ports.clone()]);
+        notes.remove(&clsact).unwrap();
+        notes.remove(&clsact).unwrap();
+        assert_eq!(notes.all().unwrap(), [ports]);
+    }
+}

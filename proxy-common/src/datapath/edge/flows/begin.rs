@@ -1,0 +1,168 @@
+//! How a flow begins: under a key of its own, with a backend that has been chosen.
+
+use super::index::{link_vip, remove_from};
+use super::source::random_port;
+use super::{Meeting, Place, is_taken, record, same_flow, vip_target};
+use crate::abi::flow::state::ASSURED;
+use crate::abi::{Flow, FlowKey, FlowKind};
+use crate::datapath::edge::parse::Tuple;
+use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier, Work};
+use crate::datapath::edge::timeouts;
+
+/// Tuples tried for a new flow: its own, and some with another source port. The verifier follows each.
+const TUPLE_TRIES: u32 = 4;
+
+/// Removes what the client's tuple in `work` led to: a record that has expired, and any index entry. Else the entry of an
+/// old flow would hide that of a new one. What the new one is to be beside stays.
+#[inline(never)]
+fn recycle<T: EdgeTables>(tables: &T, work: &mut Work) {
+    if work.meeting != Meeting::BESIDE {
+        recycle_in(tables, Tier::Assured, work);
+    }
+    recycle_in(tables, Tier::New, work);
+}
+
+#[inline(always)]
+fn recycle_in<T: EdgeTables>(tables: &T, tier: Tier, work: &mut Work) {
+    let Some(target) = tables.index(tier, &work.index) else { return };
+    work.key = vip_target(&work.index, &target);
+    if let Some(cell) = tables.flow(tier, &work.key)
+        && timeouts::expired(&cell.get(), work.key.proto, work.now)
+    {
+        remove_from(tables, tier, &work.key, &cell);
+    }
+    tables.remove_index(tier, &work.index);
+}
+
+/// Makes the flow from the client of `tuple` that `work` says, with another source port if its own tuple is taken. Its key is
+/// then in `work`. `indexed`: [`find_by_vip`](super::find_by_vip) has found an entry. `None`: the backend has gone, every tuple
+/// that was tried is taken, or there is no room.
+#[inline(never)]
+pub fn create<T: EdgeTables>(
+    tables: &T,
+    tuple: &Tuple,
+    indexed: bool,
+    work: &mut Work,
+) -> Option<Place<T::Cell>> {
+    let Work { now, to, origin, .. } = *work;
+    if indexed {
+        recycle(tables, work);
+    }
+    let backend = tables.backend(to.backend).filter(|backend| backend.service == to.service)?;
+    work.flow = Flow {
+        vip: tuple.destination,
+        vip_port: tuple.destination_port,
+        client_port: tuple.source_port,
+        service: to.service,
+        backend: to.backend,
+        last_seen: now,
+        ..Flow::default()
+    };
+    work.key = FlowKey {
+        source: tuple.source,
+        destination: backend.addr,
+        source_port: tuple.source_port,
+        destination_port: backend.port,
+        origin,
+        proto: to.proto,
+        kind: FlowKind::Record as u8,
+        pad: 0,
+        pad_end: 0,
+    };
+    for attempt in 0..TUPLE_TRIES {
+        if attempt > 0 {
+            work.key.source_port = random_port(tables);
+        }
+        // The backend remembers the closed connection of another client's port; the client knows about its own.
+        match vacate(tables, work, attempt == 0) {
+            Key::TAKEN => continue,
+            // It is what the new one is to be beside.
+            Key::OWN if work.meeting == Meeting::BESIDE => continue,
+            Key::FREE => {
+                work.flow.check = work.key.check();
+                // Somebody may have been faster; else there is no room.
+                if !tables.add_flow(Tier::New, &work.key, &work.flow) && taken(tables, &work.key, &work.flow)
+                {
+                    continue;
+                }
+            }
+            // Its index has been evicted while the record lived.
+            _ => {}
+        }
+        if let Some(place) = record(tables, &work.key, now) {
+            let linked = link_vip(tables, place.tier, &work.key, &place.cell);
+            return if linked { Some(place) } else { None };
+        }
+    }
+    None
+}
+
+/// Where a new flow goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Choice {
+    /// IP protocol number.
+    pub proto: u8,
+    /// Service id.
+    pub service: u32,
+    /// Backend id.
+    pub backend: u32,
+}
+
+/// Whether a flow can have a key.
+struct Key;
+
+impl Key {
+    /// Nobody has it.
+    const FREE: u32 = 0;
+    /// The very same flow has it.
+    const OWN: u32 = 1;
+    /// Another one has it.
+    const TAKEN: u32 = 2;
+}
+
+/// Removes what has ended under the key in `work` (`closed`: also what has been closed, unless others use the ends), and says
+/// who has it.
+#[inline(never)]
+fn vacate<T: EdgeTables>(tables: &T, work: &mut Work, closed: bool) -> u32 {
+    let Work { key, flow, now, .. } = work;
+    let mut tier = Tier::Assured;
+    for _ in 0..2 {
+        if let Some(cell) = tables.flow(tier, key) {
+            let there = cell.get();
+            let taken = is_taken(&there);
+            let ended = timeouts::closed(there.state)
+                && (there.state & ASSURED == 0 || timeouts::ended(&there, *now));
+            if timeouts::expired(&there, key.proto, *now) || closed && !taken && ended {
+                inherit(&cell, flow);
+                remove_from(tables, tier, key, &cell);
+            } else {
+                return if same_flow(&there, flow) && !taken { Key::OWN } else { Key::TAKEN };
+            }
+        }
+        tier = Tier::New;
+    }
+    Key::FREE
+}
+
+/// Gives a flow the source of its client's closed connection: the backend takes the next one from there at once.
+#[inline(never)]
+fn inherit<C: FlowCell>(cell: &C, flow: &mut Flow) {
+    let before = cell.get();
+    if timeouts::closed(before.state) && !is_taken(&before) && same_flow(&before, flow) {
+        (flow.snat, flow.snat_port) = (before.snat, before.snat_port);
+    }
+}
+
+/// Whether another flow has the key.
+#[inline(never)]
+fn taken<T: EdgeTables>(tables: &T, key: &FlowKey, flow: &Flow) -> bool {
+    let there = match tables.flow(Tier::Assured, key) {
+        Some(cell) => cell.get(),
+        None => match tables.flow(Tier::New, key) {
+            Some(cell) => cell.get(),
+            None => return false,
+        },
+    };
+    !same_flow(&there, flow)
+}

@@ -1,0 +1,75 @@
+//! Index entries: written and removed with their records.
+
+use super::{Place, has_snat, snat_index, vip_index};
+use crate::abi::{FlowKey, FlowRef};
+use crate::datapath::edge::tables::{EdgeTables, FlowCell as _, Tier};
+
+#[inline(always)]
+pub(super) fn indexed<T: EdgeTables>(tables: &T, index: &FlowKey) -> Option<FlowRef> {
+    let target = match tables.index(Tier::Assured, index) {
+        Some(target) => target,
+        None => tables.index(Tier::New, index)?,
+    };
+    if target.check == index.check() { Some(target) } else { None }
+}
+
+/// Writes the index entry from the VIP.
+#[inline(never)]
+pub(super) fn link_vip<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) -> bool {
+    let (index, target) = vip_index(key, &cell.get());
+    tables.put_index(tier, &index, &target)
+}
+
+/// Writes the index entry from our own address, if the flow has one.
+#[inline(never)]
+pub(super) fn link_snat<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) -> bool {
+    let flow = cell.get();
+    if !has_snat(&flow) {
+        return true;
+    }
+    let (index, target) = snat_index(key, &flow.snat, flow.snat_port);
+    tables.put_index(tier, &index, &target)
+}
+
+#[inline(never)]
+pub(super) fn unlink_vip<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) {
+    let (index, _) = vip_index(key, &cell.get());
+    // The client may have begun another flow by the same tuple.
+    let own = tables.index(tier, &index).is_some_and(|target| {
+        target.addr == key.destination
+            && target.port == key.destination_port
+            && target.client_port == key.source_port
+    });
+    if own {
+        tables.remove_index(tier, &index);
+    }
+}
+
+#[inline(never)]
+fn unlink_snat<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) {
+    let flow = cell.get();
+    if has_snat(&flow) {
+        let (index, target) = snat_index(key, &flow.snat, flow.snat_port);
+        if tables.index(tier, &index) == Some(target) {
+            tables.remove_index(tier, &index);
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn remove_from<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) {
+    unlink_vip(tables, tier, key, cell);
+    unlink_snat(tables, tier, key, cell);
+    tables.remove_flow(tier, key);
+}
+
+/// Makes the index entry from the VIP again if it has been evicted: of TCP, only the first packet of a client could.
+#[inline(never)]
+pub fn keep_vip<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) {
+    if place.tier == Tier::New {
+        let (index, target) = vip_index(key, &place.cell.get());
+        if indexed(tables, &index).is_none() {
+            tables.add_index(Tier::New, &index, &target);
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! The node under attack: the datapath as it is compiled for the host, between the devices of a node that routes as Linux
+//! does, and who is behind each of them.
+
+use std::cell::Cell;
+use std::net::{IpAddr, SocketAddr};
+
+use proxy_agent::sim::Simulator;
+use proxy_agent::sim::frame::Frame;
+use proxy_agent::store::{MapStore as _, Op, StoreError};
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
+use proxy_common::abi::proto::{TCP, UDP};
+use proxy_common::abi::{
+    Affinity, Backend, BackendState, Device, FrontendKey, FrontendValue, Service, SlotRange, device,
+};
+use proxy_common::be::Be16;
+use proxy_common::datapath::edge::{Edge, Verdict};
+use proxy_tests::packets::{NIC, Net, OVERLAY, POD, World};
+
+/// The host's side of the victim's interface.
+const VICTIM: u32 = 10;
+/// The host's side of the attacker's interface.
+const ATTACKER: u32 = 11;
+/// The bridge of nodes whose pods are not routed one by one. No program of ours is on it.
+const BRIDGE: u32 = 99;
+/// Ids of the Service that the attacker serves, and of its backend.
+const EVIL_ID: u32 = 50;
+/// An answer of the datapath may meet another one; nothing lawful goes round more often.
+const ROUNDS: usize = 4;
+
+/// Where somebody is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum At {
+    /// A pod behind an interface of the node.
+    Pod(u32),
+    /// Another node, or a pod of it.
+    Beside,
+    /// Outside of the cluster.
+    Outside,
+    /// The node itself.
+    Host,
+}
+
+/// Who takes part. Their order is that of [`Who::ALL`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Who {
+    /// Outside, and allowed to use every Service.
+    Client,
+    /// Outside as well.
+    Stranger,
+    /// A pod of the node that is a client in packets.
+    Victim,
+    /// A pod of the node that serves.
+    Local,
+    /// Pods of another node that serve.
+    Remote(u8),
+    /// A pod of another node that is a client of nodePorts and VIPs here.
+    Neighbour,
+    /// A process on the node.
+    Host,
+    /// A pod of the node, with NET_RAW. It serves, too.
+    Attacker,
+    /// Somebody outside who writes what they like into their packets.
+    Forger,
+}
+
+impl Who {
+    /// Everybody.
+    pub(super) const ALL: [Self; 11] = [
+        Self::Client,
+        Self::Stranger,
+        Self::Victim,
+        Self::Local,
+        Self::Remote(1),
+        Self::Remote(2),
+        Self::Remote(3),
+        Self::Neighbour,
+        Self::Host,
+        Self::Attacker,
+        Self::Forger,
+    ];
+
+    /// Where they are.
+    pub(super) const fn at(self) -> At {
+        match self {
+            Self::Client | Self::Stranger | Self::Forger => At::Outside,
+            Self::Victim => At::Pod(VICTIM),
+            Self::Local => At::Pod(POD),
+            Self::Remote(_) | Self::Neighbour => At::Beside,
+            Self::Host => At::Host,
+            Self::Attacker => At::Pod(ATTACKER),
+        }
+    }
+
+    /// Whether nobody owes them anything.
+    pub(super) const fn is_hostile(self) -> bool {
+        matches!(self, Self::Attacker | Self::Forger)
+    }
+
+    /// Their address.
+    pub(super) fn ip(self, net: Net) -> IpAddr {
+        let other = |v4: &str, v6: &str| {
+            let text = if net.v6 { v6 } else { v4 };
+            text.parse().unwrap_or_else(|error| unreachable!("{text}: {error}"))
+        };
+        match self {
+            Self::Client => net.client().ip(),
+            Self::Stranger => net.stranger().ip(),
+            Self::Victim => other("10.64.0.51", "fd00:64::51"),
+            Self::Local => net.local().ip(),
+            Self::Remote(number) => net.remote(number).ip(),
+            Self::Neighbour => net.remote(7).ip(),
+            Self::Host => net.node(),
+            Self::Attacker => other("10.64.0.66", "fd00:64::66"),
+            Self::Forger => other("198.18.0.66", "2001:db8:18::66"),
+        }
+    }
+
+    /// Who has an address; nobody else is there.
+    pub(super) fn of(net: Net, ip: IpAddr) -> Option<Self> {
+        if ip == net.overlay() {
+            return Some(Self::Host);
+        }
+        Self::ALL.into_iter().find(|who| who.ip(net) == ip)
+    }
+}
+
+/// The Service whose pod is the attacker's.
+pub(super) fn evil(net: Net) -> SocketAddr {
+    SocketAddr::new(if net.v6 { "fd00:10:96::3c" } else { "10.96.0.60" }.parse().unwrap_or(net.node()), 80)
+}
+
+/// The pods behind a VIP; a pod itself for its own address.
+pub(super) fn backends(net: Net, target: SocketAddr) -> Vec<SocketAddr> {
+    if target == net.here() {
+        vec![net.local()]
+    } else if target == net.spread() {
+        [1, 2, 3].map(|number| net.remote(number)).into()
+    } else if [net.there(), net.twin(), net.ranged(), net.node_port(), net.policy()].contains(&target) {
+        vec![net.remote(1)]
+    } else if target == evil(net) {
+        vec![SocketAddr::new(Who::Attacker.ip(net), 8080)]
+    } else {
+        vec![target]
+    }
+}
+
+/// How a node is set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Setup {
+    /// Family.
+    pub(super) net: Net,
+    /// Whether each pod has a route of its own, or all are behind a bridge.
+    pub(super) routed: bool,
+    /// Whether the kernel drops what has come by another device than the way back.
+    pub(super) strict: bool,
+    /// Whether no time passes but what ends wait for each other: what only shortens the life of a silent flow does no harm.
+    pub(super) swift: bool,
+}
+
+/// The node.
+pub(super) struct Node {
+    /// The maps.
+    pub(super) sim: Simulator,
+    setup: Setup,
+    /// Packets that the datapath has looked at.
+    pub(super) packets: Cell<u64>,
+}
+
+impl Node {
+    /// A node without any flow.
+    pub(super) fn new(setup: Setup) -> Result<Self, StoreError> {
+        let World { mut sim, .. } = World::new()?;
+        let net = setup.net;
+        let at = evil(net);
+        let state = BackendState { flags: IN_CLUSTER | SERVING | IN_LOCAL | ON_THIS_NODE, generation: 1 };
+        let (addr, port) = (Who::Attacker.ip(net).into(), Be16::new(8080));
+        let one = SlotRange { base: EVIL_ID, len: 1 };
+        let mut ops = vec![
+            Op::Backend(EVIL_ID, Backend { addr, port, pad: [0; 2], service: EVIL_ID, state }),
+            Op::Slots(EVIL_ID, vec![EVIL_ID]),
+            Op::Service(EVIL_ID, Service { cluster: one, local: one, affinity: Affinity::default() }),
+        ];
+        for proto in [TCP, UDP] {
+            let key = FrontendKey::exact(at.ip().into(), Be16::new(at.port()), proto);
+            ops.push(Op::Frontend(key, Some(FrontendValue::new(&key, EVIL_ID, 0))));
+        }
+        for op in &ops {
+            sim.apply(op)?;
+        }
+        let [v4, v6] = Net::ALL.map(|net| net.node().into());
+        for device in [VICTIM, ATTACKER] {
+            let value = Device { snat_v4: v4, snat_v6: v6, flags: device::flags::POD };
+            sim.edge.devices.borrow_mut().insert(device, value);
+        }
+        Ok(Self { sim, setup, packets: Cell::new(0) })
+    }
+
+    /// Lets time pass, in milliseconds.
+    pub(super) fn pass(&self, milliseconds: u64) {
+        self.sim.clock.set(self.sim.clock.get() + milliseconds * 1_000_000);
+    }
+
+    /// Milliseconds since the node was made.
+    pub(super) fn now(&self) -> u64 {
+        self.sim.clock.get() / 1_000_000
+    }
+
+    /// Where the kernel's routes lead.
+    fn route(&self, ip: IpAddr) -> At {
+        Who::of(self.setup.net, ip).map_or(At::Outside, Who::at)
+    }
+
+    const fn device(at: At) -> u32 {
+        match at {
+            At::Pod(device) => device,
+            At::Beside => OVERLAY,
+            At::Outside => NIC,
+            At::Host => 0,
+        }
+    }
+
+    const fn edge(device: u32) -> Edge {
+        if matches!(device, POD | VICTIM | ATTACKER) { Edge::Pod } else { Edge::External }
+    }
+
+    /// The device that the kernel names for the way to an address.
+    fn way_back(&self, ip: IpAddr) -> u32 {
+        let at = self.route(ip);
+        if matches!(at, At::Pod(_)) && !self.setup.routed { BRIDGE } else { Self::device(at) }
+    }
+
+    fn run(&self, device: u32, entered_by: u32, egress: bool, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+        self.packets.set(self.packets.get() + 1);
+        let source = ends(&bytes).map_or(0, |(source, _)| self.way_back(source));
+        let mut frame = Frame { entered_by, route_back: source, ..Frame::new(bytes, device) };
+        let verdict = self.sim.packet(&mut frame, Self::edge(device), egress);
+        (verdict, frame.bytes)
+    }
+
+    /// A packet comes from somewhere: where it is afterwards, and what it is then; nowhere if it was dropped.
+    pub(super) fn forward(&self, from: At, bytes: Vec<u8>) -> Option<(At, Vec<u8>)> {
+        let (mut from, mut bytes) = (from, bytes);
+        for _ in 0..ROUNDS {
+            let device = Self::device(from);
+            if from != At::Host {
+                match self.run(device, device, false, bytes) {
+                    (Verdict::Drop, _) => return None,
+                    (Verdict::Reply, back) => return self.leave(from, device, back).ok(),
+                    (Verdict::Pass | Verdict::Translated, on) => bytes = on,
+                }
+                let (source, _) = ends(&bytes)?;
+                let back = self.route(source);
+                // The kernel takes no IPv4 packet of its own from a device, and with strict rp_filter none whose answer would
+                // leave by another one.
+                if !self.setup.net.v6 && (back == At::Host || self.setup.strict && back != from) {
+                    return None;
+                }
+            }
+            let to = self.route(ends(&bytes)?.1);
+            if to == At::Host {
+                return Some((to, bytes));
+            }
+            match self.leave(to, device, bytes) {
+                Ok(out) => return Some(out),
+                // It goes back into the host, as if it had come by that device.
+                Err(Some(back)) => (from, bytes) = (to, back),
+                Err(None) => return None,
+            }
+        }
+        None
+    }
+
+    /// A packet leaves. Else what the datapath gives back to the host in its place, if anything.
+    fn leave(&self, to: At, entered_by: u32, bytes: Vec<u8>) -> Result<(At, Vec<u8>), Option<Vec<u8>>> {
+        match self.run(Self::device(to), entered_by, true, bytes) {
+            (Verdict::Pass | Verdict::Translated, out) => Ok((to, out)),
+            (Verdict::Reply, back) => Err(Some(back)),
+            (Verdict::Drop, _) => Err(None),
+        }
+    }
+
+    /// A packet of somebody: who gets it, and what they get.
+    pub(super) fn carry(&self, from: At, bytes: Vec<u8>) -> Option<(Who, Vec<u8>)> {
+        let net = self.setup.net;
+        let (_, to) = ends(&bytes)?;
+        let near = |ip| Who::of(net, ip).map(Who::at);
+        // Whoever is not behind this node reaches each other without it.
+        let is_past = |at| matches!(at, At::Beside | At::Outside);
+        if is_past(from) && near(to).is_some_and(is_past) {
+            return Who::of(net, to).map(|who| (who, bytes));
+        }
+        let (at, bytes) = self.forward(from, bytes)?;
+        let who = Who::of(net, ends(&bytes)?.1)?;
+        // A pod does not take what is for somebody else.
+        (who.at() == at).then_some((who, bytes))
+    }
+}
+
+/// Source and destination of an IP packet.
+pub(super) fn ends(bytes: &[u8]) -> Option<(IpAddr, IpAddr)> {
+    let v4 = |at: usize| -> Option<IpAddr> { Some(<[u8; 4]>::try_from(bytes.get(at..at + 4)?).ok()?.into()) };
+    let v6 =
+        |at: usize| -> Option<IpAddr> { Some(<[u8; 16]>::try_from(bytes.get(at..at + 16)?).ok()?.into()) };
+    match bytes.get(12..14)? {
+        [0x08, 0x00] => Some((v4(26)?, v4(30)?)),
+        [0x86, 0xdd] => Some((v6(22)?, v6(38)?)),
+        _ => None,
+    }
+}
