@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::lab::{Attempt, Summary};
+use crate::lab::{Attempt, Place, Summary};
 
 /// Every attempt was answered, and its client sees the address that it asked for: as the peer of a connected socket,
 /// as the source of an answer otherwise.
@@ -57,6 +57,21 @@ pub fn evenly(summary: &Summary, servers: &[&str]) -> Result<()> {
 pub fn at_most(limit: usize, summary: &Summary) -> Result<()> {
     ensure!(summary.by_server.len() <= limit, "more than {limit} servers: {:?}", summary.by_server);
     Ok(())
+}
+
+/// SYNs that the kernel of a place has sent again.
+///
+/// # Errors
+/// If its counters cannot be read.
+pub fn syns_sent_again(place: &Place) -> Result<u64> {
+    let mut counters = place.command("cat");
+    counters.arg("/proc/net/netstat");
+    let counters = counters.text()?;
+    let mut lines =
+        counters.lines().filter_map(|line| line.strip_prefix("TcpExt: ")).map(str::split_whitespace);
+    let (names, values) = (lines.next().context("names")?, lines.next().context("values")?);
+    let (_, again) = names.zip(values).find(|(name, _)| *name == "TCPSynRetrans").context("TCPSynRetrans")?;
+    Ok(again.parse()?)
 }
 
 /// The running kernel's version.

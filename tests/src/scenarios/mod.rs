@@ -21,7 +21,7 @@ use tempfile::TempDir;
 
 use crate::lab::{Agent, Exec, Lab, LabSpec, LeafSpec, NodeSpec, Place, Pod, Proto, Serve, binary};
 
-pub use checks::{at_most, denial, evenly, kernel_version, refusal, served};
+pub use checks::{at_most, denial, evenly, kernel_version, refusal, served, syns_sent_again};
 pub use loops::Loops;
 pub use manifests::{Manifests, endpoint, examples};
 pub use view::{FrontendView, PortView};

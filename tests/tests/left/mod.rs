@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use proxy_tests::lab::{Agent, Attempt, Lab, LabSpec, Place, Proto};
-use proxy_tests::scenarios::{denial, until};
+use proxy_tests::scenarios::{denial, syns_sent_again, until};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -26,6 +26,8 @@ const INACTIVE: &str = "10.96.77.77:80";
 const ELSEWHERE: &str = "elsewhere";
 /// How long silence has to last.
 const SILENCE: Duration = Duration::from_millis(500);
+/// How long an answer may take on a busy machine.
+const ANSWER: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Setting {
@@ -167,14 +169,14 @@ fn service(name: &str, mut spec: Value, node: &str) -> [Value; 2] {
 const WAYS: [Proto; 3] = [Proto::Tcp, Proto::Udp, Proto::UdpUnconnected];
 
 /// One connection or datagram.
-fn ask(place: &Place, target: &str, way: Proto) -> Result<Attempt> {
-    place.connect(target).proto(way).timeout(SILENCE).one()
+fn ask(place: &Place, target: &str, way: Proto, patience: Duration) -> Result<Attempt> {
+    place.connect(target).proto(way).timeout(patience).one()
 }
 
 /// The call that names the destination fails.
 fn denied(place: &Place, target: &str) -> Result<()> {
     for way in WAYS {
-        let attempt = ask(place, target, way)?;
+        let attempt = ask(place, target, way, ANSWER)?;
         let stage = if way == Proto::UdpUnconnected { "send" } else { "connect" };
         if (attempt.error.as_deref(), attempt.stage.as_deref()) != (Some(denial()), Some(stage)) {
             bail!("{} to {target}, {way:?}: {attempt:?}", place.name());
@@ -186,7 +188,7 @@ fn denied(place: &Place, target: &str) -> Result<()> {
 /// Nobody answers.
 fn unheard(place: &Place, target: &str) -> Result<()> {
     for way in WAYS {
-        let attempt = ask(place, target, way)?;
+        let attempt = ask(place, target, way, SILENCE)?;
         let stage = if way == Proto::Tcp { "connect" } else { "recv" };
         if (attempt.error.as_deref(), attempt.stage.as_deref()) != (Some("ETIMEDOUT"), Some(stage)) {
             bail!("{} to {target}, {way:?}: {attempt:?}", place.name());
@@ -199,7 +201,7 @@ fn unheard(place: &Place, target: &str) -> Result<()> {
 fn answered(place: &Place, target: &str, server: &str) -> Result<Vec<(Proto, Attempt)>> {
     let mut attempts = Vec::new();
     for way in WAYS {
-        let attempt = ask(place, target, way)?;
+        let attempt = ask(place, target, way, ANSWER)?;
         let seen = if way == Proto::UdpUnconnected { attempt.from } else { attempt.peername };
         if attempt.server.as_deref() != Some(server) || seen != target.parse().ok() {
             bail!("{} to {target}, {way:?}: {attempt:?}", place.name());

@@ -42,7 +42,7 @@ fn in_packets(setting: &Setting, place: &Place) -> Result<()> {
         unheard(place, target)?;
     }
     for way in [Proto::Tcp, Proto::Udp] {
-        let attempt = ask(place, "10.96.0.10:81", way)?;
+        let attempt = ask(place, "10.96.0.10:81", way, ANSWER)?;
         ensure!(attempt.error.as_deref() == Some("ECONNREFUSED"), "{attempt:?}");
         // It was sent, and an answer came: a socket would have been refused before.
         ensure!(way == Proto::Tcp || attempt.stage.as_deref() != Some("connect"), "{attempt:?}");

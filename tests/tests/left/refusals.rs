@@ -82,3 +82,23 @@ fn the_last_interface_of_a_pod_takes_the_packet_edge_along() -> Result<()> {
     setting.wait_problem("Service a/guarded", |problem| !problem.is_null())?;
     denied(other, INACTIVE)
 }
+
+/// A pod has used a port towards a VIP, in packets, and uses it towards the backend next, which is what its sockets do for
+/// another VIP. The kernel may give it the port at once.
+#[test]
+fn a_port_serves_in_packets_and_at_sockets_by_turns() -> Result<()> {
+    let mut setting = Setting::new(LabSpec::cases()?, NONE)?;
+    setting.start(&[])?;
+    let pod = setting.lab.pod("P");
+    for number in 0..50 {
+        let from = format!("10.64.1.50:{}", 45_000 + number);
+        for target in [GUARDED, OPEN, GUARDED] {
+            let attempt = pod.connect(target).bind(&from).one()?;
+            ensure!(attempt.server.as_deref() == Some("L1"), "{target} from {from}: {attempt:?}");
+        }
+    }
+    let again = syns_sent_again(&pod)?;
+    // A busy machine may be that late, too.
+    ensure!(again <= 3, "{again} SYNs were sent again");
+    Ok(())
+}

@@ -90,7 +90,15 @@ fn what_is_evicted_is_made_again() {
 #[test]
 fn who_has_talked_through_a_vip_can_talk_to_the_pod_itself() {
     for net in Net::ALL {
-        for (endings, vip) in [(FIN, net.there()), (RST, net.there()), (FIN, net.here()), (RST, net.here())] {
+        // The backend says that it knows nothing of the one before; a client's SYN could be anybody's.
+        for (endings, vip, rest) in [
+            (FIN, net.there(), 1),
+            (RST, net.there(), 1),
+            (FIN, net.here(), 1),
+            (RST, net.here(), 1),
+            (FIN, net.here(), 0),
+            (RST, net.here(), 0),
+        ] {
             let (world, client) = (world(), net.client());
             let pod = if vip == net.here() { net.local() } else { net.remote(1) };
             let request = |kind| {
@@ -114,7 +122,7 @@ fn who_has_talked_through_a_vip_can_talk_to_the_pod_itself() {
                 reply(ACK);
             }
 
-            world.pass(1);
+            world.pass(rest);
             for kind in [SYN, ACK] {
                 let direct = Packet::tcp(client, pod, kind, 9000, 0).bytes();
                 passes(|bytes| world.enter(NIC, bytes), &direct);

@@ -396,7 +396,7 @@ fn answering(
         return None;
     }
     let flow = place.flow();
-    if flows::is_succeeded(&flow, parsed, now) {
+    if flows::is_succeeded_by_answer(&flow, parsed, now) {
         flows::remove(tables, &work.key, &place);
         return None;
     }

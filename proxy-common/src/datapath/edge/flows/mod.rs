@@ -140,6 +140,17 @@ pub fn is_succeeded(flow: &Flow, parsed: &Parsed, now: u64) -> bool {
         && flow.state & REPLIED != 0
 }
 
+/// The same of a packet of the backend. It sends no SYN on a connection that has been proved and that it knows, so nothing has
+/// to be waited for, whoever may have closed the flow.
+#[inline(always)]
+pub fn is_succeeded_by_answer(flow: &Flow, parsed: &Parsed, now: u64) -> bool {
+    is_succeeded(flow, parsed, now)
+        || parsed.proto == proto::TCP
+            && parsed.kind & tcp::SYN != 0
+            && timeouts::closed(flow.state)
+            && flow.state & ASSURED != 0
+}
+
 /// Whether somebody else has a connection between the ends of a flow.
 #[inline(always)]
 pub const fn is_taken(flow: &Flow) -> bool {
