@@ -5,8 +5,10 @@
 // On other targets the crate compiles (for lints and documentation) but nothing calls the entry points.
 #![cfg_attr(not(target_arch = "bpf"), allow(dead_code, reason = "entry points are called by the kernel"))]
 
+mod cell;
 mod maps;
 mod sock;
+mod steps;
 mod tc;
 
 use aya_ebpf::Global;

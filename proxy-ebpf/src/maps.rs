@@ -3,7 +3,7 @@
 //! Sizes are placeholders: the agent sets them when it creates the maps. Names and types are the ABI
 //! (`docs/maps.md`).
 
-use core::ptr::{addr_of, addr_of_mut, read_volatile};
+use core::ptr::read_volatile;
 
 use aya_ebpf::Global;
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage, lpm_trie};
@@ -15,9 +15,11 @@ use proxy_common::abi::{
     SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::STREAM_SLOTS,
 };
 use proxy_common::addr::Addr;
-use proxy_common::be::Be16;
-use proxy_common::datapath::edge::tables::{EdgeTables, FlowCell, Scratch, Tier};
+use proxy_common::datapath::edge::tables::{EdgeTables, Scratch, Tier, Work};
 use proxy_common::datapath::tables::Tables;
+
+use crate::cell::Cell;
+use crate::steps;
 
 const BPF_ANY: u64 = 0;
 const BPF_NOEXIST: u64 = 1;
@@ -307,7 +309,8 @@ impl Tables for Maps {
     }
 }
 
-/// This CPU's memory for one packet. `None` never happens. To be taken once in each run of a program.
+/// This CPU's memory for one packet. `None` never happens. To be taken once in each run of a program, and by a global function
+/// that it has been lent to.
 #[inline(always)]
 pub(crate) fn scratch() -> Option<&'static mut Scratch> {
     let scratch = SCRATCH.get_ptr_mut(0)?;
@@ -322,60 +325,6 @@ pub(crate) fn scratch() -> Option<&'static mut Scratch> {
 extern "C" fn vipr_device_flags(ifindex: u32) -> u32 {
     // SAFETY: copied at once; elements are replaced only when a device's own addresses change.
     unsafe { DEVICES.get(ifindex) }.map_or(0, |device| device.flags)
-}
-
-/// A record in its map.
-#[derive(Clone, Copy)]
-pub(crate) struct Cell(*mut Flow);
-
-macro_rules! set_field {
-    ($self:ident, $check:ident, $($field:ident = $value:expr),+) => {
-        // SAFETY: the kernel's lookup returned a pointer to a whole element, which stays readable and writable while
-        // the program runs, even if another flow takes it: then its check is another one.
-        unsafe {
-            if addr_of!((*$self.0).check).read_volatile() == $check {
-                $(addr_of_mut!((*$self.0).$field).write_volatile($value);)+
-            }
-        }
-    };
-}
-
-impl FlowCell for Cell {
-    #[inline(always)]
-    fn get(&self) -> Flow {
-        // SAFETY: the kernel's lookup returned a pointer to a whole element; its check tells another flow's.
-        unsafe { *self.0 }
-    }
-
-    #[inline(always)]
-    fn set_state(&self, check: u32, state: u32) {
-        set_field!(self, check, state = state);
-    }
-
-    #[inline(always)]
-    fn set_expected(&self, check: u32, number: u32) {
-        set_field!(self, check, expected = number);
-    }
-
-    #[inline(always)]
-    fn set_syn(&self, check: u32, syn: u16) {
-        set_field!(self, check, syn = syn);
-    }
-
-    #[inline(always)]
-    fn set_answered_by(&self, check: u32, ifindex: u32) {
-        set_field!(self, check, answered_by = ifindex);
-    }
-
-    #[inline(always)]
-    fn set_last_seen(&self, check: u32, now: u64) {
-        set_field!(self, check, last_seen = now);
-    }
-
-    #[inline(always)]
-    fn set_snat(&self, check: u32, addr: Addr, port: Be16) {
-        set_field!(self, check, snat = addr, snat_port = port);
-    }
 }
 
 impl EdgeTables for Maps {
@@ -489,6 +438,16 @@ impl EdgeTables for Maps {
             let counters = unsafe { &mut *counters };
             counters.connections = counters.connections.wrapping_add(1);
         }
+    }
+
+    #[inline(always)]
+    fn try_source(&self, work: &mut Work, tier: Tier, spare: bool) -> bool {
+        steps::try_source(work, tier, spare)
+    }
+
+    #[inline(always)]
+    fn try_tuple(&self, work: &mut Work, own: bool) -> bool {
+        steps::try_tuple(work, own)
     }
 }
 

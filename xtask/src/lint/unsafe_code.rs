@@ -14,9 +14,11 @@ const ALLOWED: &[&str] = &[
     // Marker implementations: these types may be copied to and from BPF maps as bytes.
     "proxy-common/src/abi/pod.rs",
     // Map access, context access and helper calls of the BPF programs.
+    "proxy-ebpf/src/cell.rs",
     "proxy-ebpf/src/main.rs",
     "proxy-ebpf/src/maps.rs",
     "proxy-ebpf/src/sock.rs",
+    "proxy-ebpf/src/steps.rs",
     "proxy-ebpf/src/tc.rs",
     // The benchmark's own programs.
     "proxy-ebpf/src/bench.rs",

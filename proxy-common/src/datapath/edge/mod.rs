@@ -348,7 +348,8 @@ fn leaving(
             let refusal = Refusal::drop(Counter::DropNoSource);
             return Some(turn_away::<_, _, true>(packet, tables, parsed, refusal, flow.service));
         }
-        if !flows::translate_source(tables, work, &place, &own, now) {
+        work.new.source = own;
+        if !flows::translate_source(tables, work, &place) {
             if !give_back(packet, tables, parsed, work, &place) {
                 return Some(Verdict::Drop);
             }

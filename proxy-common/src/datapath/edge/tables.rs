@@ -1,6 +1,6 @@
 //! What the packet edge looks at and writes, beside [`Tables`].
 
-use super::flows::{Choice, Numbers};
+use super::flows::{self, Choice, Numbers};
 use super::icmp::Edit;
 use super::parse::{Parsed, Tuple};
 use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, Origin};
@@ -121,4 +121,18 @@ pub trait EdgeTables: Tables {
     fn count_packet(&self, service: u32, request: bool, bytes: u32);
     /// `SERVICE_COUNTERS`: a new flow.
     fn count_connection(&self, service: u32);
+    /// [`flows::try_source`]. In the kernel a function that is verified once, not on each way to it.
+    fn try_source(&self, work: &mut Work, tier: Tier, spare: bool) -> bool
+    where
+        Self: Sized,
+    {
+        flows::try_source(self, work, tier, spare)
+    }
+    /// [`flows::try_tuple`], likewise.
+    fn try_tuple(&self, work: &mut Work, own: bool) -> bool
+    where
+        Self: Sized,
+    {
+        flows::try_tuple(self, work, own)
+    }
 }

@@ -9,7 +9,7 @@ use crate::datapath::edge::parse::Tuple;
 use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier, Work};
 use crate::datapath::edge::timeouts;
 
-/// Tuples tried for a new flow: its own, and some with another source port. The verifier follows each.
+/// Tuples tried for a new flow: its own, and some with another source port.
 const TUPLE_TRIES: u32 = 4;
 
 /// Removes what the client's tuple in `work` led to: a record that has expired, and any index entry. Else the entry of an
@@ -70,31 +70,35 @@ pub fn create<T: EdgeTables>(
         pad_end: 0,
     };
     for attempt in 0..TUPLE_TRIES {
-        if attempt > 0 {
-            work.key.source_port = random_port(tables);
-        }
-        // The backend remembers the closed connection of another client's port; the client knows about its own.
-        match vacate(tables, work, attempt == 0) {
-            Key::TAKEN => continue,
-            // It is what the new one is to be beside.
-            Key::OWN if work.meeting == Meeting::BESIDE => continue,
-            Key::FREE => {
-                work.flow.check = work.key.check();
-                // Somebody may have been faster; else there is no room.
-                if !tables.add_flow(Tier::New, &work.key, &work.flow) && taken(tables, &work.key, &work.flow)
-                {
-                    continue;
-                }
-            }
-            // Its index has been evicted while the record lived.
-            _ => {}
-        }
-        if let Some(place) = record(tables, &work.key, now) {
+        if tables.try_tuple(work, attempt == 0) {
+            let place = record(tables, &work.key, now)?;
             let linked = link_vip(tables, place.tier, &work.key, &place.cell);
             return if linked { Some(place) } else { None };
         }
     }
     None
+}
+
+/// Tries to make the record of `work` for [`create`]: under the client's own tuple (`own`), or by another source port, which is
+/// then that of its key. Whether there is one to go on with, unless there is no room.
+#[inline(always)]
+pub fn try_tuple<T: EdgeTables>(tables: &T, work: &mut Work, own: bool) -> bool {
+    if !own {
+        work.key.source_port = random_port(tables);
+    }
+    // The backend remembers the closed connection of another client's port; the client knows about its own.
+    match vacate(tables, work, own) {
+        Key::TAKEN => false,
+        // It is what the new one is to be beside.
+        Key::OWN if work.meeting == Meeting::BESIDE => false,
+        Key::FREE => {
+            work.flow.check = work.key.check();
+            // Somebody may have been faster; else there is no room.
+            tables.add_flow(Tier::New, &work.key, &work.flow) || !taken(tables, &work.key, &work.flow)
+        }
+        // Its index has been evicted while the record lived.
+        _ => true,
+    }
 }
 
 /// Where a new flow goes.

@@ -14,12 +14,12 @@ mod keys;
 mod segments;
 mod source;
 
-pub use self::begin::{Choice, create};
+pub use self::begin::{Choice, create, try_tuple};
 pub use self::index::keep_vip;
 use self::index::{indexed, remove_from, unlink_vip};
 pub use self::keys::{key, reversed, snat_index, snat_target, vip_index, vip_target};
 pub use self::segments::{Meeting, Numbers, is_answer, meet, on_reply, on_request};
-pub use self::source::{keeps_source, translate_source};
+pub use self::source::{keeps_source, translate_source, try_source};
 use super::parse::{Parsed, Tuple, tcp};
 use super::tables::{EdgeTables, FlowCell, Tier, Work};
 use super::timeouts;

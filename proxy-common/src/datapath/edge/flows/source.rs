@@ -4,7 +4,6 @@ use super::index::indexed;
 use super::{Place, record, snat_index, snat_target};
 use crate::abi::flow::SNAT_PORTS;
 use crate::abi::{FlowKey, FlowRef};
-use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::edge::tables::{EdgeTables, FlowCell as _, Tier, Work};
 use crate::datapath::edge::timeouts;
@@ -19,34 +18,34 @@ pub(super) fn random_port(tables: &impl EdgeTables) -> Be16 {
     Be16::new(SNAT_PORTS.start.wrapping_add(offset))
 }
 
-/// Our own source for packets of the flow with the key in `work` to another node: what it has, or a new one at `addr`.
-/// False: all ports that were tried are taken. Afterwards the record holds it.
+/// Our own source for packets of the flow with the key in `work` to another node, at the address `work.new.source`. False: all
+/// ports that were tried are taken. Afterwards the record holds it.
 #[inline(never)]
-pub fn translate_source<T: EdgeTables>(
-    tables: &T,
-    work: &mut Work,
-    place: &Place<T::Cell>,
-    addr: &Addr,
-    now: u64,
-) -> bool {
-    let Work { key, index, .. } = work;
+pub fn translate_source<T: EdgeTables>(tables: &T, work: &mut Work, place: &Place<T::Cell>) -> bool {
     for attempt in 0..PORT_TRIES {
-        let port = random_port(tables);
-        let target;
-        (*index, target) = snat_index(key, addr, port);
-        if let Some(other) = indexed(tables, index) {
-            if owned(tables, index, &other, attempt < PORT_TRIES / 2, now) {
-                continue;
-            }
-            tables.remove_index(Tier::New, index);
-            tables.remove_index(Tier::Assured, index);
-        }
-        if tables.add_index(place.tier, index, &target) {
-            place.cell.set_snat(place.check, *addr, port);
+        if tables.try_source(work, place.tier, attempt < PORT_TRIES / 2) {
+            place.cell.set_snat(place.check, work.new.source, work.new.source_port);
             return true;
         }
     }
     false
+}
+
+/// Tries one port for [`translate_source`]: as the source port of `work.new` afterwards. `spare`: only what nobody keeps.
+#[inline(always)]
+pub fn try_source<T: EdgeTables>(tables: &T, work: &mut Work, tier: Tier, spare: bool) -> bool {
+    let Work { key, index, new, now, .. } = work;
+    new.source_port = random_port(tables);
+    let target;
+    (*index, target) = snat_index(key, &new.source, new.source_port);
+    if let Some(other) = indexed(tables, index) {
+        if owned(tables, index, &other, spare, *now) {
+            return false;
+        }
+        tables.remove_index(Tier::New, index);
+        tables.remove_index(Tier::Assured, index);
+    }
+    tables.add_index(tier, index, &target)
 }
 
 /// Whether a flow still has its source: the index entry from there may have been evicted, and is then made again unless

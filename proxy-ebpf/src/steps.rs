@@ -1,0 +1,53 @@
+//! Steps of the pipeline that are global functions: the verifier looks at each of them once, and at its callers without it. A loop
+//! over one of them costs the verifier a few instructions a turn instead of all ways through it.
+//!
+//! Kernels before 5.13 give a global function no pointer but the context, so it takes the packet's memory by itself.
+
+#[cfg(target_arch = "bpf")]
+use core::arch::asm;
+
+use proxy_common::datapath::edge::flows;
+use proxy_common::datapath::edge::tables::{Tier, Work};
+
+use crate::maps::{Maps, scratch};
+
+/// Lets a global function have the packet's memory: the compiler must not keep in registers what the function changes.
+#[inline(always)]
+fn lend(work: &mut Work) {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: does nothing, in one instruction: the kernel refuses line information about none.
+    unsafe {
+        asm!("{0} = {0}", in(reg) core::ptr::from_mut(work), options(nostack));
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    let _ = work;
+}
+
+/// [`flows::try_source`], with the memory of this packet.
+#[inline(always)]
+pub(crate) fn try_source(work: &mut Work, tier: Tier, spare: bool) -> bool {
+    lend(work);
+    vipr_try_source(u32::from(tier == Tier::Assured), u32::from(spare)) != 0
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn vipr_try_source(assured: u32, spare: u32) -> u32 {
+    let Some(scratch) = scratch() else { return 0 };
+    let tier = if assured != 0 { Tier::Assured } else { Tier::New };
+    u32::from(flows::try_source(&Maps, &mut scratch.work, tier, spare != 0))
+}
+
+/// [`flows::try_tuple`], likewise.
+#[inline(always)]
+pub(crate) fn try_tuple(work: &mut Work, own: bool) -> bool {
+    lend(work);
+    vipr_try_tuple(u32::from(own)) != 0
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn vipr_try_tuple(own: u32) -> u32 {
+    let Some(scratch) = scratch() else { return 0 };
+    u32::from(flows::try_tuple(&Maps, &mut scratch.work, own != 0))
+}
