@@ -73,6 +73,16 @@ impl Attacher {
         present: BTreeMap<u32, String>,
     ) -> Result<Self, AttacherError> {
         let l2 = TcPrograms::open(&pins, false)?;
+        Self::with(l2, pins, mechanism, present)
+    }
+
+    /// [`Attacher::new`] with programs that are open already.
+    pub(crate) fn with(
+        l2: TcPrograms,
+        pins: PinDir,
+        mechanism: Mechanism,
+        present: BTreeMap<u32, String>,
+    ) -> Result<Self, AttacherError> {
         let path = pins.map("DEVICES");
         let failed = |source| OpenError::Pin { path: path.clone(), source };
         let devices = MapData::from_pin(&path).map_err(failed)?;

@@ -1,15 +1,21 @@
 //! Programs that the kernel refuses, in a kernel. It takes root.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use aya::programs::{SchedClassifier, TcAttachType};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
 use super::{Pins, SMALL};
 use crate::bpf::dataplane::{Dataplane, DataplaneError, FLOW_ENTRIES, OBJECT, Sizes};
 use crate::bpf::pins::PinDir;
-use crate::bpf::tc::{PROGRAMS, Pair, TcPrograms};
+use crate::bpf::tc::{Mechanism, PROGRAMS, Pair, TcPrograms};
+use crate::edge::attach::Attacher;
+use crate::edge::choice::{Choice, Role};
+use crate::edge::snapshot::Layer;
 use crate::node::Host;
+use crate::node::testing::{in_new_netns, ip};
 
 const SIZES: Sizes = Sizes { least: SMALL, want: SMALL, flows: FLOW_ENTRIES };
 
@@ -103,4 +109,67 @@ fn a_pair_is_attached_whole_or_not_at_all() {
     let error = programs.check(Pair::Edge).unwrap_err().to_string();
     assert!(error.contains("clients outside of this node are not served"), "{error}");
     programs.check(Pair::Pod).unwrap();
+}
+
+/// An agent that is started anew finds devices that run the programs of the one before. What the kernel refuses this time must not
+/// go on there with maps that nobody writes, and costs no other device.
+#[test]
+fn a_device_whose_programs_are_refused_runs_none() {
+    in_new_netns(|| {
+        ip("link add eth0 type veth peer name far0\n\
+            link add cali1 type veth peer name pod1\n\
+            link set eth0 up\n\
+            link set cali1 up\n");
+        let index = |name: &str| {
+            let mut ip = std::process::Command::new("ip");
+            let output = ip.args(["-o", "link", "show", "dev", name]).output().unwrap();
+            let text = String::from_utf8(output.stdout).unwrap();
+            text.split_once(':').unwrap().0.parse::<u32>().unwrap()
+        };
+        let choice = |name: &str, role| Choice {
+            name: name.to_owned(),
+            role,
+            layer: Layer::L2,
+            near: false,
+            owner: None,
+            reason: String::new(),
+        };
+        let (edge, pod) = (index("eth0"), index("cali1"));
+        let choices =
+            BTreeMap::from([(edge, choice("eth0", Role::External)), (pod, choice("cali1", Role::Pod))]);
+        let object = broken(&["edge_ingress"]);
+        for (mechanism, name) in [(Mechanism::Tcx, "device-tcx"), (Mechanism::Clsact, "device-clsact")] {
+            let pins = pins(name);
+            let _maps = Dataplane::open(pins.0.clone(), SIZES, drop).unwrap();
+            let run = |attacher: &mut Attacher| {
+                let outcomes = attacher.apply(&choices, &BTreeMap::new());
+                [edge, pod].map(|index| outcomes[&index].attached.clone().map(drop))
+            };
+            let mut whole = Attacher::new(pins.0.clone(), mechanism, BTreeMap::new()).unwrap();
+            assert_eq!(run(&mut whole), [Ok(()), Ok(())]);
+            assert_eq!(["eth0", "cali1"].map(ours), [2, 2], "{mechanism:?}");
+            drop(whole);
+
+            let programs = TcPrograms::open_object(bytemuck::cast_slice(&object), &pins.0, false).unwrap();
+            let present = BTreeMap::from([(edge, "eth0".to_owned()), (pod, "cali1".to_owned())]);
+            let mut next = Attacher::with(programs, pins.0.clone(), mechanism, present).unwrap();
+            let [refused, attached] = run(&mut next);
+            assert!(refused.unwrap_err().contains("clients outside of this node are not served"));
+            assert_eq!(attached, Ok(()));
+            assert_eq!(["eth0", "cali1"].map(ours), [0, 2], "{mechanism:?}");
+        }
+    });
+}
+
+/// How many programs of ours a device runs, by links and by filters.
+fn ours(device: &str) -> usize {
+    let links = [TcAttachType::Ingress, TcAttachType::Egress].map(|attach_type| {
+        SchedClassifier::query_tcx(device, attach_type).map_or(0, |(_, programs)| programs.len())
+    });
+    let filters = ["ingress", "egress"].map(|direction| {
+        let mut tc = std::process::Command::new("tc");
+        let output = tc.args(["filter", "show", "dev", device, direction]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().matches("direct-action").count()
+    });
+    links.into_iter().chain(filters).sum()
 }
