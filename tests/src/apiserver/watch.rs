@@ -23,7 +23,7 @@ const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 
 /// Objects of a list that is streamed which [`ApiServer::hold_further_pages`](super::ApiServer::hold_further_pages) lets
 /// pass, at most.
-pub const STREAM_BEGINNING: usize = 500;
+pub const STREAM_BEGINNING: usize = 100;
 
 /// A watch in progress.
 pub(super) struct Watch {
