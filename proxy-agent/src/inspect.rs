@@ -9,12 +9,12 @@ use std::net::SocketAddr;
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
 use proxy_common::abi::frontend::{FrontendKind, flags};
-use proxy_common::abi::node::PODS_IN_PACKETS;
+use proxy_common::abi::node::{HOST_IN_PACKETS, PODS_IN_PACKETS};
 use proxy_common::abi::{ABI_VERSION, Counter, FrontendKey, FrontendValue, ServiceCounters};
 use serde::Serialize;
 
 use crate::args::{Inspect, Output};
-use crate::bpf::dataplane::PROGRAMS;
+use crate::bpf::dataplane::{PROGRAMS, has_set_retval};
 use crate::bpf::maps::{KernelMaps, OpenError};
 use crate::bpf::others::Other;
 use crate::bpf::pins::PinDir;
@@ -147,6 +147,10 @@ pub struct StatusView {
     pub host_netns: u64,
     /// Whether pods' sockets leave to the packet edge what they cannot be told.
     pub pods_in_packets: bool,
+    /// Whether the host's sockets, which this kernel cannot tell why they are refused, are told by packets.
+    pub host_in_packets: bool,
+    /// What sockets are told that are refused at the call.
+    pub refusals: &'static str,
     /// What the agent left, if anything.
     pub agent: Option<State>,
 }
@@ -229,6 +233,8 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
         counters: Counter::ALL.into_iter().map(counter).collect::<Result<_, aya::maps::MapError>>()?,
         host_netns: maps.host_netns(),
         pods_in_packets: maps.node_flags() & PODS_IN_PACKETS != 0,
+        host_in_packets: maps.node_flags() & HOST_IN_PACKETS != 0,
+        refusals: refusals(has_set_retval(), maps.node_flags()),
         agent: report::read(&state_file(&args.pins.run_dir, &args.pins.pin_dir)).ok(),
     };
     if print_data(args.output, &view, out)? {
@@ -248,6 +254,7 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
         let what = if refused { "see problems" } else { "restart the agent" };
         writeln!(out, "           {name} is NOT attached: {what}")?;
     }
+    writeln!(out, "refusals:  {}", view.refusals)?;
     if let Some(agent) = view.agent.as_ref().filter(|agent| !agent.opted_out.is_empty()) {
         writeln!(out, "opted out: {}", agent.opted_out.join(", "))?;
     }
@@ -275,6 +282,20 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
         }
     }
     Ok(())
+}
+
+/// What sockets are told that are refused at the call. Without the choice of an errno (before 5.18) it is EPERM, after which the
+/// kernel's own NFS client tries again at once and for ever unless it has the fix of CVE-2024-42246.
+const fn refusals(set_retval: bool, node_flags: u64) -> &'static str {
+    if set_retval {
+        "ECONNREFUSED, EHOSTUNREACH"
+    } else if node_flags & HOST_IN_PACKETS != 0 {
+        "EPERM for pods, and for this host to its own addresses: the kernel cannot say more before 5.18. Other packets of this host \
+         are answered"
+    } else {
+        "EPERM: the kernel cannot say more before 5.18. NFS mounts by a Service that serves nobody may keep a processor busy, unless \
+         the kernel has the fix of CVE-2024-42246"
+    }
 }
 
 fn read(args: &Inspect) -> Result<Model, InspectError> {

@@ -15,8 +15,8 @@ use proxy_common::abi::{
     SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::STREAM_SLOTS,
 };
 use proxy_common::addr::Addr;
-use proxy_common::datapath::edge::tables::{EdgeTables, Scratch, Tier, Work};
-use proxy_common::datapath::tables::Tables;
+use proxy_common::datapath::edge::tables::{EdgeTables, Scratch, Work};
+use proxy_common::datapath::tables::{Tables, Tier};
 
 use crate::cell::Cell;
 use crate::steps;
@@ -60,6 +60,9 @@ static OPT_OUT: HashMap<u64, u32, 1, BPF_F_NO_PREALLOC> = HashMap::new();
 
 #[btf_map]
 static AFFINITY: LruHashMap<AffinityKey, AffinityValue, 1> = LruHashMap::new();
+
+#[btf_map]
+static NEW_AFFINITY: LruHashMap<AffinityKey, AffinityValue, 1> = LruHashMap::new();
 
 #[btf_map]
 static UDP_FLOWS: LruHashMap<UdpFlowKey, UdpFlow, 1> = LruHashMap::new();
@@ -218,15 +221,22 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
+    fn affinity(&self, tier: Tier, key: &AffinityKey) -> Option<AffinityValue> {
+        let value = match tier {
+            Tier::Assured => AFFINITY.get_ptr(key),
+            Tier::New => NEW_AFFINITY.get_ptr(key),
+        }?;
         // SAFETY: copied at once; what the copy says is checked against the backend it names.
-        unsafe { AFFINITY.get(key) }.copied()
+        Some(unsafe { *value })
     }
 
     #[inline(always)]
-    fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
+    fn remember(&self, tier: Tier, key: &AffinityKey, value: &AffinityValue) {
         // A full LRU evicts; what else can fail leaves the client unremembered, which is allowed.
-        let _ = AFFINITY.insert(key, value, 0);
+        let _ = match tier {
+            Tier::Assured => AFFINITY.insert(key, value, BPF_ANY),
+            Tier::New => NEW_AFFINITY.insert(key, value, BPF_ANY),
+        };
     }
 
     #[inline(always)]

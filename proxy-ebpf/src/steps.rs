@@ -7,7 +7,8 @@
 use core::arch::asm;
 
 use proxy_common::datapath::edge::flows;
-use proxy_common::datapath::edge::tables::{Tier, Work};
+use proxy_common::datapath::edge::tables::Work;
+use proxy_common::datapath::tables::Tier;
 
 use crate::maps::{Maps, scratch};
 

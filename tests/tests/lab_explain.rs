@@ -16,7 +16,7 @@ use tempfile::TempDir;
 /// Often enough that each of three backends is met.
 const TIMES: usize = 40;
 /// Silence is waited for so long.
-const PATIENCE: Duration = Duration::from_millis(300);
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A lab whose Services are each in another state, and an agent on `n1`.
 struct World {

@@ -166,7 +166,7 @@ impl Agent {
             self.known.plan_node(&self.config.nodeport_addresses, model);
         dirty.extend(concerned);
         self.report.set("node tables".to_owned(), problems);
-        ops.extend(plan_left(model, self.pods_attached, self.opted_out.as_ref()));
+        ops.extend(plan_left(model, self.pods_attached, self.host_in_packets, self.opted_out.as_ref()));
         self.telemetry.writing(&ops, |ops| carry_out(&mut dataplane.maps, ops))?;
         let host = &self.known.context.host_addresses;
         let warnings = self.config.nodeport_addresses.warnings(&self.known.context.node.ips, host);

@@ -45,7 +45,7 @@ const NEEDED: &str = "connect4";
 /// Oldest kernel with everything that the programs need.
 const KERNEL_FLOOR: (u32, u32) = (5, 10);
 
-/// Elements of `AFFINITY`: clients remembered, over all Services with session affinity.
+/// Elements of `AFFINITY` and of `NEW_AFFINITY`: clients remembered, over all Services with session affinity.
 const AFFINITY_ENTRIES: u32 = 65_536;
 /// Elements of `UDP_FLOWS`: two for each unconnected socket and VIP.
 const UDP_FLOW_ENTRIES: u32 = 65_536;
@@ -134,6 +134,8 @@ pub struct Dataplane {
     pub verified: Vec<(&'static str, Option<u32>)>,
     /// Programs that are not attached.
     pub refused: Refused,
+    /// Whether the kernel lets programs choose the errno of a refusal (5.18).
+    pub set_retval: bool,
     pins: PinDir,
     programs: Ebpf,
 }
@@ -166,8 +168,7 @@ impl Dataplane {
         let Found { resumed, too_small } = pins.drop_unusable(|map| entries(map, sizes.least, 1))?;
         let larger = pins.with_larger(too_small.clone());
 
-        let set_retval =
-            is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false);
+        let set_retval = has_set_retval();
         let has_set_retval = u8::from(set_retval);
         let mut loader = EbpfLoader::new();
         loader.btf(None).verifier_log_level(log_level());
@@ -216,7 +217,7 @@ impl Dataplane {
                  `proxy-agent cleanup` or a reboot"
             );
         }
-        Ok(Self { maps, resumed, verified, refused, pins, programs })
+        Ok(Self { maps, resumed, verified, refused, set_retval, pins, programs })
     }
 
     /// Attaches the programs to `cgroup`, or replaces those that are attached there.
@@ -341,7 +342,7 @@ fn entries(map: &str, want: Capacity, flows: u32) -> u32 {
         "SERVICES" | "NAMES" | "SERVICE_COUNTERS" => want.services,
         "SLOTS" => want.slots,
         "BACKENDS" => want.backends,
-        "AFFINITY" => AFFINITY_ENTRIES,
+        "AFFINITY" | "NEW_AFFINITY" => AFFINITY_ENTRIES,
         "UDP_FLOWS" => UDP_FLOW_ENTRIES,
         "FLOWS" => flows,
         "NEW_FLOWS" => NEW_FLOW_ENTRIES,
@@ -370,6 +371,11 @@ pub(super) fn kernel() -> ((u32, u32), String) {
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     drop(numbers);
     (version, release)
+}
+
+/// Whether programs can choose the errno of a refusal (5.18).
+pub fn has_set_retval() -> bool {
+    is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false)
 }
 
 /// Tells missing permission apart from other failures of the first BPF system calls.

@@ -74,7 +74,7 @@ const fn spec<K, V>(name: &'static str, map_type: MapType, independent: bool) ->
 }
 
 /// Every map. What each holds is told in `docs/maps.md`.
-pub const MAPS: [MapSpec; 26] = [
+pub const MAPS: [MapSpec; 27] = [
     spec::<u32, u64>("FILTER", MapType::Array, false),
     spec::<abi::FrontendKey, abi::FrontendValue>("FRONTENDS", MapType::Hash, false),
     spec::<u32, abi::Service>("SERVICES", MapType::Array, false),
@@ -82,6 +82,7 @@ pub const MAPS: [MapSpec; 26] = [
     spec::<u32, abi::Backend>("BACKENDS", MapType::Array, false),
     spec::<u32, abi::ServiceName>("NAMES", MapType::Hash, false),
     spec::<abi::AffinityKey, abi::AffinityValue>("AFFINITY", MapType::LruHash, false),
+    spec::<abi::AffinityKey, abi::AffinityValue>("NEW_AFFINITY", MapType::LruHash, false),
     // Its backend ids count only with the address beside them.
     spec::<abi::UdpFlowKey, abi::UdpFlow>("UDP_FLOWS", MapType::LruHash, true),
     spec::<u32, abi::Node>("NODE", MapType::Array, true),

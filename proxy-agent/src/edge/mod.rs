@@ -6,9 +6,10 @@
 //! ```
 //! One task beside the agent's loop owns it all: attaching waits for the kernel's RCU, some 20 ms a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use proxy_common::addr::Prefix;
 use rtnetlink::Handle;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -120,6 +121,8 @@ pub struct State {
     pub verified: Vec<(&'static str, Option<u32>)>,
     /// Programs that the kernel has refused.
     pub refused: Refused,
+    /// Where routes lead by other devices than those with programs for the way outside.
+    pub elsewhere: Vec<Prefix>,
 }
 
 /// The task, which ends when this is dropped. What is attached stays.
@@ -216,6 +219,7 @@ impl Worker {
             };
             let (ended, took) = (Instant::now(), start.elapsed());
             describe(&mut state, &choices, &sources, &outcomes);
+            state.elsewhere = elsewhere(&snapshot, &choices, &outcomes);
             let flags = problems(&snapshot, &self.config.settings);
             if !flags.is_empty() {
                 state.problems.insert("--devices".to_owned(), flags);
@@ -323,6 +327,16 @@ fn describe(
             l3: choice.layer == snapshot::Layer::L3,
         });
     }
+}
+
+/// Where routes lead past the programs of external devices.
+fn elsewhere(snapshot: &Snapshot, choices: &Choices, outcomes: &BTreeMap<u32, Outcome>) -> Vec<Prefix> {
+    let is_edge = |device: u32| {
+        choices.get(&device).is_some_and(|choice| choice.role == Role::External)
+            && outcomes.get(&device).is_some_and(|outcome| outcome.attached.is_ok())
+    };
+    let routes = snapshot.routes.iter().filter(|route| !is_edge(route.device));
+    routes.map(|route| route.destination).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// What it means that others see Services where they should see pods.

@@ -115,16 +115,17 @@ const fn documentation_v6() -> Addr {
 }
 
 /// What every kind of client is told that `question` may be about. `among` is how many backends the Service port has.
-/// In `maps` are `AFFINITY` of the client, `DEVICES` and the clock beside what the agent has written.
+/// In `maps` are `AFFINITY` and `NEW_AFFINITY` of the client, `DEVICES` and the clock beside what the agent has written.
 pub fn answers(maps: &Simulator, question: &Question, target: Target, among: usize) -> Vec<Answer> {
-    let remembered = maps.clients.borrow().clone();
+    let remembered = (maps.clients.borrow().clone(), maps.new_clients.borrow().clone());
     let mut answers = Vec::new();
     for client in clients(maps, question, target) {
         let ask = |random: u32, index: u32| {
             maps.fixed_random.set(Some(random));
             outcome(maps, question, client, client as u32 * CONNECTIONS + index)
         };
-        maps.clients.replace(remembered.clone());
+        maps.clients.replace(remembered.0.clone());
+        maps.new_clients.replace(remembered.1.clone());
         let hits = maps.counted(Counter::AffinityHit);
         let first = ask(0, 0);
         let is_remembered = maps.counted(Counter::AffinityHit) > hits;
@@ -133,6 +134,7 @@ pub fn answers(maps: &Simulator, question: &Question, target: Target, among: usi
         let tries = u32::try_from(among.clamp(1, BACKENDS_MAX)).unwrap_or(1);
         for index in 0..tries {
             maps.clients.borrow_mut().clear();
+            maps.new_clients.borrow_mut().clear();
             let random = (u64::from(index) << 32).div_ceil(tries.into());
             backends.extend(ask(u32::try_from(random).unwrap_or(u32::MAX), index + 1).backend);
         }
@@ -230,7 +232,12 @@ fn outcome(maps: &Simulator, question: &Question, client: Client, index: u32) ->
     let backend = event
         .filter(|_| verdict == Verdict::Served)
         .map(|event: Event| SocketAddr::new(event.new_destination.to_ip(), event.new_destination_port.get()));
-    let verdict = if why == Some(Counter::LeftToPackets) { Verdict::LeftToPackets } else { verdict };
+    let verdict = match client {
+        // Of what is none of ours nobody is told. The host's packet is answered, since its socket could not be told why.
+        Client::Host if verdict == Verdict::NotOurs && why.is_some() => Verdict::Refused,
+        _ if why == Some(Counter::LeftToPackets) => Verdict::LeftToPackets,
+        _ => verdict,
+    };
     Outcome { verdict, why, backend }
 }
 

@@ -9,6 +9,7 @@ use proxy_common::abi::{AffinityKey, AffinityValue, Device, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::lookup::{self, Target};
+use proxy_common::datapath::tables::{Tables as _, Tier};
 
 use super::pod::{ClientPod, PodError};
 use super::{Explanation, Question, clients, explain, reasons};
@@ -130,14 +131,16 @@ fn read(pins: &PinDir, question: &Question) -> Result<(Simulator, Model), Inspec
     maps.edge.devices.replace(devices.iter().collect::<Result<_, _>>()?);
 
     let model = Model::restore(kernel.capacity(), &contents);
-    let affinity: HashMap<MapData, AffinityKey, AffinityValue> = open(pins, "AFFINITY", Map::LruHashMap)?;
     if let Target::Frontend(value) = lookup::find(&maps, &question.addr, question.port, question.proto) {
-        for client in clients::identities(&maps, question) {
-            let key = AffinityKey { client, service: value.service };
-            match affinity.get(&key, 0) {
-                Ok(value) => drop(maps.clients.borrow_mut().insert(key, value)),
-                Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error.into()),
+        for (tier, name) in [(Tier::Assured, "AFFINITY"), (Tier::New, "NEW_AFFINITY")] {
+            let affinity: HashMap<MapData, AffinityKey, AffinityValue> = open(pins, name, Map::LruHashMap)?;
+            for client in clients::identities(&maps, question) {
+                let key = AffinityKey { client, service: value.service };
+                match affinity.get(&key, 0) {
+                    Ok(value) => maps.remember(tier, &key, &value),
+                    Err(MapError::KeyNotFound) => {}
+                    Err(error) => return Err(error.into()),
+                }
             }
         }
     }

@@ -7,7 +7,7 @@ use proxy_common::abi::frontend::flags::{
     DENY_HOST, DENY_POD, EXTERNAL, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL, SOURCE_RANGES,
 };
 use proxy_common::abi::local_address::{HOST, NODEPORT};
-use proxy_common::abi::node::{OPTED_OUT, PODS_IN_PACKETS};
+use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
 use proxy_common::abi::{
     Affinity, AffinityKey, AffinityValue, Backend, BackendState, Device, FrontendValue, Service, SlotRange,
@@ -412,6 +412,22 @@ fn sockets_of_a_pod_that_has_opted_out_leave_everything_to_packets() {
     for cgroup in [Some(8), None] {
         assert_eq!(in_cgroup(cgroup), (vec!["Pod Served 1,2,3".to_owned(), packets.clone()], ""));
     }
+}
+
+/// Its packet is answered where it would leave the host.
+#[test]
+fn a_process_of_the_host_is_refused_where_its_socket_cannot_be_told_more() {
+    let asked = |flags| {
+        let maps = maps(&Contents { node_flags: flags, ..contents() });
+        ["10.96.0.40:80", "10.96.0.20:80"].map(|target| told(&ask(&maps, TCP, target, "192.0.2.10")))
+    };
+    let [silent, empty] = asked(0);
+    assert_eq!(silent, ["Host Denied drop_no_local_endpoint"]);
+    assert_eq!(empty, ["Host Refused reject_no_endpoint"]);
+    assert_eq!(
+        asked(HOST_IN_PACKETS),
+        [["Host Refused drop_no_local_endpoint"], ["Host Refused reject_no_endpoint"]]
+    );
 }
 
 #[test]

@@ -13,8 +13,16 @@ use crate::bpf::flow_maps::{Element, Table};
 use crate::bpf::pins::PinDir;
 
 /// The maps that are counted.
-const MAPS: [&str; 7] =
-    ["FLOWS", "FLOW_INDEX", "NEW_FLOWS", "NEW_FLOW_INDEX", "AFFINITY", "UDP_FLOWS", "FRAGMENTS"];
+const MAPS: [&str; 8] = [
+    "FLOWS",
+    "FLOW_INDEX",
+    "NEW_FLOWS",
+    "NEW_FLOW_INDEX",
+    "AFFINITY",
+    "NEW_AFFINITY",
+    "UDP_FLOWS",
+    "FRAGMENTS",
+];
 
 /// The counts. Cheap to clone.
 #[derive(Clone, Debug, Default)]
@@ -40,19 +48,27 @@ pub(super) enum Other {
     NewFlows,
     NewFlowIndex,
     Affinity,
+    NewAffinity,
     UdpFlows,
     Fragments,
 }
 
 impl Other {
-    pub(super) const ALL: [Self; 5] =
-        [Self::NewFlows, Self::NewFlowIndex, Self::Affinity, Self::UdpFlows, Self::Fragments];
+    pub(super) const ALL: [Self; 6] = [
+        Self::NewFlows,
+        Self::NewFlowIndex,
+        Self::Affinity,
+        Self::NewAffinity,
+        Self::UdpFlows,
+        Self::Fragments,
+    ];
 
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::NewFlows => "NEW_FLOWS",
             Self::NewFlowIndex => "NEW_FLOW_INDEX",
             Self::Affinity => "AFFINITY",
+            Self::NewAffinity => "NEW_AFFINITY",
             Self::UdpFlows => "UDP_FLOWS",
             Self::Fragments => "FRAGMENTS",
         }
@@ -65,7 +81,7 @@ impl Other {
         match self {
             Self::NewFlows => of::<FlowKey, Flow>(pins, self.name()),
             Self::NewFlowIndex => of::<FlowKey, FlowRef>(pins, self.name()),
-            Self::Affinity => of::<AffinityKey, AffinityValue>(pins, self.name()),
+            Self::Affinity | Self::NewAffinity => of::<AffinityKey, AffinityValue>(pins, self.name()),
             Self::UdpFlows => of::<UdpFlowKey, UdpFlow>(pins, self.name()),
             Self::Fragments => of::<FragmentKey, FragmentPorts>(pins, self.name()),
         }

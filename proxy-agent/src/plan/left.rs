@@ -2,22 +2,30 @@
 
 use std::collections::BTreeSet;
 
-use proxy_common::abi::node::{OPTED_OUT, PODS_IN_PACKETS};
+use proxy_common::abi::FrontendKey;
+use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS};
+use proxy_common::addr::{Addr, Prefix};
+use proxy_common::be::Be16;
 
 use crate::model::Model;
 use crate::store::Op;
 
 /// Plans both. `pods_in_packets` tells whether the packet edge has interfaces of pods, without which nothing can be left to
-/// it, `opted_out` the cgroups of pods that want to be. While either is not known, what an earlier agent has left stays
-/// in force, as do the programs that it has attached.
+/// it, `host_in_packets` whether the host's refusals can be ([`meets_edges`]), `opted_out` the cgroups of pods that want to be.
+/// While one of them is not known, what an earlier agent has left stays in force, as do the programs that it has attached.
 pub fn plan_left(
     model: &mut Model,
     pods_in_packets: Option<bool>,
+    host_in_packets: Option<bool>,
     opted_out: Option<&BTreeSet<u64>>,
 ) -> Vec<Op> {
     let pods_in_packets = pods_in_packets.unwrap_or(model.node_flags & PODS_IN_PACKETS != 0);
     let opted_out = opted_out.unwrap_or(&model.opt_out).clone();
-    let mut flags = 0;
+    let mut flags = match host_in_packets {
+        Some(true) => HOST_IN_PACKETS,
+        Some(false) => 0,
+        None => model.node_flags & HOST_IN_PACKETS,
+    };
     if pods_in_packets {
         flags |= PODS_IN_PACKETS;
         if !opted_out.is_empty() {
@@ -34,8 +42,26 @@ pub fn plan_left(
     ops
 }
 
+/// Whether what this host sends to any address of a Service meets the packet edge: no route to one leads `elsewhere`, where the
+/// edge is not. The addresses of the host itself do not count.
+pub fn meets_edges(model: &Model, elsewhere: &[Prefix], host: &BTreeSet<Addr>) -> bool {
+    let is_concerned = |prefix: &Prefix| {
+        let first = FrontendKey { addr: prefix.addr(), port: Be16::new(0), proto: 0, kind: 0 };
+        let from = model.frontends.range(first..).map(|(key, _)| key.addr);
+        // IPv4 addresses are among those that follow `::`.
+        let mut within = from
+            .skip_while(|addr| prefix.matches_all() && !prefix.contains(*addr))
+            .take_while(|addr| prefix.contains(*addr));
+        within.any(|addr| !host.contains(&addr))
+            || model.service_cidrs.iter().any(|cidr| cidr.covers(prefix) || prefix.covers(cidr))
+    };
+    !elsewhere.iter().any(is_concerned)
+}
+
 #[cfg(test)]
 mod tests {
+    use proxy_common::abi::FrontendValue;
+
     use super::*;
     use crate::store::{Capacity, Contents};
 
@@ -58,7 +84,7 @@ mod tests {
             (PODS_IN_PACKETS, Some(false), vec![Op::NodeFlags(0)], 0),
         ] {
             let mut model = model(found, &[]);
-            assert_eq!(plan_left(&mut model, pods, Some(&BTreeSet::new())), ops, "{pods:?}");
+            assert_eq!(plan_left(&mut model, pods, Some(false), Some(&BTreeSet::new())), ops, "{pods:?}");
             assert_eq!(model.node_flags, flags, "{pods:?}");
         }
     }
@@ -77,8 +103,56 @@ mod tests {
         ] {
             let mut model = model(if found.is_empty() { PODS_IN_PACKETS } else { BOTH }, found);
             let opted_out = opted_out.map(|cgroups| cgroups.iter().copied().collect::<BTreeSet<u64>>());
-            assert_eq!(plan_left(&mut model, pods, opted_out.as_ref()), want);
-            assert_eq!(plan_left(&mut model, pods, opted_out.as_ref()), [], "once is enough");
+            assert_eq!(plan_left(&mut model, pods, None, opted_out.as_ref()), want);
+            assert_eq!(plan_left(&mut model, pods, None, opted_out.as_ref()), [], "once is enough");
         }
+    }
+
+    #[test]
+    fn the_hosts_refusals_are_left_to_packets_if_all_of_them_meet_an_edge() {
+        for (found, host, want) in [
+            (0, None, 0),
+            (0, Some(true), HOST_IN_PACKETS),
+            (BOTH, Some(true), PODS_IN_PACKETS | HOST_IN_PACKETS),
+            (HOST_IN_PACKETS, None, HOST_IN_PACKETS),
+            (HOST_IN_PACKETS, Some(false), 0),
+        ] {
+            let mut model = model(found, &[]);
+            plan_left(&mut model, None, host, None);
+            assert_eq!(model.node_flags, want, "{found} {host:?}");
+        }
+
+        let addr = |text: &str| Addr::from(text.parse::<std::net::IpAddr>().unwrap());
+        let frontend = |text: &str| {
+            let key = FrontendKey::exact(addr(text), Be16::new(80), 6);
+            (key, FrontendValue::new(&key, 1, 0))
+        };
+        let contents = Contents {
+            frontends: ["10.96.0.10", "198.18.5.5", "fd00:96::10"].map(frontend).into(),
+            service_cidrs: vec![Prefix::new(addr("10.96.0.0"), 16).unwrap()],
+            ..Contents::default()
+        };
+        let model = Model::restore(
+            Capacity { frontends: 8, services: 1, slots: 1, backends: 1, source_ranges: 1 },
+            &contents,
+        );
+        let host = BTreeSet::from([addr("198.18.5.5")]);
+        for (elsewhere, len, want) in [
+            // Pods, and another network.
+            ("10.64.1.11", 32, true),
+            ("172.16.0.0", 12, true),
+            // Around an address, one address, a part of a ServiceCIDR, the default routes.
+            ("10.0.0.0", 8, false),
+            ("fd00:96::10", 128, false),
+            ("10.96.7.0", 24, false),
+            ("0.0.0.0", 0, false),
+            ("::", 0, false),
+            // An address of this host is never left.
+            ("198.18.0.0", 16, true),
+        ] {
+            let prefix = Prefix::new(addr(elsewhere), len).unwrap();
+            assert_eq!(meets_edges(&model, &[prefix], &host), want, "{prefix}");
+        }
+        assert!(meets_edges(&model, &[], &host));
     }
 }

@@ -13,7 +13,7 @@ use proxy_common::abi::{
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
-use proxy_common::datapath::tables::{Socket, Tables};
+use proxy_common::datapath::tables::{Socket, Tables, Tier};
 
 use crate::store::{Contents, MapStore, Op, StoreError, filter_bits};
 
@@ -41,6 +41,8 @@ pub struct Simulator {
     node_flags: u64,
     /// `AFFINITY`.
     pub clients: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
+    /// `NEW_AFFINITY`.
+    pub new_clients: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
     streams: RefCell<BTreeMap<u32, StreamRecord>>,
     udp_flows: RefCell<BTreeMap<UdpFlowKey, UdpFlow>>,
     counters: RefCell<BTreeMap<Counter, u64>>,
@@ -108,6 +110,13 @@ impl Simulator {
     /// Takes an entry of `UDP_FLOWS` away, as the LRU may at any time.
     pub fn evict_udp_flow(&self, key: &UdpFlowKey) -> Option<UdpFlow> {
         self.udp_flows.borrow_mut().remove(key)
+    }
+
+    fn remembered(&self, tier: Tier) -> &RefCell<BTreeMap<AffinityKey, AffinityValue>> {
+        match tier {
+            Tier::Assured => &self.clients,
+            Tier::New => &self.new_clients,
+        }
     }
 
     /// How often the datapath counted `counter`.
@@ -199,12 +208,12 @@ impl Tables for Simulator {
         self.host_netns.set(cookie);
     }
 
-    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
-        self.clients.borrow().get(key).copied()
+    fn affinity(&self, tier: Tier, key: &AffinityKey) -> Option<AffinityValue> {
+        self.remembered(tier).borrow().get(key).copied()
     }
 
-    fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
-        self.clients.borrow_mut().insert(*key, *value);
+    fn remember(&self, tier: Tier, key: &AffinityKey, value: &AffinityValue) {
+        self.remembered(tier).borrow_mut().insert(*key, *value);
     }
 
     fn stream(&self, slot: u32) -> Option<StreamRecord> {

@@ -1,4 +1,5 @@
-//! `AFFINITY`: LRU hash, which backend a client of a Service port had last (`sessionAffinity: ClientIP`).
+//! `AFFINITY` and `NEW_AFFINITY`: LRU hashes, which backend a client of a Service port had last (`sessionAffinity: ClientIP`).
+//! Clients of packets, whose addresses anybody can write, are in the second one until they have gone on after an answer.
 //!
 //! Written and read by the edges only. An entry proves nothing by itself: it counts when epoch and generation
 //! match and the backend is in the set chosen for this connection.
@@ -7,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::addr::Addr;
 
-/// Key of `AFFINITY`.
+/// Key of both.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
 pub struct AffinityKey {
@@ -27,7 +28,7 @@ impl AffinityKey {
     }
 }
 
-/// Value of `AFFINITY`.
+/// Value of both.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct AffinityValue {

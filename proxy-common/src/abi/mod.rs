@@ -64,6 +64,9 @@ pub mod node {
     pub const PODS_IN_PACKETS: u64 = 1 << 0;
     /// `OPT_OUT` has elements that the socket edge must look at.
     pub const OPTED_OUT: u64 = 1 << 1;
+    /// A socket cannot be told why it is refused (before 5.18), and what this host sends to an address of a Service leaves by a
+    /// device where the packet edge refuses it: processes of the host are told there, but of addresses of this host.
+    pub const HOST_IN_PACKETS: u64 = 1 << 2;
 }
 
 /// What the packet edge has done for one Service port, on one CPU: value of `SERVICE_COUNTERS`, by service id.

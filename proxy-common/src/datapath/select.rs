@@ -1,9 +1,9 @@
 //! Which backend serves: the set that the client gets, session affinity, and one random pick.
 
-use super::tables::{Tables, since};
+use super::tables::{Tables, Tier, since};
 use crate::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
-use crate::abi::{Affinity, AffinityKey, AffinityValue, Backend, Counter, FrontendValue, SlotRange};
+use crate::abi::{Affinity, AffinityKey, AffinityValue, Backend, Counter, FrontendValue, Service, SlotRange};
 use crate::addr::Addr;
 
 /// Where a connection comes from, as far as policies care.
@@ -30,6 +30,12 @@ impl Client {
             Self::Far => (0, FAR_LOCAL),
         }
     }
+
+    /// Whether anybody could be asking in its name.
+    #[inline(always)]
+    const fn may_be_forged(self) -> bool {
+        matches!(self, Self::Near | Self::Far)
+    }
 }
 
 /// What became of a selection.
@@ -49,55 +55,102 @@ pub enum Selection {
 /// edge ([`AffinityKey::netns_client`]).
 #[inline(always)]
 pub fn select(tables: &impl Tables, frontend: FrontendValue, client: Client, identity: Addr) -> Selection {
-    let (deny, local) = client.bits();
-    if frontend.flags & deny != 0 {
-        return Selection::Drop(Counter::DropSourceRange);
-    }
-    let Some(service) = tables.service(frontend.service) else {
-        return Selection::Drop(Counter::DropRetry);
+    let (service, range, in_set) = match offered(tables, frontend, client) {
+        Ok(offered) => offered,
+        Err(none) => return none,
     };
-    let (range, in_set) =
-        if frontend.flags & local != 0 { (service.local, IN_LOCAL) } else { (service.cluster, IN_CLUSTER) };
-    if range.is_empty() {
-        return if range == SlotRange::DROP {
-            Selection::Drop(Counter::DropNoLocalEndpoint)
-        } else {
-            Selection::Reject(Counter::RejectNoEndpoint)
-        };
-    }
     if service.affinity.seconds == 0 {
         return pick(tables, frontend.service, range);
     }
 
     let key = AffinityKey { client: identity, service: frontend.service };
     let now = tables.now();
-    let selection = match remembered(tables, &key, service.affinity, in_set, now) {
-        Some((id, backend)) => Selection::Backend(id, backend),
+    let mut tier = Tier::Assured;
+    let mut found = remembered(tables, tier, &key, service.affinity, in_set, now);
+    if found.is_none() && client.may_be_forged() {
+        tier = Tier::New;
+        found = remembered(tables, tier, &key, service.affinity, in_set, now);
+    }
+    let selection = match found {
+        Some((id, backend)) => {
+            tables.count(Counter::AffinityHit);
+            Selection::Backend(id, backend)
+        }
         None => pick(tables, frontend.service, range),
     };
     if let Selection::Backend(id, backend) = selection {
-        let value = AffinityValue {
-            backend: id,
-            generation: backend.state.generation,
-            epoch: service.affinity.epoch,
-            pad: 0,
-            last_seen: now,
-        };
-        tables.remember(&key, &value);
+        tables.remember(tier, &key, &entry(id, &backend, service.affinity, now));
     }
     selection
+}
+
+/// Why no backend of `frontend` serves the client, if none does.
+#[inline(always)]
+pub fn refusal(tables: &impl Tables, frontend: FrontendValue, client: Client) -> Option<Selection> {
+    offered(tables, frontend, client).err()
+}
+
+/// The Service, and its set that the client gets; else what becomes of the client.
+#[inline(always)]
+fn offered(
+    tables: &impl Tables,
+    frontend: FrontendValue,
+    client: Client,
+) -> Result<(Service, SlotRange, u32), Selection> {
+    let (deny, local) = client.bits();
+    if frontend.flags & deny != 0 {
+        return Err(Selection::Drop(Counter::DropSourceRange));
+    }
+    let Some(service) = tables.service(frontend.service) else {
+        return Err(Selection::Drop(Counter::DropRetry));
+    };
+    let (range, in_set) =
+        if frontend.flags & local != 0 { (service.local, IN_LOCAL) } else { (service.cluster, IN_CLUSTER) };
+    if !range.is_empty() {
+        Ok((service, range, in_set))
+    } else if range == SlotRange::DROP {
+        Err(Selection::Drop(Counter::DropNoLocalEndpoint))
+    } else {
+        Err(Selection::Reject(Counter::RejectNoEndpoint))
+    }
+}
+
+#[inline(always)]
+const fn entry(id: u32, backend: &Backend, affinity: Affinity, now: u64) -> AffinityValue {
+    AffinityValue {
+        backend: id,
+        generation: backend.state.generation,
+        epoch: affinity.epoch,
+        pad: 0,
+        last_seen: now,
+    }
+}
+
+/// Remembers the client of packets for good when it has shown that it is there: with `backend` of `service`, if that has session
+/// affinity.
+#[inline(never)]
+pub fn remember_assured(tables: &impl Tables, client: Addr, service: u32, backend: u32, now: u64) {
+    if let Some(affinity) = tables.service(service).map(|service| service.affinity)
+        && affinity.seconds != 0
+        && let Some(there) = tables.backend(backend)
+        && there.service == service
+    {
+        let key = AffinityKey { client, service };
+        tables.remember(Tier::Assured, &key, &entry(backend, &there, affinity, now));
+    }
 }
 
 /// The backend that the client had last, if that still counts.
 #[inline(always)]
 fn remembered(
     tables: &impl Tables,
+    tier: Tier,
     key: &AffinityKey,
     affinity: Affinity,
     in_set: u32,
     now: u64,
 ) -> Option<(u32, Backend)> {
-    let entry = tables.affinity(key)?;
+    let entry = tables.affinity(tier, key)?;
     if entry.epoch != affinity.epoch {
         return None;
     }
@@ -114,7 +167,6 @@ fn remembered(
         tables.count(Counter::AffinityStale);
         return None;
     }
-    tables.count(Counter::AffinityHit);
     Some((entry.backend, backend))
 }
 

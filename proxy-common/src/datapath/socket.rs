@@ -14,7 +14,8 @@ use super::trace;
 use crate::abi::frontend::flags::PROBE;
 use crate::abi::{
     AffinityKey, Backend, Counter, FlowDirection, FrontendValue, Node, SocketRecord, StreamRecord, UdpFlow,
-    UdpFlowKey, backend::flags::SERVING, node::OPTED_OUT, node::PODS_IN_PACKETS, proto,
+    UdpFlowKey, backend::flags::SERVING, local_address, node::HOST_IN_PACKETS, node::OPTED_OUT,
+    node::PODS_IN_PACKETS, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -45,6 +46,7 @@ pub enum Verdict {
 pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(proto) = protocol(socket) else { return Verdict::Pass };
     let verdict = lead(socket, tables, proto);
+    let verdict = answerable(socket, tables, verdict);
     // The socket may have been connected through us before. When this connect() fails, it still is.
     if verdict == Verdict::Pass {
         forget(socket, tables);
@@ -92,6 +94,13 @@ fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8) -> Verdict {
 #[inline(always)]
 pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(proto) = protocol(socket) else { return Verdict::Pass };
+    let verdict = send(socket, tables, proto);
+    answerable(socket, tables, verdict)
+}
+
+/// Sends a datagram of a socket to a backend instead.
+#[inline(always)]
+fn send(socket: &mut impl Socket, tables: &impl Tables, proto: u8) -> Verdict {
     let (vip, vip_port) = (socket.addr(), socket.port());
     let (frontend, node) = match target(socket, tables, vip, vip_port, proto) {
         Ok(found) => found,
@@ -399,7 +408,7 @@ impl Caller {
         select(tables, frontend, self.client, AffinityKey::netns_client(self.netns))
     }
 
-    /// Counts a refusal. Where a packet would be dropped, the address is left as it is if somebody drops the packets: the
+    /// Counts a refusal. Where a pod's packet would be dropped, the address is left as it is if somebody drops the packets: the
     /// client then hears nothing, as it should. (Of the host's packets nobody judges all.)
     #[inline(always)]
     fn refused(
@@ -415,6 +424,26 @@ impl Caller {
         trace::called(tables, what, socket, service, None, true);
         if left { Verdict::Pass } else { verdict }
     }
+}
+
+/// The verdict, unless somebody answers the packets in its place.
+#[inline(always)]
+fn answerable(socket: &impl Socket, tables: &impl Tables, verdict: Verdict) -> Verdict {
+    if matches!(verdict, Verdict::Reject | Verdict::Drop) && is_answered_in_packets(socket, tables) {
+        Verdict::Pass
+    } else {
+        verdict
+    }
+}
+
+/// Whether the host's socket, which cannot be told why it is refused, goes on as it is: the packet edge answers its packets, unless
+/// they go to an address of the host.
+#[inline(never)]
+fn is_answered_in_packets(socket: &impl Socket, tables: &impl Tables) -> bool {
+    let (node, addr) = (tables.node(), socket.addr());
+    node.flags & HOST_IN_PACKETS != 0
+        && socket.netns() == node.host_netns
+        && tables.local_address(&addr) & local_address::HOST == 0
 }
 
 /// Whether the backend of a flow of datagrams belongs to the Service port and serves.

@@ -7,6 +7,26 @@ use crate::abi::{
 use crate::addr::Addr;
 use crate::be::Be16;
 
+/// Which of two maps that hold the same: packets that anybody may have forged fill one of them alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    /// `FLOWS`, `FLOW_INDEX` and `AFFINITY`: of clients that have gone on after an answer.
+    Assured,
+    /// `NEW_FLOWS`, `NEW_FLOW_INDEX` and `NEW_AFFINITY`: of clients that nothing is known of yet.
+    New,
+}
+
+impl Tier {
+    /// The other one.
+    #[inline(always)]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Assured => Self::New,
+            Self::New => Self::Assured,
+        }
+    }
+}
+
 /// Maps that the agent fills, and the two sources of randomness and time.
 pub trait Tables {
     /// `FILTER`: 64 of its bits.
@@ -29,10 +49,10 @@ pub trait Tables {
     fn opted_out(&self, cgroup: u64) -> bool;
     /// Notes the cookie of the host's network namespace.
     fn learn_host_netns(&self, cookie: u64);
-    /// `AFFINITY`.
-    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue>;
+    /// `AFFINITY` or `NEW_AFFINITY`.
+    fn affinity(&self, tier: Tier, key: &AffinityKey) -> Option<AffinityValue>;
     /// Remembers a client. Failure is not an error: the client is only forgotten.
-    fn remember(&self, key: &AffinityKey, value: &AffinityValue);
+    fn remember(&self, tier: Tier, key: &AffinityKey, value: &AffinityValue);
     /// `STREAMS`.
     fn stream(&self, slot: u32) -> Option<StreamRecord>;
     /// Writes an element of `STREAMS`; false when there is none.

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use super::edge::timeouts::{expired, lifetime};
 use super::lookup::{Target, find};
 use super::select::{Client, Selection, select};
-use super::tables::{Tables, since};
+use super::tables::{Tables, Tier, since};
 use crate::abi::backend::flags::IN_CLUSTER;
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
@@ -87,11 +87,11 @@ impl Tables for Racing {
 
     fn learn_host_netns(&self, _: u64) {}
 
-    fn affinity(&self, _: &AffinityKey) -> Option<AffinityValue> {
+    fn affinity(&self, _: Tier, _: &AffinityKey) -> Option<AffinityValue> {
         None
     }
 
-    fn remember(&self, _: &AffinityKey, _: &AffinityValue) {}
+    fn remember(&self, _: Tier, _: &AffinityKey, _: &AffinityValue) {}
 
     fn udp_flow(&self, _: &UdpFlowKey) -> Option<UdpFlow> {
         None

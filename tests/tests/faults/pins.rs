@@ -14,7 +14,8 @@ use proxy_agent::flows::now;
 use proxy_agent::store::{MapStore as _, Op};
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
-    ABI_VERSION, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, UdpFlow, UdpFlowKey,
+    ABI_VERSION, AffinityKey, AffinityValue, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts,
+    UdpFlow, UdpFlowKey,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_tests::lab::{Agent, Summary};
@@ -157,6 +158,8 @@ fn something_for_the_packet_edge(pins: &PinDir) -> Result<()> {
     let fragment = FragmentKey { proto: UDP, ..Zeroable::zeroed() };
     let mut fragments = HashMap::<_, FragmentKey, FragmentPorts>::try_from(open("FRAGMENTS")?)?;
     fragments.insert(fragment, FragmentPorts::default(), 0)?;
+    let mut clients = HashMap::<_, AffinityKey, AffinityValue>::try_from(open("NEW_AFFINITY")?)?;
+    clients.insert(AffinityKey::zeroed(), AffinityValue::zeroed(), 0)?;
     // No device has such a number.
     let mut datagrams = HashMap::<_, UdpFlowKey, UdpFlow>::try_from(open("UDP_FLOWS")?)?;
     datagrams.insert(UdpFlowKey::zeroed(), UdpFlow::zeroed(), 0)?;
@@ -181,7 +184,9 @@ fn bpftool_shows_every_map_with_field_names() -> Result<()> {
             "SERVICES" => &["cluster", "local", "base", "len", "affinity", "seconds", "epoch"],
             "BACKENDS" => &["addr", "port", "service", "state", "flags", "generation"],
             "NAMES" => &["namespace", "name", "port_name", "proto", "family"],
-            "AFFINITY" => &["client", "service", "backend", "generation", "epoch", "last_seen"],
+            "AFFINITY" | "NEW_AFFINITY" => {
+                &["client", "service", "backend", "generation", "epoch", "last_seen"]
+            }
             "UDP_FLOWS" => &["cookie", "addr", "port", "direction", "backend", "check"],
             "STREAMS" => &["cookie", "record", "vip", "backend_addr", "service", "check"],
             "NODE" => &["host_netns", "flags"],

@@ -137,6 +137,7 @@ fn maps_verdicts_and_sweeps_are_counted() -> Result<()> {
         "NEW_FLOWS",
         "NEW_FLOW_INDEX",
         "AFFINITY",
+        "NEW_AFFINITY",
         "UDP_FLOWS",
         "FRAGMENTS",
         "STREAMS",

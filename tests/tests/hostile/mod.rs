@@ -1,5 +1,6 @@
 //! Each test is an attack, or a burden that somebody puts on the node, with victims that must not notice it.
 
+mod affinity;
 mod fire;
 mod forged;
 mod histories;

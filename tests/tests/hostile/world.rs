@@ -77,9 +77,14 @@ impl Service {
         Ok(at)
     }
 
+    /// Its pod's address.
+    pub(super) const fn address(self, v6: bool) -> &'static str {
+        self.pod[v6 as usize]
+    }
+
     /// Its pod.
     pub(super) fn endpoint(self, v6: bool) -> Result<SocketAddr> {
-        Self::at(v6, self.pod[usize::from(v6)], 8080)
+        Self::at(v6, self.address(v6), 8080)
     }
 
     /// It and its slices.

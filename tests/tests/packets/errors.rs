@@ -67,6 +67,42 @@ fn about_a_request_on_its_way_to_another_node() {
     }
 }
 
+/// Somebody has begun a flow in the name of a client that has a connection straight to the backend. What routers say of that
+/// connection reaches its ends as it is.
+#[test]
+fn about_another_connection_between_the_same_ends() {
+    for net in Net::ALL {
+        for (vip, pod) in [(net.here(), net.local()), (net.there(), net.remote(1))] {
+            let (world, client) = (world(), net.client());
+            let forged = Packet::tcp(client, vip, SYN, 1000, 0);
+            let own = if pod == net.local() {
+                translated(world.enter(NIC, forged.bytes()));
+                client
+            } else {
+                open(&world, &forged).1
+            };
+            for replied in [false, true] {
+                if replied {
+                    let reply = Packet::tcp(pod, own, SYN | ACK, 5000, 1001);
+                    let routed = if own == client {
+                        reply.bytes()
+                    } else {
+                        translated(world.enter(OVERLAY, reply.bytes()))
+                    };
+                    translated(world.leave(NIC, routed));
+                }
+                let true_one = Packet::tcp(client, pod, ACK, 77_000, 99_000);
+                let most = quotes(net)[0];
+                let towards = error(net.router(), Trouble::TooBig, &true_one, &true_one.bytes(), most);
+                passes(|bytes| world.leave(NIC, bytes), &towards.bytes());
+                let answer = Packet::tcp(pod, client, ACK, 990_000, 77_001);
+                let back = error(net.router(), Trouble::TooBig, &answer, &answer.bytes(), most);
+                passes(|bytes| world.leave(OVERLAY, bytes), &back.bytes());
+            }
+        }
+    }
+}
+
 /// The header that it quotes tells no length (BIG TCP).
 #[test]
 fn about_a_train_that_is_longer_than_its_header_can_tell() {

@@ -1,5 +1,6 @@
 //! What the suites have in common: packets on their way through [`World`].
 
+mod affinity;
 mod corpus;
 mod errors;
 mod fragments;

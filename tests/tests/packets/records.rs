@@ -101,6 +101,10 @@ fn who_has_talked_through_a_vip_can_talk_to_the_pod_itself() {
         ] {
             let (world, client) = (world(), net.client());
             let pod = if vip == net.here() { net.local() } else { net.remote(1) };
+            let leave = |bytes| match pod == net.local() {
+                true => world.leave_from(POD, NIC, bytes),
+                false => world.leave(NIC, bytes),
+            };
             let request = |kind| {
                 let routed = translated(world.enter(NIC, Packet::tcp(client, vip, kind, 1000, 5001).bytes()));
                 let sent = if pod == net.local() { routed } else { translated(world.leave(OVERLAY, routed)) };
@@ -110,7 +114,7 @@ fn who_has_talked_through_a_vip_can_talk_to_the_pod_itself() {
             let reply = |kind| {
                 let reply = Packet::tcp(pod, own, kind, 5000, 1001).bytes();
                 let routed = if own == client { reply } else { translated(world.enter(OVERLAY, reply)) };
-                assert_eq!(seen(&translated(world.leave(NIC, routed))).source, vip);
+                assert_eq!(seen(&translated(leave(routed))).source, vip);
             };
             reply(SYN | ACK);
             request(ACK);
@@ -130,12 +134,27 @@ fn who_has_talked_through_a_vip_can_talk_to_the_pod_itself() {
                     passes(|bytes| world.leave(OVERLAY, bytes), &direct);
                 }
                 let answer = Packet::tcp(pod, client, kind | ACK, 7000, 9001).bytes();
-                passes(|bytes| world.leave(NIC, bytes), &answer);
+                passes(leave, &answer);
             }
             assert_eq!(world.sim.edge.records(Tier::Assured), []);
             // And through the VIP again.
             request(SYN);
         }
+    }
+}
+
+/// Whoever forges the name of a backend on another node, from outside, ends no connection by a reset and a SYN.
+#[test]
+fn a_syn_that_may_be_anybodys_ends_no_record() {
+    for net in Net::ALL {
+        let (world, vip) = (world(), net.there());
+        let own = establish(&world, net, vip);
+        answer(&world, &Packet::tcp(net.remote(1), own, RST, 9_999, 0));
+        for kind in [SYN, SYN | ACK] {
+            answer(&world, &Packet::tcp(net.remote(1), own, kind, 77_777, 88_888));
+        }
+        assert_eq!(open(&world, &Packet::tcp(net.client(), vip, PSH | ACK, 1001, 5001)).1, own);
+        answer(&world, &Packet::tcp(net.remote(1), own, ACK, 5001, 1022));
     }
 }
 

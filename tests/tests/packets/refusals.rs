@@ -2,7 +2,9 @@
 
 use std::net::SocketAddr;
 
+use proxy_agent::store::{MapStore as _, Op};
 use proxy_common::abi::Counter;
+use proxy_common::abi::node::HOST_IN_PACKETS;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
@@ -175,6 +177,46 @@ fn leaving_packets_are_judged_only() {
                     assert_eq!((told.source.ip(), told.destination.ip()), (destination.ip(), host.ip()));
                 }
             }
+        }
+    }
+}
+
+/// A packet of this host to a Service that serves nobody: as its socket would have been. Where that cannot be told why it is
+/// refused, silence is an answer, too; packets of others are none of it.
+#[test]
+fn packets_of_the_host_are_answered_where_its_sockets_cannot_be() {
+    for net in Net::ALL {
+        let host = SocketAddr::new(net.node(), 50_000);
+        for flags in [0, HOST_IN_PACKETS] {
+            let in_packets = flags != 0;
+            for (destination, reject, counter) in [
+                (net.nobody(), true, Counter::RejectNoEndpoint),
+                (unused(net), true, Counter::RejectUnusedPort),
+                (net.inactive(), in_packets, Counter::DropInactiveAddress),
+                (net.there(), in_packets, Counter::DropNoFlow),
+            ] {
+                for packet in
+                    [Packet::tcp(host, destination, SYN, 1, 0), Packet::udp(host, destination, b"?")]
+                {
+                    let mut world = world();
+                    world.sim.apply(&Op::NodeFlags(flags)).unwrap();
+                    let (verdict, after) = world.leave_from(0, NIC, packet.bytes());
+                    assert_eq!(verdict, if reject { Verdict::Reply } else { Verdict::Drop }, "{packet:?}");
+                    assert_eq!(counts(&world), [(counter, 1)]);
+                    if reject {
+                        let told = seen(&after);
+                        assert_eq!((told.source.ip(), told.destination.ip()), (destination.ip(), host.ip()));
+                    }
+                    if destination != unused(net) {
+                        let (forwarded, _) = world.leave_from(POD, NIC, packet.bytes());
+                        assert_eq!(forwarded, Verdict::Drop, "{packet:?}");
+                    }
+                }
+            }
+            // Served outside, perhaps by somebody else.
+            let mut world = world();
+            world.sim.apply(&Op::NodeFlags(flags)).unwrap();
+            passes(|bytes| world.leave_from(0, NIC, bytes), &Packet::udp(host, net.ranged(), b"?").bytes());
         }
     }
 }

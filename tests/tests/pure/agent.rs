@@ -91,7 +91,7 @@ impl Agent {
             maps,
             first: true,
         };
-        let ops = plan_left(&mut agent.model, Some(pods_in_packets), None);
+        let ops = plan_left(&mut agent.model, Some(pods_in_packets), None, None);
         agent.carry_out(&ops)?;
         Ok(agent)
     }

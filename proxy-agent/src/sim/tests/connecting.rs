@@ -322,6 +322,32 @@ fn silence_and_source_ranges_are_left_to_the_packets_of_pods() {
     check(&sim, socket(pod(1), 8080, TCP), Pass, None);
 }
 
+/// Where a socket cannot be told why it is refused, the host's go on as they are, and their packets are answered. Those to addresses
+/// of the host meet no device.
+#[test]
+fn refusals_of_the_host_are_left_to_packets_where_the_kernel_cannot_tell() {
+    let mut sim = world();
+    let host = |address, port, proto| SimSocket { netns: HOST_NETNS, ..socket(address, port, proto) };
+    let refused = [
+        (vip(20), 80, Reject, Counter::RejectNoEndpoint),
+        (vip(10), 81, Reject, Counter::RejectUnusedPort),
+        (vip(99), 80, Drop, Counter::DropInactiveAddress),
+    ];
+    for flags in [0, HOST_IN_PACKETS] {
+        sim.apply(&Op::NodeFlags(flags)).unwrap();
+        for (address, port, verdict, counter) in refused {
+            for proto in [TCP, UDP] {
+                check(&sim, socket(address, port, proto), verdict, Some(counter));
+                let verdict = if flags == 0 { verdict } else { Pass };
+                check(&sim, host(address, port, proto), verdict, Some(counter));
+            }
+        }
+        check(&sim, host(vip(10), 80, TCP), Translated, Some(Counter::Connected));
+    }
+    sim.apply(&Op::LocalAddress(vip(20), Some(HOST))).unwrap();
+    check(&sim, host(vip(20), 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
+}
+
 #[test]
 fn a_socket_that_is_left_to_packets_forgets_its_record() {
     let mut sim = world();

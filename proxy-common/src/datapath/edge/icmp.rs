@@ -107,19 +107,22 @@ pub fn egress<P: Packet, T: EdgeTables, const EXTERNAL: bool>(
     if !quoted(packet, outer, quote) {
         return Verdict::Pass;
     }
-    if leaving::<T, EXTERNAL>(tables, outer, quote, work) {
+    // Of TCP, which has its sequence number there.
+    let seq = packet.load::<4>(quote.transport.wrapping_add(4)).map_or(0, u32::from_be_bytes);
+    if leaving::<T, EXTERNAL>(tables, outer, quote, seq, work) {
         apply(packet, tables, outer, quote, &work.edit)
     } else {
         Verdict::Pass
     }
 }
 
-/// As [`entering`].
+/// As [`entering`], with the quoted sequence number.
 #[inline(never)]
 fn leaving<T: EdgeTables, const EXTERNAL: bool>(
     tables: &T,
     outer: &Parsed,
     quote: &Parsed,
+    seq: u32,
     work: &mut Work,
 ) -> bool {
     let (now, origin) = (work.now, work.origin);
@@ -128,6 +131,9 @@ fn leaving<T: EdgeTables, const EXTERNAL: bool>(
     if let Some(place) = flows::record(tables, &work.key, now) {
         // About a request: the client knows the VIP only.
         let flow = place.flow();
+        if !flows::has_sent(&flow, quote.proto, seq, true) {
+            return false;
+        }
         let quoted = Tuple {
             source: quote.tuple.source,
             source_port: flow.client_port,
@@ -141,7 +147,7 @@ fn leaving<T: EdgeTables, const EXTERNAL: bool>(
     work.key = flows::key(FlowKind::Record, origin, quote.proto, &flows::reversed(&quote.tuple));
     let Some(place) = flows::record(tables, &work.key, now) else { return false };
     let flow = place.flow();
-    if !EXTERNAL || !flows::has_snat(&flow) {
+    if !EXTERNAL || !flows::has_snat(&flow) || !flows::has_sent(&flow, quote.proto, seq, false) {
         return false;
     }
     // About an answer: the backend on another node knows us only.

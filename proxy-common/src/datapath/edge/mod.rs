@@ -49,12 +49,13 @@ use self::packet::Packet;
 use self::parse::{Outcome, Parsed, Part, Tuple, tcp};
 use self::tables::{EdgeTables, FlowCell as _, Scratch, Work};
 use super::lookup::{self, Target};
+use super::select::{self, Client, Selection};
 use super::trace::{self, At};
 use crate::abi::device::flags::{POD, POD_BRIDGE};
 use crate::abi::frontend::flags::EXTERNAL;
 use crate::abi::{
     Counter, FilterBit, Flow, FlowKey, FlowKind, Origin, backend::flags::SERVING, flow, flow::state::REPLIED,
-    proto,
+    node::HOST_IN_PACKETS, proto,
 };
 use crate::addr::{Addr, Family};
 
@@ -397,7 +398,9 @@ fn answering(
         return None;
     }
     let flow = place.flow();
-    if flows::is_succeeded_by_answer(&flow, parsed, now) {
+    // From outside it could be anybody's.
+    let certain = !is_outward(tables, packet.entered_by());
+    if certain && flows::is_succeeded_at_backend(&flow, parsed) || flows::is_succeeded(&flow, parsed, now) {
         flows::remove(tables, &work.key, &place);
         return None;
     }
@@ -419,16 +422,25 @@ fn answering(
     Some(finish(packet, tables, parsed, work, true))
 }
 
-/// A packet that leaves for an address of ours: nobody has translated it, and nobody out there can.
+/// A packet that leaves for an address of ours: nobody has translated it, and nobody out there can. Where a socket of this host
+/// could not be told why it is refused, the answer to its packet tells it.
 #[inline(never)]
 fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, parsed: &Parsed) -> Verdict {
     let target = find(tables, parsed);
-    let refusal = match target {
-        // An externalIP may have a host of its own.
-        Target::Frontend(frontend) if frontend.flags & EXTERNAL != 0 => Refusal::PASS,
-        Target::Frontend(_) => Refusal::drop(Counter::DropNoFlow),
+    let of_host = packet.entered_by() == 0;
+    let mut refusal = match target {
+        Target::Frontend(frontend) => match select::refusal(tables, frontend, Client::Host) {
+            Some(Selection::Reject(why)) if of_host => Refusal::reject(why),
+            Some(Selection::Drop(why)) if of_host => Refusal::drop(why),
+            // An externalIP may have a host of its own.
+            _ if frontend.flags & EXTERNAL != 0 => Refusal::PASS,
+            _ => Refusal::drop(Counter::DropNoFlow),
+        },
         Target::Other | Target::UnusedPort | Target::InactiveAddress | Target::Retry => nobodys(target),
     };
+    if refusal.how == How::Drop && of_host && tables.node().flags & HOST_IN_PACKETS != 0 {
+        refusal.how = How::Reject;
+    }
     turn_away::<_, _, true>(packet, tables, parsed, refusal, 0)
 }
 

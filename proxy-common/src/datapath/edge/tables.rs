@@ -7,26 +7,7 @@ use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, Ori
 use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::tables::Tables;
-
-/// Which pair of flow maps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tier {
-    /// `FLOWS` and `FLOW_INDEX`.
-    Assured,
-    /// `NEW_FLOWS` and `NEW_FLOW_INDEX`.
-    New,
-}
-
-impl Tier {
-    /// The other pair.
-    #[inline(always)]
-    pub const fn other(self) -> Self {
-        match self {
-            Self::Assured => Self::New,
-            Self::New => Self::Assured,
-        }
-    }
-}
+pub use crate::datapath::tables::Tier;
 
 /// What is made on the way to a flow.
 #[derive(Clone, Copy, Debug, Default)]

@@ -90,6 +90,7 @@ fn small_maps(pins: &PinDir) -> Result<()> {
         ("SERVICE_COUNTERS", FEW),
         // These do not grow.
         ("AFFINITY", 65_536),
+        ("NEW_AFFINITY", 65_536),
         ("LOCAL_ADDRESSES", LOCAL_ADDRESS_ENTRIES),
         ("SERVICE_CIDRS", PREFIX_ENTRIES),
         ("POD_SOURCES", PREFIX_ENTRIES),

@@ -30,13 +30,26 @@ fn reject_at_sockets(world: &World) -> Result<Outcome> {
             for way in WAYS {
                 denied(&world.pod("P"), way, &target, refusal())?;
             }
-            denied(world.host(), Proto::Tcp, &target, refusal())?;
+            host_is_refused(world, Proto::Tcp, &target, refusal())?;
+            host_is_refused(world, Proto::Udp, &target, refusal())?;
         }
     }
     if kernel::has_set_retval() {
         right(refusal())
     } else {
-        Ok(Outcome::Lacks(format!("bpf_set_retval: {} instead of ECONNREFUSED", refusal())))
+        Ok(Outcome::Lacks(format!("bpf_set_retval: {} instead of ECONNREFUSED for pods", refusal())))
+    }
+}
+
+/// By its call, or where the kernel cannot say `error` there, by an answer to its packet: never with EPERM, after which NFS would
+/// try again for ever.
+fn host_is_refused(world: &World, way: Proto, target: &str, error: &str) -> Result<()> {
+    match (kernel::has_set_retval(), way) {
+        (true, _) => denied(world.host(), way, target, error),
+        (false, Proto::Tcp) => fails(world.host(), way, target, &["connect"], "ECONNREFUSED"),
+        // Nobody tells an unconnected socket of an ICMP error.
+        (false, Proto::UdpUnconnected) => fails(world.host(), way, target, &["recv"], "ETIMEDOUT"),
+        (false, _) => fails(world.host(), way, target, &["send", "recv"], "ECONNREFUSED"),
     }
 }
 
@@ -50,12 +63,16 @@ fn drop_at_sockets(world: &World) -> Result<Outcome> {
             vanish.extend(WAYS.map(|way| (&pod, way, target.clone())));
         }
         for way in WAYS {
-            denied(world.host(), way, &cluster_ip(ABSENT.number, v6, 80), denial())?;
+            host_is_refused(world, way, &cluster_ip(ABSENT.number, v6, 80), denial())?;
         }
-        denied(world.host(), Proto::Tcp, INACTIVE[usize::from(v6)], denial())?;
+        host_is_refused(world, Proto::Tcp, INACTIVE[usize::from(v6)], denial())?;
     }
     silent(&vanish)?;
-    right(format!("{} for the host, silence for a pod", denial()))
+    if kernel::has_set_retval() {
+        right(format!("{} for the host, silence for a pod", denial()))
+    } else {
+        right("a reset or an ICMP error for the host, silence for a pod")
+    }
 }
 
 /// From outside and from a pod whose packets are served: a reset, and an ICMP error.
@@ -98,7 +115,7 @@ fn source_ranges(world: &World) -> Result<Outcome> {
         let target = balancer(GUARDED.number, v6, 80);
         served(&x, Proto::Tcp, &target, Answer::from(HERE, &X))?;
         silent(&[(&y, Proto::Tcp, target.clone())])?;
-        denied(world.host(), Proto::Tcp, &target, denial())?;
+        host_is_refused(world, Proto::Tcp, &target, denial())?;
         // The ranges are about that address alone.
         served(&y, Proto::Tcp, &node_port(GUARDED.number, v6, 80), Answer::from(HERE, &super::world::Y))?;
     }

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use proxy_common::abi::ABI_VERSION;
 use serde_json::Value;
 
+use super::kernel;
 use super::objects::{HERE, THERE, balancer, cluster_ip};
 use super::row::{Outcome, Row, right};
 use super::world::{ABSENT, BOTH, EMPTY, GUARDED, N1, NODE, P, World, X, Y, until};
@@ -61,11 +62,12 @@ fn verify(world: &World) -> Result<Outcome> {
 fn explain(world: &World) -> Result<Outcome> {
     let both = || BTreeSet::from([format!("{}:8080", HERE.v4), format!("{}:8080", THERE.v4)]);
     let none = BTreeSet::new;
+    let host = if kernel::has_set_retval() { "denied" } else { "refused" };
     let cases = [
         (P[0], cluster_ip(BOTH.number, false, 80), "served", both()),
         (X[0], balancer(BOTH.number, false, 80), "served", both()),
         (P[0], cluster_ip(EMPTY.number, false, 80), "refused", none()),
-        (N1[0], cluster_ip(ABSENT.number, false, 80), "denied", none()),
+        (N1[0], cluster_ip(ABSENT.number, false, 80), host, none()),
         (X[0], balancer(ABSENT.number, false, 80), "dropped", none()),
         (Y[0], balancer(GUARDED.number, false, 80), "dropped", none()),
     ];

@@ -18,7 +18,7 @@ pub use self::begin::{Choice, create, try_tuple};
 pub use self::index::keep_vip;
 use self::index::{indexed, remove_from, unlink_vip};
 pub use self::keys::{key, reversed, snat_index, snat_target, vip_index, vip_target};
-pub use self::segments::{Meeting, Numbers, is_answer, meet, on_reply, on_request};
+pub use self::segments::{Meeting, Numbers, has_sent, is_answer, meet, on_reply, on_request};
 pub use self::source::{keeps_source, translate_source, try_source};
 use super::parse::{Parsed, Tuple, tcp};
 use super::tables::{EdgeTables, FlowCell, Tier, Work};
@@ -140,15 +140,14 @@ pub fn is_succeeded(flow: &Flow, parsed: &Parsed, now: u64) -> bool {
         && flow.state & REPLIED != 0
 }
 
-/// The same of a packet of the backend. It sends no SYN on a connection that has been proved and that it knows, so nothing has
-/// to be waited for, whoever may have closed the flow.
+/// The same of a packet that is the backend's without doubt. It sends no SYN on a connection that has been proved and that it
+/// knows, so nothing has to be waited for, whoever may have closed the flow.
 #[inline(always)]
-pub fn is_succeeded_by_answer(flow: &Flow, parsed: &Parsed, now: u64) -> bool {
-    is_succeeded(flow, parsed, now)
-        || parsed.proto == proto::TCP
-            && parsed.kind & tcp::SYN != 0
-            && timeouts::closed(flow.state)
-            && flow.state & ASSURED != 0
+pub fn is_succeeded_at_backend(flow: &Flow, parsed: &Parsed) -> bool {
+    parsed.proto == proto::TCP
+        && parsed.kind & tcp::SYN != 0
+        && timeouts::closed(flow.state)
+        && flow.state & ASSURED != 0
 }
 
 /// Whether somebody else has a connection between the ends of a flow.

@@ -10,6 +10,7 @@ use crate::abi::{Counter, Flow, FlowKey, proto};
 use crate::datapath::edge::parse::{Parsed, Tuple, tcp};
 use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier, Work};
 use crate::datapath::edge::timeouts;
+use crate::datapath::select::remember_assured;
 
 /// How far the first acknowledgement may be ahead of the backend's SYN: what a backend may send before it.
 const FIRST_WINDOW: u32 = 1 << 17;
@@ -212,6 +213,9 @@ fn assure<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>, seq:
         && link_snat(tables, Tier::Assured, key, &place.cell);
     let leave = if done { Tier::New } else { Tier::Assured };
     remove_from(tables, leave, key, &place.cell);
+    if done {
+        remember_assured(tables, key.source, flow.service, flow.backend, flow.last_seen);
+    }
     done
 }
 
@@ -235,6 +239,22 @@ pub fn is_answer<C: FlowCell>(place: &Place<C>, parsed: &Parsed, numbers: Number
         place.set_state(flow.state | TAKEN);
     }
     fits
+}
+
+/// Whether a segment with this number, of the client (`request`) or of the backend, can be one of this flow. Until that is proved,
+/// somebody else may have a connection between the same ends, and only the client's SYN is known to be the flow's, then what the
+/// backend has answered.
+#[inline(always)]
+pub const fn has_sent(flow: &Flow, proto: u8, seq: u32, request: bool) -> bool {
+    if proto != proto::TCP || flow.state & (ASSURED | PROVEN) != 0 {
+        return true;
+    }
+    let ahead = seq.wrapping_add(1).wrapping_sub(flow.expected);
+    match (request, flow.state & REPLIED != 0) {
+        (true, false) => ahead == 0,
+        (false, true) => ahead < FIRST_WINDOW,
+        (true, true) | (false, false) => false,
+    }
 }
 
 /// An answer of the backend, which has entered by the device `by`.
