@@ -232,11 +232,13 @@ fn outcome(maps: &Simulator, question: &Question, client: Client, index: u32) ->
     let backend = event
         .filter(|_| verdict == Verdict::Served)
         .map(|event: Event| SocketAddr::new(event.new_destination.to_ip(), event.new_destination_port.get()));
-    let verdict = match client {
+    let verdict = if why == Some(Counter::LeftToPackets) {
+        Verdict::LeftToPackets
+    } else if client == Client::Host && verdict == Verdict::NotOurs && why.is_some() {
         // Of what is none of ours nobody is told. The host's packet is answered, since its socket could not be told why.
-        Client::Host if verdict == Verdict::NotOurs && why.is_some() => Verdict::Refused,
-        _ if why == Some(Counter::LeftToPackets) => Verdict::LeftToPackets,
-        _ => verdict,
+        Verdict::Refused
+    } else {
+        verdict
     };
     Outcome { verdict, why, backend }
 }
