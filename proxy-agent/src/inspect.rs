@@ -14,7 +14,7 @@ use proxy_common::abi::{ABI_VERSION, Counter, FrontendKey, FrontendValue, Servic
 use serde::Serialize;
 
 use crate::args::{Inspect, Output};
-use crate::bpf::dataplane::{PROGRAMS, has_set_retval};
+use crate::bpf::dataplane::PROGRAMS;
 use crate::bpf::maps::{KernelMaps, OpenError};
 use crate::bpf::others::Other;
 use crate::bpf::pins::PinDir;
@@ -149,8 +149,8 @@ pub struct StatusView {
     pub pods_in_packets: bool,
     /// Whether the host's sockets, which this kernel cannot tell why they are refused, are told by packets.
     pub host_in_packets: bool,
-    /// What sockets are told that are refused at the call.
-    pub refusals: &'static str,
+    /// What sockets are told that are refused at the call, if an agent has left word.
+    pub refusals: Option<&'static str>,
     /// What the agent left, if anything.
     pub agent: Option<State>,
 }
@@ -225,6 +225,7 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
     let (mut usage, flows) = (maps.usage()?, maps.flow_maps());
     usage.push(("FLOWS", flows.flows.count()?, flows.flows.capacity()?));
     usage.push(("NEW_FLOWS", flows.new_flows.count()?, flows.new_flows.capacity()?));
+    let agent = report::read(&state_file(&args.pins.run_dir, &args.pins.pin_dir)).ok();
     let view = StatusView {
         abi_version: ABI_VERSION,
         agent_running: pins.lock().is_err(),
@@ -234,8 +235,8 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
         host_netns: maps.host_netns(),
         pods_in_packets: maps.node_flags() & PODS_IN_PACKETS != 0,
         host_in_packets: maps.node_flags() & HOST_IN_PACKETS != 0,
-        refusals: refusals(has_set_retval(), maps.node_flags()),
-        agent: report::read(&state_file(&args.pins.run_dir, &args.pins.pin_dir)).ok(),
+        refusals: agent.as_ref().map(|agent| refusals(agent.reasons_for_sockets, maps.node_flags())),
+        agent,
     };
     if print_data(args.output, &view, out)? {
         return Ok(());
@@ -254,7 +255,9 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
         let what = if refused { "see problems" } else { "restart the agent" };
         writeln!(out, "           {name} is NOT attached: {what}")?;
     }
-    writeln!(out, "refusals:  {}", view.refusals)?;
+    if let Some(refusals) = view.refusals {
+        writeln!(out, "refusals:  {refusals}")?;
+    }
     if let Some(agent) = view.agent.as_ref().filter(|agent| !agent.opted_out.is_empty()) {
         writeln!(out, "opted out: {}", agent.opted_out.join(", "))?;
     }
@@ -290,8 +293,7 @@ const fn refusals(set_retval: bool, node_flags: u64) -> &'static str {
     if set_retval {
         "ECONNREFUSED, EHOSTUNREACH"
     } else if node_flags & HOST_IN_PACKETS != 0 {
-        "EPERM for pods, and for this host to its own addresses: the kernel cannot say more before 5.18. Other packets of this host \
-         are answered"
+        "EPERM: the kernel cannot say more before 5.18. A TCP connection of this host to a clusterIP is reset instead"
     } else {
         "EPERM: the kernel cannot say more before 5.18. NFS mounts by a Service that serves nobody may keep a processor busy, unless \
          the kernel has the fix of CVE-2024-42246"

@@ -38,6 +38,9 @@ pub struct State {
     pub cgroup: String,
     /// Verified instructions of each program, where the kernel tells.
     pub verified_instructions: BTreeMap<String, u32>,
+    /// Whether the kernel lets the programs say why a socket is refused (5.18).
+    #[serde(default)]
+    pub reasons_for_sockets: bool,
     /// The devices that carry Service traffic.
     #[serde(default)]
     pub devices: Vec<DeviceState>,
@@ -104,6 +107,12 @@ impl Report {
         for (name, count) in known {
             self.changed |= self.state.verified_instructions.insert(name, count) != Some(count);
         }
+    }
+
+    /// Whether the kernel lets the programs say why a socket is refused.
+    pub fn reasons_for_sockets(&mut self, there: bool) {
+        self.changed |= self.state.reasons_for_sockets != there;
+        self.state.reasons_for_sockets = there;
     }
 
     /// Replaces which of `programs` the kernel has refused.

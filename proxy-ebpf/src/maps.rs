@@ -319,14 +319,23 @@ impl Tables for Maps {
     }
 }
 
-/// This CPU's memory for one packet. `None` never happens. To be taken once in each run of a program, and by a global function
-/// that it has been lent to.
+/// This CPU's memory for one packet. `None` never happens. To be taken once in each run of a program.
 #[inline(always)]
 pub(crate) fn scratch() -> Option<&'static mut Scratch> {
     let scratch = SCRATCH.get_ptr_mut(0)?;
     // SAFETY: a per-CPU element, and programs of this kind do not interrupt each other. Whatever is in it has been written
     // by this very code, or is zero, which is valid too.
     Some(unsafe { &mut *scratch })
+}
+
+/// The part of that memory which the caller of a global function has lent to it.
+#[inline(always)]
+pub(crate) fn lent() -> Option<&'static mut Work> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: as above; nothing is read, and no reference to the whole is made.
+    let work = unsafe { core::ptr::addr_of_mut!((*scratch).work) };
+    // SAFETY: whoever calls has let the compiler know that this part is used elsewhere meanwhile.
+    Some(unsafe { &mut *work })
 }
 
 /// A global function: the verifier looks at it once, and at its callers without it.

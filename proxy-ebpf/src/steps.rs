@@ -10,13 +10,13 @@ use proxy_common::datapath::edge::flows;
 use proxy_common::datapath::edge::tables::Work;
 use proxy_common::datapath::tables::Tier;
 
-use crate::maps::{Maps, scratch};
+use crate::maps::{Maps, lent};
 
 /// Lets a global function have the packet's memory: the compiler must not keep in registers what the function changes.
 #[inline(always)]
 fn lend(work: &mut Work) {
     #[cfg(target_arch = "bpf")]
-    // SAFETY: does nothing, in one instruction: the kernel refuses line information about none.
+    // SAFETY: changes nothing. (It is one instruction, because the kernel refuses two lines of source at one offset.)
     unsafe {
         asm!("{0} = {0}", in(reg) core::ptr::from_mut(work), options(nostack));
     }
@@ -34,9 +34,9 @@ pub(crate) fn try_source(work: &mut Work, tier: Tier, spare: bool) -> bool {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn vipr_try_source(assured: u32, spare: u32) -> u32 {
-    let Some(scratch) = scratch() else { return 0 };
+    let Some(work) = lent() else { return 0 };
     let tier = if assured != 0 { Tier::Assured } else { Tier::New };
-    u32::from(flows::try_source(&Maps, &mut scratch.work, tier, spare != 0))
+    u32::from(flows::try_source(&Maps, work, tier, spare != 0))
 }
 
 /// [`flows::try_tuple`], likewise.
@@ -49,6 +49,6 @@ pub(crate) fn try_tuple(work: &mut Work, own: bool) -> bool {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn vipr_try_tuple(own: u32) -> u32 {
-    let Some(scratch) = scratch() else { return 0 };
-    u32::from(flows::try_tuple(&Maps, &mut scratch.work, own != 0))
+    let Some(work) = lent() else { return 0 };
+    u32::from(flows::try_tuple(&Maps, work, own != 0))
 }

@@ -186,8 +186,6 @@ struct Agent {
     edge: Option<Edge>,
     /// Whether any interface of a pod is attached; `None` until that is known.
     pods_attached: Option<bool>,
-    /// Whether refusals of the host's sockets are left to packets; `None` until that is known.
-    host_in_packets: Option<bool>,
     /// Where routes lead past the packet edge; `None` until its first pass.
     elsewhere: Option<Vec<Prefix>>,
     /// Devices that are attached, once the first pass is made and until that is announced.
@@ -276,7 +274,6 @@ impl Agent {
             edge: None,
             // What an earlier agent has attached to pods goes with the first pass.
             pods_attached: no_pods.then_some(false),
-            host_in_packets: None,
             elsewhere: None,
             announce: None,
             facts: Facts::default(),

@@ -8,7 +8,6 @@ use proxy_common::abi::FrontendKey;
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
 
-use super::programming::Programmed;
 use super::{Agent, AgentError};
 use crate::bpf::dataplane::OPT_OUT_ENTRIES;
 use crate::cluster::{Change, Scope};
@@ -17,7 +16,6 @@ use crate::edge::settings::DetectLocal;
 use crate::edge::{self, Edge};
 use crate::node::{NodeIps, Patience, Verdict};
 use crate::opt_out::Place;
-use crate::plan::meets_edges;
 use crate::process::give_back_memory;
 use crate::sources::Update;
 use crate::telemetry::Arrival;
@@ -171,22 +169,7 @@ impl Agent {
             Some(edge) => edge.tell(self.facts.clone()),
             None => self.edge = Some(Edge::start(self.config.edge.clone(), self.facts.clone()).await?),
         }
-        self.judge_host();
         Ok(())
-    }
-
-    /// Whether the host's sockets are told by packets why they are refused, where the kernel does not let the programs tell them.
-    fn judge_host(&mut self) {
-        let Some(Programmed { dataplane, model, .. }) = &self.programmed else { return };
-        let in_packets = match &self.elsewhere {
-            _ if dataplane.set_retval => false,
-            Some(elsewhere) => meets_edges(model, elsewhere, &self.known.context.host_addresses),
-            None => return,
-        };
-        if self.host_in_packets != Some(in_packets) {
-            self.host_in_packets = Some(in_packets);
-            self.node_changed = true;
-        }
     }
 
     /// Traffic from outside is served once the first pass over the devices is made; only then the node is ready.
@@ -209,7 +192,7 @@ impl Agent {
         }
         if self.elsewhere.as_ref() != Some(&state.elsewhere) {
             self.elsewhere = Some(state.elsewhere.clone());
-            self.judge_host();
+            self.node_changed |= self.programmed.as_ref().is_some_and(|it| !it.dataplane.set_retval);
         }
         self.report.edge(state);
     }

@@ -18,7 +18,7 @@ use crate::desired::DesiredService;
 use crate::drift::differences;
 use crate::knowledge::NodePlan;
 use crate::model::{Freed, Model, Port};
-use crate::plan::{Part, REASONS, Wanted, plan, plan_left, plan_part, ports_beside, rivals};
+use crate::plan::{Part, REASONS, Wanted, meets_edges, plan, plan_left, plan_part, ports_beside, rivals};
 use crate::process::give_back_memory;
 use crate::selftest::{self, SelfTestError};
 use crate::shares::rest_after;
@@ -144,6 +144,7 @@ impl Agent {
         let opening = tokio::task::spawn_blocking(move || Dataplane::open(pins, sizes, loading));
         let dataplane = opening.await.map_err(DataplaneError::Panic)??;
         self.report.verified(&dataplane.verified);
+        self.report.reasons_for_sockets(dataplane.set_retval);
         self.report.refused(&PROGRAMS, &dataplane.refused);
         let sweeper = match SocketSweeper::new(Places::default()) {
             Ok(sweeper) => Some((Arc::new(sweeper), dataplane.sockets()?)),
@@ -166,7 +167,11 @@ impl Agent {
             self.known.plan_node(&self.config.nodeport_addresses, model);
         dirty.extend(concerned);
         self.report.set("node tables".to_owned(), problems);
-        ops.extend(plan_left(model, self.pods_attached, self.host_in_packets, self.opted_out.as_ref()));
+        let host_in_packets = match &self.elsewhere {
+            _ if dataplane.set_retval => Some(false),
+            elsewhere => elsewhere.as_ref().map(|elsewhere| meets_edges(model, elsewhere)),
+        };
+        ops.extend(plan_left(model, self.pods_attached, host_in_packets, self.opted_out.as_ref()));
         self.telemetry.writing(&ops, |ops| carry_out(&mut dataplane.maps, ops))?;
         let host = &self.known.context.host_addresses;
         let warnings = self.config.nodeport_addresses.warnings(&self.known.context.node.ips, host);

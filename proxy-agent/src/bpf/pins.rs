@@ -248,7 +248,9 @@ impl PinDir {
             if spec.independent && pin.exists() && !usable {
                 remove(&pin)?;
             }
-            keep &= usable || spec.independent;
+            // An agent of before that had no such map has left the others as they should be.
+            let is_new = spec.name == "NEW_AFFINITY" && !pin.exists();
+            keep &= usable || spec.independent || is_new;
         }
         if !keep {
             too_small.clear();

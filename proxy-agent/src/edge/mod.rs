@@ -219,7 +219,9 @@ impl Worker {
             };
             let (ended, took) = (Instant::now(), start.elapsed());
             describe(&mut state, &choices, &sources, &outcomes);
-            state.elsewhere = elsewhere(&snapshot, &choices, &outcomes);
+            // What IPsec carries, the programms see as ESP.
+            let seen = if state.problems.contains_key("IPsec") { &BTreeMap::new() } else { &outcomes };
+            state.elsewhere = elsewhere(&snapshot, &choices, seen);
             let flags = problems(&snapshot, &self.config.settings);
             if !flags.is_empty() {
                 state.problems.insert("--devices".to_owned(), flags);

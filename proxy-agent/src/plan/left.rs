@@ -2,10 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use proxy_common::abi::FrontendKey;
 use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS};
-use proxy_common::addr::{Addr, Prefix};
-use proxy_common::be::Be16;
+use proxy_common::addr::Prefix;
 
 use crate::model::Model;
 use crate::store::Op;
@@ -42,26 +40,15 @@ pub fn plan_left(
     ops
 }
 
-/// Whether what this host sends to any address of a Service meets the packet edge: no route to one leads `elsewhere`, where the
-/// edge is not. The addresses of the host itself do not count.
-pub fn meets_edges(model: &Model, elsewhere: &[Prefix], host: &BTreeSet<Addr>) -> bool {
-    let is_concerned = |prefix: &Prefix| {
-        let first = FrontendKey { addr: prefix.addr(), port: Be16::new(0), proto: 0, kind: 0 };
-        let from = model.frontends.range(first..).map(|(key, _)| key.addr);
-        // IPv4 addresses are among those that follow `::`.
-        let mut within = from
-            .skip_while(|addr| prefix.matches_all() && !prefix.contains(*addr))
-            .take_while(|addr| prefix.contains(*addr));
-        within.any(|addr| !host.contains(&addr))
-            || model.service_cidrs.iter().any(|cidr| cidr.covers(prefix) || prefix.covers(cidr))
-    };
+/// Whether what this host sends to a clusterIP meets the packet edge: no route to one leads `elsewhere`, where the edge is not.
+pub fn meets_edges(model: &Model, elsewhere: &[Prefix]) -> bool {
+    let is_concerned =
+        |prefix: &Prefix| model.service_cidrs.iter().any(|cidr| cidr.covers(prefix) || prefix.covers(cidr));
     !elsewhere.iter().any(is_concerned)
 }
 
 #[cfg(test)]
 mod tests {
-    use proxy_common::abi::FrontendValue;
-
     use super::*;
     use crate::store::{Capacity, Contents};
 
@@ -122,37 +109,29 @@ mod tests {
             assert_eq!(model.node_flags, want, "{found} {host:?}");
         }
 
-        let addr = |text: &str| Addr::from(text.parse::<std::net::IpAddr>().unwrap());
-        let frontend = |text: &str| {
-            let key = FrontendKey::exact(addr(text), Be16::new(80), 6);
-            (key, FrontendValue::new(&key, 1, 0))
-        };
+        let prefix =
+            |text: &str, len| Prefix::new(text.parse::<std::net::IpAddr>().unwrap().into(), len).unwrap();
         let contents = Contents {
-            frontends: ["10.96.0.10", "198.18.5.5", "fd00:96::10"].map(frontend).into(),
-            service_cidrs: vec![Prefix::new(addr("10.96.0.0"), 16).unwrap()],
+            service_cidrs: vec![prefix("10.96.0.0", 16), prefix("fd00:96::", 112)],
             ..Contents::default()
         };
-        let model = Model::restore(
-            Capacity { frontends: 8, services: 1, slots: 1, backends: 1, source_ranges: 1 },
-            &contents,
-        );
-        let host = BTreeSet::from([addr("198.18.5.5")]);
+        let capacity = Capacity { frontends: 1, services: 1, slots: 1, backends: 1, source_ranges: 1 };
+        let model = Model::restore(capacity, &contents);
         for (elsewhere, len, want) in [
-            // Pods, and another network.
+            // Pods, and other networks.
             ("10.64.1.11", 32, true),
             ("172.16.0.0", 12, true),
-            // Around an address, one address, a part of a ServiceCIDR, the default routes.
+            ("fd00:64::", 64, true),
+            // Around a ServiceCIDR, a part of one, one address, the default routes.
             ("10.0.0.0", 8, false),
-            ("fd00:96::10", 128, false),
             ("10.96.7.0", 24, false),
+            ("fd00:96::10", 128, false),
             ("0.0.0.0", 0, false),
             ("::", 0, false),
-            // An address of this host is never left.
-            ("198.18.0.0", 16, true),
+            ("8000::", 1, false),
         ] {
-            let prefix = Prefix::new(addr(elsewhere), len).unwrap();
-            assert_eq!(meets_edges(&model, &[prefix], &host), want, "{prefix}");
+            assert_eq!(meets_edges(&model, &[prefix(elsewhere, len)]), want, "{elsewhere}/{len}");
         }
-        assert!(meets_edges(&model, &[], &host));
+        assert!(meets_edges(&model, &[]));
     }
 }

@@ -64,8 +64,8 @@ pub mod node {
     pub const PODS_IN_PACKETS: u64 = 1 << 0;
     /// `OPT_OUT` has elements that the socket edge must look at.
     pub const OPTED_OUT: u64 = 1 << 1;
-    /// A socket cannot be told why it is refused (before 5.18), and what this host sends to an address of a Service leaves by a
-    /// device where the packet edge refuses it: processes of the host are told there, but of addresses of this host.
+    /// A socket cannot be told why it is refused (before 5.18), and what this host sends to a clusterIP leaves by a device with
+    /// programs: the SYN of a process of the host is reset there.
     pub const HOST_IN_PACKETS: u64 = 1 << 2;
 }
 

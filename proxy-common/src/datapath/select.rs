@@ -3,7 +3,9 @@
 use super::tables::{Tables, Tier, since};
 use crate::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
-use crate::abi::{Affinity, AffinityKey, AffinityValue, Backend, Counter, FrontendValue, Service, SlotRange};
+use crate::abi::{
+    Affinity, AffinityKey, AffinityValue, Backend, Counter, Flow, FlowKey, FrontendValue, SlotRange,
+};
 use crate::addr::Addr;
 
 /// Where a connection comes from, as far as policies care.
@@ -55,10 +57,22 @@ pub enum Selection {
 /// edge ([`AffinityKey::netns_client`]).
 #[inline(always)]
 pub fn select(tables: &impl Tables, frontend: FrontendValue, client: Client, identity: Addr) -> Selection {
-    let (service, range, in_set) = match offered(tables, frontend, client) {
-        Ok(offered) => offered,
-        Err(none) => return none,
+    let (deny, local) = client.bits();
+    if frontend.flags & deny != 0 {
+        return Selection::Drop(Counter::DropSourceRange);
+    }
+    let Some(service) = tables.service(frontend.service) else {
+        return Selection::Drop(Counter::DropRetry);
     };
+    let (range, in_set) =
+        if frontend.flags & local != 0 { (service.local, IN_LOCAL) } else { (service.cluster, IN_CLUSTER) };
+    if range.is_empty() {
+        return if range == SlotRange::DROP {
+            Selection::Drop(Counter::DropNoLocalEndpoint)
+        } else {
+            Selection::Reject(Counter::RejectNoEndpoint)
+        };
+    }
     if service.affinity.seconds == 0 {
         return pick(tables, frontend.service, range);
     }
@@ -84,37 +98,6 @@ pub fn select(tables: &impl Tables, frontend: FrontendValue, client: Client, ide
     selection
 }
 
-/// Why no backend of `frontend` serves the client, if none does.
-#[inline(always)]
-pub fn refusal(tables: &impl Tables, frontend: FrontendValue, client: Client) -> Option<Selection> {
-    offered(tables, frontend, client).err()
-}
-
-/// The Service, and its set that the client gets; else what becomes of the client.
-#[inline(always)]
-fn offered(
-    tables: &impl Tables,
-    frontend: FrontendValue,
-    client: Client,
-) -> Result<(Service, SlotRange, u32), Selection> {
-    let (deny, local) = client.bits();
-    if frontend.flags & deny != 0 {
-        return Err(Selection::Drop(Counter::DropSourceRange));
-    }
-    let Some(service) = tables.service(frontend.service) else {
-        return Err(Selection::Drop(Counter::DropRetry));
-    };
-    let (range, in_set) =
-        if frontend.flags & local != 0 { (service.local, IN_LOCAL) } else { (service.cluster, IN_CLUSTER) };
-    if !range.is_empty() {
-        Ok((service, range, in_set))
-    } else if range == SlotRange::DROP {
-        Err(Selection::Drop(Counter::DropNoLocalEndpoint))
-    } else {
-        Err(Selection::Reject(Counter::RejectNoEndpoint))
-    }
-}
-
 #[inline(always)]
 const fn entry(id: u32, backend: &Backend, affinity: Affinity, now: u64) -> AffinityValue {
     AffinityValue {
@@ -126,17 +109,20 @@ const fn entry(id: u32, backend: &Backend, affinity: Affinity, now: u64) -> Affi
     }
 }
 
-/// Remembers the client of packets for good when it has shown that it is there: with `backend` of `service`, if that has session
-/// affinity.
+/// Remembers the client of packets for good when it has shown that it is there: with the backend of its flow, if that has not left
+/// its Service, and the Service has session affinity.
 #[inline(never)]
-pub fn remember_assured(tables: &impl Tables, client: Addr, service: u32, backend: u32, now: u64) {
-    if let Some(affinity) = tables.service(service).map(|service| service.affinity)
+pub fn remember_assured(tables: &impl Tables, key: &FlowKey, flow: &Flow) {
+    if let Some(affinity) = tables.service(flow.service).map(|service| service.affinity)
         && affinity.seconds != 0
-        && let Some(there) = tables.backend(backend)
-        && there.service == service
+        && let Some(there) = tables.backend(flow.backend)
+        && there.service == flow.service
+        && there.addr == key.destination
+        && there.port == key.destination_port
+        && there.state.flags & (IN_CLUSTER | IN_LOCAL) != 0
     {
-        let key = AffinityKey { client, service };
-        tables.remember(Tier::Assured, &key, &entry(backend, &there, affinity, now));
+        let client = AffinityKey { client: key.source, service: flow.service };
+        tables.remember(Tier::Assured, &client, &entry(flow.backend, &there, affinity, flow.last_seen));
     }
 }
 

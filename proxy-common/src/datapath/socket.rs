@@ -45,8 +45,10 @@ pub enum Verdict {
 #[inline(always)]
 pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(proto) = protocol(socket) else { return Verdict::Pass };
-    let verdict = lead(socket, tables, proto);
-    let verdict = answerable(socket, tables, verdict);
+    let mut verdict = lead(socket, tables, proto);
+    if matches!(verdict, Verdict::Reject | Verdict::Drop) && is_answered_in_packets(socket, tables) {
+        verdict = Verdict::Pass;
+    }
     // The socket may have been connected through us before. When this connect() fails, it still is.
     if verdict == Verdict::Pass {
         forget(socket, tables);
@@ -94,13 +96,6 @@ fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8) -> Verdict {
 #[inline(always)]
 pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(proto) = protocol(socket) else { return Verdict::Pass };
-    let verdict = send(socket, tables, proto);
-    answerable(socket, tables, verdict)
-}
-
-/// Sends a datagram of a socket to a backend instead.
-#[inline(always)]
-fn send(socket: &mut impl Socket, tables: &impl Tables, proto: u8) -> Verdict {
     let (vip, vip_port) = (socket.addr(), socket.port());
     let (frontend, node) = match target(socket, tables, vip, vip_port, proto) {
         Ok(found) => found,
@@ -426,24 +421,17 @@ impl Caller {
     }
 }
 
-/// The verdict, unless somebody answers the packets in its place.
-#[inline(always)]
-fn answerable(socket: &impl Socket, tables: &impl Tables, verdict: Verdict) -> Verdict {
-    if matches!(verdict, Verdict::Reject | Verdict::Drop) && is_answered_in_packets(socket, tables) {
-        Verdict::Pass
-    } else {
-        verdict
-    }
-}
-
-/// Whether the host's socket, which cannot be told why it is refused, goes on as it is: the packet edge answers its packets, unless
-/// they go to an address of the host.
+/// Whether the host's socket, which cannot be told why it is refused, goes on as it is: the packet edge answers a SYN to a
+/// clusterIP, unless the host has that address. Other addresses may have a host of their own. A datagram socket would stay connected
+/// to a VIP that serves later on.
 #[inline(never)]
 fn is_answered_in_packets(socket: &impl Socket, tables: &impl Tables) -> bool {
     let (node, addr) = (tables.node(), socket.addr());
     node.flags & HOST_IN_PACKETS != 0
+        && protocol(socket) == Some(proto::TCP)
         && socket.netns() == node.host_netns
         && tables.local_address(&addr) & local_address::HOST == 0
+        && tables.in_service_cidr(&addr)
 }
 
 /// Whether the backend of a flow of datagrams belongs to the Service port and serves.

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::ASSURED;
-use proxy_common::abi::{Counter, FlowKind};
+use proxy_common::abi::{Counter, Device, FlowKind, device};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::{snat_index, vip_index};
@@ -155,6 +155,29 @@ fn a_syn_that_may_be_anybodys_ends_no_record() {
         }
         assert_eq!(open(&world, &Packet::tcp(net.client(), vip, PSH | ACK, 1001, 5001)).1, own);
         answer(&world, &Packet::tcp(net.remote(1), own, ACK, 5001, 1022));
+    }
+}
+
+/// Pods of one bridge can send in each other's names, so a SYN from there is no proof either.
+#[test]
+fn a_syn_of_a_bridge_ends_no_record() {
+    const BRIDGE: u32 = 9;
+    for net in Net::ALL {
+        let (world, client, vip, pod) = (world(), net.client(), net.here(), net.local());
+        let bridge = Device { flags: device::flags::POD_BRIDGE, ..Device::default() };
+        world.sim.edge.devices.borrow_mut().insert(BRIDGE, bridge);
+        let request = |kind, seq, ack| {
+            translated(world.enter(NIC, Packet::tcp(client, vip, kind, seq, ack).bytes()));
+        };
+        let leaves =
+            |kind, seq, ack| world.leave_from(BRIDGE, NIC, Packet::tcp(pod, client, kind, seq, ack).bytes());
+        request(SYN, 1000, 0);
+        translated(leaves(SYN | ACK, 5000, 1001));
+        request(ACK, 1001, 5001);
+        translated(leaves(RST, 9_999, 0));
+        translated(leaves(SYN | ACK, 77_777, 88_888));
+        request(PSH | ACK, 1001, 5001);
+        assert_eq!(seen(&translated(leaves(ACK, 5001, 1022))).source, vip);
     }
 }
 

@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 
 use proxy_agent::store::{MapStore as _, Op};
-use proxy_common::abi::Counter;
 use proxy_common::abi::node::HOST_IN_PACKETS;
+use proxy_common::abi::{Counter, FrontendKey, Service, SlotRange};
+use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
+use proxy_common::datapath::tables::Tables as _;
 use proxy_tests::packets::{Body, ETHERNET, NEAR, NIC, Net, OVERLAY, POD, Packet, Trouble, fragments};
 
 use super::{counts, passes, replied, seen, world};
@@ -181,43 +183,59 @@ fn leaving_packets_are_judged_only() {
     }
 }
 
-/// A packet of this host to a Service that serves nobody: as its socket would have been. Where that cannot be told why it is
-/// refused, silence is an answer, too; packets of others are none of it.
+/// Where the host's sockets cannot be told why they are refused, their SYN is answered. Nothing else of the host is, and nothing that
+/// goes to an address with a host of its own: whoever may claim that for a Service would end the host's connections there.
 #[test]
-fn packets_of_the_host_are_answered_where_its_sockets_cannot_be() {
+fn the_hosts_syn_is_answered_where_its_socket_cannot_be() {
     for net in Net::ALL {
         let host = SocketAddr::new(net.node(), 50_000);
-        for flags in [0, HOST_IN_PACKETS] {
-            let in_packets = flags != 0;
-            for (destination, reject, counter) in [
-                (net.nobody(), true, Counter::RejectNoEndpoint),
-                (unused(net), true, Counter::RejectUnusedPort),
-                (net.inactive(), in_packets, Counter::DropInactiveAddress),
-                (net.there(), in_packets, Counter::DropNoFlow),
+        for (destination, counter) in [
+            (net.nobody(), Counter::DropNoFlow),
+            (net.there(), Counter::DropNoFlow),
+            (net.inactive(), Counter::DropInactiveAddress),
+        ] {
+            let syn = Packet::tcp(host, destination, SYN, 1, 0);
+            for (flags, by, packet, answered) in [
+                (HOST_IN_PACKETS, 0, syn.clone(), true),
+                (0, 0, syn.clone(), false),
+                (HOST_IN_PACKETS, POD, syn, false),
+                (HOST_IN_PACKETS, 0, Packet::tcp(host, destination, ACK, 1, 7), false),
+                (HOST_IN_PACKETS, 0, Packet::tcp(host, destination, SYN | ACK, 1, 7), false),
+                (HOST_IN_PACKETS, 0, Packet::udp(host, destination, b"?"), false),
             ] {
-                for packet in
-                    [Packet::tcp(host, destination, SYN, 1, 0), Packet::udp(host, destination, b"?")]
-                {
-                    let mut world = world();
-                    world.sim.apply(&Op::NodeFlags(flags)).unwrap();
-                    let (verdict, after) = world.leave_from(0, NIC, packet.bytes());
-                    assert_eq!(verdict, if reject { Verdict::Reply } else { Verdict::Drop }, "{packet:?}");
-                    assert_eq!(counts(&world), [(counter, 1)]);
-                    if reject {
-                        let told = seen(&after);
-                        assert_eq!((told.source.ip(), told.destination.ip()), (destination.ip(), host.ip()));
-                    }
-                    if destination != unused(net) {
-                        let (forwarded, _) = world.leave_from(POD, NIC, packet.bytes());
-                        assert_eq!(forwarded, Verdict::Drop, "{packet:?}");
-                    }
+                let mut world = world();
+                world.sim.apply(&Op::NodeFlags(flags)).unwrap();
+                let (verdict, after) = world.leave_from(by, NIC, packet.bytes());
+                assert_eq!(verdict, if answered { Verdict::Reply } else { Verdict::Drop }, "{by} {packet:?}");
+                assert_eq!(counts(&world), [(counter, 1)]);
+                if answered {
+                    let told = seen(&after);
+                    assert_eq!((told.source, told.destination), (destination, host));
                 }
             }
-            // Served outside, perhaps by somebody else.
-            let mut world = world();
-            world.sim.apply(&Op::NodeFlags(flags)).unwrap();
-            passes(|bytes| world.leave_from(0, NIC, bytes), &Packet::udp(host, net.ranged(), b"?").bytes());
         }
+        // Without an endpoint, too.
+        let mut world = world();
+        world.sim.apply(&Op::NodeFlags(HOST_IN_PACKETS)).unwrap();
+        let id = world.sim.frontend(&FrontendKey::exact(
+            net.ranged().ip().into(),
+            Be16::new(net.ranged().port()),
+            6,
+        ));
+        let id = id.unwrap().service;
+        let nobody = Service {
+            cluster: SlotRange::REJECT,
+            local: SlotRange::REJECT,
+            ..world.sim.service(id).unwrap()
+        };
+        world.sim.apply(&Op::Service(id, nobody)).unwrap();
+        for kind in [SYN, ACK, PSH | ACK] {
+            passes(
+                |bytes| world.leave_from(0, NIC, bytes),
+                &Packet::tcp(host, net.ranged(), kind, 1, 7).bytes(),
+            );
+        }
+        passes(|bytes| world.leave_from(0, NIC, bytes), &Packet::udp(host, net.ranged(), b"?").bytes());
     }
 }
 

@@ -160,3 +160,17 @@ fn the_hosts_network_namespace_is_the_agents() {
         assert_eq!((dataplane.maps.host_netns(), dataplane.maps.node_flags()), (own, 0));
     }
 }
+
+/// An agent of before that has no `NEW_AFFINITY` has left everything else as it should be.
+#[test]
+fn a_map_that_is_new_costs_no_other() {
+    let pins = PinDir::new(Path::new(&format!("/sys/fs/bpf/vipr-unit-new-map-{}", std::process::id())));
+    pins.create().unwrap();
+    let pins = Pins(pins);
+    assert!(!open(&pins.0, SMALL).resumed);
+    for (map, resumed) in [("NEW_AFFINITY", true), ("AFFINITY", false)] {
+        std::fs::remove_file(pins.0.map(map)).unwrap();
+        assert_eq!(open(&pins.0, SMALL).resumed, resumed, "{map}");
+        assert!(pins.0.map(map).exists());
+    }
+}

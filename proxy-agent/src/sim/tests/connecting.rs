@@ -322,8 +322,8 @@ fn silence_and_source_ranges_are_left_to_the_packets_of_pods() {
     check(&sim, socket(pod(1), 8080, TCP), Pass, None);
 }
 
-/// Where a socket cannot be told why it is refused, the host's go on as they are, and their packets are answered. Those to addresses
-/// of the host meet no device.
+/// Where a socket cannot be told why it is refused, the host's go on as they are, and their SYN is answered. A datagram socket would
+/// stay connected to a VIP that serves later on.
 #[test]
 fn refusals_of_the_host_are_left_to_packets_where_the_kernel_cannot_tell() {
     let mut sim = world();
@@ -338,12 +338,16 @@ fn refusals_of_the_host_are_left_to_packets_where_the_kernel_cannot_tell() {
         for (address, port, verdict, counter) in refused {
             for proto in [TCP, UDP] {
                 check(&sim, socket(address, port, proto), verdict, Some(counter));
-                let verdict = if flags == 0 { verdict } else { Pass };
+                let verdict = if flags != 0 && proto == TCP { Pass } else { verdict };
                 check(&sim, host(address, port, proto), verdict, Some(counter));
             }
         }
         check(&sim, host(vip(10), 80, TCP), Translated, Some(Counter::Connected));
     }
+    // An address that is no clusterIP may have a host of its own; one of the host itself meets no device.
+    let outside = Addr::v4([198, 18, 0, 1]);
+    frontend(&mut sim, exact(outside, 80, TCP), 2, 0);
+    check(&sim, host(outside, 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
     sim.apply(&Op::LocalAddress(vip(20), Some(HOST))).unwrap();
     check(&sim, host(vip(20), 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
 }

@@ -49,7 +49,6 @@ use self::packet::Packet;
 use self::parse::{Outcome, Parsed, Part, Tuple, tcp};
 use self::tables::{EdgeTables, FlowCell as _, Scratch, Work};
 use super::lookup::{self, Target};
-use super::select::{self, Client, Selection};
 use super::trace::{self, At};
 use crate::abi::device::flags::{POD, POD_BRIDGE};
 use crate::abi::frontend::flags::EXTERNAL;
@@ -195,7 +194,7 @@ fn entering<T: EdgeTables>(
         return finish(packet, tables, parsed, work, false);
     }
 
-    let begins = parsed.proto == proto::TCP && parsed.kind & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN;
+    let begins = begins(parsed);
     work.numbers = numbers(packet, parsed);
     let indexed = flows::find_by_vip(tables, parsed.proto, tuple, work);
     let mut place = if indexed { flows::of_vip(tables, tuple, &work.key, now) } else { None };
@@ -249,6 +248,12 @@ fn entering<T: EdgeTables>(
     };
     trace::translated(tables, parsed, &work.new, service, entry(packet), work.meeting != Meeting::GOES_ON);
     finish(packet, tables, parsed, work, false)
+}
+
+/// Whether a packet begins a TCP connection.
+#[inline(always)]
+const fn begins(parsed: &Parsed) -> bool {
+    parsed.proto == proto::TCP && parsed.kind & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN
 }
 
 /// Where a packet that enters is.
@@ -398,8 +403,9 @@ fn answering(
         return None;
     }
     let flow = place.flow();
-    // From outside it could be anybody's.
-    let certain = !is_outward(tables, packet.entered_by());
+    // From outside, or from a bridge that several pods share, it could be anybody's.
+    let by = packet.entered_by();
+    let certain = by == 0 || tables.device_flags(by) & POD != 0;
     if certain && flows::is_succeeded_at_backend(&flow, parsed) || flows::is_succeeded(&flow, parsed, now) {
         flows::remove(tables, &work.key, &place);
         return None;
@@ -422,23 +428,22 @@ fn answering(
     Some(finish(packet, tables, parsed, work, true))
 }
 
-/// A packet that leaves for an address of ours: nobody has translated it, and nobody out there can. Where a socket of this host
-/// could not be told why it is refused, the answer to its packet tells it.
+/// A packet that leaves for an address of ours: nobody has translated it, and nobody out there can. The SYN of a socket of this
+/// host is answered where the socket could not be told why it is refused.
 #[inline(never)]
 fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, parsed: &Parsed) -> Verdict {
     let target = find(tables, parsed);
-    let of_host = packet.entered_by() == 0;
     let mut refusal = match target {
-        Target::Frontend(frontend) => match select::refusal(tables, frontend, Client::Host) {
-            Some(Selection::Reject(why)) if of_host => Refusal::reject(why),
-            Some(Selection::Drop(why)) if of_host => Refusal::drop(why),
-            // An externalIP may have a host of its own.
-            _ if frontend.flags & EXTERNAL != 0 => Refusal::PASS,
-            _ => Refusal::drop(Counter::DropNoFlow),
-        },
+        // An externalIP may have a host of its own.
+        Target::Frontend(frontend) if frontend.flags & EXTERNAL != 0 => Refusal::PASS,
+        Target::Frontend(_) => Refusal::drop(Counter::DropNoFlow),
         Target::Other | Target::UnusedPort | Target::InactiveAddress | Target::Retry => nobodys(target),
     };
-    if refusal.how == How::Drop && of_host && tables.node().flags & HOST_IN_PACKETS != 0 {
+    if refusal.how == How::Drop
+        && packet.entered_by() == 0
+        && begins(parsed)
+        && tables.node().flags & HOST_IN_PACKETS != 0
+    {
         refusal.how = How::Reject;
     }
     turn_away::<_, _, true>(packet, tables, parsed, refusal, 0)

@@ -41,15 +41,13 @@ fn reject_at_sockets(world: &World) -> Result<Outcome> {
     }
 }
 
-/// By its call, or where the kernel cannot say `error` there, by an answer to its packet: never with EPERM, after which NFS would
-/// try again for ever.
+/// By its call; or where the kernel cannot say `error` there, a TCP socket by an answer to its packet, never with EPERM, after
+/// which NFS would try again for ever.
 fn host_is_refused(world: &World, way: Proto, target: &str, error: &str) -> Result<()> {
-    match (kernel::has_set_retval(), way) {
-        (true, _) => denied(world.host(), way, target, error),
-        (false, Proto::Tcp) => fails(world.host(), way, target, &["connect"], "ECONNREFUSED"),
-        // Nobody tells an unconnected socket of an ICMP error.
-        (false, Proto::UdpUnconnected) => fails(world.host(), way, target, &["recv"], "ETIMEDOUT"),
-        (false, _) => fails(world.host(), way, target, &["send", "recv"], "ECONNREFUSED"),
+    if way == Proto::Tcp && !kernel::has_set_retval() {
+        fails(world.host(), way, target, &["connect"], "ECONNREFUSED")
+    } else {
+        denied(world.host(), way, target, error)
     }
 }
 
@@ -71,7 +69,7 @@ fn drop_at_sockets(world: &World) -> Result<Outcome> {
     if kernel::has_set_retval() {
         right(format!("{} for the host, silence for a pod", denial()))
     } else {
-        right("a reset or an ICMP error for the host, silence for a pod")
+        right("a reset for the host by TCP, EPERM by UDP, silence for a pod")
     }
 }
 
@@ -115,7 +113,7 @@ fn source_ranges(world: &World) -> Result<Outcome> {
         let target = balancer(GUARDED.number, v6, 80);
         served(&x, Proto::Tcp, &target, Answer::from(HERE, &X))?;
         silent(&[(&y, Proto::Tcp, target.clone())])?;
-        host_is_refused(world, Proto::Tcp, &target, denial())?;
+        denied(world.host(), Proto::Tcp, &target, denial())?;
         // The ranges are about that address alone.
         served(&y, Proto::Tcp, &node_port(GUARDED.number, v6, 80), Answer::from(HERE, &super::world::Y))?;
     }

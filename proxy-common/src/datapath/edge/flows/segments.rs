@@ -214,7 +214,7 @@ fn assure<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>, seq:
     let leave = if done { Tier::New } else { Tier::Assured };
     remove_from(tables, leave, key, &place.cell);
     if done {
-        remember_assured(tables, key.source, flow.service, flow.backend, flow.last_seen);
+        remember_assured(tables, key, &flow);
     }
     done
 }
