@@ -12,7 +12,8 @@ pub enum Target {
     Frontend(FrontendValue),
     /// An active clusterIP, but no Service port has this port and protocol.
     UnusedPort,
-    /// Inside a ServiceCIDR, but no Service has the address.
+    /// Inside a ServiceCIDR, but no Service has the address, nor has this host: NodeLocal DNSCache takes one of a Service that is
+    /// left to it.
     InactiveAddress,
     /// Not ours.
     Other,
@@ -37,7 +38,7 @@ pub fn find(tables: &impl Tables, addr: &Addr, port: Be16, proto: u8) -> Target 
     // Without a known ServiceCIDR an active clusterIP is still one.
     let unused = if tables.frontend(&FrontendKey::address(*addr)).is_some() {
         Target::UnusedPort
-    } else if tables.in_service_cidr(addr) {
+    } else if tables.in_service_cidr(addr) && tables.local_address(addr) & local_address::HOST == 0 {
         Target::InactiveAddress
     } else {
         return Target::Other;

@@ -160,15 +160,18 @@ fn a_reused_node_port_element_is_read_once_more() {
 #[test]
 fn an_active_cluster_ip_comes_before_the_cidr() {
     let any = FrontendValue { service: 0, flags: 0, check: 0 };
-    for (address, in_cidr, target) in [
-        (Some(any), true, Target::UnusedPort),
-        (Some(any), false, Target::UnusedPort),
-        (None, true, Target::InactiveAddress),
-        (None, false, Target::Other),
+    const HOST: u32 = local_address::HOST;
+    for (address, in_cidr, local, target) in [
+        (Some(any), true, 0, Target::UnusedPort),
+        (Some(any), true, HOST, Target::UnusedPort),
+        (Some(any), false, HOST, Target::UnusedPort),
+        (None, true, 0, Target::InactiveAddress),
+        // The host has it, so somebody may listen there.
+        (None, true, HOST, Target::Other),
+        (None, false, HOST, Target::Other),
     ] {
         let answers = RefCell::new(VecDeque::from([None, address]));
-        // An address of this host without nodePorts is nothing special.
-        let tables = Racing { frontends: answers, in_cidr, local: local_address::HOST, ..Racing::default() };
+        let tables = Racing { frontends: answers, in_cidr, local, ..Racing::default() };
         assert_eq!(find(&tables, &VIP, PORT, proto::TCP), target);
         assert_eq!(tables.asked.borrow()[1], FrontendKey::address(VIP));
     }

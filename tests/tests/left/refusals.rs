@@ -83,6 +83,30 @@ fn the_last_interface_of_a_pod_takes_the_packet_edge_along() -> Result<()> {
     denied(other, INACTIVE)
 }
 
+/// NodeLocal DNSCache listens at the clusterIP of a Service that is left to it (`service.kubernetes.io/service-proxy-name`), as an
+/// address of the host.
+#[test]
+fn an_address_that_the_host_has_is_reached() -> Result<()> {
+    let mut setting = Setting::new(LabSpec::cases()?, NONE)?;
+    for flags in [NONE, &[]] {
+        setting.start(flags)?;
+        let (pod, host) = (setting.lab.pod("P"), setting.host());
+        let reached = |place: &Place| answered(place, INACTIVE, "n1").ok();
+        ensure!(reached(&pod).is_none() && reached(host).is_none());
+        host.net().ip("address add 10.96.77.77/32 dev lo")?;
+        if flags == NONE {
+            // It runs on.
+            host.serve().at("tcp", INACTIVE).at("udp", INACTIVE).start()?;
+        }
+        until("the pod", || Ok(reached(&pod)))?;
+        until("the host", || Ok(reached(host)))?;
+        host.net().ip("address delete 10.96.77.77/32 dev lo")?;
+        let refused = || Ok(reached(&pod).is_none().then_some(()));
+        until("silence", refused)?;
+    }
+    Ok(())
+}
+
 /// A pod has used a port towards a VIP, in packets, and uses it towards the backend next, which is what its sockets do for
 /// another VIP. The kernel may give it the port at once.
 #[test]

@@ -352,6 +352,29 @@ fn refusals_of_the_host_are_left_to_packets_where_the_kernel_cannot_tell() {
     check(&sim, host(vip(20), 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
 }
 
+/// NodeLocal DNSCache listens at the clusterIP of a Service that is left to it, as an address of the host.
+#[test]
+fn an_address_that_the_host_has_is_not_unassigned() {
+    let mut sim = world();
+    for of_host in [false, true] {
+        for netns in [HOST_NETNS, POD_NETNS] {
+            for proto in [TCP, UDP] {
+                let asking = SimSocket { netns, ..socket(vip(99), 53, proto) };
+                if of_host {
+                    check(&sim, asking, Pass, None);
+                } else {
+                    check(&sim, asking, Drop, Some(Counter::DropInactiveAddress));
+                }
+            }
+        }
+        sim.apply(&Op::LocalAddress(vip(99), Some(HOST))).unwrap();
+    }
+    // That of a Service is its own, with all its ports.
+    sim.apply(&Op::LocalAddress(vip(10), Some(HOST))).unwrap();
+    check(&sim, socket(vip(10), 80, TCP), Translated, Some(Counter::Connected));
+    check(&sim, socket(vip(10), 81, TCP), Reject, Some(Counter::RejectUnusedPort));
+}
+
 #[test]
 fn a_socket_that_is_left_to_packets_forgets_its_record() {
     let mut sim = world();
