@@ -312,6 +312,21 @@ fn is_from_backend<T: EdgeTables>(packet: &impl Packet, tables: &T, parsed: &Par
         || by != 0 && by == packet.route_to(parsed.family, &parsed.tuple.source)
 }
 
+/// Whether a packet of the backend shows that the connection of a record has ended, and another one has begun between its ends. From
+/// outside, or from a bridge that several pods share, it could be anybody's: then some quiet has to show it, too.
+#[inline(never)]
+fn is_succeeded<T: EdgeTables>(
+    packet: &impl Packet,
+    tables: &T,
+    parsed: &Parsed,
+    cell: &T::Cell,
+    now: u64,
+) -> bool {
+    let (flow, by) = (cell.get(), packet.entered_by());
+    flows::is_succeeded(&flow, parsed, now)
+        || flows::is_succeeded_at_backend(&flow, parsed) && (by == 0 || tables.device_flags(by) & POD != 0)
+}
+
 /// Whether a UDP flow may stay where it is.
 #[inline(always)]
 fn serves(tables: &impl EdgeTables, key: &FlowKey, flow: &Flow) -> bool {
@@ -402,11 +417,7 @@ fn answering(
     if !is_from_backend(packet, tables, parsed, &place.cell) {
         return None;
     }
-    let flow = place.flow();
-    // From outside, or from a bridge that several pods share, it could be anybody's.
-    let by = packet.entered_by();
-    let certain = by == 0 || tables.device_flags(by) & POD != 0;
-    if certain && flows::is_succeeded_at_backend(&flow, parsed) || flows::is_succeeded(&flow, parsed, now) {
+    if parsed.kind & tcp::SYN != 0 && is_succeeded(packet, tables, parsed, &place.cell, now) {
         flows::remove(tables, &work.key, &place);
         return None;
     }
