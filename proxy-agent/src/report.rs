@@ -109,7 +109,7 @@ impl Report {
         }
     }
 
-    /// Whether the kernel lets the programs say why a socket is refused.
+    /// Notes whether the kernel lets the programs say why a socket is refused.
     pub fn reasons_for_sockets(&mut self, there: bool) {
         self.changed |= self.state.reasons_for_sockets != there;
         self.state.reasons_for_sockets = there;

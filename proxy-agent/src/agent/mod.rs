@@ -186,7 +186,7 @@ struct Agent {
     edge: Option<Edge>,
     /// Whether any interface of a pod is attached; `None` until that is known.
     pods_attached: Option<bool>,
-    /// Where routes lead past the packet edge; `None` until its first pass.
+    /// Destinations of the routes that lead past the packet edge; `None` until its first pass.
     elsewhere: Option<Vec<Prefix>>,
     /// Devices that are attached, once the first pass is made and until that is announced.
     announce: Option<usize>,

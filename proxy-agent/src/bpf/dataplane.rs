@@ -168,7 +168,8 @@ impl Dataplane {
         let Found { resumed, too_small } = pins.drop_unusable(|map| entries(map, sizes.least, 1))?;
         let larger = pins.with_larger(too_small.clone());
 
-        let set_retval = has_set_retval();
+        let set_retval =
+            is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false);
         let has_set_retval = u8::from(set_retval);
         let mut loader = EbpfLoader::new();
         loader.btf(None).verifier_log_level(log_level());
@@ -371,11 +372,6 @@ pub(super) fn kernel() -> ((u32, u32), String) {
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     drop(numbers);
     (version, release)
-}
-
-/// Whether programs can choose the errno of a refusal (5.18).
-pub fn has_set_retval() -> bool {
-    is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false)
 }
 
 /// Tells missing permission apart from other failures of the first BPF system calls.

@@ -121,7 +121,7 @@ pub struct State {
     pub verified: Vec<(&'static str, Option<u32>)>,
     /// Programs that the kernel has refused.
     pub refused: Refused,
-    /// Where routes lead by other devices than those with programs for the way outside.
+    /// Destinations of the routes that lead past the programs of external devices.
     pub elsewhere: Vec<Prefix>,
 }
 
@@ -331,7 +331,7 @@ fn describe(
     }
 }
 
-/// Where routes lead past the programs of external devices.
+/// The destinations of the routes that lead past the programs of external devices.
 fn elsewhere(snapshot: &Snapshot, choices: &Choices, outcomes: &BTreeMap<u32, Outcome>) -> Vec<Prefix> {
     let is_edge = |device: u32| {
         choices.get(&device).is_some_and(|choice| choice.role == Role::External)

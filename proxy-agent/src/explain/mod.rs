@@ -161,8 +161,8 @@ impl ServiceView {
     }
 }
 
-/// What becomes of the connection that `question` is about. `maps` holds `AFFINITY` and `NEW_AFFINITY` of the client, `DEVICES` and the clock
-/// beside what the agent has written, of which `model` is the other reading.
+/// What becomes of the connection that `question` is about. `maps` holds `AFFINITY` and `NEW_AFFINITY` of the client, `DEVICES`
+/// and the clock beside what the agent has written, of which `model` is the other reading.
 pub fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanation {
     let Question { proto, addr, port, from, .. } = *question;
     let target = lookup::find(maps, &addr, port, proto);

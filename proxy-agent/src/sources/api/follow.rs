@@ -29,7 +29,7 @@ const WATCH_LONGEST: Duration = Duration::from_secs(150);
 const SILENCE: Duration = Duration::from_secs(155);
 /// A watch that ends sooner, without an event, might as well have been refused.
 const SHORT: Duration = Duration::from_secs(1);
-/// Objects in one page of a list. A page of the largest ones is 150 MiB.
+/// Objects in one page of a list. A page of the largest ones is 150 MiB of JSON.
 const PAGE: u32 = 100;
 /// No answer for this long to a list that is to be streamed, which is longer than a connection may take: something in
 /// between waits for the end of a watch.

@@ -80,7 +80,7 @@ pub fn create<T: EdgeTables>(
 }
 
 /// Tries to make the record of `work` for [`create`]: under the client's own tuple (`own`), or by another source port, which is
-/// then that of its key. Whether there is one to go on with, unless there is no room.
+/// then that of its key. False: another flow has the tuple.
 #[inline(always)]
 pub fn try_tuple<T: EdgeTables>(tables: &T, work: &mut Work, own: bool) -> bool {
     if !own {
