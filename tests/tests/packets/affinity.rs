@@ -4,11 +4,13 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use proxy_agent::store::{MapStore as _, Op};
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
+use proxy_common::abi::flow::state::ASSURED;
 use proxy_common::datapath::edge::parse::tcp::{ACK, RST, SYN};
 use proxy_common::datapath::tables::Tables as _;
 use proxy_tests::packets::{NIC, Net, Packet, World};
 
-use super::{answer, open, reply, seen, translated, world};
+use super::{answer, open, record, reply, seen, translated, world};
 
 /// Connections that show a pick at random among three.
 const MANY: u16 = 30;
@@ -81,5 +83,28 @@ fn nobody_else_is_remembered() {
         let other = super::world();
         super::establish(&other, net, net.there());
         assert!(other.sim.clients.borrow().is_empty() && other.sim.new_clients.borrow().is_empty());
+    }
+}
+
+/// A client is remembered at the backend of its connection, or not at all: another one may have got its number meanwhile, or it
+/// may have left every set.
+#[test]
+fn nobody_is_remembered_elsewhere() {
+    for net in Net::ALL {
+        for left in [false, true] {
+            let (mut world, client, vip) = (sticky(net), net.client(), net.spread());
+            let (sent, own) = open(&world, &Packet::tcp(client, vip, SYN, 1000, 0));
+            answer(&world, &Packet::tcp(seen(&sent).destination, own, SYN | ACK, 5000, 1001));
+            let id = record(&world).2.backend;
+            let mut backend = world.sim.backend(id).unwrap();
+            if left {
+                backend.state.flags &= !(IN_CLUSTER | IN_LOCAL);
+            } else {
+                backend.addr = net.stranger().ip().into();
+            }
+            world.sim.apply(&Op::Backend(id, backend)).unwrap();
+            open(&world, &Packet::tcp(client, vip, ACK, 1001, 5001));
+            assert!(record(&world).2.state & ASSURED != 0 && world.sim.clients.borrow().is_empty());
+        }
     }
 }
