@@ -173,13 +173,18 @@ fn p214_what_comes_and_goes_together_is_not_programmed() -> Result<()> {
     let (made, before) = (operations()?, sample(&agent, seen)?);
     let id = agent.id().context("the agent does not run")?;
     let id = Pid::from_raw(id.cast_signed()).context("a process id")?;
-    let t = service("t", "10.96.0.20", &json!({}));
-    // Both wait in its socket: a busy machine would bring them one after the other.
+    let mut t = service("t", "10.96.0.20", &json!({}));
+    let revision = server.apply_silently(t.clone())?;
+    assert!(server.delete_silently(Resource::Services, "a", "t"));
+    // Both events are in one chunk, which waits in the agent's socket: it has no chance to program in between.
+    let events = [("ADDED", revision), ("DELETED", revision + 1)].map(|(event, revision)| {
+        t["metadata"]["resourceVersion"] = revision.to_string().into();
+        format!(r#"{{"type":"{event}","object":{t}}}"#)
+    });
     kill_process(id, Signal::STOP)?;
-    let came_and_went = server.apply(t.clone()).and_then(|_| server.delete(&t));
+    server.send_line(Resource::Services, &events.join("\n"));
     thread::sleep(A_WHILE);
     kill_process(id, Signal::CONT)?;
-    assert!(came_and_went?);
     wait_sample(&agent, seen, |changes| changes >= before + 2.0)?;
     settle(&agent)?;
     assert_eq!(programmed(&agent)?, ["s"]);

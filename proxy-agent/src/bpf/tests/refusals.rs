@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
@@ -156,6 +158,13 @@ fn a_device_whose_programs_are_refused_runs_none() {
             let [refused, attached] = run(&mut next);
             assert!(refused.unwrap_err().contains("clients outside of this node are not served"));
             assert_eq!(attached, Ok(()));
+            // The kernel detaches when the last reference is gone, which may take a moment.
+            for _ in 0..100 {
+                if ours("eth0") == 0 {
+                    break;
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
             assert_eq!(["eth0", "cali1"].map(ours), [0, 2], "{mechanism:?}");
         }
     });
