@@ -9,7 +9,7 @@ mod live;
 
 use anyhow::{Context as _, Result};
 use live::Pods;
-use proxy_tests::cases::{not_allowed, smoke};
+use proxy_tests::cases::{at_the_node, not_allowed, smoke};
 use proxy_tests::lab::network::{Network, NodeLinks, PodLinks, Rules};
 use proxy_tests::lab::{Lab, LabSpec, NodeSpec};
 
@@ -27,6 +27,16 @@ fn run_on(spec: LabSpec, prepare: impl Fn(&Lab) -> Result<()>) -> Result<()> {
     }
     if spec.network.rules.allowed_to_pods.is_some() {
         live::check(not_allowed(), spec, Pods::Seen, &prepare).context("the filter")?;
+    }
+    Ok(())
+}
+
+/// Each node has one address, which is a Service's.
+#[test]
+fn services_at_the_address_of_the_node() -> Result<()> {
+    for pods in [Pods::Seen, Pods::Unseen] {
+        live::check(at_the_node(), LabSpec::cases()?, pods, |_| Ok(()))
+            .with_context(|| format!("pods are {pods:?}"))?;
     }
     Ok(())
 }

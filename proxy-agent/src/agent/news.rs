@@ -4,9 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
-use proxy_common::abi::FrontendKey;
-use proxy_common::addr::{Addr, Family, Prefix};
-use proxy_common::be::Be16;
+use proxy_common::addr::{Family, Prefix};
 
 use super::{Agent, AgentError};
 use crate::bpf::dataplane::OPT_OUT_ENTRIES;
@@ -156,15 +154,10 @@ impl Agent {
 
     /// Lets the packet edge know what it cannot see; starts it, the first time.
     pub(super) async fn tell_edge(&mut self) -> Result<(), AgentError> {
-        let Some(programmed) = &self.programmed else { return Ok(()) };
-        let frontends = &programmed.model.frontends;
-        let is_frontend = |addr: &&Addr| {
-            let from = FrontendKey { addr: **addr, port: Be16::new(0), proto: 0, kind: 0 };
-            frontends.range(from..).next().is_some_and(|(key, _)| key.addr == **addr)
-        };
+        if self.programmed.is_none() {
+            return Ok(());
+        }
         self.facts.node_ips = self.known.context.node.ips;
-        self.facts.frontends =
-            self.known.context.host_addresses.iter().filter(is_frontend).copied().collect();
         match &self.edge {
             Some(edge) => edge.tell(self.facts.clone()),
             None => self.edge = Some(Edge::start(self.config.edge.clone(), self.facts.clone()).await?),

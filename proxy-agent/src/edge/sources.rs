@@ -1,10 +1,10 @@
 //! Which address of this node packets get as their source when they leave through a device: the one that the kernel
 //! would take itself, and if that cannot serve, another of the device, or of the node.
 //!
-//! Never a frontend address (an address of a Service that is configured on this host): replies to it would be taken
-//! for requests.
+//! It may be an address of a Service, too, as the node's own is with k3s' servicelb: the ports that are frontends there are
+//! nobody's source (`flows::try_source`), so no answer is taken for a request.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use proxy_common::addr::{Addr, Family};
 use rtnetlink::Handle;
@@ -19,8 +19,6 @@ pub struct Facts {
     pub maps: u64,
     /// The node's own IPs, by [`Family::index`].
     pub node_ips: [Option<Addr>; 2],
-    /// Addresses of this host that are frontends.
-    pub frontends: BTreeSet<Addr>,
     /// A backend on another node, by [`Family::index`].
     pub remote: [Option<Addr>; 2],
 }
@@ -95,7 +93,6 @@ fn pick(
 ) -> Addr {
     let serves = |addr: &Addr| {
         addr.family() == family
-            && !facts.frontends.contains(addr)
             && !is_link_local(*addr)
             && snapshot.addresses.iter().any(|known| known.addr == *addr && known.usable)
     };

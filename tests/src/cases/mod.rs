@@ -39,7 +39,7 @@ mod source_ranges;
 mod sources;
 mod topology;
 
-pub use smoke::{not_allowed, smoke};
+pub use smoke::{at_the_node, not_allowed, smoke};
 
 #[cfg(test)]
 mod tests;

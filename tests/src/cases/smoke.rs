@@ -54,6 +54,47 @@ fn rows() -> Case {
         .done()
 }
 
+/// The node's own addresses are a Service's, too, as k3s' servicelb has it: they come, go and come again while connections of
+/// clients outside live, and nodePorts and other addresses are served all the while.
+pub fn at_the_node() -> Case {
+    let beside = || s_dual().spec("type", "NodePort").ports("web 80 31080, dns 53/udp 31053");
+    let at_node = || {
+        beside()
+            .spec("type", "LoadBalancer")
+            .spec("externalIPs", vec!["192.0.2.10"])
+            .ingress(json!([{ "ip": "192.0.2.10" }, { "ip": "2001:db8:1::10" }]))
+    };
+    let (ports, v4, v6) = ("web=8080, dns=1053/udp", "L1, R1", "V1, V2");
+    let slices = || [slice("s1", ports, v4), slice("s6", ports, v6)];
+    let with = |service| [service].into_iter().chain(slices());
+    let node_ports = "X>NP = L1, R1
+                      X>192.0.2.10:31053/udp = L1:1053, R1:1053
+                      X6>[2001:db8:1::10]:31080 = V1, V2
+                      X6>[2001:db8:1::10]:31053/udp = V1:1053, V2:1053
+                      P>NP = L1, R1
+                      P6>[2001:db8:1::10]:31080 = V1, V2
+                      H>NP = L1, R1";
+    let own = "X>192.0.2.10:80 = L1, R1
+               X>192.0.2.10:53/udp = L1:1053, R1:1053
+               X6>[2001:db8:1::10]:80 = V1, V2
+               X6>[2001:db8:1::10]:53/udp = V1:1053, V2:1053
+               P>192.0.2.10:80 = L1, R1
+               H>192.0.2.10:80 = L1, R1";
+    let open =
+        "open a X>NP = R1; open b X6>[2001:db8:1::10]:31080 = V2; open c X>192.0.2.10:31053/udp = R1:1053";
+    let say = "say a = R1; say b = V2; say c = R1:1053";
+    case("at the node", "")
+        .step(with(beside()), open)
+        .step(
+            with(at_node()),
+            &[say, node_ports, own, "open d X>192.0.2.10:80 = R1; open e X6>[2001:db8:1::10]:80 = V2"]
+                .join("\n"),
+        )
+        .step(with(beside()), &[say, "say d = R1; say e = V2", node_ports].join("\n"))
+        .step(with(at_node()), &[say, "say d = R1; say e = V2", own].join("\n"))
+        .done()
+}
+
 /// That Y does not get to an endpoint on this node: for nodes with a filter that says so.
 pub fn not_allowed() -> Case {
     let service = || s_dual().spec("type", "LoadBalancer").ingress(json!([{ "ip": "198.18.5.5" }]));

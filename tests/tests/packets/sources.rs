@@ -3,9 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use proxy_agent::store::{MapStore as _, Op};
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::ASSURED;
-use proxy_common::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef, Origin};
+use proxy_common::abi::frontend::flags::EXTERNAL;
+use proxy_common::abi::proto::UDP;
+use proxy_common::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef, FrontendKey, FrontendValue, Origin};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::flows::snat_index;
@@ -84,6 +87,39 @@ fn a_source_port_is_taken_from_whoever_has_proved_nothing() {
         assert_ne!(source, own);
         let reply = Packet::tcp(net.remote(1), own, PSH | ACK, 5001, 1001);
         assert_eq!(answer(&world, &reply), reply.between(net.there(), net.client()).bytes());
+    }
+}
+
+/// An address of the node that is a Service's, too, gives sources all the same.
+#[test]
+fn frontends_of_our_own_address_are_no_sources() {
+    for net in Net::ALL {
+        let mut world = world();
+        let own = Addr::from(net.overlay());
+        let claim = |world: &mut World, key| {
+            let frontend = FrontendValue::new(&key, net.there_id(), EXTERNAL);
+            world.sim.apply(&Op::Frontend(key, Some(frontend))).unwrap();
+        };
+        let ask = |world: &World, number| {
+            let request = Packet::udp(SocketAddr::new(net.client().ip(), number), net.there(), b"?");
+            let (_, source) = open(world, &request);
+            answer(world, &reply(&request, net.remote(1), source));
+            source
+        };
+        for port in SNAT_PORTS.step_by(8) {
+            claim(&mut world, FrontendKey::exact(own, Be16::new(port), UDP));
+            claim(&mut world, FrontendKey::node_port(own.unspecified(), Be16::new(port + 4), UDP));
+        }
+        for number in 1..=200 {
+            let source = ask(&world, number);
+            assert_ne!(source.port() % 4, SNAT_PORTS.start % 4, "{source} is a frontend");
+        }
+        // Nobody can claim so many that none is left. A request from elsewhere to the same port is still one.
+        for port in SNAT_PORTS {
+            claim(&mut world, FrontendKey::exact(own, Be16::new(port), UDP));
+        }
+        let source = ask(&world, 201);
+        open(&world, &Packet::udp(net.stranger(), source, b"?"));
     }
 }
 

@@ -3,7 +3,7 @@
 use super::index::indexed;
 use super::{Place, record, snat_index, snat_target};
 use crate::abi::flow::SNAT_PORTS;
-use crate::abi::{FlowKey, FlowRef};
+use crate::abi::{FlowKey, FlowRef, FrontendKey};
 use crate::be::Be16;
 use crate::datapath::edge::tables::{EdgeTables, FlowCell as _, Tier, Work};
 use crate::datapath::edge::timeouts;
@@ -31,11 +31,20 @@ pub fn translate_source<T: EdgeTables>(tables: &T, work: &mut Work, place: &Plac
     false
 }
 
-/// Tries one port for [`translate_source`]: as the source port of `work.new` afterwards. `spare`: only what nobody keeps.
+/// Tries one port for [`translate_source`]: as the source port of `work.new` afterwards. `spare`: only what nobody keeps, and no
+/// frontend of our own address: what that very backend asks for there, from the port that it serves at, would be taken for an
+/// answer. (Frontends are never all that there is: whoever may have externalIPs could claim every port.)
 #[inline(always)]
 pub fn try_source<T: EdgeTables>(tables: &T, work: &mut Work, tier: Tier, spare: bool) -> bool {
     let Work { key, index, new, now, .. } = work;
     new.source_port = random_port(tables);
+    let frontend = |key| tables.frontend(&key).is_some();
+    if spare
+        && (frontend(FrontendKey::exact(new.source, new.source_port, key.proto))
+            || frontend(FrontendKey::node_port(new.source.unspecified(), new.source_port, key.proto)))
+    {
+        return false;
+    }
     let target;
     (*index, target) = snat_index(key, &new.source, new.source_port);
     if let Some(other) = indexed(tables, index) {
