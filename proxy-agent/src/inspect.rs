@@ -4,7 +4,7 @@
 //! file that the agent leaves.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::net::SocketAddr;
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
@@ -24,6 +24,9 @@ use crate::model::{Model, PortBackend};
 use crate::plan::FrontendName;
 use crate::proto_name;
 use crate::report::{self, State, program_object};
+
+/// The widest column of a table.
+const CELL_MAX: usize = 80;
 
 /// Why nothing can be shown.
 #[derive(Debug, thiserror::Error)]
@@ -399,22 +402,62 @@ pub(crate) fn print_data(
     Ok(true)
 }
 
-/// Columns as wide as their widest cell, the last one as it comes.
+/// Columns as wide as their widest cell, but not wider than [`CELL_MAX`]; the last one as it comes. A wider cell is cut for a
+/// terminal, and elsewhere printed as it is: no other is padded for it.
 pub(crate) fn table<const N: usize>(
     head: [&str; N],
     rows: impl Iterator<Item = [String; N]>,
+    out: &mut impl Write,
+) -> Result<(), InspectError> {
+    write_table(head, rows, io::stdout().is_terminal(), out)
+}
+
+fn write_table<const N: usize>(
+    head: [&str; N],
+    rows: impl Iterator<Item = [String; N]>,
+    cut: bool,
     out: &mut impl Write,
 ) -> Result<(), InspectError> {
     let rows: Vec<[String; N]> = std::iter::once(head.map(str::to_owned)).chain(rows).collect();
     let mut widths = [0; N];
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
+            *width = cell.chars().count().min(CELL_MAX).max(*width);
         }
     }
     for row in &rows {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}"));
+        let cells = row.iter().zip(widths).enumerate().map(|(i, (cell, width))| {
+            match cell.char_indices().nth(CELL_MAX) {
+                Some(_) if cut && i + 1 < N => cell.chars().take(CELL_MAX - 1).chain(['…']).collect(),
+                Some(_) => cell.clone(),
+                None => format!("{cell:<width$}"),
+            }
+        });
         writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wide_cells_are_cut_for_a_terminal_and_never_padded() {
+        let wide = "10.64.1.11:8080 ".repeat(5_000);
+        let table = |cut| {
+            let rows = [
+                ["a".to_owned(), wide.clone(), wide.clone()],
+                ["b".to_owned(), "c".to_owned(), String::new()],
+            ];
+            let mut out = Vec::new();
+            write_table(["ONE", "TWO", "THREE"], rows.into_iter(), cut, &mut out).unwrap();
+            String::from_utf8(out).unwrap()
+        };
+        let whole = table(false);
+        assert_eq!(whole.matches("10.64.1.11:8080").count(), 10_000);
+        assert_eq!(whole.lines().nth(2), Some("b    c"));
+        let cut = format!("a    {}…  {}", &wide[..CELL_MAX - 1], wide.trim_end());
+        assert_eq!(table(true).lines().nth(1), Some(cut.as_str()));
+    }
 }

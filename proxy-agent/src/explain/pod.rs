@@ -13,7 +13,7 @@ use crate::cluster::ObjectKey;
 use crate::config::Source;
 use crate::opt_out;
 use crate::sources::convert::cgroup_uid;
-use crate::sources::pod::PodObject;
+use crate::sources::objects;
 use crate::sources::{Problem, SourceError, api, manifests};
 
 /// How long an API server may take to answer.
@@ -137,7 +137,7 @@ impl ClientPod {
             Source::Kubernetes { kubeconfig, master } => {
                 let server = api::Server::configured(kubeconfig.as_deref(), master.as_ref());
                 let server = server.await.map_err(failed)?;
-                let pods = Api::<PodObject>::namespaced(server.client, &key.namespace);
+                let pods = Api::<objects::Pod>::namespaced(server.client, &key.namespace);
                 let place = format!("the API server {}", server.url);
                 match timeout(PATIENCE, pods.get_opt(&key.name)).await {
                     Ok(Ok(object)) => object,
@@ -156,19 +156,19 @@ impl ClientPod {
     }
 
     /// What counts of an object.
-    pub fn of(key: &ObjectKey, object: &PodObject) -> Self {
+    pub fn of(key: &ObjectKey, object: &objects::Pod) -> Self {
         let (spec, status) = (object.spec.as_ref(), object.status.as_ref());
         let host_network = spec.and_then(|spec| spec.host_network).unwrap_or(false);
         let listed =
             |ips: Vec<&str>| -> Vec<IpAddr> { ips.into_iter().filter_map(|ip| ip.parse().ok()).collect() };
         let own = status.into_iter().flat_map(|status| {
-            let many = status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str());
+            let many = status.pod_ips.iter().filter_map(|ip| ip.ip.as_deref());
             many.chain(status.pod_ip.as_deref())
         });
         let mut addresses = listed(own.collect());
         if host_network {
             let of_node = status.into_iter().flat_map(|status| {
-                let many = status.host_ips.iter().flatten().map(|ip| ip.ip.as_str());
+                let many = status.host_ips.iter().filter_map(|ip| ip.ip.as_deref());
                 many.chain(status.host_ip.as_deref())
             });
             addresses.extend(listed(of_node.collect()));

@@ -81,12 +81,11 @@ impl serde::Serialize for Body<'_> {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1 as core;
-    use k8s_openapi::api::discovery::v1::EndpointSlice;
     use serde_json::{Value, json};
 
     use super::*;
     use crate::sources::convert::Converter;
+    use crate::sources::objects;
 
     /// S-H: a load-balanced Service with eTP Local and healthCheckNodePort 32000, with these fields of its spec instead.
     fn service(spec: &Value) -> Service {
@@ -102,7 +101,7 @@ mod tests {
         for (field, value) in spec.as_object().unwrap() {
             object["spec"][field] = value.clone();
         }
-        let object: core::Service = serde_json::from_value(object).unwrap();
+        let object: objects::Service = serde_json::from_value(object).unwrap();
         Converter::new("n1").service(&object).unwrap().unwrap()
     }
 
@@ -126,7 +125,7 @@ mod tests {
             "addressType": "IPv4", "endpoints": endpoints,
             "ports": ports.iter().map(|name| json!({"name": name, "port": 8080})).collect::<Vec<_>>(),
         });
-        let object: EndpointSlice = serde_json::from_value(object).unwrap();
+        let object: objects::EndpointSlice = serde_json::from_value(object).unwrap();
         Converter::new("n1").slice(&object).unwrap().unwrap()
     }
 

@@ -49,18 +49,18 @@ impl NodeIps {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1 as core;
     use serde_json::json;
 
     use super::*;
     use crate::sources::convert::Converter;
+    use crate::sources::objects;
 
     /// What a Node with these addresses and a `bindAddress` make: the IPs, and the primary one of them.
     fn check(addresses: &[(&str, &str)], bind_address: Option<&str>, want: [&str; 2], primary: Family) {
         let addresses: Vec<_> =
             addresses.iter().map(|(kind, address)| json!({"type": kind, "address": address})).collect();
         let object = json!({"metadata": {"name": "n1"}, "status": {"addresses": addresses}});
-        let object: core::Node = serde_json::from_value(object).unwrap();
+        let object: objects::Node = serde_json::from_value(object).unwrap();
         let node = Converter::new("n1").node(&object).unwrap();
         let addr = |text: &str| text.parse::<std::net::IpAddr>().unwrap().into();
         let ips = NodeIps::derive(&node, bind_address.map(addr));

@@ -12,7 +12,7 @@ use crate::cluster::Change;
 
 pub mod convert;
 pub(crate) mod lenient;
-pub mod pod;
+pub mod objects;
 mod share;
 
 pub mod api;
@@ -37,6 +37,11 @@ pub struct Problem {
     pub object: String,
     /// What is wrong, naming the field, and what happens because of it.
     pub reason: String,
+}
+
+/// What becomes of an object that cannot be used.
+const fn outcome(was_known: bool) -> &'static str {
+    if was_known { "its last good state stays in force" } else { "it is ignored" }
 }
 
 /// Why a source cannot even start. Everything else heals and is retried.

@@ -1,79 +1,387 @@
-//! A Pod, as far as it is read. Code that decodes all of a Pod would be the largest part of the agent, and a field that
-//! nobody reads could make a Pod unusable.
+//! Kubernetes objects, as far as they are read.
+//!
+//! A field that nobody here reads is skipped, whatever it holds: it can make no object unusable, and costs neither memory nor code.
+//! Of what is read, null is absent, also in lists. The fields are those of the API by name and meaning (Kubernetes 1.36), and so are
+//! their defaults.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use k8s_openapi::{Metadata, NamespaceResourceScope, Resource};
-use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::fmt;
 
-/// A Pod.
-#[derive(Clone, Debug, Default, Deserialize)]
-pub struct PodObject {
-    /// Name, labels and so on.
-    #[serde(default)]
-    pub metadata: ObjectMeta,
-    /// What it should be.
-    pub spec: Option<PodSpec>,
-    /// What it is.
-    pub status: Option<PodStatus>,
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::{ClusterResourceScope, Metadata, NamespaceResourceScope, Resource};
+use serde::de::{self, IgnoredAny, Visitor};
+use serde::{Deserialize, Deserializer};
+
+/// Implements what a client of the API asks of a kind.
+macro_rules! kind {
+    ($object:ident, $kind:literal, $group:literal, $version:literal, $api_version:literal, $plural:literal, $scope:ident) => {
+        impl Resource for $object {
+            const API_VERSION: &'static str = $api_version;
+            const GROUP: &'static str = $group;
+            const KIND: &'static str = $kind;
+            const VERSION: &'static str = $version;
+            const URL_PATH_SEGMENT: &'static str = $plural;
+            type Scope = $scope;
+        }
+
+        impl Metadata for $object {
+            type Ty = ObjectMeta;
+
+            fn metadata(&self) -> &ObjectMeta {
+                &self.metadata
+            }
+
+            fn metadata_mut(&mut self) -> &mut ObjectMeta {
+                &mut self.metadata
+            }
+        }
+    };
 }
 
-/// What a Pod should be.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct PodSpec {
-    /// The node that it is bound to.
-    pub node_name: Option<String>,
-    /// The class of its runtime.
-    pub runtime_class_name: Option<String>,
-    /// Whether it lives in the host's network namespace.
-    pub host_network: Option<bool>,
+kind!(Service, "Service", "", "v1", "v1", "services", NamespaceResourceScope);
+kind!(
+    EndpointSlice,
+    "EndpointSlice",
+    "discovery.k8s.io",
+    "v1",
+    "discovery.k8s.io/v1",
+    "endpointslices",
+    NamespaceResourceScope
+);
+kind!(Endpoints, "Endpoints", "", "v1", "v1", "endpoints", NamespaceResourceScope);
+kind!(Node, "Node", "", "v1", "v1", "nodes", ClusterResourceScope);
+kind!(
+    ServiceCidr,
+    "ServiceCIDR",
+    "networking.k8s.io",
+    "v1",
+    "networking.k8s.io/v1",
+    "servicecidrs",
+    ClusterResourceScope
+);
+kind!(Pod, "Pod", "", "v1", "v1", "pods", NamespaceResourceScope);
+
+/// Declares structs whose fields may all be missing or null.
+macro_rules! fields {
+    ($($(#[doc = $doc:literal])+ $name:ident { $($(#[$attribute:meta])* $field:ident: $type:ty,)* })+) => {$(
+        $(#[doc = $doc])+
+        #[derive(Clone, Debug, Default, Deserialize)]
+        #[serde(rename_all = "camelCase", default)]
+        #[expect(missing_docs, reason = "the fields are those of the API")]
+        pub struct $name {
+            $($(#[$attribute])* pub $field: $type,)*
+        }
+    )+};
 }
 
-/// What a Pod is.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct PodStatus {
-    /// Where it is in its life.
-    pub phase: Option<String>,
-    /// Its first address.
-    #[serde(rename = "podIP")]
-    pub pod_ip: Option<String>,
-    /// Its addresses.
-    #[serde(rename = "podIPs")]
-    pub pod_ips: Option<Vec<Ip>>,
-    /// The first address of its node.
-    #[serde(rename = "hostIP")]
-    pub host_ip: Option<String>,
-    /// The addresses of its node.
-    #[serde(rename = "hostIPs")]
-    pub host_ips: Option<Vec<Ip>>,
-}
-
-/// An address.
-#[derive(Clone, Debug, Default, Deserialize)]
-pub struct Ip {
-    /// In text.
-    #[serde(default)]
-    pub ip: String,
-}
-
-impl Resource for PodObject {
-    const API_VERSION: &'static str = "v1";
-    const GROUP: &'static str = "";
-    const KIND: &'static str = "Pod";
-    const VERSION: &'static str = "v1";
-    const URL_PATH_SEGMENT: &'static str = "pods";
-    type Scope = NamespaceResourceScope;
-}
-
-impl Metadata for PodObject {
-    type Ty = ObjectMeta;
-
-    fn metadata(&self) -> &ObjectMeta {
-        &self.metadata
+fields! {
+    /// A Service.
+    Service {
+        #[serde(deserialize_with = "meta")]
+        metadata: ObjectMeta,
+        spec: Option<ServiceSpec>,
+        status: Option<ServiceStatus>,
+    }
+    /// What a Service should be.
+    ServiceSpec {
+        #[serde(rename = "type")]
+        type_: Option<String>,
+        #[serde(rename = "clusterIP")]
+        cluster_ip: Option<String>,
+        #[serde(rename = "clusterIPs", deserialize_with = "list")]
+        cluster_ips: Vec<String>,
+        #[serde(deserialize_with = "list")]
+        ip_families: Vec<String>,
+        #[serde(deserialize_with = "list")]
+        ports: Vec<ServicePort>,
+        #[serde(rename = "externalIPs", deserialize_with = "list")]
+        external_ips: Vec<String>,
+        internal_traffic_policy: Option<String>,
+        external_traffic_policy: Option<String>,
+        #[serde(deserialize_with = "integer")]
+        health_check_node_port: Option<i32>,
+        #[serde(deserialize_with = "list")]
+        load_balancer_source_ranges: Vec<String>,
+        session_affinity: Option<String>,
+        session_affinity_config: Option<SessionAffinityConfig>,
+    }
+    /// A port of a Service.
+    ServicePort {
+        name: Option<String>,
+        protocol: Option<String>,
+        #[serde(deserialize_with = "integer")]
+        port: Option<i32>,
+        #[serde(deserialize_with = "integer")]
+        node_port: Option<i32>,
+    }
+    /// Settings of session affinity.
+    SessionAffinityConfig {
+        #[serde(rename = "clientIP")]
+        client_ip: Option<ClientIpConfig>,
+    }
+    /// Settings of session affinity by the client's address.
+    ClientIpConfig {
+        #[serde(deserialize_with = "integer")]
+        timeout_seconds: Option<i32>,
+    }
+    /// What a Service is.
+    ServiceStatus {
+        load_balancer: Option<LoadBalancerStatus>,
+    }
+    /// What a load balancer has been given.
+    LoadBalancerStatus {
+        #[serde(deserialize_with = "list")]
+        ingress: Vec<LoadBalancerIngress>,
+    }
+    /// An address of a load balancer.
+    LoadBalancerIngress {
+        ip: Option<String>,
+        ip_mode: Option<String>,
     }
 
-    fn metadata_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.metadata
+    /// An EndpointSlice.
+    EndpointSlice {
+        #[serde(deserialize_with = "meta")]
+        metadata: ObjectMeta,
+        address_type: Option<String>,
+        #[serde(deserialize_with = "list")]
+        ports: Vec<EndpointPort>,
+        #[serde(deserialize_with = "list")]
+        endpoints: Vec<Endpoint>,
     }
+    /// A port of a slice's endpoints, or of a subset.
+    EndpointPort {
+        name: Option<String>,
+        protocol: Option<String>,
+        #[serde(deserialize_with = "integer")]
+        port: Option<i32>,
+    }
+    /// An endpoint of a slice.
+    Endpoint {
+        #[serde(deserialize_with = "list")]
+        addresses: Vec<String>,
+        conditions: Option<EndpointConditions>,
+        node_name: Option<String>,
+        hints: Option<EndpointHints>,
+    }
+    /// The state of an endpoint.
+    EndpointConditions {
+        ready: Option<bool>,
+        serving: Option<bool>,
+        terminating: Option<bool>,
+    }
+    /// For whom an endpoint is meant.
+    EndpointHints {
+        #[serde(deserialize_with = "list")]
+        for_zones: Vec<Named>,
+        #[serde(deserialize_with = "list")]
+        for_nodes: Vec<Named>,
+    }
+    /// A zone or node by its name.
+    Named {
+        name: Option<String>,
+    }
+
+    /// Endpoints, older than slices.
+    Endpoints {
+        #[serde(deserialize_with = "meta")]
+        metadata: ObjectMeta,
+        #[serde(deserialize_with = "list")]
+        subsets: Vec<EndpointSubset>,
+    }
+    /// Endpoints with the same ports.
+    EndpointSubset {
+        #[serde(deserialize_with = "list")]
+        addresses: Vec<EndpointAddress>,
+        #[serde(deserialize_with = "list")]
+        not_ready_addresses: Vec<EndpointAddress>,
+        #[serde(deserialize_with = "list")]
+        ports: Vec<EndpointPort>,
+    }
+    /// An endpoint of a subset.
+    EndpointAddress {
+        ip: Option<String>,
+        node_name: Option<String>,
+    }
+
+    /// A Node.
+    Node {
+        #[serde(deserialize_with = "meta")]
+        metadata: ObjectMeta,
+        spec: Option<NodeSpec>,
+        status: Option<NodeStatus>,
+    }
+    /// What a Node should be.
+    NodeSpec {
+        #[serde(rename = "podCIDR")]
+        pod_cidr: Option<String>,
+        #[serde(rename = "podCIDRs", deserialize_with = "list")]
+        pod_cidrs: Vec<String>,
+        #[serde(deserialize_with = "list")]
+        taints: Vec<Taint>,
+    }
+    /// What keeps pods away from a Node.
+    Taint {
+        key: Option<String>,
+    }
+    /// What a Node is.
+    NodeStatus {
+        #[serde(deserialize_with = "list")]
+        addresses: Vec<NodeAddress>,
+    }
+    /// An address of a Node.
+    NodeAddress {
+        #[serde(rename = "type")]
+        type_: Option<String>,
+        address: Option<String>,
+    }
+
+    /// A range of addresses for Services.
+    ServiceCidr {
+        #[serde(deserialize_with = "meta")]
+        metadata: ObjectMeta,
+        spec: Option<ServiceCidrSpec>,
+    }
+    /// What a ServiceCIDR should be.
+    ServiceCidrSpec {
+        #[serde(deserialize_with = "list")]
+        cidrs: Vec<String>,
+    }
+
+    /// A Pod.
+    Pod {
+        #[serde(deserialize_with = "meta")]
+        metadata: ObjectMeta,
+        spec: Option<PodSpec>,
+        status: Option<PodStatus>,
+    }
+    /// What a Pod should be.
+    PodSpec {
+        node_name: Option<String>,
+        runtime_class_name: Option<String>,
+        host_network: Option<bool>,
+    }
+    /// What a Pod is.
+    PodStatus {
+        phase: Option<String>,
+        #[serde(rename = "podIP")]
+        pod_ip: Option<String>,
+        #[serde(rename = "podIPs", deserialize_with = "list")]
+        pod_ips: Vec<Ip>,
+        #[serde(rename = "hostIP")]
+        host_ip: Option<String>,
+        #[serde(rename = "hostIPs", deserialize_with = "list")]
+        host_ips: Vec<Ip>,
+    }
+    /// An address of a Pod or of its node.
+    Ip {
+        ip: Option<String>,
+    }
+
+    /// Metadata that is read.
+    Meta {
+        namespace: Option<String>,
+        name: Option<String>,
+        uid: Option<String>,
+        resource_version: Option<String>,
+        creation_timestamp: Option<Time>,
+        deletion_timestamp: Option<Time>,
+        labels: Option<Texts>,
+        annotations: Option<Texts>,
+    }
+}
+
+/// A value, if it is of its type. Whatever else it is, it is not there.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub enum Maybe<T> {
+    /// It is.
+    Is(T),
+    /// It is not.
+    IsNot(IgnoredAny),
+}
+
+impl<T> Maybe<T> {
+    fn get(self) -> Option<T> {
+        match self {
+            Self::Is(value) => Some(value),
+            Self::IsNot(_) => None,
+        }
+    }
+}
+
+/// Labels or annotations.
+type Texts = Maybe<BTreeMap<String, Maybe<String>>>;
+
+fn texts(values: Option<Texts>) -> Option<BTreeMap<String, String>> {
+    let values = values?.get()?.into_iter();
+    Some(values.filter_map(|(key, value)| Some((key, value.get()?))).collect())
+}
+
+fn meta<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
+    let meta = Option::<Meta>::deserialize(deserializer)?.unwrap_or_default();
+    Ok(ObjectMeta {
+        namespace: meta.namespace,
+        name: meta.name,
+        uid: meta.uid,
+        resource_version: meta.resource_version,
+        creation_timestamp: meta.creation_timestamp,
+        deletion_timestamp: meta.deletion_timestamp,
+        labels: texts(meta.labels),
+        annotations: texts(meta.annotations),
+        ..ObjectMeta::default()
+    })
+}
+
+/// A list without its nulls.
+fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    let values = Option::<Vec<Option<T>>>::deserialize(deserializer)?;
+    Ok(values.into_iter().flatten().flatten().collect())
+}
+
+/// A whole number, also if it is written as `80.0`.
+fn integer<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<i32>, D::Error> {
+    struct Integer;
+
+    impl<'de> Visitor<'de> for Integer {
+        type Value = Option<i32>;
+
+        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+            formatter.write_str("a whole number of 32 bits")
+        }
+
+        fn visit_none<E>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+            deserializer.deserialize_any(self)
+        }
+
+        fn visit_i64<E: de::Error>(self, value: i64) -> Result<Self::Value, E> {
+            let fits = i32::try_from(value).map(Some);
+            fits.map_err(|_| E::invalid_value(de::Unexpected::Signed(value), &self))
+        }
+
+        fn visit_u64<E: de::Error>(self, value: u64) -> Result<Self::Value, E> {
+            let fits = i32::try_from(value).map(Some);
+            fits.map_err(|_| E::invalid_value(de::Unexpected::Unsigned(value), &self))
+        }
+
+        fn visit_f64<E: de::Error>(self, value: f64) -> Result<Self::Value, E> {
+            #[expect(clippy::cast_possible_truncation, reason = "compared afterwards")]
+            let whole = value as i32;
+            if f64::from(whole) == value {
+                Ok(Some(whole))
+            } else {
+                Err(E::invalid_value(de::Unexpected::Float(value), &self))
+            }
+        }
+    }
+
+    deserializer.deserialize_option(Integer)
 }

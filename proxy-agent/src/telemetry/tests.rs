@@ -1,11 +1,10 @@
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde_json::{Value, json};
 
 use super::*;
 use crate::cluster::Cluster;
 use crate::desired::{Context, desired_service};
 use crate::sources::convert::Converter;
+use crate::sources::objects;
 
 /// A cluster, what is told of it, and nothing in between.
 struct World {
@@ -70,7 +69,7 @@ fn annotated(name: &str, spec: &Value, annotations: &Value) -> Change {
     for (field, value) in spec.as_object().unwrap() {
         object["spec"][field] = value.clone();
     }
-    let object: core::Service = serde_json::from_value(object).unwrap();
+    let object: objects::Service = serde_json::from_value(object).unwrap();
     Change::Service(Converter::new("n1").service(&object).unwrap().unwrap())
 }
 
@@ -84,7 +83,7 @@ fn slice(service: &str, node: &str, trigger_time: Option<&str>) -> Change {
         "addressType": "IPv4", "ports": [{"name": "web", "port": 8080}],
         "endpoints": [{"addresses": ["10.64.1.11"], "nodeName": node}],
     });
-    let object: EndpointSlice = serde_json::from_value(object).unwrap();
+    let object: objects::EndpointSlice = serde_json::from_value(object).unwrap();
     Change::Slice(Converter::new("n1").slice(&object).unwrap().unwrap())
 }
 

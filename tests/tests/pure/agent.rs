@@ -7,9 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use k8s_openapi::api::core::v1::{Node, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-use k8s_openapi::api::networking::v1::ServiceCIDR;
 use proxy_agent::cluster::{self, Change, Cluster, ObjectKey, Scope};
 use proxy_agent::desired::{Context, desired_service};
 use proxy_agent::model::Model;
@@ -17,6 +14,7 @@ use proxy_agent::node::{NodePortAddresses, local_addresses};
 use proxy_agent::plan::{NodeTables, Plan, Wanted, plan, plan_left, plan_node};
 use proxy_agent::sim::Simulator;
 use proxy_agent::sources::convert::Converter;
+use proxy_agent::sources::objects::{EndpointSlice, Node, Service, ServiceCidr};
 use proxy_agent::store::{Capacity, Contents, MapStore as _, Op, filter_words};
 use proxy_common::abi;
 use proxy_common::addr::{Addr, Prefix};
@@ -134,7 +132,7 @@ impl Agent {
                 self.converter.node(&node).map(Change::Node)
             }
             Some("ServiceCIDR") => {
-                let cidr: ServiceCIDR = serde_json::from_str(&text)?;
+                let cidr: ServiceCidr = serde_json::from_str(&text)?;
                 let cidr = self.converter.service_cidr(&cidr).map_err(refused)?;
                 Some(Change::ServiceCidr(cidr.name, cidr.prefixes))
             }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
@@ -10,19 +9,17 @@ use kube::Resource;
 use super::follow::Event;
 use super::received::Received;
 use super::tenants::Tenants;
+use super::unusable::Unusable;
 use super::watch::Fetched;
 use super::{Kind, KindEvent};
 use crate::cluster::{Change, ObjectKey};
 use crate::desired::Budgets;
 use crate::opt_out::Rules;
-use crate::shares::{Shares, tenant_of};
-use crate::sources::Problem;
 use crate::sources::convert::{Converter, key_of};
+use crate::sources::{Problem, outcome};
 
-/// Lines of the log that a namespace has at once.
-const LINES: u32 = 50;
-/// It has one more each time this much has passed.
-const PER_LINE: Duration = Duration::from_secs(10);
+/// The longest name of an object.
+const NAME_MAX: usize = 253;
 
 /// The state of all watches.
 pub(super) struct Intake {
@@ -34,7 +31,8 @@ pub(super) struct Intake {
     pods: Known<ObjectKey>,
     /// What of it is kept.
     pub(super) tenants: Tenants,
-    lines: Shares,
+    /// What of it makes no sense.
+    pub(super) unusable: Unusable,
 }
 
 impl Intake {
@@ -52,7 +50,7 @@ impl Intake {
             }),
             service_cidrs: Known::new(|name| Some(Change::ServiceCidrGone(name))),
             tenants: Tenants::new(budgets),
-            lines: Shares::new(LINES, PER_LINE),
+            unusable: Unusable::new(),
         }
     }
 
@@ -81,19 +79,19 @@ impl Intake {
     }
 
     fn convert(&mut self, event: KindEvent, changes: &mut Vec<Change>) {
-        let Self { converter, lines, .. } = self;
+        let Self { converter, unusable, .. } = self;
         match event {
             KindEvent::Service(event) => {
                 let convert = |object: &_| Ok(converter.service(object)?.map(Change::Service));
-                self.services.take(event, key_of, convert, changes, lines);
+                self.services.take(event, key_of, convert, changes, unusable);
             }
             KindEvent::Slice(event) => {
                 let convert = |object: &_| Ok(converter.slice(object)?.map(Change::Slice));
-                self.slices.take(event, key_of, convert, changes, lines);
+                self.slices.take(event, key_of, convert, changes, unusable);
             }
             KindEvent::Node(event) => {
                 let convert = |object: &_| Ok(converter.node(object).map(Change::Node));
-                self.node.take(event, |_| (), convert, changes, lines);
+                self.node.take(event, |_| (), convert, changes, unusable);
             }
             KindEvent::ServiceCidr(event) => {
                 let convert = |object: &_| {
@@ -108,12 +106,12 @@ impl Intake {
                     |meta| meta.name.as_deref().unwrap_or_default().into(),
                     convert,
                     changes,
-                    lines,
+                    unusable,
                 );
             }
             KindEvent::Pod(event) => {
                 let convert = |object: &_| Ok(converter.pod(object)?.map(Change::Pod));
-                self.pods.take(event, key_of, convert, changes, lines);
+                self.pods.take(event, key_of, convert, changes, unusable);
             }
         }
     }
@@ -153,6 +151,8 @@ struct Known<K> {
     all: BTreeSet<K>,
     /// Those of them that the list which is coming in has.
     listed: Option<BTreeSet<K>>,
+    /// How many lists have begun.
+    lists: u64,
     /// The first list has come to its end.
     complete: bool,
     gone: fn(K) -> Option<Change>,
@@ -160,7 +160,7 @@ struct Known<K> {
 
 impl<K: Ord + Clone> Known<K> {
     fn new(gone: fn(K) -> Option<Change>) -> Self {
-        Self { all: BTreeSet::new(), listed: None, complete: false, gone }
+        Self { all: BTreeSet::new(), listed: None, lists: 0, complete: false, gone }
     }
 
     fn has_list(&self) -> bool {
@@ -173,19 +173,24 @@ impl<K: Ord + Clone> Known<K> {
         key: impl FnOnce(&ObjectMeta) -> K,
         convert: impl FnOnce(&O) -> Result<Option<Change>, Problem>,
         changes: &mut Vec<Change>,
-        lines: &mut Shares,
+        unusable: &mut Unusable,
     ) {
         match event {
-            Event::ListBegins => self.listed = Some(BTreeSet::new()),
+            Event::ListBegins => {
+                self.listed = Some(BTreeSet::new());
+                self.lists += 1;
+            }
             Event::Applied(received) => {
-                let key = key(received.meta());
+                let (object, key) = (named::<O>(received.meta()), key(received.meta()));
                 let converted = match &received {
                     Received::Object(object) => convert(object),
-                    Received::Nonsense(nonsense) => Err(Problem {
-                        object: format!("{} {}", O::kind(&()), key_of(received.meta())),
-                        reason: format!("{}; the object is ignored", nonsense.reason),
-                    }),
+                    Received::Nonsense(nonsense) => {
+                        Err(Problem { object: object.clone(), reason: nonsense.reason.clone() })
+                    }
                 };
+                if converted.is_ok() {
+                    unusable.mended(&object);
+                }
                 match converted {
                     Ok(Some(change)) => {
                         changes.push(change);
@@ -198,17 +203,19 @@ impl<K: Ord + Clone> Known<K> {
                     Ok(None) => self.remove(key, changes),
                     // As if the server had not sent it: what was known of it stays.
                     Err(problem) => {
-                        let Problem { object, reason } = problem;
-                        if let Some(unlogged) = lines.take(tenant_of(&object), Instant::now()) {
-                            tracing::warn!(object, reason, unlogged, "unusable object");
-                        }
+                        let outcome = outcome(self.all.contains(&key));
+                        let reason = format!("{}; {outcome}", problem.reason);
+                        unusable.note(Problem { object, reason }, self.lists);
                         if let Some(listed) = &mut self.listed {
                             listed.insert(key);
                         }
                     }
                 }
             }
-            Event::Deleted(received) => self.remove(key(received.meta()), changes),
+            Event::Deleted(received) => {
+                unusable.mended(&named::<O>(received.meta()));
+                self.remove(key(received.meta()), changes);
+            }
             Event::ListEnds => {
                 let listed = self.listed.take().unwrap_or_default();
                 let lacking: Vec<K> = self.all.difference(&listed).cloned().collect();
@@ -216,6 +223,7 @@ impl<K: Ord + Clone> Known<K> {
                     self.remove(key, changes);
                 }
                 self.complete = true;
+                unusable.list_ends(&O::kind(&()), self.lists);
             }
         }
     }
@@ -224,5 +232,17 @@ impl<K: Ord + Clone> Known<K> {
         if self.all.remove(&key) {
             changes.extend((self.gone)(key));
         }
+    }
+}
+
+/// An object as problems name it.
+fn named<O: Resource<DynamicType = ()>>(meta: &ObjectMeta) -> String {
+    // Nonsense may be longer than a name.
+    let cut =
+        |name: &Option<String>| name.iter().flat_map(|name| name.chars().take(NAME_MAX)).collect::<String>();
+    let (kind, name) = (O::kind(&()), cut(&meta.name));
+    match &meta.namespace {
+        Some(_) => format!("{kind} {}/{name}", cut(&meta.namespace)),
+        None => format!("{kind} {name}"),
     }
 }

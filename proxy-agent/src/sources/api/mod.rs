@@ -12,15 +12,12 @@ use std::time::{Duration, Instant};
 use axum::http::Uri;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt as _, StreamExt as _};
-use k8s_openapi::api::core::v1::{Node, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config, Resource as _};
 use tokio::sync::mpsc::Sender;
 
-use super::pod::PodObject;
+use super::objects::{EndpointSlice, Node, Pod, Service, ServiceCidr};
 use super::{SourceError, Update};
 use crate::cluster::Change;
 use crate::desired::Budgets;
@@ -39,6 +36,7 @@ mod pace;
 mod received;
 mod tenants;
 mod token;
+mod unusable;
 mod watch;
 
 /// The most changes in one message while lists come in.
@@ -138,8 +136,8 @@ enum KindEvent {
     Service(Event<Received<Service>>),
     Slice(Event<Received<EndpointSlice>>),
     Node(Event<Received<Node>>),
-    ServiceCidr(Event<Received<ServiceCIDR>>),
-    Pod(Event<Received<PodObject>>),
+    ServiceCidr(Event<Received<ServiceCidr>>),
+    Pod(Event<Received<Pod>>),
 }
 
 impl KindEvent {
@@ -238,9 +236,9 @@ pub async fn run(
         if !changes.is_empty() {
             messages.push(Update::Changes(changes));
         }
-        if complaints.have_changed() | intake.tenants.have_changed() {
+        if complaints.have_changed() | intake.tenants.have_changed() | intake.unusable.have_changed() {
             let problems = complaints.problems().into_iter().chain(intake.tenants.problems());
-            messages.push(Update::Problems(problems.collect()));
+            messages.push(Update::Problems(problems.chain(intake.unusable.problems()).collect()));
         }
         if !synced && intake.is_complete() {
             messages.push(Update::Synced);

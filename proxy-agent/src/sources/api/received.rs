@@ -29,7 +29,7 @@ pub(super) struct Nonsense {
 }
 
 impl Nonsense {
-    fn new(text: &str, error: &serde_json::Error) -> Self {
+    fn new<K: DeserializeOwned>(text: &str, error: &serde_json::Error) -> Self {
         let object: Value = serde_json::from_str(text).unwrap_or_default();
         let field = |name: &str| object["metadata"][name].as_str().map(str::to_owned);
         let meta = ObjectMeta {
@@ -38,7 +38,9 @@ impl Nonsense {
             resource_version: field("resourceVersion"),
             ..ObjectMeta::default()
         };
-        Self { meta, reason: error.to_string() }
+        // Once more, with the way to the field.
+        let told = serde_path_to_error::deserialize::<_, K>(&mut serde_json::Deserializer::from_str(text));
+        Self { meta, reason: told.map_or_else(|told| told.to_string(), |_| error.to_string()) }
     }
 }
 
@@ -48,7 +50,7 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Received<K> {
         let text = <&RawValue>::deserialize(deserializer)?.get();
         Ok(match serde_json::from_str(text) {
             Ok(object) => Self::Object(object),
-            Err(error) => Self::Nonsense(Box::new(Nonsense::new(text, &error))),
+            Err(error) => Self::Nonsense(Box::new(Nonsense::new::<K>(text, &error))),
         })
     }
 }
@@ -91,14 +93,14 @@ impl<K: Resource> Resource for Received<K> {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::Service;
     use kube::ResourceExt as _;
     use kube::api::{ObjectList, WatchEvent};
 
     use super::*;
+    use crate::sources::objects::Service;
 
     const GOOD: &str = r#"{"metadata":{"name":"good","resourceVersion":"1"},"spec":{"ports":[{"port":80}]}}"#;
-    const BAD: &str = r#"{"metadata":{"namespace":"a","name":"bad","resourceVersion":"2","labels":7},"spec":{"ports":"none"}}"#;
+    const BAD: &str = r#"{"metadata":{"namespace":"a","name":"bad","resourceVersion":"2","creationTimestamp":7},"spec":{"ports":"none"}}"#;
 
     fn describe(received: &Received<Service>) -> String {
         let verdict = match received {
@@ -114,7 +116,10 @@ mod tests {
         let list: ObjectList<Received<Service>> = serde_json::from_str(&list).unwrap();
         let all: Vec<String> = list.items.iter().map(describe).collect();
         assert_eq!((&all[0], &all[3]), (&r#"good Some("1"): fine"#.to_owned(), &all[0]));
-        assert!(all[1].starts_with(r#"bad Some("2"): invalid type: integer `7`"#), "{all:?}");
+        assert!(
+            all[1].starts_with(r#"bad Some("2"): metadata.creationTimestamp: invalid type: integer `7`"#),
+            "{all:?}"
+        );
         assert!(all[2].starts_with(" None: "), "{all:?}");
     }
 

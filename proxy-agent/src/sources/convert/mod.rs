@@ -7,21 +7,20 @@
 use std::fmt;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use proxy_common::addr::Prefix;
 
 use super::Problem;
-use super::lenient;
-use super::pod::PodObject;
 use super::share::Shared;
+use super::{lenient, objects};
 use crate::cluster::{Node, ObjectKey, Pod};
 use crate::opt_out::Rules;
 
 mod service;
 mod slice;
 
+#[cfg(test)]
+mod fields;
 #[cfg(test)]
 mod tests;
 
@@ -76,24 +75,24 @@ impl Converter {
     }
 
     /// This node; `None` for any other. Addresses that are none are skipped.
-    pub fn node(&mut self, object: &core::Node) -> Option<Node> {
+    pub fn node(&mut self, object: &objects::Node) -> Option<Node> {
         if object.metadata.name.as_deref() != Some(&self.node_name) {
             return None;
         }
         let zone = label(&object.metadata, ZONE_LABEL).filter(|zone| !zone.is_empty());
-        let mut taints = object.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+        let mut taints = object.spec.iter().flat_map(|spec| &spec.taints);
         let mut node = Node {
             zone: zone.map(|zone| self.shared.string(zone)),
             ips: [None; 2],
             primary: None,
             pod_cidrs: pod_cidrs(object),
             leaving: object.metadata.deletion_timestamp.is_some()
-                || taints.any(|taint| taint.key == LEAVING_TAINT),
+                || taints.any(|taint| taint.key.as_deref() == Some(LEAVING_TAINT)),
         };
-        let addresses = object.status.iter().flat_map(|status| status.addresses.iter().flatten());
+        let addresses = object.status.iter().flat_map(|status| &status.addresses);
         for kind in ["InternalIP", "ExternalIP"] {
-            for address in addresses.clone().filter(|address| address.type_ == kind) {
-                if let Ok(addr) = lenient::addr(&address.address) {
+            for address in addresses.clone().filter(|address| address.type_.as_deref() == Some(kind)) {
+                if let Ok(addr) = lenient::addr(address.address.as_deref().unwrap_or_default()) {
                     node.ips[addr.family().index()].get_or_insert(addr);
                     node.primary.get_or_insert(addr.family());
                 }
@@ -106,7 +105,7 @@ impl Converter {
     ///
     /// # Errors
     /// The object has no usable name or uid.
-    pub fn pod(&mut self, object: &PodObject) -> Result<Option<Pod>, Problem> {
+    pub fn pod(&mut self, object: &objects::Pod) -> Result<Option<Pod>, Problem> {
         let (meta, spec) = (&object.metadata, object.spec.as_ref());
         let phase = object.status.as_ref().and_then(|status| status.phase.as_deref());
         let class = spec.and_then(|spec| spec.runtime_class_name.as_deref());
@@ -130,15 +129,15 @@ impl Converter {
     ///
     /// # Errors
     /// The object has no usable name.
-    pub fn service_cidr(&mut self, object: &ServiceCIDR) -> Result<ServiceCidr, Problem> {
+    pub fn service_cidr(&mut self, object: &objects::ServiceCidr) -> Result<ServiceCidr, Problem> {
         let name = object.metadata.name.as_deref().unwrap_or_default();
         check_name(name, SUBDOMAIN_MAX).map_err(|reason| Problem {
             object: format!("ServiceCIDR {}", excerpt(name)),
-            reason: format!("metadata.name {reason}; the object is ignored"),
+            reason: format!("metadata.name {reason}"),
         })?;
         let mut findings = Findings::default();
         let mut prefixes = Vec::new();
-        for (i, cidr) in object.spec.iter().flat_map(|spec| spec.cidrs.iter().flatten()).enumerate() {
+        for (i, cidr) in object.spec.iter().flat_map(|spec| &spec.cidrs).enumerate() {
             match lenient::prefix(cidr.trim()) {
                 Ok(prefix) => prefixes.push(prefix),
                 Err(what) => findings.quoted(format_args!("spec.cidrs[{i}]"), cidr, what),
@@ -154,7 +153,7 @@ impl Converter {
         for (field, value, max) in [("namespace", namespace, LABEL_MAX), ("name", name, name_max)] {
             check_name(value, max).map_err(|reason| Problem {
                 object: format!("{kind} {}/{}", excerpt(namespace), excerpt(name)),
-                reason: format!("metadata.{field} {reason}; the object is ignored"),
+                reason: format!("metadata.{field} {reason}"),
             })?;
         }
         Ok(ObjectKey { namespace: self.shared.string(namespace), name: self.shared.string(name) })
@@ -173,9 +172,9 @@ pub fn key_of(meta: &ObjectMeta) -> ObjectKey {
 }
 
 /// `podCIDRs`, or the older `podCIDR` where only that is set.
-fn pod_cidrs(object: &core::Node) -> Vec<Prefix> {
+fn pod_cidrs(object: &objects::Node) -> Vec<Prefix> {
     let Some(spec) = &object.spec else { return Vec::new() };
-    let many = spec.pod_cidrs.iter().flatten().filter(|text| !text.is_empty());
+    let many = spec.pod_cidrs.iter().filter(|text| !text.is_empty());
     let one = spec.pod_cidr.iter().filter(|text| !text.is_empty());
     let parse = |text: &String| lenient::prefix(text).ok();
     match many.clone().next() {

@@ -3,10 +3,11 @@
 use std::collections::HashSet;
 use std::fmt;
 
-use k8s_openapi::api::core::v1 as core;
 use proxy_common::addr::{Addr, Family, Prefix};
 
-use super::{Converter, Findings, LABEL_MAX, PROXY_NAME_LABEL, Problem, check_port_name, label, lenient};
+use super::{
+    Converter, Findings, LABEL_MAX, PROXY_NAME_LABEL, Problem, check_port_name, label, lenient, objects,
+};
 use crate::cluster::{Service, ServicePort, ServiceType, TrafficPolicy};
 
 /// `sessionAffinityConfig.clientIP.timeoutSeconds` when it is not given, seconds.
@@ -19,7 +20,7 @@ impl Converter {
     ///
     /// # Errors
     /// The object has no usable namespace or name.
-    pub fn service(&mut self, object: &core::Service) -> Result<Option<Service>, Problem> {
+    pub fn service(&mut self, object: &objects::Service) -> Result<Option<Service>, Problem> {
         let key = self.key("Service", &object.metadata, LABEL_MAX)?;
         let Some(spec) = &object.spec else { return Ok(None) };
         if label(&object.metadata, PROXY_NAME_LABEL).is_some() || spec.cluster_ip.as_deref() == Some("None") {
@@ -49,10 +50,10 @@ impl Converter {
         Ok(Some(Service { problems: findings.finish(), ..service }))
     }
 
-    fn service_ports(&mut self, spec: &core::ServiceSpec, findings: &mut Findings) -> Vec<ServicePort> {
+    fn service_ports(&mut self, spec: &objects::ServiceSpec, findings: &mut Findings) -> Vec<ServicePort> {
         let mut ports: Vec<ServicePort> = Vec::new();
         let mut names = HashSet::new();
-        for (i, entry) in spec.ports.iter().flatten().enumerate() {
+        for (i, entry) in spec.ports.iter().enumerate() {
             let name = entry.name.as_deref().unwrap_or_default();
             if let Err(reason) = check_port_name(name) {
                 findings.note(
@@ -67,9 +68,12 @@ impl Converter {
                 findings.note(format_args!("spec.ports[{i}].protocol"), format_args!("{given:?} {what}"));
                 continue;
             };
-            let Some(port) = lenient::port(entry.port) else {
+            let Some(port) = lenient::port(entry.port.unwrap_or_default()) else {
                 let what = "is not in 1..65535; the port is ignored";
-                findings.note(format_args!("spec.ports[{i}].port"), format_args!("{} {what}", entry.port));
+                findings.note(
+                    format_args!("spec.ports[{i}].port"),
+                    format_args!("{} {what}", entry.port.unwrap_or_default()),
+                );
                 continue;
             };
             if !names.insert((name, proto)) {
@@ -85,7 +89,7 @@ impl Converter {
     }
 }
 
-fn service_type(spec: &core::ServiceSpec, findings: &mut Findings) -> ServiceType {
+fn service_type(spec: &objects::ServiceSpec, findings: &mut Findings) -> ServiceType {
     match spec.type_.as_deref().unwrap_or_default() {
         "" | "ClusterIP" => ServiceType::ClusterIp,
         "NodePort" => ServiceType::NodePort,
@@ -105,7 +109,7 @@ fn service_type(spec: &core::ServiceSpec, findings: &mut Findings) -> ServiceTyp
 /// speak for themselves, and `clusterIP` alone stands for a list of one (the API server fills in both, a manifest
 /// may have either).
 fn cluster_ips(
-    spec: &core::ServiceSpec,
+    spec: &objects::ServiceSpec,
     service_type: ServiceType,
     findings: &mut Findings,
 ) -> [Option<Addr>; 2] {
@@ -113,7 +117,7 @@ fn cluster_ips(
     if service_type == ServiceType::ExternalName {
         return ips;
     }
-    let listed = spec.cluster_ips.as_deref().unwrap_or_default();
+    let listed = spec.cluster_ips.as_slice();
     let values = match &spec.cluster_ip {
         Some(ip) if ip.is_empty() => &[],
         Some(ip) if listed.is_empty() => std::slice::from_ref(ip),
@@ -122,7 +126,7 @@ fn cluster_ips(
     if values.is_empty() {
         findings.note(format_args!("spec.clusterIP"), format_args!("is not set: the Service is not served"));
     }
-    let families = spec.ip_families.as_deref().unwrap_or_default();
+    let families = &spec.ip_families;
     for (i, value) in values.iter().enumerate() {
         let field = format_args!("spec.clusterIPs[{i}]");
         let addr = match lenient::addr(value) {
@@ -154,9 +158,9 @@ fn cluster_ips(
     ips
 }
 
-fn external_ips(spec: &core::ServiceSpec, findings: &mut Findings) -> Vec<Addr> {
+fn external_ips(spec: &objects::ServiceSpec, findings: &mut Findings) -> Vec<Addr> {
     let mut ips = Vec::new();
-    for (i, value) in spec.external_ips.iter().flatten().enumerate().filter(|(_, value)| !value.is_empty()) {
+    for (i, value) in spec.external_ips.iter().enumerate().filter(|(_, value)| !value.is_empty()) {
         match lenient::addr(value) {
             Ok(addr) => ips.push(addr),
             Err(what) => findings.quoted(format_args!("spec.externalIPs[{i}]"), value, what),
@@ -165,10 +169,10 @@ fn external_ips(spec: &core::ServiceSpec, findings: &mut Findings) -> Vec<Addr> 
     ips
 }
 
-fn load_balancer_ips(object: &core::Service, findings: &mut Findings) -> Vec<Addr> {
+fn load_balancer_ips(object: &objects::Service, findings: &mut Findings) -> Vec<Addr> {
     let status = object.status.as_ref().and_then(|status| status.load_balancer.as_ref());
     let mut ips = Vec::new();
-    for (i, ingress) in status.iter().flat_map(|status| status.ingress.iter().flatten()).enumerate() {
+    for (i, ingress) in status.iter().flat_map(|status| &status.ingress).enumerate() {
         let Some(value) = ingress.ip.as_deref().filter(|ip| !ip.is_empty()) else { continue };
         match ingress.ip_mode.as_deref() {
             None | Some("VIP") => {}
@@ -189,9 +193,9 @@ fn load_balancer_ips(object: &core::Service, findings: &mut Findings) -> Vec<Add
     ips
 }
 
-fn source_ranges(spec: &core::ServiceSpec, findings: &mut Findings) -> Vec<Prefix> {
+fn source_ranges(spec: &objects::ServiceSpec, findings: &mut Findings) -> Vec<Prefix> {
     let mut ranges = Vec::new();
-    for (i, value) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
+    for (i, value) in spec.load_balancer_source_ranges.iter().enumerate() {
         match value.trim() {
             "" => {}
             text => match lenient::prefix(text) {
@@ -217,7 +221,7 @@ fn policy(side: &str, value: Option<&str>, findings: &mut Findings) -> TrafficPo
     }
 }
 
-fn affinity_seconds(spec: &core::ServiceSpec, findings: &mut Findings) -> Option<u32> {
+fn affinity_seconds(spec: &objects::ServiceSpec, findings: &mut Findings) -> Option<u32> {
     match spec.session_affinity.as_deref().unwrap_or_default() {
         "" | "None" => return None,
         "ClientIP" => {}

@@ -2,15 +2,13 @@
 
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use proxy_common::addr::Family;
 
 use super::{
     Converter, Findings, HEADLESS_LABEL, LABEL_MAX, Problem, SERVICE_NAME_LABEL, SUBDOMAIN_MAX, check_name,
-    check_port_name, label, lenient,
+    check_port_name, label, lenient, objects,
 };
 use crate::cluster::{Endpoint, Hints, ObjectKey, Slice, SlicePort};
 
@@ -22,7 +20,7 @@ impl Converter {
     ///
     /// # Errors
     /// The object has no usable namespace, name, Service name or address type.
-    pub fn slice(&mut self, object: &discovery::EndpointSlice) -> Result<Option<Slice>, Problem> {
+    pub fn slice(&mut self, object: &objects::EndpointSlice) -> Result<Option<Slice>, Problem> {
         let key = self.key("EndpointSlice", &object.metadata, SUBDOMAIN_MAX)?;
         let refused = |reason: String| Problem { object: format!("EndpointSlice {key}"), reason };
         if label(&object.metadata, HEADLESS_LABEL).is_some() {
@@ -31,17 +29,14 @@ impl Converter {
         let Some(name) = label(&object.metadata, SERVICE_NAME_LABEL).filter(|name| !name.is_empty()) else {
             return Ok(None);
         };
-        check_name(name, LABEL_MAX).map_err(|reason| {
-            refused(format!("label {SERVICE_NAME_LABEL} {reason}; the object is ignored"))
-        })?;
-        let family = match object.address_type.as_str() {
+        check_name(name, LABEL_MAX)
+            .map_err(|reason| refused(format!("label {SERVICE_NAME_LABEL} {reason}")))?;
+        let family = match object.address_type.as_deref().unwrap_or_default() {
             "IPv4" => Family::V4,
             "IPv6" => Family::V6,
             "FQDN" => return Ok(None),
             other => {
-                return Err(refused(format!(
-                    "addressType {other:?} is not IPv4 or IPv6; the object is ignored"
-                )));
+                return Err(refused(format!("addressType {other:?} is not IPv4 or IPv6")));
             }
         };
         let service = ObjectKey { namespace: Arc::clone(&key.namespace), name: self.shared.string(name) };
@@ -64,13 +59,13 @@ impl Converter {
     ///
     /// # Errors
     /// The object has no usable namespace or name.
-    pub fn endpoints(&mut self, object: &core::Endpoints) -> Result<Vec<Slice>, Problem> {
+    pub fn endpoints(&mut self, object: &objects::Endpoints) -> Result<Vec<Slice>, Problem> {
         let key = self.key("Endpoints", &object.metadata, LABEL_MAX)?;
         let mut slices = Vec::new();
-        for (i, subset) in object.subsets.iter().flatten().enumerate() {
+        for (i, subset) in object.subsets.iter().enumerate() {
             for family in Family::ALL {
                 let mut slice = slice_of_subset(subset, family);
-                if slice.endpoints.as_ref().is_none_or(Vec::is_empty) {
+                if slice.endpoints.is_empty() {
                     continue;
                 }
                 slice.metadata = object.metadata.clone();
@@ -83,9 +78,9 @@ impl Converter {
         Ok(slices)
     }
 
-    fn slice_ports(&mut self, object: &discovery::EndpointSlice, findings: &mut Findings) -> Vec<SlicePort> {
+    fn slice_ports(&mut self, object: &objects::EndpointSlice, findings: &mut Findings) -> Vec<SlicePort> {
         let mut ports = Vec::new();
-        for (i, entry) in object.ports.iter().flatten().enumerate() {
+        for (i, entry) in object.ports.iter().enumerate() {
             let Some(name) = entry.name.as_deref() else {
                 findings
                     .note(format_args!("ports[{i}].name"), format_args!("is missing; the port is ignored"));
@@ -114,13 +109,12 @@ impl Converter {
 
     fn slice_endpoints(
         &mut self,
-        object: &discovery::EndpointSlice,
+        object: &objects::EndpointSlice,
         family: Family,
         findings: &mut Findings,
     ) -> Vec<Endpoint> {
-        let given = object.endpoints.as_deref().unwrap_or_default();
-        let mut endpoints = Vec::with_capacity(given.len());
-        for (i, endpoint) in given.iter().enumerate() {
+        let mut endpoints = Vec::with_capacity(object.endpoints.len());
+        for (i, endpoint) in object.endpoints.iter().enumerate() {
             // The API allows several addresses, but they would all be of one pod.
             let Some(text) = endpoint.addresses.first() else { continue };
             let addr = match lenient::addr(text) {
@@ -155,44 +149,45 @@ impl Converter {
         endpoints
     }
 
-    fn hints(&mut self, hints: &discovery::EndpointHints) -> Option<Arc<Hints>> {
-        let zones: Vec<_> =
-            hints.for_zones.iter().flatten().map(|zone| self.shared.string(&zone.name)).collect();
-        let nodes: Vec<_> =
-            hints.for_nodes.iter().flatten().map(|node| self.shared.string(&node.name)).collect();
+    fn hints(&mut self, hints: &objects::EndpointHints) -> Option<Arc<Hints>> {
+        let mut names = |given: &[objects::Named]| -> Vec<_> {
+            given.iter().filter_map(|named| Some(self.shared.string(named.name.as_deref()?))).collect()
+        };
+        let (zones, nodes) = (names(&hints.for_zones), names(&hints.for_nodes));
         (!zones.is_empty() || !nodes.is_empty()).then(|| self.shared.hints(Hints { zones, nodes }))
     }
 }
 
 /// The addresses of one family in a subset, without metadata.
-fn slice_of_subset(subset: &core::EndpointSubset, family: Family) -> discovery::EndpointSlice {
-    let endpoint = |address: &core::EndpointAddress, ready| discovery::Endpoint {
-        addresses: vec![address.ip.clone()],
-        conditions: Some(discovery::EndpointConditions {
+fn slice_of_subset(subset: &objects::EndpointSubset, family: Family) -> objects::EndpointSlice {
+    let endpoint = |address: &objects::EndpointAddress, ready| objects::Endpoint {
+        addresses: address.ip.iter().cloned().collect(),
+        conditions: Some(objects::EndpointConditions {
             ready: Some(ready),
             serving: Some(ready),
             terminating: Some(false),
         }),
         node_name: address.node_name.clone(),
-        ..discovery::Endpoint::default()
+        ..objects::Endpoint::default()
     };
-    let ready = subset.addresses.iter().flatten().map(|address| (address, true));
-    let not_ready = subset.not_ready_addresses.iter().flatten().map(|address| (address, false));
+    let ready = subset.addresses.iter().map(|address| (address, true));
+    let not_ready = subset.not_ready_addresses.iter().map(|address| (address, false));
     let endpoints = ready
         .chain(not_ready)
-        .filter(|(address, _)| address.ip.contains(':') == (family == Family::V6))
+        .filter(|(address, _)| {
+            address.ip.as_ref().is_some_and(|ip| ip.contains(':')) == (family == Family::V6)
+        })
         .map(|(address, ready)| endpoint(address, ready))
         .collect();
-    let port = |port: &core::EndpointPort| discovery::EndpointPort {
+    let port = |port: &objects::EndpointPort| objects::EndpointPort {
         name: Some(port.name.clone().unwrap_or_default()),
-        port: Some(port.port),
+        port: port.port,
         protocol: port.protocol.clone(),
-        app_protocol: None,
     };
-    discovery::EndpointSlice {
-        address_type: family.to_string(),
-        endpoints: Some(endpoints),
-        ports: subset.ports.as_ref().map(|ports| ports.iter().map(port).collect()),
+    objects::EndpointSlice {
+        address_type: Some(family.to_string()),
+        endpoints,
+        ports: subset.ports.iter().map(port).collect(),
         metadata: ObjectMeta::default(),
     }
 }

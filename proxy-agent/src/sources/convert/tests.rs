@@ -242,11 +242,11 @@ fn timeout(seconds: i64) -> Value {
 #[test]
 fn unusable_names_are_refused() {
     for (meta, reason) in [
-        (json!({"name": "s"}), "metadata.namespace is missing; the object is ignored"),
-        (json!({"namespace": "a"}), "metadata.name is missing; the object is ignored"),
+        (json!({"name": "s"}), "metadata.namespace is missing"),
+        (json!({"namespace": "a"}), "metadata.name is missing"),
         (
             json!({"namespace": "a", "name": "s".repeat(64)}),
-            "metadata.name has 64 bytes, more than the 63 that Kubernetes allows; the object is ignored",
+            "metadata.name has 64 bytes, more than the 63 that Kubernetes allows",
         ),
     ] {
         let mut object = service_json(&json!({}), &Value::Null);
@@ -487,7 +487,7 @@ fn p230_p231_node_addresses_and_zone() {
         );
     }
     assert_eq!(converter.node(&object("n2", Value::Null)), None);
-    assert_eq!(converter.node(&core::Node::default()), None);
+    assert_eq!(converter.node(&objects::Node::default()), None);
 }
 
 #[test]
@@ -524,7 +524,7 @@ fn service_cidrs() {
     let texts: Vec<_> = got.prefixes.iter().map(ToString::to_string).collect();
     assert_eq!((&*got.name, texts.join(" ").as_str()), ("kubernetes", "10.96.0.0/16 fd00:96::/112"));
     assert_eq!(got.problems, ["spec.cidrs[2] \"10.96.0.0\" is not a CIDR; it is ignored"]);
-    Converter::new("n1").service_cidr(&ServiceCIDR::default()).unwrap_err();
+    Converter::new("n1").service_cidr(&objects::ServiceCidr::default()).unwrap_err();
 }
 
 #[test]
@@ -577,11 +577,11 @@ fn pods_that_opt_out() {
 #[test]
 fn objects_full_of_nothing() {
     let mut converter = Converter::new("n1");
-    converter.service(&core::Service::default()).unwrap_err();
+    converter.service(&objects::Service::default()).unwrap_err();
     converter.slice(&Default::default()).unwrap_err();
     converter.endpoints(&Default::default()).unwrap_err();
     let meta = json!({"namespace": "a", "name": "s"});
-    let empty: core::Service = serde_json::from_value(json!({"metadata": meta, "spec": {}})).unwrap();
+    let empty: objects::Service = serde_json::from_value(json!({"metadata": meta, "spec": {}})).unwrap();
     assert_eq!(converter.service(&empty).unwrap().unwrap().ports, []);
     let empty = serde_json::from_value(json!({"metadata": meta, "subsets": [{}]})).unwrap();
     assert_eq!(converter.endpoints(&empty).unwrap(), []);

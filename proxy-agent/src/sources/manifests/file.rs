@@ -5,9 +5,6 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::Resource;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -15,9 +12,9 @@ use thiserror::Error;
 
 use super::bytes::{Bytes, FILE_MAX};
 use crate::cluster::{Change, ObjectKey};
-use crate::sources::Problem;
 use crate::sources::convert::Converter;
-use crate::sources::pod::PodObject;
+use crate::sources::objects::{self, Pod};
+use crate::sources::{Problem, outcome};
 
 /// How deep a document may be nested. Kubernetes objects stay below 20.
 const DEPTH_MAX: usize = 64;
@@ -133,7 +130,7 @@ pub(super) fn read(
 ///
 /// # Errors
 /// The file cannot be read, is not YAML (JSON), or there is something wrong with the Pod.
-pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<PodObject>, FileError> {
+pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<Pod>, FileError> {
     let id = Id { kind: Kind::Pod, key: key.clone() };
     let is_it = |value: &Value| {
         text(value, "kind") == "Pod" && text(value, "apiVersion") == "v1" && id_of(Kind::Pod, value) == id
@@ -147,7 +144,7 @@ pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<PodObject>, Fil
         };
         if let Some(value) = items.into_iter().find(is_it).filter(|_| found.is_none()) {
             let syntax = |message| FileError::Syntax { document: at.document, message };
-            found = Some(typed::<PodObject>(Kind::Pod, value).map_err(syntax));
+            found = Some(typed::<Pod>(Kind::Pod, value).map_err(syntax));
         }
     })?;
     found.transpose()
@@ -291,8 +288,7 @@ impl Reader<'_> {
             }
             Err(reason) => {
                 let kept = self.before.get(&id).cloned();
-                let state =
-                    if kept.is_some() { "its last good state stays in force" } else { "it is ignored" };
+                let state = outcome(kept.is_some());
                 self.problem(at, Some(&named), &format!("{reason}; {state}"));
                 self.parsed.objects.extend(kept.map(|changes| (id, changes)));
             }
@@ -323,26 +319,27 @@ fn convert(
     let refused = |problem: Problem| problem.reason;
     let changes = match kind {
         Kind::Service => {
-            let service = converter.service(&typed::<core::Service>(kind, value)?).map_err(refused)?;
+            let service = converter.service(&typed::<objects::Service>(kind, value)?).map_err(refused)?;
             service.map(Change::Service).into_iter().collect()
         }
         Kind::EndpointSlice => {
-            let slice = converter.slice(&typed::<EndpointSlice>(kind, value)?).map_err(refused)?;
+            let slice = converter.slice(&typed::<objects::EndpointSlice>(kind, value)?).map_err(refused)?;
             slice.map(Change::Slice).into_iter().collect()
         }
         Kind::Endpoints => {
-            let slices = converter.endpoints(&typed::<core::Endpoints>(kind, value)?).map_err(refused)?;
+            let slices = converter.endpoints(&typed::<objects::Endpoints>(kind, value)?).map_err(refused)?;
             slices.into_iter().map(Change::Slice).collect()
         }
         Kind::Node => {
-            converter.node(&typed::<core::Node>(kind, value)?).map(Change::Node).into_iter().collect()
+            converter.node(&typed::<objects::Node>(kind, value)?).map(Change::Node).into_iter().collect()
         }
         Kind::Pod => {
-            let pod = converter.pod(&typed::<PodObject>(kind, value)?).map_err(refused)?;
+            let pod = converter.pod(&typed::<Pod>(kind, value)?).map_err(refused)?;
             pod.map(Change::Pod).into_iter().collect()
         }
         Kind::ServiceCidr => {
-            let cidr = converter.service_cidr(&typed::<ServiceCIDR>(kind, value)?).map_err(refused)?;
+            let cidr =
+                converter.service_cidr(&typed::<objects::ServiceCidr>(kind, value)?).map_err(refused)?;
             return Ok((vec![Change::ServiceCidr(cidr.name, cidr.prefixes)], cidr.problems));
         }
     };

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::sync::mpsc::Sender;
 
-use super::pod::PodObject;
+use super::objects::Pod;
 use super::{Problem, SourceError, Update};
 use crate::cluster::ObjectKey;
 use crate::opt_out::Rules;
@@ -92,7 +92,7 @@ pub async fn run(
 ///
 /// # Errors
 /// The directory cannot be read.
-pub fn pod(directory: &Path, key: &ObjectKey) -> Result<(Option<PodObject>, Vec<Problem>), SourceError> {
+pub fn pod(directory: &Path, key: &ObjectKey) -> Result<(Option<Pod>, Vec<Problem>), SourceError> {
     let names = || -> io::Result<BTreeSet<OsString>> {
         let entries = fs::read_dir(directory)?.map(|entry| entry.map(|entry| entry.file_name()));
         entries.filter(|name| name.as_ref().map_or(true, |name| is_manifest(name))).collect()
