@@ -5,11 +5,10 @@
 //! their defaults.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::{ClusterResourceScope, Metadata, NamespaceResourceScope, Resource};
-use serde::de::{self, IgnoredAny, Visitor};
+use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
 
 /// Implements what a client of the API asks of a kind.
@@ -339,49 +338,15 @@ fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Resu
     Ok(values.into_iter().flatten().flatten().collect())
 }
 
-/// A whole number, also if it is written as `80.0`.
+/// A whole number, also if it is written as `80.0`. (A float holds all of 32 bits.)
 fn integer<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<i32>, D::Error> {
-    struct Integer;
-
-    impl<'de> Visitor<'de> for Integer {
-        type Value = Option<i32>;
-
-        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-            formatter.write_str("a whole number of 32 bits")
-        }
-
-        fn visit_none<E>(self) -> Result<Self::Value, E> {
-            Ok(None)
-        }
-
-        fn visit_unit<E>(self) -> Result<Self::Value, E> {
-            Ok(None)
-        }
-
-        fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-            deserializer.deserialize_any(self)
-        }
-
-        fn visit_i64<E: de::Error>(self, value: i64) -> Result<Self::Value, E> {
-            let fits = i32::try_from(value).map(Some);
-            fits.map_err(|_| E::invalid_value(de::Unexpected::Signed(value), &self))
-        }
-
-        fn visit_u64<E: de::Error>(self, value: u64) -> Result<Self::Value, E> {
-            let fits = i32::try_from(value).map(Some);
-            fits.map_err(|_| E::invalid_value(de::Unexpected::Unsigned(value), &self))
-        }
-
-        fn visit_f64<E: de::Error>(self, value: f64) -> Result<Self::Value, E> {
-            #[expect(clippy::cast_possible_truncation, reason = "compared afterwards")]
-            let whole = value as i32;
-            if f64::from(whole) == value {
-                Ok(Some(whole))
-            } else {
-                Err(E::invalid_value(de::Unexpected::Float(value), &self))
-            }
-        }
+    let Some(value) = Option::<f64>::deserialize(deserializer)? else { return Ok(None) };
+    #[expect(clippy::cast_possible_truncation, reason = "compared afterwards")]
+    let whole = value as i32;
+    let is_whole = f64::from(whole).total_cmp(&value).is_eq();
+    if is_whole {
+        Ok(Some(whole))
+    } else {
+        Err(D::Error::custom(format_args!("{value} is no whole number of 32 bits")))
     }
-
-    deserializer.deserialize_option(Integer)
 }

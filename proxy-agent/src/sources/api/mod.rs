@@ -131,7 +131,6 @@ impl Kind {
 }
 
 /// An event of one of the watches.
-#[expect(clippy::large_enum_variant, reason = "taken apart at once, never kept")]
 enum KindEvent {
     Service(Event<Received<Service>>),
     Slice(Event<Received<EndpointSlice>>),

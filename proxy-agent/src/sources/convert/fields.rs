@@ -144,7 +144,7 @@ fn paths(value: &Value, at: &str, found: &mut Vec<String>) {
             fields.iter().map(|(name, child)| (escaped(name), child)).collect()
         }
         Value::Array(items) => items.iter().enumerate().map(|(i, child)| (i.to_string(), child)).collect(),
-        _ => Vec::new(),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => Vec::new(),
     };
     for (name, child) in children {
         let path = format!("{at}/{name}");
@@ -160,7 +160,7 @@ fn without(object: &Value, path: &str) -> Value {
     match object.pointer_mut(parent).unwrap() {
         Value::Object(fields) => drop(fields.remove(&name.replace("~1", "/").replace("~0", "~"))),
         Value::Array(items) => drop(items.remove(name.parse().unwrap())),
-        _ => unreachable!("{path}"),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => unreachable!("{path}"),
     }
     object
 }
