@@ -67,7 +67,7 @@ pub struct Findings {
 pub async fn run(config: &Config) -> Result<Findings, VerifyError> {
     let maps = KernelMaps::open(&config.pins, false)?;
     let addresses = watch_addresses().await.map_err(AgentError::from)?;
-    let server = connect(config).await.map_err(AgentError::from)?;
+    let server = connect(config).map_err(AgentError::from)?;
     let (sender, mut updates) = mpsc::channel(64);
     let source = tokio::spawn(run_source(config.clone(), server, sender));
     let mut known = Knowledge::new(config);

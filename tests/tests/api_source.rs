@@ -56,7 +56,7 @@ impl Watched {
         let folder = TempDir::new().unwrap();
         let kubeconfig = folder.path().join("kubeconfig");
         server.write_kubeconfig(&kubeconfig).unwrap();
-        Self::of(Server::configured(Some(&kubeconfig), None).await.unwrap())
+        Self::of(Server::configured(Some(&kubeconfig), None).unwrap())
     }
 
     fn of(api: Server) -> Self {
@@ -454,7 +454,7 @@ async fn pods_are_watched_only_if_they_may_opt_out() {
     let api = || async {
         let folder = TempDir::new().unwrap();
         server.write_kubeconfig(&folder.path().join("kubeconfig")).unwrap();
-        Server::configured(Some(&folder.path().join("kubeconfig")), None).await.unwrap()
+        Server::configured(Some(&folder.path().join("kubeconfig")), None).unwrap()
     };
     let rules = Rules::parse(&["annotation".to_owned()]).unwrap();
     let names =
@@ -486,14 +486,14 @@ async fn configurations_that_cannot_work_are_refused() {
     let broken = folder.path().join("broken");
     std::fs::write(&broken, "clusters: 7").unwrap();
     for path in [folder.path().join("none"), broken] {
-        let Err(error) = Server::configured(Some(&path), None).await else {
+        let Err(error) = Server::configured(Some(&path), None) else {
             panic!("{} was accepted", path.display())
         };
         assert!(matches!(error, SourceError::Kubeconfig { .. }), "{error}");
         assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
     }
     // The tests do not run in a pod.
-    let Err(error) = Server::configured(None, None).await else { panic!("there is no ServiceAccount") };
+    let Err(error) = Server::configured(None, None) else { panic!("there is no ServiceAccount") };
     assert!(matches!(error, SourceError::InCluster { .. }), "{error}");
 }
 
@@ -506,7 +506,7 @@ async fn another_server_than_the_kubeconfigs() {
     std::fs::write(&kubeconfig, proxy_tests::apiserver::client::kubeconfig("http://127.0.0.1:1", None))
         .unwrap();
     for kubeconfig in [Some(kubeconfig.as_path()), None] {
-        let api = Server::configured(kubeconfig, Some(&master)).await.unwrap();
+        let api = Server::configured(kubeconfig, Some(&master)).unwrap();
         assert_eq!(api.url.trim_end_matches('/'), server.url());
         let mut watched = Watched::of(api);
         watched.until("synced", |watched| watched.synced == 1).await;
@@ -527,7 +527,7 @@ async fn a_new_token_is_used_at_once() {
     assert_eq!(text.matches("user: {}").count(), 1, "{text}");
     std::fs::write(&kubeconfig, text.replace("user: {}", &format!("user: {user}"))).unwrap();
     std::fs::write(&token, "first\n").unwrap();
-    let mut watched = Watched::of(Server::configured(Some(&kubeconfig), None).await.unwrap());
+    let mut watched = Watched::of(Server::configured(Some(&kubeconfig), None).unwrap());
     watched.until("synced", |watched| watched.synced == 1).await;
 
     std::fs::write(&token, "second\n").unwrap();

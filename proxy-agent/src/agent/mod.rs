@@ -94,7 +94,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         true => None,
         false => Some(Follower::start(config.cgroup.clone()).map_err(AgentError::OptOut)?),
     };
-    let server = connect(&config).await?;
+    let server = connect(&config)?;
     let events = match &server {
         None => Events::nowhere(),
         Some(api) => Events::to_api(api.client.clone(), Arc::clone(&config.node_name), Arc::clone(&metrics)),
@@ -131,11 +131,11 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
 }
 
 /// The API server, if that is the source.
-pub(crate) async fn connect(config: &Config) -> Result<Option<api::Server>, SourceError> {
+pub(crate) fn connect(config: &Config) -> Result<Option<api::Server>, SourceError> {
     match &config.source {
         Source::Manifests(_) => Ok(None),
         Source::Kubernetes { kubeconfig, master } => {
-            Ok(Some(api::Server::configured(kubeconfig.as_deref(), master.as_ref()).await?))
+            Ok(Some(api::Server::configured(kubeconfig.as_deref(), master.as_ref())?))
         }
     }
 }

@@ -136,7 +136,7 @@ impl ClientPod {
             }
             Source::Kubernetes { kubeconfig, master } => {
                 let server = api::Server::configured(kubeconfig.as_deref(), master.as_ref());
-                let server = server.await.map_err(failed)?;
+                let server = server.map_err(failed)?;
                 let pods = Api::<objects::Pod>::namespaced(server.client, &key.namespace);
                 let place = format!("the API server {}", server.url);
                 match timeout(PATIENCE, pods.get_opt(&key.name)).await {

@@ -67,8 +67,11 @@ pub enum SourceError {
         /// The file as given.
         path: PathBuf,
         /// What is wrong with it.
-        source: Box<kube::config::KubeconfigError>,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The proxy in the environment makes no sense.
+    #[error("cannot use the proxy in front of the API server")]
+    Proxy(#[source] api::Wrong),
     /// No kubeconfig was given and this is not a pod with a ServiceAccount.
     #[error("cannot use the ServiceAccount of this pod; outside a cluster give --kubeconfig FILE")]
     InCluster {

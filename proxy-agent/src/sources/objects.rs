@@ -10,6 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::{ClusterResourceScope, Metadata, NamespaceResourceScope, Resource};
 use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
+use serde_json::Number;
 
 /// Implements what a client of the API asks of a kind.
 macro_rules! kind {
@@ -340,13 +341,14 @@ fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Resu
 
 /// A whole number, also if it is written as `80.0`. (A float holds all of 32 bits.)
 fn integer<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<i32>, D::Error> {
-    let Some(value) = Option::<f64>::deserialize(deserializer)? else { return Ok(None) };
+    let Some(number) = Option::<Number>::deserialize(deserializer)? else { return Ok(None) };
+    let value = number.as_f64().unwrap_or(f64::NAN);
     #[expect(clippy::cast_possible_truncation, reason = "compared afterwards")]
     let whole = value as i32;
     let is_whole = f64::from(whole).total_cmp(&value).is_eq();
     if is_whole {
         Ok(Some(whole))
     } else {
-        Err(D::Error::custom(format_args!("{value} is no whole number of 32 bits")))
+        Err(D::Error::custom(format_args!("{number} is no whole number of 32 bits")))
     }
 }

@@ -115,6 +115,10 @@ fn nonsense(name: &str) -> [String; 5] {
     ]
 }
 
+fn told(watched: &Watched) -> Vec<String> {
+    watched.problems.iter().map(|problem| format!("{}: {}", problem.object, problem.reason)).collect()
+}
+
 #[tokio::test]
 async fn nonsense_in_a_list_costs_itself() {
     for server in servers() {
@@ -125,6 +129,14 @@ async fn nonsense_in_a_list_costs_itself() {
         server.add_nonsense(Resource::EndpointSlices, "{}");
         let mut watched = Watched::synced(&server).await;
         assert_eq!(watched.services(), ["s:80", "t:80"]);
+        let unnamed = "EndpointSlice without a name: metadata.namespace is missing; it is ignored";
+        watched.until("problems", |watched| watched.problems.len() == 3).await;
+        let told_of =
+            |beginning: &str| told(&watched).iter().filter(|told| told.starts_with(beginning)).count();
+        assert_eq!(told_of(unnamed), 1, "{:?}", told(&watched));
+        assert_eq!(told_of("Service without a name: "), 1, "{:?}", told(&watched));
+        let reason = "spec.ports[0].port: invalid type: string \"http\", expected a JSON number";
+        assert_eq!(told_of(&format!("Service a/u: {reason}")), 1, "{:?}", told(&watched));
         // What was known of an object stays while it makes no sense, also through a list.
         server.remove_nonsense(Resource::Services);
         wait_for_watches(&server).await;
@@ -137,7 +149,8 @@ async fn nonsense_in_a_list_costs_itself() {
         server.remove_nonsense(Resource::Services);
         list_again(&server).await;
         watched.until_services(&[]).await;
-        assert_eq!((watched.synced, watched.problems.len()), (1, 0));
+        watched.until("mended", |watched| watched.problems.len() == 1).await;
+        assert_eq!((watched.synced, told(&watched)), (1, vec![unnamed.to_owned()]));
     }
 }
 

@@ -67,7 +67,7 @@ async fn a_server_that_is_away_is_looked_for_less_and_less() {
     // Something takes the connections and drops them.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let watched = Watched::of(Server::configured(None, Some(&url.parse().unwrap())).await.unwrap());
+    let watched = Watched::of(Server::configured(None, Some(&url.parse().unwrap())).unwrap());
     let end = Instant::now() + TIME;
     let mut taken = 0;
     while let Ok(connection) = timeout(end - Instant::now(), listener.accept()).await {
@@ -108,7 +108,7 @@ async fn sources_that_lose_their_server_together_list_at_times_of_their_own() {
     server.write_kubeconfig(&kubeconfig).unwrap();
     let mut sources = Vec::new();
     for _ in 0..SOURCES {
-        let mut watched = Watched::of(Server::configured(Some(&kubeconfig), None).await.unwrap());
+        let mut watched = Watched::of(Server::configured(Some(&kubeconfig), None).unwrap());
         watched.until("synced", |watched| watched.synced == 1).await;
         sources.push(watched);
     }

@@ -18,7 +18,7 @@ async fn watched(server: &ApiServer) -> Watched {
     let folder = tempfile::tempdir().unwrap();
     let kubeconfig = folder.path().join("kubeconfig");
     server.write_kubeconfig(&kubeconfig).unwrap();
-    let api = Server::configured(Some(&kubeconfig), None).await.unwrap();
+    let api = Server::configured(Some(&kubeconfig), None).unwrap();
     let mut watched = Watched::with(api, Rules::default(), BUDGETS);
     watched.until("synced", |watched| watched.synced == 1).await;
     watched

@@ -11,23 +11,34 @@ use crate::sources::Problem;
 /// How often the same complaint is logged.
 const REPEAT: Duration = Duration::from_secs(60);
 
+/// How long watches of a kind may fail before that is a problem: kube-proxy's sync period by default.
+const LONG: Duration = Duration::from_secs(30);
+
 /// What is wrong at present.
 pub(super) struct Complaints {
     url: String,
     /// Reason and time of the last line in the log.
     logged: BTreeMap<Kind, (String, Instant)>,
-    /// Kinds whose list cannot be had, and why.
+    /// Since when the watches of a kind have failed.
+    failing: BTreeMap<Kind, Instant>,
+    /// Kinds whose list cannot be had, or whose changes have not been heard of for long, and why.
     problems: BTreeMap<Kind, String>,
     changed: bool,
 }
 
 impl Complaints {
     pub(super) fn new(url: String) -> Self {
-        Self { url, logged: BTreeMap::new(), problems: BTreeMap::new(), changed: false }
+        Self {
+            url,
+            logged: BTreeMap::new(),
+            failing: BTreeMap::new(),
+            problems: BTreeMap::new(),
+            changed: false,
+        }
     }
 
-    /// An error came from the watch of `kind`.
-    pub(super) fn note(&mut self, kind: Kind, error: &Error) {
+    /// An error came from the watch of `kind`, at `now`.
+    pub(super) fn note(&mut self, kind: Kind, error: &Error, now: Instant) {
         let (resource, _) = kind.resource();
         if error.code() == Some(410) {
             tracing::debug!(resource, "the API server has forgotten where we were; listing again");
@@ -35,11 +46,11 @@ impl Complaints {
         }
         let reason = self.explain(kind, error);
         let is_new = match self.logged.get(&kind) {
-            Some((last, at)) => *last != reason || at.elapsed() >= REPEAT,
+            Some((last, at)) => *last != reason || now.saturating_duration_since(*at) >= REPEAT,
             None => true,
         };
         if is_new {
-            self.logged.insert(kind, (reason.clone(), Instant::now()));
+            self.logged.insert(kind, (reason.clone(), now));
         }
         let not_served = kind.is_optional() && error.code() == Some(404);
         match (is_new, not_served) {
@@ -47,15 +58,21 @@ impl Complaints {
             (true, true) => tracing::info!(resource, "{reason}"),
             (true, false) => tracing::warn!(resource, server = self.url, "{reason}"),
         }
-        // A broken watch is not told as a problem: that it works again shows only with the next object.
-        if error.is_of_list() && !not_served {
+        let since = *self.failing.entry(kind).or_insert(now);
+        if (error.is_of_list() || now.saturating_duration_since(since) >= LONG) && !not_served {
             self.changed |= self.problems.insert(kind, reason.clone()).as_ref() != Some(&reason);
         }
     }
 
-    /// The list of `kind` is complete.
+    /// The list of `kind` is complete, and something has been heard of it.
     pub(super) fn settle(&mut self, kind: Kind) {
         self.logged.remove(&kind);
+        self.answered(kind);
+    }
+
+    /// The list of `kind` is complete, and it is watched. (That may end at once, so the log is not told anew.)
+    pub(super) fn answered(&mut self, kind: Kind) {
+        self.failing.remove(&kind);
         if self.problems.remove(&kind).is_some() {
             let (resource, _) = kind.resource();
             tracing::info!(resource, server = self.url, "the API server answers again");
@@ -118,4 +135,34 @@ fn causes(error: &Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+
+    use super::*;
+
+    #[test]
+    fn watches_that_fail_for_long_are_a_problem() {
+        let (mut complaints, kind) = (Complaints::new("https://a".to_owned()), Kind::Services);
+        let refused = || kube::Error::Api(Status { code: 401, ..Status::default() }.boxed());
+        let start = Instant::now();
+        let told = |complaints: &Complaints| {
+            complaints.problems().into_iter().map(|problem| problem.reason).collect::<Vec<_>>()
+        };
+        for (seconds, problems) in [(0, 0), (29, 0), (30, 1), (40, 1)] {
+            complaints.note(kind, &Error::Watch(refused()), start + Duration::from_secs(seconds));
+            assert_eq!(told(&complaints).len(), problems, "after {seconds} s");
+        }
+        assert!(told(&complaints)[0].starts_with("the API server does not accept our credentials"));
+        assert!(complaints.have_changed());
+        complaints.answered(kind);
+        assert!(complaints.have_changed() && told(&complaints).is_empty());
+        complaints.note(kind, &Error::Watch(refused()), start + Duration::from_secs(80));
+        assert!(told(&complaints).is_empty(), "it has worked in between");
+        // Without a list nothing is known.
+        complaints.note(kind, &Error::List(refused()), start + Duration::from_secs(81));
+        assert_eq!(told(&complaints).len(), 1);
+    }
 }

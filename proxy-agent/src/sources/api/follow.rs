@@ -54,6 +54,8 @@ pub(super) enum Event<K> {
     Deleted(K),
     /// The list is complete: nothing else exists.
     ListEnds,
+    /// What happens from here on is going to be told.
+    Watching,
 }
 
 /// What did not work. All of it is tried again.
@@ -349,7 +351,7 @@ where
         match self.api.watch(&self.selection.watch(false), &version).await {
             Ok(events) => {
                 let (events, watch) = (events.boxed(), Watch::opened());
-                (Phase::Watching { version, events, watch }, Ok(None))
+                (Phase::Watching { version, events, watch }, Ok(Some(Event::Watching)))
             }
             Err(error) => after(version, error),
         }

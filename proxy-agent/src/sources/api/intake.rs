@@ -216,6 +216,7 @@ impl<K: Ord + Clone> Known<K> {
                 unusable.mended(&named::<O>(received.meta()));
                 self.remove(key(received.meta()), changes);
             }
+            Event::Watching => {}
             Event::ListEnds => {
                 let listed = self.listed.take().unwrap_or_default();
                 let lacking: Vec<K> = self.all.difference(&listed).cloned().collect();
@@ -242,6 +243,7 @@ fn named<O: Resource<DynamicType = ()>>(meta: &ObjectMeta) -> String {
         |name: &Option<String>| name.iter().flat_map(|name| name.chars().take(NAME_MAX)).collect::<String>();
     let (kind, name) = (O::kind(&()), cut(&meta.name));
     match &meta.namespace {
+        _ if name.is_empty() => format!("{kind} without a name"),
         Some(_) => format!("{kind} {}/{name}", cut(&meta.namespace)),
         None => format!("{kind} {name}"),
     }

@@ -13,7 +13,7 @@ use axum::http::Uri;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt as _, StreamExt as _};
 use kube::client::ClientBuilder;
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::Kubeconfig;
 use kube::{Client, Config, Resource as _};
 use tokio::sync::mpsc::Sender;
 
@@ -26,14 +26,17 @@ use crate::opt_out::Rules;
 use complaints::Complaints;
 use follow::Event;
 use intake::Intake;
+pub use kubeconfig::Wrong;
 use received::Received;
 use token::TokenFile;
 
 mod complaints;
 mod follow;
 mod intake;
+mod kubeconfig;
 mod pace;
 mod received;
+mod renewed;
 mod tenants;
 mod token;
 mod unusable;
@@ -64,41 +67,58 @@ pub struct Server {
 impl Server {
     /// Reads `kubeconfig`; without it and without `master`, the ServiceAccount of this pod. `master` is the server in
     /// place of the one that is read, or, alone, one that asks for no credentials. Nothing is sent yet: a server that
-    /// is down is no error here.
+    /// is down is no error here. Files with certificates are read again when they have changed.
     ///
     /// # Errors
     /// The configuration cannot be read or used.
-    pub async fn configured(kubeconfig: Option<&Path>, master: Option<&Uri>) -> Result<Self, SourceError> {
-        let mut config = match (kubeconfig, master) {
-            (Some(path), _) => {
-                let failed =
-                    |source| SourceError::Kubeconfig { path: path.to_owned(), source: Box::new(source) };
-                let kubeconfig = Kubeconfig::read_from(path).map_err(failed)?;
-                let options = KubeConfigOptions::default();
-                Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(failed)?
-            }
-            (None, Some(master)) => Config::new(master.clone()),
-            (None, None) => {
-                Config::incluster().map_err(|source| SourceError::InCluster { source: Box::new(source) })?
-            }
+    pub fn configured(kubeconfig: Option<&Path>, master: Option<&Uri>) -> Result<Self, SourceError> {
+        let url = read(kubeconfig, master)?.cluster_url.to_string();
+        let (kubeconfig, master) = (kubeconfig.map(Path::to_owned), master.cloned());
+        let make = move || {
+            let config = read(kubeconfig.as_deref(), master.as_ref())?;
+            let files = kubeconfig.iter().cloned().chain(kubeconfig::files(&config)).collect();
+            Ok((connect(config)?, files))
         };
-        if let Some(master) = master {
-            config.cluster_url = master.clone();
-        }
-        // Every watch is ended by the server before that, so a connection on which nothing comes for this long is dead.
-        config.read_timeout = Some(SILENCE_MAX);
-        // The client's own retries are for requests that nobody repeats: many in a row, and without a word.
-        config.default_retry = false;
-        let url = config.cluster_url.to_string();
-        let count = CountRequests::of(&config.cluster_url);
-        // A token in the kubeconfig itself goes before one in a file.
-        let file = config.auth_info.token_file.take().filter(|_| config.auth_info.token.is_none());
-        let token = TokenFile(file.map(|file| Arc::new(file.into())));
-        let client = ClientBuilder::try_from(config)
-            .map(|builder| builder.with_layer(&token).with_layer(&count).build())
-            .map_err(|source| SourceError::Client { server: url.clone(), source: Box::new(source) })?;
-        Ok(Self { client, url })
+        Ok(Self { client: renewed::client(Box::new(make))?, url })
     }
+}
+
+/// Where the API server is, and who we are there.
+fn read(kubeconfig: Option<&Path>, master: Option<&Uri>) -> Result<Config, SourceError> {
+    let mut config = match (kubeconfig, master) {
+        (Some(path), _) => {
+            let failed = |source| SourceError::Kubeconfig { path: path.to_owned(), source };
+            let kubeconfig = Kubeconfig::read_from(path).map_err(|error| failed(error.into()))?;
+            kubeconfig::config(&kubeconfig).map_err(|error| failed(error.into()))?
+        }
+        (None, Some(master)) => Config::new(master.clone()),
+        (None, None) => {
+            Config::incluster().map_err(|source| SourceError::InCluster { source: Box::new(source) })?
+        }
+    };
+    if let Some(master) = master {
+        config.cluster_url = master.clone();
+    }
+    if config.proxy_url.is_none() {
+        let proxy = kubeconfig::proxy(&config.cluster_url, |name| std::env::var(name).ok());
+        config.proxy_url = proxy.map_err(SourceError::Proxy)?;
+    }
+    // Every watch is ended by the server before that, so a connection on which nothing comes for this long is dead.
+    config.read_timeout = Some(SILENCE_MAX);
+    // The client's own retries are for requests that nobody repeats: many in a row, and without a word.
+    config.default_retry = false;
+    Ok(config)
+}
+
+fn connect(mut config: Config) -> Result<Client, SourceError> {
+    let server = config.cluster_url.to_string();
+    let count = CountRequests::of(&config.cluster_url);
+    // A file that can be read has gone before a token already.
+    let file = config.auth_info.token_file.take().filter(|_| config.auth_info.token.is_none());
+    let token = TokenFile(file.map(|file| Arc::new(file.into())));
+    ClientBuilder::try_from(config)
+        .map(|builder| builder.with_layer(&token).with_layer(&count).build())
+        .map_err(|source| SourceError::Client { server, source: Box::new(source) })
 }
 
 /// The kinds that are watched.
@@ -140,6 +160,18 @@ enum KindEvent {
 }
 
 impl KindEvent {
+    /// Whether it tells that a watch has begun.
+    fn is_watching(&self) -> bool {
+        matches!(
+            self,
+            Self::Service(Event::Watching)
+                | Self::Slice(Event::Watching)
+                | Self::Node(Event::Watching)
+                | Self::ServiceCidr(Event::Watching)
+                | Self::Pod(Event::Watching)
+        )
+    }
+
     /// `metadata.creationTimestamp` of the object of which there is a new state, in seconds since 1970.
     fn created(&self) -> i64 {
         let time = match self {
@@ -207,13 +239,16 @@ pub async fn run(
         while let Some((kind, event)) = next {
             match event {
                 Ok(event) => {
+                    let is_object = !event.is_watching();
                     intake.take(event, &mut changes);
-                    if intake.has_list(kind) {
-                        complaints.settle(kind);
+                    match intake.has_list(kind) {
+                        true if is_object => complaints.settle(kind),
+                        true => complaints.answered(kind),
+                        false => {}
                     }
                 }
                 Err(error) => {
-                    complaints.note(kind, &error);
+                    complaints.note(kind, &error, Instant::now());
                     if kind.is_optional() && watch::is_refused(&error) {
                         intake.go_without(kind);
                     }

@@ -1,0 +1,297 @@
+//! What a kubeconfig says, as client-go takes it.
+//!
+//! kube reads the file; what it makes of it differs in what people write: a server without a scheme, data that is wrapped, tokens with
+//! a newline, `NO_PROXY`.
+
+use std::path::PathBuf;
+
+use axum::http::Uri;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use hyper_util::client::proxy::matcher::Matcher;
+use kube::Config;
+use kube::config::{AuthInfo, Cluster, Kubeconfig};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject as _;
+use secrecy::{ExposeSecret as _, SecretString};
+use thiserror::Error;
+
+/// What is wrong with a kubeconfig.
+#[derive(Debug, Error)]
+pub enum Wrong {
+    /// No context is chosen.
+    #[error("current-context is not set")]
+    NoContext,
+    /// A name leads nowhere.
+    #[error("{field} names {name:?}, which is not in {list}")]
+    Missing {
+        /// The field with the name.
+        field: String,
+        /// The name.
+        name: String,
+        /// Where it should be.
+        list: &'static str,
+    },
+    /// A field cannot be used.
+    #[error("{field}: {reason}")]
+    Field {
+        /// The field.
+        field: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a kubeconfig makes of an API server and the way to it.
+pub(super) fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
+    let missing = |field: String, name: &str, list| Wrong::Missing { field, name: name.to_owned(), list };
+    let current = kubeconfig.current_context.as_deref().filter(|name| !name.is_empty());
+    let current = current.ok_or(Wrong::NoContext)?;
+    let context = kubeconfig.contexts.iter().find(|context| context.name == current);
+    let context = context.and_then(|context| context.context.as_ref());
+    let context = context.ok_or_else(|| missing("current-context".to_owned(), current, "contexts"))?;
+    let cluster = kubeconfig.clusters.iter().find(|cluster| cluster.name == context.cluster);
+    let cluster = cluster.and_then(|cluster| cluster.cluster.as_ref()).ok_or_else(|| {
+        missing(format!("contexts[{current}].context.cluster"), &context.cluster, "clusters")
+    })?;
+    let auth_info = match context.user.as_deref().filter(|user| !user.is_empty()) {
+        None => AuthInfo::default(),
+        Some(name) => {
+            let user = kubeconfig.auth_infos.iter().find(|user| user.name == name);
+            let user =
+                user.ok_or_else(|| missing(format!("contexts[{current}].context.user"), name, "users"))?;
+            credentials(user.auth_info.clone().unwrap_or_default())
+        }
+    };
+    let wrong = |field: &str, reason: String| Wrong::Field {
+        field: format!("clusters[{}].cluster.{field}", context.cluster),
+        reason,
+    };
+    let server = server(cluster).map_err(|reason| wrong("server", reason))?;
+    let mut config = Config::new(server);
+    (config.root_cert, config.root_cert_file) =
+        authority(cluster).map_err(|(field, reason)| wrong(field, reason))?;
+    config.accept_invalid_certs = cluster.insecure_skip_tls_verify.unwrap_or(false);
+    config.tls_server_name = cluster.tls_server_name.clone().filter(|name| !name.is_empty());
+    config.disable_compression = cluster.disable_compression.unwrap_or(false);
+    if let Some(namespace) = context.namespace.as_ref().filter(|namespace| !namespace.is_empty()) {
+        config.default_namespace.clone_from(namespace);
+    }
+    if let Some(proxy) = cluster.proxy_url.as_deref().filter(|proxy| !proxy.is_empty()) {
+        config.proxy_url =
+            Some(proxy.trim().parse().map_err(|error| wrong("proxy-url", format!("{proxy:?}: {error}")))?);
+    }
+    config.auth_info = auth_info;
+    Ok(config)
+}
+
+/// The proxy that the environment has for a server: `HTTPS_PROXY` or `HTTP_PROXY`, unless `NO_PROXY` says otherwise. As in Go, this
+/// host itself is never behind one.
+pub(super) fn proxy(server: &Uri, env: impl Fn(&str) -> Option<String>) -> Result<Option<Uri>, Wrong> {
+    let first = |names: [&'static str; 2]| {
+        let mut found =
+            names.into_iter().filter_map(|name| Some((name, env(name).filter(|value| !value.is_empty())?)));
+        found.next()
+    };
+    let names = if server.scheme_str() == Some("https") {
+        ["HTTPS_PROXY", "https_proxy"]
+    } else {
+        ["HTTP_PROXY", "http_proxy"]
+    };
+    let Some((name, value)) = first(names) else { return Ok(None) };
+    let host = server.host().unwrap_or_default().trim_matches(['[', ']']);
+    let is_loopback = host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    let no = first(["NO_PROXY", "no_proxy"]).map_or(String::new(), |(_, value)| value);
+    let none = no.split(',').any(|pattern| pattern.trim() == "*");
+    let others = Matcher::builder().all("http://proxy").no(no).build();
+    if none || is_loopback || host.eq_ignore_ascii_case("localhost") || others.intercept(server).is_none() {
+        return Ok(None);
+    }
+    let with_scheme = if value.contains("://") { value } else { format!("http://{value}") };
+    let proxy = with_scheme.trim().parse();
+    // It may have a password in it.
+    let wrong = |error| Wrong::Field {
+        field: format!("the environment variable {name}"),
+        reason: format!("is no URL: {error}"),
+    };
+    proxy.map(Some).map_err(|error: axum::http::uri::InvalidUri| wrong(error))
+}
+
+/// Without a scheme it is HTTPS where certificates are spoken of, else HTTP.
+fn server(cluster: &Cluster) -> Result<Uri, String> {
+    let given = cluster.server.as_deref().unwrap_or_default().trim();
+    if given.is_empty() {
+        return Err("is missing".to_owned());
+    }
+    let secure =
+        [&cluster.certificate_authority, &cluster.certificate_authority_data, &cluster.tls_server_name];
+    let secure = cluster.insecure_skip_tls_verify == Some(true) || secure.iter().any(|field| field.is_some());
+    let scheme = match given.contains("://") {
+        true => "",
+        false if secure => "https://",
+        false => "http://",
+    };
+    let uri: Uri =
+        format!("{scheme}{given}").parse().map_err(|error| format!("{given:?} is no URL: {error}"))?;
+    match (uri.scheme_str(), uri.host()) {
+        (Some("http" | "https"), Some(_)) => Ok(uri),
+        _ => Err(format!("{given:?} is no URL of http or https")),
+    }
+}
+
+type Authority = (Option<Vec<Vec<u8>>>, Option<PathBuf>);
+
+/// The certificates that are trusted, and the file to read them from again.
+fn authority(cluster: &Cluster) -> Result<Authority, (&'static str, String)> {
+    let (field, pem, file) = if let Some(data) = given(&cluster.certificate_authority_data) {
+        let field = "certificate-authority-data";
+        (field, STANDARD.decode(unwrapped(data)).map_err(|error| (field, error.to_string()))?, None)
+    } else if let Some(path) = given(&cluster.certificate_authority) {
+        let field = "certificate-authority";
+        let pem = std::fs::read(path).map_err(|error| (field, format!("{path}: {error}")))?;
+        (field, pem, Some(PathBuf::from(path)))
+    } else {
+        return Ok((None, None));
+    };
+    let certificates: Result<Vec<_>, _> =
+        CertificateDer::pem_slice_iter(&pem).map(|certificate| certificate.map(|der| der.to_vec())).collect();
+    match certificates {
+        Ok(certificates) if certificates.is_empty() => {
+            Err((field, "there is no certificate in it".to_owned()))
+        }
+        Ok(certificates) => Ok((Some(certificates), file)),
+        Err(error) => Err((field, error.to_string())),
+    }
+}
+
+/// As they are written: with newlines in them, or in two ways. A file with a token goes before a token.
+fn credentials(mut auth: AuthInfo) -> AuthInfo {
+    let secret = |secret: SecretString, clean: fn(&str) -> String| clean(secret.expose_secret()).into();
+    let readable = |path: &String| std::fs::read_to_string(path).is_ok_and(|token| !token.trim().is_empty());
+    if auth.token_file.as_ref().is_some_and(readable) {
+        auth.token = None;
+    }
+    auth.token = auth.token.map(|token| secret(token, |token| token.trim().to_owned()));
+    auth.client_key_data = auth.client_key_data.map(|data| secret(data, unwrapped));
+    auth.client_certificate_data = auth.client_certificate_data.as_deref().map(unwrapped);
+    auth
+}
+
+fn given(field: &Option<String>) -> Option<&str> {
+    field.as_deref().filter(|value| !value.is_empty())
+}
+
+fn unwrapped(data: &str) -> String {
+    data.split_ascii_whitespace().collect()
+}
+
+/// The files that it speaks of, whose content may change.
+pub(super) fn files(config: &Config) -> impl Iterator<Item = PathBuf> {
+    let auth = &config.auth_info;
+    let named = [&auth.client_certificate, &auth.client_key].into_iter().flatten().map(PathBuf::from);
+    named.chain(config.root_cert_file.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Config, String> {
+        config(&Kubeconfig::from_yaml(text).unwrap()).map_err(|error| error.to_string())
+    }
+
+    /// A kubeconfig with these lines of a cluster and of a user.
+    fn with(cluster: &str, user: &str) -> Result<Config, String> {
+        read(&format!(
+            "current-context: c\ncontexts: [{{name: c, context: {{cluster: k, user: u}}}}]\n\
+             clusters: [{{name: k, cluster: {cluster}}}]\nusers: [{{name: u, user: {user}}}]\n"
+        ))
+    }
+
+    #[test]
+    fn servers_as_they_are_written() {
+        for (cluster, url) in [
+            ("{server: '10.0.0.1:8080'}", "http://10.0.0.1:8080/"),
+            ("{server: ' api.example '}", "http://api.example/"),
+            ("{server: '[fd00::1]:6443', insecure-skip-tls-verify: true}", "https://[fd00::1]:6443/"),
+            ("{server: 'https://10.0.0.1:6443', insecure-skip-tls-verify: true}", "https://10.0.0.1:6443/"),
+        ] {
+            assert_eq!(with(cluster, "{}").unwrap().cluster_url.to_string(), url);
+        }
+        for (cluster, problem) in [
+            ("{}", "server: is missing"),
+            ("{server: ''}", "server: is missing"),
+            ("{server: 'ftp://a'}", "server: \"ftp://a\" is no URL of http or https"),
+            ("{server: 'https://a b'}", "server: \"https://a b\" is no URL"),
+            ("{server: a, certificate-authority-data: '?'}", "certificate-authority-data: "),
+            ("{server: a, certificate-authority-data: YQ==}", "certificate-authority-data: there is no cert"),
+            ("{server: a, certificate-authority: /none}", "certificate-authority: /none: No such file"),
+            ("{server: a, proxy-url: 'a b'}", "proxy-url: \"a b\": "),
+        ] {
+            let error = with(cluster, "{}").map(|config| config.cluster_url).unwrap_err();
+            assert!(error.starts_with(&format!("clusters[k].cluster.{problem}")), "{cluster}: {error}");
+        }
+    }
+
+    #[test]
+    fn names_that_lead_nowhere() {
+        let context = "current-context: c\n".to_owned();
+        let contexts = context.clone() + "contexts: [{name: c, context: {cluster: k, user: u}}]\n";
+        let clusters = contexts.clone() + "clusters: [{name: k, cluster: {server: a}}]\n";
+        for (text, problem) in [
+            ("", "current-context is not set"),
+            (&context, "current-context names \"c\", which is not in contexts"),
+            (&contexts, "contexts[c].context.cluster names \"k\", which is not in clusters"),
+            (&clusters, "contexts[c].context.user names \"u\", which is not in users"),
+        ] {
+            assert_eq!(read(text).map(|config| config.cluster_url).unwrap_err(), problem, "{text}");
+        }
+        read(&(clusters + "users: [{name: u}]\n")).unwrap();
+    }
+
+    #[test]
+    fn tokens_as_they_are_written() {
+        let token = |user: &str| {
+            let auth = with("{server: a}", user).unwrap().auth_info;
+            (auth.token.map(|token| token.expose_secret().to_owned()), auth.token_file)
+        };
+        assert_eq!(token("{token: \"abc\\n\"}"), (Some("abc".to_owned()), None));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().to_str().unwrap();
+        let both = format!("{{token: abc, tokenFile: {path}}}");
+        assert_eq!(token(&both).0.as_deref(), Some("abc"), "an empty file is none");
+        std::fs::write(path, "def\n").unwrap();
+        assert_eq!(token(&both), (None, Some(path.to_owned())));
+    }
+
+    #[test]
+    fn proxies_of_the_environment() {
+        for (server, variables, want) in [
+            ("https://10.0.0.1:6443", "HTTPS_PROXY=http://proxy:3128", "http://proxy:3128/"),
+            ("https://10.0.0.1:6443", "https_proxy=proxy:3128", "http://proxy:3128/"),
+            ("https://10.0.0.1:6443", "HTTPS_PROXY=http://u:p%40@proxy", "http://u:p%40@proxy/"),
+            ("https://10.0.0.1:6443", "HTTP_PROXY=http://proxy", ""),
+            ("http://10.0.0.1:8080", "HTTP_PROXY=http://proxy", "http://proxy/"),
+            ("https://10.0.0.1:6443", "HTTPS_PROXY=http://proxy NO_PROXY=10.0.0.0/8,", ""),
+            ("https://10.0.0.1:6443", "HTTPS_PROXY=http://proxy no_proxy=,10.0.0.2,10.0.0.1", ""),
+            ("https://10.0.0.1:6443", "HTTPS_PROXY=http://proxy NO_PROXY=*", ""),
+            ("https://10.0.0.1:6443", "HTTPS_PROXY=http://proxy NO_PROXY=10.0.1.0/24,.svc", "http://proxy/"),
+            ("https://api.example.org", "HTTPS_PROXY=http://proxy NO_PROXY=.example.org", ""),
+            ("https://kubernetes.default.svc", "HTTPS_PROXY=http://proxy NO_PROXY=localhost,.svc", ""),
+            ("https://127.0.0.1:6443", "HTTPS_PROXY=http://proxy", ""),
+            ("https://[::1]:6443", "HTTPS_PROXY=http://proxy", ""),
+            ("https://localhost:6443", "HTTPS_PROXY=http://proxy", ""),
+        ] {
+            let env = |name: &str| {
+                let value = |variable: &str| Some(variable.strip_prefix(name)?.strip_prefix('=')?.to_owned());
+                variables.split(' ').find_map(value)
+            };
+            let found = proxy(&server.parse().unwrap(), env).unwrap();
+            assert_eq!(found.map_or(String::new(), |uri| uri.to_string()), want, "{server} {variables}");
+        }
+        let env = |name: &str| (name == "HTTPS_PROXY").then(|| "http://u:secret@ b".to_owned());
+        let error = proxy(&"https://a".parse().unwrap(), env).unwrap_err().to_string();
+        assert!(error.starts_with("the environment variable HTTPS_PROXY: is no URL"), "{error}");
+        assert!(!error.contains("secret"), "{error}");
+    }
+}

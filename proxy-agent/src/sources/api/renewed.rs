@@ -1,0 +1,74 @@
+//! A client whose certificates are read again when their files have changed: they are renewed while the agent runs.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use kube::Client;
+use kube::client::Body;
+
+use crate::sources::SourceError;
+
+/// A client, and the files that it was made from.
+pub(super) type Made = (Client, Vec<PathBuf>);
+type Make = Box<dyn Fn() -> Result<Made, SourceError> + Send>;
+
+/// What tells one content of a file from another.
+type Stamp = Option<(u64, u64, SystemTime)>;
+
+struct Current {
+    make: Make,
+    client: Client,
+    files: Vec<PathBuf>,
+    /// Of the files when the client was made, or when that was tried last.
+    stamps: Vec<Stamp>,
+}
+
+/// A client that is made anew when files have changed. Requests that are under way go on with the one that they began with.
+pub(super) fn client(make: Make) -> Result<Client, SourceError> {
+    let (client, files) = make()?;
+    let namespace = client.default_namespace().to_owned();
+    let stamps = stamps(&files);
+    let current = Arc::new(Mutex::new(Current { make, client, files, stamps }));
+    let service = tower::service_fn(move |request: axum::http::Request<Body>| {
+        let client = current.lock().unwrap_or_else(PoisonError::into_inner).newest();
+        async move { client.send(request).await }
+    });
+    Ok(Client::new(service, namespace))
+}
+
+impl Current {
+    fn newest(&mut self) -> Client {
+        let stamps = stamps(&self.files);
+        if stamps != self.stamps {
+            // A file that is half written changes again.
+            self.stamps = stamps;
+            match (self.make)() {
+                Ok((client, files)) => {
+                    tracing::info!("the credentials for the API server have changed");
+                    if files != self.files {
+                        self.stamps = self::stamps(&files);
+                    }
+                    (self.client, self.files) = (client, files);
+                }
+                Err(error) => {
+                    let error = crate::bpf::dataplane::chain(&error);
+                    tracing::warn!(
+                        error,
+                        "the credentials for the API server have changed and cannot be used; the old ones are"
+                    );
+                }
+            }
+        }
+        self.client.clone()
+    }
+}
+
+fn stamps(files: &[PathBuf]) -> Vec<Stamp> {
+    let stamp = |path: &Path| {
+        let file = std::fs::metadata(path).ok()?;
+        Some((file.ino(), file.len(), file.modified().ok()?))
+    };
+    files.iter().map(|path| stamp(path)).collect()
+}
