@@ -38,6 +38,15 @@ impl Cli {
     /// What clap says about it, which includes help and version.
     pub fn from_command_line(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let mut args: Vec<OsString> = args.into_iter().collect();
+        // As Go's flags, which know underscores, and `--version=raw`.
+        for arg in args.iter_mut().skip(1) {
+            if let Some(text) = arg.to_str().filter(|text| text.starts_with("--")) {
+                let (flag, value) = text.split_at(text.find('=').unwrap_or(text.len()));
+                let flag = flag.replace('_', "-");
+                let is_version = flag == "--version" && ["=true", "=raw"].contains(&value);
+                *arg = if is_version { flag.into() } else { format!("{flag}{value}").into() };
+            }
+        }
         // kube-proxy has no commands.
         let about_all =
             |first: &OsString| ["-h", "--help", "-V", "--version"].iter().any(|flag| first == flag);

@@ -62,6 +62,9 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
         // Where it will be used need not be this host.
         let config =
             Config::resolve(args, raw, &Host { name: "any".to_owned(), ipv6: true, ..Host::default() })?;
+        for note in &config.notes {
+            tracing::warn!("{note}");
+        }
         std::fs::write(path, config.effective.to_yaml()?).with_context(|| path.display().to_string())?;
         tracing::info!(file = %path.display(), "configuration written");
         return Ok(());

@@ -6,6 +6,8 @@
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal as _, Write};
 use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
+use std::path::Path;
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
 use proxy_common::abi::frontend::{FrontendKind, flags};
@@ -232,7 +234,7 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
     let view = StatusView {
         abi_version: ABI_VERSION,
         agent_running: pins.lock().is_err(),
-        programs: PROGRAMS.map(|name| (name, sys::open_link(&pins.link(name)).is_ok())).into(),
+        programs: PROGRAMS.map(|name| (name, is_attached(&pins.link(name)))).into(),
         maps: usage.into_iter().map(|(map, entries, capacity)| (map, (entries, capacity))).collect(),
         counters: Counter::ALL.into_iter().map(counter).collect::<Result<_, aya::maps::MapError>>()?,
         host_netns: maps.host_netns(),
@@ -288,6 +290,12 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
         }
     }
     Ok(())
+}
+
+/// Whether a pinned link is still on a cgroup: it stays pinned when somebody detaches it, or the cgroup goes.
+fn is_attached(pin: &Path) -> bool {
+    let link = sys::open_link(pin).and_then(|link| sys::cgroup_link_info(link.as_fd()));
+    link.is_ok_and(|link| link.cgroup_id != 0)
 }
 
 /// What sockets are told that are refused at the call. Without the choice of an errno (before 5.18) it is EPERM, after which the

@@ -10,7 +10,7 @@ use proxy_common::abi::backend::flags::ON_THIS_NODE;
 
 use super::queue::{Begun, Heavy};
 use super::{Agent, AgentError};
-use crate::bpf::dataplane::{Dataplane, DataplaneError, PROGRAMS, Sizes};
+use crate::bpf::dataplane::{Dataplane, DataplaneError, PROGRAMS, Sizes, chain};
 use crate::bpf::maps::KernelMaps;
 use crate::bpf::sys;
 use crate::cluster::ObjectKey;
@@ -43,10 +43,20 @@ pub(super) struct Programmed {
 }
 
 impl Agent {
-    /// Compares the maps with what was written. If somebody else has written to them, everything is written anew.
+    /// Compares the maps with what was written, and the links with what was attached. If somebody else has written to the maps,
+    /// everything is written anew; what has been detached is attached again.
     pub(super) fn audit(&mut self) {
         self.audit_at = Instant::now() + self.config.sync_period;
-        let Some(programmed) = self.programmed.as_ref().filter(|_| !self.everything) else { return };
+        let Some(programmed) = self.programmed.as_mut().filter(|_| !self.everything) else { return };
+        let detached = programmed.dataplane.detached(&self.config.cgroup);
+        if programmed.attached && !detached.is_empty() {
+            tracing::warn!(programs = ?detached, "somebody else has detached programs; attaching them again");
+            self.metrics.drifted(detached.iter().map(|_| "links"));
+            // What cannot be attached now is tried again the next time: packets are served meanwhile.
+            let failed = programmed.dataplane.attach(&self.config.cgroup).err();
+            let problem = failed.map(|error| format!("sockets are not served: {}", chain(&error)));
+            self.report.set("cgroup".to_owned(), problem.into_iter().collect());
+        }
         let contents = match programmed.dataplane.maps.contents() {
             Ok(contents) => contents,
             Err(error) => return tracing::warn!(%error, "the maps cannot be read back"),

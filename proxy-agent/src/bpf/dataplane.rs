@@ -270,6 +270,19 @@ impl Dataplane {
         Ok(())
     }
 
+    /// The programs that are not what `cgroup` runs any more: somebody has detached them or replaced what they run, or the cgroup
+    /// has been removed and made again.
+    pub fn detached(&self, cgroup: &Path) -> Vec<&'static str> {
+        let cgroup_id = std::fs::metadata(cgroup).ok().map(|dir| dir.ino());
+        let own = |name| Some(self.programs.program(name)?.info().ok()?.id());
+        let runs = |name: &&'static str| {
+            let link =
+                sys::open_link(&self.pins.link(name)).and_then(|link| sys::cgroup_link_info(link.as_fd()));
+            link.is_ok_and(|link| Some(link.cgroup_id) == cgroup_id && Some(link.program_id) == own(name))
+        };
+        PROGRAMS.into_iter().filter(|name| !self.refused.contains_key(name) && !runs(name)).collect()
+    }
+
     /// The socket storage map.
     ///
     /// # Errors

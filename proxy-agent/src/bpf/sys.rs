@@ -84,6 +84,8 @@ pub struct CgroupLinkInfo {
     pub cgroup_id: u64,
     /// `enum bpf_attach_type`.
     pub attach_type: u32,
+    /// Id of the program that the link runs.
+    pub program_id: u32,
 }
 
 /// What the kernel says about a link to a network device.
@@ -135,7 +137,7 @@ pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
     bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(|_| ())
 }
 
-/// Which cgroup a link is on (`BPF_OBJ_GET_INFO_BY_FD`).
+/// Which cgroup a link is on, and with which program (`BPF_OBJ_GET_INFO_BY_FD`).
 ///
 /// # Errors
 ///
@@ -144,7 +146,8 @@ pub fn cgroup_link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
     let info = link_info(link)?;
     // SAFETY: integers of a C union; for a link of another kind they mean nothing, and no pin of ours is one.
     let cgroup = unsafe { info.__bindgen_anon_1.cgroup };
-    Ok(CgroupLinkInfo { cgroup_id: cgroup.cgroup_id, attach_type: cgroup.attach_type })
+    let program_id = info.prog_id;
+    Ok(CgroupLinkInfo { cgroup_id: cgroup.cgroup_id, attach_type: cgroup.attach_type, program_id })
 }
 
 /// Which device and program a TCX link is for (`BPF_OBJ_GET_INFO_BY_FD`, kernel 6.6).

@@ -100,6 +100,26 @@ pub struct Accepted {
     /// Pause between flushes of the log.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
     pub log_flush_frequency: Option<GoDuration>,
+    /// Errors and the rest in streams of their own.
+    #[arg(long, value_name = "BOOL", hide_short_help = true, value_parser = go_bool)]
+    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub log_text_split_stream: Option<bool>,
+    /// How much of the log is held back.
+    #[arg(long, value_name = "BYTES", hide_short_help = true)]
+    pub log_text_info_buffer_size: Option<String>,
+    /// As --log-text-split-stream.
+    #[arg(long, value_name = "BOOL", hide_short_help = true, value_parser = go_bool)]
+    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub log_json_split_stream: Option<bool>,
+    /// As --log-text-info-buffer-size.
+    #[arg(long, value_name = "BYTES", hide_short_help = true)]
+    pub log_json_info_buffer_size: Option<String>,
+    /// Where the boot id of the machine is told.
+    #[arg(long, value_name = "FILES", hide_short_help = true)]
+    pub boot_id_file: Option<String>,
+    /// Where the id of the machine is told.
+    #[arg(long, value_name = "FILES", hide_short_help = true)]
+    pub machine_id_file: Option<String>,
 }
 
 impl Accepted {

@@ -95,7 +95,7 @@ impl ConfigFile {
             strict
         }
         .map_err(syntax)?;
-        drop_nulls(&mut value);
+        tidy(&mut value);
         for (field, must) in [("apiVersion", API_VERSION), ("kind", KIND)] {
             let value = value.get(field).and_then(Value::as_str).unwrap_or_default();
             if value != must {
@@ -117,14 +117,30 @@ impl ConfigFile {
 
     fn yaml(&self, duplicate_keys: DuplicateKeyPolicy) -> Result<Value, YamlError> {
         let options = serde_saphyr::options! { duplicate_keys: duplicate_keys, with_snippet: false };
-        serde_saphyr::from_slice_with_options(&self.content, options)
+        // As for kube-proxy, only the first document counts.
+        let mut text = self.content.as_slice();
+        serde_saphyr::read_with_options(&mut text, options).next().unwrap_or(Ok(Value::Null))
     }
 }
 
-/// A field that is null is not given.
-fn drop_nulls(value: &mut Value) {
-    if let Value::Object(fields) = value {
-        fields.retain(|_, value| !value.is_null());
-        fields.values_mut().for_each(drop_nulls);
+/// A field that is null is not given, and a whole number is one however it is written: `14.0`.
+fn tidy(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|_, value| !value.is_null());
+            fields.values_mut().for_each(tidy);
+        }
+        Value::Number(number) => {
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "what is not whole or too large differs afterwards"
+            )]
+            if let Some(float) = number.as_f64().filter(|_| number.is_f64())
+                && (float as i64) as f64 == float
+            {
+                *value = Value::from(float as i64);
+            }
+        }
+        Value::Null | Value::Bool(_) | Value::String(_) | Value::Array(_) => {}
     }
 }

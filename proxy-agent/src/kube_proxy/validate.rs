@@ -126,9 +126,6 @@ impl Findings {
     }
 
     fn ipvs(&mut self, c: &KubeProxyConfiguration) {
-        const SCHEDULERS: [&str; 12] =
-            ["", "rr", "wrr", "lc", "wlc", "lblc", "lblcr", "sh", "dh", "sed", "nq", "mh"];
-        self.word("ipvs.scheduler", c.ipvs.scheduler.as_deref().unwrap_or_default(), &SCHEDULERS);
         self.not_negative("ipvs.tcpTimeout", c.ipvs.tcp_timeout);
         self.not_negative("ipvs.tcpFinTimeout", c.ipvs.tcp_fin_timeout);
         self.not_negative("ipvs.udpTimeout", c.ipvs.udp_timeout);

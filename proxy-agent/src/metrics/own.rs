@@ -43,7 +43,7 @@ impl Own {
             drift: register(
                 registry,
                 "drift",
-                "Elements of BPF maps that somebody else had changed; they have been written anew",
+                "Elements of BPF maps that somebody else had changed, and programs that somebody else had detached (`links`); they have been written anew and attached again",
                 Labelled::default(),
             ),
             sockets_destroyed: register(

@@ -121,3 +121,28 @@ fn elements_that_are_removed_or_changed_are_named_and_come_back() -> Result<()> 
     assert_eq!(sum(&mut world)?, counted);
     Ok(())
 }
+
+#[test]
+fn programs_that_are_detached_are_attached_again() -> Result<()> {
+    let mut world = world()?;
+    let attached = |world: &World| -> Result<usize> {
+        let programs = world.tool(NODE, "status")?["programs"].clone();
+        Ok(programs.as_object().context("programs")?.values().filter(|attached| **attached == true).count())
+    };
+    let (all, links) = (attached(&world)?, world.lab().node(NODE).pin_dir().join("links"));
+    for name in ["connect4", "sendmsg4"] {
+        let mut command = world.host().command("bpftool");
+        command.args(["link", "detach", "pinned"]).arg(links.join(name));
+        command.text().with_context(|| format!("bpftool detaches {name}"))?;
+        ensure!(
+            attached(&world)? < all || drift(&mut world, "links")? > 0,
+            "what is pinned is not what is attached"
+        );
+    }
+    until("attached", || Ok((attached(&world)? == all).then_some(())))?;
+    // Both may have been found at once.
+    ensure!((1..=2).contains(&drift(&mut world, "links")?));
+    let attempts = world.client().connect(KUBIA_VIP).http().times(20).run()?;
+    ensure!(attempts.iter().all(|attempt| attempt.ok), "{attempts:?}");
+    Ok(())
+}

@@ -130,7 +130,7 @@ async fn renewed_certificates_are_used_at_once() {
     watched.until("nothing is wrong", |watched| watched.problems.is_empty()).await;
 }
 
-/// By `proxy-url`, whatever `NO_PROXY` would say.
+/// By `proxy-url`.
 #[tokio::test]
 async fn through_a_proxy() {
     let server = ApiServer::start().unwrap();

@@ -10,7 +10,9 @@ use aya::programs::{SchedClassifier, TcAttachType};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
 use super::{Pins, SMALL};
-use crate::bpf::dataplane::{Dataplane, DataplaneError, FLOW_ENTRIES, OBJECT, Sizes};
+use crate::bpf::dataplane::{
+    Dataplane, DataplaneError, FLOW_ENTRIES, OBJECT, PROGRAMS as PROGRAMS_AT_SOCKETS, Sizes,
+};
 use crate::bpf::pins::PinDir;
 use crate::bpf::tc::{Mechanism, PROGRAMS, Pair, TcPrograms};
 use crate::edge::attach::Attacher;
@@ -83,6 +85,29 @@ fn what_is_refused_is_detached() {
         Dataplane::open_object(bytemuck::cast_slice(&object), pins.0.clone(), SIZES, drop).unwrap();
     broken.attach(&served.0).unwrap();
     assert!(!there("sendmsg6") && !there("recvmsg6") && there("connect6") && there("sendmsg4"));
+}
+
+#[test]
+fn what_has_been_detached_is_told_and_attached_again() {
+    let pins = pins("audit");
+    let served = cgroup();
+    let mut dataplane = Dataplane::open(pins.0.clone(), SIZES, drop).unwrap();
+    assert_eq!(dataplane.detached(&served.0).len(), PROGRAMS_AT_SOCKETS.len(), "nothing is attached yet");
+    dataplane.attach(&served.0).unwrap();
+    assert_eq!(dataplane.detached(&served.0), [""; 0]);
+    // The programs go with the cgroup, and their pins stay.
+    fs::remove_dir(&served.0).unwrap();
+    assert_eq!(dataplane.detached(&served.0).len(), PROGRAMS_AT_SOCKETS.len());
+    fs::create_dir(&served.0).unwrap();
+    assert_eq!(dataplane.detached(&served.0).len(), PROGRAMS_AT_SOCKETS.len());
+    dataplane.attach(&served.0).unwrap();
+    assert_eq!(dataplane.detached(&served.0), [""; 0]);
+    fs::remove_file(pins.0.link("connect6")).unwrap();
+    assert_eq!(dataplane.detached(&served.0), ["connect6"]);
+    // An agent that is started beside it takes the links over.
+    let mut other = Dataplane::open(pins.0.clone(), SIZES, drop).unwrap();
+    other.attach(&served.0).unwrap();
+    assert_eq!(dataplane.detached(&served.0).len(), PROGRAMS_AT_SOCKETS.len());
 }
 
 /// A cgroup that goes when it is dropped.

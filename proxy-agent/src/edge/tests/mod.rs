@@ -366,7 +366,7 @@ fn devices_without_mac_headers_get_programs_of_their_own() {
 }
 
 #[test]
-fn sources_are_what_the_kernel_would_take_but_no_frontend() {
+fn sources_are_what_the_kernel_would_take() {
     Node::run(async |node| {
         // Another source towards the pods of another node, and a second device whose first address is a frontend.
         ip("address add 192.0.2.11/24 dev eth0\nroute add 10.64.2.0/24 via 192.0.2.20 src 192.0.2.11\n\

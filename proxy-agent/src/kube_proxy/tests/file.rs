@@ -174,3 +174,24 @@ fn what_is_written_is_read_back() {
     assert_eq!(ignored, [""; 0]);
     assert_eq!(read.with_defaults(), given);
 }
+
+#[test]
+fn as_kube_proxy_takes_it() {
+    let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+    for (text, bit) in [
+        (format!("{head}iptables: {{masqueradeBit: 13.0}}\n"), 13),
+        (
+            format!(
+                "---\n{head}iptables: {{masqueradeBit: 12}}\n---\n{head}iptables: {{masqueradeBit: 11}}\n"
+            ),
+            12,
+        ),
+        (format!("{head}iptables: {{masqueradeBit: 12}}\n---\nkind: KubeletConfiguration\n"), 12),
+    ] {
+        let (read, ignored) =
+            ConfigFile { path: PathBuf::from("f"), content: text.clone().into() }.decode().unwrap();
+        assert_eq!((read.iptables.masquerade_bit, ignored.len()), (Some(bit), 0), "{text}");
+    }
+    let half = file_with("iptables: {masqueradeBit: 13.5}\n").decode().unwrap_err().to_string();
+    assert!(half.contains("iptables.masqueradeBit"), "{half}");
+}

@@ -7,8 +7,21 @@ use super::*;
 use crate::kube_proxy::fields::{FIELDS, values};
 
 /// Flags that set no field of the file: about the invocation itself, or older names for a part of a field.
-const WITHOUT_FIELD: [&str; 7] =
-    ["config", "write-config-to", "cleanup", "init-only", "master", "healthz-port", "metrics-port"];
+const WITHOUT_FIELD: [&str; 13] = [
+    "config",
+    "write-config-to",
+    "cleanup",
+    "init-only",
+    "master",
+    "healthz-port",
+    "metrics-port",
+    "log-text-split-stream",
+    "log-text-info-buffer-size",
+    "log-json-split-stream",
+    "log-json-info-buffer-size",
+    "boot-id-file",
+    "machine-id-file",
+];
 /// Flags that kube-proxy does not have.
 const OWN: [&str; 16] = [
     "manifests",
@@ -168,6 +181,19 @@ fn zero_by_flag_is_zero() {
     assert_eq!(effective.sync_periods().min, GoDuration::ZERO);
     assert_eq!(effective.client_connection.qps, Some(0.0));
     assert_eq!(fields::without_effect(&effective), [""; 0]);
+}
+
+#[test]
+fn flags_in_other_spellings() {
+    let got =
+        given(&["run", "--proxy_mode=ipvs", "--hostname_override", "node_1", "--feature-gates=A_B=true"]);
+    assert_eq!(got.mode.as_deref(), Some("ipvs"));
+    assert_eq!(got.hostname_override.as_deref(), Some("node_1"), "a value stays as it is");
+    assert_eq!(got.feature_gates.unwrap().keys().collect::<Vec<_>>(), ["A_B"]);
+    for version in ["--version", "--version=raw", "--version=true"] {
+        let error = Cli::from_command_line(["proxy-agent", version].map(Into::into)).unwrap_err();
+        assert_eq!(error.kind(), clap::error::ErrorKind::DisplayVersion, "{version}");
+    }
 }
 
 #[test]

@@ -66,7 +66,6 @@ fn each_field_has_its_limits() {
         ("conntrack: {udpTimeout: -1s}\n", "conntrack.udpTimeout"),
         ("conntrack: {udpStreamTimeout: -1s}\n", "conntrack.udpStreamTimeout"),
         ("showHiddenMetricsForVersion: new\n", "showHiddenMetricsForVersion"),
-        ("mode: ipvs\nipvs: {scheduler: best}\n", "ipvs.scheduler (--ipvs-scheduler): `best`"),
         (
             "mode: ipvs\nipvs: {excludeCIDRs: [10.0.0.0/8, x]}\n",
             "ipvs.excludeCIDRs (--ipvs-exclude-cidrs): `x`",
@@ -80,7 +79,7 @@ fn each_field_has_its_limits() {
     }
     for good in [
         "mode: iptables\n",
-        "mode: ipvs\nipvs: {scheduler: wrr, excludeCIDRs: [10.0.0.0/8], minSyncPeriod: 0s}\n",
+        "mode: ipvs\nipvs: {scheduler: best, excludeCIDRs: [10.0.0.0/8], minSyncPeriod: 0s}\n",
         "ipvs: {scheduler: best, tcpTimeout: -1s}\n",
         "conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s}\n",
         "oomScoreAdj: -1000\n",

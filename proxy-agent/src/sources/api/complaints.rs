@@ -14,13 +14,16 @@ const REPEAT: Duration = Duration::from_secs(60);
 /// How long watches of a kind may fail before that is a problem: kube-proxy's sync period by default.
 const LONG: Duration = Duration::from_secs(30);
 
+/// Failures that are further apart have nothing to do with each other: what fails is tried again sooner.
+const APART: Duration = Duration::from_secs(120);
+
 /// What is wrong at present.
 pub(super) struct Complaints {
     url: String,
     /// Reason and time of the last line in the log.
     logged: BTreeMap<Kind, (String, Instant)>,
-    /// Since when the watches of a kind have failed.
-    failing: BTreeMap<Kind, Instant>,
+    /// Since when the watches of a kind have failed, and when they did so last.
+    failing: BTreeMap<Kind, (Instant, Instant)>,
     /// Kinds whose list cannot be had, or whose changes have not been heard of for long, and why.
     problems: BTreeMap<Kind, String>,
     changed: bool,
@@ -58,7 +61,12 @@ impl Complaints {
             (true, true) => tracing::info!(resource, "{reason}"),
             (true, false) => tracing::warn!(resource, server = self.url, "{reason}"),
         }
-        let since = *self.failing.entry(kind).or_insert(now);
+        let (since, last) = self.failing.entry(kind).or_insert((now, now));
+        if now.saturating_duration_since(*last) > APART {
+            *since = now;
+        }
+        *last = now;
+        let since = *since;
         if (error.is_of_list() || now.saturating_duration_since(since) >= LONG) && !not_served {
             self.changed |= self.problems.insert(kind, reason.clone()).as_ref() != Some(&reason);
         }
@@ -70,7 +78,7 @@ impl Complaints {
         self.answered(kind);
     }
 
-    /// The list of `kind` is complete, and it is watched. (That may end at once, so the log is not told anew.)
+    /// The list of `kind` is complete, and its watch has said that nothing is missing.
     pub(super) fn answered(&mut self, kind: Kind) {
         self.failing.remove(&kind);
         if self.problems.remove(&kind).is_some() {
@@ -159,10 +167,12 @@ mod tests {
         assert!(complaints.have_changed());
         complaints.answered(kind);
         assert!(complaints.have_changed() && told(&complaints).is_empty());
-        complaints.note(kind, &Error::Watch(refused()), start + Duration::from_secs(80));
-        assert!(told(&complaints).is_empty(), "it has worked in between");
+        for seconds in [80, 201, 322] {
+            complaints.note(kind, &Error::Watch(refused()), start + Duration::from_secs(seconds));
+            assert!(told(&complaints).is_empty(), "it has worked in between");
+        }
         // Without a list nothing is known.
-        complaints.note(kind, &Error::List(refused()), start + Duration::from_secs(81));
+        complaints.note(kind, &Error::List(refused()), start + Duration::from_secs(323));
         assert_eq!(told(&complaints).len(), 1);
     }
 }

@@ -54,8 +54,8 @@ pub(super) enum Event<K> {
     Deleted(K),
     /// The list is complete: nothing else exists.
     ListEnds,
-    /// What happens from here on is going to be told.
-    Watching,
+    /// Everything that has happened so far has been told.
+    UpToDate,
 }
 
 /// What did not work. All of it is tried again.
@@ -351,7 +351,7 @@ where
         match self.api.watch(&self.selection.watch(false), &version).await {
             Ok(events) => {
                 let (events, watch) = (events.boxed(), Watch::opened());
-                (Phase::Watching { version, events, watch }, Ok(Some(Event::Watching)))
+                (Phase::Watching { version, events, watch }, Ok(None))
             }
             Err(error) => after(version, error),
         }
@@ -384,7 +384,7 @@ where
         }
         Some(Ok(WatchEvent::Bookmark(mark))) => {
             let version = mark.metadata.resource_version;
-            (Phase::Watching { version, events, watch }, Ok(None))
+            (Phase::Watching { version, events, watch }, Ok(Some(Event::UpToDate)))
         }
         Some(Ok(WatchEvent::Error(status))) => after(version, kube::Error::Api(status)),
         // Whatever it was about, only a list tells.

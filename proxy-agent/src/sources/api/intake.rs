@@ -50,7 +50,7 @@ impl Intake {
             }),
             service_cidrs: Known::new(|name| Some(Change::ServiceCidrGone(name))),
             tenants: Tenants::new(budgets),
-            unusable: Unusable::new(),
+            unusable: Unusable::default(),
         }
     }
 
@@ -216,7 +216,7 @@ impl<K: Ord + Clone> Known<K> {
                 unusable.mended(&named::<O>(received.meta()));
                 self.remove(key(received.meta()), changes);
             }
-            Event::Watching => {}
+            Event::UpToDate => {}
             Event::ListEnds => {
                 let listed = self.listed.take().unwrap_or_default();
                 let lacking: Vec<K> = self.all.difference(&listed).cloned().collect();

@@ -6,11 +6,12 @@
 use std::path::PathBuf;
 
 use axum::http::Uri;
+use axum::http::uri::InvalidUri;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hyper_util::client::proxy::matcher::Matcher;
 use kube::Config;
-use kube::config::{AuthInfo, Cluster, Kubeconfig};
+use kube::config::{AuthInfo, Cluster, Kubeconfig, KubeconfigError};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
 use secrecy::{ExposeSecret as _, SecretString};
@@ -54,20 +55,26 @@ pub(super) fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
     let cluster = cluster.and_then(|cluster| cluster.cluster.as_ref()).ok_or_else(|| {
         missing(format!("contexts[{current}].context.cluster"), &context.cluster, "clusters")
     })?;
-    let auth_info = match context.user.as_deref().filter(|user| !user.is_empty()) {
-        None => AuthInfo::default(),
-        Some(name) => {
-            let user = kubeconfig.auth_infos.iter().find(|user| user.name == name);
-            let user =
-                user.ok_or_else(|| missing(format!("contexts[{current}].context.user"), name, "users"))?;
-            credentials(user.auth_info.clone().unwrap_or_default())
-        }
-    };
+    let user = context.user.as_deref().filter(|user| !user.is_empty());
+    let named = user.and_then(|name| kubeconfig.auth_infos.iter().find(|user| user.name == name));
+    if let (Some(user), None) = (user, named) {
+        tracing::warn!(
+            "contexts[{current}].context.user names {user:?}, which is not in users: going on without credentials"
+        );
+    }
+    let mut auth_info = credentials(named.and_then(|user| user.auth_info.clone()).unwrap_or_default());
+    if let Some(exec) = auth_info.exec.as_mut().filter(|exec| exec.provide_cluster_info) {
+        let told = cluster.try_into().map_err(|error: KubeconfigError| Wrong::Field {
+            field: format!("clusters[{}].cluster", context.cluster),
+            reason: error.to_string(),
+        });
+        exec.cluster = Some(told?);
+    }
     let wrong = |field: &str, reason: String| Wrong::Field {
         field: format!("clusters[{}].cluster.{field}", context.cluster),
         reason,
     };
-    let server = server(cluster).map_err(|reason| wrong("server", reason))?;
+    let server = server(cluster, &auth_info).map_err(|reason| wrong("server", reason))?;
     let mut config = Config::new(server);
     (config.root_cert, config.root_cert_file) =
         authority(cluster).map_err(|(field, reason)| wrong(field, reason))?;
@@ -77,9 +84,10 @@ pub(super) fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
     if let Some(namespace) = context.namespace.as_ref().filter(|namespace| !namespace.is_empty()) {
         config.default_namespace.clone_from(namespace);
     }
-    if let Some(proxy) = cluster.proxy_url.as_deref().filter(|proxy| !proxy.is_empty()) {
-        config.proxy_url =
-            Some(proxy.trim().parse().map_err(|error| wrong("proxy-url", format!("{proxy:?}: {error}")))?);
+    if let Some(proxy) = given(&cluster.proxy_url) {
+        // It may have a password in it.
+        let proxy: Result<Uri, InvalidUri> = proxy.trim().parse();
+        config.proxy_url = Some(proxy.map_err(|error| wrong("proxy-url", format!("is no URL: {error}")))?);
     }
     config.auth_info = auth_info;
     Ok(config)
@@ -103,29 +111,54 @@ pub(super) fn proxy(server: &Uri, env: impl Fn(&str) -> Option<String>) -> Resul
     let is_loopback = host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
     let no = first(["NO_PROXY", "no_proxy"]).map_or(String::new(), |(_, value)| value);
     let none = no.split(',').any(|pattern| pattern.trim() == "*");
-    let others = Matcher::builder().all("http://proxy").no(no).build();
+    let port = server.port_u16().unwrap_or(if server.scheme_str() == Some("https") { 443 } else { 80 });
+    let no: Vec<&str> = no.split(',').filter_map(|pattern| without_port(pattern.trim(), port)).collect();
+    let others = Matcher::builder().all("http://proxy").no(no.join(",")).build();
     if none || is_loopback || host.eq_ignore_ascii_case("localhost") || others.intercept(server).is_none() {
         return Ok(None);
     }
     let with_scheme = if value.contains("://") { value } else { format!("http://{value}") };
-    let proxy = with_scheme.trim().parse();
+    let proxy: Result<Uri, InvalidUri> = with_scheme.trim().parse();
     // It may have a password in it.
     let wrong = |error| Wrong::Field {
         field: format!("the environment variable {name}"),
         reason: format!("is no URL: {error}"),
     };
-    proxy.map(Some).map_err(|error: axum::http::uri::InvalidUri| wrong(error))
+    proxy.map(Some).map_err(wrong)
 }
 
-/// Without a scheme it is HTTPS where certificates are spoken of, else HTTP.
-fn server(cluster: &Cluster) -> Result<Uri, String> {
+/// A pattern of `NO_PROXY` without its port and its `*`; `None` if it is about another port.
+fn without_port(pattern: &str, port: u16) -> Option<&str> {
+    let pattern = match pattern.rsplit_once(':') {
+        Some((host, digits)) if !host.contains(':') || host.ends_with(']') => match digits.parse::<u16>() {
+            Ok(of) if of == port => host.trim_matches(['[', ']']),
+            Ok(_) => return None,
+            Err(_) => pattern,
+        },
+        _ => pattern,
+    };
+    Some(pattern.strip_prefix('*').filter(|rest| rest.starts_with('.')).unwrap_or(pattern))
+}
+
+/// Without a scheme it is HTTPS where certificates or credentials are spoken of, which nobody else may read, else HTTP.
+fn server(cluster: &Cluster, user: &AuthInfo) -> Result<Uri, String> {
     let given = cluster.server.as_deref().unwrap_or_default().trim();
     if given.is_empty() {
         return Err("is missing".to_owned());
     }
-    let secure =
-        [&cluster.certificate_authority, &cluster.certificate_authority_data, &cluster.tls_server_name];
-    let secure = cluster.insecure_skip_tls_verify == Some(true) || secure.iter().any(|field| field.is_some());
+    let texts = [
+        &cluster.certificate_authority,
+        &cluster.certificate_authority_data,
+        &cluster.tls_server_name,
+        &user.client_certificate,
+        &user.client_certificate_data,
+        &user.token_file,
+    ];
+    let secure = cluster.insecure_skip_tls_verify == Some(true)
+        || user.token.is_some()
+        || user.password.is_some()
+        || user.exec.is_some()
+        || texts.iter().any(|field| field.is_some());
     let scheme = match given.contains("://") {
         true => "",
         false if secure => "https://",
@@ -164,14 +197,14 @@ fn authority(cluster: &Cluster) -> Result<Authority, (&'static str, String)> {
     }
 }
 
-/// As they are written: with newlines in them, or in two ways. A file with a token goes before a token.
+/// As they are written: with newlines in them, or empty.
 fn credentials(mut auth: AuthInfo) -> AuthInfo {
-    let secret = |secret: SecretString, clean: fn(&str) -> String| clean(secret.expose_secret()).into();
-    let readable = |path: &String| std::fs::read_to_string(path).is_ok_and(|token| !token.trim().is_empty());
-    if auth.token_file.as_ref().is_some_and(readable) {
-        auth.token = None;
-    }
-    auth.token = auth.token.map(|token| secret(token, |token| token.trim().to_owned()));
+    let secret = |secret: SecretString, clean: fn(&str) -> String| -> SecretString {
+        clean(secret.expose_secret()).into()
+    };
+    let token = auth.token.map(|token| secret(token, |token| token.trim().to_owned()));
+    auth.token = token.filter(|token| !token.expose_secret().is_empty());
+    auth.token_file = auth.token_file.filter(|path| !path.is_empty());
     auth.client_key_data = auth.client_key_data.map(|data| secret(data, unwrapped));
     auth.client_certificate_data = auth.client_certificate_data.as_deref().map(unwrapped);
     auth
@@ -226,7 +259,7 @@ mod tests {
             ("{server: a, certificate-authority-data: '?'}", "certificate-authority-data: "),
             ("{server: a, certificate-authority-data: YQ==}", "certificate-authority-data: there is no cert"),
             ("{server: a, certificate-authority: /none}", "certificate-authority: /none: No such file"),
-            ("{server: a, proxy-url: 'a b'}", "proxy-url: \"a b\": "),
+            ("{server: a, proxy-url: 'a b'}", "proxy-url: is no URL: "),
         ] {
             let error = with(cluster, "{}").map(|config| config.cluster_url).unwrap_err();
             assert!(error.starts_with(&format!("clusters[k].cluster.{problem}")), "{cluster}: {error}");
@@ -242,11 +275,13 @@ mod tests {
             ("", "current-context is not set"),
             (&context, "current-context names \"c\", which is not in contexts"),
             (&contexts, "contexts[c].context.cluster names \"k\", which is not in clusters"),
-            (&clusters, "contexts[c].context.user names \"u\", which is not in users"),
         ] {
             assert_eq!(read(text).map(|config| config.cluster_url).unwrap_err(), problem, "{text}");
         }
-        read(&(clusters + "users: [{name: u}]\n")).unwrap();
+        // Without credentials, as for client-go; the log says so.
+        for users in ["", "users: [{name: u}]\n"] {
+            assert!(read(&(clusters.clone() + users)).unwrap().auth_info.token.is_none());
+        }
     }
 
     #[test]
@@ -256,12 +291,20 @@ mod tests {
             (auth.token.map(|token| token.expose_secret().to_owned()), auth.token_file)
         };
         assert_eq!(token("{token: \"abc\\n\"}"), (Some("abc".to_owned()), None));
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let path = file.path().to_str().unwrap();
-        let both = format!("{{token: abc, tokenFile: {path}}}");
-        assert_eq!(token(&both).0.as_deref(), Some("abc"), "an empty file is none");
-        std::fs::write(path, "def\n").unwrap();
-        assert_eq!(token(&both), (None, Some(path.to_owned())));
+        assert_eq!(token("{token: '', tokenFile: ''}"), (None, None));
+        // Nobody else may read them: not by a scheme that is only guessed.
+        for user in [
+            "{token: abc}",
+            "{tokenFile: /t}",
+            "{client-certificate-data: YQ==}",
+            "{username: u, password: p}",
+        ] {
+            assert_eq!(with("{server: a}", user).unwrap().cluster_url.scheme_str(), Some("https"), "{user}");
+        }
+        let exec =
+            "{exec: {command: c, apiVersion: client.authentication.k8s.io/v1, provideClusterInfo: true}}";
+        let told = with("{server: 'https://a'}", exec).unwrap().auth_info.exec.unwrap().cluster;
+        assert_eq!(told.unwrap().server.as_deref(), Some("https://a"));
     }
 
     #[test]
@@ -278,6 +321,12 @@ mod tests {
             ("https://10.0.0.1:6443", "HTTPS_PROXY=http://proxy NO_PROXY=10.0.1.0/24,.svc", "http://proxy/"),
             ("https://api.example.org", "HTTPS_PROXY=http://proxy NO_PROXY=.example.org", ""),
             ("https://kubernetes.default.svc", "HTTPS_PROXY=http://proxy NO_PROXY=localhost,.svc", ""),
+            ("https://a.example.org:6443", "HTTPS_PROXY=http://proxy NO_PROXY=*.example.org", ""),
+            ("https://10.0.0.1:6443", "HTTPS_PROXY=http://proxy NO_PROXY=10.0.0.1:6443", ""),
+            ("https://10.0.0.1:6443", "HTTPS_PROXY=http://proxy NO_PROXY=10.0.0.1:443", "http://proxy/"),
+            ("https://api.example", "HTTPS_PROXY=http://proxy NO_PROXY=api.example:443", ""),
+            ("https://[fd00::1]:6443", "HTTPS_PROXY=http://proxy NO_PROXY=[fd00::1]:6443", ""),
+            ("https://[fd00::1]:6443", "HTTPS_PROXY=http://proxy NO_PROXY=fd00::/16", ""),
             ("https://127.0.0.1:6443", "HTTPS_PROXY=http://proxy", ""),
             ("https://[::1]:6443", "HTTPS_PROXY=http://proxy", ""),
             ("https://localhost:6443", "HTTPS_PROXY=http://proxy", ""),

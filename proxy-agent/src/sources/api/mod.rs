@@ -5,7 +5,7 @@
 //! at once and dropped. Whatever fails is retried for ever, each kind by itself and at its own pace; what was known stays
 //! known, and only a complete new list makes an object go.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -72,14 +72,18 @@ impl Server {
     /// # Errors
     /// The configuration cannot be read or used.
     pub fn configured(kubeconfig: Option<&Path>, master: Option<&Uri>) -> Result<Self, SourceError> {
-        let url = read(kubeconfig, master)?.cluster_url.to_string();
+        let files = |kubeconfig: Option<&Path>, config: &Config| {
+            kubeconfig.map(Path::to_owned).into_iter().chain(kubeconfig::files(config)).collect::<Vec<_>>()
+        };
+        let config = read(kubeconfig, master)?;
+        let (url, first) = (config.cluster_url.to_string(), files(kubeconfig, &config));
         let (kubeconfig, master) = (kubeconfig.map(Path::to_owned), master.cloned());
         let make = move || {
             let config = read(kubeconfig.as_deref(), master.as_ref())?;
-            let files = kubeconfig.iter().cloned().chain(kubeconfig::files(&config)).collect();
+            let files = files(kubeconfig.as_deref(), &config);
             Ok((connect(config)?, files))
         };
-        Ok(Self { client: renewed::client(Box::new(make))?, url })
+        Ok(Self { client: renewed::client(&first, Box::new(make))?, url })
     }
 }
 
@@ -113,9 +117,10 @@ fn read(kubeconfig: Option<&Path>, master: Option<&Uri>) -> Result<Config, Sourc
 fn connect(mut config: Config) -> Result<Client, SourceError> {
     let server = config.cluster_url.to_string();
     let count = CountRequests::of(&config.cluster_url);
-    // A file that can be read has gone before a token already.
-    let file = config.auth_info.token_file.take().filter(|_| config.auth_info.token.is_none());
-    let token = TokenFile(file.map(|file| Arc::new(file.into())));
+    // A file goes before a token, as long as it can be read.
+    let file = config.auth_info.token_file.take().map(|file| Arc::new(PathBuf::from(file)));
+    let instead = file.as_ref().and_then(|_| config.auth_info.token.take());
+    let token = TokenFile { file, instead };
     ClientBuilder::try_from(config)
         .map(|builder| builder.with_layer(&token).with_layer(&count).build())
         .map_err(|source| SourceError::Client { server, source: Box::new(source) })
@@ -160,15 +165,15 @@ enum KindEvent {
 }
 
 impl KindEvent {
-    /// Whether it tells that a watch has begun.
-    fn is_watching(&self) -> bool {
+    /// Whether it tells only that nothing is missing.
+    fn is_mark(&self) -> bool {
         matches!(
             self,
-            Self::Service(Event::Watching)
-                | Self::Slice(Event::Watching)
-                | Self::Node(Event::Watching)
-                | Self::ServiceCidr(Event::Watching)
-                | Self::Pod(Event::Watching)
+            Self::Service(Event::UpToDate)
+                | Self::Slice(Event::UpToDate)
+                | Self::Node(Event::UpToDate)
+                | Self::ServiceCidr(Event::UpToDate)
+                | Self::Pod(Event::UpToDate)
         )
     }
 
@@ -239,7 +244,7 @@ pub async fn run(
         while let Some((kind, event)) = next {
             match event {
                 Ok(event) => {
-                    let is_object = !event.is_watching();
+                    let is_object = !event.is_mark();
                     intake.take(event, &mut changes);
                     match intake.has_list(kind) {
                         true if is_object => complaints.settle(kind),

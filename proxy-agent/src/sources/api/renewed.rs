@@ -3,12 +3,16 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use kube::Client;
 use kube::client::Body;
 
+use crate::bpf::dataplane::chain;
 use crate::sources::SourceError;
+
+/// When credentials that could not be used are tried again, whatever the files say.
+const RETRY: Duration = Duration::from_secs(10);
 
 /// A client, and the files that it was made from.
 pub(super) type Made = (Client, Vec<PathBuf>);
@@ -21,16 +25,18 @@ struct Current {
     make: Make,
     client: Client,
     files: Vec<PathBuf>,
-    /// Of the files when the client was made, or when that was tried last.
+    /// Of the files before the client was made, or before that was tried last.
     stamps: Vec<Stamp>,
+    retry_at: Option<Instant>,
 }
 
-/// A client that is made anew when files have changed. Requests that are under way go on with the one that they began with.
-pub(super) fn client(make: Make) -> Result<Client, SourceError> {
+/// A client that is made anew when its files, at present `files`, have changed. Requests that are under way go on with the one that
+/// they began with.
+pub(super) fn client(files: &[PathBuf], make: Make) -> Result<Client, SourceError> {
+    let stamps = stamps(files);
     let (client, files) = make()?;
     let namespace = client.default_namespace().to_owned();
-    let stamps = stamps(&files);
-    let current = Arc::new(Mutex::new(Current { make, client, files, stamps }));
+    let current = Arc::new(Mutex::new(Current { make, client, files, stamps, retry_at: None }));
     let service = tower::service_fn(move |request: axum::http::Request<Body>| {
         let client = current.lock().unwrap_or_else(PoisonError::into_inner).newest();
         async move { client.send(request).await }
@@ -40,9 +46,8 @@ pub(super) fn client(make: Make) -> Result<Client, SourceError> {
 
 impl Current {
     fn newest(&mut self) -> Client {
-        let stamps = stamps(&self.files);
-        if stamps != self.stamps {
-            // A file that is half written changes again.
+        let (now, stamps) = (Instant::now(), stamps(&self.files));
+        if stamps != self.stamps || self.retry_at.is_some_and(|at| at <= now) {
             self.stamps = stamps;
             match (self.make)() {
                 Ok((client, files)) => {
@@ -50,14 +55,15 @@ impl Current {
                     if files != self.files {
                         self.stamps = self::stamps(&files);
                     }
-                    (self.client, self.files) = (client, files);
+                    (self.client, self.files, self.retry_at) = (client, files, None);
                 }
                 Err(error) => {
-                    let error = crate::bpf::dataplane::chain(&error);
+                    let error = chain(&error);
                     tracing::warn!(
                         error,
                         "the credentials for the API server have changed and cannot be used; the old ones are"
                     );
+                    self.retry_at = Some(now + RETRY);
                 }
             }
         }

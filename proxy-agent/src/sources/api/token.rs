@@ -9,11 +9,17 @@ use std::task::{Context, Poll};
 
 use axum::http::Request;
 use axum::http::header::{AUTHORIZATION, HeaderValue};
+use secrecy::{ExposeSecret as _, SecretString};
 use tower::{Layer, Service};
 
 /// The layer that adds the token, if there is one.
 #[derive(Clone, Debug)]
-pub(super) struct TokenFile(pub(super) Option<Arc<PathBuf>>);
+pub(super) struct TokenFile {
+    /// Its file.
+    pub(super) file: Option<Arc<PathBuf>>,
+    /// What counts while the file has none.
+    pub(super) instead: Option<SecretString>,
+}
 
 impl<S> Layer<S> for TokenFile {
     type Service = WithToken<S>;
@@ -50,9 +56,35 @@ impl<S: Service<Request<B>>, B> Service<Request<B>> for WithToken<S> {
 
 impl TokenFile {
     fn read(&self) -> Option<HeaderValue> {
-        let token = std::fs::read_to_string(&**self.0.as_ref()?).ok()?;
-        let mut value = HeaderValue::try_from(format!("Bearer {}", token.trim())).ok()?;
+        let token = std::fs::read_to_string(&**self.file.as_ref()?).unwrap_or_default();
+        let token = match (token.trim(), &self.instead) {
+            ("", Some(instead)) => instead.expose_secret(),
+            ("", None) => return None,
+            (token, _) => token,
+        };
+        let mut value = HeaderValue::try_from(format!("Bearer {token}")).ok()?;
         value.set_sensitive(true);
         Some(value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_counts_while_the_file_has_none() {
+        let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        let of = |instead: Option<&str>| {
+            let file = Some(Arc::new(path.to_path_buf()));
+            TokenFile { file, instead: instead.map(Into::into) }.read()
+        };
+        for (content, alone, beside) in [("", None, "Bearer b"), ("a\n", Some("Bearer a"), "Bearer a")] {
+            std::fs::write(&path, content).unwrap();
+            assert_eq!(of(None).as_ref().map(|value| value.to_str().unwrap()), alone);
+            assert_eq!(of(Some("b")).unwrap(), beside);
+        }
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(of(Some("b")).unwrap(), "Bearer b");
     }
 }

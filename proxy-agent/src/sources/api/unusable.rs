@@ -1,21 +1,16 @@
-//! Objects that cannot be used: a line in the log for each, and a problem as long as it is so.
+//! Objects that cannot be used: problems as long as it is so. (Who tells problems writes them into the log, too.)
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
 
-use crate::shares::{Shares, tenant_of};
+use crate::shares::tenant_of;
 use crate::sources::Problem;
 
-/// Lines of the log that a namespace has at once.
-const LINES: u32 = 50;
-/// It has one more each time this much has passed.
-const PER_LINE: Duration = Duration::from_secs(10);
 /// Objects of a namespace that are named as problems.
 const NAMED: usize = 64;
 
 /// All of them.
+#[derive(Default)]
 pub(super) struct Unusable {
-    lines: Shares,
     /// By namespace and by the name that problems give to the object.
     namespaces: BTreeMap<String, BTreeMap<String, Reason>>,
     changed: bool,
@@ -28,21 +23,10 @@ struct Reason {
 }
 
 impl Unusable {
-    pub(super) fn new() -> Self {
-        Self { lines: Shares::new(LINES, PER_LINE), namespaces: BTreeMap::new(), changed: false }
-    }
-
     /// An object cannot be used. `list` is the number of the list of its kind that came last.
     pub(super) fn note(&mut self, problem: Problem, list: u64) {
         let Problem { object, reason: text } = problem;
-        let namespace = tenant_of(&object);
-        if let Some(unlogged) = self.lines.take(namespace, Instant::now()) {
-            tracing::warn!(object, reason = text, unlogged, "unusable object");
-        }
-        let named = self.namespaces.entry(namespace.to_owned()).or_default();
-        if named.len() >= NAMED && !named.contains_key(&object) {
-            return;
-        }
+        let named = self.namespaces.entry(tenant_of(&object).to_owned()).or_default();
         let reason = Reason { text: text.clone(), list };
         self.changed |= named.insert(object, reason).is_none_or(|before| before.text != text);
     }
@@ -74,9 +58,45 @@ impl Unusable {
         std::mem::take(&mut self.changed)
     }
 
-    /// The whole list of problems.
+    /// The whole list of problems: of each namespace some by name, and how many more there are.
     pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
-        let all = self.namespaces.values().flatten();
-        all.map(|(object, reason)| Problem { object: object.clone(), reason: reason.text.clone() })
+        self.namespaces.iter().flat_map(|(namespace, objects)| {
+            let named = objects
+                .iter()
+                .take(NAMED)
+                .map(|(object, reason)| Problem { object: object.clone(), reason: reason.text.clone() });
+            let more = objects.len().checked_sub(NAMED).filter(|more| *more > 0).map(|more| Problem {
+                object: format!("Namespace {namespace}"),
+                reason: format!("{more} more objects cannot be used, which are not named here"),
+            });
+            named.chain(more)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn some_are_named_and_the_rest_is_counted() {
+        let mut unusable = Unusable::default();
+        let note = |unusable: &mut Unusable, number: usize, list| {
+            unusable
+                .note(Problem { object: format!("Service a/s{number:03}"), reason: "why".to_owned() }, list);
+        };
+        (0..NAMED + 2).for_each(|number| note(&mut unusable, number, 1));
+        unusable.note(Problem { object: "EndpointSlice b/s".to_owned(), reason: "why".to_owned() }, 1);
+        let told =
+            |unusable: &Unusable| unusable.problems().map(|problem| problem.object).collect::<Vec<_>>();
+        assert_eq!(told(&unusable).len(), NAMED + 2);
+        assert_eq!(told(&unusable)[NAMED..], ["Namespace a", "EndpointSlice b/s"]);
+        assert!(unusable.have_changed() && !unusable.have_changed());
+        unusable.mended("Service a/s000");
+        unusable.mended("Service a/s000");
+        note(&mut unusable, 1, 2);
+        unusable.list_ends("Service", 2);
+        assert_eq!(told(&unusable), ["Service a/s001", "EndpointSlice b/s"]);
+        assert!(unusable.have_changed());
     }
 }

@@ -36,7 +36,7 @@ const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// Slices with this label are not for proxies.
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 /// Names the Service of a slice.
-const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+pub(super) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// The cluster autoscaler is about to delete a node with this taint.
 const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 /// On the object that mirrors a static pod: what kubelet calls the pod itself.
@@ -181,6 +181,11 @@ fn pod_cidrs(object: &objects::Node) -> Vec<Prefix> {
         Some(_) => many.filter_map(parse).collect(),
         None => one.filter_map(parse).collect(),
     }
+}
+
+/// Whether a slice is meant for a proxy, and does not say for which Service.
+pub(super) fn is_of_no_service(meta: &ObjectMeta) -> bool {
+    label(meta, HEADLESS_LABEL).is_none() && label(meta, SERVICE_NAME_LABEL).is_none_or(str::is_empty)
 }
 
 fn label<'a>(meta: &'a ObjectMeta, name: &str) -> Option<&'a str> {

@@ -11,15 +11,12 @@ use serde_json::Value;
 use thiserror::Error;
 
 use super::bytes::{Bytes, FILE_MAX};
+use super::documents::{At, Document, documents};
 use crate::cluster::{Change, ObjectKey};
-use crate::sources::convert::Converter;
+use crate::sources::convert::{Converter, SERVICE_NAME_LABEL, is_of_no_service};
 use crate::sources::objects::{self, Pod};
 use crate::sources::{Problem, outcome};
 
-/// How deep a document may be nested. Kubernetes objects stay below 20.
-const DEPTH_MAX: usize = 64;
-/// How many YAML nodes aliases may stand for in one file: ten times what an honest file has.
-const ALIAS_NODES_MAX: usize = 100_000;
 /// The namespace of an object that names none.
 const DEFAULT_NAMESPACE: &str = "default";
 
@@ -110,20 +107,43 @@ impl fmt::Display for Id {
     }
 }
 
-/// Reads the text of a file. `shown` is its name in problems, `before` what it held: an object that is broken keeps that.
-///
-/// # Errors
-/// It is not YAML (JSON) from begin to end.
+/// Reads the text of a file. `shown` is its name in problems, `before` what it held: an object that is broken keeps that, and so
+/// does whatever may be in a document that cannot be read.
 pub(super) fn read(
     path: &Path,
     text: &[u8],
     shown: &str,
     before: &Objects,
     converter: &mut Converter,
-) -> Result<Parsed, FileError> {
+) -> Parsed {
     let mut reader = Reader { shown, before, converter, parsed: Parsed::default() };
-    documents(path, text, &mut |value, at| reader.document(value, at))?;
-    Ok(reader.parsed)
+    let mut unreadable = None;
+    documents(path, text, &mut |value, at| match value {
+        Ok(Document { value, said }) => {
+            if let Some(said) = said {
+                reader.problem(at, None, &said);
+            }
+            reader.document(value, at);
+        }
+        Err(message) => drop(unreadable.get_or_insert((at.document, message))),
+    });
+    let mut parsed = reader.parsed;
+    if let Some((document, message)) = unreadable {
+        let mut kept = 0;
+        for (id, changes) in before {
+            parsed.objects.entry(id.clone()).or_insert_with(|| {
+                kept += 1;
+                changes.clone()
+            });
+        }
+        let kept = match kept {
+            0 => "; it is ignored".to_owned(),
+            kept => format!("; the last good state of what it may hold ({kept} objects) stays in force"),
+        };
+        let reason = format!("{}{kept}", FileError::Syntax { document, message });
+        parsed.problems.push(Problem { object: shown.to_owned(), reason });
+    }
+    parsed
 }
 
 /// The Pod `key`, if the file has it.
@@ -137,7 +157,15 @@ pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<Pod>, FileError
     };
     let mut found = None;
     let text = Bytes::default().read(path)?;
-    documents(path, &text, &mut |mut value, at| {
+    let mut unreadable = None;
+    documents(path, &text, &mut |document, at| {
+        let mut value = match document {
+            Ok(document) => document.value,
+            Err(message) => {
+                unreadable.get_or_insert(FileError::Syntax { document: at.document, message });
+                return;
+            }
+        };
         let items = match value.get_mut("items").map(Value::take) {
             Some(Value::Array(items)) => items,
             _ => vec![value],
@@ -146,70 +174,12 @@ pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<Pod>, FileError
             let syntax = |message| FileError::Syntax { document: at.document, message };
             found = Some(typed::<Pod>(Kind::Pod, value).map_err(syntax));
         }
-    })?;
-    found.transpose()
-}
-
-/// Passes on every document of a file.
-fn documents(path: &Path, text: &[u8], pass_on: PassOn<'_>) -> Result<(), FileError> {
-    match path.extension().is_some_and(|extension| extension == "json") {
-        true => read_json(text, pass_on),
-        false => read_yaml(text, pass_on),
+    });
+    match (found, unreadable) {
+        (Some(found), _) => found.map(Some),
+        (None, Some(error)) => Err(error),
+        (None, None) => Ok(None),
     }
-}
-
-/// Takes a document and where it is.
-type PassOn<'a> = &'a mut dyn FnMut(Value, &At);
-
-fn read_json(text: &[u8], pass_on: PassOn<'_>) -> Result<(), FileError> {
-    for (i, value) in serde_json::Deserializer::from_slice(text).into_iter::<Value>().enumerate() {
-        let document = i + 1;
-        let value = value.map_err(|error| FileError::Syntax { document, message: error.to_string() })?;
-        pass_on(value, &At { document, line: None, item: None });
-    }
-    Ok(())
-}
-
-fn read_yaml(mut text: &[u8], pass_on: PassOn<'_>) -> Result<(), FileError> {
-    // The size of the file bounds what it says itself; what remains to be bounded is what aliases multiply.
-    let options = serde_saphyr::options! {
-        budget: serde_saphyr::budget! {
-            max_depth: DEPTH_MAX,
-            max_documents: usize::MAX,
-            max_events: usize::MAX,
-            max_nodes: usize::MAX,
-        },
-        alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: ALIAS_NODES_MAX },
-        emit_comments: false,
-        with_snippet: false,
-    };
-    let documents = serde_saphyr::read_with_options::<_, serde_saphyr::Spanned<Value>>(&mut text, options);
-    for (i, value) in documents.enumerate() {
-        let document = i + 1;
-        let value = value.map_err(|error| FileError::Syntax { document, message: explain(&error) })?;
-        let line = Some(value.referenced.line());
-        pass_on(value.value, &At { document, line, item: None });
-    }
-    Ok(())
-}
-
-/// The parser's words, where they make sense to people who do not know it.
-fn explain(error: &serde_saphyr::Error) -> String {
-    let error = error.without_snippet();
-    if matches!(error, serde_saphyr::Error::Budget { .. }) {
-        format!("{error}; a document may be nested {DEPTH_MAX} levels deep")
-    } else if let serde_saphyr::Error::DuplicateMappingKey { key: Some(key), location } = error {
-        format!("the key {key:?} is there twice at line {}, column {}", location.line(), location.column())
-    } else {
-        error.to_string()
-    }
-}
-
-/// Where in a file something is.
-struct At {
-    document: usize,
-    line: Option<u64>,
-    item: Option<usize>,
 }
 
 struct Reader<'a> {
@@ -259,6 +229,18 @@ impl Reader<'_> {
             name == kind_name && api_version.strip_prefix(group).is_some_and(|version| !version.contains('/'))
         });
         let Some(kind) = known else {
+            let meant = Kind::ALL.into_iter().map(Kind::names).find(|(name, group, _)| {
+                name.eq_ignore_ascii_case(kind_name)
+                    && api_version.strip_prefix(group).is_some_and(|version| !version.contains('/'))
+            });
+            let meant = meant.map(|(name, ..)| name);
+            if let Some(meant) = meant.filter(|meant| *meant != kind_name) {
+                return self.problem(
+                    at,
+                    None,
+                    &format!("kind {kind_name:?} is none; {meant} may be meant; the object is ignored"),
+                );
+            }
             tracing::debug!(
                 file = self.shown,
                 document = at.document,
@@ -323,7 +305,12 @@ fn convert(
             service.map(Change::Service).into_iter().collect()
         }
         Kind::EndpointSlice => {
-            let slice = converter.slice(&typed::<objects::EndpointSlice>(kind, value)?).map_err(refused)?;
+            let object = typed::<objects::EndpointSlice>(kind, value)?;
+            let slice = converter.slice(&object).map_err(refused)?;
+            if slice.is_none() && is_of_no_service(&object.metadata) {
+                let said = format!("label {SERVICE_NAME_LABEL} is missing, so it belongs to no Service");
+                return Ok((Vec::new(), vec![said]));
+            }
             slice.map(Change::Slice).into_iter().collect()
         }
         Kind::Endpoints => {

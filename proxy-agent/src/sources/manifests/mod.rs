@@ -24,6 +24,7 @@ use snapshot::Snapshot;
 use watch::Watch;
 
 mod bytes;
+mod documents;
 mod file;
 mod snapshot;
 mod watch;

@@ -127,7 +127,7 @@ impl Snapshot {
         let new = match metadata {
             Ok(_) => {
                 let text = self.bytes.read(&path);
-                text.and_then(|text| file::read(&path, &text, &shown, &file.objects, &mut self.converter))
+                text.map(|text| file::read(&path, &text, &shown, &file.objects, &mut self.converter))
             }
             Err(error) => Err(FileError::Io(error)),
         };

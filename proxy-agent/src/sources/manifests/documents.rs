@@ -1,0 +1,245 @@
+//! The documents of a file, and the text between them.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use serde_json::Value;
+use serde_saphyr::{DuplicateKeyPolicy, Error as YamlError, Spanned};
+
+/// How deep a document may be nested. Objects that are read stay below 20, the schemas beside them do not.
+const DEPTH_MAX: usize = 200;
+/// How many documents one file may have. Each costs a parser.
+const DOCUMENTS_MAX: usize = 100_000;
+/// How many YAML nodes aliases may stand for in one file, which those of its documents that have aliases share alike: ten times what
+/// an honest file has.
+const ALIAS_NODES_MAX: usize = 100_000;
+
+/// Where in a file something is.
+pub(super) struct At {
+    pub(super) document: usize,
+    pub(super) line: Option<u64>,
+    pub(super) item: Option<usize>,
+}
+
+/// A document that could be read.
+pub(super) struct Document {
+    pub(super) value: Value,
+    /// What has to be said of it all the same.
+    pub(super) said: Option<String>,
+}
+
+/// Takes a document, or why it cannot be read, and where it is.
+type PassOn<'a> = &'a mut dyn FnMut(Result<Document, String>, &At);
+
+/// Passes on every document of a file: as JSON if it is named and begins so, else as YAML.
+pub(super) fn documents(path: &Path, text: &[u8], pass_on: PassOn<'_>) {
+    let text = in_utf8(text);
+    let first = text.iter().find(|byte| !byte.is_ascii_whitespace());
+    let named_json = path.extension().is_some_and(|extension| extension == "json");
+    if named_json && matches!(first, None | Some(b'{' | b'[')) {
+        read_json(&text, pass_on);
+    } else {
+        read_yaml(&text, pass_on);
+    }
+}
+
+/// The text without a byte order mark, which may say that it is UTF-16.
+fn in_utf8(text: &[u8]) -> Cow<'_, [u8]> {
+    let (rest, order): (_, fn([u8; 2]) -> u16) = match text {
+        [0xef, 0xbb, 0xbf, rest @ ..] => return rest.into(),
+        [0xff, 0xfe, rest @ ..] => (rest, u16::from_le_bytes),
+        [0xfe, 0xff, rest @ ..] => (rest, u16::from_be_bytes),
+        _ => return text.into(),
+    };
+    let (units, _) = rest.as_chunks::<2>();
+    let units: Vec<u16> = units.iter().map(|unit| order(*unit)).collect();
+    String::from_utf16_lossy(&units).into_bytes().into()
+}
+
+fn read_json(text: &[u8], pass_on: PassOn<'_>) {
+    for (i, value) in serde_json::Deserializer::from_slice(text).into_iter::<Value>().enumerate() {
+        let document = value.map(|value| Document { value, said: None }).map_err(|error| error.to_string());
+        pass_on(document, &At { document: i + 1, line: None, item: None });
+    }
+}
+
+/// Each document by itself, so that one that cannot be read costs no other.
+fn read_yaml(text: &[u8], pass_on: PassOn<'_>) {
+    let with_aliases = pieces(text).filter(|(_, piece)| piece.contains(&b'*')).count();
+    let mut reading = Reading { aliases: ALIAS_NODES_MAX / with_aliases.max(1), number: 0, pass_on };
+    for (above, piece) in pieces(text) {
+        let before = reading.number;
+        if let Some(said) = reading.piece(piece, above, 0, None) {
+            reading.piece(piece, above, reading.number - before, Some(said));
+        }
+        if reading.number > DOCUMENTS_MAX {
+            return;
+        }
+    }
+}
+
+struct Reading<'a> {
+    aliases: usize,
+    /// Documents so far.
+    number: usize,
+    pass_on: PassOn<'a>,
+}
+
+impl Reading<'_> {
+    /// Passes on the documents of a piece but for the first `skip`; `above` lines are before it. Returns what is to be `said` if a
+    /// key is there twice, which is then to be asked for: the last one counts.
+    fn piece(
+        &mut self,
+        mut text: &[u8],
+        above: u64,
+        skip: usize,
+        mut said: Option<String>,
+    ) -> Option<String> {
+        let duplicate_keys = match said {
+            Some(_) => DuplicateKeyPolicy::LastWins,
+            None => DuplicateKeyPolicy::Error,
+        };
+        // The size of the file bounds what it says itself; what remains to be bounded is what aliases multiply.
+        let options = serde_saphyr::options! {
+            budget: serde_saphyr::budget! {
+                max_depth: DEPTH_MAX,
+                max_documents: usize::MAX,
+                max_events: usize::MAX,
+                max_nodes: usize::MAX,
+            },
+            alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: self.aliases },
+            duplicate_keys: duplicate_keys,
+            emit_comments: false,
+            with_snippet: false,
+        };
+        for value in serde_saphyr::read_with_options::<_, Spanned<Value>>(&mut text, options).skip(skip) {
+            if let Err(error) = &value
+                && matches!(error.without_snippet(), YamlError::DuplicateMappingKey { .. })
+            {
+                return Some(format!("{}: the last one counts", explain(error, above)));
+            }
+            self.number += 1;
+            let mut at = At { document: self.number, line: None, item: None };
+            if self.number > DOCUMENTS_MAX {
+                let many = format!(
+                    "there are more than {DOCUMENTS_MAX} documents, the limit for one file; split it"
+                );
+                (self.pass_on)(Err(many), &at);
+                break;
+            }
+            match value {
+                Ok(value) if value.value.is_null() => {}
+                Ok(value) => {
+                    at.line = Some(above + value.referenced.line());
+                    (self.pass_on)(Ok(Document { value: value.value, said: said.take() }), &at);
+                }
+                Err(error) => {
+                    (self.pass_on)(Err(explain(&error, above)), &at);
+                    break;
+                }
+            }
+        }
+        None
+    }
+}
+
+/// The text cut before each line that begins a document and behind each that ends one, with how many lines are above. What stands
+/// before the first line of a document (comments, directives) belongs to it; pieces without anything else are left out.
+fn pieces(text: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
+    let is_line = |line: &[u8], marker: &[u8; 3]| {
+        line.strip_prefix(marker).is_some_and(|rest| rest.first().is_none_or(u8::is_ascii_whitespace))
+    };
+    let is_aside = |line: &[u8]| matches!(line.trim_ascii_start(), [] | [b'#' | b'%', ..]);
+    let (mut rest, mut above) = (text, 0);
+    std::iter::from_fn(move || {
+        while !rest.is_empty() {
+            let (mut at, mut lines, mut begun, mut content) = (0, 0, false, false);
+            for line in rest.split_inclusive(|byte| *byte == b'\n') {
+                let begins = is_line(line, b"---");
+                if begins && begun {
+                    break;
+                }
+                (at, lines) = (at + line.len(), lines + 1);
+                if is_line(line, b"...") {
+                    break;
+                }
+                // Something may stand behind the dashes.
+                let text = if begins { line.get(3..).unwrap_or_default() } else { line };
+                content |= !is_aside(text);
+                begun |= begins || content;
+            }
+            let (piece, behind) = rest.split_at(at);
+            let found = (above, piece);
+            (rest, above) = (behind, above + lines);
+            if content {
+                return Some(found);
+            }
+        }
+        None
+    })
+}
+
+/// The parser's words, where they make sense to people who do not know it. `above`: lines before the document.
+fn explain(error: &YamlError, above: u64) -> String {
+    let error = error.without_snippet();
+    let place =
+        |line| format!("line {line}, column {}", error.location().map_or(0, |location| location.column()));
+    let line = error.location().map_or(0, |location| location.line());
+    let text = if matches!(error, YamlError::Budget { .. }) {
+        format!("{error}; a document may be nested {DEPTH_MAX} levels deep")
+    } else if let YamlError::DuplicateMappingKey { key: Some(key), .. } = error {
+        format!("the key {key:?} is there twice at {}", place(line))
+    } else {
+        error.to_string()
+    };
+    text.replace(&place(line), &place(above + line))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_documents_begin_and_end() {
+        for (text, want) in [
+            ("", vec![]),
+            ("# a\n\n", vec![]),
+            ("---\n---\n# a\n--- # b\n", vec![]),
+            ("a", vec![(0, "a")]),
+            ("a\n---\nb\n", vec![(0, "a\n"), (1, "---\nb\n")]),
+            ("# a\n---\nb\n", vec![(0, "# a\n---\nb\n")]),
+            ("--- a\n---\tb\n---\r\nc", vec![(0, "--- a\n"), (1, "---\tb\n"), (2, "---\r\nc")]),
+            ("a\n...\n%YAML 1.2\n---\nb\n...\n", vec![(0, "a\n...\n"), (2, "%YAML 1.2\n---\nb\n...\n")]),
+            ("---a\n ---\n", vec![(0, "---a\n ---\n")]),
+        ] {
+            let found: Vec<_> = pieces(text.as_bytes()).collect();
+            let want: Vec<_> = want.into_iter().map(|(above, piece)| (above, piece.as_bytes())).collect();
+            assert_eq!(found, want, "{text:?}");
+        }
+    }
+
+    fn read(text: &str) -> (usize, Vec<String>) {
+        let (mut read, mut errors) = (0, Vec::new());
+        documents(Path::new("a.yaml"), text.as_bytes(), &mut |document, _| match document {
+            Ok(_) => read += 1,
+            Err(error) => errors.push(error),
+        });
+        (read, errors)
+    }
+
+    #[test]
+    fn aliases_are_shared_by_documents_that_have_some() {
+        let with = "a: &a [1, 2, 3, 4, 5, 6, 7, 8]\nb: *a\n---\n";
+        let (read_all, errors) = read(&("c: d\n---\n".repeat(5_000) + &with.repeat(5_000)));
+        assert_eq!((read_all, errors), (10_000, vec![]));
+        let (none, errors) = read(&with.repeat(20_000));
+        assert_eq!((none, errors.len()), (0, 20_000));
+    }
+
+    #[test]
+    fn documents_are_counted() {
+        let (read, errors) = read(&"a: b\n---\n".repeat(DOCUMENTS_MAX + 2));
+        assert_eq!((read, errors.len()), (DOCUMENTS_MAX, 1));
+        assert!(errors[0].contains("more than 100000 documents"), "{errors:?}");
+    }
+}
