@@ -105,6 +105,24 @@ fn routed_pods_are_followed_as_they_come_and_go() -> Result<()> {
     setting.wait(&want)
 }
 
+/// The agent looks at each link again, though nothing has happened to the device.
+#[test]
+fn programs_that_somebody_detaches_come_back() -> Result<()> {
+    let setting = Setting::new(Network::default(), &[("devices", "eth0"), ("pod-interfaces", "none")])?;
+    setting.wait(&[ETH0])?;
+    for link in std::fs::read_dir(setting.node().pin_dir().join("links"))? {
+        let link = link?.path();
+        if link.file_name().is_some_and(|name| name.to_string_lossy().starts_with("edge_")) {
+            let mut bpftool = setting.node().host().command("bpftool");
+            bpftool.args(["link", "detach", "pinned"]).arg(&link);
+            bpftool.text().context("the lab needs bpftool")?;
+        }
+    }
+    assert_eq!(setting.programs("eth0")?, [""; 0]);
+    let both = ["edge_ingress", "edge_egress"];
+    until("both", || Ok((setting.programs("eth0")? == both).then_some(())))
+}
+
 #[test]
 fn an_agent_that_starts_again_finds_what_has_changed() -> Result<()> {
     let mut setting = Setting::new(Network::default(), &[("devices", "eth0"), ("pod-interfaces", "none")])?;

@@ -142,11 +142,11 @@ fn without_port(pattern: &str, port: u16) -> Option<&str> {
 
 /// Without a scheme it is HTTPS where certificates or credentials are spoken of, which nobody else may read, else HTTP.
 fn server(cluster: &Cluster, user: &AuthInfo) -> Result<Uri, String> {
-    let given = cluster.server.as_deref().unwrap_or_default().trim();
-    if given.is_empty() {
+    let text = cluster.server.as_deref().unwrap_or_default().trim();
+    if text.is_empty() {
         return Err("is missing".to_owned());
     }
-    let texts = [
+    let fields = [
         &cluster.certificate_authority,
         &cluster.certificate_authority_data,
         &cluster.tls_server_name,
@@ -158,17 +158,17 @@ fn server(cluster: &Cluster, user: &AuthInfo) -> Result<Uri, String> {
         || user.token.is_some()
         || user.password.is_some()
         || user.exec.is_some()
-        || texts.iter().any(|field| field.is_some());
-    let scheme = match given.contains("://") {
+        || fields.into_iter().any(|field| given(field).is_some());
+    let scheme = match text.contains("://") {
         true => "",
         false if secure => "https://",
         false => "http://",
     };
     let uri: Uri =
-        format!("{scheme}{given}").parse().map_err(|error| format!("{given:?} is no URL: {error}"))?;
+        format!("{scheme}{text}").parse().map_err(|error| format!("{text:?} is no URL: {error}"))?;
     match (uri.scheme_str(), uri.host()) {
         (Some("http" | "https"), Some(_)) => Ok(uri),
-        _ => Err(format!("{given:?} is no URL of http or https")),
+        _ => Err(format!("{text:?} is no URL of http or https")),
     }
 }
 
