@@ -12,7 +12,7 @@ use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, Counter, Device, Event, FILTER_WORDS, Flow, FlowKey, FlowRef,
     FragmentKey, FragmentPorts, FrontendKey, FrontendValue, Node, Service, ServiceCounters, ServiceName,
-    SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::STREAM_SLOTS,
+    SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order, socket::STREAM_SLOTS,
 };
 use proxy_common::addr::Addr;
 use proxy_common::datapath::edge::tables::{EdgeTables, Scratch, Work};
@@ -72,6 +72,9 @@ static STREAMS: Array<StreamRecord, { STREAM_SLOTS as usize }> = Array::new();
 
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketRecord> = SkStorage::new();
+
+#[btf_map]
+pub(crate) static ORDERS: SkStorage<Order> = SkStorage::new();
 
 #[btf_map]
 static SOURCE_RANGES: LpmTrie<SourceRange, u32, 1, BPF_F_NO_PREALLOC> = LpmTrie::new();
@@ -274,6 +277,11 @@ impl Tables for Maps {
     #[inline(always)]
     fn put_udp_flow(&self, key: &UdpFlowKey, flow: &UdpFlow) -> bool {
         UDP_FLOWS.insert(key, flow, 0).is_ok()
+    }
+
+    #[inline(always)]
+    fn drop_udp_flow(&self, key: &UdpFlowKey) {
+        let _ = UDP_FLOWS.remove(key);
     }
 
     #[inline(always)]

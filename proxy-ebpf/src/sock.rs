@@ -6,15 +6,18 @@
 use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::bpf_sock;
 use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
-use proxy_common::abi::SocketRecord;
+use proxy_common::abi::{SocketRecord, socket::Order};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::tables::Socket;
 
-use crate::maps::SOCKETS;
+use crate::maps::{ORDERS, SOCKETS};
+
+const AF_INET: u32 = 2;
 
 /// The socket and address of one hook invocation.
 pub(crate) struct SockAddr<const V6: bool> {
@@ -24,6 +27,14 @@ pub(crate) struct SockAddr<const V6: bool> {
 impl<const V6: bool> SockAddr<V6> {
     pub(crate) const fn new(ctx: SockAddrContext) -> Self {
         Self { ctx }
+    }
+
+    #[inline(always)]
+    fn sk(&self) -> *mut bpf_sock {
+        // SAFETY: the kernel hands every program of this type a whole `bpf_sock_addr`.
+        let sock_addr = unsafe { &*self.ctx.sock_addr };
+        // SAFETY: the union has this one member; the verifier tracks the pointer.
+        unsafe { sock_addr.__bindgen_anon_1.sk }
     }
 
     #[cfg(feature = "debug-log")]
@@ -130,11 +141,44 @@ impl<const V6: bool> Socket for SockAddr<V6> {
     }
 
     #[inline(always)]
+    fn order(&self) -> Option<Order> {
+        // SAFETY: the helper checks the socket that the context carries.
+        let order = unsafe { ORDERS.get_ptr_mut(&self.ctx) };
+        // SAFETY: null or a whole element, which lives as long as the socket that this hook holds.
+        unsafe { order.as_ref() }.copied()
+    }
+
+    #[inline(always)]
+    fn peer(&self) -> (Addr, Be16) {
+        let sk = self.sk();
+        if sk.is_null() {
+            return (Addr::ZERO, Be16 { bytes: [0; 2] });
+        }
+        // SAFETY: the verifier tracks the pointer, which is not null; it rewrites each access by offset and width.
+        let port: u16 = unsafe { addr_of!((*sk).dst_port).read_volatile() };
+        // SAFETY: as above.
+        let family = unsafe { addr_of!((*sk).family).read_volatile() };
+        let addr = if family == AF_INET {
+            // SAFETY: as above.
+            Addr::v4_in_memory(unsafe { addr_of!((*sk).dst_ip4).read_volatile() })
+        } else {
+            // SAFETY: as above.
+            let words = unsafe {
+                [
+                    addr_of!((*sk).dst_ip6[0]).read_volatile(),
+                    addr_of!((*sk).dst_ip6[1]).read_volatile(),
+                    addr_of!((*sk).dst_ip6[2]).read_volatile(),
+                    addr_of!((*sk).dst_ip6[3]).read_volatile(),
+                ]
+            };
+            Addr::v6(bytemuck::cast(words))
+        };
+        (addr, Be16 { bytes: port.to_ne_bytes() })
+    }
+
+    #[inline(always)]
     fn drop_record(&mut self) {
-        // SAFETY: the kernel hands every program of this type a whole `bpf_sock_addr`.
-        let sock_addr = unsafe { &*self.ctx.sock_addr };
-        // SAFETY: the union has this one member; the verifier tracks the pointer.
-        let sk = unsafe { sock_addr.__bindgen_anon_1.sk };
+        let sk = self.sk();
         if sk.is_null() {
             return;
         }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use proxy_tests::apiserver::{ApiServer, Resource, Streams, Verb, allows};
 use proxy_tests::deployment::{Deployment, SERVICE_ACCOUNT, directory};
-use proxy_tests::lab::{Held, Lab, Node, Proc, binary};
+use proxy_tests::lab::{Attempt, Held, Lab, Node, Proc, binary};
 use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -129,13 +129,13 @@ impl Setting {
         Ok(())
     }
 
-    /// Opens a UDP socket to the Service, and lets the pod vanish that it got.
-    fn backend_that_leaves(&self) -> Result<Held> {
+    /// Opens a UDP socket to the Service, and lets the pod vanish that it got; with its name.
+    fn backend_that_leaves(&self) -> Result<(Held, String)> {
         let mut held = self.lab.pod("P").hold(format!("{VIP}:514")).udp().open()?;
         let answer = held.say("hello")?;
         let server = answer.server.with_context(|| format!("no answer: {held:?}"))?;
         self.server.apply(slice(&[if server == "L1" { "10.64.1.12" } else { "10.64.1.11" }]))?;
-        Ok(held)
+        Ok((held, server))
     }
 
     fn metric(&self, name: &str) -> Result<Option<String>> {
@@ -194,10 +194,11 @@ fn the_pod_of_the_daemon_set_works_and_asks_for_no_more_than_it_may() -> Result<
     setting.wait_ready(&mut pod)?;
     setting.is_served()?;
     assert_eq!((setting.get("/livez")?, setting.get("/healthz")?), (200, 200));
-    let mut held = setting.backend_that_leaves()?;
-    held.say_until(Duration::from_secs(10), |attempt| attempt.error.is_some())?;
+    let (mut held, gone) = setting.backend_that_leaves()?;
+    let elsewhere = |attempt: &Attempt| attempt.server.as_ref().is_some_and(|server| *server != gone);
+    held.say_until(Duration::from_secs(10), elsewhere)?;
     until("the metric", || {
-        Ok(setting.metric("vipr_sockets_destroyed_total")?.filter(|count| count == "1").map(drop))
+        Ok(setting.metric("vipr_sockets_led_total")?.filter(|count| count == "1").map(drop))
     })?;
 
     // Every request is granted, and everything that is granted is made use of. Events come when there is something to
@@ -265,12 +266,12 @@ fn serves_but_keeps_sockets(capabilities: &[&str]) -> Result<()> {
     let mut pod = setting.start(&set(capabilities))?;
     setting.wait_ready(&mut pod)?;
     setting.is_served().with_context(|| pod.log().unwrap_or_default())?;
-    let mut held = setting.backend_that_leaves()?;
+    let (mut held, _) = setting.backend_that_leaves()?;
     // The sweep follows the change within milliseconds.
     thread::sleep(Duration::from_secs(2));
     let answer = held.say("still there?")?;
     ensure!(answer.ok, "{answer:?}");
-    assert_eq!(setting.metric("vipr_sockets_destroyed_total")?.as_deref(), Some("0"));
+    assert_eq!(setting.metric("vipr_sockets_led_total")?.as_deref(), Some("0"));
     Ok(())
 }
 

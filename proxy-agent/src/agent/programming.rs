@@ -2,7 +2,6 @@
 //! anew, and maps that run full grow.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -22,7 +21,7 @@ use crate::plan::{Part, REASONS, Wanted, meets_edges, plan, plan_left, plan_part
 use crate::process::give_back_memory;
 use crate::selftest::{self, SelfTestError};
 use crate::shares::rest_after;
-use crate::sockets::{Places, SocketSweeper};
+use crate::sockets::{Places, SocketMaps, SocketSweeper};
 use crate::stale::Serving;
 use crate::store::{MapStore, Op, StoreError};
 
@@ -37,7 +36,7 @@ const DRIFT_LOGGED: usize = 16;
 pub(super) struct Programmed {
     pub(super) dataplane: Dataplane,
     pub(super) model: Model,
-    sweeper: Option<(Arc<SocketSweeper>, OwnedFd)>,
+    sweeper: Option<(Arc<SocketSweeper>, Arc<SocketMaps>)>,
     /// The programs are attached: before that, nobody looks at what is new in these maps.
     attached: bool,
 }
@@ -157,7 +156,7 @@ impl Agent {
         self.report.reasons_for_sockets(dataplane.set_retval);
         self.report.refused(&PROGRAMS, &dataplane.refused);
         let sweeper = match SocketSweeper::new(Places::default()) {
-            Ok(sweeper) => Some((Arc::new(sweeper), dataplane.sockets()?)),
+            Ok(sweeper) => Some((Arc::new(sweeper), Arc::new(dataplane.sockets()?))),
             Err(error) => {
                 self.report.set("node".to_owned(), vec![error.to_string()]);
                 None
@@ -345,8 +344,8 @@ impl Agent {
         self.sweep_at = Instant::now() + rest_after(self.swept_since.elapsed());
     }
 
-    /// Destroys sockets that are connected to UDP backends which have left, beside the loop. Whoever makes backends come and
-    /// go does not have every process of the host looked through without a pause.
+    /// Leads connected UDP sockets to where their Services lead now, beside the loop. Whoever makes backends come and go does not have
+    /// every process of the host looked through without a pause.
     pub(super) fn begin_sweep(&mut self) {
         if !self.sweep_again || self.sweep.is_some() || Instant::now() < self.sweep_at {
             return;
@@ -355,29 +354,29 @@ impl Agent {
         let Some(Programmed { model, sweeper: Some((sweeper, sockets)), .. }) = &self.programmed else {
             return;
         };
-        let Ok(sockets) = sockets.try_clone() else { return };
         self.swept_since = Instant::now();
-        let (sweeper, metrics) = (Arc::clone(sweeper), Arc::clone(&self.metrics));
+        let (sweeper, sockets, metrics) =
+            (Arc::clone(sweeper), Arc::clone(sockets), Arc::clone(&self.metrics));
         let serving = Serving::of(model);
         let families = self.config.families.clone();
         self.sweep = Some(tokio::task::spawn_blocking(move || {
-            use std::os::fd::AsFd as _;
             let start = Instant::now();
-            match sweeper.destroy_stale(sockets.as_fd(), |record| serving.is_stale(record)) {
+            match sweeper.follow(&sockets, |socket| serving.order(socket)) {
                 Ok(report) => {
-                    metrics.swept(&families, start.elapsed(), report.destroyed_by_family);
-                    if report.destroyed > 0 {
+                    metrics.swept(&families, start.elapsed(), &report);
+                    if report.led + report.destroyed > 0 {
                         tracing::info!(
+                            led = report.led,
                             destroyed = report.destroyed,
-                            "destroyed sockets of UDP backends that have left"
+                            "led sockets of UDP to where their Services lead now, and destroyed those that could not be"
                         );
                     }
                     for error in &report.errors {
-                        tracing::warn!(%error, "sweeping stale UDP sockets");
+                        tracing::warn!(%error, "following UDP Services with their sockets");
                     }
-                    tracing::debug!(?report, "stale UDP sockets swept");
+                    tracing::debug!(?report, "UDP sockets looked at");
                 }
-                Err(error) => tracing::warn!(%error, "stale UDP sockets could not be swept"),
+                Err(error) => tracing::warn!(%error, "UDP sockets could not be looked at"),
             }
         }));
     }

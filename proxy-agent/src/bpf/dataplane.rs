@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +20,7 @@ use super::maps::{GrowError, KernelMaps, OpenError};
 use super::pins::{Found, MAPS, PinDir, PinError};
 use super::sys;
 use crate::plan::{LOCAL_ADDRESS_ENTRIES, PREFIX_ENTRIES};
+use crate::sockets::SocketMaps;
 use crate::store::Capacity;
 
 /// The programs, in the order in which they are attached: those of the reply direction first, so that no request is
@@ -283,17 +284,20 @@ impl Dataplane {
         PROGRAMS.into_iter().filter(|name| !self.refused.contains_key(name) && !runs(name)).collect()
     }
 
-    /// The socket storage map.
+    /// The maps in socket storage.
     ///
     /// # Errors
     ///
     /// [`DataplaneError::Open`] when the pin is gone.
-    pub fn sockets(&self) -> Result<OwnedFd, DataplaneError> {
-        let path = self.pins.map("SOCKETS");
-        let open = |source| OpenError::Pin { path: path.clone(), source };
-        let map = MapData::from_pin(&path).map_err(open)?;
-        let fd = map.fd().as_fd().try_clone_to_owned();
-        Ok(fd.map_err(|source| OpenError::Mmap { path: path.clone(), source })?)
+    pub fn sockets(&self) -> Result<SocketMaps, DataplaneError> {
+        let open = |name| {
+            let path = self.pins.map(name);
+            let map =
+                MapData::from_pin(&path).map_err(|source| OpenError::Pin { path: path.clone(), source })?;
+            let fd = map.fd().as_fd().try_clone_to_owned();
+            fd.map_err(|source| OpenError::Mmap { path, source })
+        };
+        Ok(SocketMaps { records: open("SOCKETS")?, orders: open("ORDERS")? })
     }
 }
 

@@ -74,7 +74,7 @@ const fn spec<K, V>(name: &'static str, map_type: MapType, independent: bool) ->
 }
 
 /// Every map. What each holds is told in `docs/maps.md`.
-pub const MAPS: [MapSpec; 27] = [
+pub const MAPS: [MapSpec; 28] = [
     spec::<u32, u64>("FILTER", MapType::Array, false),
     spec::<abi::FrontendKey, abi::FrontendValue>("FRONTENDS", MapType::Hash, false),
     spec::<u32, abi::Service>("SERVICES", MapType::Array, false),
@@ -91,6 +91,7 @@ pub const MAPS: [MapSpec; 27] = [
     spec::<u64, u32>("OPT_OUT", MapType::Hash, true),
     spec::<u32, abi::StreamRecord>("STREAMS", MapType::Array, true),
     spec::<i32, abi::SocketRecord>("SOCKETS", MapType::SkStorage, true),
+    spec::<i32, abi::socket::Order>("ORDERS", MapType::SkStorage, true),
     spec::<abi::SourceRangeKey, u32>("SOURCE_RANGES", MapType::LpmTrie, false),
     spec::<abi::PrefixKey, u32>("POD_SOURCES", MapType::LpmTrie, false),
     spec::<u32, abi::Device>("DEVICES", MapType::Hash, true),

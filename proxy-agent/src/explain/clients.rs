@@ -7,6 +7,7 @@ use proxy_common::abi::device::flags::NEAR;
 use proxy_common::abi::frontend::flags::SOURCE_RANGES;
 use proxy_common::abi::{AffinityKey, Counter, Event, Trace, local_address, proto};
 use proxy_common::addr::{Addr, Family};
+use proxy_common::be::Be16;
 use proxy_common::datapath::edge::tables::EdgeTables as _;
 use proxy_common::datapath::edge::{self, Edge};
 use proxy_common::datapath::lookup::Target;
@@ -247,14 +248,22 @@ fn at_socket(maps: &Simulator, question: &Question, netns: u64, index: u32) -> V
     let mut socket = SimSocket {
         addr: question.addr,
         port: question.port,
+        peer: (Addr::ZERO, Be16::new(0)),
         protocol: question.proto.into(),
         cookie: u64::from(index) + 1,
         netns,
         cgroups: question.cgroup.as_slice(),
         record: None,
+        order: None,
         storage_fails: false,
     };
-    match socket::connect(&mut socket, maps) {
+    // connect() of UDP tells nothing: whoever is not served hears of it when it sends.
+    let asked = if question.proto == proto::UDP {
+        socket::sendmsg(&mut socket, maps)
+    } else {
+        socket::connect(&mut socket, maps)
+    };
+    match asked {
         socket::Verdict::Translated => Verdict::Served,
         socket::Verdict::Reject => Verdict::Refused,
         socket::Verdict::Drop | socket::Verdict::Fail => Verdict::Denied,

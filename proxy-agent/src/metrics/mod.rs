@@ -36,6 +36,7 @@ pub use self::scrape::{MapUsage, ReadError, Readers};
 pub use self::serve::router;
 use self::slis::{ByCheck, Slis};
 use crate::health::Probe;
+use crate::sockets::Report;
 
 /// Port of the metrics server when `--metrics-bind-address` names none.
 pub const DEFAULT_PORT: u16 = 10249;
@@ -175,15 +176,15 @@ impl Metrics {
         }
     }
 
-    /// Sockets of these families were looked at, and some were ended because their backend had left: how many, by
-    /// [`Family::index`] of the backend.
-    pub fn swept(&self, families: &[Family], took: Duration, destroyed: [usize; 2]) {
+    /// Sockets of these families were looked at, and some were led elsewhere or ended.
+    pub fn swept(&self, families: &[Family], took: Duration, report: &Report) {
         for &family in families {
             self.kubeproxy.sweep_duration.get_or_create(&family.into()).observe(took.as_secs_f64());
-            let destroyed = destroyed.get(family.index()).copied().unwrap_or_default() as u64;
-            self.kubeproxy.swept.get_or_create(&family.into()).inc_by(destroyed);
+            let moved = report.by_family.get(family.index()).copied().unwrap_or_default() as u64;
+            self.kubeproxy.swept.get_or_create(&family.into()).inc_by(moved);
         }
-        self.own.sockets_destroyed.inc_by(destroyed.iter().sum::<usize>() as u64);
+        self.own.sockets_led.inc_by(report.led as u64);
+        self.own.sockets_destroyed.inc_by(report.destroyed as u64);
     }
 
     /// Expired flows were removed.

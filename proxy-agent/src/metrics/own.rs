@@ -17,6 +17,7 @@ pub(super) struct Own {
     pub(super) programming: Labelled<ByStage, Histogram, Buckets>,
     pub(super) operations: Labelled<ByMap, Counter>,
     pub(super) drift: Labelled<ByMap, Counter>,
+    pub(super) sockets_led: Counter,
     pub(super) sockets_destroyed: Counter,
     pub(super) flows_collected: Counter,
     pub(super) problems: Gauge,
@@ -46,10 +47,16 @@ impl Own {
                 "Elements of BPF maps that somebody else had changed, and programs that somebody else had detached (`links`); they have been written anew and attached again",
                 Labelled::default(),
             ),
+            sockets_led: register(
+                registry,
+                "sockets_led",
+                "Connected UDP sockets that were connected to where their Service leads now",
+                Counter::default(),
+            ),
             sockets_destroyed: register(
                 registry,
                 "sockets_destroyed",
-                "Connected UDP sockets that were ended because their backend had left",
+                "Connected UDP sockets that were ended because their backend had left and they could not be led to another one",
                 Counter::default(),
             ),
             flows_collected: register(

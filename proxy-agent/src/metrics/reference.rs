@@ -36,7 +36,7 @@ fn example() -> Metrics {
     }
     metrics.drifted(["NAME"].into_iter());
     metrics.map_operations(&BTreeMap::from([("NAME", 1)]));
-    metrics.swept(&Family::ALL, Duration::ZERO, [0, 0]);
+    metrics.swept(&Family::ALL, Duration::ZERO, &Report::default());
     metrics.feature("NAME", "STAGE", true);
     requests::count("HOST", "GET", None, Duration::ZERO);
     metrics.pinged();

@@ -100,8 +100,10 @@ fn syncs_are_full_or_partial() {
 #[test]
 fn sweeps_count_by_family() {
     let metrics = Metrics::new(Readers::default());
-    metrics.swept(&Family::ALL, Duration::from_millis(1), [2, 0]);
-    metrics.swept(&Family::ALL, Duration::from_millis(1), [1, 1]);
+    for (led, destroyed, by_family) in [(0, 2, [2, 0]), (1, 1, [1, 1])] {
+        let report = Report { led, destroyed, by_family, ..Report::default() };
+        metrics.swept(&Family::ALL, Duration::from_millis(1), &report);
+    }
     check(
         &metrics,
         "kubeproxy_conntrack_reconciler_deleted_entries_total",
@@ -110,7 +112,8 @@ fn sweeps_count_by_family() {
             "kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family=\"IPv6\"} 1",
         ],
     );
-    check(&metrics, "vipr_sockets_destroyed", &["vipr_sockets_destroyed_total 4"]);
+    check(&metrics, "vipr_sockets_destroyed", &["vipr_sockets_destroyed_total 3"]);
+    check(&metrics, "vipr_sockets_led", &["vipr_sockets_led_total 1"]);
     let count = "kubeproxy_conntrack_reconciler_sync_duration_seconds_count{ip_family=\"IPv6\"}";
     check(&metrics, count, &[&format!("{count} 2")]);
 }
@@ -214,6 +217,7 @@ fn maps_are_read_at_each_scrape() {
             "vipr_scrape_errors_total{source=\"maps\"} 0",
             "vipr_scrape_errors_total{source=\"verdicts\"} 0",
             "vipr_sockets_destroyed_total 0",
+            "vipr_sockets_led_total 0",
             "vipr_sync_failures_total 0",
             "vipr_verdicts_total{verdict=\"connected\"} 7",
             "vipr_verdicts_total{verdict=\"datagram\"} 0",

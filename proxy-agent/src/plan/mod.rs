@@ -53,8 +53,8 @@ pub struct Plan {
     pub freed: Freed,
     /// Services of which something could not be planned, with the reason. They keep what they had.
     pub refused: BTreeMap<ObjectKey, Vec<String>>,
-    /// Whether connected UDP sockets may lead to backends that are not theirs any more: a serving backend has left,
-    /// the first one has come, or a frontend has a new owner.
+    /// Whether connected UDP sockets may not be where they should: a serving backend has left, the first one has come, or a
+    /// frontend has a new owner or none.
     pub udp_stale: bool,
 }
 
@@ -284,7 +284,7 @@ fn change_port(
         let serves = new.is_some_and(|new| new.state.flags & SERVING != 0);
         plan.udp_stale |= key.proto == proto::UDP && old.state.flags & SERVING != 0 && !serves;
     }
-    // While nothing serves, sockets are left alone; the first backend that serves ends that.
+    // While nothing serves, sockets lead to the VIP itself; the first backend that serves ends that.
     let any_serves = |backends: &[PortBackend]| backends.iter().any(|b| b.state.flags & SERVING != 0);
     plan.udp_stale |= key.proto == proto::UDP && !any_serves(&before.backends) && any_serves(&backends);
 
@@ -464,6 +464,7 @@ fn frontends(model: &mut Model, mut touched: BTreeSet<FrontendKey>, plan: &mut P
             }
             None => {
                 if model.frontends.remove(key).is_some() {
+                    plan.udp_stale |= key.proto == proto::UDP;
                     vanish.push(*key);
                 }
             }

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, Counter, Event, FrontendKey, FrontendValue, Node, Service,
-    ServiceName, SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    ServiceName, SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
@@ -243,6 +243,10 @@ impl Tables for Simulator {
         true
     }
 
+    fn drop_udp_flow(&self, key: &UdpFlowKey) {
+        self.evict_udp_flow(key);
+    }
+
     fn count(&self, counter: Counter) {
         *self.counters.borrow_mut().entry(counter).or_default() += 1;
     }
@@ -279,6 +283,8 @@ pub struct SimSocket<'a> {
     pub addr: Addr,
     /// Peer port.
     pub port: Be16,
+    /// Where the kernel has the socket connected; port 0 for nowhere.
+    pub peer: (Addr, Be16),
     /// IP protocol number as the kernel has it.
     pub protocol: u32,
     /// Socket cookie.
@@ -289,6 +295,8 @@ pub struct SimSocket<'a> {
     pub cgroups: &'a [u64],
     /// What the socket storage holds.
     pub record: Option<SocketRecord>,
+    /// What the agent wants of the socket.
+    pub order: Option<Order>,
     /// Whether writing the socket storage fails.
     pub storage_fails: bool,
 }
@@ -300,6 +308,10 @@ impl Socket for SimSocket<'_> {
 
     fn port(&self) -> Be16 {
         self.port
+    }
+
+    fn peer(&self) -> (Addr, Be16) {
+        self.peer
     }
 
     fn protocol(&self) -> u32 {
@@ -336,5 +348,9 @@ impl Socket for SimSocket<'_> {
 
     fn drop_record(&mut self) {
         self.record = None;
+    }
+
+    fn order(&self) -> Option<Order> {
+        self.order
     }
 }

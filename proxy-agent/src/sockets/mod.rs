@@ -1,15 +1,16 @@
-//! Ends sockets that are still connected over UDP, *through us*, to a backend that has left.
+//! Leads connected UDP sockets to where their VIP leads now, and ends those that cannot be led.
 //!
-//! A connected UDP socket keeps the address that the socket edge gave it and would talk to nobody for ever.
-//! Destroying it makes the application's next call fail: one that receives with ECONNABORTED (also one that waits
-//! already), one that sends with EDESTADDRREQ. It connects again and gets a backend that lives. Whether a socket went
-//! through us is told by our own record in its socket storage (`SOCKETS`). A socket without a record, or one that has
-//! since been connected elsewhere, is left alone. TCP is not touched.
+//! A connected UDP socket keeps the address that connect() gave it and would talk to nobody for ever. The agent connects it to its VIP
+//! once more, by an order that the hook on connect() carries out (`proxy_common::datapath::socket`): the socket keeps its port, and the
+//! program notices nothing. Hook and connect() are two steps in the kernel, and the owner may connect the socket elsewhere in between;
+//! so the socket has to show the VIP afterwards. One that does not, or that would send from an address that leads nowhere, is
+//! destroyed: the application's next call fails, one that receives with ECONNABORTED (also one that waits already), one that sends
+//! with EDESTADDRREQ. Then it connects again. TCP is not touched.
 //!
 //! Three steps, because no kernel lists the storage of UDP sockets by sock_diag (up to 6.18 it does so for TCP only):
 //! sock_diag lists the connected UDP sockets of every network namespace (`diag`); a copy of each is taken from
-//! the process that owns it (`owners`), since socket storage is read by descriptor; and the stale ones are destroyed
-//! by sock_diag, which goes by cookie, so that never another socket is hit.
+//! the process that owns it (`owners`), since socket storage is read and written by descriptor, and is led if need be (`lead`); and
+//! those that could not be led are destroyed by sock_diag, which goes by cookie, so that never another socket is hit.
 //!
 //! The agent has to see the host's processes (`hostPID`), and needs CAP_SYS_ADMIN (to enter namespaces),
 //! CAP_SYS_PTRACE (to open other processes' namespaces and sockets), CAP_NET_ADMIN and CAP_BPF.
@@ -17,23 +18,25 @@
 //! Kernel: `pidfd_getfd` (5.6) and `CONFIG_INET_DIAG_DESTROY`; [`SocketSweeper::new`] finds out.
 
 mod diag;
+mod lead;
 mod namespaces;
 mod owners;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use aya::maps::{Map, MapData, MapError, SkStorage};
+use aya::maps::MapError;
 use netlink_packet_sock_diag::inet::SocketId;
-use proxy_common::abi::SocketRecord;
+use proxy_common::abi::socket::Order;
 use proxy_common::addr::Addr;
 use rustix::net::sockopt::socket_cookie;
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use self::diag::{Diag, cookie};
+use self::namespaces::Namespace;
 pub use self::namespaces::Places;
+use crate::stale::Connected;
 
 /// Why sockets cannot be listed or destroyed.
 #[derive(Debug, thiserror::Error)]
@@ -44,8 +47,8 @@ pub enum SocketsError {
          to a backend that has left, until the application connects again"
     )]
     NoDestroy,
-    /// The map of records cannot be used.
-    #[error("the socket storage map SOCKETS cannot be read: {0}")]
+    /// The maps of records and orders cannot be used.
+    #[error("the socket storage maps SOCKETS and ORDERS cannot be used: {0}")]
     Storage(#[source] MapError),
     /// The sock_diag socket failed.
     #[error("sock_diag, {what}: {source}")]
@@ -96,10 +99,12 @@ pub struct Report {
     pub ownerless: usize,
     /// Processes that do not let us look at their namespace or their sockets (CAP_SYS_PTRACE is needed).
     pub hidden: usize,
-    /// Sockets destroyed.
+    /// Sockets led to where their VIP leads now.
+    pub led: usize,
+    /// Sockets destroyed, because they could not be led.
     pub destroyed: usize,
-    /// The same, by [`proxy_common::addr::Family::index`] of the backend.
-    pub destroyed_by_family: [usize; 2],
+    /// Both, by [`proxy_common::addr::Family::index`] of where they were connected.
+    pub by_family: [usize; 2],
     /// What could not be done; the rest was.
     pub errors: Vec<SocketsError>,
 }
@@ -122,47 +127,59 @@ impl SocketSweeper {
         Ok(Self { places })
     }
 
-    /// Destroys every UDP socket of this host whose record in the socket storage map `sockets` is stale and that is
-    /// still connected where the record says. Blocking: a few system calls per network namespace and, if there is
-    /// any connected UDP socket, one per descriptor of every process.
+    /// Carries out what `order` says of every connected UDP socket of this host. Blocking: a few system calls per network namespace and,
+    /// if there is any connected UDP socket, one per descriptor of every process.
     ///
     /// # Errors
     ///
     /// When nothing could be done at all. What failed in one namespace only is in [`Report::errors`].
-    pub fn destroy_stale(
+    pub fn follow(
         &self,
-        sockets: BorrowedFd<'_>,
-        is_stale: impl Fn(&SocketRecord) -> bool + Sync,
+        storage: &SocketMaps,
+        order: impl Fn(&Connected) -> Option<Order> + Sync,
     ) -> Result<Report, SocketsError> {
-        let records = records(sockets).map_err(SocketsError::Storage)?;
-        sweep(&self.places, &|id, socket| match records.get(&socket, 0) {
-            Ok(record) => Ok(connected_by(id, &record) && is_stale(&record)),
-            Err(MapError::KeyNotFound) => Ok(false),
-            Err(error) => Err(SocketsError::Storage(error)),
-        })
+        let storage = lead::Storage::open(storage).map_err(SocketsError::Storage)?;
+        sweep(&self.places, &|socket| storage.treat(socket, &order))
     }
 }
 
-fn records(sockets: BorrowedFd<'_>) -> Result<SkStorage<MapData, SocketRecord>, MapError> {
-    Map::from_map_data(MapData::from_fd(sockets.try_clone_to_owned()?)?)?.try_into()
+/// The socket storage that the socket edge and the agent share.
+#[derive(Debug)]
+pub struct SocketMaps {
+    /// `SOCKETS`.
+    pub records: OwnedFd,
+    /// `ORDERS`.
+    pub orders: OwnedFd,
 }
 
-/// Whether the socket is still connected where its record says.
-fn connected_by(id: &SocketId, record: &SocketRecord) -> bool {
-    Addr::from(id.destination_address) == record.backend_addr
-        && id.destination_port == record.backend_port.get()
+/// What becomes of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// It is where it should be, or its owner has connected it elsewhere.
+    Left,
+    /// It has been led elsewhere.
+    Led,
+    /// It has to be destroyed.
+    Doomed,
 }
 
-/// Judges a socket by its identity and a copy of its descriptor.
-type Condemn<'a> = dyn Fn(&SocketId, OwnedFd) -> Result<bool, SocketsError> + Sync + 'a;
+/// A socket in our hands.
+struct Held<'a> {
+    id: &'a SocketId,
+    copy: OwnedFd,
+    namespace: &'a Namespace,
+}
 
-/// Destroys what `condemned` says, in every namespace. Namespaces are entered by a thread that serves no other
+/// Says what becomes of a socket, and leads it.
+type Treat<'a> = dyn Fn(&Held<'_>) -> Result<Fate, SocketsError> + Sync + 'a;
+
+/// Treats every socket in every namespace, and destroys the doomed ones. Namespaces are entered by a thread that serves no other
 /// purpose and ends here, so that no other code ever runs in the wrong one.
-fn sweep(places: &Places, condemned: &Condemn<'_>) -> Result<Report, SocketsError> {
+fn sweep(places: &Places, treat: &Treat<'_>) -> Result<Report, SocketsError> {
     std::thread::scope(|scope| {
         let builder = std::thread::Builder::new().name("sockets".to_owned());
         let thread =
-            builder.spawn_scoped(scope, || sweep_here(places, condemned)).map_err(SocketsError::Thread)?;
+            builder.spawn_scoped(scope, || sweep_here(places, treat)).map_err(SocketsError::Thread)?;
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
@@ -174,16 +191,15 @@ struct Candidate {
     id: SocketId,
 }
 
-fn sweep_here(places: &Places, condemned: &Condemn<'_>) -> Result<Report, SocketsError> {
+fn sweep_here(places: &Places, treat: &Treat<'_>) -> Result<Report, SocketsError> {
     let found = namespaces::find(places)?;
     let mut report = Report { hidden: found.hidden, ..Report::default() };
     let mut diags = Vec::new();
     let mut candidates = BTreeMap::new();
     for namespace in found.namespaces {
         let name = || namespace.path.display().to_string();
-        if let Err(error) = move_into_link_name_space(namespace.fd.as_fd(), Some(LinkNameSpaceType::Network))
-        {
-            report.errors.push(SocketsError::Enter { name: name(), source: error.into() });
+        if let Err(error) = namespace.enter() {
+            report.errors.push(error);
             continue;
         }
         report.namespaces += 1;
@@ -195,7 +211,7 @@ fn sweep_here(places: &Places, condemned: &Condemn<'_>) -> Result<Report, Socket
             Ok(diag)
         });
         match listed {
-            Ok(diag) => diags.push((diag, name())),
+            Ok(diag) => diags.push((diag, namespace)),
             Err(error) => {
                 candidates.retain(|_, candidate| candidate.diag < diags.len());
                 report.errors.push(SocketsError::Within { name: name(), source: Box::new(error) });
@@ -204,14 +220,19 @@ fn sweep_here(places: &Places, condemned: &Condemn<'_>) -> Result<Report, Socket
     }
 
     report.examined = candidates.len();
-    let mut stale = Vec::new();
+    let mut doomed = Vec::new();
     let looked = owners::visit(&places.proc, &mut candidates, |candidate, copy| {
+        let Some((_, namespace)) = diags.get(candidate.diag) else { return true };
         if socket_cookie(&copy).ok() != Some(cookie(&candidate.id)) {
             return false;
         }
-        match condemned(&candidate.id, copy) {
-            Ok(true) => stale.push((candidate.diag, candidate.family, candidate.id.clone())),
-            Ok(false) => {}
+        match treat(&Held { id: &candidate.id, copy, namespace }) {
+            Ok(Fate::Left) => {}
+            Ok(Fate::Led) => {
+                report.led += 1;
+                report.by_family[family_of(&candidate.id)] += 1;
+            }
+            Ok(Fate::Doomed) => doomed.push((candidate.diag, candidate.family, candidate.id.clone())),
             Err(error) => report.errors.push(error),
         }
         true
@@ -220,20 +241,26 @@ fn sweep_here(places: &Places, condemned: &Condemn<'_>) -> Result<Report, Socket
     report.hidden = report.hidden.max(hidden);
     report.ownerless = candidates.len();
 
-    for (diag, family, id) in stale {
-        let Some((diag, name)) = diags.get(diag) else { continue };
-        let of_backend = Addr::from(id.destination_address).family().index();
+    for (diag, family, id) in doomed {
+        let Some((diag, namespace)) = diags.get(diag) else { continue };
+        let of_peer = family_of(&id);
         match diag.destroy(family, id) {
             Ok(destroyed) => {
                 report.destroyed += usize::from(destroyed);
-                report.destroyed_by_family[of_backend] += usize::from(destroyed);
+                report.by_family[of_peer] += usize::from(destroyed);
             }
             Err(error) => {
-                report.errors.push(SocketsError::Within { name: name.clone(), source: Box::new(error) });
+                let name = namespace.path.display().to_string();
+                report.errors.push(SocketsError::Within { name, source: Box::new(error) });
             }
         }
     }
     Ok(report)
+}
+
+/// Index of the family of the peer.
+fn family_of(id: &SocketId) -> usize {
+    Addr::from(id.destination_address).family().index()
 }
 
 #[cfg(test)]

@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::ErrorKind;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{fstat, fstatfs};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::SocketsError;
 
@@ -40,6 +42,19 @@ impl Default for Places {
 pub(super) struct Namespace {
     pub path: PathBuf,
     pub fd: File,
+    /// The one that the agent runs in, which is the host's.
+    pub of_host: bool,
+}
+
+impl Namespace {
+    /// Moves the calling thread into it.
+    pub(super) fn enter(&self) -> Result<(), SocketsError> {
+        let moved = move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network));
+        moved.map_err(|error| SocketsError::Enter {
+            name: self.path.display().to_string(),
+            source: error.into(),
+        })
+    }
 }
 
 /// What [`find`] found.
@@ -58,6 +73,8 @@ pub(super) fn find(places: &Places) -> Result<Namespaces, SocketsError> {
     // Where there are no names there is no directory either.
     let named = places.named.iter().flat_map(|dir| entries(dir).unwrap_or_default());
 
+    // The namespace of the process: this thread is not in another one yet.
+    let own = File::open("/proc/thread-self/ns/net").ok().and_then(|fd| identity(&fd));
     let mut found = Namespaces { namespaces: Vec::new(), hidden: 0 };
     let mut seen = BTreeSet::new();
     for path in processes.chain(named) {
@@ -66,7 +83,7 @@ pub(super) fn find(places: &Places) -> Result<Namespaces, SocketsError> {
                 if let Some(identity) = identity(&fd)
                     && seen.insert(identity)
                 {
-                    found.namespaces.push(Namespace { path, fd });
+                    found.namespaces.push(Namespace { path, fd, of_host: Some(identity) == own });
                 }
             }
             Err(error) if error.kind() == ErrorKind::PermissionDenied => found.hidden += 1,

@@ -1,12 +1,10 @@
 //! Real sockets in namespaces of the test's own. Records in socket storage need a BPF map; here a socket is chosen
 //! by where it is connected.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::OwnedFd;
+use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use proxy_common::be::Be16;
 use tempfile::TempDir;
 
 use super::*;
@@ -56,14 +54,15 @@ fn is_destroyed(socket: &UdpSocket) -> bool {
     }
 }
 
-/// Condemns sockets connected to `destination`, and checks that the copy is the socket that is meant.
-fn to(destination: &str) -> impl Fn(&SocketId, OwnedFd) -> Result<bool, SocketsError> + Sync {
+/// Dooms sockets connected to `destination`, and checks that the copy is the socket that is meant.
+fn to(destination: &str) -> impl Fn(&Held<'_>) -> Result<Fate, SocketsError> + Sync {
     let destination: SocketAddr = destination.parse().unwrap();
     let canonical = |addr: SocketAddr| (Addr::from(addr.ip()), addr.port());
-    move |id, copy| {
+    move |Held { id, copy, .. }| {
         let seen = SocketAddr::new(id.destination_address, id.destination_port);
-        assert_eq!(canonical(UdpSocket::from(copy).peer_addr().unwrap()), canonical(seen));
-        Ok(canonical(seen) == canonical(destination))
+        let copy = UdpSocket::from(copy.try_clone().unwrap());
+        assert_eq!(canonical(copy.peer_addr().unwrap()), canonical(seen));
+        Ok(if canonical(seen) == canonical(destination) { Fate::Doomed } else { Fate::Left })
     }
 }
 
@@ -117,7 +116,7 @@ fn the_caller_stays_in_its_namespace() {
         in_new_netns(|| {
             let here = || std::fs::read_link("/proc/thread-self/ns/net").unwrap();
             let before = here();
-            assert_eq!(sweep(&places, &|_, _| Ok(false)).unwrap().namespaces, 1);
+            assert_eq!(sweep(&places, &|_| Ok(Fate::Left)).unwrap().namespaces, 1);
             assert_eq!(here(), before);
         });
     });
@@ -167,7 +166,7 @@ fn a_socket_that_cannot_be_judged_is_left_alone() {
         loopback_up();
         show_as_process(root.path(), 1);
         let socket = connected("127.0.0.1:0", "127.0.0.7:1053");
-        let report = sweep(&places, &|_, _| Err(SocketsError::NoDestroy)).unwrap();
+        let report = sweep(&places, &|_| Err(SocketsError::NoDestroy)).unwrap();
         assert_eq!((report.errors.len(), report.destroyed), (1, 0), "{report:?}");
         assert!(!is_destroyed(&socket));
     });
@@ -177,32 +176,14 @@ fn a_socket_that_cannot_be_judged_is_left_alone() {
 fn a_descriptor_that_is_no_map_is_an_error() {
     let root = TempDir::new().unwrap();
     let sweeper = SocketSweeper::new(places(&root)).unwrap();
-    let not_a_map = std::fs::File::open("/dev/null").unwrap();
-    let error = sweeper.destroy_stale(not_a_map.as_fd(), |_| true).unwrap_err();
+    let null = || std::fs::File::open("/dev/null").unwrap().into();
+    let error = sweeper.follow(&SocketMaps { records: null(), orders: null() }, |_| None).unwrap_err();
     assert!(matches!(error, SocketsError::Storage(_)), "{error}");
 }
 
 #[test]
 fn no_processes_is_an_error_that_names_the_path() {
     let places = Places { proc: "/nonexistent/proc".into(), named: Vec::new() };
-    let error = sweep(&places, &|_, _| Ok(true)).unwrap_err().to_string();
+    let error = sweep(&places, &|_| Ok(Fate::Doomed)).unwrap_err().to_string();
     assert!(error.contains("/nonexistent/proc"), "{error}");
-}
-
-#[test]
-fn a_socket_counts_only_while_it_is_connected_where_its_record_says() {
-    let id = |destination: &str, port| SocketId {
-        destination_address: destination.parse::<IpAddr>().unwrap(),
-        destination_port: port,
-        ..SocketId::new_v6()
-    };
-    let record = SocketRecord {
-        backend_addr: Addr::v4([10, 64, 1, 11]),
-        backend_port: Be16::new(1053),
-        ..SocketRecord::default()
-    };
-    assert!(connected_by(&id("10.64.1.11", 1053), &record));
-    assert!(connected_by(&id("::ffff:10.64.1.11", 1053), &record));
-    assert!(!connected_by(&id("10.64.1.11", 1054), &record));
-    assert!(!connected_by(&id("10.64.1.12", 1053), &record));
 }

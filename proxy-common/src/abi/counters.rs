@@ -36,7 +36,7 @@ pub enum Counter {
     FlowsFull = 14,
     /// Dropped: no room for a new flow, or no free tuple.
     DropFlowTable = 15,
-    /// Dropped: a packet would have left for a clusterIP that nobody has translated.
+    /// Dropped, or refused if this host has begun it: a packet would have left for a frontend that nobody has translated.
     DropNoFlow = 16,
     /// Dropped: the device has no address that packets to another node could come from.
     DropNoSource = 17,

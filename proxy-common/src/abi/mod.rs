@@ -27,7 +27,7 @@ pub use filter::{FILTER_WORDS, FilterBit};
 pub use flow::{Flow, FlowKey, FlowKind, FlowRef, FragmentKey, FragmentPorts, Origin};
 pub use frontend::{FrontendKey, FrontendKind, FrontendValue};
 pub use service::{Affinity, Service, ServiceName, SlotRange};
-pub use socket::{FlowDirection, SocketRecord, StreamRecord, UdpFlow, UdpFlowKey};
+pub use socket::{FlowDirection, Order, SocketRecord, StreamRecord, UdpFlow, UdpFlowKey};
 
 /// Version of everything in this module. Maps are pinned below `<pin-dir>/v<ABI_VERSION>/`.
 pub const ABI_VERSION: u32 = 2;

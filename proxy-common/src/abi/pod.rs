@@ -4,7 +4,7 @@
 
 use super::{
     AffinityKey, AffinityValue, Backend, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts,
-    FrontendKey, FrontendValue, Node, PrefixKey, Service, ServiceCounters, ServiceName, SocketRecord,
+    FrontendKey, FrontendValue, Node, Order, PrefixKey, Service, ServiceCounters, ServiceName, SocketRecord,
     SourceRangeKey, StreamRecord, Trace, UdpFlow, UdpFlowKey,
 };
 use crate::addr::Addr;
@@ -31,6 +31,7 @@ pod!(
     FrontendKey,
     FrontendValue,
     Node,
+    Order,
     PrefixKey,
     Service,
     ServiceCounters,

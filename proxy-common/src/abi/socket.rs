@@ -36,11 +36,48 @@ impl SocketRecord {
     /// It sends to other VIPs, too: these are in `UDP_FLOWS`, which may also have another VIP that `backend_addr` answers for.
     pub const MORE_DATAGRAMS: u32 = u32::MAX;
 
+    /// All flows of the socket are in `UDP_FLOWS`.
+    pub const ALL_IN_UDP_FLOWS: Self = Self {
+        vip: Addr::ZERO,
+        backend_addr: Addr::ZERO,
+        vip_port: Be16 { bytes: [0; 2] },
+        backend_port: Be16 { bytes: [0; 2] },
+        service: Self::MORE_DATAGRAMS,
+        backend: 0,
+    };
+
     /// Whether the socket is connected to `vip`.
     #[inline(always)]
     pub const fn is_connected(&self) -> bool {
         self.service != Self::DATAGRAMS && self.service != Self::MORE_DATAGRAMS
     }
+}
+
+/// Value of `ORDERS`, socket storage: the agent leads a connected UDP socket to where its VIP leads now. Written and removed by the
+/// agent, by descriptor.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Order {
+    /// What the application connected to.
+    pub vip: Addr,
+    /// Where the socket is connected: a backend, or `vip` itself.
+    pub peer: Addr,
+    /// Port of `vip`.
+    pub vip_port: Be16,
+    /// Port of `peer`.
+    pub peer_port: Be16,
+}
+
+const _: () = assert!(size_of::<Order>() == 36);
+
+/// Where the agent connects a socket whose order is to be carried out.
+pub mod order {
+    use super::{Addr, Be16};
+
+    /// The IPv4 dummy address (RFC 7600): never a real destination. A socket of IPv6 takes it mapped.
+    pub const ADDRESS: Addr = Addr::v4([192, 0, 0, 8]);
+    /// The discard port (RFC 863).
+    pub const PORT: Be16 = Be16::new(9);
 }
 
 /// Elements of `STREAMS`, a power of two: small enough to stay in a CPU's cache.
@@ -136,8 +173,8 @@ pub struct UdpFlow {
     pub addr: Addr,
     /// Its port.
     pub port: Be16,
-    /// Zero.
-    pub pad: u16,
+    /// [`UdpFlow::clock`] of the last datagrams of the flow, to [`REFRESHED`]. 0 in maps of before.
+    pub used: u16,
     /// Backend id.
     pub backend: u32,
     /// [`UdpFlow::seal`] of key and value: LRU elements are reused under readers, and a datagram must not go
@@ -148,7 +185,25 @@ pub struct UdpFlow {
 const _: () = assert!(size_of::<UdpFlowKey>() == 32);
 const _: () = assert!(size_of::<UdpFlow>() == 32);
 
+/// Age at which an entry of `UDP_FLOWS` that is used gets a new time, in units of [`UdpFlow::clock`]: half a minute.
+pub const REFRESHED: u16 = 3;
+/// Age at which an answer is nobody's any more: two minutes, as connection tracking keeps UDP streams
+/// (`nf_conntrack_udp_timeout_stream`).
+pub const FORGOTTEN: u16 = 14;
+
 impl UdpFlow {
+    /// The time in units of 2^33 nanoseconds (8.6 seconds), which come round every six days.
+    #[inline(always)]
+    pub const fn clock(now: u64) -> u16 {
+        (now >> 33) as u16
+    }
+
+    /// How long ago the flow was used, in units of [`UdpFlow::clock`].
+    #[inline(always)]
+    pub const fn age(&self, now: u16) -> u16 {
+        now.wrapping_sub(self.used)
+    }
+
     /// The value with its `check` filled in for `key`.
     #[inline(always)]
     pub fn seal(mut self, key: &UdpFlowKey) -> Self {
@@ -186,7 +241,7 @@ mod tests {
             pad: 0,
         };
         let flow =
-            UdpFlow { addr: Addr::v4([10, 64, 1, 11]), port: Be16::new(1053), pad: 0, backend: 3, check: 0 }
+            UdpFlow { addr: Addr::v4([10, 64, 1, 11]), port: Be16::new(1053), used: 0, backend: 3, check: 0 }
                 .seal(&key);
         assert!(flow.is_for(&key));
         assert!(!flow.is_for(&UdpFlowKey { cookie: 8, ..key }));

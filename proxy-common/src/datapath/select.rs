@@ -156,11 +156,51 @@ fn remembered(
     Some((entry.backend, backend))
 }
 
+/// How many backends [`another`] looks at.
+const OTHERS: u32 = 4;
+
+/// Another backend for a client that [`select`] has served, the first of a few from a random one on that is `wanted`. `None` also if the
+/// Service port has session affinity.
+#[inline(always)]
+pub fn another(
+    tables: &impl Tables,
+    frontend: FrontendValue,
+    client: Client,
+    mut wanted: impl FnMut(u32, &Backend) -> bool,
+) -> Option<(u32, Backend)> {
+    let (_, local) = client.bits();
+    let service = tables.service(frontend.service).filter(|service| service.affinity.seconds == 0)?;
+    let range = if frontend.flags & local != 0 { service.local } else { service.cluster };
+    if range.is_empty() {
+        return None;
+    }
+    let mut offset = random_below(tables, range.len);
+    for _ in 0..OTHERS.min(range.len) {
+        if let Selection::Backend(id, backend) = at(tables, frontend.service, range, offset)
+            && wanted(id, &backend)
+        {
+            return Some((id, backend));
+        }
+        offset = if offset.wrapping_add(1) == range.len { 0 } else { offset.wrapping_add(1) };
+    }
+    None
+}
+
 /// One random slot of the range.
 #[inline(always)]
 fn pick(tables: &impl Tables, service: u32, range: SlotRange) -> Selection {
-    // A multiply and a shift spread 32 random bits over the range without a division.
-    let offset = (u64::from(tables.random()).wrapping_mul(u64::from(range.len)) >> 32) as u32;
+    at(tables, service, range, random_below(tables, range.len))
+}
+
+/// A random number below `len`. A multiply and a shift spread 32 random bits without a division.
+#[inline(always)]
+fn random_below(tables: &impl Tables, len: u32) -> u32 {
+    (u64::from(tables.random()).wrapping_mul(u64::from(len)) >> 32) as u32
+}
+
+/// What a slot of the range holds.
+#[inline(always)]
+fn at(tables: &impl Tables, service: u32, range: SlotRange, offset: u32) -> Selection {
     let Some(id) = tables.slot(range.base.wrapping_add(offset)) else {
         return Selection::Drop(Counter::DropRetry);
     };

@@ -2,7 +2,7 @@
 
 use crate::abi::{
     AffinityKey, AffinityValue, Backend, Counter, Event, FrontendKey, FrontendValue, Node, Service,
-    SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -63,6 +63,8 @@ pub trait Tables {
     fn udp_flow(&self, key: &UdpFlowKey) -> Option<UdpFlow>;
     /// Writes an entry of `UDP_FLOWS`; false when that failed.
     fn put_udp_flow(&self, key: &UdpFlowKey, flow: &UdpFlow) -> bool;
+    /// Removes an entry of `UDP_FLOWS`.
+    fn drop_udp_flow(&self, key: &UdpFlowKey);
     /// Adds one to a counter.
     fn count(&self, counter: Counter);
     /// `TRACE`.
@@ -91,6 +93,8 @@ pub trait Socket {
     fn addr(&self) -> Addr;
     /// Its port.
     fn port(&self) -> Be16;
+    /// Where the kernel has the socket connected; port 0 while it is not.
+    fn peer(&self) -> (Addr, Be16);
     /// The socket's protocol number as the kernel has it (262 for MPTCP, so wider than a byte).
     fn protocol(&self) -> u32;
     /// Cookie of the socket.
@@ -108,4 +112,6 @@ pub trait Socket {
     fn put_record(&mut self, record: SocketRecord) -> bool;
     /// Forgets this socket's record, if there is one.
     fn drop_record(&mut self);
+    /// `ORDERS`: what the agent wants of this socket.
+    fn order(&self) -> Option<Order>;
 }

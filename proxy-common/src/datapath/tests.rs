@@ -97,6 +97,7 @@ impl Tables for Racing {
         None
     }
 
+    fn drop_udp_flow(&self, _: &UdpFlowKey) {}
     fn put_udp_flow(&self, _: &UdpFlowKey, _: &UdpFlow) -> bool {
         true
     }

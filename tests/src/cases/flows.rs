@@ -1,7 +1,7 @@
 //! P170-P180: what becomes of flows when their endpoints change.
 //!
-//! Flows of pods are packets here: sockets that the node sees are another matter (a connected UDP socket whose endpoint
-//! has left is ended, and a TCP connection has nothing of ours in its way).
+//! Flows of pods are packets here: sockets that the node sees are another matter (a connected UDP socket is led to where its Service
+//! leads now, and a TCP connection has nothing of ours in its way).
 
 use super::Case;
 use super::objects::{Object, case, s, s_lb, slice, web};
@@ -45,9 +45,11 @@ pub(super) fn cases() -> Vec<Case> {
             .step([dns()], "open x X>198.18.5.5:53/udp = REJECT; open p P>10.96.0.10:53/udp = REJECT")
             .step([dns(), dns1("L1")], "say x = L1:1053; say p = L1:1053")
             .done(),
+        // kube-proxy leaves these flows to themselves, so that datagrams go on to addresses that may be another pod's by now.
         case("P176", "all endpoints of UDP flows are removed")
             .step([dns(), dns1("L1, R1")], open)
-            .step([dns()], "say x = L1:1053; say p = L1:1053; X>198.18.5.5:53/udp = REJECT")
+            .step([dns()], "say x = REJECT; say p = REJECT; X>198.18.5.5:53/udp = REJECT")
+            .step([dns(), dns1("R1")], "say x = R1:1053; say p = R1:1053")
             .done(),
         case("P177", "the endpoint of a TCP connection is removed")
             .step([s_lb(), web("L1, R1")], "open x X>VIP = L1; open p P>CIP = L1; open r X>NP = R1")

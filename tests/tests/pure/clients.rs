@@ -103,8 +103,18 @@ fn at_socket(agent: &Agent, netns: u64, dest: &Dest, way: Way) -> Result<Fate> {
     let cookie = COOKIES.replace(COOKIES.get() + 1);
     let (addr, port) = (Addr::from(dest.addr.ip()), abi_port(dest));
     let protocol = u32::from(number_of(dest));
-    let mut socket =
-        SimSocket { addr, port, protocol, cookie, netns, cgroups: &[], record: None, storage_fails: false };
+    let mut socket = SimSocket {
+        addr,
+        port,
+        peer: (Addr::ZERO, Be16::new(0)),
+        protocol,
+        cookie,
+        netns,
+        cgroups: &[],
+        record: None,
+        order: None,
+        storage_fails: false,
+    };
     let verdict = match way {
         Way::Connect => socket::connect(&mut socket, agent.maps()),
         Way::Datagram => socket::sendmsg(&mut socket, agent.maps()),

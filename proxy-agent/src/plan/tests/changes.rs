@@ -288,7 +288,7 @@ fn udp_sockets_are_looked_at_when_their_backends_may_have_left() {
     }
     // Sockets that connected before there was a backend, the first one, another one, one that drains and still
     // serves, one that leaves, one that stops serving, a Service that goes.
-    let udp = [true, true, false, false, true, true, false];
+    let udp = [true, true, false, false, true, true, true];
     assert_eq!(steps, [udp, [false; 7]]);
 
     let mut bench = Bench::new(ROOMY);

@@ -1,5 +1,7 @@
 //! connect() and getpeername().
 
+use proxy_common::abi::socket::{Order, order};
+
 use super::*;
 
 /// What connect() to an address must answer and count; unless translated, nothing may have been touched.
@@ -217,8 +219,8 @@ fn half_of_another_sockets_record_is_no_record() {
 }
 
 #[test]
-fn a_socket_that_is_refused_stays_what_it_was() {
-    // The kernel leaves a connected UDP socket connected when the next connect() fails.
+fn a_socket_that_is_connected_anew_shows_what_it_was_until_it_is() {
+    // The kernel leaves a connected UDP socket connected when the next connect() fails, whatever the hook has said.
     let mut sim = world();
     frontend(&mut sim, exact(vip(30), 80, UDP), 1, DENY_POD);
     let torn = exact(vip(31), 80, UDP);
@@ -226,9 +228,12 @@ fn a_socket_that_is_refused_stays_what_it_was() {
     let connected = check(&sim, socket(vip(10), 80, UDP), Translated, Some(Counter::Connected));
     let table = [(vip(20), 80), (vip(10), 81), (vip(99), 80), (vip(30), 80), (vip(31), 80)];
     for (addr, port) in table {
-        let mut again = SimSocket { addr, port: Be16::new(port), ..connected.clone() };
-        assert!([Reject, Drop].contains(&connect(&mut again, &sim)));
-        assert_eq!(again.record, connected.record, "{addr}:{port}");
+        let peer = (connected.addr, connected.port);
+        let mut again = SimSocket { addr, port: Be16::new(port), peer, ..connected.clone() };
+        assert_eq!(connect(&mut again, &sim), Pass);
+        let mut asked = SimSocket { addr: peer.0, port: peer.1, ..again };
+        assert_eq!(peername(&mut asked, &sim), Translated);
+        assert_eq!((asked.addr, asked.port), (vip(10), Be16::new(80)), "{addr}:{port}");
     }
 }
 
@@ -322,8 +327,7 @@ fn silence_and_source_ranges_are_left_to_the_packets_of_pods() {
     check(&sim, socket(pod(1), 8080, TCP), Pass, None);
 }
 
-/// Where a socket cannot be told why it is refused, the host's go on as they are, and their SYN is answered. A datagram socket would
-/// stay connected to a VIP that serves later on.
+/// Where a socket cannot be told why it is refused, the host's go on as they are, and their SYN is answered.
 #[test]
 fn refusals_of_the_host_are_left_to_packets_where_the_kernel_cannot_tell() {
     let mut sim = world();
@@ -336,11 +340,9 @@ fn refusals_of_the_host_are_left_to_packets_where_the_kernel_cannot_tell() {
     for flags in [0, HOST_IN_PACKETS] {
         sim.apply(&Op::NodeFlags(flags)).unwrap();
         for (address, port, verdict, counter) in refused {
-            for proto in [TCP, UDP] {
-                check(&sim, socket(address, port, proto), verdict, Some(counter));
-                let verdict = if flags != 0 && proto == TCP { Pass } else { verdict };
-                check(&sim, host(address, port, proto), verdict, Some(counter));
-            }
+            check(&sim, socket(address, port, TCP), verdict, Some(counter));
+            let verdict = if flags != 0 { Pass } else { verdict };
+            check(&sim, host(address, port, TCP), verdict, Some(counter));
         }
         check(&sim, host(vip(10), 80, TCP), Translated, Some(Counter::Connected));
     }
@@ -363,7 +365,8 @@ fn an_address_that_the_host_has_is_not_unassigned() {
                 if of_host {
                     check(&sim, asking, Pass, None);
                 } else {
-                    check(&sim, asking, Drop, Some(Counter::DropInactiveAddress));
+                    let verdict = if proto == TCP { Drop } else { Pass };
+                    check(&sim, asking, verdict, Some(Counter::DropInactiveAddress));
                 }
             }
         }
@@ -437,9 +440,79 @@ fn the_probe_and_nothing_else_teaches_which_namespace_is_the_hosts() {
     check(&sim, socket(vip(10), 80, UDP), Translated, Some(Counter::Connected));
     assert_eq!(sim.host_netns.get(), 0);
     let probe = Addr::v4([192, 0, 0, 8]);
-    frontend(&mut sim, exact(probe, 9, UDP), 1, PROBE | NEAR_LOCAL);
-    let mut caller = SimSocket { netns: 42, ..socket(probe, 9, UDP) };
+    frontend(&mut sim, exact(probe, 7, UDP), 1, PROBE | NEAR_LOCAL);
+    let mut caller = SimSocket { netns: 42, ..socket(probe, 7, UDP) };
     assert_eq!(connect(&mut caller, &sim), Translated);
     assert_eq!(sim.host_netns.get(), 42);
     assert_eq!(backend_of(&caller), 1, "the caller is near already");
+}
+
+#[test]
+fn connect_of_udp_never_fails_because_nobody_serves() {
+    let mut sim = world();
+    frontend(&mut sim, exact(vip(21), 80, UDP), 2, POD_LOCAL);
+    for (addr, port, counter) in [
+        (vip(20), 80, Counter::RejectNoEndpoint),
+        (vip(21), 80, Counter::DropNoLocalEndpoint),
+        (vip(10), 81, Counter::RejectUnusedPort),
+        (vip(99), 80, Counter::DropInactiveAddress),
+    ] {
+        check(&sim, socket(addr, port, UDP), Pass, Some(counter));
+        let mut host = SimSocket { netns: HOST_NETNS, ..socket(addr, port, UDP) };
+        assert_eq!(connect(&mut host, &sim), Pass);
+        assert_eq!((host.addr, host.record), (addr, None));
+    }
+}
+
+/// A socket that the agent has been told to lead from `peer` to `vip`.
+fn ordered(vip: Addr, peer: (Addr, u16)) -> SimSocket<'static> {
+    let (peer, peer_port) = (peer.0, Be16::new(peer.1));
+    let order = Order { vip, vip_port: Be16::new(80), peer, peer_port };
+    SimSocket {
+        order: Some(order),
+        peer: (peer, peer_port),
+        ..socket(order::ADDRESS, order::PORT.get(), UDP)
+    }
+}
+
+#[test]
+fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
+    let sim = world();
+    let record = |backend: u32| SocketRecord {
+        vip: vip(10),
+        vip_port: Be16::new(80),
+        backend_addr: pod(backend),
+        backend_port: Be16::new(8080),
+        service: 1,
+        backend,
+    };
+    // From a backend that has left, and from the VIP itself, which was not served when the owner connected.
+    for (peer, before) in [((pod(9), 8080), Some(record(9))), ((vip(10), 80), None)] {
+        let mut socket = SimSocket { record: before, ..ordered(vip(10), peer) };
+        assert_eq!(connect(&mut socket, &sim), Translated);
+        assert_eq!(socket.record, Some(record(backend_of(&socket))));
+    }
+    // To the VIP itself while nobody serves, or when no Service has it any more.
+    for to in [vip(20), Addr::v4([192, 0, 2, 77])] {
+        let before = SocketRecord { vip: to, ..record(9) };
+        let mut socket = SimSocket { record: Some(before), ..ordered(to, (pod(9), 8080)) };
+        assert_eq!(connect(&mut socket, &sim), Translated);
+        assert_eq!((socket.addr, socket.port, socket.record), (to, Be16::new(80), None));
+    }
+    // Nothing is done where there is no order, or the owner has meanwhile connected the socket elsewhere.
+    let led = SimSocket { record: Some(record(9)), ..ordered(vip(10), (pod(9), 8080)) };
+    for moved in [
+        SimSocket { order: None, ..led.clone() },
+        SimSocket { peer: (pod(8), Be16::new(8080)), ..led.clone() },
+        SimSocket { peer: (Addr::ZERO, Be16::new(0)), ..led.clone() },
+        SimSocket { record: None, ..led.clone() },
+        SimSocket { record: Some(SocketRecord { vip: vip(11), ..record(9) }), ..led.clone() },
+    ] {
+        let mut socket = moved.clone();
+        assert_eq!(connect(&mut socket, &sim), Reject, "{moved:?}");
+        assert_eq!(socket, moved);
+    }
+    // Another protocol knows nothing of it.
+    let mut stream = SimSocket { protocol: TCP.into(), ..led };
+    assert_eq!(connect(&mut stream, &sim), Pass);
 }

@@ -54,7 +54,14 @@ fn records() -> [Option<SocketRecord>; 4] {
 
 /// A socket that has sent datagrams to another VIP.
 fn busy() -> SimSocket<'static> {
-    SimSocket { record: records()[1], ..socket(vip(10), 80, UDP) }
+    with(records()[1])
+}
+
+/// A socket with this record, connected if that says so.
+fn with(record: Option<SocketRecord>) -> SimSocket<'static> {
+    let connected = record.filter(SocketRecord::is_connected);
+    let peer = connected.map_or((Addr::ZERO, Be16::new(0)), |to| (to.backend_addr, to.backend_port));
+    SimSocket { record, peer, ..socket(vip(10), 80, UDP) }
 }
 
 const FROM_VIP: fn() -> (Addr, u16) = || (vip(10), 80);
@@ -64,8 +71,7 @@ fn datagrams_of_a_socket_stay_with_one_backend() {
     let sim = world();
     let mut backends = BTreeSet::new();
     for cookie in 0..30 {
-        let record = records()[cookie as usize % 4];
-        let mut socket = SimSocket { cookie, record, ..socket(vip(10), 80, UDP) };
+        let mut socket = SimSocket { cookie, ..with(records()[cookie as usize % 4]) };
         let first = send(&sim, &mut socket);
         backends.insert(first);
         for _ in 0..20 {
@@ -96,6 +102,7 @@ fn answers_to_a_connected_socket_come_from_the_vip() {
     let sim = world();
     let mut socket = socket(vip(10), 80, UDP);
     connect(&mut socket, &sim);
+    socket.peer = (socket.addr, socket.port);
     let id = backend_of(&socket);
     assert_eq!(receive(&sim, &socket, id), FROM_VIP());
     assert_eq!(receive(&sim, &socket, id % 3 + 1), (pod(id % 3 + 1), 8080));
@@ -106,7 +113,7 @@ fn a_flow_moves_when_its_backend_stops_serving_and_hears_late_answers() {
     let gone = ["not serving", "another owner", "another address"];
     for (gone, record) in gone.into_iter().flat_map(|gone| records().map(|record| (gone, record))) {
         let mut sim = world();
-        let mut socket = SimSocket { record, ..socket(vip(10), 80, UDP) };
+        let mut socket = with(record);
         let first = send(&sim, &mut socket);
         let old = sim.backend(first).unwrap();
         // What takes the place of the old backend keeps one of its properties each.
@@ -141,7 +148,7 @@ fn a_flow_outlives_the_set_while_its_backend_serves() {
 }
 
 #[test]
-fn a_flow_is_left_to_itself_when_nothing_serves_and_a_new_one_is_refused() {
+fn who_sends_is_refused_while_nothing_serves_and_then_reaches_whoever_does() {
     for (verdict, answer, counter) in [
         (SlotRange::REJECT, Reject, Counter::RejectNoEndpoint),
         (SlotRange::DROP, Drop, Counter::DropNoLocalEndpoint),
@@ -153,11 +160,12 @@ fn a_flow_is_left_to_itself_when_nothing_serves_and_a_new_one_is_refused() {
             set_backend(&mut sim, id, 0, 5);
         }
         set_service(&mut sim, |service| service.cluster = verdict);
-        assert_eq!(send(&sim, &mut socket), first);
-        assert_eq!(sim.counted(counter), 0);
-        let mut other = SimSocket { cookie: 501, record: None, ..socket.clone() };
-        assert_eq!(sendmsg(&mut other, &sim), answer);
-        assert_eq!((other.addr, sim.counted(counter)), (vip(10), 1));
+        let other = SimSocket { cookie: 501, record: None, ..socket.clone() };
+        for (at, from) in (1..).zip([&socket, &other]) {
+            let mut refused = from.clone();
+            assert_eq!(sendmsg(&mut refused, &sim), answer);
+            assert_eq!((&refused, sim.counted(counter)), (from, at));
+        }
         // The first backend that serves again gets it.
         set_backend(&mut sim, first % 3 + 1, SERVING | IN_CLUSTER, 6);
         sim.apply(&Op::Slots(30, vec![first % 3 + 1])).unwrap();
@@ -167,19 +175,17 @@ fn a_flow_is_left_to_itself_when_nothing_serves_and_a_new_one_is_refused() {
 }
 
 #[test]
-fn datagrams_of_pods_are_left_to_packets_but_for_flows_that_there_are() {
+fn datagrams_of_pods_are_left_to_packets() {
     let mut sim = world();
     sim.apply(&Op::NodeFlags(PODS_IN_PACKETS)).unwrap();
     let mut from = socket(vip(10), 80, UDP);
-    let first = send(&sim, &mut from);
+    send(&sim, &mut from);
     for id in 1..=3 {
         set_backend(&mut sim, id, 0, 5);
     }
     set_service(&mut sim, |service| service.cluster = SlotRange::DROP);
-    assert_eq!(send(&sim, &mut from), first);
-    assert_eq!(sim.counted(Counter::LeftToPackets), 0);
-    let other = SimSocket { cookie: 501, record: None, ..from };
-    for address in [vip(10), vip(99)] {
+    let other = SimSocket { cookie: 501, record: None, ..from.clone() };
+    for (address, other) in [(vip(10), &from), (vip(10), &other), (vip(99), &other)] {
         let mut left = SimSocket { addr: address, ..other.clone() };
         let before = left.clone();
         assert_eq!(sendmsg(&mut left, &sim), Pass);
@@ -187,7 +193,7 @@ fn datagrams_of_pods_are_left_to_packets_but_for_flows_that_there_are() {
         let mut host = SimSocket { netns: HOST_NETNS, ..before };
         assert_eq!(sendmsg(&mut host, &sim), Drop);
     }
-    assert_eq!(sim.counted(Counter::LeftToPackets), 2);
+    assert_eq!(sim.counted(Counter::LeftToPackets), 3);
 }
 
 #[test]
@@ -360,4 +366,140 @@ fn a_mapped_datagram_leaves_through_one_family_and_its_answer_arrives_through_th
     let mut answer = SimSocket { addr: mapped, port: Be16::new(8080), ..socket };
     assert_eq!(recvmsg(&mut answer, &sim), Translated);
     assert_eq!(answer.addr, vip(10));
+}
+
+/// Receives a datagram from this address and says whom the application is told it came from.
+fn seen_from(sim: &Simulator, to: &SimSocket<'_>, (addr, port): (Addr, u16)) -> (Addr, u16) {
+    let mut socket = SimSocket { addr, port: Be16::new(port), ..to.clone() };
+    recvmsg(&mut socket, sim);
+    (socket.addr, socket.port.get())
+}
+
+/// Sends a datagram to a pod by its own address.
+#[track_caller]
+fn send_itself(sim: &Simulator, from: &mut SimSocket<'_>, id: u32) {
+    let mut socket = SimSocket { addr: pod(id), port: Be16::new(8080), ..from.clone() };
+    assert_eq!(sendmsg(&mut socket, sim), Pass);
+    from.record = socket.record;
+}
+
+#[test]
+fn who_sends_to_a_backend_itself_sees_its_answers_and_those_of_other_backends_as_before() {
+    for others_first in [false, true] {
+        let mut sim = world();
+        frontend(&mut sim, exact(vip(11), 80, UDP), 1, 0);
+        let mut from = socket(vip(10), 80, UDP);
+        let first = send(&sim, &mut from);
+        from.addr = vip(11);
+        let second = send(&sim, &mut from);
+        assert_ne!(first, second, "another VIP gets another backend while there is one");
+        let ended = if others_first { second } else { first };
+        let (kept, vip_of_kept) = if others_first { (first, vip(10)) } else { (second, vip(11)) };
+        send_itself(&sim, &mut from, ended);
+        assert_eq!(receive(&sim, &from, ended), (pod(ended), 8080));
+        assert_eq!(receive(&sim, &from, kept), (vip_of_kept, 80));
+        // Asked for by the VIP again, the answers are the VIP's again.
+        from.addr = if others_first { vip(11) } else { vip(10) };
+        let again = send(&sim, &mut from);
+        assert_eq!(receive(&sim, &from, again), (from.addr, 80));
+        assert_eq!(receive(&sim, &from, kept), (vip_of_kept, 80));
+    }
+    // A socket that has asked for nothing else has no record any more.
+    let sim = world();
+    let mut from = socket(vip(10), 80, UDP);
+    let id = send(&sim, &mut from);
+    send_itself(&sim, &mut from, id % 3 + 1);
+    assert_eq!(receive(&sim, &from, id), FROM_VIP(), "another backend's address ends nothing");
+    send_itself(&sim, &mut from, id);
+    assert_eq!(from.record, None);
+}
+
+#[test]
+fn every_vip_of_a_socket_has_a_backend_of_its_own_while_there_are_enough() {
+    let mut sim = world();
+    for number in 11..=13 {
+        frontend(&mut sim, exact(vip(number), 80, UDP), 1, 0);
+    }
+    for cookie in 0..50 {
+        let mut from = SimSocket { cookie, ..socket(vip(10), 80, UDP) };
+        let mut backends = BTreeSet::new();
+        for number in 10..=12 {
+            from.addr = vip(number);
+            backends.insert(send(&sim, &mut from));
+        }
+        assert_eq!(backends.len(), 3);
+        // There is none for the fourth one, which has the answers then.
+        from.addr = vip(13);
+        let id = send(&sim, &mut from);
+        assert_eq!(receive(&sim, &from, id), (vip(13), 80));
+    }
+}
+
+#[test]
+fn a_connected_socket_that_sends_to_its_vip_sends_to_its_peer() {
+    let sim = world();
+    for cookie in 0..20 {
+        let mut from = SimSocket { cookie, ..socket(vip(10), 80, UDP) };
+        assert_eq!(connect(&mut from, &sim), Translated);
+        from.peer = (from.addr, from.port);
+        let peer = backend_of(&from);
+        from.addr = vip(10);
+        from.port = Be16::new(80);
+        assert_eq!(send(&sim, &mut from), peer, "the kernel throws away what another one answers");
+    }
+}
+
+#[test]
+fn a_record_counts_while_the_socket_is_connected_where_it_says() {
+    let mut sim = world();
+    frontend(&mut sim, exact(vip(11), 80, UDP), 1, 0);
+    let mut first = socket(vip(10), 80, UDP);
+    connect(&mut first, &sim);
+    first.peer = (first.addr, first.port);
+    let id = backend_of(&first);
+
+    // connect(AF_UNSPEC), of which no hook hears: what the pod sends on its own is shown as it is.
+    let mut disconnected = SimSocket { peer: (Addr::ZERO, Be16::new(0)), ..first.clone() };
+    assert_eq!(receive(&sim, &disconnected, id), (pod(id), 8080));
+    // It sends like a socket that is not connected.
+    (disconnected.addr, disconnected.port) = (vip(10), Be16::new(80));
+    let mut sent = disconnected.clone();
+    assert_eq!(sendmsg(&mut sent, &sim), Translated);
+    assert!(!sent.record.unwrap().is_connected());
+    assert_eq!(
+        receive(&sim, &SimSocket { record: sent.record, ..disconnected }, backend_of(&sent)),
+        FROM_VIP()
+    );
+
+    // A second connect() that fails in the kernel after the hook has let it go: to another VIP, and to another host.
+    for (addr, verdict) in [(vip(11), Translated), (Addr::v4([192, 0, 2, 77]), Pass)] {
+        let mut second = SimSocket { addr, port: Be16::new(80), ..first.clone() };
+        assert_eq!(connect(&mut second, &sim), verdict);
+        if verdict == Translated && backend_of(&second) == id {
+            continue;
+        }
+        let mut asked = SimSocket { addr: pod(id), port: Be16::new(8080), ..second.clone() };
+        assert_eq!(peername(&mut asked, &sim), Translated);
+        assert_eq!((asked.addr, asked.port.get()), FROM_VIP());
+        assert_eq!(seen_from(&sim, &second, (pod(id), 8080)), FROM_VIP());
+        // Where it succeeds, what it is connected to now is shown.
+        second.peer = (second.addr, second.port);
+        let shown = if verdict == Translated { (vip(11), 80) } else { (addr, 80) };
+        assert_eq!(seen_from(&sim, &second, (second.addr, second.port.get())), shown);
+    }
+}
+
+#[test]
+fn an_answer_is_the_vips_for_two_minutes_after_the_last_datagram() {
+    let sim = world();
+    let mut from = busy();
+    let id = send(&sim, &mut from);
+    for _ in 0..20 {
+        sim.clock.set(sim.clock.get() + 100 * SECOND);
+        assert_eq!(receive(&sim, &from, id), FROM_VIP(), "whoever listens keeps the flow");
+    }
+    sim.clock.set(sim.clock.get() + 130 * SECOND);
+    assert_eq!(receive(&sim, &from, id), (pod(id), 8080));
+    assert_eq!(send(&sim, &mut from), id);
+    assert_eq!(receive(&sim, &from, id), FROM_VIP());
 }

@@ -92,11 +92,13 @@ fn socket(addr: Addr, port: u16, proto: u8) -> SimSocket<'static> {
     SimSocket {
         addr,
         port: Be16::new(port),
+        peer: (Addr::ZERO, Be16::new(0)),
         protocol: proto.into(),
         cookie: 500,
         netns: POD_NETNS,
         cgroups: &[],
         record: None,
+        order: None,
         storage_fails: false,
     }
 }

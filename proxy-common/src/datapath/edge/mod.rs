@@ -227,8 +227,6 @@ fn entering<T: EdgeTables>(
                 tables.count(if moves { Counter::UdpRepick } else { Counter::Flow });
                 tables.count_connection(work.to.service);
             }
-            // Nothing serves any more: as with conntrack, a UDP flow is left to itself.
-            (_, Some(_)) if parsed.proto == proto::UDP => {}
             _ => return turn_away::<_, _, false>(packet, tables, parsed, refusal, work.to.service),
         }
     }
@@ -439,22 +437,23 @@ fn answering(
     Some(finish(packet, tables, parsed, work, true))
 }
 
-/// A packet that leaves for an address of ours: nobody has translated it, and nobody out there can. The SYN of a socket of this
-/// host is answered where the socket could not be told why it is refused.
+/// A packet that leaves for an address of ours: nobody has translated it, and nobody out there can. What this host itself begins,
+/// by a SYN or a datagram, is answered: its socket could not be told why it is refused, or no socket of a process has sent it.
 #[inline(never)]
 fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, parsed: &Parsed) -> Verdict {
     let target = find(tables, parsed);
+    let own = packet.entered_by() == 0;
     let mut refusal = match target {
-        // An externalIP may have a host of its own.
+        // Whoever sent it is still there, and can be told.
+        Target::Frontend(_) if own && (begins(parsed) || parsed.proto == proto::UDP) => {
+            Refusal::reject(Counter::DropNoFlow)
+        }
+        // An externalIP may have a host of its own, which others reach by way of this one.
         Target::Frontend(frontend) if frontend.flags & EXTERNAL != 0 => Refusal::PASS,
         Target::Frontend(_) => Refusal::drop(Counter::DropNoFlow),
         Target::Other | Target::UnusedPort | Target::InactiveAddress | Target::Retry => nobodys(target),
     };
-    if refusal.how == How::Drop
-        && packet.entered_by() == 0
-        && begins(parsed)
-        && tables.node().flags & HOST_IN_PACKETS != 0
-    {
+    if refusal.how == How::Drop && own && begins(parsed) && tables.node().flags & HOST_IN_PACKETS != 0 {
         refusal.how = How::Reject;
     }
     turn_away::<_, _, true>(packet, tables, parsed, refusal, 0)

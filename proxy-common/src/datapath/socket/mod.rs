@@ -7,15 +7,18 @@
 //! whether the pod's address is in source ranges, since a socket has no address yet. So is everything of pods that have
 //! opted out.
 
+mod datagrams;
+mod order;
+
+pub use self::datagrams::{recvmsg, sendmsg};
 use super::lookup::{self, Target};
 use super::select::{Client, Selection, select};
 use super::tables::{Socket, Tables};
 use super::trace;
 use crate::abi::frontend::flags::PROBE;
 use crate::abi::{
-    AffinityKey, Backend, Counter, FlowDirection, FrontendValue, Node, SocketRecord, StreamRecord, UdpFlow,
-    UdpFlowKey, backend::flags::SERVING, local_address, node::HOST_IN_PACKETS, node::OPTED_OUT,
-    node::PODS_IN_PACKETS, proto,
+    AffinityKey, Counter, FrontendValue, Node, SocketRecord, StreamRecord, local_address,
+    node::HOST_IN_PACKETS, node::OPTED_OUT, node::PODS_IN_PACKETS, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -42,11 +45,24 @@ pub enum Verdict {
 }
 
 /// connect(): of a stream socket, or of a datagram socket that will then send without an address.
+///
+/// That of a datagram socket never fails because nobody serves: no program expects that. Its datagrams are refused as packets until
+/// somebody does; then the agent leads it there (`order`).
 #[inline(always)]
 pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(proto) = protocol(socket) else { return Verdict::Pass };
-    let mut verdict = lead(socket, tables, proto);
-    if matches!(verdict, Verdict::Reject | Verdict::Drop) && is_answered_in_packets(socket, tables) {
+    let datagrams = proto == proto::UDP;
+    if datagrams {
+        if order::is_asked_for(socket) {
+            return order::carry_out(socket, tables);
+        }
+        datagrams::keep_former(socket, tables);
+    }
+    let (addr, port) = (socket.addr(), socket.port());
+    let mut verdict = lead(socket, tables, proto, addr, port);
+    if matches!(verdict, Verdict::Reject | Verdict::Drop)
+        && (datagrams || is_answered_in_packets(socket, tables))
+    {
         verdict = Verdict::Pass;
     }
     // The socket may have been connected through us before. When this connect() fails, it still is.
@@ -56,10 +72,9 @@ pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     verdict
 }
 
-/// Connects a socket of `proto` to a backend instead.
+/// Connects a socket of `proto` that asks for `vip` to a backend instead.
 #[inline(always)]
-fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8) -> Verdict {
-    let (vip, vip_port) = (socket.addr(), socket.port());
+fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8, vip: Addr, vip_port: Be16) -> Verdict {
     let (frontend, node) = match target(socket, tables, vip, vip_port, proto) {
         Ok(found) => found,
         Err(verdict) => return verdict,
@@ -89,151 +104,15 @@ fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8) -> Verdict {
     }
 }
 
-/// sendmsg() with an address on a UDP socket.
-///
-/// Datagrams of one socket to one VIP are a flow: they go to one backend while that serves. The socket's own storage has the
-/// first flow, which no other socket can evict; the others are in `UDP_FLOWS`.
-#[inline(always)]
-pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
-    let Some(proto) = protocol(socket) else { return Verdict::Pass };
-    let (vip, vip_port) = (socket.addr(), socket.port());
-    let (frontend, node) = match target(socket, tables, vip, vip_port, proto) {
-        Ok(found) => found,
-        Err(verdict) => return verdict,
-    };
-    let record = socket.record();
-    let mut sent = SocketRecord { vip, vip_port, ..SocketRecord::default() };
-    let known = match record {
-        // A socket without a record has no flows.
-        None => false,
-        Some(record) if is_first(&record, &sent) => {
-            sent = SocketRecord { service: SocketRecord::DATAGRAMS, ..record };
-            true
-        }
-        Some(_) => find_other(socket, tables, &mut sent),
-    };
-    let fresh = known && serves(tables, frontend, &sent);
-    if !fresh {
-        let caller = Caller::of(socket, node);
-        match caller.select(tables, frontend) {
-            Selection::Backend(id, Backend { addr, port, .. }) => {
-                if known {
-                    tables.count(Counter::UdpRepick);
-                }
-                (sent.backend_addr, sent.backend_port, sent.backend) = (addr, port, id);
-            }
-            // Nothing serves any more: as with conntrack, the flow is left to itself.
-            _ if known => {}
-            Selection::Reject(why) => {
-                return caller.refused(tables, socket, Verdict::Reject, why, frontend.service);
-            }
-            Selection::Drop(why) => {
-                return caller.refused(tables, socket, Verdict::Drop, why, frontend.service);
-            }
-        }
-    }
-    let kept = match record {
-        None => socket.put_record(sent),
-        Some(record) => record == sent || keep_beside(socket, tables, &record, &sent, fresh),
-    };
-    if !kept {
-        tables.count(Counter::FailRecord);
-        return Verdict::Fail;
-    }
-    let to = (sent.backend_addr, sent.backend_port);
-    trace::called(tables, Counter::Datagram, socket, frontend.service, Some(to), !fresh);
-    socket.rewrite(sent.backend_addr, sent.backend_port);
-    Verdict::Translated
-}
-
-/// Whether a socket's record is that of its first flow of datagrams, to the VIP of `sent`.
-#[inline(always)]
-fn is_first(record: &SocketRecord, sent: &SocketRecord) -> bool {
-    !record.is_connected() && record.vip == sent.vip && record.vip_port == sent.vip_port
-}
-
-/// Looks a flow of datagrams up in `UDP_FLOWS`, and writes its backend into `sent`.
-#[inline(never)]
-fn find_other(socket: &impl Socket, tables: &impl Tables, sent: &mut SocketRecord) -> bool {
-    let key = flow_key(socket, sent.vip, sent.vip_port, FlowDirection::Original);
-    match tables.udp_flow(&key) {
-        Some(flow) if flow.is_for(&key) => {
-            (sent.backend_addr, sent.backend_port, sent.backend) = (flow.addr, flow.port, flow.backend);
-            true
-        }
-        _ => false,
-    }
-}
-
-/// Keeps a flow of datagrams of a socket that has a record, of a connection or of datagrams: what there is no room for in the
-/// record goes to `UDP_FLOWS`. (`fresh`: the flow leads where it led.)
-#[inline(always)]
-fn keep_beside(
-    socket: &mut impl Socket,
-    tables: &impl Tables,
-    record: &SocketRecord,
-    sent: &SocketRecord,
-    fresh: bool,
-) -> bool {
-    let first = is_first(record, sent);
-    let same = record.backend_addr == sent.backend_addr && record.backend_port == sent.backend_port;
-    if first && !same {
-        // The backend before may still answer.
-        put_other(socket, tables, record, FlowDirection::Reply);
-    }
-    let held = if first { sent } else { record };
-    let more = SocketRecord { service: SocketRecord::MORE_DATAGRAMS, ..*held };
-    (record.is_connected() || *record == more || socket.put_record(more))
-        && (first || fresh || put_other(socket, tables, sent, FlowDirection::Original))
-        && put_other(socket, tables, sent, FlowDirection::Reply)
-}
-
-/// Writes one direction of a flow of datagrams into `UDP_FLOWS`, unless it is there. (The LRU may have evicted it.)
-#[inline(never)]
-fn put_other(
-    socket: &impl Socket,
-    tables: &impl Tables,
-    sent: &SocketRecord,
-    direction: FlowDirection,
-) -> bool {
-    let vip = (sent.vip, sent.vip_port);
-    let backend = (sent.backend_addr, sent.backend_port);
-    let ((from, from_port), (addr, port)) = match direction {
-        FlowDirection::Original => (vip, backend),
-        FlowDirection::Reply => (backend, vip),
-    };
-    let key = flow_key(socket, from, from_port, direction);
-    let flow = UdpFlow { addr, port, pad: 0, backend: sent.backend, check: 0 }.seal(&key);
-    tables.udp_flow(&key) == Some(flow) || tables.put_udp_flow(&key, &flow)
-}
-
-/// recvmsg() that reports where a datagram came from.
-#[inline(always)]
-pub fn recvmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
-    let Some(record) = socket.record() else { return Verdict::Pass };
-    // Of two VIPs with one backend the last one that was asked has the answer.
-    let other_first = record.service == SocketRecord::MORE_DATAGRAMS;
-    if !other_first && translate_back(socket, &record) == Verdict::Translated {
-        return Verdict::Translated;
-    }
-    let key = flow_key(socket, socket.addr(), socket.port(), FlowDirection::Reply);
-    match tables.udp_flow(&key) {
-        Some(flow) if flow.is_for(&key) => {
-            socket.rewrite(flow.addr, flow.port);
-            Verdict::Translated
-        }
-        _ if other_first => translate_back(socket, &record),
-        _ => Verdict::Pass,
-    }
-}
-
 /// getpeername(): the VIP, if that is what the application connected to.
 #[inline(always)]
 pub fn peername(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
-    match stream(socket, tables).or_else(|| socket.record()) {
-        Some(record) if record.is_connected() => translate_back(socket, &record),
-        _ => Verdict::Pass,
+    let Some(record) = stream(socket, tables).or_else(|| socket.record()) else { return Verdict::Pass };
+    if record.is_connected() && translate_back(socket, &record) == Verdict::Translated {
+        return Verdict::Translated;
     }
+    // A connect() that failed has left the socket where it was before.
+    if is_stream(socket) { Verdict::Pass } else { datagrams::translate_back_other(socket, tables) }
 }
 
 /// close(): what `STREAMS` holds for the socket goes; its storage is freed by the kernel.
@@ -273,7 +152,8 @@ fn forget(socket: &mut impl Socket, tables: &impl Tables) {
             tables.free_stream(slot);
         }
     }
-    if socket.record().is_some_and(|record| !leads_here(&record)) {
+    let Some(record) = socket.record().filter(|record| !leads_here(record)) else { return };
+    if is_stream(socket) || !datagrams::end_translation(socket, tables, &record) {
         socket.drop_record();
     }
 }
@@ -300,6 +180,13 @@ fn drop_stream(cookie: u64, tables: &impl Tables) {
 #[inline(always)]
 fn is_stream(socket: &impl Socket) -> bool {
     socket.protocol() != u32::from(proto::UDP)
+}
+
+/// Whether the socket is connected where a connection's record says. After a connect() that failed it is not, nor after one to
+/// AF_UNSPEC, of which no hook hears.
+#[inline(always)]
+fn holds(socket: &impl Socket, record: &SocketRecord) -> bool {
+    record.is_connected() && socket.peer() == (record.backend_addr, record.backend_port)
 }
 
 #[inline(always)]
@@ -432,18 +319,4 @@ fn is_answered_in_packets(socket: &impl Socket, tables: &impl Tables) -> bool {
         && socket.netns() == node.host_netns
         && tables.local_address(&addr) & local_address::HOST == 0
         && tables.in_service_cidr(&addr)
-}
-
-/// Whether the backend of a flow of datagrams belongs to the Service port and serves.
-#[inline(always)]
-fn serves(tables: &impl Tables, frontend: FrontendValue, sent: &SocketRecord) -> bool {
-    tables.backend(sent.backend).is_some_and(|Backend { addr, port, service, state, .. }| {
-        let same = addr == sent.backend_addr && port == sent.backend_port && service == frontend.service;
-        same && state.flags & SERVING != 0
-    })
-}
-
-#[inline(always)]
-fn flow_key(socket: &impl Socket, addr: Addr, port: Be16, direction: FlowDirection) -> UdpFlowKey {
-    UdpFlowKey { cookie: socket.cookie(), addr, port, direction: direction as u16, pad: 0 }
 }

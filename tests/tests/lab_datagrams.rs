@@ -1,0 +1,265 @@
+//! Sockets of UDP follow their Service: nobody who has connected or sent notices when its backends change.
+//!
+//! Two nodes of both families, with a pod that serves on each. Clients are the host, a pod whose socket is seen, a pod whose packets are
+//! translated at its interface, and a machine outside.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use proxy_tests::lab::{Agent, Attempt, Held, Lab, LabSpec, NodeSpec, Place, Summary};
+use proxy_tests::scenarios::{PortView, until};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// How long an answer may take on a busy machine.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How long a socket may take to follow.
+const PATIENCE: Duration = Duration::from_secs(20);
+const VIPS: [&str; 2] = ["10.96.0.5", "fd00:96::5"];
+/// Name and addresses of the pods that serve, on either node.
+const SERVERS: [(&str, [&str; 2]); 2] =
+    [("L1", ["10.64.1.11", "fd00:64:0:1::11"]), ("R1", ["10.64.2.21", "fd00:64:0:2::21"])];
+
+struct World {
+    // Dropped first: it runs in the lab.
+    agent: Agent,
+    lab: Lab,
+    dir: TempDir,
+}
+
+impl World {
+    fn start() -> Result<Self> {
+        let n1 = ["192.0.2.10", "2001:db8:1::10"];
+        let n2 = ["192.0.2.20", "2001:db8:1::20"];
+        let spec = LabSpec { cluster_cidr: "10.64.0.0/12,fd00:64::/48".to_owned(), ..LabSpec::default() };
+        let spec = spec
+            .node(NodeSpec::new("n1", &n1, &["10.64.1.0/24", "fd00:64:0:1::/64"])?)
+            .node(NodeSpec::new("n2", &n2, &["10.64.2.0/24", "fd00:64:0:2::/64"])?)
+            .pod("n1", "seen", &["10.64.1.50", "fd00:64:0:1::50"])?
+            .pod("n1", "unseen", &["10.64.1.51", "fd00:64:0:1::51"])?
+            .unseen("unseen")
+            .pod("n1", "L1", &SERVERS[0].1)?
+            .pod("n2", "R1", &SERVERS[1].1)?
+            .client("client", &["203.0.113.7", "2001:db8:ff::7"])?;
+        let lab = Lab::build(spec)?;
+        for (pod, _) in SERVERS {
+            lab.pod(pod).serve().udp(8080).start()?;
+        }
+        let dir = tempfile::Builder::new().prefix("lab-datagrams-").tempdir()?;
+        fs::create_dir(dir.path().join("manifests"))?;
+        let agent = lab.node("n1").agent()?.quiet().manifests(&dir.path().join("manifests"));
+        let mut world = Self { agent, lab, dir };
+        world.write("node", &[world.lab.node("n1").object(), json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": { "name": "kubernetes" },
+            "spec": { "cidrs": ["10.96.0.0/16", "fd00:96::/112"] },
+        })])?;
+        world.agent.start_ready()?;
+        Ok(world)
+    }
+
+    fn write(&self, name: &str, objects: &[Value]) -> Result<()> {
+        let list = json!({ "apiVersion": "v1", "kind": "List", "items": objects });
+        let next = self.dir.path().join("next");
+        fs::write(&next, serde_json::to_vec(&list)?)?;
+        Ok(fs::rename(&next, self.dir.path().join("manifests").join(name).with_extension("json"))?)
+    }
+
+    /// Gives the Service these backends, and waits until the maps have them.
+    fn serve(&self, servers: &[&str]) -> Result<()> {
+        let slices = ["IPv4", "IPv6"].into_iter().enumerate().map(|(family, name)| {
+            let chosen = SERVERS.iter().filter(|(server, _)| servers.contains(server));
+            let endpoints: Vec<Value> = chosen
+                .map(|(server, addresses)| {
+                    json!({
+                        "addresses": [addresses[family]], "conditions": { "ready": true },
+                        "nodeName": if *server == "L1" { "n1" } else { "n2" },
+                    })
+                })
+                .collect();
+            json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": name,
+                "metadata": {
+                    "namespace": "d", "name": format!("log-{}", name.to_lowercase()),
+                    "labels": { "kubernetes.io/service-name": "log" },
+                },
+                "ports": [{ "name": "log", "protocol": "UDP", "port": 8080 }], "endpoints": endpoints,
+            })
+        });
+        let service = json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "d", "name": "log" },
+            "spec": {
+                "type": "NodePort", "ipFamilies": ["IPv4", "IPv6"], "clusterIP": VIPS[0], "clusterIPs": VIPS,
+                "ports": [{ "name": "log", "protocol": "UDP", "port": 514, "nodePort": 30_514 }],
+            },
+        });
+        self.write("log", &[service].into_iter().chain(slices).collect::<Vec<_>>())?;
+        let mut wanted: Vec<SocketAddr> = SERVERS
+            .iter()
+            .filter(|(server, _)| servers.contains(server))
+            .flat_map(|(_, pods)| pods.map(|pod| pod.parse::<IpAddr>()))
+            .map(|pod| Ok(SocketAddr::new(pod?, 8080)))
+            .collect::<Result<_>>()?;
+        wanted.sort_unstable();
+        until("the Service", || {
+            let ports = self.ports()?;
+            let mut has: Vec<SocketAddr> =
+                ports.iter().flat_map(|port| port.cluster.iter().copied()).collect();
+            has.sort_unstable();
+            Ok((ports.len() == 2 && has == wanted).then_some(()))
+        })
+    }
+
+    /// Removes the Service.
+    fn remove(&self) -> Result<()> {
+        self.write("log", &[])?;
+        until("the end of the Service", || Ok(self.ports()?.is_empty().then_some(())))
+    }
+
+    fn ports(&self) -> Result<Vec<PortView>> {
+        let all: Vec<PortView> = serde_json::from_value(self.agent.tool("services", &[])?)?;
+        Ok(all.into_iter().filter(|port| port.service() == "d/log").collect())
+    }
+
+    /// Who asks, and by which address of the Service.
+    fn clients(&self) -> Vec<(Place, String)> {
+        let pod = |name: &str| Place::clone(&self.lab.pod(name));
+        let inside = [pod("seen"), pod("unseen"), self.lab.node("n1").host().clone()];
+        let vips = [format!("{}:514", VIPS[0]), format!("[{}]:514", VIPS[1])];
+        let ports = ["192.0.2.10:30514".to_owned(), "[2001:db8:1::10]:30514".to_owned()];
+        let of = |place: Place, at: &[String; 2]| at.clone().map(|at| (place.clone(), at));
+        let inside = inside.into_iter().flat_map(|place| of(place, &vips));
+        inside.chain(of(Place::clone(&self.lab.client("client")), &ports)).collect()
+    }
+}
+
+/// Sockets that are connected to the Service, with whose they are.
+struct Sockets(Vec<(String, Held)>);
+
+impl Sockets {
+    fn open(world: &World) -> Result<Self> {
+        let open = |(place, target): (Place, String)| {
+            let held = place.hold(&target).udp().timeout(Duration::from_millis(300)).open()?;
+            let who = format!("{} to {target}", place.name());
+            ensure!(held.opened().error.is_none(), "connect() of {who}: {:?}", held.opened());
+            Ok((who, held))
+        };
+        Ok(Self(world.clients().into_iter().map(open).collect::<Result<_>>()?))
+    }
+
+    /// Each of them is answered by this server, and keeps its own address and the peer that it asked for.
+    fn reach(&mut self, server: &str, when: &str) -> Result<()> {
+        for (who, held) in &mut self.0 {
+            let reached = held.say_until(PATIENCE, |answer| answer.server.as_deref() == Some(server));
+            let answer = reached.with_context(|| format!("{who}, {when}"))?;
+            let (local, peer) = (held.opened().local, held.opened().peername);
+            ensure!(answer.local == local && answer.peername == peer, "{who}, {when}: {answer:?}");
+            // None goes back.
+            let again = held.say("again")?;
+            ensure!(again.server.as_deref() == Some(server), "{who}, {when}: {again:?}");
+        }
+        Ok(())
+    }
+
+    /// Nobody answers them, and none fails in a way that a program would not expect. `told`: they are refused.
+    fn reach_nobody(&mut self, told: bool, when: &str) -> Result<()> {
+        let nobody = |answer: &Attempt| {
+            let error = answer.error.as_deref();
+            error == Some("ECONNREFUSED") || !told && error == Some("ETIMEDOUT")
+        };
+        for (who, held) in &mut self.0 {
+            held.say_until(PATIENCE, nobody).with_context(|| format!("{who}, {when}"))?;
+            let again = held.say("again")?;
+            ensure!(nobody(&again), "{who}, {when}: {again:?}");
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_connected_socket_follows_its_service() -> Result<()> {
+    let world = World::start()?;
+    let mut older = Sockets::open(&world)?;
+    world.serve(&[])?;
+    let mut early = Sockets::open(&world)?;
+    early.reach_nobody(true, "without an endpoint")?;
+    world.serve(&["L1"])?;
+    early.reach("L1", "when the first endpoint comes")?;
+    older.reach("L1", "when the Service that is younger is served")?;
+    let mut late = Sockets::open(&world)?;
+    for (server, when) in [("R1", "when its backend is replaced"), ("L1", "when it is replaced again")] {
+        world.serve(&[server])?;
+        for sockets in [&mut older, &mut early, &mut late] {
+            sockets.reach(server, when)?;
+        }
+    }
+    world.serve(&[])?;
+    for sockets in [&mut older, &mut early, &mut late] {
+        sockets.reach_nobody(true, "when the last endpoint goes")?;
+    }
+    world.serve(&["R1"])?;
+    for sockets in [&mut older, &mut early, &mut late] {
+        sockets.reach("R1", "when an endpoint comes back")?;
+    }
+    world.remove()?;
+    for sockets in [&mut older, &mut early, &mut late] {
+        sockets.reach_nobody(false, "when the Service goes")?;
+    }
+    world.serve(&["L1"])?;
+    for sockets in [&mut older, &mut early, &mut late] {
+        sockets.reach("L1", "when the Service comes back")?;
+    }
+    Ok(())
+}
+
+/// `VIPR_CHANGES` says how often the backend is replaced.
+#[test]
+fn datagrams_go_to_the_backend_that_there_is() -> Result<()> {
+    let changes: usize = std::env::var("VIPR_CHANGES").map_or(Ok(6), |text| text.parse())?;
+    let world = World::start()?;
+    world.serve(&["L1"])?;
+    let mut loads = Vec::new();
+    for (place, target) in world.clients() {
+        let connect =
+            || place.connect(&target).per_socket(usize::MAX).timeout(ANSWER).pace(Duration::from_millis(5));
+        for (kind, load) in [("connected", connect().udp()), ("unconnected", connect().udp_unconnected())] {
+            loads.push((format!("{} {kind} to {target}", place.name()), load.start()?));
+        }
+    }
+    for (who, load) in &mut loads {
+        load.wait_for(2)?;
+        let first = load.so_far()?;
+        ensure!(first.iter().all(|attempt| attempt.ok), "{who}: {first:?}");
+    }
+    let mut stale = 0;
+    for change in 0..changes {
+        let server = if change % 2 == 0 { "R1" } else { "L1" };
+        world.serve(&[server])?;
+        let settled = Instant::now() + Duration::from_secs(1);
+        while Instant::now() < settled {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        for (who, load) in &mut loads {
+            // The one that is on its way.
+            let before = load.so_far()?.len() + 1;
+            load.wait_for(3)?;
+            let after = load.so_far()?.get(before..).unwrap_or_default();
+            let wrong = after.iter().filter(|a| a.server.as_deref().is_some_and(|by| by != server)).count();
+            ensure!(wrong == 0, "{who}: one second after change {change} to {server}: {after:?}");
+            stale += wrong;
+        }
+    }
+    let mut all = 0;
+    for (who, load) in loads {
+        let attempts = load.stop()?;
+        let summary = Summary::of(&attempts);
+        // What a backend answers after the socket has moved on is lost, once for each change.
+        let lost = summary.by_error.get("ETIMEDOUT").copied().unwrap_or_default();
+        let failed = summary.total - summary.ok - lost;
+        ensure!(failed == 0 && lost <= changes, "{who}: {summary:?}");
+        all += summary.total;
+    }
+    println!("{changes} changes, {all} datagrams, {stale} to a backend that had left a second before");
+    Ok(())
+}
