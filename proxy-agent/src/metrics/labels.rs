@@ -125,7 +125,7 @@ pub(super) struct ByMap {
     pub(super) map: &'static str,
 }
 
-/// Histogram buckets, in seconds.
+/// Histogram buckets, in seconds where nothing else is said.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Buckets {
     /// kube-proxy's: 1 ms, doubling, to 16.384 s.
@@ -136,6 +136,8 @@ pub(super) enum Buckets {
     Stage,
     /// client-go's: 5 ms to a minute.
     Request,
+    /// client-go's: 64 bytes to 16 MiB.
+    Size,
 }
 
 impl MetricConstructor<Histogram> for Buckets {
@@ -149,6 +151,19 @@ impl MetricConstructor<Histogram> for Buckets {
             Self::Request => {
                 Histogram::new([0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0])
             }
+            Self::Size => Histogram::new([
+                64.0,
+                256.0,
+                512.0,
+                1024.0,
+                4096.0,
+                16384.0,
+                65536.0,
+                262_144.0,
+                1_048_576.0,
+                4_194_304.0,
+                16_777_216.0,
+            ]),
             Self::Stage => Histogram::new((0..12).map(|n| 1e-5 * 4_f64.powi(n))),
         }
     }

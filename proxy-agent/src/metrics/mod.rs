@@ -4,6 +4,7 @@
 //! The sync loop and its helpers write through the methods of [`Metrics`], which cost an atomic operation or two.
 //! What only the kernel knows is read from the maps at each scrape, by the closures in [`Readers`].
 
+mod buckets;
 mod kubeproxy;
 mod labels;
 mod own;
@@ -219,7 +220,7 @@ fn printed(registry: &Registry) -> String {
     if let Err(error) = text::encode(&mut out, registry) {
         tracing::warn!(%error, "a metric cannot be printed");
     }
-    out
+    buckets::as_client_golang(&out)
 }
 
 /// Registers `metric` and gives it back. A help text gets its full stop from the registry.

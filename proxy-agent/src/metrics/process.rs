@@ -1,4 +1,4 @@
-//! `process_*` and `kubernetes_build_info`, as every component of Kubernetes has them.
+//! `process_*`, as every component of Kubernetes has them.
 
 use std::fmt;
 use std::fs;
@@ -8,7 +8,6 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
-use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 use rustix::process::{Resource, getrlimit};
 use rustix::time::{ClockId, clock_gettime};
@@ -17,16 +16,6 @@ use rustix::time::{ClockId, clock_gettime};
 pub(super) fn register(registry: &mut Registry) {
     let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     registry.register_collector(Box::new(Process { started }));
-    let version = Info::new([
-        ("major", env!("CARGO_PKG_VERSION_MAJOR")),
-        ("minor", env!("CARGO_PKG_VERSION_MINOR")),
-        ("git_version", concat!("v", env!("CARGO_PKG_VERSION"))),
-    ]);
-    registry.register(
-        "kubernetes_build",
-        "The version of Vipr, as components of Kubernetes tell theirs",
-        version,
-    );
 }
 
 /// What the kernel knows of this process.

@@ -38,7 +38,7 @@ fn example() -> Metrics {
     metrics.map_operations(&BTreeMap::from([("NAME", 1)]));
     metrics.swept(&Family::ALL, Duration::ZERO, &Report::default());
     metrics.feature("NAME", "STAGE", true);
-    requests::count("HOST", "GET", None, Duration::ZERO);
+    requests::example("HOST");
     metrics.pinged();
     for probe in [Probe::Healthz, Probe::Livez, Probe::Readyz] {
         [200, 503].into_iter().for_each(|code| metrics.probed(probe, code));
@@ -151,6 +151,100 @@ fn metrics_md_tells_every_verdict() {
     for counter in proxy_common::abi::Counter::ALL {
         assert!(rows.contains(&counter.name()), "{}", counter.name());
     }
+}
+
+/// What kube-proxy 1.36 has on Linux beside Go's own metrics, whose names begin with `go_`.
+const KUBE_PROXY: [&str; 46] = [
+    "disabled_metrics_total",
+    "hidden_metrics_total",
+    "kubeproxy_conntrack_reconciler_deleted_entries_total",
+    "kubeproxy_conntrack_reconciler_sync_duration_seconds",
+    "kubeproxy_iptables_ct_state_invalid_dropped_packets_total",
+    "kubeproxy_iptables_localhost_nodeports_accepted_packets_total",
+    "kubeproxy_network_programming_duration_seconds",
+    "kubeproxy_proxy_healthz_total",
+    "kubeproxy_proxy_livez_total",
+    "kubeproxy_sync_full_proxy_rules_duration_seconds",
+    "kubeproxy_sync_partial_proxy_rules_duration_seconds",
+    "kubeproxy_sync_proxy_rules_duration_seconds",
+    "kubeproxy_sync_proxy_rules_endpoint_changes_pending",
+    "kubeproxy_sync_proxy_rules_endpoint_changes_total",
+    "kubeproxy_sync_proxy_rules_iptables_last",
+    "kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total",
+    "kubeproxy_sync_proxy_rules_iptables_restore_failures_total",
+    "kubeproxy_sync_proxy_rules_iptables_total",
+    "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+    "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
+    "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total",
+    "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
+    "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+    "kubeproxy_sync_proxy_rules_service_changes_pending",
+    "kubeproxy_sync_proxy_rules_service_changes_total",
+    "kubernetes_build_info",
+    "kubernetes_feature_enabled",
+    "kubernetes_healthcheck",
+    "kubernetes_healthchecks_total",
+    "process_cpu_seconds_total",
+    "process_max_fds",
+    "process_open_fds",
+    "process_resident_memory_bytes",
+    "process_start_time_seconds",
+    "process_virtual_memory_bytes",
+    "process_virtual_memory_max_bytes",
+    "registered_metrics_total",
+    "rest_client_exec_plugin_call_total",
+    "rest_client_exec_plugin_certificate_rotation_age",
+    "rest_client_exec_plugin_ttl_seconds",
+    "rest_client_rate_limiter_duration_seconds",
+    "rest_client_request_duration_seconds",
+    "rest_client_request_retries_total",
+    "rest_client_request_size_bytes",
+    "rest_client_requests_total",
+    "rest_client_response_size_bytes",
+];
+/// What the dashboard "Proxy" of kubernetes-mixin (August 2026) asks for.
+const DASHBOARD: [&str; 7] = [
+    "go_goroutines",
+    "kubeproxy_network_programming_duration_seconds",
+    "kubeproxy_sync_proxy_rules_duration_seconds",
+    "process_cpu_seconds_total",
+    "process_resident_memory_bytes",
+    "rest_client_request_duration_seconds",
+    "rest_client_requests_total",
+];
+
+/// What the file says that Vipr does not have; `*` stands for any end.
+fn said_to_be_missing(text: &str) -> BTreeSet<&str> {
+    let (_, section) = text.split_once("## What kube-proxy has and Vipr does not").expect("the section");
+    let quoted = section.split('`').skip(1).step_by(2);
+    quoted.filter(|name| name.contains('_') && !name.contains([' ', '{', '-', '/'])).collect()
+}
+
+fn matches(pattern: &str, name: &str) -> bool {
+    pattern.strip_suffix('*').map_or(pattern == name, |prefix| name.starts_with(prefix))
+}
+
+#[test]
+fn metrics_md_tells_of_each_metric_of_kube_proxy_whether_it_is_there() {
+    let file = std::fs::read_to_string(FILE).unwrap();
+    let example = example();
+    let there = described(&(example.text() + &example.slis()));
+    let missing = said_to_be_missing(&file);
+    for name in KUBE_PROXY.into_iter().chain(DASHBOARD) {
+        let is_missing = missing.iter().any(|pattern| matches(pattern, name));
+        assert_ne!(there.contains_key(name), is_missing, "{name}");
+    }
+    for pattern in missing {
+        assert!(!there.keys().any(|name| matches(pattern, name)), "{pattern} is there");
+        assert!(KUBE_PROXY.iter().chain(&DASHBOARD).any(|name| matches(pattern, name)), "{pattern}: unknown");
+    }
+}
+
+/// kubernetes-mixin's alert KubeVersionMismatch counts the versions among all series of this name, whatever their job but
+/// that of the cluster's DNS. Vipr's version is not one of Kubernetes.
+#[test]
+fn no_version_of_kubernetes_is_claimed() {
+    assert!(!example().text().contains("kubernetes_build"));
 }
 
 /// What both text formats need.

@@ -139,9 +139,6 @@ fn this_process_is_measured() {
     let files: Vec<_> = (0..50).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
     // Other tests open and close files beside this one.
     assert!(value("open_fds") > open + 20.0, "{files:?}");
-    let version = env!("CARGO_PKG_VERSION");
-    let [build] = &samples(&metrics, "kubernetes_build_info{")[..] else { panic!("one") };
-    assert!(build.contains(&format!("git_version=\"v{version}\"")) && build.ends_with("} 1"), "{build}");
 }
 
 #[test]
@@ -163,11 +160,11 @@ fn buckets_are_kube_proxys() {
     assert_eq!(sync[14..], ["16.384:1", "+Inf:1"]);
     let programming = buckets("network_programming_duration_seconds");
     assert_eq!(programming.len(), 2 + 59 + 12 + 7 + 1, "{programming:?}");
-    assert_eq!(programming[..4], ["0.25:0", "0.5:0", "1.0:0", "2.0:0"]);
-    assert_eq!(programming[60..64], ["59.0:0", "60.0:0", "65.0:1", "70.0:1"]);
+    assert_eq!(programming[..4], ["0.25:0", "0.5:0", "1:0", "2:0"]);
+    assert_eq!(programming[60..64], ["59:0", "60:0", "65:1", "70:1"]);
     assert_eq!(
         programming[72..],
-        ["115.0:1", "120.0:1", "150.0:1", "180.0:1", "210.0:1", "240.0:1", "270.0:1", "300.0:1", "+Inf:1"]
+        ["115:1", "120:1", "150:1", "180:1", "210:1", "240:1", "270:1", "300:1", "+Inf:1"]
     );
 }
 
