@@ -4,10 +4,11 @@ use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::bpf::dataplane::FLOW_ENTRIES;
+use crate::called_as;
 use crate::cluster::ObjectKey;
 use crate::desired::{Budget, Budgets};
 use crate::kube_proxy::Flags;
@@ -37,7 +38,8 @@ impl Cli {
     ///
     /// What clap says about it, which includes help and version.
     pub fn from_command_line(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
-        let mut args: Vec<OsString> = args.into_iter().collect();
+        let mut args = called_as::command_line(args.into_iter().collect())
+            .map_err(|what| Self::command().error(clap::error::ErrorKind::InvalidValue, what))?;
         // As Go's flags, which know underscores, and `--version=raw`.
         for arg in args.iter_mut().skip(1) {
             if let Some(text) = arg.to_str().filter(|text| text.starts_with("--")) {

@@ -55,6 +55,8 @@ pub mod report;
 
 pub mod kube_proxy;
 
+pub mod called_as;
+
 pub mod args;
 
 pub mod config;
