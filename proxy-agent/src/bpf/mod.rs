@@ -5,6 +5,8 @@
 
 pub mod sys;
 
+mod bpf_fs;
+
 pub mod pins;
 
 pub mod notes;

@@ -18,11 +18,8 @@ use aya::maps::{MapInfo, MapType};
 use proxy_common::abi::{self, ABI_VERSION};
 use proxy_common::addr::Addr;
 
+use super::bpf_fs::{self, BPF_FS};
 use super::notes::Notes;
-
-/// `BPF_FS_MAGIC` of linux/magic.h.
-const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
-const BPF_FS: &str = "/sys/fs/bpf";
 
 /// Ends the name of a pin that is to take another's place. (A BPF file system allows no dots.)
 const LARGER: &str = "-larger";
@@ -33,6 +30,14 @@ pub enum PinError {
     /// A directory elsewhere.
     #[error("--pin-dir {0} is not on a BPF file system; choose a directory below {BPF_FS}")]
     Elsewhere(PathBuf),
+    /// No bpffs there, and one that is mounted would go with this container.
+    #[error(
+        "no BPF file system at {BPF_FS} for --pin-dir {0}, and one that is mounted in this container ends with it, and all \
+         programs too; give the container the host's: a volume with hostPath {BPF_FS}, mounted at {BPF_FS}. Where the host has \
+         none (`stat -fc %T {BPF_FS}` on the node is not bpf_fs), mount it there, or let this container, privileged, with \
+         mountPropagation: Bidirectional"
+    )]
+    OfTheContainer(PathBuf),
     /// No bpffs there and none could be mounted.
     #[error("no BPF file system at {BPF_FS} for --pin-dir {path}; mount one: mount -t bpf bpf {BPF_FS}")]
     NoBpfFs {
@@ -192,12 +197,14 @@ impl PinDir {
     ///
     /// [`PinError`].
     pub fn create(&self) -> Result<(), PinError> {
-        if !on_bpf_fs(&self.root) {
+        if !bpf_fs::holds(&self.root) {
             if !self.root.starts_with(BPF_FS) {
                 return Err(PinError::Elsewhere(self.root.clone()));
             }
-            rustix::mount::mount("bpf", BPF_FS, "bpf", rustix::mount::MountFlags::empty(), None)
-                .map_err(|errno| PinError::NoBpfFs { path: self.root.clone(), source: errno.into() })?;
+            if !bpf_fs::would_last() {
+                return Err(PinError::OfTheContainer(self.root.clone()));
+            }
+            bpf_fs::mount().map_err(|source| PinError::NoBpfFs { path: self.root.clone(), source })?;
             tracing::info!(path = BPF_FS, "mounted a BPF file system");
         }
         for dir in [self.root.clone(), self.maps(), self.links()] {
@@ -337,12 +344,6 @@ fn lock(path: &Path) -> Result<OwnedFd, PinError> {
         Err(std::fs::TryLockError::WouldBlock) => Err(PinError::Locked(path.to_path_buf())),
         Err(std::fs::TryLockError::Error(source)) => Err(file(source)),
     }
-}
-
-fn on_bpf_fs(path: &Path) -> bool {
-    let existing = path.ancestors().find(|path| path.exists());
-    let magic = existing.and_then(|path| rustix::fs::statfs(path).ok()).map(|fs| fs.f_type as u32);
-    magic == Some(BPF_FS_MAGIC)
 }
 
 fn entries(dir: &Path) -> Result<Vec<PathBuf>, PinError> {

@@ -1,0 +1,86 @@
+//! The BPF file system that holds the pins, and whether one that is mounted here outlives this process' container.
+//!
+//! A mount belongs to a mount namespace. A container has one of its own, which ends with it; the pins would go, and with
+//! them every program, at each restart. Only what is mounted below a shared mount (proc_pid_mountinfo(5)) is also mounted
+//! where that came from: Kubernetes calls it `mountPropagation: Bidirectional`.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+/// `BPF_FS_MAGIC` of linux/magic.h.
+const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
+pub(super) const BPF_FS: &str = "/sys/fs/bpf";
+
+/// Whether `path`, or what there is of it, is on a BPF file system.
+pub(super) fn holds(path: &Path) -> bool {
+    let existing = path.ancestors().find(|path| path.exists());
+    let magic = existing.and_then(|path| rustix::fs::statfs(path).ok()).map(|fs| fs.f_type as u32);
+    magic == Some(BPF_FS_MAGIC)
+}
+
+/// Mounts one at [`BPF_FS`].
+pub(super) fn mount() -> io::Result<()> {
+    Ok(rustix::mount::mount("bpf", BPF_FS, "bpf", rustix::mount::MountFlags::empty(), None)?)
+}
+
+/// Whether one that is mounted at [`BPF_FS`] stays when this process and those beside it end.
+pub(super) fn would_last() -> bool {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    is_shared(&mounts, Path::new(BPF_FS)) || !in_container()
+}
+
+/// Whether what is mounted at `path` is mounted elsewhere too, by the format of /proc/self/mountinfo.
+fn is_shared(mounts: &str, path: &Path) -> bool {
+    let covering = mounts.lines().filter_map(|line| {
+        let (mount, _) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(4);
+        let point = fields.next()?;
+        // Between the options and the dash.
+        let is_shared = fields.skip(1).any(|field| field.starts_with("shared:"));
+        path.starts_with(point).then_some((point.len(), is_shared))
+    });
+    // Of two at the same point the later one covers the other.
+    covering.max_by_key(|(depth, _)| *depth).is_some_and(|(_, is_shared)| is_shared)
+}
+
+/// Whether this mount namespace is one of a container. The host's is that of process 1, which is never this one.
+fn in_container() -> bool {
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    // Of every pod, also of one whose first process is a shell, or an init of its own.
+    let in_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+    // Whose namespace may not be known is somebody else's.
+    let of_first = namespace("1");
+    in_pod || std::process::id() == 1 || of_first.is_none() || of_first != namespace("self")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_covers_the_path_counts() {
+        let root = "1 0 8:1 / / rw,relatime shared:1 - ext4 /dev/vda rw\n";
+        let private = "2 1 8:1 / / rw - overlay overlay rw\n";
+        let sys = "3 1 0:20 / /sys rw,nosuid - sysfs sysfs rw\n";
+        let shared_sys = "3 1 0:20 / /sys rw,nosuid shared:7 - sysfs sysfs rw\n";
+        let slave = "4 3 0:20 /fs/bpf /sys/fs/bpf rw master:9 - sysfs sysfs rw\n";
+        let bidirectional = "4 3 0:20 /fs/bpf /sys/fs/bpf rw master:9 shared:9 - sysfs sysfs rw\n";
+        let beside = "5 3 0:30 / /sys/fs/bpf2 rw shared:10 - bpf bpf rw\n";
+        let odd = "6 1 0:31 / /sys rw - fuse shared:1 rw\n";
+        for (mounts, want) in [
+            (vec![], false),
+            (vec![root], true),
+            (vec![private], false),
+            (vec![root, sys], false),
+            (vec![private, shared_sys], true),
+            (vec![private, shared_sys, slave], false),
+            (vec![private, sys, bidirectional], true),
+            (vec![private, bidirectional, sys], true),
+            (vec![private, sys, beside], false),
+            (vec![root, shared_sys, odd], false),
+        ] {
+            assert_eq!(is_shared(&mounts.concat(), Path::new(BPF_FS)), want, "{mounts:?}");
+        }
+    }
+}
