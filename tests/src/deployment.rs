@@ -113,6 +113,10 @@ impl Deployment {
         for capability in capabilities {
             container.capability(capability)?;
         }
+        let seccomp =
+            context.seccomp_profile.context("the container does not say which system calls it may make")?;
+        ensure!(seccomp.type_ == "RuntimeDefault", "seccomp: {}", seccomp.type_);
+        container.seccomp_by_default()?;
         let mut command = node.host().command(container::PROGRAM);
         command.contained(container);
         for arg in spec.args.iter().flatten() {
@@ -124,6 +128,17 @@ impl Deployment {
 
 /// Where every pod finds the credentials of its ServiceAccount; also the name of their volume here.
 pub const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+
+/// `object` after a JSON patch (RFC 6902), which is written in YAML.
+///
+/// # Errors
+/// If it is no patch, or does not fit.
+pub fn patched(object: &Value, patch: &str) -> Result<Value> {
+    let patch: json_patch::Patch = serde_saphyr::from_str(patch)?;
+    let mut object = object.clone();
+    json_patch::patch(&mut object, &patch).with_context(|| format!("{patch} on {object}"))?;
+    Ok(object)
+}
 
 /// The YAML documents of a file.
 ///

@@ -1,14 +1,15 @@
 //! The manifests in `deploy/`: nothing in them that Kubernetes, kustomize or the agent does not know.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::core::v1::Container;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proxy_agent::kube_proxy::ConfigFile;
-use proxy_tests::deployment::{Deployment, directory, documents, strictly};
+use proxy_tests::deployment::{Deployment, directory, documents, patched, strictly};
 use serde_json::{Value, json};
 
 fn strings(value: &Value) -> BTreeSet<String> {
@@ -72,11 +73,11 @@ fn the_daemon_set_runs_everywhere_and_is_asked_how_it_is() -> Result<()> {
         let get = probe.as_ref().and_then(|probe| probe.http_get.clone());
         get.map(|get| (get.path.unwrap_or_default(), get.port))
     };
-    let healthz = IntOrString::String("healthz".to_owned());
+    let healthz = IntOrString::Int(i32::from(proxy_agent::health::DEFAULT_PORT));
     assert_eq!(probe(&agent.liveness_probe), Some(("/livez".to_owned(), healthz.clone())));
     assert_eq!(probe(&agent.readiness_probe), Some(("/readyz".to_owned(), healthz)));
-    let port = agent.ports.iter().flatten().find(|port| port.name.as_deref() == Some("healthz"));
-    assert_eq!(port.map(|port| port.container_port), Some(i32::from(proxy_agent::health::DEFAULT_PORT)));
+    // The scheduler would keep it from every node whose kube-proxy names them too.
+    assert!(agent.ports.is_none(), "{:?}", agent.ports);
 
     // Selected are the pods of its template; they are this account, which has this role.
     let spec = &deployment.daemon_set.spec;
@@ -90,6 +91,156 @@ fn the_daemon_set_runs_everywhere_and_is_asked_how_it_is() -> Result<()> {
     assert_eq!(subjects.len(), 1);
     assert_eq!(Some(&subjects[0].name), account.name.as_ref());
     assert_eq!(subjects[0].namespace.as_deref(), kustomization("base")?["namespace"].as_str());
+    // kustomize takes the subject for this account, and gives it another namespace too, only if the account says it.
+    assert_eq!(subjects[0].namespace, account.namespace);
+    Ok(())
+}
+
+#[test]
+fn every_container_says_what_it_asks_for_and_which_system_calls_it_may_make() -> Result<()> {
+    let deployment = Deployment::read()?;
+    let pod = deployment.pod()?;
+    let agent = deployment.agent()?;
+    let requests =
+        |container: &Container| container.resources.clone().unwrap_or_default().requests.unwrap_or_default();
+    for container in pod.containers.iter().chain(pod.init_containers.iter().flatten()) {
+        let context = container.security_context.clone().unwrap_or_default();
+        let profile = context.seccomp_profile.with_context(|| format!("{}: no profile", container.name))?;
+        let want = if context.privileged == Some(true) { "Unconfined" } else { "RuntimeDefault" };
+        assert_eq!(profile.type_, want, "{}", container.name);
+        assert_eq!(requests(container).keys().collect::<Vec<_>>(), ["cpu", "memory"], "{}", container.name);
+    }
+    // A pod is placed by what its largest container asks for: the first one must not make it larger.
+    let init = pod.init_containers.as_ref().and_then(|all| all.first()).context("an init container")?;
+    assert_eq!(requests(init)["cpu"], requests(agent)["cpu"]);
+    Ok(())
+}
+
+/// The patches of a component on the DaemonSet, which stays one that Kubernetes knows.
+fn with_component(name: &str) -> Result<DaemonSet> {
+    let component = kustomization(name)?;
+    assert_eq!(component["kind"], "Component", "{name}");
+    let mut object = documents(&directory().join("base/daemonset.yaml"))?.remove(0);
+    for patch in component["patches"].as_array().into_iter().flatten() {
+        assert_eq!(patch["target"], json!({ "kind": "DaemonSet", "name": object["metadata"]["name"] }));
+        object = patched(&object, patch["patch"].as_str().context("a patch")?)?;
+    }
+    strictly(&object)
+}
+
+#[test]
+fn clusters_before_1_30_get_an_annotation_for_what_newer_ones_have_a_field_for() -> Result<()> {
+    let annotation = "container.apparmor.security.beta.kubernetes.io/vipr";
+    for (daemon_set, has_field) in
+        [(Deployment::read()?.daemon_set, true), (with_component("before-1.30")?, false)]
+    {
+        let template = daemon_set.spec.template;
+        let agent = template.spec.context("a pod")?.containers.remove(0);
+        let profile = agent.security_context.unwrap_or_default().app_armor_profile;
+        let annotated = template.metadata.and_then(|metadata| metadata.annotations?.remove(annotation));
+        assert_eq!(profile.map(|profile| profile.type_), has_field.then(|| "Unconfined".to_owned()));
+        assert_eq!(annotated, (!has_field).then(|| "unconfined".to_owned()));
+    }
+    Ok(())
+}
+
+#[test]
+fn kernel_5_10_gets_one_more_capability() -> Result<()> {
+    let base = Deployment::read()?;
+    let patched = Deployment { daemon_set: with_component("kernel-5.10")?, ..Deployment::read()? };
+    let mut want = base.capabilities()?;
+    want.insert("SYS_RESOURCE".to_owned());
+    assert_eq!(patched.capabilities()?, want);
+    Ok(())
+}
+
+#[test]
+fn beside_kube_proxy_the_probes_ask_at_the_port_that_the_configuration_can_name() -> Result<()> {
+    let daemon_set = with_component("beside-kube-proxy")?;
+    let agent = daemon_set.spec.template.spec.context("a pod")?.containers.remove(0);
+    let text = fs::read_to_string(directory().join("base/config.conf"))?;
+    let (_, lines) = text.split_once("../beside-kube-proxy").context("what goes with it")?;
+    let set = lines.lines().skip(1).filter_map(|line| line.strip_prefix("# "));
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("config.conf");
+    fs::write(&file, set.fold(text.clone(), |text, line| format!("{text}\n{line}")))?;
+    let (configuration, ignored) = ConfigFile::read(&file)?.decode()?;
+    assert_eq!(ignored, Vec::<String>::new());
+    let effective: Value = serde_saphyr::from_str(&configuration.to_yaml()?)?;
+    let port = |field: &str| -> Result<u16> {
+        let address = effective[field].as_str().and_then(|address| address.rsplit_once(':'));
+        Ok(address.with_context(|| field.to_owned())?.1.parse()?)
+    };
+    let (healthz, metrics) = (port("healthzBindAddress")?, port("metricsBindAddress")?);
+    for probe in [agent.readiness_probe, agent.liveness_probe] {
+        let asked = probe.and_then(|probe| probe.http_get).map(|get| get.port);
+        assert_eq!(asked, Some(IntOrString::Int(i32::from(healthz))));
+    }
+    let taken = [proxy_agent::health::DEFAULT_PORT, proxy_agent::metrics::DEFAULT_PORT];
+    assert!(!taken.contains(&healthz) && !taken.contains(&metrics) && healthz != metrics);
+    Ok(())
+}
+
+/// The target that Prometheus makes of a pod's container by the monitor's rules, as relabelling is documented.
+fn relabelled(monitor: &Value, labels: &[(&str, &str)]) -> Result<Option<BTreeMap<String, String>>> {
+    let mut labels: BTreeMap<String, String> =
+        labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    for rule in monitor["spec"]["podMetricsEndpoints"][0]["relabelings"].as_array().context("rules")? {
+        let source =
+            rule["sourceLabels"][0].as_str().map_or("", |name| labels.get(name).map_or("", String::as_str));
+        // Of the patterns that there are, what each is for.
+        let matches = match rule["regex"].as_str() {
+            None => true,
+            Some("false") => source == "false",
+            Some("([0-9.]+)") => source.chars().all(|c| c.is_ascii_digit() || c == '.'),
+            Some("(.*:.*)") => source.contains(':'),
+            Some(other) => anyhow::bail!("{other}: what is this?"),
+        };
+        match (rule["action"].as_str(), matches) {
+            (Some("keep"), false) => return Ok(None),
+            (Some("keep"), true) | (None, false) => {}
+            (None, true) => {
+                let value = rule["replacement"].as_str().unwrap_or("$1").replace("$1", source);
+                labels.insert(rule["targetLabel"].as_str().context("a label")?.to_owned(), value);
+            }
+            (Some(other), _) => anyhow::bail!("{other}: what is this?"),
+        }
+    }
+    labels.retain(|name, _| !name.starts_with("__meta_"));
+    Ok(Some(labels))
+}
+
+#[test]
+fn prometheus_finds_the_agent_of_each_node_once_as_kube_proxy() -> Result<()> {
+    let monitor = documents(&directory().join("monitoring/podmonitor.yaml"))?.remove(0);
+    let component = kustomization("monitoring")?;
+    assert_eq!(strings(&component["resources"]), BTreeSet::from(["podmonitor.yaml".to_owned()]));
+    assert_eq!(component["kind"], "Component");
+    let template = Deployment::read()?.daemon_set.spec.template;
+    let labels = serde_json::to_value(template.metadata.unwrap_or_default().labels)?;
+    for (label, value) in monitor["spec"]["selector"]["matchLabels"].as_object().context("a selector")? {
+        assert_eq!(labels[label], *value);
+    }
+    for (ip, address) in [("192.0.2.10", "192.0.2.10:10249"), ("fd00::10", "[fd00::10]:10249")] {
+        let target = |is_init: &str| {
+            relabelled(
+                &monitor,
+                &[
+                    ("__address__", ip),
+                    ("__meta_kubernetes_pod_ip", ip),
+                    ("__meta_kubernetes_pod_container_init", is_init),
+                    ("__meta_kubernetes_pod_node_name", "n1"),
+                    ("job", "kube-system/vipr"),
+                ],
+            )
+        };
+        assert_eq!(target("true")?, None);
+        let want = [("__address__", address), ("instance", "n1"), ("job", "kube-proxy")];
+        assert_eq!(
+            target("false")?,
+            Some(want.map(|(name, value)| (name.to_owned(), value.to_owned())).into())
+        );
+    }
     Ok(())
 }
 

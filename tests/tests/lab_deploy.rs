@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use proxy_tests::apiserver::{ApiServer, Resource, Streams, Verb, allows};
 use proxy_tests::deployment::{Deployment, SERVICE_ACCOUNT, directory};
-use proxy_tests::lab::{Attempt, Held, Lab, Node, Proc, binary};
+use proxy_tests::lab::{Attempt, Container, Exec, Held, Lab, Node, Proc, binary};
 use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -294,5 +294,65 @@ fn without_sys_ptrace() -> Result<()> {
 fn the_capabilities_are_these() -> Result<()> {
     let given = Deployment::read()?.capabilities()?;
     assert_eq!(given, set(&["BPF", "NET_ADMIN", "PERFMON", "SYS_ADMIN", "SYS_PTRACE"]));
+    Ok(())
+}
+
+/// A container of the image, by whatever name it starts the program, privileged as kube-proxy's is. What it may change of the
+/// host is in `dir`.
+fn of_kube_proxy(lab: &Lab, dir: &TempDir, name: &str) -> Result<Exec> {
+    let program = binary::proxy_agent()?;
+    let mut container = Container::new(program)?;
+    container.mount(program, name, true)?;
+    container.mount(dir.path(), "/dir", false)?;
+    container.privileged();
+    let mut command = lab.node("n1").host().command(name);
+    command.contained(container);
+    Ok(command)
+}
+
+#[test]
+fn without_the_hosts_bpf_file_system_it_says_what_to_add() -> Result<()> {
+    let (lab, dir) = (Lab::cases()?, tempfile::tempdir()?);
+    for what in ["run", "--init-only"] {
+        let mut command = of_kube_proxy(&lab, &dir, "/usr/local/bin/kube-proxy")?;
+        let log = dir.path().join("log");
+        let file = File::create(&log)?;
+        command.args(["--manifests=/dir", "--run-dir=/dir/run", "--healthz-bind-address="]);
+        command.args((what != "run").then_some(what)).stdout(file.try_clone()?).stderr(file);
+        let status = command.spawn()?.wait(Duration::from_secs(20))?;
+        let log = fs::read_to_string(log)?;
+        ensure!(status.code() == Some(1), "{what}: {status}: {log}");
+        for words in ["ends with it", "hostPath /sys/fs/bpf", "mountPropagation: Bidirectional"] {
+            ensure!(
+                log.lines().any(|line| line.starts_with("error: ") && line.contains(words)),
+                "{what}: {log}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_program_answers_to_the_names_that_manifests_call() -> Result<()> {
+    let (lab, dir) = (Lab::cases()?, tempfile::tempdir()?);
+    let runner =
+        ["--log-file=/dir/log", "--also-stdout", "--redirect-stderr", "--", "/usr/local/bin/kube-proxy"];
+    for (name, before) in [("/usr/local/bin/kube-proxy", &[][..]), ("/go-runner", &runner[..])] {
+        let mut command = of_kube_proxy(&lab, &dir, name)?;
+        command.args(before).args([
+            "--cluster-cidr=10.64.0.0/12",
+            "--v=2",
+            "--write-config-to=/dir/written.yaml",
+        ]);
+        command.text().with_context(|| name.to_owned())?;
+        let written = dir.path().join("written.yaml");
+        let text = fs::read_to_string(&written)?;
+        ensure!(text.contains("clusterCIDR: 10.64.0.0/12"), "{name}: {text}");
+        fs::remove_file(written)?;
+    }
+    let mut shell = of_kube_proxy(&lab, &dir, "/go-runner")?;
+    shell.args(["--log-file=/dir/log", "/bin/sh", "-c", "kube-proxy"]);
+    let error = format!("{:#}", shell.text().err().context("there is a shell")?);
+    ensure!(error.contains("there is only /usr/local/bin/kube-proxy"), "{error}");
     Ok(())
 }

@@ -12,7 +12,10 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, bail};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set, set_no_new_privs};
+use seccompiler::BpfProgram;
 use tempfile::TempDir;
+
+use super::seccomp;
 
 /// Where the program is in every container.
 pub const PROGRAM: &str = "/program";
@@ -28,6 +31,7 @@ pub struct Container {
     root_path: CString,
     mounts: Vec<Mount>,
     capabilities: CapabilitySet,
+    seccomp: Option<BpfProgram>,
 }
 
 /// A directory or file of the host in a container.
@@ -52,6 +56,7 @@ impl Container {
             root_path,
             mounts: Vec::new(),
             capabilities: CapabilitySet::empty(),
+            seccomp: None,
         };
         container.mount(program, PROGRAM, true)?;
         container.mount("/proc", "/proc", false)?;
@@ -74,6 +79,20 @@ impl Container {
             Some(capability) => self.capabilities |= capability,
             None => bail!("no capability {name}"),
         }
+        Ok(())
+    }
+
+    /// Lets the process have all capabilities, as in a privileged container.
+    pub fn privileged(&mut self) {
+        self.capabilities = CapabilitySet::all();
+    }
+
+    /// Withholds the system calls that container runtimes withhold by default from who has the capabilities given so far.
+    ///
+    /// # Errors
+    /// If this machine's calls are not known.
+    pub fn seccomp_by_default(&mut self) -> Result<()> {
+        self.seccomp = Some(seccomp::runtime_default(self.capabilities)?);
         Ok(())
     }
 
@@ -119,7 +138,14 @@ impl Container {
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(set_no_new_privs(true)?)
+        set_no_new_privs(true)?;
+        match &self.seccomp {
+            // Nothing is allocated for an error either: this is between fork and exec.
+            Some(program) => {
+                seccompiler::apply_filter(program).or(Err(io::ErrorKind::PermissionDenied.into()))
+            }
+            None => Ok(()),
+        }
     }
 }
 

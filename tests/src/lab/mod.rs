@@ -33,6 +33,7 @@ pub mod network;
 mod place;
 mod raw;
 mod residue;
+mod seccomp;
 mod serve;
 mod spec;
 mod sys;
