@@ -192,6 +192,9 @@ fn the_pod_of_the_daemon_set_works_and_asks_for_no_more_than_it_may() -> Result<
 
     let mut pod = setting.start(&setting.deployment.capabilities()?)?;
     setting.wait_ready(&mut pod)?;
+    // All of this is done under the filter that the DaemonSet asks for.
+    let status = fs::read_to_string(format!("/proc/{}/status", pod.process.id()))?;
+    assert!(status.contains("\nSeccomp:\t2\n"), "{status}");
     setting.is_served()?;
     assert_eq!((setting.get("/livez")?, setting.get("/healthz")?), (200, 200));
     let (mut held, gone) = setting.backend_that_leaves()?;
@@ -304,6 +307,7 @@ fn of_kube_proxy(lab: &Lab, dir: &TempDir, name: &str) -> Result<Exec> {
     let mut container = Container::new(program)?;
     container.mount(program, name, true)?;
     container.mount(dir.path(), "/dir", false)?;
+    container.mount(lab.node("n1").cgroup(), "/sys/fs/cgroup", true)?;
     container.privileged();
     let mut command = lab.node("n1").host().command(name);
     command.contained(container);
