@@ -79,6 +79,13 @@ fn what_every_component_of_kubernetes_has() -> Result<()> {
     assert_eq!(requests("500", "GET")?, 1.0);
     let took = "rest_client_request_duration_seconds_count{verb=\"GET\",host=\"127.0.0.1:6443\"}";
     assert!(sample(&agent, took)? >= 5.0);
+    // A watch has no size, a question none to speak of; what an Event says has both.
+    for (direction, verb) in [("request", "GET"), ("request", "POST"), ("response", "POST")] {
+        let sum =
+            format!("rest_client_{direction}_size_bytes_sum{{verb=\"{verb}\",host=\"127.0.0.1:6443\"}}");
+        let bytes = sample(&agent, &sum)?;
+        assert_eq!(bytes > 100.0, verb == "POST", "{sum} is {bytes}");
+    }
     let gate = "kubernetes_feature_enabled{name=\"AllowServiceExternalIPs\",stage=\"DEPRECATED\"}";
     assert_eq!(samples(&agent, gate)?.into_values().collect::<Vec<_>>(), [0.0]);
     server.go_away();
