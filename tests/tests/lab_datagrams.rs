@@ -1,4 +1,4 @@
-//! Sockets of UDP follow their Service: nobody who has connected or sent notices when its backends change.
+//! Sockets follow their Service, and leave nothing behind: nobody who has connected or sent by UDP notices when its backends change.
 //!
 //! Two nodes of both families, with a pod that serves on each. Clients are the host, a pod whose socket is seen, a pod whose packets are
 //! translated at its interface, and a machine outside.
@@ -8,7 +8,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use proxy_tests::lab::{Agent, Attempt, Held, Lab, LabSpec, NodeSpec, Place, Summary};
+use aya::maps::{Array, Map, MapData};
+use proxy_agent::bpf::pins::PinDir;
+use proxy_common::abi::StreamRecord;
+use proxy_common::abi::socket::STREAM_SLOTS;
+use proxy_tests::lab::{Agent, Attempt, Held, Lab, LabSpec, NodeSpec, Place, Proto, Summary};
 use proxy_tests::scenarios::{PortView, until};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -45,11 +49,16 @@ impl World {
             .client("client", &["203.0.113.7", "2001:db8:ff::7"])?;
         let lab = Lab::build(spec)?;
         for (pod, _) in SERVERS {
-            lab.pod(pod).serve().udp(8080).start()?;
+            lab.pod(pod).serve().udp(8080).tcp(8080).start()?;
         }
         let dir = tempfile::Builder::new().prefix("lab-datagrams-").tempdir()?;
         fs::create_dir(dir.path().join("manifests"))?;
-        let agent = lab.node("n1").agent()?.quiet().manifests(&dir.path().join("manifests"));
+        let agent = lab
+            .node("n1")
+            .agent()?
+            .quiet()
+            .flag("iptables-sync-period", "1s")
+            .manifests(&dir.path().join("manifests"));
         let mut world = Self { agent, lab, dir };
         world.write("node", &[world.lab.node("n1").object(), json!({
             "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": { "name": "kubernetes" },
@@ -84,14 +93,19 @@ impl World {
                     "namespace": "d", "name": format!("log-{}", name.to_lowercase()),
                     "labels": { "kubernetes.io/service-name": "log" },
                 },
-                "ports": [{ "name": "log", "protocol": "UDP", "port": 8080 }], "endpoints": endpoints,
+                "ports": [
+                    { "name": "log", "protocol": "UDP", "port": 8080 }, { "name": "web", "protocol": "TCP", "port": 8080 },
+                ], "endpoints": endpoints,
             })
         });
         let service = json!({
             "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "d", "name": "log" },
             "spec": {
                 "type": "NodePort", "ipFamilies": ["IPv4", "IPv6"], "clusterIP": VIPS[0], "clusterIPs": VIPS,
-                "ports": [{ "name": "log", "protocol": "UDP", "port": 514, "nodePort": 30_514 }],
+                "ports": [
+                    { "name": "log", "protocol": "UDP", "port": 514, "nodePort": 30_514 },
+                    { "name": "web", "protocol": "TCP", "port": 80, "nodePort": 30_080 },
+                ],
             },
         });
         self.write("log", &[service].into_iter().chain(slices).collect::<Vec<_>>())?;
@@ -119,7 +133,7 @@ impl World {
 
     fn ports(&self) -> Result<Vec<PortView>> {
         let all: Vec<PortView> = serde_json::from_value(self.agent.tool("services", &[])?)?;
-        Ok(all.into_iter().filter(|port| port.service() == "d/log").collect())
+        Ok(all.into_iter().filter(|port| port.service() == "d/log" && port.protocol == "UDP").collect())
     }
 
     /// Who asks, and by which address of the Service.
@@ -261,5 +275,45 @@ fn datagrams_go_to_the_backend_that_there_is() -> Result<()> {
         all += summary.total;
     }
     println!("{changes} changes, {all} datagrams, {stale} to a backend that had left a second before");
+    Ok(())
+}
+
+/// No hook hears of the end of MPTCP's subflows, nor of the kernel's own sockets.
+#[test]
+fn no_socket_leaves_anything_behind() -> Result<()> {
+    let world = World::start()?;
+    world.serve(&["L1"])?;
+    let pins = PinDir::new(world.lab.node("n1").pin_dir());
+    let taken = || -> Result<usize> {
+        let map = Map::Array(MapData::from_pin(pins.map("STREAMS"))?);
+        let streams: Array<_, StreamRecord> = map.try_into()?;
+        let mut taken = 0;
+        for slot in 0..STREAM_SLOTS {
+            taken += usize::from(streams.get(&slot, 0)?.cookie != 0);
+        }
+        Ok(taken)
+    };
+    let vip = format!("{}:80", VIPS[0]);
+    let mut open = Vec::new();
+    for (place, _) in world.clients().iter().step_by(2).take(3) {
+        let held = place.hold(&vip).proto(Proto::Tcp).timeout(ANSWER).open()?;
+        ensure!(held.opened().ok, "{:?}", held.opened());
+        open.push(held);
+    }
+    let before = taken()?;
+    for attempt in world.lab.pod("seen").connect(&vip).proto(Proto::Mptcp).timeout(ANSWER).times(300).run()? {
+        ensure!(attempt.ok, "{attempt:?}");
+    }
+    let left = taken()?;
+    until("what 300 subflows have left is freed", || Ok((taken()? <= before).then_some(())))
+        .with_context(|| format!("{left}, {}", world.agent.log()))?;
+    println!("{before} before, {left} after 300 connections of MPTCP");
+    // Who is still connected is still known.
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(taken()?, before);
+    for held in &mut open {
+        let answer = held.say("hello")?;
+        ensure!(answer.peername == held.opened().peername, "{answer:?}");
+    }
     Ok(())
 }

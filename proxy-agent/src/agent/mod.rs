@@ -41,6 +41,7 @@ mod programming;
 mod queue;
 mod room;
 mod sizes;
+mod sweeping;
 mod telling;
 
 pub use error::AgentError;
@@ -231,9 +232,11 @@ struct Agent {
     /// Maps are not made larger before.
     grow_at: Instant,
     /// The sweep of UDP sockets that runs, and since when.
-    sweep: Option<JoinHandle<()>>,
+    sweep: Option<JoinHandle<Duration>>,
     swept_since: Instant,
     sweep_again: bool,
+    /// It is time to look whether sockets have left something in `STREAMS`.
+    streams_due: bool,
     /// It does not begin before.
     sweep_at: Instant,
     telemetry: Telemetry,
@@ -301,6 +304,7 @@ impl Agent {
             sweep: None,
             swept_since: Instant::now(),
             sweep_again: false,
+            streams_due: false,
             sweep_at: Instant::now(),
             telemetry,
             check_ports,
@@ -341,8 +345,8 @@ impl Agent {
                 }
                 Some(wanted) = worked_out(&mut self.working_out) => self.begin(wanted),
                 Some(()) = grace_over(&mut self.waiting) => self.release(),
-                Some(()) = finished(&mut self.sweep) => self.end_sweep(),
-                () = tokio::time::sleep_until(self.sweep_at.into()), if self.sweep_again && self.sweep.is_none() => {
+                cpu = finished(&mut self.sweep) => self.end_sweep(cpu),
+                () = tokio::time::sleep_until(self.sweep_at.into()), if (self.sweep_again || self.streams_due) && self.sweep.is_none() => {
                     self.begin_sweep();
                 }
                 () = async { tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)).await },
@@ -433,11 +437,11 @@ async fn worked_out(task: &mut Option<(ObjectKey, JoinHandle<Option<Wanted>>)>) 
     }
 }
 
-async fn finished(task: &mut Option<JoinHandle<()>>) -> Option<()> {
+/// The CPU time that a sweep has taken.
+async fn finished(task: &mut Option<JoinHandle<Duration>>) -> Duration {
     let Some(task) = task else { return std::future::pending().await };
     // A panic in it has been printed; the next sweep is a new task.
-    let _ = task.await;
-    Some(())
+    task.await.unwrap_or_default()
 }
 
 fn warn_about_cgroup(config: &Config) {

@@ -20,9 +20,7 @@ use crate::model::{Freed, Model, Port};
 use crate::plan::{Part, REASONS, Wanted, meets_edges, plan, plan_left, plan_part, ports_beside, rivals};
 use crate::process::give_back_memory;
 use crate::selftest::{self, SelfTestError};
-use crate::shares::rest_after;
 use crate::sockets::{Places, SocketMaps, SocketSweeper};
-use crate::stale::Serving;
 use crate::store::{MapStore, Op, StoreError};
 
 /// What is planned together while the maps are empty, in frontends, endpoints and source ranges: what is planned at once takes
@@ -36,7 +34,7 @@ const DRIFT_LOGGED: usize = 16;
 pub(super) struct Programmed {
     pub(super) dataplane: Dataplane,
     pub(super) model: Model,
-    sweeper: Option<(Arc<SocketSweeper>, Arc<SocketMaps>)>,
+    pub(super) sweeper: Option<(Arc<SocketSweeper>, Arc<SocketMaps>)>,
     /// The programs are attached: before that, nobody looks at what is new in these maps.
     attached: bool,
 }
@@ -46,6 +44,8 @@ impl Agent {
     /// everything is written anew; what has been detached is attached again.
     pub(super) fn audit(&mut self) {
         self.audit_at = Instant::now() + self.config.sync_period;
+        self.streams_due = true;
+        self.begin_sweep();
         let Some(programmed) = self.programmed.as_mut().filter(|_| !self.everything) else { return };
         let detached = programmed.dataplane.detached(&self.config.cgroup);
         if programmed.attached && !detached.is_empty() {
@@ -336,49 +336,6 @@ impl Agent {
                 remote.get_or_insert(backend.addr);
             }
         }
-    }
-
-    /// The sweep has ended; the next one has to wait.
-    pub(super) fn end_sweep(&mut self) {
-        self.sweep = None;
-        self.sweep_at = Instant::now() + rest_after(self.swept_since.elapsed());
-    }
-
-    /// Leads connected UDP sockets to where their Services lead now, beside the loop. Whoever makes backends come and go does not have
-    /// every process of the host looked through without a pause.
-    pub(super) fn begin_sweep(&mut self) {
-        if !self.sweep_again || self.sweep.is_some() || Instant::now() < self.sweep_at {
-            return;
-        }
-        self.sweep_again = false;
-        let Some(Programmed { model, sweeper: Some((sweeper, sockets)), .. }) = &self.programmed else {
-            return;
-        };
-        self.swept_since = Instant::now();
-        let (sweeper, sockets, metrics) =
-            (Arc::clone(sweeper), Arc::clone(sockets), Arc::clone(&self.metrics));
-        let serving = Serving::of(model);
-        let families = self.config.families.clone();
-        self.sweep = Some(tokio::task::spawn_blocking(move || {
-            let start = Instant::now();
-            match sweeper.follow(&sockets, |socket| serving.order(socket)) {
-                Ok(report) => {
-                    metrics.swept(&families, start.elapsed(), &report);
-                    if report.led + report.destroyed > 0 {
-                        tracing::info!(
-                            led = report.led,
-                            destroyed = report.destroyed,
-                            "led sockets of UDP to where their Services lead now, and destroyed those that could not be"
-                        );
-                    }
-                    for error in &report.errors {
-                        tracing::warn!(%error, "following UDP Services with their sockets");
-                    }
-                    tracing::debug!(?report, "UDP sockets looked at");
-                }
-                Err(error) => tracing::warn!(%error, "UDP sockets could not be looked at"),
-            }
-        }));
     }
 }
 

@@ -284,7 +284,7 @@ impl Dataplane {
         PROGRAMS.into_iter().filter(|name| !self.refused.contains_key(name) && !runs(name)).collect()
     }
 
-    /// The maps in socket storage.
+    /// The maps about sockets.
     ///
     /// # Errors
     ///
@@ -297,7 +297,7 @@ impl Dataplane {
             let fd = map.fd().as_fd().try_clone_to_owned();
             fd.map_err(|source| OpenError::Mmap { path, source })
         };
-        Ok(SocketMaps { records: open("SOCKETS")?, orders: open("ORDERS")? })
+        Ok(SocketMaps { records: open("SOCKETS")?, orders: open("ORDERS")?, streams: open("STREAMS")? })
     }
 }
 

@@ -188,6 +188,11 @@ impl Metrics {
         self.own.sockets_destroyed.inc_by(report.destroyed as u64);
     }
 
+    /// So many places of `STREAMS` were freed.
+    pub fn streams_freed(&self, count: usize) {
+        self.own.streams_freed.inc_by(count as u64);
+    }
+
     /// Expired flows were removed.
     pub fn flows_collected(&self, count: u64) {
         self.own.flows_collected.inc_by(count);

@@ -19,6 +19,7 @@ pub(super) struct Own {
     pub(super) drift: Labelled<ByMap, Counter>,
     pub(super) sockets_led: Counter,
     pub(super) sockets_destroyed: Counter,
+    pub(super) streams_freed: Counter,
     pub(super) flows_collected: Counter,
     pub(super) problems: Gauge,
     pub(super) events: Labelled<ByFate, Counter>,
@@ -57,6 +58,12 @@ impl Own {
                 registry,
                 "sockets_destroyed",
                 "Connected UDP sockets that were ended because their backend had left and they could not be led to another one",
+                Counter::default(),
+            ),
+            streams_freed: register(
+                registry,
+                "streams_freed",
+                "Elements of STREAMS that closed sockets had left behind, and that were freed",
                 Counter::default(),
             ),
             flows_collected: register(

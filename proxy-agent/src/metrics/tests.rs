@@ -215,6 +215,7 @@ fn maps_are_read_at_each_scrape() {
             "vipr_scrape_errors_total{source=\"verdicts\"} 0",
             "vipr_sockets_destroyed_total 0",
             "vipr_sockets_led_total 0",
+            "vipr_streams_freed_total 0",
             "vipr_sync_failures_total 0",
             "vipr_verdicts_total{verdict=\"connected\"} 7",
             "vipr_verdicts_total{verdict=\"datagram\"} 0",

@@ -1,4 +1,4 @@
-//! A sock_diag socket: lists connected UDP sockets of one network namespace and destroys them.
+//! A sock_diag socket: lists connected sockets of one network namespace and destroys them.
 //!
 //! It belongs to the namespace in which it was opened, wherever its thread goes afterwards.
 
@@ -30,7 +30,26 @@ impl Diag {
     }
 
     /// Calls `each` for every connected UDP socket of both families.
-    pub(super) fn list(&self, mut each: impl FnMut(InetResponseHeader)) -> Result<(), SocketsError> {
+    pub(super) fn list(&self, each: impl FnMut(InetResponseHeader)) -> Result<(), SocketsError> {
+        self.list_by(request, each)
+    }
+
+    /// Calls `each` for every TCP socket of both families that has begun to connect and is not closed, be it a process', the kernel's own or
+    /// a subflow of MPTCP.
+    pub(super) fn list_tcp(&self, each: impl FnMut(InetResponseHeader)) -> Result<(), SocketsError> {
+        let request = |family, socket_id| InetRequest {
+            protocol: libc::IPPROTO_TCP as u8,
+            states: StateFlags::all() - StateFlags::LISTEN - StateFlags::TIME_WAIT,
+            ..request(family, socket_id)
+        };
+        self.list_by(request, each)
+    }
+
+    fn list_by(
+        &self,
+        request: impl Fn(u8, SocketId) -> InetRequest,
+        mut each: impl FnMut(InetResponseHeader),
+    ) -> Result<(), SocketsError> {
         for (family, any) in [(libc::AF_INET, SocketId::new_v4()), (libc::AF_INET6, SocketId::new_v6())] {
             let message = SockDiagMessage::InetRequest(request(family as u8, any));
             let listed = self.0.dump(message, |answer| {
@@ -38,7 +57,7 @@ impl Diag {
                     each(found.header);
                 }
             });
-            listed.map_err(|source| failed("listing connected UDP sockets", source))?;
+            listed.map_err(|source| failed("listing connected sockets", source))?;
         }
         Ok(())
     }

@@ -19,6 +19,7 @@
 
 mod diag;
 mod lead;
+mod left;
 mod namespaces;
 mod owners;
 
@@ -26,12 +27,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use aya::maps::MapError;
 use netlink_packet_sock_diag::inet::SocketId;
 use proxy_common::abi::socket::Order;
 use proxy_common::addr::Addr;
 use rustix::net::sockopt::socket_cookie;
+use rustix::time::{ClockId, clock_gettime};
 
 use self::diag::{Diag, cookie};
 use self::namespaces::Namespace;
@@ -48,7 +51,7 @@ pub enum SocketsError {
     )]
     NoDestroy,
     /// The maps of records and orders cannot be used.
-    #[error("the socket storage maps SOCKETS and ORDERS cannot be used: {0}")]
+    #[error("the maps SOCKETS, ORDERS and STREAMS cannot be used: {0}")]
     Storage(#[source] MapError),
     /// The sock_diag socket failed.
     #[error("sock_diag, {what}: {source}")]
@@ -105,6 +108,8 @@ pub struct Report {
     pub destroyed: usize,
     /// Both, by [`proxy_common::addr::Family::index`] of where they were connected.
     pub by_family: [usize; 2],
+    /// CPU time that it took.
+    pub cpu: Duration,
     /// What could not be done; the rest was.
     pub errors: Vec<SocketsError>,
 }
@@ -113,6 +118,7 @@ pub struct Report {
 #[derive(Debug)]
 pub struct SocketSweeper {
     places: Places,
+    left: left::Left,
 }
 
 impl SocketSweeper {
@@ -124,7 +130,7 @@ impl SocketSweeper {
     /// facility is missing.
     pub fn new(places: Places) -> Result<Self, SocketsError> {
         Diag::open()?.probe()?;
-        Ok(Self { places })
+        Ok(Self { places, left: left::Left::default() })
     }
 
     /// Carries out what `order` says of every connected UDP socket of this host. Blocking: a few system calls per network namespace and,
@@ -143,13 +149,15 @@ impl SocketSweeper {
     }
 }
 
-/// The socket storage that the socket edge and the agent share.
+/// What the socket edge and the agent share about sockets.
 #[derive(Debug)]
 pub struct SocketMaps {
     /// `SOCKETS`.
     pub records: OwnedFd,
     /// `ORDERS`.
     pub orders: OwnedFd,
+    /// `STREAMS`.
+    pub streams: OwnedFd,
 }
 
 /// What becomes of a socket.
@@ -173,14 +181,24 @@ struct Held<'a> {
 /// Says what becomes of a socket, and leads it.
 type Treat<'a> = dyn Fn(&Held<'_>) -> Result<Fate, SocketsError> + Sync + 'a;
 
-/// Treats every socket in every namespace, and destroys the doomed ones. Namespaces are entered by a thread that serves no other
-/// purpose and ends here, so that no other code ever runs in the wrong one.
+/// Treats every socket in every namespace, and destroys the doomed ones.
 fn sweep(places: &Places, treat: &Treat<'_>) -> Result<Report, SocketsError> {
+    let (report, cpu) = apart(|| sweep_here(places, treat))?;
+    Ok(Report { cpu, ..report? })
+}
+
+/// Does work that enters namespaces, by a thread that serves no other purpose and ends here, so that no other code ever runs in the wrong
+/// one. Returns also the CPU time that it took.
+fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> Result<(T, Duration), SocketsError> {
     std::thread::scope(|scope| {
         let builder = std::thread::Builder::new().name("sockets".to_owned());
-        let thread =
-            builder.spawn_scoped(scope, || sweep_here(places, treat)).map_err(SocketsError::Thread)?;
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        let work = || {
+            let done = work();
+            let cpu = Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default();
+            (done, cpu)
+        };
+        let thread = builder.spawn_scoped(scope, work).map_err(SocketsError::Thread)?;
+        Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
 }
 

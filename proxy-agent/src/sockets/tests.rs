@@ -177,7 +177,9 @@ fn a_descriptor_that_is_no_map_is_an_error() {
     let root = TempDir::new().unwrap();
     let sweeper = SocketSweeper::new(places(&root)).unwrap();
     let null = || std::fs::File::open("/dev/null").unwrap().into();
-    let error = sweeper.follow(&SocketMaps { records: null(), orders: null() }, |_| None).unwrap_err();
+    let error = sweeper
+        .follow(&SocketMaps { records: null(), orders: null(), streams: null() }, |_| None)
+        .unwrap_err();
     assert!(matches!(error, SocketsError::Storage(_)), "{error}");
 }
 
