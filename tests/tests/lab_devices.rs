@@ -193,6 +193,47 @@ fn a_name_that_no_device_has_is_a_problem() -> Result<()> {
     Ok(())
 }
 
+/// Where filters are to be attached, a queueing discipline of the kind `ingress` has no place for those on the way out.
+#[test]
+fn a_node_is_not_ready_before_its_external_devices_are_attached() -> Result<()> {
+    let lab = Lab::build(LabSpec::cases()?)?;
+    let (host, pod) = (lab.node("n1").host(), lab.pod("P").host_device().to_owned());
+    let tc = |verb: &str, device: &str| {
+        let mut tc = host.command("tc");
+        tc.args(["qdisc", verb, "dev", device, "ingress"]);
+        tc.text()
+    };
+    tc("add", "eth1")?;
+    tc("add", &pod)?;
+    let manifests = tempfile::tempdir()?;
+    let mut agent = lab.node("n1").agent()?.manifests(manifests.path()).flag("no-tcx", true);
+    agent.start()?;
+    let body = until("the reason", || {
+        let answer = agent.get("/readyz").ok();
+        Ok(answer.map(|(_, body)| body).filter(|body| body.contains("device eth1: ")))
+    })?;
+    ensure!(body.starts_with("not ready: device eth1: edge_egress: "), "{body}");
+    let status = agent.tool("status", &[])?;
+    let problems = &status["agent"]["problems"];
+    for device in ["eth1", &pod] {
+        ensure!(problems[format!("device {device}")].is_array(), "{device}: {problems}");
+    }
+    // What is attached serves meanwhile.
+    ensure!(devices(&status)?.iter().any(|line| line.starts_with("eth0 external")), "{status}");
+    assert_eq!(agent.get("/readyz")?.0, 503);
+
+    // One pod's interface keeps nobody waiting: it may be about to go.
+    tc("delete", "eth1")?;
+    agent.wait_ready(Duration::from_secs(60))?;
+    let status = agent.tool("status", &[])?;
+    ensure!(status["agent"]["problems"][format!("device {pod}")].is_array(), "{status}");
+    // Once ready, a node stays so.
+    tc("delete", &pod)?;
+    host.net().ip("link delete eth1")?;
+    assert_eq!(agent.get("/readyz")?.0, 200);
+    Ok(())
+}
+
 /// What another program has made is there before, beside and after what the agent has made, which dies without a word.
 #[test]
 fn cleanup_takes_back_what_was_made_and_nothing_else() -> Result<()> {

@@ -189,7 +189,9 @@ struct Agent {
     pods_attached: Option<bool>,
     /// Destinations of the routes that lead past the packet edge; `None` until its first pass.
     elsewhere: Option<Vec<Prefix>>,
-    /// Devices that are attached, once the first pass is made and until that is announced.
+    /// Devices that are attached, once nothing keeps this node from being ready and until that is announced.
+    /// It has been announced.
+    ready: bool,
     announce: Option<usize>,
     facts: Facts,
     /// Finds the cgroups of pods that opt out of the socket edge, if any may.
@@ -280,6 +282,7 @@ impl Agent {
             elsewhere: None,
             announce: None,
             facts: Facts::default(),
+            ready: false,
             opt_out,
             found: opt_out::Found::new(),
             opted_out: None,
@@ -384,6 +387,7 @@ impl Agent {
                 tracing::info!(devices, "ready");
                 self.health.programmed();
             }
+                self.ready = true;
         }
     }
 

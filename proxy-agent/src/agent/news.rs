@@ -160,17 +160,27 @@ impl Agent {
         self.facts.node_ips = self.known.context.node.ips;
         match &self.edge {
             Some(edge) => edge.tell(self.facts.clone()),
-            None => self.edge = Some(Edge::start(self.config.edge.clone(), self.facts.clone()).await?),
+            None => {
+                self.health.waiting_for("the devices have not been attached yet");
+                self.edge = Some(Edge::start(self.config.edge.clone(), self.facts.clone()).await?);
+            }
         }
         Ok(())
     }
 
-    /// Traffic from outside is served once the first pass over the devices is made; only then the node is ready.
+    /// Traffic from outside is served once a pass over the devices has left none of them out; only then the node is ready. It
+    /// stays so: what happens to devices later is a problem of theirs.
     pub(super) fn take_edge(&mut self, state: edge::State) {
         if state.passes == 1 {
             // Loading has taken some.
             give_back_memory();
-            self.announce = Some(state.devices.iter().filter(|device| device.is_attached()).count());
+        }
+        if !self.ready {
+            let attached = state.devices.iter().filter(|device| device.is_attached()).count();
+            self.announce = state.holds.is_none().then_some(attached);
+            if let Some(reason) = &state.holds {
+                self.health.waiting_for(reason);
+            }
         }
         let pods = state.devices.iter().any(edge::DeviceState::is_attached_pod);
         if self.pods_attached != Some(pods) {

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
+use aya::programs::tc::{self, TcError};
 use rtnetlink::packet_core::{
     DecodeError, NLM_F_ACK, NetlinkDeserializable, NetlinkHeader, NetlinkPayload, NlasIterator, parse_string,
     parse_u32,
@@ -15,8 +16,8 @@ use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcHeader, TcMessage};
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 
 use super::notes::{Note, Notes};
-use super::pins::PinDir;
-use super::tc::Direction;
+use super::pins::{PinDir, PinError};
+use super::tc::{AttachError, Device, Direction};
 use crate::netlink::Netlink;
 
 const KIND: &str = "clsact";
@@ -37,7 +38,7 @@ pub(super) const fn priority(direction: Direction) -> u16 {
 }
 
 /// Handle of clsact filters: "VIPR".
-pub(super) const HANDLE: aya::programs::tc::TcHandle = aya::programs::tc::TcHandle::new(0x5649, 0x5052);
+pub(super) const HANDLE: tc::TcHandle = tc::TcHandle::new(0x5649, 0x5052);
 
 /// What names a filter of a device in one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,6 +136,16 @@ impl TrafficControl {
         self.change(RouteNetlinkMessage::DelTrafficFilter(message))
     }
 
+    /// Whether what has the place of clsact at a device is of that kind. (A filter on the way out would hang on the way in of
+    /// one of the kind `ingress`.)
+    fn is_clsact(&self, device: u32) -> io::Result<bool> {
+        let mut message = TcMessage::default();
+        message.header = header(device, TcHandle::CLSACT);
+        // The kernel finds no other.
+        message.attributes.push(TcAttribute::Kind(KIND.to_owned()));
+        self.change(RouteNetlinkMessage::GetQueueDiscipline(message))
+    }
+
     /// Removes the clsact queueing discipline of a device, with all that hangs on it. False if there is none.
     fn remove_clsact(&self, device: u32) -> io::Result<bool> {
         let mut message = TcMessage::default();
@@ -180,6 +191,35 @@ const fn parent(direction: Direction) -> TcHandle {
         Direction::Egress => TcHandle::MIN_EGRESS,
     };
     TcHandle { major: u16::MAX, minor }
+}
+
+/// Puts the clsact queueing discipline of a device in place. Where there was none, it is noted as ours.
+pub(super) fn make_clsact(
+    notes: &Notes,
+    device: &Device<'_>,
+    program: &'static str,
+) -> Result<(), AttachError> {
+    let note = Note::Clsact(device.index);
+    let pin = |error: PinError| AttachError::Pin {
+        path: notes.path().to_path_buf(),
+        source: io::Error::other(error),
+    };
+    // Before it is there: whoever dies in between has made it.
+    let new = notes.add(&note).map_err(pin)?;
+    let made = tc::qdisc_add_clsact(device.name);
+    if new && made.is_err() {
+        notes.remove(&note).map_err(pin)?;
+    }
+    match made {
+        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {
+            match TrafficControl::open().and_then(|control| control.is_clsact(device.index)) {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(AttachError::Ingress { program }),
+                Err(source) => Err(AttachError::Order { program, source }),
+            }
+        }
+        made => made.map_err(|error| AttachError::Program { program, source: error.into() }),
+    }
 }
 
 /// Removes our clsact filters from a device, if there are any, and the clsact queueing discipline, if that is ours and

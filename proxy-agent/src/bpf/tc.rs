@@ -13,16 +13,16 @@ use std::time::{Duration, Instant};
 
 use aya::programs::links::{FdLink, LinkOrder};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError};
-use aya::programs::{Program, ProgramError, ProgramType, SchedClassifier, TcAttachType, tc};
+use aya::programs::{Program, ProgramError, ProgramType, SchedClassifier, TcAttachType};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use serde::{Deserialize, Serialize};
 
-use super::clsact::{HANDLE, priority};
+use super::clsact::{HANDLE, make_clsact, priority};
 use super::dataplane::{OBJECT, chain, kernel};
 use super::load::{Refused, describe, log_level, reason, timed};
-use super::notes::{Note, Notes};
-use super::pins::{MAPS, PinDir, PinError};
+use super::notes::Notes;
+use super::pins::{MAPS, PinDir};
 use super::sys;
 
 /// Which way packets go, seen from the host.
@@ -140,6 +140,15 @@ pub enum AttachError {
         "{program}: another program takes its place at this device whenever it is put back; see `bpftool net`"
     )]
     Rival {
+        /// The program.
+        program: &'static str,
+    },
+    /// What has the place of clsact is another queueing discipline.
+    #[error(
+        "{program}: the device has a queueing discipline of the kind `ingress`, which has no place for filters on the way out; \
+         put clsact in its place"
+    )]
+    Ingress {
         /// The program.
         program: &'static str,
     },
@@ -403,25 +412,6 @@ pub struct Device<'a> {
     pub index: u32,
     /// Interface name.
     pub name: &'a str,
-}
-
-/// Puts the clsact queueing discipline of a device in place. Where there was none, it is noted as ours.
-fn make_clsact(notes: &Notes, device: &Device<'_>, program: &'static str) -> Result<(), AttachError> {
-    let note = Note::Clsact(device.index);
-    let pin = |error: PinError| AttachError::Pin {
-        path: notes.path().to_path_buf(),
-        source: io::Error::other(error),
-    };
-    // Before it is there: whoever dies in between has made it.
-    let new = notes.add(&note).map_err(pin)?;
-    let made = tc::qdisc_add_clsact(device.name);
-    if new && made.is_err() {
-        notes.remove(&note).map_err(pin)?;
-    }
-    match made {
-        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-        made => made.map_err(|error| AttachError::Program { program, source: error.into() }),
-    }
 }
 
 /// Removes the pinned links for which `keep` is false, by program and interface index. A link that cannot be removed

@@ -56,6 +56,8 @@ pub struct Attacher {
 pub struct Outcome {
     /// How it is attached; on failure, why it is not (or not as it should be).
     pub attached: Result<Mechanism, String>,
+    /// Whether a node is not ready on which it comes to this.
+    pub holds: bool,
     /// What others run there.
     pub others: Vec<Other>,
 }
@@ -122,8 +124,9 @@ impl Attacher {
         for (&index, choice) in order {
             let of_device = sources.get(&index).copied().unwrap_or_default();
             let attached = self.attach(index, choice, of_device, &mut spare);
+            let holds = attached.as_ref().is_err_and(|error| error.holds(choice.role));
             let attached = attached.map(|()| self.mechanism).map_err(|error| error.to_string());
-            outcomes.insert(index, Outcome { attached, others: Vec::new() });
+            outcomes.insert(index, Outcome { attached, holds, others: Vec::new() });
         }
         self.detach_others(choices);
         if let Err(error) = self.find_others(choices, &mut outcomes) {
@@ -294,7 +297,50 @@ enum DeviceError {
     Map(MapError),
 }
 
+impl DeviceError {
+    /// Whether the node is not ready before this is mended. Without an external device clients outside are not served. Of
+    /// pods' interfaces only a program counts that the kernel does not take: it is missing at all of them. Anything else is about
+    /// one pod, which may be gone by now.
+    fn holds(&self, role: Role) -> bool {
+        match self {
+            // It runs, behind somebody else.
+            Self::Attach(AttachError::Rival { .. }) => false,
+            Self::Attach(AttachError::Refused { .. } | AttachError::Load(_)) => true,
+            Self::Attach(
+                AttachError::Program { .. }
+                | AttachError::Pin { .. }
+                | AttachError::Order { .. }
+                | AttachError::Moved { .. }
+                | AttachError::Ingress { .. },
+            )
+            | Self::Map(_) => role == Role::External,
+        }
+    }
+}
+
 /// An address as `status` shows it; empty for none.
 pub(super) fn shown(addr: Addr) -> String {
     if addr == Addr::ZERO { String::new() } else { addr.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_keeps_a_node_from_being_ready() {
+        let program = "edge_ingress";
+        let refused = || AttachError::Refused { program, reason: "no such helper".to_owned() };
+        let gone = || AttachError::Order { program, source: std::io::Error::from_raw_os_error(libc::ENODEV) };
+        let full = || DeviceError::Map(MapError::OutOfBounds { index: 1, max_entries: 1 });
+        for (error, external, pod) in [
+            (DeviceError::from(refused()), true, true),
+            (gone().into(), true, false),
+            (AttachError::Moved { program }.into(), true, false),
+            (AttachError::Rival { program }.into(), false, false),
+            (full(), true, false),
+        ] {
+            assert_eq!([Role::External, Role::Pod].map(|role| error.holds(role)), [external, pod], "{error}");
+        }
+    }
 }

@@ -117,6 +117,8 @@ pub struct State {
     pub devices: Vec<DeviceState>,
     /// What is wrong, by device or flag.
     pub problems: BTreeMap<String, Vec<String>>,
+    /// Why clients outside of this node, or all its pods, are not served as they should be: a node that starts is not ready.
+    pub holds: Option<String>,
     /// Verified instructions per program, where the kernel tells.
     pub verified: Vec<(&'static str, Option<u32>)>,
     /// Programs that the kernel has refused.
@@ -211,6 +213,7 @@ impl Worker {
                 }
                 Ok(Err(error)) => {
                     attacher = None;
+                    state.holds = Some(format!("the packet edge: {error}"));
                     state.problems.insert("packet edge".to_owned(), vec![error.to_string()]);
                     BTreeMap::new()
                 }
@@ -308,6 +311,9 @@ fn describe(
         let attached = match outcome.map(|outcome| &outcome.attached) {
             Some(Ok(mechanism)) => mechanism.name().to_owned(),
             Some(Err(reason)) => {
+                if outcome.is_some_and(|outcome| outcome.holds) {
+                    state.holds.get_or_insert_with(|| format!("device {}: {reason}", choice.name));
+                }
                 problems.push(reason.clone());
                 String::new()
             }

@@ -170,17 +170,20 @@ fn a_device_whose_programs_are_refused_runs_none() {
             let _maps = Dataplane::open(pins.0.clone(), SIZES, drop).unwrap();
             let run = |attacher: &mut Attacher| {
                 let outcomes = attacher.apply(&choices, &BTreeMap::new());
-                [edge, pod].map(|index| outcomes[&index].attached.clone().map(drop))
+                let held: Vec<u32> =
+                    outcomes.iter().filter(|(_, it)| it.holds).map(|(index, _)| *index).collect();
+                ([edge, pod].map(|index| outcomes[&index].attached.clone().map(drop)), held)
             };
             let mut whole = Attacher::new(pins.0.clone(), mechanism, BTreeMap::new()).unwrap();
-            assert_eq!(run(&mut whole), [Ok(()), Ok(())]);
+            assert_eq!(run(&mut whole), ([Ok(()), Ok(())], vec![]));
             assert_eq!(["eth0", "cali1"].map(ours), [2, 2], "{mechanism:?}");
             drop(whole);
 
             let programs = TcPrograms::open_object(bytemuck::cast_slice(&object), &pins.0, false).unwrap();
             let present = BTreeMap::from([(edge, "eth0".to_owned()), (pod, "cali1".to_owned())]);
             let mut next = Attacher::with(programs, pins.0.clone(), mechanism, present).unwrap();
-            let [refused, attached] = run(&mut next);
+            let ([refused, attached], held) = run(&mut next);
+            assert_eq!(held, [edge], "the node is not ready without it");
             assert!(refused.unwrap_err().contains("clients outside of this node are not served"));
             assert_eq!(attached, Ok(()));
             // The kernel detaches when the last reference is gone, which may take a moment.
