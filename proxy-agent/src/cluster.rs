@@ -363,10 +363,11 @@ impl Cluster {
         self.dirty.extend(ranged.map(|service| service.key.clone()));
     }
 
-    /// Marks every Service that has one of these addresses as externalIP or from a load balancer.
+    /// Marks every Service that has one of these addresses: what is said of it depends on whether this host has it, too.
     pub fn touch_at(&mut self, addresses: &BTreeSet<Addr>) {
         let has = |service: &&Service| {
-            service.external_ips.iter().chain(&service.load_balancer_ips).any(|addr| addresses.contains(addr))
+            let from_outside = service.external_ips.iter().chain(&service.load_balancer_ips);
+            service.cluster_ips.iter().flatten().chain(from_outside).any(|addr| addresses.contains(addr))
         };
         let concerned = self.services.values().filter(|service| !addresses.is_empty() && has(service));
         self.dirty.extend(concerned.map(|service| service.key.clone()));

@@ -11,7 +11,7 @@ use crate::cluster::{Cluster, ObjectKey, Slice};
 use crate::config::Config;
 use crate::desired::{Context, desired_service};
 use crate::model::Model;
-use crate::node::{NodeIps, NodePortAddresses, local_addresses};
+use crate::node::{HostAddresses, NodeIps, NodePortAddresses, local_addresses};
 use crate::plan::{NodeTables, Wanted, plan_node};
 use crate::store::Op;
 
@@ -22,6 +22,8 @@ pub struct Knowledge {
     pub cluster: Cluster,
     /// The facts of this node.
     pub context: Context,
+    /// The addresses of this host, with the device of each.
+    addresses: HostAddresses,
 }
 
 impl Knowledge {
@@ -38,7 +40,7 @@ impl Knowledge {
             pods_in_packets: !config.edge.settings.pods.is_none(),
             ..Context::default()
         };
-        Self { cluster: Cluster::default(), context }
+        Self { cluster: Cluster::default(), context, addresses: HostAddresses::new() }
     }
 
     /// Takes the Node and the ServiceCIDRs as the source has them.
@@ -60,12 +62,18 @@ impl Knowledge {
     }
 
     /// Takes the addresses of this host.
-    pub fn take_addresses(&mut self, addresses: &BTreeSet<Addr>) {
-        let before = std::mem::replace(&mut self.context.host_addresses, addresses.clone());
+    pub fn take_addresses(&mut self, addresses: &HostAddresses) {
+        let before = std::mem::replace(&mut self.addresses, addresses.clone());
+        self.context.host_addresses = addresses.keys().copied().collect();
         self.cluster.touch_with_source_ranges();
-        if self.context.protect_node_addresses {
-            self.cluster.touch_at(&before.symmetric_difference(addresses).copied().collect());
-        }
+        let differs = |addr: &&Addr| before.get(addr) != addresses.get(addr);
+        self.cluster.touch_at(&before.keys().chain(addresses.keys()).filter(differs).copied().collect());
+    }
+
+    /// The clusterIPs of a Service that this host has as its own, with their devices.
+    pub fn held_by_host(&self, key: &ObjectKey) -> Vec<(Addr, u32)> {
+        let addrs = self.cluster.service(key).into_iter().flat_map(|service| service.cluster_ips);
+        addrs.flatten().filter_map(|addr| Some((addr, *self.addresses.get(&addr)?))).collect()
     }
 
     /// What a Service should become; `None` when it is gone.

@@ -27,7 +27,7 @@ use crate::knowledge::Knowledge;
 use crate::kube_proxy::{self, ConfigFile};
 use crate::metrics::{self, Metrics};
 use crate::model::Freed;
-use crate::node::{Patience, watch_addresses};
+use crate::node::{HostAddresses, Patience, watch_addresses};
 use crate::opt_out::{self, Follower};
 use crate::plan::Wanted;
 use crate::report::{Report, State};
@@ -181,7 +181,7 @@ async fn file_changed(file: Option<ConfigFile>) -> AgentError {
 struct Agent {
     config: Config,
     known: Knowledge,
-    addresses: watch::Receiver<BTreeSet<Addr>>,
+    addresses: watch::Receiver<HostAddresses>,
     programmed: Option<Programmed>,
     /// Devices and what is attached to them, from the first programming on.
     edge: Option<Edge>,
@@ -228,6 +228,8 @@ struct Agent {
     /// Services that have been programmed, and whose health is not told yet.
     concluded: Vec<ObjectKey>,
     /// What is wrong with Services, beside what others have of them.
+    /// Services with clusterIPs that are addresses of this host, too.
+    held_by_host: BTreeMap<ObjectKey, Vec<(Addr, u32)>>,
     said: BTreeMap<ObjectKey, Vec<String>>,
     /// Services of which others may have something now, or no more.
     retell: BTreeSet<ObjectKey>,
@@ -253,7 +255,7 @@ impl Agent {
         config: Config,
         health: Health,
         metrics: Arc<Metrics>,
-        addresses: watch::Receiver<BTreeSet<Addr>>,
+        addresses: watch::Receiver<HostAddresses>,
         opt_out: Option<Follower>,
         events: Events,
         check_ports: CheckPorts,
@@ -301,6 +303,7 @@ impl Agent {
             queue: Queue::default(),
             working_out: None,
             concluded: Vec::new(),
+            held_by_host: BTreeMap::new(),
             said: BTreeMap::new(),
             retell: BTreeSet::new(),
             grow_at: Instant::now(),

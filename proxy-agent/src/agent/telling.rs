@@ -1,8 +1,11 @@
 //! What is told about Services that have been programmed: problems to users, health to load balancers.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use proxy_common::addr::Family;
+use proxy_common::addr::{Addr, Family};
+use rustix::net::netdevice::index_to_name;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 use super::Agent;
 use super::programming::Programmed;
@@ -13,6 +16,40 @@ use crate::plan::LostClaims;
 
 /// How long a turn may tell Services what others have of them.
 const TELLING: Duration = Duration::from_millis(5);
+
+/// What problems name the addresses of this host.
+const HOST_ADDRESSES: &str = "addresses of this host";
+/// Services that are named because this host has their addresses; kube-proxy in its IPVS mode leaves it those of all.
+const NAMED: usize = 9;
+
+/// One sentence for each Service that has an address of this host.
+fn held_by_host(held: &BTreeMap<ObjectKey, Vec<(Addr, u32)>>) -> Vec<String> {
+    let mut sentences: Vec<String> = held
+        .iter()
+        .take(NAMED)
+        .map(|(service, held)| {
+            let places = held.iter().map(|(addr, index)| format!("{addr} is configured on {}", device_name(*index)));
+            format!(
+                "{} and is a clusterIP of Service {service}: who listens there is not reached at the Service's ports, which \
+                 lead to its endpoints, nor at others, which are refused. If that is NodeLocal DNSCache or the like, label \
+                 the Service service.kubernetes.io/service-proxy-name, or let it listen at another address; else remove \
+                 the address",
+                places.collect::<Vec<_>>().join(", ")
+            )
+        })
+        .collect();
+    let more = held.len().saturating_sub(NAMED);
+    if more > 0 {
+        sentences.push(format!("and {more} more Services like these"));
+    }
+    sentences
+}
+
+fn device_name(index: u32) -> String {
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+    let name = socket.and_then(|socket| index_to_name(socket, index));
+    name.unwrap_or_else(|_gone| format!("the device with the index {index}"))
+}
 
 impl Agent {
     /// Tells what is wrong with a Service that has been programmed in one piece.
@@ -44,6 +81,19 @@ impl Agent {
             false => self.said.insert(service.clone(), problems),
         };
         self.report(service, lost);
+        self.tell_of_host(service);
+    }
+
+    /// Tells if a clusterIP of the Service is an address of this host: somebody listens there for nothing.
+    fn tell_of_host(&mut self, service: &ObjectKey) {
+        let held = self.known.held_by_host(service);
+        let before = match held.is_empty() {
+            true => self.held_by_host.remove(service),
+            false => self.held_by_host.insert(service.clone(), held.clone()),
+        };
+        if before.unwrap_or_default() != held {
+            self.report.set(HOST_ADDRESSES.to_owned(), held_by_host(&self.held_by_host));
+        }
     }
 
     fn report(&mut self, service: &ObjectKey, lost: LostClaims) {
@@ -104,5 +154,28 @@ impl Agent {
         let Programmed { model, .. } = self.programmed.as_ref()?;
         let is_served = model.ports_of(service).any(|key| key.family == family);
         Some(Check { port, endpoints: if is_served { endpoints } else { 0 } })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn services_at_addresses_of_this_host_are_named_and_counted() {
+        // The loopback device of every network namespace.
+        let held = |count: u8| -> BTreeMap<_, _> {
+            let one = |n| (ObjectKey::new("a", &format!("s{n:03}")), vec![(Addr::v4([10, 96, 0, n]), 1)]);
+            (0..count).map(one).collect()
+        };
+        assert_eq!(held_by_host(&held(0)), [""; 0]);
+        let sentences = held_by_host(&held(200));
+        assert_eq!(sentences.len(), NAMED + 1);
+        let begins = "10.96.0.0 is configured on lo and is a clusterIP of Service a/s000: ";
+        assert!(sentences[0].starts_with(begins), "{sentences:?}");
+        assert_eq!(sentences[NAMED], "and 191 more Services like these");
+        // One that is gone by now.
+        let gone = BTreeMap::from([(ObjectKey::new("a", "s"), vec![(Addr::v4([10, 96, 0, 1]), u32::MAX)])]);
+        assert!(held_by_host(&gone)[0].contains("on the device with the index 4294967295"));
     }
 }

@@ -2,6 +2,7 @@
 //! dumps, followed by [`crate::node::follow`]; [`super::choice`] and [`super::sources`] decide from it alone.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use futures::TryStreamExt as _;
 use proxy_common::addr::{Addr, Family, Prefix};
@@ -20,6 +21,9 @@ use crate::node::follow::{FollowError, RECEIVE_BUFFER, Subject, follow};
 
 /// `RT_TABLE_LOCAL` of linux/rtnetlink.h: what is delivered on this host.
 const LOCAL_TABLE: u32 = 255;
+
+/// A device comes up in several steps, and a pass over the devices costs more than a dump.
+const SETTLE: Duration = Duration::from_millis(50);
 
 /// Links by interface index, and what belongs to them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -128,8 +132,8 @@ pub async fn watch_network() -> Result<watch::Receiver<Snapshot>, FollowError> {
         MulticastGroup::Ipv4Route,
         MulticastGroup::Ipv6Route,
     ];
-    let subject = Subject { what: "this host's devices and routes", groups, receive_buffer: RECEIVE_BUFFER };
-    follow(subject, dump).await
+    let what = "this host's devices and routes";
+    follow(Subject { what, groups, settle: SETTLE, receive_buffer: RECEIVE_BUFFER }, dump).await
 }
 
 /// Reads everything once.

@@ -16,8 +16,6 @@ use rtnetlink::{Handle, MulticastGroup, new_connection, new_multicast_connection
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// Notifications come in bursts (an interface with all its addresses): one dump answers a whole burst.
-const SETTLE: Duration = Duration::from_millis(50);
 /// Where dumps take long, the time between them is at least this many times as long.
 const REST: u32 = 4;
 /// A dump takes milliseconds; one that takes this long will never end.
@@ -62,6 +60,8 @@ pub struct Subject {
     pub what: &'static str,
     /// Whose notifications count as changes.
     pub groups: &'static [MulticastGroup],
+    /// How long after a notification the value is read: one dump then answers a whole burst. Zero where nobody may wait.
+    pub settle: Duration,
     /// Bytes of notifications that may wait.
     pub receive_buffer: usize,
 }
@@ -127,8 +127,8 @@ struct Feed {
     subject: Subject,
     changes: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
     dumps: Handle,
-    /// How long the last dump took.
-    took: Duration,
+    /// The next dump does not begin before: the last one may have taken long.
+    rested_at: Instant,
     /// Drives both sockets; aborted on drop.
     _connections: JoinSet<()>,
 }
@@ -142,7 +142,7 @@ impl Feed {
         let mut connections = JoinSet::new();
         connections.spawn(notifying);
         connections.spawn(dumping);
-        Ok(Self { subject, changes, dumps, took: Duration::ZERO, _connections: connections })
+        Ok(Self { subject, changes, dumps, rested_at: Instant::now(), _connections: connections })
     }
 
     async fn dump<T, D, F>(&mut self, dump: &D) -> Result<T, FollowError>
@@ -156,7 +156,7 @@ impl Feed {
             Ok(value) => value.map_err(|source| FollowError::Dump { what, source })?,
             Err(_elapsed) => return Err(FollowError::Timeout(what)),
         };
-        self.took = start.elapsed();
+        self.rested_at = Instant::now() + start.elapsed() * REST;
         Ok(value)
     }
 
@@ -172,7 +172,11 @@ impl Feed {
         F: Future<Output = Result<T, rtnetlink::Error>>,
     {
         while self.changes.next().await.is_some() {
-            tokio::time::sleep(SETTLE.max(self.took * REST)).await;
+            let now = Instant::now();
+            let due = self.rested_at.max(now + self.subject.settle);
+            if due > now {
+                tokio::time::sleep_until(due.into()).await;
+            }
             // What waits by now happened before the dump that follows.
             while let Some(Some(_)) = self.changes.next().now_or_never() {}
             deliver(self.subject.what, self.dump(dump).await?, sender);

@@ -13,7 +13,7 @@ pub mod patience;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub use addresses::watch_addresses;
+pub use addresses::{HostAddresses, watch_addresses};
 pub use follow::FollowError;
 pub use host::{Host, HostError};
 pub use ips::NodeIps;

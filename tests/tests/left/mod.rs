@@ -1,6 +1,7 @@
 //! The lab that these tests have in common: the nodes, pods and clients of the cases, with an agent on `n1` that reads a
 //! directory, and a machine outside that has the addresses of Services. Who is answered by that one was not served.
 
+mod addresses;
 mod opt_out;
 mod refusals;
 
