@@ -250,7 +250,10 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
     if let Some(agent) = &view.agent {
         writeln!(out, "node:      {} ({})", agent.node, agent.node_ips.join(", "))?;
         writeln!(out, "source:    {}", agent.source)?;
-        writeln!(out, "cgroup:    {}", agent.cgroup)?;
+        let below = agent.cgroup_below_root.map(|id| {
+            format!(" (id {id}, not the root of the hierarchy: only processes below it are served)")
+        });
+        writeln!(out, "cgroup:    {}{}", agent.cgroup, below.unwrap_or_default())?;
     }
     let attached = view.programs.values().filter(|attached| **attached).count();
     writeln!(out, "programs:  {attached} of {} attached", view.programs.len())?;

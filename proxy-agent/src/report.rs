@@ -17,6 +17,7 @@ use crate::edge::{self, DeviceState};
 use crate::events::{Event, Events};
 use crate::health::check_ports::Failures;
 use crate::node::NodeIps;
+use crate::selftest::Reach;
 use crate::shares::{Shares, tenant_of};
 use crate::sources::Problem;
 
@@ -36,6 +37,9 @@ pub struct State {
     pub source: String,
     /// The cgroup that is served.
     pub cgroup: String,
+    /// Its id, unless it is the root of the hierarchy: only processes below it are served.
+    #[serde(default)]
+    pub cgroup_below_root: Option<u64>,
     /// Verified instructions of each program, where the kernel tells.
     pub verified_instructions: BTreeMap<String, u32>,
     /// Whether the kernel lets the programs say why a socket is refused (5.18).
@@ -113,6 +117,22 @@ impl Report {
     pub fn reasons_for_sockets(&mut self, there: bool) {
         self.changed |= self.state.reasons_for_sockets != there;
         self.state.reasons_for_sockets = there;
+    }
+
+    /// Notes who is served, and logs it if that is not everybody.
+    pub fn reach(&mut self, reach: Reach) {
+        let below = match reach {
+            Reach::Host => None,
+            Reach::Below(id) => Some(id),
+        };
+        if let Some(id) = below {
+            tracing::warn!(
+                cgroup = %self.state.cgroup,
+                id,
+                "not the root of the cgroup v2 hierarchy: only processes below it are served"
+            );
+        }
+        self.changed |= replace(&mut self.state.cgroup_below_root, below);
     }
 
     /// Replaces which of `programs` the kernel has refused.

@@ -4,9 +4,12 @@
 //! run for processes of this cgroup and translate; on the way the socket edge learns which network namespace is the
 //! host's: the one the agent runs in. Whoever else sends to the probe address meanwhile, by the port that only the kernel and
 //! the agent know, teaches it another one; so where the kernel tells the agent (5.14), that counts ([`settle`]).
+//!
+//! That it works for others than this process is a matter of the cgroup ([`reach`]).
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use proxy_common::abi::frontend::flags::PROBE;
@@ -39,6 +42,56 @@ pub enum SelfTestError {
          --cgroup-path (in a container: mount the host's /sys/fs/cgroup)"
     )]
     NotTranslated(String),
+    /// Nobody but this process would be served.
+    #[error(
+        "self-test: {0} is the cgroup of this process itself, and not the root of the cgroup v2 hierarchy: no other process would \
+         be served; give the root of the host's with --cgroup-path (in a container, which may see its own part of the \
+         hierarchy only: mount the host's /sys/fs/cgroup)"
+    )]
+    OwnCgroup(PathBuf),
+    /// Whose cgroup it is cannot be told.
+    #[error("self-test: {path}: {source}")]
+    Cgroup {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Who is served by what is attached to a cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Every process of the host: it is the root of the hierarchy.
+    Host,
+    /// Processes in this cgroup and below it, this process not being the only one; its id.
+    Below(u64),
+}
+
+/// Tells who is served by what is attached to `cgroup`. What is attached to a cgroup runs for all below it, so once a
+/// datagram of this process is translated ([`run`]) others are served unless it is the cgroup of this process itself. That is
+/// what a container has that sees its own part of the hierarchy: the self-test passes, and no pod is served.
+///
+/// # Errors
+///
+/// [`SelfTestError::OwnCgroup`]; [`SelfTestError::Cgroup`] if it cannot be read.
+pub fn reach(cgroup: &Path) -> Result<Reach, SelfTestError> {
+    use std::os::unix::fs::MetadataExt as _;
+    let failed = |path: &Path, source| SelfTestError::Cgroup { path: path.to_path_buf(), source };
+    // The id of a cgroup is its inode; that of the root is always the first one.
+    let id = std::fs::metadata(cgroup).map_err(|error| failed(cgroup, error))?.ino();
+    if id == 1 {
+        return Ok(Reach::Host);
+    }
+    let members = cgroup.join("cgroup.procs");
+    let own = std::process::id().to_string();
+    match std::fs::read_to_string(&members) {
+        Ok(pids) if pids.lines().any(|pid| pid == own) => Err(SelfTestError::OwnCgroup(cgroup.to_path_buf())),
+        Ok(_) => Ok(Reach::Below(id)),
+        // A threaded cgroup has no list of processes. Those in it belong to the nearest one above that has.
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(Reach::Below(id)),
+        Err(error) => Err(failed(&members, error)),
+    }
 }
 
 /// Sends a datagram through the socket edge and removes every trace of it.

@@ -66,7 +66,6 @@ const QUEUE: usize = 16;
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), AgentError> {
     config.pins.create().map_err(DataplaneError::from)?;
     let _lock = config.pins.lock().map_err(DataplaneError::from)?;
-    warn_about_cgroup(&config);
 
     let health = Health::new(config.sync_period);
     health.waiting_for("the first full list has not arrived");
@@ -190,9 +189,9 @@ struct Agent {
     /// Destinations of the routes that lead past the packet edge; `None` until its first pass.
     elsewhere: Option<Vec<Prefix>>,
     /// Devices that are attached, once nothing keeps this node from being ready and until that is announced.
+    announce: Option<usize>,
     /// It has been announced.
     ready: bool,
-    announce: Option<usize>,
     facts: Facts,
     /// Finds the cgroups of pods that opt out of the socket edge, if any may.
     opt_out: Option<Follower>,
@@ -228,9 +227,9 @@ struct Agent {
     /// Services that have been programmed, and whose health is not told yet.
     concluded: Vec<ObjectKey>,
     /// What is wrong with Services, beside what others have of them.
+    said: BTreeMap<ObjectKey, Vec<String>>,
     /// Services with clusterIPs that are addresses of this host, too.
     held_by_host: BTreeMap<ObjectKey, Vec<(Addr, u32)>>,
-    said: BTreeMap<ObjectKey, Vec<String>>,
     /// Services of which others may have something now, or no more.
     retell: BTreeSet<ObjectKey>,
     /// Maps are not made larger before.
@@ -283,8 +282,8 @@ impl Agent {
             pods_attached: no_pods.then_some(false),
             elsewhere: None,
             announce: None,
-            facts: Facts::default(),
             ready: false,
+            facts: Facts::default(),
             opt_out,
             found: opt_out::Found::new(),
             opted_out: None,
@@ -303,8 +302,8 @@ impl Agent {
             queue: Queue::default(),
             working_out: None,
             concluded: Vec::new(),
-            held_by_host: BTreeMap::new(),
             said: BTreeMap::new(),
+            held_by_host: BTreeMap::new(),
             retell: BTreeSet::new(),
             grow_at: Instant::now(),
             sweep: None,
@@ -388,9 +387,9 @@ impl Agent {
                 && let Some(devices) = self.announce.take()
             {
                 tracing::info!(devices, "ready");
+                self.ready = true;
                 self.health.programmed();
             }
-                self.ready = true;
         }
     }
 
@@ -449,15 +448,4 @@ async fn finished(task: &mut Option<JoinHandle<Duration>>) -> Duration {
     let Some(task) = task else { return std::future::pending().await };
     // A panic in it has been printed; the next sweep is a new task.
     task.await.unwrap_or_default()
-}
-
-fn warn_about_cgroup(config: &Config) {
-    use std::os::unix::fs::MetadataExt as _;
-    // The root of a cgroup hierarchy is its first inode.
-    if std::fs::metadata(&config.cgroup).is_ok_and(|dir| dir.ino() != 1) {
-        tracing::warn!(
-            cgroup = %config.cgroup.display(),
-            "not the root of the cgroup v2 hierarchy: only processes below it are served"
-        );
-    }
 }

@@ -314,6 +314,9 @@ impl Agent {
         let Some(programmed) = &mut self.programmed else { return Ok(false) };
         let first = !programmed.attached;
         if first {
+            // What an earlier agent has attached at a better place stays there.
+            let reach = selftest::reach(&self.config.cgroup)?;
+            self.report.reach(reach);
             programmed.dataplane.attach(&self.config.cgroup)?;
             selftest::run(&mut programmed.dataplane.maps)?;
             selftest::settle(&programmed.dataplane.maps)?;

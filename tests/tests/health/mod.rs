@@ -1,6 +1,7 @@
 //! The stage of these tests: the world of the behaviour cases with an agent on `n1`, which reads either a file of
 //! manifests or an API server.
 
+mod cgroups;
 mod check_ports;
 mod events;
 mod probes;
