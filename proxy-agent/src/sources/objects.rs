@@ -10,7 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::{ClusterResourceScope, Metadata, NamespaceResourceScope, Resource};
 use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
-use serde_json::Number;
+use serde_json::{Number, Value};
 
 /// Implements what a client of the API asks of a kind.
 macro_rules! kind {
@@ -278,6 +278,78 @@ fields! {
         ip: Option<String>,
     }
 
+    /// What a Service asks of the control plane. Only directories of manifests have none.
+    ServiceRequest {
+        spec: Option<ServiceRequestSpec>,
+    }
+    /// The fields of `spec` that a control plane turns into addresses, nodePorts and slices.
+    ServiceRequestSpec {
+        selector: Option<BTreeMap<String, String>>,
+        #[serde(deserialize_with = "list")]
+        ports: Vec<PortRequest>,
+        ip_family_policy: Option<String>,
+        allocate_load_balancer_node_ports: Option<bool>,
+        publish_not_ready_addresses: Option<bool>,
+        traffic_distribution: Option<String>,
+    }
+    /// Which port of a Pod a port of a Service is.
+    PortRequest {
+        name: Option<String>,
+        protocol: Option<String>,
+        target_port: Option<TargetPort>,
+    }
+    /// What slices are made of, beside what [`Pod`] has.
+    PodDetails {
+        spec: Option<PodDetailsSpec>,
+        status: Option<PodDetailsStatus>,
+    }
+    /// The containers of a Pod.
+    PodDetailsSpec {
+        #[serde(deserialize_with = "list")]
+        containers: Vec<Container>,
+        #[serde(deserialize_with = "list")]
+        init_containers: Vec<Container>,
+    }
+    /// A container.
+    Container {
+        restart_policy: Option<String>,
+        #[serde(deserialize_with = "list")]
+        ports: Vec<ContainerPort>,
+    }
+    /// A port of a container.
+    ContainerPort {
+        name: Option<String>,
+        protocol: Option<String>,
+        #[serde(deserialize_with = "integer")]
+        container_port: Option<i32>,
+    }
+    /// The state of a Pod.
+    PodDetailsStatus {
+        #[serde(deserialize_with = "list")]
+        conditions: Vec<Condition>,
+    }
+    /// One fact of that state.
+    Condition {
+        #[serde(rename = "type")]
+        type_: Option<String>,
+        status: Option<String>,
+    }
+    /// A Deployment, or something else that makes Pods of a template.
+    Workload {
+        #[serde(deserialize_with = "meta")]
+        metadata: ObjectMeta,
+        spec: Option<WorkloadSpec>,
+    }
+    /// What it should be.
+    WorkloadSpec {
+        template: Option<PodTemplate>,
+    }
+    /// What its Pods are like.
+    PodTemplate {
+        #[serde(deserialize_with = "meta")]
+        metadata: ObjectMeta,
+    }
+
     /// Metadata that is read.
     Meta {
         namespace: Option<String>,
@@ -288,6 +360,30 @@ fields! {
         deletion_timestamp: Option<Time>,
         labels: Option<Texts>,
         annotations: Option<Texts>,
+    }
+}
+
+/// A port of a Pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetPort {
+    /// By its number.
+    Number(i32),
+    /// By its name in the Pod.
+    Name(String),
+}
+
+impl<'de> Deserialize<'de> for TargetPort {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match Value::deserialize(deserializer)? {
+            Value::String(name) => Ok(Self::Name(name)),
+            number @ Value::Number(_) => {
+                let number = integer(number).map_err(D::Error::custom)?;
+                Ok(Self::Number(number.unwrap_or_default()))
+            }
+            Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => {
+                Err(D::Error::custom("is neither a number nor a name"))
+            }
+        }
     }
 }
 

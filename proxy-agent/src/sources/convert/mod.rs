@@ -41,8 +41,10 @@ pub(super) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 /// On the object that mirrors a static pod: what kubelet calls the pod itself.
 const CONFIG_HASH: &str = "kubernetes.io/config.hash";
+/// What is said of a Service that lacks its address. With a control plane none does for long.
+pub(super) const CLUSTER_IP_MISSING: &str = "spec.clusterIP is not set: the Service is not served";
 /// The zone of a node.
-const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+pub(super) const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
 /// Converts objects for one node; equal strings and hints of all its results share memory.
 #[derive(Debug)]
@@ -211,27 +213,32 @@ fn excerpt(text: &str) -> &str {
 
 /// Collects what is wrong with an object.
 #[derive(Default)]
-struct Findings {
+pub(super) struct Findings {
     sentences: Vec<String>,
     more: usize,
 }
 
 impl Findings {
     /// `field reason`.
-    fn note(&mut self, field: fmt::Arguments<'_>, reason: fmt::Arguments<'_>) {
+    pub(super) fn note(&mut self, field: fmt::Arguments<'_>, reason: fmt::Arguments<'_>) {
+        self.sentence(format_args!("{field} {reason}"));
+    }
+
+    /// The whole sentence.
+    pub(super) fn sentence(&mut self, sentence: fmt::Arguments<'_>) {
         if self.sentences.len() < FINDINGS_MAX {
-            self.sentences.push(format!("{field} {reason}"));
+            self.sentences.push(sentence.to_string());
         } else {
             self.more += 1;
         }
     }
 
     /// `field "value" what; it is ignored`.
-    fn quoted(&mut self, field: fmt::Arguments<'_>, value: &str, what: &str) {
+    pub(super) fn quoted(&mut self, field: fmt::Arguments<'_>, value: &str, what: &str) {
         self.note(field, format_args!("{:?} {what}; it is ignored", excerpt(value)));
     }
 
-    fn finish(mut self) -> Vec<String> {
+    pub(super) fn finish(mut self) -> Vec<String> {
         if self.more > 0 {
             self.sentences.push(format!("and {} more of the kind", self.more));
         }

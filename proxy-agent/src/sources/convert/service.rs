@@ -6,7 +6,8 @@ use std::fmt;
 use proxy_common::addr::{Addr, Family, Prefix};
 
 use super::{
-    Converter, Findings, LABEL_MAX, PROXY_NAME_LABEL, Problem, check_port_name, label, lenient, objects,
+    CLUSTER_IP_MISSING, Converter, Findings, LABEL_MAX, PROXY_NAME_LABEL, Problem, check_port_name, label,
+    lenient, objects,
 };
 use crate::cluster::{Service, ServicePort, ServiceType, TrafficPolicy};
 
@@ -124,7 +125,7 @@ fn cluster_ips(
         Some(_) | None => listed,
     };
     if values.is_empty() {
-        findings.note(format_args!("spec.clusterIP"), format_args!("is not set: the Service is not served"));
+        findings.sentence(format_args!("{CLUSTER_IP_MISSING}"));
     }
     let families = &spec.ip_families;
     for (i, value) in values.iter().enumerate() {

@@ -5,20 +5,19 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
-use kube::Resource;
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
 
 use super::bytes::{Bytes, FILE_MAX};
 use super::documents::{At, Document, documents};
-use crate::cluster::{Change, ObjectKey};
-use crate::sources::convert::{Converter, SERVICE_NAME_LABEL, is_of_no_service};
-use crate::sources::objects::{self, Pod};
+use super::object::{Converted, Object, convert, typed};
+use crate::cluster::ObjectKey;
+use crate::sources::convert::Converter;
+use crate::sources::objects::Pod;
 use crate::sources::{Problem, outcome};
 
 /// The namespace of an object that names none.
-const DEFAULT_NAMESPACE: &str = "default";
+pub(super) const DEFAULT_NAMESPACE: &str = "default";
 
 /// The kinds that are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,6 +28,11 @@ pub(super) enum Kind {
     Node,
     ServiceCidr,
     Pod,
+    Deployment,
+    ReplicaSet,
+    StatefulSet,
+    DaemonSet,
+    ReplicationController,
 }
 
 /// What makes an object the same object.
@@ -39,8 +43,8 @@ pub(super) struct Id {
     pub(super) key: ObjectKey,
 }
 
-/// The objects of a file and what each amounts to: nothing when it is not ours, several slices for an Endpoints.
-pub(super) type Objects = BTreeMap<Id, Vec<Change>>;
+/// The objects of a file.
+pub(super) type Objects = BTreeMap<Id, Object>;
 
 /// What is in a file.
 #[derive(Default)]
@@ -73,8 +77,22 @@ impl FileError {
 }
 
 impl Kind {
-    const ALL: [Self; 6] =
-        [Self::Service, Self::EndpointSlice, Self::Endpoints, Self::Node, Self::ServiceCidr, Self::Pod];
+    pub(super) const ALL: [Self; 11] = [
+        Self::Service,
+        Self::EndpointSlice,
+        Self::Endpoints,
+        Self::Node,
+        Self::ServiceCidr,
+        Self::Pod,
+        Self::Deployment,
+        Self::ReplicaSet,
+        Self::StatefulSet,
+        Self::DaemonSet,
+        Self::ReplicationController,
+    ];
+    /// The kinds that make Pods of a template.
+    pub(super) const WORKLOADS: [Self; 5] =
+        [Self::Deployment, Self::ReplicaSet, Self::StatefulSet, Self::DaemonSet, Self::ReplicationController];
 
     /// `kind`, API group and version.
     fn names(self) -> (&'static str, &'static str, &'static str) {
@@ -85,20 +103,27 @@ impl Kind {
             Self::Node => ("Node", "", "v1"),
             Self::ServiceCidr => ("ServiceCIDR", "networking.k8s.io/", "v1"),
             Self::Pod => ("Pod", "", "v1"),
+            Self::Deployment => ("Deployment", "apps/", "v1"),
+            Self::ReplicaSet => ("ReplicaSet", "apps/", "v1"),
+            Self::StatefulSet => ("StatefulSet", "apps/", "v1"),
+            Self::DaemonSet => ("DaemonSet", "apps/", "v1"),
+            Self::ReplicationController => ("ReplicationController", "", "v1"),
         }
     }
 
-    fn is_namespaced(self) -> bool {
-        match self {
-            Self::Service | Self::EndpointSlice | Self::Endpoints | Self::Pod => true,
-            Self::Node | Self::ServiceCidr => false,
-        }
+    /// As `kind` has it.
+    pub(super) fn name(self) -> &'static str {
+        self.names().0
+    }
+
+    pub(super) fn is_namespaced(self) -> bool {
+        !matches!(self, Self::Node | Self::ServiceCidr)
     }
 }
 
 impl fmt::Display for Id {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (kind, ..) = self.kind.names();
+        let kind = self.kind.name();
         if self.kind.is_namespaced() {
             write!(f, "{kind} {}", self.key)
         } else {
@@ -130,10 +155,10 @@ pub(super) fn read(
     let mut parsed = reader.parsed;
     if let Some((document, message)) = unreadable {
         let mut kept = 0;
-        for (id, changes) in before {
+        for (id, object) in before {
             parsed.objects.entry(id.clone()).or_insert_with(|| {
                 kept += 1;
-                changes.clone()
+                object.clone()
             });
         }
         let kept = match kept {
@@ -251,7 +276,8 @@ impl Reader<'_> {
             return;
         };
         let (name, group, version) = kind.names();
-        if api_version.strip_prefix(group) != Some(version) {
+        let is_workload = Kind::WORKLOADS.contains(&kind);
+        if !is_workload && api_version.strip_prefix(group) != Some(version) {
             let reason =
                 format!("apiVersion {api_version} is not read, use {group}{version}; the object is ignored");
             return self.problem(at, Some(name), &reason);
@@ -262,22 +288,28 @@ impl Reader<'_> {
             return self.problem(at, Some(&named), "the object is in this file already; this one is ignored");
         }
         match convert(kind, value, self.converter) {
-            Ok((changes, problems)) => {
-                for problem in problems {
-                    self.problem(at, Some(&named), &problem);
+            Ok(converted) => {
+                for sentence in converted.said {
+                    self.problem(at, Some(&named), &sentence);
                 }
-                self.parsed.objects.insert(id, changes);
+                let Converted { changes, part, .. } = converted;
+                self.parsed.objects.insert(id, Object { changes, part, place: self.place(at, Some(&named)) });
             }
             Err(reason) => {
                 let kept = self.before.get(&id).cloned();
                 let state = outcome(kept.is_some());
                 self.problem(at, Some(&named), &format!("{reason}; {state}"));
-                self.parsed.objects.extend(kept.map(|changes| (id, changes)));
+                self.parsed.objects.extend(kept.map(|object| (id, object)));
             }
         }
     }
 
     fn problem(&mut self, at: &At, object: Option<&str>, reason: &str) {
+        let object = self.place(at, object);
+        self.parsed.problems.push(Problem { object, reason: reason.to_owned() });
+    }
+
+    fn place(&self, at: &At, object: Option<&str>) -> String {
         let mut place = format!("{}, document {}", self.shown, at.document);
         if let Some(line) = at.line {
             place += &format!(" (line {line})");
@@ -288,58 +320,8 @@ impl Reader<'_> {
         if let Some(object) = object {
             place += &format!(", {object}");
         }
-        self.parsed.problems.push(Problem { object: place, reason: reason.to_owned() });
+        place
     }
-}
-
-/// What the object amounts to, and sentences about parts of it that have no other place to go.
-fn convert(
-    kind: Kind,
-    value: Value,
-    converter: &mut Converter,
-) -> Result<(Vec<Change>, Vec<String>), String> {
-    let refused = |problem: Problem| problem.reason;
-    let changes = match kind {
-        Kind::Service => {
-            let service = converter.service(&typed::<objects::Service>(kind, value)?).map_err(refused)?;
-            service.map(Change::Service).into_iter().collect()
-        }
-        Kind::EndpointSlice => {
-            let object = typed::<objects::EndpointSlice>(kind, value)?;
-            let slice = converter.slice(&object).map_err(refused)?;
-            if slice.is_none() && is_of_no_service(&object.metadata) {
-                let said = format!("label {SERVICE_NAME_LABEL} is missing, so it belongs to no Service");
-                return Ok((Vec::new(), vec![said]));
-            }
-            slice.map(Change::Slice).into_iter().collect()
-        }
-        Kind::Endpoints => {
-            let slices = converter.endpoints(&typed::<objects::Endpoints>(kind, value)?).map_err(refused)?;
-            slices.into_iter().map(Change::Slice).collect()
-        }
-        Kind::Node => {
-            converter.node(&typed::<objects::Node>(kind, value)?).map(Change::Node).into_iter().collect()
-        }
-        Kind::Pod => {
-            let pod = converter.pod(&typed::<Pod>(kind, value)?).map_err(refused)?;
-            pod.map(Change::Pod).into_iter().collect()
-        }
-        Kind::ServiceCidr => {
-            let cidr =
-                converter.service_cidr(&typed::<objects::ServiceCidr>(kind, value)?).map_err(refused)?;
-            return Ok((vec![Change::ServiceCidr(cidr.name, cidr.prefixes)], cidr.problems));
-        }
-    };
-    Ok((changes, Vec::new()))
-}
-
-fn typed<T: DeserializeOwned + Resource>(kind: Kind, value: Value) -> Result<T, String> {
-    let mut object: T = serde_path_to_error::deserialize(value).map_err(|error| error.to_string())?;
-    let namespace = &mut object.meta_mut().namespace;
-    if kind.is_namespaced() && namespace.as_deref().unwrap_or_default().is_empty() {
-        *namespace = Some(DEFAULT_NAMESPACE.to_owned());
-    }
-    Ok(object)
 }
 
 /// Namespace and name of an object that may be broken otherwise.

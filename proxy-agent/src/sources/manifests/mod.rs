@@ -7,6 +7,8 @@
 //!
 //! All files together are one state: an object that no file has any more is gone. What cannot be read is reported
 //! and its last good state stays in force, that of the whole directory too should it vanish.
+//!
+//! There is no control plane, so what it would do to Services is done here (`controllers`).
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -24,8 +26,10 @@ use snapshot::Snapshot;
 use watch::Watch;
 
 mod bytes;
+mod controllers;
 mod documents;
 mod file;
+mod object;
 mod snapshot;
 mod watch;
 

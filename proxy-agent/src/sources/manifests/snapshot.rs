@@ -8,9 +8,11 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
 use super::bytes::Bytes;
-use super::file::{self, FileError, Id, Objects};
+use super::controllers::Controllers;
+use super::file::{self, FileError, Id, Kind, Objects};
+use super::object::Object;
 use super::{Changed, is_manifest};
-use crate::cluster::Change;
+use crate::cluster::{Change, ObjectKey};
 use crate::opt_out::Rules;
 use crate::sources::Problem;
 use crate::sources::convert::Converter;
@@ -20,11 +22,18 @@ pub(super) struct Snapshot {
     directory: PathBuf,
     converter: Converter,
     bytes: Bytes,
-    files: BTreeMap<OsString, File>,
-    /// The files that an object is in; the first one is where it is taken from.
-    places: BTreeMap<Id, BTreeSet<OsString>>,
+    files: Files,
+    controllers: Controllers,
     /// What was told last.
     problems: Vec<Problem>,
+}
+
+/// What is in all files.
+#[derive(Default)]
+pub(super) struct Files {
+    by_name: BTreeMap<OsString, File>,
+    /// The files that an object is in; the first one is where it is taken from.
+    places: BTreeMap<Id, BTreeSet<OsString>>,
 }
 
 /// What one look at the directory brought.
@@ -60,8 +69,8 @@ impl Snapshot {
             directory,
             converter: Converter::new(node_name).with_opt_out(opt_out.clone()),
             bytes: Bytes::default(),
-            files: BTreeMap::new(),
-            places: BTreeMap::new(),
+            files: Files::default(),
+            controllers: Controllers::new(node_name),
             problems: Vec::new(),
         }
     }
@@ -73,7 +82,7 @@ impl Snapshot {
         if changed.any {
             match self.listed() {
                 Ok(listed) => {
-                    names.extend(self.files.keys().filter(|name| !listed.contains(*name)).cloned());
+                    names.extend(self.files.by_name.keys().filter(|name| !listed.contains(*name)).cloned());
                     names.extend(listed.into_iter().filter(|name| self.differs(name)));
                 }
                 // While the directory is gone nothing in it counts as deleted.
@@ -87,10 +96,7 @@ impl Snapshot {
         for name in names {
             self.read_file(name, &mut before);
         }
-        let mut changes = Vec::new();
-        for (id, before) in before {
-            difference(&before, self.winner(&id), &mut changes);
-        }
+        let changes = self.differences(before);
         let problems = self.list_problems(unreadable.as_ref());
         let problems = (problems != self.problems).then(|| {
             self.problems.clone_from(&problems);
@@ -113,12 +119,12 @@ impl Snapshot {
 
     fn differs(&self, name: &OsStr) -> bool {
         let stamp = fs::metadata(self.directory.join(name)).ok().map(|metadata| Stamp::of(&metadata));
-        self.files.get(name).map_or(stamp.is_some(), |file| file.stamp != stamp)
+        self.files.by_name.get(name).map_or(stamp.is_some(), |file| file.stamp != stamp)
     }
 
     /// Reads one file anew; puts what was in force of the objects it touches into `before`.
     fn read_file(&mut self, name: OsString, before: &mut BTreeMap<Id, Vec<Change>>) {
-        let mut file = self.files.remove(&name).unwrap_or_default();
+        let mut file = self.files.by_name.remove(&name).unwrap_or_default();
         let path = self.directory.join(&name);
         // The stamp is from before the reading: a write in between makes it differ.
         let metadata = fs::metadata(&path);
@@ -148,40 +154,65 @@ impl Snapshot {
                 }
                 file.problems =
                     vec![Problem { object: shown.into_owned(), reason: format!("{error}{kept}") }];
-                self.files.insert(name, file);
+                self.files.by_name.insert(name, file);
                 return;
             }
         };
         let old = std::mem::take(&mut file.objects);
         let touched: BTreeSet<Id> = old.keys().chain(objects.keys()).cloned().collect();
         // Put back for a moment: what is in force is asked of all files.
-        self.files.insert(name.clone(), File { objects: old, ..File::default() });
+        self.files.by_name.insert(name.clone(), File { objects: old, ..File::default() });
         for id in touched {
             if !before.contains_key(&id) {
-                before.insert(id.clone(), self.winner(&id).to_vec());
+                before.insert(id.clone(), self.in_force(&id));
             }
-            let places = self.places.entry(id.clone()).or_default();
+            let places = self.files.places.entry(id.clone()).or_default();
             if objects.contains_key(&id) {
                 places.insert(name.clone());
             } else {
                 places.remove(&name);
                 if places.is_empty() {
-                    self.places.remove(&id);
+                    self.files.places.remove(&id);
                 }
             }
         }
         if exists {
             file.objects = objects;
-            self.files.insert(name, file);
+            self.files.by_name.insert(name, file);
         } else {
-            self.files.remove(&name);
+            self.files.by_name.remove(&name);
         }
     }
 
-    /// What is in force of an object.
-    fn winner(&self, id: &Id) -> &[Change] {
-        let file = self.places.get(id).and_then(BTreeSet::first).and_then(|name| self.files.get(name));
-        file.and_then(|file| file.objects.get(id)).map_or(&[], Vec::as_slice)
+    /// What is in force of an object, with what it was given.
+    fn in_force(&self, id: &Id) -> Vec<Change> {
+        let mut changes = self.files.object(id).map_or_else(Vec::new, |object| object.changes.clone());
+        for change in &mut changes {
+            if let Change::Service(service) = change {
+                self.controllers.complete(service);
+            }
+        }
+        changes
+    }
+
+    /// What must be said now that the objects that `before` names may differ.
+    fn differences(&mut self, mut before: BTreeMap<Id, Vec<Change>>) -> Vec<Change> {
+        if before.keys().any(|id| matches!(id.kind, Kind::Service | Kind::ServiceCidr)) {
+            let given = self.controllers.assign(&self.files);
+            for key in self.controllers.differing(&given) {
+                let id = Id { kind: Kind::Service, key };
+                if !before.contains_key(&id) {
+                    before.insert(id.clone(), self.in_force(&id));
+                }
+            }
+            self.controllers.give(given);
+        }
+        let mut changes = Vec::new();
+        for (id, before) in &before {
+            difference(before, &self.in_force(id), &mut changes);
+        }
+        changes.extend(self.controllers.follow(&self.files, before.keys()));
+        changes
     }
 
     fn list_problems(&self, unreadable: Option<&io::Error>) -> Vec<Problem> {
@@ -192,8 +223,9 @@ impl Snapshot {
             })
             .into_iter()
             .collect();
-        problems.extend(self.files.values().flat_map(|file| file.problems.iter().cloned()));
-        for (id, places) in self.places.iter().filter(|(_, places)| places.len() > 1) {
+        problems.extend(self.files.by_name.values().flat_map(|file| file.problems.iter().cloned()));
+        problems.extend(self.controllers.problems().cloned());
+        for (id, places) in self.files.places.iter().filter(|(_, places)| places.len() > 1) {
             let mut names = places.iter().map(|name| name.to_string_lossy());
             let first = names.next().unwrap_or_default();
             problems.extend(names.map(|name| Problem {
@@ -202,6 +234,37 @@ impl Snapshot {
             }));
         }
         problems
+    }
+}
+
+impl Files {
+    /// An object, from the first file that has it.
+    fn object(&self, id: &Id) -> Option<&Object> {
+        self.first(id, self.places.get(id)?)
+    }
+
+    fn first(&self, id: &Id, places: &BTreeSet<OsString>) -> Option<&Object> {
+        self.by_name.get(places.first()?)?.objects.get(id)
+    }
+
+    /// The objects of a kind, by name.
+    pub(super) fn all(&self, kind: Kind) -> impl Iterator<Item = (&Id, &Object)> {
+        self.from(kind, "").take_while(move |(id, _)| id.kind == kind)
+    }
+
+    /// Those of a namespace.
+    pub(super) fn of_namespace<'a>(
+        &'a self,
+        kind: Kind,
+        namespace: &'a str,
+    ) -> impl Iterator<Item = (&'a Id, &'a Object)> {
+        let is_in = move |id: &Id| id.kind == kind && &*id.key.namespace == namespace;
+        self.from(kind, namespace).take_while(move |(id, _)| is_in(id))
+    }
+
+    fn from(&self, kind: Kind, namespace: &str) -> impl Iterator<Item = (&Id, &Object)> + use<'_> {
+        let first = Id { kind, key: ObjectKey::new(namespace, "") };
+        self.places.range(first..).filter_map(|(id, places)| Some((id, self.first(id, places)?)))
     }
 }
 

@@ -16,6 +16,7 @@ use crate::opt_out::{ANNOTATION, Rules};
 use crate::sources::Problem;
 
 mod kubectl;
+mod selectors;
 
 /// Longer than anything takes on a busy machine, shorter than the look round that would hide a missed event.
 const SOON: Duration = Duration::from_secs(5);

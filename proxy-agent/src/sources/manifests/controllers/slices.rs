@@ -1,0 +1,168 @@
+//! Services with selectors, Pods and Nodes to slices, as the EndpointSlice controller of a cluster makes them. Pure.
+//!
+//! Unlike there, a Pod need not have a Node, and a slice may have any number of endpoints.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use proxy_common::addr::Family;
+
+use super::labels::Labelled;
+use super::parts::{Distribution, PodPart, ServicePart};
+use crate::cluster::{Endpoint, Hints, ObjectKey, Service, Slice, SlicePort};
+use crate::sources::objects::TargetPort;
+
+/// How many endpoints the Services of one namespace get by their selectors, those of each port counted: a few lines could
+/// ask for the product of all Services and all Pods.
+pub(super) const ENDPOINTS_MAX: usize = 1 << 20;
+
+/// What a selector comes to.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Found {
+    pub(super) slices: Vec<Slice>,
+    /// How many Pods match.
+    pub(super) matching: usize,
+    /// How many of them have an address of the Service's families and have not ended.
+    pub(super) usable: usize,
+    /// The ports that none of these has, by index.
+    pub(super) portless: Vec<usize>,
+    /// It would be more than there is room for.
+    pub(super) is_beyond: bool,
+}
+
+/// The slices of a Service: one for each family and each set of port numbers. It gets `room` endpoints at most, or none;
+/// then no more Pods are looked at than that.
+pub(super) fn slices_of(
+    pods: &Labelled<'_, &PodPart>,
+    service: &Service,
+    part: &ServicePart,
+    zones: &BTreeMap<Arc<str>, Arc<str>>,
+    node_name: &str,
+    room: usize,
+) -> Found {
+    let mut found = Found::default();
+    let targets: Vec<_> = service.ports.iter().map(|port| part.target(port)).collect();
+    let families: Vec<_> =
+        Family::ALL.into_iter().filter(|family| service.cluster_ips[family.index()].is_some()).collect();
+    // By the number of each port; a Pod may lack some.
+    let mut groups: BTreeMap<Vec<Option<u16>>, Vec<&PodPart>> = BTreeMap::new();
+    let mut endpoints = 0;
+    for pod in pods.selected(&part.selector) {
+        found.matching += 1;
+        let addresses = families.iter().filter(|family| pod.addresses[family.index()].is_some()).count();
+        if pod.finished || addresses == 0 {
+            continue;
+        }
+        found.usable += 1;
+        let numbers: Vec<_> = targets.iter().map(|target| target.number(pod)).collect();
+        endpoints += addresses * numbers.iter().flatten().count();
+        if endpoints > room {
+            return Found { is_beyond: true, ..found };
+        }
+        groups.entry(numbers).or_default().push(pod);
+    }
+    let lacking = |index: &usize| groups.keys().all(|numbers| numbers.get(*index) == Some(&None));
+    found.portless = (0..targets.len()).filter(|index| found.usable > 0 && lacking(index)).collect();
+    let mut hints = BTreeMap::new();
+    for (i, (numbers, pods)) in groups.iter().enumerate() {
+        let ports: Vec<_> = service
+            .ports
+            .iter()
+            .zip(numbers)
+            .filter_map(|(port, number)| {
+                Some(SlicePort { name: Arc::clone(&port.name), proto: port.proto, port: (*number)? })
+            })
+            .collect();
+        for family in families.iter().filter(|_| !ports.is_empty()) {
+            let mut endpoint = |pod: &&PodPart| {
+                let ready = part.publish_not_ready || (pod.serving && !pod.terminating);
+                Some(Endpoint {
+                    addr: pod.addresses[family.index()]?,
+                    ready,
+                    serving: pod.serving,
+                    terminating: pod.terminating,
+                    local: pod.node.as_deref() == Some(node_name),
+                    hints: hints_of(pod, part.distribution, zones, &mut hints).filter(|_| ready),
+                })
+            };
+            let endpoints: Vec<_> = pods.iter().filter_map(&mut endpoint).collect();
+            if endpoints.is_empty() {
+                continue;
+            }
+            // No slice of a cluster has a slash in its name.
+            let name = format!("{}/selector/{i}/{family}", service.key.name);
+            found.slices.push(Slice {
+                key: ObjectKey { namespace: Arc::clone(&service.key.namespace), name: name.into() },
+                service: service.key.clone(),
+                family: *family,
+                ports: ports.clone(),
+                endpoints,
+                trigger_time: None,
+                problems: Vec::new(),
+            });
+        }
+    }
+    found
+}
+
+impl Found {
+    /// How many endpoints there are, those of each port counted.
+    pub(super) fn endpoints(&self) -> usize {
+        self.slices.iter().map(|slice| slice.ports.len() * slice.endpoints.len()).sum()
+    }
+}
+
+/// Where a Pod listens for a port of a Service.
+enum Target<'a> {
+    Number(u16),
+    Named(&'a str, u8),
+}
+
+impl Target<'_> {
+    fn number(&self, pod: &PodPart) -> Option<u16> {
+        match self {
+            Self::Number(number) => Some(*number),
+            Self::Named(name, proto) => pod.port(name, *proto),
+        }
+    }
+}
+
+impl ServicePart {
+    fn target(&self, port: &crate::cluster::ServicePort) -> Target<'_> {
+        match self.targets.get(&(port.name.to_string(), port.proto)) {
+            None => Target::Number(port.port),
+            // What is not in range has been left out.
+            Some(TargetPort::Number(number)) => Target::Number(u16::try_from(*number).unwrap_or(port.port)),
+            Some(TargetPort::Name(name)) => Target::Named(name, port.proto),
+        }
+    }
+
+    /// What a port asks for by name.
+    pub(super) fn target_name(&self, port: &crate::cluster::ServicePort) -> &str {
+        match self.target(port) {
+            Target::Number(_) => "",
+            Target::Named(name, _) => name,
+        }
+    }
+}
+
+/// For whom an endpoint is meant. Equal hints share memory by `known`.
+fn hints_of(
+    pod: &PodPart,
+    distribution: Distribution,
+    zones: &BTreeMap<Arc<str>, Arc<str>>,
+    known: &mut BTreeMap<Hints, Arc<Hints>>,
+) -> Option<Arc<Hints>> {
+    let node = pod.node.as_ref()?;
+    let zone = zones.get(node).map(Arc::clone).into_iter().collect();
+    let hints = match distribution {
+        Distribution::Anywhere => return None,
+        Distribution::SameZone => Hints { zones: zone, nodes: Vec::new() },
+        Distribution::SameNode => Hints { zones: zone, nodes: vec![Arc::clone(node)] },
+    };
+    if hints == Hints::default() {
+        return None;
+    }
+    let shared = known.entry(hints).or_insert_with_key(|hints| Arc::new(hints.clone()));
+    Some(Arc::clone(shared))
+}

@@ -1,0 +1,170 @@
+//! One object of a file: what it amounts to by itself, and what controllers go by.
+
+use kube::Resource;
+use proxy_common::addr::Prefix;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::controllers::{Labels, NodePart, Part, PodPart, ServicePart};
+use super::file::{DEFAULT_NAMESPACE, Kind};
+use crate::cluster::{Change, Service, Slice};
+use crate::sources::Problem;
+use crate::sources::convert::{
+    CLUSTER_IP_MISSING, Converter, Findings, SERVICE_NAME_LABEL, is_of_no_service,
+};
+use crate::sources::objects::{self, Pod};
+
+/// What an object amounts to.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Object {
+    /// By itself: nothing when it is not ours, several slices for an Endpoints.
+    pub(super) changes: Vec<Change>,
+    /// Together with others.
+    pub(super) part: Option<Part>,
+    /// Where it is, as problems name it.
+    pub(super) place: String,
+}
+
+impl Object {
+    /// The Service, as it was written.
+    pub(super) fn service(&self) -> Option<&Service> {
+        self.changes
+            .iter()
+            .find_map(|change| if let Change::Service(service) = change { Some(service) } else { None })
+    }
+
+    /// The prefixes of a ServiceCIDR.
+    pub(super) fn prefixes(&self) -> impl Iterator<Item = Prefix> {
+        let lists = self.changes.iter().filter_map(|change| {
+            if let Change::ServiceCidr(_, prefixes) = change { Some(prefixes) } else { None }
+        });
+        lists.flatten().copied()
+    }
+
+    /// The slices.
+    pub(super) fn slices(&self) -> impl Iterator<Item = &Slice> {
+        self.changes
+            .iter()
+            .filter_map(|change| if let Change::Slice(slice) = change { Some(slice) } else { None })
+    }
+}
+
+/// What an object amounts to, and sentences about parts of it.
+#[derive(Default)]
+pub(super) struct Converted {
+    pub(super) changes: Vec<Change>,
+    pub(super) part: Option<Part>,
+    pub(super) said: Vec<String>,
+}
+
+/// Converts an object of a kind.
+///
+/// # Errors
+/// Why nothing of it can be used.
+pub(super) fn convert(kind: Kind, value: Value, converter: &mut Converter) -> Result<Converted, String> {
+    let refused = |problem: Problem| problem.reason;
+    let mut converted = Converted::default();
+    let Converted { changes, part, said } = &mut converted;
+    match kind {
+        Kind::Service => {
+            let request = fields::<objects::ServiceRequest>(&value);
+            let object = typed::<objects::Service>(kind, value)?;
+            changes.extend(converter.service(&object).map_err(refused)?.map(Change::Service));
+            let mut findings = Findings::default();
+            let request = request.unwrap_or_else(|error| {
+                findings.sentence(format_args!("{error}; its selector has no effect"));
+                objects::ServiceRequest::default()
+            });
+            *part = Some(Part::Service(ServicePart::of(&object, request, &mut findings)));
+            said.extend(findings.finish());
+        }
+        Kind::EndpointSlice => {
+            let object = typed::<objects::EndpointSlice>(kind, value)?;
+            let slice = converter.slice(&object).map_err(refused)?;
+            if slice.is_none() && is_of_no_service(&object.metadata) {
+                said.push(format!("label {SERVICE_NAME_LABEL} is missing, so it belongs to no Service"));
+            }
+            changes.extend(slice.map(Change::Slice));
+        }
+        Kind::Endpoints => {
+            let slices = converter.endpoints(&typed::<objects::Endpoints>(kind, value)?).map_err(refused)?;
+            changes.extend(slices.into_iter().map(Change::Slice));
+        }
+        Kind::Node => {
+            let object = typed::<objects::Node>(kind, value)?;
+            *part = Some(Part::Node(NodePart::of(&object)));
+            changes.extend(converter.node(&object).map(Change::Node));
+        }
+        Kind::Pod => {
+            let details = fields::<objects::PodDetails>(&value);
+            let object = typed::<Pod>(kind, value)?;
+            match converter.pod(&object) {
+                Ok(pod) => changes.extend(pod.map(Change::Pod)),
+                Err(problem) => said.push(problem.reason),
+            }
+            match details {
+                Ok(details) => {
+                    let mut findings = Findings::default();
+                    *part = Some(Part::Pod(PodPart::of(&object, details, &mut findings)));
+                    said.extend(findings.finish());
+                }
+                Err(error) => said.push(format!("{error}; it is no endpoint of any Service")),
+            }
+        }
+        Kind::ServiceCidr => {
+            let cidr =
+                converter.service_cidr(&typed::<objects::ServiceCidr>(kind, value)?).map_err(refused)?;
+            changes.push(Change::ServiceCidr(cidr.name, cidr.prefixes));
+            said.extend(cidr.problems);
+        }
+        Kind::Deployment
+        | Kind::ReplicaSet
+        | Kind::StatefulSet
+        | Kind::DaemonSet
+        | Kind::ReplicationController => {
+            // Nothing is served by it: it may be as wrong as it likes.
+            *part = fields(&value).ok().map(|object| Part::Workload(template(object)));
+        }
+    }
+    for change in changes {
+        // Here it can be said where the object is.
+        let problems = match change {
+            Change::Service(service) => &mut service.problems,
+            Change::Slice(slice) => &mut slice.problems,
+            Change::ServiceGone(_)
+            | Change::SliceGone(_)
+            | Change::Node(_)
+            | Change::ServiceCidr(..)
+            | Change::ServiceCidrGone(_)
+            | Change::Pod(_)
+            | Change::PodGone(_) => continue,
+        };
+        // An address may be given to it yet.
+        said.extend(problems.drain(..).filter(|problem| problem != CLUSTER_IP_MISSING));
+    }
+    Ok(converted)
+}
+
+/// The labels of the Pods that a Deployment (or the like) makes.
+fn template(object: objects::Workload) -> Labels {
+    let template = object.spec.and_then(|spec| spec.template);
+    template.and_then(|template| template.metadata.labels).unwrap_or_default()
+}
+
+fn fields<'a, T: Deserialize<'a>>(value: &'a Value) -> Result<T, String> {
+    serde_path_to_error::deserialize(value).map_err(|error| error.to_string())
+}
+
+/// The object, in the namespace `default` if it names none.
+///
+/// # Errors
+/// The field that is wrong, and why.
+pub(super) fn typed<T: DeserializeOwned + Resource>(kind: Kind, value: Value) -> Result<T, String> {
+    let mut object: T = serde_path_to_error::deserialize(value).map_err(|error| error.to_string())?;
+    let namespace = &mut object.meta_mut().namespace;
+    if kind.is_namespaced() && namespace.as_deref().unwrap_or_default().is_empty() {
+        *namespace = Some(DEFAULT_NAMESPACE.to_owned());
+    }
+    Ok(object)
+}
