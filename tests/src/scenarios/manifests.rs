@@ -204,6 +204,7 @@ impl Manifests {
                         add(&mut members, &endpoint["addresses"][0], endpoint, list(&object["ports"]))?;
                     }
                 }
+                Some("Pod") => add_pod(&mut members, &object)?,
                 Some("Endpoints") => {
                     for subset in list(&object["subsets"]) {
                         for address in list(&subset["addresses"]) {
@@ -243,6 +244,20 @@ fn add(
         member.ports.insert((kind, number.with_context(|| format!("the port of {address}"))?));
     }
     Ok(())
+}
+
+/// A Pod with the ports of its containers.
+fn add_pod(members: &mut BTreeMap<IpAddr, Member>, pod: &Value) -> Result<()> {
+    let containers = list(&pod["spec"]["containers"]).iter();
+    let ports = containers.flat_map(|container| list(&container["ports"])).map(
+        |port| json!({ "name": port["name"], "protocol": port["protocol"], "port": port["containerPort"] }),
+    );
+    let ports: Vec<Value> = ports.collect();
+    let endpoint = json!({
+        "nodeName": pod["spec"]["nodeName"],
+        "targetRef": { "name": pod["metadata"]["name"] },
+    });
+    add(members, &pod["status"]["podIP"], &endpoint, &ports)
 }
 
 fn list(value: &Value) -> &[Value] {

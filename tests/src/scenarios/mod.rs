@@ -2,7 +2,7 @@
 //! reading a copy of the files, which can be changed while it serves.
 //!
 //! Who is behind which address is read off the EndpointSlices: the pods that they refer to, the nodes themselves, and
-//! machines outside for what is neither. Every one of them answers on every port that a slice gives it. Beside them
+//! machines outside for what is neither; and off the Pods. Every one of them answers on every port that it has there. Beside them
 //! there are a pod [`CLIENT`] on [`NODE`] and a machine [`OUTSIDE`] of the cluster that serve nothing.
 
 mod checks;

@@ -3,6 +3,7 @@
 mod changes;
 mod cluster;
 mod outside;
+mod selectors;
 mod services;
 
 use std::process::Command;
