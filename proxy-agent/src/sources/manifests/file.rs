@@ -287,7 +287,8 @@ impl Reader<'_> {
         if self.parsed.objects.contains_key(&id) {
             return self.problem(at, Some(&named), "the object is in this file already; this one is ignored");
         }
-        match convert(kind, value, self.converter) {
+        let place = self.place(at, None);
+        match convert(kind, value, &place, self.converter) {
             Ok(converted) => {
                 for sentence in converted.said {
                     self.problem(at, Some(&named), &sentence);

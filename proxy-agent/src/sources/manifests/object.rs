@@ -58,11 +58,16 @@ pub(super) struct Converted {
     pub(super) said: Vec<String>,
 }
 
-/// Converts an object of a kind.
+/// Converts an object of a kind, which is at `place`: what is wrong with a Service or slice is told by that.
 ///
 /// # Errors
 /// Why nothing of it can be used.
-pub(super) fn convert(kind: Kind, value: Value, converter: &mut Converter) -> Result<Converted, String> {
+pub(super) fn convert(
+    kind: Kind,
+    value: Value,
+    place: &str,
+    converter: &mut Converter,
+) -> Result<Converted, String> {
     let refused = |problem: Problem| problem.reason;
     let mut converted = Converted::default();
     let Converted { changes, part, said } = &mut converted;
@@ -128,7 +133,6 @@ pub(super) fn convert(kind: Kind, value: Value, converter: &mut Converter) -> Re
         }
     }
     for change in changes {
-        // Here it can be said where the object is.
         let problems = match change {
             Change::Service(service) => &mut service.problems,
             Change::Slice(slice) => &mut slice.problems,
@@ -141,7 +145,8 @@ pub(super) fn convert(kind: Kind, value: Value, converter: &mut Converter) -> Re
             | Change::PodGone(_) => continue,
         };
         // An address may be given to it yet.
-        said.extend(problems.drain(..).filter(|problem| problem != CLUSTER_IP_MISSING));
+        problems.retain(|problem| problem != CLUSTER_IP_MISSING);
+        problems.iter_mut().for_each(|problem| problem.insert_str(0, &format!("{place}: ")));
     }
     Ok(converted)
 }

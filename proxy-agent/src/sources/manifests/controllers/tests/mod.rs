@@ -14,7 +14,7 @@ mod slices;
 /// An object on the node `n1`, and what was said of it.
 fn object(value: Value) -> (Object, Vec<String>) {
     let kind = Kind::ALL.into_iter().find(|kind| value["kind"] == kind.name()).unwrap();
-    let converted = convert(kind, value, &mut Converter::new("n1")).unwrap();
+    let converted = convert(kind, value, "", &mut Converter::new("n1")).unwrap();
     let object = Object { changes: converted.changes, part: converted.part, place: String::new() };
     (object, converted.said)
 }
