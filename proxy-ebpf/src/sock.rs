@@ -51,6 +51,14 @@ macro_rules! get {
     };
 }
 
+/// Reads a field of a socket likewise.
+macro_rules! of_sock {
+    ($sk:ident, $field:ident $([$i:literal])?) => {
+        // SAFETY: the pointer is the context's and not null, and the verifier rewrites the access.
+        unsafe { addr_of!((*$sk).$field $([$i])?).read_volatile() }
+    };
+}
+
 macro_rules! set {
     ($self:ident, $field:ident $([$i:literal])?, $value:expr) => {
         // SAFETY: as for reading; the verifier allows writes to the fields that its attach type may change.
@@ -154,23 +162,16 @@ impl<const V6: bool> Socket for SockAddr<V6> {
         if sk.is_null() {
             return (Addr::ZERO, Be16 { bytes: [0; 2] });
         }
-        // SAFETY: the verifier tracks the pointer, which is not null; it rewrites each access by offset and width.
-        let port: u16 = unsafe { addr_of!((*sk).dst_port).read_volatile() };
-        // SAFETY: as above.
-        let family = unsafe { addr_of!((*sk).family).read_volatile() };
-        let addr = if family == AF_INET {
-            // SAFETY: as above.
-            Addr::v4_in_memory(unsafe { addr_of!((*sk).dst_ip4).read_volatile() })
+        let port: u16 = of_sock!(sk, dst_port);
+        let addr = if of_sock!(sk, family) == AF_INET {
+            Addr::v4_in_memory(of_sock!(sk, dst_ip4))
         } else {
-            // SAFETY: as above.
-            let words = unsafe {
-                [
-                    addr_of!((*sk).dst_ip6[0]).read_volatile(),
-                    addr_of!((*sk).dst_ip6[1]).read_volatile(),
-                    addr_of!((*sk).dst_ip6[2]).read_volatile(),
-                    addr_of!((*sk).dst_ip6[3]).read_volatile(),
-                ]
-            };
+            let words = [
+                of_sock!(sk, dst_ip6[0]),
+                of_sock!(sk, dst_ip6[1]),
+                of_sock!(sk, dst_ip6[2]),
+                of_sock!(sk, dst_ip6[3]),
+            ];
             Addr::v6(bytemuck::cast(words))
         };
         (addr, Be16 { bytes: port.to_ne_bytes() })

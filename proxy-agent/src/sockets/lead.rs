@@ -95,9 +95,10 @@ fn is_about(record: &SocketRecord, peer: (Addr, Be16)) -> bool {
 /// Connects a socket to where the hook carries out its order.
 fn ask(socket: &OwnedFd) -> io::Result<()> {
     let is_v4 = matches!(SocketAddr::try_from(getsockname(socket)?)?, SocketAddr::V4(_));
-    let to = match ADDRESS.to_ip() {
+    let to = ADDRESS.to_ip();
+    let to = match to {
         IpAddr::V4(addr) if !is_v4 => IpAddr::V6(addr.to_ipv6_mapped()),
-        addr => addr,
+        IpAddr::V4(_) | IpAddr::V6(_) => to,
     };
     Ok(connect(socket, &SocketAddr::new(to, PORT.get()))?)
 }

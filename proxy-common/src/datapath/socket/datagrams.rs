@@ -191,10 +191,8 @@ pub fn recvmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     if counts && !other_first && translate_back(socket, &record) == Verdict::Translated {
         return Verdict::Translated;
     }
-    match translate_back_other(socket, tables) {
-        Verdict::Pass if other_first => translate_back(socket, &record),
-        verdict => verdict,
-    }
+    let verdict = translate_back_other(socket, tables);
+    if other_first && verdict == Verdict::Pass { translate_back(socket, &record) } else { verdict }
 }
 
 /// Replaces a backend's address by the VIP of a flow in `UDP_FLOWS`, which lives as long as somebody sends or receives.
