@@ -153,8 +153,7 @@ fn an_inactive_address_is_silent() {
     }
 }
 
-/// What the node itself sends, and what enters where nobody looks, is judged as it leaves; translated it would not find
-/// back.
+/// What enters where nobody looks is judged as it leaves; translated it would not find back.
 #[test]
 fn leaving_packets_are_judged_only() {
     for net in Net::ALL {
@@ -183,10 +182,11 @@ fn leaving_packets_are_judged_only() {
     }
 }
 
-/// Where the host's sockets cannot be told why they are refused, their SYN is answered. Nothing else of the host is, and nothing that
-/// goes to an address with a host of its own: whoever may claim that for a Service would end the host's connections there.
+/// What the host begins past its sockets, or by UDP while nobody serves, is refused. Where its sockets cannot be told why they are
+/// refused, so is a SYN to an address that no Service has. What others have begun is not, nor what goes on with a connection: whoever may
+/// claim the address of another host for a Service does not end the host's connections there.
 #[test]
-fn the_hosts_syn_is_answered_where_its_socket_cannot_be() {
+fn what_the_host_begins_is_answered() {
     for net in Net::ALL {
         let host = SocketAddr::new(net.node(), 50_000);
         for (destination, counter) in [
@@ -195,13 +195,17 @@ fn the_hosts_syn_is_answered_where_its_socket_cannot_be() {
             (net.inactive(), Counter::DropInactiveAddress),
         ] {
             let syn = Packet::tcp(host, destination, SYN, 1, 0);
+            let of_service = counter == Counter::DropNoFlow;
+            let datagram = Packet::udp(host, destination, b"?");
             for (flags, by, packet, answered) in [
                 (HOST_IN_PACKETS, 0, syn.clone(), true),
-                (0, 0, syn.clone(), false),
+                (0, 0, syn.clone(), of_service),
                 (HOST_IN_PACKETS, POD, syn, false),
                 (HOST_IN_PACKETS, 0, Packet::tcp(host, destination, ACK, 1, 7), false),
                 (HOST_IN_PACKETS, 0, Packet::tcp(host, destination, SYN | ACK, 1, 7), false),
-                (HOST_IN_PACKETS, 0, Packet::udp(host, destination, b"?"), false),
+                (HOST_IN_PACKETS, 0, datagram.clone(), of_service),
+                (0, 0, datagram.clone(), of_service),
+                (0, POD, datagram, false),
             ] {
                 let mut world = world();
                 world.sim.apply(&Op::NodeFlags(flags)).unwrap();
@@ -210,7 +214,7 @@ fn the_hosts_syn_is_answered_where_its_socket_cannot_be() {
                 assert_eq!(counts(&world), [(counter, 1)]);
                 if answered {
                     let told = seen(&after);
-                    assert_eq!((told.source, told.destination), (destination, host));
+                    assert_eq!((told.source.ip(), told.destination.ip()), (destination.ip(), host.ip()));
                 }
             }
         }
@@ -229,13 +233,15 @@ fn the_hosts_syn_is_answered_where_its_socket_cannot_be() {
             ..world.sim.service(id).unwrap()
         };
         world.sim.apply(&Op::Service(id, nobody)).unwrap();
-        for kind in [SYN, ACK, PSH | ACK] {
+        for kind in [ACK, PSH | ACK] {
             passes(
                 |bytes| world.leave_from(0, NIC, bytes),
                 &Packet::tcp(host, net.ranged(), kind, 1, 7).bytes(),
             );
         }
-        passes(|bytes| world.leave_from(0, NIC, bytes), &Packet::udp(host, net.ranged(), b"?").bytes());
+        for begins in [Packet::tcp(host, net.ranged(), SYN, 1, 0), Packet::udp(host, net.ranged(), b"?")] {
+            assert_eq!(world.leave_from(0, NIC, begins.bytes()).0, Verdict::Reply);
+        }
     }
 }
 

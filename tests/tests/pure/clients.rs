@@ -89,6 +89,10 @@ impl Client {
                     let origin = if agent.is_near_pod(pod.into()) { Origin::Near } else { Origin::Far };
                     as_packet(agent, pod.into(), origin, dest)
                 }
+                // connect() of UDP tells nobody that he is not served: what he sends is refused where it leaves.
+                (Fate::Pass, _) if way == Way::Connect && dest.proto == Proto::Udp => {
+                    at_socket(agent, netns, dest, Way::Datagram)
+                }
                 (fate, _) => Ok(fate),
             },
             Self::Packets { source, origin } => as_packet(agent, source.into(), origin, dest),
