@@ -25,6 +25,8 @@ use crate::store::{MapStore, Op, StoreError};
 /// The IPv4 dummy address (RFC 7600): never a real destination.
 const PROBE_ADDR: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
 const TIMEOUT: Duration = Duration::from_secs(1);
+/// The cgroups of this process, by the paths that its cgroup namespace shows (cgroup_namespaces(7)).
+const OWN_CGROUP: &str = "/proc/self/cgroup";
 
 /// Why the self-test failed.
 #[derive(Debug, thiserror::Error)]
@@ -69,8 +71,9 @@ pub enum Reach {
 }
 
 /// Tells who is served by what is attached to `cgroup`. What is attached to a cgroup runs for all below it, so once a
-/// datagram of this process is translated ([`run`]) others are served unless it is the cgroup of this process itself. That is
-/// what a container has that sees its own part of the hierarchy: the self-test passes, and no pod is served.
+/// datagram of this process is translated ([`run`]) others are served unless it is the cgroup of this process itself, and the root of
+/// its cgroup namespace. That is what a container has that sees its own part of the hierarchy: the self-test passes, and no pod is
+/// served.
 ///
 /// # Errors
 ///
@@ -82,6 +85,11 @@ pub fn reach(cgroup: &Path) -> Result<Reach, SelfTestError> {
     let id = std::fs::metadata(cgroup).map_err(|error| failed(cgroup, error))?.ino();
     if id == 1 {
         return Ok(Reach::Host);
+    }
+    // The rest of the host's hierarchy is seen, or this process is not in what is seen of it.
+    let own = std::fs::read_to_string(OWN_CGROUP).map_err(|error| failed(Path::new(OWN_CGROUP), error))?;
+    if !own.lines().any(|line| line == "0::/") {
+        return Ok(Reach::Below(id));
     }
     let members = cgroup.join("cgroup.procs");
     let own = std::process::id().to_string();

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::backend::flags::SERVING;
 use proxy_common::abi::local_address::NODEPORT;
-use proxy_common::abi::node::{OPTED_OUT, PODS_IN_PACKETS};
 use proxy_common::abi::socket::Order;
 use proxy_common::abi::{FrontendKey, SocketRecord, proto};
 use proxy_common::addr::Addr;
@@ -19,8 +18,6 @@ pub struct Serving {
     backends: BTreeMap<u32, BTreeSet<(Addr, Be16)>>,
     /// Addresses that serve nodePorts.
     node_ports_at: BTreeSet<Addr>,
-    /// Pods' datagrams to a VIP that their sockets have left alone are served as packets.
-    pods_in_packets: bool,
 }
 
 /// A connected UDP socket.
@@ -48,15 +45,14 @@ impl Serving {
             frontends: udp.map(|(key, value)| (*key, value.service)).collect(),
             backends: ports.map(|(_, port)| (port.id, serving(port))).collect(),
             node_ports_at: addresses.map(|(addr, _)| *addr).collect(),
-            // Who has opted out is not told apart here, and wants to be left alone.
-            pods_in_packets: model.node_flags & (PODS_IN_PACKETS | OPTED_OUT) != 0,
         }
     }
 
     /// Returns what the socket is to be told, `None` if it is where it should be.
     ///
-    /// A socket whose backend has left is led to another one, or to its VIP while nobody serves or no Service has it. One that is
-    /// connected to a VIP itself, because nobody served or because it is older than the Service or the agent, is led to a backend.
+    /// A socket whose backend has left is led to another one, or to its VIP while nobody serves or no Service has it. One of the host that is
+    /// connected to a VIP itself, because nobody served or because it is older than the Service or the agent, is led to a backend. What pods
+    /// send to a VIP itself is served as packets.
     pub fn order(&self, socket: &Connected) -> Option<Order> {
         let (peer, peer_port) = socket.peer;
         match socket.record {
@@ -67,8 +63,12 @@ impl Serving {
             }
             None => {
                 let serves = self.serving(socket.peer).is_some_and(|serving| !serving.is_empty());
-                let unseen = socket.of_host || !self.pods_in_packets;
-                (serves && unseen).then_some(Order { vip: peer, peer, vip_port: peer_port, peer_port })
+                (serves && socket.of_host).then_some(Order {
+                    vip: peer,
+                    peer,
+                    vip_port: peer_port,
+                    peer_port,
+                })
             }
         }
     }
@@ -96,7 +96,7 @@ mod tests {
     const HERE: fn() -> (Addr, Be16) = || (Addr::v4([192, 0, 2, 10]), Be16::new(30053));
 
     /// Service 1 at 10.0.0.1 and nodePort 30053 with the backend 10.0.1.1; Service 2 at 10.0.0.2 without any.
-    fn serving(pods_in_packets: bool) -> Serving {
+    fn serving() -> Serving {
         let exact = |last| FrontendKey::exact(at(0, last).0, at(0, last).1, proto::UDP);
         let (here, port) = HERE();
         let node_port = FrontendKey::node_port(here.unspecified(), port, proto::UDP);
@@ -104,7 +104,6 @@ mod tests {
             frontends: [(exact(1), 1), (exact(2), 2), (node_port, 1)].into(),
             backends: [(1, [at(1, 1)].into()), (2, BTreeSet::new())].into(),
             node_ports_at: [here].into(),
-            pods_in_packets,
         }
     }
 
@@ -135,10 +134,8 @@ mod tests {
             let order = Order { vip: to, vip_port: to_port, peer: peer.0, peer_port: peer.1 };
             for of_host in [true, false] {
                 let socket = Connected { peer, record, of_host };
-                assert_eq!(serving(false).order(&socket), led.then_some(order), "{why}");
-                // What a pod's socket sends to a VIP itself is served as packets then.
-                let seen = vip.is_none() && !of_host;
-                assert_eq!(serving(true).order(&socket), (led && !seen).then_some(order), "{why}");
+                let in_packets = vip.is_none() && !of_host;
+                assert_eq!(serving().order(&socket), (led && !in_packets).then_some(order), "{why}");
             }
         }
     }

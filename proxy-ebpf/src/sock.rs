@@ -157,6 +157,16 @@ impl<const V6: bool> Socket for SockAddr<V6> {
     }
 
     #[inline(always)]
+    fn drop_order(&mut self) {
+        let sk = self.sk();
+        if sk.is_null() {
+            return;
+        }
+        // SAFETY: the pointer is the context's own.
+        let _ = unsafe { ORDERS.delete(sk) };
+    }
+
+    #[inline(always)]
     fn peer(&self) -> (Addr, Be16) {
         let sk = self.sk();
         if sk.is_null() {

@@ -353,4 +353,8 @@ impl Socket for SimSocket<'_> {
     fn order(&self) -> Option<Order> {
         self.order
     }
+
+    fn drop_order(&mut self) {
+        self.order = None;
+    }
 }

@@ -42,7 +42,7 @@ impl Storage {
         let record = self.record(&socket.copy)?.filter(|record| is_about(record, peer));
         let connected = Connected { peer, record, of_host: socket.namespace.of_host };
         match order(&connected) {
-            Some(order) => self.lead(socket, order),
+            Some(order) => self.lead(socket, order, record.is_some()),
             None => Ok(Fate::Left),
         }
     }
@@ -55,27 +55,35 @@ impl Storage {
         }
     }
 
-    fn lead(&self, socket: &Held<'_>, order: Order) -> Result<Fate, SocketsError> {
+    /// `seen`: the hooks have run for the socket. Otherwise that has to be shown first: it may belong to a process outside of the cgroup
+    /// that is served.
+    fn lead(&self, socket: &Held<'_>, order: Order, seen: bool) -> Result<Fate, SocketsError> {
         let Held { copy, namespace, .. } = socket;
         let led = {
             let mut orders = self.orders.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            orders.insert(copy, order, 0).map_err(SocketsError::Storage)?;
-            let led = ask(copy);
-            orders.remove(copy).map_err(SocketsError::Storage)?;
+            if orders.insert(copy, order, 0).is_err() {
+                // Its owner has filled the memory that the kernel grants a socket.
+                return Ok(Fate::Doomed);
+            }
+            let led = (seen || peer(copy).ok() == Some((ADDRESS, PORT))).then(|| ask(copy));
+            // The hook removes it when its owner connects the socket.
+            let _ = orders.remove(copy);
             led
         };
         match led {
-            Ok(()) => {}
-            // The hook has not found the socket where it was: its owner has connected it anew.
-            Err(error) if is_refused(&error) => return Ok(Fate::Left),
-            Err(_) => return Ok(Fate::Doomed),
+            Some(Ok(())) => {}
+            None => return Ok(Fate::Left),
+            // The hook has not found the socket where it was: its owner has connected it anew. Or it is refused, and stays.
+            Some(Err(error)) if is_refused(&error) => return Ok(Fate::Left),
+            Some(Err(_)) => return Ok(Fate::Doomed),
         }
         // Through the hook, which shows the VIP of a socket that is where its record says.
         if peer(copy).ok() != Some((order.vip, order.vip_port)) {
             return Ok(Fate::Doomed);
         }
         let Some(record) = self.record(copy)?.filter(SocketRecord::is_connected) else {
-            return Ok(Fate::Led);
+            // It is at its VIP, where it may have been before.
+            return Ok(if seen { Fate::Led } else { Fate::Left });
         };
         namespace.enter()?;
         let sends_from = local(copy);

@@ -45,8 +45,10 @@ impl SocketSweeper {
         maps: &SocketMaps,
         may_be_judged: impl Fn(&SocketRecord) -> bool,
     ) -> Result<usize, SocketsError> {
-        // Without it the namespaces of most pods cannot be seen, and nothing of theirs.
-        if !capabilities(None).is_ok_and(|have| have.effective.contains(CapabilitySet::SYS_PTRACE)) {
+        // Without the host's processes most namespaces of pods cannot be seen, nor without the right to look.
+        if std::process::id() == 1
+            || !capabilities(None).is_ok_and(|have| have.effective.contains(CapabilitySet::SYS_PTRACE))
+        {
             return Ok(0);
         }
         let mut streams = streams(maps).map_err(SocketsError::Storage)?;

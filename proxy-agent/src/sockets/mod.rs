@@ -23,7 +23,7 @@ mod left;
 mod namespaces;
 mod owners;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -90,6 +90,9 @@ pub enum SocketsError {
     Thread(#[source] io::Error),
 }
 
+/// Errors that a sweep tells of single sockets.
+const ERRORS: usize = 16;
+
 /// What one sweep did.
 #[derive(Debug, Default)]
 pub struct Report {
@@ -114,7 +117,7 @@ pub struct Report {
     pub errors: Vec<SocketsError>,
 }
 
-/// Finds and destroys sockets; made once, when the kernel is known to be able to.
+/// Finds sockets, and leads or destroys them; made once, when the kernel is known to be able to.
 #[derive(Debug)]
 pub struct SocketSweeper {
     places: Places,
@@ -205,7 +208,6 @@ fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> Result<(T, Duration), Sock
 /// A listed socket; `diag` belongs to its namespace.
 struct Candidate {
     diag: usize,
-    family: u8,
     id: SocketId,
 }
 
@@ -223,7 +225,7 @@ fn sweep_here(places: &Places, treat: &Treat<'_>) -> Result<Report, SocketsError
         report.namespaces += 1;
         let listed = Diag::open().and_then(|diag| {
             diag.list(|socket| {
-                let candidate = Candidate { diag: diags.len(), family: socket.family, id: socket.socket_id };
+                let candidate = Candidate { diag: diags.len(), id: socket.socket_id };
                 candidates.insert(socket.inode, candidate);
             })?;
             Ok(diag)
@@ -238,7 +240,7 @@ fn sweep_here(places: &Places, treat: &Treat<'_>) -> Result<Report, SocketsError
     }
 
     report.examined = candidates.len();
-    let mut doomed = Vec::new();
+    let mut doomed: BTreeMap<usize, BTreeSet<u64>> = BTreeMap::new();
     let looked = owners::visit(&places.proc, &mut candidates, |candidate, copy| {
         let Some((_, namespace)) = diags.get(candidate.diag) else { return true };
         if socket_cookie(&copy).ok() != Some(cookie(&candidate.id)) {
@@ -250,8 +252,12 @@ fn sweep_here(places: &Places, treat: &Treat<'_>) -> Result<Report, SocketsError
                 report.led += 1;
                 report.by_family[family_of(&candidate.id)] += 1;
             }
-            Ok(Fate::Doomed) => doomed.push((candidate.diag, candidate.family, candidate.id.clone())),
-            Err(error) => report.errors.push(error),
+            Ok(Fate::Doomed) => {
+                doomed.entry(candidate.diag).or_default().insert(cookie(&candidate.id));
+            }
+            // There may be as many as there are sockets.
+            Err(error) if report.errors.len() < ERRORS => report.errors.push(error),
+            Err(_) => {}
         }
         true
     });
@@ -259,21 +265,31 @@ fn sweep_here(places: &Places, treat: &Treat<'_>) -> Result<Report, SocketsError
     report.hidden = report.hidden.max(hidden);
     report.ownerless = candidates.len();
 
-    for (diag, family, id) in doomed {
+    for (diag, cookies) in doomed {
         let Some((diag, namespace)) = diags.get(diag) else { continue };
-        let of_peer = family_of(&id);
-        match diag.destroy(family, id) {
-            Ok(destroyed) => {
-                report.destroyed += usize::from(destroyed);
-                report.by_family[of_peer] += usize::from(destroyed);
-            }
-            Err(error) => {
-                let name = namespace.path.display().to_string();
-                report.errors.push(SocketsError::Within { name, source: Box::new(error) });
-            }
+        if let Err(error) = destroy(diag, &cookies, &mut report) {
+            let name = namespace.path.display().to_string();
+            report.errors.push(SocketsError::Within { name, source: Box::new(error) });
         }
     }
     Ok(report)
+}
+
+/// Destroys sockets by what they are connected to by now: the kernel finds them by that.
+fn destroy(diag: &Diag, cookies: &BTreeSet<u64>, report: &mut Report) -> Result<(), SocketsError> {
+    let mut found = Vec::new();
+    diag.list(|socket| {
+        if cookies.contains(&cookie(&socket.socket_id)) {
+            found.push((socket.family, socket.socket_id));
+        }
+    })?;
+    for (family, id) in found {
+        let of_peer = family_of(&id);
+        let destroyed = usize::from(diag.destroy(family, id)?);
+        report.destroyed += destroyed;
+        report.by_family[of_peer] += destroyed;
+    }
+    Ok(())
 }
 
 /// Index of the family of the peer.

@@ -3,8 +3,9 @@
 //! `SOCKETS` is socket storage (freed with the socket) for connected sockets, and for the first VIP that an unconnected UDP
 //! socket sends datagrams to: nobody else can evict it. `STREAMS` is an array that takes most stream sockets' records
 //! instead, because storage costs a short connection more than all the rest of connect(). `UDP_FLOWS` is a small LRU hash
-//! for datagrams to further VIPs. All are written and read by the socket edge; the agent reads `SOCKETS` by descriptor to
-//! find connected UDP sockets whose backend has left (sock_diag lists the storage of TCP sockets only).
+//! for datagrams to further VIPs. All are written and read by the socket edge. The agent reads `SOCKETS` and writes
+//! `ORDERS` by descriptor, to lead connected UDP sockets to where their VIP leads now (sock_diag lists the storage of TCP sockets only), and
+//! frees what closed sockets have left in `STREAMS`.
 
 use bytemuck::{Pod, Zeroable};
 

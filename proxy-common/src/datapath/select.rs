@@ -159,8 +159,8 @@ fn remembered(
 /// How many backends [`another`] looks at.
 const OTHERS: u32 = 4;
 
-/// Another backend for a client that [`select`] has served, the first of a few from a random one on that is `wanted`. `None` also if the
-/// Service port has session affinity.
+/// Looks for a backend that is `wanted` among a few of the client's set, from a random one on: for clients that [`select`] has found
+/// another one for. Returns `None` also if the Service port has session affinity.
 #[inline(always)]
 pub fn another(
     tables: &impl Tables,

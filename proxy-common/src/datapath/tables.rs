@@ -114,4 +114,6 @@ pub trait Socket {
     fn drop_record(&mut self);
     /// `ORDERS`: what the agent wants of this socket.
     fn order(&self) -> Option<Order>;
+    /// Removes it, if there is one.
+    fn drop_order(&mut self);
 }

@@ -213,7 +213,7 @@ fn bpftool_shows_every_map_with_field_names() -> Result<()> {
             "FILTER" | "SLOTS" | "LOCAL_ADDRESSES" | "COUNTERS" | "OPT_OUT" => &["key", "value"],
             "TRACE" => &["until", "service", "sample"],
             // The kernel shows socket storage by socket only, and a ring buffer to its reader.
-            "SOCKETS" | "EVENTS" => continue,
+            "SOCKETS" | "ORDERS" | "EVENTS" => continue,
             other => anyhow::bail!("what does {other} hold?"),
         };
         let pin = world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}")).join(map.name);

@@ -195,11 +195,12 @@ impl Client<'_> {
         attempt.ok && peer == asked && answer == asked
     }
 
-    /// At a socket, the call that names the destination has failed, not a later one. A datagram's sender hears of it
-    /// with the next call.
+    /// At a socket, the call that names the destination has failed, not a later one. connect() of UDP does not for lack of endpoints, and a
+    /// datagram's sender hears of it with the next call.
     fn refused(&self, attempt: &Attempt) -> bool {
         let stages: &[&str] = match (self.edge, self.way) {
             (Edge::Socket, lab::Proto::UdpUnconnected) => &["send"],
+            (Edge::Socket, lab::Proto::Udp) => &["connect", "send", "recv"],
             (Edge::Socket, way) if way != lab::Proto::Ping => &["connect"],
             (_, lab::Proto::Tcp) => &["connect"],
             _ => &["send", "recv"],
@@ -211,6 +212,10 @@ impl Client<'_> {
     fn dropped(&self, attempt: &Attempt) -> bool {
         match (self.is_host(), self.way) {
             (true, lab::Proto::UdpUnconnected) => failed(attempt, &["send"], denial()),
+            // For lack of endpoints, as a packet.
+            (true, lab::Proto::Udp) => {
+                failed(attempt, &["connect"], denial()) || failed(attempt, &["send", "recv"], "ECONNREFUSED")
+            }
             (true, _) => failed(attempt, &["connect"], denial()),
             (false, lab::Proto::Tcp) => failed(attempt, &["connect"], "ETIMEDOUT"),
             (false, _) => failed(attempt, &["recv"], "ETIMEDOUT"),

@@ -230,7 +230,7 @@ fn a_socket_that_is_connected_anew_shows_what_it_was_until_it_is() {
     for (addr, port) in table {
         let peer = (connected.addr, connected.port);
         let mut again = SimSocket { addr, port: Be16::new(port), peer, ..connected.clone() };
-        assert_eq!(connect(&mut again, &sim), Pass);
+        assert_ne!(connect(&mut again, &sim), Translated);
         let mut asked = SimSocket { addr: peer.0, port: peer.1, ..again };
         assert_eq!(peername(&mut asked, &sim), Translated);
         assert_eq!((asked.addr, asked.port), (vip(10), Be16::new(80)), "{addr}:{port}");
@@ -365,8 +365,7 @@ fn an_address_that_the_host_has_is_not_unassigned() {
                 if of_host {
                     check(&sim, asking, Pass, None);
                 } else {
-                    let verdict = if proto == TCP { Drop } else { Pass };
-                    check(&sim, asking, verdict, Some(Counter::DropInactiveAddress));
+                    check(&sim, asking, Drop, Some(Counter::DropInactiveAddress));
                 }
             }
         }
@@ -448,19 +447,29 @@ fn the_probe_and_nothing_else_teaches_which_namespace_is_the_hosts() {
 }
 
 #[test]
-fn connect_of_udp_never_fails_because_nobody_serves() {
+fn connect_of_udp_does_not_fail_for_lack_of_endpoints() {
     let mut sim = world();
-    frontend(&mut sim, exact(vip(21), 80, UDP), 2, POD_LOCAL);
-    for (addr, port, counter) in [
-        (vip(20), 80, Counter::RejectNoEndpoint),
-        (vip(21), 80, Counter::DropNoLocalEndpoint),
-        (vip(10), 81, Counter::RejectUnusedPort),
-        (vip(99), 80, Counter::DropInactiveAddress),
-    ] {
-        check(&sim, socket(addr, port, UDP), Pass, Some(counter));
-        let mut host = SimSocket { netns: HOST_NETNS, ..socket(addr, port, UDP) };
-        assert_eq!(connect(&mut host, &sim), Pass);
-        assert_eq!((host.addr, host.record), (addr, None));
+    frontend(&mut sim, exact(vip(21), 80, UDP), 2, POD_LOCAL | NEAR_LOCAL);
+    for flags in [0, PODS_IN_PACKETS] {
+        sim.apply(&Op::NodeFlags(flags)).unwrap();
+        for (addr, port, verdict, counter) in [
+            (vip(20), 80, Pass, Counter::RejectNoEndpoint),
+            (vip(21), 80, Pass, Counter::DropNoLocalEndpoint),
+            // These are no lack of endpoints.
+            (vip(10), 81, Reject, Counter::RejectUnusedPort),
+            (vip(99), 80, Drop, Counter::DropInactiveAddress),
+        ] {
+            let host = SimSocket { netns: HOST_NETNS, ..socket(addr, port, UDP) };
+            check(&sim, host, verdict, Some(counter));
+            // Where nobody judges the packets of pods, they would leave for whoever has the address.
+            let mut pod = socket(addr, port, UDP);
+            let served_later = flags != 0 && verdict == Pass;
+            assert_eq!(
+                connect(&mut pod, &sim) == Pass,
+                served_later || flags != 0 && verdict == Drop,
+                "{addr}"
+            );
+        }
     }
 }
 
@@ -492,13 +501,28 @@ fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
         assert_eq!(connect(&mut socket, &sim), Translated);
         assert_eq!(socket.record, Some(record(backend_of(&socket))));
     }
-    // To the VIP itself while nobody serves, or when no Service has it any more.
-    for to in [vip(20), Addr::v4([192, 0, 2, 77])] {
+    // To the VIP itself while nobody serves, or when no Service has it any more. Where its packets would not be judged it stays.
+    for (to, netns, led) in [
+        (vip(20), HOST_NETNS, true),
+        (vip(20), POD_NETNS, false),
+        (Addr::v4([192, 0, 2, 77]), HOST_NETNS, true),
+        (Addr::v4([192, 0, 2, 77]), POD_NETNS, true),
+    ] {
         let before = SocketRecord { vip: to, ..record(9) };
-        let mut socket = SimSocket { record: Some(before), ..ordered(to, (pod(9), 8080)) };
-        assert_eq!(connect(&mut socket, &sim), Translated);
-        assert_eq!((socket.addr, socket.port, socket.record), (to, Be16::new(80), None));
+        let was = SimSocket { record: Some(before), netns, ..ordered(to, (pod(9), 8080)) };
+        let mut socket = was.clone();
+        if led {
+            assert_eq!(connect(&mut socket, &sim), Translated);
+            assert_eq!((socket.addr, socket.port, socket.record), (to, Be16::new(80), None));
+        } else {
+            assert_eq!(connect(&mut socket, &sim), Reject);
+            assert_eq!(socket, was);
+        }
     }
+    // Whether the hooks run for a socket without a record is shown by getpeername().
+    let mut asked = SimSocket { addr: vip(10), port: Be16::new(80), ..ordered(vip(10), (vip(10), 80)) };
+    assert_eq!(peername(&mut asked, &sim), Translated);
+    assert_eq!((asked.addr, asked.port), (order::ADDRESS, order::PORT));
     // Nothing is done where there is no order, or the owner has meanwhile connected the socket elsewhere.
     let led = SimSocket { record: Some(record(9)), ..ordered(vip(10), (pod(9), 8080)) };
     for moved in [
@@ -507,11 +531,16 @@ fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
         SimSocket { peer: (Addr::ZERO, Be16::new(0)), ..led.clone() },
         SimSocket { record: None, ..led.clone() },
         SimSocket { record: Some(SocketRecord { vip: vip(11), ..record(9) }), ..led.clone() },
+        SimSocket { record: Some(record(8)), ..ordered(vip(10), (vip(10), 80)) },
     ] {
         let mut socket = moved.clone();
         assert_eq!(connect(&mut socket, &sim), Reject, "{moved:?}");
         assert_eq!(socket, moved);
     }
+    // Who connects a socket takes its order away.
+    let mut owners = SimSocket { addr: vip(10), port: Be16::new(80), ..led.clone() };
+    connect(&mut owners, &sim);
+    assert_eq!(owners.order, None);
     // Another protocol knows nothing of it.
     let mut stream = SimSocket { protocol: TCP.into(), ..led };
     assert_eq!(connect(&mut stream, &sim), Pass);

@@ -450,6 +450,15 @@ fn a_connected_socket_that_sends_to_its_vip_sends_to_its_peer() {
 }
 
 #[test]
+fn a_socket_that_is_connected_to_the_vip_itself_is_left_to_packets() {
+    let sim = world();
+    let was = SimSocket { peer: (vip(10), Be16::new(80)), ..socket(vip(10), 80, UDP) };
+    let mut from = was.clone();
+    assert_eq!(sendmsg(&mut from, &sim), Pass);
+    assert_eq!(from, was, "what a backend answered would be thrown away");
+}
+
+#[test]
 fn a_record_counts_while_the_socket_is_connected_where_it_says() {
     let mut sim = world();
     frontend(&mut sim, exact(vip(11), 80, UDP), 1, 0);

@@ -54,7 +54,7 @@ use crate::abi::device::flags::{POD, POD_BRIDGE};
 use crate::abi::frontend::flags::EXTERNAL;
 use crate::abi::{
     Counter, FilterBit, Flow, FlowKey, FlowKind, Origin, backend::flags::SERVING, flow, flow::state::REPLIED,
-    node::HOST_IN_PACKETS, proto,
+    local_address, node::HOST_IN_PACKETS, proto,
 };
 use crate::addr::{Addr, Family};
 
@@ -442,7 +442,9 @@ fn answering(
 #[inline(never)]
 fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, parsed: &Parsed) -> Verdict {
     let target = find(tables, parsed);
-    let own = packet.entered_by() == 0;
+    // What a virtual machine sends by macvtap, or a pod by macvlan, has not entered either.
+    let own =
+        packet.entered_by() == 0 && tables.local_address(&parsed.tuple.source) & local_address::HOST != 0;
     let mut refusal = match target {
         // Whoever sent it is still there, and can be told.
         Target::Frontend(_) if own && (begins(parsed) || parsed.proto == proto::UDP) => {

@@ -32,6 +32,10 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
             return verdict;
         }
     };
+    if socket.peer() == (vip, vip_port) {
+        // The kernel lets in what its peer sends, and nothing else: it goes on as what send() sends.
+        return Verdict::Pass;
+    }
     let record = socket.record().filter(|record| !record.is_connected() || holds(socket, record));
     let mut sent = SocketRecord { vip, vip_port, ..SocketRecord::default() };
     let known = match record {

@@ -44,10 +44,18 @@ pub enum Verdict {
     Fail,
 }
 
+impl Verdict {
+    /// Nothing is done if `not` holds.
+    #[inline(always)]
+    fn unless(self, not: bool) -> Self {
+        if not { Self::Pass } else { self }
+    }
+}
+
 /// connect(): of a stream socket, or of a datagram socket that will then send without an address.
 ///
-/// That of a datagram socket never fails because nobody serves: no program expects that. Its datagrams are refused as packets until
-/// somebody does; then the agent leads it there (`order`).
+/// That of a datagram socket does not fail for lack of endpoints where its packets are judged: no program expects that. Its datagrams are
+/// refused until somebody serves. Then pods are served as packets, and the host's socket is led there by the agent (`order`).
 #[inline(always)]
 pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(proto) = protocol(socket) else { return Verdict::Pass };
@@ -56,13 +64,13 @@ pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
         if order::is_asked_for(socket) {
             return order::carry_out(socket, tables);
         }
+        // Its owner wants it elsewhere.
+        socket.drop_order();
         datagrams::keep_former(socket, tables);
     }
     let (addr, port) = (socket.addr(), socket.port());
     let mut verdict = lead(socket, tables, proto, addr, port);
-    if matches!(verdict, Verdict::Reject | Verdict::Drop)
-        && (datagrams || is_answered_in_packets(socket, tables))
-    {
+    if matches!(verdict, Verdict::Reject | Verdict::Drop) && is_answered_in_packets(socket, tables) {
         verdict = Verdict::Pass;
     }
     // The socket may have been connected through us before. When this connect() fails, it still is.
@@ -99,15 +107,21 @@ fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8, vip: Addr, vi
             socket.rewrite(backend.addr, backend.port);
             Verdict::Translated
         }
-        Selection::Reject(why) => caller.refused(tables, socket, Verdict::Reject, why, frontend.service),
-        Selection::Drop(why) => caller.refused(tables, socket, Verdict::Drop, why, frontend.service),
+        Selection::Reject(why) => caller
+            .refused(tables, socket, Verdict::Reject, why, frontend.service)
+            .unless(caller.waits(proto, why)),
+        Selection::Drop(why) => caller
+            .refused(tables, socket, Verdict::Drop, why, frontend.service)
+            .unless(caller.waits(proto, why)),
     }
 }
 
 /// getpeername(): the VIP, if that is what the application connected to.
 #[inline(always)]
 pub fn peername(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
-    let Some(record) = stream(socket, tables).or_else(|| socket.record()) else { return Verdict::Pass };
+    let Some(record) = stream(socket, tables).or_else(|| socket.record()) else {
+        return if is_stream(socket) { Verdict::Pass } else { order::show(socket) };
+    };
     if record.is_connected() && translate_back(socket, &record) == Verdict::Translated {
         return Verdict::Translated;
     }
@@ -290,6 +304,15 @@ impl Caller {
         select(tables, frontend, self.client, AffinityKey::netns_client(self.netns))
     }
 
+    /// Whether a socket that is not served now may be connected all the same, to be served when there is an endpoint: packets to the VIP are
+    /// judged meanwhile.
+    #[inline(always)]
+    fn waits(&self, proto: u8, why: Counter) -> bool {
+        proto == proto::UDP
+            && matches!(why, Counter::RejectNoEndpoint | Counter::DropNoLocalEndpoint)
+            && (self.in_packets || matches!(self.client, Client::Host))
+    }
+
     /// Counts a refusal. Where a pod's packet would be dropped, the address is left as it is if somebody drops the packets: the
     /// client then hears nothing, as it should. (Of the host's packets nobody judges all.)
     #[inline(always)]
@@ -309,8 +332,7 @@ impl Caller {
 }
 
 /// Whether the host's socket, which cannot be told why it is refused, goes on as it is: the packet edge answers a SYN to a
-/// clusterIP, unless the host has that address. Other addresses may have a host of their own. A datagram socket would stay connected
-/// to a VIP that serves later on.
+/// clusterIP, unless the host has that address. Other addresses may have a host of their own. For datagram sockets there is [`Caller::waits`].
 #[inline(never)]
 fn is_answered_in_packets(socket: &impl Socket, tables: &impl Tables) -> bool {
     let (node, addr) = (tables.node(), socket.addr());

@@ -3,11 +3,12 @@
 //! A connected UDP socket keeps the address that connect() gave it. When that backend leaves, when the first one comes, or where the
 //! socket is older than the agent, the agent takes a copy of the socket's descriptor, writes an [`Order`] into the socket's
 //! storage, and connects the socket to [`ADDRESS`] and [`PORT`]. The hook then connects it to the order's VIP, as it was when the
-//! owner asked. Only for the agent, so the owner's opt-out and the agent's own do not matter. Whoever else connects there does
-//! what the agent would have done.
+//! owner asked. connect() by the owner removes the order. Whoever else connects to that address does what the agent would have done.
+//!
+//! Opt-outs are looked up by the cgroup of the calling process, so the agent's own counts, which has none. The agent gives no order to sockets
+//! that pods have opted out with: these have no record.
 
 use super::{Verdict, holds, lead, protocol};
-use crate::abi::SocketRecord;
 use crate::abi::socket::Order;
 use crate::abi::socket::order::{ADDRESS, PORT};
 use crate::datapath::tables::{Socket, Tables};
@@ -27,15 +28,25 @@ pub(super) fn carry_out(socket: &mut impl Socket, tables: &impl Tables) -> Verdi
     if !is_in_force(socket, &order) {
         return Verdict::Reject;
     }
-    match lead(socket, tables, proto, order.vip, order.vip_port) {
-        Verdict::Translated => Verdict::Translated,
-        Verdict::Fail => Verdict::Fail,
-        Verdict::Pass | Verdict::Reject | Verdict::Drop => {
-            socket.drop_record();
-            socket.rewrite(order.vip, order.vip_port);
-            Verdict::Translated
-        }
+    let verdict = lead(socket, tables, proto, order.vip, order.vip_port);
+    if verdict == Verdict::Pass {
+        socket.drop_record();
+        socket.rewrite(order.vip, order.vip_port);
+        return Verdict::Translated;
     }
+    // What is refused stays where it is: nobody would judge its packets.
+    verdict
+}
+
+/// Answers the agent's getpeername() of a socket without a record that has an order: these programs run for the socket, and will carry
+/// the order out. (Of a socket with a record that is known.)
+#[inline(always)]
+pub(super) fn show(socket: &mut impl Socket) -> Verdict {
+    if socket.order().is_none() {
+        return Verdict::Pass;
+    }
+    socket.rewrite(ADDRESS, PORT);
+    Verdict::Translated
 }
 
 /// Whether the socket is still connected where the agent has seen it: to the backend that its record says, or to the VIP itself.
@@ -47,6 +58,8 @@ fn is_in_force(socket: &impl Socket, order: &Order) -> bool {
             Some(record) if holds(socket, &record) => {
                 record.vip == order.vip && record.vip_port == order.vip_port
             }
-            Some(SocketRecord { .. }) | None => to_vip,
+            // Its owner is about to connect it elsewhere.
+            Some(record) if record.is_connected() => false,
+            Some(_) | None => to_vip,
         }
 }

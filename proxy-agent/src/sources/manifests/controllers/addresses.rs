@@ -1,4 +1,4 @@
-//! Numbers for Services that name none: clusterIPs from the ServiceCIDRs, and nodePorts.
+//! Numbers for Services with selectors that name none: clusterIPs from the ServiceCIDRs, and nodePorts.
 //!
 //! A Service's number follows from its name. It is another one only if somebody names that number, or the names of two
 //! Services lead to the same one: then the first by name has it. So every node that reads the same files has the same
@@ -11,7 +11,7 @@ use proxy_common::addr::{Addr, Family, Prefix};
 
 use super::parts::{FamilyPolicy, ServicePart};
 use crate::cluster::{ObjectKey, Service, ServicePort, ServiceType};
-use crate::sources::convert::Findings;
+use crate::sources::convert::{CLUSTER_IP_MISSING, Findings};
 
 /// nodePorts, as Kubernetes gives them unless told otherwise.
 const NODE_PORTS: Range<u128> = 30_000..32_768;
@@ -64,6 +64,14 @@ pub(super) fn assign(
     let mut wishes = Vec::new();
     for (part, service) in services.iter().filter_map(|(part, service)| Some((*part, (*service)?))) {
         if service.service_type == ServiceType::ExternalName {
+            continue;
+        }
+        // Without a selector it has no Pods here: it is taken as it is written.
+        if part.selector.is_empty() {
+            if service.cluster_ips == [None; 2] && !missing(part, service, ranges).is_empty() {
+                let given = given.entry(service.key.clone()).or_default();
+                given.problems.push(CLUSTER_IP_MISSING.to_owned());
+            }
             continue;
         }
         for (family, is_second) in missing(part, service, ranges) {

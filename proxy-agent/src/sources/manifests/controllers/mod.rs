@@ -167,7 +167,7 @@ impl Controllers {
             } else if !part.selector.is_empty() {
                 let found = slices_of(&pods, &service, part, &self.zones, &self.node_name, room);
                 // Who comes behind one that does not fit gets none either, so that refusals cost little.
-                room = if found.is_beyond { 0 } else { room - found.endpoints() };
+                room = if found.is_beyond { 0 } else { room - found.endpoints().max(found.matching) };
                 silences::of_selector(&service, part, &found, &workloads).into_iter().for_each(say);
                 result.slices.extend(found.slices.into_iter().map(|slice| (slice.key.clone(), slice)));
             }

@@ -49,6 +49,9 @@ pub(super) fn slices_of(
     let mut endpoints = 0;
     for pod in pods.selected(&part.selector) {
         found.matching += 1;
+        if found.matching > room {
+            return Found { is_beyond: true, ..found };
+        }
         let addresses = families.iter().filter(|family| pod.addresses[family.index()].is_some()).count();
         if pod.finished || addresses == 0 {
             continue;

@@ -2,13 +2,20 @@
 
 use super::super::addresses::{Given, assign};
 use super::*;
+use crate::sources::convert::CLUSTER_IP_MISSING;
 use crate::sources::lenient;
 use proxy_common::addr::Addr;
 
-/// What Services a/NAME with these specs are given, by name, from these ranges.
+/// What Services a/NAME with these specs are given, by name, from these ranges. They have a selector if they do not say.
 fn given(services: &[(&str, Value)], ranges: &[&str]) -> BTreeMap<String, Given> {
+    let selecting = |spec: &Value| {
+        let mut spec = spec.clone();
+        let fields = spec.as_object_mut().unwrap();
+        fields.entry("selector").or_insert(json!({"app": "a"}));
+        spec
+    };
     let mut objects: Vec<_> =
-        services.iter().map(|(name, spec)| (*name, object(service(name, spec)).0)).collect();
+        services.iter().map(|(name, spec)| (*name, object(service(name, &selecting(spec))).0)).collect();
     objects.sort_by_key(|(name, _)| *name);
     let services: Vec<_> =
         objects.iter().map(|(_, object)| (service_part(object), object.service())).collect();
@@ -29,6 +36,18 @@ fn the_same_name_has_the_same_numbers() {
     let given = given(&[("webapp", spec)], &BOTH);
     assert_eq!(addresses(&given["webapp"]), ["10.96.176.69", "fd00:96::cc84"]);
     assert_eq!(given["webapp"].node_ports, [(0, 30_960)].into());
+}
+
+#[test]
+fn without_a_selector_a_service_is_as_it_is_written() {
+    for kind in ["ClusterIP", "NodePort", "LoadBalancer"] {
+        let spec = json!({"type": kind, "selector": {}, "ports": [{"port": 80}]});
+        let given = given(&[("webapp", spec)], &BOTH);
+        let nothing = Given { problems: vec![CLUSTER_IP_MISSING.to_owned()], ..Given::default() };
+        assert_eq!(given["webapp"], nothing, "{kind}");
+    }
+    let headless = json!({"clusterIP": "None", "selector": {}, "ports": [{"port": 80}]});
+    assert_eq!(given(&[("webapp", headless)], &BOTH), BTreeMap::new());
 }
 
 #[test]
