@@ -35,6 +35,12 @@ struct World {
 
 impl World {
     fn start() -> Result<Self> {
+        let mut world = Self::without_agent()?;
+        world.agent.start_ready()?;
+        Ok(world)
+    }
+
+    fn without_agent() -> Result<Self> {
         let n1 = ["192.0.2.10", "2001:db8:1::10"];
         let n2 = ["192.0.2.20", "2001:db8:1::20"];
         let spec = LabSpec { cluster_cidr: "10.64.0.0/12,fd00:64::/48".to_owned(), ..LabSpec::default() };
@@ -59,12 +65,11 @@ impl World {
             .quiet()
             .flag("iptables-sync-period", "1s")
             .manifests(&dir.path().join("manifests"));
-        let mut world = Self { agent, lab, dir };
+        let world = Self { agent, lab, dir };
         world.write("node", &[world.lab.node("n1").object(), json!({
             "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": { "name": "kubernetes" },
             "spec": { "cidrs": ["10.96.0.0/16", "fd00:96::/112"] },
         })])?;
-        world.agent.start_ready()?;
         Ok(world)
     }
 
@@ -193,14 +198,15 @@ impl Sockets {
 
 #[test]
 fn a_connected_socket_follows_its_service() -> Result<()> {
-    let world = World::start()?;
+    let mut world = World::without_agent()?;
     let mut older = Sockets::open(&world)?;
+    world.agent.start_ready()?;
     world.serve(&[])?;
     let mut early = Sockets::open(&world)?;
     early.reach_nobody(true, "without an endpoint")?;
     world.serve(&["L1"])?;
     early.reach("L1", "when the first endpoint comes")?;
-    older.reach("L1", "when the Service that is younger is served")?;
+    older.reach("L1", "when the agent and the Service are younger")?;
     let mut late = Sockets::open(&world)?;
     for (server, when) in [("R1", "when its backend is replaced"), ("L1", "when it is replaced again")] {
         world.serve(&[server])?;

@@ -441,10 +441,10 @@ fn answering(
 /// by a SYN or a datagram, is answered: its socket could not be told why it is refused, or no socket of a process has sent it.
 #[inline(never)]
 fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, parsed: &Parsed) -> Verdict {
-    let target = find(tables, parsed);
     // What a virtual machine sends by macvtap, or a pod by macvlan, has not entered either.
     let own =
         packet.entered_by() == 0 && tables.local_address(&parsed.tuple.source) & local_address::HOST != 0;
+    let target = find(tables, parsed);
     let mut refusal = match target {
         // Whoever sent it is still there, and can be told.
         Target::Frontend(_) if own && (begins(parsed) || parsed.proto == proto::UDP) => {

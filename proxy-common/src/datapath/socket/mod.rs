@@ -310,7 +310,13 @@ impl Caller {
     fn waits(&self, proto: u8, why: Counter) -> bool {
         proto == proto::UDP
             && matches!(why, Counter::RejectNoEndpoint | Counter::DropNoLocalEndpoint)
-            && (self.in_packets || matches!(self.client, Client::Host))
+            && self.is_judged()
+    }
+
+    /// Whether the packets that the socket sends to a VIP meet an edge.
+    #[inline(always)]
+    fn is_judged(&self) -> bool {
+        self.in_packets || matches!(self.client, Client::Host)
     }
 
     /// Counts a refusal. Where a pod's packet would be dropped, the address is left as it is if somebody drops the packets: the

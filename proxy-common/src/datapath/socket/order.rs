@@ -8,7 +8,7 @@
 //! Opt-outs are looked up by the cgroup of the calling process, so the agent's own counts, which has none. The agent gives no order to sockets
 //! that pods have opted out with: these have no record.
 
-use super::{Verdict, holds, lead, protocol};
+use super::{Caller, Verdict, holds, lead, protocol};
 use crate::abi::socket::Order;
 use crate::abi::socket::order::{ADDRESS, PORT};
 use crate::datapath::tables::{Socket, Tables};
@@ -28,14 +28,17 @@ pub(super) fn carry_out(socket: &mut impl Socket, tables: &impl Tables) -> Verdi
     if !is_in_force(socket, &order) {
         return Verdict::Reject;
     }
-    let verdict = lead(socket, tables, proto, order.vip, order.vip_port);
-    if verdict == Verdict::Pass {
-        socket.drop_record();
-        socket.rewrite(order.vip, order.vip_port);
-        return Verdict::Translated;
+    match lead(socket, tables, proto, order.vip, order.vip_port) {
+        Verdict::Translated => Verdict::Translated,
+        Verdict::Fail => Verdict::Fail,
+        // It stays where it is: nobody would judge its packets.
+        Verdict::Reject | Verdict::Drop if !Caller::of(socket, tables.node()).is_judged() => Verdict::Reject,
+        Verdict::Pass | Verdict::Reject | Verdict::Drop => {
+            socket.drop_record();
+            socket.rewrite(order.vip, order.vip_port);
+            Verdict::Translated
+        }
     }
-    // What is refused stays where it is: nobody would judge its packets.
-    verdict
 }
 
 /// Answers the agent's getpeername() of a socket without a record that has an order: these programs run for the socket, and will carry
