@@ -26,12 +26,18 @@ const UNUSED: u16 = 999;
 /// No endpoint, or no such port: the call that names the destination fails.
 fn reject_at_sockets(world: &World) -> Result<Outcome> {
     for v6 in [false, true] {
-        for target in [cluster_ip(EMPTY.number, v6, 80), cluster_ip(ON_THIS_NODE.number, v6, UNUSED)] {
-            for way in WAYS {
-                denied(&world.pod("P"), way, &target, refusal())?;
+        let (empty, unused) = (cluster_ip(EMPTY.number, v6, 80), cluster_ip(ON_THIS_NODE.number, v6, UNUSED));
+        for way in WAYS {
+            denied(&world.pod("P"), way, &unused, refusal())?;
+            host_is_refused(world, way, &unused, refusal())?;
+            if way != Proto::Udp {
+                denied(&world.pod("P"), way, &empty, refusal())?;
+                host_is_refused(world, way, &empty, refusal())?;
             }
-            host_is_refused(world, Proto::Tcp, &target, refusal())?;
-            host_is_refused(world, Proto::Udp, &target, refusal())?;
+        }
+        // connect() of UDP does not fail for lack of endpoints; the datagrams do.
+        for place in [&world.pod("P"), world.host()] {
+            fails(place, Proto::Udp, &empty, &["send", "recv"], "ECONNREFUSED")?;
         }
     }
     if kernel::has_set_retval() {
@@ -60,16 +66,18 @@ fn drop_at_sockets(world: &World) -> Result<Outcome> {
         for target in [cluster_ip(ABSENT.number, v6, 80), INACTIVE[usize::from(v6)].to_owned()] {
             vanish.extend(WAYS.map(|way| (&pod, way, target.clone())));
         }
-        for way in WAYS {
-            host_is_refused(world, way, &cluster_ip(ABSENT.number, v6, 80), denial())?;
+        let absent = cluster_ip(ABSENT.number, v6, 80);
+        for way in WAYS.into_iter().filter(|way| *way != Proto::Udp) {
+            host_is_refused(world, way, &absent, denial())?;
         }
+        fails(world.host(), Proto::Udp, &absent, &["send", "recv"], "ECONNREFUSED")?;
         host_is_refused(world, Proto::Tcp, INACTIVE[usize::from(v6)], denial())?;
     }
     silent(&vanish)?;
     if kernel::has_set_retval() {
         right(format!("{} for the host, silence for a pod", denial()))
     } else {
-        right("a reset for the host by TCP, EPERM by UDP, silence for a pod")
+        right("a reset for the host by TCP, EPERM or ECONNREFUSED by UDP, silence for a pod")
     }
 }
 
