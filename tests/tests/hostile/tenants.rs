@@ -12,7 +12,7 @@ use proxy_agent::bpf::pins::PinDir;
 use proxy_common::abi::{FrontendKey, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
-use proxy_tests::apiserver::ApiServer;
+use proxy_tests::apiserver::{ApiServer, Streams};
 use proxy_tests::lab::{Agent, Lab, Node};
 use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
@@ -329,6 +329,9 @@ fn h015_a_namespace_has_its_share() -> Result<()> {
     })
 }
 
+/// What the agent may have of memory, whatever one namespace holds.
+const MOST: u64 = 512 * MIB;
+
 fn as_large_as_may_be(count: u16) -> Result<()> {
     let stage = Stage::start(&[])?;
     let before = stage.peak()?;
@@ -352,9 +355,15 @@ fn as_large_as_may_be(count: u16) -> Result<()> {
         thread::sleep(Duration::from_secs(20));
     }
     eprintln!("{count} of each: {} MiB before, {} MiB at most", before / MIB, peak / MIB);
+    ensure!(peak < MOST, "{} MiB", peak / MIB);
     let mut stage = stage;
-    stage.agent.kill9()?;
-    stage.agent.start_ready()?;
-    eprintln!("and {} MiB at most after a start", stage.peak()? / MIB);
+    for streams in [Streams::Offered, Streams::Refused] {
+        stage.server.offer_streams(streams);
+        stage.agent.kill9()?;
+        stage.agent.start_ready()?;
+        let peak = stage.peak()?;
+        eprintln!("and {} MiB at most after a start, lists as streams: {streams:?}", peak / MIB);
+        ensure!(peak < MOST, "{} MiB", peak / MIB);
+    }
     Ok(())
 }
