@@ -7,6 +7,7 @@ use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_sock;
+use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
@@ -35,6 +36,17 @@ impl<const V6: bool> SockAddr<V6> {
         let sock_addr = unsafe { &*self.ctx.sock_addr };
         // SAFETY: the union has this one member; the verifier tracks the pointer.
         unsafe { sock_addr.__bindgen_anon_1.sk }
+    }
+
+    /// Removes what a map holds for this socket.
+    #[inline(always)]
+    fn forget<T>(&self, storage: &SkStorage<T>) {
+        let sk = self.sk();
+        if sk.is_null() {
+            return;
+        }
+        // SAFETY: the pointer is the context's own.
+        let _ = unsafe { storage.delete(sk) };
     }
 
     #[cfg(feature = "debug-log")]
@@ -158,12 +170,7 @@ impl<const V6: bool> Socket for SockAddr<V6> {
 
     #[inline(always)]
     fn drop_order(&mut self) {
-        let sk = self.sk();
-        if sk.is_null() {
-            return;
-        }
-        // SAFETY: the pointer is the context's own.
-        let _ = unsafe { ORDERS.delete(sk) };
+        self.forget(&ORDERS);
     }
 
     #[inline(always)]
@@ -189,12 +196,7 @@ impl<const V6: bool> Socket for SockAddr<V6> {
 
     #[inline(always)]
     fn drop_record(&mut self) {
-        let sk = self.sk();
-        if sk.is_null() {
-            return;
-        }
-        // SAFETY: the pointer is the context's own.
-        let _ = unsafe { SOCKETS.delete(sk) };
+        self.forget(&SOCKETS);
     }
 }
 

@@ -53,8 +53,7 @@ pub struct Plan {
     pub freed: Freed,
     /// Services of which something could not be planned, with the reason. They keep what they had.
     pub refused: BTreeMap<ObjectKey, Vec<String>>,
-    /// Whether connected UDP sockets may not be where they should: a serving backend has left, the first one has come, or a
-    /// frontend has a new owner or none.
+    /// Whether connected UDP sockets may not be where their VIP leads now.
     pub udp_stale: bool,
 }
 

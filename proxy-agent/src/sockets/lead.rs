@@ -2,10 +2,10 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 
-use aya::maps::{Map, MapData, MapError, SkStorage};
+use aya::maps::{MapData, MapError, SkStorage};
 use proxy_common::abi::SocketRecord;
 use proxy_common::abi::socket::Order;
 use proxy_common::abi::socket::order::{ADDRESS, PORT};
@@ -13,7 +13,7 @@ use proxy_common::addr::{Addr, Family};
 use proxy_common::be::Be16;
 use rustix::net::{connect, getpeername, getsockname};
 
-use super::{Fate, Held, SocketMaps, SocketsError};
+use super::{Fate, Held, SocketMaps, SocketsError, map};
 use crate::stale::Connected;
 
 /// The maps of [`SocketMaps`], as what they hold.
@@ -25,7 +25,6 @@ pub(super) struct Storage {
 
 impl Storage {
     pub(super) fn open(maps: &SocketMaps) -> Result<Self, MapError> {
-        let map = |fd: &OwnedFd| Map::from_map_data(MapData::from_fd(fd.as_fd().try_clone_to_owned()?)?);
         Ok(Self {
             records: map(&maps.records)?.try_into()?,
             orders: Mutex::new(map(&maps.orders)?.try_into()?),

@@ -7,18 +7,16 @@
 //! namespace that no process and no name leads to is not seen. It loses its record, and getpeername() shows its backend.)
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd as _;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use aya::maps::{Array, Map, MapData, MapError};
+use aya::maps::{Array, MapData, MapError};
 use proxy_common::abi::socket::STREAM_SLOTS;
 use proxy_common::abi::{SocketRecord, StreamRecord};
-
 use rustix::thread::{CapabilitySet, capabilities};
 
 use super::diag::{Diag, cookie};
-use super::{Places, SocketMaps, SocketSweeper, SocketsError, apart, namespaces};
+use super::{Places, SocketMaps, SocketSweeper, SocketsError, apart, map, namespaces};
 
 /// The elements of the last look: cookies, by slot.
 #[derive(Debug, Default)]
@@ -79,7 +77,7 @@ impl SocketSweeper {
 }
 
 fn streams(maps: &SocketMaps) -> Result<Array<MapData, StreamRecord>, MapError> {
-    Map::from_map_data(MapData::from_fd(maps.streams.as_fd().try_clone_to_owned()?)?)?.try_into()
+    map(&maps.streams)?.try_into()
 }
 
 /// Takes the cookies of open sockets out of `gone`.

@@ -29,7 +29,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use aya::maps::MapError;
+use aya::maps::{Map, MapData, MapError};
 use netlink_packet_sock_diag::inet::SocketId;
 use proxy_common::abi::socket::Order;
 use proxy_common::addr::Addr;
@@ -161,6 +161,10 @@ pub struct SocketMaps {
     pub orders: OwnedFd,
     /// `STREAMS`.
     pub streams: OwnedFd,
+}
+
+fn map(fd: &OwnedFd) -> Result<Map, MapError> {
+    Map::from_map_data(MapData::from_fd(fd.try_clone()?)?)
 }
 
 /// What becomes of a socket.

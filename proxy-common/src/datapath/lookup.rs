@@ -56,6 +56,13 @@ pub fn may_be_ours(tables: &impl Tables, addr: &Addr) -> bool {
     set(FilterBit::of_block(addr)) || set(FilterBit::of_address(addr))
 }
 
+/// Whether `FILTER` leaves open that the address is a backend's.
+#[inline(always)]
+pub fn may_be_backend(tables: &impl Tables, addr: &Addr) -> bool {
+    let bit = FilterBit::of_backend(addr);
+    tables.filter(bit.word) & bit.mask != 0
+}
+
 #[inline(always)]
 fn frontend(tables: &impl Tables, key: &FrontendKey) -> Target {
     // The kernel may reuse the element between its lookup and our load: the check bits tell, a second try decides.

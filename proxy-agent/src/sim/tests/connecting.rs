@@ -1,12 +1,10 @@
 //! connect() and getpeername().
 
-use proxy_common::abi::socket::{Order, order};
-
 use super::*;
 
 /// What connect() to an address must answer and count; unless translated, nothing may have been touched.
 #[track_caller]
-fn check<'a>(
+pub(super) fn check<'a>(
     sim: &Simulator,
     mut socket: SimSocket<'a>,
     verdict: Verdict,
@@ -444,104 +442,4 @@ fn the_probe_and_nothing_else_teaches_which_namespace_is_the_hosts() {
     assert_eq!(connect(&mut caller, &sim), Translated);
     assert_eq!(sim.host_netns.get(), 42);
     assert_eq!(backend_of(&caller), 1, "the caller is near already");
-}
-
-#[test]
-fn connect_of_udp_does_not_fail_for_lack_of_endpoints() {
-    let mut sim = world();
-    frontend(&mut sim, exact(vip(21), 80, UDP), 2, POD_LOCAL | NEAR_LOCAL);
-    for flags in [0, PODS_IN_PACKETS] {
-        sim.apply(&Op::NodeFlags(flags)).unwrap();
-        for (addr, port, verdict, counter) in [
-            (vip(20), 80, Pass, Counter::RejectNoEndpoint),
-            (vip(21), 80, Pass, Counter::DropNoLocalEndpoint),
-            // These are no lack of endpoints.
-            (vip(10), 81, Reject, Counter::RejectUnusedPort),
-            (vip(99), 80, Drop, Counter::DropInactiveAddress),
-        ] {
-            let host = SimSocket { netns: HOST_NETNS, ..socket(addr, port, UDP) };
-            check(&sim, host, verdict, Some(counter));
-            // Where nobody judges the packets of pods, they would leave for whoever has the address.
-            let mut pod = socket(addr, port, UDP);
-            let served_later = flags != 0 && verdict == Pass;
-            assert_eq!(
-                connect(&mut pod, &sim) == Pass,
-                served_later || flags != 0 && verdict == Drop,
-                "{addr}"
-            );
-        }
-    }
-}
-
-/// A socket that the agent has been told to lead from `peer` to `vip`.
-fn ordered(vip: Addr, peer: (Addr, u16)) -> SimSocket<'static> {
-    let (peer, peer_port) = (peer.0, Be16::new(peer.1));
-    let order = Order { vip, vip_port: Be16::new(80), peer, peer_port };
-    SimSocket {
-        order: Some(order),
-        peer: (peer, peer_port),
-        ..socket(order::ADDRESS, order::PORT.get(), UDP)
-    }
-}
-
-#[test]
-fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
-    let sim = world();
-    let record = |backend: u32| SocketRecord {
-        vip: vip(10),
-        vip_port: Be16::new(80),
-        backend_addr: pod(backend),
-        backend_port: Be16::new(8080),
-        service: 1,
-        backend,
-    };
-    // From a backend that has left, and from the VIP itself, which was not served when the owner connected.
-    for (peer, before) in [((pod(9), 8080), Some(record(9))), ((vip(10), 80), None)] {
-        let mut socket = SimSocket { record: before, ..ordered(vip(10), peer) };
-        assert_eq!(connect(&mut socket, &sim), Translated);
-        assert_eq!(socket.record, Some(record(backend_of(&socket))));
-    }
-    // To the VIP itself while nobody serves, or when no Service has it any more. Where its packets would not be judged it stays.
-    for (to, netns, led) in [
-        (vip(20), HOST_NETNS, true),
-        (vip(20), POD_NETNS, false),
-        (Addr::v4([192, 0, 2, 77]), HOST_NETNS, true),
-        (Addr::v4([192, 0, 2, 77]), POD_NETNS, true),
-    ] {
-        let before = SocketRecord { vip: to, ..record(9) };
-        let was = SimSocket { record: Some(before), netns, ..ordered(to, (pod(9), 8080)) };
-        let mut socket = was.clone();
-        if led {
-            assert_eq!(connect(&mut socket, &sim), Translated);
-            assert_eq!((socket.addr, socket.port, socket.record), (to, Be16::new(80), None));
-        } else {
-            assert_eq!(connect(&mut socket, &sim), Reject);
-            assert_eq!(socket, was);
-        }
-    }
-    // Whether the hooks run for a socket without a record is shown by getpeername().
-    let mut asked = SimSocket { addr: vip(10), port: Be16::new(80), ..ordered(vip(10), (vip(10), 80)) };
-    assert_eq!(peername(&mut asked, &sim), Translated);
-    assert_eq!((asked.addr, asked.port), (order::ADDRESS, order::PORT));
-    // Nothing is done where there is no order, or the owner has meanwhile connected the socket elsewhere.
-    let led = SimSocket { record: Some(record(9)), ..ordered(vip(10), (pod(9), 8080)) };
-    for moved in [
-        SimSocket { order: None, ..led.clone() },
-        SimSocket { peer: (pod(8), Be16::new(8080)), ..led.clone() },
-        SimSocket { peer: (Addr::ZERO, Be16::new(0)), ..led.clone() },
-        SimSocket { record: None, ..led.clone() },
-        SimSocket { record: Some(SocketRecord { vip: vip(11), ..record(9) }), ..led.clone() },
-        SimSocket { record: Some(record(8)), ..ordered(vip(10), (vip(10), 80)) },
-    ] {
-        let mut socket = moved.clone();
-        assert_eq!(connect(&mut socket, &sim), Reject, "{moved:?}");
-        assert_eq!(socket, moved);
-    }
-    // Who connects a socket takes its order away.
-    let mut owners = SimSocket { addr: vip(10), port: Be16::new(80), ..led.clone() };
-    connect(&mut owners, &sim);
-    assert_eq!(owners.order, None);
-    // Another protocol knows nothing of it.
-    let mut stream = SimSocket { protocol: TCP.into(), ..led };
-    assert_eq!(connect(&mut stream, &sim), Pass);
 }

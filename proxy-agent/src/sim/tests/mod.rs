@@ -18,6 +18,8 @@ use super::*;
 mod affinity;
 mod connecting;
 mod datagrams;
+mod orders;
+mod peers;
 
 const HOST_NETNS: u64 = 1;
 const POD_NETNS: u64 = 77;

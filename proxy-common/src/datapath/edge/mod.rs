@@ -53,7 +53,7 @@ use super::trace::{self, At};
 use crate::abi::device::flags::{POD, POD_BRIDGE};
 use crate::abi::frontend::flags::EXTERNAL;
 use crate::abi::{
-    Counter, FilterBit, Flow, FlowKey, FlowKind, Origin, backend::flags::SERVING, flow, flow::state::REPLIED,
+    Counter, Flow, FlowKey, FlowKind, Origin, backend::flags::SERVING, flow, flow::state::REPLIED,
     local_address, node::HOST_IN_PACKETS, proto,
 };
 use crate::addr::{Addr, Family};
@@ -136,8 +136,9 @@ pub fn egress(
         return Verdict::Pass;
     }
     let Tuple { source, destination, .. } = &parsed.tuple;
-    let from_backend = is_backend(tables, source);
-    let to_backend = (edge == Edge::External || source == destination) && is_backend(tables, destination);
+    let from_backend = lookup::may_be_backend(tables, source);
+    let to_backend =
+        (edge == Edge::External || source == destination) && lookup::may_be_backend(tables, destination);
     let ours = edge == Edge::External && lookup::may_be_ours(tables, destination);
     // Whose an ICMP error is, what it quotes says; it may stand behind extension headers.
     let plain = matches!(parsed.proto, proto::TCP | proto::UDP | proto::SCTP);
@@ -165,12 +166,6 @@ pub fn egress(
         }
     }
     if ours { leaving_untranslated(packet, tables, parsed) } else { Verdict::Pass }
-}
-
-#[inline(always)]
-fn is_backend(tables: &impl EdgeTables, addr: &Addr) -> bool {
-    let bit = FilterBit::of_backend(addr);
-    tables.filter(bit.word) & bit.mask != 0
 }
 
 /// A packet for an address of ours: an answer from another node, or a request.

@@ -9,11 +9,10 @@
 
 use super::{Caller, Verdict, holds, protocol, target, translate_back};
 use crate::abi::backend::flags::SERVING;
-use crate::abi::{
-    Backend, Counter, FilterBit, FlowDirection, FrontendValue, SocketRecord, UdpFlow, UdpFlowKey, socket,
-};
+use crate::abi::{Backend, Counter, FlowDirection, FrontendValue, SocketRecord, UdpFlow, UdpFlowKey, socket};
 use crate::addr::Addr;
 use crate::be::Be16;
+use crate::datapath::lookup;
 use crate::datapath::select::{Selection, another};
 use crate::datapath::tables::{Socket, Tables};
 use crate::datapath::trace;
@@ -26,7 +25,7 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let (frontend, node) = match target(socket, tables, vip, vip_port, proto) {
         Ok(found) => found,
         Err(verdict) => {
-            if verdict == Verdict::Pass && is_backend(tables, &vip) {
+            if verdict == Verdict::Pass && lookup::may_be_backend(tables, &vip) {
                 end_flow(socket, tables);
             }
             return verdict;
@@ -261,12 +260,6 @@ fn end_flow(socket: &mut impl Socket, tables: &impl Tables) {
     if tables.udp_flow(&key).is_some() {
         tables.drop_udp_flow(&key);
     }
-}
-
-#[inline(always)]
-fn is_backend(tables: &impl Tables, addr: &Addr) -> bool {
-    let bit = FilterBit::of_backend(addr);
-    tables.filter(bit.word) & bit.mask != 0
 }
 
 /// Whether the backend of a flow of datagrams belongs to the Service port and serves.
