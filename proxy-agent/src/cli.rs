@@ -75,7 +75,7 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
     }
     if flags.init_only == Some(true) {
         config.pins.create()?;
-        edge::reserved_ports::reserve(&Notes::of(&config.pins));
+        edge::reserved_ports::keep(&Notes::of(&config.pins), None);
         return Ok(());
     }
     process::set_oom_score_adj(config.oom_score_adj);

@@ -6,7 +6,7 @@
 
 use proxy_common::abi::{
     Backend, BackendState, FILTER_WORDS, FilterBit, FrontendKey, FrontendKind, FrontendValue, Service,
-    ServiceName,
+    ServiceName, proto,
 };
 use proxy_common::addr::{Addr, Prefix};
 
@@ -94,7 +94,7 @@ pub trait MapStore {
 /// The bits of `FILTER` that have to be set before `op` is carried out.
 pub fn filter_bits(op: &Op) -> Vec<FilterBit> {
     match op {
-        Op::Frontend(key, Some(_)) => frontend_bit(key).into_iter().collect(),
+        Op::Frontend(key, Some(_)) => frontend_bits(key).collect(),
         Op::LocalAddress(addr, Some(bits)) => address_bit(addr, *bits).into_iter().collect(),
         Op::Backend(_, backend) => vec![FilterBit::of_backend(&backend.addr)],
         Op::ServiceCidr(cidr, true) => FilterBit::of_prefix(*cidr).collect(),
@@ -114,7 +114,7 @@ pub fn filter_bits(op: &Op) -> Vec<FilterBit> {
 
 /// `FILTER` as it has to be, without any stale bit.
 pub fn filter_words(contents: &Contents) -> Vec<u64> {
-    let frontends = contents.frontends.iter().filter_map(|(key, _)| frontend_bit(key));
+    let frontends = contents.frontends.iter().flat_map(|(key, _)| frontend_bits(key));
     let addresses = contents.local_addresses.iter().filter_map(|(addr, bits)| address_bit(addr, *bits));
     let cidrs = contents.service_cidrs.iter().flat_map(|cidr| FilterBit::of_prefix(*cidr));
     let live = contents.backends.iter().filter(|backend| backend.state.flags != 0);
@@ -128,9 +128,12 @@ pub fn filter_words(contents: &Contents) -> Vec<u64> {
     words
 }
 
-/// nodePorts are found by the addresses that serve them.
-fn frontend_bit(key: &FrontendKey) -> Option<FilterBit> {
-    (key.kind != FrontendKind::NodePort as u8).then(|| FilterBit::of_address(&key.addr))
+/// nodePorts are found by the addresses that serve them. The port of datagrams tells which of the host's own may be answered
+/// where a frontend is.
+fn frontend_bits(key: &FrontendKey) -> impl Iterator<Item = FilterBit> {
+    let address = (key.kind != FrontendKind::NodePort as u8).then(|| FilterBit::of_address(&key.addr));
+    let port = matches!(key.proto, proto::UDP | proto::SCTP).then(|| FilterBit::of_port(key.proto, key.port));
+    address.into_iter().chain(port)
 }
 
 /// Every address of this host may be the source of packets to other nodes, so answers may come to it.

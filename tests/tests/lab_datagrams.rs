@@ -323,3 +323,51 @@ fn no_socket_leaves_anything_behind() -> Result<()> {
     }
     Ok(())
 }
+
+/// Who asks somebody from the port of a nodePort is answered: a process of the host that is bound to it, and a pod whose packets
+/// the node sends by its own address. Neither is a client of the Service, which goes on beside them.
+#[test]
+fn who_asks_from_a_node_port_is_answered() -> Result<()> {
+    let world = World::start()?;
+    world.serve(&["R1"])?;
+    let (host, client) = (world.lab.node("n1").host(), world.lab.client("client"));
+    client.serve().udp(5300).udp(5301).start()?;
+    world.lab.pod("unseen").serve().udp(8080).start()?;
+    let masquerade = "table inet pods {\n chain out {\n type nat hook postrouting priority srcnat;\n\
+         meta l4proto udp ip saddr 10.64.1.50 ip daddr 203.0.113.7 snat ip to 192.0.2.10:30514\n\
+         meta l4proto udp ip6 saddr fd00:64:0:1::50 ip6 daddr 2001:db8:ff::7 snat ip6 to [2001:db8:1::10]:30514\n}\n}\n";
+    host.net().nft(masquerade)?;
+    let reserved = || fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports");
+    until("a reserved nodePort", || Ok(host.net().enter(reserved)??.contains("30514").then_some(())))?;
+    // Connection tracking has one place for a source and who is asked by it.
+    for (own, asked, of_pod, local) in [
+        ("192.0.2.10:30514", "203.0.113.7:5300", "203.0.113.7:5301", "10.64.1.51:8080"),
+        (
+            "[2001:db8:1::10]:30514",
+            "[2001:db8:ff::7]:5300",
+            "[2001:db8:ff::7]:5301",
+            "[fd00:64:0:1::51]:8080",
+        ),
+    ] {
+        let seen = world.lab.pod("seen");
+        for (place, proto, bound, target, server) in [
+            (host, Proto::Udp, own, asked, "client"),
+            (host, Proto::UdpUnconnected, own, asked, "client"),
+            (host, Proto::Udp, own, local, "unseen"),
+            (&seen, Proto::UdpUnconnected, "", of_pod, "client"),
+        ] {
+            let ask = place.connect(target).proto(proto).timeout(ANSWER).times(3).per_socket(3);
+            let ask = if bound.is_empty() { ask } else { ask.bind(bound) };
+            for answer in ask.run()? {
+                ensure!(
+                    answer.ok && answer.server.as_deref() == Some(server),
+                    "{} by {bound:?} to {target}: {answer:?}",
+                    place.name()
+                );
+            }
+            let service = client.connect(own).udp().timeout(ANSWER).one()?;
+            ensure!(service.ok && service.server.as_deref() == Some("R1"), "{own}: {service:?}");
+        }
+    }
+    Ok(())
+}

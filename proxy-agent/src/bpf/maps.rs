@@ -9,8 +9,8 @@ use aya::maps::{
     HashMap, IterableMap as _, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie,
 };
 use proxy_common::abi::{
-    Backend, Counter, Device, FilterBit, Flow, FlowKey, FrontendKey, FrontendValue, Service, ServiceCounters,
-    ServiceName, SourceRangeKey,
+    Backend, Counter, Device, FilterBit, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Service,
+    ServiceCounters, ServiceName, SourceRangeKey,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 
@@ -315,7 +315,9 @@ impl KernelMaps {
         for (map, table) in [("FLOWS", &self.flow_maps.flows), ("NEW_FLOWS", &self.flow_maps.new_flows)] {
             let mark = |(key, _): (FlowKey, Flow)| {
                 let FilterBit { word, mask } = FilterBit::of_backend(&key.destination);
-                if let Some(word) = words.get_mut(word as usize) {
+                if key.kind == FlowKind::Record as u8
+                    && let Some(word) = words.get_mut(word as usize)
+                {
                     *word |= mask;
                 }
             };

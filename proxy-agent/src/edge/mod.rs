@@ -182,7 +182,8 @@ struct Worker {
 
 impl Worker {
     async fn run(mut self, publish: watch::Sender<State>) {
-        reserved_ports::reserve(&Notes::of(&self.config.pins));
+        let notes = Notes::of(&self.config.pins);
+        let mut reserved = None;
         let mut attacher = None;
         let mut maps = 0;
         let mut retry = RETRY;
@@ -192,6 +193,10 @@ impl Worker {
             if maps != facts.maps {
                 // What is attached serves until it is replaced, in place.
                 (attacher, maps) = (None, facts.maps);
+            }
+            if reserved.as_ref() != Some(&facts.datagram_ports) {
+                reserved_ports::keep(&notes, facts.datagram_ports.as_ref());
+                reserved = Some(facts.datagram_ports.clone());
             }
             let mut state = State { passes: publish.borrow().passes + 1, ..State::default() };
             let choices = choose(&snapshot, &self.config.settings, &self.chosen);

@@ -1,9 +1,10 @@
 //! `net.ipv4.ip_local_reserved_ports`: keeps the kernel from giving sockets of this host a port that the packet edge
-//! uses for translated sources. The setting holds for IPv6 as well. What is added is noted, so that just that can be taken
+//! uses for translated sources, or a nodePort of UDP or SCTP, where every answer looks like a request. The setting holds for IPv6 as well. What is added is noted, so that just that can be taken
 //! back.
 
 use std::collections::BTreeSet;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::ops::RangeInclusive;
 
 use proxy_common::abi::flow::SNAT_PORTS;
@@ -12,33 +13,67 @@ use crate::bpf::notes::{Note, Notes};
 
 const SYSCTL: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
-/// Adds [`SNAT_PORTS`] to what is reserved. Where that cannot be written (a read-only `/proc/sys`) nothing happens:
-/// the kernel's own range of ephemeral ports does not overlap unless somebody has changed it.
-pub fn reserve(notes: &Notes) {
-    match add(notes) {
-        Ok(false) => {}
-        Ok(true) => tracing::info!(ports = ?SNAT_PORTS, sysctl = SYSCTL, "ports reserved"),
+/// More bytes than the longest list has: every other port, in five digits, with a comma.
+const LONGEST: usize = 1 << 18;
+
+/// Has [`SNAT_PORTS`] and `others` reserved, and takes back what was added and is not wanted any more; without `others`
+/// nothing. Where that cannot be written (a read-only `/proc/sys`) nothing happens: the kernel's own range of ephemeral ports
+/// does not overlap with either unless somebody has changed it.
+pub fn keep(notes: &Notes, others: Option<&BTreeSet<u16>>) {
+    let wanted = SNAT_PORTS.chain(others.into_iter().flatten().copied()).collect();
+    let kept = add(notes, &wanted).and_then(|added| {
+        let removed = if others.is_some() { remove_others(notes, &wanted)? } else { Vec::new() };
+        Ok((added, removed))
+    });
+    match kept {
+        Ok((added, removed)) if added.is_empty() && removed.is_empty() => {}
+        Ok((added, removed)) => tracing::info!(?added, ?removed, sysctl = SYSCTL, "ports reserved"),
         Err(error) => tracing::debug!(%error, sysctl = SYSCTL, "ports not reserved"),
     }
 }
 
-/// True if something had to be added.
-fn add(notes: &Notes) -> io::Result<bool> {
+/// Reserves ports. Returns those that were not.
+fn add(notes: &Notes, wanted: &BTreeSet<u16>) -> io::Result<Vec<RangeInclusive<u16>>> {
     let mut reserved = read()?;
-    let new: BTreeSet<u16> = SNAT_PORTS.filter(|port| !reserved.contains(port)).collect();
-    let new_notes: Vec<Note> = ranges(&new).into_iter().map(Note::Ports).collect();
+    let new: BTreeSet<u16> = wanted.difference(&reserved).copied().collect();
+    if new.is_empty() {
+        return Ok(Vec::new());
+    }
+    let ranges = ranges(&new);
     // Before they are there: whoever dies in between has added them.
-    for note in &new_notes {
-        notes.add(note).map_err(io::Error::other)?;
+    for range in &ranges {
+        notes.add(&Note::Ports(range.clone())).map_err(io::Error::other)?;
     }
     reserved.extend(&new);
-    let written = if new.is_empty() { Ok(()) } else { write(&reserved) };
-    if written.is_err() {
-        for note in &new_notes {
-            notes.remove(note).map_err(io::Error::other)?;
+    if let Err(error) = write(&reserved) {
+        for range in ranges {
+            notes.remove(&Note::Ports(range)).map_err(io::Error::other)?;
         }
+        return Err(error);
     }
-    written.map(|()| !new.is_empty())
+    Ok(ranges)
+}
+
+/// Takes back what was added beside `wanted`. Returns it.
+fn remove_others(notes: &Notes, wanted: &BTreeSet<u16>) -> io::Result<Vec<RangeInclusive<u16>>> {
+    let mut removed = Vec::new();
+    for note in notes.all().map_err(io::Error::other)? {
+        let Note::Ports(ports) = &note else { continue };
+        let (left, stale): (BTreeSet<u16>, BTreeSet<u16>) =
+            ports.clone().partition(|port| wanted.contains(port));
+        if stale.is_empty() {
+            continue;
+        }
+        for range in ranges(&left) {
+            notes.add(&Note::Ports(range)).map_err(io::Error::other)?;
+        }
+        for range in ranges(&stale) {
+            release(&range)?;
+            removed.push(range);
+        }
+        notes.remove(&note).map_err(io::Error::other)?;
+    }
+    Ok(removed)
 }
 
 /// Takes ports back that were added.
@@ -55,7 +90,10 @@ pub fn release(ports: &RangeInclusive<u16>) -> io::Result<()> {
 }
 
 fn read() -> io::Result<BTreeSet<u16>> {
-    let text = std::fs::read_to_string(SYSCTL)?;
+    // The kernel answers one call alone: what does not fit is lost. (The standard library begins with 32 bytes.)
+    let mut text = vec![0; LONGEST];
+    let length = File::open(SYSCTL)?.read(&mut text)?;
+    let text = String::from_utf8_lossy(text.get(..length).unwrap_or_default());
     parse(&text)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("{text:?} is no list of ports")))
 }
@@ -120,16 +158,18 @@ mod tests {
     /// What is left after ports were reserved, once or by one agent after the other, and taken back.
     #[test]
     fn what_was_reserved_before_stays() {
+        let long = list(&(40_000..65_000).step_by(3).collect());
         in_new_netns(|| {
-            for before in ["", "8080,29000-30100", "15000,15002", "9000-40000", "10000-29999"] {
+            for before in ["", "8080,29000-30100", "15000,15002", "9000-40000", "10000-29999", &long] {
                 let dir = tempfile::tempdir().unwrap();
                 let notes = Notes::of(&PinDir::new(dir.path()));
+                let wanted: BTreeSet<u16> = SNAT_PORTS.collect();
                 std::fs::write(SYSCTL, format!("{before}\n")).unwrap();
                 let covered = ["9000-40000", "10000-29999"].contains(&before);
-                assert_eq!(add(&notes).unwrap(), !covered, "{before}");
-                assert!(!add(&notes).unwrap(), "{before}");
+                assert_eq!(add(&notes, &wanted).unwrap().is_empty(), covered, "{before}");
+                assert_eq!(add(&notes, &wanted).unwrap(), [], "{before}");
                 let reserved = read().unwrap();
-                assert!({ SNAT_PORTS }.all(|port| reserved.contains(&port)), "{before}");
+                assert!(wanted.is_subset(&reserved), "{before}");
                 let all = notes.all().unwrap();
                 assert_eq!(all.is_empty(), covered, "{before}");
                 // Somebody else's, meanwhile.
@@ -140,8 +180,33 @@ mod tests {
                     release(&ports).unwrap();
                 }
                 let want = if before.is_empty() { "50000".to_owned() } else { format!("{before},50000") };
-                assert_eq!(std::fs::read_to_string(SYSCTL).unwrap().trim(), want);
+                assert_eq!(read().unwrap(), parse(&want).unwrap());
             }
+        });
+    }
+
+    /// nodePorts come and go; what somebody else has reserved stays, and so does what an agent does not know yet.
+    #[test]
+    fn node_ports_are_reserved_while_they_are_there() {
+        in_new_netns(|| {
+            let dir = tempfile::tempdir().unwrap();
+            let notes = Notes::of(&PinDir::new(dir.path()));
+            std::fs::write(SYSCTL, "30002\n").unwrap();
+            for (ports, want) in [
+                (None, "10000-29999,30002"),
+                (Some(&[30_001, 30_002, 30_003, 40_000][..]), "10000-29999,30001-30003,40000"),
+                (None, "10000-29999,30001-30003,40000"),
+                (Some(&[30_003, 40_000, 40_001]), "10000-29999,30002-30003,40000-40001"),
+                (Some(&[40_001]), "10000-29999,30002,40001"),
+                (Some(&[]), "10000-29999,30002"),
+            ] {
+                let ports = ports.map(|ports: &[u16]| ports.iter().copied().collect());
+                for _ in 0..2 {
+                    keep(&notes, ports.as_ref());
+                    assert_eq!(list(&read().unwrap()), want, "{ports:?}");
+                }
+            }
+            assert_eq!(notes.all().unwrap(), [Note::Ports(10_000..=29_999)]);
         });
     }
 }

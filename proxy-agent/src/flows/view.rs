@@ -5,7 +5,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 
 use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
-use proxy_common::abi::{Flow, FlowKey, FrontendKey, Origin};
+use proxy_common::abi::{Flow, FlowKey, FlowKind, FrontendKey, Origin};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::flows::has_snat;
@@ -99,6 +99,7 @@ pub fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::Result<V
     for table in [&maps.new_flows, &maps.flows] {
         table.for_each(|(key, flow)| _ = records.insert(key, flow))?;
     }
+    records.retain(|key, _| key.kind == FlowKind::Record as u8);
     let mut views: Vec<FlowView> = records
         .iter()
         .map(|(key, flow)| {

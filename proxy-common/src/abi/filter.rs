@@ -1,17 +1,18 @@
 //! `FILTER`: mmapable array of bits, what most packets and sockets need to know: "nothing of ours has this address".
 //!
 //! Each VIP and each address of this host sets the bit of its address; each ServiceCIDR sets those of its
-//! blocks; each backend one of its own part. The agent sets bits before it writes what they stand for, and clears stale ones only when it compares
+//! blocks; each backend one of its own part; each frontend of UDP or SCTP that of its port. The agent sets bits before it writes what they stand for, and clears stale ones only when it compares
 //! everything: a bit too many costs two lookups, a bit too few would lose a connection.
 
 use crate::addr::{Addr, Family, Prefix};
+use crate::be::Be16;
 
 /// Elements of `FILTER`, 64 bits each: [`BLOCKS`] of IPv4, as many of IPv6, [`ADDRESSES`], [`BACKENDS`].
 pub const FILTER_WORDS: u32 = (2 * BLOCKS + ADDRESSES + BACKENDS) / 64;
 
 /// Bits for the blocks of each family.
 const BLOCKS: u32 = 1 << 16;
-/// Bits for VIPs and addresses of this host.
+/// Bits for VIPs and addresses of this host, and for ports.
 const ADDRESSES: u32 = 1 << 17;
 /// Bits for backends: at 250 000 one address in five is taken for one by mistake.
 const BACKENDS: u32 = 1 << 20;
@@ -41,6 +42,13 @@ impl FilterBit {
     #[inline(always)]
     pub fn of_backend(addr: &Addr) -> Self {
         Self::at(2 * BLOCKS + ADDRESSES + hash(addr) % BACKENDS)
+    }
+
+    /// The bit of a port that frontends have, among those of the addresses.
+    #[inline(always)]
+    pub const fn of_port(proto: u8, port: Be16) -> Self {
+        let [high, low] = port.bytes;
+        Self::at(2 * BLOCKS + mix(u32::from_be_bytes([0, proto, high, low]) as u64) % ADDRESSES)
     }
 
     /// The bit of the block that an address lies in: an IPv4 /16, or an IPv6 /64 (which share bits by chance).

@@ -20,7 +20,7 @@ use super::place::{Node, Place};
 const HEALTH: &str = "127.0.0.1:10256";
 const METRICS: &str = "127.0.0.1:10249";
 /// How many lines of the log a dropped agent prints.
-const SHOWN_LINES: usize = 200;
+const SHOWN_LINES: usize = 25;
 
 /// A `proxy-agent run` of one node; it can be started, killed and started again. Killed when dropped, and its log goes
 /// to standard error, which test runners show for failed tests only.

@@ -218,7 +218,7 @@ impl Net {
             }
         }
         let any = Addr::from(self.node()).unspecified();
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let port = Be16::new(self.node_port().port());
             ops.push(frontend(FrontendKey::node_port(any, port, proto), base + 7, EXTERNAL));
         }

@@ -337,9 +337,19 @@ impl Victim {
     }
 }
 
-/// A new connection or datagram is answered.
+/// A new connection is answered. A datagram is sent again, by the same socket, as TCP does it by itself: what is flooded throws
+/// away what its queues do not hold, whoever has sent it.
 pub(super) fn served(place: &Place, proto: Proto, target: SocketAddr) -> Result<()> {
-    let attempt = place.connect(target).proto(proto).timeout(ANSWER).one()?;
-    ensure!(attempt.ok, "{} to {target} by {proto:?}: {attempt:?}", place.name());
+    let times = match proto {
+        Proto::Udp | Proto::UdpUnconnected => 5,
+        Proto::Tcp | Proto::Mptcp | Proto::Sctp | Proto::Http | Proto::Redis | Proto::Ping => 1,
+    };
+    let connect = place.connect(target).proto(proto).timeout(ANSWER / times);
+    let attempts = connect.times(times as usize).per_socket(times as usize).run()?;
+    ensure!(
+        attempts.iter().any(|attempt| attempt.ok),
+        "{} to {target} by {proto:?}: {attempts:?}",
+        place.name()
+    );
     Ok(())
 }

@@ -8,6 +8,7 @@ mod malformed;
 mod origins;
 mod passing;
 mod proofs;
+mod questions;
 mod records;
 mod refusals;
 mod segments;

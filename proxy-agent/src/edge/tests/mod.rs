@@ -382,6 +382,7 @@ fn sources_are_what_the_kernel_would_take() {
             maps: 0,
             node_ips: [Some(addr("192.0.2.10")), None],
             remote: [Some(addr("10.64.2.21")), None],
+            datagram_ports: None,
         };
         edge.tell(facts);
         until(&mut edge, "a pass", |state| state.passes == 2).await;

@@ -14,6 +14,7 @@
 //! | client → backend on another node | egress of an external device | our address → backend |
 //! | backend → our address | ingress | backend → client |
 //! | backend → client | egress of the client's device | VIP → client |
+//! | host, from a frontend's own address and port | egress, and the answer on ingress | nothing: it is remembered |
 //! | pod → itself | egress of its own device | our address → pod, and back on ingress |
 //!
 //! In reading order: [`packet`] and [`tables`] are what the pipeline works on, [`parse`] reads headers, [`flows`] finds
@@ -41,6 +42,7 @@ pub mod refuse;
 
 mod fragments;
 mod judge;
+mod questions;
 
 use self::flows::{Choice, Meeting, Numbers, Place};
 use self::fragments::{remember_ports, restore_ports, stray_fragment};
@@ -142,7 +144,9 @@ pub fn egress(
     let ours = edge == Edge::External && lookup::may_be_ours(tables, destination);
     // Whose an ICMP error is, what it quotes says; it may stand behind extension headers.
     let plain = matches!(parsed.proto, proto::TCP | proto::UDP | proto::SCTP);
-    if plain && !from_backend && !to_backend && !ours || parse::parse(packet, parsed) != Outcome::Whole {
+    if plain && !from_backend && !to_backend && !ours && !questions::may_be_one(packet, tables, parsed)
+        || parse::parse(packet, parsed) != Outcome::Whole
+    {
         return Verdict::Pass;
     }
     let error = icmp::is_error(parsed);
@@ -165,6 +169,9 @@ pub fn egress(
             return verdict;
         }
     }
+    if matches!(parsed.proto, proto::UDP | proto::SCTP) {
+        questions::remember(packet, tables, parsed, edge, work);
+    }
     if ours { leaving_untranslated(packet, tables, parsed) } else { Verdict::Pass }
 }
 
@@ -186,7 +193,7 @@ fn entering<T: EdgeTables>(
     {
         work.new = Tuple { destination: work.key.source, destination_port: work.key.source_port, ..*tuple };
         trace::translated(tables, parsed, &work.new, place.flow().service, entry(packet), false);
-        return finish(packet, tables, parsed, work, false);
+        return finish(packet, tables, parsed, work);
     }
 
     let begins = begins(parsed);
@@ -206,6 +213,9 @@ fn entering<T: EdgeTables>(
     if work.meeting != Meeting::GOES_ON {
         if parsed.proto == proto::TCP && !begins {
             // Not ours to guess: another proxy's connection tracking may know it.
+            return Verdict::Pass;
+        }
+        if parsed.proto != proto::TCP && questions::is_answered(tables, parsed, work) {
             return Verdict::Pass;
         }
         work.to = Choice { proto: parsed.proto, service: 0, backend: 0 };
@@ -240,7 +250,7 @@ fn entering<T: EdgeTables>(
         destination_port: work.key.destination_port,
     };
     trace::translated(tables, parsed, &work.new, service, entry(packet), work.meeting != Meeting::GOES_ON);
-    finish(packet, tables, parsed, work, false)
+    finish(packet, tables, parsed, work)
 }
 
 /// Whether a packet begins a TCP connection.
@@ -375,7 +385,7 @@ fn leaving(
     let flow = place.flow();
     work.new = Tuple { source: flow.snat, source_port: flow.snat_port, ..*tuple };
     trace::translated(tables, parsed, &work.new, flow.service, exit(packet), false);
-    Some(finish(packet, tables, parsed, work, true))
+    Some(finish_leaving(packet, tables, parsed, work))
 }
 
 /// Makes a packet again what the client sent, and forgets its flow. False: it is half done and must not go on.
@@ -391,7 +401,7 @@ fn give_back<T: EdgeTables>(
     let (destination, destination_port, source_port) = (flow.vip, flow.vip_port, flow.client_port);
     flows::remove(tables, &work.key, place);
     work.new = Tuple { destination, destination_port, source_port, ..parsed.tuple };
-    let done = finish(packet, tables, parsed, work, true) != Verdict::Drop;
+    let done = finish_leaving(packet, tables, parsed, work) != Verdict::Drop;
     parsed.tuple = work.new;
     done
 }
@@ -429,7 +439,7 @@ fn answering(
         destination_port: flow.client_port,
     };
     trace::translated(tables, parsed, &work.new, flow.service, exit(packet), false);
-    Some(finish(packet, tables, parsed, work, true))
+    Some(finish_leaving(packet, tables, parsed, work))
 }
 
 /// A packet that leaves for an address of ours: nobody has translated it, and nobody out there can. What this host itself begins,
@@ -456,19 +466,24 @@ fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, pars
     turn_away::<_, _, true>(packet, tables, parsed, refusal, 0)
 }
 
-/// Writes the new tuple of `work`; the other fragments of the packet will follow.
-#[inline(never)]
-fn finish(
+/// As [`finish`], of a packet that leaves: the other fragments of it will follow.
+#[inline(always)]
+fn finish_leaving(
     packet: &mut impl Packet,
     tables: &impl EdgeTables,
     parsed: &Parsed,
     work: &Work,
-    egress: bool,
 ) -> Verdict {
-    if egress && parsed.part == Part::First && !remember_ports(tables, parsed, work.origin, egress) {
+    if parsed.part == Part::First && !remember_ports(tables, parsed, work.origin, true) {
         tables.count(Counter::DropFragment);
         return Verdict::Drop;
     }
+    finish(packet, tables, parsed, work)
+}
+
+/// Writes the new tuple of `work`.
+#[inline(never)]
+fn finish(packet: &mut impl Packet, tables: &impl EdgeTables, parsed: &Parsed, work: &Work) -> Verdict {
     if rewrite::rewrite(packet, parsed, &work.new) {
         Verdict::Translated
     } else {

@@ -1,0 +1,149 @@
+//! Answers to what this host, or a pod behind its address, has asked from the address and port of a frontend.
+
+use std::net::SocketAddr;
+
+use proxy_common::abi::FlowKind;
+use proxy_common::datapath::edge::Verdict;
+use proxy_common::datapath::edge::tables::Tier;
+use proxy_tests::packets::{Body, NIC, Net, OVERLAY, POD, Packet, Trouble, World, fragments};
+
+use super::{passes, translated, world};
+
+/// The host itself, as the device that a packet has entered by.
+const HOST: u32 = 0;
+
+/// A datagram, by each protocol whose answers cannot be told from requests.
+fn datagrams(from: SocketAddr, to: SocketAddr) -> [Packet; 3] {
+    let udp = Packet::udp(from, to, b"?");
+    [udp.clone(), udp.extended(), Packet::new(from, to, Body::Sctp(vec![0, 0, 0, 8, 1, 2, 3, 4]))]
+}
+
+/// How many questions are remembered.
+fn remembered(world: &World) -> usize {
+    let records = world.sim.edge.records(Tier::New);
+    records.into_iter().filter(|(key, _)| key.kind == FlowKind::Question as u8).count()
+}
+
+/// The host, or for a pod, asks somebody from the nodePort; whoever has been asked is heard, and nobody else.
+#[test]
+fn who_asks_gets_the_answer() {
+    for net in Net::ALL {
+        let (own, asked) = (net.node_port(), net.stranger());
+        for (by, device) in [(HOST, NIC), (POD, NIC), (POD, OVERLAY), (HOST, OVERLAY), (HOST, POD)] {
+            for question in datagrams(own, asked) {
+                let world = world();
+                let answer = question.between(asked, own).bytes();
+                // Until somebody asks it is a request.
+                let (verdict, _) = super::world().enter(device, answer.clone());
+                assert_eq!(verdict, Verdict::Translated, "{question:?}");
+                for _ in 0..2 {
+                    passes(|bytes| world.leave_from(by, device, bytes), &question.bytes());
+                    passes(|bytes| world.enter(device, bytes), &answer);
+                }
+                assert_eq!(remembered(&world), 1);
+                let other = SocketAddr::new(asked.ip(), asked.port() + 1);
+                for stranger in [other, net.client()] {
+                    translated(world.enter(device, question.between(stranger, own).bytes()));
+                }
+                // One who has been asked is a client of another port's.
+                let (_, elsewhere) = world.enter(device, question.between(asked, net.there()).bytes());
+                assert_ne!(elsewhere, question.between(asked, net.there()).bytes());
+            }
+        }
+    }
+}
+
+/// A question is remembered as long as a UDP flow without an answer, and each one anew.
+#[test]
+fn a_question_is_forgotten_after_two_minutes() {
+    for net in Net::ALL {
+        let world = world();
+        let question = Packet::udp(net.node_port(), net.stranger(), b"?");
+        let answer = question.between(net.stranger(), net.node_port()).bytes();
+        for _ in 0..3 {
+            passes(|bytes| world.leave_from(HOST, NIC, bytes), &question.bytes());
+            world.pass(119);
+            passes(|bytes| world.enter(NIC, bytes), &answer);
+        }
+        // An answer is no question.
+        world.pass(2);
+        translated(world.enter(NIC, answer));
+    }
+}
+
+/// Nothing is remembered of what is no question of this host's: neither by a source that is not its own, nor by a port that no
+/// frontend has, nor of what comes from outside, nor of TCP.
+#[test]
+fn what_is_nobodys_question_is_not_remembered() {
+    for net in Net::ALL {
+        let world = world();
+        let (own, asked) = (net.node_port(), net.stranger());
+        let beside = SocketAddr::new(own.ip(), own.port() + 1);
+        for (by, packet) in [
+            (HOST, Packet::udp(beside, asked, b"?")),
+            (HOST, Packet::udp(SocketAddr::new(net.overlay(), own.port()), asked, b"?")),
+            (POD, Packet::udp(SocketAddr::new(net.ranged().ip(), 443), asked, b"?")),
+            (POD, Packet::udp(net.here(), asked, b"?")),
+            (NIC, Packet::udp(own, asked, b"?")),
+            (OVERLAY, Packet::udp(own, asked, b"?")),
+            (HOST, Packet::tcp(own, asked, 2, 1, 0)),
+        ] {
+            passes(|bytes| world.leave_from(by, NIC, bytes), &packet.bytes());
+            assert_eq!(remembered(&world), 0, "{packet:?}");
+        }
+    }
+}
+
+/// A client keeps the Service that it talks to, whatever is asked from its nodePort meanwhile: by a pod, perhaps, that wants to
+/// have what others send.
+#[test]
+fn a_flow_comes_before_a_question() {
+    for net in Net::ALL {
+        let world = world();
+        let (own, client) = (net.node_port(), net.client());
+        let request = Packet::udp(client, own, b"?");
+        let before = translated(world.enter(NIC, request.bytes()));
+        passes(|bytes| world.leave_from(POD, NIC, bytes), &Packet::udp(own, client, b"?").bytes());
+        assert_eq!(remembered(&world), 1);
+        assert_eq!(translated(world.enter(NIC, request.bytes())), before);
+    }
+}
+
+/// What one pod is asked, no other pod and nobody outside can answer.
+#[test]
+fn an_answer_comes_from_where_the_question_went() {
+    for net in Net::ALL {
+        for (asked_by, other) in [(NIC, POD), (POD, NIC)] {
+            let world = world();
+            let question = Packet::udp(net.node_port(), net.stranger(), b"?");
+            passes(|bytes| world.leave_from(HOST, asked_by, bytes), &question.bytes());
+            translated(world.enter(other, question.between(net.stranger(), net.node_port()).bytes()));
+        }
+    }
+}
+
+/// Answers in fragments, and errors about the question.
+#[test]
+fn whatever_comes_back_passes() {
+    for net in Net::ALL {
+        let world = world();
+        let question = Packet::udp(net.node_port(), net.stranger(), b"?");
+        passes(|bytes| world.leave_from(HOST, NIC, bytes), &question.bytes());
+        let answer = Packet::udp(net.stranger(), net.node_port(), &[7; 2000]);
+        for fragment in fragments(&answer.bytes(), 1024, 7) {
+            passes(|bytes| world.enter(NIC, bytes), &fragment);
+        }
+        for trouble in [Trouble::PortUnreachable, Trouble::TooBig] {
+            let error = Packet::error(net.router(), trouble, &question.bytes(), 548);
+            passes(|bytes| world.enter(NIC, bytes), &error.bytes());
+        }
+        // A question in fragments is one as well.
+        let world = self::world();
+        let question = Packet::udp(net.node_port(), net.stranger(), &[7; 2000]);
+        for fragment in fragments(&question.bytes(), 1024, 7) {
+            passes(|bytes| world.leave_from(HOST, NIC, bytes), &fragment);
+        }
+        passes(|bytes| world.enter(NIC, bytes), &answer.bytes());
+        assert_eq!(remembered(&world), 1);
+    }
+}
