@@ -284,6 +284,46 @@ fn datagrams_go_to_the_backend_that_there_is() -> Result<()> {
     Ok(())
 }
 
+/// A program connects its socket to the Service and elsewhere, again and again, while the agent leads such sockets to another backend.
+/// Where it connects last, it stays, or the socket is destroyed. `VIPR_CHANGES` says how often the backend is replaced.
+#[test]
+fn a_socket_that_its_owner_connects_elsewhere_is_not_led_away() -> Result<()> {
+    let changes: usize = std::env::var("VIPR_CHANGES").map_or(Ok(6), |text| text.parse())?;
+    let world = World::start()?;
+    world.serve(&["L1"])?;
+    world.lab.pod("unseen").serve().udp(8080).start()?;
+    let mut owners = Vec::new();
+    for place in [world.lab.node("n1").host().clone(), Place::clone(&world.lab.pod("seen"))] {
+        for (vip, other) in VIPS.into_iter().zip(["10.64.1.51", "fd00:64:0:1::51"]) {
+            let (vip, other) = (SocketAddr::new(vip.parse()?, 514), SocketAddr::new(other.parse()?, 8080));
+            let owner = place.connect(vip.to_string()).udp().timeout(ANSWER).then(other).start()?;
+            owners.push((format!("{} to {vip} and {other}", place.name()), owner));
+        }
+    }
+    for change in 0..changes {
+        for (_, owner) in &mut owners {
+            owner.wait_for(10)?;
+        }
+        world.serve(&[if change % 2 == 0 { "R1" } else { "L1" }])?;
+    }
+    for (who, owner) in owners {
+        let attempts = owner.stop()?;
+        let destroyed =
+            attempts.iter().filter(|attempt| attempt.stage.as_deref() != Some("peer") && !attempt.ok);
+        let elsewhere: Vec<&Attempt> =
+            attempts.iter().filter(|attempt| attempt.stage.as_deref() == Some("peer")).collect();
+        let longest = attempts.iter().filter(|attempt| attempt.ok).map(|attempt| attempt.elapsed_us).max();
+        println!(
+            "{who}: {} times, {} sockets destroyed, {} us at most",
+            attempts.len(),
+            destroyed.count(),
+            longest.unwrap_or_default()
+        );
+        ensure!(elsewhere.is_empty() && longest.is_some(), "{who}: {elsewhere:?}");
+    }
+    Ok(())
+}
+
 /// No hook hears of the end of MPTCP's subflows, nor of the kernel's own sockets.
 #[test]
 fn no_socket_leaves_anything_behind() -> Result<()> {

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::process::{ChildStdin, Stdio};
 use std::time::{Duration, Instant};
 
@@ -127,6 +128,14 @@ impl Connect {
     #[must_use]
     pub fn per_socket(mut self, datagrams: usize) -> Self {
         self.options.push(&["--per-socket", &datagrams.to_string()]);
+        self
+    }
+
+    /// Connects one and the same UDP socket to the target and then to `other`, attempt by attempt. An attempt ends when `other` has
+    /// answered; [`Attempt::elapsed_us`] is the time since the second connect().
+    #[must_use]
+    pub fn then(mut self, other: SocketAddr) -> Self {
+        self.options.push(&["--then", &other.to_string()]);
         self
     }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use proxy_tests::lab::{Attempt, Line, Proto, Summary};
+use rustix::net::connect;
 use rustix::net::sockopt::Timeout;
 
 use crate::sock::{Failure, Target, limit};
@@ -29,7 +30,17 @@ pub(crate) struct Args {
     /// How many UDP datagrams to send by one socket before the next is opened.
     #[arg(long, default_value_t = 1)]
     per_socket: usize,
+    /// UDP: each attempt connects one and the same socket to the target and then here, and ends when this one answers.
+    #[arg(long)]
+    then: Option<SocketAddr>,
 }
+
+/// An answer that takes longer will not come.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
+
+/// How long a socket that is connected a second time rests before it asks, attempt by attempt.
+const RESTS: [Duration; 4] =
+    [Duration::ZERO, Duration::from_millis(1), Duration::from_millis(5), Duration::from_millis(120)];
 
 /// Makes the attempts and prints each, then the summary.
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -51,10 +62,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
         let began = Instant::now();
         let mut attempt = Attempt { at_us: micros(began - start), ..Attempt::default() };
-        if let Err(failure) = one(&args.target, number, &mut socket, &mut attempt) {
+        let result = match args.then {
+            Some(then) => again(&args.target, then, number, &mut socket, &mut attempt),
+            None => one(&args.target, number, &mut socket, &mut attempt),
+        };
+        if let Err(failure) = result {
             failure.report(&mut attempt);
         }
-        attempt.elapsed_us = micros(began.elapsed());
+        if args.then.is_none() {
+            attempt.elapsed_us = micros(began.elapsed());
+        }
         summary.add(&attempt);
         print(&Line::Attempt(attempt))?;
         number += 1;
@@ -105,6 +122,43 @@ fn one(
     }
     attempt.ok = true;
     Ok(())
+}
+
+/// Connects the UDP socket to the target, then to somebody else, and asks until that one has answered. A socket that has been
+/// destroyed fails, and is replaced with the next attempt.
+fn again(
+    target: &Target,
+    then: SocketAddr,
+    number: usize,
+    kept: &mut Option<UdpSocket>,
+    attempt: &mut Attempt,
+) -> Result<(), Failure> {
+    let deadline = target.deadline();
+    let socket = match kept.take() {
+        Some(socket) => socket,
+        None => target.open()?.into(),
+    };
+    let connect = |to| connect(&socket, &to).map_err(|error| Failure::new("connect", &error.into()));
+    connect(target.address())?;
+    thread::sleep(Duration::from_millis(number as u64 * 7 % 40));
+    connect(then)?;
+    let connected = Instant::now();
+    thread::sleep(RESTS[number % RESTS.len()]);
+    loop {
+        let soon = deadline.min(Instant::now() + ASK_AGAIN);
+        let asked = ask(&socket, target, &format!("{}-{number}", std::process::id()), soon, attempt);
+        attempt.elapsed_us = micros(connected.elapsed());
+        match asked {
+            Ok(()) if attempt.endpoint == Some(then) => {
+                attempt.ok = true;
+                *kept = Some(socket);
+                return Ok(());
+            }
+            Err(failure) if failure.is_of_destroyed() => return Err(failure),
+            Ok(()) | Err(_) if Instant::now() < deadline => {}
+            Ok(()) | Err(_) => return Err(Failure::new("peer", &io::ErrorKind::TimedOut.into())),
+        }
+    }
 }
 
 /// A connected stream.

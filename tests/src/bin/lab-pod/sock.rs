@@ -111,6 +111,11 @@ impl Failure {
         Self { stage, error: error_name(error) }
     }
 
+    /// Whether somebody has destroyed the socket.
+    pub(crate) fn is_of_destroyed(&self) -> bool {
+        matches!(self.error.as_str(), "ECONNABORTED" | "EDESTADDRREQ" | "EINVAL")
+    }
+
     /// Enters it into `attempt`.
     pub(crate) fn report(self, attempt: &mut Attempt) {
         attempt.ok = false;
