@@ -9,6 +9,7 @@ use proxy_common::abi::proto;
 use super::Agent;
 use super::programming::Programmed;
 use crate::metrics::Metrics;
+use crate::opt_out::Place;
 use crate::shares::rest_after;
 use crate::sockets::{SocketMaps, SocketSweeper};
 use crate::stale::Serving;
@@ -39,11 +40,15 @@ impl Agent {
         let sctp = model.ports.iter().filter(|(key, _)| key.proto == proto::SCTP).map(|(_, port)| port.id);
         let sctp: Option<BTreeSet<u32>> = self.streams_due.then(|| sctp.collect());
         (self.sweep_again, self.streams_due) = (false, false);
+        let in_force = |cgroup| self.opted_out.as_ref().is_some_and(|cgroups| cgroups.contains(cgroup));
+        let pods =
+            self.found.iter().filter(|(_, place)| matches!(place, Place::Cgroup(cgroup) if in_force(cgroup)));
+        let opted_out = pods.map(|(uid, _)| Arc::clone(uid)).collect();
         self.sweep = Some(tokio::task::spawn_blocking(move || {
             let mut cpu = Duration::ZERO;
             if let Some(serving) = serving {
                 let start = Instant::now();
-                match sweeper.follow(&sockets, |socket| serving.order(socket)) {
+                match sweeper.follow(&sockets, |socket| serving.order(socket), &opted_out) {
                     Ok(report) => {
                         cpu += report.cpu;
                         metrics.swept(&families, start.elapsed(), &report);

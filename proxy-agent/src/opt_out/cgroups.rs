@@ -4,10 +4,11 @@
 //! `kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<uid with _>.slice`; both below whatever `--cgroup-root`
 //! says, and without the middle part for pods of the Guaranteed class.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::DirEntryExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// How many levels below the root the directory of all pods may lie.
 const DEPTH_MAX: usize = 8;
@@ -68,11 +69,39 @@ fn uid(name: &str) -> Option<String> {
     (!uid.is_empty()).then(|| uid.replace('_', "-"))
 }
 
+/// Whether a process is in the cgroup of one of these pods, or below. `file` is its `/proc/<pid>/cgroup`. Whoever gives a cgroup of its own
+/// the name of a pod's says so of itself alone.
+pub fn is_below(file: &str, pods: &BTreeSet<Arc<str>>) -> bool {
+    let of_v2 = file.lines().find_map(|line| line.strip_prefix("0::"));
+    of_v2.is_some_and(|path| path.split('/').filter_map(uid).any(|uid| pods.contains(uid.as_str())))
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt as _;
 
     use super::*;
+
+    #[test]
+    fn a_process_is_below_its_pods_cgroup() {
+        let pods = ["aaaa-01", "bbbb-01"].map(Arc::from).into();
+        for (file, wanted) in [
+            ("0::/kubepods/burstable/podaaaa-01/0123456789\n", true),
+            ("0::/kubepods/burstable/podaaaa-01\n", true),
+            (
+                "12:memory:/kubepods/podaaaa-02/x\n0::/kubelet.slice/kubelet-kubepods-podbbbb_01.slice/x.scope\n",
+                true,
+            ),
+            ("1:name=systemd:/kubepods/podaaaa-01/x\n0::/system.slice\n", false),
+            ("0::/../../podaaaa-01/x\n", true),
+            ("0::/kubepods/burstable/podaaaa-011/x\n", false),
+            ("0::/kubepods/burstable/podaaaa-02/x\n", false),
+            ("0::/\n", false),
+            ("", false),
+        ] {
+            assert_eq!(is_below(file, &pods), wanted, "{file:?}");
+        }
+    }
 
     #[test]
     fn cgroups_of_both_drivers_at_any_root() {

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 mod cgroups;
 mod rules;
 
-pub use cgroups::{Tree, look};
+pub use cgroups::{Tree, is_below, look};
 pub use rules::{ANNOTATION, RuleError, Rules};
 
 /// How often the tree is looked at without an event, for parents of pods that did not exist.

@@ -1,9 +1,11 @@
 //! Leads one socket: writes its order, connects it, and looks at what came of it.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
-use std::sync::Mutex;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use aya::maps::{MapData, MapError, SkStorage};
 use proxy_common::abi::SocketRecord;
@@ -14,6 +16,7 @@ use proxy_common::be::Be16;
 use rustix::net::{connect, getpeername, getsockname};
 
 use super::{Fate, Held, SocketMaps, SocketsError, map};
+use crate::opt_out;
 use crate::stale::Connected;
 
 /// The maps of [`SocketMaps`], as what they hold.
@@ -36,11 +39,14 @@ impl Storage {
         &self,
         socket: &Held<'_>,
         order: impl Fn(&Connected) -> Option<Order>,
+        opted_out: &BTreeSet<Arc<str>>,
     ) -> Result<Fate, SocketsError> {
         let peer = (Addr::from(socket.id.destination_address), Be16::new(socket.id.destination_port));
         let record = self.record(&socket.copy)?.filter(|record| is_about(record, peer));
         let connected = Connected { peer, record, of_host: socket.namespace.of_host };
         match order(&connected) {
+            // The hook would look at the agent's own cgroup.
+            Some(_) if is_of_one(socket.process, opted_out) => Ok(Fate::Left),
             Some(order) => self.lead(socket, order, record.is_some()),
             None => Ok(Fate::Left),
         }
@@ -92,6 +98,12 @@ impl Storage {
             _ => Fate::Doomed,
         })
     }
+}
+
+/// Whether a process is of one of these pods. Of one that has ended nothing is known: somebody else may have its socket.
+fn is_of_one(process: &Path, pods: &BTreeSet<Arc<str>>) -> bool {
+    !pods.is_empty()
+        && std::fs::read_to_string(process.join("cgroup")).is_ok_and(|file| opt_out::is_below(&file, pods))
 }
 
 /// Whether a record says why a socket is connected to `peer`.

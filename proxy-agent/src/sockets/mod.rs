@@ -26,7 +26,8 @@ mod owners;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use aya::maps::{Map, MapData, MapError};
@@ -136,7 +137,7 @@ impl SocketSweeper {
         Ok(Self { places, left: left::Left::default() })
     }
 
-    /// Carries out what `order` says of every connected UDP socket of this host. Blocking: a few system calls per network namespace and,
+    /// Carries out what `order` says of every connected UDP socket of this host, those of the pods with the uids `opted_out` excepted. Blocking: a few system calls per network namespace and,
     /// if there is any connected UDP socket, one per descriptor of every process.
     ///
     /// # Errors
@@ -146,9 +147,10 @@ impl SocketSweeper {
         &self,
         storage: &SocketMaps,
         order: impl Fn(&Connected) -> Option<Order> + Sync,
+        opted_out: &BTreeSet<Arc<str>>,
     ) -> Result<Report, SocketsError> {
         let storage = lead::Storage::open(storage).map_err(SocketsError::Storage)?;
-        sweep(&self.places, &|socket| storage.treat(socket, &order))
+        sweep(&self.places, &|socket| storage.treat(socket, &order, opted_out))
     }
 }
 
@@ -183,6 +185,8 @@ struct Held<'a> {
     id: &'a SocketId,
     copy: OwnedFd,
     namespace: &'a Namespace,
+    /// The directory of a process that has it, in procfs.
+    process: &'a Path,
 }
 
 /// Says what becomes of a socket, and leads it.
@@ -245,12 +249,12 @@ fn sweep_here(places: &Places, treat: &Treat<'_>) -> Result<Report, SocketsError
 
     report.examined = candidates.len();
     let mut doomed: BTreeMap<usize, BTreeSet<u64>> = BTreeMap::new();
-    let looked = owners::visit(&places.proc, &mut candidates, |candidate, copy| {
+    let looked = owners::visit(&places.proc, &mut candidates, |candidate, copy, process| {
         let Some((_, namespace)) = diags.get(candidate.diag) else { return true };
         if socket_cookie(&copy).ok() != Some(cookie(&candidate.id)) {
             return false;
         }
-        match treat(&Held { id: &candidate.id, copy, namespace }) {
+        match treat(&Held { id: &candidate.id, copy, namespace, process }) {
             Ok(Fate::Left) => {}
             Ok(Fate::Led) => {
                 report.led += 1;

@@ -14,14 +14,14 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 
 use super::namespaces::processes;
 
-/// Calls `each` with a copy of every wanted socket, once, and takes it out of `wanted`, which is keyed by inode. What
+/// Calls `each` with a copy of every wanted socket and the directory of its process, once, and takes it out of `wanted`, which is keyed by inode. What
 /// is left has no owner that can be seen. Returns how many processes do not let us look.
 ///
 /// `each` says whether the copy is the socket that was meant: inodes are numbers that come round again.
 pub(super) fn visit<T>(
     proc: &Path,
     wanted: &mut BTreeMap<u32, T>,
-    mut each: impl FnMut(&T, OwnedFd) -> bool,
+    mut each: impl FnMut(&T, OwnedFd, &Path) -> bool,
 ) -> io::Result<usize> {
     let mut hidden = 0;
     for process in processes(proc)? {
@@ -40,7 +40,7 @@ pub(super) fn visit<T>(
 fn visit_process<T>(
     process: &Path,
     wanted: &mut BTreeMap<u32, T>,
-    each: &mut impl FnMut(&T, OwnedFd) -> bool,
+    each: &mut impl FnMut(&T, OwnedFd, &Path) -> bool,
 ) -> io::Result<()> {
     let dir = open(process.join("fd"), OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     // Opened when it is needed: few processes own what is wanted.
@@ -60,7 +60,7 @@ fn visit_process<T>(
         };
         match pidfd_getfd(pidfd, number, PidfdGetfdFlags::empty()) {
             Ok(copy) => {
-                if each(meant, copy) {
+                if each(meant, copy, process) {
                     wanted.remove(&inode);
                 }
             }

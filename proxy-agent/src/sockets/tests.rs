@@ -178,7 +178,7 @@ fn a_descriptor_that_is_no_map_is_an_error() {
     let sweeper = SocketSweeper::new(places(&root)).unwrap();
     let null = || std::fs::File::open("/dev/null").unwrap().into();
     let error = sweeper
-        .follow(&SocketMaps { records: null(), orders: null(), streams: null() }, |_| None)
+        .follow(&SocketMaps { records: null(), orders: null(), streams: null() }, |_| None, &BTreeSet::new())
         .unwrap_err();
     assert!(matches!(error, SocketsError::Storage(_)), "{error}");
 }

@@ -110,3 +110,31 @@ fn who_cannot_opt_out_is_named_and_served() -> Result<()> {
     setting.wait_problem("Pod a/p", |problem| problem.to_string().contains("no interface of a pod"))?;
     setting.served(&inside, OPEN, false)
 }
+
+/// A socket that was connected before its pod opted out stays where it is; that of another pod follows the Service.
+#[test]
+fn the_sockets_of_who_has_opted_out_are_not_led() -> Result<()> {
+    let setting = Setting::new(LabSpec::cases()?, FLAGS)?;
+    setting.lab.pod("R1").serve().udp(8080).start()?;
+    let other = setting.lab.pod("P");
+    let inside = other.in_cgroup(CGROUPS[0])?;
+    let connect = |place: &Place| place.hold(OPEN).udp().timeout(ANSWER).open();
+    let (mut left, mut led) = (connect(&inside)?, connect(&other)?);
+    for socket in [&mut left, &mut led] {
+        ensure!(socket.say("before")?.server.as_deref() == Some("L1"));
+    }
+    setting.write("pods", &pods("off"))?;
+    wait_opted_out(&setting, &["a/p"])?;
+    let mut objects = setting.services();
+    for object in &mut objects {
+        if object["metadata"]["name"] == "open-1" {
+            object["endpoints"] = json!([{ "addresses": ["10.64.2.21"], "nodeName": "n2" }]);
+        }
+    }
+    setting.write("services", &objects)?;
+    led.say_until(PATIENCE, |answer| answer.server.as_deref() == Some("R1"))?;
+    // The same sweep has met both.
+    let answer = left.say("after")?;
+    ensure!(answer.ok && answer.server.as_deref() == Some("L1"), "{answer:?}");
+    Ok(())
+}
