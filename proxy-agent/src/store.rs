@@ -128,8 +128,8 @@ pub fn filter_words(contents: &Contents) -> Vec<u64> {
     words
 }
 
-/// nodePorts are found by the addresses that serve them. The port of datagrams tells which of the host's own may be answered
-/// where a frontend is.
+/// nodePorts are found by the addresses that serve them. Of what leaves, the port tells quickly that a datagram does not come from
+/// a frontend.
 fn frontend_bits(key: &FrontendKey) -> impl Iterator<Item = FilterBit> {
     let address = (key.kind != FrontendKind::NodePort as u8).then(|| FilterBit::of_address(&key.addr));
     let port = matches!(key.proto, proto::UDP | proto::SCTP).then(|| FilterBit::of_port(key.proto, key.port));

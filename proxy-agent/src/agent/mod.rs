@@ -15,6 +15,7 @@ use tokio::task::{JoinError, JoinHandle, JoinSet};
 use crate::bpf::dataplane::DataplaneError;
 use crate::cluster::ObjectKey;
 use crate::config::{Config, Source};
+use crate::edge::reserved_ports::DatagramPorts;
 use crate::edge::sources::Facts;
 use crate::edge::{self, Edge};
 use crate::events::{Event, Events};
@@ -193,6 +194,7 @@ struct Agent {
     /// It has been announced.
     ready: bool,
     facts: Facts,
+    datagram_ports: DatagramPorts,
     /// Finds the cgroups of pods that opt out of the socket edge, if any may.
     opt_out: Option<Follower>,
     found: opt_out::Found,
@@ -284,6 +286,7 @@ impl Agent {
             announce: None,
             ready: false,
             facts: Facts::default(),
+            datagram_ports: DatagramPorts::default(),
             opt_out,
             found: opt_out::Found::new(),
             opted_out: None,

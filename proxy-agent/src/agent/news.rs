@@ -158,13 +158,14 @@ impl Agent {
             return Ok(());
         }
         self.facts.node_ips = self.known.context.node.ips;
-        match &self.edge {
-            Some(edge) => edge.tell(self.facts.clone()),
-            None => {
+        let edge = match &mut self.edge {
+            Some(edge) => edge,
+            none => {
                 self.health.waiting_for("the devices have not been attached yet");
-                self.edge = Some(Edge::start(self.config.edge.clone(), self.facts.clone()).await?);
+                none.insert(Edge::start(self.config.edge.clone(), self.facts.clone()).await?)
             }
-        }
+        };
+        edge.tell(&self.facts, &self.datagram_ports);
         Ok(())
     }
 

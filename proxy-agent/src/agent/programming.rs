@@ -249,7 +249,7 @@ impl Agent {
         let mut plan = plan_part(model, &begun.service, &part);
         tracing::debug!(service = %begun.service, operations = plan.ops.len(), "programming a part");
         self.telemetry.writing(&plan.ops, |ops| carry_out(&mut dataplane.maps, ops))?;
-        self.facts.programmed(&plan.ops, &model.frontends);
+        self.datagram_ports.programmed(&plan.ops, &model.frontends);
         self.freed.append(plan.freed);
         begun.udp_stale |= plan.udp_stale;
         let refused = plan.refused.remove(&begun.service).unwrap_or_default();
@@ -300,7 +300,7 @@ impl Agent {
         let mut plan = plan(model, &wanted, full);
         tracing::debug!(services = wanted.len(), operations = plan.ops.len(), "programming");
         self.telemetry.writing(&plan.ops, |ops| carry_out(&mut dataplane.maps, ops))?;
-        self.facts.programmed(&plan.ops, &model.frontends);
+        self.datagram_ports.programmed(&plan.ops, &model.frontends);
         self.freed.append(plan.freed);
         for (service, wanted) in wanted {
             let problems = wanted.map(|wanted| wanted.desired.problems).unwrap_or_default();

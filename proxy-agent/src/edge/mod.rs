@@ -38,6 +38,7 @@ mod ipsec;
 
 use attach::{Attacher, Outcome};
 use choice::{Choices, Role, choose, problems};
+use reserved_ports::DatagramPorts;
 use settings::Settings;
 use snapshot::{Snapshot, watch_network};
 use sources::{Facts, Sources, resolve};
@@ -131,6 +132,7 @@ pub struct State {
 #[derive(Debug)]
 pub struct Edge {
     facts: watch::Sender<Facts>,
+    datagram_ports: watch::Sender<DatagramPorts>,
     state: watch::Receiver<State>,
     _task: JoinSet<()>,
 }
@@ -147,19 +149,18 @@ impl Edge {
             .map_err(|source| FollowError::Open { what: "this host's routes", source })?;
         let (facts, known) = watch::channel(facts);
         let (publish, state) = watch::channel(State::default());
+        let (datagram_ports, reserved) = watch::channel(DatagramPorts::default());
         let mut task = JoinSet::new();
         task.spawn(connection);
+        task.spawn(reserved_ports::follow(Notes::of(&config.pins), reserved));
         task.spawn(Worker { config, handle, network, facts: known, chosen: Choices::new() }.run(publish));
-        Ok(Self { facts, state, _task: task })
+        Ok(Self { facts, datagram_ports, state, _task: task })
     }
 
     /// Replaces what the agent knows.
-    pub fn tell(&self, facts: Facts) {
-        self.facts.send_if_modified(|known| {
-            let changed = *known != facts;
-            *known = facts;
-            changed
-        });
+    pub fn tell(&self, facts: &Facts, datagram_ports: &DatagramPorts) {
+        replace(&self.facts, facts);
+        replace(&self.datagram_ports, datagram_ports);
     }
 
     /// Waits for the next pass, and tells how it went.
@@ -172,6 +173,14 @@ impl Edge {
     }
 }
 
+fn replace<T: Clone + PartialEq>(sender: &watch::Sender<T>, value: &T) {
+    sender.send_if_modified(|known| {
+        let changed = known != value;
+        known.clone_from(value);
+        changed
+    });
+}
+
 struct Worker {
     config: Config,
     handle: Handle,
@@ -182,8 +191,6 @@ struct Worker {
 
 impl Worker {
     async fn run(mut self, publish: watch::Sender<State>) {
-        let notes = Notes::of(&self.config.pins);
-        let mut reserved = None;
         let mut attacher = None;
         let mut maps = 0;
         let mut retry = RETRY;
@@ -193,10 +200,6 @@ impl Worker {
             if maps != facts.maps {
                 // What is attached serves until it is replaced, in place.
                 (attacher, maps) = (None, facts.maps);
-            }
-            if reserved.as_ref() != Some(&facts.datagram_ports) {
-                reserved_ports::keep(&notes, facts.datagram_ports.as_ref());
-                reserved = Some(facts.datagram_ports.clone());
             }
             let mut state = State { passes: publish.borrow().passes + 1, ..State::default() };
             let choices = choose(&snapshot, &self.config.settings, &self.chosen);

@@ -1,20 +1,65 @@
 //! `net.ipv4.ip_local_reserved_ports`: keeps the kernel from giving sockets of this host a port that the packet edge
-//! uses for translated sources, or a nodePort of UDP or SCTP, where every answer looks like a request. The setting holds for IPv6 as well. What is added is noted, so that just that can be taken
+//! uses for translated sources, or a nodePort of UDP or SCTP: what comes to it may be a request or an answer to the socket. The setting holds for IPv6 as well. What is added is noted, so that just that can be taken
 //! back.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use proxy_common::abi::flow::SNAT_PORTS;
+use proxy_common::abi::{FrontendKey, FrontendKind, FrontendValue, proto};
+use proxy_common::addr::Addr;
+use proxy_common::be::Be16;
+use tokio::sync::watch;
 
 use crate::bpf::notes::{Note, Notes};
+use crate::store::Op;
 
 const SYSCTL: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
 /// More bytes than the longest list has: every other port, in five digits, with a comma.
 const LONGEST: usize = 1 << 18;
+
+/// nodePorts of UDP and SCTP; absent until the first list has been programmed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DatagramPorts(Option<BTreeSet<u16>>);
+
+impl DatagramPorts {
+    /// Looks at what has been programmed: by `ops`, and altogether.
+    pub fn programmed(&mut self, ops: &[Op], frontends: &BTreeMap<FrontendKey, FrontendValue>) {
+        let is_one = |key: &FrontendKey| {
+            key.kind == FrontendKind::NodePort as u8 && matches!(key.proto, proto::UDP | proto::SCTP)
+        };
+        let changes = |op: &Op| matches!(op, Op::Frontend(key, _) if is_one(key));
+        if self.0.is_some() && !ops.iter().any(changes) {
+            return;
+        }
+        let of_family = |any: Addr| {
+            let at = |port, proto| FrontendKey::node_port(any, Be16::new(port), proto);
+            frontends.range(at(0, 0)..=at(u16::MAX, u8::MAX))
+        };
+        let all = [Addr::v4([0; 4]), Addr::ZERO].into_iter().flat_map(of_family);
+        self.0 = Some(all.filter(|(key, _)| is_one(key)).map(|(key, _)| key.port.get()).collect());
+    }
+}
+
+/// The shortest time from one change to the next.
+const REST: Duration = Duration::from_secs(1);
+
+/// Keeps ports reserved as they come and go.
+pub async fn follow(notes: Notes, mut ports: watch::Receiver<DatagramPorts>) {
+    loop {
+        let (notes, DatagramPorts(known)) = (notes.clone(), ports.borrow_and_update().clone());
+        // It reads and writes files. An error is a panic, which has been printed.
+        let _ = tokio::task::spawn_blocking(move || keep(&notes, known.as_ref())).await;
+        tokio::time::sleep(REST).await;
+        if ports.changed().await.is_err() {
+            return;
+        }
+    }
+}
 
 /// Has [`SNAT_PORTS`] and `others` reserved, and takes back what was added and is not wanted any more; without `others`
 /// nothing. Where that cannot be written (a read-only `/proc/sys`) nothing happens: the kernel's own range of ephemeral ports
@@ -56,7 +101,8 @@ fn add(notes: &Notes, wanted: &BTreeSet<u16>) -> io::Result<Vec<RangeInclusive<u
 
 /// Takes back what was added beside `wanted`. Returns it.
 fn remove_others(notes: &Notes, wanted: &BTreeSet<u16>) -> io::Result<Vec<RangeInclusive<u16>>> {
-    let mut removed = Vec::new();
+    let mut all_stale = BTreeSet::new();
+    let mut old = Vec::new();
     for note in notes.all().map_err(io::Error::other)? {
         let Note::Ports(ports) = &note else { continue };
         let (left, stale): (BTreeSet<u16>, BTreeSet<u16>) =
@@ -67,13 +113,17 @@ fn remove_others(notes: &Notes, wanted: &BTreeSet<u16>) -> io::Result<Vec<RangeI
         for range in ranges(&left) {
             notes.add(&Note::Ports(range)).map_err(io::Error::other)?;
         }
-        for range in ranges(&stale) {
-            release(&range)?;
-            removed.push(range);
-        }
+        all_stale.extend(stale);
+        old.push(note);
+    }
+    if !all_stale.is_empty() {
+        let reserved = read()?;
+        write(&reserved.difference(&all_stale).copied().collect())?;
+    }
+    for note in old {
         notes.remove(&note).map_err(io::Error::other)?;
     }
-    Ok(removed)
+    Ok(ranges(&all_stale))
 }
 
 /// Takes ports back that were added.

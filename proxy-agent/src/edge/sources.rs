@@ -4,16 +4,13 @@
 //! It may be an address of a Service, too, as the node's own is with k3s' servicelb: the ports that are frontends there are
 //! nobody's source (`flows::try_source`), so no answer is taken for a request.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use proxy_common::abi::{FrontendKey, FrontendKind, FrontendValue, proto};
 use proxy_common::addr::{Addr, Family};
-use proxy_common::be::Be16;
 use rtnetlink::Handle;
 
 use super::choice::{Choices, Role};
 use super::snapshot::{Kind, Route, Snapshot, ask_source, is_link_local};
-use crate::store::Op;
 
 /// What the agent knows that the network does not tell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -24,28 +21,6 @@ pub struct Facts {
     pub node_ips: [Option<Addr>; 2],
     /// A backend on another node, by [`Family::index`].
     pub remote: [Option<Addr>; 2],
-    /// nodePorts of UDP and SCTP; absent until the first list has been programmed.
-    pub datagram_ports: Option<BTreeSet<u16>>,
-}
-
-impl Facts {
-    /// Looks at what has been programmed: by `ops`, and altogether.
-    pub fn programmed(&mut self, ops: &[Op], frontends: &BTreeMap<FrontendKey, FrontendValue>) {
-        let is_one = |key: &FrontendKey| {
-            key.kind == FrontendKind::NodePort as u8 && matches!(key.proto, proto::UDP | proto::SCTP)
-        };
-        let changes = |op: &Op| matches!(op, Op::Frontend(key, _) if is_one(key));
-        if self.datagram_ports.is_some() && !ops.iter().any(changes) {
-            return;
-        }
-        let of_family = |any: Addr| {
-            let at = |port, proto| FrontendKey::node_port(any, Be16::new(port), proto);
-            frontends.range(at(0, 0)..=at(u16::MAX, u8::MAX))
-        };
-        let all = [Addr::v4([0; 4]), Addr::ZERO].into_iter().flat_map(of_family);
-        self.datagram_ports =
-            Some(all.filter(|(key, _)| is_one(key)).map(|(key, _)| key.port.get()).collect());
-    }
 }
 
 /// The source for each family ([`Family::index`]); [`Addr::ZERO`] where there is none.

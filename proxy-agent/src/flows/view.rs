@@ -43,8 +43,8 @@ pub struct FlowView {
     pub source: Option<SocketAddr>,
     /// Whether the client came through an external device.
     pub outside: bool,
-    /// In a word: `new`, `answered`, `established`, `closing`, `closed` or `reset`; `expired` when the record counts
-    /// as absent.
+    /// In a word: `new`, `answered`, `established`, `closing`, `closed` or `reset`; `own` when it is no flow of a
+    /// Service, but what this host has sent from a frontend's address and port; `expired` when the record counts as absent.
     pub state: &'static str,
     /// Whether the flow is in `FLOWS`, which never evicts.
     pub assured: bool,
@@ -99,10 +99,12 @@ pub fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::Result<V
     for table in [&maps.new_flows, &maps.flows] {
         table.for_each(|(key, flow)| _ = records.insert(key, flow))?;
     }
-    records.retain(|key, _| key.kind == FlowKind::Record as u8);
     let mut views: Vec<FlowView> = records
         .iter()
         .map(|(key, flow)| {
+            if key.kind == FlowKind::OwnDatagram as u8 {
+                return own_datagram(key, flow, now);
+            }
             let owner = ports.get(&flow.service).filter(|(_, port)| owns(model, port, key, flow));
             FlowView {
                 service: owner.map(|(owner, _)| owner.service.to_string()),
@@ -124,6 +126,24 @@ pub fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::Result<V
         (&a.service, &a.port).cmp(&(&b.service, &b.port)).then_with(|| key(a).cmp(&key(b)))
     });
     Ok(views)
+}
+
+/// A datagram of this host's own: whoever it went to answers this host.
+fn own_datagram(key: &FlowKey, flow: &Flow, now: u64) -> FlowView {
+    let host = address(key.destination, key.destination_port);
+    FlowView {
+        service: None,
+        port: String::new(),
+        protocol: proto_name(key.proto),
+        client: address(key.source, key.source_port),
+        vip: host,
+        backend: host,
+        source: None,
+        outside: key.origin == Origin::OUTSIDE,
+        state: if expired(flow, key.proto, now) { "expired" } else { "own" },
+        assured: false,
+        idle_seconds: since(flow.last_seen, now) as f64 / 1e9,
+    }
 }
 
 /// Whether the Service port that has the flow's service id is the one that the flow began with: flows outlive Services,

@@ -4,18 +4,23 @@
 //! blocks; each backend one of its own part; each frontend of UDP or SCTP that of its port. The agent sets bits before it writes what they stand for, and clears stale ones only when it compares
 //! everything: a bit too many costs two lookups, a bit too few would lose a connection.
 
+use crate::abi::proto::UDP;
 use crate::addr::{Addr, Family, Prefix};
 use crate::be::Be16;
 
-/// Elements of `FILTER`, 64 bits each: [`BLOCKS`] of IPv4, as many of IPv6, [`ADDRESSES`], [`BACKENDS`].
-pub const FILTER_WORDS: u32 = (2 * BLOCKS + ADDRESSES + BACKENDS) / 64;
+/// Elements of `FILTER`, 64 bits each: [`BLOCKS`] of IPv4, as many of IPv6, [`ADDRESSES`], [`BACKENDS`], [`PORTS`] of UDP, as many of
+/// SCTP.
+pub const FILTER_WORDS: u32 = (2 * BLOCKS + ADDRESSES + BACKENDS + 2 * PORTS) / 64;
 
 /// Bits for the blocks of each family.
 const BLOCKS: u32 = 1 << 16;
-/// Bits for VIPs and addresses of this host, and for ports.
+/// Bits for VIPs and addresses of this host.
 const ADDRESSES: u32 = 1 << 17;
 /// Bits for backends: at 250 000 one address in five is taken for one by mistake.
 const BACKENDS: u32 = 1 << 20;
+
+/// Bits for the ports of each protocol: one each.
+const PORTS: u32 = 1 << 16;
 
 /// One bit of `FILTER`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,11 +49,11 @@ impl FilterBit {
         Self::at(2 * BLOCKS + ADDRESSES + hash(addr) % BACKENDS)
     }
 
-    /// The bit of a port that frontends have, among those of the addresses.
+    /// The bit of a port of UDP or, of any other protocol, SCTP.
     #[inline(always)]
     pub const fn of_port(proto: u8, port: Be16) -> Self {
-        let [high, low] = port.bytes;
-        Self::at(2 * BLOCKS + mix(u32::from_be_bytes([0, proto, high, low]) as u64) % ADDRESSES)
+        let part = 2 * BLOCKS + ADDRESSES + BACKENDS + if proto == UDP { 0 } else { PORTS };
+        Self::at(part + port.get() as u32)
     }
 
     /// The bit of the block that an address lies in: an IPv4 /16, or an IPv6 /64 (which share bits by chance).

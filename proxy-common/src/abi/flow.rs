@@ -7,8 +7,8 @@
 //! Every key begins with the flow's [`Origin`]: whoever writes another one's address into a packet finds, makes and ends
 //! flows of his own only.
 //!
-//! A datagram that leaves from a frontend's address and port without being a Service's is a question of this host, or of a pod
-//! whose source it has translated. A record of its own kind tells the answer from a request.
+//! A datagram that leaves from a frontend's address and port without being a Service's is this host's own, or of a pod whose source
+//! it has translated. A record of its own kind tells the answer from a request.
 //!
 //! Written by the edges; the agent only collects what has expired. The `NEW_…` maps are LRU hashes, in which a flood
 //! can evict a flow until its client has proved that it hears the replies; the others never evict.
@@ -27,9 +27,9 @@ pub enum FlowKind {
     Vip = 1,
     /// An index entry: backend to our own address, as replies arrive from another node.
     Snat = 2,
-    /// A record of `NEW_FLOWS` that belongs to no Service: what this host has asked from the address and port of a frontend. The
-    /// key is the tuple of the answers; of the value only `check` and `last_seen` count.
-    Question = 3,
+    /// A record of `NEW_FLOWS` that belongs to no Service: a datagram that this host has sent from the address and port of a frontend.
+    /// The key is the tuple of the answers; of the value only `check` and `last_seen` count.
+    OwnDatagram = 3,
 }
 
 /// Where the client of a flow is: its requests enter there, and only what leaves there is its answer. A pod can write any

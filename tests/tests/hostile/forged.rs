@@ -8,7 +8,7 @@ use proxy_tests::lab::Proto;
 use proxy_tests::packets::Packet;
 use proxy_tests::scenarios::until;
 
-use super::world::{HERE, THERE, Victim, World, served};
+use super::world::{HERE, THERE, Victim, World, served, served_after_flood};
 
 /// What can be sent in the name of `victim` to `to`.
 fn in_the_name_of(victim: &Victim, to: SocketAddr) -> Vec<Packet> {
@@ -106,7 +106,7 @@ fn h002_all_ports_of_others() -> Result<()> {
             for (_, target) in world.targets(&place)? {
                 for proto in [Proto::Tcp, Proto::Udp, Proto::UdpUnconnected] {
                     for _ in 0..10 {
-                        served(&place, proto, target)?;
+                        served_after_flood(&place, proto, target)?;
                     }
                 }
             }

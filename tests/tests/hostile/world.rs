@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{HashMap, Map, MapData};
 use proxy_agent::bpf::flow_maps::FlowMaps;
 use proxy_agent::bpf::pins::PinDir;
-use proxy_common::abi::{Flow, FlowKey, UdpFlow, UdpFlowKey};
+use proxy_common::abi::{Flow, FlowKey, FlowKind, UdpFlow, UdpFlowKey};
 use proxy_tests::lab::{Agent, Held, Lab, LabSpec, Netns, Node, NodeSpec, Place, Proto};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -239,6 +239,7 @@ impl World {
         for table in [&maps.flows, &maps.new_flows] {
             table.for_each(|flow| flows.push(flow))?;
         }
+        flows.retain(|(key, _)| key.kind == FlowKind::Record as u8);
         Ok(flows)
     }
 
@@ -337,13 +338,19 @@ impl Victim {
     }
 }
 
-/// A new connection is answered. A datagram is sent again, by the same socket, as TCP does it by itself: what is flooded throws
-/// away what its queues do not hold, whoever has sent it.
+/// A new connection or datagram is answered.
 pub(super) fn served(place: &Place, proto: Proto, target: SocketAddr) -> Result<()> {
-    let times = match proto {
-        Proto::Udp | Proto::UdpUnconnected => 5,
-        Proto::Tcp | Proto::Mptcp | Proto::Sctp | Proto::Http | Proto::Redis | Proto::Ping => 1,
-    };
+    served_of(1, place, proto, target)
+}
+
+/// A new connection is answered behind a flood, and one of several datagrams by the same socket: what is flooded throws away what
+/// its queues do not hold, whoever has sent it. TCP sends again by itself.
+pub(super) fn served_after_flood(place: &Place, proto: Proto, target: SocketAddr) -> Result<()> {
+    let datagram = matches!(proto, Proto::Udp | Proto::UdpUnconnected);
+    served_of(if datagram { 5 } else { 1 }, place, proto, target)
+}
+
+fn served_of(times: u32, place: &Place, proto: Proto, target: SocketAddr) -> Result<()> {
     let connect = place.connect(target).proto(proto).timeout(ANSWER / times);
     let attempts = connect.times(times as usize).per_socket(times as usize).run()?;
     ensure!(

@@ -382,9 +382,8 @@ fn sources_are_what_the_kernel_would_take() {
             maps: 0,
             node_ips: [Some(addr("192.0.2.10")), None],
             remote: [Some(addr("10.64.2.21")), None],
-            datagram_ports: None,
         };
-        edge.tell(facts);
+        edge.tell(&facts, &DatagramPorts::default());
         until(&mut edge, "a pass", |state| state.passes == 2).await;
         assert_eq!((v4("eth0"), v4("eth1")), (addr("192.0.2.11"), addr("198.51.100.5")));
         // Without an address of its own: whatever the kernel takes.

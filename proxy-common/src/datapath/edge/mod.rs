@@ -14,7 +14,7 @@
 //! | client → backend on another node | egress of an external device | our address → backend |
 //! | backend → our address | ingress | backend → client |
 //! | backend → client | egress of the client's device | VIP → client |
-//! | host, from a frontend's own address and port | egress, and the answer on ingress | nothing: it is remembered |
+//! | host, from a frontend's own address and port | egress, and the answer on ingress | stays as it is |
 //! | pod → itself | egress of its own device | our address → pod, and back on ingress |
 //!
 //! In reading order: [`packet`] and [`tables`] are what the pipeline works on, [`parse`] reads headers, [`flows`] finds
@@ -42,7 +42,7 @@ pub mod refuse;
 
 mod fragments;
 mod judge;
-mod questions;
+mod own_datagrams;
 
 use self::flows::{Choice, Meeting, Numbers, Place};
 use self::fragments::{remember_ports, restore_ports, stray_fragment};
@@ -144,7 +144,7 @@ pub fn egress(
     let ours = edge == Edge::External && lookup::may_be_ours(tables, destination);
     // Whose an ICMP error is, what it quotes says; it may stand behind extension headers.
     let plain = matches!(parsed.proto, proto::TCP | proto::UDP | proto::SCTP);
-    if plain && !from_backend && !to_backend && !ours && !questions::may_be_one(packet, tables, parsed)
+    if plain && !from_backend && !to_backend && !ours && !own_datagrams::may_be_one(packet, tables, parsed)
         || parse::parse(packet, parsed) != Outcome::Whole
     {
         return Verdict::Pass;
@@ -169,10 +169,11 @@ pub fn egress(
             return verdict;
         }
     }
-    if matches!(parsed.proto, proto::UDP | proto::SCTP) {
-        questions::remember(packet, tables, parsed, edge, work);
+    let verdict = if ours { leaving_untranslated(packet, tables, parsed) } else { Verdict::Pass };
+    if verdict == Verdict::Pass && matches!(parsed.proto, proto::UDP | proto::SCTP) {
+        own_datagrams::remember(packet, tables, parsed, edge, work);
     }
-    if ours { leaving_untranslated(packet, tables, parsed) } else { Verdict::Pass }
+    verdict
 }
 
 /// A packet for an address of ours: an answer from another node, or a request.
@@ -215,7 +216,7 @@ fn entering<T: EdgeTables>(
             // Not ours to guess: another proxy's connection tracking may know it.
             return Verdict::Pass;
         }
-        if parsed.proto != proto::TCP && questions::is_answered(tables, parsed, work) {
+        if place.is_none() && parsed.proto != proto::TCP && own_datagrams::is_answered(tables, parsed, work) {
             return Verdict::Pass;
         }
         work.to = Choice { proto: parsed.proto, service: 0, backend: 0 };

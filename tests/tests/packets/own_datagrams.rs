@@ -2,12 +2,13 @@
 
 use std::net::SocketAddr;
 
-use proxy_common::abi::FlowKind;
+use proxy_agent::store::{MapStore as _, Op};
+use proxy_common::abi::{BackendState, FlowKind};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::tables::Tier;
-use proxy_tests::packets::{Body, NIC, Net, OVERLAY, POD, Packet, Trouble, World, fragments};
+use proxy_tests::packets::{Body, NEAR, NIC, Net, OVERLAY, POD, Packet, Trouble, World, fragments};
 
-use super::{passes, translated, world};
+use super::{answer, open, passes, translated, world};
 
 /// The host itself, as the device that a packet has entered by.
 const HOST: u32 = 0;
@@ -21,7 +22,7 @@ fn datagrams(from: SocketAddr, to: SocketAddr) -> [Packet; 3] {
 /// How many questions are remembered.
 fn remembered(world: &World) -> usize {
     let records = world.sim.edge.records(Tier::New);
-    records.into_iter().filter(|(key, _)| key.kind == FlowKind::Question as u8).count()
+    records.into_iter().filter(|(key, _)| key.kind == FlowKind::OwnDatagram as u8).count()
 }
 
 /// The host, or for a pod, asks somebody from the nodePort; whoever has been asked is heard, and nobody else.
@@ -99,13 +100,56 @@ fn what_is_nobodys_question_is_not_remembered() {
 #[test]
 fn a_flow_comes_before_a_question() {
     for net in Net::ALL {
-        let world = world();
-        let (own, client) = (net.node_port(), net.client());
-        let request = Packet::udp(client, own, b"?");
-        let before = translated(world.enter(NIC, request.bytes()));
-        passes(|bytes| world.leave_from(POD, NIC, bytes), &Packet::udp(own, client, b"?").bytes());
-        assert_eq!(remembered(&world), 1);
-        assert_eq!(translated(world.enter(NIC, request.bytes())), before);
+        for by in [HOST, POD] {
+            let mut world = world();
+            let (own, client) = (net.node_port(), net.client());
+            let request = Packet::udp(client, own, b"?");
+            let (sent, source) = open(&world, &request);
+            answer(&world, &Packet::udp(net.remote(1), source, b"!"));
+            let claim =
+                || passes(|bytes| world.leave_from(by, NIC, bytes), &Packet::udp(own, client, b"?").bytes());
+            claim();
+            assert_eq!(remembered(&world), 0);
+            assert_eq!(open(&world, &request).0, sent);
+            // Nor does it go to whoever claims it when its backend goes.
+            for (id, backend) in world.sim.contents().backends.iter().enumerate() {
+                if backend.addr == net.remote(1).ip().into() {
+                    let state = BackendState { flags: 0, ..backend.state };
+                    world.sim.apply(&Op::BackendState(id as u32, state)).unwrap();
+                }
+            }
+            let (verdict, _) = world.enter(NIC, request.bytes());
+            assert_ne!(verdict, Verdict::Pass);
+        }
+    }
+}
+
+/// An answer that came before its question, or that an agent before this one took for a request, has begun a flow to a backend that
+/// says nothing. It ends when the host asks; a pod cannot end anybody's.
+#[test]
+fn what_was_taken_for_a_request_is_an_answer_again() {
+    for net in Net::ALL {
+        let (own, asked) = (net.node_port(), net.stranger());
+        for (by, verdict) in [(HOST, Verdict::Pass), (POD, Verdict::Translated)] {
+            let world = world();
+            let early = Packet::udp(asked, own, b"!").bytes();
+            translated(world.enter(NIC, early.clone()));
+            passes(|bytes| world.leave_from(by, NIC, bytes), &Packet::udp(own, asked, b"?").bytes());
+            assert_eq!(world.enter(NIC, early).0, verdict);
+        }
+    }
+}
+
+/// A pod that writes the node's address into a packet to another pod makes nothing of that one's requests an answer.
+#[test]
+fn no_pod_claims_the_requests_of_another() {
+    for net in Net::ALL {
+        for by in [POD, NEAR, NIC] {
+            let world = world();
+            let (own, victim) = (net.node_port(), net.local());
+            passes(|bytes| world.leave_from(by, POD, bytes), &Packet::udp(own, victim, b"?").bytes());
+            assert_eq!(remembered(&world), 0);
+        }
     }
 }
 

@@ -1,13 +1,15 @@
-//! What this host asks from the address and port of a frontend: by a socket that is bound there, or for a pod whose source the
-//! network has translated to it. The answer is nobody's request.
+//! What this host sends by datagrams from the address and port of a frontend: by a socket that is bound there, or for a pod whose source
+//! the network has translated to it. The answer is nobody's request.
 //!
-//! A datagram tells neither, so what leaves is remembered (in `NEW_FLOWS`, by [`FlowKind::Question`]) for as long as a UDP flow
-//! that nobody has answered lives. A Service's own flow comes first: its client keeps it, whatever is asked meanwhile.
+//! The answer itself does not tell, so what leaves is remembered (in `NEW_FLOWS`, by [`FlowKind::OwnDatagram`]) for as long as a flow
+//! lives that has not been assured: two minutes, of SCTP ten. A Service's own flow comes first: its client keeps it, whatever is sent
+//! meanwhile, and nothing is remembered beside it.
 
 use super::packet::Packet;
 use super::parse::{Parsed, Part};
 use super::tables::{EdgeTables, FlowCell as _, Tier, Work};
 use super::{Edge, flows, is_from_outside, timeouts};
+use crate::abi::flow::state::REPLIED;
 use crate::abi::{FilterBit, Flow, FlowKind, local_address, proto};
 use crate::addr::Family;
 use crate::be::Be16;
@@ -38,7 +40,8 @@ fn is_of_frontend(tables: &impl EdgeTables, proto: u8, port: Be16) -> bool {
     tables.filter(bit.word) & bit.mask != 0
 }
 
-/// Remembers a packet that leaves, if it is a datagram of this host from the address and port of a frontend.
+/// Remembers a packet that leaves, if it is a datagram of this host from the address and port of a frontend. To a pod only the host
+/// itself sends those: another pod could only claim to.
 #[inline(never)]
 pub(super) fn remember(
     packet: &impl Packet,
@@ -48,10 +51,11 @@ pub(super) fn remember(
     work: &mut Work,
 ) {
     let tuple = &parsed.tuple;
+    let of_host = packet.entered_by() == 0;
     if !is_of_frontend(tables, parsed.proto, tuple.source_port)
         || parsed.part == Part::Later
         || tables.local_address(&tuple.source) & local_address::HOST == 0
-        || is_from_outside(packet, tables)
+        || if edge == Edge::Pod { !of_host } else { is_from_outside(packet, tables) }
         || !matches!(
             lookup::find(tables, &tuple.source, tuple.source_port, parsed.proto),
             Target::Frontend(_) | Target::Retry
@@ -59,9 +63,16 @@ pub(super) fn remember(
     {
         return;
     }
-    work.now = tables.now();
-    work.key =
-        flows::key(FlowKind::Question, edge.origin(packet.ifindex()), parsed.proto, &flows::reversed(tuple));
+    (work.now, work.origin) = (tables.now(), edge.origin(packet.ifindex()));
+    let answer = flows::reversed(tuple);
+    if let Some(place) = flows::by_vip(tables, parsed.proto, &answer, work) {
+        // What the host asks now may have been answered before it asked; then a Service has got the answer, and has said nothing.
+        if !of_host || place.flow().state & REPLIED != 0 {
+            return;
+        }
+        flows::remove(tables, &work.key, &place);
+    }
+    work.key = flows::key(FlowKind::OwnDatagram, work.origin, parsed.proto, &answer);
     let check = work.key.check();
     match tables.flow(Tier::New, &work.key) {
         Some(cell) => cell.set_last_seen(check, work.now),
@@ -76,7 +87,10 @@ pub(super) fn remember(
 /// Whether a datagram that enters answers what has been remembered.
 #[inline(never)]
 pub(super) fn is_answered(tables: &impl EdgeTables, parsed: &Parsed, work: &Work) -> bool {
-    let key = flows::key(FlowKind::Question, work.origin, parsed.proto, &parsed.tuple);
+    if tables.local_address(&parsed.tuple.destination) & local_address::HOST == 0 {
+        return false;
+    }
+    let key = flows::key(FlowKind::OwnDatagram, work.origin, parsed.proto, &parsed.tuple);
     let check = key.check();
     tables.flow(Tier::New, &key).is_some_and(|cell| {
         let flow = cell.get();
