@@ -4,7 +4,7 @@
 //! file that the agent leaves.
 
 use std::collections::BTreeMap;
-use std::io::{self, IsTerminal as _, Write};
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 use std::path::Path;
@@ -26,9 +26,7 @@ use crate::model::{Model, PortBackend};
 use crate::plan::FrontendName;
 use crate::proto_name;
 use crate::report::{self, State, program_object};
-
-/// The widest column of a table.
-const CELL_MAX: usize = 80;
+use crate::table::{line, table};
 
 /// Why nothing can be shown.
 #[derive(Debug, thiserror::Error)]
@@ -171,7 +169,20 @@ pub fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError
     for view in &mut views {
         view.traffic = maps.service_counters(view.id)?.into();
     }
-    if print_data(args.output, &views, out)? {
+    print_services(&views, args.output, out)
+}
+
+/// Prints Service ports.
+///
+/// # Errors
+///
+/// [`InspectError::Write`].
+pub fn print_services(
+    views: &[ServiceView],
+    output: Output,
+    out: &mut impl Write,
+) -> Result<(), InspectError> {
+    if print_data(output, &views, out)? {
         return Ok(());
     }
     let rows = views.iter().map(|view| {
@@ -191,7 +202,7 @@ pub fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError
     });
     let head =
         ["SERVICE", "PORT", "FRONTENDS", "ENDPOINTS", "LOCAL", "AFFINITY", "CONNECTIONS", "PACKETS", "BYTES"];
-    table(head, rows, out)
+    Ok(table(head, rows, out)?)
 }
 
 /// `proxy-agent backends`.
@@ -200,8 +211,20 @@ pub fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError
 ///
 /// [`InspectError`].
 pub fn backends(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
-    let views = backend_views(&read(args)?);
-    if print_data(args.output, &views, out)? {
+    print_backends(&backend_views(&read(args)?), args.output, out)
+}
+
+/// Prints backends.
+///
+/// # Errors
+///
+/// [`InspectError::Write`].
+pub fn print_backends(
+    views: &[BackendView],
+    output: Output,
+    out: &mut impl Write,
+) -> Result<(), InspectError> {
+    if print_data(output, &views, out)? {
         return Ok(());
     }
     let rows = views.iter().map(|view| {
@@ -215,7 +238,7 @@ pub fn backends(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError
             view.generation.to_string(),
         ]
     });
-    table(["ID", "ENDPOINT", "PROTOCOL", "SERVICE", "PORT", "STATE", "GENERATION"], rows, out)
+    Ok(table(["ID", "ENDPOINT", "PROTOCOL", "SERVICE", "PORT", "STATE", "GENERATION"], rows, out)?)
 }
 
 /// `proxy-agent status`.
@@ -243,17 +266,26 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
         refusals: agent.as_ref().map(|agent| refusals(agent.reasons_for_sockets, maps.node_flags())),
         agent,
     };
-    if print_data(args.output, &view, out)? {
+    print_status(&view, args.output, out)
+}
+
+/// Prints the whole state.
+///
+/// # Errors
+///
+/// [`InspectError::Write`].
+pub fn print_status(view: &StatusView, output: Output, out: &mut impl Write) -> Result<(), InspectError> {
+    if print_data(output, view, out)? {
         return Ok(());
     }
     writeln!(out, "agent:     {}", if view.agent_running { "running" } else { "not running" })?;
     if let Some(agent) = &view.agent {
-        writeln!(out, "node:      {} ({})", agent.node, agent.node_ips.join(", "))?;
-        writeln!(out, "source:    {}", agent.source)?;
+        line(out, format_args!("node:      {} ({})", agent.node, agent.node_ips.join(", ")))?;
+        line(out, format_args!("source:    {}", agent.source))?;
         let below = agent.cgroup_below_root.map(|id| {
             format!(" (id {id}, not the root of the hierarchy: only processes below it are served)")
         });
-        writeln!(out, "cgroup:    {}{}", agent.cgroup, below.unwrap_or_default())?;
+        line(out, format_args!("cgroup:    {}{}", agent.cgroup, below.unwrap_or_default()))?;
     }
     let attached = view.programs.values().filter(|attached| **attached).count();
     writeln!(out, "programs:  {attached} of {} attached", view.programs.len())?;
@@ -267,7 +299,7 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
         writeln!(out, "refusals:  {refusals}")?;
     }
     if let Some(agent) = view.agent.as_ref().filter(|agent| !agent.opted_out.is_empty()) {
-        writeln!(out, "opted out: {}", agent.opted_out.join(", "))?;
+        line(out, format_args!("opted out: {}", agent.opted_out.join(", ")))?;
     }
     for (map, (used, size)) in &view.maps {
         writeln!(out, "{:<10} {used} of {size}", format!("{}:", map.to_lowercase()))?;
@@ -276,20 +308,30 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
     for (name, value) in view.counters.iter().filter(|(_, value)| **value > 0) {
         writeln!(out, "  {name:<24}{value}")?;
     }
-    let (devices, problems) = view.agent.map(|agent| (agent.devices, agent.problems)).unwrap_or_default();
+    let (devices, problems) = match &view.agent {
+        Some(agent) => (agent.devices.as_slice(), agent.problems.iter().collect()),
+        None => (&[][..], Vec::new()),
+    };
     writeln!(out, "devices:   {}", if devices.is_empty() { "none" } else { "" })?;
-    let rows = devices.into_iter().map(|device| {
-        let attached = if device.attached.is_empty() { "NOT attached".to_owned() } else { device.attached };
-        let role = if device.near { format!("{}, near", device.role) } else { device.role };
+    let rows = devices.iter().map(|device| {
+        let attached = if device.attached.is_empty() { "NOT attached" } else { &device.attached };
+        let role = if device.near { format!("{}, near", device.role) } else { device.role.clone() };
         let others: Vec<String> = device.others.iter().map(Other::to_string).collect();
         let others = if others.is_empty() { "-".to_owned() } else { others.join("; ") };
-        [format!("  {}", device.name), role, attached, others, device.sources.join(" "), device.reason]
+        [
+            format!("  {}", device.name),
+            role,
+            attached.to_owned(),
+            others,
+            device.sources.join(" "),
+            device.reason.clone(),
+        ]
     });
     table(["  DEVICE", "ROLE", "ATTACHED", "OTHERS", "SOURCES", "REASON"], rows, out)?;
     writeln!(out, "problems:  {}", if problems.is_empty() { "none" } else { "" })?;
     for (object, reasons) in problems {
         for reason in reasons {
-            writeln!(out, "  {object}: {reason}")?;
+            line(out, format_args!("  {object}: {reason}"))?;
         }
     }
     Ok(())
@@ -348,7 +390,8 @@ pub fn service_views(model: &Model) -> Vec<ServiceView> {
     ports.collect()
 }
 
-fn backend_views(model: &Model) -> Vec<BackendView> {
+/// Every backend of `model`, by id.
+pub fn backend_views(model: &Model) -> Vec<BackendView> {
     let all = model.ports.iter().flat_map(|(key, port)| port.backends.iter().map(move |b| (key, b)));
     let mut views: Vec<BackendView> = all
         .map(|(key, backend)| BackendView {
@@ -411,64 +454,4 @@ pub(crate) fn print_data(
         Output::Yaml => write!(out, "{}", serde_saphyr::to_string(value).map_err(io::Error::other)?)?,
     }
     Ok(true)
-}
-
-/// Columns as wide as their widest cell, but not wider than [`CELL_MAX`]; the last one as it comes. A wider cell is cut for a
-/// terminal, and elsewhere printed as it is: no other is padded for it.
-pub(crate) fn table<const N: usize>(
-    head: [&str; N],
-    rows: impl Iterator<Item = [String; N]>,
-    out: &mut impl Write,
-) -> Result<(), InspectError> {
-    write_table(head, rows, io::stdout().is_terminal(), out)
-}
-
-fn write_table<const N: usize>(
-    head: [&str; N],
-    rows: impl Iterator<Item = [String; N]>,
-    cut: bool,
-    out: &mut impl Write,
-) -> Result<(), InspectError> {
-    let rows: Vec<[String; N]> = std::iter::once(head.map(str::to_owned)).chain(rows).collect();
-    let mut widths = [0; N];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.chars().count().min(CELL_MAX).max(*width);
-        }
-    }
-    for row in &rows {
-        let cells = row.iter().zip(widths).enumerate().map(|(i, (cell, width))| {
-            match cell.char_indices().nth(CELL_MAX) {
-                Some(_) if cut && i + 1 < N => cell.chars().take(CELL_MAX - 1).chain(['…']).collect(),
-                Some(_) => cell.clone(),
-                None => format!("{cell:<width$}"),
-            }
-        });
-        writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn wide_cells_are_cut_for_a_terminal_and_never_padded() {
-        let wide = "10.64.1.11:8080 ".repeat(5_000);
-        let table = |cut| {
-            let rows = [
-                ["a".to_owned(), wide.clone(), wide.clone()],
-                ["b".to_owned(), "c".to_owned(), String::new()],
-            ];
-            let mut out = Vec::new();
-            write_table(["ONE", "TWO", "THREE"], rows.into_iter(), cut, &mut out).unwrap();
-            String::from_utf8(out).unwrap()
-        };
-        let whole = table(false);
-        assert_eq!(whole.matches("10.64.1.11:8080").count(), 10_000);
-        assert_eq!(whole.lines().nth(2), Some("b    c"));
-        let cut = format!("a    {}…  {}", &wide[..CELL_MAX - 1], wide.trim_end());
-        assert_eq!(table(true).lines().nth(1), Some(cut.as_str()));
-    }
 }

@@ -75,6 +75,8 @@ pub mod agent;
 
 pub mod inspect;
 
+pub mod table;
+
 pub mod explain;
 
 pub mod monitor;

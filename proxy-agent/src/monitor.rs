@@ -24,6 +24,7 @@ use crate::flows;
 use crate::inspect::InspectError;
 use crate::model::Model;
 use crate::proto_name;
+use crate::table::line;
 
 /// Watching is prolonged this often.
 const RENEW: Duration = Duration::from_secs(1);
@@ -173,7 +174,7 @@ fn print_all(
                 writeln!(out, "---")?;
                 write!(out, "{}", serde_saphyr::to_string(&view).map_err(io::Error::other)?)?;
             }
-            Output::Table => writeln!(out, "{view}")?,
+            Output::Table => line(out, format_args!("{view}"))?,
         }
     }
     Ok(out.flush()?)

@@ -19,12 +19,13 @@ use crate::cluster::ObjectKey;
 use crate::config::Config;
 use crate::drift::{Difference, differences};
 use crate::edge::settings::DetectLocal;
-use crate::inspect::{InspectError, print_data, table};
+use crate::inspect::{InspectError, print_data};
 use crate::knowledge::Knowledge;
 use crate::model::Model;
 use crate::node::watch_addresses;
 use crate::plan::{Wanted, plan};
 use crate::sources::Update;
+use crate::table::{line, table};
 
 /// How long the source may take to deliver its first full list.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -156,7 +157,7 @@ impl Findings {
             return Ok(());
         }
         for (service, reasons) in &self.refused {
-            writeln!(out, "Service {service} is not served: {}", reasons.join("; "))?;
+            line(out, format_args!("Service {service} is not served: {}", reasons.join("; ")))?;
         }
         if self.differences.is_empty() {
             writeln!(out, "the maps hold what they should for {} Services", self.services)?;
@@ -165,6 +166,6 @@ impl Findings {
         let rows = self.differences.iter().map(|difference| {
             [difference.map.to_owned(), difference.object.clone(), difference.what.clone()]
         });
-        table(["MAP", "OBJECT", "DIFFERENCE"], rows, out)
+        Ok(table(["MAP", "OBJECT", "DIFFERENCE"], rows, out)?)
     }
 }

@@ -36,7 +36,7 @@ mod tests;
 
 pub use clients::Answer;
 pub use pod::{ClientPod, PodError, PodView};
-pub use print::{ExplainError, client_pod, print};
+pub use print::{ExplainError, client_pod, print, words};
 pub use question::Question;
 
 use reasons::EndpointReasons;

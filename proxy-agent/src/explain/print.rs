@@ -1,6 +1,6 @@
 //! `proxy-agent explain`: reads the pinned maps, and puts the explanation into words.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -18,11 +18,12 @@ use crate::bpf::maps::{KernelMaps, OpenError};
 use crate::bpf::pins::PinDir;
 use crate::config::{ConfigError, Source, state_file};
 use crate::flows::now;
-use crate::inspect::{InspectError, print_data, table};
+use crate::inspect::{InspectError, print_data};
 use crate::model::Model;
 use crate::node::Host;
 use crate::report;
 use crate::sim::Simulator;
+use crate::table::{line, table};
 
 /// The Pod that `--from` names, if it names one.
 ///
@@ -96,7 +97,7 @@ pub fn print(args: &ExplainArgs, pod: Option<&ClientPod>, out: &mut impl Write) 
     if print_data(args.inspect.output, &explanation, out)? {
         return Ok(());
     }
-    Ok(words(&explanation, out)?)
+    Ok(words(&explanation, out).map_err(InspectError::from)?)
 }
 
 /// What limits the answer: `here` is the name of this node, if it is known.
@@ -157,22 +158,27 @@ fn open<K: aya::Pod, V: aya::Pod>(
     map.map_err(|source| OpenError::Pin { path, source })
 }
 
-pub(super) fn words(explanation: &Explanation, out: &mut impl Write) -> Result<(), InspectError> {
+/// Puts an explanation into words.
+///
+/// # Errors
+///
+/// Whoever reads them is gone.
+pub fn words(explanation: &Explanation, out: &mut impl Write) -> io::Result<()> {
     let Explanation { target, protocol, from, pod, client_note, owner, note, frontend, service, clients } =
         explanation;
     writeln!(out, "{target}/{protocol} is {}", owner.words())?;
     if let (Some(pod), Some(from)) = (pod, from) {
-        writeln!(out, "client:    {}, {from}", pod.words())?;
+        line(out, format_args!("client:    {}, {from}", pod.words()))?;
     }
     if let Some(note) = client_note {
-        writeln!(out, "note:      {note}")?;
+        line(out, format_args!("note:      {note}"))?;
     }
     if let Some(note) = note {
-        writeln!(out, "note:      {note}")?;
+        line(out, format_args!("note:      {note}"))?;
     }
     if let Some(frontend) = frontend {
         let flags = if frontend.flags.is_empty() { "none".to_owned() } else { frontend.flags.join(", ") };
-        writeln!(out, "frontend:  {} (flags: {flags})", frontend.name)?;
+        line(out, format_args!("frontend:  {} (flags: {flags})", frontend.name))?;
     }
     if let Some(service) = service {
         let port = if service.port.is_empty() {
@@ -180,7 +186,10 @@ pub(super) fn words(explanation: &Explanation, out: &mut impl Write) -> Result<(
         } else {
             format!("port {}", service.port)
         };
-        writeln!(out, "service:   {}/{}, {port} (id {})", service.namespace, service.name, service.id)?;
+        line(
+            out,
+            format_args!("service:   {}/{}, {port} (id {})", service.namespace, service.name, service.id),
+        )?;
         match service.affinity_seconds {
             0 => writeln!(out, "affinity:  none")?,
             seconds => writeln!(out, "affinity:  by client, {seconds}s")?,
@@ -192,7 +201,7 @@ pub(super) fn words(explanation: &Explanation, out: &mut impl Write) -> Result<(
                 (Some(from), _) => format!("; {from} is not in them"),
                 (None, _) => "; packets are judged by their source: ask with --from".to_owned(),
             };
-            writeln!(out, "sources:   {ranges}{client}")?;
+            line(out, format_args!("sources:   {ranges}{client}"))?;
         }
         let yes = |set: bool| if set { "yes" } else { "-" }.to_owned();
         writeln!(out, "backends:  {}", if service.backends.is_empty() { "none" } else { "" })?;

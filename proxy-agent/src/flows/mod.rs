@@ -12,7 +12,7 @@ mod view;
 
 pub use self::collect::{CollectError, Collected, Collection, keep_collecting};
 pub use self::counts::Counts;
-pub use self::view::{FlowView, flow_views, print};
+pub use self::view::{FlowView, flow_views, print, print_flows};
 
 /// The clock of [`proxy_common::abi::Flow::last_seen`]: monotonic, in nanoseconds.
 pub fn now() -> u64 {

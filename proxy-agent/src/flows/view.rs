@@ -14,14 +14,15 @@ use proxy_common::datapath::tables::since;
 use serde::Serialize;
 
 use super::now;
-use crate::args::FlowsArgs;
+use crate::args::{FlowsArgs, Output};
 use crate::bpf::flow_maps::FlowMaps;
 use crate::bpf::maps::KernelMaps;
 use crate::bpf::pins::PinDir;
 use crate::desired::PortKey;
-use crate::inspect::{InspectError, print_data, table};
+use crate::inspect::{InspectError, print_data};
 use crate::model::{Model, Port};
 use crate::proto_name;
+use crate::table::table;
 
 /// A flow, as printed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -66,7 +67,16 @@ pub fn print(args: &FlowsArgs, out: &mut impl Write) -> Result<(), InspectError>
     if let Some(service) = &args.service {
         views.retain(|view| view.service.as_ref() == Some(service));
     }
-    if print_data(args.inspect.output, &views, out)? {
+    print_flows(&views, args.inspect.output, out)
+}
+
+/// Prints flows.
+///
+/// # Errors
+///
+/// [`InspectError::Write`].
+pub fn print_flows(views: &[FlowView], output: Output, out: &mut impl Write) -> Result<(), InspectError> {
+    if print_data(output, &views, out)? {
         return Ok(());
     }
     let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
@@ -83,7 +93,8 @@ pub fn print(args: &FlowsArgs, out: &mut impl Write) -> Result<(), InspectError>
             format!("{:.1}s", view.idle_seconds),
         ]
     });
-    table(["SERVICE", "PORT", "PROTOCOL", "CLIENT", "VIP", "BACKEND", "SOURCE", "STATE", "IDLE"], rows, out)
+    let head = ["SERVICE", "PORT", "PROTOCOL", "CLIENT", "VIP", "BACKEND", "SOURCE", "STATE", "IDLE"];
+    Ok(table(head, rows, out)?)
 }
 
 /// Every record of `FLOWS` and `NEW_FLOWS`, by Service, client and VIP. A record that is on its way from one to the

@@ -50,6 +50,9 @@ pub fn validate(configuration: &KubeProxyConfiguration) -> Vec<Invalid> {
     all.range("iptables.masqueradeBit", c.iptables.masquerade_bit, 0..=31);
     all.range("nftables.masqueradeBit", c.nftables.masquerade_bit, 0..=31);
     all.range("oomScoreAdj", c.oom_score_adj, -1000..=1000);
+    if let Some(qps) = c.client_connection.qps.filter(|qps| !qps.is_finite()) {
+        all.add("clientConnection.qps", qps, "must be a number of 32 bits");
+    }
     all.range("clientConnection.burst", c.client_connection.burst, 0..=i32::MAX);
     all.range("conntrack.maxPerCore", c.conntrack.max_per_core, 0..=i32::MAX);
     all.range("conntrack.min", c.conntrack.min, 0..=i32::MAX);

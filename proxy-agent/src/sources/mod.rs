@@ -14,6 +14,7 @@ pub mod convert;
 pub(crate) mod lenient;
 pub mod objects;
 mod share;
+mod text;
 
 pub mod api;
 pub mod manifests;

@@ -56,6 +56,10 @@ fn each_field_has_its_limits() {
         ("oomScoreAdj: 1001\n", "oomScoreAdj (--oom-score-adj): `1001` must be -1000 to 1000"),
         ("oomScoreAdj: -1001\n", "oomScoreAdj (--oom-score-adj): `-1001`"),
         (
+            "clientConnection: {qps: 1e39}\n",
+            "clientConnection.qps (--kube-api-qps): `inf` must be a number of 32 bits",
+        ),
+        (
             "clientConnection: {burst: -1}\n",
             "clientConnection.burst (--kube-api-burst): `-1` must be 0 or more",
         ),

@@ -1,12 +1,14 @@
 //! What a kubeconfig says, as client-go takes it.
 //!
-//! kube reads the file; what it makes of it differs in what people write: a server without a scheme, data that is wrapped, tokens with
-//! a newline, `NO_PROXY`.
+//! kube takes the text apart; what it makes of it differs in what people write: a server without a scheme, data that is wrapped, tokens
+//! with a newline, `NO_PROXY`. It panics where a file ends in the middle of a character of UTF-16, and at a token with an end of line
+//! in it.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 
-use axum::http::Uri;
 use axum::http::uri::InvalidUri;
+use axum::http::{HeaderValue, Uri};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hyper_util::client::proxy::matcher::Matcher;
@@ -16,6 +18,8 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
 use secrecy::{ExposeSecret as _, SecretString};
 use thiserror::Error;
+
+use crate::sources::text::in_utf8;
 
 /// What is wrong with a kubeconfig.
 #[derive(Debug, Error)]
@@ -43,8 +47,46 @@ pub enum Wrong {
     },
 }
 
-/// What a kubeconfig makes of an API server and the way to it.
-pub(super) fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
+/// Reads a kubeconfig. The files that it names are beside it.
+///
+/// # Errors
+/// The file cannot be read, or is no kubeconfig.
+pub fn read(path: &Path) -> Result<Kubeconfig, KubeconfigError> {
+    let failed = |error| KubeconfigError::ReadConfig(error, path.to_owned());
+    let bytes = std::fs::read(path).map_err(failed)?;
+    let text = in_utf8(&bytes);
+    let text =
+        str::from_utf8(&text).map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidData, error)))?;
+    let mut kubeconfig = Kubeconfig::from_yaml(text)?;
+    for cluster in kubeconfig.clusters.iter_mut().filter_map(|named| named.cluster.as_mut()) {
+        put_beside(path, &mut cluster.certificate_authority);
+    }
+    for user in kubeconfig.auth_infos.iter_mut().filter_map(|named| named.auth_info.as_mut()) {
+        for file in [&mut user.client_certificate, &mut user.client_key, &mut user.token_file] {
+            put_beside(path, file);
+        }
+        // A name alone is looked for in PATH.
+        let exec = user.exec.as_mut();
+        if let Some(exec) = exec.filter(|exec| exec.command.as_ref().is_some_and(|name| name.contains('/'))) {
+            put_beside(path, &mut exec.command);
+        }
+    }
+    Ok(kubeconfig)
+}
+
+/// Makes the path of a file that a kubeconfig names one from here.
+fn put_beside(kubeconfig: &Path, file: &mut Option<String>) {
+    let beside = file.as_deref().filter(|name| !name.is_empty()).map(|name| kubeconfig.with_file_name(name));
+    if let Some(path) = beside.as_deref().and_then(Path::to_str) {
+        *file = Some(path.to_owned());
+    }
+}
+
+/// What a kubeconfig makes of an API server and the way to it. Certificates are read; nothing is run.
+///
+/// # Errors
+/// [`Wrong`] names the field.
+pub fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
     let missing = |field: String, name: &str, list| Wrong::Missing { field, name: name.to_owned(), list };
     let current = kubeconfig.current_context.as_deref().filter(|name| !name.is_empty());
     let current = current.ok_or(Wrong::NoContext)?;
@@ -88,6 +130,11 @@ pub(super) fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
         // It may have a password in it.
         let proxy: Result<Uri, InvalidUri> = proxy.trim().parse();
         config.proxy_url = Some(proxy.map_err(|error| wrong("proxy-url", format!("is no URL: {error}")))?);
+    }
+    if auth_info.token.as_ref().is_some_and(|token| HeaderValue::try_from(token.expose_secret()).is_err()) {
+        let field = format!("users[{}].user.token", user.unwrap_or_default());
+        let reason = "has characters in it that no token may have, such as an end of line".to_owned();
+        return Err(Wrong::Field { field, reason });
     }
     config.auth_info = auth_info;
     Ok(config)
@@ -267,6 +314,35 @@ mod tests {
     }
 
     #[test]
+    fn files_are_beside_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, here) = (directory.path().join("kubeconfig"), directory.path().display());
+        let text = "clusters: [{name: k, cluster: {certificate-authority: ca/a}}]\nusers: \
+                    [{name: u, user: {client-certificate: /b, client-key: ../c, tokenFile: ''}}, \
+                    {name: v, user: {exec: {command: d}}}, {name: w, user: {exec: {command: ./e}}}]\n";
+        let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+        // The last one ends in the middle of a character.
+        for content in
+            [text.as_bytes(), &[b"\xff\xfe", &*utf16].concat(), &[b"\xff\xfe", &*utf16, b"\n"].concat()]
+        {
+            std::fs::write(&path, content).unwrap();
+            let read = super::read(&path).unwrap();
+            let authority = read.clusters[0].cluster.clone().unwrap().certificate_authority;
+            assert_eq!(authority.unwrap(), format!("{here}/ca/a"));
+            let user = |number: usize| read.auth_infos[number].auth_info.clone().unwrap();
+            assert_eq!(user(0).client_certificate.as_deref(), Some("/b"));
+            assert_eq!(
+                (user(0).client_key, user(0).token_file),
+                (Some(format!("{here}/../c")), Some(String::new()))
+            );
+            let command = |number| user(number).exec.unwrap().command.unwrap();
+            assert_eq!((command(1), command(2)), ("d".to_owned(), format!("{here}/./e")));
+        }
+        std::fs::write(&path, b"current-context: \xe9\n").unwrap();
+        assert!(super::read(&path).is_err());
+    }
+
+    #[test]
     fn names_that_lead_nowhere() {
         let context = "current-context: c\n".to_owned();
         let contexts = context.clone() + "contexts: [{name: c, context: {cluster: k, user: u}}]\n";
@@ -292,6 +368,8 @@ mod tests {
         };
         assert_eq!(token("{token: \"abc\\n\"}"), (Some("abc".to_owned()), None));
         assert_eq!(token("{token: '', tokenFile: ''}"), (None, None));
+        let error = with("{server: a}", "{token: \"a\\nb\"}").map(|config| config.cluster_url).unwrap_err();
+        assert!(error.starts_with("users[u].user.token: has characters in it"), "{error}");
         // Nobody else may read them: not by a scheme that is only guessed.
         for user in [
             "{token: abc}",

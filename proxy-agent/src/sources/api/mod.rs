@@ -13,7 +13,6 @@ use axum::http::Uri;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt as _, StreamExt as _};
 use kube::client::ClientBuilder;
-use kube::config::Kubeconfig;
 use kube::{Client, Config, Resource as _};
 use tokio::sync::mpsc::Sender;
 
@@ -33,7 +32,7 @@ use token::TokenFile;
 mod complaints;
 mod follow;
 mod intake;
-mod kubeconfig;
+pub mod kubeconfig;
 mod pace;
 mod received;
 mod renewed;
@@ -92,7 +91,7 @@ fn read(kubeconfig: Option<&Path>, master: Option<&Uri>) -> Result<Config, Sourc
     let mut config = match (kubeconfig, master) {
         (Some(path), _) => {
             let failed = |source| SourceError::Kubeconfig { path: path.to_owned(), source };
-            let kubeconfig = Kubeconfig::read_from(path).map_err(|error| failed(error.into()))?;
+            let kubeconfig = kubeconfig::read(path).map_err(|error| failed(error.into()))?;
             kubeconfig::config(&kubeconfig).map_err(|error| failed(error.into()))?
         }
         (None, Some(master)) => Config::new(master.clone()),

@@ -198,8 +198,18 @@ fn check_name(name: &str, max: usize) -> Result<(), String> {
     match name.len() {
         0 => Err("is missing".to_owned()),
         len if len > max => Err(format!("has {len} bytes, more than the {max} that Kubernetes allows")),
+        _ if name.chars().any(|c| !is_of_a_name(c)) => Err(format!(
+            "is {:?}, which has others than letters, digits, `-`, `.` and `_` in it",
+            excerpt(name)
+        )),
         _ => Ok(()),
     }
+}
+
+/// The API server allows less; manifests meet none. With others a name would not be found again where it ends with a zero (in the
+/// maps), or where it begins behind a slash.
+fn is_of_a_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_')
 }
 
 fn check_port_name(name: &str) -> Result<(), String> {

@@ -22,6 +22,14 @@ impl Converter {
     /// The object has no usable namespace, name, Service name or address type.
     pub fn slice(&mut self, object: &objects::EndpointSlice) -> Result<Option<Slice>, Problem> {
         let key = self.key("EndpointSlice", &object.metadata, SUBDOMAIN_MAX)?;
+        self.slice_of_key(key, object)
+    }
+
+    fn slice_of_key(
+        &mut self,
+        key: ObjectKey,
+        object: &objects::EndpointSlice,
+    ) -> Result<Option<Slice>, Problem> {
         let refused = |reason: String| Problem { object: format!("EndpointSlice {key}"), reason };
         if label(&object.metadata, HEADLESS_LABEL).is_some() {
             return Ok(None);
@@ -69,10 +77,11 @@ impl Converter {
                     continue;
                 }
                 slice.metadata = object.metadata.clone();
-                slice.metadata.name = Some(format!("{}/endpoints/{i}/{family}", key.name));
+                let name = self.shared.string(&format!("{}/endpoints/{i}/{family}", key.name));
                 let labels = slice.metadata.labels.get_or_insert_default();
                 labels.insert(SERVICE_NAME_LABEL.to_owned(), key.name.to_string());
-                slices.extend(self.slice(&slice)?);
+                let key = ObjectKey { namespace: Arc::clone(&key.namespace), name };
+                slices.extend(self.slice_of_key(key, &slice)?);
             }
         }
         Ok(slices)

@@ -248,6 +248,14 @@ fn unusable_names_are_refused() {
             json!({"namespace": "a", "name": "s".repeat(64)}),
             "metadata.name has 64 bytes, more than the 63 that Kubernetes allows",
         ),
+        (
+            json!({"namespace": "a", "name": "s\0"}),
+            r#"metadata.name is "s\0", which has others than letters, digits, `-`, `.` and `_` in it"#,
+        ),
+        (
+            json!({"namespace": "a/b", "name": "s"}),
+            r#"metadata.namespace is "a/b", which has others than letters, digits, `-`, `.` and `_` in it"#,
+        ),
     ] {
         let mut object = service_json(&json!({}), &Value::Null);
         object["metadata"] = meta;

@@ -1,10 +1,11 @@
 //! The documents of a file, and the text between them.
 
-use std::borrow::Cow;
 use std::path::Path;
 
 use serde_json::Value;
 use serde_saphyr::{DuplicateKeyPolicy, Error as YamlError, Spanned};
+
+use crate::sources::text::in_utf8;
 
 /// How deep a document may be nested. Objects that are read stay below 20, the schemas beside them do not.
 const DEPTH_MAX: usize = 200;
@@ -41,19 +42,6 @@ pub(super) fn documents(path: &Path, text: &[u8], pass_on: PassOn<'_>) {
     } else {
         read_yaml(&text, pass_on);
     }
-}
-
-/// The text without a byte order mark, which may say that it is UTF-16.
-fn in_utf8(text: &[u8]) -> Cow<'_, [u8]> {
-    let (rest, order): (_, fn([u8; 2]) -> u16) = match text {
-        [0xef, 0xbb, 0xbf, rest @ ..] => return rest.into(),
-        [0xff, 0xfe, rest @ ..] => (rest, u16::from_le_bytes),
-        [0xfe, 0xff, rest @ ..] => (rest, u16::from_be_bytes),
-        _ => return text.into(),
-    };
-    let (units, _) = rest.as_chunks::<2>();
-    let units: Vec<u16> = units.iter().map(|unit| order(*unit)).collect();
-    String::from_utf16_lossy(&units).into_bytes().into()
 }
 
 fn read_json(text: &[u8], pass_on: PassOn<'_>) {

@@ -1,6 +1,6 @@
 //! One manifest file: documents, lists, and the objects in them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::path::Path;
@@ -141,7 +141,7 @@ pub(super) fn read(
     before: &Objects,
     converter: &mut Converter,
 ) -> Parsed {
-    let mut reader = Reader { shown, before, converter, parsed: Parsed::default() };
+    let mut reader = Reader { shown, before, converter, met: BTreeSet::new(), parsed: Parsed::default() };
     let mut unreadable = None;
     documents(path, text, &mut |value, at| match value {
         Ok(Document { value, said }) => {
@@ -211,6 +211,8 @@ struct Reader<'a> {
     shown: &'a str,
     before: &'a Objects,
     converter: &'a mut Converter,
+    /// The objects so far, broken ones among them.
+    met: BTreeSet<Id>,
     parsed: Parsed,
 }
 
@@ -284,7 +286,8 @@ impl Reader<'_> {
         }
         let id = id_of(kind, &value);
         let named = id.to_string();
-        if self.parsed.objects.contains_key(&id) {
+        // Also behind one that is broken: else it would depend on what was there before which of them counts.
+        if !self.met.insert(id.clone()) {
             return self.problem(at, Some(&named), "the object is in this file already; this one is ignored");
         }
         let place = self.place(at, None);

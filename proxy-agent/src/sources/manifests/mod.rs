@@ -22,7 +22,7 @@ use super::objects::Pod;
 use super::{Problem, SourceError, Update};
 use crate::cluster::ObjectKey;
 use crate::opt_out::Rules;
-use snapshot::Snapshot;
+pub use snapshot::{Reading, Snapshot};
 use watch::Watch;
 
 mod bytes;
@@ -38,11 +38,11 @@ mod tests;
 
 /// Which files may have changed.
 #[derive(Debug, Default)]
-struct Changed {
+pub struct Changed {
     /// These are read whatever their time stamps say: two writes may fall into one tick of the kernel's clock.
-    files: BTreeSet<OsString>,
+    pub files: BTreeSet<OsString>,
     /// Any: those whose time stamps differ are read too.
-    any: bool,
+    pub any: bool,
 }
 
 /// Sends what is in `directory`, then every change of it, until the receiver is dropped. `node_name` is the name

@@ -17,8 +17,8 @@ use crate::opt_out::Rules;
 use crate::sources::Problem;
 use crate::sources::convert::Converter;
 
-/// Everything read so far.
-pub(super) struct Snapshot {
+/// Everything read so far of a directory.
+pub struct Snapshot {
     directory: PathBuf,
     converter: Converter,
     bytes: Bytes,
@@ -37,13 +37,13 @@ pub(super) struct Files {
 }
 
 /// What one look at the directory brought.
-pub(super) struct Reading {
+pub struct Reading {
     /// Differences to what was read before.
-    pub(super) changes: Vec<Change>,
+    pub changes: Vec<Change>,
     /// The whole list, if it differs from the one before.
-    pub(super) problems: Option<Vec<Problem>>,
+    pub problems: Option<Vec<Problem>>,
     /// The directory could not be read; nothing has changed then.
-    pub(super) unreadable: Option<io::Error>,
+    pub unreadable: Option<io::Error>,
 }
 
 #[derive(Default)]
@@ -64,7 +64,8 @@ struct Stamp {
 }
 
 impl Snapshot {
-    pub(super) fn new(directory: PathBuf, node_name: &str, opt_out: &Rules) -> Self {
+    /// Nothing of `directory` is read yet; the rest is as for [`super::run`].
+    pub fn new(directory: PathBuf, node_name: &str, opt_out: &Rules) -> Self {
         Self {
             directory,
             converter: Converter::new(node_name).with_opt_out(opt_out.clone()),
@@ -76,7 +77,7 @@ impl Snapshot {
     }
 
     /// Looks at what may have changed.
-    pub(super) fn read(&mut self, changed: &Changed) -> Reading {
+    pub fn read(&mut self, changed: &Changed) -> Reading {
         let mut unreadable = None;
         let mut names = changed.files.clone();
         if changed.any {

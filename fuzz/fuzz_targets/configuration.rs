@@ -1,0 +1,5 @@
+//! kube-proxy's configuration file, read and written.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| proxy_tests::inputs::configuration(data));

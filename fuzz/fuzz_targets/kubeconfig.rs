@@ -1,0 +1,5 @@
+//! A file that names an API server and who asks it.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| proxy_tests::inputs::kubeconfig(data));

@@ -1,0 +1,65 @@
+//! Directories of manifests.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use proxy_agent::sources::manifests::{Changed, Reading, Snapshot};
+
+use super::node::{NAME, Node, check_problems, speaks_of_witness};
+use super::{directory, parts, write};
+
+/// What a line says behind which a file's next content begins.
+const THEN: &[u8] = b"@then";
+/// What an input begins with that is named as JSON.
+const JSON: &[u8] = b"@json\n";
+/// Contents that are looked at.
+const CONTENTS: usize = 4;
+
+/// A file that is good, beside the one that need not be.
+const GOOD: &str = "
+apiVersion: v1
+kind: Service
+metadata: {namespace: witness, name: witness}
+spec: {clusterIP: 10.96.255.254, ports: [{port: 80}]}
+";
+
+/// `data` as a manifest, or several, one after the other in the same place: what follows from them is programmed, what is wrong with
+/// them is told, and costs no other file. In the end the file is removed, and nothing is left of it.
+///
+/// # Panics
+/// If a manifest costs another one, means another thing when it is read again, or leaves something behind.
+pub fn manifests(data: &[u8]) {
+    let directory = directory();
+    let (name, data) = match data.strip_prefix(JSON) {
+        Some(data) => ("a.json", data),
+        None => ("a.yaml", data),
+    };
+    write(&directory.path().join("good.yaml"), GOOD.as_bytes());
+    let path = directory.path().join(name);
+    let mut snapshot = Snapshot::new(directory.path().to_owned(), NAME, &Node::config().opt_out);
+    let mut node = Node::new();
+    let mut any = true;
+    for content in parts(data, THEN).into_iter().take(CONTENTS) {
+        write(&path, content);
+        let changed = Changed { files: BTreeSet::from([name.into()]), any };
+        let read = snapshot.read(&changed);
+        take(&mut node, read);
+        assert!(node.has_witness() || speaks_of_witness(data));
+        let again = snapshot.read(&changed);
+        assert_eq!(again.changes, [], "read again it means something else");
+        assert_eq!(again.problems, None, "read again something else is wrong with it");
+        any = false;
+    }
+    node.ask();
+    fs::remove_file(&path).expect("it is there");
+    take(&mut node, snapshot.read(&Changed { files: BTreeSet::from([name.into()]), any: true }));
+    assert!(node.has_witness());
+    assert_eq!(node.services(), 1);
+    node.end();
+}
+
+fn take(node: &mut Node, Reading { changes, problems, unreadable }: Reading) {
+    assert!(unreadable.is_none(), "{unreadable:?}");
+    check_problems(&problems.unwrap_or_default());
+    node.take(changes);
+}

@@ -1,0 +1,185 @@
+//! Objects as an API server sends them.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::convert::Infallible;
+use std::future::ready;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::body::{Body, Bytes};
+use axum::http::{Request, Response, StatusCode};
+use futures::stream::{self, StreamExt as _};
+use kube::Client;
+use proxy_agent::sources::Update;
+use proxy_agent::sources::api::{self, Server};
+use tokio::sync::mpsc;
+
+use super::node::{NAME, Node, check_problems, speaks_of_witness};
+
+/// Begins a line behind which another answer begins; the letter behind it tells of which kind.
+const MARK: u8 = b'@';
+/// The kinds that are watched.
+const RESOURCES: [&str; 5] = ["services", "endpointslices", "nodes", "servicecidrs", "pods"];
+/// Looks at a source that has nothing to say before it is left.
+const PATIENCE: usize = 24;
+/// What follows the objects of a list that is streamed.
+const LIST_END: &str = r#"{"type":"BOOKMARK","object":{"kind":"","apiVersion":"","metadata":{"resourceVersion":"9","annotations":{"k8s.io/initial-events-end":"true"}}}}"#;
+/// An object that is good, beside those that need not be.
+const GOOD: &str = r#"{"type":"ADDED","object":{"metadata":{"namespace":"witness","name":"witness"},"spec":{"clusterIP":"10.96.255.254","ports":[{"port":80}]}}}"#;
+/// What is answered to who asks for a stream of a list that comes as one.
+const NO_STREAM: &str =
+    r#"{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Invalid","code":422}"#;
+
+/// `data` as what an API server sends: objects in lists and watches. What follows from them is programmed, what is wrong with them is
+/// told, and costs no other object.
+///
+/// # Panics
+/// If an object costs another one, or the maps do not hold what they should.
+pub fn objects(data: &[u8]) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+    let mut node = Node::new();
+    let mut synced = false;
+    // Before the first full list nothing is programmed.
+    let mut held = Vec::new();
+    let answers = Answers::new(data);
+    let hides_witness = answers.has_whole_services() || speaks_of_witness(data);
+    for update in runtime.block_on(follow(&answers)) {
+        match update {
+            Update::Changes(changes) if synced => node.take(changes),
+            Update::Changes(changes) => held.extend(changes),
+            Update::Synced => {
+                synced = true;
+                node.take(std::mem::take(&mut held));
+                assert!(node.has_witness() || hides_witness);
+            }
+            Update::Problems(problems) => check_problems(&problems),
+        }
+    }
+    if !synced {
+        node.take(held);
+    }
+    node.ask();
+    node.end();
+}
+
+/// What the source says until it has taken all answers.
+async fn follow(answers: &Answers) -> Vec<Update> {
+    let asked = answers.clone();
+    let service = tower::service_fn(move |request: Request<kube::client::Body>| {
+        ready(Ok::<_, Infallible>(asked.answer(&request)))
+    });
+    let server = Server { client: Client::new(service, "default"), url: "http://server/".to_owned() };
+    let config = Node::config();
+    let (sender, mut receiver) = mpsc::channel(64);
+    let mut run = pin!(api::run(server, NAME, &config.opt_out, config.budgets, sender));
+    let (mut updates, mut quiet) = (Vec::new(), 0);
+    while quiet < PATIENCE {
+        quiet += 1;
+        if futures::poll!(run.as_mut()).is_ready() {
+            break;
+        }
+        while let Ok(update) = receiver.try_recv() {
+            updates.push(update);
+            quiet = 0;
+        }
+        // For the client's own task.
+        tokio::task::yield_now().await;
+    }
+    updates
+}
+
+/// What is answered, by resource.
+#[derive(Clone)]
+struct Answers(Arc<Mutex<BTreeMap<&'static str, OfKind>>>);
+
+#[derive(Default)]
+struct OfKind {
+    /// The first one is the answer to a list, and no stream.
+    whole: bool,
+    parts: VecDeque<Bytes>,
+}
+
+impl Answers {
+    /// An input is lines. One that begins with `@` and the letter of a kind (s, e, n, c, p) begins another answer; with a capital letter, the
+    /// first one of its kind is a list.
+    fn new(data: &[u8]) -> Self {
+        let mut kinds: BTreeMap<&'static str, OfKind> = BTreeMap::new();
+        let (mut kind, mut part) = ("services", Vec::new());
+        let mut put = |kind, part: &mut Vec<u8>| {
+            let of_kind: &mut OfKind = kinds.entry(kind).or_default();
+            of_kind.parts.push_back(std::mem::take(part).into());
+        };
+        let mut whole = Vec::new();
+        for line in data.split_inclusive(|byte| *byte == b'\n') {
+            if let [MARK, letter, ..] = line
+                && let Some(other) = resource(letter.to_ascii_lowercase())
+            {
+                if !part.is_empty() {
+                    put(kind, &mut part);
+                }
+                kind = other;
+                whole.extend(letter.is_ascii_uppercase().then_some(other));
+            } else {
+                part.extend_from_slice(line);
+            }
+        }
+        put(kind, &mut part);
+        for kind in whole {
+            kinds.entry(kind).or_default().whole = true;
+        }
+        Self(Arc::new(Mutex::new(kinds)))
+    }
+
+    /// The list of Services comes as it is.
+    fn has_whole_services(&self) -> bool {
+        let kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kinds.get("services").is_some_and(|of_kind| of_kind.whole)
+    }
+
+    fn answer(&self, request: &Request<kube::client::Body>) -> Response<Body> {
+        let (uri, mut kinds) = (request.uri(), self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        let query = uri.query().unwrap_or_default();
+        let name = RESOURCES.into_iter().find(|name| uri.path().ends_with(&format!("/{name}")));
+        // One object that is fetched is gone.
+        let Some(name) =
+            name.filter(|_| !query.contains("metadata.name%3D") || uri.path().ends_with("nodes"))
+        else {
+            return with(StatusCode::OK, Body::from(r#"{"metadata":{"resourceVersion":"9"},"items":[]}"#));
+        };
+        let of_kind = kinds.entry(name).or_default();
+        let is_watch = query.contains("watch=true");
+        let streams = query.contains("sendInitialEvents=true");
+        match (is_watch, streams) {
+            (true, true) if of_kind.whole => with(StatusCode::UNPROCESSABLE_ENTITY, Body::from(NO_STREAM)),
+            (true, true) => {
+                let good = if name == "services" { GOOD } else { "" };
+                let first = of_kind.parts.pop_front().unwrap_or_default();
+                let list = [good.into(), first, LIST_END.into()];
+                with(StatusCode::OK, lines(list.into_iter().chain(of_kind.parts.drain(..))))
+            }
+            (true, false) => with(StatusCode::OK, lines(of_kind.parts.drain(..))),
+            (false, _) => match of_kind.parts.pop_front() {
+                Some(list) => with(StatusCode::OK, Body::from(list)),
+                None => with(StatusCode::OK, lines(std::iter::empty())),
+            },
+        }
+    }
+}
+
+/// The resource that a letter stands for.
+fn resource(letter: u8) -> Option<&'static str> {
+    [b's', b'e', b'n', b'c', b'p'].iter().position(|of| *of == letter).map(|index| RESOURCES[index])
+}
+
+fn with(status: StatusCode, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    response
+}
+
+/// Each as a line or several, and no end.
+fn lines(parts: impl Iterator<Item = Bytes>) -> Body {
+    let all: Vec<Bytes> = parts.flat_map(|part| [part, Bytes::from_static(b"\n")]).collect();
+    let pieces = stream::iter(all.into_iter().map(Ok::<_, Infallible>));
+    Body::from_stream(pieces.chain(stream::pending()))
+}
