@@ -131,6 +131,13 @@ impl Connect {
         self
     }
 
+    /// Each attempt by TCP ends when the server has closed the connection, too.
+    #[must_use]
+    pub fn to_the_end(mut self) -> Self {
+        self.options.push(&["--to-the-end"]);
+        self
+    }
+
     /// Connects one and the same UDP socket to the target and then to `other`, attempt by attempt. An attempt ends when `other` has
     /// answered; [`Attempt::elapsed_us`] is the time since the second connect().
     #[must_use]

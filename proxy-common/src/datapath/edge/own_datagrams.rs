@@ -40,8 +40,14 @@ fn is_of_frontend(tables: &impl EdgeTables, proto: u8, port: Be16) -> bool {
     tables.filter(bit.word) & bit.mask != 0
 }
 
-/// Remembers a packet that leaves, if it is a datagram of this host from the address and port of a frontend. To a pod only the host
-/// itself sends those: another pod could only claim to.
+/// Whether a packet that has an address of this host, and that somebody else has sent, got it from the network. IPv4 takes in no packet
+/// with such a source (a martian); by IPv6 a pod may write it itself, and would have what others send to the frontend.
+#[inline(always)]
+fn is_masqueraded(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, edge: Edge) -> bool {
+    edge == Edge::External && parsed.family == Family::V4 && !is_from_outside(packet, tables)
+}
+
+/// Remembers a packet that leaves, if it is a datagram of this host from the address and port of a frontend.
 #[inline(never)]
 pub(super) fn remember(
     packet: &impl Packet,
@@ -55,7 +61,7 @@ pub(super) fn remember(
     if !is_of_frontend(tables, parsed.proto, tuple.source_port)
         || parsed.part == Part::Later
         || tables.local_address(&tuple.source) & local_address::HOST == 0
-        || if edge == Edge::Pod { !of_host } else { is_from_outside(packet, tables) }
+        || !of_host && !is_masqueraded(packet, tables, parsed, edge)
         || !matches!(
             lookup::find(tables, &tuple.source, tuple.source_port, parsed.proto),
             Target::Frontend(_) | Target::Retry

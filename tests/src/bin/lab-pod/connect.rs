@@ -1,7 +1,7 @@
 //! `lab-pod connect`.
 
 use std::io::{self, BufRead as _, BufReader};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,6 +30,9 @@ pub(crate) struct Args {
     /// How many UDP datagrams to send by one socket before the next is opened.
     #[arg(long, default_value_t = 1)]
     per_socket: usize,
+    /// TCP: each attempt ends when the server has closed the connection, too.
+    #[arg(long)]
+    to_the_end: bool,
     /// UDP: each attempt connects one and the same socket to the target and then here, and ends when this one answers.
     #[arg(long)]
     then: Option<SocketAddr>,
@@ -64,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let mut attempt = Attempt { at_us: micros(began - start), ..Attempt::default() };
         let result = match args.then {
             Some(then) => again(&args.target, then, number, &mut socket, &mut attempt),
-            None => one(&args.target, number, &mut socket, &mut attempt),
+            None => one(args, number, &mut socket, &mut attempt),
         };
         if let Err(failure) = result {
             failure.report(&mut attempt);
@@ -84,7 +87,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// One attempt. `kept` is the UDP socket of the attempt before, if it is to be used again.
 fn one(
-    target: &Target,
+    Args { target, to_the_end, .. }: &Args,
     number: usize,
     kept: &mut Option<UdpSocket>,
     attempt: &mut Attempt,
@@ -93,7 +96,16 @@ fn one(
     match target.proto {
         Proto::Tcp | Proto::Mptcp | Proto::Sctp => {
             let stream = stream(target, deadline, attempt)?;
-            greeting(&mut BufReader::new(&stream), deadline, attempt)?;
+            let mut reader = BufReader::new(&stream);
+            greeting(&mut reader, deadline, attempt)?;
+            if *to_the_end {
+                let close = |reader: &mut BufReader<&TcpStream>| {
+                    stream.shutdown(Shutdown::Write)?;
+                    limit(&stream, Timeout::Recv, deadline)?;
+                    io::copy(reader, &mut io::sink())
+                };
+                close(&mut reader).map_err(|error| Failure::new("close", &error))?;
+            }
         }
         Proto::Http => {
             let stream = stream(target, deadline, attempt)?;
