@@ -59,6 +59,9 @@ pub struct ConfigFile {
     pub content: Vec<u8>,
 }
 
+/// How many YAML nodes aliases may stand for: a hundred times what the largest file says that has every field.
+const ALIAS_NODES_MAX: usize = 10_000;
+
 impl ConfigFile {
     /// Reads a file.
     ///
@@ -116,7 +119,11 @@ impl ConfigFile {
     }
 
     fn yaml(&self, duplicate_keys: DuplicateKeyPolicy) -> Result<Value, YamlError> {
-        let options = serde_saphyr::options! { duplicate_keys: duplicate_keys, with_snippet: false };
+        let options = serde_saphyr::options! {
+            alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: ALIAS_NODES_MAX },
+            duplicate_keys: duplicate_keys,
+            with_snippet: false,
+        };
         // As for kube-proxy, only the first document counts.
         let mut text = self.content.as_slice();
         serde_saphyr::read_with_options(&mut text, options).next().unwrap_or(Ok(Value::Null))

@@ -195,3 +195,16 @@ fn as_kube_proxy_takes_it() {
     let half = file_with("iptables: {masqueradeBit: 13.5}\n").decode().unwrap_err().to_string();
     assert!(half.contains("iptables.masqueradeBit"), "{half}");
 }
+
+#[test]
+fn aliases_of_aliases_are_refused() {
+    let mut text = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for level in 1..5 {
+        let before = vec![format!("*a{}", level - 1); 9].join(", ");
+        text += &format!("a{level}: &a{level} [{before}]\n");
+    }
+    let error = file_with(&text).decode().unwrap_err().to_string();
+    assert!(error.contains("config.conf") && error.contains("alias"), "{error}");
+    let (_, ignored) = file_with("a: &a [x, x]\nb: [*a, *a]\n").decode().unwrap();
+    assert_eq!(ignored, ["there is no field `a`", "there is no field `b`"]);
+}
