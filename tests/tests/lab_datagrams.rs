@@ -285,7 +285,9 @@ fn datagrams_go_to_the_backend_that_there_is() -> Result<()> {
 }
 
 /// A program connects its socket to the Service and elsewhere, again and again, while the agent leads such sockets to another backend.
-/// Where it connects last, it stays, or the socket is destroyed. `VIPR_CHANGES` says how often the backend is replaced.
+/// Where it connects last, it stays, or the socket is destroyed, and no connect() fails. That nothing steps in between the agent's steps
+/// takes more luck than a test has: `sim::tests::orders` goes through them one by one. `VIPR_CHANGES` says how often the backend is
+/// replaced.
 #[test]
 fn a_socket_that_its_owner_connects_elsewhere_is_not_led_away() -> Result<()> {
     let changes: usize = std::env::var("VIPR_CHANGES").map_or(Ok(6), |text| text.parse())?;
@@ -379,25 +381,19 @@ fn who_asks_from_a_node_port_is_answered() -> Result<()> {
     host.net().nft(masquerade)?;
     let reserved = || fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports");
     until("a reserved nodePort", || Ok(host.net().enter(reserved)??.contains("30514").then_some(())))?;
-    // Connection tracking has one place for a source and who is asked by it.
-    for (own, asked, of_pod, local) in [
-        ("192.0.2.10:30514", "203.0.113.7:5300", "203.0.113.7:5301", "10.64.1.51:8080"),
-        (
-            "[2001:db8:1::10]:30514",
-            "[2001:db8:ff::7]:5300",
-            "[2001:db8:ff::7]:5301",
-            "[fd00:64:0:1::51]:8080",
-        ),
+    let pod = world.lab.pod("seen");
+    let (v4, v6) = ("192.0.2.10:30514", "[2001:db8:1::10]:30514");
+    // Connection tracking has one place for a source and who is asked by it, so the pod asks another port. (By IPv6 it could write the
+    // node's address itself: its datagrams are not told from such.)
+    for (place, own, bound, target, server) in [
+        (host, v4, v4, "203.0.113.7:5300", "client"),
+        (host, v4, v4, "10.64.1.51:8080", "unseen"),
+        (&pod, v4, "", "203.0.113.7:5301", "client"),
+        (host, v6, v6, "[2001:db8:ff::7]:5300", "client"),
+        (host, v6, v6, "[fd00:64:0:1::51]:8080", "unseen"),
     ] {
-        let seen = world.lab.pod("seen");
-        for (place, proto, bound, target, server) in [
-            (host, Proto::Udp, own, asked, "client"),
-            (host, Proto::UdpUnconnected, own, asked, "client"),
-            (host, Proto::Udp, own, local, "unseen"),
-            (&seen, Proto::UdpUnconnected, "", of_pod, "client"),
-        ] {
-            // Without a rule the pod asks by its own address, to which the client has no route.
-            if place.name() == "seen" && own.starts_with('[') {
+        for proto in [Proto::Udp, Proto::UdpUnconnected] {
+            if bound.is_empty() && proto == Proto::Udp {
                 continue;
             }
             let ask = place.connect(target).proto(proto).timeout(ANSWER).times(3).per_socket(3);

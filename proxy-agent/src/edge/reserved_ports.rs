@@ -1,6 +1,6 @@
 //! `net.ipv4.ip_local_reserved_ports`: keeps the kernel from giving sockets of this host a port that the packet edge
-//! uses for translated sources, or a nodePort of UDP or SCTP: what comes to it may be a request or an answer to the socket. The setting holds for IPv6 as well. What is added is noted, so that just that can be taken
-//! back.
+//! uses for translated sources, or a nodePort of UDP or SCTP: what comes to it may be a request or an answer to the socket. The
+//! setting holds for IPv6 as well. What is added is noted, so that just that can be taken back.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
