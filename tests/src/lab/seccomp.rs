@@ -11,6 +11,12 @@ use libc::c_long;
 use rustix::thread::CapabilitySet;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
+#[cfg(target_arch = "x86_64")]
+const SYS_KEXEC_FILE_LOAD: c_long = libc::SYS_kexec_file_load;
+/// Of asm-generic/unistd.h: the `libc` crate does not have it for musl.
+#[cfg(not(target_arch = "x86_64"))]
+const SYS_KEXEC_FILE_LOAD: c_long = 294;
+
 /// Withheld whatever the capabilities are.
 const NEVER: &[c_long] = &[
     libc::SYS_add_key,
@@ -18,7 +24,7 @@ const NEVER: &[c_long] = &[
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,
-    libc::SYS_kexec_file_load,
+    SYS_KEXEC_FILE_LOAD,
     libc::SYS_kexec_load,
     libc::SYS_keyctl,
     libc::SYS_mbind,
