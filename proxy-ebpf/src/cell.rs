@@ -51,6 +51,11 @@ impl FlowCell for Cell {
     }
 
     #[inline(always)]
+    fn set_asked_by(&self, check: u32, ifindex: u32) {
+        set_field!(self, check, asked_by = ifindex);
+    }
+
+    #[inline(always)]
     fn set_last_seen(&self, check: u32, now: u64) {
         set_field!(self, check, last_seen = now);
     }

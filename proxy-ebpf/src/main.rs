@@ -12,7 +12,7 @@ mod steps;
 mod tc;
 
 use aya_ebpf::Global;
-use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::bpf_set_retval;
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, classifier};
 use aya_ebpf::programs::{SockAddrContext, SockContext, TcContext};
@@ -151,6 +151,7 @@ fn filter(ctx: &TcContext, edge: Edge, egress: bool) -> i32 {
         edge::Verdict::Pass | edge::Verdict::Translated => TC_ACT_UNSPEC,
         edge::Verdict::Drop => TC_ACT_SHOT,
         edge::Verdict::Reply => packet.send_back(egress),
+        edge::Verdict::Elsewhere => TC_ACT_REDIRECT,
     }
 }
 

@@ -10,12 +10,12 @@ use core::ptr::addr_of;
 
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
-    bpf_fib_lookup as FibLookup,
+    __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT,
+    bpf_fib_lookup as FibLookup, bpf_redir_neigh as Neighbour,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_fib_lookup, bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail,
-    bpf_skb_load_bytes, bpf_skb_load_bytes_relative, bpf_skb_store_bytes,
+    bpf_fib_lookup, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_adjust_room,
+    bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_load_bytes_relative, bpf_skb_store_bytes,
 };
 use aya_ebpf::programs::TcContext;
 use proxy_common::addr::{Addr, Family};
@@ -27,11 +27,15 @@ const ADJ_ROOM_MAC: u32 = 1;
 /// Of linux/socket.h, as the first byte of a word of little-endian machines.
 const AF_INET: u64 = 2;
 const AF_INET6: u64 = 10;
+/// Asks for the route of a packet that leaves by a device, of linux/bpf.h.
+const BPF_FIB_LOOKUP_OUTPUT: u32 = 2;
 /// Results of `bpf_fib_lookup`, of linux/bpf.h.
-const BPF_FIB_LKUP_RET_SUCCESS: u32 = 0;
-const BPF_FIB_LKUP_RET_NO_NEIGH: u32 = 7;
-const BPF_FIB_LKUP_RET_FRAG_NEEDED: u32 = 8;
+const BPF_FIB_LKUP_RET_SUCCESS: i64 = 0;
+const BPF_FIB_LKUP_RET_NO_NEIGH: i64 = 7;
+const BPF_FIB_LKUP_RET_FRAG_NEEDED: i64 = 8;
 const MAC_HEADER: u32 = 14;
+/// The part of a VLAN tag that says which VLAN.
+const VLAN_ID: u32 = 0xfff;
 /// Ethernet with a tag, IPv4 with all options or IPv6 with an extension, and a header of GRE.
 const MOST_OUTER_HEADERS: u32 = 128;
 
@@ -206,6 +210,69 @@ unsafe fn read_bytes<const N: usize>(address: u64) -> [u8; N] {
     bytes
 }
 
+/// A question to the kernel's routes, which becomes their answer: `struct bpf_fib_lookup` of linux/bpf.h, as words.
+struct Route([u64; 8]);
+
+const _: () = assert!(size_of::<FibLookup>() == 64 && offset_of!(FibLookup, family) == 0);
+const _: () = assert!(offset_of!(FibLookup, ifindex) == 8);
+const _: () =
+    assert!(offset_of!(FibLookup, __bindgen_anon_3) == 16 && offset_of!(FibLookup, __bindgen_anon_4) == 32);
+
+impl Route {
+    /// Asks for the way to `destination`, from `source` if there is one. `device`: what the packet enters by, or leaves by.
+    #[inline(always)]
+    fn new(family: Family, device: u32, source: Option<&Addr>, destination: &Addr) -> Self {
+        // The compiler would zero what it knows to be zero by a call.
+        let zero = opaque(0);
+        let words = |addr: &Addr| match family {
+            Family::V4 => [u64::from(u32::from_ne_bytes(addr.v4_octets())), zero],
+            Family::V6 => bytemuck::cast(*addr),
+        };
+        let [s0, s1] = source.map_or([zero; 2], words);
+        let [d0, d1] = words(destination);
+        let family = match family {
+            Family::V4 => AF_INET,
+            Family::V6 => AF_INET6,
+        };
+        Self([family, u64::from(device), s0, s1, d0, d1, zero, zero])
+    }
+
+    /// Whether the kernel knows a way. Whoever is routed to has one also where the neighbour is not known yet (before 5.11 the
+    /// device is then left as it was) or the packet would be too long.
+    #[inline(always)]
+    fn look_up(&mut self, packet: &Skb, flags: u32) -> bool {
+        const FOUND: [i64; 3] =
+            [BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_FRAG_NEEDED];
+        // SAFETY: the helper reads and writes as many bytes as it is told, which is the array.
+        let found = unsafe { bpf_fib_lookup(packet.skb.cast(), self.0.as_mut_ptr().cast(), 64, flags) };
+        FOUND.contains(&found)
+    }
+
+    /// The device that leads there.
+    #[inline(always)]
+    fn device(&self) -> u32 {
+        self.0[1] as u32
+    }
+
+    /// Sends the program's packet there, to the neighbour that the answer names: a gateway, or the destination itself. Its own
+    /// address family is in the answer, too.
+    #[inline(always)]
+    fn redirect(mut self) -> bool {
+        let device = self.device();
+        const LAST_OF_SOURCE: usize = 7;
+        const { assert!(size_of::<Neighbour>() == 20) };
+        let family = self.0[0] as u8;
+        // A `struct bpf_redir_neigh` is a family, and an address behind it: that takes the place of the source's last word.
+        let words: &mut [u32; 16] = bytemuck::cast_mut(&mut self.0);
+        words[LAST_OF_SOURCE] = u32::from(family);
+        let neighbour = words[LAST_OF_SOURCE..].as_mut_ptr();
+        // SAFETY: the address is behind the family in the answer, and the helper only reads both.
+        let action =
+            unsafe { bpf_redirect_neigh(device, neighbour.cast(), size_of::<Neighbour>() as i32, 0) };
+        action == i64::from(TC_ACT_REDIRECT)
+    }
+}
+
 /// A global function: the verifier looks at it once, and at its callers without it.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -241,30 +308,24 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn route_to(&self, family: Family, addr: &Addr) -> u32 {
-        // Whoever is routed to has an answer in `ifindex`, also where the neighbour is not known yet (before 5.11 the field
-        // is then left as it was) or the packet would be too long.
-        const FOUND: [i64; 3] = [
-            BPF_FIB_LKUP_RET_SUCCESS as i64,
-            BPF_FIB_LKUP_RET_NO_NEIGH as i64,
-            BPF_FIB_LKUP_RET_FRAG_NEEDED as i64,
-        ];
-        let ifindex = self.ifindex();
-        let [d0, d1] = match family {
-            Family::V4 => [u64::from(u32::from_ne_bytes(addr.v4_octets())), 0],
-            Family::V6 => bytemuck::cast(*addr),
-        };
-        // The compiler would zero what it knows to be zero by a call.
-        let zero = opaque(0);
-        let family = match family {
-            Family::V4 => AF_INET,
-            Family::V6 => AF_INET6,
-        };
-        let mut asked: [u64; 8] = [family, u64::from(ifindex), zero, zero, d0, d1, zero, zero];
-        const { assert!(size_of::<FibLookup>() == 64 && offset_of!(FibLookup, family) == 0) };
-        const { assert!(offset_of!(FibLookup, ifindex) == 8 && offset_of!(FibLookup, __bindgen_anon_4) == 32) };
-        // SAFETY: the helper reads and writes as many bytes as it is told, which is the array.
-        let found = unsafe { bpf_fib_lookup(self.skb.cast(), asked.as_mut_ptr().cast(), 64, 0) };
-        if FOUND.contains(&found) { asked[1] as u32 } else { 0 }
+        let mut route = Route::new(family, self.ifindex(), None, addr);
+        if route.look_up(self, 0) { route.device() } else { 0 }
+    }
+
+    #[inline(always)]
+    fn is_tagged(&self) -> bool {
+        // A tag that only says how urgent a packet is has no VLAN. Before 6.2 a tag that has been taken off leaves its number.
+        get!(self, vlan_present) != 0 && get!(self, vlan_tci) & VLAN_ID != 0
+    }
+
+    #[inline(always)]
+    fn leave_by(&mut self, device: u32, family: Family, source: &Addr, destination: &Addr) -> bool {
+        if self.ip_offset != MAC_HEADER {
+            // The kernel sends nothing to neighbours that has no MAC header.
+            return false;
+        }
+        let mut route = Route::new(family, device, Some(source), destination);
+        route.look_up(self, BPF_FIB_LOOKUP_OUTPUT) && route.device() == device && route.redirect()
     }
 
     #[inline(always)]

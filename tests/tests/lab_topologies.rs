@@ -7,11 +7,18 @@
 
 mod live;
 
-use anyhow::{Context as _, Result};
+use std::fmt::Write as _;
+use std::fs;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
 use live::Pods;
 use proxy_tests::cases::{at_the_node, not_allowed, smoke};
 use proxy_tests::lab::network::{Network, NodeLinks, PodLinks, Rules};
-use proxy_tests::lab::{Lab, LabSpec, NodeSpec};
+use proxy_tests::lab::{Attempt, Held, Lab, LabSpec, NodeSpec};
+use proxy_tests::scenarios::until;
+use serde_json::{Value, json};
 
 /// X by both families.
 const X: [&str; 2] = ["203.0.113.7", "2001:db8:ff::7"];
@@ -131,6 +138,195 @@ fn two_devices_and_a_client_through_the_second() -> Result<()> {
     let through = |lab: &Lab| lab.through_eth1("X", "n1");
     run_on(two_devices(Rules::default())?, through)?;
     run_on(two_devices(Rules::all(&X))?, through)
+}
+
+/// What pods send leaves by `eth1` of their node, whoever has asked them: as on EKS, where pods have addresses of a second device, and
+/// rules by which they leave. That network passes on no address that is not its own.
+fn pods_by_eth1(lab: &Lab) -> Result<()> {
+    by_eth1(lab)?;
+    lab.hub().nft(
+        "table inet fabric {
+           chain from_eth1 {
+             type filter hook prerouting priority raw;
+             iifname lan1 ip saddr != { 198.51.100.0/24, 10.64.0.0/12 } drop
+             iifname lan1 ip6 saddr != { 2001:db8:2::/64, fd00:64::/48, fe80::/10 } drop
+           }
+         }",
+    )
+}
+
+fn by_eth1(lab: &Lab) -> Result<()> {
+    for node in lab.nodes() {
+        let mut batch = String::new();
+        for (option, network, hub) in
+            [("", "198.51.100.0/24", "198.51.100.1"), ("-6 ", "2001:db8:2::/64", "2001:db8:2::1")]
+        {
+            writeln!(batch, "{option}route add {network} dev eth1 table 2")?;
+            writeln!(batch, "{option}route add default via {hub} dev eth1 table 2")?;
+        }
+        for pods in &node.spec().pod_cidrs {
+            let option = if pods.contains(':') { "-6 " } else { "" };
+            writeln!(batch, "{option}rule add pref 512 to {pods} lookup main")?;
+            writeln!(batch, "{option}rule add pref 1536 from {pods} lookup 2")?;
+        }
+        node.host().net().ip(&batch)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn pods_that_are_routed_by_a_second_device() -> Result<()> {
+    for rules in [
+        Rules::default(),
+        // As AWS' CNI has it, connections to others than pods get the node's address. What conntrack finds invalid is dropped.
+        Rules { masquerade: true, forward_drop: true, ..Rules::default() },
+    ] {
+        let spec = two_devices(rules)?;
+        let network = Network { nodes: NodeLinks::Eth0, ..spec.network.clone() };
+        run_on(spec.network(network), pods_by_eth1)?;
+    }
+    Ok(())
+}
+
+/// Frontends of both families, each with a pod of n1 behind it.
+const FRONTENDS: [(&str, &str, &str); 2] =
+    [("IPv4", "198.18.5.5", "10.64.1.50"), ("IPv6", "2001:db8:5::5", "fd00:64:0:1::50")];
+
+/// A Service at [`FRONTENDS`], port 80.
+fn at_frontends() -> Vec<Value> {
+    let slices = FRONTENDS.map(|(family, _, pod)| {
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
+            "metadata": {
+                "namespace": "d", "name": family.to_lowercase(), "labels": { "kubernetes.io/service-name": "s" },
+            },
+            "ports": [{ "name": "web", "protocol": "TCP", "port": 8080 }],
+            "endpoints": [{ "addresses": [pod], "conditions": { "ready": true }, "nodeName": "n1" }],
+        })
+    });
+    let addresses = FRONTENDS.map(|(_, address, _)| json!({ "ip": address }));
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "d", "name": "s" },
+        "spec": {
+            "type": "LoadBalancer", "ipFamilies": ["IPv4", "IPv6"],
+            "clusterIP": "10.96.0.5", "clusterIPs": ["10.96.0.5", "fd00:96::5"],
+            "ports": [{ "name": "web", "protocol": "TCP", "port": 80 }],
+        },
+        "status": { "loadBalancer": { "ingress": addresses } },
+    });
+    [service].into_iter().chain(slices).collect()
+}
+
+/// Packets that a device of n1 has sent.
+fn sent(lab: &Lab, device: &str) -> Result<u64> {
+    let mut cat = lab.node("n1").host().command("cat");
+    cat.arg("/proc/net/dev");
+    let text = cat.text()?;
+    let line = text.lines().find_map(|line| line.trim().strip_prefix(&format!("{device}:")));
+    let packets = line.and_then(|line| line.split_whitespace().nth(9));
+    packets.and_then(|packets| packets.parse().ok()).context("no such device")
+}
+
+/// Drops what passes the network between the nodes to or from (`end`) the client.
+fn cut(lab: &Lab, end: &str) -> Result<()> {
+    let [v4, v6] = X;
+    lab.hub().nft(&format!(
+        "table inet cut_{end} {{
+           chain passing {{
+             type filter hook prerouting priority raw;
+             ip {end} {v4} drop
+             ip6 {end} {v6} drop
+           }}
+         }}"
+    ))
+}
+
+fn mend(lab: &Lab, end: &str) -> Result<()> {
+    lab.hub().nft(&format!("delete table inet cut_{end}"))
+}
+
+/// A client's connection goes on when the uplink by which it has come is withdrawn while its server sends, and returns to it.
+#[test]
+fn an_uplink_that_is_withdrawn() -> Result<()> {
+    for (family, address, _) in FRONTENDS {
+        withdraw(SocketAddr::new(address.parse()?, 80)).context(family)?;
+    }
+    Ok(())
+}
+
+fn withdraw(target: SocketAddr) -> Result<()> {
+    let spec = two_devices(Rules::default())?;
+    let lab = Lab::build(LabSpec { network: Network::default(), ..spec })?;
+    by_eth1(&lab)?;
+    let manifests = tempfile::tempdir()?;
+    let mut agent = lab.node("n1").agent()?.manifests(manifests.path());
+    let list = json!({ "apiVersion": "v1", "kind": "List", "items": at_frontends() });
+    fs::write(manifests.path().join("objects.json"), serde_json::to_vec(&list)?)?;
+    lab.pod("P").serve().tcp(8080).start()?;
+    agent.start_ready()?;
+
+    let mut held = lab.client("X").hold(target).timeout(Duration::from_secs(20)).open()?;
+    let answered_by = |held: &mut Held, device: &str, other: &str| -> Result<()> {
+        let before = [sent(&lab, device)?, sent(&lab, other)?];
+        for _ in 0..20 {
+            let answer = held.say("are you there?")?;
+            ensure!(answer.ok, "{answer:?}");
+        }
+        let [own, others] = [sent(&lab, device)? - before[0], sent(&lab, other)? - before[1]];
+        ensure!(own >= 20 && others < 10, "{own} packets by {device}, {others} by {other}");
+        Ok(())
+    };
+    answered_by(&mut held, "eth0", "eth1")?;
+
+    // The answer is lost, and sent again. Of the client nothing more is heard, until the answer has come by the other uplink.
+    cut(&lab, "daddr")?;
+    let before = sent(&lab, "eth0")?;
+    let answer = std::thread::scope(|scope| -> Result<Attempt> {
+        let asking = scope.spawn(|| held.say("and now?"));
+        let done = || -> Result<()> {
+            until("an answer that is lost", || Ok((sent(&lab, "eth0")? >= before + 2).then_some(())))?;
+            cut(&lab, "saddr")?;
+            lab.node("n1").host().net().ip("link set eth0 down")?;
+            mend(&lab, "daddr")
+        };
+        done()?;
+        asking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    ensure!(answer.ok, "withdrawn: {answer:?}");
+
+    let back = match target {
+        SocketAddr::V4(_) => "route add default via 192.0.2.1",
+        SocketAddr::V6(_) => {
+            "address add 2001:db8:1::10/64 dev eth0 nodad\n-6 route add default via 2001:db8:1::1"
+        }
+    };
+    lab.node("n1").host().net().ip(&format!("link set eth0 up\n{back}"))?;
+    mend(&lab, "saddr")?;
+    held.say("back again")?;
+    answered_by(&mut held, "eth0", "eth1").context("it is back")
+}
+
+/// The kernel drops what a client sends to a pod whose answers are routed by another device; whoever runs the node is told.
+#[test]
+fn a_filter_before_pods_of_another_device_is_told() -> Result<()> {
+    let spec = two_devices(Rules { strict_rp_filter: true, ..Rules::default() })?;
+    let lab =
+        Lab::build(LabSpec { network: Network { nodes: NodeLinks::Eth0, ..spec.network.clone() }, ..spec })?;
+    let manifests = tempfile::tempdir()?;
+    let mut agent = lab.node("n1").agent()?.manifests(manifests.path());
+    agent.start_ready()?;
+    let told = || -> Result<Option<String>> {
+        let status = agent.tool("status", &[])?;
+        Ok(status["agent"]["problems"]["device eth0"][0].as_str().map(str::to_owned))
+    };
+    ensure!(told()?.is_none(), "{:?}", told()?);
+    by_eth1(&lab)?;
+    let problem = until("the problem", told)?;
+    ensure!(problem.contains("net.ipv4.conf.eth0.rp_filter=2"), "{problem}");
+    // A device that is loose counts as such, whatever all are. The rules tell that something has changed.
+    lab.node("n1").host().net().sysctl("net/ipv4/conf/eth0/rp_filter", "2")?;
+    lab.node("n1").host().net().ip("rule add from 10.64.9.9 lookup 9")?;
+    until("its end", || Ok(told()?.is_none().then_some(())))
 }
 
 /// Pods of other nodes are by `eth0`; the client's requests come by `eth1`.

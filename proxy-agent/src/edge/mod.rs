@@ -35,6 +35,7 @@ pub mod attach;
 pub mod reserved_ports;
 
 mod ipsec;
+mod strict;
 
 use attach::{Attacher, Outcome};
 use choice::{Choices, Role, choose, problems};
@@ -233,6 +234,9 @@ impl Worker {
             // What IPsec carries, the programms see as ESP.
             let seen = if state.problems.contains_key("IPsec") { &BTreeMap::new() } else { &outcomes };
             state.elsewhere = elsewhere(&snapshot, &choices, seen);
+            for (name, problem) in strict::problems(&snapshot, &choices) {
+                state.problems.entry(format!("device {name}")).or_default().push(problem);
+            }
             let flags = problems(&snapshot, &self.config.settings);
             if !flags.is_empty() {
                 state.problems.insert("--devices".to_owned(), flags);

@@ -1,7 +1,7 @@
 //! What the kernel knows of this node's network, as plain data: links, their addresses, and routes. Read by rtnetlink
 //! dumps, followed by [`crate::node::follow`]; [`super::choice`] and [`super::sources`] decide from it alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use futures::TryStreamExt as _;
@@ -13,7 +13,8 @@ use rtnetlink::packet_route::link::{
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteType,
 };
-use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
+use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
+use rtnetlink::{Handle, IpVersion, MulticastGroup, RouteMessageBuilder};
 use tokio::sync::watch;
 
 use crate::node::addresses::address_of;
@@ -21,6 +22,8 @@ use crate::node::follow::{FollowError, RECEIVE_BUFFER, Subject, follow};
 
 /// `RT_TABLE_LOCAL` of linux/rtnetlink.h: what is delivered on this host.
 const LOCAL_TABLE: u32 = 255;
+/// `RT_TABLE_MAIN` and `RT_TABLE_DEFAULT`: what everybody's packets are routed by.
+const COMMON_TABLES: [u32; 2] = [254, 253];
 
 /// A device comes up in several steps, and a pass over the devices costs more than a dump.
 const SETTLE: Duration = Duration::from_millis(50);
@@ -34,6 +37,8 @@ pub struct Snapshot {
     pub addresses: Vec<Address>,
     /// Unicast routes of every table, except those to link-local prefixes.
     pub routes: Vec<Route>,
+    /// Tables of their own by which IPv4 rules route what comes from some addresses.
+    pub tables_by_source: BTreeSet<u32>,
 }
 
 /// A network device.
@@ -99,6 +104,8 @@ pub struct Address {
 pub struct Route {
     /// Interface index.
     pub device: u32,
+    /// Id of the routing table that it is in.
+    pub table: u32,
     /// Where it leads.
     pub destination: Prefix,
     /// Whether it leads there through another host.
@@ -131,6 +138,7 @@ pub async fn watch_network() -> Result<watch::Receiver<Snapshot>, FollowError> {
         MulticastGroup::Ipv6Ifaddr,
         MulticastGroup::Ipv4Route,
         MulticastGroup::Ipv6Route,
+        MulticastGroup::Ipv4Rule,
     ];
     let what = "this host's devices and routes";
     follow(Subject { what, groups, settle: SETTLE, receive_buffer: RECEIVE_BUFFER }, dump).await
@@ -155,6 +163,10 @@ pub(crate) async fn dump(handle: Handle) -> Result<Snapshot, rtnetlink::Error> {
         while let Some(message) = routes.try_next().await? {
             snapshot.routes.extend(routes_in(&message));
         }
+    }
+    let mut rules = std::pin::pin!(handle.rule().get(IpVersion::V4).execute());
+    while let Some(message) = rules.try_next().await? {
+        snapshot.tables_by_source.extend(table_by_source(&message));
     }
     Ok(snapshot)
 }
@@ -265,8 +277,21 @@ fn routes_in(message: &RouteMessage) -> Vec<Route> {
         && table != LOCAL_TABLE
         && !header.flags.contains(RouteFlags::Cloned)
         && !is_link_local(destination.addr());
-    let route = |(device, gateway)| Route { device, destination, gateway, source };
+    let route = |(device, gateway)| Route { device, table, destination, gateway, source };
     if counts { hops.into_iter().map(route).collect() } else { Vec::new() }
+}
+
+/// The table of a rule for what comes from some addresses, if that is not a common one.
+fn table_by_source(message: &RuleMessage) -> Option<u32> {
+    let mut table = u32::from(message.header.table);
+    let mut of_source = false;
+    for attribute in &message.attributes {
+        if let RuleAttribute::Table(id) = attribute {
+            table = *id;
+        }
+        of_source |= matches!(attribute, RuleAttribute::Source(_));
+    }
+    (of_source && table != 0 && table != LOCAL_TABLE && !COMMON_TABLES.contains(&table)).then_some(table)
 }
 
 fn is_gateway(attributes: &[RouteAttribute]) -> bool {

@@ -284,7 +284,7 @@ fn in_packets(
     let port = u16::try_from(1024 + index).unwrap_or(u16::MAX);
     let mut frame = Frame::new(question.packet(source.unwrap_or(somebody), port), device);
     match maps.packet(&mut frame, edge, false) {
-        edge::Verdict::Translated => Verdict::Served,
+        edge::Verdict::Translated | edge::Verdict::Elsewhere => Verdict::Served,
         edge::Verdict::Reply => Verdict::Refused,
         edge::Verdict::Drop => Verdict::Dropped,
         edge::Verdict::Pass => Verdict::NotOurs,

@@ -110,6 +110,10 @@ impl FlowCell for Record {
         self.set(check, |flow| Flow { answered_by, ..flow });
     }
 
+    fn set_asked_by(&self, check: u32, asked_by: u32) {
+        self.set(check, |flow| Flow { asked_by, ..flow });
+    }
+
     fn set_last_seen(&self, check: u32, last_seen: u64) {
         self.set(check, |flow| Flow { last_seen, ..flow });
     }

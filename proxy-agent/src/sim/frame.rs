@@ -17,12 +17,16 @@ pub struct Frame {
     pub entered_by: u32,
     /// Index of the device by which the host's routes lead to its source; 0 if that is not known.
     pub route_back: u32,
+    /// Indexes of the devices by which the host's routes lead to its destination.
+    pub ways: Vec<u32>,
+    /// Index of the device that it has been made to leave by; 0 for the one that the pipeline runs on.
+    pub leaves_by: u32,
 }
 
 impl Frame {
     /// A packet that has come in by the device `ifindex`.
     pub fn new(bytes: Vec<u8>, ifindex: u32) -> Self {
-        Self { bytes, ifindex, entered_by: ifindex, route_back: 0 }
+        Self { bytes, ifindex, entered_by: ifindex, route_back: 0, ways: Vec::new(), leaves_by: 0 }
     }
 
     fn range(&mut self, offset: u32, len: usize) -> Option<&mut [u8]> {
@@ -55,6 +59,14 @@ impl Packet for Frame {
     fn route_to(&self, _family: Family, _addr: &Addr) -> u32 {
         // Nothing else is asked for.
         self.route_back
+    }
+
+    fn leave_by(&mut self, device: u32, _family: Family, _source: &Addr, _destination: &Addr) -> bool {
+        let leads = self.ways.contains(&device);
+        if leads {
+            self.leaves_by = device;
+        }
+        leads
     }
 
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {

@@ -112,6 +112,8 @@ pub struct Flow {
     pub backend: u32,
     /// Once the backend has answered: index of the device by which its answers enter, 0 for a process of this host.
     pub answered_by: u32,
+    /// Of a client outside: index of the device by which its last packet has entered, and its answers leave. Otherwise 0.
+    pub asked_by: u32,
     /// [`FlowKey::check`] of the key: elements are reused under readers.
     pub check: u32,
     /// Bits of [`state`].
@@ -120,6 +122,8 @@ pub struct Flow {
     /// behind the client's SYN. Then, until the flow is assured: what the client's next acknowledgement number has to be.
     /// After that: what the backend has acknowledged, which a reset of the client has to follow.
     pub expected: u32,
+    /// Zero.
+    pub pad: u32,
     /// When the flow was last prolonged ([`crate::datapath::edge::timeouts`]): nanoseconds of the monotonic clock.
     pub last_seen: u64,
 }
@@ -205,7 +209,7 @@ pub struct FragmentPorts {
 }
 
 const _: () = assert!(size_of::<FlowKey>() == 48);
-const _: () = assert!(size_of::<Flow>() == 72);
+const _: () = assert!(size_of::<Flow>() == 80);
 const _: () = assert!(size_of::<FlowRef>() == 24);
 const _: () = assert!(size_of::<FragmentKey>() == 44);
 const _: () = assert!(size_of::<FragmentPorts>() == 4);

@@ -30,7 +30,7 @@ pub use service::{Affinity, Service, ServiceName, SlotRange};
 pub use socket::{FlowDirection, Order, SocketRecord, StreamRecord, UdpFlow, UdpFlowKey};
 
 /// Version of everything in this module. Maps are pinned below `<pin-dir>/v<ABI_VERSION>/`.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// IP protocol numbers (RFC 9293, RFC 768, RFC 9260) as map keys hold them.
 pub mod proto {

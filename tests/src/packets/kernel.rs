@@ -75,7 +75,7 @@ impl Action {
         match verdict {
             Verdict::Pass | Verdict::Translated => Self::GoesOn,
             Verdict::Drop => Self::Dropped,
-            Verdict::Reply => Self::Redirected,
+            Verdict::Reply | Verdict::Elsewhere => Self::Redirected,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! One node with Services of both families, as map operations: what the host's maps and the kernel's are filled with.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::net::{IpAddr, SocketAddr};
 
 use proxy_agent::sim::Simulator;
@@ -255,6 +255,10 @@ pub struct World {
     pub sim: Simulator,
     /// The device by which the host's routes lead to what enters; 0 for none.
     pub route_back: Cell<u32>,
+    /// The devices by which the host's routes lead to what leaves.
+    pub ways: RefCell<Vec<u32>>,
+    /// The device that the last packet has been made to leave by; 0 for the one that it was about to leave by.
+    pub left_by: Cell<u32>,
 }
 
 impl World {
@@ -268,7 +272,7 @@ impl World {
             sim.apply(&op)?;
         }
         sim.edge.devices.replace(Net::devices().into_iter().collect());
-        Ok(Self { sim, route_back: Cell::new(0) })
+        Ok(Self { sim, route_back: Cell::new(0), ways: RefCell::default(), left_by: Cell::new(0) })
     }
 
     /// A packet enters through a device: what becomes of it.
@@ -286,8 +290,10 @@ impl World {
     /// A packet that has entered by a device (0: made by the host) leaves through another one: what becomes of it.
     pub fn leave_from(&self, entered_by: u32, device: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
         let route_back = self.route_back.get();
-        let mut frame = Frame { entered_by, route_back, ..Frame::new(bytes, device) };
+        let ways = self.ways.borrow().clone();
+        let mut frame = Frame { entered_by, route_back, ways, ..Frame::new(bytes, device) };
         let verdict = self.sim.packet(&mut frame, edge_of(device), true);
+        self.left_by.set(frame.leaves_by);
         (verdict, frame.bytes)
     }
 

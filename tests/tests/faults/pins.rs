@@ -200,6 +200,7 @@ fn bpftool_shows_every_map_with_field_names() -> Result<()> {
                 "snat",
                 "client_port",
                 "answered_by",
+                "asked_by",
                 "state",
                 "last_seen",
             ],

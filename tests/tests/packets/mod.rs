@@ -15,6 +15,7 @@ mod segments;
 mod selecting;
 mod sources;
 mod translating;
+mod ways;
 
 use std::net::SocketAddr;
 

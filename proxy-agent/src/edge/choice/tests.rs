@@ -62,7 +62,7 @@ impl Net {
     fn leads(mut self, destination: &str, gateway: bool) -> Self {
         let (addr, len) = parse(destination);
         let destination = Prefix::new(addr.into(), len).unwrap();
-        self.0.routes.push(Route { device: self.last(), destination, gateway, source: None });
+        self.0.routes.push(Route { device: self.last(), table: 254, destination, gateway, source: None });
         self
     }
 
@@ -307,7 +307,7 @@ fn a_bridge_of_pods_is_external_only_while_it_leads_to_hosts() {
         let mut with_gateway = net.clone();
         let bridge = with_gateway.0.links.iter().find(|(_, link)| link.name == name).map(|(index, _)| *index);
         let destination = Prefix::new(parse("10.65.0.0/16").0.into(), 16).unwrap();
-        let route = Route { device: bridge.unwrap(), destination, gateway: true, source: None };
+        let route = Route { device: bridge.unwrap(), table: 254, destination, gateway: true, source: None };
         with_gateway.0.routes.push(route);
         let before = choose(&with_gateway.0, &Settings::default(), &Choices::new());
         assert_eq!(before[&bridge.unwrap()].role, Role::External, "{name}");

@@ -141,6 +141,8 @@ fn leaving<T: EdgeTables, const EXTERNAL: bool>(
             destination_port: flow.vip_port,
         };
         let source = if source == quote.tuple.destination { flow.vip } else { source };
+        work.asked_by = flow.asked_by;
+        (work.new.source, work.new.destination) = (source, destination);
         work.edit = Edit { source, destination, quoted };
         return true;
     }

@@ -91,6 +91,8 @@ pub enum Verdict {
     Drop,
     /// Has been turned into an answer: goes back where it came from.
     Reply,
+    /// Goes on, translated, by another device than the one that routing chose.
+    Elsewhere,
 }
 
 /// A packet enters through a device.
@@ -102,7 +104,10 @@ pub fn ingress(
     scratch: &mut Scratch,
 ) -> Verdict {
     let Scratch { parsed, quote, work } = scratch;
-    if !parse::addresses(packet, parsed) || !lookup::may_be_ours(tables, &parsed.tuple.destination) {
+    if !parse::addresses(packet, parsed)
+        || !lookup::may_be_ours(tables, &parsed.tuple.destination)
+        || edge == Edge::External && packet.is_tagged()
+    {
         return Verdict::Pass;
     }
     match parse::parse(packet, parsed) {
@@ -111,6 +116,7 @@ pub fn ingress(
         Outcome::Malformed => return malformed(tables, &parsed.tuple.destination),
     }
     (work.now, work.origin) = (tables.now(), edge.origin(packet.ifindex()));
+    work.asked_by = if edge == Edge::External { packet.ifindex() } else { 0 };
     if parsed.part == Part::First {
         // Whosever it is: the ports will tell. Where they cannot be kept, the other fragments are lost, as any packet may.
         remember_ports(tables, parsed, work.origin, false);
@@ -152,12 +158,14 @@ pub fn egress(
     let error = icmp::is_error(parsed);
     if from_backend || to_backend || error {
         (work.now, work.origin) = (tables.now(), edge.origin(packet.ifindex()));
+        work.asked_by = 0;
         if parsed.part == Part::Later && !restore_ports(tables, parsed, work.origin, true) {
             return Verdict::Pass;
         }
         if error {
             return if edge == Edge::External {
-                icmp::egress::<_, _, true>(packet, tables, parsed, quote, work)
+                let verdict = icmp::egress::<_, _, true>(packet, tables, parsed, quote, work);
+                way_back(packet, parsed, work, verdict)
             } else {
                 icmp::egress::<_, _, false>(packet, tables, parsed, quote, work)
             };
@@ -166,7 +174,7 @@ pub fn egress(
             return verdict;
         }
         if from_backend && let Some(verdict) = answering(packet, tables, parsed, work) {
-            return verdict;
+            return if edge == Edge::External { way_back(packet, parsed, work, verdict) } else { verdict };
         }
     }
     let verdict = if ours { leaving_untranslated(packet, tables, parsed) } else { Verdict::Pass };
@@ -433,6 +441,7 @@ fn answering(
     flows::keep_vip(tables, &work.key, &place);
     let flow = place.flow();
     tables.count_packet(flow.service, false, parsed.bytes);
+    work.asked_by = flow.asked_by;
     work.new = Tuple {
         source: flow.vip,
         source_port: flow.vip_port,
@@ -441,6 +450,21 @@ fn answering(
     };
     trace::translated(tables, parsed, &work.new, flow.service, exit(packet), false);
     Some(finish_leaving(packet, tables, parsed, work))
+}
+
+/// Sends what has been translated for a client outside the way that the client has come, where routing has chosen another one: by the
+/// backend's address, which the client does not know.
+#[inline(never)]
+fn way_back(packet: &mut impl Packet, parsed: &Parsed, work: &Work, verdict: Verdict) -> Verdict {
+    let device = work.asked_by;
+    if verdict == Verdict::Translated
+        && device != 0
+        && device != packet.ifindex()
+        && packet.leave_by(device, parsed.family, &work.new.source, &work.new.destination)
+    {
+        return Verdict::Elsewhere;
+    }
+    verdict
 }
 
 /// A packet that leaves for an address of ours: nobody has translated it, and nobody out there can. What this host itself begins,

@@ -23,6 +23,13 @@ pub trait Packet {
     /// Index of the device by which the kernel's routes lead to `addr` from here, of the packet's family; 0 if none does, or
     /// the kernel does not tell.
     fn route_to(&self, family: Family, addr: &Addr) -> u32;
+    /// Whether a VLAN tag has stood before the IP header as the packet came in: then it is for a device above this one.
+    fn is_tagged(&self) -> bool {
+        false
+    }
+    /// Makes the packet leave by `device`, if the kernel's rules and routes lead there with the addresses `source` and `destination`.
+    /// False, and nothing has changed, if they do not.
+    fn leave_by(&mut self, device: u32, family: Family, source: &Addr, destination: &Addr) -> bool;
     /// `N` bytes, if they are all there and begin at [`FURTHEST`] at the latest.
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
     /// As [`Packet::load`], if that takes no call of the kernel; else `None`, too.

@@ -29,6 +29,9 @@ pub struct Work {
     pub now: u64,
     /// Whose flows the packet can belong to.
     pub origin: Origin,
+    /// Of a packet that enters: index of the external device, 0 if it is a pod's. Of one that leaves: the device by which its client
+    /// has asked, 0 if that does not matter.
+    pub asked_by: u32,
     /// The packet's numbers.
     pub numbers: Numbers,
     /// What the packet does to the flow that it meets: a [`super::flows::Meeting`]. The verifier would follow each of them
@@ -62,6 +65,8 @@ pub trait FlowCell: Clone {
     fn set_syn(&self, check: u32, syn: u16);
     /// Notes by which device the backend's answers enter.
     fn set_answered_by(&self, check: u32, ifindex: u32);
+    /// Notes by which device the client's packets enter.
+    fn set_asked_by(&self, check: u32, ifindex: u32);
     /// Prolongs the flow.
     fn set_last_seen(&self, check: u32, now: u64);
     /// Notes the translated source: the address first, since the port says that both count.

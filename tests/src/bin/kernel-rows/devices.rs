@@ -27,6 +27,8 @@ pub(super) const ROWS: &[Row] = &[
 /// The device that carries the others, with room for packets of more than a page, and the MAC addresses of both ends.
 pub(super) const UNDERLAY: &str = "u0";
 const MACS: [&str; 2] = ["02:00:00:00:00:01", "02:00:00:00:00:02"];
+/// A routing table of the node that leads everybody to `eth0`.
+const ELSEWHERE_TABLE: u32 = 98;
 /// Addresses of both ends.
 pub(super) const UNDER: [[&str; 2]; 2] = [["192.168.70.1", "fd70::1"], ["192.168.70.2", "fd70::2"]];
 
@@ -228,6 +230,26 @@ pub(super) fn remove_l3(near: &Place) {
     }
 }
 
+/// What a pod of this node sends to the client behind the device is routed by `eth0`, by a rule: answers leave by the device all the
+/// same.
+fn answered_by(world: &World, far: &Place, kind: Kind, v6: bool) -> Result<()> {
+    let family = usize::from(v6);
+    let (option, pod, hub) = [("", HERE.v4, "192.0.2.1"), ("-6 ", HERE.v6, "2001:db8:1::1")][family];
+    let client = kind.client[family];
+    let host = world.host().net();
+    let rule = format!("from {pod} to {client} lookup {ELSEWHERE_TABLE}");
+    host.ip(&format!(
+        "{option}rule add {rule}\n{option}route replace default via {hub} dev eth0 table {ELSEWHERE_TABLE}"
+    ))?;
+    let target = node_port(ON_THIS_NODE.number, v6, 80);
+    for way in [Proto::Tcp, Proto::Udp] {
+        let attempt = far.connect(&target).proto(way).bind(client).one()?;
+        super::checks::is_served(&target, &attempt, way, Answer::from(HERE, &kind.client))
+            .with_context(|| format!("a client behind {}, whose answers are routed by eth0", kind.name))?;
+    }
+    host.ip(&format!("{option}rule del {rule}"))
+}
+
 /// The node's programs are on the device; clients behind it and pods behind it are served.
 fn edge(world: &World, kind: Kind) -> Result<Outcome> {
     let name = kind.name;
@@ -258,6 +280,7 @@ fn edge(world: &World, kind: Kind) -> Result<Outcome> {
             super::checks::is_served(&target, &attempt, Proto::Tcp, Answer::from(backend, &seen))
                 .with_context(|| format!("a client behind {name} to {target}"))?;
         }
+        answered_by(world, &far, kind, v6)?;
     }
     right(format!("{how}{}: clients and pods behind it", if kind.l3 { ", without a MAC header" } else { "" }))
 }

@@ -246,7 +246,7 @@ impl Node {
                 match self.run(device, device, false, bytes) {
                     (Verdict::Drop, _) => return None,
                     (Verdict::Reply, back) => return self.leave(from, device, back).ok(),
-                    (Verdict::Pass | Verdict::Translated, on) => bytes = on,
+                    (Verdict::Pass | Verdict::Translated | Verdict::Elsewhere, on) => bytes = on,
                 }
                 let (source, _) = ends(&bytes)?;
                 let back = self.route(source);
@@ -273,7 +273,7 @@ impl Node {
     /// A packet leaves. Else what the datapath gives back to the host in its place, if anything.
     fn leave(&self, to: At, entered_by: u32, bytes: Vec<u8>) -> Result<(At, Vec<u8>), Option<Vec<u8>>> {
         match self.run(Self::device(to), entered_by, true, bytes) {
-            (Verdict::Pass | Verdict::Translated, out) => Ok((to, out)),
+            (Verdict::Pass | Verdict::Translated | Verdict::Elsewhere, out) => Ok((to, out)),
             (Verdict::Reply, back) => Err(Some(back)),
             (Verdict::Drop, _) => Err(None),
         }

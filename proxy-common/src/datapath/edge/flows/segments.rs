@@ -143,19 +143,19 @@ const fn proves(flow: &Flow, ack: u32) -> bool {
     ack.wrapping_sub(flow.expected) < FIRST_WINDOW
 }
 
-/// A packet of the client: advances the state, and makes the flow safe from eviction once the client has gone on after
-/// an answer.
+/// A packet of the client: advances the state, notes the way of the answers, and makes the flow safe from eviction once the client has
+/// gone on after an answer.
 #[inline(never)]
 pub fn on_request<T: EdgeTables>(tables: &T, place: &Place<T::Cell>, parsed: &Parsed, work: &Work) {
-    let Work { key, numbers, now, .. } = work;
+    let Work { key, numbers, now, asked_by, .. } = work;
     let (numbers, now) = (*numbers, *now);
     let flow = place.flow();
     let mut state = flow.state;
-    let (mut proven, mut prolongs) = (true, true);
+    let (mut proven, mut prolongs, mut fits) = (true, true, true);
     if parsed.proto == proto::TCP {
         // Anybody can send anything in the name of a client; the backend believes what fits (RFC 5961 §3.2).
         let window = if parsed.kind & tcp::RST != 0 { RESET_WINDOW } else { FIN_WINDOW };
-        let fits = state & ASSURED == 0 || numbers.seq.wrapping_sub(flow.expected) < window;
+        fits = state & ASSURED == 0 || numbers.seq.wrapping_sub(flow.expected) < window;
         if fits || parsed.kind & (tcp::RST | tcp::FIN) == 0 {
             state = tcp_state(state, parsed.kind, FIN_REQUEST);
         }
@@ -176,6 +176,9 @@ pub fn on_request<T: EdgeTables>(tables: &T, place: &Place<T::Cell>, parsed: &Pa
             place.cell.set_expected(place.check, numbers.seq.wrapping_add(1));
             place.cell.set_syn(place.check, numbers.data as u16);
         }
+    }
+    if fits && flow.asked_by != *asked_by {
+        place.cell.set_asked_by(place.check, *asked_by);
     }
     if prolongs {
         place.cell.set_last_seen(place.check, now);

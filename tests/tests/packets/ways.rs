@@ -1,0 +1,131 @@
+//! By which device answers leave a node that has several: that of the client's last request, whatever routing makes of the backend's
+//! address.
+
+use proxy_common::abi::{Counter, FlowKey, FlowKind};
+use proxy_common::datapath::edge::Verdict;
+use proxy_common::datapath::edge::parse::tcp::{ACK, PSH, SYN};
+use proxy_common::datapath::edge::tables::Tier;
+use proxy_tests::packets::{BARE, Body, NIC, Net, OVERLAY, POD, Packet, Seen, Trouble, World};
+
+use super::{counts, passes, seen, translated, world};
+
+/// A node with two ways to every client.
+fn two_ways() -> World {
+    let world = world();
+    world.ways.replace(vec![NIC, BARE]);
+    world
+}
+
+/// An answer that routing has chosen `device` for: by which one it leaves, and as what.
+#[track_caller]
+fn leaves(world: &World, entered_by: u32, device: u32, packet: &Packet) -> (u32, Seen) {
+    let (verdict, bytes) = world.leave_from(entered_by, device, packet.bytes());
+    match verdict {
+        Verdict::Translated => (device, seen(&bytes)),
+        Verdict::Elsewhere => (world.left_by.get(), seen(&bytes)),
+        Verdict::Pass | Verdict::Drop | Verdict::Reply => panic!("{verdict:?}"),
+    }
+}
+
+#[test]
+fn answers_leave_by_the_device_of_the_last_request() {
+    for net in Net::ALL {
+        let (client, pod, vip) = (net.client(), net.local(), net.here());
+        for (request, reply) in [
+            (Packet::tcp(client, vip, SYN, 1000, 0), Packet::tcp(pod, client, SYN | ACK, 5000, 1001)),
+            (Packet::udp(client, vip, b"?"), Packet::udp(pod, client, b"!")),
+        ] {
+            let world = two_ways();
+            for asked_by in [NIC, BARE, BARE, NIC] {
+                // A SYN that is sent again within moments may be anybody's, but its way counts.
+                translated(world.enter(asked_by, request.bytes()));
+                for routed in [NIC, BARE] {
+                    let (device, answer) = leaves(&world, POD, routed, &reply);
+                    assert_eq!((device, answer.source, answer.destination), (asked_by, vip, client));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn answers_from_other_nodes_do_so_too() {
+    for net in Net::ALL {
+        let (client, vip, backend) = (net.client(), net.there(), net.remote(1));
+        let world = two_ways();
+        let request = Packet::udp(client, vip, b"?");
+        let routed = translated(world.enter(NIC, request.bytes()));
+        let own = seen(&translated(world.leave(OVERLAY, routed))).source;
+        let back = translated(world.enter(OVERLAY, Packet::udp(backend, own, b"!").bytes()));
+        let (verdict, bytes) = world.leave_from(OVERLAY, BARE, back);
+        assert_eq!((verdict, world.left_by.get(), seen(&bytes).source), (Verdict::Elsewhere, NIC, vip));
+    }
+}
+
+/// The device is down, or leads elsewhere: then the kernel's route counts, as for anything else.
+#[test]
+fn answers_whose_way_is_gone_leave_as_they_are_routed() {
+    for net in Net::ALL {
+        let (client, pod, vip) = (net.client(), net.local(), net.here());
+        let world = two_ways();
+        translated(world.enter(NIC, Packet::udp(client, vip, b"?").bytes()));
+        let reply = Packet::udp(pod, client, b"!");
+        world.ways.replace(vec![BARE]);
+        assert_eq!(leaves(&world, POD, BARE, &reply).0, BARE);
+        world.ways.replace(vec![NIC, BARE]);
+        assert_eq!(leaves(&world, POD, BARE, &reply).0, NIC);
+    }
+}
+
+/// Who does not know where a connection is cannot lead its answers to another device.
+#[test]
+fn what_does_not_fit_a_connection_leads_nothing_away() {
+    for net in Net::ALL {
+        let (client, pod, vip) = (net.client(), net.local(), net.here());
+        let world = two_ways();
+        translated(world.enter(NIC, Packet::tcp(client, vip, SYN, 1000, 0).bytes()));
+        leaves(&world, POD, BARE, &Packet::tcp(pod, client, SYN | ACK, 5000, 1001));
+        translated(world.enter(NIC, Packet::tcp(client, vip, ACK, 1001, 5001).bytes()));
+        let reply = Packet::tcp(pod, client, PSH | ACK, 5001, 1001);
+        for (seq, device) in [(0x8000_0000, NIC), (900, NIC), (1001, BARE), (0x9000_0000, BARE)] {
+            translated(world.enter(BARE, Packet::tcp(client, vip, PSH | ACK, seq, 5001).bytes()));
+            assert_eq!(leaves(&world, POD, BARE, &reply).0, device, "{seq}");
+        }
+    }
+}
+
+#[test]
+fn errors_about_requests_go_where_answers_go() {
+    for net in Net::ALL {
+        let (client, pod, vip) = (net.client(), net.local(), net.here());
+        let world = two_ways();
+        let request = translated(world.enter(NIC, Packet::udp(client, vip, b"?").bytes()));
+        let error = Packet::error(pod.ip(), Trouble::PortUnreachable, &request, 548);
+        let (device, seen) = leaves(&world, POD, BARE, &error);
+        assert_eq!((device, seen.source.ip(), seen.destination.ip()), (NIC, vip.ip(), client.ip()));
+        assert_eq!(counts(&world), [(Counter::Flow, 1), (Counter::IcmpError, 1)]);
+    }
+}
+
+/// The programs of the other device see the answer once more: it is no datagram of this host itself, whose answer would be nobody's
+/// request.
+#[test]
+fn answers_that_leave_elsewhere_are_nothing_of_the_host() {
+    for net in Net::ALL {
+        let (client, vip) = (net.client(), net.node_port());
+        for body in [Body::Udp { data: b"?".to_vec(), checksum: true }, Body::Sctp(vec![0; 4])] {
+            let packet = |from, to| Packet::new(from, to, body.clone()).bytes();
+            let world = two_ways();
+            let routed = translated(world.enter(NIC, packet(client, vip)));
+            let own = seen(&translated(world.leave(OVERLAY, routed))).source;
+            let back = translated(world.enter(OVERLAY, packet(net.remote(1), own)));
+            let (verdict, bytes) = world.leave_from(OVERLAY, BARE, back);
+            assert_eq!(verdict, Verdict::Elsewhere);
+            for entered_by in [0, OVERLAY, POD] {
+                passes(|bytes| world.leave_from(entered_by, NIC, bytes), &bytes);
+            }
+            let own = |(key, _): &(FlowKey, _)| key.kind == FlowKind::OwnDatagram as u8;
+            assert_eq!(world.sim.edge.records(Tier::New).into_iter().find(own), None);
+        }
+    }
+}
