@@ -25,6 +25,8 @@ pub mod sim;
 
 pub mod stale;
 
+mod named_file;
+
 mod netlink;
 
 pub mod bpf;

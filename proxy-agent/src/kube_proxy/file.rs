@@ -6,6 +6,7 @@ use serde_json::Value;
 use serde_saphyr::{DuplicateKeyPolicy, Error as YamlError};
 
 use super::configuration::{API_VERSION, KIND, KubeProxyConfiguration};
+use crate::named_file;
 
 /// A file that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +70,7 @@ impl ConfigFile {
     ///
     /// [`FileError::Read`].
     pub fn read(path: &Path) -> Result<Self, FileError> {
-        match std::fs::read(path) {
+        match named_file::read(path) {
             Ok(content) => Ok(Self { path: path.to_owned(), content }),
             Err(source) => Err(FileError::Read { path: path.to_owned(), source }),
         }

@@ -7,6 +7,7 @@ use futures::StreamExt as _;
 use inotify::{EventMask, Inotify, WatchMask};
 
 use super::file::ConfigFile;
+use crate::named_file;
 
 /// Returns when `file` has been written to or renamed, or its path leads to other contents than it did when it was
 /// read. That it is removed is not a change: there is nothing to start again with.
@@ -30,7 +31,7 @@ pub async fn changed(file: &ConfigFile) -> io::Result<()> {
         // Also a file that has been put in place of the one that was watched.
         let writes = WatchMask::CLOSE_WRITE | WatchMask::MOVE_SELF;
         watched = events.watches().add(&file.path, writes).ok().or(watched);
-        match std::fs::read(&file.path) {
+        match named_file::read(&file.path) {
             Ok(content) if content != file.content => return Ok(()),
             Ok(_) | Err(_) => {}
         }

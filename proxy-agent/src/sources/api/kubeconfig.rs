@@ -19,6 +19,7 @@ use rustls_pki_types::pem::PemObject as _;
 use secrecy::{ExposeSecret as _, SecretString};
 use thiserror::Error;
 
+use crate::named_file;
 use crate::sources::text::in_utf8;
 
 /// What is wrong with a kubeconfig.
@@ -53,7 +54,7 @@ pub enum Wrong {
 /// The file cannot be read, or is no kubeconfig.
 pub fn read(path: &Path) -> Result<Kubeconfig, KubeconfigError> {
     let failed = |error| KubeconfigError::ReadConfig(error, path.to_owned());
-    let bytes = std::fs::read(path).map_err(failed)?;
+    let bytes = named_file::read(path).map_err(failed)?;
     let text = in_utf8(&bytes);
     let text =
         str::from_utf8(&text).map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidData, error)))?;
@@ -135,6 +136,18 @@ pub fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
         let field = format!("users[{}].user.token", user.unwrap_or_default());
         let reason = "has characters in it that no token may have, such as an end of line".to_owned();
         return Err(Wrong::Field { field, reason });
+    }
+    // Whoever uses them reads them again, without a bound.
+    for (field, file, data) in [
+        ("client-certificate", &auth_info.client_certificate, auth_info.client_certificate_data.is_some()),
+        ("client-key", &auth_info.client_key, auth_info.client_key_data.is_some()),
+    ] {
+        if let Some(path) = given(file).filter(|_| !data) {
+            named_file::read(Path::new(path)).map_err(|error| Wrong::Field {
+                field: format!("users[{}].user.{field}", user.unwrap_or_default()),
+                reason: format!("{path}: {error}"),
+            })?;
+        }
     }
     config.auth_info = auth_info;
     Ok(config)
@@ -228,7 +241,7 @@ fn authority(cluster: &Cluster) -> Result<Authority, (&'static str, String)> {
         (field, STANDARD.decode(unwrapped(data)).map_err(|error| (field, error.to_string()))?, None)
     } else if let Some(path) = given(&cluster.certificate_authority) {
         let field = "certificate-authority";
-        let pem = std::fs::read(path).map_err(|error| (field, format!("{path}: {error}")))?;
+        let pem = named_file::read(Path::new(path)).map_err(|error| (field, format!("{path}: {error}")))?;
         (field, pem, Some(PathBuf::from(path)))
     } else {
         return Ok((None, None));
@@ -306,6 +319,10 @@ mod tests {
             ("{server: a, certificate-authority-data: '?'}", "certificate-authority-data: "),
             ("{server: a, certificate-authority-data: YQ==}", "certificate-authority-data: there is no cert"),
             ("{server: a, certificate-authority: /none}", "certificate-authority: /none: No such file"),
+            (
+                "{server: a, certificate-authority: /dev/zero}",
+                "certificate-authority: /dev/zero: has more than 16",
+            ),
             ("{server: a, proxy-url: 'a b'}", "proxy-url: is no URL: "),
         ] {
             let error = with(cluster, "{}").map(|config| config.cluster_url).unwrap_err();
@@ -370,6 +387,15 @@ mod tests {
         assert_eq!(token("{token: '', tokenFile: ''}"), (None, None));
         let error = with("{server: a}", "{token: \"a\\nb\"}").map(|config| config.cluster_url).unwrap_err();
         assert!(error.starts_with("users[u].user.token: has characters in it"), "{error}");
+        for (user, problem) in [
+            ("{client-certificate: /none}", "client-certificate: /none: No such file"),
+            ("{client-key: /dev/zero}", "client-key: /dev/zero: has more than 16 MiB, or no end"),
+        ] {
+            let error = with("{server: a}", user).map(|config| config.cluster_url).unwrap_err();
+            assert!(error.starts_with(&format!("users[u].user.{problem}")), "{user}: {error}");
+        }
+        // Data goes before a file.
+        assert!(with("{server: a}", "{client-key-data: YQ==, client-key: /none}").is_ok());
         // Nobody else may read them: not by a scheme that is only guessed.
         for user in [
             "{token: abc}",

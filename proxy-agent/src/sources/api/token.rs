@@ -12,6 +12,8 @@ use axum::http::header::{AUTHORIZATION, HeaderValue};
 use secrecy::{ExposeSecret as _, SecretString};
 use tower::{Layer, Service};
 
+use crate::named_file;
+
 /// The layer that adds the token, if there is one.
 #[derive(Clone, Debug)]
 pub(super) struct TokenFile {
@@ -56,7 +58,8 @@ impl<S: Service<Request<B>>, B> Service<Request<B>> for WithToken<S> {
 
 impl TokenFile {
     fn read(&self) -> Option<HeaderValue> {
-        let token = std::fs::read_to_string(&**self.file.as_ref()?).unwrap_or_default();
+        let token = named_file::read(self.file.as_ref()?).unwrap_or_default();
+        let token = String::from_utf8(token).unwrap_or_default();
         let token = match (token.trim(), &self.instead) {
             ("", Some(instead)) => instead.expose_secret(),
             ("", None) => return None,
