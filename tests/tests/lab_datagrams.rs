@@ -3,6 +3,7 @@
 //! Two nodes of both families, with a pod that serves on each. Clients are the host, a pod whose socket is seen, a pod whose packets are
 //! translated at its interface, and a machine outside.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -408,6 +409,19 @@ fn who_asks_from_a_node_port_is_answered() -> Result<()> {
             let service = client.connect(own).udp().timeout(ANSWER).one()?;
             ensure!(service.ok && service.server.as_deref() == Some("R1"), "{own}: {service:?}");
         }
+    }
+    // Each is shown: who is asked, from where.
+    let flows = world.agent.tool("flows", &[])?;
+    let own = flows.as_array().into_iter().flatten().filter(|flow| flow["state"] == "own");
+    let shown: BTreeSet<_> = own.map(|flow| [&flow["client"], &flow["vip"]].map(Value::as_str)).collect();
+    let want = [
+        ("203.0.113.7:5300", v4),
+        ("10.64.1.51:8080", v4),
+        ("203.0.113.7:5301", v4),
+        ("[2001:db8:ff::7]:5300", v6),
+    ];
+    for (asked, from) in want {
+        ensure!(shown.contains(&[Some(asked), Some(from)]), "{asked} from {from} is not in {flows}");
     }
     Ok(())
 }
