@@ -284,10 +284,11 @@ pub struct RunArgs {
     )]
     pub pod_interfaces: Vec<String>,
     /// Pods of this node whose sockets are left alone, so that their packets are served instead: `annotation` (those
-    /// annotated `vipr.dev/socket-edge: "off"`) or `runtime-class=NAME`, several separated by commas [default: none].
+    /// annotated `vipr.dev/socket-edge: "off"`), `runtime-class=NAME`, or for what is no Pod `cgroup=PATH`, below the root of the
+    /// hierarchy; several separated by commas [default: none].
     ///
-    /// For service meshes that must see the address that was asked for. Needs the pods' interfaces, and the permission to
-    /// list and watch pods.
+    /// For service meshes that must see the address that was asked for, and for clusters in containers of this node. Needs the pods'
+    /// interfaces and, for the first two, the permission to list and watch pods.
     #[arg(long, value_name = "RULES", value_delimiter = ',', help_heading = "Devices")]
     pub socket_opt_out: Vec<String>,
     /// Attach to devices by clsact filters also where the kernel has TCX: behind filters of others on the way out.

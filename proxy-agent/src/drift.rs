@@ -54,7 +54,10 @@ pub fn differences(model: &Model, contents: &Contents, filter: &[u64]) -> Vec<Di
     all.set("POD_SOURCES", &model.pod_sources, &contents.pod_sources, |_, prefix: &Prefix| {
         prefix.to_string()
     });
-    all.set("OPT_OUT", &model.opt_out, &contents.opt_out, |_, cgroup| format!("cgroup {cgroup}"));
+    all.entries("OPT_OUT", &model.opt_out, &contents.opt_out, |_, cgroup| format!("cgroup {cgroup}"));
+    all.entries("SANDBOXES", &model.sandboxes, &contents.sandboxes, |_, netns| {
+        format!("network namespace {netns}")
+    });
     if model.node_flags != contents.node_flags {
         let what = format!("is {:#x} in place of {:#x}", contents.node_flags, model.node_flags);
         all.note("NODE", "flags".to_owned(), what);

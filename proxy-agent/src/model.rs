@@ -172,8 +172,10 @@ pub struct Model {
     pub service_cidrs: BTreeSet<Prefix>,
     /// `POD_SOURCES`.
     pub pod_sources: BTreeSet<Prefix>,
-    /// `OPT_OUT`: ids of cgroups.
-    pub opt_out: BTreeSet<u64>,
+    /// `OPT_OUT`: ids of cgroups, with what is left alone of them.
+    pub opt_out: BTreeMap<u64, u32>,
+    /// `SANDBOXES`: cookies of network namespaces, with the cgroups of their pods.
+    pub sandboxes: BTreeMap<u64, u64>,
     /// `NODE`: the flags.
     pub node_flags: u64,
     /// Sizes of the maps.
@@ -260,6 +262,7 @@ impl Model {
             service_cidrs: contents.service_cidrs.iter().copied().collect(),
             pod_sources: contents.pod_sources.iter().copied().collect(),
             opt_out: contents.opt_out.iter().copied().collect(),
+            sandboxes: contents.sandboxes.iter().copied().collect(),
             node_flags: contents.node_flags,
             capacity,
             service_ids,

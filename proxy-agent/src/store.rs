@@ -33,8 +33,10 @@ pub enum Op {
     ServiceCidr(Prefix, bool),
     /// `POD_SOURCES`: adds or removes.
     PodSource(Prefix, bool),
-    /// `OPT_OUT`: adds or removes a cgroup.
-    OptOut(u64, bool),
+    /// `OPT_OUT`: adds a cgroup with what is left alone of it (`Some`), or removes it.
+    OptOut(u64, Option<u32>),
+    /// `SANDBOXES`: adds a network namespace with the cgroup of its pod (`Some`), or removes it.
+    Sandbox(u64, Option<u64>),
     /// `NODE`: the flags.
     NodeFlags(u64),
 }
@@ -53,6 +55,7 @@ impl Op {
             Self::ServiceCidr(..) => "SERVICE_CIDRS",
             Self::PodSource(..) => "POD_SOURCES",
             Self::OptOut(..) => "OPT_OUT",
+            Self::Sandbox(..) => "SANDBOXES",
             Self::NodeFlags(..) => "NODE",
         }
     }
@@ -108,6 +111,7 @@ pub fn filter_bits(op: &Op) -> Vec<FilterBit> {
         | Op::SourceRange(..)
         | Op::PodSource(..)
         | Op::OptOut(..)
+        | Op::Sandbox(..)
         | Op::NodeFlags(..) => Vec::new(),
     }
 }
@@ -189,7 +193,9 @@ pub struct Contents {
     /// `POD_SOURCES`.
     pub pod_sources: Vec<Prefix>,
     /// `OPT_OUT`.
-    pub opt_out: Vec<u64>,
+    pub opt_out: Vec<(u64, u32)>,
+    /// `SANDBOXES`.
+    pub sandboxes: Vec<(u64, u64)>,
     /// `NODE`: the flags.
     pub node_flags: u64,
 }

@@ -54,9 +54,13 @@ static LOCAL_ADDRESSES: HashMap<Addr, u32, 1, BPF_F_NO_PREALLOC> = HashMap::new(
 #[btf_map]
 static SERVICE_CIDRS: LpmTrie<Addr, u32, 1, BPF_F_NO_PREALLOC> = LpmTrie::new();
 
-/// Cgroups of pods whose sockets are left alone.
+/// Cgroups whose sockets are left alone, all or those of networks inside.
 #[btf_map]
 static OPT_OUT: HashMap<u64, u32, 1, BPF_F_NO_PREALLOC> = HashMap::new();
+
+/// Network namespaces of pods. The value, a pod's cgroup, is read by nobody in the kernel.
+#[btf_map]
+static SANDBOXES: HashMap<u64, u64, 1, BPF_F_NO_PREALLOC> = HashMap::new();
 
 #[btf_map]
 static AFFINITY: LruHashMap<AffinityKey, AffinityValue, 1> = LruHashMap::new();
@@ -211,8 +215,17 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn opted_out(&self, cgroup: u64) -> bool {
-        OPT_OUT.get_ptr(cgroup).is_some()
+    fn opted_out(&self, cgroup: u64) -> u32 {
+        match OPT_OUT.get_ptr(cgroup) {
+            // SAFETY: the kernel's lookup returned a pointer to a whole element.
+            Some(what) => unsafe { what.read_volatile() },
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn is_sandbox(&self, netns: u64) -> bool {
+        SANDBOXES.get_ptr(netns).is_some()
     }
 
     #[inline(always)]

@@ -14,9 +14,10 @@ use aya_ebpf::programs::{SockAddrContext, SockContext};
 use proxy_common::abi::{SocketRecord, socket::Order};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
-use proxy_common::datapath::tables::Socket;
+use proxy_common::datapath::tables::{Socket, Tables};
 
 use crate::maps::{ORDERS, SOCKETS};
+use crate::steps;
 
 const AF_INET: u32 = 2;
 
@@ -119,8 +120,12 @@ impl<const V6: bool> Socket for SockAddr<V6> {
 
     #[inline(always)]
     fn cgroup(&self, level: i32) -> u64 {
-        // SAFETY: a helper without preconditions (5.7).
-        unsafe { bpf_get_current_ancestor_cgroup_id(level) }
+        ancestor(level)
+    }
+
+    #[inline(always)]
+    fn is_of_opt_out(&self, _tables: &impl Tables, inside: bool) -> bool {
+        steps::is_of_opt_out(inside)
     }
 
     #[inline(always)]
@@ -198,6 +203,13 @@ impl<const V6: bool> Socket for SockAddr<V6> {
     fn drop_record(&mut self) {
         self.forget(&SOCKETS);
     }
+}
+
+/// Id of the cgroup that contains the calling process, so many levels below the root; 0 where its own is higher.
+#[inline(always)]
+pub(crate) fn ancestor(level: i32) -> u64 {
+    // SAFETY: a helper without preconditions (5.7).
+    unsafe { bpf_get_current_ancestor_cgroup_id(level) }
 }
 
 /// Protocol and cookie of a socket that is being closed.

@@ -8,9 +8,11 @@ use core::arch::asm;
 
 use proxy_common::datapath::edge::flows;
 use proxy_common::datapath::edge::tables::Work;
+use proxy_common::datapath::socket;
 use proxy_common::datapath::tables::Tier;
 
 use crate::maps::{Maps, lent};
+use crate::sock::ancestor;
 
 /// Lets a global function have the packet's memory: the compiler must not keep in registers what the function changes.
 #[inline(always)]
@@ -51,4 +53,16 @@ pub(crate) fn try_tuple(work: &mut Work, own: bool) -> bool {
 extern "C" fn vipr_try_tuple(own: u32) -> u32 {
     let Some(work) = lent() else { return 0 };
     u32::from(flows::try_tuple(&Maps, work, own != 0))
+}
+
+/// [`socket::is_of_opt_out`], of the process that calls.
+#[inline(always)]
+pub(crate) fn is_of_opt_out(inside: bool) -> bool {
+    vipr_is_of_opt_out(u32::from(inside)) != 0
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn vipr_is_of_opt_out(inside: u32) -> u32 {
+    u32::from(socket::is_of_opt_out(ancestor, &Maps, inside != 0))
 }

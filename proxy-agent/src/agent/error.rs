@@ -49,9 +49,6 @@ pub enum AgentError {
     /// A thread cannot be started.
     #[error("a thread for probes and metrics: {0}; raise the limit of processes or open files")]
     Thread(std::io::Error),
-    /// Cgroups cannot be followed.
-    #[error("--socket-opt-out: {0}; if too many files are watched, raise fs.inotify.max_user_instances")]
-    OptOut(std::io::Error),
     /// Most of what is sent would be of a family that this host does not have.
     #[error("the node's primary IP {0} is IPv6, which is switched off on this host")]
     PrimaryFamily(Addr),

@@ -91,10 +91,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
 
     tokio::spawn(keep_collecting(config.pins.clone(), Arc::clone(&metrics), counts));
     let addresses = watch_addresses().await?;
-    let opt_out = match config.opt_out.is_empty() {
-        true => None,
-        false => Some(Follower::start(config.cgroup.clone()).map_err(AgentError::OptOut)?),
-    };
+    let opt_out = Follower::start(config.cgroup.clone(), config.opt_out.cgroups().clone());
     let server = connect(&config)?;
     let events = match &server {
         None => Events::nowhere(),
@@ -195,10 +192,11 @@ struct Agent {
     ready: bool,
     facts: Facts,
     datagram_ports: DatagramPorts,
-    /// Finds the cgroups of pods that opt out of the socket edge, if any may.
-    opt_out: Option<Follower>,
-    found: opt_out::Found,
-    /// Those cgroups; `None` until the pods are known.
+    /// Finds the cgroups of pods, and those that opt out of the socket edge.
+    opt_out: Follower,
+    /// What it has found; `None` until it has looked.
+    found: Option<opt_out::Found>,
+    /// The cgroups that have opted out; `None` until the pods are known.
     opted_out: Option<BTreeSet<u64>>,
     synced: bool,
     /// What is waited for before the first programming, once the first full list is there.
@@ -257,7 +255,7 @@ impl Agent {
         health: Health,
         metrics: Arc<Metrics>,
         addresses: watch::Receiver<HostAddresses>,
-        opt_out: Option<Follower>,
+        opt_out: Follower,
         events: Events,
         check_ports: CheckPorts,
     ) -> Self {
@@ -288,7 +286,7 @@ impl Agent {
             facts: Facts::default(),
             datagram_ports: DatagramPorts::default(),
             opt_out,
-            found: opt_out::Found::new(),
+            found: None,
             opted_out: None,
             synced: false,
             patience: None,
@@ -341,8 +339,9 @@ impl Agent {
                     Err(_) => std::future::pending().await,
                 },
                 Some(state) = edge_changed(&mut self.edge) => self.take_edge(state),
-                Some(found) = opt_out_changed(&mut self.opt_out) => {
-                    self.found = found;
+                found = self.opt_out.changed() => {
+                    self.node_changed |= self.found.as_ref().is_none_or(|before| before.sandboxes != found.sandboxes);
+                    self.found = Some(found);
                     self.take_opt_out();
                 }
                 failures = self.check_ports.failures() => self.report.check_ports(failures),
@@ -408,14 +407,6 @@ impl Agent {
 async fn edge_changed(edge: &mut Option<Edge>) -> Option<edge::State> {
     match edge {
         Some(edge) => Some(edge.changed().await),
-        None => std::future::pending().await,
-    }
-}
-
-/// Other cgroups of pods that opt out; never where none can.
-async fn opt_out_changed(follower: &mut Option<Follower>) -> Option<opt_out::Found> {
-    match follower {
-        Some(follower) => Some(follower.changed().await),
         None => std::future::pending().await,
     }
 }

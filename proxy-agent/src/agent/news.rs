@@ -7,16 +7,20 @@ use std::time::Instant;
 use proxy_common::addr::{Family, Prefix};
 
 use super::{Agent, AgentError};
-use crate::bpf::dataplane::OPT_OUT_ENTRIES;
 use crate::cluster::{Change, Scope};
 use crate::config::Source;
 use crate::edge::settings::DetectLocal;
 use crate::edge::{self, Edge};
 use crate::node::{NodeIps, Patience, Verdict};
-use crate::opt_out::Place;
+use crate::opt_out::{PODS_MAX, Place};
 use crate::process::give_back_memory;
 use crate::sources::Update;
 use crate::telemetry::Arrival;
+
+/// What is said of those whose sockets are served all the same, and the reason why nobody's are left alone.
+const CANNOT: &str = "cannot opt out of the socket edge";
+const NOBODY_JUDGES: &str =
+    "no interface of a pod is attached (--pod-interfaces), so nobody would serve its packets";
 
 impl Agent {
     pub(super) fn take_in(&mut self, update: Update) {
@@ -112,28 +116,37 @@ impl Agent {
         self.node_changed = true;
     }
 
-    /// Brings together which Pods opt out and where their cgroups are.
+    /// Brings together who opts out and where the cgroups are.
     pub(super) fn take_opt_out(&mut self) {
-        let Some(follower) = &self.opt_out else {
-            self.opted_out = Some(BTreeSet::new());
+        let own_network = || self.known.cluster.pods().filter(|pod| !pod.host_network);
+        self.opt_out.want(own_network().map(|pod| Arc::clone(&pod.uid)).collect());
+        // Until all are known, what an earlier agent has written stays.
+        let Some(found) = self
+            .found
+            .as_ref()
+            .filter(|found| self.synced && own_network().all(|pod| found.pods.contains_key(&pod.uid)))
+        else {
             return;
         };
-        let own_network = || self.known.cluster.pods().filter(|pod| !pod.host_network);
-        follower.want(own_network().map(|pod| Arc::clone(&pod.uid)).collect());
-        // Until all are known, what an earlier agent has written stays.
-        if !self.synced || !own_network().all(|pod| self.found.contains_key(&pod.uid)) {
-            return;
-        }
         let (mut cgroups, mut names, mut problems) = (BTreeSet::new(), Vec::new(), BTreeMap::new());
+        for (path, cgroup) in &found.cgroups {
+            if self.known.context.pods_in_packets && cgroups.len() < PODS_MAX {
+                cgroups.insert(*cgroup);
+                names.push(format!("cgroup {path}"));
+                continue;
+            }
+            let problem = match self.known.context.pods_in_packets {
+                true => "too many opt out",
+                false => NOBODY_JUDGES,
+            };
+            let reason = format!("{CANNOT}: {problem}; its sockets are served");
+            problems.insert(format!("cgroup {path}"), vec![reason]);
+        }
         for pod in self.known.cluster.pods() {
-            let problem = match self.found.get(&pod.uid) {
+            let problem = match found.pods.get(&pod.uid) {
                 _ if pod.host_network => "it uses the host's network, whose packets nobody judges",
-                _ if !self.known.context.pods_in_packets => {
-                    "no interface of a pod is attached (--pod-interfaces), so nobody would serve its packets"
-                }
-                Some(Place::Cgroup(_)) if cgroups.len() >= OPT_OUT_ENTRIES as usize => {
-                    "too many pods opt out"
-                }
+                _ if !self.known.context.pods_in_packets => NOBODY_JUDGES,
+                Some(Place::Cgroup(_)) if cgroups.len() >= PODS_MAX => "too many pods opt out",
                 Some(Place::Cgroup(cgroup)) => {
                     cgroups.insert(*cgroup);
                     names.push(pod.key.to_string());
@@ -142,7 +155,7 @@ impl Agent {
                 Some(Place::Missing) => "its cgroup is not there (--cgroup-path)",
                 Some(Place::NotYet) | None => continue,
             };
-            let reason = format!("cannot opt out of the socket edge: {problem}; its sockets are served");
+            let reason = format!("{CANNOT}: {problem}; its sockets are served");
             problems.insert(format!("Pod {}", pod.key), vec![reason]);
         }
         self.report.opted_out(names, problems);

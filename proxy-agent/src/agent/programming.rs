@@ -17,7 +17,9 @@ use crate::desired::DesiredService;
 use crate::drift::differences;
 use crate::knowledge::NodePlan;
 use crate::model::{Freed, Model, Port};
-use crate::plan::{Part, REASONS, Wanted, meets_edges, plan, plan_left, plan_part, ports_beside, rivals};
+use crate::plan::{
+    LeftAlone, Part, REASONS, Wanted, meets_edges, plan, plan_left, plan_part, ports_beside, rivals,
+};
 use crate::process::give_back_memory;
 use crate::selftest::{self, SelfTestError};
 use crate::sockets::{Places, SocketMaps, SocketSweeper};
@@ -180,7 +182,13 @@ impl Agent {
             _ if dataplane.set_retval => Some(false),
             elsewhere => elsewhere.as_ref().map(|elsewhere| meets_edges(model, elsewhere)),
         };
-        ops.extend(plan_left(model, self.pods_attached, host_in_packets, self.opted_out.as_ref()));
+        let wanted = LeftAlone {
+            pods_in_packets: self.pods_attached,
+            host_in_packets,
+            opted_out: self.opted_out.as_ref(),
+            sandboxes: self.found.as_ref().map(|found| &found.sandboxes),
+        };
+        ops.extend(plan_left(model, &wanted));
         self.telemetry.writing(&ops, |ops| carry_out(&mut dataplane.maps, ops))?;
         let host = &self.known.context.host_addresses;
         let warnings = self.config.nodeport_addresses.warnings(&self.known.context.node.ips, host);

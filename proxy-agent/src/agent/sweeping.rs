@@ -41,8 +41,11 @@ impl Agent {
         let sctp: Option<BTreeSet<u32>> = self.streams_due.then(|| sctp.collect());
         (self.sweep_again, self.streams_due) = (false, false);
         let in_force = |cgroup| self.opted_out.as_ref().is_some_and(|cgroups| cgroups.contains(cgroup));
-        let pods =
-            self.found.iter().filter(|(_, place)| matches!(place, Place::Cgroup(cgroup) if in_force(cgroup)));
+        let pods = self
+            .found
+            .iter()
+            .flat_map(|found| &found.pods)
+            .filter(|(_, place)| matches!(place, Place::Cgroup(cgroup) if in_force(cgroup)));
         let opted_out = pods.map(|(uid, _)| Arc::clone(uid)).collect();
         self.sweep = Some(tokio::task::spawn_blocking(move || {
             let mut cpu = Duration::ZERO;

@@ -19,6 +19,7 @@ use super::load::{Refused, describe, log_level, reason, timed};
 use super::maps::{GrowError, KernelMaps, OpenError};
 use super::pins::{Found, MAPS, PinDir, PinError};
 use super::sys;
+use crate::opt_out::PODS_MAX;
 use crate::plan::{LOCAL_ADDRESS_ENTRIES, PREFIX_ENTRIES};
 use crate::sockets::SocketMaps;
 use crate::store::Capacity;
@@ -50,8 +51,12 @@ const KERNEL_FLOOR: (u32, u32) = (5, 10);
 const AFFINITY_ENTRIES: u32 = 65_536;
 /// Elements of `UDP_FLOWS`: two for each unconnected socket and VIP.
 const UDP_FLOW_ENTRIES: u32 = 65_536;
-/// Elements of `OPT_OUT`: a node has some hundred pods.
-pub const OPT_OUT_ENTRIES: u32 = 4_096;
+/// Elements of `OPT_OUT`: all that is known of [`PODS_MAX`] pods, and while that changes both.
+///
+/// [`PODS_MAX`]: crate::opt_out::PODS_MAX
+const OPT_OUT_ENTRIES: u32 = 4 * PODS_MAX as u32;
+/// Elements of `SANDBOXES`, likewise.
+const SANDBOX_ENTRIES: u32 = 2 * PODS_MAX as u32;
 /// Elements of `FLOWS`, unless somebody asks for others; memory is taken as they are used.
 pub const FLOW_ENTRIES: u32 = 262_144;
 /// Elements of `NEW_FLOWS`: flows whose client has not gone on after an answer.
@@ -373,6 +378,7 @@ fn entries(map: &str, want: Capacity, flows: u32) -> u32 {
         "DEVICES" => DEVICE_ENTRIES,
         "LOCAL_ADDRESSES" => LOCAL_ADDRESS_ENTRIES,
         "OPT_OUT" => OPT_OUT_ENTRIES,
+        "SANDBOXES" => SANDBOX_ENTRIES,
         _ => 0,
     }
 }

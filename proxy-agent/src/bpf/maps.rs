@@ -60,6 +60,7 @@ pub struct KernelMaps {
     service_cidrs: LpmTrie<MapData, Addr, u32>,
     pod_sources: LpmTrie<MapData, Addr, u32>,
     opt_out: HashMap<MapData, u64, u32>,
+    sandboxes: HashMap<MapData, u64, u64>,
     counters: PerCpuArray<MapData, u64>,
     service_counters: PerCpuArray<MapData, ServiceCounters>,
     flow_maps: FlowMaps,
@@ -122,6 +123,7 @@ impl KernelMaps {
             service_cidrs: typed(Map::LpmTrie(data("SERVICE_CIDRS")?)).map_err(bad("SERVICE_CIDRS"))?,
             pod_sources: typed(Map::LpmTrie(data("POD_SOURCES")?)).map_err(bad("POD_SOURCES"))?,
             opt_out: typed(Map::HashMap(data("OPT_OUT")?)).map_err(bad("OPT_OUT"))?,
+            sandboxes: typed(Map::HashMap(data("SANDBOXES")?)).map_err(bad("SANDBOXES"))?,
             counters: typed(Map::PerCpuArray(data("COUNTERS")?)).map_err(bad("COUNTERS"))?,
             service_counters: typed(service_counters).map_err(bad("SERVICE_COUNTERS"))?,
             flow_maps: FlowMaps::open(pins)?,
@@ -280,7 +282,8 @@ impl KernelMaps {
             local_addresses: self.local_addresses.iter().collect::<Result<_, _>>()?,
             service_cidrs: prefixes(&self.service_cidrs)?,
             pod_sources: prefixes(&self.pod_sources)?,
-            opt_out: self.opt_out.keys().collect::<Result<_, _>>()?,
+            opt_out: self.opt_out.iter().collect::<Result<_, _>>()?,
+            sandboxes: self.sandboxes.iter().collect::<Result<_, _>>()?,
             node_flags: self.node_flags(),
         })
     }
@@ -383,9 +386,15 @@ impl MapStore for KernelMaps {
             Op::PodSource(pods, present) => {
                 put(&mut self.pod_sources, &prefix_key(*pods), *present).map_err(failed("POD_SOURCES"))
             }
-            Op::OptOut(cgroup, true) => self.opt_out.insert(cgroup, 1, 0).map_err(failed("OPT_OUT")),
-            Op::OptOut(cgroup, false) => {
+            Op::OptOut(cgroup, Some(what)) => self.opt_out.insert(cgroup, what, 0).map_err(failed("OPT_OUT")),
+            Op::OptOut(cgroup, None) => {
                 absent_is_fine(self.opt_out.remove(cgroup)).map_err(failed("OPT_OUT"))
+            }
+            Op::Sandbox(netns, Some(cgroup)) => {
+                self.sandboxes.insert(netns, cgroup, 0).map_err(failed("SANDBOXES"))
+            }
+            Op::Sandbox(netns, None) => {
+                absent_is_fine(self.sandboxes.remove(netns)).map_err(failed("SANDBOXES"))
             }
             Op::NodeFlags(flags) => store("NODE", &self.node, 0, 1, *flags),
         }

@@ -79,7 +79,7 @@ const fn spec<K, V>(name: &'static str, map_type: MapType, independent: bool) ->
 }
 
 /// Every map. What each holds is told in `docs/maps.md`.
-pub const MAPS: [MapSpec; 28] = [
+pub const MAPS: [MapSpec; 29] = [
     spec::<u32, u64>("FILTER", MapType::Array, false),
     spec::<abi::FrontendKey, abi::FrontendValue>("FRONTENDS", MapType::Hash, false),
     spec::<u32, abi::Service>("SERVICES", MapType::Array, false),
@@ -94,6 +94,7 @@ pub const MAPS: [MapSpec; 28] = [
     spec::<Addr, u32>("LOCAL_ADDRESSES", MapType::Hash, false),
     spec::<abi::PrefixKey, u32>("SERVICE_CIDRS", MapType::LpmTrie, false),
     spec::<u64, u32>("OPT_OUT", MapType::Hash, true),
+    spec::<u64, u64>("SANDBOXES", MapType::Hash, true),
     spec::<u32, abi::StreamRecord>("STREAMS", MapType::Array, true),
     spec::<i32, abi::SocketRecord>("SOCKETS", MapType::SkStorage, true),
     spec::<i32, abi::socket::Order>("ORDERS", MapType::SkStorage, true),

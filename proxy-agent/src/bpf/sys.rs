@@ -290,7 +290,8 @@ pub fn grace_period() -> io::Result<()> {
 
 /// Cookie of the calling thread's network namespace, as BPF programs see it; `None` before kernel 5.14.
 pub fn netns_cookie() -> Option<u64> {
-    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0)).ok()?;
+    // Where loopback is down there is no other address.
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0)).ok()?;
     let mut cookie = 0_u64;
     let mut len = size_of::<u64>() as libc::socklen_t;
     // SAFETY: the kernel writes as many bytes as it is told at most, which is the variable.

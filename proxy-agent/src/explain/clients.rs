@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use proxy_common::abi::device::flags::NEAR;
 use proxy_common::abi::frontend::flags::SOURCE_RANGES;
-use proxy_common::abi::{AffinityKey, Counter, Event, Trace, local_address, proto};
+use proxy_common::abi::{AffinityKey, Counter, Event, Trace, local_address, opt_out, proto};
 use proxy_common::addr::{Addr, Family};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::tables::EdgeTables as _;
@@ -156,7 +156,14 @@ pub fn answers(maps: &Simulator, question: &Question, target: Target, among: usi
 
 /// Whether the client is a pod whose sockets are left alone.
 fn has_opted_out(maps: &Simulator, question: &Question) -> bool {
-    question.cgroup.is_some_and(|cgroup| maps.opted_out(cgroup))
+    question.cgroup.is_some_and(|cgroup| maps.opted_out(cgroup) == opt_out::EVERYTHING)
+}
+
+/// The network namespace of the pod that is asked about, or that of some pod.
+fn netns_of_pod(maps: &Simulator, question: &Question) -> u64 {
+    let sandboxes = maps.contents().sandboxes;
+    let own = sandboxes.iter().find(|(_, cgroup)| Some(*cgroup) == question.cgroup);
+    own.map_or(SOME_NETNS, |(netns, _)| *netns)
 }
 
 fn clients(maps: &Simulator, question: &Question, target: Target) -> Vec<Client> {
@@ -214,7 +221,7 @@ fn outcome(maps: &Simulator, question: &Question, client: Client, index: u32) ->
     maps.events.borrow_mut().clear();
     let verdict = match client {
         Client::Host => at_socket(maps, question, maps.host_netns.get(), index),
-        Client::Pod => at_socket(maps, question, SOME_NETNS, index),
+        Client::Pod => at_socket(maps, question, netns_of_pod(maps, question), index),
         Client::PodPackets => {
             let source = question.from.or_else(|| pod_address(maps, question));
             in_packets(maps, question, source, Edge::Pod, 0, index)

@@ -200,7 +200,7 @@ impl ClientPod {
 
     /// Id of its cgroup below the root `root` of the hierarchy, if it is on this node and has one of its own.
     pub fn cgroup(&self, root: &Path) -> Option<u64> {
-        opt_out::look(root).pods.get(self.uid.as_ref()?).copied()
+        opt_out::look(root).pods.get(self.uid.as_ref()?).map(|pod| pod.id)
     }
 
     /// As printed. `cgroup` is its own, `opted_out` are those of the Pods that have opted out.

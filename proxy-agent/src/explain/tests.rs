@@ -7,7 +7,8 @@ use proxy_common::abi::frontend::flags::{
     DENY_HOST, DENY_POD, EXTERNAL, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL, SOURCE_RANGES,
 };
 use proxy_common::abi::local_address::{HOST, NODEPORT};
-use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS};
+use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS, SANDBOXES_KNOWN};
+use proxy_common::abi::opt_out::{EVERYTHING, INSIDE};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
 use proxy_common::abi::{
     Affinity, AffinityKey, AffinityValue, Backend, BackendState, Device, FrontendValue, Service, SlotRange,
@@ -394,7 +395,12 @@ fn an_agent_answers_at_its_socket() {
 
 /// What a pod in the cgroup `cgroup` is told, and why not at its socket, if that of 7 has opted out.
 fn in_cgroup(cgroup: Option<u64>) -> (Vec<String>, &'static str) {
-    let opted_out = Contents { opt_out: vec![7], node_flags: PODS_IN_PACKETS | OPTED_OUT, ..contents() };
+    let opted_out = Contents {
+        opt_out: vec![(7, EVERYTHING), (8, INSIDE)],
+        sandboxes: vec![(80, 8)],
+        node_flags: PODS_IN_PACKETS | OPTED_OUT | SANDBOXES_KNOWN,
+        ..contents()
+    };
     let (addr, port) = (addr("10.96.0.10"), Be16::new(80));
     let question = Question { proto: TCP, addr, port, from: Some(self::addr("10.64.1.50")), cgroup };
     let maps = maps(&opted_out);

@@ -16,10 +16,19 @@ const DEPTH_MAX: usize = 8;
 /// What a look at the tree has shown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tree {
-    /// The cgroup id (its inode, 5.5) of each pod, by uid.
-    pub pods: BTreeMap<String, u64>,
+    /// The cgroup of each pod, by uid.
+    pub pods: BTreeMap<String, Pod>,
     /// The directories that pods appear in.
     pub parents: Vec<PathBuf>,
+}
+
+/// A pod's cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// Its id: the inode (5.5).
+    pub id: u64,
+    /// Its directory.
+    pub path: PathBuf,
 }
 
 /// Looks at the tree below `root`. What cannot be read is left out: cgroups go at any time.
@@ -42,7 +51,7 @@ fn descend(directory: &Path, of_pods: bool, depth: usize, tree: &mut Tree) {
         }
         match uid(name) {
             Some(uid) if of_pods => {
-                tree.pods.insert(uid, entry.ino());
+                tree.pods.insert(uid, Pod { id: entry.ino(), path: entry.path() });
             }
             _ if depth < DEPTH_MAX => {
                 let of_pods = of_pods || is_of_pods(name);
@@ -133,10 +142,11 @@ mod tests {
             fs::create_dir_all(root.path().join(path)).unwrap();
         }
         fs::write(root.path().join("kubepods/podfile"), "").unwrap();
-        let want: BTreeMap<String, u64> = pods
+        let want: BTreeMap<String, Pod> = pods
             .iter()
             .filter_map(|(path, uid)| {
-                Some(((*uid)?.to_owned(), fs::metadata(root.path().join(path)).unwrap().ino()))
+                let path = root.path().join(path);
+                Some(((*uid)?.to_owned(), Pod { id: fs::metadata(&path).unwrap().ino(), path }))
             })
             .collect();
         let tree = look(root.path());

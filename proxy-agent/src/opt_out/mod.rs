@@ -1,12 +1,15 @@
-//! Pods whose sockets are left alone, so that the packet edge serves them: who asks for it, and which cgroups they are.
+//! Pods and other cgroups whose sockets are left alone, so that the packet edge serves them: who asks for it, and which cgroups they
+//! are. And the sandboxes of all pods: what is in a network inside one is left alone, too.
 //!
 //! ```text
-//! Pods of this node ─> Cluster ─> Follower::want() ─> cgroup tree ─> Found ─> plan_left() ─> OPT_OUT, NODE
+//! Pods of this node ─> Cluster ─> Follower::want() ─┐
+//!                                     cgroup tree ──┴─> Found ─> plan_left() ─> OPT_OUT, SANDBOXES, NODE
 //! ```
 //! The agent writes what is wanted and reads what was found; one task beside its loop looks at the cgroup tree.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,12 +19,17 @@ use tokio::sync::watch;
 
 mod cgroups;
 mod rules;
+mod sandboxes;
 
 pub use cgroups::{Tree, is_below, look};
 pub use rules::{ANNOTATION, RuleError, Rules};
+pub use sandboxes::PODS_MAX;
+use sandboxes::Sandboxes;
 
 /// How often the tree is looked at without an event, for parents of pods that did not exist.
 const LOOK_ROUND: Duration = Duration::from_secs(5);
+/// The same while the sandbox of a pod that has come is not known: nothing tells when it has been set up.
+const LOOK_SOON: Duration = Duration::from_millis(250);
 /// How long a burst of events may take to end.
 const QUIET: Duration = Duration::from_millis(2);
 /// A burst that does not end is looked at nevertheless, and no more often than once in this time.
@@ -29,8 +37,16 @@ const BURST: Duration = Duration::from_millis(100);
 /// For how long nobody wonders where the cgroup of a pod is: kubelet makes it before anything of the pod runs.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The cgroups of pods that are wanted, by the uid that kubelet names them by.
-pub type Found = BTreeMap<Arc<str>, Place>;
+/// What a look at the tree has found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// The pods that are wanted, by the uid that kubelet names their cgroups by.
+    pub pods: BTreeMap<Arc<str>, Place>,
+    /// Ids of the cgroups that opt out by their paths, as far as they are there.
+    pub cgroups: BTreeMap<String, u64>,
+    /// Cookies of the network namespaces of pods, as far as they are known, by the ids of their cgroups.
+    pub sandboxes: BTreeMap<u64, u64>,
+}
 
 /// Where a pod is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,17 +67,21 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Starts with nothing wanted, below the root `root` of the cgroup hierarchy.
-    ///
-    /// # Errors
-    ///
-    /// The kernel gives no inotify instance.
-    pub fn start(root: PathBuf) -> std::io::Result<Self> {
+    /// Starts with nothing wanted, below the root `root` of the cgroup hierarchy. `cgroups` are paths there.
+    pub fn start(root: PathBuf, cgroups: BTreeSet<String>) -> Self {
         let (wanted, wanted_here) = watch::channel(BTreeSet::new());
-        let (found_here, found) = watch::channel(Found::new());
-        let events = Inotify::init()?.into_event_stream(vec![0; 4096])?;
-        tokio::spawn(follow(root, events, wanted_here, found_here));
-        Ok(Self { wanted, found })
+        let (found_here, found) = watch::channel(Found::default());
+        let events = Inotify::init().and_then(|events| events.into_event_stream(vec![0; 4096]));
+        if let Err(error) = &events {
+            tracing::warn!(
+                %error,
+                "cgroups of pods are looked at every {LOOK_ROUND:?} only; if too many files are watched, raise \
+                 fs.inotify.max_user_instances"
+            );
+        }
+        let looker = Looker { root, cgroups, events: events.ok(), sandboxes: Sandboxes::default() };
+        tokio::spawn(follow(looker, wanted_here, found_here));
+        Self { wanted, found }
     }
 
     /// The pods to look for, by uid.
@@ -84,8 +104,7 @@ impl Follower {
 }
 
 async fn follow(
-    root: PathBuf,
-    mut events: inotify::EventStream<Vec<u8>>,
+    mut looker: Looker,
     mut wanted: watch::Receiver<BTreeSet<Arc<str>>>,
     found: watch::Sender<Found>,
 ) {
@@ -96,59 +115,112 @@ async fn follow(
         let uids = wanted.borrow_and_update().clone();
         since.retain(|uid, _| uids.contains(uid));
         tokio::time::sleep_until(look_at.into()).await;
-        let tree = watched(&root, &mut events).await;
+        let tree = looker.watched().await;
+        let (sandboxes, soon) = looker.sandboxes(&tree).await;
         look_at = Instant::now() + BURST;
-        let mut places = Found::new();
+        let mut now = Found { cgroups: looker.cgroups(), sandboxes, ..Found::default() };
         for uid in uids {
             let place = match tree.pods.get(&*uid) {
-                Some(cgroup) => {
+                Some(pod) => {
                     since.remove(&uid);
-                    Place::Cgroup(*cgroup)
+                    Place::Cgroup(pod.id)
                 }
                 None if since.entry(Arc::clone(&uid)).or_insert_with(Instant::now).elapsed() < PATIENCE => {
                     Place::NotYet
                 }
                 None => Place::Missing,
             };
-            places.insert(uid, place);
+            now.pods.insert(uid, place);
         }
         found.send_if_modified(|before| {
-            let changed = std::mem::take(&mut first) || *before != places;
-            *before = places;
+            let changed = std::mem::take(&mut first) || *before != now;
+            *before = now;
             changed
         });
-        let nobody = wanted.borrow().is_empty();
         tokio::select! {
             changed = wanted.changed() => if changed.is_err() { return },
-            Some(_) = events.next(), if !nobody => {
-                let quiet = async { while tokio::time::timeout(QUIET, events.next()).await.is_ok() {} };
+            () = looker.event() => {
+                let quiet = async { while tokio::time::timeout(QUIET, looker.event()).await.is_ok() {} };
                 // Whoever keeps making cgroups keeps nobody's from being found.
                 let _ = tokio::time::timeout(BURST, quiet).await;
             }
-            () = tokio::time::sleep(LOOK_ROUND), if !nobody => {}
+            () = tokio::time::sleep(if soon { LOOK_SOON } else { LOOK_ROUND }) => {}
         }
     }
 }
 
-/// Looks at the tree once the directories that pods appear in are watched, so that none is missed in between.
-async fn watched(root: &std::path::Path, events: &mut inotify::EventStream<Vec<u8>>) -> Tree {
-    let mut known = BTreeSet::new();
-    loop {
-        let root = root.to_owned();
-        let looking = tokio::task::spawn_blocking(move || look(&root));
-        // It is cancelled only when the runtime shuts down.
-        let tree = looking.await.unwrap_or_default();
-        let fresh: Vec<&PathBuf> = tree.parents.iter().filter(|parent| !known.contains(*parent)).collect();
-        if fresh.is_empty() {
-            return tree;
-        }
-        for parent in fresh {
-            let mask = WatchMask::CREATE | WatchMask::DELETE | WatchMask::ONLYDIR;
-            // Adding one again changes nothing; one that is gone again is of no use.
-            if let Err(error) = events.watches().add(parent, mask) {
-                tracing::debug!(path = %parent.display(), %error, "cannot watch cgroups");
+/// What looks at the tree.
+struct Looker {
+    root: PathBuf,
+    /// Paths of cgroups that opt out.
+    cgroups: BTreeSet<String>,
+    /// Of directories that cgroups appear in; none where the kernel gives no inotify instance.
+    events: Option<inotify::EventStream<Vec<u8>>>,
+    sandboxes: Sandboxes,
+}
+
+impl Looker {
+    /// Waits for an event.
+    async fn event(&mut self) {
+        match &mut self.events {
+            Some(events) => {
+                if events.next().await.is_none() {
+                    std::future::pending().await
+                }
             }
+            None => std::future::pending().await,
         }
-        known.extend(tree.parents.iter().cloned());
     }
+
+    /// Looks at the tree once the directories that pods and containers appear in are watched, so that none is missed in between.
+    async fn watched(&mut self) -> Tree {
+        let mut known = BTreeSet::new();
+        loop {
+            let root = self.root.clone();
+            let looking = tokio::task::spawn_blocking(move || look(&root));
+            // It is cancelled only when the runtime shuts down.
+            let tree = looking.await.unwrap_or_default();
+            let of_cgroups = self.cgroups.iter().filter_map(|path| parent(&self.root, path));
+            let pods = tree.pods.values().map(|pod| pod.path.clone());
+            let all: BTreeSet<PathBuf> = tree.parents.iter().cloned().chain(pods).chain(of_cgroups).collect();
+            let fresh: Vec<PathBuf> = all.difference(&known).cloned().collect();
+            let (Some(events), false) = (&mut self.events, fresh.is_empty()) else { return tree };
+            for directory in fresh {
+                let mask = WatchMask::CREATE | WatchMask::DELETE | WatchMask::ONLYDIR;
+                // Adding one again changes nothing; one that is gone again is of no use.
+                if let Err(error) = events.watches().add(&directory, mask) {
+                    tracing::debug!(path = %directory.display(), %error, "cannot watch cgroups");
+                }
+            }
+            known.extend(all);
+        }
+    }
+
+    /// Looks at the sandboxes of the pods in `tree`; says also whether they should be looked at again soon.
+    async fn sandboxes(&mut self, tree: &Tree) -> (BTreeMap<u64, u64>, bool) {
+        let pods: Vec<_> = tree.pods.values().cloned().collect();
+        let mut sandboxes = std::mem::take(&mut self.sandboxes);
+        let looking = tokio::task::spawn_blocking(move || {
+            let found = sandboxes.look(pods.iter());
+            (sandboxes, found)
+        });
+        // As above.
+        let Ok((sandboxes, found)) = looking.await else { return (BTreeMap::new(), false) };
+        self.sandboxes = sandboxes;
+        found
+    }
+
+    /// Ids of the cgroups that opt out by their paths.
+    fn cgroups(&self) -> BTreeMap<String, u64> {
+        let id = |path: &str| std::fs::metadata(self.root.join(path)).ok().filter(std::fs::Metadata::is_dir);
+        let found = self.cgroups.iter().filter_map(|path| Some((path.clone(), id(path)?.ino())));
+        found.collect()
+    }
+}
+
+/// The directory in which a cgroup appears, or in which one above it does.
+fn parent(root: &Path, path: &str) -> Option<PathBuf> {
+    let path = root.join(path);
+    let mut above = path.ancestors().skip(1).take_while(|above| above.starts_with(root));
+    above.find(|above| above.is_dir()).map(Path::to_owned)
 }

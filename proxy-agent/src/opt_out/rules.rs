@@ -6,17 +6,22 @@ use std::collections::{BTreeMap, BTreeSet};
 pub const ANNOTATION: &str = "vipr.dev/socket-edge";
 const OFF: &str = "off";
 const RUNTIME_CLASS: &str = "runtime-class=";
+const CGROUP: &str = "cgroup=";
 
-/// Which Pods opt out.
+/// Which Pods and cgroups opt out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
     annotation: bool,
     runtime_classes: BTreeSet<String>,
+    cgroups: BTreeSet<String>,
 }
 
 /// A rule that there is not.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("--socket-opt-out `{0}`: must be `annotation` or `runtime-class=NAME`, several separated by commas")]
+#[error(
+    "--socket-opt-out `{0}`: must be `annotation`, `runtime-class=NAME` or `cgroup=PATH` (below the root of the hierarchy, without \
+     `.` and `..`), several separated by commas"
+)]
 pub struct RuleError(String);
 
 impl Rules {
@@ -28,20 +33,27 @@ impl Rules {
     pub fn parse(parts: &[String]) -> Result<Self, RuleError> {
         let mut rules = Self::default();
         for part in parts.iter().map(|part| part.trim()).filter(|part| !part.is_empty()) {
-            match part.strip_prefix(RUNTIME_CLASS) {
-                Some(name) if !name.is_empty() => {
-                    rules.runtime_classes.insert(name.to_owned());
-                }
-                None if part == "annotation" => rules.annotation = true,
-                _ => return Err(RuleError(part.to_owned())),
+            let wrong = || RuleError(part.to_owned());
+            if part == "annotation" {
+                rules.annotation = true;
+            } else if let Some(path) = part.strip_prefix(CGROUP) {
+                rules.cgroups.insert(relative(path).ok_or_else(wrong)?);
+            } else {
+                let name = part.strip_prefix(RUNTIME_CLASS).filter(|name| !name.is_empty());
+                rules.runtime_classes.insert(name.ok_or_else(wrong)?.to_owned());
             }
         }
         Ok(rules)
     }
 
-    /// Nobody opts out: Pods need not be known.
+    /// No Pod opts out: they need not be known.
     pub fn is_empty(&self) -> bool {
         !self.annotation && self.runtime_classes.is_empty()
+    }
+
+    /// The cgroups that do, by their paths below the root.
+    pub fn cgroups(&self) -> &BTreeSet<String> {
+        &self.cgroups
     }
 
     /// Whether a Pod with these annotations and this runtime class does.
@@ -50,6 +62,13 @@ impl Rules {
         let sandboxed = || runtime_class.map(|class| self.runtime_classes.contains(class));
         self.annotation && annotated().unwrap_or(false) || sandboxed().unwrap_or(false)
     }
+}
+
+/// A path below the root of the hierarchy as it is written there; `None` for the root itself, and for what may lead out of it.
+fn relative(path: &str) -> Option<String> {
+    let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+    let leads_there = !parts.is_empty() && parts.iter().all(|part| !matches!(*part, "." | ".."));
+    leads_there.then(|| parts.join("/"))
 }
 
 #[cfg(test)]
@@ -74,8 +93,32 @@ mod tests {
             assert_eq!(parsed.hold(Some(&annotations(annotation)), Some(class)), opts_out, "{rules}");
             assert!(!parsed.hold(None, None));
         }
-        for wrong in ["annotations", "annotation,runtime-class=", "runtime-class", "gvisor"] {
-            assert!(parse(wrong).unwrap_err().to_string().contains("must be `annotation` or"), "{wrong}");
+        for wrong in [
+            "annotations",
+            "annotation,runtime-class=",
+            "runtime-class",
+            "gvisor",
+            "cgroup",
+            "cgroup=",
+            "cgroup=/",
+            "cgroup=..",
+            "cgroup=a/../..",
+            "annotation,cgroup=./a",
+        ] {
+            let error = parse(wrong).unwrap_err().to_string();
+            assert!(
+                error.starts_with("--socket-opt-out `") && error.contains("must be `annotation`"),
+                "{error}"
+            );
         }
+    }
+
+    #[test]
+    fn cgroups_by_their_paths() {
+        let rules =
+            ["cgroup=system.slice/docker", " cgroup=//machine.slice// ", "cgroup=/a b"].map(str::to_owned);
+        let rules = Rules::parse(&rules).unwrap();
+        assert!(rules.cgroups().iter().eq(["a b", "machine.slice", "system.slice/docker"]));
+        assert!(rules.is_empty() && !rules.hold(None, None), "they are no Pods");
     }
 }

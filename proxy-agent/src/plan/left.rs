@@ -1,42 +1,68 @@
-//! What the socket edge leaves to the packet edge: `OPT_OUT`, and the flags in `NODE`.
+//! What the socket edge leaves to the packet edge: `OPT_OUT`, `SANDBOXES`, and the flags in `NODE`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS};
+use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS, SANDBOXES_KNOWN};
+use proxy_common::abi::opt_out::{EVERYTHING, INSIDE};
 use proxy_common::addr::Prefix;
 
 use crate::model::Model;
 use crate::store::Op;
 
-/// Plans both. `pods_in_packets` tells whether the packet edge has interfaces of pods, without which nothing can be left to
-/// it, `host_in_packets` whether the host's refusals can be ([`meets_edges`]), `opted_out` the cgroups of pods that want to be.
-/// While one of them is not known, what an earlier agent has left stays in force, as do the programs that it has attached.
-pub fn plan_left(
-    model: &mut Model,
-    pods_in_packets: Option<bool>,
-    host_in_packets: Option<bool>,
-    opted_out: Option<&BTreeSet<u64>>,
-) -> Vec<Op> {
-    let pods_in_packets = pods_in_packets.unwrap_or(model.node_flags & PODS_IN_PACKETS != 0);
-    let opted_out = opted_out.unwrap_or(&model.opt_out).clone();
-    let mut flags = match host_in_packets {
+/// What is known of whom the socket edge leaves alone. Of what is `None`, what an earlier agent has left stays in force, as do the
+/// programs that it has attached.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LeftAlone<'a> {
+    /// The packet edge has interfaces of pods, without which nothing can be left to it.
+    pub pods_in_packets: Option<bool>,
+    /// The host's refusals can be left to it ([`meets_edges`]).
+    pub host_in_packets: Option<bool>,
+    /// The cgroups that opt out.
+    pub opted_out: Option<&'a BTreeSet<u64>>,
+    /// Cookies of the network namespaces of pods, by their cgroups: what is inside of those is left alone.
+    pub sandboxes: Option<&'a BTreeMap<u64, u64>>,
+}
+
+/// Plans them all. A sandbox is known before anything of its pod is taken for inside of it, and until nothing is any more.
+pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
+    let pods_in_packets = wanted.pods_in_packets.unwrap_or(model.node_flags & PODS_IN_PACKETS != 0);
+    let sandboxes: BTreeMap<u64, u64> = match wanted.sandboxes {
+        Some(found) => found.iter().map(|(cgroup, netns)| (*netns, *cgroup)).collect(),
+        None => model.sandboxes.clone(),
+    };
+    let opted_out: BTreeSet<u64> = match wanted.opted_out {
+        Some(cgroups) => cgroups.clone(),
+        None => model.opt_out.iter().filter(|(_, what)| **what == EVERYTHING).map(|(id, _)| *id).collect(),
+    };
+    let mut flags = match wanted.host_in_packets {
         Some(true) => HOST_IN_PACKETS,
         Some(false) => 0,
         None => model.node_flags & HOST_IN_PACKETS,
     };
     if pods_in_packets {
         flags |= PODS_IN_PACKETS;
-        if !opted_out.is_empty() {
-            flags |= OPTED_OUT;
-        }
+        flags |= if opted_out.is_empty() { 0 } else { OPTED_OUT };
+        flags |= if sandboxes.is_empty() { 0 } else { SANDBOXES_KNOWN };
     }
-    let mut ops: Vec<Op> =
-        opted_out.difference(&model.opt_out).map(|cgroup| Op::OptOut(*cgroup, true)).collect();
+    let mut opt_out: BTreeMap<u64, u32> = sandboxes.values().map(|cgroup| (*cgroup, INSIDE)).collect();
+    opt_out.extend(opted_out.into_iter().map(|cgroup| (cgroup, EVERYTHING)));
+
+    let mut ops = Vec::new();
+    let begin = sandboxes.iter().filter(|(netns, cgroup)| model.sandboxes.get(netns) != Some(cgroup));
+    ops.extend(begin.map(|(netns, cgroup)| Op::Sandbox(*netns, Some(*cgroup))));
+    for (cgroup, what) in opt_out.iter().filter(|(cgroup, what)| model.opt_out.get(cgroup) != Some(what)) {
+        // A value is written once.
+        ops.extend(model.opt_out.contains_key(cgroup).then_some(Op::OptOut(*cgroup, None)));
+        ops.push(Op::OptOut(*cgroup, Some(*what)));
+    }
     if flags != model.node_flags {
         ops.push(Op::NodeFlags(flags));
     }
-    ops.extend(model.opt_out.difference(&opted_out).map(|cgroup| Op::OptOut(*cgroup, false)));
-    (model.node_flags, model.opt_out) = (flags, opted_out);
+    let end = model.opt_out.keys().filter(|cgroup| !opt_out.contains_key(cgroup));
+    ops.extend(end.map(|cgroup| Op::OptOut(*cgroup, None)));
+    let end = model.sandboxes.keys().filter(|netns| !sandboxes.contains_key(netns));
+    ops.extend(end.map(|netns| Op::Sandbox(*netns, None)));
+    (model.node_flags, model.opt_out, model.sandboxes) = (flags, opt_out, sandboxes);
     ops
 }
 
@@ -53,16 +79,17 @@ mod tests {
     use crate::store::{Capacity, Contents};
 
     const BOTH: u64 = PODS_IN_PACKETS | OPTED_OUT;
+    const CAPACITY: Capacity =
+        Capacity { frontends: 1, services: 1, slots: 1, backends: 1, source_ranges: 1 };
 
-    fn model(node_flags: u64, opt_out: &[u64]) -> Model {
-        let capacity = Capacity { frontends: 1, services: 1, slots: 1, backends: 1, source_ranges: 1 };
-        let contents = Contents { node_flags, opt_out: opt_out.to_vec(), ..Contents::default() };
-        Model::restore(capacity, &contents)
+    fn model(node_flags: u64, opt_out: &[(u64, u32)], sandboxes: &[(u64, u64)]) -> Model {
+        let (opt_out, sandboxes) = (opt_out.to_vec(), sandboxes.to_vec());
+        Model::restore(CAPACITY, &Contents { node_flags, opt_out, sandboxes, ..Contents::default() })
     }
 
     #[test]
     fn what_is_left_to_packets_stays_until_the_devices_are_known() {
-        for (found, pods, ops, flags) in [
+        for (found, pods_in_packets, ops, flags) in [
             (0, None, vec![], 0),
             (0, Some(false), vec![], 0),
             (0, Some(true), vec![Op::NodeFlags(PODS_IN_PACKETS)], PODS_IN_PACKETS),
@@ -70,28 +97,86 @@ mod tests {
             (PODS_IN_PACKETS, Some(true), vec![], PODS_IN_PACKETS),
             (PODS_IN_PACKETS, Some(false), vec![Op::NodeFlags(0)], 0),
         ] {
-            let mut model = model(found, &[]);
-            assert_eq!(plan_left(&mut model, pods, Some(false), Some(&BTreeSet::new())), ops, "{pods:?}");
-            assert_eq!(model.node_flags, flags, "{pods:?}");
+            let (mut model, nobody) = (model(found, &[], &[]), BTreeSet::new());
+            let wanted = LeftAlone {
+                pods_in_packets,
+                host_in_packets: Some(false),
+                opted_out: Some(&nobody),
+                sandboxes: None,
+            };
+            assert_eq!(plan_left(&mut model, &wanted), ops, "{pods_in_packets:?}");
+            assert_eq!(model.node_flags, flags, "{pods_in_packets:?}");
         }
     }
 
     #[test]
     fn who_has_opted_out_is_left_to_packets_if_there_are_any() {
-        use Op::{NodeFlags, OptOut};
-        for (found, opted_out, pods, want) in [
-            (&[][..], Some(&[1, 2][..]), Some(true), vec![OptOut(1, true), OptOut(2, true), NodeFlags(BOTH)]),
-            (&[1, 2], Some(&[2, 3]), Some(true), vec![OptOut(3, true), OptOut(1, false)]),
-            (&[1], Some(&[]), Some(true), vec![NodeFlags(PODS_IN_PACKETS), OptOut(1, false)]),
+        use Op::NodeFlags;
+        let begins = |cgroup| Op::OptOut(cgroup, Some(EVERYTHING));
+        let ends = |cgroup| Op::OptOut(cgroup, None);
+        for (found, opted_out, pods_in_packets, want) in [
+            (&[][..], Some(&[1, 2][..]), Some(true), vec![begins(1), begins(2), NodeFlags(BOTH)]),
+            (&[1, 2], Some(&[2, 3]), Some(true), vec![begins(3), ends(1)]),
+            (&[1], Some(&[]), Some(true), vec![NodeFlags(PODS_IN_PACKETS), ends(1)]),
             (&[1], None, Some(true), vec![]),
             (&[1], None, None, vec![]),
             (&[1], Some(&[1]), Some(false), vec![NodeFlags(0)]),
             (&[1], None, Some(false), vec![NodeFlags(0)]),
         ] {
-            let mut model = model(if found.is_empty() { PODS_IN_PACKETS } else { BOTH }, found);
+            let before: Vec<_> = found.iter().map(|cgroup| (*cgroup, EVERYTHING)).collect();
+            let mut model = model(if found.is_empty() { PODS_IN_PACKETS } else { BOTH }, &before, &[]);
             let opted_out = opted_out.map(|cgroups| cgroups.iter().copied().collect::<BTreeSet<u64>>());
-            assert_eq!(plan_left(&mut model, pods, None, opted_out.as_ref()), want);
-            assert_eq!(plan_left(&mut model, pods, None, opted_out.as_ref()), [], "once is enough");
+            let wanted = LeftAlone { pods_in_packets, opted_out: opted_out.as_ref(), ..LeftAlone::default() };
+            assert_eq!(plan_left(&mut model, &wanted), want);
+            assert_eq!(plan_left(&mut model, &wanted), [], "once is enough");
+        }
+    }
+
+    /// Two pods have the cgroups 1 and 2, and the network namespaces 10 and 20, or 30 after a restart.
+    #[test]
+    fn what_is_inside_a_known_sandbox_is_left_to_packets() {
+        use Op::{NodeFlags, OptOut, Sandbox};
+        const KNOWN: u64 = PODS_IN_PACKETS | SANDBOXES_KNOWN;
+        let one = (KNOWN, &[(1, INSIDE)][..], &[(10, 1)][..]);
+        for ((flags, opt_out, netns), opted_out, sandboxes, pods, want) in [
+            (
+                (PODS_IN_PACKETS, &[][..], &[][..]),
+                &[][..],
+                Some(&[(1, 10)][..]),
+                true,
+                vec![Sandbox(10, Some(1)), OptOut(1, Some(INSIDE)), NodeFlags(KNOWN)],
+            ),
+            (one, &[], Some(&[(1, 10)]), true, vec![]),
+            (one, &[], None, true, vec![]),
+            (one, &[], Some(&[(1, 30)]), true, vec![Sandbox(30, Some(1)), Sandbox(10, None)]),
+            (one, &[], Some(&[]), true, vec![NodeFlags(PODS_IN_PACKETS), OptOut(1, None), Sandbox(10, None)]),
+            (one, &[], Some(&[(1, 10)]), false, vec![NodeFlags(0)]),
+            // Everything is more than what is inside.
+            (
+                one,
+                &[1],
+                Some(&[(1, 10), (2, 20)]),
+                true,
+                vec![
+                    Sandbox(20, Some(2)),
+                    OptOut(1, None),
+                    OptOut(1, Some(EVERYTHING)),
+                    OptOut(2, Some(INSIDE)),
+                    NodeFlags(KNOWN | OPTED_OUT),
+                ],
+            ),
+        ] {
+            let mut model = model(flags, opt_out, netns);
+            let opted_out: BTreeSet<u64> = opted_out.iter().copied().collect();
+            let sandboxes: Option<BTreeMap<u64, u64>> = sandboxes.map(|all| all.iter().copied().collect());
+            let wanted = LeftAlone {
+                pods_in_packets: Some(pods),
+                host_in_packets: None,
+                opted_out: Some(&opted_out),
+                sandboxes: sandboxes.as_ref(),
+            };
+            assert_eq!(plan_left(&mut model, &wanted), want);
+            assert_eq!(plan_left(&mut model, &wanted), [], "once is enough");
         }
     }
 
@@ -104,8 +189,8 @@ mod tests {
             (HOST_IN_PACKETS, None, HOST_IN_PACKETS),
             (HOST_IN_PACKETS, Some(false), 0),
         ] {
-            let mut model = model(found, &[]);
-            plan_left(&mut model, None, host, None);
+            let mut model = model(found, &[], &[]);
+            plan_left(&mut model, &LeftAlone { host_in_packets: host, ..LeftAlone::default() });
             assert_eq!(model.node_flags, want, "{found} {host:?}");
         }
 
@@ -115,8 +200,7 @@ mod tests {
             service_cidrs: vec![prefix("10.96.0.0", 16), prefix("fd00:96::", 112)],
             ..Contents::default()
         };
-        let capacity = Capacity { frontends: 1, services: 1, slots: 1, backends: 1, source_ranges: 1 };
-        let model = Model::restore(capacity, &contents);
+        let model = Model::restore(CAPACITY, &contents);
         for (elsewhere, len, want) in [
             // Pods, and other networks.
             ("10.64.1.11", 32, true),

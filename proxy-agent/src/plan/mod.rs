@@ -31,7 +31,7 @@ mod rivals;
 #[cfg(test)]
 mod tests;
 
-pub use left::{meets_edges, plan_left};
+pub use left::{LeftAlone, meets_edges, plan_left};
 pub use node::{LOCAL_ADDRESS_ENTRIES, NodeTables, PREFIX_ENTRIES, plan_node};
 pub use rivals::{FrontendName, LostClaims, rivals};
 

@@ -37,7 +37,8 @@ pub struct Simulator {
     source_ranges: BTreeSet<(u32, Prefix)>,
     service_cidrs: BTreeSet<Prefix>,
     pod_sources: BTreeSet<Prefix>,
-    opt_out: BTreeSet<u64>,
+    opt_out: BTreeMap<u64, u32>,
+    sandboxes: BTreeMap<u64, u64>,
     node_flags: u64,
     /// `AFFINITY`.
     pub clients: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
@@ -81,6 +82,7 @@ impl Simulator {
             service_cidrs: contents.service_cidrs.iter().copied().collect(),
             pod_sources: contents.pod_sources.iter().copied().collect(),
             opt_out: contents.opt_out.iter().copied().collect(),
+            sandboxes: contents.sandboxes.iter().copied().collect(),
             node_flags: contents.node_flags,
             ..Self::default()
         }
@@ -102,7 +104,8 @@ impl Simulator {
             source_ranges: self.source_ranges.iter().copied().collect(),
             service_cidrs: self.service_cidrs.iter().copied().collect(),
             pod_sources: self.pod_sources.iter().copied().collect(),
-            opt_out: self.opt_out.iter().copied().collect(),
+            opt_out: self.opt_out.iter().map(|(cgroup, what)| (*cgroup, *what)).collect(),
+            sandboxes: self.sandboxes.iter().map(|(netns, cgroup)| (*netns, *cgroup)).collect(),
             node_flags: self.node_flags,
         }
     }
@@ -159,7 +162,8 @@ impl MapStore for Simulator {
             Op::SourceRange(id, range, present) => put(&mut self.source_ranges, (*id, *range), *present),
             Op::ServiceCidr(cidr, present) => put(&mut self.service_cidrs, *cidr, *present),
             Op::PodSource(pods, present) => put(&mut self.pod_sources, *pods, *present),
-            Op::OptOut(cgroup, present) => put(&mut self.opt_out, *cgroup, *present),
+            Op::OptOut(cgroup, what) => set(&mut self.opt_out, *cgroup, *what),
+            Op::Sandbox(netns, cgroup) => set(&mut self.sandboxes, *netns, *cgroup),
             Op::NodeFlags(flags) => self.node_flags = *flags,
         }
         Ok(())
@@ -200,8 +204,12 @@ impl Tables for Simulator {
         Node { host_netns: self.host_netns.get(), flags: self.node_flags }
     }
 
-    fn opted_out(&self, cgroup: u64) -> bool {
-        self.opt_out.contains(&cgroup)
+    fn opted_out(&self, cgroup: u64) -> u32 {
+        self.opt_out.get(&cgroup).copied().unwrap_or(0)
+    }
+
+    fn is_sandbox(&self, netns: u64) -> bool {
+        self.sandboxes.contains_key(&netns)
     }
 
     fn learn_host_netns(&self, cookie: u64) {

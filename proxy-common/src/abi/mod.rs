@@ -62,11 +62,21 @@ pub mod node {
     /// The packet edge is attached to interfaces of pods, so their packets are judged there: what a pod's socket would
     /// have to be denied in place of silence is left alone.
     pub const PODS_IN_PACKETS: u64 = 1 << 0;
-    /// `OPT_OUT` has elements that the socket edge must look at.
+    /// `OPT_OUT` has cgroups of which everything is left alone.
     pub const OPTED_OUT: u64 = 1 << 1;
     /// A socket cannot be told why it is refused (before 5.18), and what this host sends to a clusterIP leaves by a device with
     /// programs: the SYN of a process of the host is reset there.
     pub const HOST_IN_PACKETS: u64 = 1 << 2;
+    /// `SANDBOXES` has the network namespaces of pods, and `OPT_OUT` their cgroups.
+    pub const SANDBOXES_KNOWN: u64 = 1 << 3;
+}
+
+/// Values of `OPT_OUT`: what is left alone of the sockets of processes in a cgroup.
+pub mod opt_out {
+    /// All of them.
+    pub const EVERYTHING: u32 = 1;
+    /// Those of network namespaces that are no pod's: that of this cgroup's pod is known, so they are inside it.
+    pub const INSIDE: u32 = 2;
 }
 
 /// What the packet edge has done for one Service port, on one CPU: value of `SERVICE_COUNTERS`, by service id.

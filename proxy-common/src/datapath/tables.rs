@@ -45,8 +45,10 @@ pub trait Tables {
     fn in_service_cidr(&self, addr: &Addr) -> bool;
     /// `NODE`: every word loaded once.
     fn node(&self) -> Node;
-    /// `OPT_OUT`: whether processes of the cgroup are left to the packet edge.
-    fn opted_out(&self, cgroup: u64) -> bool;
+    /// `OPT_OUT`: what of the cgroup's processes is left to the packet edge ([`crate::abi::opt_out`]); 0 for nothing.
+    fn opted_out(&self, cgroup: u64) -> u32;
+    /// `SANDBOXES`: whether the network namespace with this cookie is a pod's own.
+    fn is_sandbox(&self, netns: u64) -> bool;
     /// Notes the cookie of the host's network namespace.
     fn learn_host_netns(&self, cookie: u64);
     /// `AFFINITY` or `NEW_AFFINITY`.
@@ -104,6 +106,10 @@ pub trait Socket {
     /// Id of the cgroup that contains the calling process, so many levels below the root of the hierarchy; 0 where its own
     /// is higher.
     fn cgroup(&self, level: i32) -> u64;
+    /// [`super::socket::is_of_opt_out`]. In the kernel a function that is verified once, not on each way to it.
+    fn is_of_opt_out(&self, tables: &impl Tables, inside: bool) -> bool {
+        super::socket::is_of_opt_out(|level| self.cgroup(level), tables, inside)
+    }
     /// Replaces the peer address. `addr` is of the family that the hook is for, or IPv4-mapped.
     fn rewrite(&mut self, addr: Addr, port: Be16);
     /// `SOCKETS`: this socket's record.

@@ -81,7 +81,11 @@ impl Tables for Racing {
         Node::default()
     }
 
-    fn opted_out(&self, _cgroup: u64) -> bool {
+    fn opted_out(&self, _cgroup: u64) -> u32 {
+        0
+    }
+
+    fn is_sandbox(&self, _netns: u64) -> bool {
         false
     }
 

@@ -41,6 +41,14 @@ impl Place {
         Ok(Self(Arc::new(Inner { name: name.to_owned(), net, cgroup, addresses, servers: Mutex::default() })))
     }
 
+    /// The same cgroup with another network namespace: what a process in there has made.
+    ///
+    /// # Errors
+    /// If the cgroup cannot be made.
+    pub fn with_net(&self, name: &str, net: &Netns, addresses: &[IpAddr]) -> Result<Self> {
+        Self::new(name, net.clone(), self.0.cgroup.clone(), addresses.to_vec())
+    }
+
     /// Its name; servers in it answer with it.
     pub fn name(&self) -> &str {
         &self.0.name

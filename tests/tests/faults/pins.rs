@@ -15,7 +15,7 @@ use proxy_agent::store::{MapStore as _, Op};
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
     ABI_VERSION, AffinityKey, AffinityValue, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts,
-    UdpFlow, UdpFlowKey,
+    UdpFlow, UdpFlowKey, opt_out,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_tests::lab::{Agent, Summary};
@@ -145,7 +145,8 @@ fn something_for_the_packet_edge(pins: &PinDir) -> Result<()> {
     let range = Prefix::new(Addr::v4([203, 0, 113, 0]), 24).context("a prefix")?;
     let mut maps = KernelMaps::open(pins, true)?;
     maps.apply(&Op::SourceRange(0, range, true))?;
-    maps.apply(&Op::OptOut(u64::MAX, true))?;
+    maps.apply(&Op::OptOut(u64::MAX, Some(opt_out::EVERYTHING)))?;
+    maps.apply(&Op::Sandbox(u64::MAX, Some(u64::MAX)))?;
     let mut flows = FlowMaps::open(pins)?;
     let key = FlowKey { proto: TCP, ..Zeroable::zeroed() };
     for table in [&mut flows.flows, &mut flows.new_flows] {
@@ -211,7 +212,9 @@ fn bpftool_shows_every_map_with_field_names() -> Result<()> {
             "SERVICE_CIDRS" | "POD_SOURCES" => &["prefix_len", "bytes"],
             "SOURCE_RANGES" => &["prefix_len", "service", "addr"],
             // Plain numbers, and addresses.
-            "FILTER" | "SLOTS" | "LOCAL_ADDRESSES" | "COUNTERS" | "OPT_OUT" => &["key", "value"],
+            "FILTER" | "SLOTS" | "LOCAL_ADDRESSES" | "COUNTERS" | "OPT_OUT" | "SANDBOXES" => {
+                &["key", "value"]
+            }
             "TRACE" => &["until", "service", "sample"],
             // The kernel shows socket storage by socket only, and a ring buffer to its reader.
             "SOCKETS" | "ORDERS" | "EVENTS" => continue,

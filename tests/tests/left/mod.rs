@@ -2,6 +2,7 @@
 //! directory, and a machine outside that has the addresses of Services. Who is answered by that one was not served.
 
 mod addresses;
+mod inside;
 mod opt_out;
 mod refusals;
 

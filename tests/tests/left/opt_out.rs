@@ -111,6 +111,36 @@ fn who_cannot_opt_out_is_named_and_served() -> Result<()> {
     setting.served(&inside, OPEN, false)
 }
 
+/// Containers that are no Pods opt out by their cgroup, also one that comes after the agent.
+#[test]
+fn a_cgroup_opts_out_by_its_path() -> Result<()> {
+    const DOCKER: &[(&str, &str)] =
+        &[("socket-opt-out", "cgroup=/system.slice/docker,cgroup=system.slice/none")];
+    let mut setting = Setting::new(LabSpec::cases()?, DOCKER)?;
+    let p = setting.lab.pod("P");
+    let beside = p.in_cgroup("system.slice/dockers/0123abcd")?;
+    wait_opted_out(&setting, &[])?;
+    setting.served(&beside, OPEN, false)?;
+    let inside = p.in_cgroup("system.slice/docker/0123abcd")?;
+    wait_opted_out(&setting, &["cgroup system.slice/docker"])?;
+    in_packets(&setting, &inside)?;
+    for place in [&beside, &*p, setting.host()] {
+        setting.served(place, OPEN, false)?;
+    }
+
+    setting.start(&[DOCKER[0], ("pod-interfaces", "none")])?;
+    setting.wait_problem("cgroup system.slice/docker", |problem| {
+        problem.to_string().contains("no interface of a pod")
+    })?;
+    setting.served(&inside, OPEN, false)?;
+    setting.start(DOCKER)?;
+    wait_opted_out(&setting, &["cgroup system.slice/docker"])?;
+    in_packets(&setting, &inside)?;
+    setting.start(&[])?;
+    wait_opted_out(&setting, &[])?;
+    setting.served(&inside, OPEN, false)
+}
+
 /// A socket that was connected before its pod opted out stays where it is; that of another pod follows the Service.
 #[test]
 fn the_sockets_of_who_has_opted_out_are_not_led() -> Result<()> {

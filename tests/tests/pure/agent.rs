@@ -11,7 +11,7 @@ use proxy_agent::cluster::{self, Change, Cluster, ObjectKey, Scope};
 use proxy_agent::desired::{Context, desired_service};
 use proxy_agent::model::Model;
 use proxy_agent::node::{NodePortAddresses, local_addresses};
-use proxy_agent::plan::{NodeTables, Plan, Wanted, plan, plan_left, plan_node};
+use proxy_agent::plan::{LeftAlone, NodeTables, Plan, Wanted, plan, plan_left, plan_node};
 use proxy_agent::sim::Simulator;
 use proxy_agent::sources::convert::Converter;
 use proxy_agent::sources::objects::{EndpointSlice, Node, Service, ServiceCidr};
@@ -89,7 +89,8 @@ impl Agent {
             maps,
             first: true,
         };
-        let ops = plan_left(&mut agent.model, Some(pods_in_packets), None, None);
+        let known = LeftAlone { pods_in_packets: Some(pods_in_packets), ..LeftAlone::default() };
+        let ops = plan_left(&mut agent.model, &known);
         agent.carry_out(&ops)?;
         Ok(agent)
     }

@@ -61,6 +61,7 @@ fn owner(contents: &Contents, op: &Op) -> Option<u32> {
         | Op::ServiceCidr(..)
         | Op::PodSource(..)
         | Op::OptOut(..)
+        | Op::Sandbox(..)
         | Op::NodeFlags(..) => None,
     }
 }

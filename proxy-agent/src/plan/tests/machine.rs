@@ -228,6 +228,7 @@ impl Machine {
                 | Op::ServiceCidr(..)
                 | Op::PodSource(..)
                 | Op::OptOut(..)
+                | Op::Sandbox(..)
                 | Op::NodeFlags(..) => false,
             };
             assert!(!reused, "{op:?} writes to what is not free yet");

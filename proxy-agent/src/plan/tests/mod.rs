@@ -364,7 +364,8 @@ fn outline(plan: &Plan) -> Vec<String> {
         Op::LocalAddress(addr, bits) => format!("{}{addr}", sign(bits.is_some())),
         Op::ServiceCidr(cidr, add) => format!("{}{cidr}", sign(*add)),
         Op::PodSource(pods, add) => format!("{}pods {pods}", sign(*add)),
-        Op::OptOut(cgroup, add) => format!("{}cgroup {cgroup}", sign(*add)),
+        Op::OptOut(cgroup, what) => format!("{}cgroup {cgroup}", sign(what.is_some())),
+        Op::Sandbox(netns, cgroup) => format!("{}sandbox {netns}", sign(cgroup.is_some())),
         Op::NodeFlags(flags) => format!("flags {flags}"),
     };
     plan.ops.iter().map(one).collect()

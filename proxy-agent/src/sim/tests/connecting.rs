@@ -402,7 +402,7 @@ fn sockets_of_a_pod_that_has_opted_out_are_left_alone() {
         assert!(left.iter().all(|other| *other == left[0]), "{cgroups:?}: {left:?}");
         left[0]
     };
-    sim.apply(&Op::OptOut(7, true)).unwrap();
+    sim.apply(&Op::OptOut(7, Some(EVERYTHING))).unwrap();
     sim.apply(&Op::NodeFlags(PODS_IN_PACKETS)).unwrap();
     assert_eq!(connect(&mut SimSocket { cgroups: &[1, 7], ..socket(vip(10), 80, TCP) }, &sim), Translated);
     sim.apply(&Op::NodeFlags(PODS_IN_PACKETS | OPTED_OUT)).unwrap();
@@ -426,8 +426,57 @@ fn sockets_of_a_pod_that_has_opted_out_are_left_alone() {
     assert_eq!(sendmsg(&mut datagram, &sim), Translated);
     let mut datagram = SimSocket { cgroups: &[1, 7], ..socket(vip(10), 80, UDP) };
     assert_eq!((sendmsg(&mut datagram, &sim), datagram.addr), (Pass, vip(10)));
-    sim.apply(&Op::OptOut(7, false)).unwrap();
+    sim.apply(&Op::OptOut(7, None)).unwrap();
     assert!(!left(&sim, &[1, 7]));
+}
+
+/// The pod with the cgroup 7 has its sandbox in the network namespace 70, that with 8 in 80. Of 9 nothing is known.
+#[test]
+fn sockets_of_networks_inside_a_pod_are_left_alone() {
+    let mut sim = world();
+    for (netns, cgroup) in [(70, 7), (80, 8)] {
+        sim.apply(&Op::Sandbox(netns, Some(cgroup))).unwrap();
+        sim.apply(&Op::OptOut(cgroup, Some(INSIDE))).unwrap();
+    }
+    sim.apply(&Op::OptOut(6, Some(EVERYTHING))).unwrap();
+    let told = |sim: &Simulator, netns, cgroups: &'static [u64]| {
+        let asked = [(vip(10), 80), (vip(20), 80), (vip(10), 81), (vip(77), 80)].map(|(address, port)| {
+            let mut socket = SimSocket { netns, cgroups, ..socket(address, port, TCP) };
+            (connect(&mut socket, sim), socket.addr == address)
+        });
+        let datagram = sendmsg(&mut SimSocket { netns, cgroups, ..socket(vip(10), 80, UDP) }, sim);
+        let left = asked == [(Pass, true); 4];
+        assert_eq!(
+            (left, asked[0].0 == Pass),
+            (asked[0].0 == Pass, datagram == Pass),
+            "{asked:?} {datagram:?}"
+        );
+        left
+    };
+    sim.apply(&Op::NodeFlags(PODS_IN_PACKETS)).unwrap();
+    assert!(!told(&sim, 71, &[1, 7]), "while nobody is known");
+    for (flags, everything) in [(SANDBOXES_KNOWN, false), (SANDBOXES_KNOWN | OPTED_OUT, true)] {
+        sim.apply(&Op::NodeFlags(PODS_IN_PACKETS | flags)).unwrap();
+        for (netns, cgroups, left) in [
+            (70, &[1, 7, 3][..], false),
+            (71, &[1, 7, 3], true),
+            (71, &[1, 7], true),
+            // An inner cluster's pod.
+            (71, &[1, 7, 3, 1, 9], true),
+            // Another pod's namespace is inside none.
+            (80, &[1, 7, 3], false),
+            // A pod that has just come, or whose sandbox cannot be told.
+            (90, &[1, 9], false),
+            (90, &[], false),
+            (HOST_NETNS, &[1, 7, 3], false),
+            // In its own namespace only who has opted out is left alone. Without the flag nobody is asked.
+            (70, &[1, 6], everything),
+        ] {
+            assert_eq!(told(&sim, netns, cgroups), left, "{netns} {cgroups:?} {flags:#x}");
+        }
+    }
+    sim.apply(&Op::OptOut(7, None)).unwrap();
+    assert!(!told(&sim, 71, &[1, 7]), "nothing is known any more");
 }
 
 #[test]

@@ -7,7 +7,8 @@
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, SERVING};
 use proxy_common::abi::frontend::flags::{DENY_HOST, DENY_POD, NEAR_LOCAL, POD_LOCAL, PROBE};
 use proxy_common::abi::local_address::{HOST, NODEPORT};
-use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS};
+use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS, SANDBOXES_KNOWN};
+use proxy_common::abi::opt_out::{EVERYTHING, INSIDE};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
 use proxy_common::abi::{Affinity, BackendState, FlowDirection, SlotRange, socket::STREAM_SLOTS};
 use proxy_common::datapath::socket::Verdict::{self, Drop, Fail, Pass, Reject, Translated};

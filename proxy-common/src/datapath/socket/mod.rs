@@ -5,7 +5,7 @@
 //!
 //! What a pod's socket cannot be told is left to the packet edge, if that has the interfaces of pods: silence, and
 //! whether the pod's address is in source ranges, since a socket has no address yet. So is everything of pods that have
-//! opted out.
+//! opted out, and of networks inside pods, which may have Services of their own at the same addresses.
 
 mod datagrams;
 mod order;
@@ -18,7 +18,7 @@ use super::trace;
 use crate::abi::frontend::flags::PROBE;
 use crate::abi::{
     AffinityKey, Counter, FrontendValue, Node, SocketRecord, StreamRecord, local_address,
-    node::HOST_IN_PACKETS, node::OPTED_OUT, node::PODS_IN_PACKETS, proto,
+    node::HOST_IN_PACKETS, node::OPTED_OUT, node::PODS_IN_PACKETS, node::SANDBOXES_KNOWN, opt_out, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -239,7 +239,10 @@ fn target(
         return Err(Verdict::Pass);
     }
     let node = tables.node();
-    if node.flags & OPTED_OUT != 0 && socket.netns() != node.host_netns && has_opted_out(socket, tables) {
+    if node.flags & (OPTED_OUT | SANDBOXES_KNOWN) != 0
+        && socket.netns() != node.host_netns
+        && is_left_alone(socket, tables, node.flags)
+    {
         trace::called(tables, Counter::LeftToPackets, socket, 0, None, true);
         return Err(Verdict::Pass);
     }
@@ -269,14 +272,26 @@ fn target(
     }
 }
 
-/// Whether the process is in one of the cgroups of `OPT_OUT`. (A container has a cgroup of its own below its pod's.)
+/// Whether this is one of the sockets that are left alone.
 #[inline(always)]
-fn has_opted_out(socket: &impl Socket, tables: &impl Tables) -> bool {
+fn is_left_alone(socket: &impl Socket, tables: &impl Tables, flags: u64) -> bool {
+    // Nearly every socket is in the namespace of a pod: it is not inside another one.
+    let inside = flags & SANDBOXES_KNOWN != 0 && !tables.is_sandbox(socket.netns());
+    (inside || flags & OPTED_OUT != 0) && socket.is_of_opt_out(tables, inside)
+}
+
+/// Whether the process is in one of the cgroups of `OPT_OUT`, by what [`Socket::cgroup`] says. (A container has a cgroup of its own below its
+/// pod's.) `inside`: its socket is in a network namespace that is no pod's.
+#[inline(always)]
+pub fn is_of_opt_out(cgroup: impl Fn(i32) -> u64, tables: &impl Tables, inside: bool) -> bool {
     for level in 1..=CGROUP_LEVELS {
-        match socket.cgroup(level) {
+        match cgroup(level) {
             0 => return false,
-            cgroup if tables.opted_out(cgroup) => return true,
-            _ => {}
+            cgroup => match tables.opted_out(cgroup) {
+                opt_out::EVERYTHING => return true,
+                opt_out::INSIDE if inside => return true,
+                _ => {}
+            },
         }
     }
     false
