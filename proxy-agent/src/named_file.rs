@@ -1,7 +1,8 @@
-//! Files that flags and kubeconfigs name: whatever the name leads to, reading it ends.
+//! Files that flags and kubeconfigs name: however much there is, no more than a bound is read.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
 /// The largest file that is read, bytes: a bundle of certificates has some hundred KiB.
@@ -21,6 +22,14 @@ pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Whether the file can be read by somebody else. What comes by a pipe comes once.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn check(path: &Path) -> io::Result<()> {
+    if fs::metadata(path)?.file_type().is_fifo() { Ok(()) } else { read(path).map(drop) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -29,6 +38,11 @@ mod tests {
     fn what_has_no_end_is_an_error() {
         assert_eq!(read(Path::new("/dev/zero")).unwrap_err().to_string(), "has more than 16 MiB, or no end");
         assert_eq!(read(Path::new("/dev/null")).unwrap(), b"");
+        // Nobody reads from it, or it would be empty for who does.
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
+        assert!(check(&pipe).is_ok() && check(Path::new("/dev/zero")).is_err());
         let file = tempfile::NamedTempFile::new().unwrap();
         for (size, fits) in [(MOST, true), (MOST + 1, false)] {
             file.as_file().set_len(size).unwrap();

@@ -237,15 +237,11 @@ impl Route {
         Self([family, u64::from(device), s0, s1, d0, d1, zero, zero])
     }
 
-    /// Whether the kernel knows a way. Whoever is routed to has one also where the neighbour is not known yet (before 5.11 the
-    /// device is then left as it was) or the packet would be too long.
+    /// Asks the kernel. Returns what it says.
     #[inline(always)]
-    fn look_up(&mut self, packet: &Skb, flags: u32) -> bool {
-        const FOUND: [i64; 3] =
-            [BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_FRAG_NEEDED];
+    fn look_up(&mut self, packet: &Skb, flags: u32) -> i64 {
         // SAFETY: the helper reads and writes as many bytes as it is told, which is the array.
-        let found = unsafe { bpf_fib_lookup(packet.skb.cast(), self.0.as_mut_ptr().cast(), 64, flags) };
-        FOUND.contains(&found)
+        unsafe { bpf_fib_lookup(packet.skb.cast(), self.0.as_mut_ptr().cast(), 64, flags) }
     }
 
     /// The device that leads there.
@@ -254,8 +250,8 @@ impl Route {
         self.0[1] as u32
     }
 
-    /// Sends the program's packet there, to the neighbour that the answer names: a gateway, or the destination itself. Its own
-    /// address family is in the answer, too.
+    /// Sends the program's packet there, to the neighbour that the answer names: a gateway, or the destination itself. The answer also says
+    /// of which family the neighbour's address is.
     #[inline(always)]
     fn redirect(mut self) -> bool {
         let device = self.device();
@@ -309,7 +305,14 @@ impl Packet for Skb {
     #[inline(always)]
     fn route_to(&self, family: Family, addr: &Addr) -> u32 {
         let mut route = Route::new(family, self.ifindex(), None, addr);
-        if route.look_up(self, 0) { route.device() } else { 0 }
+        // Whoever is routed to has a way also where the neighbour is not known yet (before 5.11 the device is then left as it was) or
+        // the packet would be too long.
+        match route.look_up(self, 0) {
+            BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED => {
+                route.device()
+            }
+            _ => 0,
+        }
     }
 
     #[inline(always)]
@@ -320,12 +323,15 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn leave_by(&mut self, device: u32, family: Family, source: &Addr, destination: &Addr) -> bool {
-        if self.ip_offset != MAC_HEADER {
-            // The kernel sends nothing to neighbours that has no MAC header.
+        // The kernel sends only packets with a MAC header to neighbours, and leaves a tag as it is.
+        if self.ip_offset != MAC_HEADER || self.is_tagged() {
             return false;
         }
         let mut route = Route::new(family, device, Some(source), destination);
-        route.look_up(self, BPF_FIB_LOOKUP_OUTPUT) && route.device() == device && route.redirect()
+        // What is too long for the device goes as it was routed.
+        let found = route.look_up(self, BPF_FIB_LOOKUP_OUTPUT);
+        let leads = matches!(found, BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH);
+        leads && route.device() == device && route.redirect()
     }
 
     #[inline(always)]

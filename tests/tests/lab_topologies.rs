@@ -10,15 +10,18 @@ mod live;
 use std::fmt::Write as _;
 use std::fs;
 use std::net::SocketAddr;
+use std::panic::resume_unwind;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use live::Pods;
 use proxy_tests::cases::{at_the_node, not_allowed, smoke};
 use proxy_tests::lab::network::{Network, NodeLinks, PodLinks, Rules};
-use proxy_tests::lab::{Attempt, Held, Lab, LabSpec, NodeSpec};
+use proxy_tests::lab::{Agent, Attempt, Held, Lab, LabSpec, NodeSpec};
 use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 /// X by both families.
 const X: [&str; 2] = ["203.0.113.7", "2001:db8:ff::7"];
@@ -245,65 +248,111 @@ fn mend(lab: &Lab, end: &str) -> Result<()> {
     lab.hub().nft(&format!("delete table inet cut_{end}"))
 }
 
-/// A client's connection goes on when the uplink by which it has come is withdrawn while its server sends, and returns to it.
-#[test]
-fn an_uplink_that_is_withdrawn() -> Result<()> {
+/// A client that is connected to a Service at [`FRONTENDS`] by `eth0` of n1, whose pod is routed by `eth1`.
+struct Connected {
+    held: Held,
+    // It runs in the lab.
+    _agent: Agent,
+    lab: Lab,
+    _manifests: TempDir,
+}
+
+impl Connected {
+    fn open(target: SocketAddr) -> Result<Self> {
+        let spec = two_devices(Rules::default())?;
+        let lab = Lab::build(LabSpec { network: Network::default(), ..spec })?;
+        by_eth1(&lab)?;
+        let manifests = tempfile::tempdir()?;
+        let mut agent = lab.node("n1").agent()?.manifests(manifests.path());
+        let list = json!({ "apiVersion": "v1", "kind": "List", "items": at_frontends() });
+        fs::write(manifests.path().join("objects.json"), serde_json::to_vec(&list)?)?;
+        lab.pod("P").serve().tcp(8080).start()?;
+        agent.start_ready()?;
+        let held = lab.client("X").hold(target).timeout(Duration::from_secs(20)).open()?;
+        let mut connected = Self { held, _agent: agent, lab, _manifests: manifests };
+        connected.is_answered_by("eth0", "eth1")?;
+        Ok(connected)
+    }
+
+    fn is_answered_by(&mut self, device: &str, other: &str) -> Result<()> {
+        let before = [sent(&self.lab, device)?, sent(&self.lab, other)?];
+        for _ in 0..20 {
+            let answer = self.held.say("are you there?")?;
+            ensure!(answer.ok, "{answer:?}");
+        }
+        let [own, others] = [sent(&self.lab, device)? - before[0], sent(&self.lab, other)? - before[1]];
+        ensure!(own >= 20 && others < 10, "{own} packets by {device}, {others} by {other}");
+        Ok(())
+    }
+
+    /// The client asks; once the answer has been lost, and sent again, something happens. Then it gets the answer.
+    fn is_answered_after(&mut self, what: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
+        let Self { held, lab, .. } = self;
+        cut(lab, "daddr")?;
+        let before = sent(lab, "eth0")?;
+        let answer = thread::scope(|scope| -> Result<Attempt> {
+            let asking = scope.spawn(|| held.say("and now?"));
+            until("an answer that is lost", || Ok((sent(lab, "eth0")? >= before + 2).then_some(())))?;
+            what(lab)?;
+            asking.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })?;
+        ensure!(answer.ok, "{answer:?}");
+        Ok(())
+    }
+}
+
+fn at_each_frontend(test: impl Fn(SocketAddr) -> Result<()>) -> Result<()> {
     for (family, address, _) in FRONTENDS {
-        withdraw(SocketAddr::new(address.parse()?, 80)).context(family)?;
+        test(SocketAddr::new(address.parse()?, 80)).context(family)?;
     }
     Ok(())
 }
 
-fn withdraw(target: SocketAddr) -> Result<()> {
-    let spec = two_devices(Rules::default())?;
-    let lab = Lab::build(LabSpec { network: Network::default(), ..spec })?;
-    by_eth1(&lab)?;
-    let manifests = tempfile::tempdir()?;
-    let mut agent = lab.node("n1").agent()?.manifests(manifests.path());
-    let list = json!({ "apiVersion": "v1", "kind": "List", "items": at_frontends() });
-    fs::write(manifests.path().join("objects.json"), serde_json::to_vec(&list)?)?;
-    lab.pod("P").serve().tcp(8080).start()?;
-    agent.start_ready()?;
-
-    let mut held = lab.client("X").hold(target).timeout(Duration::from_secs(20)).open()?;
-    let answered_by = |held: &mut Held, device: &str, other: &str| -> Result<()> {
-        let before = [sent(&lab, device)?, sent(&lab, other)?];
-        for _ in 0..20 {
-            let answer = held.say("are you there?")?;
-            ensure!(answer.ok, "{answer:?}");
-        }
-        let [own, others] = [sent(&lab, device)? - before[0], sent(&lab, other)? - before[1]];
-        ensure!(own >= 20 && others < 10, "{own} packets by {device}, {others} by {other}");
-        Ok(())
-    };
-    answered_by(&mut held, "eth0", "eth1")?;
-
-    // The answer is lost, and sent again. Of the client nothing more is heard, until the answer has come by the other uplink.
-    cut(&lab, "daddr")?;
-    let before = sent(&lab, "eth0")?;
-    let answer = std::thread::scope(|scope| -> Result<Attempt> {
-        let asking = scope.spawn(|| held.say("and now?"));
-        let done = || -> Result<()> {
-            until("an answer that is lost", || Ok((sent(&lab, "eth0")? >= before + 2).then_some(())))?;
-            cut(&lab, "saddr")?;
+/// A connection goes on when the uplink by which its client has come is withdrawn while the server sends, and returns to it.
+#[test]
+fn an_uplink_that_is_withdrawn() -> Result<()> {
+    at_each_frontend(|target| {
+        let mut connected = Connected::open(target)?;
+        connected.is_answered_after(|lab| {
+            // Of the client nothing more is heard until the answer has come.
+            cut(lab, "saddr")?;
             lab.node("n1").host().net().ip("link set eth0 down")?;
-            mend(&lab, "daddr")
+            mend(lab, "daddr")
+        })?;
+        let back = match target {
+            SocketAddr::V4(_) => "route add default via 192.0.2.1",
+            SocketAddr::V6(_) => {
+                "address add 2001:db8:1::10/64 dev eth0 nodad\n-6 route add default via 2001:db8:1::1"
+            }
         };
-        done()?;
-        asking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })?;
-    ensure!(answer.ok, "withdrawn: {answer:?}");
+        connected.lab.node("n1").host().net().ip(&format!("link set eth0 up\n{back}"))?;
+        mend(&connected.lab, "saddr")?;
+        connected.held.say("back again")?;
+        connected.is_answered_by("eth0", "eth1").context("it is back")
+    })
+}
 
-    let back = match target {
-        SocketAddr::V4(_) => "route add default via 192.0.2.1",
-        SocketAddr::V6(_) => {
-            "address add 2001:db8:1::10/64 dev eth0 nodad\n-6 route add default via 2001:db8:1::1"
-        }
-    };
-    lab.node("n1").host().net().ip(&format!("link set eth0 up\n{back}"))?;
-    mend(&lab, "saddr")?;
-    held.say("back again")?;
-    answered_by(&mut held, "eth0", "eth1").context("it is back")
+/// The network leads a client in by the other uplink, while the one before stays up but leads nowhere. What the client sends once more,
+/// because it has not heard that it has arrived, leads the answers to where it comes from.
+#[test]
+fn a_client_that_comes_by_another_uplink() -> Result<()> {
+    at_each_frontend(|target| {
+        let mut connected = Connected::open(target)?;
+        connected.is_answered_after(|lab| {
+            lab.hub().nft(
+                "table inet dead {
+                   chain passing {
+                     type filter hook prerouting priority raw;
+                     iifname lan0 ip daddr 203.0.113.7 drop
+                     iifname lan0 ip6 daddr 2001:db8:ff::7 drop
+                   }
+                 }",
+            )?;
+            lab.through_eth1("X", "n1")?;
+            mend(lab, "daddr")
+        })?;
+        connected.is_answered_by("eth1", "eth0")
+    })
 }
 
 /// The kernel drops what a client sends to a pod whose answers are routed by another device; whoever runs the node is told.
@@ -322,7 +371,7 @@ fn a_filter_before_pods_of_another_device_is_told() -> Result<()> {
     ensure!(told()?.is_none(), "{:?}", told()?);
     by_eth1(&lab)?;
     let problem = until("the problem", told)?;
-    ensure!(problem.contains("net.ipv4.conf.eth0.rp_filter=2"), "{problem}");
+    ensure!(problem.contains("net/ipv4/conf/eth0/rp_filter=2"), "{problem}");
     // A device that is loose counts as such, whatever all are. The rules tell that something has changed.
     lab.node("n1").host().net().sysctl("net/ipv4/conf/eth0/rp_filter", "2")?;
     lab.node("n1").host().net().ip("rule add from 10.64.9.9 lookup 9")?;

@@ -13,7 +13,7 @@ use rtnetlink::packet_route::link::{
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteType,
 };
-use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
+use rtnetlink::packet_route::rule::{RuleAttribute, RuleFlags, RuleMessage};
 use rtnetlink::{Handle, IpVersion, MulticastGroup, RouteMessageBuilder};
 use tokio::sync::watch;
 
@@ -37,7 +37,7 @@ pub struct Snapshot {
     pub addresses: Vec<Address>,
     /// Unicast routes of every table, except those to link-local prefixes.
     pub routes: Vec<Route>,
-    /// Tables of their own by which IPv4 rules route what comes from some addresses.
+    /// Tables of their own by which IPv4 rules route what comes from some addresses that the host has not itself.
     pub tables_by_source: BTreeSet<u32>,
 }
 
@@ -120,6 +120,11 @@ impl Snapshot {
         self.addresses.iter().filter(move |address| address.device == device)
     }
 
+    /// Whether a prefix is more than one address of the host.
+    fn is_elsewhere(&self, prefix: Prefix) -> bool {
+        prefix.mapped_len() != 128 || self.addresses.iter().all(|address| address.addr != prefix.addr())
+    }
+
     /// The routes through a device.
     pub fn routes_of(&self, device: u32) -> impl Iterator<Item = &Route> {
         self.routes.iter().filter(move |route| route.device == device)
@@ -165,8 +170,10 @@ pub(crate) async fn dump(handle: Handle) -> Result<Snapshot, rtnetlink::Error> {
         }
     }
     let mut rules = std::pin::pin!(handle.rule().get(IpVersion::V4).execute());
-    while let Some(message) = rules.try_next().await? {
-        snapshot.tables_by_source.extend(table_by_source(&message));
+    // A kernel without rules says so by an error.
+    while let Ok(Some(message)) = rules.try_next().await {
+        let of_pods = table_by_source(&message).filter(|(source, _)| snapshot.is_elsewhere(*source));
+        snapshot.tables_by_source.extend(of_pods.map(|(_, table)| table));
     }
     Ok(snapshot)
 }
@@ -281,17 +288,28 @@ fn routes_in(message: &RouteMessage) -> Vec<Route> {
     if counts { hops.into_iter().map(route).collect() } else { Vec::new() }
 }
 
-/// The table of a rule for what comes from some addresses, if that is not a common one.
-fn table_by_source(message: &RuleMessage) -> Option<u32> {
-    let mut table = u32::from(message.header.table);
-    let mut of_source = false;
+/// Source and table of a rule for what comes from some addresses, whatever else it is, if that is not a common table.
+fn table_by_source(message: &RuleMessage) -> Option<(Prefix, u32)> {
+    let header = &message.header;
+    let (mut table, mut source) = (u32::from(header.table), None);
     for attribute in &message.attributes {
         if let RuleAttribute::Table(id) = attribute {
             table = *id;
+        } else if let RuleAttribute::Source(from) = attribute {
+            source = Prefix::new((*from).into(), header.src_len);
+        } else if !matches!(
+            attribute,
+            RuleAttribute::Destination(_)
+                | RuleAttribute::Priority(_)
+                | RuleAttribute::Protocol(_)
+                | RuleAttribute::SuppressPrefixLen(_)
+        ) {
+            // Marks, devices, ports and users.
+            return None;
         }
-        of_source |= matches!(attribute, RuleAttribute::Source(_));
     }
-    (of_source && table != 0 && table != LOCAL_TABLE && !COMMON_TABLES.contains(&table)).then_some(table)
+    let is_common = table == 0 || table == LOCAL_TABLE || COMMON_TABLES.contains(&table);
+    source.filter(|_| !is_common && !header.flags.contains(RuleFlags::Invert)).map(|source| (source, table))
 }
 
 fn is_gateway(attributes: &[RouteAttribute]) -> bool {

@@ -24,14 +24,16 @@ fn problem(name: &str, by: &str) -> String {
     format!(
         "`rp_filter` is strict (1), and rules route what some sources send by {by}: what clients send to pods among these \
         by {name} is dropped by the kernel, before any Service proxy can help. Loosen it: \
-        `sysctl -w net.ipv4.conf.{name}.rp_filter=2`"
+        `sysctl -w net/ipv4/conf/{name}/rp_filter=2`"
     )
 }
 
 /// External devices, each with another one by which rules route some of what is answered there.
 fn routed_elsewhere<'a>(snapshot: &'a Snapshot, choices: &'a Choices) -> BTreeMap<&'a str, &'a str> {
     let external = || choices.iter().filter(|(_, choice)| choice.role == Role::External);
-    let leads = |table: u32, device: u32| snapshot.routes_of(device).any(|route| route.table == table);
+    let leads = |table: u32, device: u32| {
+        snapshot.routes_of(device).any(|route| route.table == table && route.destination.matches_all())
+    };
     let mut found = BTreeMap::new();
     for &table in &snapshot.tables_by_source {
         for (&device, choice) in external().filter(|&(&device, _)| !leads(table, device)) {

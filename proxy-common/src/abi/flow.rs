@@ -112,7 +112,8 @@ pub struct Flow {
     pub backend: u32,
     /// Once the backend has answered: index of the device by which its answers enter, 0 for a process of this host.
     pub answered_by: u32,
-    /// Of a client outside: index of the device by which its last packet has entered, and its answers leave. Otherwise 0.
+    /// Of a client outside: index of the device by which its last packet has entered, over TCP the last one that fits. Its answers leave
+    /// by it. Otherwise 0.
     pub asked_by: u32,
     /// [`FlowKey::check`] of the key: elements are reused under readers.
     pub check: u32,

@@ -3,7 +3,7 @@
 
 use proxy_common::abi::{Counter, FlowKey, FlowKind};
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::{ACK, PSH, SYN};
+use proxy_common::datapath::edge::parse::tcp::{ACK, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_tests::packets::{BARE, Body, NIC, Net, OVERLAY, POD, Packet, Seen, Trouble, World};
 
@@ -87,8 +87,16 @@ fn what_does_not_fit_a_connection_leads_nothing_away() {
         leaves(&world, POD, BARE, &Packet::tcp(pod, client, SYN | ACK, 5000, 1001));
         translated(world.enter(NIC, Packet::tcp(client, vip, ACK, 1001, 5001).bytes()));
         let reply = Packet::tcp(pod, client, PSH | ACK, 5001, 1001);
-        for (seq, device) in [(0x8000_0000, NIC), (900, NIC), (1001, BARE), (0x9000_0000, BARE)] {
-            translated(world.enter(BARE, Packet::tcp(client, vip, PSH | ACK, seq, 5001).bytes()));
+        for (asked_by, flags, seq, device) in [
+            (BARE, PSH | ACK, 0x8000_0000, NIC),
+            (BARE, RST, 1001, NIC),
+            (BARE, PSH | ACK, 1001, BARE),
+            (NIC, ACK, 0x9000_0000, BARE),
+            // A keepalive, and what is sent again because its acknowledgement has been lost.
+            (NIC, ACK, 1000, NIC),
+            (BARE, PSH | ACK, 900, BARE),
+        ] {
+            translated(world.enter(asked_by, Packet::tcp(client, vip, flags, seq, 5001).bytes()));
             assert_eq!(leaves(&world, POD, BARE, &reply).0, device, "{seq}");
         }
     }

@@ -143,7 +143,7 @@ pub fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
         ("client-key", &auth_info.client_key, auth_info.client_key_data.is_some()),
     ] {
         if let Some(path) = given(file).filter(|_| !data) {
-            named_file::read(Path::new(path)).map_err(|error| Wrong::Field {
+            named_file::check(Path::new(path)).map_err(|error| Wrong::Field {
                 field: format!("users[{}].user.{field}", user.unwrap_or_default()),
                 reason: format!("{path}: {error}"),
             })?;

@@ -23,7 +23,7 @@ pub trait Packet {
     /// Index of the device by which the kernel's routes lead to `addr` from here, of the packet's family; 0 if none does, or
     /// the kernel does not tell.
     fn route_to(&self, family: Family, addr: &Addr) -> u32;
-    /// Whether a VLAN tag has stood before the IP header as the packet came in: then it is for a device above this one.
+    /// Whether a tag of a VLAN other than 0 stands before the IP header: such a packet is for a device above this one, or from there.
     fn is_tagged(&self) -> bool {
         false
     }

@@ -151,14 +151,18 @@ pub fn on_request<T: EdgeTables>(tables: &T, place: &Place<T::Cell>, parsed: &Pa
     let (numbers, now) = (*numbers, *now);
     let flow = place.flow();
     let mut state = flow.state;
-    let (mut proven, mut prolongs, mut fits) = (true, true, true);
+    let (mut proven, mut prolongs, mut leads) = (true, true, true);
     if parsed.proto == proto::TCP {
         // Anybody can send anything in the name of a client; the backend believes what fits (RFC 5961 §3.2).
         let window = if parsed.kind & tcp::RST != 0 { RESET_WINDOW } else { FIN_WINDOW };
-        fits = state & ASSURED == 0 || numbers.seq.wrapping_sub(flow.expected) < window;
+        let fits = state & ASSURED == 0 || numbers.seq.wrapping_sub(flow.expected) < window;
         if fits || parsed.kind & (tcp::RST | tcp::FIN) == 0 {
             state = tcp_state(state, parsed.kind, FIN_REQUEST);
         }
+        // What is sent again is behind what the backend has acknowledged.
+        leads = parsed.kind & tcp::RST == 0
+            && (state & ASSURED == 0
+                || numbers.seq.wrapping_sub(flow.expected).wrapping_add(FIN_WINDOW) < 2 * FIN_WINDOW);
         proven = state & PROVEN != 0 || parsed.kind & tcp::ACK != 0 && proves(&flow, numbers.ack);
         if state & ASSURED != 0 {
             let asks =
@@ -177,7 +181,7 @@ pub fn on_request<T: EdgeTables>(tables: &T, place: &Place<T::Cell>, parsed: &Pa
             place.cell.set_syn(place.check, numbers.data as u16);
         }
     }
-    if fits && flow.asked_by != *asked_by {
+    if leads && flow.asked_by != *asked_by {
         place.cell.set_asked_by(place.check, *asked_by);
     }
     if prolongs {
