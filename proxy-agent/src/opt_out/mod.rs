@@ -23,8 +23,8 @@ mod sandboxes;
 
 pub use cgroups::{Tree, is_below, look};
 pub use rules::{ANNOTATION, RuleError, Rules};
-pub use sandboxes::PODS_MAX;
 use sandboxes::Sandboxes;
+pub use sandboxes::{CONTAINERS_MAX, PODS_MAX};
 
 /// How often the tree is looked at without an event, for parents of pods that did not exist.
 const LOOK_ROUND: Duration = Duration::from_secs(5);
@@ -44,8 +44,17 @@ pub struct Found {
     pub pods: BTreeMap<Arc<str>, Place>,
     /// Ids of the cgroups that opt out by their paths, as far as they are there.
     pub cgroups: BTreeMap<String, u64>,
-    /// Cookies of the network namespaces of pods, as far as they are known, by the ids of their cgroups.
-    pub sandboxes: BTreeMap<u64, u64>,
+    /// Pods whose network namespace is known, by the ids of their cgroups.
+    pub sandboxes: BTreeMap<u64, Sandbox>,
+}
+
+/// What is known of a pod's sandbox.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sandbox {
+    /// Cookie of the network namespace.
+    pub netns: u64,
+    /// Ids of the containers' cgroups. Those of another sandbox of the same pod are other ones.
+    pub containers: BTreeSet<u64>,
 }
 
 /// Where a pod is.
@@ -143,6 +152,7 @@ async fn follow(
                 let quiet = async { while tokio::time::timeout(QUIET, looker.event()).await.is_ok() {} };
                 // Whoever keeps making cgroups keeps nobody's from being found.
                 let _ = tokio::time::timeout(BURST, quiet).await;
+                looker.sandboxes.be_patient();
             }
             () = tokio::time::sleep(if soon { LOOK_SOON } else { LOOK_ROUND }) => {}
         }
@@ -197,7 +207,7 @@ impl Looker {
     }
 
     /// Looks at the sandboxes of the pods in `tree`; says also whether they should be looked at again soon.
-    async fn sandboxes(&mut self, tree: &Tree) -> (BTreeMap<u64, u64>, bool) {
+    async fn sandboxes(&mut self, tree: &Tree) -> (BTreeMap<u64, Sandbox>, bool) {
         let pods: Vec<_> = tree.pods.values().cloned().collect();
         let mut sandboxes = std::mem::take(&mut self.sandboxes);
         let looking = tokio::task::spawn_blocking(move || {

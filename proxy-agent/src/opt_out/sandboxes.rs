@@ -9,6 +9,9 @@
 //! Pods in the host's network have none of their own. What is not certain is not known: nothing is said of such a pod. A pod can
 //! only mislead about itself, and only where its runtime starts no pause container; its processes and cgroups are looked at up to
 //! a number.
+//!
+//! What is known holds for the containers that were there when somebody looked. Those of a sandbox that is made anew while nobody looks
+//! have other cgroups, so nothing is known of them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
@@ -20,11 +23,14 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::Sandbox;
 use super::cgroups::Pod;
 use crate::bpf::sys;
 
 /// Of so many pods the sandbox is known.
 pub const PODS_MAX: usize = 1024;
+/// Of so many containers of a pod, the oldest first.
+pub const CONTAINERS_MAX: usize = 16;
 /// How deep below its cgroup the processes of a pod are looked for: containers have cgroups of their own, and make more.
 const DEPTH_MAX: u32 = 3;
 /// How many cgroups of a pod are looked at, the oldest of each level first.
@@ -35,6 +41,9 @@ const ENTRIES_MAX: usize = 512;
 const PROCESSES_MAX: usize = 512;
 /// How much of a file in procfs or a cgroup.
 const BYTES_MAX: u64 = 16 * 1024;
+/// Devices that a network namespace may have from its beginning.
+const OF_EVERY_NAMESPACE: [&str; 10] =
+    ["lo", "tunl0", "sit0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "ip6tnl0", "ip6gre0"];
 /// For how long a pod that has come is looked at again soon.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -43,7 +52,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) struct Sandboxes {
     proc: PathBuf,
     /// By the pod's cgroup.
-    known: BTreeMap<u64, Sandbox>,
+    known: BTreeMap<u64, Origin>,
     /// Since when that of a pod has not been known.
     unknown: BTreeMap<u64, Instant>,
 }
@@ -56,11 +65,18 @@ impl Default for Sandboxes {
 
 /// Where a pod's sandbox is known from.
 #[derive(Clone, Copy, Debug)]
-struct Sandbox {
+struct Origin {
     process: Process,
-    netns: Inode,
-    /// Cookie of the namespace, as BPF programs see it.
-    cookie: u64,
+    /// Cookie of the namespace in which the process was, as BPF programs see it.
+    netns: u64,
+}
+
+/// What a look at a pod has shown.
+enum Finding {
+    Known(Origin),
+    /// It is in the host's network.
+    None,
+    Unknown,
 }
 
 /// A process; the oldest first.
@@ -75,33 +91,52 @@ struct Process {
 type Inode = (u64, u64);
 
 impl Sandboxes {
-    /// Looks at the pods. Returns the cookie of each sandbox that is known by the cgroup of its pod, and whether another look should follow
-    /// soon.
-    pub(super) fn look<'a>(&mut self, pods: impl Iterator<Item = &'a Pod>) -> (BTreeMap<u64, u64>, bool) {
+    /// Looks at the pods. Returns the sandboxes that are known by the cgroups of their pods, and whether another look should follow soon.
+    pub(super) fn look<'a>(&mut self, pods: impl Iterator<Item = &'a Pod>) -> (BTreeMap<u64, Sandbox>, bool) {
         let before = std::mem::take(&mut self.known);
         let since = std::mem::take(&mut self.unknown);
-        let Some(host) = Host::look(&self.proc) else { return (BTreeMap::new(), false) };
+        let host = Host::look(&self.proc);
+        let mut found = BTreeMap::new();
         for pod in pods.take(PODS_MAX) {
-            let still = before.get(&pod.id).copied().filter(|sandbox| self.is_there(sandbox));
-            if let Some(sandbox) = still.or_else(|| self.find(&pod.path, &host)) {
-                self.known.insert(pod.id, sandbox);
-            } else {
-                let since = since.get(&pod.id).copied();
-                self.unknown.insert(pod.id, since.unwrap_or_else(Instant::now));
+            let still = before.get(&pod.id).copied().filter(|origin| self.is_there(origin));
+            let finding = match (still, &host) {
+                (Some(origin), _) => Finding::Known(origin),
+                (None, Some(host)) => self.find(&pod.path, host),
+                (None, None) => Finding::None,
+            };
+            match finding {
+                Finding::Known(origin) => {
+                    self.known.insert(pod.id, origin);
+                    let containers = below(&pod.path, 0).into_iter().take(CONTAINERS_MAX).map(|(id, _)| id);
+                    found.insert(pod.id, Sandbox { netns: origin.netns, containers: containers.collect() });
+                }
+                Finding::None => {}
+                Finding::Unknown => {
+                    let since = since.get(&pod.id).copied();
+                    self.unknown.insert(pod.id, since.unwrap_or_else(Instant::now));
+                }
             }
         }
         let soon = self.unknown.values().any(|since| since.elapsed() < PATIENCE);
-        (self.known.iter().map(|(cgroup, sandbox)| (*cgroup, sandbox.cookie)).collect(), soon)
+        (found, soon)
     }
 
-    /// Whether the process still runs, where it was.
-    fn is_there(&self, sandbox: &Sandbox) -> bool {
-        let Sandbox { process, netns, .. } = *sandbox;
-        self.start(process.pid) == Some(process.start) && self.namespace(process.pid, "net") == Some(netns)
+    /// Something has come or gone: pods that are not known are looked at again soon.
+    pub(super) fn be_patient(&mut self) {
+        self.unknown.values_mut().for_each(|since| *since = Instant::now());
+    }
+
+    /// Whether the process still runs. If it is elsewhere by now, it has gone there by itself.
+    fn is_there(&self, origin: &Origin) -> bool {
+        self.start(origin.process.pid) == Some(origin.process.start)
     }
 
     /// The sandbox of the pod with this cgroup. The oldest process that counts decides.
-    fn find(&self, pod: &Path, host: &Host) -> Option<Sandbox> {
+    fn find(&self, pod: &Path, host: &Host) -> Finding {
+        self.oldest(pod, host).unwrap_or(Finding::Unknown)
+    }
+
+    fn oldest(&self, pod: &Path, host: &Host) -> Option<Finding> {
         let mut processes: Vec<Process> = pids(pod)
             .into_iter()
             .filter_map(|pid| self.start(pid).map(|start| Process { start, pid }))
@@ -114,9 +149,13 @@ impl Sandboxes {
         let namespace = File::open(self.path(process.pid, "ns/net")).ok()?;
         let netns = inode(&namespace.metadata().ok()?);
         // Only then it is this one's.
-        let same = self.start(process.pid) == Some(process.start);
-        let cookie = if same && netns != host.network { cookie(&namespace) } else { None };
-        Some(Sandbox { process, netns, cookie: cookie? })
+        if self.start(process.pid) != Some(process.start) {
+            return None;
+        }
+        if netns == host.network {
+            return Some(Finding::None);
+        }
+        Some(Finding::Known(Origin { process, netns: cookie(&namespace)? }))
     }
 
     fn path(&self, pid: u32, file: &str) -> PathBuf {
@@ -134,11 +173,12 @@ impl Sandboxes {
         fs::metadata(self.path(pid, "ns").join(kind)).ok().map(|namespace| inode(&namespace))
     }
 
-    /// Whether the network namespace of a process has another device than loopback, so that it leads anywhere.
+    /// Whether the network namespace of a process has another device than loopback and the tunnels that every namespace may have from its
+    /// beginning (`net.core.fb_tunnels_only_for_init_net`), so that it leads anywhere.
     fn has_device(&self, pid: u32) -> bool {
         let devices = read(&self.path(pid, "net/dev")).unwrap_or_default();
-        let names = devices.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim());
-        names.into_iter().any(|name| name != "lo")
+        let mut names = devices.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim());
+        names.any(|name| !OF_EVERY_NAMESPACE.contains(&name))
     }
 }
 
@@ -177,15 +217,15 @@ fn pids(pod: &Path) -> Vec<u32> {
             break;
         }
         if depth < DEPTH_MAX {
-            levels.extend(below(&directory, depth).into_iter().map(|below| (below, depth + 1)));
+            levels.extend(below(&directory, depth).into_iter().map(|(_, below)| (below, depth + 1)));
         }
     }
     pids.truncate(PROCESSES_MAX);
     pids
 }
 
-/// The cgroups below one, the oldest first: their inodes count up.
-fn below(directory: &Path, depth: u32) -> Vec<PathBuf> {
+/// The cgroups below one with their ids, the oldest first: these count up.
+fn below(directory: &Path, depth: u32) -> Vec<(u64, PathBuf)> {
     // Those of a pod are made by the runtime, those of its containers by whom they run.
     let most = if depth == 0 { usize::MAX } else { ENTRIES_MAX };
     let entries = fs::read_dir(directory).into_iter().flatten().take(most).flatten();
@@ -195,7 +235,7 @@ fn below(directory: &Path, depth: u32) -> Vec<PathBuf> {
         .collect();
     directories.sort_unstable();
     directories.truncate(CGROUPS_MAX);
-    directories.into_iter().map(|(_, path)| path).collect()
+    directories
 }
 
 /// The beginning of a file.
@@ -290,9 +330,9 @@ mod tests {
 
     fn known(sandboxes: &mut Sandboxes, pod: &Pod) -> Option<u64> {
         let (found, soon) = sandboxes.look([pod].into_iter());
-        assert_eq!(soon, found.is_empty());
+        assert!(found.is_empty() || !soon);
         assert!(found.keys().all(|cgroup| *cgroup == pod.id));
-        found.get(&pod.id).copied()
+        found.get(&pod.id).map(|sandbox| sandbox.netns)
     }
 
     #[test]

@@ -7,6 +7,7 @@ use proxy_common::abi::opt_out::{EVERYTHING, INSIDE};
 use proxy_common::addr::Prefix;
 
 use crate::model::Model;
+use crate::opt_out::Sandbox;
 use crate::store::Op;
 
 /// What is known of whom the socket edge leaves alone. Of what is `None`, what an earlier agent has left stays in force, as do the
@@ -19,15 +20,15 @@ pub struct LeftAlone<'a> {
     pub host_in_packets: Option<bool>,
     /// The cgroups that opt out.
     pub opted_out: Option<&'a BTreeSet<u64>>,
-    /// Cookies of the network namespaces of pods, by their cgroups: what is inside of those is left alone.
-    pub sandboxes: Option<&'a BTreeMap<u64, u64>>,
+    /// The sandboxes of pods, by their cgroups: what is in another network is left alone, of processes in a container's cgroup.
+    pub sandboxes: Option<&'a BTreeMap<u64, Sandbox>>,
 }
 
 /// Plans them all. A sandbox is known before anything of its pod is taken for inside of it, and until nothing is any more.
 pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
     let pods_in_packets = wanted.pods_in_packets.unwrap_or(model.node_flags & PODS_IN_PACKETS != 0);
     let sandboxes: BTreeMap<u64, u64> = match wanted.sandboxes {
-        Some(found) => found.iter().map(|(cgroup, netns)| (*netns, *cgroup)).collect(),
+        Some(found) => found.iter().map(|(cgroup, sandbox)| (sandbox.netns, *cgroup)).collect(),
         None => model.sandboxes.clone(),
     };
     let opted_out: BTreeSet<u64> = match wanted.opted_out {
@@ -44,7 +45,14 @@ pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
         flags |= if opted_out.is_empty() { 0 } else { OPTED_OUT };
         flags |= if sandboxes.is_empty() { 0 } else { SANDBOXES_KNOWN };
     }
-    let mut opt_out: BTreeMap<u64, u32> = sandboxes.values().map(|cgroup| (*cgroup, INSIDE)).collect();
+    let mut opt_out: BTreeMap<u64, u32> = match wanted.sandboxes {
+        Some(found) => {
+            found.values().flat_map(|sandbox| &sandbox.containers).map(|id| (*id, INSIDE)).collect()
+        }
+        None => {
+            model.opt_out.iter().filter(|(_, what)| **what == INSIDE).map(|(id, what)| (*id, *what)).collect()
+        }
+    };
     opt_out.extend(opted_out.into_iter().map(|cgroup| (cgroup, EVERYTHING)));
 
     let mut ops = Vec::new();
@@ -76,6 +84,7 @@ pub fn meets_edges(model: &Model, elsewhere: &[Prefix]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::opt_out;
     use crate::store::{Capacity, Contents};
 
     const BOTH: u64 = PODS_IN_PACKETS | OPTED_OUT;
@@ -168,7 +177,11 @@ mod tests {
         ] {
             let mut model = model(flags, opt_out, netns);
             let opted_out: BTreeSet<u64> = opted_out.iter().copied().collect();
-            let sandboxes: Option<BTreeMap<u64, u64>> = sandboxes.map(|all| all.iter().copied().collect());
+            // Each has one container, with the number of its pod.
+            let sandbox =
+                |&(cgroup, netns)| (cgroup, opt_out::Sandbox { netns, containers: [cgroup].into() });
+            let sandboxes: Option<BTreeMap<u64, opt_out::Sandbox>> =
+                sandboxes.map(|all| all.iter().map(sandbox).collect());
             let wanted = LeftAlone {
                 pods_in_packets: Some(pods),
                 host_in_packets: None,

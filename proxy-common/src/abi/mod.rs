@@ -67,7 +67,7 @@ pub mod node {
     /// A socket cannot be told why it is refused (before 5.18), and what this host sends to a clusterIP leaves by a device with
     /// programs: the SYN of a process of the host is reset there.
     pub const HOST_IN_PACKETS: u64 = 1 << 2;
-    /// `SANDBOXES` has the network namespaces of pods, and `OPT_OUT` their cgroups.
+    /// `SANDBOXES` has the network namespaces of pods, and `OPT_OUT` the cgroups of their containers.
     pub const SANDBOXES_KNOWN: u64 = 1 << 3;
 }
 

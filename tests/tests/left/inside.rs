@@ -47,7 +47,7 @@ fn wait_known(setting: &Setting, pods: usize) -> Result<()> {
     let pins = PinDir::new(setting.lab.node(NODE).pin_dir());
     until("sandboxes", || {
         let contents = KernelMaps::open(&pins, false)?.contents()?;
-        Ok((contents.sandboxes.len() == pods && contents.opt_out.len() == pods).then_some(()))
+        Ok((contents.sandboxes.len() == pods && (contents.opt_out.is_empty() == (pods == 0))).then_some(()))
     })
     .with_context(|| format!("of {pods} pods"))
 }
@@ -88,10 +88,23 @@ fn what_is_inside_a_pod_is_served_at_the_pods_interface() -> Result<()> {
     for place in [&own, &inside] {
         setting.served(place, OPEN, false).context("the sandbox is gone")?;
     }
-    let _second = pause(&p, PODS[0], "another")?;
+    let second = pause(&p, PODS[0], "another")?;
     wait_known(&setting, 1)?;
     setting.served(&inside, OPEN, true)?;
     setting.served(&own, OPEN, false)?;
+
+    // So does one that is made while no agent runs: its containers are others, and nothing is known of them.
+    setting.agent.kill9()?;
+    drop(second);
+    let net = Netns::new(Role::Leaf)?;
+    setting.lab.pod("L1").net().ip(&format!(
+        "link add anew type veth peer name eth0 netns {}\naddress add 172.31.0.1/24 dev anew\nlink set anew up",
+        net.path()
+    ))?;
+    net.ip("link set lo up\naddress add 172.31.0.2/24 dev eth0\nlink set eth0 up\nroute add default via 172.31.0.1")?;
+    let anew = p.in_cgroup(&format!("{}/anew", PODS[0]))?.with_net("anew", &net, &["172.31.0.2".parse()?])?;
+    setting.served(&anew, OPEN, false).context("a sandbox that no agent has seen")?;
+    setting.start(&[])?;
 
     setting.start(&[("pod-interfaces", "none")])?;
     setting.served(&inside, OPEN, false).context("nobody would judge its packets")

@@ -5,8 +5,8 @@
 //! storage, and connects the socket to [`ADDRESS`] and [`PORT`]. The hook then connects it to the order's VIP, as it was when the
 //! owner asked. connect() by the owner removes the order. Whoever else connects to that address does what the agent would have done.
 //!
-//! Opt-outs are looked up by the cgroup of the calling process, here the agent's own, which has none: a pod on the host's network has no
-//! sandbox either. So the agent itself gives no order to sockets of pods that have opted out.
+//! Opt-outs are looked up by the cgroup of the calling process, here the agent's own, which has none. So the agent itself gives no order to
+//! sockets of pods that have opted out. Sockets of networks inside pods have records only if they are older than what is known of the pod.
 
 use super::{Caller, Verdict, holds, lead, protocol};
 use crate::abi::socket::Order;
