@@ -216,11 +216,8 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn opted_out(&self, cgroup: u64) -> u32 {
-        match OPT_OUT.get_ptr(cgroup) {
-            // SAFETY: the kernel's lookup returned a pointer to a whole element.
-            Some(what) => unsafe { what.read_volatile() },
-            None => 0,
-        }
+        // SAFETY: the kernel's lookup returned a pointer to a whole element.
+        OPT_OUT.get_ptr(cgroup).map_or(0, |what| unsafe { what.read_volatile() })
     }
 
     #[inline(always)]

@@ -136,14 +136,8 @@ fn a_second_device() -> Result<()> {
     }
     reaches(&lab.pod("P"), "10.64.2.21:8080", "R1", "10.64.1.50")?;
     reaches(lab.node("n1").host(), "10.64.2.21:8080", "R1", "198.51.100.10")?;
-    let received = |device: &str| -> Result<u64> {
-        let mut cat = lab.node("n1").host().command("cat");
-        cat.arg("/proc/net/dev");
-        let text = cat.text()?;
-        let line = text.lines().find_map(|line| line.trim().strip_prefix(&format!("{device}:")));
-        let packets = line.and_then(|line| line.split_whitespace().nth(1));
-        packets.and_then(|packets| packets.parse().ok()).context("no such device")
-    };
+    let received =
+        |device: &str| -> Result<u64> { lab.node("n1").host().packets(device).map(|[received, _]| received) };
     for (client, address, device) in [("X", "203.0.113.7", "eth0"), ("Y", "203.0.113.200", "eth1")] {
         let client = lab.client(client);
         let before = received(device)?;

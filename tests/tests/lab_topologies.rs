@@ -222,12 +222,7 @@ fn at_frontends() -> Vec<Value> {
 
 /// Packets that a device of n1 has sent.
 fn sent(lab: &Lab, device: &str) -> Result<u64> {
-    let mut cat = lab.node("n1").host().command("cat");
-    cat.arg("/proc/net/dev");
-    let text = cat.text()?;
-    let line = text.lines().find_map(|line| line.trim().strip_prefix(&format!("{device}:")));
-    let packets = line.and_then(|line| line.split_whitespace().nth(9));
-    packets.and_then(|packets| packets.parse().ok()).context("no such device")
+    lab.node("n1").host().packets(device).map(|[_, sent]| sent)
 }
 
 /// Drops what passes the network between the nodes to or from (`end`) the client.

@@ -74,6 +74,22 @@ impl Place {
         Exec::new(&self.0.net, &self.0.cgroup, program)
     }
 
+    /// Packets that a device here has received and sent.
+    ///
+    /// # Errors
+    /// If there is no such device.
+    pub fn packets(&self, device: &str) -> Result<[u64; 2]> {
+        let mut cat = self.command("cat");
+        cat.arg("/proc/net/dev");
+        let text = cat.text()?;
+        let line = text.lines().find_map(|line| line.trim().strip_prefix(&format!("{device}:")));
+        let columns: Vec<&str> =
+            line.with_context(|| format!("no device {device}"))?.split_whitespace().collect();
+        let column =
+            |number: usize| -> Result<u64> { Ok(columns.get(number).context("too few columns")?.parse()?) };
+        Ok([column(1)?, column(9)?])
+    }
+
     /// Connections from here to `target`, an `address:port`.
     pub fn connect(&self, target: impl ToString) -> Connect {
         Connect::new(self, target.to_string())

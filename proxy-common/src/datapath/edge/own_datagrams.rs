@@ -8,7 +8,8 @@
 use super::packet::Packet;
 use super::parse::{Parsed, Part};
 use super::tables::{EdgeTables, FlowCell as _, Tier, Work};
-use super::{Edge, flows, is_from_outside, timeouts};
+use super::whence::is_from_outside;
+use super::{Edge, flows, timeouts};
 use crate::abi::flow::state::REPLIED;
 use crate::abi::{FilterBit, Flow, FlowKind, local_address, proto};
 use crate::addr::Family;
