@@ -45,10 +45,17 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // One line with all causes: this is what a crash-looping pod's last log line is.
-            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            let _ = writeln!(std::io::stderr(), "error: {}", in_one_line(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes, except those that it has told itself.
+fn in_one_line(error: &anyhow::Error) -> String {
+    error.chain().skip(1).map(ToString::to_string).fold(error.to_string(), |text, cause| {
+        if text.ends_with(&cause) { text } else { format!("{text}: {cause}") }
+    })
 }
 
 fn run(args: &RunArgs) -> anyhow::Result<()> {
@@ -161,4 +168,19 @@ fn print(
 
 fn cleanup(pins: &Pins) -> anyhow::Result<()> {
     Ok(crate::cleanup::run(&PinDir::new(&pins.pin_dir), &state_file(&pins.run_dir, &pins.pin_dir))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+
+    #[test]
+    fn no_cause_is_told_twice() {
+        let error =
+            Err::<(), _>(anyhow!("no such file")).context("--config x: no such file").context("the agent");
+        let error = error.unwrap_err();
+        assert_eq!(in_one_line(&error), "the agent: --config x: no such file");
+    }
 }
