@@ -140,3 +140,25 @@ fn h004_in_the_name_of_a_pod_from_outside() -> Result<()> {
     }
     Ok(())
 }
+
+/// By the port of one socket a client asks a Service, then its pod, and so on: each answers for itself.
+#[test]
+fn h002_a_client_talks_to_a_service_and_to_its_pod_by_one_port() -> Result<()> {
+    let world = World::start()?;
+    for v6 in [false, true] {
+        for place in [world.victim(), world.client()] {
+            let own = place.addresses().iter().copied().find(|ip| ip.is_ipv6() == v6);
+            let own = SocketAddr::new(own.context("an address")?, 41_234);
+            for proto in [Proto::Udp, Proto::UdpUnconnected] {
+                for _ in 0..2 {
+                    for (_, target) in world.targets(&place)?.into_iter().filter(|(_, to)| to.is_ipv6() == v6)
+                    {
+                        let attempt = place.connect(target).proto(proto).bind(own).one()?;
+                        anyhow::ensure!(attempt.ok, "{} to {target} by {proto:?}: {attempt:?}", place.name());
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}

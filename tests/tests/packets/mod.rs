@@ -2,6 +2,7 @@
 
 mod affinity;
 mod corpus;
+mod direct;
 mod errors;
 mod fragments;
 mod malformed;

@@ -2,8 +2,8 @@
 
 use super::packet::Packet;
 use super::parse::Parsed;
-use super::tables::EdgeTables;
-use super::{Choice, Verdict, refuse};
+use super::tables::{EdgeTables, Work};
+use super::{Verdict, direct, refuse};
 use crate::abi::device::flags::{NEAR, POD, POD_BRIDGE};
 use crate::abi::frontend::flags::SOURCE_RANGES;
 use crate::abi::{Counter, Origin, local_address};
@@ -56,13 +56,15 @@ pub(super) fn choose(
     packet: &impl Packet,
     tables: &impl EdgeTables,
     parsed: &Parsed,
-    origin: Origin,
-    to: &mut Choice,
+    work: &mut Work,
 ) -> Refusal {
-    let tuple = &parsed.tuple;
+    let (tuple, origin) = (&parsed.tuple, work.origin);
     let target = find(tables, parsed);
-    let Target::Frontend(frontend) = target else { return nobodys(target) };
-    to.service = frontend.service;
+    let Target::Frontend(frontend) = target else {
+        let direct = matches!(target, Target::Other) && direct::can_begin(tables, parsed, work);
+        return if direct { Refusal::NOT } else { nobodys(target) };
+    };
+    work.to.service = frontend.service;
     if frontend.flags & SOURCE_RANGES != 0 && !tables.in_source_ranges(frontend.service, &tuple.source) {
         return Refusal::drop(Counter::DropSourceRange);
     }
@@ -81,7 +83,7 @@ pub(super) fn choose(
     let client = if near { Client::Near } else { Client::Far };
     match select(tables, frontend, client, tuple.source) {
         Selection::Backend(id, _) => {
-            to.backend = id;
+            work.to.backend = id;
             Refusal::NOT
         }
         Selection::Reject(why) => Refusal::reject(why),

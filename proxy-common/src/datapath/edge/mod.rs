@@ -40,6 +40,7 @@ pub mod icmp;
 
 pub mod refuse;
 
+mod direct;
 mod fragments;
 mod judge;
 mod own_datagrams;
@@ -105,10 +106,11 @@ pub fn ingress(
     scratch: &mut Scratch,
 ) -> Verdict {
     let Scratch { parsed, quote, work } = scratch;
-    if !parse::addresses(packet, parsed)
-        || !lookup::may_be_ours(tables, &parsed.tuple.destination)
-        || edge == Edge::External && packet.is_tagged()
-    {
+    if !parse::addresses(packet, parsed) {
+        return Verdict::Pass;
+    }
+    let ours = lookup::may_be_ours(tables, &parsed.tuple.destination);
+    if !ours && !direct::may_be_one(tables, parsed) || edge == Edge::External && packet.is_tagged() {
         return Verdict::Pass;
     }
     match parse::parse(packet, parsed) {
@@ -118,12 +120,15 @@ pub fn ingress(
     }
     (work.now, work.origin) = (tables.now(), edge.origin(packet.ifindex()));
     work.asked_by = if edge == Edge::External { packet.ifindex() } else { 0 };
+    if parsed.part == Part::Later && !restore_ports(tables, parsed, work.origin, false) {
+        return stray_fragment(tables, &parsed.tuple.destination);
+    }
+    if !ours && !direct::meets_flow(tables, parsed, work) {
+        return Verdict::Pass;
+    }
     if parsed.part == Part::First {
         // Whosever it is: the ports will tell. Where they cannot be kept, the other fragments are lost, as any packet may.
         remember_ports(tables, parsed, work.origin, false);
-    }
-    if parsed.part == Part::Later && !restore_ports(tables, parsed, work.origin, false) {
-        return stray_fragment(tables, &parsed.tuple.destination);
     }
     if icmp::is_error(parsed) {
         icmp::ingress(packet, tables, parsed, quote, work)
@@ -229,7 +234,7 @@ fn entering<T: EdgeTables>(
             return Verdict::Pass;
         }
         work.to = Choice { proto: parsed.proto, service: 0, backend: 0 };
-        let refusal = choose(packet, tables, parsed, work.origin, &mut work.to);
+        let refusal = choose(packet, tables, parsed, work);
         match (refusal.how, &place) {
             (How::Not, old) => {
                 let moves = old.is_some() && parsed.proto == proto::UDP;
@@ -302,12 +307,13 @@ fn numbers(packet: &impl Packet, parsed: &Parsed) -> Numbers {
 /// Whether a UDP flow may stay where it is.
 #[inline(always)]
 fn serves(tables: &impl EdgeTables, key: &FlowKey, flow: &Flow) -> bool {
-    tables.backend(flow.backend).is_some_and(|backend| {
-        backend.addr == key.destination
-            && backend.port == key.destination_port
-            && backend.service == flow.service
-            && backend.state.flags & SERVING != 0
-    })
+    direct::is_one(key, flow)
+        || tables.backend(flow.backend).is_some_and(|backend| {
+            backend.addr == key.destination
+                && backend.port == key.destination_port
+                && backend.service == flow.service
+                && backend.state.flags & SERVING != 0
+        })
 }
 
 /// A request on its way to another node, or of a pod to itself: gets a source of ours. `None` if it needs none, or is none.

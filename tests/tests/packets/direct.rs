@@ -1,0 +1,153 @@
+//! Datagrams of a client to a Service and to the Service's backend itself, by one port.
+
+use std::net::SocketAddr;
+
+use proxy_agent::store::{MapStore as _, Op};
+use proxy_common::abi::{Backend, Counter};
+use proxy_common::datapath::edge::Verdict;
+use proxy_common::datapath::edge::tables::Tier;
+use proxy_common::datapath::tables::Tables as _;
+use proxy_tests::packets::{Body, ETHERNET, NIC, Net, OVERLAY, POD, Packet, Trouble, World, fragments};
+
+use super::{counts, passes, seen, translated, world};
+
+/// The way of a packet of the client to a backend. Returns it as the backend sees it.
+#[track_caller]
+fn ask(world: &World, net: Net, pod: SocketAddr, request: &[u8]) -> Vec<u8> {
+    let (_, routed) = world.enter(NIC, request.to_vec());
+    let (_, sent) = if pod == net.local() {
+        world.leave_from(NIC, POD, routed)
+    } else {
+        world.leave_from(NIC, OVERLAY, routed)
+    };
+    assert_eq!(seen(&sent).destination, pod);
+    sent
+}
+
+/// The way of what a backend sends back. Returns it as the client sees it.
+#[track_caller]
+fn answered(world: &World, net: Net, pod: SocketAddr, reply: &[u8]) -> Vec<u8> {
+    let by = if pod == net.local() { POD } else { OVERLAY };
+    let (_, routed) = world.enter(by, reply.to_vec());
+    world.leave_from(by, NIC, routed).1
+}
+
+/// Both ways of a request to `to`. Returns the source that the backend sees.
+#[track_caller]
+fn talk(world: &World, net: Net, pod: SocketAddr, request: &Packet) -> SocketAddr {
+    let source = seen(&ask(world, net, pod, &request.bytes())).source;
+    let reply = request.between(pod, source);
+    let heard = answered(world, net, pod, &reply.bytes());
+    assert_eq!(heard, reply.between(request.destination, request.source).bytes());
+    source
+}
+
+fn bodies() -> [Body; 2] {
+    [Body::Udp { data: b"a question".to_vec(), checksum: true }, Body::Sctp(b"a chunk of some data".to_vec())]
+}
+
+#[test]
+fn who_talks_to_a_service_and_to_its_pod_by_one_port_is_answered_by_each() {
+    for net in Net::ALL {
+        for (vip, pod) in [(net.here(), net.local()), (net.there(), net.remote(1))] {
+            for body in bodies() {
+                for vip_first in [false, true] {
+                    let (world, client) = (world(), net.client());
+                    let to = |destination| Packet::new(client, destination, body.clone());
+                    if !vip_first {
+                        // Nothing is between these ends, so nothing is done.
+                        passes(|bytes| world.enter(NIC, bytes), &to(pod).bytes());
+                        assert_eq!(talk(&world, net, pod, &to(pod)), client);
+                        assert_eq!(counts(&world), []);
+                    }
+                    let by_service = talk(&world, net, pod, &to(vip));
+                    let direct = talk(&world, net, pod, &to(pod));
+                    assert_ne!(by_service, direct);
+                    for _ in 0..3 {
+                        assert_eq!(talk(&world, net, pod, &to(pod)), direct);
+                        assert_eq!(talk(&world, net, pod, &to(vip)), by_service);
+                    }
+                    assert_eq!(counts(&world), [(Counter::Flow, 2)]);
+                    // By another port, or by somebody else's.
+                    for other in [SocketAddr::new(client.ip(), 4_999), net.stranger()] {
+                        let request = Packet::new(other, pod, body.clone());
+                        passes(|bytes| world.enter(NIC, bytes), &request.bytes());
+                        assert_eq!(talk(&world, net, pod, &request), other);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_sent_to_the_pod_keeps_its_port_while_it_goes_on() {
+    for net in Net::ALL {
+        let (world, client, vip, pod) = (world(), net.client(), net.here(), net.local());
+        talk(&world, net, pod, &Packet::udp(client, vip, b"?"));
+        let request = Packet::udp(client, pod, b"?");
+        let direct = talk(&world, net, pod, &request);
+        for _ in 0..10 {
+            world.pass(100);
+            assert_eq!(talk(&world, net, pod, &request), direct);
+        }
+        world.pass(1000);
+        passes(|bytes| world.enter(NIC, bytes), &request.bytes());
+        assert_eq!(talk(&world, net, pod, &request), client);
+    }
+}
+
+/// The flow of a pod's own client is the pod's: what others send by its address and port has none.
+#[test]
+fn a_flow_of_another_origin_is_no_reason() {
+    for net in Net::ALL {
+        let (world, vip, pod) = (world(), net.here(), net.local());
+        world.enter(NIC, Packet::udp(net.client(), vip, b"?").bytes());
+        passes(|bytes| world.enter(POD, bytes), &Packet::udp(net.client(), pod, b"?").bytes());
+    }
+}
+
+#[test]
+fn fragments_and_errors_belong_to_either() {
+    for net in Net::ALL {
+        let (world, client, vip, pod) = (world(), net.client(), net.here(), net.local());
+        let large: Vec<u8> = (0..2000_u16).map(|n| n as u8).collect();
+        let request = Packet::udp(client, pod, &large);
+        for fragment in fragments(&request.bytes(), 1024, 7) {
+            passes(|bytes| world.enter(NIC, bytes), &fragment);
+        }
+        talk(&world, net, pod, &Packet::udp(client, vip, b"?"));
+        let direct = talk(&world, net, pod, &Packet::udp(client, pod, b"?"));
+        let wanted = fragments(&request.between(direct, pod).bytes(), 1024, 8);
+        for (fragment, wanted) in fragments(&request.bytes(), 1024, 8).into_iter().zip(wanted) {
+            assert_eq!(world.enter(NIC, fragment), (Verdict::Translated, wanted));
+        }
+
+        let sent = ask(&world, net, pod, &Packet::udp(client, pod, b"?").bytes());
+        let error = Packet::error(pod.ip(), Trouble::PortUnreachable, &sent, 548);
+        let told = translated(world.leave_from(POD, NIC, error.bytes()));
+        let shown = seen(&told);
+        assert_eq!(shown.destination.ip(), client.ip());
+        let asked = Packet::udp(client, pod, b"?").bytes();
+        assert_eq!(shown.payload, asked[ETHERNET..][..shown.payload.len()], "the quote is not what was sent");
+    }
+}
+
+/// The backend's element is another one's by now; the agent takes the flow away a moment later.
+#[test]
+fn the_flow_of_a_backend_that_has_gone_is_no_reason() {
+    for net in Net::ALL {
+        let (mut world, client, vip, pod) = (world(), net.client(), net.here(), net.local());
+        let late = SocketAddr::new(client.ip(), 4_999);
+        for client in [client, late] {
+            talk(&world, net, pod, &Packet::udp(client, vip, b"?"));
+        }
+        let request = Packet::udp(client, pod, b"?");
+        let direct = talk(&world, net, pod, &request);
+        let (_, flow) = world.sim.edge.records(Tier::New).remove(0);
+        let backend = Backend { service: flow.service + 1, ..world.sim.backend(flow.backend).unwrap() };
+        world.sim.apply(&Op::Backend(flow.backend, backend)).unwrap();
+        assert_eq!(talk(&world, net, pod, &request), direct);
+        passes(|bytes| world.enter(NIC, bytes), &Packet::udp(late, pod, b"?").bytes());
+    }
+}
