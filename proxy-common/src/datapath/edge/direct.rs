@@ -42,10 +42,8 @@ pub(super) fn meets_flow(tables: &impl EdgeTables, parsed: &Parsed, work: &mut W
     !is_one(&work.key, &flow)
 }
 
-/// Whether a datagram can have a flow of its own beside the one that it meets; see [`meets_flow`].
+/// Whether what has met a flow can have one of its own beside it. The flow of a backend that has gone will be gone soon, too.
 #[inline(always)]
-pub(super) fn can_begin(tables: &impl EdgeTables, parsed: &Parsed, work: &mut Work) -> bool {
-    meets_flow(tables, parsed, work)
-        // The flow of a backend that has gone will be gone soon, too.
-        && tables.backend(work.to.backend).is_some_and(|backend| backend.service == work.to.service)
+pub(super) fn can_begin(tables: &impl EdgeTables, work: &Work) -> bool {
+    tables.backend(work.to.backend).is_some_and(|backend| backend.service == work.to.service)
 }

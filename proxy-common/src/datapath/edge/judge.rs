@@ -61,7 +61,7 @@ pub(super) fn choose(
     let (tuple, origin) = (&parsed.tuple, work.origin);
     let target = find(tables, parsed);
     let Target::Frontend(frontend) = target else {
-        let direct = matches!(target, Target::Other) && direct::can_begin(tables, parsed, work);
+        let direct = matches!(target, Target::Other) && work.beside != 0 && direct::can_begin(tables, work);
         return if direct { Refusal::NOT } else { nobodys(target) };
     };
     work.to.service = frontend.service;

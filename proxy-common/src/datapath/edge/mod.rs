@@ -110,7 +110,8 @@ pub fn ingress(
         return Verdict::Pass;
     }
     let ours = lookup::may_be_ours(tables, &parsed.tuple.destination);
-    if !ours && !direct::may_be_one(tables, parsed) || edge == Edge::External && packet.is_tagged() {
+    let to_backend = direct::may_be_one(tables, parsed);
+    if !ours && !to_backend || edge == Edge::External && packet.is_tagged() {
         return Verdict::Pass;
     }
     match parse::parse(packet, parsed) {
@@ -123,7 +124,9 @@ pub fn ingress(
     if parsed.part == Part::Later && !restore_ports(tables, parsed, work.origin, false) {
         return stray_fragment(tables, &parsed.tuple.destination);
     }
-    if !ours && !direct::meets_flow(tables, parsed, work) {
+    work.to = Choice { proto: parsed.proto, service: 0, backend: 0 };
+    work.beside = u32::from(to_backend && direct::meets_flow(tables, parsed, work));
+    if !ours && work.beside == 0 {
         return Verdict::Pass;
     }
     if parsed.part == Part::First {
@@ -233,7 +236,6 @@ fn entering<T: EdgeTables>(
         if place.is_none() && parsed.proto != proto::TCP && own_datagrams::is_answered(tables, parsed, work) {
             return Verdict::Pass;
         }
-        work.to = Choice { proto: parsed.proto, service: 0, backend: 0 };
         let refusal = choose(packet, tables, parsed, work);
         match (refusal.how, &place) {
             (How::Not, old) => {
