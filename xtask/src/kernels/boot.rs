@@ -27,8 +27,8 @@ pub(super) struct Boot<'a> {
     pub(super) kvm: bool,
     /// Where the console goes.
     pub(super) log: &'a Path,
-    /// Sections, and the parts of the names of the rows of each: see init.sh.
-    pub(super) sections: &'a [(&'a str, Vec<String>)],
+    /// What the rows are run with, and the parts of their names: see init.sh.
+    pub(super) section: &'a (&'a str, Vec<String>),
 }
 
 /// Runs one kernel until it powers off, fails or has used up its time; returns what its console said.
@@ -49,7 +49,7 @@ pub(super) fn boot(boot: &Boot<'_>) -> Result<String> {
     qemu.args(["-m", "1500", "-smp", "1", "-nodefaults", "-no-user-config"]);
     qemu.args(["-no-reboot", "-display", "none", "-monitor", "none", "-serial", "stdio"]);
     qemu.arg("-kernel").arg(boot.kernel).arg("-initrd").arg(boot.initramfs);
-    qemu.arg("-append").arg(command_line(machine, boot.sections));
+    qemu.arg("-append").arg(command_line(machine, boot.section));
     let mut log = File::create(boot.log).with_context(|| format!("cannot write {}", boot.log.display()))?;
     // In the log: what QEMU itself says, too.
     let errors = log.try_clone().context("cannot open the log twice")?;
@@ -84,16 +84,14 @@ pub(super) fn boot(boot: &Boot<'_>) -> Result<String> {
     Ok(said)
 }
 
-fn command_line(machine: Machine, sections: &[(&str, Vec<String>)]) -> String {
+fn command_line(machine: Machine, (section, rows): &(&str, Vec<String>)) -> String {
     // A panic reboots at once, which ends QEMU. The watchdogs would call a busy host a hung processor.
-    let mut line = format!(
-        "console={} panic=-1 loglevel=5 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 random.trust_cpu=on log_buf_len=4M",
-        machine.console()
-    );
-    for (section, rows) in sections.iter().filter(|(_, rows)| !rows.is_empty()) {
-        line.push_str(&format!(" ring.{section}={}", rows.join(",")));
-    }
-    line
+    format!(
+        "console={} panic=-1 loglevel=5 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 random.trust_cpu=on log_buf_len=4M \
+         ring.{section}={}",
+        machine.console(),
+        rows.join(",")
+    )
 }
 
 /// Whether this machine can run that one's instructions itself. A device that opens may still refuse what QEMU asks of it,

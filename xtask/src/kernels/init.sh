@@ -49,9 +49,7 @@ section() {
 # The rows of a section, from the kernel's command line; its words are separated by commas.
 rows_of() { sed -n "s/.* ring\\.$1=\\([^ ]*\\).*/\\1/p" /proc/cmdline | tr , ' '; }
 
-for part in unified lifetime; do
-  [ -z "$(rows_of $part)" ] || section $part $(rows_of $part)
-done
+[ -z "$(rows_of unified)" ] || section unified $(rows_of unified)
 if [ -n "$(rows_of hybrid)" ]; then
   # The layout of systemd's hybrid mode: hierarchies of version 1 where this kernel has them, and version 2 beside them.
   umount /sys/fs/cgroup

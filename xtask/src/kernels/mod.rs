@@ -6,7 +6,6 @@
 
 use std::collections::VecDeque;
 use std::fs;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -43,7 +42,7 @@ use initramfs::{Image, Programs};
 use machine::{Arch, Kernel};
 use report::Outcome;
 use rows::LIFETIME;
-use verdict::{BOOTS, Console, SECTIONS};
+use verdict::{Console, SECTIONS};
 
 /// Arguments of `test kernels`.
 #[derive(clap::Args)]
@@ -202,23 +201,22 @@ struct Booted {
     log: PathBuf,
 }
 
-/// Boots all parts of each, as many side by side as this machine has processors.
+/// Boots each with every section, as many side by side as this machine has processors.
 fn boot_all(jobs: &[Job], sections: &[(&str, Vec<String>)]) -> Result<Vec<Outcome>> {
     let logs = dir().join("logs");
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
-    let has_rows = |boot: &Range<usize>| sections[boot.clone()].iter().any(|(_, rows)| !rows.is_empty());
-    let parts: Vec<_> = BOOTS.into_iter().filter(has_rows).collect();
+    let parts: Vec<_> = sections.iter().filter(|(_, rows)| !rows.is_empty()).collect();
     let todo: VecDeque<_> =
-        (0..jobs.len()).flat_map(|job| (0..parts.len()).map(move |part| (job, part))).collect();
+        (0..jobs.len()).flat_map(|job| parts.iter().map(move |part| (job, *part))).collect();
     let processors = thread::available_parallelism().map_or(1, usize::from);
     let workers = processors.min(todo.len());
     let (todo, booted) = (Mutex::new(todo), Mutex::new(Vec::new()));
     let next = || todo.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
     let work = || -> Result<()> {
-        while let Some((kernel, part)) = next() {
-            let (job, sections) = (&jobs[kernel], &sections[parts[part].clone()]);
-            let name = format!("{} {} {}", job.kernel, job.machine, sections[0].0);
-            let log = logs.join(format!("{}-{}-{}.log", job.kernel, job.machine, sections[0].0));
+        while let Some((kernel, section)) = next() {
+            let job = &jobs[kernel];
+            let name = format!("{} {} {}", job.kernel, job.machine, section.0);
+            let log = logs.join(format!("{}-{}-{}.log", job.kernel, job.machine, section.0));
             let from = Instant::now();
             let said = boot::boot(&boot::Boot {
                 name: &name,
@@ -227,7 +225,7 @@ fn boot_all(jobs: &[Job], sections: &[(&str, Vec<String>)]) -> Result<Vec<Outcom
                 initramfs: &job.initramfs,
                 kvm: job.kvm,
                 log: &log,
-                sections,
+                section,
             })?;
             let done = Booted { kernel, from, to: Instant::now(), console: verdict::read(&said), log };
             booted.lock().unwrap_or_else(PoisonError::into_inner).push(done);

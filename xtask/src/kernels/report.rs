@@ -37,7 +37,7 @@ pub(super) fn print(outcomes: &[Outcome], dev: bool) {
         }
     }
     let head = |outcome: &Outcome| format!("{} {}", outcome.kernel, outcome.machine);
-    print!("{:<26}", "row (unified own hybrid)");
+    print!("{:<26}", "row (unified hybrid)");
     line(outcomes.iter().map(head));
     for name in names {
         print!("{name:<26}");

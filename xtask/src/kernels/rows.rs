@@ -13,8 +13,8 @@ use crate::workspace;
 /// them to cgroups, or look for pods there.
 const HYBRID: [&str; 4] = ["k002_", "k004_", "k01", "k062_"];
 
-/// Which rows have a world of their own, by parts of their names: those that load the programs once more. Verifying them is
-/// most of the time of an emulated kernel, so these rows are booted beside the others.
+/// Which rows are run with that layout only, by parts of their names: those that load the programs once more. Verifying them is
+/// most of the time of an emulated kernel.
 pub(super) const LIFETIME: [&str; 2] = ["k07", "k08"];
 
 /// How many rows always run, because they make what the others need: the world, and in it the agent.
@@ -41,8 +41,7 @@ impl Names {
     pub(super) fn of(&self, section: &str, filters: &[String]) -> Vec<String> {
         let is_one_of = |name: &str, parts: &[&str]| parts.iter().any(|part| name.contains(part));
         let in_section = |name: &str| match section {
-            "hybrid" => is_one_of(name, &HYBRID),
-            "lifetime" => is_one_of(name, &LIFETIME),
+            "hybrid" => is_one_of(name, &HYBRID) || is_one_of(name, &LIFETIME),
             _ => !is_one_of(name, &LIFETIME),
         };
         let wanted = |name: &str| {
@@ -59,7 +58,7 @@ impl Names {
     pub(super) fn bless(&mut self, outcomes: &[Outcome]) {
         let of = |section| outcomes.iter().filter_map(move |outcome| outcome.console.sections.get(section));
         let mut seen = BTreeSet::new();
-        let rows = of("unified").chain(of("lifetime")).flat_map(|section| &section.rows);
+        let rows = of("unified").chain(of("hybrid")).flat_map(|section| &section.rows);
         self.0 = rows.map(|(name, _)| name.clone()).filter(|name| seen.insert(name.clone())).collect();
     }
 
@@ -89,12 +88,11 @@ mod tests {
             names.of(section, &filters).iter().map(|name| name[..4].to_owned()).collect::<Vec<_>>().join(" ")
         };
         assert_eq!(of("unified", &[]), "k000 k001 k002 k010 k040");
-        assert_eq!(of("hybrid", &[]), "k000 k001 k002 k010");
+        assert_eq!(of("hybrid", &[]), "k000 k001 k002 k010 k070");
         assert_eq!(of("unified", &["tcp", "sctp"]), "k000 k001 k010 k040");
         assert_eq!(of("hybrid", &["tcp", "sctp"]), "k000 k001 k010");
         assert_eq!(of("hybrid", &["sctp"]), "");
-        assert_eq!(of("lifetime", &[]), "k000 k001 k070");
-        assert_eq!(of("lifetime", &["sctp"]), "");
+        assert_eq!(of("hybrid", &["growth"]), "k000 k001 k070");
         assert_eq!(of("unified", &["growth"]), "");
     }
 }

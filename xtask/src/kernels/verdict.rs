@@ -5,13 +5,9 @@ use std::collections::BTreeMap;
 /// Stands before what the ring itself says about a boot.
 pub(super) const FAILED: &str = "ring: failed: ";
 
-/// The parts of the rows, each with an agent of its own: most, those of an agent's life, and some once more with the other
-/// layout of cgroups.
-pub(super) const SECTIONS: [&str; 3] = ["unified", "lifetime", "hybrid"];
-
-/// The boots of a kernel, side by side where there are processors for it: which sections each has, by
-/// [`SECTIONS`]' numbers. They take about as long.
-pub(super) const BOOTS: [std::ops::Range<usize>; 2] = [0..1, 1..3];
+/// The parts of the rows, each booted by itself: most of them; and those of an agent's life, with some of the others once more,
+/// with the other layout of cgroups. They take about as long, side by side where there are processors for it.
+pub(super) const SECTIONS: [&str; 2] = ["unified", "hybrid"];
 
 /// How a row ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
