@@ -20,6 +20,7 @@ use tokio::sync::watch;
 mod cgroups;
 mod rules;
 mod sandboxes;
+mod way_out;
 
 pub use cgroups::{Tree, is_below, look};
 pub use rules::{ANNOTATION, RuleError, Rules};
@@ -51,8 +52,8 @@ pub struct Found {
 /// What is known of a pod's sandbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sandbox {
-    /// Cookie of the network namespace.
-    pub netns: u64,
+    /// Cookie of the network namespace; `None` if that one is inside another, so that none of its sockets is led.
+    pub netns: Option<u64>,
     /// Ids of the containers' cgroups. Those of another sandbox of the same pod are other ones.
     pub containers: BTreeSet<u64>,
 }

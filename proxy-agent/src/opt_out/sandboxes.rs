@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use super::Sandbox;
 use super::cgroups::Pod;
+use super::{Sandbox, way_out};
 use crate::bpf::sys;
 
 /// Of so many pods the sandbox is known.
@@ -67,8 +67,9 @@ impl Default for Sandboxes {
 #[derive(Clone, Copy, Debug)]
 struct Origin {
     process: Process,
-    /// Cookie of the namespace in which the process was, as BPF programs see it.
-    netns: u64,
+    /// Cookie of the namespace in which the process was, as BPF programs see it. `None`: the way out of it leads into another network
+    /// namespace than the host's, so that the pod is one of a cluster inside something that runs here.
+    netns: Option<u64>,
 }
 
 /// What a look at a pod has shown.
@@ -155,7 +156,7 @@ impl Sandboxes {
         if netns == host.network {
             return Some(Finding::None);
         }
-        Some(Finding::Known(Origin { process, netns: cookie(&namespace)? }))
+        Some(Finding::Known(Origin { process, netns: outermost(&namespace, &host.file)? }))
     }
 
     fn path(&self, pid: u32, file: &str) -> PathBuf {
@@ -184,6 +185,7 @@ impl Sandboxes {
 
 /// Namespaces of the host.
 struct Host {
+    file: File,
     network: Inode,
     mounts: Inode,
 }
@@ -193,9 +195,9 @@ impl Host {
         // Where the kernel tells nobody's, none is looked for.
         sys::netns_cookie()?;
         // The agent runs in the host's network. Its mounts are the host's if it is in no container, where the first process can be asked.
-        let [network, first, own] =
-            ["thread-self/ns/net", "1/ns/mnt", "self/ns/mnt"].map(|path| fs::metadata(proc.join(path)).ok());
-        Some(Self { network: inode(&network?), mounts: inode(&first.or(own)?) })
+        let [first, own] = ["1/ns/mnt", "self/ns/mnt"].map(|path| fs::metadata(proc.join(path)).ok());
+        let file = File::open(proc.join("thread-self/ns/net")).ok()?;
+        Some(Self { network: inode(&file.metadata().ok()?), mounts: inode(&first.or(own)?), file })
     }
 }
 
@@ -245,11 +247,23 @@ fn read(path: &Path) -> Option<String> {
     Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The cookie of a network namespace, asked for by a thread that ends there; `None` before kernel 5.14.
-fn cookie(namespace: &File) -> Option<u64> {
+/// The cookie of a network namespace, `Some(None)` if its way out leads into another one than `host`; `None` before kernel 5.14.
+fn outermost(namespace: &File, host: &File) -> Option<Option<u64>> {
+    within(namespace, || {
+        let elsewhere = way_out::leads_elsewhere(host).unwrap_or_else(|error| {
+            tracing::debug!(%error, "cannot tell where a pod's packets go");
+            false
+        });
+        let cookie = sys::netns_cookie()?;
+        Some((!elsewhere).then_some(cookie))
+    })
+}
+
+/// Looks around in a network namespace, by a thread that ends there.
+fn within<T: Send>(namespace: &File, look: impl FnOnce() -> Option<T> + Send) -> Option<T> {
     let inside = || {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).ok()?;
-        sys::netns_cookie()
+        look()
     };
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("sandboxes".to_owned()).spawn_scoped(scope, inside);
@@ -325,14 +339,18 @@ mod tests {
     const CONTAINER: &[&str] = &["--mount", "--net"];
 
     fn cookie_of(pid: u32) -> u64 {
-        cookie(&File::open(format!("/proc/{pid}/ns/net")).unwrap()).expect("a kernel of 5.14")
+        cookie(&File::open(format!("/proc/{pid}/ns/net")).unwrap())
+    }
+
+    fn cookie(namespace: &File) -> u64 {
+        within(namespace, sys::netns_cookie).expect("a kernel of 5.14")
     }
 
     fn known(sandboxes: &mut Sandboxes, pod: &Pod) -> Option<u64> {
         let (found, soon) = sandboxes.look([pod].into_iter());
         assert!(found.is_empty() || !soon);
         assert!(found.keys().all(|cgroup| *cgroup == pod.id));
-        found.get(&pod.id).map(|sandbox| sandbox.netns)
+        found.get(&pod.id).and_then(|sandbox| sandbox.netns)
     }
 
     #[test]
@@ -373,7 +391,7 @@ mod tests {
         let devices = read(Path::new("/proc/self/net/dev")).unwrap();
         assert!(devices.lines().count() > 3, "the host has no device:\n{devices}");
         assert_eq!(known(&mut sandboxes, &fake.pod()), None);
-        assert_eq!(cookie(&host), sys::netns_cookie());
+        assert_eq!(Some(cookie(&host)), sys::netns_cookie());
     }
 
     /// However many processes and cgroups a container makes, those of the pause container are seen, and no more than a number.

@@ -28,7 +28,7 @@ pub struct LeftAlone<'a> {
 pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
     let pods_in_packets = wanted.pods_in_packets.unwrap_or(model.node_flags & PODS_IN_PACKETS != 0);
     let sandboxes: BTreeMap<u64, u64> = match wanted.sandboxes {
-        Some(found) => found.iter().map(|(cgroup, sandbox)| (sandbox.netns, *cgroup)).collect(),
+        Some(found) => found.iter().filter_map(|(cgroup, sandbox)| Some((sandbox.netns?, *cgroup))).collect(),
         None => model.sandboxes.clone(),
     };
     let opted_out: BTreeSet<u64> = match wanted.opted_out {
@@ -40,11 +40,6 @@ pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
         Some(false) => 0,
         None => model.node_flags & HOST_IN_PACKETS,
     };
-    if pods_in_packets {
-        flags |= PODS_IN_PACKETS;
-        flags |= if opted_out.is_empty() { 0 } else { OPTED_OUT };
-        flags |= if sandboxes.is_empty() { 0 } else { SANDBOXES_KNOWN };
-    }
     let mut opt_out: BTreeMap<u64, u32> = match wanted.sandboxes {
         Some(found) => {
             found.values().flat_map(|sandbox| &sandbox.containers).map(|id| (*id, INSIDE)).collect()
@@ -53,6 +48,11 @@ pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
             model.opt_out.iter().filter(|(_, what)| **what == INSIDE).map(|(id, what)| (*id, *what)).collect()
         }
     };
+    if pods_in_packets {
+        flags |= PODS_IN_PACKETS;
+        flags |= if opted_out.is_empty() { 0 } else { OPTED_OUT };
+        flags |= if sandboxes.is_empty() && opt_out.is_empty() { 0 } else { SANDBOXES_KNOWN };
+    }
     opt_out.extend(opted_out.into_iter().map(|cgroup| (cgroup, EVERYTHING)));
 
     let mut ops = Vec::new();
@@ -160,6 +160,15 @@ mod tests {
             (one, &[], Some(&[(1, 30)]), true, vec![Sandbox(30, Some(1)), Sandbox(10, None)]),
             (one, &[], Some(&[]), true, vec![NodeFlags(PODS_IN_PACKETS), OptOut(1, None), Sandbox(10, None)]),
             (one, &[], Some(&[(1, 10)]), false, vec![NodeFlags(0)]),
+            // All of it is inside.
+            (
+                (PODS_IN_PACKETS, &[], &[]),
+                &[],
+                Some(&[(1, 0)]),
+                true,
+                vec![OptOut(1, Some(INSIDE)), NodeFlags(KNOWN)],
+            ),
+            ((KNOWN, &[(1, INSIDE)], &[]), &[], None, true, vec![]),
             // Everything is more than what is inside.
             (
                 one,
@@ -178,8 +187,15 @@ mod tests {
             let mut model = model(flags, opt_out, netns);
             let opted_out: BTreeSet<u64> = opted_out.iter().copied().collect();
             // Each has one container, with the number of its pod.
-            let sandbox =
-                |&(cgroup, netns)| (cgroup, opt_out::Sandbox { netns, containers: [cgroup].into() });
+            let sandbox = |&(cgroup, netns)| {
+                (
+                    cgroup,
+                    opt_out::Sandbox {
+                        netns: Some(netns).filter(|netns| *netns != 0),
+                        containers: [cgroup].into(),
+                    },
+                )
+            };
             let sandboxes: Option<BTreeMap<u64, opt_out::Sandbox>> =
                 sandboxes.map(|all| all.iter().map(sandbox).collect());
             let wanted = LeftAlone {

@@ -132,8 +132,10 @@ fn a_pod_whose_interface_is_not_on_the_host_is_served() -> Result<()> {
     let _other = pause(&setting.lab.pod("P"), PODS[0], "pause")?;
     wait_known(&setting, 1)?;
     let (net, l1) = (Netns::new(Role::Leaf)?, setting.lab.pod("L1"));
+    // A macvlan above a device that is not here either.
     l1.net().ip(&format!(
-        "link add sriov type veth peer name eth0 netns {}\naddress add 172.31.0.1/24 dev sriov\nlink set sriov up",
+        "link add near type veth peer name base\naddress add 172.31.0.1/24 dev near\nlink set near up\nlink set base up\n\
+         link add link base name mv0 type macvlan mode private\nlink set mv0 netns {} name eth0",
         net.path()
     ))?;
     net.ip("link set lo up\naddress add 172.31.0.2/24 dev eth0\nlink set eth0 up\nroute add default via 172.31.0.1")?;
@@ -146,6 +148,31 @@ fn a_pod_whose_interface_is_not_on_the_host_is_served() -> Result<()> {
     setting.served(&pod, OPEN, false)?;
     wait_known(&setting, 2)?;
     setting.served(&pod, OPEN, false)
+}
+
+/// A cluster in a container that is no pod of this one (kind, k3d): its pods have cgroups as ours, and networks that lead into the
+/// container's.
+#[test]
+fn a_pod_of_a_cluster_inside_a_container_is_left_to_packets() -> Result<()> {
+    const POD: &str = "docker/4fa6/kubelet/kubepods/burstable/pod3f2b7c1e-0003-4a5b-8c9d-000000000003";
+    let mut setting = Setting::new(LabSpec::cases()?, &[])?;
+    let container = setting.lab.pod("P");
+    let inside = network_inside(&container, POD, "app")?;
+    setting.served(&inside, OPEN, false).context("before anything is known of it")?;
+    let pause = container.in_cgroup(&format!("{POD}/pause"))?;
+    let _pause = run(&pause.with_net("pause", inside.net(), &[])?)?;
+    until("the way out is known", || Ok(setting.served(&inside, OPEN, true).is_ok().then_some(())))?;
+    // As packets it is the container's. Who has no network inside is served as before.
+    for place in [&*container, &*setting.lab.pod("L2"), setting.host()] {
+        setting.served(place, OPEN, false)?;
+    }
+    setting.agent.kill9()?;
+    setting.served(&inside, OPEN, true).context("no agent")?;
+    setting.start(&[])?;
+    for _ in 0..3 {
+        setting.served(&inside, OPEN, true).context("another agent")?;
+    }
+    Ok(())
 }
 
 /// However many networks a pod makes, it is one entry, and its own.
