@@ -7,18 +7,21 @@
 
 mod live;
 
+use std::cell::RefCell;
 use std::fmt::Write as _;
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::panic::resume_unwind;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use live::Pods;
-use proxy_tests::cases::{at_the_node, not_allowed, smoke};
+use proxy_agent::bpf::maps::KernelMaps;
+use proxy_agent::bpf::pins::PinDir;
+use proxy_tests::cases::{Check, Sender, at_the_node, not_allowed, smoke};
 use proxy_tests::lab::network::{Network, NodeLinks, PodLinks, Rules};
-use proxy_tests::lab::{Agent, Attempt, Held, Lab, LabSpec, NodeSpec};
+use proxy_tests::lab::{Agent, Attempt, Held, Lab, LabSpec, NodeSpec, Proc};
 use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -371,6 +374,96 @@ fn a_filter_before_pods_of_another_device_is_told() -> Result<()> {
     lab.node("n1").host().net().sysctl("net/ipv4/conf/eth0/rp_filter", "2")?;
     lab.node("n1").host().net().ip("rule add from 10.64.9.9 lookup 9")?;
     until("its end", || Ok(told()?.is_none().then_some(())))
+}
+
+/// An agent of the machine on which the nodes are pods. It has Services at the same addresses, with other endpoints.
+struct Outer {
+    _agent: Agent,
+    _manifests: TempDir,
+    _pauses: Vec<Proc>,
+}
+
+impl Outer {
+    fn start(lab: &Lab) -> Result<Self> {
+        let machine = lab.outer("192.0.2.0/24,2001:db8:1::/64")?;
+        let manifests = tempfile::tempdir()?;
+        let mut items = vec![json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "outer", "name": "s" },
+            "spec": {
+                "clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10", "fd00:96::10"],
+                "ipFamilies": ["IPv4", "IPv6"],
+                "ports": [{ "name": "web", "port": 80 }, { "name": "dns", "port": 53, "protocol": "UDP" }],
+            },
+        })];
+        for (family, address) in [("IPv4", "192.0.2.20"), ("IPv6", "2001:db8:1::20")] {
+            items.push(json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
+                "metadata": {
+                    "namespace": "outer", "name": family.to_lowercase(),
+                    "labels": { "kubernetes.io/service-name": "s" },
+                },
+                "ports": [
+                    { "name": "web", "port": 9080 }, { "name": "dns", "port": 9053, "protocol": "UDP" },
+                ],
+                "endpoints": [{ "addresses": [address] }],
+            }));
+        }
+        let list = json!({ "apiVersion": "v1", "kind": "List", "items": items });
+        fs::write(manifests.path().join("objects.json"), serde_json::to_vec(&list)?)?;
+        lab.node("n2").host().serve().name("outer").tcp(9080).udp(9053).start()?;
+        let mut agent = machine.agent()?.manifests(manifests.path());
+        agent.start_ready()?;
+
+        let mut pauses = Vec::new();
+        for (node, cgroup) in lab.nodes().iter().zip(OUTER_PODS) {
+            let pause = machine.place("pause", &format!("{cgroup}/pause"), node.host().net())?;
+            let mut command = pause.command("unshare");
+            command.args(["--mount", "sleep", "infinity"]);
+            pauses.push(command.spawn()?);
+        }
+        let pins = PinDir::new(machine.pin_dir());
+        let known = || {
+            let contents = KernelMaps::open(&pins, false)?.contents()?;
+            Ok((contents.sandboxes.len() == OUTER_PODS.len()).then_some(()))
+        };
+        until("the pods' sandboxes", known)?;
+        Ok(Self { _agent: agent, _manifests: manifests, _pauses: pauses })
+    }
+}
+
+/// A clusterIP of both.
+const CLUSTER_IP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10));
+/// The cgroups of the pods in which the nodes run.
+const OUTER_PODS: [&str; 3] = [
+    "kubepods/burstable/pod3f2b7c1e-0001-4a5b-8c9d-000000000001",
+    "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod3f2b7c1e_0002_4a5b_8c9d_000000000002.slice",
+    "kubepods/pod3f2b7c1e-0003-4a5b-8c9d-000000000003",
+];
+
+/// The nodes run in pods of another cluster, which has Services at the same addresses and an agent of its own.
+#[test]
+fn a_cluster_in_pods_of_another() -> Result<()> {
+    let mut spec = LabSpec::cases()?;
+    let in_pods = |(node, pod): (NodeSpec, &str)| node.in_cgroup(&format!("{pod}/node"));
+    spec.nodes = spec.nodes.into_iter().zip(OUTER_PODS).map(in_pods).collect();
+    let mut case = smoke();
+    for step in &mut case.steps {
+        // Who is outside of both asks the outer one.
+        step.checks.retain(|check| match check {
+            Check::Connect(connect) => connect.sender != Sender::X || connect.dest.addr.ip() != CLUSTER_IP,
+            Check::Open(..) | Check::Say(..) | Check::Frontends(..) | Check::ClusterSet(..) => true,
+            Check::AffinitySeconds(..) => true,
+        });
+    }
+    for pods in [Pods::Seen, Pods::Unseen] {
+        let outer = RefCell::new(None);
+        let start = |lab: &Lab| {
+            *outer.borrow_mut() = Some(Outer::start(lab)?);
+            Ok(())
+        };
+        live::check(case.clone(), spec.clone(), pods, start).with_context(|| format!("pods are {pods:?}"))?;
+    }
+    Ok(())
 }
 
 /// Pods of other nodes are by `eth0`; the client's requests come by `eth1`.

@@ -212,6 +212,14 @@ impl Lab {
         &self.hub
     }
 
+    /// The machine that the nodes run on: its network is the hub, and its cgroup is above theirs. `cluster_cidr` has the nodes' addresses.
+    ///
+    /// # Errors
+    /// If its cgroup cannot be made.
+    pub fn outer(&self, cluster_cidr: &str) -> Result<Node> {
+        Node::outer(&self.hub, &self.residue, cluster_cidr)
+    }
+
     /// Adds a pod.
     ///
     /// # Errors
@@ -279,7 +287,7 @@ impl Lab {
     fn new_pod(&self, node: &Node, spec: &LeafSpec) -> Result<(Pod, String)> {
         let device = format!("veth{}", self.next_device());
         let cgroup = if self.spec.unseen.contains(&spec.name) {
-            self.residue.cgroup.join("unseen").join(&spec.name)
+            node.cgroup().with_file_name("unseen").join(&spec.name)
         } else {
             node.cgroup().join("pods").join(&spec.name)
         };

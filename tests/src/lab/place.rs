@@ -240,13 +240,22 @@ impl Node {
         network: &Network,
         cluster_cidr: &str,
     ) -> Result<Self> {
-        let cgroup = residue.cgroup.join(&spec.name);
+        let cgroup = residue.cgroup.join(spec.cgroup.as_ref().unwrap_or(&spec.name));
         let beside = network.node_addresses(spec)?;
         let addresses = spec.eth0.iter().chain(&spec.eth1).chain(&beside).copied().collect();
         let host = Place::new(&spec.name, net, cgroup.join("host"), addresses)?;
         let [pin_dir, run_dir] = [&residue.pins, &residue.run].map(|dir| dir.join(&spec.name));
         let cluster_cidr = cluster_cidr.to_owned();
         Ok(Self { host, spec: spec.clone(), cgroup, pin_dir, run_dir, cluster_cidr })
+    }
+
+    /// The network between the nodes as a node, of which all others are pods.
+    pub(super) fn outer(hub: &Netns, residue: &Residue, cluster_cidr: &str) -> Result<Self> {
+        let spec = NodeSpec::new("outer", &[], &[])?;
+        let host = Place::new(&spec.name, hub.clone(), residue.cgroup.join(&spec.name), Vec::new())?;
+        let [pin_dir, run_dir] = [&residue.pins, &residue.run].map(|dir| dir.join(&spec.name));
+        let cluster_cidr = cluster_cidr.to_owned();
+        Ok(Self { host, spec, cgroup: residue.cgroup.clone(), pin_dir, run_dir, cluster_cidr })
     }
 
     /// Its name.
@@ -267,6 +276,14 @@ impl Node {
     /// The cgroup of the whole node: host processes in `host`, pods in `pods/NAME`.
     pub fn cgroup(&self) -> &Path {
         &self.cgroup
+    }
+
+    /// A process's place on this node: in a cgroup below its own, which is made, and in a network namespace.
+    ///
+    /// # Errors
+    /// If the cgroup cannot be made.
+    pub fn place(&self, name: &str, cgroup: &str, net: &Netns) -> Result<Place> {
+        Place::new(name, net.clone(), self.cgroup.join(cgroup), Vec::new())
     }
 
     /// A directory on bpffs for this node's pins. It does not exist; its parent does, and is removed with the lab.

@@ -22,6 +22,8 @@ pub struct NodeSpec {
     pub eth1: Vec<IpAddr>,
     /// Prefixes of its pods, such as `10.64.1.0/24`: the other nodes route them here.
     pub pod_cidrs: Vec<String>,
+    /// Where its cgroup is, below the lab's; by its name, if this is not set.
+    pub cgroup: Option<String>,
 }
 
 impl NodeSpec {
@@ -38,6 +40,12 @@ impl NodeSpec {
     #[must_use]
     pub fn zone(self, zone: &str) -> Self {
         Self { zone: Some(zone.to_owned()), ..self }
+    }
+
+    /// Puts its cgroup elsewhere: it is a container of a pod, say.
+    #[must_use]
+    pub fn in_cgroup(self, cgroup: &str) -> Self {
+        Self { cgroup: Some(cgroup.to_owned()), ..self }
     }
 
     /// Gives it a second device.
