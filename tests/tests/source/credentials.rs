@@ -7,7 +7,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::RootCertStore;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::WebPkiClientVerifier;
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, copy_bidirectional};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, copy, copy_bidirectional, sink};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
@@ -55,6 +55,76 @@ impl Authority {
             acceptor: TlsAcceptor::from(Arc::new(config)),
         }
     }
+}
+
+impl Authority {
+    /// A server's certificate that nobody else has signed, with no client.
+    fn self_signed(is_ca: IsCa) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        params.is_ca = is_ca;
+        let own = params.self_signed(&key).unwrap();
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let config =
+            rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+                .with_safe_default_protocol_versions()
+                .unwrap()
+                .with_no_client_auth()
+                .with_single_cert(vec![own.der().clone()], key)
+                .unwrap();
+        Self { pem: own.pem(), client: Default::default(), acceptor: TlsAcceptor::from(Arc::new(config)) }
+    }
+}
+
+/// A source by a kubeconfig with this server and authority.
+fn watched(folder: &TempDir, port: u16, authority: &str) -> Watched {
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("ca"), authority).unwrap();
+    let cluster = format!("https://127.0.0.1:{port}\n    certificate-authority: ca");
+    std::fs::write(path("kubeconfig"), kubeconfig(&cluster, None)).unwrap();
+    Watched::of(Server::configured(Some(&path("kubeconfig")), None).unwrap())
+}
+
+#[tokio::test]
+async fn a_server_that_has_signed_its_own_certificate() {
+    let server = ApiServer::start().unwrap();
+    let (own, authority) = (
+        Authority::self_signed(IsCa::ExplicitNoCa),
+        Authority::self_signed(IsCa::Ca(BasicConstraints::Unconstrained)),
+    );
+    let front = Front::of(&server, &own).await;
+    let folders = [(); 3].map(|()| TempDir::new().unwrap());
+    let mut known = watched(&folders[0], front.port, &own.pem);
+    known.until("synced", |watched| watched.synced == 1).await;
+
+    let said = |wanted: &'static str| {
+        move |watched: &Watched| watched.problems.iter().any(|problem| problem.reason.contains(wanted))
+    };
+    let mut stranger = watched(&folders[1], front.port, &authority.pem);
+    stranger.until("a reason", said("the certificate-authority in the kubeconfig is not that")).await;
+    front.change(&authority);
+    let mut refused = watched(&folders[2], front.port, &authority.pem);
+    refused.until("a reason", said("give it one with basicConstraints CA:FALSE")).await;
+}
+
+/// As a server does that has a key of the curve P-521 alone.
+#[tokio::test]
+async fn a_server_with_a_key_of_an_unknown_kind() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            // A record of TLS 1.2: alert, fatal, handshake_failure (RFC 5246, 7.2).
+            stream.write_all(&[21, 3, 3, 0, 2, 2, 40]).await.unwrap();
+            // A reset would be faster than the alert.
+            tokio::spawn(async move { copy(&mut stream, &mut sink()).await });
+        }
+    });
+    let folder = TempDir::new().unwrap();
+    let mut watched = watched(&folder, port, &Authority::new().pem);
+    let said =
+        |watched: &Watched| watched.problems.iter().any(|problem| problem.reason.contains("P-521 is not"));
+    watched.until("a reason", said).await;
 }
 
 /// Ends the TLS of a server that has none, with whatever certificates are in force. Connections end with them.

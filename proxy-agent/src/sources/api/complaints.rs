@@ -126,7 +126,10 @@ impl Complaints {
                 let message = error.status().map_or("", |status| &status.message);
                 format!("the API server answers {code} to {resource}: {message}")
             }
-            None => format!("cannot get {resource} from the API server: {}", causes(error)),
+            None => {
+                let causes = causes(error);
+                format!("cannot get {resource} from the API server: {causes}{}", advice(&causes))
+            }
         }
     }
 }
@@ -143,6 +146,28 @@ fn causes(error: &Error) -> String {
         source = cause.source();
     }
     text
+}
+
+/// What can be done about a failure of TLS, by the words in which the library tells of it.
+fn advice(causes: &str) -> &'static str {
+    const STRANGER: &str =
+        ": the certificate-authority in the kubeconfig is not that of the server's certificate";
+    let known = [
+        ("UnknownIssuer", STRANGER),
+        // An authority of the same name.
+        ("BadSignature", STRANGER),
+        (
+            "CaUsedAsEndEntity",
+            ": the server shows the certificate of an authority as its own; give it one with basicConstraints CA:FALSE (also a \
+             self-signed one) and name that, or its authority, as certificate-authority in the kubeconfig",
+        ),
+        (
+            "HandshakeFailure",
+            ": the server may have a key of a kind that is not known here; RSA, Ed25519 and the curves P-256 and P-384 are known, \
+             P-521 is not",
+        ),
+    ];
+    known.into_iter().find(|(word, _)| causes.contains(word)).map_or("", |(_, advice)| advice)
 }
 
 #[cfg(test)]
