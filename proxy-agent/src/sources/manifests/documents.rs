@@ -1,5 +1,6 @@
 //! The documents of a file, and the text between them.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use serde_json::Value;
@@ -14,6 +15,11 @@ const DOCUMENTS_MAX: usize = 100_000;
 /// How many YAML nodes aliases may stand for in one file, which those of its documents that have aliases share alike: ten times what
 /// an honest file has.
 const ALIAS_NODES_MAX: usize = 100_000;
+
+/// How many lines of a document may be indented less than YAML demands. For each the document is read once more.
+const INDENTED_MAX: usize = 100;
+/// The parser's word for that.
+const UNDERINDENTED: &str = "invalid indentation in multiline quoted scalar";
 
 /// Where in a file something is.
 pub(super) struct At {
@@ -57,8 +63,17 @@ fn read_yaml(text: &[u8], pass_on: PassOn<'_>) {
     let mut reading = Reading { aliases: ALIAS_NODES_MAX / with_aliases.max(1), number: 0, pass_on };
     for (above, piece) in pieces(text) {
         let before = reading.number;
-        if let Some(said) = reading.piece(piece, above, 0, None) {
-            reading.piece(piece, above, reading.number - before, Some(said));
+        let mut text = Cow::Borrowed(piece);
+        let mut trial = Trial { skip: 0, last_wins: false, said: None, indented: 0 };
+        while let Some(again) = reading.piece(&text, above, &mut trial) {
+            trial.skip = reading.number - before;
+            match again {
+                Again::LastWins(said) => (trial.last_wins, trial.said) = (true, Some(said)),
+                Again::Indent(line) => {
+                    text = indented(&text, line).into();
+                    trial.indented += 1;
+                }
+            }
         }
         if reading.number > DOCUMENTS_MAX {
             return;
@@ -73,20 +88,37 @@ struct Reading<'a> {
     pass_on: PassOn<'a>,
 }
 
+/// How a piece is to be read.
+struct Trial {
+    /// So many documents have been passed on.
+    skip: usize,
+    /// Whether the last of a key that is there twice counts, and what is to be said of that.
+    last_wins: bool,
+    said: Option<String>,
+    /// So many lines have been indented.
+    indented: usize,
+}
+
+/// Why a piece is to be read once more.
+enum Again {
+    /// A key is there twice, which is to be said: the last one counts.
+    LastWins(String),
+    /// A line inside of quotes is indented less than YAML demands, and kubectl does not. (What it begins with counts for nothing there.)
+    Indent(u64),
+}
+
+/// The text with a line that is indented more than any other one.
+fn indented(text: &[u8], line: u64) -> Vec<u8> {
+    let before = text.split_inclusive(|byte| *byte == b'\n').take(line.saturating_sub(1) as usize);
+    let (before, line) = text.split_at(before.map(<[u8]>::len).sum());
+    [before, &[b' '; 2 * DEPTH_MAX], line].concat()
+}
+
 impl Reading<'_> {
-    /// Passes on the documents of a piece but for the first `skip`; `above` lines are before it. Returns what is to be `said` if a
-    /// key is there twice, which is then to be asked for: the last one counts.
-    fn piece(
-        &mut self,
-        mut text: &[u8],
-        above: u64,
-        skip: usize,
-        mut said: Option<String>,
-    ) -> Option<String> {
-        let duplicate_keys = match said {
-            Some(_) => DuplicateKeyPolicy::LastWins,
-            None => DuplicateKeyPolicy::Error,
-        };
+    /// Passes on the documents of a piece; `above` lines are before it. Returns why it has to be read once more, if it has.
+    fn piece(&mut self, mut text: &[u8], above: u64, trial: &mut Trial) -> Option<Again> {
+        let duplicate_keys =
+            if trial.last_wins { DuplicateKeyPolicy::LastWins } else { DuplicateKeyPolicy::Error };
         // The size of the file bounds what it says itself; what remains to be bounded is what aliases multiply.
         let options = serde_saphyr::options! {
             budget: serde_saphyr::budget! {
@@ -100,11 +132,18 @@ impl Reading<'_> {
             emit_comments: false,
             with_snippet: false,
         };
-        for value in serde_saphyr::read_with_options::<_, Spanned<Value>>(&mut text, options).skip(skip) {
-            if let Err(error) = &value
-                && matches!(error.without_snippet(), YamlError::DuplicateMappingKey { .. })
-            {
-                return Some(format!("{}: the last one counts", explain(error, above)));
+        for value in serde_saphyr::read_with_options::<_, Spanned<Value>>(&mut text, options).skip(trial.skip)
+        {
+            if let Err(error) = &value {
+                if matches!(error.without_snippet(), YamlError::DuplicateMappingKey { .. }) {
+                    return Some(Again::LastWins(format!("{}: the last one counts", explain(error, above))));
+                }
+                if trial.indented < INDENTED_MAX
+                    && let Some(location) = error.location()
+                    && error.without_snippet().to_string().contains(UNDERINDENTED)
+                {
+                    return Some(Again::Indent(location.line()));
+                }
             }
             self.number += 1;
             let mut at = At { document: self.number, line: None, item: None };
@@ -119,7 +158,7 @@ impl Reading<'_> {
                 Ok(value) if value.value.is_null() => {}
                 Ok(value) => {
                     at.line = Some(above + value.referenced.line());
-                    (self.pass_on)(Ok(Document { value: value.value, said: said.take() }), &at);
+                    (self.pass_on)(Ok(Document { value: value.value, said: trial.said.take() }), &at);
                 }
                 Err(error) => {
                     (self.pass_on)(Err(explain(&error, above)), &at);
@@ -213,6 +252,21 @@ mod tests {
             Err(error) => errors.push(error),
         });
         (read, errors)
+    }
+
+    /// go-yaml, and so kubectl, demands no indentation inside of quotes.
+    #[test]
+    fn quoted_text_is_indented_as_it_likes() {
+        for quoted in [
+            "'[\n      1\n    ]\n    '",
+            "\"{\n      1\n    }\"",
+            "\"a\tb\"",
+            "\"a\n     \tb\"",
+            "\"a\nb\n  c\nd\"",
+        ] {
+            let text = format!("a:\n  b:\n    c: {quoted}\nd: 1\n");
+            assert_eq!(read(&text), (1, vec![]), "{text:?}");
+        }
     }
 
     #[test]

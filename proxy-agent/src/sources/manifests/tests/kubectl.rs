@@ -14,8 +14,17 @@ async fn files_that_kubectl_takes() {
         })
         .to_string()
     };
+    // Annotations over several lines, as Multus has them.
+    let annotated = |annotation: &str, port: u16| {
+        let block = format!("metadata:\n  name: a\n  namespace: a\n  annotations:\n    a: {annotation}");
+        service("a", port).replace("metadata: {name: a, namespace: a}", &block).into_bytes()
+    };
     let mut followed = Followed::of(&[]).await;
     for (name, content, port) in [
+        ("closed.yaml", annotated("'[\n      1\n    ]\n    '", 85), 85),
+        ("closed-at-once.yaml", annotated("\"{\n      1\n    }\"", 86), 86),
+        ("tab.yaml", annotated("\"a\tb\"", 87), 87),
+        ("tabs.yaml", annotated("\"a\n     \tb\"", 88), 88),
         ("bom.yaml", format!("\u{feff}{}", service("a", 80)).into_bytes(), 80),
         ("bom.json", format!("\u{feff}{}", json("a")).into_bytes(), 80),
         ("wide.json", utf16(&json("a")), 80),
