@@ -15,6 +15,7 @@ use proxy_common::abi::{
     SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order, socket::STREAM_SLOTS,
 };
 use proxy_common::addr::Addr;
+use proxy_common::datapath::edge::parse::Parsed;
 use proxy_common::datapath::edge::tables::{EdgeTables, Scratch, Work};
 use proxy_common::datapath::tables::{Tables, Tier};
 
@@ -354,6 +355,16 @@ pub(crate) fn lent() -> Option<&'static mut Work> {
     let work = unsafe { core::ptr::addr_of_mut!((*scratch).work) };
     // SAFETY: whoever calls has let the compiler know that this part is used elsewhere meanwhile.
     Some(unsafe { &mut *work })
+}
+
+/// The packet's headers in that memory, which nobody changes meanwhile.
+#[inline(always)]
+pub(crate) fn lent_parsed() -> Option<&'static Parsed> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: as above.
+    let parsed = unsafe { core::ptr::addr_of!((*scratch).parsed) };
+    // SAFETY: the caller has it borrowed to read it.
+    Some(unsafe { &*parsed })
 }
 
 /// A global function: the verifier looks at it once, and at its callers without it.

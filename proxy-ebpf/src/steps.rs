@@ -6,13 +6,15 @@
 #[cfg(target_arch = "bpf")]
 use core::arch::asm;
 
-use proxy_common::datapath::edge::flows;
+use aya_ebpf::bindings::__sk_buff;
 use proxy_common::datapath::edge::tables::Work;
+use proxy_common::datapath::edge::{flows, judge};
 use proxy_common::datapath::socket;
 use proxy_common::datapath::tables::Tier;
 
-use crate::maps::{Maps, lent};
+use crate::maps::{Maps, lent, lent_parsed};
 use crate::sock::ancestor;
+use crate::tc::Skb;
 
 /// Lets a global function have the packet's memory: the compiler must not keep in registers what the function changes.
 #[inline(always)]
@@ -53,6 +55,21 @@ pub(crate) fn try_tuple(work: &mut Work, own: bool) -> bool {
 extern "C" fn vipr_try_tuple(own: u32) -> u32 {
     let Some(work) = lent() else { return 0 };
     u32::from(flows::try_tuple(&Maps, work, own != 0))
+}
+
+/// [`judge::choose`], with the memory of this packet.
+#[inline(always)]
+pub(crate) fn choose(skb: *mut __sk_buff, work: &mut Work) {
+    lend(work);
+    vipr_choose(skb);
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn vipr_choose(skb: *mut __sk_buff) -> u32 {
+    let (Some(parsed), Some(work)) = (lent_parsed(), lent()) else { return 0 };
+    judge::choose(&Skb::lent(skb, parsed), &Maps, parsed, work);
+    0
 }
 
 /// [`socket::is_of_opt_out`], of the process that calls.

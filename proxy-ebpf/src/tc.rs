@@ -20,7 +20,11 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::programs::TcContext;
 use proxy_common::addr::{Addr, Family};
 use proxy_common::datapath::edge::packet::{FURTHEST, Packet};
+use proxy_common::datapath::edge::parse::Parsed;
 use proxy_common::datapath::edge::sctp;
+use proxy_common::datapath::edge::tables::{EdgeTables, Work};
+
+use crate::steps;
 
 /// `BPF_ADJ_ROOM_MAC` of linux/bpf.h.
 const ADJ_ROOM_MAC: u32 = 1;
@@ -75,6 +79,12 @@ impl Skb {
             Front::OuterHeaders => packet.outer_headers(),
         };
         packet
+    }
+
+    /// The packet of a caller, in a global function.
+    #[inline(always)]
+    pub(crate) const fn lent(skb: *mut __sk_buff, parsed: &Parsed) -> Self {
+        Self { skb, ip_offset: parsed.ip }
     }
 
     /// How much stands before the IP header: what is longer than the IP packet by its own account, unless the packet begins
@@ -384,6 +394,11 @@ impl Packet for Skb {
     #[inline(always)]
     fn sctp_moved_on(&self, change: u32, bytes: u32) -> u32 {
         vipr_sctp_moved_on(change, bytes)
+    }
+
+    #[inline(always)]
+    fn choose(&self, _: &impl EdgeTables, _: &Parsed, work: &mut Work) {
+        steps::choose(self.skb, work);
     }
 
     #[inline(always)]

@@ -88,13 +88,27 @@ pub fn called(
 ) {
     tables.count(what);
     if watched(tables) {
-        let to = to.unwrap_or((Addr::ZERO, Be16::default()));
-        call(tables, socket, &to, u64::from(service) << 32 | u64::from(begins) << 8 | what as u64);
+        let about = u64::from(service) << 32 | u64::from(begins) << 8 | what as u64;
+        match to {
+            Some(to) => call(tables, socket, &to, about),
+            None => call_to_nobody(tables, socket, about),
+        }
     }
 }
 
 #[inline(never)]
 fn call(tables: &impl Tables, socket: &impl Socket, to: &(Addr, Be16), about: u64) {
+    tell_call(tables, socket, to, about);
+}
+
+/// As [`call`] of an address of zeros, which nobody has to write down first.
+#[inline(never)]
+fn call_to_nobody(tables: &impl Tables, socket: &impl Socket, about: u64) {
+    tell_call(tables, socket, &(Addr::ZERO, Be16::default()), about);
+}
+
+#[inline(always)]
+fn tell_call(tables: &impl Tables, socket: &impl Socket, to: &(Addr, Be16), about: u64) {
     let (service, what) = ((about >> 32) as u32, about as u8);
     if !wanted(tables, service, about >> 8 & 1 == 0) {
         return;

@@ -16,12 +16,14 @@ use crate::datapath::trace::{self, At};
 /// What becomes of a packet that is not translated. Both fields always hold something: the verifier refuses to copy
 /// what was never written, such as an enum's absent payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Refusal {
+#[repr(C)]
+pub struct Refusal {
     pub(super) how: How,
     pub(super) why: Counter,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
 pub(super) enum How {
     /// It is translated.
     Not,
@@ -50,14 +52,20 @@ impl Refusal {
     }
 }
 
-/// A backend for a new flow, or why there is none.
-#[inline(never)]
-pub(super) fn choose(
-    packet: &impl Packet,
-    tables: &impl EdgeTables,
-    parsed: &Parsed,
-    work: &mut Work,
-) -> Refusal {
+impl Default for Refusal {
+    fn default() -> Self {
+        Self::NOT
+    }
+}
+
+/// Chooses a backend for a new flow. In `work` is then where it goes, or why there is none.
+#[inline(always)]
+pub fn choose(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, work: &mut Work) {
+    work.refusal = choice(packet, tables, parsed, work);
+}
+
+#[inline(always)]
+fn choice(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, work: &mut Work) -> Refusal {
     let (tuple, origin) = (&parsed.tuple, work.origin);
     let target = find(tables, parsed);
     let Target::Frontend(frontend) = target else {

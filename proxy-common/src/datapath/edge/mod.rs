@@ -42,13 +42,13 @@ pub mod refuse;
 
 mod direct;
 mod fragments;
-mod judge;
+pub mod judge;
 mod own_datagrams;
 mod whence;
 
 use self::flows::{Choice, Meeting, Numbers, Place};
 use self::fragments::{remember_ports, restore_ports, stray_fragment};
-use self::judge::{How, Refusal, choose, find, malformed, nobodys, turn_away};
+use self::judge::{How, Refusal, find, malformed, nobodys, turn_away};
 use self::packet::Packet;
 use self::parse::{Outcome, Parsed, Part, Tuple, tcp};
 use self::tables::{EdgeTables, Scratch, Work};
@@ -236,7 +236,8 @@ fn entering<T: EdgeTables>(
         if place.is_none() && parsed.proto != proto::TCP && own_datagrams::is_answered(tables, parsed, work) {
             return Verdict::Pass;
         }
-        let refusal = choose(packet, tables, parsed, work);
+        packet.choose(tables, parsed, work);
+        let refusal = work.refusal;
         match (refusal.how, &place) {
             (How::Not, old) => {
                 let moves = old.is_some() && parsed.proto == proto::UDP;

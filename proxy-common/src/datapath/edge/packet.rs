@@ -3,6 +3,8 @@
 //! Offsets count from the first byte the program sees (the MAC header, where there is one). Every load and store is
 //! checked on its own: no reference into packet memory ever exists.
 
+use super::parse::Parsed;
+use super::tables::{EdgeTables, Work};
 use crate::addr::{Addr, Family};
 
 /// Nothing is loaded from behind this offset: no header that matters lies there, and the verifier wants a bound.
@@ -50,6 +52,13 @@ pub trait Packet {
     /// [`super::sctp::moved_on`]. In the kernel a function that is verified once, not on each way to it.
     fn sctp_moved_on(&self, change: u32, bytes: u32) -> u32 {
         super::sctp::moved_on(change, bytes)
+    }
+    /// [`super::judge::choose`], likewise.
+    fn choose(&self, tables: &impl EdgeTables, parsed: &Parsed, work: &mut Work)
+    where
+        Self: Sized,
+    {
+        super::judge::choose(self, tables, parsed, work);
     }
     /// Makes room for `bytes` between the MAC and the IP header.
     fn insert_before_ip(&mut self, bytes: u32) -> bool;

@@ -2,6 +2,7 @@
 
 use super::flows::{self, Choice, Numbers};
 use super::icmp::Edit;
+use super::judge::Refusal;
 use super::parse::{Parsed, Tuple};
 use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, Origin};
 use crate::addr::Addr;
@@ -19,6 +20,8 @@ pub struct Work {
     pub index: FlowKey,
     /// Where a new flow goes.
     pub to: Choice,
+    /// Why it goes nowhere.
+    pub refusal: Refusal,
     /// A new record.
     pub flow: Flow,
     /// What the packet is translated to.
