@@ -9,6 +9,7 @@ use proxy_common::abi::{
     ServiceName, proto,
 };
 use proxy_common::addr::{Addr, Prefix};
+use proxy_common::be::Be16;
 
 /// One write to one map.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,7 +100,7 @@ pub fn filter_bits(op: &Op) -> Vec<FilterBit> {
     match op {
         Op::Frontend(key, Some(_)) => frontend_bits(key).collect(),
         Op::LocalAddress(addr, Some(bits)) => address_bit(addr, *bits).into_iter().collect(),
-        Op::Backend(_, backend) => vec![FilterBit::of_backend(&backend.addr)],
+        Op::Backend(_, backend) => backend_bits(&backend.addr, backend.port).into(),
         Op::ServiceCidr(cidr, true) => FilterBit::of_prefix(*cidr).collect(),
         Op::Frontend(_, None)
         | Op::LocalAddress(_, None)
@@ -122,7 +123,7 @@ pub fn filter_words(contents: &Contents) -> Vec<u64> {
     let addresses = contents.local_addresses.iter().filter_map(|(addr, bits)| address_bit(addr, *bits));
     let cidrs = contents.service_cidrs.iter().flat_map(|cidr| FilterBit::of_prefix(*cidr));
     let live = contents.backends.iter().filter(|backend| backend.state.flags != 0);
-    let backends = live.map(|backend| FilterBit::of_backend(&backend.addr));
+    let backends = live.flat_map(|backend| backend_bits(&backend.addr, backend.port));
     let mut words = vec![0; FILTER_WORDS as usize];
     for bit in frontends.chain(addresses).chain(cidrs).chain(backends) {
         if let Some(word) = words.get_mut(bit.word as usize) {
@@ -130,6 +131,11 @@ pub fn filter_words(contents: &Contents) -> Vec<u64> {
         }
     }
     words
+}
+
+/// Answers come from backends, and what is sent to one of them past its Service goes to its port.
+pub fn backend_bits(addr: &Addr, port: Be16) -> [FilterBit; 2] {
+    [FilterBit::of_backend(addr), FilterBit::of_backend_port(port)]
 }
 
 /// nodePorts are found by the addresses that serve them. Of what leaves, the port tells quickly that a datagram does not come from

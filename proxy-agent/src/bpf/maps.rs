@@ -17,7 +17,7 @@ use proxy_common::addr::{Addr, Family, Prefix};
 use super::flow_maps::{FlowMaps, Table, count};
 use super::pins::PinDir;
 use super::sys::Mapping;
-use crate::store::{Capacity, Contents, MapStore, Op, StoreError, filter_bits, filter_words};
+use crate::store::{Capacity, Contents, MapStore, Op, StoreError, backend_bits, filter_bits, filter_words};
 
 /// Why the pinned maps cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -317,11 +317,13 @@ impl KernelMaps {
         let mut words = filter_words(contents);
         for (map, table) in [("FLOWS", &self.flow_maps.flows), ("NEW_FLOWS", &self.flow_maps.new_flows)] {
             let mark = |(key, _): (FlowKey, Flow)| {
-                let FilterBit { word, mask } = FilterBit::of_backend(&key.destination);
-                if key.kind == FlowKind::Record as u8
-                    && let Some(word) = words.get_mut(word as usize)
-                {
-                    *word |= mask;
+                if key.kind != FlowKind::Record as u8 {
+                    return;
+                }
+                for FilterBit { word, mask } in backend_bits(&key.destination, key.destination_port) {
+                    if let Some(word) = words.get_mut(word as usize) {
+                        *word |= mask;
+                    }
                 }
             };
             table.for_each(mark).map_err(|source| StoreError::Map { map, source })?;

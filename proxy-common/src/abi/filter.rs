@@ -1,7 +1,7 @@
 //! `FILTER`: mmapable array of bits, what most packets and sockets need to know: "nothing of ours has this address".
 //!
 //! Each VIP and each address of this host sets the bit of its address; each ServiceCIDR sets those of its
-//! blocks; each backend one of its own part; each frontend of UDP or SCTP that of its port. The agent sets bits before it writes what they stand for, and clears stale ones only when it compares
+//! blocks; each backend one of its own part, and that of its port; each frontend of UDP or SCTP that of its port. The agent sets bits before it writes what they stand for, and clears stale ones only when it compares
 //! everything: a bit too many costs two lookups, a bit too few would lose a connection.
 
 use crate::abi::proto::UDP;
@@ -9,8 +9,8 @@ use crate::addr::{Addr, Family, Prefix};
 use crate::be::Be16;
 
 /// Elements of `FILTER`, 64 bits each: [`BLOCKS`] of IPv4, as many of IPv6, [`ADDRESSES`], [`BACKENDS`], [`PORTS`] of UDP, as many of
-/// SCTP.
-pub const FILTER_WORDS: u32 = (2 * BLOCKS + ADDRESSES + BACKENDS + 2 * PORTS) / 64;
+/// SCTP, and of backends.
+pub const FILTER_WORDS: u32 = (2 * BLOCKS + ADDRESSES + BACKENDS + 3 * PORTS) / 64;
 
 /// Bits for the blocks of each family.
 const BLOCKS: u32 = 1 << 16;
@@ -19,7 +19,7 @@ const ADDRESSES: u32 = 1 << 17;
 /// Bits for backends: at 250 000 one address in five is taken for one by mistake.
 const BACKENDS: u32 = 1 << 20;
 
-/// Bits for the ports of each protocol: one each.
+/// Bits for the ports of each kind: one each.
 const PORTS: u32 = 1 << 16;
 
 /// One bit of `FILTER`.
@@ -54,6 +54,12 @@ impl FilterBit {
     pub const fn of_port(proto: u8, port: Be16) -> Self {
         let part = 2 * BLOCKS + ADDRESSES + BACKENDS + if proto == UDP { 0 } else { PORTS };
         Self::at(part + port.get() as u32)
+    }
+
+    /// The bit of a backend's port, whatever its protocol.
+    #[inline(always)]
+    pub const fn of_backend_port(port: Be16) -> Self {
+        Self::at(2 * BLOCKS + ADDRESSES + BACKENDS + 2 * PORTS + port.get() as u32)
     }
 
     /// The bit of the block that an address lies in: an IPv4 /16, or an IPv6 /64 (which share bits by chance).

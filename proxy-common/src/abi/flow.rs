@@ -173,6 +173,8 @@ pub mod state {
     /// A SYN has begun another flow of the same client and VIP in the maps that evict. It takes the place of this one when its
     /// client proves it.
     pub const SUCCEEDED: u32 = 1 << 9;
+    /// The client talks to the backend itself, beside a flow to a Service by the same port. The VIP is the backend; there is no Service.
+    pub const DIRECT: u32 = 1 << 10;
 }
 
 /// Ports that translated sources get: outside of Linux' ephemeral range (32768 on) and of the nodePorts

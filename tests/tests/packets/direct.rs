@@ -3,7 +3,10 @@
 use std::net::SocketAddr;
 
 use proxy_agent::store::{MapStore as _, Op};
-use proxy_common::abi::{Backend, Counter};
+use proxy_common::abi::flow::state::DIRECT;
+use proxy_common::abi::proto::UDP;
+use proxy_common::abi::{Backend, BackendState, Counter, FrontendKey, FrontendValue};
+use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_common::datapath::tables::Tables as _;
@@ -42,39 +45,35 @@ fn talk(world: &World, net: Net, pod: SocketAddr, request: &Packet) -> SocketAdd
     source
 }
 
-fn bodies() -> [Body; 2] {
-    [Body::Udp { data: b"a question".to_vec(), checksum: true }, Body::Sctp(b"a chunk of some data".to_vec())]
-}
-
 #[test]
 fn who_talks_to_a_service_and_to_its_pod_by_one_port_is_answered_by_each() {
     for net in Net::ALL {
         for (vip, pod) in [(net.here(), net.local()), (net.there(), net.remote(1))] {
-            for body in bodies() {
-                for vip_first in [false, true] {
-                    let (world, client) = (world(), net.client());
-                    let to = |destination| Packet::new(client, destination, body.clone());
-                    if !vip_first {
-                        // Nothing is between these ends, so nothing is done.
-                        passes(|bytes| world.enter(NIC, bytes), &to(pod).bytes());
-                        assert_eq!(talk(&world, net, pod, &to(pod)), client);
-                        assert_eq!(counts(&world), []);
-                    }
-                    let by_service = talk(&world, net, pod, &to(vip));
-                    let direct = talk(&world, net, pod, &to(pod));
-                    assert_ne!(by_service, direct);
-                    for _ in 0..3 {
-                        assert_eq!(talk(&world, net, pod, &to(pod)), direct);
-                        assert_eq!(talk(&world, net, pod, &to(vip)), by_service);
-                    }
-                    assert_eq!(counts(&world), [(Counter::Flow, 2)]);
-                    // By another port, or by somebody else's.
-                    for other in [SocketAddr::new(client.ip(), 4_999), net.stranger()] {
-                        let request = Packet::new(other, pod, body.clone());
-                        passes(|bytes| world.enter(NIC, bytes), &request.bytes());
-                        assert_eq!(talk(&world, net, pod, &request), other);
-                    }
+            for vip_first in [false, true] {
+                let (world, client) = (world(), net.client());
+                let to = |destination| Packet::udp(client, destination, b"a question");
+                if !vip_first {
+                    // Nothing is between these ends, so nothing is done.
+                    passes(|bytes| world.enter(NIC, bytes), &to(pod).bytes());
+                    assert_eq!(talk(&world, net, pod, &to(pod)), client);
+                    assert_eq!(counts(&world), []);
                 }
+                let by_service = talk(&world, net, pod, &to(vip));
+                let direct = talk(&world, net, pod, &to(pod));
+                assert_ne!(by_service, direct);
+                for _ in 0..3 {
+                    assert_eq!(talk(&world, net, pod, &to(pod)), direct);
+                    assert_eq!(talk(&world, net, pod, &to(vip)), by_service);
+                }
+                assert_eq!(counts(&world), [(Counter::Flow, 2)]);
+                // By another port, or by somebody else's. (An association of SCTP cannot change its port.)
+                for other in [SocketAddr::new(client.ip(), 4_999), net.stranger()] {
+                    let request = Packet::udp(other, pod, b"?");
+                    passes(|bytes| world.enter(NIC, bytes), &request.bytes());
+                    assert_eq!(talk(&world, net, pod, &request), other);
+                }
+                let heartbeat = Packet::new(client, pod, Body::Sctp(b"a chunk of some data".to_vec()));
+                passes(|bytes| world.enter(NIC, bytes), &heartbeat.bytes());
             }
         }
     }
@@ -87,6 +86,7 @@ fn what_is_sent_to_the_pod_keeps_its_port_while_it_goes_on() {
         talk(&world, net, pod, &Packet::udp(client, vip, b"?"));
         let request = Packet::udp(client, pod, b"?");
         let direct = talk(&world, net, pod, &request);
+        // That of the Service ends meanwhile.
         for _ in 0..10 {
             world.pass(100);
             assert_eq!(talk(&world, net, pod, &request), direct);
@@ -123,31 +123,76 @@ fn fragments_and_errors_belong_to_either() {
             assert_eq!(world.enter(NIC, fragment), (Verdict::Translated, wanted));
         }
 
-        let sent = ask(&world, net, pod, &Packet::udp(client, pod, b"?").bytes());
+        let asked = Packet::udp(client, pod, b"?");
+        let sent = ask(&world, net, pod, &asked.bytes());
         let error = Packet::error(pod.ip(), Trouble::PortUnreachable, &sent, 548);
-        let told = translated(world.leave_from(POD, NIC, error.bytes()));
-        let shown = seen(&told);
-        assert_eq!(shown.destination.ip(), client.ip());
-        let asked = Packet::udp(client, pod, b"?").bytes();
-        assert_eq!(shown.payload, asked[ETHERNET..][..shown.payload.len()], "the quote is not what was sent");
+        is_about(&translated(world.leave_from(POD, NIC, error.bytes())), client, &asked);
+
+        // About an answer: the pod knows its client by the other port.
+        let answer = Packet::udp(pod, direct, b"!");
+        let heard = answered(&world, net, pod, &answer.bytes());
+        let error = Packet::error(net.router(), Trouble::TooBig, &heard, 548);
+        is_about(&translated(world.enter(NIC, error.bytes())), pod, &answer);
+        let other = Packet::udp(pod, SocketAddr::new(client.ip(), 4_999), b"!").bytes();
+        let error = Packet::error(net.router(), Trouble::TooBig, &other, 548).bytes();
+        passes(|bytes| world.enter(NIC, bytes), &error);
     }
 }
 
-/// The backend's element is another one's by now; the agent takes the flow away a moment later.
+#[track_caller]
+fn is_about(error: &[u8], to: SocketAddr, sent: &Packet) {
+    let (shown, sent) = (seen(error), sent.bytes());
+    assert_eq!(shown.destination.ip(), to.ip());
+    assert_eq!(shown.payload, sent[ETHERNET..][..shown.payload.len()], "the quote is not what was sent");
+}
+
+/// The flow of the Service stays until it expires when its backend has gone; the pod may well be there.
 #[test]
-fn the_flow_of_a_backend_that_has_gone_is_no_reason() {
+fn a_backend_that_has_left_its_service_is_talked_to() {
     for net in Net::ALL {
         let (mut world, client, vip, pod) = (world(), net.client(), net.here(), net.local());
-        let late = SocketAddr::new(client.ip(), 4_999);
-        for client in [client, late] {
-            talk(&world, net, pod, &Packet::udp(client, vip, b"?"));
-        }
-        let request = Packet::udp(client, pod, b"?");
-        let direct = talk(&world, net, pod, &request);
+        talk(&world, net, pod, &Packet::udp(client, vip, b"?"));
         let (_, flow) = world.sim.edge.records(Tier::New).remove(0);
         let backend = Backend { service: flow.service + 1, ..world.sim.backend(flow.backend).unwrap() };
         world.sim.apply(&Op::Backend(flow.backend, backend)).unwrap();
-        assert_eq!(talk(&world, net, pod, &request), direct);
-        passes(|bytes| world.enter(NIC, bytes), &Packet::udp(late, pod, b"?").bytes());
+        let request = Packet::udp(client, pod, b"?");
+        let direct = talk(&world, net, pod, &request);
+        assert_ne!(direct, client);
+        let flows = world.sim.edge.records(Tier::New);
+        let of_service = flows.iter().filter(|(_, flow)| flow.service != 0).count();
+        assert_eq!((flows.len(), of_service), (2, 1), "nothing of it is the Service's");
+    }
+}
+
+/// Pods on the host's network have the address that an externalIP has, too, and the port.
+#[test]
+fn a_service_at_its_backends_own_address_is_one() {
+    for net in Net::ALL {
+        let (mut world, client, pod) = (world(), net.client(), net.remote(1));
+        let (addr, port) = (pod.ip().into(), Be16::new(pod.port()));
+        let request = Packet::udp(client, pod, b"?");
+        talk(&world, net, pod, &Packet::udp(client, net.there(), b"?"));
+        talk(&world, net, pod, &request);
+        let value =
+            world.sim.frontend(&FrontendKey::exact(net.there().ip().into(), Be16::new(80), UDP)).unwrap();
+        let key = FrontendKey::exact(addr, port, UDP);
+        let value = FrontendValue::new(&key, value.service, value.flags);
+        world.sim.apply(&Op::Frontend(key, Some(value))).unwrap();
+        // What was sent to the pod itself is the Service's now, and follows it.
+        let direct = |world: &World| {
+            let flows = world.sim.edge.records(Tier::New).into_iter();
+            flows
+                .filter(|(_, flow)| flow.vip == addr)
+                .map(|(_, flow)| flow.state & DIRECT != 0)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(direct(&world), [true]);
+        world.enter(NIC, request.bytes());
+        assert_eq!(direct(&world), [false]);
+        let state = BackendState { flags: 0, generation: 1 };
+        world.sim.apply(&Op::BackendState(net.there_id(), state)).unwrap();
+        let before = world.sim.counted(Counter::UdpRepick);
+        world.enter(NIC, request.bytes());
+        assert!(world.sim.counted(Counter::UdpRepick) > before, "it does not stay with what has left");
     }
 }

@@ -130,8 +130,9 @@ impl Machine {
             assert_eq!(self.bench.sim.filter(word) & bits, *bits, "FILTER hides something of ours");
         }
         for backend in contents.backends.iter().filter(|backend| backend.state.flags != 0) {
-            let FilterBit { word, mask } = FilterBit::of_backend(&backend.addr);
-            assert_ne!(needed[word as usize] & mask, 0, "the next agent hides a backend");
+            for FilterBit { word, mask } in backend_bits(&backend.addr, backend.port) {
+                assert_ne!(needed[word as usize] & mask, 0, "the next agent hides a backend");
+            }
         }
         let names: BTreeMap<u32, PortKey> =
             contents.names.iter().map(|(id, name)| (*id, parse_name(name).unwrap())).collect();

@@ -22,7 +22,7 @@ use crate::cluster::ObjectKey;
 use crate::desired::{DesiredBackend, DesiredPort, DesiredService, PortKey};
 use crate::model::{Freed, Model, Port, parse_name};
 use crate::sim::Simulator;
-use crate::store::{Capacity, Contents, MapStore as _, Op, filter_words};
+use crate::store::{Capacity, Contents, MapStore as _, Op, backend_bits, filter_words};
 
 mod changes;
 mod drift;

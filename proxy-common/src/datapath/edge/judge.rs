@@ -1,9 +1,10 @@
 //! Whether a packet is served, and what becomes of it if it is not.
 
+use super::direct::Beside;
 use super::packet::Packet;
 use super::parse::Parsed;
 use super::tables::{EdgeTables, Work};
-use super::{Verdict, direct, refuse};
+use super::{Choice, Verdict, refuse};
 use crate::abi::device::flags::{NEAR, POD, POD_BRIDGE};
 use crate::abi::frontend::flags::SOURCE_RANGES;
 use crate::abi::{Counter, Origin, local_address};
@@ -69,9 +70,15 @@ fn choice(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, work:
     let (tuple, origin) = (&parsed.tuple, work.origin);
     let target = find(tables, parsed);
     let Target::Frontend(frontend) = target else {
-        let direct = matches!(target, Target::Other) && work.beside != 0 && direct::can_begin(tables, work);
-        return if direct { Refusal::NOT } else { nobodys(target) };
+        if matches!(target, Target::Other) && work.beside == Beside::MEETS {
+            work.beside = Beside::BEGINS;
+            work.to = Choice { proto: parsed.proto, service: 0, backend: 0 };
+            (work.new.destination, work.new.destination_port) = (tuple.destination, tuple.destination_port);
+            return Refusal::NOT;
+        }
+        return nobodys(target);
     };
+    work.beside = Beside::NOTHING;
     work.to.service = frontend.service;
     if frontend.flags & SOURCE_RANGES != 0 && !tables.in_source_ranges(frontend.service, &tuple.source) {
         return Refusal::drop(Counter::DropSourceRange);
@@ -90,8 +97,9 @@ fn choice(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, work:
     let near = of_pod || tables.device_flags(packet.ifindex()) & NEAR != 0;
     let client = if near { Client::Near } else { Client::Far };
     match select(tables, frontend, client, tuple.source) {
-        Selection::Backend(id, _) => {
+        Selection::Backend(id, backend) => {
             work.to.backend = id;
+            (work.new.destination, work.new.destination_port) = (backend.addr, backend.port);
             Refusal::NOT
         }
         Selection::Reject(why) => Refusal::reject(why),

@@ -40,12 +40,13 @@ pub mod icmp;
 
 pub mod refuse;
 
-mod direct;
+pub mod direct;
 mod fragments;
 pub mod judge;
 mod own_datagrams;
 mod whence;
 
+use self::direct::Beside;
 use self::flows::{Choice, Meeting, Numbers, Place};
 use self::fragments::{remember_ports, restore_ports, stray_fragment};
 use self::judge::{How, Refusal, find, malformed, nobodys, turn_away};
@@ -110,7 +111,7 @@ pub fn ingress(
         return Verdict::Pass;
     }
     let ours = lookup::may_be_ours(tables, &parsed.tuple.destination);
-    let to_backend = direct::may_be_one(tables, parsed);
+    let to_backend = direct::may_be_one(packet, tables, parsed);
     if !ours && !to_backend || edge == Edge::External && packet.is_tagged() {
         return Verdict::Pass;
     }
@@ -125,8 +126,9 @@ pub fn ingress(
         return stray_fragment(tables, &parsed.tuple.destination);
     }
     work.to = Choice { proto: parsed.proto, service: 0, backend: 0 };
-    work.beside = u32::from(to_backend && direct::meets_flow(tables, parsed, work));
-    if !ours && work.beside == 0 {
+    let beside = to_backend && direct::meets_flow(tables, parsed, work);
+    work.beside = if beside { Beside::MEETS } else { Beside::NOTHING };
+    if !ours && work.beside == Beside::NOTHING && !icmp::is_error(parsed) {
         return Verdict::Pass;
     }
     if parsed.part == Part::First {
@@ -239,6 +241,8 @@ fn entering<T: EdgeTables>(
         packet.choose(tables, parsed, work);
         let refusal = work.refusal;
         match (refusal.how, &place) {
+            (How::Not, Some(old))
+                if work.beside == Beside::BEGINS && old.flow().state & flow::state::DIRECT != 0 => {}
             (How::Not, old) => {
                 let moves = old.is_some() && parsed.proto == proto::UDP;
                 if let Some(old) = old
@@ -247,6 +251,11 @@ fn entering<T: EdgeTables>(
                     flows::give_way(tables, &work.key, old);
                 }
                 place = flows::create(tables, tuple, indexed, work);
+                if work.beside == Beside::BEGINS
+                    && let Some(place) = &place
+                {
+                    place.set_state(place.flow().state | flow::state::DIRECT);
+                }
                 tables.count(if moves { Counter::UdpRepick } else { Counter::Flow });
                 tables.count_connection(work.to.service);
             }
@@ -254,6 +263,9 @@ fn entering<T: EdgeTables>(
         }
     }
     let Some(place) = &place else {
+        if work.beside == Beside::BEGINS {
+            return Verdict::Pass;
+        }
         let refusal = Refusal::drop(Counter::DropFlowTable);
         return turn_away::<_, _, false>(packet, tables, parsed, refusal, work.to.service);
     };
@@ -310,13 +322,16 @@ fn numbers(packet: &impl Packet, parsed: &Parsed) -> Numbers {
 /// Whether a UDP flow may stay where it is.
 #[inline(always)]
 fn serves(tables: &impl EdgeTables, key: &FlowKey, flow: &Flow) -> bool {
-    direct::is_one(key, flow)
-        || tables.backend(flow.backend).is_some_and(|backend| {
-            backend.addr == key.destination
-                && backend.port == key.destination_port
-                && backend.service == flow.service
-                && backend.state.flags & SERVING != 0
-        })
+    if flow.state & flow::state::DIRECT != 0 {
+        // The address and port may have become a Service's.
+        return !lookup::may_be_ours(tables, &flow.vip);
+    }
+    tables.backend(flow.backend).is_some_and(|backend| {
+        backend.addr == key.destination
+            && backend.port == key.destination_port
+            && backend.service == flow.service
+            && backend.state.flags & SERVING != 0
+    })
 }
 
 /// A request on its way to another node, or of a pod to itself: gets a source of ours. `None` if it needs none, or is none.

@@ -37,7 +37,7 @@ pub struct Work {
     pub asked_by: u32,
     /// The packet's numbers.
     pub numbers: Numbers,
-    /// Not 0: the packet is to a backend itself, and a flow of a Service has its ends.
+    /// Whether the packet is to a backend itself: a [`super::direct::Beside`].
     pub beside: u32,
     /// What the packet does to the flow that it meets: a [`super::flows::Meeting`]. The verifier would follow each of them
     /// if it knew which.

@@ -35,8 +35,8 @@ fn recycle_in<T: EdgeTables>(tables: &T, tier: Tier, work: &mut Work) {
 }
 
 /// Makes the flow from the client of `tuple` that `work` says, with another source port if its own tuple is taken. Its key is
-/// then in `work`. `indexed`: [`find_by_vip`](super::find_by_vip) has found an entry. `None`: the backend has gone, every tuple
-/// that was tried is taken, or there is no room.
+/// then in `work`. `indexed`: [`find_by_vip`](super::find_by_vip) has found an entry. `None`: every tuple that was tried is
+/// taken, or there is no room.
 #[inline(never)]
 pub fn create<T: EdgeTables>(
     tables: &T,
@@ -44,25 +44,24 @@ pub fn create<T: EdgeTables>(
     indexed: bool,
     work: &mut Work,
 ) -> Option<Place<T::Cell>> {
-    let Work { now, to, origin, .. } = *work;
+    let Work { to, origin, .. } = *work;
     if indexed {
         recycle(tables, work);
     }
-    let backend = tables.backend(to.backend).filter(|backend| backend.service == to.service)?;
     work.flow = Flow {
         vip: tuple.destination,
         vip_port: tuple.destination_port,
         client_port: tuple.source_port,
         service: to.service,
         backend: to.backend,
-        last_seen: now,
+        last_seen: work.now,
         ..Flow::default()
     };
     work.key = FlowKey {
         source: tuple.source,
-        destination: backend.addr,
+        destination: work.new.destination,
         source_port: tuple.source_port,
-        destination_port: backend.port,
+        destination_port: work.new.destination_port,
         origin,
         proto: to.proto,
         kind: FlowKind::Record as u8,
@@ -71,7 +70,7 @@ pub fn create<T: EdgeTables>(
     };
     for attempt in 0..TUPLE_TRIES {
         if tables.try_tuple(work, attempt == 0) {
-            let place = record(tables, &work.key, now)?;
+            let place = record(tables, &work.key, work.now)?;
             let linked = link_vip(tables, place.tier, &work.key, &place.cell);
             return if linked { Some(place) } else { None };
         }
