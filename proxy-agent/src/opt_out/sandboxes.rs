@@ -75,6 +75,8 @@ struct Origin {
 /// What a look at a pod has shown.
 enum Finding {
     Known(Origin),
+    /// The same, but its way out is not known: perhaps it is being made.
+    Early(Origin),
     /// It is in the host's network.
     None,
     Unknown,
@@ -100,11 +102,17 @@ impl Sandboxes {
         let mut found = BTreeMap::new();
         for pod in pods.take(PODS_MAX) {
             let still = before.get(&pod.id).copied().filter(|origin| self.is_there(origin));
-            let finding = match (still, &host) {
+            let mut finding = match (still, &host) {
                 (Some(origin), _) => Finding::Known(origin),
                 (None, Some(host)) => self.find(&pod.path, host),
                 (None, None) => Finding::None,
             };
+            let first = since.get(&pod.id).copied().unwrap_or_else(Instant::now);
+            if let Finding::Early(origin) = finding
+                && first.elapsed() >= PATIENCE
+            {
+                finding = Finding::Known(origin);
+            }
             match finding {
                 Finding::Known(origin) => {
                     self.known.insert(pod.id, origin);
@@ -112,9 +120,8 @@ impl Sandboxes {
                     found.insert(pod.id, Sandbox { netns: origin.netns, containers: containers.collect() });
                 }
                 Finding::None => {}
-                Finding::Unknown => {
-                    let since = since.get(&pod.id).copied();
-                    self.unknown.insert(pod.id, since.unwrap_or_else(Instant::now));
+                Finding::Unknown | Finding::Early(_) => {
+                    self.unknown.insert(pod.id, first);
                 }
             }
         }
@@ -156,7 +163,10 @@ impl Sandboxes {
         if netns == host.network {
             return Some(Finding::None);
         }
-        Some(Finding::Known(Origin { process, netns: outermost(&namespace, &host.file)? }))
+        let (elsewhere, cookie) = way_out(&namespace, &host.file)?;
+        let netns = (elsewhere != Some(true)).then_some(cookie);
+        let origin = Origin { process, netns };
+        Some(if elsewhere.is_some() { Finding::Known(origin) } else { Finding::Early(origin) })
     }
 
     fn path(&self, pid: u32, file: &str) -> PathBuf {
@@ -247,15 +257,15 @@ fn read(path: &Path) -> Option<String> {
     Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The cookie of a network namespace, `Some(None)` if its way out leads into another one than `host`; `None` before kernel 5.14.
-fn outermost(namespace: &File, host: &File) -> Option<Option<u64>> {
+/// Whether the way out of a network namespace leads into another one than `host`, as far as that is known, and its cookie; `None` before
+/// kernel 5.14.
+fn way_out(namespace: &File, host: &File) -> Option<(Option<bool>, u64)> {
     within(namespace, || {
         let elsewhere = way_out::leads_elsewhere(host).unwrap_or_else(|error| {
             tracing::debug!(%error, "cannot tell where a pod's packets go");
-            false
+            None
         });
-        let cookie = sys::netns_cookie()?;
-        Some((!elsewhere).then_some(cookie))
+        Some((elsewhere, sys::netns_cookie()?))
     })
 }
 
@@ -296,7 +306,8 @@ mod tests {
         /// Runs a process in new namespaces, with a device in its network, or none. Returns when it is there.
         fn run(&mut self, cgroup: &str, namespaces: &[&str], device: bool) -> u32 {
             let script = if device {
-                "ip link add d0 type veth peer name d1 && echo && read x"
+                "ip link add d0 type veth peer name d1 && ip link set d0 up && ip address add 10.0.0.1/24 dev d0 && \
+                 ip route add default via 10.0.0.2 && echo && read x"
             } else {
                 "echo && read x"
             };

@@ -17,29 +17,34 @@ use rtnetlink::sys::protocols::NETLINK_ROUTE;
 
 use crate::netlink::Netlink;
 
-/// Addresses that nobody has (RFC 5737, RFC 3849): only default routes lead to them.
+/// Addresses that only default routes lead to: reserved (RFC 1112 §4), and thrown away (RFC 6666).
 const ANYWHERE: [IpAddr; 2] =
-    [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))];
+    [IpAddr::V4(Ipv4Addr::new(240, 0, 0, 1)), IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1))];
 
 /// Returns whether what leaves the network namespace of the calling thread enters another one than `host`: its default routes lead through
-/// veth pairs whose other ends are there. Of any other device nothing is known.
-pub(super) fn leads_elsewhere(host: &File) -> io::Result<bool> {
+/// veth pairs whose other ends are there. Of any other device it is said that it does not. `None`: there is no such route, perhaps not yet.
+pub(super) fn leads_elsewhere(host: &File) -> io::Result<Option<bool>> {
     let netlink = Netlink::open(NETLINK_ROUTE)?;
-    let mut elsewhere = false;
+    let mut elsewhere = None;
     for destination in ANYWHERE {
         let Some(device) = device_to(&netlink, destination)? else { continue };
-        let Some(end) = other_end(&netlink, device)? else { return Ok(false) };
-        // A namespace has an id where somebody has asked for it, as for that of a device's other end.
+        let Some(end) = other_end(&netlink, device)? else { return Ok(Some(false)) };
+        // The namespace of a device's other end has an id as soon as the device has been asked for; the host's has none if no device
+        // ends there.
         if id_of(&netlink, host)? == Some(end) {
-            return Ok(false);
+            return Ok(Some(false));
         }
-        elsewhere = true;
+        elsewhere = Some(true);
     }
     Ok(elsewhere)
 }
 
-/// Asks the kernel. Returns its answer, or `None` if there is no such thing.
-fn ask(netlink: &Netlink, request: RouteNetlinkMessage) -> io::Result<Option<RouteNetlinkMessage>> {
+/// Asks the kernel. Returns its answer, or `None` if that is one of the errors in `none`.
+fn ask(
+    netlink: &Netlink,
+    request: RouteNetlinkMessage,
+    none: &[i32],
+) -> io::Result<Option<RouteNetlinkMessage>> {
     netlink.send(request, 0)?;
     let mut answer = None;
     netlink.answers(|payload| match payload {
@@ -47,12 +52,14 @@ fn ask(netlink: &Netlink, request: RouteNetlinkMessage) -> io::Result<Option<Rou
             answer = Some(message);
             Ok(true)
         }
-        NetlinkPayload::Error(error) => match error.to_io().raw_os_error() {
-            Some(
-                libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL | libc::EAFNOSUPPORT,
-            ) => Ok(true),
-            _ => Err(error.to_io()),
-        },
+        NetlinkPayload::Error(error) => {
+            let error = error.to_io();
+            if error.raw_os_error().is_some_and(|number| none.contains(&number)) {
+                Ok(true)
+            } else {
+                Err(error)
+            }
+        }
         NetlinkPayload::Done(_) | NetlinkPayload::Noop | NetlinkPayload::Overrun(_) | _ => Ok(true),
     })?;
     Ok(answer)
@@ -68,8 +75,17 @@ fn device_to(netlink: &Netlink, destination: IpAddr) -> io::Result<Option<u32>> 
     request.header.address_family = family;
     request.header.destination_prefix_length = length;
     request.attributes.push(RouteAttribute::Destination(address));
-    let Some(RouteNetlinkMessage::NewRoute(route)) = ask(netlink, RouteNetlinkMessage::GetRoute(request))?
-    else {
+    // No route, one that says so (unreachable, blackhole, prohibit), or no such family (ipv6.disable=1).
+    let none = [
+        libc::ENETUNREACH,
+        libc::EHOSTUNREACH,
+        libc::EACCES,
+        libc::EINVAL,
+        libc::EAFNOSUPPORT,
+        libc::EOPNOTSUPP,
+    ];
+    let request = RouteNetlinkMessage::GetRoute(request);
+    let Some(RouteNetlinkMessage::NewRoute(route)) = ask(netlink, request, &none)? else {
         return Ok(None);
     };
     Ok(route
@@ -82,7 +98,7 @@ fn device_to(netlink: &Netlink, destination: IpAddr) -> io::Result<Option<u32>> 
 fn other_end(netlink: &Netlink, device: u32) -> io::Result<Option<i32>> {
     let mut request = LinkMessage::default();
     request.header.index = device;
-    let Some(RouteNetlinkMessage::NewLink(link)) = ask(netlink, RouteNetlinkMessage::GetLink(request))?
+    let Some(RouteNetlinkMessage::NewLink(link)) = ask(netlink, RouteNetlinkMessage::GetLink(request), &[])?
     else {
         return Ok(None);
     };
@@ -93,7 +109,8 @@ fn other_end(netlink: &Netlink, device: u32) -> io::Result<Option<i32>> {
         .attributes
         .iter()
         .find_map(|attribute| if let LinkAttribute::LinkNetNsId(id) = attribute { Some(*id) } else { None });
-    Ok(end.filter(|_| is_veth))
+    // -1: the kernel had no memory for an id.
+    Ok(end.filter(|id| is_veth && *id >= 0))
 }
 
 /// Returns the id that a network namespace has in that of the calling thread.
@@ -102,7 +119,8 @@ fn id_of(netlink: &Netlink, namespace: &File) -> io::Result<Option<i32>> {
     request.header.family = AddressFamily::Unspec;
     let descriptor = u32::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
     request.attributes.push(NsidAttribute::Fd(descriptor));
-    let Some(RouteNetlinkMessage::NewNsId(answer)) = ask(netlink, RouteNetlinkMessage::GetNsId(request))?
+    let Some(RouteNetlinkMessage::NewNsId(answer)) =
+        ask(netlink, RouteNetlinkMessage::GetNsId(request), &[])?
     else {
         return Ok(None);
     };

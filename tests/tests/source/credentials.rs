@@ -101,7 +101,7 @@ async fn a_server_that_has_signed_its_own_certificate() {
         move |watched: &Watched| watched.problems.iter().any(|problem| problem.reason.contains(wanted))
     };
     let mut stranger = watched(&folders[1], front.port, &authority.pem);
-    stranger.until("a reason", said("the certificate-authority in the kubeconfig is not that")).await;
+    stranger.until("a reason", said("certificate is not of the authority that is in use")).await;
     front.change(&authority);
     let mut refused = watched(&folders[2], front.port, &authority.pem);
     refused.until("a reason", said("give it one with basicConstraints CA:FALSE")).await;

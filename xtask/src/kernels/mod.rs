@@ -112,6 +112,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if filters.is_empty() {
         // Also those that are not known yet.
         sections[0].1 = LIFETIME.map(|part| format!("--without={part}")).into();
+        sections[1].1.extend(LIFETIME.map(str::to_owned));
     }
     let mut outcomes = boot_all(&jobs, &sections)?;
     if args.bless {

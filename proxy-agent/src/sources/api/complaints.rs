@@ -150,8 +150,8 @@ fn causes(error: &Error) -> String {
 
 /// What can be done about a failure of TLS, by the words in which the library tells of it.
 fn advice(causes: &str) -> &'static str {
-    const STRANGER: &str =
-        ": the certificate-authority in the kubeconfig is not that of the server's certificate";
+    const STRANGER: &str = ": the server's certificate is not of the authority that is in use (certificate-authority in the kubeconfig, \
+                            ca.crt of the ServiceAccount in a pod), or the server does not send the one in between";
     let known = [
         ("UnknownIssuer", STRANGER),
         // An authority of the same name.

@@ -16,10 +16,11 @@ const DOCUMENTS_MAX: usize = 100_000;
 /// an honest file has.
 const ALIAS_NODES_MAX: usize = 100_000;
 
-/// How many lines of a document may be indented less than YAML demands. For each the document is read once more.
-const INDENTED_MAX: usize = 100;
-/// The parser's word for that.
-const UNDERINDENTED: &str = "invalid indentation in multiline quoted scalar";
+/// For each line inside of quotes that is indented less than YAML demands the text around it is read once more: so much in all.
+const INDENTED_BYTES_MAX: usize = 64 << 20;
+/// The parser's words for that: with spaces, and with tabs.
+const UNDERINDENTED: [&str; 2] =
+    ["invalid indentation in multiline quoted scalar", "tab cannot be used as indentation"];
 
 /// Where in a file something is.
 pub(super) struct At {
@@ -117,6 +118,7 @@ fn indented(text: &[u8], line: u64) -> Vec<u8> {
 impl Reading<'_> {
     /// Passes on the documents of a piece; `above` lines are before it. Returns why it has to be read once more, if it has.
     fn piece(&mut self, mut text: &[u8], above: u64, trial: &mut Trial) -> Option<Again> {
+        let size = text.len().max(1);
         let duplicate_keys =
             if trial.last_wins { DuplicateKeyPolicy::LastWins } else { DuplicateKeyPolicy::Error };
         // The size of the file bounds what it says itself; what remains to be bounded is what aliases multiply.
@@ -138,9 +140,10 @@ impl Reading<'_> {
                 if matches!(error.without_snippet(), YamlError::DuplicateMappingKey { .. }) {
                     return Some(Again::LastWins(format!("{}: the last one counts", explain(error, above))));
                 }
-                if trial.indented < INDENTED_MAX
+                let said = error.without_snippet().to_string();
+                if trial.indented < (INDENTED_BYTES_MAX / size).max(1)
                     && let Some(location) = error.location()
-                    && error.without_snippet().to_string().contains(UNDERINDENTED)
+                    && UNDERINDENTED.iter().any(|words| said.contains(words))
                 {
                     return Some(Again::Indent(location.line()));
                 }
@@ -262,7 +265,9 @@ mod tests {
             "\"{\n      1\n    }\"",
             "\"a\tb\"",
             "\"a\n     \tb\"",
+            "\"a\n\tb\"",
             "\"a\nb\n  c\nd\"",
+            &format!("\"{}\"", "a\n".repeat(300)),
         ] {
             let text = format!("a:\n  b:\n    c: {quoted}\nd: 1\n");
             assert_eq!(read(&text), (1, vec![]), "{text:?}");

@@ -8,7 +8,7 @@
 //!
 //! A connection (TCP, SCTP) cannot change its port, and one that is about to begin is not told from one that goes on without looking
 //! each of them up. TCP needs none of it as long as the client has closed one connection before it makes the other; see
-//! [`flows::is_succeeded`](super::flows::is_succeeded).
+//! [`flows::is_succeeded`].
 
 use super::flows;
 use super::packet::Packet;

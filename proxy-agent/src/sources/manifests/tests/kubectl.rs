@@ -24,6 +24,7 @@ async fn files_that_kubectl_takes() {
         ("closed.yaml", annotated("'[\n      1\n    ]\n    '", 85), 85),
         ("closed-at-once.yaml", annotated("\"{\n      1\n    }\"", 86), 86),
         ("tab.yaml", annotated("\"a\tb\"", 87), 87),
+        ("tabs-alone.yaml", annotated("\"a\n\tb\"", 89), 89),
         ("tabs.yaml", annotated("\"a\n     \tb\"", 88), 88),
         ("bom.yaml", format!("\u{feff}{}", service("a", 80)).into_bytes(), 80),
         ("bom.json", format!("\u{feff}{}", json("a")).into_bytes(), 80),
