@@ -15,7 +15,6 @@ use proxy_common::abi::{
     SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order, socket::STREAM_SLOTS,
 };
 use proxy_common::addr::Addr;
-use proxy_common::datapath::edge::parse::Parsed;
 use proxy_common::datapath::edge::tables::{EdgeTables, Scratch, Work};
 use proxy_common::datapath::tables::{Tables, Tier};
 
@@ -88,7 +87,7 @@ static SOURCE_RANGES: LpmTrie<SourceRange, u32, 1, BPF_F_NO_PREALLOC> = LpmTrie:
 static POD_SOURCES: LpmTrie<Addr, u32, 1, BPF_F_NO_PREALLOC> = LpmTrie::new();
 
 #[btf_map]
-static DEVICES: HashMap<u32, Device, 1> = HashMap::new();
+pub(crate) static DEVICES: HashMap<u32, Device, 1> = HashMap::new();
 
 #[btf_map]
 static FLOWS: HashMap<FlowKey, Flow, 1, BPF_F_NO_PREALLOC> = HashMap::new();
@@ -106,7 +105,7 @@ static NEW_FLOW_INDEX: LruHashMap<FlowKey, FlowRef, 1> = LruHashMap::new();
 static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, 1> = LruHashMap::new();
 
 #[btf_map]
-static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+pub(crate) static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 
 #[btf_map]
 static SERVICE_COUNTERS: PerCpuArray<ServiceCounters, 1> = PerCpuArray::new();
@@ -347,34 +346,6 @@ pub(crate) fn scratch() -> Option<&'static mut Scratch> {
     Some(unsafe { &mut *scratch })
 }
 
-/// The part of that memory which the caller of a global function has lent to it.
-#[inline(always)]
-pub(crate) fn lent() -> Option<&'static mut Work> {
-    let scratch = SCRATCH.get_ptr_mut(0)?;
-    // SAFETY: as above; nothing is read, and no reference to the whole is made.
-    let work = unsafe { core::ptr::addr_of_mut!((*scratch).work) };
-    // SAFETY: whoever calls has let the compiler know that this part is used elsewhere meanwhile.
-    Some(unsafe { &mut *work })
-}
-
-/// The packet's headers in that memory, which nobody changes meanwhile.
-#[inline(always)]
-pub(crate) fn lent_parsed() -> Option<&'static Parsed> {
-    let scratch = SCRATCH.get_ptr_mut(0)?;
-    // SAFETY: as above.
-    let parsed = unsafe { core::ptr::addr_of!((*scratch).parsed) };
-    // SAFETY: the caller has it borrowed to read it.
-    Some(unsafe { &*parsed })
-}
-
-/// A global function: the verifier looks at it once, and at its callers without it.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn vipr_device_flags(ifindex: u32) -> u32 {
-    // SAFETY: copied at once; elements are replaced only when a device's own addresses change.
-    unsafe { DEVICES.get(ifindex) }.map_or(0, |device| device.flags)
-}
-
 impl EdgeTables for Maps {
     type Cell = Cell;
 
@@ -461,7 +432,7 @@ impl EdgeTables for Maps {
 
     #[inline(always)]
     fn device_flags(&self, ifindex: u32) -> u32 {
-        vipr_device_flags(ifindex)
+        steps::device_flags(ifindex)
     }
 
     #[inline(always)]

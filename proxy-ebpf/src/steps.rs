@@ -7,12 +7,13 @@
 use core::arch::asm;
 
 use aya_ebpf::bindings::__sk_buff;
+use proxy_common::datapath::edge::parse::Parsed;
 use proxy_common::datapath::edge::tables::Work;
 use proxy_common::datapath::edge::{flows, judge};
 use proxy_common::datapath::socket;
 use proxy_common::datapath::tables::Tier;
 
-use crate::maps::{Maps, lent, lent_parsed};
+use crate::maps::{DEVICES, Maps, SCRATCH};
 use crate::sock::ancestor;
 use crate::tc::Skb;
 
@@ -26,6 +27,26 @@ fn lend(work: &mut Work) {
     }
     #[cfg(not(target_arch = "bpf"))]
     let _ = work;
+}
+
+/// The part of this CPU's memory for one packet that the caller of a global function has lent to it.
+#[inline(always)]
+fn lent() -> Option<&'static mut Work> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: a per-CPU element, as the caller has it; nothing is read, and no reference to the whole is made.
+    let work = unsafe { core::ptr::addr_of_mut!((*scratch).work) };
+    // SAFETY: whoever calls has let the compiler know that this part is used elsewhere meanwhile.
+    Some(unsafe { &mut *work })
+}
+
+/// The packet's headers in that memory, which nobody changes meanwhile.
+#[inline(always)]
+fn lent_parsed() -> Option<&'static Parsed> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: as above.
+    let parsed = unsafe { core::ptr::addr_of!((*scratch).parsed) };
+    // SAFETY: the caller has it borrowed to read it.
+    Some(unsafe { &*parsed })
 }
 
 /// [`flows::try_source`], with the memory of this packet.
@@ -82,4 +103,17 @@ pub(crate) fn is_of_opt_out(inside: bool) -> bool {
 #[inline(never)]
 extern "C" fn vipr_is_of_opt_out(inside: u32) -> u32 {
     u32::from(socket::is_of_opt_out(ancestor, &Maps, inside != 0))
+}
+
+/// The flags of a device in `DEVICES`, none if there is no such device.
+#[inline(always)]
+pub(crate) fn device_flags(ifindex: u32) -> u32 {
+    vipr_device_flags(ifindex)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn vipr_device_flags(ifindex: u32) -> u32 {
+    // SAFETY: copied at once; elements are replaced only when a device's own addresses change.
+    unsafe { DEVICES.get(ifindex) }.map_or(0, |device| device.flags)
 }

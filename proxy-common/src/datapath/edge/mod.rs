@@ -217,7 +217,7 @@ fn entering<T: EdgeTables>(
     }
 
     let begins = begins(parsed);
-    work.numbers = numbers(packet, parsed);
+    work.numbers = Numbers::of(packet, parsed);
     let indexed = flows::find_by_vip(tables, parsed.proto, tuple, work);
     let mut place = if indexed { flows::of_vip(tables, tuple, &work.key, now) } else { None };
     work.meeting = match &mut place {
@@ -299,24 +299,6 @@ fn entry(packet: &impl Packet) -> At {
 #[inline(always)]
 fn exit(packet: &impl Packet) -> At {
     At { ifindex: packet.ifindex(), egress: true }
-}
-
-/// The numbers of a segment.
-#[inline(always)]
-fn numbers(packet: &impl Packet, parsed: &Parsed) -> Numbers {
-    if parsed.proto == proto::TCP
-        && let Some([a, b, c, d, e, f, g, h, words]) = packet.load::<9>(parsed.transport.wrapping_add(4))
-    {
-        let headers =
-            parsed.transport.wrapping_sub(parsed.ip).wrapping_add(u32::from(words >> 4).wrapping_mul(4));
-        Numbers {
-            seq: u32::from_be_bytes([a, b, c, d]),
-            ack: u32::from_be_bytes([e, f, g, h]),
-            data: parsed.bytes.wrapping_sub(headers),
-        }
-    } else {
-        Numbers::default()
-    }
 }
 
 /// Whether a UDP flow may stay where it is.
@@ -417,7 +399,7 @@ fn answering(
         flows::remove(tables, &work.key, &place);
         return None;
     }
-    work.numbers = numbers(packet, parsed);
+    work.numbers = Numbers::of(packet, parsed);
     if !flows::is_answer(&place, parsed, work.numbers) {
         return None;
     }

@@ -7,6 +7,7 @@ use crate::abi::flow::state::{
 };
 use crate::abi::flow::syn_time;
 use crate::abi::{Counter, Flow, FlowKey, proto};
+use crate::datapath::edge::packet::Packet;
 use crate::datapath::edge::parse::{Parsed, Tuple, tcp};
 use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier, Work};
 use crate::datapath::edge::timeouts;
@@ -30,6 +31,26 @@ pub struct Numbers {
     pub ack: u32,
     /// Bytes of data.
     pub data: u32,
+}
+
+impl Numbers {
+    /// Those of a segment; of anything else zero.
+    #[inline(always)]
+    pub fn of(packet: &impl Packet, parsed: &Parsed) -> Self {
+        if parsed.proto == proto::TCP
+            && let Some([a, b, c, d, e, f, g, h, words]) = packet.load::<9>(parsed.transport.wrapping_add(4))
+        {
+            let headers =
+                parsed.transport.wrapping_sub(parsed.ip).wrapping_add(u32::from(words >> 4).wrapping_mul(4));
+            Self {
+                seq: u32::from_be_bytes([a, b, c, d]),
+                ack: u32::from_be_bytes([e, f, g, h]),
+                data: parsed.bytes.wrapping_sub(headers),
+            }
+        } else {
+            Self::default()
+        }
+    }
 }
 
 /// What a TCP packet of the client does to the flow that it meets.
