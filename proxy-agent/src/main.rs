@@ -1,5 +1,5 @@
-//! `proxy-agent`: see [`proxy_agent::cli`].
+//! `proxy-agent`: see [`proxy_agent::commands`].
 
 fn main() -> std::process::ExitCode {
-    proxy_agent::cli::main()
+    proxy_agent::commands::main()
 }

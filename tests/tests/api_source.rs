@@ -6,10 +6,11 @@ mod source;
 
 use std::time::Duration;
 
-use proxy_agent::cluster::Cluster;
-use proxy_agent::desired::Budgets;
-use proxy_agent::opt_out::{ANNOTATION, Rules};
-use proxy_agent::sources::api::{self, Server};
+use proxy_agent::config::opt_out::{ANNOTATION, Rules};
+use proxy_agent::reconcile::cluster::Cluster;
+use proxy_agent::reconcile::desired::Budgets;
+use proxy_agent::sources::api;
+use proxy_agent::sources::api::Server;
 use proxy_agent::sources::{Problem, SourceError, Update};
 use proxy_tests::apiserver::{ApiServer, Cut, Resource, Streams, Verb};
 use serde_json::{Value, json};
@@ -191,7 +192,7 @@ async fn everything_is_listed_then_watched() {
     assert_eq!(watched.services(), ["s:80"]);
     assert_eq!(watched.service_cidrs(), ["10.96.0.0/16"]);
     assert_eq!(watched.cluster.node().zone.as_deref(), Some("za"));
-    let key = proxy_agent::cluster::ObjectKey::new("a", "s");
+    let key = proxy_agent::reconcile::cluster::ObjectKey::new("a", "s");
     assert!(watched.cluster.slices(&key).all(|slice| slice.endpoints[0].local));
     assert_eq!(watched.cluster.slices(&key).count(), 1);
 
@@ -223,7 +224,7 @@ async fn everything_is_listed_then_watched() {
 #[tokio::test]
 async fn p054_p055_p056_p057_slices_that_are_for_a_proxy() {
     let server = ApiServer::start().unwrap();
-    let (of_s, key) = (slice("s-1", "s"), proxy_agent::cluster::ObjectKey::new("a", "s"));
+    let (of_s, key) = (slice("s-1", "s"), proxy_agent::reconcile::cluster::ObjectKey::new("a", "s"));
     let mut names = slice("s-2", "s");
     names["addressType"] = "FQDN".into();
     names["endpoints"] = json!([{ "addresses": ["db.example"] }]);

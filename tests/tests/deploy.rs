@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::Container;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use proxy_agent::kube_proxy::ConfigFile;
+use proxy_agent::config::kube_proxy::ConfigFile;
 use proxy_tests::deployment::{Deployment, directory, documents, patched, strictly};
 use serde_json::{Value, json};
 
@@ -73,7 +73,7 @@ fn the_daemon_set_runs_everywhere_and_is_asked_how_it_is() -> Result<()> {
         let get = probe.as_ref().and_then(|probe| probe.http_get.clone());
         get.map(|get| (get.path.unwrap_or_default(), get.port))
     };
-    let healthz = IntOrString::Int(i32::from(proxy_agent::health::DEFAULT_PORT));
+    let healthz = IntOrString::Int(i32::from(proxy_agent::config::servers::HEALTH_PORT));
     assert_eq!(probe(&agent.liveness_probe), Some(("/livez".to_owned(), healthz.clone())));
     assert_eq!(probe(&agent.readiness_probe), Some(("/readyz".to_owned(), healthz)));
     // The scheduler would keep it from every node whose kube-proxy names them too.
@@ -176,7 +176,7 @@ fn beside_kube_proxy_the_probes_ask_at_the_port_that_the_configuration_can_name(
         let asked = probe.and_then(|probe| probe.http_get).map(|get| get.port);
         assert_eq!(asked, Some(IntOrString::Int(i32::from(healthz))));
     }
-    let taken = [proxy_agent::health::DEFAULT_PORT, proxy_agent::metrics::DEFAULT_PORT];
+    let taken = [proxy_agent::config::servers::HEALTH_PORT, proxy_agent::config::servers::METRICS_PORT];
     assert!(!taken.contains(&healthz) && !taken.contains(&metrics) && healthz != metrics);
     Ok(())
 }

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use proxy_agent::flows::now;
+use proxy_agent::host::clock::now;
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::ASSURED;
 use proxy_common::abi::proto::UDP;

@@ -11,7 +11,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::PodSpec;
-use proxy_agent::args::{Cli, Command};
+use proxy_agent::config::args::{Cli, Command};
 use proxy_tests::deployment::{directory, patched, strictly};
 use serde_json::{Value, json};
 

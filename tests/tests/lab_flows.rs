@@ -8,15 +8,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{LpmTrie, Map, MapData, PerCpuArray, PerCpuValues, lpm_trie};
+use proxy_agent::agent::flows::{Collected, Collection};
 use proxy_agent::bpf::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
 use proxy_agent::bpf::flow_maps::FlowMaps;
 use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::PinDir;
-use proxy_agent::cluster::ObjectKey;
-use proxy_agent::desired::PortKey;
-use proxy_agent::flows::{Collected, Collection, now};
-use proxy_agent::model::service_name;
-use proxy_agent::store::{Capacity, MapStore as _, Op};
+use proxy_agent::host::clock::now;
+use proxy_agent::reconcile::cluster::ObjectKey;
+use proxy_agent::reconcile::desired::PortKey;
+use proxy_agent::reconcile::model::service_name;
+use proxy_agent::reconcile::store::{Capacity, MapStore as _, Op};
 use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{

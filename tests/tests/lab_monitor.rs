@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, Map, MapData};
 use proxy_agent::bpf::pins::PinDir;
-use proxy_agent::flows::now;
+use proxy_agent::host::clock::now;
 use proxy_common::abi::Trace;
 use proxy_tests::lab::Proc;
 use proxy_tests::scenarios::{NODE, OUTSIDE_ADDRESS, World};

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use proxy_common::addr::Addr;
 
+use crate::agent::first_wait::FOR_POD_CIDRS;
 use crate::bpf::dataplane::DataplaneError;
-use crate::http::HttpError;
-use crate::node::FollowError;
-use crate::node::patience::FOR_POD_CIDRS;
-use crate::selftest::SelfTestError;
+use crate::bpf::self_test::SelfTestError;
+use crate::host::FollowError;
+use crate::observe::http::HttpError;
 use crate::sources::SourceError;
 
 /// Why the agent ends other than by a signal.

@@ -12,37 +12,49 @@ use proxy_common::addr::{Addr, Prefix};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 
+use crate::agent::first_wait::Patience;
+use crate::agent::flows::{Counts, keep_collecting};
+use crate::agent::knowledge::Knowledge;
+use crate::agent::telemetry::{Telemetry, readers};
 use crate::bpf::dataplane::DataplaneError;
-use crate::cluster::ObjectKey;
+use crate::bpf::self_test::SelfTestError;
+use crate::config::kube_proxy;
+use crate::config::kube_proxy::ConfigFile;
 use crate::config::{Config, Source};
-use crate::edge::reserved_ports::DatagramPorts;
-use crate::edge::sources::Facts;
-use crate::edge::{self, Edge};
-use crate::events::{Event, Events};
-use crate::explain::reasons::{self, Asked};
-use crate::flows::{Counts, keep_collecting};
-use crate::health::check_ports::CheckPorts;
-use crate::health::{self, Health};
-use crate::http::{self, HttpError, ServerThread};
-use crate::knowledge::Knowledge;
-use crate::kube_proxy::{self, ConfigFile};
-use crate::metrics::{self, Metrics};
-use crate::model::Freed;
-use crate::node::{HostAddresses, Patience, watch_addresses};
-use crate::opt_out::{self, Follower};
-use crate::plan::Wanted;
-use crate::report::{Report, State};
-use crate::selftest::SelfTestError;
+use crate::devices;
+use crate::devices::Edge;
+use crate::devices::reserved_ports::DatagramPorts;
+use crate::devices::sources::Facts;
+use crate::host::cgroups;
+use crate::host::cgroups::Follower;
+use crate::host::{HostAddresses, watch_addresses};
+use crate::observe::events::{Event, Events};
+use crate::observe::health;
+use crate::observe::health::Health;
+use crate::observe::health::check_ports::CheckPorts;
+use crate::observe::http;
+use crate::observe::http::{HttpError, ServerThread};
+use crate::observe::metrics;
+use crate::observe::metrics::Metrics;
+use crate::observe::reasons;
+use crate::observe::reasons::Asked;
+use crate::observe::report::{Report, State};
+use crate::reconcile::cluster::ObjectKey;
+use crate::reconcile::model::Freed;
+use crate::reconcile::plan::Wanted;
 use crate::sources::{SourceError, Update, api, manifests};
-use crate::telemetry::{Telemetry, readers};
 
 mod error;
+pub mod first_wait;
+pub mod flows;
+pub mod knowledge;
 mod news;
 mod programming;
 mod queue;
 mod room;
 mod sizes;
 mod sweeping;
+pub mod telemetry;
 mod telling;
 
 pub use error::AgentError;
@@ -195,7 +207,7 @@ struct Agent {
     /// Finds the cgroups of pods, and those that opt out of the socket edge.
     opt_out: Follower,
     /// What it has found; `None` until it has looked.
-    found: Option<opt_out::Found>,
+    found: Option<cgroups::Found>,
     /// The cgroups that have opted out; `None` until the pods are known.
     opted_out: Option<BTreeSet<u64>>,
     synced: bool,
@@ -268,7 +280,7 @@ impl Agent {
             ..State::default()
         };
         let telemetry = Telemetry::new(Arc::clone(&metrics), config.families.clone());
-        let no_pods = config.edge.settings.pods.is_none();
+        let no_pods = config.devices.settings.pods.is_none();
         let known = Knowledge::new(&config);
         let audit_at = Instant::now() + config.sync_period;
         Self {
@@ -404,7 +416,7 @@ impl Agent {
 }
 
 /// The next news of the packet edge; never while it has not been started.
-async fn edge_changed(edge: &mut Option<Edge>) -> Option<edge::State> {
+async fn edge_changed(edge: &mut Option<Edge>) -> Option<devices::State> {
     match edge {
         Some(edge) => Some(edge.changed().await),
         None => std::future::pending().await,

@@ -7,15 +7,17 @@ use std::time::Instant;
 use proxy_common::addr::{Family, Prefix};
 
 use super::{Agent, AgentError};
-use crate::cluster::{Change, Scope};
+use crate::agent::first_wait::{Patience, Verdict};
+use crate::agent::telemetry::Arrival;
 use crate::config::Source;
-use crate::edge::settings::DetectLocal;
-use crate::edge::{self, Edge};
-use crate::node::{NodeIps, Patience, Verdict};
-use crate::opt_out::{PODS_MAX, Place};
-use crate::process::give_back_memory;
+use crate::config::devices::DetectLocal;
+use crate::devices;
+use crate::devices::Edge;
+use crate::host::cgroups::{PODS_MAX, Place};
+use crate::host::process::give_back_memory;
+use crate::reconcile::cluster::{Change, Scope};
+use crate::reconcile::node_ips::NodeIps;
 use crate::sources::Update;
-use crate::telemetry::Arrival;
 
 /// What is said of those whose sockets are served all the same, and the reason why nobody's are left alone.
 const CANNOT: &str = "cannot opt out of the socket edge";
@@ -35,7 +37,7 @@ impl Agent {
                 self.patience = Some(Patience {
                     since: Instant::now(),
                     ips: matches!(self.config.source, Source::Kubernetes { .. }),
-                    pod_cidrs: self.config.edge.settings.detect_local == DetectLocal::NodeCidr,
+                    pod_cidrs: self.config.devices.settings.detect_local == DetectLocal::NodeCidr,
                 });
                 // Without a cluster there need not be a Node: this one is then as good as any.
                 if matches!(self.config.source, Source::Manifests(_)) && !self.known.cluster.node().leaving {
@@ -175,7 +177,7 @@ impl Agent {
             Some(edge) => edge,
             none => {
                 self.health.waiting_for("the devices have not been attached yet");
-                none.insert(Edge::start(self.config.edge.clone(), self.facts.clone()).await?)
+                none.insert(Edge::start(self.config.devices.clone(), self.facts.clone()).await?)
             }
         };
         edge.tell(&self.facts, &self.datagram_ports);
@@ -184,7 +186,7 @@ impl Agent {
 
     /// Traffic from outside is served once a pass over the devices has left none of them out; only then the node is ready. It
     /// stays so: what happens to devices later is a problem of theirs.
-    pub(super) fn take_edge(&mut self, state: edge::State) {
+    pub(super) fn take_edge(&mut self, state: devices::State) {
         if state.passes == 1 {
             // Loading has taken some.
             give_back_memory();
@@ -196,7 +198,7 @@ impl Agent {
                 self.health.waiting_for(reason);
             }
         }
-        let pods = state.devices.iter().any(edge::DeviceState::is_attached_pod);
+        let pods = state.devices.iter().any(devices::DeviceState::is_attached_pod);
         if self.pods_attached != Some(pods) {
             self.pods_attached = Some(pods);
             self.node_changed = true;

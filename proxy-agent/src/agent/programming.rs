@@ -9,21 +9,22 @@ use proxy_common::abi::backend::flags::ON_THIS_NODE;
 
 use super::queue::{Begun, Heavy};
 use super::{Agent, AgentError};
+use crate::agent::knowledge::NodePlan;
 use crate::bpf::dataplane::{Dataplane, DataplaneError, PROGRAMS, Sizes, chain};
 use crate::bpf::maps::KernelMaps;
+use crate::bpf::self_test;
+use crate::bpf::self_test::SelfTestError;
 use crate::bpf::sys;
-use crate::cluster::ObjectKey;
-use crate::desired::DesiredService;
-use crate::drift::differences;
-use crate::knowledge::NodePlan;
-use crate::model::{Freed, Model, Port};
-use crate::plan::{
+use crate::host::process::give_back_memory;
+use crate::host::sockets::{Places, SocketMaps, SocketSweeper};
+use crate::reconcile::cluster::ObjectKey;
+use crate::reconcile::desired::DesiredService;
+use crate::reconcile::drift::differences;
+use crate::reconcile::model::{Freed, Model, Port};
+use crate::reconcile::plan::{
     LeftAlone, Part, REASONS, Wanted, meets_edges, plan, plan_left, plan_part, ports_beside, rivals,
 };
-use crate::process::give_back_memory;
-use crate::selftest::{self, SelfTestError};
-use crate::sockets::{Places, SocketMaps, SocketSweeper};
-use crate::store::{MapStore, Op, StoreError};
+use crate::reconcile::store::{MapStore, Op, StoreError};
 
 /// What is planned together while the maps are empty, in frontends, endpoints and source ranges: what is planned at once takes
 /// memory at once.
@@ -325,11 +326,11 @@ impl Agent {
         let first = !programmed.attached;
         if first {
             // What an earlier agent has attached at a better place stays there.
-            let reach = selftest::reach(&self.config.cgroup)?;
+            let reach = self_test::reach(&self.config.cgroup)?;
             self.report.reach(reach);
             programmed.dataplane.attach(&self.config.cgroup)?;
-            selftest::run(&mut programmed.dataplane.maps)?;
-            selftest::settle(&programmed.dataplane.maps)?;
+            self_test::run(&mut programmed.dataplane.maps)?;
+            self_test::settle(&programmed.dataplane.maps)?;
             programmed.attached = true;
         }
         self.begin_grace();

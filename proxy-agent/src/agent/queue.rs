@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
 
-use crate::cluster::ObjectKey;
-use crate::desired::{DesiredPort, PortKey};
-use crate::plan::LostClaims;
+use crate::reconcile::cluster::ObjectKey;
+use crate::reconcile::desired::{DesiredPort, PortKey};
+use crate::reconcile::plan::LostClaims;
 
 /// What is programmed in one turn: frontends, endpoints and source ranges together, some milliseconds of work.
 pub(super) const TURN: usize = 4_096;

@@ -8,7 +8,7 @@ use super::programming::Programmed;
 use super::sizes::Needs;
 use crate::bpf::dataplane::{Sizes, chain};
 use crate::bpf::sys;
-use crate::cluster::ObjectKey;
+use crate::reconcile::cluster::ObjectKey;
 
 impl Agent {
     /// What the maps need for these Services.

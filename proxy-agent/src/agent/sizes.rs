@@ -3,8 +3,8 @@
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 
 use crate::bpf::dataplane::Sizes;
-use crate::desired::DesiredService;
-use crate::store::Capacity;
+use crate::reconcile::desired::DesiredService;
+use crate::reconcile::store::Capacity;
 
 /// Elements that Services need.
 #[derive(Clone, Copy, Debug, Default)]

@@ -8,11 +8,11 @@ use proxy_common::abi::proto;
 
 use super::Agent;
 use super::programming::Programmed;
-use crate::metrics::Metrics;
-use crate::opt_out::Place;
-use crate::shares::rest_after;
-use crate::sockets::{SocketMaps, SocketSweeper};
-use crate::stale::Serving;
+use crate::host::cgroups::Place;
+use crate::host::sockets::{SocketMaps, SocketSweeper};
+use crate::observe::metrics::Metrics;
+use crate::reconcile::shares::rest_after;
+use crate::reconcile::stale::Serving;
 
 impl Agent {
     /// The sweep has ended, after so much CPU time; the next one has to wait. (On a busy host a sweep takes long, and has cost little.)

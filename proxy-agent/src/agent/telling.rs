@@ -9,10 +9,11 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 use super::Agent;
 use super::programming::Programmed;
-use crate::cluster::ObjectKey;
-use crate::explain::reasons::{self, PortReasons};
-use crate::health::checks::{Check, check};
-use crate::plan::LostClaims;
+use crate::observe::health::checks::{Check, check};
+use crate::observe::reasons;
+use crate::observe::reasons::PortReasons;
+use crate::reconcile::cluster::ObjectKey;
+use crate::reconcile::plan::LostClaims;
 
 /// How long a turn may tell Services what others have of them.
 const TELLING: Duration = Duration::from_millis(5);

@@ -18,7 +18,7 @@ use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use super::notes::{Note, Notes};
 use super::pins::{PinDir, PinError};
 use super::tc::{AttachError, Device, Direction};
-use crate::netlink::Netlink;
+use crate::host::netlink::Netlink;
 
 const KIND: &str = "clsact";
 

@@ -19,10 +19,10 @@ use super::load::{Refused, describe, log_level, reason, timed};
 use super::maps::{GrowError, KernelMaps, OpenError};
 use super::pins::{Found, MAPS, PinDir, PinError};
 use super::sys;
-use crate::opt_out::{CONTAINERS_MAX, PODS_MAX};
-use crate::plan::{LOCAL_ADDRESS_ENTRIES, PREFIX_ENTRIES};
-use crate::sockets::SocketMaps;
-use crate::store::Capacity;
+use crate::host::cgroups::{CONTAINERS_MAX, PODS_MAX};
+use crate::host::sockets::SocketMaps;
+use crate::reconcile::plan::{LOCAL_ADDRESS_ENTRIES, PREFIX_ENTRIES};
+use crate::reconcile::store::Capacity;
 
 /// The programs, in the order in which they are attached: those of the reply direction first, so that no request is
 /// translated whose answer would not be.
@@ -53,7 +53,7 @@ const AFFINITY_ENTRIES: u32 = 65_536;
 const UDP_FLOW_ENTRIES: u32 = 65_536;
 /// Elements of `OPT_OUT`: all that is known of [`PODS_MAX`] pods, and while that changes both.
 ///
-/// [`PODS_MAX`]: crate::opt_out::PODS_MAX
+/// [`PODS_MAX`]: crate::host::cgroups::PODS_MAX
 const OPT_OUT_ENTRIES: u32 = (2 * PODS_MAX * (CONTAINERS_MAX + 1)) as u32;
 /// Elements of `SANDBOXES`, likewise.
 const SANDBOX_ENTRIES: u32 = 2 * PODS_MAX as u32;

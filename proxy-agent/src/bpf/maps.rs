@@ -17,7 +17,9 @@ use proxy_common::addr::{Addr, Family, Prefix};
 use super::flow_maps::{FlowMaps, Table, count};
 use super::pins::PinDir;
 use super::sys::Mapping;
-use crate::store::{Capacity, Contents, MapStore, Op, StoreError, backend_bits, filter_bits, filter_words};
+use crate::reconcile::store::{
+    Capacity, Contents, MapStore, Op, StoreError, backend_bits, filter_bits, filter_words,
+};
 
 /// Why the pinned maps cannot be opened.
 #[derive(Debug, thiserror::Error)]

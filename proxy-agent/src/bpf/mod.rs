@@ -1,7 +1,7 @@
 //! The kernel: loading programs, attaching them, and the maps between them and the agent.
 //!
 //! [`dataplane`] is what the agent holds; [`tc`] attaches to network devices; [`maps`] is all that the inspection
-//! commands need; [`pins`] is the layout of the pin directory; [`sys`] holds the agent's only `unsafe`.
+//! commands need; [`pins`] is the layout of the pin directory; [`sys`] holds what aya has no safe way for.
 
 pub mod sys;
 
@@ -20,6 +20,8 @@ mod load;
 pub use load::Refused;
 
 pub mod dataplane;
+
+pub mod self_test;
 
 pub mod clsact;
 

@@ -10,16 +10,30 @@ use std::time::Duration;
 use axum::http::Uri;
 use proxy_common::addr::{Addr, Family, Prefix};
 
-use crate::args::{RunArgs, SourceArgs};
 use crate::bpf::pins::PinDir;
-use crate::desired::Budgets;
-use crate::edge;
-use crate::edge::settings::{DetectLocal, Selection, Settings, SettingsError};
-use crate::http::{BIND_RETRY, OnBindFailure, bind_address};
-use crate::kube_proxy::{ConfigFile, FileError, Invalid, KubeProxyConfiguration, fields, validate};
-use crate::node::{Host, NodePortAddresses};
-use crate::sources::lenient;
-use crate::{health, metrics, opt_out};
+use crate::config::args::{RunArgs, SourceArgs};
+use crate::config::devices::{DetectLocal, Selection, Settings, SettingsError};
+use crate::config::kube_proxy::{ConfigFile, FileError, Invalid, KubeProxyConfiguration, fields, validate};
+use crate::config::node_ports::NodePortAddresses;
+use crate::config::servers::{BIND_RETRY, HEALTH_PORT, METRICS_PORT, OnBindFailure, bind_address};
+use crate::host::Host;
+use crate::reconcile::desired::Budgets;
+
+pub mod args;
+
+pub mod called_as;
+
+pub mod devices;
+
+pub mod kube_proxy;
+
+pub(crate) mod lenient;
+
+pub mod node_ports;
+
+pub mod opt_out;
+
+pub mod servers;
 
 /// The feature gate of kube-proxy that has a meaning here.
 pub(crate) const EXTERNAL_IPS_GATE: Gate = Gate { name: "AllowServiceExternalIPs", stage: "DEPRECATED" };
@@ -142,7 +156,7 @@ pub struct Config {
     /// Which addresses serve nodePorts.
     pub nodeport_addresses: NodePortAddresses,
     /// Devices of the packet edge, and how to attach to them.
-    pub edge: edge::Config,
+    pub devices: devices::Devices,
     /// Which Pods are left to the packet edge.
     pub opt_out: opt_out::Rules,
     /// Elements of `FLOWS`, if it has to be made.
@@ -225,8 +239,8 @@ impl Config {
             Ok(address) => Ok(address),
             Err(error) => Err(Invalid::new(field, text(address), error.to_string())),
         };
-        let healthz = server("healthzBindAddress", &given.healthz_bind_address, health::DEFAULT_PORT);
-        let metrics = server("metricsBindAddress", &given.metrics_bind_address, metrics::DEFAULT_PORT);
+        let healthz = server("healthzBindAddress", &given.healthz_bind_address, HEALTH_PORT);
+        let metrics = server("metricsBindAddress", &given.metrics_bind_address, METRICS_PORT);
         let [healthz, metrics] = [healthz, metrics].map(|address| or_wrong(address, &mut wrong));
         let bind_address = or_wrong(primary_ip(&text(&given.bind_address)), &mut wrong);
         let cluster_cidr = or_wrong(cluster_cidr(&text(&given.cluster_cidr)), &mut wrong);
@@ -261,7 +275,7 @@ impl Config {
             state_file: state_file(&args.pins.run_dir, &args.pins.pin_dir),
             cluster_cidr,
             nodeport_addresses,
-            edge: edge::Config {
+            devices: devices::Devices {
                 settings: Settings {
                     devices: Selection::parse("--devices", &args.devices, false)?,
                     pods: Selection::parse("--pod-interfaces", &args.pod_interfaces, true)?,

@@ -1,7 +1,7 @@
 use std::ffi::OsString;
 
 use super::*;
-use crate::args::{Cli, Command};
+use crate::config::args::{Cli, Command};
 
 fn host() -> Host {
     Host { name: "n1".to_owned(), ipv6: true, cgroup: PathBuf::from("/sys/fs/cgroup") }
@@ -161,7 +161,7 @@ fn beside_a_file_few_flags_count() {
     let config = Config::resolve(&args, raw, &host()).unwrap();
     assert_eq!(config.cluster_cidr[0].unwrap().to_string(), "10.0.0.0/8");
     assert!(config.healthz.is_some() && !config.masquerade_all);
-    assert_ne!(config.edge.settings.devices, Selection::Auto);
+    assert_ne!(config.devices.settings.devices, Selection::Auto);
     let master = Some(Uri::from_static("https://192.0.2.1:6443"));
     assert_eq!(config.source, Source::Kubernetes { kubeconfig: None, master });
     let path = config.file.unwrap().path;

@@ -1,6 +1,6 @@
 //! Where objects come from: the Kubernetes API ([`api`]) or a directory of manifests ([`manifests`]).
 //!
-//! Both turn Kubernetes objects into [`crate::cluster::Change`]s by [`convert`] and send them as [`Update`]s, so
+//! Both turn Kubernetes objects into [`crate::reconcile::cluster::Change`]s by [`convert`] and send them as [`Update`]s, so
 //! that nothing behind this module knows which of the two it is. Neither gives up once it runs: what fails is
 //! retried, and the last state that was known stays in force.
 
@@ -8,10 +8,9 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::cluster::Change;
+use crate::reconcile::cluster::Change;
 
 pub mod convert;
-pub(crate) mod lenient;
 pub mod objects;
 mod share;
 mod text;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use crate::cluster::Hints;
+use crate::reconcile::cluster::Hints;
 
 /// How many values are kept before the unused ones are looked for.
 const SWEEP_AT: usize = 1024;

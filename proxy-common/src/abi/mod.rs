@@ -46,6 +46,16 @@ pub mod proto {
     pub const ICMPV6: u8 = 58;
 }
 
+/// Name of a transport protocol as Kubernetes writes it.
+pub const fn proto_name(proto: u8) -> &'static str {
+    match proto {
+        proto::TCP => "TCP",
+        proto::UDP => "UDP",
+        proto::SCTP => "SCTP",
+        _ => "?",
+    }
+}
+
 /// `NODE`: one element, facts about this node that the socket edge needs. Each word is stored and loaded by itself.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

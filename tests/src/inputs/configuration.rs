@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::LazyLock;
 
-use proxy_agent::args::RunArgs;
+use proxy_agent::config::args::RunArgs;
 use proxy_agent::config::{Config, Raw};
 
 use super::node::{host, run_args};

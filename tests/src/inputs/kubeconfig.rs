@@ -1,7 +1,8 @@
 //! Kubeconfigs.
 
 use kube::config::AuthInfo;
-use proxy_agent::sources::api::{self, Server};
+use proxy_agent::sources::api;
+use proxy_agent::sources::api::Server;
 
 use super::{directory, write};
 

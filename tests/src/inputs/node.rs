@@ -6,19 +6,19 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use proxy_agent::args::{Cli, Command, RunArgs};
-use proxy_agent::cluster::{Change, ObjectKey};
+use proxy_agent::agent::knowledge::Knowledge;
+use proxy_agent::commands::explain::{Question, explain, words};
+use proxy_agent::commands::inspect::{backend_views, print_backends, print_services, service_views};
+use proxy_agent::config::args::{Cli, Command, RunArgs};
 use proxy_agent::config::{Config, Raw};
-use proxy_agent::drift::differences;
-use proxy_agent::explain::{Question, explain, words};
-use proxy_agent::inspect::{backend_views, print_backends, print_services, service_views};
-use proxy_agent::knowledge::Knowledge;
-use proxy_agent::model::Model;
-use proxy_agent::node::{Host, HostAddresses};
-use proxy_agent::plan::{Wanted, plan};
-use proxy_agent::sim::Simulator;
+use proxy_agent::host::{Host, HostAddresses};
+use proxy_agent::reconcile::cluster::{Change, ObjectKey};
+use proxy_agent::reconcile::drift::differences;
+use proxy_agent::reconcile::model::Model;
+use proxy_agent::reconcile::plan::{Wanted, plan};
+use proxy_agent::reconcile::sim::Simulator;
+use proxy_agent::reconcile::store::{Capacity, MapStore as _, Op, filter_words};
 use proxy_agent::sources::Problem;
-use proxy_agent::store::{Capacity, MapStore as _, Op, filter_words};
 
 use super::printed::{lines, printed};
 

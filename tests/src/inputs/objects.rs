@@ -11,7 +11,8 @@ use axum::http::{Request, Response, StatusCode};
 use futures::stream::{self, StreamExt as _};
 use kube::Client;
 use proxy_agent::sources::Update;
-use proxy_agent::sources::api::{self, Server};
+use proxy_agent::sources::api;
+use proxy_agent::sources::api::Server;
 use tokio::sync::mpsc;
 
 use super::node::{NAME, Node, check_problems, speaks_of_witness};

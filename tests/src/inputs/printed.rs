@@ -1,6 +1,6 @@
 //! What the commands print.
 
-use proxy_agent::args::Output;
+use proxy_agent::config::args::Output;
 use serde_json::Value;
 
 /// Prints in each format, and looks at what comes out: lines of a table, and the same data as JSON and as YAML.

@@ -4,17 +4,18 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-use proxy_agent::args::Output;
-use proxy_agent::drift::Difference;
-use proxy_agent::explain::{self, Explanation, Owner, PodView, words};
-use proxy_agent::flows::{FlowView, print_flows};
-use proxy_agent::inspect::{
+use proxy_agent::commands::explain;
+use proxy_agent::commands::explain::{Explanation, Owner, PodView, words};
+use proxy_agent::commands::flows::{FlowView, print_flows};
+use proxy_agent::commands::inspect::{
     BackendView, FrontendView, ServiceView, StatusView, TrafficView, print_backends, print_services,
     print_status,
 };
-use proxy_agent::report::State;
-use proxy_agent::table::{CELL_MAX, write_table};
-use proxy_agent::verify::Findings;
+use proxy_agent::commands::table::{CELL_MAX, write_table};
+use proxy_agent::commands::verify::Findings;
+use proxy_agent::config::args::Output;
+use proxy_agent::observe::report::State;
+use proxy_agent::reconcile::drift::Difference;
 
 use super::printed::{lines, printed};
 

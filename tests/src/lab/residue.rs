@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use proxy_agent::node::Host;
+use proxy_agent::host::Host;
 use rustix::fs::{FlockOperation, flock, statfs};
 use rustix::process::{Pid, Signal, kill_process};
 

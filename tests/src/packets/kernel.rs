@@ -10,7 +10,7 @@ use proxy_agent::bpf::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
 use proxy_agent::bpf::flow_maps::{FlowMaps, Table};
 use proxy_agent::bpf::pins::{MAPS, PinDir};
 use proxy_agent::bpf::tc::{PROGRAMS, TcPrograms};
-use proxy_agent::store::{Capacity, MapStore as _};
+use proxy_agent::reconcile::store::{Capacity, MapStore as _};
 use proxy_common::abi::{
     Counter, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, ServiceCounters,
 };

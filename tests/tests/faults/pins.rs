@@ -10,8 +10,8 @@ use bytemuck::Zeroable;
 use proxy_agent::bpf::flow_maps::FlowMaps;
 use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::{MAPS, PinDir};
-use proxy_agent::flows::now;
-use proxy_agent::store::{MapStore as _, Op};
+use proxy_agent::host::clock::now;
+use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
     ABI_VERSION, AffinityKey, AffinityValue, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts,

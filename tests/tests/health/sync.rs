@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::jiff::Timestamp;
 use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::PinDir;
-use proxy_agent::store::{MapStore as _, Op};
+use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::{FrontendKey, FrontendValue, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use proxy_agent::store::{MapStore as _, Op};
+use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 use proxy_common::abi::flow::state::ASSURED;
 use proxy_common::datapath::edge::parse::tcp::{ACK, RST, SYN};

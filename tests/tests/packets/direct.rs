@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use proxy_agent::store::{MapStore as _, Op};
+use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::flow::state::DIRECT;
 use proxy_common::abi::proto::UDP;
 use proxy_common::abi::{Backend, BackendState, Counter, FrontendKey, FrontendValue};

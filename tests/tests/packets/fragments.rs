@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use proxy_agent::store::{MapStore as _, Op};
+use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::frontend::flags::EXTERNAL;
 use proxy_common::abi::proto::UDP;
 use proxy_common::abi::{Counter, FrontendKey, FrontendValue};

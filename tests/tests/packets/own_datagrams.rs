@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use proxy_agent::store::{MapStore as _, Op};
+use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::{BackendState, FlowKind};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::tables::Tier;

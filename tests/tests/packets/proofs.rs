@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use proxy_agent::store::{MapStore as _, Op};
+use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::{ASKED, ASSURED, FIN_REPLY, PROVEN, REPLIED, RESET, TAKEN};
 use proxy_common::abi::{BackendState, Counter, Device, Flow, FlowKey, device};

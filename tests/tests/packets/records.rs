@@ -310,7 +310,7 @@ fn two_vips_with_one_backend_and_one_client_port() {
 /// The same at a pod of this node, where nothing else changes the source, and in ICMP errors.
 #[test]
 fn two_vips_with_one_backend_on_this_node() {
-    use proxy_agent::store::{MapStore as _, Op};
+    use proxy_agent::reconcile::store::{MapStore as _, Op};
     use proxy_common::abi::{FrontendKey, FrontendValue, proto};
     for net in Net::ALL {
         let (mut world, client, pod) = (world(), net.client(), net.local());

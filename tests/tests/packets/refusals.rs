@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use proxy_agent::store::{MapStore as _, Op};
+use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::node::HOST_IN_PACKETS;
 use proxy_common::abi::{Counter, FrontendKey, Service, SlotRange};
 use proxy_common::be::Be16;

@@ -227,7 +227,7 @@ fn idle_flows_live_as_long_as_they_should() {
 /// TCP keeps its backend to the end, whatever becomes of the endpoint or the Service.
 #[test]
 fn a_connection_outlives_its_service() {
-    use proxy_agent::store::{MapStore as _, Op};
+    use proxy_agent::reconcile::store::{MapStore as _, Op};
     use proxy_common::abi::{BackendState, FrontendKey};
     for net in Net::ALL {
         let (mut world, vip, pod) = (world(), net.there(), net.remote(1));

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use proxy_agent::store::{MapStore as _, Op};
+use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, SERVING};
 use proxy_common::abi::{BackendState, Counter, Origin, Service, SlotRange};
 use proxy_common::datapath::edge::Verdict;

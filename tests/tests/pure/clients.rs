@@ -9,7 +9,7 @@ use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Result, bail, ensure};
-use proxy_agent::sim::SimSocket;
+use proxy_agent::reconcile::sim::SimSocket;
 use proxy_common::abi::frontend::flags::SOURCE_RANGES;
 use proxy_common::abi::node::PODS_IN_PACKETS;
 use proxy_common::abi::{FrontendValue, proto};

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result};
-use proxy_agent::cluster::{Change, Cluster, ObjectKey, Scope};
+use proxy_agent::reconcile::cluster::{Change, Cluster, ObjectKey, Scope};
+use proxy_agent::reconcile::store::{Contents, Op};
 use proxy_agent::sources::convert::Converter;
-use proxy_agent::store::{Contents, Op};
 use proxy_common::addr::Addr;
 use proxy_tests::cases::{Config, Dest, Proto, Sender};
 use serde_json::{Value, json};

@@ -194,7 +194,7 @@ async fn renewed_certificates_are_used_at_once() {
     // What cannot be used is not, and costs nothing.
     std::fs::write(path("key"), "half of a").unwrap();
     watched.settle().await;
-    assert!(watched.cluster.service(&proxy_agent::cluster::ObjectKey::new("a", "s")).is_none());
+    assert!(watched.cluster.service(&proxy_agent::reconcile::cluster::ObjectKey::new("a", "s")).is_none());
     write(&second);
     watched.until_services(&["s:80"]).await;
     watched.until("nothing is wrong", |watched| watched.problems.is_empty()).await;

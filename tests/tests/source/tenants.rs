@@ -1,7 +1,7 @@
 //! Of a namespace that has more than its budget, the oldest objects are passed on.
 
-use proxy_agent::desired::{Budget, Budgets};
-use proxy_agent::opt_out::Rules;
+use proxy_agent::config::opt_out::Rules;
+use proxy_agent::reconcile::desired::{Budget, Budgets};
 use proxy_agent::sources::api::Server;
 use proxy_tests::apiserver::{ApiServer, Cut, Resource, Verb};
 use serde_json::Value;
@@ -47,7 +47,7 @@ async fn the_oldest_objects_of_a_namespace_are_passed_on_and_the_next_ones_fetch
         let mut watched = watched(&server).await;
         assert_eq!(watched.services(), ["y:2", "z:1"]);
         let slices = |watched: &Watched| -> Vec<String> {
-            let key = proxy_agent::cluster::ObjectKey::new("a", "z");
+            let key = proxy_agent::reconcile::cluster::ObjectKey::new("a", "z");
             watched.cluster.slices(&key).map(|slice| slice.key.name.to_string()).collect()
         };
         assert_eq!(slices(&watched), ["b", "c"]);

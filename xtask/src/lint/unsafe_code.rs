@@ -24,9 +24,10 @@ const ALLOWED: &[&str] = &[
     "proxy-ebpf/src/bench.rs",
     // Raw system calls that the libraries lack.
     "proxy-agent/src/bpf/sys.rs",
-    "proxy-agent/src/node/testing.rs",
+    "proxy-agent/src/host/sys.rs",
+    "proxy-agent/src/host/testing.rs",
     // The C library's settings for its heap.
-    "proxy-agent/src/process.rs",
+    "proxy-agent/src/host/process.rs",
 ];
 
 /// In this directory, every file called `sys.rs` may: each is the raw system calls of one test tool.

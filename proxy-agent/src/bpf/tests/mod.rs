@@ -15,12 +15,12 @@ use proxy_common::be::Be16;
 use super::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
 use super::maps::KernelMaps;
 use super::pins::PinDir;
-use super::sys;
-use crate::cluster::ObjectKey;
-use crate::desired::PortKey;
-use crate::model::service_name;
-use crate::selftest;
-use crate::store::{Capacity, Contents, MapStore as _, Op};
+use crate::bpf::self_test;
+use crate::host::sys::netns_cookie;
+use crate::reconcile::cluster::ObjectKey;
+use crate::reconcile::desired::PortKey;
+use crate::reconcile::model::service_name;
+use crate::reconcile::store::{Capacity, Contents, MapStore as _, Op};
 
 const SMALL: Capacity = Capacity { frontends: 4, services: 4, slots: 8, backends: 4, source_ranges: 4 };
 const LARGE: Capacity = Capacity { frontends: 64, services: 32, slots: 80, backends: 48, source_ranges: 40 };
@@ -153,10 +153,10 @@ fn the_hosts_network_namespace_is_the_agents() {
     let pins = Pins(PinDir::new(&dir));
     pins.0.create().unwrap();
     let dataplane = open(&pins.0, SMALL);
-    let own = sys::netns_cookie().expect("a kernel of 5.14");
+    let own = netns_cookie().expect("a kernel of 5.14");
     for wrong in [0, own + 1] {
         dataplane.maps.set_host_netns(wrong).unwrap();
-        selftest::settle(&dataplane.maps).unwrap();
+        self_test::settle(&dataplane.maps).unwrap();
         assert_eq!((dataplane.maps.host_netns(), dataplane.maps.node_flags()), (own, 0));
     }
 }

@@ -15,11 +15,11 @@ use crate::bpf::dataplane::{
 };
 use crate::bpf::pins::PinDir;
 use crate::bpf::tc::{Mechanism, PROGRAMS, Pair, TcPrograms};
-use crate::edge::attach::Attacher;
-use crate::edge::choice::{Choice, Role};
-use crate::edge::snapshot::Layer;
-use crate::node::Host;
-use crate::node::testing::{in_new_netns, ip};
+use crate::devices::attach::Attacher;
+use crate::devices::choice::{Choice, Role};
+use crate::devices::snapshot::Layer;
+use crate::host::Host;
+use crate::host::testing::{in_new_netns, ip};
 
 const SIZES: Sizes = Sizes { least: SMALL, want: SMALL, flows: FLOW_ENTRIES };
 

@@ -12,9 +12,9 @@ use super::tenants::Tenants;
 use super::unusable::Unusable;
 use super::watch::Fetched;
 use super::{Kind, KindEvent};
-use crate::cluster::{Change, ObjectKey};
-use crate::desired::Budgets;
-use crate::opt_out::Rules;
+use crate::config::opt_out::Rules;
+use crate::reconcile::cluster::{Change, ObjectKey};
+use crate::reconcile::desired::Budgets;
 use crate::sources::convert::{Converter, key_of};
 use crate::sources::{Problem, outcome};
 

@@ -19,7 +19,7 @@ use rustls_pki_types::pem::PemObject as _;
 use secrecy::{ExposeSecret as _, SecretString};
 use thiserror::Error;
 
-use crate::named_file;
+use crate::host::named_file;
 use crate::sources::text::in_utf8;
 
 /// What is wrong with a kubeconfig.

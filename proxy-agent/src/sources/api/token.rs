@@ -12,7 +12,7 @@ use axum::http::header::{AUTHORIZATION, HeaderValue};
 use secrecy::{ExposeSecret as _, SecretString};
 use tower::{Layer, Service};
 
-use crate::named_file;
+use crate::host::named_file;
 
 /// The layer that adds the token, if there is one.
 #[derive(Clone, Debug)]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::shares::tenant_of;
+use crate::reconcile::shares::tenant_of;
 use crate::sources::Problem;
 
 /// Objects of a namespace that are named as problems.

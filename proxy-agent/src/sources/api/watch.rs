@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use super::follow::{Error, Event, Selection, follow};
 use super::received::Received;
 use super::{Kind, KindEvent};
-use crate::cluster::ObjectKey;
+use crate::reconcile::cluster::ObjectKey;
 
 /// An event or error of one of the kinds.
 pub(super) type Item = (Kind, Result<KindEvent, Error>);

@@ -1,4 +1,4 @@
-//! From Kubernetes objects to [`crate::cluster`]: pure, total, and lenient field by field.
+//! From Kubernetes objects to [`crate::reconcile::cluster`]: pure, total, and lenient field by field.
 //!
 //! A field that cannot be used is skipped with a sentence that names it and the rest of the object is served; only
 //! an object without a usable name is refused. The filters that the API server applies to watches are applied here
@@ -11,10 +11,11 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use proxy_common::addr::Prefix;
 
 use super::Problem;
+use super::objects;
 use super::share::Shared;
-use super::{lenient, objects};
-use crate::cluster::{Node, ObjectKey, Pod};
-use crate::opt_out::Rules;
+use crate::config::lenient;
+use crate::config::opt_out::Rules;
+use crate::reconcile::cluster::{Node, ObjectKey, Pod};
 
 mod service;
 mod slice;

@@ -9,7 +9,7 @@ use super::{
     CLUSTER_IP_MISSING, Converter, Findings, LABEL_MAX, PROXY_NAME_LABEL, Problem, check_port_name, label,
     lenient, objects,
 };
-use crate::cluster::{Service, ServicePort, ServiceType, TrafficPolicy};
+use crate::reconcile::cluster::{Service, ServicePort, ServiceType, TrafficPolicy};
 
 /// `sessionAffinityConfig.clientIP.timeoutSeconds` when it is not given, seconds.
 const AFFINITY_DEFAULT: u32 = 10800;

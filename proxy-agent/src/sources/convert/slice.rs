@@ -10,7 +10,7 @@ use super::{
     Converter, Findings, HEADLESS_LABEL, LABEL_MAX, Problem, SERVICE_NAME_LABEL, SUBDOMAIN_MAX, check_name,
     check_port_name, label, lenient, objects,
 };
-use crate::cluster::{Endpoint, Hints, ObjectKey, Slice, SlicePort};
+use crate::reconcile::cluster::{Endpoint, Hints, ObjectKey, Slice, SlicePort};
 
 /// When the change that led to this slice happened.
 const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";

@@ -6,8 +6,8 @@ use proxy_common::addr::{Addr, Family};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::cluster::{Endpoint, Hints, Service, ServiceType, Slice, TrafficPolicy};
-use crate::opt_out::ANNOTATION;
+use crate::config::opt_out::ANNOTATION;
+use crate::reconcile::cluster::{Endpoint, Hints, Service, ServiceType, Slice, TrafficPolicy};
 
 #[test]
 fn a_full_service() {
@@ -30,7 +30,12 @@ fn a_full_service() {
         created: 1_767_225_600,
         service_type: ServiceType::LoadBalancer,
         cluster_ips: [Some(addr("10.96.0.10")), None],
-        ports: vec![crate::cluster::ServicePort { name: "web".into(), proto: 6, port: 80, node_port: 31080 }],
+        ports: vec![crate::reconcile::cluster::ServicePort {
+            name: "web".into(),
+            proto: 6,
+            port: 80,
+            node_port: 31080,
+        }],
         external_ips: vec![addr("198.18.9.9")],
         load_balancer_ips: vec![addr("198.18.5.5")],
         internal_policy: TrafficPolicy::Cluster,

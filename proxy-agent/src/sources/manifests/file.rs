@@ -11,7 +11,7 @@ use thiserror::Error;
 use super::bytes::{Bytes, FILE_MAX};
 use super::documents::{At, Document, documents};
 use super::object::{Converted, Object, convert, typed};
-use crate::cluster::ObjectKey;
+use crate::reconcile::cluster::ObjectKey;
 use crate::sources::convert::Converter;
 use crate::sources::objects::Pod;
 use crate::sources::{Problem, outcome};

@@ -20,8 +20,8 @@ use tokio::sync::mpsc::Sender;
 
 use super::objects::Pod;
 use super::{Problem, SourceError, Update};
-use crate::cluster::ObjectKey;
-use crate::opt_out::Rules;
+use crate::config::opt_out::Rules;
+use crate::reconcile::cluster::ObjectKey;
 pub use snapshot::{Reading, Snapshot};
 use watch::Watch;
 

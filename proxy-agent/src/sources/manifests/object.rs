@@ -8,12 +8,13 @@ use serde_json::Value;
 
 use super::controllers::{Labels, NodePart, Part, PodPart, ServicePart};
 use super::file::{DEFAULT_NAMESPACE, Kind};
-use crate::cluster::{Change, Service, Slice};
+use crate::reconcile::cluster::{Change, Service, Slice};
 use crate::sources::Problem;
 use crate::sources::convert::{
     CLUSTER_IP_MISSING, Converter, Findings, SERVICE_NAME_LABEL, is_of_no_service,
 };
-use crate::sources::objects::{self, Pod};
+use crate::sources::objects;
+use crate::sources::objects::Pod;
 
 /// What an object amounts to.
 #[derive(Clone, Debug, Default)]

@@ -12,8 +12,8 @@ use super::controllers::Controllers;
 use super::file::{self, FileError, Id, Kind, Objects};
 use super::object::Object;
 use super::{Changed, is_manifest};
-use crate::cluster::{Change, ObjectKey};
-use crate::opt_out::Rules;
+use crate::config::opt_out::Rules;
+use crate::reconcile::cluster::{Change, ObjectKey};
 use crate::sources::Problem;
 use crate::sources::convert::Converter;
 

@@ -11,7 +11,7 @@ use aya::programs::{SchedClassifier, TcAttachType};
 use proxy_agent::bpf::dataplane::PROGRAMS;
 use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::bpf::{sys, tc};
-use proxy_agent::node::Host;
+use proxy_agent::host::Host;
 use proxy_tests::lab::Place;
 use serde_json::Value;
 

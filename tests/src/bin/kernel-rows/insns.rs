@@ -12,7 +12,8 @@ use aya::programs::{ProgramInfo, loaded_programs};
 use aya_obj::Object;
 use aya_obj::generated::bpf_attach_type::{self, *};
 use aya_obj::generated::bpf_prog_type::{self, *};
-use proxy_agent::bpf::dataplane::{self, OBJECT};
+use proxy_agent::bpf::dataplane;
+use proxy_agent::bpf::dataplane::OBJECT;
 use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::bpf::tc;
 

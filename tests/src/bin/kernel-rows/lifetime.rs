@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use aya::EbpfLoader;
 use proxy_agent::bpf::dataplane::OBJECT;
 use proxy_agent::bpf::pins::{MAPS, PinDir};
-use proxy_agent::plan::{LOCAL_ADDRESS_ENTRIES, PREFIX_ENTRIES};
+use proxy_agent::reconcile::plan::{LOCAL_ADDRESS_ENTRIES, PREFIX_ENTRIES};
 use proxy_common::abi::ABI_VERSION;
 use proxy_tests::lab::{Attempt, Flow, Held, Place, Proto};
 use serde_json::{Value, json};

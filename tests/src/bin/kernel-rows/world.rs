@@ -8,8 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use proxy_agent::args::{FlowsArgs, Inspect, Output, Pins};
-use proxy_agent::{flows, inspect};
+use proxy_agent::commands::flows;
+use proxy_agent::commands::inspect;
+use proxy_agent::config::args::{FlowsArgs, Inspect, Output, Pins};
 use proxy_tests::lab::{Agent, Exec, Lab, LabSpec, Node, NodeSpec, Place, binary};
 use serde_json::{Value, json};
 use tempfile::TempDir;

@@ -4,9 +4,9 @@
 use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
 
-use proxy_agent::sim::Simulator;
-use proxy_agent::sim::frame::Frame;
-use proxy_agent::store::{MapStore as _, Op, StoreError};
+use proxy_agent::reconcile::sim::Simulator;
+use proxy_agent::reconcile::sim::frame::Frame;
+use proxy_agent::reconcile::store::{MapStore as _, Op, StoreError};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 
-use proxy_agent::store::StoreError;
+use proxy_agent::reconcile::store::StoreError;
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_tests::packets::{ETHERNET, Packet, Seen, Trouble, read};
 

@@ -14,9 +14,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Kind;
-use crate::cluster::{Change, ObjectKey, Service, Slice};
-use crate::desired::Budgets;
-use crate::shares::Shares;
+use crate::reconcile::cluster::{Change, ObjectKey, Service, Slice};
+use crate::reconcile::desired::Budgets;
+use crate::reconcile::shares::Shares;
 use crate::sources::Problem;
 
 /// Objects of a namespace and kind that are named when they are refused; the others are counted.

@@ -5,8 +5,8 @@ use proxy_common::abi::proto;
 use proxy_common::addr::{Addr, Family};
 
 use super::*;
-use crate::cluster::{Endpoint, ServicePort, ServiceType, SlicePort};
-use crate::desired::Budget;
+use crate::reconcile::cluster::{Endpoint, ServicePort, ServiceType, SlicePort};
+use crate::reconcile::desired::Budget;
 
 /// A namespace may have ten of everything, a Service six.
 const BUDGETS: Budgets = Budgets {
@@ -126,7 +126,8 @@ fn objects_count_for_what_they_make_or_for_what_is_kept_of_them() {
     assert_eq!(of_slice(&slice("s", 1, 3), &BUDGETS), [0, 5, 0]);
     assert_eq!(of_slice(&slice("s", 3, 2), &BUDGETS), [0, 6, 0]);
     let mut hinted = slice("s", 1, 3);
-    let hints = crate::cluster::Hints { zones: vec!["z".into()], nodes: vec!["n".into(), "m".into()] };
+    let hints =
+        crate::reconcile::cluster::Hints { zones: vec!["z".into()], nodes: vec!["n".into(), "m".into()] };
     hinted.endpoints[0].hints = Some(Arc::new(hints));
     assert_eq!(of_slice(&hinted, &BUDGETS), [0, 8, 0]);
 }

@@ -10,7 +10,7 @@ use std::ops::Range;
 use proxy_common::addr::{Addr, Family, Prefix};
 
 use super::parts::{FamilyPolicy, ServicePart};
-use crate::cluster::{ObjectKey, Service, ServicePort, ServiceType};
+use crate::reconcile::cluster::{ObjectKey, Service, ServicePort, ServiceType};
 use crate::sources::convert::{CLUSTER_IP_MISSING, Findings};
 
 /// nodePorts, as Kubernetes gives them unless told otherwise.

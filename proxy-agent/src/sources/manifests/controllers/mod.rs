@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::file::{Id, Kind};
 use super::object::Object;
 use super::snapshot::Files;
-use crate::cluster::{Change, ObjectKey, Service, ServiceType, Slice};
+use crate::reconcile::cluster::{Change, ObjectKey, Service, ServiceType, Slice};
 use crate::sources::Problem;
 
 mod addresses;

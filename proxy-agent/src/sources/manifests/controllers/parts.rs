@@ -7,9 +7,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use proxy_common::addr::{Addr, Family};
 
 use super::labels::Labels;
+use crate::config::lenient;
 use crate::sources::convert::{Findings, ZONE_LABEL};
-use crate::sources::lenient;
-use crate::sources::objects::{self, TargetPort};
+use crate::sources::objects;
+use crate::sources::objects::TargetPort;
 
 /// Annotations that take the place of `trafficDistribution`, the one that counts first.
 const TOPOLOGY_MODE: [&str; 2] =

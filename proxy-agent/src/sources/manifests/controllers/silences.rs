@@ -9,11 +9,11 @@ use proxy_common::addr::Family;
 use super::labels::Labelled;
 use super::parts::ServicePart;
 use super::slices::{ENDPOINTS_MAX, Found};
-use crate::cluster::{Service, Slice};
-use crate::proto_name;
+use crate::reconcile::cluster::{Service, Slice};
 use crate::sources::Problem;
 use crate::sources::convert::Findings;
 use crate::sources::manifests::file::Id;
+use proxy_common::abi::proto_name;
 
 /// A slice that is in a file, after where it is.
 pub(super) type Written<'a> = (&'a str, &'a Slice);

@@ -9,7 +9,7 @@ use proxy_common::addr::Family;
 
 use super::labels::Labelled;
 use super::parts::{Distribution, PodPart, ServicePart};
-use crate::cluster::{Endpoint, Hints, ObjectKey, Service, Slice, SlicePort};
+use crate::reconcile::cluster::{Endpoint, Hints, ObjectKey, Service, Slice, SlicePort};
 use crate::sources::objects::TargetPort;
 
 /// How many endpoints the Services of one namespace get by their selectors, those of each port counted: a few lines could
@@ -131,7 +131,7 @@ impl Target<'_> {
 }
 
 impl ServicePart {
-    fn target(&self, port: &crate::cluster::ServicePort) -> Target<'_> {
+    fn target(&self, port: &crate::reconcile::cluster::ServicePort) -> Target<'_> {
         match self.targets.get(&(port.name.to_string(), port.proto)) {
             None => Target::Number(port.port),
             // What is not in range has been left out.
@@ -141,7 +141,7 @@ impl ServicePart {
     }
 
     /// What a port asks for by name.
-    pub(super) fn target_name(&self, port: &crate::cluster::ServicePort) -> &str {
+    pub(super) fn target_name(&self, port: &crate::reconcile::cluster::ServicePort) -> &str {
         match self.target(port) {
             Target::Number(_) => "",
             Target::Named(name, _) => name,

@@ -11,8 +11,8 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 use super::*;
-use crate::cluster::{Change, Cluster, ObjectKey};
-use crate::opt_out::{ANNOTATION, Rules};
+use crate::config::opt_out::{ANNOTATION, Rules};
+use crate::reconcile::cluster::{Change, Cluster, ObjectKey};
 use crate::sources::Problem;
 
 mod kubectl;
@@ -116,7 +116,7 @@ impl Followed {
     }
 
     fn ports(&self) -> Vec<String> {
-        let port = |service: &crate::cluster::Service| {
+        let port = |service: &crate::reconcile::cluster::Service| {
             format!("{}:{}", service.key.name, service.ports.first().map_or(0, |port| port.port))
         };
         self.cluster.services().map(port).collect()

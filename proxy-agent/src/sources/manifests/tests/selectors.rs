@@ -1,7 +1,7 @@
 //! What a control plane would do, followed live.
 
 use super::*;
-use crate::cluster::Slice;
+use crate::reconcile::cluster::Slice;
 
 const WEB: &str = "kind: Service\napiVersion: v1\nmetadata: {name: web, namespace: a}\nspec:\n  selector: {app: web}\n  \
                    clusterIP: 10.96.0.10\n  ports: [{port: 80, targetPort: http}]\n";

@@ -2,8 +2,8 @@
 
 use super::super::addresses::{Given, assign};
 use super::*;
+use crate::config::lenient;
 use crate::sources::convert::CLUSTER_IP_MISSING;
-use crate::sources::lenient;
 use proxy_common::addr::Addr;
 
 /// What Services a/NAME with these specs are given, by name, from these ranges. They have a selector if they do not say.

@@ -43,10 +43,10 @@ fn found_with_room(service: &Object, pods: &[Value], room: usize) -> Found {
 
 /// Slices in short: `IPv4 web/TCP:8080 = 10.64.1.11 RS-l`: ready, serving, terminating, local, and hints.
 fn short(found: &Found) -> Vec<String> {
-    let port = |port: &crate::cluster::SlicePort| {
-        format!("{}/{}:{}", port.name, crate::proto_name(port.proto), port.port)
+    let port = |port: &crate::reconcile::cluster::SlicePort| {
+        format!("{}/{}:{}", port.name, proxy_common::abi::proto_name(port.proto), port.port)
     };
-    let endpoint = |endpoint: &crate::cluster::Endpoint| {
+    let endpoint = |endpoint: &crate::reconcile::cluster::Endpoint| {
         let flags = [
             (endpoint.ready, 'R'),
             (endpoint.serving, 'S'),

@@ -1,0 +1,116 @@
+//! How long a start waits for what only the Node object can tell: pure.
+//!
+//! The Node is watched, so nothing is asked for again and again: what there is of it is judged whenever something
+//! arrives, and when the time is over. The time begins with the first full list: before that, nobody knows what the
+//! Node lacks.
+
+use std::time::{Duration, Instant};
+
+use crate::reconcile::cluster::Node;
+
+/// How long the Node's IPs are waited for.
+pub const FOR_IPS: Duration = Duration::from_secs(30);
+/// How long the Node's podCIDRs are waited for, where pods are told by them.
+pub const FOR_POD_CIDRS: Duration = Duration::from_secs(5 * 60);
+
+/// What a start needs of the Node, since when.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// When waiting began.
+    pub since: Instant,
+    /// Its IPs, if they come in time.
+    pub ips: bool,
+    /// Its podCIDRs: it cannot do without.
+    pub pod_cidrs: bool,
+}
+
+/// Whether to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// There is everything that a start needs, or can have.
+    Start,
+    /// There is not; look again at this time.
+    Wait {
+        /// When.
+        until: Instant,
+        /// What for, as a clause.
+        reason: &'static str,
+    },
+    /// There will be no start without podCIDRs.
+    GiveUp,
+}
+
+impl Patience {
+    /// What to do at `now`, if this is all that is known of the Node.
+    pub fn judge(&self, node: &Node, now: Instant) -> Verdict {
+        let (ips_until, pod_cidrs_until) = (self.since + FOR_IPS, self.since + FOR_POD_CIDRS);
+        if self.ips && node.primary.is_none() && now < ips_until {
+            let reason = "the Node has not appeared with an IP";
+            return Verdict::Wait { until: ips_until, reason };
+        }
+        match self.pod_cidrs && node.pod_cidrs.is_empty() {
+            false => Verdict::Start,
+            true if now >= pod_cidrs_until => Verdict::GiveUp,
+            true => {
+                Verdict::Wait { until: pod_cidrs_until, reason: "the Node has not appeared with podCIDRs" }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proxy_common::addr::Family;
+
+    use super::*;
+
+    fn node(ips: bool, pod_cidrs: bool) -> Node {
+        Node {
+            primary: ips.then_some(Family::V4),
+            pod_cidrs: pod_cidrs
+                .then(|| crate::config::lenient::prefix("10.64.1.0/24").unwrap())
+                .into_iter()
+                .collect(),
+            ..Node::default()
+        }
+    }
+
+    #[test]
+    fn p233_a_node_without_ips_is_waited_for_and_then_done_without() {
+        let since = Instant::now();
+        let second = Duration::from_secs(1);
+        let patience = Patience { since, ips: true, pod_cidrs: false };
+        assert_eq!(patience.judge(&node(true, false), since), Verdict::Start);
+        for after in [0, 29] {
+            let verdict = patience.judge(&node(false, true), since + after * second);
+            assert!(
+                matches!(verdict, Verdict::Wait { until, .. } if until == since + 30 * second),
+                "{verdict:?}"
+            );
+        }
+        assert_eq!(patience.judge(&node(false, false), since + 30 * second), Verdict::Start);
+        let manifests = Patience { ips: false, ..patience };
+        assert_eq!(manifests.judge(&node(false, false), since), Verdict::Start);
+    }
+
+    #[test]
+    fn p242_pod_cidrs_are_waited_for_longer_and_needed() {
+        let since = Instant::now();
+        let second = Duration::from_secs(1);
+        let patience = Patience { since, ips: true, pod_cidrs: true };
+        assert_eq!(patience.judge(&node(true, true), since), Verdict::Start);
+        let judge = |ips, pod_cidrs, after| patience.judge(&node(ips, pod_cidrs), since + after * second);
+        assert!(
+            matches!(judge(false, true, 29), Verdict::Wait { until, .. } if until == since + 30 * second)
+        );
+        assert!(
+            matches!(judge(true, false, 0), Verdict::Wait { until, .. } if until == since + 300 * second)
+        );
+        assert!(
+            matches!(judge(false, false, 31), Verdict::Wait { until, .. } if until == since + 300 * second)
+        );
+        assert_eq!(judge(false, true, 30), Verdict::Start);
+        assert_eq!(judge(true, false, 300), Verdict::GiveUp);
+        assert_eq!(judge(true, true, 300), Verdict::Start);
+    }
+}

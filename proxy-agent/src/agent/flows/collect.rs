@@ -1,0 +1,204 @@
+//! Removes expired flows from `FLOWS`, and index entries that lead nowhere from `FLOW_INDEX`.
+//!
+//! Indexes go first, the record last, and only what is still expired when its turn comes. The kernel cannot remove on a
+//! condition, so between the last look and the removal a moment stays in which a client may have begun the very same
+//! flow anew; such a record first has to prove itself in `NEW_FLOWS`, which takes far longer.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use aya::maps::MapError;
+use proxy_common::abi::{Flow, FlowKey, FlowKind, FlowRef};
+use proxy_common::datapath::edge::flows::{has_snat, snat_index, snat_target, vip_index, vip_target};
+use proxy_common::datapath::edge::timeouts::expired;
+
+use super::counts::{Counts, Other};
+use crate::bpf::flow_maps::{FlowMaps, Walk};
+use crate::bpf::maps::OpenError;
+use crate::bpf::pins::PinDir;
+use crate::host::clock::now;
+use crate::observe::metrics::Metrics;
+
+/// From the end of one collection to the start of the next.
+const PAUSE: Duration = Duration::from_secs(5);
+/// After each step the collection rests this many times as long as the step took: it takes no more than a twentieth of
+/// one CPU.
+const REST: u32 = 19;
+
+/// Why a collection ended early. The next one starts afresh.
+#[derive(Debug, thiserror::Error)]
+pub enum CollectError {
+    /// The maps cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The maps cannot be walked.
+    #[error("walking the flow maps: {0}")]
+    Walk(#[from] io::Error),
+    /// An element cannot be looked up or removed.
+    #[error("removing an expired flow: {0}")]
+    Remove(#[from] MapError),
+    /// A step panicked.
+    #[error("a step of the collection panicked: {0}")]
+    Panicked(#[from] tokio::task::JoinError),
+}
+
+/// What a collection has met and done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// Records looked at.
+    pub records: u64,
+    /// Index entries looked at.
+    pub index_entries: u64,
+    /// Expired records removed, with their index entries.
+    pub expired: u64,
+    /// Index entries removed because their record is gone.
+    pub dangling: u64,
+}
+
+/// One walk over all of `FLOWS` and `FLOW_INDEX`, in steps.
+#[derive(Debug)]
+pub struct Collection {
+    maps: FlowMaps,
+    records: Walk<Flow>,
+    index: Walk<FlowRef>,
+    collected: Collected,
+}
+
+impl Collection {
+    /// A walk that begins.
+    pub fn new(maps: FlowMaps) -> Self {
+        Self { maps, records: Walk::default(), index: Walk::default(), collected: Collected::default() }
+    }
+
+    /// Looks at some elements, as of `now` on the clock of [`now`](fn@now). `Some` at the end of the walk.
+    ///
+    /// # Errors
+    ///
+    /// [`CollectError`]; what has been removed until then stays removed.
+    pub fn step(&mut self, now: u64) -> Result<Option<Collected>, CollectError> {
+        let Self { maps, records, index, collected } = self;
+        if let Some(elements) = records.step(&maps.flows)? {
+            for (key, flow) in elements {
+                collected.records += 1;
+                if expired(&flow, key.proto, now) && remove(maps, &key, now)? {
+                    collected.expired += 1;
+                }
+            }
+        } else if let Some(elements) = index.step(&maps.index)? {
+            for (key, target) in elements {
+                collected.index_entries += 1;
+                if dangles(maps, &key, &target)? {
+                    maps.index.remove(&key)?;
+                    collected.dangling += 1;
+                }
+            }
+        } else {
+            return Ok(Some(*collected));
+        }
+        Ok(None)
+    }
+}
+
+/// Removes a record with the index entries that lead to it, if it has expired. Whether it did.
+fn remove(maps: &mut FlowMaps, key: &FlowKey, now: u64) -> Result<bool, MapError> {
+    let is_expired = |flow: &Flow| expired(flow, key.proto, now);
+    let Some(flow) = maps.flows.get(key)?.filter(is_expired) else { return Ok(false) };
+    let vip = Some(vip_index(key, &flow).0);
+    let snat = has_snat(&flow).then(|| snat_index(key, &flow.snat, flow.snat_port).0);
+    let mut removed = Vec::with_capacity(2);
+    for index in [vip, snat].into_iter().flatten() {
+        // The client may have begun another flow by the same tuple.
+        if let Some(target) = maps.index.get(&index)?
+            && record_key(&index, &target) == *key
+        {
+            maps.index.remove(&index)?;
+            removed.push((index, target));
+        }
+    }
+    match maps.flows.get(key)? {
+        Some(flow) if !is_expired(&flow) => {
+            // It has come to life again. Whoever has been faster has written the same.
+            for (index, target) in removed {
+                let _ = maps.index.add(&index, &target);
+            }
+            Ok(false)
+        }
+        Some(_) => maps.flows.remove(key).map(|()| true),
+        None => Ok(false),
+    }
+}
+
+/// Whether an index entry leads to no record.
+fn dangles(maps: &FlowMaps, index: &FlowKey, target: &FlowRef) -> Result<bool, MapError> {
+    let key = record_key(index, target);
+    // A record moves from NEW_FLOWS to FLOWS, and is in both for a moment: so FLOWS is looked at again.
+    let absent = || -> Result<bool, MapError> {
+        Ok(maps.flows.get(&key)?.is_none()
+            && maps.new_flows.get(&key)?.is_none()
+            && maps.flows.get(&key)?.is_none())
+    };
+    // A flow that has ended since the walk met the entry has taken both; one that has begun again has both.
+    Ok(absent()? && maps.index.get(index)? == Some(*target) && absent()?)
+}
+
+/// The key of the record that an index entry leads to.
+fn record_key(index: &FlowKey, target: &FlowRef) -> FlowKey {
+    if index.kind == FlowKind::Snat as u8 { snat_target(index, target) } else { vip_target(index, target) }
+}
+
+/// Again and again, with little of one CPU, beside whatever else the runtime does: collects, and counts what other maps
+/// hold whose elements come and go by themselves.
+pub async fn keep_collecting(pins: PinDir, metrics: Arc<Metrics>, counts: Counts) {
+    loop {
+        match collect(&pins).await {
+            Ok(collected) => {
+                counts.set("FLOWS", collected.records - collected.expired);
+                counts.set("FLOW_INDEX", collected.index_entries - collected.dangling);
+                metrics.flows_collected(collected.expired);
+                tracing::debug!(?collected, "expired flows collected");
+                if let Err(error) = count_others(&pins, &counts).await {
+                    tracing::warn!(%error, "the elements of maps could not be counted");
+                }
+            }
+            // Before the first list has been programmed there are no maps.
+            Err(CollectError::Open(error)) => tracing::debug!(%error, "no flows to collect"),
+            Err(error) => tracing::warn!(%error, "expired flows could not be collected"),
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// Counts the maps of [`Other`], one after the other.
+async fn count_others(pins: &PinDir, counts: &Counts) -> Result<(), CollectError> {
+    for other in Other::ALL {
+        let pins = pins.clone();
+        let (count, took) = tokio::task::spawn_blocking(move || {
+            let start = Instant::now();
+            (other.count(&pins), start.elapsed())
+        })
+        .await?;
+        counts.set(other.name(), count?);
+        tokio::time::sleep(took * REST).await;
+    }
+    Ok(())
+}
+
+/// One collection. Each step is short, so that the runtime can end in between.
+async fn collect(pins: &PinDir) -> Result<Collected, CollectError> {
+    // Opened anew each time: maps may be replaced.
+    let mut collection = Collection::new(FlowMaps::open(pins)?);
+    loop {
+        let step = tokio::task::spawn_blocking(move || {
+            let start = Instant::now();
+            let done = collection.step(now());
+            (collection, done, start.elapsed())
+        });
+        let (rest_of, done, took) = step.await?;
+        if let Some(collected) = done? {
+            return Ok(collected);
+        }
+        collection = rest_of;
+        tokio::time::sleep(took * REST).await;
+    }
+}

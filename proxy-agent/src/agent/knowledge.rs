@@ -1,0 +1,124 @@
+//! What is known of cluster and node, and what follows from it for the maps.
+//!
+//! The agent writes it as news come in; the agent and `proxy-agent verify` read it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use proxy_common::addr::{Addr, Family};
+
+use crate::config::Config;
+use crate::config::node_ports::{NodePortAddresses, local_addresses};
+use crate::host::HostAddresses;
+use crate::reconcile::cluster::{Cluster, ObjectKey, Slice};
+use crate::reconcile::desired::{Context, desired_service};
+use crate::reconcile::model::Model;
+use crate::reconcile::node_ips::NodeIps;
+use crate::reconcile::plan::{NodeTables, Wanted, plan_node};
+use crate::reconcile::store::Op;
+
+/// The objects, and the facts that decisions about them look at.
+#[derive(Debug)]
+pub struct Knowledge {
+    /// What the source has said.
+    pub cluster: Cluster,
+    /// The facts of this node.
+    pub context: Context,
+    /// The addresses of this host, with the device of each.
+    addresses: HostAddresses,
+}
+
+impl Knowledge {
+    /// What the configuration tells.
+    pub fn new(config: &Config) -> Self {
+        let context = Context {
+            node_name: Arc::clone(&config.node_name),
+            cluster_cidr: config.cluster_cidr,
+            pods_by_interface: config.devices.settings.detect_local.by_interface(),
+            ignore_external_ips: !config.allow_external_ips,
+            protect_node_addresses: config.protect_node_addresses,
+            budget: config.budgets.service,
+            // Until the devices have been looked at, nobody need be alarmed.
+            pods_in_packets: !config.devices.settings.pods.is_none(),
+            ..Context::default()
+        };
+        Self { cluster: Cluster::default(), context, addresses: HostAddresses::new() }
+    }
+
+    /// Takes the Node and the ServiceCIDRs as the source has them.
+    pub fn take_node(&mut self, config: &Config) -> NodeIps {
+        self.context.service_cidrs = self.cluster.service_cidrs().collect();
+        self.context.node = self.cluster.node().clone();
+        let ips = NodeIps::derive(&self.context.node, config.bind_address);
+        self.context.node.ips = ips.known();
+        ips
+    }
+
+    /// Tells pods by the Node's podCIDRs from here on. False: none of them is of a family that this host has.
+    pub fn take_pod_cidrs(&mut self, families: &[Family]) -> bool {
+        for &family in families {
+            let mut cidrs = self.cluster.node().pod_cidrs.iter();
+            self.context.cluster_cidr[family.index()] = cidrs.find(|cidr| cidr.family() == family).copied();
+        }
+        self.context.cluster_cidr != [None, None]
+    }
+
+    /// Takes the addresses of this host.
+    pub fn take_addresses(&mut self, addresses: &HostAddresses) {
+        let before = std::mem::replace(&mut self.addresses, addresses.clone());
+        self.context.host_addresses = addresses.keys().copied().collect();
+        self.cluster.touch_with_source_ranges();
+        let differs = |addr: &&Addr| before.get(addr) != addresses.get(addr);
+        self.cluster.touch_at(&before.keys().chain(addresses.keys()).filter(differs).copied().collect());
+    }
+
+    /// The clusterIPs of a Service that this host has as its own, with their devices.
+    pub fn held_by_host(&self, key: &ObjectKey) -> Vec<(Addr, u32)> {
+        let addrs = self.cluster.service(key).into_iter().flat_map(|service| service.cluster_ips);
+        addrs.flatten().filter_map(|addr| Some((addr, *self.addresses.get(&addr)?))).collect()
+    }
+
+    /// What a Service should become; `None` when it is gone.
+    pub fn wanted(&self, key: &ObjectKey) -> Option<Wanted> {
+        let service = self.cluster.service(key)?;
+        let desired = desired_service(service, self.cluster.slices(key), &self.context);
+        Some(Wanted { created: service.created, desired })
+    }
+
+    /// Works out the same of what is known now, wherever it is called.
+    pub fn work_out(&self, key: &ObjectKey) -> impl FnOnce() -> Option<Wanted> + Send + use<> {
+        let service = self.cluster.service(key).cloned();
+        let slices: Vec<Slice> = self.cluster.slices(key).cloned().collect();
+        let context = self.context.clone();
+        move || {
+            let service = service?;
+            let desired = desired_service(&service, slices.iter(), &context);
+            Some(Wanted { created: service.created, desired })
+        }
+    }
+
+    /// Plans the node's own tables.
+    pub fn plan_node(&self, node_ports: &NodePortAddresses, model: &mut Model) -> NodePlan {
+        let host = &self.context.host_addresses;
+        let by_source = !self.context.pods_by_interface;
+        let mut tables = NodeTables {
+            addresses: local_addresses(node_ports, &self.context.node.ips, host),
+            service_cidrs: self.cluster.service_cidrs().collect(),
+            pod_sources: self.context.cluster_cidr.iter().flatten().filter(|_| by_source).copied().collect(),
+        };
+        let problems = tables.fit();
+        let (ops, concerned) = plan_node(model, tables);
+        NodePlan { ops, concerned, problems }
+    }
+}
+
+/// What becomes of the node's own tables.
+#[derive(Debug)]
+pub struct NodePlan {
+    /// To be carried out from first to last.
+    pub ops: Vec<Op>,
+    /// Services that have to be planned again.
+    pub concerned: BTreeSet<ObjectKey>,
+    /// What there is no room for.
+    pub problems: Vec<String>,
+}

@@ -1,0 +1,280 @@
+//! `proxy-agent monitor`: what the datapath decides, as it does.
+//!
+//! Writes `TRACE` and reads `EVENTS`; the agent has no part in it, and need not run. Watching ends by itself when nobody
+//! prolongs it, however the watcher ends.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
+
+use aya::maps::{Array, Map, MapData, RingBuf};
+use k8s_openapi::jiff::Timestamp;
+use proxy_common::abi::event::{PACKET, place};
+use proxy_common::abi::{Counter, Event, Trace};
+use proxy_common::addr::Addr;
+use serde::Serialize;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::bpf::maps::{KernelMaps, OpenError};
+use crate::bpf::pins::{PinDir, PinError};
+use crate::commands::inspect::InspectError;
+use crate::commands::table::line;
+use crate::config::args::{MonitorArgs, Output};
+use crate::host::clock::now;
+use crate::reconcile::model::Model;
+use proxy_common::abi::proto_name;
+
+/// Watching is prolonged this often.
+const RENEW: Duration = Duration::from_secs(1);
+/// And ends this long after it has not been.
+const GRACE_NANOS: u64 = 3_000_000_000;
+
+/// The ring buffer is looked at this often; it holds some ten thousand events.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Why nothing can be watched.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// The maps cannot be opened, read or written, or standard output is gone.
+    #[error(transparent)]
+    Inspect(#[from] InspectError),
+    /// Somebody else watches: an event is told once.
+    #[error("another `proxy-agent monitor` is running; end it first")]
+    Busy,
+    /// The pin directory cannot be opened.
+    #[error(transparent)]
+    Pins(PinError),
+    /// No such Service.
+    #[error("--service {0}: no such Service is programmed; `proxy-agent services` shows those that are")]
+    NoService(String),
+}
+
+macro_rules! through_inspect {
+    ($($error:ty),*) => { $(
+        impl From<$error> for MonitorError {
+            fn from(error: $error) -> Self {
+                Self::Inspect(error.into())
+            }
+        }
+    )* };
+}
+through_inspect!(aya::maps::MapError, io::Error, OpenError);
+
+/// A decision, as printed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EventView {
+    /// When it was made.
+    pub time: Timestamp,
+    /// `socket`, or the device's name, or its index if it has gone.
+    pub at: String,
+    /// `in` to the host or `out` of it; none at sockets.
+    pub direction: Option<&'static str>,
+    /// TCP, UDP or SCTP.
+    pub protocol: &'static str,
+    /// Where the packet comes from; none at sockets.
+    pub source: Option<SocketAddr>,
+    /// Where it goes to, or what the application asked for.
+    pub destination: SocketAddr,
+    /// Where it comes from afterwards; none if that stays.
+    pub new_source: Option<SocketAddr>,
+    /// Where it goes to afterwards; none if that stays.
+    pub new_destination: Option<SocketAddr>,
+    /// Namespace, name and port of the Service; none if it belongs to none, or that is not known.
+    pub service: Option<String>,
+    /// `packet`, or the name of the counter that it counts for.
+    pub what: &'static str,
+}
+
+/// Prints every decision until `stop` is ready.
+///
+/// # Errors
+///
+/// [`MonitorError`].
+pub async fn run(
+    args: &MonitorArgs,
+    stop: impl Future<Output = ()>,
+    out: &mut impl Write,
+) -> Result<(), MonitorError> {
+    let pins = PinDir::new(&args.inspect.pins.pin_dir);
+    let mut names = Names::read(&pins)?;
+    let _lock = match pins.lock_maps() {
+        Ok(lock) => lock,
+        Err(PinError::Locked(_)) => return Err(MonitorError::Busy),
+        Err(error) => return Err(MonitorError::Pins(error)),
+    };
+    // A Service has an id for each port and family; the kernel can look for one.
+    let wanted = args.service.as_ref().map(|service| names.ids_of(service));
+    let service = match wanted.as_deref() {
+        None => 0,
+        Some([]) => return Err(MonitorError::NoService(args.service.clone().unwrap_or_default())),
+        Some([id]) => *id,
+        Some(_) => 0,
+    };
+    let open = |name| {
+        let path = pins.map(name);
+        MapData::from_pin(&path).map_err(|source| OpenError::Pin { path, source })
+    };
+    let mut trace = Array::<_, Trace>::try_from(Map::Array(open("TRACE")?))?;
+    let mut ring = RingBuf::try_from(Map::RingBuf(open("EVENTS")?))?;
+    // What was left by somebody else is old.
+    while ring.next().is_some() {}
+
+    let (mut renew, mut look) = (interval(RENEW), interval(LOOK));
+    for ticks in [&mut renew, &mut look] {
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    }
+    tokio::pin!(stop);
+    let result = loop {
+        tokio::select! {
+            () = &mut stop => break Ok(()),
+            _ = renew.tick() => {
+                let until = now().saturating_add(GRACE_NANOS);
+                trace.set(0, Trace { until, service, sample: args.sample }, 0)?;
+            }
+            _ = look.tick() => {
+                if let Err(error) = print_all(&mut ring, &mut names, &pins, wanted.as_deref(), args, out) {
+                    break Err(error);
+                }
+            }
+        }
+    };
+    trace.set(0, Trace::default(), 0)?;
+    result?;
+    // What was decided since the last look.
+    print_all(&mut ring, &mut names, &pins, wanted.as_deref(), args, out)
+}
+
+fn print_all(
+    ring: &mut RingBuf<MapData>,
+    names: &mut Names,
+    pins: &PinDir,
+    wanted: Option<&[u32]>,
+    args: &MonitorArgs,
+    out: &mut impl Write,
+) -> Result<(), MonitorError> {
+    let clock = Clock::now();
+    while let Some(item) = ring.next() {
+        let Ok(event) = bytemuck::try_pod_read_unaligned::<Event>(&item) else { continue };
+        if wanted.is_some_and(|ids| !ids.contains(&event.service)) {
+            continue;
+        }
+        if event.service != 0 && !names.services.contains_key(&event.service) {
+            *names = Names::read(pins)?;
+        }
+        let view = view(&event, names, clock);
+        match args.inspect.output {
+            Output::Json => {
+                serde_json::to_writer(&mut *out, &view).map_err(io::Error::from)?;
+                writeln!(out)?;
+            }
+            Output::Yaml => {
+                writeln!(out, "---")?;
+                write!(out, "{}", serde_saphyr::to_string(&view).map_err(io::Error::other)?)?;
+            }
+            Output::Table => line(out, format_args!("{view}"))?,
+        }
+    }
+    Ok(out.flush()?)
+}
+
+/// Both clocks at one moment.
+#[derive(Clone, Copy)]
+struct Clock {
+    monotonic: u64,
+    wall: SystemTime,
+}
+
+impl Clock {
+    fn now() -> Self {
+        Self { monotonic: now(), wall: SystemTime::now() }
+    }
+
+    fn wall(self, monotonic: u64) -> Timestamp {
+        let ago = Duration::from_nanos(self.monotonic.saturating_sub(monotonic));
+        self.wall.checked_sub(ago).and_then(|time| Timestamp::try_from(time).ok()).unwrap_or_default()
+    }
+}
+
+/// Names of Services by id, as they were when last read.
+struct Names {
+    services: BTreeMap<u32, String>,
+}
+
+impl Names {
+    fn read(pins: &PinDir) -> Result<Self, MonitorError> {
+        let maps = KernelMaps::open(pins, false)?;
+        let model = Model::restore(maps.capacity(), &maps.contents()?);
+        let services = model.ports.iter().map(|(key, port)| {
+            let colon = if key.port_name.is_empty() { "" } else { ":" };
+            (port.id, format!("{}{colon}{}", key.service, key.port_name))
+        });
+        Ok(Self { services: services.collect() })
+    }
+
+    /// Ids of every port of a Service.
+    fn ids_of(&self, service: &str) -> Vec<u32> {
+        let is_port = |name: &str| {
+            name.strip_prefix(service).is_some_and(|rest| rest.is_empty() || rest.starts_with(':'))
+        };
+        self.services.iter().filter(|(_, name)| is_port(name)).map(|(id, _)| *id).collect()
+    }
+}
+
+fn view(event: &Event, names: &Names, clock: Clock) -> EventView {
+    let address = |addr: Addr, port: proxy_common::be::Be16| SocketAddr::new(addr.to_ip(), port.get());
+    let at_socket = event.place == place::SOCKET;
+    let source = address(event.source, event.source_port);
+    let destination = address(event.destination, event.destination_port);
+    let new_source = address(event.new_source, event.new_source_port);
+    let new_destination = address(event.new_destination, event.new_destination_port);
+    let nowhere = event.new_destination == Addr::ZERO;
+    EventView {
+        time: clock.wall(event.time),
+        at: if at_socket { "socket".to_owned() } else { device_name(event.ifindex) },
+        direction: match event.place {
+            place::INGRESS => Some("in"),
+            place::EGRESS => Some("out"),
+            _ => None,
+        },
+        protocol: proto_name(event.proto),
+        source: (!at_socket).then_some(source),
+        destination,
+        new_source: (!at_socket && new_source != source).then_some(new_source),
+        new_destination: (!nowhere && new_destination != destination).then_some(new_destination),
+        service: names.services.get(&event.service).cloned(),
+        what: match event.what {
+            PACKET => "packet",
+            what => Counter::ALL.get(usize::from(what)).map_or("?", |counter| counter.name()),
+        },
+    }
+}
+
+fn device_name(ifindex: u32) -> String {
+    let name = || {
+        let socket =
+            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)
+                .ok()?;
+        rustix::net::netdevice::index_to_name(&socket, ifindex).ok()
+    };
+    name().unwrap_or_else(|| ifindex.to_string())
+}
+
+impl std::fmt::Display for EventView {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { time, at, protocol, destination, what, .. } = self;
+        write!(f, "{time:.6} {what:<22} {at} {} {protocol} ", self.direction.unwrap_or("-"))?;
+        let end = |f: &mut std::fmt::Formatter<'_>, source: Option<SocketAddr>, to: SocketAddr| match source {
+            Some(source) => write!(f, "{source} -> {to}"),
+            None => write!(f, "-> {to}"),
+        };
+        end(f, self.source, *destination)?;
+        if self.new_source.is_some() || self.new_destination.is_some() {
+            f.write_str(" becomes ")?;
+            end(f, self.new_source.or(self.source), self.new_destination.unwrap_or(*destination))?;
+        }
+        write!(f, "  {}", self.service.as_deref().unwrap_or("-"))
+    }
+}

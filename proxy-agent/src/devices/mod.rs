@@ -1,0 +1,381 @@
+//! The packet edge's devices: which they are, what the programs have to know of each, and attaching the programs.
+//!
+//! ```text
+//! rtnetlink ─> Snapshot ─> choose() ─> Choices ─┬─> Attacher ─> DEVICES, TCX links or clsact filters
+//!                     Facts of the agent ──> Sources ─┘
+//! ```
+//! One task beside the agent's loop owns it all: attaching waits for the kernel's RCU, some 20 ms a time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use proxy_common::addr::Prefix;
+use rtnetlink::Handle;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::bpf::Refused;
+use crate::bpf::notes::Notes;
+use crate::bpf::others::{Other, Side};
+use crate::bpf::pins::PinDir;
+use crate::bpf::tc::{Direction, Mechanism};
+use crate::host::FollowError;
+
+pub mod snapshot;
+
+pub mod choice;
+
+pub mod sources;
+
+pub mod attach;
+
+pub mod reserved_ports;
+
+mod ipsec;
+mod strict;
+
+use crate::config::devices::Devices;
+use attach::{Attacher, Outcome};
+use choice::{Choices, Role, choose, problems};
+use reserved_ports::DatagramPorts;
+use snapshot::{Snapshot, watch_network};
+use sources::{Facts, Sources, resolve};
+
+/// After a failure everything is tried again this much later, and ever later up to [`RETRY_AT_MOST`].
+const RETRY: Duration = Duration::from_secs(5);
+const RETRY_AT_MOST: Duration = Duration::from_secs(300);
+/// How often it is looked whether everything is still attached, at its place.
+const CHECK: Duration = Duration::from_secs(30);
+/// What the agent knows changes in bursts as well.
+const SETTLE: Duration = Duration::from_millis(50);
+/// Where passes take long, the time between them is as long, up to this: whoever makes pods come and go does not keep the
+/// kernel's lock of all devices busy.
+const REST_AT_MOST: Duration = Duration::from_secs(1);
+
+const BEHIND_ON_EGRESS: &str = "others are behind ours on the way out (OTHERS in `proxy-agent status`): to them answers come \
+    from Services, not from pods. Let them allow Services' addresses; or run the agent with --no-tcx, which puts ours behind \
+    filters, if all of them let packets pass by TC_ACT_UNSPEC (`continue`) and have a `pref` below 65535";
+const AHEAD_ON_INGRESS: &str = "others are ahead of ours on the way in (OTHERS in `proxy-agent status`): to them requests go to \
+    Services, not to pods, and what they accept by anything but TC_ACT_UNSPEC (`continue`) is not served. Give filters a \
+    `pref` above 1; TCX programs are behind ours without --no-tcx";
+
+/// A device that carries Service traffic, as `status` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceState {
+    /// Interface index.
+    pub index: u32,
+    /// Interface name.
+    pub name: String,
+    /// `external` or `pod`.
+    pub role: String,
+    /// Why it was chosen.
+    pub reason: String,
+    /// `tcx` or `clsact`; empty while the programs are not attached.
+    pub attached: String,
+    /// What others run on it, except what is behind ours on the way in, as it should be.
+    #[serde(default)]
+    pub others: Vec<Other>,
+    /// Sources of packets to other nodes: one of each family that has one.
+    pub sources: Vec<String>,
+    /// Whether all that enters counts as traffic of local pods.
+    pub near: bool,
+    /// Whether packets start with the IP header.
+    pub l3: bool,
+}
+
+impl DeviceState {
+    /// Whether the programs are attached.
+    pub fn is_attached(&self) -> bool {
+        !self.attached.is_empty()
+    }
+
+    /// Whether it is the host's side of a pod and the programs are attached.
+    pub fn is_attached_pod(&self) -> bool {
+        self.is_attached() && self.role == Role::Pod.name()
+    }
+}
+
+/// How the packet edge is doing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// Passes made so far; 0 while nothing has been attached.
+    pub passes: u64,
+    /// The devices, by index.
+    pub devices: Vec<DeviceState>,
+    /// What is wrong, by device or flag.
+    pub problems: BTreeMap<String, Vec<String>>,
+    /// Why clients outside of this node, or all its pods, are not served as they should be: a node that starts is not ready.
+    pub holds: Option<String>,
+    /// Verified instructions per program, where the kernel tells.
+    pub verified: Vec<(&'static str, Option<u32>)>,
+    /// Programs that the kernel has refused.
+    pub refused: Refused,
+    /// Destinations of the routes that lead past the programs of external devices.
+    pub elsewhere: Vec<Prefix>,
+}
+
+/// The task, which ends when this is dropped. What is attached stays.
+#[derive(Debug)]
+pub struct Edge {
+    facts: watch::Sender<Facts>,
+    datagram_ports: watch::Sender<DatagramPorts>,
+    state: watch::Receiver<State>,
+    _task: JoinSet<()>,
+}
+
+impl Edge {
+    /// Starts choosing and attaching. The maps have to be pinned.
+    ///
+    /// # Errors
+    ///
+    /// When the network cannot be read.
+    pub async fn start(config: Devices, facts: Facts) -> Result<Self, FollowError> {
+        let network = watch_network().await?;
+        let (connection, handle, _) = rtnetlink::new_connection()
+            .map_err(|source| FollowError::Open { what: "this host's routes", source })?;
+        let (facts, known) = watch::channel(facts);
+        let (publish, state) = watch::channel(State::default());
+        let (datagram_ports, reserved) = watch::channel(DatagramPorts::default());
+        let mut task = JoinSet::new();
+        task.spawn(connection);
+        task.spawn(reserved_ports::follow(Notes::of(&config.pins), reserved));
+        task.spawn(Worker { config, handle, network, facts: known, chosen: Choices::new() }.run(publish));
+        Ok(Self { facts, datagram_ports, state, _task: task })
+    }
+
+    /// Replaces what the agent knows.
+    pub fn tell(&self, facts: &Facts, datagram_ports: &DatagramPorts) {
+        replace(&self.facts, facts);
+        replace(&self.datagram_ports, datagram_ports);
+    }
+
+    /// Waits for the next pass, and tells how it went.
+    pub async fn changed(&mut self) -> State {
+        match self.state.changed().await {
+            Ok(()) => self.state.borrow_and_update().clone(),
+            // The task ends by a panic only, which has been printed.
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+fn replace<T: Clone + PartialEq>(sender: &watch::Sender<T>, value: &T) {
+    sender.send_if_modified(|known| {
+        let changed = known != value;
+        known.clone_from(value);
+        changed
+    });
+}
+
+struct Worker {
+    config: Devices,
+    handle: Handle,
+    network: watch::Receiver<Snapshot>,
+    facts: watch::Receiver<Facts>,
+    chosen: Choices,
+}
+
+impl Worker {
+    async fn run(mut self, publish: watch::Sender<State>) {
+        let mut attacher = None;
+        let mut maps = 0;
+        let mut retry = RETRY;
+        loop {
+            let snapshot = self.network.borrow_and_update().clone();
+            let facts = self.facts.borrow_and_update().clone();
+            if maps != facts.maps {
+                // What is attached serves until it is replaced, in place.
+                (attacher, maps) = (None, facts.maps);
+            }
+            let mut state = State { passes: publish.borrow().passes + 1, ..State::default() };
+            let choices = choose(&snapshot, &self.config.settings, &self.chosen);
+            log_changes(&self.chosen, &choices);
+            let sources = resolve(&self.handle, &snapshot, &choices, &facts).await;
+            let present = names(&snapshot);
+            let (config, wanted, given) = (self.config.clone(), choices.clone(), sources.clone());
+            let work = move || pass(attacher, &config, present, &wanted, &given);
+            let start = Instant::now();
+            let outcomes = match tokio::task::spawn_blocking(work).await {
+                Ok(Ok(Pass { attacher: back, outcomes, ipsec })) => {
+                    state.verified = back.verified();
+                    state.refused = back.refused();
+                    attacher = Some(back);
+                    if ipsec {
+                        state.problems.insert("IPsec".to_owned(), vec![ipsec::PROBLEM.to_owned()]);
+                    }
+                    outcomes
+                }
+                Ok(Err(error)) => {
+                    attacher = None;
+                    state.holds = Some(format!("the packet edge: {error}"));
+                    state.problems.insert("packet edge".to_owned(), vec![error.to_string()]);
+                    BTreeMap::new()
+                }
+                // It has panicked, or the agent ends.
+                Err(_) => return,
+            };
+            let (ended, took) = (Instant::now(), start.elapsed());
+            describe(&mut state, &choices, &sources, &outcomes);
+            // What IPsec carries, the programms see as ESP.
+            let seen = if state.problems.contains_key("IPsec") { &BTreeMap::new() } else { &outcomes };
+            state.elsewhere = elsewhere(&snapshot, &choices, seen);
+            for (name, problem) in strict::problems(&snapshot, &choices) {
+                state.problems.entry(format!("device {name}")).or_default().push(problem);
+            }
+            let flags = problems(&snapshot, &self.config.settings);
+            if !flags.is_empty() {
+                state.problems.insert("--devices".to_owned(), flags);
+            }
+            let failed = attacher.is_none() || outcomes.values().any(|outcome| outcome.attached.is_err());
+            self.chosen = choices;
+            publish.send_replace(state);
+            let pause = if failed { retry } else { CHECK };
+            retry = if failed { (retry * 2).min(RETRY_AT_MOST) } else { RETRY };
+            if attacher.is_none() {
+                // Nothing that happens to devices changes anything, and loading costs seconds.
+                tokio::time::sleep(pause).await;
+                continue;
+            }
+            tokio::select! {
+                changed = self.network.changed() => if changed.is_err() { return },
+                changed = self.facts.changed() => {
+                    if changed.is_err() { return }
+                    tokio::time::sleep(SETTLE).await;
+                }
+                () = tokio::time::sleep(pause) => {}
+            }
+            tokio::time::sleep_until((ended + took.min(REST_AT_MOST)).into()).await;
+        }
+    }
+}
+
+/// What a pass leaves.
+struct Pass {
+    attacher: Attacher,
+    outcomes: BTreeMap<u32, Outcome>,
+    /// Whether there are IPsec policies that packets meet on the devices.
+    ipsec: bool,
+}
+
+/// Everything that blocks.
+fn pass(
+    attacher: Option<Attacher>,
+    config: &Devices,
+    present: BTreeMap<u32, String>,
+    choices: &Choices,
+    sources: &BTreeMap<u32, Sources>,
+) -> Result<Pass, attach::AttacherError> {
+    let mut attacher = match attacher {
+        Some(attacher) => attacher,
+        None => {
+            let mechanism = if config.no_tcx { Mechanism::Clsact } else { Mechanism::of_kernel() };
+            Attacher::new(config.pins.clone(), mechanism, present)?
+        }
+    };
+    let outcomes = attacher.apply(choices, sources);
+    let ipsec = !choices.is_empty()
+        && ipsec::has_policies().unwrap_or_else(|error| {
+            tracing::warn!(%error, "whether there are IPsec policies cannot be told");
+            false
+        });
+    Ok(Pass { attacher, outcomes, ipsec })
+}
+
+fn names(snapshot: &Snapshot) -> BTreeMap<u32, String> {
+    snapshot.links.iter().map(|(index, link)| (*index, link.name.clone())).collect()
+}
+
+fn log_changes(before: &Choices, after: &Choices) {
+    for choice in after.iter().filter(|(index, choice)| before.get(index) != Some(choice)).map(|(_, c)| c) {
+        let (device, role) = (&choice.name, choice.role.name());
+        tracing::info!(%device, role, reason = %choice.reason, near = choice.near, "device carries Service traffic");
+    }
+    for (_, choice) in before.iter().filter(|(index, _)| !after.contains_key(index)) {
+        tracing::info!(device = %choice.name, "device does not carry Service traffic any more");
+    }
+}
+
+fn describe(
+    state: &mut State,
+    choices: &Choices,
+    sources: &BTreeMap<u32, Sources>,
+    outcomes: &BTreeMap<u32, Outcome>,
+) {
+    for (index, choice) in choices {
+        let outcome = outcomes.get(index);
+        let others = outcome.map(|outcome| outcome.others.clone()).unwrap_or_default();
+        let mut problems = wrong_places(&others);
+        let attached = match outcome.map(|outcome| &outcome.attached) {
+            Some(Ok(mechanism)) => mechanism.name().to_owned(),
+            Some(Err(reason)) => {
+                if outcome.is_some_and(|outcome| outcome.holds) {
+                    state.holds.get_or_insert_with(|| format!("device {}: {reason}", choice.name));
+                }
+                problems.push(reason.clone());
+                String::new()
+            }
+            None => String::new(),
+        };
+        if !problems.is_empty() {
+            state.problems.insert(format!("device {}", choice.name), problems);
+        }
+        let addresses = sources.get(index).into_iter().flatten().copied().map(attach::shown);
+        state.devices.push(DeviceState {
+            index: *index,
+            name: choice.name.clone(),
+            role: choice.role.name().to_owned(),
+            reason: choice.reason.clone(),
+            attached,
+            others,
+            sources: addresses.filter(|address| !address.is_empty()).collect(),
+            near: choice.near,
+            l3: choice.layer == snapshot::Layer::L3,
+        });
+    }
+}
+
+/// The destinations of the routes that lead past the programs of external devices.
+fn elsewhere(snapshot: &Snapshot, choices: &Choices, outcomes: &BTreeMap<u32, Outcome>) -> Vec<Prefix> {
+    let is_edge = |device: u32| {
+        choices.get(&device).is_some_and(|choice| choice.role == Role::External)
+            && outcomes.get(&device).is_some_and(|outcome| outcome.attached.is_ok())
+    };
+    let routes = snapshot.routes.iter().filter(|route| !is_edge(route.device));
+    routes.map(|route| route.destination).collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// What it means that others see Services where they should see pods.
+fn wrong_places(others: &[Other]) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut tell = |direction, side, reason: &str| {
+        if others.iter().any(|other| (other.direction, other.side) == (direction, side)) {
+            problems.push(reason.to_owned());
+        }
+    };
+    tell(Direction::Egress, Side::Behind, BEHIND_ON_EGRESS);
+    tell(Direction::Ingress, Side::Ahead, AHEAD_ON_INGRESS);
+    problems
+}
+
+/// Removes every clsact filter of ours in the calling thread's network namespace, and the queueing disciplines that we made
+/// for them. Links go with their pins. Returns what stays, by device.
+///
+/// # Errors
+///
+/// When the devices cannot be listed.
+pub async fn remove_filters(pins: &PinDir) -> Result<Vec<(String, std::io::Error)>, FollowError> {
+    let what = "this host's devices";
+    let (connection, handle, _) =
+        rtnetlink::new_connection().map_err(|source| FollowError::Open { what, source })?;
+    let connection = tokio::spawn(connection);
+    let snapshot = snapshot::dump(handle).await;
+    connection.abort();
+    let devices = names(&snapshot.map_err(|source| FollowError::Dump { what, source })?);
+    let stay = |(index, name)| Some((name, crate::bpf::clsact::detach(pins, index).err()?));
+    Ok(devices.into_iter().filter_map(stay).collect())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,366 @@
+//! What the kernel knows of this node's network, as plain data: links, their addresses, and routes. Read by rtnetlink
+//! dumps, followed by [`crate::host::follow`]; [`super::choice`] and [`super::sources`] decide from it alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use futures::TryStreamExt as _;
+use proxy_common::addr::{Addr, Family, Prefix};
+use rtnetlink::packet_route::address::{AddressHeaderFlags, AddressMessage, AddressScope};
+use rtnetlink::packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteType,
+};
+use rtnetlink::packet_route::rule::{RuleAttribute, RuleFlags, RuleMessage};
+use rtnetlink::{Handle, IpVersion, MulticastGroup, RouteMessageBuilder};
+use tokio::sync::watch;
+
+use crate::host::addresses::address_of;
+use crate::host::follow::{FollowError, RECEIVE_BUFFER, Subject, follow};
+
+/// `RT_TABLE_LOCAL` of linux/rtnetlink.h: what is delivered on this host.
+const LOCAL_TABLE: u32 = 255;
+/// `RT_TABLE_MAIN` and `RT_TABLE_DEFAULT`: what everybody's packets are routed by.
+const COMMON_TABLES: [u32; 2] = [254, 253];
+
+/// A device comes up in several steps, and a pass over the devices costs more than a dump.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// Links by interface index, and what belongs to them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The links of the network namespace.
+    pub links: BTreeMap<u32, Link>,
+    /// Addresses that hosts can be reached by: neither link-local nor loopback, in the kernel's order.
+    pub addresses: Vec<Address>,
+    /// Unicast routes of every table, except those to link-local prefixes.
+    pub routes: Vec<Route>,
+    /// Tables of their own by which IPv4 rules route what comes from some addresses that the host has not itself.
+    pub tables_by_source: BTreeSet<u32>,
+}
+
+/// A network device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Interface name.
+    pub name: String,
+    /// What it is.
+    pub kind: Kind,
+    /// The kernel's word for that: `vxlan`; empty for hardware.
+    pub kind_name: String,
+    /// What its packets start with.
+    pub layer: Layer,
+    /// Administratively up.
+    pub up: bool,
+    /// Index of the bridge, bond or VRF that it is a port of.
+    pub master: Option<u32>,
+}
+
+/// Kinds of links, as far as they matter here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Hardware, bonds, VLANs and whatever else carries addresses.
+    Plain,
+    /// What pods are attached by: veth, tap, netkit.
+    Pair,
+    /// A tunnel to other nodes.
+    Overlay,
+    /// A bridge.
+    Bridge,
+    /// A routing domain: its ports are devices of their own.
+    Vrf,
+    /// Dummies and the like: no packet of others passes.
+    Idle,
+    /// The host to itself.
+    Loopback,
+}
+
+/// What the packets of a device start with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Layer {
+    /// A MAC header.
+    L2,
+    /// The IP header.
+    L3,
+}
+
+/// An address of this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// Interface index.
+    pub device: u32,
+    /// The address.
+    pub addr: Addr,
+    /// Whether the prefix is that address alone (/32, /128).
+    pub single: bool,
+    /// Whether packets may be sent from it: not tentative, not deprecated.
+    pub usable: bool,
+}
+
+/// One way of a route. A route with several next hops is several of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Interface index.
+    pub device: u32,
+    /// Id of the routing table that it is in.
+    pub table: u32,
+    /// Where it leads.
+    pub destination: Prefix,
+    /// Whether it leads there through another host.
+    pub gateway: bool,
+    /// The source that the route asks for.
+    pub source: Option<Addr>,
+}
+
+impl Snapshot {
+    /// The addresses of a device.
+    pub fn addresses_of(&self, device: u32) -> impl Iterator<Item = &Address> {
+        self.addresses.iter().filter(move |address| address.device == device)
+    }
+
+    /// Whether a prefix is more than one address of the host.
+    fn is_elsewhere(&self, prefix: Prefix) -> bool {
+        prefix.mapped_len() != 128 || self.addresses.iter().all(|address| address.addr != prefix.addr())
+    }
+
+    /// The routes through a device.
+    pub fn routes_of(&self, device: u32) -> impl Iterator<Item = &Route> {
+        self.routes.iter().filter(move |route| route.device == device)
+    }
+}
+
+/// Follows links, addresses and routes of the calling thread's network namespace.
+///
+/// # Errors
+///
+/// When they cannot be read for the first time.
+pub async fn watch_network() -> Result<watch::Receiver<Snapshot>, FollowError> {
+    let groups = &[
+        MulticastGroup::Link,
+        MulticastGroup::Ipv4Ifaddr,
+        MulticastGroup::Ipv6Ifaddr,
+        MulticastGroup::Ipv4Route,
+        MulticastGroup::Ipv6Route,
+        MulticastGroup::Ipv4Rule,
+    ];
+    let what = "this host's devices and routes";
+    follow(Subject { what, groups, settle: SETTLE, receive_buffer: RECEIVE_BUFFER }, dump).await
+}
+
+/// Reads everything once.
+pub(crate) async fn dump(handle: Handle) -> Result<Snapshot, rtnetlink::Error> {
+    let mut snapshot = Snapshot::default();
+    let mut links = std::pin::pin!(handle.link().get().execute());
+    while let Some(message) = links.try_next().await? {
+        snapshot.links.insert(message.header.index, link(&message));
+    }
+    let mut addresses = std::pin::pin!(handle.address().get().execute());
+    while let Some(message) = addresses.try_next().await? {
+        snapshot.addresses.extend(address(&message));
+    }
+    for message in [
+        RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+        RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
+    ] {
+        let mut routes = std::pin::pin!(handle.route().get(message).execute());
+        while let Some(message) = routes.try_next().await? {
+            snapshot.routes.extend(routes_in(&message));
+        }
+    }
+    let mut rules = std::pin::pin!(handle.rule().get(IpVersion::V4).execute());
+    // A kernel without rules says so by an error.
+    while let Ok(Some(message)) = rules.try_next().await {
+        let of_pods = table_by_source(&message).filter(|(source, _)| snapshot.is_elsewhere(*source));
+        snapshot.tables_by_source.extend(of_pods.map(|(_, table)| table));
+    }
+    Ok(snapshot)
+}
+
+fn link(message: &LinkMessage) -> Link {
+    let layer_type = message.header.link_layer_type;
+    let mut link = Link {
+        name: String::new(),
+        kind: Kind::Plain,
+        kind_name: String::new(),
+        layer: layer(layer_type),
+        up: message.header.flags.contains(LinkFlags::Up),
+        master: None,
+    };
+    for attribute in &message.attributes {
+        if let LinkAttribute::IfName(name) = attribute {
+            link.name.clone_from(name);
+        } else if let LinkAttribute::Controller(master) = attribute {
+            link.master = Some(*master).filter(|index| *index != 0);
+        } else if let LinkAttribute::LinkInfo(infos) = attribute {
+            for info in infos {
+                if let LinkInfo::Kind(kind) = info {
+                    link.kind = kind_of(kind, link.layer);
+                    link.kind_name = kind.to_string();
+                }
+            }
+        }
+    }
+    if message.header.flags.contains(LinkFlags::Loopback) {
+        link.kind = Kind::Loopback;
+    }
+    link
+}
+
+fn kind_of(kind: &InfoKind, layer: Layer) -> Kind {
+    use InfoKind as K;
+    if matches!(kind, K::Veth | K::Netkit) || matches!(kind, K::Tun) && layer == Layer::L2 {
+        Kind::Pair
+    } else if matches!(kind, K::Bridge) {
+        Kind::Bridge
+    } else if matches!(kind, K::Vrf) {
+        Kind::Vrf
+    } else if matches!(kind, K::Dummy | K::Ifb | K::Nlmon) {
+        Kind::Idle
+    } else if matches!(
+        kind,
+        K::Vxlan | K::Geneve | K::IpIp | K::SitTun | K::Ip6Tnl | K::Wireguard | K::Tun | K::BareUdp | K::Xfrm
+    ) || matches!(kind, K::GreTap | K::GreTap6 | K::GreTun | K::GreTun6 | K::Vti | K::Vti6)
+    {
+        Kind::Overlay
+    } else {
+        Kind::Plain
+    }
+}
+
+/// The types for which the kernel itself sees no MAC header (`dev_is_mac_header_xmit` of linux/if_arp.h).
+fn layer(layer_type: LinkLayerType) -> Layer {
+    use LinkLayerType as T;
+    let without_mac = matches!(
+        layer_type,
+        T::None | T::Rawip | T::Ppp | T::Tunnel | T::Tunnel6 | T::Sit | T::Ipgre | T::Ip6gre | T::Pimreg
+    );
+    if without_mac { Layer::L3 } else { Layer::L2 }
+}
+
+fn address(message: &AddressMessage) -> Option<Address> {
+    let addr = address_of(message)?;
+    let reachable = matches!(message.header.scope, AddressScope::Universe | AddressScope::Site);
+    let unfit =
+        AddressHeaderFlags::Tentative | AddressHeaderFlags::Deprecated | AddressHeaderFlags::Dadfailed;
+    let whole = if addr.family() == Family::V4 { 32 } else { 128 };
+    (reachable && !is_link_local(addr) && !addr.is_loopback()).then(|| Address {
+        device: message.header.index,
+        addr,
+        single: message.header.prefix_len == whole,
+        usable: !message.header.flags.intersects(unfit),
+    })
+}
+
+fn routes_in(message: &RouteMessage) -> Vec<Route> {
+    let header = &message.header;
+    let mut table = u32::from(header.table);
+    let mut destination = match u8::from(header.address_family) {
+        2 => Addr::v4([0; 4]),
+        10 => Addr::ZERO,
+        _ => return Vec::new(),
+    };
+    let (mut device, mut gateway, mut source, mut hops) = (None, false, None, Vec::new());
+    for attribute in &message.attributes {
+        if let RouteAttribute::Table(id) = attribute {
+            table = *id;
+        } else if let RouteAttribute::Destination(to) = attribute {
+            destination = addr(to).unwrap_or(destination);
+        } else if let RouteAttribute::Oif(index) = attribute {
+            device = Some(*index);
+        } else if let RouteAttribute::PrefSource(from) = attribute {
+            source = addr(from);
+        } else if let RouteAttribute::MultiPath(next) = attribute {
+            hops.extend(next.iter().map(|hop| (hop.interface_index, is_gateway(&hop.attributes))));
+        }
+        gateway |= is_gateway(std::slice::from_ref(attribute));
+    }
+    hops.extend(device.map(|device| (device, gateway)));
+    let Some(destination) = Prefix::new(destination, header.destination_prefix_length) else {
+        return Vec::new();
+    };
+    let counts = matches!(header.kind, RouteType::Unicast)
+        && table != LOCAL_TABLE
+        && !header.flags.contains(RouteFlags::Cloned)
+        && !is_link_local(destination.addr());
+    let route = |(device, gateway)| Route { device, table, destination, gateway, source };
+    if counts { hops.into_iter().map(route).collect() } else { Vec::new() }
+}
+
+/// Source and table of a rule for what comes from some addresses, whatever else it is, if that is not a common table.
+fn table_by_source(message: &RuleMessage) -> Option<(Prefix, u32)> {
+    let header = &message.header;
+    let (mut table, mut source) = (u32::from(header.table), None);
+    for attribute in &message.attributes {
+        if let RuleAttribute::Table(id) = attribute {
+            table = *id;
+        } else if let RuleAttribute::Source(from) = attribute {
+            source = Prefix::new((*from).into(), header.src_len);
+        } else if !matches!(
+            attribute,
+            RuleAttribute::Destination(_)
+                | RuleAttribute::Priority(_)
+                | RuleAttribute::Protocol(_)
+                | RuleAttribute::SuppressPrefixLen(_)
+        ) {
+            // Marks, devices, ports and users.
+            return None;
+        }
+    }
+    let is_common = table == 0 || table == LOCAL_TABLE || COMMON_TABLES.contains(&table);
+    source.filter(|_| !is_common && !header.flags.contains(RuleFlags::Invert)).map(|source| (source, table))
+}
+
+fn is_gateway(attributes: &[RouteAttribute]) -> bool {
+    let names_a_host =
+        |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::Gateway(_) | RouteAttribute::Via(_));
+    attributes.iter().any(names_a_host)
+}
+
+fn addr(address: &RouteAddress) -> Option<Addr> {
+    if let RouteAddress::Inet(v4) = address {
+        Some((*v4).into())
+    } else if let RouteAddress::Inet6(v6) = address {
+        Some((*v6).into())
+    } else {
+        None
+    }
+}
+
+/// 169.254.0.0/16, fe80::/10 or a multicast address: never a source, never a destination beyond a link.
+pub(crate) fn is_link_local(addr: Addr) -> bool {
+    match addr.to_ip() {
+        std::net::IpAddr::V4(v4) => v4.is_link_local() || v4.is_multicast(),
+        std::net::IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.is_multicast(),
+    }
+}
+
+/// Asks which source the kernel would take for a packet to `destination`; through `device`, if given. Returns the
+/// device that it would leave by, and the source.
+pub(crate) async fn ask_source(
+    handle: &Handle,
+    destination: Addr,
+    device: Option<u32>,
+) -> Option<(u32, Addr)> {
+    let (ip, whole) = (destination.to_ip(), if destination.family() == Family::V4 { 32 } else { 128 });
+    let mut message = RouteMessage::default();
+    message.header = RouteHeader {
+        address_family: if ip.is_ipv4() { 2 } else { 10 }.into(),
+        destination_prefix_length: whole,
+        ..RouteHeader::default()
+    };
+    message.attributes.push(RouteAttribute::Destination(ip.into()));
+    message.attributes.extend(device.map(RouteAttribute::Oif));
+    let mut answers = std::pin::pin!(handle.route().get(message).execute());
+    let answer = answers.try_next().await.ok()??;
+    let (mut oif, mut source) = (None, None);
+    for attribute in &answer.attributes {
+        if let RouteAttribute::Oif(index) = attribute {
+            oif = Some(*index);
+        } else if let RouteAttribute::PrefSource(from) = attribute {
+            source = addr(from);
+        }
+    }
+    Some((oif?, source?))
+}

@@ -1,0 +1,254 @@
+//! The line in which Events wait to be written: each once, not too many, and nobody's behind all of another's. Pure.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Event, Regarding};
+use crate::reconcile::shares::Shares;
+
+/// An Event that was taken this long ago may be taken again; one that has waited so long is not written any more.
+const FORGET: Duration = Duration::from_secs(600);
+/// Events that may be written at once.
+const BURST: u32 = 25;
+/// One more may be written each time this much has passed.
+const PER_EVENT: Duration = Duration::from_secs(10);
+/// Events that one namespace may hand over at once.
+const SHARE: u32 = 10;
+/// It may hand over one more each time this much has passed.
+const PER_SHARE: Duration = Duration::from_secs(60);
+/// Events that may wait.
+const PLACES: usize = 1_024;
+
+/// What becomes of an Event that is handed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It waits for its turn.
+    Waits,
+    /// The same, in the place of another one, of the namespace with most that wait.
+    Displaces,
+    /// The very same has been handed over not long ago.
+    Known,
+    /// Its namespace has handed over too many others.
+    TooMany,
+}
+
+/// What is to be done next.
+#[derive(Debug)]
+pub(super) enum Next<D> {
+    /// This is written.
+    Write(Event, D),
+    /// This has waited too long.
+    Late(D),
+    /// Nothing before that time, unless the node has something to say.
+    Rest(Instant),
+    /// Nothing waits.
+    Nothing,
+}
+
+/// The line. `D` goes with an Event.
+#[derive(Debug)]
+pub(super) struct Line<D> {
+    /// What waits, by namespace; empty for the node's own.
+    waiting: BTreeMap<Arc<str>, VecDeque<(Event, D, Instant)>>,
+    /// Namespaces with something that waits, in the order of their turns.
+    turns: VecDeque<Arc<str>>,
+    places: usize,
+    shares: Shares,
+    taken: BTreeMap<Event, Instant>,
+    /// Events that may be written.
+    tokens: u32,
+    /// As of when.
+    at: Instant,
+}
+
+impl<D> Line<D> {
+    /// At `now` nothing waits, and nothing has been written.
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            waiting: BTreeMap::new(),
+            turns: VecDeque::new(),
+            places: PLACES,
+            shares: Shares::new(SHARE, PER_SHARE),
+            taken: BTreeMap::new(),
+            tokens: BURST,
+            at: now,
+        }
+    }
+
+    /// Takes an Event in, if it may wait.
+    pub(super) fn take(&mut self, event: Event, with: D, now: Instant) -> Verdict {
+        if self.taken.get(&event).is_some_and(|at| now.saturating_duration_since(*at) < FORGET) {
+            return Verdict::Known;
+        }
+        let tenant: Arc<str> = match &event.regarding {
+            Regarding::Node => "".into(),
+            Regarding::Service(key) => Arc::clone(&key.namespace),
+        };
+        if !tenant.is_empty() && self.shares.take(&tenant, now).is_none() {
+            return Verdict::TooMany;
+        }
+        let full = self.waiting.values().map(VecDeque::len).sum::<usize>() >= self.places;
+        if full {
+            self.displace();
+        }
+        self.taken.retain(|_, at| now.saturating_duration_since(*at) < FORGET);
+        self.taken.insert(event.clone(), now);
+        let waiting = self.waiting.entry(Arc::clone(&tenant)).or_default();
+        if waiting.is_empty() {
+            self.turns.push_back(tenant);
+        }
+        waiting.push_back((event, with, now));
+        if full { Verdict::Displaces } else { Verdict::Waits }
+    }
+
+    /// The last one of the namespace with most goes.
+    fn displace(&mut self) {
+        let Some((tenant, waiting)) = self.waiting.iter_mut().max_by_key(|(_, waiting)| waiting.len()) else {
+            return;
+        };
+        if let Some((event, ..)) = waiting.pop_back() {
+            self.taken.remove(&event);
+        }
+        if waiting.is_empty() {
+            let tenant = Arc::clone(tenant);
+            self.waiting.remove(&tenant);
+            self.turns.retain(|turn| *turn != tenant);
+        }
+    }
+
+    /// What is to be done next: the node's own, then one of each namespace in turn.
+    pub(super) fn next(&mut self, now: Instant) -> Next<D> {
+        while self.tokens < BURST && now.saturating_duration_since(self.at) >= PER_EVENT {
+            self.tokens += 1;
+            self.at += PER_EVENT;
+        }
+        if self.tokens == BURST {
+            self.at = now;
+        }
+        let of_node = self.waiting.contains_key("");
+        if of_node {
+            self.turns.retain(|turn| !turn.is_empty());
+            self.turns.push_front("".into());
+        } else if self.turns.is_empty() {
+            return Next::Nothing;
+        } else if self.tokens == 0 {
+            return Next::Rest(self.at + PER_EVENT);
+        }
+        let Some(tenant) = self.turns.pop_front() else { return Next::Nothing };
+        let Some(waiting) = self.waiting.get_mut(&tenant) else { return Next::Nothing };
+        let next = waiting.pop_front();
+        if waiting.is_empty() {
+            self.waiting.remove(&tenant);
+        } else {
+            self.turns.push_back(tenant);
+        }
+        match next {
+            None => Next::Nothing,
+            Some((_, with, at)) if now.saturating_duration_since(at) >= FORGET => Next::Late(with),
+            Some((event, with, _)) => {
+                self.tokens -= u32::from(!of_node);
+                Next::Write(event, with)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reconcile::cluster::ObjectKey;
+
+    fn event(namespace: &str, name: &str, note: &str) -> Event {
+        Event::problem(ObjectKey::new(namespace, name), note.to_owned())
+    }
+
+    /// The namespaces of what may be written at `now`, in that order.
+    fn written(line: &mut Line<()>, now: Instant) -> Vec<String> {
+        std::iter::from_fn(|| match line.next(now) {
+            Next::Write(Event { regarding: Regarding::Service(key), .. }, ()) => {
+                Some(key.namespace.to_string())
+            }
+            Next::Write(Event { regarding: Regarding::Node, .. }, ()) => Some("node".to_owned()),
+            Next::Late(()) | Next::Rest(_) | Next::Nothing => None,
+        })
+        .collect()
+    }
+
+    /// How many of a thousand Events of a namespace are taken in.
+    fn flood(line: &mut Line<()>, namespace: &str, now: Instant) -> usize {
+        let note = format!("{now:?}");
+        let take = |n: &u32| line.take(event(namespace, &n.to_string(), &note), (), now) != Verdict::TooMany;
+        (0..1_000).filter(take).count()
+    }
+
+    #[test]
+    fn the_same_is_taken_once_in_a_while() {
+        let t0 = Instant::now();
+        let mut line = Line::new(t0);
+        assert_eq!(line.take(event("a", "s", "x"), (), t0), Verdict::Waits);
+        assert_eq!(line.take(event("a", "s", "x"), (), t0), Verdict::Known);
+        assert_eq!(written(&mut line, t0), ["a"]);
+        assert_eq!(line.take(event("a", "s", "x"), (), t0 + FORGET / 2), Verdict::Known);
+        // Another note, object or reason is something else.
+        let port = Event::check_port_failed(ObjectKey::new("a", "s"), "x".to_owned());
+        for other in [event("a", "s", "y"), event("a", "t", "x"), event("b", "s", "x"), port] {
+            assert_eq!(line.take(other, (), t0), Verdict::Waits);
+        }
+        assert_eq!(line.take(event("a", "s", "x"), (), t0 + FORGET), Verdict::Waits);
+        assert_eq!(line.taken.len(), 1, "the memory is bounded");
+    }
+
+    #[test]
+    fn a_flood_is_cut_off_and_passes_drop_by_drop() {
+        let t0 = Instant::now();
+        let mut line = Line::new(t0);
+        assert_eq!(flood(&mut line, "a", t0), SHARE as usize);
+        assert_eq!(written(&mut line, t0).len(), SHARE as usize);
+        assert_eq!(flood(&mut line, "a", t0 + PER_SHARE - Duration::from_millis(1)), 0);
+        assert_eq!(flood(&mut line, "a", t0 + PER_SHARE), 1);
+        assert_eq!(flood(&mut line, "a", t0 + 1_000 * PER_SHARE), SHARE as usize);
+        // Of all namespaces together no more than the API server has to stand.
+        let now = t0 + 2_000 * PER_SHARE;
+        let mut line = Line::new(now);
+        for namespace in 0..20 {
+            flood(&mut line, &namespace.to_string(), now);
+        }
+        assert_eq!(written(&mut line, now).len(), BURST as usize);
+        assert!(matches!(line.next(now), Next::Rest(until) if until == now + PER_EVENT));
+        assert_eq!(written(&mut line, now + PER_EVENT).len(), 1);
+        assert_eq!(written(&mut line, now + 3 * PER_EVENT).len(), 2);
+    }
+
+    #[test]
+    fn who_says_little_is_heard_beside_who_says_much() {
+        let t0 = Instant::now();
+        let mut line = Line::new(t0);
+        for namespace in ["a", "b", "c"] {
+            flood(&mut line, namespace, t0);
+        }
+        assert_eq!(line.take(event("quiet", "s", "x"), (), t0), Verdict::Waits);
+        assert_eq!(written(&mut line, t0)[..5], ["a", "b", "c", "quiet", "a"]);
+        // With nothing left for anybody the node is heard all the same, and whoever comes waits for one turn of each.
+        assert_eq!(line.take(event("late", "s", "x"), (), t0), Verdict::Waits);
+        assert_eq!(line.take(Event::starting(), (), t0), Verdict::Waits);
+        assert_eq!(written(&mut line, t0), ["node"]);
+        assert!(written(&mut line, t0 + 4 * PER_EVENT).contains(&"late".to_owned()));
+    }
+
+    #[test]
+    fn the_places_are_bounded_and_those_with_most_make_room() {
+        let t0 = Instant::now();
+        let mut line = Line { places: 12, ..Line::new(t0) };
+        assert_eq!(flood(&mut line, "a", t0), SHARE as usize);
+        let mut others = (0..6).map(|n| line.take(event(&format!("b{n}"), "s", "x"), (), t0));
+        assert!(others.by_ref().take(2).all(|verdict| verdict == Verdict::Waits));
+        assert!(others.all(|verdict| verdict == Verdict::Displaces));
+        let mut all = written(&mut line, t0);
+        all.sort();
+        assert_eq!(all, ["a", "a", "a", "a", "a", "a", "b0", "b1", "b2", "b3", "b4", "b5"]);
+        // What waits for too long is of no use to anybody.
+        line.take(event("a", "t", "x"), (), t0 + PER_SHARE);
+        assert!(matches!(line.next(t0 + PER_SHARE + FORGET), Next::Late(())));
+    }
+}

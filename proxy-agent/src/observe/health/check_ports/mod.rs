@@ -1,0 +1,227 @@
+//! The servers behind `healthCheckNodePort`: one for each Service, family and address of this node.
+//!
+//! The sync loop says what is to be served ([`CheckPorts::services`], [`CheckPorts::listen_on`]) and goes on. A task
+//! opens and closes the ports, and tells which it could not open; those are tried again every few seconds. What is
+//! answered is decided in [`super::checks`].
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{HeaderName, HeaderValue};
+use axum::response::{IntoResponse as _, Response};
+use rustix::net::sockopt::set_ipv6_v6only;
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::runtime::Handle;
+use tokio::sync::{oneshot, watch};
+
+use super::checks::{Check, answer};
+use super::{Health, respond_with};
+use crate::config::servers::BIND_RETRY;
+use crate::observe::http::{Limits, Room, serve_on};
+use crate::reconcile::cluster::ObjectKey;
+
+/// Connections that the kernel keeps waiting for a server.
+const BACKLOG: u32 = 128;
+
+/// What is wrong with which Service's port, in sentences.
+pub type Failures = BTreeMap<ObjectKey, Vec<String>>;
+
+/// What is to be served.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Wanted {
+    /// By [`proxy_common::addr::Family::index`].
+    listen_on: [Vec<IpAddr>; 2],
+    /// Services with a check in some family, by [`proxy_common::addr::Family::index`].
+    services: BTreeMap<ObjectKey, [Option<Check>; 2]>,
+}
+
+/// The sync loop's end. The servers close when it is dropped.
+#[derive(Debug)]
+pub struct CheckPorts {
+    wanted: watch::Sender<Wanted>,
+    failures: watch::Receiver<Failures>,
+}
+
+impl CheckPorts {
+    /// No servers yet. They will run on `runtime`.
+    pub fn start(health: Health, runtime: &Handle) -> Self {
+        let (wanted, orders) = watch::channel(Wanted::default());
+        let (told, failures) = watch::channel(Failures::new());
+        runtime.spawn(keep(health, orders, told));
+        Self { wanted, failures }
+    }
+
+    /// Listens on these addresses, by [`proxy_common::addr::Family::index`], instead of those before.
+    pub fn listen_on(&self, addresses: [Vec<IpAddr>; 2]) {
+        self.wanted.send_if_modified(|wanted| {
+            let changed = wanted.listen_on != addresses;
+            wanted.listen_on = addresses;
+            changed
+        });
+    }
+
+    /// Replaces the checks of these Services, each by [`proxy_common::addr::Family::index`]; `None` where there is none.
+    pub fn services(&self, checks: impl Iterator<Item = (ObjectKey, [Option<Check>; 2])>) {
+        self.wanted.send_if_modified(|wanted| {
+            let mut changed = false;
+            for (service, checks) in checks {
+                changed |= if checks == [None, None] {
+                    wanted.services.remove(&service).is_some()
+                } else {
+                    wanted.services.insert(service, checks) != Some(checks)
+                };
+            }
+            changed
+        });
+    }
+
+    /// The Services that have a check in some family.
+    pub fn known(&self) -> Vec<ObjectKey> {
+        self.wanted.borrow().services.keys().cloned().collect()
+    }
+
+    /// What is wrong, when that has changed.
+    pub async fn failures(&mut self) -> Failures {
+        match self.failures.changed().await {
+            Ok(()) => self.failures.borrow_and_update().clone(),
+            // The task has ended, which only a panic does: that has been printed.
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+async fn keep(health: Health, mut orders: watch::Receiver<Wanted>, told: watch::Sender<Failures>) {
+    // One room for all of them, in which no port takes anything from another.
+    let limits = Limits { room: Room::new(512), ..Limits::default() };
+    let mut open: BTreeMap<(ObjectKey, SocketAddr), Server> = BTreeMap::new();
+    loop {
+        let places = places(&orders.borrow_and_update());
+        // First of all, because another Service may take a port over.
+        let closing: Vec<Server> =
+            open.extract_if(.., |place, _| !places.contains_key(place)).map(|(_, server)| server).collect();
+        for server in closing {
+            server.close().await;
+        }
+        let mut failures = Failures::new();
+        for ((service, address), endpoints) in places {
+            if let Some(server) = open.get(&(service.clone(), address)) {
+                server.endpoints.store(endpoints, Ordering::Relaxed);
+                continue;
+            }
+            match Server::open(&service, address, endpoints, health.clone(), limits.clone()) {
+                Ok(server) => {
+                    tracing::debug!(%service, %address, "listening for spec.healthCheckNodePort");
+                    open.insert((service, address), server);
+                }
+                Err(error) => failures.entry(service).or_default().push(format!(
+                    "spec.healthCheckNodePort: cannot listen on {address}: {error}; load balancers take this node for \
+                     one without endpoints; the agent tries again every {BIND_RETRY:?}"
+                )),
+            }
+        }
+        let again = !failures.is_empty();
+        told.send_if_modified(|before| {
+            let changed = *before != failures;
+            *before = failures;
+            changed
+        });
+        tokio::select! {
+            changed = orders.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(BIND_RETRY), if again => {}
+        }
+    }
+}
+
+/// Where to listen for whom, and how many endpoints to tell there.
+fn places(wanted: &Wanted) -> BTreeMap<(ObjectKey, SocketAddr), usize> {
+    let mut places = BTreeMap::new();
+    for (service, checks) in &wanted.services {
+        for (addresses, check) in wanted.listen_on.iter().zip(checks) {
+            let Some(Check { port, endpoints }) = *check else { continue };
+            let at = |address: &IpAddr| ((service.clone(), SocketAddr::new(*address, port)), endpoints);
+            places.extend(addresses.iter().map(at));
+        }
+    }
+    places
+}
+
+/// An open port.
+#[derive(Debug)]
+struct Server {
+    endpoints: Arc<AtomicUsize>,
+    /// Dropped to close it.
+    stop: oneshot::Sender<()>,
+    /// Ready when it is closed.
+    closed: oneshot::Receiver<()>,
+}
+
+/// What an answer is made from.
+#[derive(Debug)]
+struct Told {
+    service: ObjectKey,
+    endpoints: Arc<AtomicUsize>,
+    health: Health,
+}
+
+impl Server {
+    fn open(
+        service: &ObjectKey,
+        address: SocketAddr,
+        endpoints: usize,
+        health: Health,
+        limits: Limits,
+    ) -> io::Result<Self> {
+        let listener = listen(address)?;
+        let endpoints = Arc::new(AtomicUsize::new(endpoints));
+        let told = Told { service: service.clone(), endpoints: Arc::clone(&endpoints), health };
+        // Any path, any method.
+        let router = Router::new().fallback(respond).with_state(Arc::new(told));
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (open, closed) = oneshot::channel::<()>();
+        tokio::spawn(async move {
+            let stopped = async {
+                // Never sent, only dropped.
+                let _ = stopped.await;
+            };
+            serve_on(listener, router, limits, stopped).await;
+            drop(open);
+        });
+        Ok(Self { endpoints, stop, closed })
+    }
+
+    /// Returns when the port is free. Connections that are open end after the answer that they wait for.
+    async fn close(self) {
+        drop(self.stop);
+        // Never sent, only dropped.
+        let _ = self.closed.await;
+    }
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    if address.is_ipv6() {
+        // The families have servers of their own.
+        set_ipv6_v6only(&socket, true)?;
+    }
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+async fn respond(State(told): State<Arc<Told>>) -> Response {
+    let endpoints = told.endpoints.load(Ordering::Relaxed);
+    let weight = HeaderName::from_static("x-load-balancing-endpoint-weight");
+    let answer = answer(&told.service, endpoints, told.health.healthy());
+    ([(weight, HeaderValue::from(endpoints))], respond_with(answer)).into_response()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,348 @@
+//! The agent's small HTTP servers: bind addresses as users write them, and serving that survives a taken port and
+//! clients that are slow, silent or many.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::config::servers::OnBindFailure;
+
+mod listen;
+
+mod room;
+
+mod thread;
+
+pub use room::{Room, Seat};
+pub use thread::ServerThread;
+
+/// Why a server does not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum HttpError {
+    /// The address cannot be bound.
+    #[error("cannot listen on {address} for {server}: {source}")]
+    Bind {
+        /// Which server.
+        server: &'static str,
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl HttpError {
+    /// Which server it is about.
+    pub fn server(&self) -> &'static str {
+        match self {
+            Self::Bind { server, .. } => server,
+        }
+    }
+}
+
+/// What clients may take. A connection costs a file descriptor, and some of the servers are open to the world.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Connections at once. Servers may share it.
+    pub room: Room,
+    /// For the head of the request. There is one for each connection.
+    pub silence: Duration,
+    /// For a connection; it then ends with the answer that it owes.
+    pub lifetime: Duration,
+}
+
+impl Default for Limits {
+    /// A room of its own.
+    fn default() -> Self {
+        Self { room: Room::new(256), silence: Duration::from_secs(5), lifetime: Duration::from_secs(60) }
+    }
+}
+
+/// The largest head of a request, bytes: what has come of it is read again with each piece.
+const HEAD_MAX: usize = 8_192;
+
+/// How long a connection that is to end may take for its last answer.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Serves `router` on `address` until the future is dropped. `server` is its name in logs and errors.
+///
+/// # Errors
+///
+/// When binding fails and [`OnBindFailure::Fail`] is asked for.
+pub async fn serve(
+    server: &'static str,
+    address: SocketAddr,
+    router: Router,
+    on_failure: OnBindFailure,
+) -> Result<(), HttpError> {
+    let listeners = loop {
+        match (listen::listen(address), on_failure) {
+            (Ok(listeners), _) => break listeners,
+            (Err(source), OnBindFailure::Fail) => return Err(HttpError::Bind { server, address, source }),
+            (Err(error), OnBindFailure::Retry(pause)) => {
+                tracing::error!(server, %address, %error, retry_in = ?pause, "cannot listen");
+                sleep(pause).await;
+            }
+        }
+    };
+    tracing::info!(server, %address, "listening");
+    // A task for each: they take turns.
+    let (mut servers, limits) = (JoinSet::new(), Limits::default());
+    for listener in listeners {
+        servers.spawn(serve_on(listener, router.clone(), limits.clone(), std::future::pending()));
+    }
+    while servers.join_next().await.is_some() {}
+    Ok(())
+}
+
+/// Serves whoever connects to `listener` until `stop` is ready. Then nobody listens any more, and open connections end
+/// with the answer that they owe.
+pub async fn serve_on(listener: TcpListener, router: Router, limits: Limits, stop: impl Future<Output = ()>) {
+    // Dropped at the end, which every connection notices.
+    let (_open, end) = watch::channel(());
+    let port = listener.local_addr().map_or(0, |address| address.port());
+    let next = async || {
+        match listener.accept().await {
+            Ok((stream, from)) => Some((stream, limits.room.enter(port, from.ip()))),
+            Err(error) => {
+                tracing::debug!(%error, "a connection cannot be taken");
+                // Where there are no descriptors left, there are none at once.
+                sleep(Duration::from_millis(100)).await;
+                None
+            }
+        }
+    };
+    tokio::pin!(stop);
+    loop {
+        let connected = tokio::select! {
+            connected = next() => connected,
+            () = &mut stop => return,
+        };
+        if let Some((stream, seat)) = connected {
+            tokio::spawn(converse(stream, router.clone(), limits.clone(), end.clone(), seat));
+        }
+    }
+}
+
+async fn converse(
+    stream: TcpStream,
+    router: Router,
+    limits: Limits,
+    mut end: watch::Receiver<()>,
+    mut seat: Seat,
+) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.silence)
+        .keep_alive(false)
+        .max_buf_size(HEAD_MAX)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    tokio::pin!(connection);
+    tokio::select! {
+        // A client that breaks off or talks nonsense is its own affair.
+        _ = connection.as_mut() => return,
+        // Somebody else has its place.
+        _ = &mut seat.gone => return,
+        _ = end.changed() => {}
+        () = sleep(limits.lifetime) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    let _ = timeout(FAREWELL, connection).await;
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! Requests over loopback, as text.
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    /// An answer, taken apart.
+    #[derive(Debug)]
+    pub(crate) struct Response {
+        pub(crate) status: u16,
+        /// Status line and headers, lower case.
+        pub(crate) head: String,
+        pub(crate) body: String,
+    }
+
+    /// One request on a connection of its own.
+    pub(crate) async fn request(address: SocketAddr, method: &str, path: &str) -> io::Result<Response> {
+        request_with(address, method, path, &[]).await
+    }
+
+    /// The same with these headers.
+    pub(crate) async fn request_with(
+        address: SocketAddr,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+    ) -> io::Result<Response> {
+        let mut stream = TcpStream::connect(address).await?;
+        let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: n1\r\nConnection: close\r\n{headers}\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a whole HTTP answer");
+        let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status line");
+        Ok(Response { status, head: head.to_lowercase(), body: body.to_owned() })
+    }
+
+    /// Serves `router` on a free port of loopback while `test` runs, which gets the address.
+    pub(crate) fn with_server<F: Future<Output = ()>>(router: Router, test: impl FnOnce(SocketAddr) -> F) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            tokio::select! {
+                () = serve_on(listener, router, Limits::default(), std::future::pending()) => panic!("it ended"),
+                () = test(address) => {}
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+
+    use super::*;
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+    }
+
+    #[test]
+    fn a_taken_port_is_tried_again() {
+        block_on(async {
+            let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = taken.local_addr().unwrap();
+            let router = Router::new().route("/", get(|| async { "here" }));
+
+            let failed = serve("test", address, router.clone(), OnBindFailure::Fail).await.unwrap_err();
+            assert!(matches!(failed, HttpError::Bind { .. }), "{failed}");
+            assert!(failed.to_string().contains(&address.to_string()), "{failed}");
+
+            let pause = Duration::from_millis(20);
+            let server = tokio::spawn(serve("test", address, router, OnBindFailure::Retry(pause)));
+            sleep(3 * pause).await;
+            assert!(!server.is_finished());
+            drop(taken);
+            let answered = async {
+                loop {
+                    match testing::request(address, "GET", "/").await {
+                        Ok(response) => break response,
+                        Err(_) => sleep(pause).await,
+                    }
+                }
+            };
+            let response = timeout(Duration::from_secs(10), answered).await.unwrap();
+            assert_eq!((response.status, &*response.body), (200, "here"));
+            server.abort();
+        });
+    }
+
+    /// Serves on a free port with these limits while `test` runs; `test` may end the server.
+    fn limited<F: Future<Output = ()>>(
+        limits: Limits,
+        test: impl FnOnce(SocketAddr, tokio::sync::oneshot::Sender<()>) -> F,
+    ) {
+        block_on(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let slow = get(|| async {
+                sleep(Duration::from_millis(100)).await;
+                "here"
+            });
+            let (stop, stopped) = tokio::sync::oneshot::channel();
+            let stopped = async {
+                if stopped.await.is_err() {
+                    std::future::pending().await
+                }
+            };
+            let server = tokio::spawn(serve_on(listener, Router::new().route("/", slow), limits, stopped));
+            timeout(Duration::from_secs(20), test(address, stop)).await.expect("in time");
+            server.abort();
+        });
+    }
+
+    /// What is read until the other side ends the connection.
+    async fn rest(stream: &mut TcpStream) -> String {
+        use tokio::io::AsyncReadExt as _;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        text
+    }
+
+    #[test]
+    fn the_silent_do_not_keep_others_out() {
+        for (places, silence) in [(3, Duration::from_secs(3600)), (100, Duration::from_millis(200))] {
+            let limits = Limits { room: Room::new(places), silence, ..Limits::default() };
+            limited(limits, |address, _stop| async move {
+                let mut silent = Vec::new();
+                for _ in 0..6 {
+                    silent.push(TcpStream::connect(address).await.unwrap());
+                }
+                let answer = testing::request(address, "GET", "/").await.unwrap();
+                assert_eq!(answer.body, "here");
+                // One place for who has been answered; the last ones stay until it is their turn, or the time is up.
+                let stay = if silence > Duration::from_secs(60) { places - 1 } else { 0 };
+                for mut stream in silent.drain(..6 - stay) {
+                    assert_eq!(rest(&mut stream).await, "");
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn servers_share_a_room() {
+        let limits = Limits { room: Room::new(1), ..Limits::default() };
+        limited(limits.clone(), |first, _stop| async move {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let second = listener.local_addr().unwrap();
+            let router = Router::new().route("/", get(|| async { "here" }));
+            let server = tokio::spawn(serve_on(listener, router, limits, std::future::pending()));
+            for address in [first, second, first, second] {
+                assert_eq!(testing::request(address, "GET", "/").await.unwrap().body, "here");
+            }
+            server.abort();
+        });
+    }
+
+    #[test]
+    fn connections_end_with_the_answer_that_they_owe() {
+        use tokio::io::AsyncWriteExt as _;
+        let request = b"GET / HTTP/1.1\r\nHost: n1\r\n\r\n";
+        // By age.
+        let limits = Limits { lifetime: Duration::from_millis(50), ..Limits::default() };
+        limited(limits, |address, _stop| async move {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(request).await.unwrap();
+            assert!(rest(&mut stream).await.ends_with("here"));
+        });
+        // With the server.
+        limited(Limits::default(), |address, stop| async move {
+            let mut idle = TcpStream::connect(address).await.unwrap();
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(request).await.unwrap();
+            sleep(Duration::from_millis(20)).await;
+            stop.send(()).unwrap();
+            assert!(rest(&mut stream).await.ends_with("here"));
+            assert_eq!(rest(&mut idle).await, "");
+            let refused = TcpStream::connect(address).await.unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        });
+    }
+}

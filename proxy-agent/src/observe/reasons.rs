@@ -1,0 +1,168 @@
+//! What only the agent knows of a Service's endpoints: why one is not in a set, and those that the maps do not hold.
+//!
+//! A running agent answers on a UNIX socket beside its state file, which only root can connect to. A question is a line,
+//! `NAMESPACE/NAME`; the answer is JSON, [`PortReasons`] for each port and family, and the end of the stream.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{Shutdown, SocketAddr};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::reconcile::cluster::{ObjectKey, Service, Slice};
+use crate::reconcile::desired::{Context, PortKey, Standing, desired_service, standings};
+
+/// One port of a Service in one family.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PortReasons {
+    /// Port name; empty when unnamed.
+    pub port: String,
+    /// IP protocol number.
+    pub proto: u8,
+    /// `IPv4` or `IPv6`.
+    pub family: String,
+    /// Every endpoint, also those that nobody gets.
+    pub endpoints: Vec<EndpointReasons>,
+}
+
+/// An endpoint and what becomes of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointReasons {
+    /// Address and port.
+    pub endpoint: SocketAddr,
+    /// Condition `serving`.
+    pub serving: bool,
+    /// Whether it is on this node.
+    pub on_this_node: bool,
+    /// Why it is not in the cluster set; none if it is.
+    pub not_in_cluster: Option<String>,
+    /// Why it is not in the local set; none if it is.
+    pub not_in_local: Option<String>,
+}
+
+impl PortReasons {
+    /// Whether this is about the port `key`.
+    pub fn is_of(&self, key: &PortKey) -> bool {
+        *self.port == *key.port_name && self.proto == key.proto && self.family == key.family.to_string()
+    }
+}
+
+impl From<&Standing> for EndpointReasons {
+    fn from(standing: &Standing) -> Self {
+        let words = |result: Result<(), crate::reconcile::desired::Reason>| {
+            result.err().map(|why| why.words().to_owned())
+        };
+        Self {
+            endpoint: SocketAddr::new(standing.addr.to_ip(), standing.port),
+            serving: standing.serving,
+            on_this_node: standing.on_this_node,
+            not_in_cluster: words(standing.cluster),
+            not_in_local: words(standing.local),
+        }
+    }
+}
+
+/// The answer about a Service.
+pub fn of_service<'a>(
+    service: &Service,
+    slices: impl Iterator<Item = &'a Slice> + Clone,
+    context: &Context,
+) -> Vec<PortReasons> {
+    let desired = desired_service(service, slices.clone(), context);
+    let standings = standings(&desired, slices, context);
+    let reasons = desired.ports.iter().zip(&standings).map(|(port, standings)| PortReasons {
+        port: port.key.port_name.to_string(),
+        proto: port.key.proto,
+        family: port.key.family.to_string(),
+        endpoints: standings.iter().map(Into::into).collect(),
+    });
+    reasons.collect()
+}
+
+/// A question on its way to whoever has the objects.
+#[derive(Debug)]
+pub struct Asked {
+    /// About which Service.
+    pub service: ObjectKey,
+    /// For the answer; empty where there is no such Service.
+    pub reply: oneshot::Sender<Vec<PortReasons>>,
+}
+
+/// Names have 63 characters, namespaces too.
+const QUESTION_MAX: u64 = 256;
+/// Neither side waits longer for the other.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The socket of the agent whose state file is `state_file`.
+pub fn socket(state_file: &Path) -> PathBuf {
+    state_file.with_extension("sock")
+}
+
+/// Answers on `path` until the receiver is gone. Failing to do so is logged: nothing but `explain` misses it.
+pub async fn serve(path: PathBuf, asked: mpsc::Sender<Asked>) {
+    let listener = match listen(&path) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "the socket that `explain` asks at cannot be made");
+            return;
+        }
+    };
+    while let Ok((stream, _)) = listener.accept().await {
+        let asked = asked.clone();
+        tokio::spawn(async move {
+            match tokio::time::timeout(PATIENCE, answer(stream, asked)).await {
+                Ok(Ok(())) => {}
+                failed => tracing::debug!(?failed, "a question was not answered"),
+            }
+        });
+    }
+}
+
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    // Of an agent that has gone: two do not run on one pin directory.
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    UnixListener::bind(path)
+}
+
+async fn answer(stream: tokio::net::UnixStream, asked: mpsc::Sender<Asked>) -> io::Result<()> {
+    let (reader, mut writer) = stream.into_split();
+    let mut line = String::new();
+    tokio::io::BufReader::new(reader.take(QUESTION_MAX)).read_line(&mut line).await?;
+    let Some((namespace, name)) = line.trim_end().split_once('/') else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let (reply, answer) = oneshot::channel();
+    let question = Asked { service: ObjectKey::new(namespace, name), reply };
+    asked.send(question).await.map_err(io::Error::other)?;
+    let answer = answer.await.map_err(io::Error::other)?;
+    writer.write_all(&serde_json::to_vec(&answer)?).await
+}
+
+/// Asks the agent whose socket is `path`.
+///
+/// # Errors
+///
+/// When no agent answers there.
+pub fn ask(path: &Path, service: &ObjectKey) -> io::Result<Vec<PortReasons>> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    writeln!(stream, "{service}")?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    Ok(serde_json::from_slice(&answer)?)
+}

@@ -1,0 +1,426 @@
+//! What the API says, reduced to what a service proxy needs.
+//!
+//! Plain data: the sources ([`crate::sources`]) write it by [`Change`]s, [`crate::reconcile::desired`] reads it. Nothing here
+//! does I/O, and nothing is kept that no decision reads.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::Arc;
+
+use proxy_common::addr::{Addr, Family, Prefix};
+
+/// Namespace and name of a namespaced object.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectKey {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+}
+
+impl ObjectKey {
+    /// From two strings.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl fmt::Debug for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// `spec.type` as far as it matters (semantics: it decides ExternalName, and whether a policy has a meaning).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServiceType {
+    /// Inside the cluster only (unless it has externalIPs).
+    ClusterIp,
+    /// Also on a port of every node.
+    NodePort,
+    /// Also on the addresses of a load balancer.
+    LoadBalancer,
+    /// A DNS alias: nothing to proxy.
+    ExternalName,
+}
+
+/// `internalTrafficPolicy` or `externalTrafficPolicy`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TrafficPolicy {
+    /// Endpoints of the whole cluster.
+    #[default]
+    Cluster,
+    /// Endpoints of this node only.
+    Local,
+}
+
+/// One entry of `spec.ports[]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// Name; empty when unnamed.
+    pub name: Arc<str>,
+    /// IP protocol number ([`proxy_common::abi::proto`]).
+    pub proto: u8,
+    /// The port of clusterIP, externalIPs and load-balancer addresses.
+    pub port: u16,
+    /// nodePort; 0 for none.
+    pub node_port: u16,
+}
+
+/// A Service that is to be proxied, or that a source delivered and [`crate::reconcile::desired`] finds nothing to proxy in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Namespace and name.
+    pub key: ObjectKey,
+    /// `metadata.creationTimestamp` in seconds since 1970; `i64::MAX` when absent (manifests). The older Service
+    /// wins a frontend that two claim.
+    pub created: i64,
+    /// `spec.type`.
+    pub service_type: ServiceType,
+    /// The clusterIP of each family (index: [`Family::index`]), resolved from `ipFamilies`, `clusterIPs` and
+    /// `clusterIP`. Both `None`: headless or not yet allocated, nothing is proxied.
+    pub cluster_ips: [Option<Addr>; 2],
+    /// `spec.ports`.
+    pub ports: Vec<ServicePort>,
+    /// `spec.externalIPs`, both families.
+    pub external_ips: Vec<Addr>,
+    /// `status.loadBalancer.ingress[].ip` where `ipMode` is not `Proxy`, both families.
+    pub load_balancer_ips: Vec<Addr>,
+    /// `spec.internalTrafficPolicy`.
+    pub internal_policy: TrafficPolicy,
+    /// `spec.externalTrafficPolicy`.
+    pub external_policy: TrafficPolicy,
+    /// `sessionAffinity: ClientIP` timeout in seconds; `None` without affinity.
+    pub affinity_seconds: Option<u32>,
+    /// `spec.loadBalancerSourceRanges`, both families, the valid ones.
+    pub source_ranges: Vec<Prefix>,
+    /// `spec.healthCheckNodePort`; 0 for none.
+    pub health_check_node_port: u16,
+    /// What was wrong with the object, field by field; it was skipped, the rest is served.
+    pub problems: Vec<String>,
+}
+
+/// One entry of a slice's `ports[]` that can be used: it has a name (maybe empty) and a number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlicePort {
+    /// Name; matches [`ServicePort::name`].
+    pub name: Arc<str>,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Port number on the endpoint.
+    pub port: u16,
+}
+
+/// Topology hints of an endpoint that is hinted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Hints {
+    /// `hints.forZones[].name`.
+    pub zones: Vec<Arc<str>>,
+    /// `hints.forNodes[].name`.
+    pub nodes: Vec<Arc<str>>,
+}
+
+/// One endpoint of a slice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// `addresses[0]`.
+    pub addr: Addr,
+    /// `conditions.ready`, nil being true.
+    pub ready: bool,
+    /// `conditions.serving`, nil being true.
+    pub serving: bool,
+    /// `conditions.terminating`, nil being false.
+    pub terminating: bool,
+    /// `nodeName` is this node's name.
+    pub local: bool,
+    /// Topology hints; `None` when it has none. Slices share equal hints.
+    pub hints: Option<Arc<Hints>>,
+}
+
+/// An EndpointSlice (or the older Endpoints object, split by address family).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slice {
+    /// Namespace and name of the slice.
+    pub key: ObjectKey,
+    /// The Service it belongs to (label `kubernetes.io/service-name`, same namespace).
+    pub service: ObjectKey,
+    /// `addressType`.
+    pub family: Family,
+    /// Usable ports.
+    pub ports: Vec<SlicePort>,
+    /// Usable endpoints.
+    pub endpoints: Vec<Endpoint>,
+    /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, nanoseconds since 1970.
+    pub trigger_time: Option<i64>,
+    /// What was wrong with the object, field by field.
+    pub problems: Vec<String>,
+}
+
+/// This node, as the Node object tells.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    /// Label `topology.kubernetes.io/zone`; `None` when absent or empty.
+    pub zone: Option<Arc<str>>,
+    /// The node's IP of each family (index: [`Family::index`]): InternalIPs before ExternalIPs.
+    pub ips: [Option<Addr>; 2],
+    /// The family of the first of them, which is the node's primary one.
+    pub primary: Option<Family>,
+    /// `spec.podCIDRs`, the valid ones.
+    pub pod_cidrs: Vec<Prefix>,
+    /// Load balancers must not send traffic here: the Node is being deleted, or the cluster autoscaler is about to
+    /// (taint `ToBeDeletedByClusterAutoscaler`).
+    pub leaving: bool,
+}
+
+/// A Pod of this node whose sockets are to be left alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// Namespace and name.
+    pub key: ObjectKey,
+    /// The uid that names its cgroup: a static pod's is not that of the object which mirrors it.
+    pub uid: Arc<str>,
+    /// `spec.hostNetwork`.
+    pub host_network: bool,
+}
+
+/// One change that a source delivers. Keys name what is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A Service appeared or changed.
+    Service(Service),
+    /// A Service is gone, or is not ours any more.
+    ServiceGone(ObjectKey),
+    /// A slice appeared or changed.
+    Slice(Slice),
+    /// A slice is gone, or is not ours any more.
+    SliceGone(ObjectKey),
+    /// This node's object appeared or changed. (That it is gone changes nothing: the last state stays.)
+    Node(Node),
+    /// A ServiceCIDR appeared or changed.
+    ServiceCidr(Arc<str>, Vec<Prefix>),
+    /// A ServiceCIDR is gone.
+    ServiceCidrGone(Arc<str>),
+    /// A Pod that opts out of the socket edge appeared or changed.
+    Pod(Pod),
+    /// A Pod is gone, or does not opt out any more.
+    PodGone(ObjectKey),
+}
+
+impl Change {
+    /// That the object of this change is there no more. (A node never goes.)
+    pub fn gone(&self) -> Option<Self> {
+        match self {
+            Self::Service(service) => Some(Self::ServiceGone(service.key.clone())),
+            Self::Slice(slice) => Some(Self::SliceGone(slice.key.clone())),
+            Self::ServiceCidr(name, _) => Some(Self::ServiceCidrGone(Arc::clone(name))),
+            Self::Pod(pod) => Some(Self::PodGone(pod.key.clone())),
+            Self::Node(_)
+            | Self::ServiceGone(_)
+            | Self::SliceGone(_)
+            | Self::ServiceCidrGone(_)
+            | Self::PodGone(_) => None,
+        }
+    }
+}
+
+/// What a [`Cluster::apply`] touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Nothing that a decision reads.
+    Nothing,
+    /// One Service, already noted in [`Cluster::take_dirty`].
+    Service,
+    /// Node or ServiceCIDRs.
+    Node,
+    /// Pods that opt out.
+    Pods,
+}
+
+/// Everything known, and which Services have changed since they were last looked at.
+#[derive(Debug, Default)]
+pub struct Cluster {
+    services: BTreeMap<ObjectKey, Service>,
+    /// Those of each Service, by name. A Service has one or two: a map of them would take ten times the memory.
+    slices: BTreeMap<ObjectKey, Vec<Slice>>,
+    owner: BTreeMap<ObjectKey, ObjectKey>,
+    node: Node,
+    service_cidrs: BTreeMap<Arc<str>, Vec<Prefix>>,
+    pods: BTreeMap<ObjectKey, Pod>,
+    dirty: BTreeSet<ObjectKey>,
+}
+
+impl Cluster {
+    /// Takes one change in. A redelivered, equal object touches nothing.
+    pub fn apply(&mut self, change: Change) -> Scope {
+        match change {
+            Change::Service(service) => {
+                if self.services.get(&service.key) == Some(&service) {
+                    return Scope::Nothing;
+                }
+                self.dirty.insert(service.key.clone());
+                self.services.insert(service.key.clone(), service);
+                Scope::Service
+            }
+            Change::ServiceGone(key) => {
+                if self.services.remove(&key).is_none() {
+                    return Scope::Nothing;
+                }
+                self.dirty.insert(key);
+                Scope::Service
+            }
+            Change::Slice(slice) => self.put_slice(slice),
+            Change::SliceGone(key) => self.drop_slice(&key),
+            Change::Node(node) => {
+                if self.node == node {
+                    return Scope::Nothing;
+                }
+                // Endpoint selection looks at the zone, source ranges at the addresses.
+                if self.node.zone != node.zone {
+                    self.touch_all();
+                }
+                if self.node.ips != node.ips {
+                    self.touch_with_source_ranges();
+                }
+                self.node = node;
+                Scope::Node
+            }
+            Change::ServiceCidr(name, prefixes) => {
+                if self.service_cidrs.get(&name) == Some(&prefixes) {
+                    return Scope::Nothing;
+                }
+                self.service_cidrs.insert(name, prefixes);
+                self.touch_with_external_ips();
+                Scope::Node
+            }
+            Change::ServiceCidrGone(name) => match self.service_cidrs.remove(&name) {
+                Some(_) => {
+                    self.touch_with_external_ips();
+                    Scope::Node
+                }
+                None => Scope::Nothing,
+            },
+            Change::Pod(pod) => match self.pods.insert(pod.key.clone(), pod.clone()) {
+                Some(before) if before == pod => Scope::Nothing,
+                _ => Scope::Pods,
+            },
+            Change::PodGone(key) => match self.pods.remove(&key) {
+                Some(_) => Scope::Pods,
+                None => Scope::Nothing,
+            },
+        }
+    }
+
+    fn put_slice(&mut self, slice: Slice) -> Scope {
+        let (key, owner) = (slice.key.clone(), slice.service.clone());
+        let of_service = self.slices.entry(owner.clone()).or_default();
+        match of_service.binary_search_by(|other| other.key.name.cmp(&key.name)) {
+            Ok(place) if of_service[place] == slice => return Scope::Nothing,
+            Ok(place) => of_service[place] = slice,
+            Err(place) => {
+                of_service.reserve_exact(1);
+                of_service.insert(place, slice);
+            }
+        }
+        self.dirty.insert(owner.clone());
+        if let Some(before) = self.owner.insert(key.clone(), owner.clone())
+            && before != owner
+        {
+            self.forget(&key, &before);
+        }
+        Scope::Service
+    }
+
+    fn drop_slice(&mut self, key: &ObjectKey) -> Scope {
+        let Some(owner) = self.owner.remove(key) else { return Scope::Nothing };
+        self.forget(key, &owner);
+        Scope::Service
+    }
+
+    fn forget(&mut self, slice: &ObjectKey, owner: &ObjectKey) {
+        if let Some(of_service) = self.slices.get_mut(owner) {
+            of_service.retain(|other| other.key.name != slice.name);
+            if of_service.is_empty() {
+                self.slices.remove(owner);
+            }
+        }
+        self.dirty.insert(owner.clone());
+    }
+
+    /// Marks every Service as changed.
+    pub fn touch_all(&mut self) {
+        self.dirty.extend(self.services.keys().cloned());
+    }
+
+    /// Marks every Service that has source ranges: whether this host is in them depends on its addresses.
+    pub fn touch_with_source_ranges(&mut self) {
+        let ranged = self.services.values().filter(|service| !service.source_ranges.is_empty());
+        self.dirty.extend(ranged.map(|service| service.key.clone()));
+    }
+
+    /// Marks every Service that has one of these addresses: what is said of it depends on whether this host has it, too.
+    pub fn touch_at(&mut self, addresses: &BTreeSet<Addr>) {
+        let has = |service: &&Service| {
+            let from_outside = service.external_ips.iter().chain(&service.load_balancer_ips);
+            service.cluster_ips.iter().flatten().chain(from_outside).any(|addr| addresses.contains(addr))
+        };
+        let concerned = self.services.values().filter(|service| !addresses.is_empty() && has(service));
+        self.dirty.extend(concerned.map(|service| service.key.clone()));
+    }
+
+    /// Marks every Service that has externalIPs: whether they are served depends on the ServiceCIDRs.
+    fn touch_with_external_ips(&mut self) {
+        let external = self.services.values().filter(|service| !service.external_ips.is_empty());
+        self.dirty.extend(external.map(|service| service.key.clone()));
+    }
+
+    /// The Services that changed, or whose endpoints did, since the last call; those that are gone too.
+    pub fn take_dirty(&mut self) -> BTreeSet<ObjectKey> {
+        std::mem::take(&mut self.dirty)
+    }
+
+    /// A Service by its key.
+    pub fn service(&self, key: &ObjectKey) -> Option<&Service> {
+        self.services.get(key)
+    }
+
+    /// All Services, by key.
+    pub fn services(&self) -> impl Iterator<Item = &Service> {
+        self.services.values()
+    }
+
+    /// What a Service costs at most to program: its frontends, endpoints and source ranges, counted on the quick.
+    pub fn weight(&self, key: &ObjectKey) -> usize {
+        let of_service = |service: &Service| {
+            let addresses = 4 + service.external_ips.len() + service.load_balancer_ips.len();
+            service.ports.len() * (addresses + service.source_ranges.len())
+        };
+        let endpoints = self.slices(key).map(|slice| slice.ports.len() * slice.endpoints.len());
+        self.service(key).map_or(0, of_service) + endpoints.sum::<usize>()
+    }
+
+    /// The slices of a Service, by name.
+    pub fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &Slice> + Clone {
+        self.slices.get(service).into_iter().flatten()
+    }
+
+    /// This node.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// The Pods of this node that opt out of the socket edge, by key.
+    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.values()
+    }
+
+    /// Every ServiceCIDR prefix.
+    pub fn service_cidrs(&self) -> impl Iterator<Item = Prefix> {
+        self.service_cidrs.values().flatten().copied()
+    }
+}

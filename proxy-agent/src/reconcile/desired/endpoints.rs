@@ -1,0 +1,263 @@
+//! Which endpoints of a Service port are in its cluster set and in its local set.
+
+use std::sync::Arc;
+
+use proxy_common::abi::SlotRange;
+use proxy_common::abi::backend::flags;
+use proxy_common::addr::Addr;
+use proxy_common::be::Be16;
+
+use super::{Context, DesiredBackend};
+use crate::reconcile::cluster::{Endpoint, Hints, ServicePort, Slice, SlicePort};
+
+/// The endpoints of one Service port in one family.
+pub(super) struct Endpoints {
+    /// As [`super::DesiredPort::backends`].
+    pub(super) backends: Vec<DesiredBackend>,
+    /// As [`super::DesiredPort::empty_local`].
+    pub(super) empty_local: SlotRange,
+}
+
+/// Slices of one family, by the ports that they name: a Service of many ports looks for each of them.
+pub(super) struct ByPort<'a>(Vec<(&'a SlicePort, &'a Slice)>);
+
+impl<'a> ByPort<'a> {
+    pub(super) fn new(slices: impl Iterator<Item = &'a Slice>) -> Self {
+        let mut ports: Vec<_> =
+            slices.flat_map(|slice| slice.ports.iter().map(move |port| (port, slice))).collect();
+        // Stable: those of one name stay in the order of the slices.
+        ports.sort_by(|(one, _), (other, _)| Self::key(one).cmp(&Self::key(other)));
+        Self(ports)
+    }
+
+    /// Joined by name, never by number: one named port may have several numbers.
+    fn key(port: &SlicePort) -> (u8, &str) {
+        (port.proto, &port.name)
+    }
+
+    /// How many endpoints the slices name for a port.
+    pub(super) fn count(&self, port: &ServicePort) -> usize {
+        self.of((port.proto, &port.name)).iter().map(|(_, slice)| slice.endpoints.len()).sum()
+    }
+
+    fn of(&self, wanted: (u8, &str)) -> &[(&'a SlicePort, &'a Slice)] {
+        let from = self.0.partition_point(|(port, _)| Self::key(port) < wanted);
+        let of_name = &self.0[from..];
+        &of_name[..of_name.partition_point(|(port, _)| Self::key(port) == wanted)]
+    }
+}
+
+/// What the endpoints of `port` in `slices` come to.
+pub(super) fn select(port: &ServicePort, slices: &ByPort<'_>, context: &Context) -> Endpoints {
+    let judged = judge((port.proto, &port.name), slices, context);
+    // Silence where another node could answer, a refusal where nobody can.
+    let anywhere = judged.iter().any(|standing| standing.ready || standing.is_leaving());
+    let backends = judged
+        .iter()
+        .map(|standing| DesiredBackend {
+            addr: standing.addr,
+            port: Be16::new(standing.port),
+            flags: bit(standing.cluster.is_ok(), flags::IN_CLUSTER)
+                | bit(standing.local.is_ok(), flags::IN_LOCAL)
+                | bit(standing.serving, flags::SERVING)
+                | bit(standing.on_this_node, flags::ON_THIS_NODE),
+        })
+        .filter(|backend| backend.flags & (flags::IN_CLUSTER | flags::IN_LOCAL | flags::SERVING) != 0)
+        .collect();
+    Endpoints { backends, empty_local: if anywhere { SlotRange::DROP } else { SlotRange::REJECT } }
+}
+
+/// An endpoint of a Service port, and why it is in a set or not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Its address.
+    pub addr: Addr,
+    /// Its port.
+    pub port: u16,
+    /// Condition `ready`.
+    pub ready: bool,
+    /// Condition `serving`.
+    pub serving: bool,
+    /// Condition `terminating`.
+    pub terminating: bool,
+    /// Whether it is on this node.
+    pub on_this_node: bool,
+    /// Whether it is in the cluster set, or why not.
+    pub cluster: Result<(), Reason>,
+    /// Whether it is in the local set, or why not.
+    pub local: Result<(), Reason>,
+}
+
+impl Standing {
+    /// Used while no endpoint is ready.
+    const fn is_leaving(&self) -> bool {
+        self.serving && self.terminating
+    }
+}
+
+/// Why an endpoint is not in a set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// It is neither ready, nor does it terminate while it still serves.
+    NotReady,
+    /// It still serves while it terminates, but others are ready.
+    OthersReady,
+    /// It has terminated as far as clients are concerned.
+    ServesNoMore,
+    /// Topology hints keep it for other nodes.
+    HintedForNodes,
+    /// Topology hints keep it for other zones.
+    HintedForZones,
+    /// The set is that of this node.
+    NotOnThisNode,
+}
+
+impl Reason {
+    /// In words.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::NotReady => "not ready",
+            Self::OthersReady => "terminating while others are ready",
+            Self::ServesNoMore => "terminating and no longer serving",
+            Self::HintedForNodes => "topology hints keep it for other nodes",
+            Self::HintedForZones => "topology hints keep it for other zones",
+            Self::NotOnThisNode => "not on this node",
+        }
+    }
+}
+
+/// Every endpoint of `port`, a protocol and a name, in `slices`, by address and port.
+///
+/// Both sets take the ready endpoints, and while there are none of those the ones that terminate but still serve.
+/// The two fall back independently, and only the cluster set heeds topology hints.
+pub(super) fn judge(port: (u8, &str), slices: &ByPort<'_>, context: &Context) -> Vec<Standing> {
+    let found = distinct(port, slices);
+    let ready = || found.iter().map(|entry| entry.endpoint).filter(|endpoint| endpoint.ready);
+    let any_ready = ready().next().is_some();
+    let any_local_ready = ready().any(|endpoint| endpoint.local);
+    let topology = Topology::choose(ready(), context);
+
+    let standing = |entry: &Entry<'_>| {
+        let &Entry { endpoint, port } = entry;
+        let &Endpoint { addr, ready, serving, terminating, local, .. } = endpoint;
+        let fit = |others_ready: bool| match (ready, terminating, serving) {
+            (true, ..) => Ok(()),
+            (false, true, true) if !others_ready => Ok(()),
+            (false, true, true) => Err(Reason::OthersReady),
+            (false, true, false) => Err(Reason::ServesNoMore),
+            (false, false, _) => Err(Reason::NotReady),
+        };
+        let hinted = if ready { topology.judge(endpoint) } else { Ok(()) };
+        let here = if local { Ok(()) } else { Err(Reason::NotOnThisNode) };
+        Standing {
+            addr,
+            port,
+            ready,
+            serving,
+            terminating,
+            on_this_node: local,
+            cluster: fit(any_ready).and(hinted),
+            local: here.and_then(|()| fit(any_local_ready)),
+        }
+    };
+    found.iter().map(standing).collect()
+}
+
+const fn bit(set: bool, bit: u32) -> u32 {
+    if set { bit } else { 0 }
+}
+
+/// An endpoint as one slice names it for a Service port.
+#[derive(Clone, Copy)]
+struct Entry<'a> {
+    endpoint: &'a Endpoint,
+    port: u16,
+}
+
+impl Entry<'_> {
+    const fn key(&self) -> (Addr, u16) {
+        (self.endpoint.addr, self.port)
+    }
+
+    /// Whether this entry replaces `earlier`, which names the same address and port. One that terminates never
+    /// does; among the others a ready one stays.
+    const fn replaces(&self, earlier: &Self) -> bool {
+        let (new, old) = (self.endpoint, earlier.endpoint);
+        !new.terminating && (old.terminating || new.ready || !old.ready)
+    }
+}
+
+/// The union over the slices, by address and port, each once.
+fn distinct<'a>(port: (u8, &str), slices: &ByPort<'a>) -> Vec<Entry<'a>> {
+    let mut entries = Vec::new();
+    for (at, slice) in slices.of(port) {
+        entries.extend(slice.endpoints.iter().map(|endpoint| Entry { endpoint, port: at.port }));
+    }
+    // Stable: entries of one key stay in the order of the slices.
+    entries.sort_by_key(Entry::key);
+    entries.dedup_by(|new, kept| {
+        let same = new.key() == kept.key();
+        if same && new.replaces(kept) {
+            *kept = *new;
+        }
+        same
+    });
+    entries
+}
+
+/// Which ready endpoints the cluster set is narrowed to.
+enum Topology<'c> {
+    /// No narrowing.
+    Everywhere,
+    /// Those hinted for the node of this name.
+    Node(&'c str),
+    /// Those hinted for this zone.
+    Zone(&'c str),
+}
+
+impl<'c> Topology<'c> {
+    fn choose<'a>(ready: impl Iterator<Item = &'a Endpoint> + Clone, context: &'c Context) -> Self {
+        if applies(ready.clone(), node_hints, &context.node_name) {
+            return Self::Node(&context.node_name);
+        }
+        match &context.node.zone {
+            Some(zone) if applies(ready, zone_hints, zone) => Self::Zone(zone),
+            Some(_) | None => Self::Everywhere,
+        }
+    }
+
+    fn judge(&self, endpoint: &Endpoint) -> Result<(), Reason> {
+        let (kept, reason) = match self {
+            Self::Everywhere => return Ok(()),
+            Self::Node(name) => (is_hinted_for(node_hints(endpoint), name), Reason::HintedForNodes),
+            Self::Zone(zone) => (is_hinted_for(zone_hints(endpoint), zone), Reason::HintedForZones),
+        };
+        if kept { Ok(()) } else { Err(reason) }
+    }
+}
+
+/// Hints count when every ready endpoint has one and at least one of them means `ours`.
+fn applies<'a>(
+    mut ready: impl Iterator<Item = &'a Endpoint>,
+    hints: fn(&Endpoint) -> &[Arc<str>],
+    ours: &str,
+) -> bool {
+    let mut found = false;
+    ready.all(|endpoint| {
+        let hints = hints(endpoint);
+        found |= is_hinted_for(hints, ours);
+        !hints.is_empty()
+    }) && found
+}
+
+fn is_hinted_for(hints: &[Arc<str>], ours: &str) -> bool {
+    hints.iter().any(|hint| **hint == *ours)
+}
+
+fn node_hints(endpoint: &Endpoint) -> &[Arc<str>] {
+    endpoint.hints.as_deref().map_or(&[], |Hints { nodes, .. }| nodes)
+}
+
+fn zone_hints(endpoint: &Endpoint) -> &[Arc<str>] {
+    endpoint.hints.as_deref().map_or(&[], |Hints { zones, .. }| zones)
+}

@@ -1,0 +1,193 @@
+//! What the kernel maps hold that they should not, and what they lack: pure.
+//!
+//! The agent compares its model with the maps at an interval; `proxy-agent verify` compares what follows from the
+//! source, which needs no running agent.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
+use proxy_common::abi::{Backend, FrontendKey, FrontendKind, SlotRange};
+use proxy_common::addr::Prefix;
+use serde::Serialize;
+
+use crate::reconcile::desired::PortKey;
+use crate::reconcile::model::{Model, Port, UNKNOWN, service_name};
+use crate::reconcile::plan::FrontendName;
+use crate::reconcile::store::{Contents, filter_words};
+use proxy_common::abi::proto_name;
+
+/// One thing that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Difference {
+    /// The map.
+    pub map: &'static str,
+    /// What the element is about: a Service port, or the key itself.
+    pub object: String,
+    /// What is wrong with it.
+    pub what: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}: {}", self.map, self.object, self.what)
+    }
+}
+
+/// Every difference between what the maps should hold and what was read back from them, by map. `filter` is `FILTER`,
+/// without the zeros at its end.
+pub fn differences(model: &Model, contents: &Contents, filter: &[u64]) -> Vec<Difference> {
+    let mut all = Differences {
+        by_id: model.ports.iter().map(|(key, port)| (port.id, &**key)).collect(),
+        found: Vec::new(),
+    };
+    all.frontends(model, contents);
+    all.services(model, contents);
+    all.backends(model, contents);
+    all.set("SOURCE_RANGES", &model.source_ranges, &contents.source_ranges, |all, (id, range)| {
+        format!("{} from {range}", all.port(*id))
+    });
+    all.entries("LOCAL_ADDRESSES", &model.local_addresses, &contents.local_addresses, |_, addr| {
+        addr.to_string()
+    });
+    all.set("SERVICE_CIDRS", &model.service_cidrs, &contents.service_cidrs, |_, prefix| prefix.to_string());
+    all.set("POD_SOURCES", &model.pod_sources, &contents.pod_sources, |_, prefix: &Prefix| {
+        prefix.to_string()
+    });
+    all.entries("OPT_OUT", &model.opt_out, &contents.opt_out, |_, cgroup| format!("cgroup {cgroup}"));
+    all.entries("SANDBOXES", &model.sandboxes, &contents.sandboxes, |_, netns| {
+        format!("network namespace {netns}")
+    });
+    if model.node_flags != contents.node_flags {
+        let what = format!("is {:#x} in place of {:#x}", contents.node_flags, model.node_flags);
+        all.note("NODE", "flags".to_owned(), what);
+    }
+    let have = filter.iter().copied().chain(std::iter::repeat(0));
+    let missing: u32 =
+        filter_words(contents).into_iter().zip(have).map(|(need, have)| (need & !have).count_ones()).sum();
+    if missing > 0 {
+        all.note("FILTER", format!("{missing} bits"), "are not set: packets may be missed".to_owned());
+    }
+    all.found
+}
+
+struct Differences<'a> {
+    by_id: BTreeMap<u32, &'a PortKey>,
+    found: Vec<Difference>,
+}
+
+impl Differences<'_> {
+    fn note(&mut self, map: &'static str, object: String, what: String) {
+        self.found.push(Difference { map, object, what });
+    }
+
+    /// The Service port with an id.
+    fn port(&self, id: u32) -> String {
+        self.by_id.get(&id).map_or_else(|| format!("id {id}, which is nobody's"), |key| port_name(key))
+    }
+
+    fn entries<K: Ord + Copy, V: PartialEq + Copy>(
+        &mut self,
+        map: &'static str,
+        wanted: &BTreeMap<K, V>,
+        found: &[(K, V)],
+        name: impl Fn(&Self, &K) -> String,
+    ) {
+        let mut missing: BTreeSet<K> = wanted.keys().copied().collect();
+        for (key, value) in found {
+            missing.remove(key);
+            let what = match wanted.get(key) {
+                Some(wanted) if wanted == value => continue,
+                Some(_) => "has another value",
+                None => "should not be there",
+            };
+            self.note(map, name(self, key), what.to_owned());
+        }
+        for key in missing {
+            self.note(map, name(self, &key), "is missing".to_owned());
+        }
+    }
+
+    fn set<K: Ord + Copy>(
+        &mut self,
+        map: &'static str,
+        wanted: &BTreeSet<K>,
+        found: &[K],
+        name: impl Fn(&Self, &K) -> String,
+    ) {
+        let wanted = wanted.iter().map(|key| (*key, ())).collect();
+        let found: Vec<(K, ())> = found.iter().map(|key| (*key, ())).collect();
+        self.entries(map, &wanted, &found, name);
+    }
+
+    fn frontends(&mut self, model: &Model, contents: &Contents) {
+        let name = |all: &Self, key: &FrontendKey| {
+            let owner = model.frontends.get(key).filter(|_| key.kind != FrontendKind::Address as u8);
+            match owner {
+                Some(value) => format!("{} of {}", FrontendName(key), all.port(value.service)),
+                None => FrontendName(key).to_string(),
+            }
+        };
+        self.entries("FRONTENDS", &model.frontends, &contents.frontends, name);
+    }
+
+    fn services(&mut self, model: &Model, contents: &Contents) {
+        let names = model.ports.iter().map(|(key, port)| (port.id, service_name(key))).collect();
+        self.entries("NAMES", &names, &contents.names, |all, id| all.port(*id));
+        // What was found broken after a crash and could not be written anew for want of room is told elsewhere.
+        let whole = |port: &Port| {
+            port.replaced.is_empty() && ![port.service.cluster, port.service.local].contains(&UNKNOWN)
+        };
+        for (key, port) in model.ports.iter().filter(|(_, port)| whole(port)) {
+            let found = contents.services.get(port.id as usize);
+            if found != Some(&port.service) {
+                self.note("SERVICES", port_name(key), "has other sets or another affinity".to_owned());
+            }
+            for (range, set) in [(port.service.cluster, IN_CLUSTER), (port.service.local, IN_LOCAL)] {
+                if !range.is_empty()
+                    && slots(contents, range).is_none_or(|slots| !slots.iter().copied().eq(port.members(set)))
+                {
+                    let which = if set == IN_CLUSTER { "cluster" } else { "local" };
+                    self.note("SLOTS", port_name(key), format!("the {which} set names other backends"));
+                }
+            }
+        }
+    }
+
+    fn backends(&mut self, model: &Model, contents: &Contents) {
+        let elements = |port: &Port| {
+            port.backends.iter().map(|backend| (backend.id, backend.element(port.id))).collect::<Vec<_>>()
+        };
+        let mut wanted: BTreeMap<u32, Backend> = model.ports.values().flat_map(elements).collect();
+        for (id, found) in (0..).zip(&contents.backends) {
+            let what = match wanted.remove(&id) {
+                Some(backend) if backend == *found => continue,
+                Some(_) => "has another address or state",
+                // Nothing leads to it.
+                None => continue,
+            };
+            let endpoint = std::net::SocketAddr::new(found.addr.to_ip(), found.port.get());
+            self.note(
+                "BACKENDS",
+                format!("{id} ({endpoint}) of {}", self.port(found.service)),
+                what.to_owned(),
+            );
+        }
+        for (id, backend) in wanted {
+            self.note("BACKENDS", format!("{id} of {}", self.port(backend.service)), "is missing".to_owned());
+        }
+    }
+}
+
+fn slots(contents: &Contents, range: SlotRange) -> Option<&[u32]> {
+    let base = range.base as usize;
+    contents.slots.get(base..base.checked_add(range.len as usize)?)
+}
+
+fn port_name(key: &PortKey) -> String {
+    let (service, protocol) = (&key.service, proto_name(key.proto));
+    match &*key.port_name {
+        "" => format!("{service} {protocol} {}", key.family),
+        name => format!("{service} {name}/{protocol} {}", key.family),
+    }
+}

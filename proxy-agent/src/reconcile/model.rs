@@ -1,0 +1,472 @@
+//! What the kernel maps hold, as the agent knows it: built by reading the pinned maps back, advanced by each plan.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
+use proxy_common::abi::frontend::FrontendKind;
+use proxy_common::abi::frontend::flags::{EXTERNAL, LOAD_BALANCER};
+use proxy_common::abi::local_address::NODEPORT;
+use proxy_common::abi::service::NAME_LEN;
+use proxy_common::abi::{Backend, BackendState, FrontendKey, FrontendValue, Service, ServiceName, SlotRange};
+use proxy_common::addr::{Addr, Family, Prefix};
+use proxy_common::be::Be16;
+
+use crate::reconcile::cluster::ObjectKey;
+use crate::reconcile::desired::PortKey;
+use crate::reconcile::ids::{IdPool, SlotPool};
+use crate::reconcile::store::{Capacity, Contents};
+
+/// A backend that has an id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortBackend {
+    /// Where the endpoint listens.
+    pub addr: Addr,
+    /// Its port.
+    pub port: Be16,
+    /// Index into `BACKENDS`.
+    pub id: u32,
+    /// Flags and generation.
+    pub state: BackendState,
+}
+
+impl PortBackend {
+    /// The element of `BACKENDS`.
+    pub fn element(&self, service: u32) -> Backend {
+        Backend { addr: self.addr, port: self.port, pad: [0; 2], service, state: self.state }
+    }
+}
+
+/// A Service port that has an id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// Index into `SERVICES`.
+    pub id: u32,
+    /// The element of `SERVICES`.
+    pub service: Service,
+    /// By address and port.
+    pub backends: Vec<PortBackend>,
+    /// Ranges that the kernel's element names and that do not hold what they should, after a crash: BPF programs
+    /// read them until the element has been rewritten.
+    pub replaced: Vec<SlotRange>,
+    /// Frontends that the Service port claims, by key, with the flags it wants. Empty after a restart until the
+    /// source has spoken.
+    pub claims: Vec<(FrontendKey, u16)>,
+}
+
+impl Port {
+    /// Every slot range that BPF programs may read.
+    pub fn ranges(&self) -> impl Iterator<Item = SlotRange> {
+        let sets = [self.service.cluster, self.service.local].into_iter().filter(|range| !range.is_empty());
+        sets.chain(self.replaced.iter().copied())
+    }
+
+    /// The backends of a set, in slot order.
+    pub fn members(&self, set: u32) -> impl Iterator<Item = u32> {
+        members(&self.backends, set)
+    }
+}
+
+/// Ids of the backends that carry the flag of a set, in slot order.
+pub fn members(backends: &[PortBackend], set: u32) -> impl Iterator<Item = u32> {
+    backends.iter().filter(move |b| b.state.flags & set != 0).map(|b| b.id)
+}
+
+/// Why a Service has an address, best first: the more people have had a say in it, the better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Title {
+    /// The API server has given it to the Service alone.
+    ClusterIp,
+    /// A load balancer has given it.
+    LoadBalancer,
+    /// The API server has given the port.
+    NodePort,
+    /// Whoever has written the Service.
+    ExternalIp,
+}
+
+impl Title {
+    /// The title of a frontend with these flags.
+    pub const fn of(key: &FrontendKey, flags: u16) -> Self {
+        if key.kind == FrontendKind::NodePort as u8 {
+            Self::NodePort
+        } else if flags & EXTERNAL == 0 {
+            Self::ClusterIp
+        } else if flags & LOAD_BALANCER != 0 {
+            Self::LoadBalancer
+        } else {
+            Self::ExternalIp
+        }
+    }
+
+    /// In the words of the API.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ClusterIp => "clusterIP",
+            Self::LoadBalancer => "load-balancer address",
+            Self::NodePort => "nodePort",
+            Self::ExternalIp => "externalIP",
+        }
+    }
+}
+
+/// A wish for a frontend. The best title gets it, among equals the oldest Service; ties are decided by name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Claim {
+    /// Why.
+    pub title: Title,
+    /// Creation time of the Service, seconds since 1970.
+    pub created: i64,
+    /// Who claims.
+    pub port: Arc<PortKey>,
+}
+
+/// Numbers that nothing refers to any more, but that a BPF program may still hold: free after a grace period.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Freed {
+    /// Service ids with their last affinity epoch.
+    pub services: Vec<(u32, u32)>,
+    /// Backend ids with their last generation.
+    pub backends: Vec<(u32, u32)>,
+    /// Slot ranges.
+    pub ranges: Vec<SlotRange>,
+    /// Elements of `FRONTENDS` or `SOURCE_RANGES` have gone. They wait for nothing; a Service that was refused may now
+    /// find room.
+    pub room: bool,
+}
+
+impl Freed {
+    /// Whether there is nothing to give back, and no room for anybody.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty() && self.backends.is_empty() && self.ranges.is_empty() && !self.room
+    }
+
+    /// Takes `other` in.
+    pub fn append(&mut self, mut other: Self) {
+        self.services.append(&mut other.services);
+        self.backends.append(&mut other.backends);
+        self.ranges.append(&mut other.ranges);
+        self.room |= other.room;
+    }
+}
+
+/// The agent's knowledge of the maps.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Service ports, by name.
+    pub ports: BTreeMap<Arc<PortKey>, Port>,
+    /// Who claims which frontend, the winner first.
+    pub claims: BTreeMap<FrontendKey, Vec<Claim>>,
+    /// Claimed frontends at addresses that serve nodePorts, by protocol and port: each may be in the way of a nodePort.
+    pub beside_node_ports: BTreeSet<(u8, Be16, Addr)>,
+    /// Claimed frontends that may have another holder than `frontends` says: for want of room, or because addresses of the node
+    /// have come or gone. Whoever claims them is planned again.
+    pub unsettled: BTreeSet<FrontendKey>,
+    /// `FRONTENDS`.
+    pub frontends: BTreeMap<FrontendKey, FrontendValue>,
+    /// `SOURCE_RANGES`: service ids with their prefixes.
+    pub source_ranges: BTreeSet<(u32, Prefix)>,
+    /// `LOCAL_ADDRESSES`.
+    pub local_addresses: BTreeMap<Addr, u32>,
+    /// `SERVICE_CIDRS`.
+    pub service_cidrs: BTreeSet<Prefix>,
+    /// `POD_SOURCES`.
+    pub pod_sources: BTreeSet<Prefix>,
+    /// `OPT_OUT`: ids of cgroups, with what is left alone of them.
+    pub opt_out: BTreeMap<u64, u32>,
+    /// `SANDBOXES`: cookies of network namespaces, with the cgroups of their pods.
+    pub sandboxes: BTreeMap<u64, u64>,
+    /// `NODE`: the flags.
+    pub node_flags: u64,
+    /// Sizes of the maps.
+    pub capacity: Capacity,
+    /// Free service ids.
+    pub service_ids: IdPool,
+    /// Free backend ids.
+    pub backend_ids: IdPool,
+    /// Free slots.
+    pub slots: SlotPool,
+    /// Service ids (with their epochs) found in the maps that are nobody's: cleared by the next full plan.
+    pub orphans: Vec<(u32, u32)>,
+}
+
+impl Model {
+    /// Empty maps.
+    pub fn new(capacity: Capacity) -> Self {
+        Self::restore(capacity, &Contents::default())
+    }
+
+    /// What the maps hold, from their contents. Whatever does not fit together is left out, so that the next full
+    /// plan writes it anew.
+    pub fn restore(capacity: Capacity, contents: &Contents) -> Self {
+        let mut ports: BTreeMap<Arc<PortKey>, Port> = BTreeMap::new();
+        let mut orphans = Vec::new();
+        let mut by_service: BTreeMap<u32, Vec<PortBackend>> = BTreeMap::new();
+        for (id, b) in (0..).zip(&contents.backends).skip(1) {
+            if b.state.flags != 0 {
+                let backend = PortBackend { addr: b.addr, port: b.port, id, state: b.state };
+                by_service.entry(b.service).or_default().push(backend);
+            }
+        }
+        let mut names = contents.names.clone();
+        names.sort_by_key(|(id, _)| *id);
+        for (id, name) in &names {
+            // The name is written first: after a crash there may be nothing more.
+            let service = contents.services.get(*id as usize).copied().unwrap_or_default();
+            let Some(key) = parse_name(name).filter(|key| !ports.contains_key(key)) else {
+                orphans.push((*id, service.affinity.epoch));
+                continue;
+            };
+            let mut backends = by_service.remove(id).unwrap_or_default();
+            backends.sort_by_key(|b| (b.addr, b.port, b.id));
+            backends.dedup_by_key(|b| (b.addr, b.port));
+            let mut port = Port { id: *id, service, backends, replaced: Vec::new(), claims: Vec::new() };
+            port.service.cluster = intact(contents, &port, service.cluster, IN_CLUSTER);
+            port.service.local = intact(contents, &port, service.local, IN_LOCAL);
+            let pairs = [(service.cluster, port.service.cluster), (service.local, port.service.local)];
+            let replaced = pairs.into_iter().filter(|(names, keeps)| names != keeps && !names.is_empty());
+            port.replaced = replaced.map(|(names, _)| names).collect();
+            ports.insert(Arc::new(key), port);
+        }
+
+        let slots = loop {
+            let ranges = ports.values().flat_map(Port::ranges);
+            match SlotPool::restore(capacity.slots, ranges.collect()) {
+                Ok(pool) => break pool,
+                Err(bad) => {
+                    for port in ports.values_mut() {
+                        for range in [&mut port.service.cluster, &mut port.service.local] {
+                            if *range == bad {
+                                *range = UNKNOWN;
+                            }
+                        }
+                        port.replaced.retain(|range| *range != bad);
+                    }
+                }
+            }
+        };
+        let used = ports.values().map(|p| p.id).chain(orphans.iter().map(|(id, _)| *id)).collect();
+        let epoch = |id: u32| contents.services.get(id as usize).map_or(0, |s| s.affinity.epoch);
+        let service_ids = IdPool::restore(capacity.services, &used, epoch);
+        let used = ports.values().flat_map(|p| p.backends.iter().map(|b| b.id)).collect();
+        let generation = |id: u32| contents.backends.get(id as usize).map_or(0, |b| b.state.generation);
+        let backend_ids = IdPool::restore(capacity.backends, &used, generation);
+        Self {
+            ports,
+            claims: BTreeMap::new(),
+            beside_node_ports: BTreeSet::new(),
+            unsettled: BTreeSet::new(),
+            frontends: contents.frontends.iter().copied().collect(),
+            source_ranges: contents.source_ranges.iter().copied().collect(),
+            local_addresses: contents.local_addresses.iter().copied().collect(),
+            service_cidrs: contents.service_cidrs.iter().copied().collect(),
+            pod_sources: contents.pod_sources.iter().copied().collect(),
+            opt_out: contents.opt_out.iter().copied().collect(),
+            sandboxes: contents.sandboxes.iter().copied().collect(),
+            node_flags: contents.node_flags,
+            capacity,
+            service_ids,
+            backend_ids,
+            slots,
+            orphans,
+        }
+    }
+
+    /// The names of a Service's ports, in order.
+    pub fn ports_of<'a>(&'a self, service: &ObjectKey) -> impl Iterator<Item = &'a Arc<PortKey>> + use<'a> {
+        self.of_service(service).map(|(key, _)| key)
+    }
+
+    /// The ports of a Service, by name.
+    pub fn of_service<'a>(
+        &'a self,
+        service: &ObjectKey,
+    ) -> impl Iterator<Item = (&'a Arc<PortKey>, &'a Port)> + use<'a> {
+        let first =
+            PortKey { service: service.clone(), port_name: Arc::from(""), proto: 0, family: Family::V4 };
+        let service = service.clone();
+        self.ports.range(first..).take_while(move |(key, _)| key.service == service)
+    }
+
+    /// The addresses that serve nodePorts.
+    pub fn node_port_addresses(&self) -> BTreeSet<Addr> {
+        let serving = self.local_addresses.iter().filter(|(_, bits)| *bits & NODEPORT != 0);
+        serving.map(|(addr, _)| *addr).collect()
+    }
+
+    /// Takes the addresses of this host. Returns the Services that claim frontends where nodePorts have come or gone.
+    pub fn take_local_addresses(&mut self, addresses: BTreeMap<Addr, u32>) -> BTreeSet<ObjectKey> {
+        let before = self.node_port_addresses();
+        self.local_addresses = addresses;
+        let after = self.node_port_addresses();
+        let mut concerned = BTreeSet::new();
+        for addr in before.symmetric_difference(&after) {
+            let from = FrontendKey { addr: *addr, port: Be16::new(0), proto: 0, kind: 0 };
+            for (key, claims) in self.claims.range(from..).take_while(|(key, _)| key.addr == *addr) {
+                if key.kind == FrontendKind::Exact as u8 {
+                    concerned.extend(claims.iter().map(|claim| claim.port.service.clone()));
+                    self.unsettled.insert(*key);
+                    let place = (key.proto, key.port, key.addr);
+                    if after.contains(addr) {
+                        self.beside_node_ports.insert(place);
+                    } else {
+                        self.beside_node_ports.remove(&place);
+                    }
+                }
+            }
+        }
+        concerned
+    }
+
+    /// Adds a claim.
+    pub fn claim(&mut self, frontend: FrontendKey, claim: Claim) {
+        if self.beside_node_port(&frontend).is_some() {
+            self.beside_node_ports.insert((frontend.proto, frontend.port, frontend.addr));
+        }
+        let claims = self.claims.entry(frontend).or_default();
+        if let Err(place) = claims.binary_search(&claim) {
+            // Hardly ever is there a second one.
+            claims.reserve_exact(1);
+            claims.insert(place, claim);
+        }
+    }
+
+    /// Removes the claim of a Service port.
+    pub fn disclaim(&mut self, frontend: &FrontendKey, port: &PortKey) {
+        let Some(claims) = self.claims.get_mut(frontend) else { return };
+        claims.retain(|claim| *claim.port != *port);
+        if claims.is_empty() {
+            self.claims.remove(frontend);
+            self.beside_node_ports.remove(&(frontend.proto, frontend.port, frontend.addr));
+        }
+    }
+
+    /// Who may have a frontend: the best of its claims. At an address that serves nodePorts, externalIPs go after whoever
+    /// has the nodePort, and the others before: what is found by address and port is found first.
+    pub fn holder(&self, frontend: &FrontendKey) -> Option<&Claim> {
+        let first = self.claims.get(frontend)?.first()?;
+        let node_port = self.beside_node_port(frontend).and_then(|key| self.claims.get(&key)?.first());
+        let better =
+            node_port.filter(|other| other.title < first.title && other.port.service != first.port.service);
+        Some(better.unwrap_or(first))
+    }
+
+    /// The nodePort that a frontend by address and port is in the way of; `None` where no nodePort is served.
+    pub fn beside_node_port(&self, frontend: &FrontendKey) -> Option<FrontendKey> {
+        let bits = self.local_addresses.get(&frontend.addr)?;
+        let beside = frontend.kind == FrontendKind::Exact as u8 && bits & NODEPORT != 0;
+        beside.then(|| {
+            FrontendKey::node_port(unspecified(frontend.addr.family()), frontend.port, frontend.proto)
+        })
+    }
+
+    /// The claimed frontends that are in the way of a nodePort.
+    pub fn in_the_way_of(&self, node_port: &FrontendKey) -> impl Iterator<Item = FrontendKey> {
+        let FrontendKey { addr, port, proto, kind } = *node_port;
+        let here = (kind == FrontendKind::NodePort as u8).then_some((proto, port, Addr::ZERO));
+        let places = here.into_iter().flat_map(|from| self.beside_node_ports.range(from..));
+        places
+            .take_while(move |(p, n, _)| (*p, *n) == (proto, port))
+            .filter(move |(.., at)| at.family() == addr.family())
+            .map(move |(.., at)| FrontendKey::exact(*at, port, proto))
+    }
+
+    /// The prefixes that `SOURCE_RANGES` holds for a service id, in order.
+    pub fn source_ranges_of(&self, service: u32) -> impl Iterator<Item = Prefix> {
+        // The first prefix of all.
+        let from = Prefix::new(Addr::ZERO, 0).map(|prefix| (service, prefix));
+        let ranges = from.into_iter().flat_map(|from| self.source_ranges.range(from..));
+        ranges.take_while(move |(id, _)| *id == service).map(|(_, prefix)| *prefix)
+    }
+
+    /// Whether less than an eighth is left of a map whose size follows the cluster.
+    pub fn is_tight(&self) -> bool {
+        let left =
+            |capacity: u32, used: usize| capacity.saturating_sub(u32::try_from(used).unwrap_or(u32::MAX));
+        let Capacity { frontends, services, slots, backends, source_ranges } = self.capacity;
+        [
+            (frontends, left(frontends, self.frontends.len())),
+            (services, self.service_ids.available()),
+            (slots, self.slots.available()),
+            (backends, self.backend_ids.available()),
+            (source_ranges, left(source_ranges, self.source_ranges.len())),
+        ]
+        .iter()
+        .any(|(capacity, left)| *left < capacity / 8)
+    }
+
+    /// Gives numbers back, after a grace period.
+    pub fn release(&mut self, freed: Freed) {
+        for (id, epoch) in freed.services {
+            self.service_ids.give_back(id, epoch);
+        }
+        for (id, generation) in freed.backends {
+            self.backend_ids.give_back(id, generation);
+        }
+        for range in freed.ranges {
+            self.slots.give_back(range);
+        }
+    }
+}
+
+/// The unspecified address of a family, by which nodePorts are keyed.
+pub const fn unspecified(family: Family) -> Addr {
+    match family {
+        Family::V4 => Addr::v4([0; 4]),
+        Family::V6 => Addr::ZERO,
+    }
+}
+
+/// A range that differs from every real one: it makes the next plan write the set anew.
+pub const UNKNOWN: SlotRange = SlotRange { base: 0, len: 0 };
+
+/// The range, if `SLOTS` holds there what the backends' flags say.
+fn intact(contents: &Contents, port: &Port, range: SlotRange, set: u32) -> SlotRange {
+    if range.is_empty() {
+        return if port.members(set).next().is_none() { range } else { UNKNOWN };
+    }
+    let (base, len) = (range.base as usize, range.len as usize);
+    match base.checked_add(len).and_then(|end| contents.slots.get(base..end)) {
+        Some(slots) if slots.iter().copied().eq(port.members(set)) => range,
+        _ => UNKNOWN,
+    }
+}
+
+/// What `NAMES` holds for a Service port. Longer names than a DNS label are cut (conversion refuses them).
+pub fn service_name(key: &PortKey) -> ServiceName {
+    let family = match key.family {
+        Family::V4 => 4,
+        Family::V6 => 6,
+    };
+    ServiceName {
+        namespace: pad(&key.service.namespace),
+        name: pad(&key.service.name),
+        port_name: pad(&key.port_name),
+        proto: key.proto,
+        family,
+        pad: [0; 2],
+    }
+}
+
+/// Reads [`service_name`] back; `None` for what it never writes.
+pub fn parse_name(name: &ServiceName) -> Option<PortKey> {
+    let family = match name.family {
+        4 => Family::V4,
+        6 => Family::V6,
+        _ => return None,
+    };
+    let service = ObjectKey::new(unpad(&name.namespace)?, unpad(&name.name)?);
+    Some(PortKey { service, port_name: unpad(&name.port_name)?.into(), proto: name.proto, family })
+}
+
+fn pad(text: &str) -> [u8; NAME_LEN + 1] {
+    let mut padded = [0; NAME_LEN + 1];
+    for (to, from) in padded.iter_mut().take(NAME_LEN).zip(text.bytes()) {
+        *to = from;
+    }
+    padded
+}
+
+fn unpad(padded: &[u8; NAME_LEN + 1]) -> Option<&str> {
+    std::ffi::CStr::from_bytes_until_nul(padded).ok()?.to_str().ok()
+}

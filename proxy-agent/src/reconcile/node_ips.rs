@@ -1,0 +1,102 @@
+//! The node's own IP of each family: pure.
+//!
+//! The Node object names them, `bindAddress` overrides one, and what nobody names is loopback. They serve nodePorts
+//! (`primary`), and `loadBalancerSourceRanges` know the node by them.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use proxy_common::addr::{Addr, Family};
+
+use crate::reconcile::cluster::Node;
+
+/// The IPs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeIps {
+    /// Index: [`Family::index`].
+    ips: [Addr; 2],
+    primary: Family,
+}
+
+impl NodeIps {
+    /// Of the node that `node` describes (as far as it does), with `bind_address`, a specific one, in place of the
+    /// IP of its family.
+    pub fn derive(node: &Node, bind_address: Option<Addr>) -> Self {
+        let [v4, v6] = node.ips;
+        let mut ips = [v4.unwrap_or(Ipv4Addr::LOCALHOST.into()), v6.unwrap_or(Ipv6Addr::LOCALHOST.into())];
+        let mut primary = node.primary.unwrap_or(Family::V4);
+        if let Some(address) = bind_address {
+            primary = address.family();
+            ips[primary.index()] = address;
+        }
+        Self { ips, primary }
+    }
+
+    /// The family of the node's primary IP.
+    pub fn primary(&self) -> Family {
+        self.primary
+    }
+
+    /// The IP of `family`; loopback if nobody names one.
+    pub fn of(&self, family: Family) -> Addr {
+        self.ips[family.index()]
+    }
+
+    /// The IPs by [`Family::index`]; `None` where nobody names one.
+    pub fn known(&self) -> [Option<Addr>; 2] {
+        self.ips.map(|ip| Some(ip).filter(|ip| !ip.is_loopback()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::sources::convert::Converter;
+    use crate::sources::objects;
+
+    /// What a Node with these addresses and a `bindAddress` make: the IPs, and the primary one of them.
+    fn check(addresses: &[(&str, &str)], bind_address: Option<&str>, want: [&str; 2], primary: Family) {
+        let addresses: Vec<_> =
+            addresses.iter().map(|(kind, address)| json!({"type": kind, "address": address})).collect();
+        let object = json!({"metadata": {"name": "n1"}, "status": {"addresses": addresses}});
+        let object: objects::Node = serde_json::from_value(object).unwrap();
+        let node = Converter::new("n1").node(&object).unwrap();
+        let addr = |text: &str| text.parse::<std::net::IpAddr>().unwrap().into();
+        let ips = NodeIps::derive(&node, bind_address.map(addr));
+        assert_eq!(Family::ALL.map(|family| ips.of(family).to_string()), want);
+        assert_eq!(ips.primary(), primary);
+    }
+
+    #[test]
+    fn p230_internal_ips_come_first() {
+        let node =
+            [("ExternalIP", "203.0.113.50"), ("InternalIP", "192.0.2.10"), ("InternalIP", "2001:db8:1::10")];
+        check(&node, None, ["192.0.2.10", "2001:db8:1::10"], Family::V4);
+    }
+
+    #[test]
+    fn p231_the_first_ip_is_primary() {
+        let node = [("InternalIP", "2001:db8:1::10"), ("InternalIP", "192.0.2.10")];
+        check(&node, None, ["192.0.2.10", "2001:db8:1::10"], Family::V6);
+        // An InternalIP is before an ExternalIP of the other family, wherever it stands.
+        let node = [("ExternalIP", "203.0.113.50"), ("InternalIP", "2001:db8:1::10")];
+        check(&node, None, ["203.0.113.50", "2001:db8:1::10"], Family::V6);
+    }
+
+    #[test]
+    fn p232_a_bind_address_overrides_and_is_primary() {
+        let node = [("InternalIP", "2001:db8:1::10"), ("InternalIP", "192.0.2.10")];
+        check(&node, Some("198.51.100.10"), ["198.51.100.10", "2001:db8:1::10"], Family::V4);
+        check(&node, Some("2001:db8:2::10"), ["192.0.2.10", "2001:db8:2::10"], Family::V6);
+    }
+
+    #[test]
+    fn p233_what_nobody_names_is_loopback() {
+        let ips = NodeIps::derive(&Node::default(), None);
+        assert_eq!(Family::ALL.map(|family| ips.of(family).to_string()), ["127.0.0.1", "::1"]);
+        assert_eq!((ips.primary(), ips.known()), (Family::V4, [None, None]));
+        check(&[("InternalIP", "192.0.2.10")], None, ["192.0.2.10", "::1"], Family::V4);
+        check(&[("InternalIP", "2001:db8::1")], None, ["127.0.0.1", "2001:db8::1"], Family::V6);
+    }
+}

@@ -1,0 +1,104 @@
+//! Who claims what another Service has.
+
+use std::cmp::Ordering;
+use std::collections::BTreeSet;
+
+use proxy_common::abi::FrontendKey;
+use proxy_common::abi::frontend::FrontendKind;
+
+use super::{Part, REASONS};
+use crate::reconcile::cluster::ObjectKey;
+use crate::reconcile::desired::PortKey;
+use crate::reconcile::model::{Model, Title};
+
+/// The other Services that claim a frontend which these ports of `service` claim, or are about to claim, or one that is in its
+/// way: who has it, and so what must be said of them, may change.
+pub fn rivals(model: &Model, service: &ObjectKey, part: &Part<'_>) -> BTreeSet<ObjectKey> {
+    let mut rivals = BTreeSet::new();
+    let mut claimed = |frontends: &[(FrontendKey, u16)]| {
+        for (frontend, _) in frontends {
+            let others = model.beside_node_port(frontend).into_iter().chain(model.in_the_way_of(frontend));
+            let claims = [*frontend].into_iter().chain(others).filter_map(|key| model.claims.get(&key));
+            for claim in claims.flatten().filter(|claim| claim.port.service != *service) {
+                rivals.insert(claim.port.service.clone());
+            }
+        }
+    };
+    for port in part.ports {
+        let before = model.ports.get(&port.key).map_or(&[][..], |port| &port.claims);
+        claimed(&port.frontends);
+        if before != port.frontends {
+            claimed(before);
+        }
+    }
+    for port in part.gone.iter().filter_map(|key| model.ports.get(key)) {
+        claimed(&port.claims);
+    }
+    rivals
+}
+
+/// Frontends that a Service claims and another one has, by a better title or because it is older.
+#[derive(Debug, Default)]
+pub struct LostClaims {
+    sentences: Vec<String>,
+    /// Those beyond [`REASONS`].
+    more: usize,
+}
+
+impl LostClaims {
+    /// Looks at these ports of `service`.
+    pub fn look<'a>(&mut self, model: &Model, service: &ObjectKey, ports: impl Iterator<Item = &'a PortKey>) {
+        let claimed = ports.filter_map(|key| model.ports.get(key)).flat_map(|port| &port.claims);
+        for (frontend, flags) in claimed {
+            let title = Title::of(frontend, *flags);
+            for key in [*frontend].into_iter().chain(model.in_the_way_of(frontend)) {
+                let Some(holder) = model.holder(&key).filter(|holder| holder.port.service != *service) else {
+                    continue;
+                };
+                let why = match holder.title.cmp(&title) {
+                    Ordering::Less => format!("as its {}", holder.title.name()),
+                    Ordering::Equal => "and is older".to_owned(),
+                    // Of a frontend in the way, that nobody has.
+                    Ordering::Greater => continue,
+                };
+                if self.sentences.len() >= REASONS {
+                    self.more += 1;
+                    continue;
+                }
+                let (name, of) = (FrontendName(&key), &holder.port.service);
+                let sentence = format!("{name} is not served: Service {of} has it {why}");
+                // An externalIP in the way of the Service's own nodePort is met twice.
+                if !self.sentences.contains(&sentence) {
+                    self.sentences.push(sentence);
+                }
+            }
+        }
+    }
+
+    /// A sentence for each, in order, as far as there are not too many.
+    pub fn into_sentences(mut self) -> Vec<String> {
+        self.sentences.sort();
+        if self.more > 0 {
+            self.sentences
+                .push(format!("{} more frontends are not served: other Services have them", self.more));
+        }
+        self.sentences
+    }
+}
+
+/// A frontend as users write it.
+pub struct FrontendName<'a>(pub &'a FrontendKey);
+
+impl std::fmt::Display for FrontendName<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let FrontendKey { addr, port, proto, kind } = self.0;
+        let proto = proxy_common::abi::proto_name(*proto);
+        if *kind == FrontendKind::Address as u8 {
+            write!(f, "address {addr}")
+        } else if *kind == FrontendKind::NodePort as u8 {
+            write!(f, "nodePort {port}/{proto} ({})", addr.family())
+        } else {
+            write!(f, "{}/{proto}", std::net::SocketAddr::new(addr.to_ip(), port.get()))
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The last arrow: single map operations, and who carries them out.
+//!
+//! [`crate::reconcile::plan`] writes them in an order of which any prefix is safe. [`crate::bpf`] carries them out on kernel
+//! maps, [`crate::reconcile::sim`] on ordered maps. `FILTER` follows from the other maps, so stores keep it beside them: no plan
+//! speaks of it.
+
+use proxy_common::abi::{
+    Backend, BackendState, FILTER_WORDS, FilterBit, FrontendKey, FrontendKind, FrontendValue, Service,
+    ServiceName, proto,
+};
+use proxy_common::addr::{Addr, Prefix};
+use proxy_common::be::Be16;
+
+/// One write to one map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// `NAMES`: says what an id stands for, or forgets it. Who gets an id starts with `SERVICE_COUNTERS` at zero.
+    Name(u32, Option<Box<ServiceName>>),
+    /// `BACKENDS`: a whole element, at an id that nothing refers to.
+    Backend(u32, Backend),
+    /// `BACKENDS`: the state word of an element in use.
+    BackendState(u32, BackendState),
+    /// `SLOTS`: backend ids from a base on, in a range that nothing refers to.
+    Slots(u32, Vec<u32>),
+    /// `SERVICES`: the words of one element, each flipped by one store.
+    Service(u32, Service),
+    /// `SOURCE_RANGES`: adds or removes a prefix from which a Service may be reached.
+    SourceRange(u32, Prefix, bool),
+    /// `FRONTENDS`: adds or replaces (`Some`), or removes.
+    Frontend(FrontendKey, Option<FrontendValue>),
+    /// `LOCAL_ADDRESSES`: adds or replaces (`Some`), or removes.
+    LocalAddress(Addr, Option<u32>),
+    /// `SERVICE_CIDRS`: adds or removes.
+    ServiceCidr(Prefix, bool),
+    /// `POD_SOURCES`: adds or removes.
+    PodSource(Prefix, bool),
+    /// `OPT_OUT`: adds a cgroup with what is left alone of it (`Some`), or removes it.
+    OptOut(u64, Option<u32>),
+    /// `SANDBOXES`: adds a network namespace with the cgroup of its pod (`Some`), or removes it.
+    Sandbox(u64, Option<u64>),
+    /// `NODE`: the flags.
+    NodeFlags(u64),
+}
+
+impl Op {
+    /// The map that it writes to.
+    pub const fn map(&self) -> &'static str {
+        match self {
+            Self::Name(..) => "NAMES",
+            Self::Backend(..) | Self::BackendState(..) => "BACKENDS",
+            Self::Slots(..) => "SLOTS",
+            Self::Service(..) => "SERVICES",
+            Self::SourceRange(..) => "SOURCE_RANGES",
+            Self::Frontend(..) => "FRONTENDS",
+            Self::LocalAddress(..) => "LOCAL_ADDRESSES",
+            Self::ServiceCidr(..) => "SERVICE_CIDRS",
+            Self::PodSource(..) => "POD_SOURCES",
+            Self::OptOut(..) => "OPT_OUT",
+            Self::Sandbox(..) => "SANDBOXES",
+            Self::NodeFlags(..) => "NODE",
+        }
+    }
+}
+
+/// Why an operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The kernel refused a map operation.
+    #[error("map {map}: {source}; the agent reads the maps again and retries")]
+    Map {
+        /// Name of the map.
+        map: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// An index lies outside the mapped array: the plan and the map disagree about its size.
+    #[error("map {map}: index {index} is outside of its {len} elements")]
+    Range {
+        /// Name of the map.
+        map: &'static str,
+        /// The index.
+        index: u32,
+        /// Elements of the map.
+        len: u32,
+    },
+}
+
+/// Carries operations out, one by one, in order.
+pub trait MapStore {
+    /// Carries out one operation.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`]; the operation then had no effect.
+    fn apply(&mut self, op: &Op) -> Result<(), StoreError>;
+}
+
+/// The bits of `FILTER` that have to be set before `op` is carried out.
+pub fn filter_bits(op: &Op) -> Vec<FilterBit> {
+    match op {
+        Op::Frontend(key, Some(_)) => frontend_bits(key).collect(),
+        Op::LocalAddress(addr, Some(bits)) => address_bit(addr, *bits).into_iter().collect(),
+        Op::Backend(_, backend) => backend_bits(&backend.addr, backend.port).into(),
+        Op::ServiceCidr(cidr, true) => FilterBit::of_prefix(*cidr).collect(),
+        Op::Frontend(_, None)
+        | Op::LocalAddress(_, None)
+        | Op::ServiceCidr(_, false)
+        | Op::Name(..)
+        | Op::BackendState(..)
+        | Op::Slots(..)
+        | Op::Service(..)
+        | Op::SourceRange(..)
+        | Op::PodSource(..)
+        | Op::OptOut(..)
+        | Op::Sandbox(..)
+        | Op::NodeFlags(..) => Vec::new(),
+    }
+}
+
+/// `FILTER` as it has to be, without any stale bit.
+pub fn filter_words(contents: &Contents) -> Vec<u64> {
+    let frontends = contents.frontends.iter().flat_map(|(key, _)| frontend_bits(key));
+    let addresses = contents.local_addresses.iter().filter_map(|(addr, bits)| address_bit(addr, *bits));
+    let cidrs = contents.service_cidrs.iter().flat_map(|cidr| FilterBit::of_prefix(*cidr));
+    let live = contents.backends.iter().filter(|backend| backend.state.flags != 0);
+    let backends = live.flat_map(|backend| backend_bits(&backend.addr, backend.port));
+    let mut words = vec![0; FILTER_WORDS as usize];
+    for bit in frontends.chain(addresses).chain(cidrs).chain(backends) {
+        if let Some(word) = words.get_mut(bit.word as usize) {
+            *word |= bit.mask;
+        }
+    }
+    words
+}
+
+/// Answers come from backends, and what is sent to one of them past its Service goes to its port.
+pub fn backend_bits(addr: &Addr, port: Be16) -> [FilterBit; 2] {
+    [FilterBit::of_backend(addr), FilterBit::of_backend_port(port)]
+}
+
+/// nodePorts are found by the addresses that serve them. Of what leaves, the port tells quickly that a datagram does not come from
+/// a frontend.
+fn frontend_bits(key: &FrontendKey) -> impl Iterator<Item = FilterBit> {
+    let address = (key.kind != FrontendKind::NodePort as u8).then(|| FilterBit::of_address(&key.addr));
+    let port = matches!(key.proto, proto::UDP | proto::SCTP).then(|| FilterBit::of_port(key.proto, key.port));
+    address.into_iter().chain(port)
+}
+
+/// Every address of this host may be the source of packets to other nodes, so answers may come to it.
+fn address_bit(addr: &Addr, bits: u32) -> Option<FilterBit> {
+    (bits != 0 && !addr.is_loopback()).then(|| FilterBit::of_address(addr))
+}
+
+/// Sizes of the maps whose numbers the agent gives out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Elements of `FRONTENDS`.
+    pub frontends: u32,
+    /// Elements of `SERVICES` (and `NAMES`).
+    pub services: u32,
+    /// Elements of `SLOTS`.
+    pub slots: u32,
+    /// Elements of `BACKENDS`.
+    pub backends: u32,
+    /// Elements of `SOURCE_RANGES`.
+    pub source_ranges: u32,
+}
+
+impl Capacity {
+    /// Whether nothing of this is larger than in `other`.
+    pub const fn fits_into(&self, other: Self) -> bool {
+        self.frontends <= other.frontends
+            && self.services <= other.services
+            && self.slots <= other.slots
+            && self.backends <= other.backends
+            && self.source_ranges <= other.source_ranges
+    }
+}
+
+/// What the maps hold, read back from them.
+#[derive(Clone, Debug, Default)]
+pub struct Contents {
+    /// `NAMES`.
+    pub names: Vec<(u32, ServiceName)>,
+    /// `FRONTENDS`.
+    pub frontends: Vec<(FrontendKey, FrontendValue)>,
+    /// `SERVICES`, from index 0.
+    pub services: Vec<Service>,
+    /// `SLOTS`, from index 0.
+    pub slots: Vec<u32>,
+    /// `BACKENDS`, from index 0.
+    pub backends: Vec<Backend>,
+    /// `SOURCE_RANGES`: service ids with their prefixes.
+    pub source_ranges: Vec<(u32, Prefix)>,
+    /// `LOCAL_ADDRESSES`.
+    pub local_addresses: Vec<(Addr, u32)>,
+    /// `SERVICE_CIDRS`.
+    pub service_cidrs: Vec<Prefix>,
+    /// `POD_SOURCES`.
+    pub pod_sources: Vec<Prefix>,
+    /// `OPT_OUT`.
+    pub opt_out: Vec<(u64, u32)>,
+    /// `SANDBOXES`.
+    pub sandboxes: Vec<(u64, u64)>,
+    /// `NODE`: the flags.
+    pub node_flags: u64,
+}
+
+impl Contents {
+    /// Writes each element of the maps whose size follows the cluster. In no order that anybody could be served in.
+    pub fn elements(&self) -> impl Iterator<Item = Op> {
+        let names = self.names.iter().map(|(id, name)| Op::Name(*id, Some(Box::new(*name))));
+        let used = |backend: &&Backend| **backend != Backend::default();
+        let backends = (0..).zip(&self.backends).filter(move |(_, backend)| used(backend));
+        let backends = backends.map(|(id, backend)| Op::Backend(id, *backend));
+        let services = (0..).zip(&self.services).map(|(id, service)| Op::Service(id, *service));
+        let ranges = self.source_ranges.iter().map(|(id, range)| Op::SourceRange(*id, *range, true));
+        let frontends = self.frontends.iter().map(|(key, value)| Op::Frontend(*key, Some(*value)));
+        let slots = [Op::Slots(0, self.slots.clone())];
+        names.chain(backends).chain(slots).chain(services).chain(ranges).chain(frontends)
+    }
+}
