@@ -1,13 +1,13 @@
-//! Vipr's agent: keeps the BPF maps what the Kubernetes API (or a directory of manifests) says they should be.
+//! Vipr's agent: keeps the BPF maps as the Kubernetes API (or a directory of manifests) says.
 //!
-//! Data flows one way; everything between the first and the last arrow is pure:
+//! Data flows one way. Every step between the first and the last arrow is pure:
 //!
 //! ```text
 //! sources -> Cluster -> desired() -> DesiredService -> plan() -> Plan -> MapStore -> BPF maps
 //!                                       pinned maps -> Model ----^
 //! ```
 //!
-//! A room imports only rooms that stand above it in this list (`cargo xtask lint` looks):
+//! A module imports only modules that stand above it in this list (`cargo xtask lint` checks that):
 
 pub mod reconcile;
 

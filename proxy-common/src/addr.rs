@@ -13,7 +13,7 @@ pub struct Addr {
     pub bytes: [u8; 16],
 }
 
-/// An IP family. Only what must write or name one asks for it; lookups never do.
+/// An IP family. Only code that has to write or name a family asks for it; lookups never do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
     /// IPv4.
@@ -26,7 +26,7 @@ impl Family {
     /// Both families, IPv4 first.
     pub const ALL: [Self; 2] = [Self::V4, Self::V6];
 
-    /// Position in [`Family::ALL`].
+    /// Returns the position in [`Family::ALL`].
     pub const fn index(self) -> usize {
         match self {
             Self::V4 => 0,
@@ -48,15 +48,15 @@ impl Addr {
     /// The all-zero address: in map keys it stands for "any".
     pub const ZERO: Self = Self { bytes: [0; 16] };
 
-    /// From four bytes in wire order.
+    /// Returns the IPv4 address with these four bytes in wire order.
     #[inline(always)]
     pub const fn v4(octets: [u8; 4]) -> Self {
         let [a, b, c, d] = octets;
         Self { bytes: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] }
     }
 
-    /// As [`Addr::v4`], from a word whose bytes lie in memory in wire order. For BPF programs: single bytes that are read
-    /// back as words stall the CPU.
+    /// Returns the same as [`Addr::v4`], from a word whose bytes lie in memory in wire order. For BPF programs: single
+    /// bytes that are read back as words stall the CPU.
     #[inline(always)]
     pub fn v4_in_memory(word: u32) -> Self {
         const PREFIX: u64 = u64::from_ne_bytes([0, 0, 0xff, 0xff, 0, 0, 0, 0]);
@@ -64,20 +64,20 @@ impl Addr {
         bytemuck::cast([0, PREFIX | u64::from(word) << shift])
     }
 
-    /// From sixteen bytes in wire order (an IPv4-mapped address is the same thing as its IPv4 address).
+    /// Returns the address with these sixteen bytes in wire order (an IPv4-mapped address equals its IPv4 address).
     #[inline(always)]
     pub const fn v6(bytes: [u8; 16]) -> Self {
         Self { bytes }
     }
 
-    /// The last four bytes: the whole IPv4 address when [`Addr::family`] is V4.
+    /// Returns the last four bytes: the whole IPv4 address when [`Addr::family`] is V4.
     #[inline(always)]
     pub const fn v4_octets(&self) -> [u8; 4] {
         let [.., a, b, c, d] = self.bytes;
         [a, b, c, d]
     }
 
-    /// The family this address belongs to.
+    /// Returns the family that this address belongs to.
     #[inline(always)]
     pub fn family(&self) -> Family {
         let (words, _) = self.bytes.as_chunks::<4>();
@@ -87,21 +87,27 @@ impl Addr {
         }
     }
 
-    /// `0.0.0.0` or `::`, of the same family as this address.
+    /// Returns `0.0.0.0` or `::`, in the family of this address.
     #[inline(always)]
     pub fn unspecified(&self) -> Self {
-        match self.family() {
+        Self::unspecified_of(self.family())
+    }
+
+    /// Returns `0.0.0.0` or `::`: the address in the keys of nodePorts.
+    #[inline(always)]
+    pub const fn unspecified_of(family: Family) -> Self {
+        match family {
             Family::V4 => Self::v4([0; 4]),
             Family::V6 => Self::ZERO,
         }
     }
 
-    /// 127.0.0.0/8 or `::1`.
+    /// Returns whether the address is in 127.0.0.0/8 or is `::1`.
     pub fn is_loopback(&self) -> bool {
         self.to_ip().is_loopback()
     }
 
-    /// As the standard library's type.
+    /// Returns the address in the standard library's type.
     pub fn to_ip(self) -> IpAddr {
         match self.family() {
             Family::V4 => IpAddr::V4(Ipv4Addr::from(self.v4_octets())),
@@ -143,7 +149,7 @@ impl fmt::Debug for Addr {
     }
 }
 
-/// A CIDR prefix: host bits are zero, the length counts from the 128-bit form (an IPv4 /8 is 104).
+/// A CIDR prefix: host bits are zero, and the length is that of the 128-bit form (an IPv4 /8 is 104).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Prefix {
     addr: Addr,
@@ -151,8 +157,8 @@ pub struct Prefix {
 }
 
 impl Prefix {
-    /// `addr/len`, with `len` in the family's own terms (0..=32 or 0..=128); host bits are masked off.
-    /// `None` when `len` does not fit the family.
+    /// Returns `addr/len`, with `len` in the family's own terms (0..=32 or 0..=128); host bits are masked off. Returns
+    /// `None` if `len` does not fit the family.
     pub fn new(addr: Addr, len: u8) -> Option<Self> {
         let len = match addr.family() {
             Family::V4 if len <= 32 => len + 96,
@@ -162,22 +168,22 @@ impl Prefix {
         Some(Self { addr: Addr { bytes: mask(addr.bytes, len) }, len })
     }
 
-    /// The first address.
+    /// Returns the first address.
     pub const fn addr(&self) -> Addr {
         self.addr
     }
 
-    /// Length in the 128-bit form.
+    /// Returns the length in the 128-bit form.
     pub const fn mapped_len(&self) -> u8 {
         self.len
     }
 
-    /// The family of the prefix (`0.0.0.0/0` is IPv4, `::/0` IPv6).
+    /// Returns the family of the prefix (`0.0.0.0/0` is IPv4, `::/0` IPv6).
     pub fn family(&self) -> Family {
         self.addr.family()
     }
 
-    /// Whether the prefix covers its whole family.
+    /// Returns whether the prefix covers its whole family.
     pub fn matches_all(&self) -> bool {
         match self.family() {
             Family::V4 => self.len == 96,
@@ -185,12 +191,12 @@ impl Prefix {
         }
     }
 
-    /// Whether the prefix contains `addr`. A prefix never contains an address of the other family.
+    /// Returns whether the prefix contains `addr`. A prefix never contains an address of the other family.
     pub fn contains(&self, addr: Addr) -> bool {
         addr.family() == self.family() && mask(addr.bytes, self.len) == self.addr.bytes
     }
 
-    /// Whether every address of `other` is in this prefix.
+    /// Returns whether every address of `other` is in this prefix.
     pub fn covers(&self, other: &Self) -> bool {
         self.len <= other.len && self.contains(other.addr)
     }

@@ -11,13 +11,13 @@ pub struct Be16 {
 }
 
 impl Be16 {
-    /// From a host-order number.
+    /// Returns a host-order number in network byte order.
     #[inline(always)]
     pub const fn new(host: u16) -> Self {
         Self { bytes: host.to_be_bytes() }
     }
 
-    /// The number in host order.
+    /// Returns the number in host order.
     #[inline(always)]
     pub const fn get(self) -> u16 {
         u16::from_be_bytes(self.bytes)

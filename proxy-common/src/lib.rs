@@ -1,9 +1,9 @@
-//! What the kernel side and the agent share: the map ABI and the pure datapath.
+//! Code that the kernel side and the agent share: the map ABI and the pure datapath.
 //!
 //! Layers, each knowing only the ones before it:
 //!
 //! 1. [`addr`] and [`be`]: addresses and ports in network byte order. IPv4 is `::ffff:a.b.c.d` from here on.
-//! 2. [`abi`]: the plain-old-data types that live in BPF maps, and the names of those maps.
+//! 2. [`abi`]: the plain-old-data types that live in BPF maps. Their docs name the maps.
 //! 3. [`datapath`]: every decision of the proxy, generic over small traits, compiled into the BPF programs and
 //!    into host tests alike.
 //!

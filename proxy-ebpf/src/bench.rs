@@ -1,10 +1,10 @@
-//! Programs for `cargo xtask bench packet`: what the packet edge is measured with, and against. An object of its own
-//! that nothing but the benchmark loads.
+//! Programs for `cargo xtask bench packet`: they drive the packet edge, and serve as its baselines. A separate object
+//! that only the benchmark loads.
 //!
-//! `BPF_PROG_TEST_RUN` gives a program its own output again and again. So [`restore`] writes the frame's headers
-//! anew each time and jumps to the program that is measured; the same with [`empty`] in its place is what that costs.
-//! [`reference()`] stands for the least that a translation can cost on this machine; [`rewrite_ingress`] and
-//! [`rewrite_egress`] are the least that can stand in the way of real packets and still translate them.
+//! `BPF_PROG_TEST_RUN` gives a program its own output as the next input. So [`restore`] writes the frame's headers anew
+//! each time and jumps to the measured program. The cost of that is measured with [`empty`] as the measured program.
+//! [`reference()`] stands for the least that a translation can cost on this machine. [`rewrite_ingress`] and
+//! [`rewrite_egress`] are the smallest programs that translate real packets.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 // On other targets the crate compiles (for lints and documentation) but nothing calls the entry points.
@@ -26,38 +26,38 @@ use proxy_common::datapath::edge::checksum;
 /// Words of the frame that are restored: Ethernet, IPv6 and TCP headers without options.
 const WORDS: usize = 10;
 
-/// What [`restore`] writes.
+/// Frame headers that [`restore`] writes.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Template {
     /// The first bytes of the frame.
     words: [u64; WORDS],
-    /// Frames written by [`restore_fresh`] so far.
+    /// Number of frames written by [`restore_fresh`] so far.
     count: u64,
 }
 
-/// One element, written by the benchmark.
+/// The template. One element, written by the benchmark.
 #[btf_map]
 static TEMPLATE: Array<Template, 1> = Array::new();
 
-/// One element: the program to measure.
+/// The program to measure. One element.
 #[btf_map]
 static MEASURED: ProgramArray<1> = ProgramArray::new();
 
-/// What [`restore`] returns when there is no program to jump to; no program of the packet edge returns it.
+/// Return value of [`restore`] if there is no program to jump to. No program of the packet edge returns it.
 const NOT_RUN: i32 = 99;
 
-/// As on the wire.
+/// EtherType as on the wire.
 const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
 
-/// The first bytes of the frame, if it is as long as that.
+/// Returns the first bytes of the frame, if the frame is long enough.
 #[inline(always)]
 fn headers(ctx: &TcContext) -> Option<*mut u64> {
     let start = ctx.data();
     (start + WORDS * 8 <= ctx.data_end()).then_some(start as *mut u64)
 }
 
-/// Writes the headers and jumps to the program that is measured.
+/// Writes the headers and jumps to the measured program.
 #[classifier]
 fn restore(ctx: TcContext) -> i32 {
     let (Some(frame), Some(template)) = (headers(&ctx), TEMPLATE.get_ptr(0)) else { return NOT_RUN };
@@ -66,7 +66,8 @@ fn restore(ctx: TcContext) -> i32 {
     jump(&ctx)
 }
 
-/// The same, with another client each time: the low half of the source address and the source port count.
+/// Does the same as [`restore`], with another client each time: the low half of the source address and the source port
+/// count up.
 #[classifier]
 fn restore_fresh(ctx: TcContext) -> i32 {
     let (Some(frame), Some(template)) = (headers(&ctx), TEMPLATE.get_ptr_mut(0)) else { return NOT_RUN };
@@ -87,18 +88,18 @@ fn restore_fresh(ctx: TcContext) -> i32 {
 /// Writes to a frame that [`headers`] has returned.
 #[inline(always)]
 fn write(frame: *mut u64, words: &[u64; WORDS]) {
-    // SAFETY: `headers` has checked that the frame is as long as that; its words are aligned to two bytes.
+    // SAFETY: `headers` has checked that the frame is long enough; its words are aligned to two bytes.
     unsafe { frame.cast::<[u64; WORDS]>().write_unaligned(*words) };
 }
 
 #[inline(always)]
 fn jump(ctx: &TcContext) -> i32 {
-    // SAFETY: the programs that are jumped to take the same context.
+    // SAFETY: the target programs take the same context.
     unsafe { MEASURED.tail_call(ctx, 0) };
     NOT_RUN
 }
 
-/// Does nothing.
+/// Does nothing: the baseline for [`restore`].
 #[classifier]
 fn empty(_ctx: TcContext) -> i32 {
     TC_ACT_UNSPEC
@@ -124,8 +125,9 @@ const SOURCE_PORT: usize = ETHERNET + 20;
 const DESTINATION_PORT: usize = SOURCE_PORT + 2;
 const TCP_CHECKSUM: usize = SOURCE_PORT + 16;
 
-/// Translates an IPv4 TCP packet: one hash, two arrays, one LRU hash, address and port with their checksums. Without
-/// anything that a proxy must do beyond that: no look at the headers, no other protocol, no state, no counters.
+/// Translates an IPv4 TCP packet with one hash lookup, two array lookups, one LRU hash lookup, and a new address and
+/// port with their checksums. It does nothing else that a proxy must do: it parses no headers, and has no other
+/// protocol, no state and no counters.
 #[classifier]
 fn reference(ctx: TcContext) -> i32 {
     translate(&ctx).unwrap_or(NOT_RUN)
@@ -171,41 +173,41 @@ fn translate(ctx: &TcContext) -> Option<i32> {
     Some(TC_ACT_UNSPEC)
 }
 
-/// What the rewriting programs do to source, destination and ports of an IPv4 TCP segment: three words as they lie in
-/// the packet.
+/// Translation that the rewriting programs apply to source, destination and ports of an IPv4 TCP segment: three words
+/// as they lie in the packet.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Rule {
     /// Bits that are compared.
     mask: [u32; 3],
-    /// What they have to be.
+    /// Values that the compared bits must have.
     old: [u32; 3],
     /// Bits that stay.
     keep: [u32; 3],
-    /// The others.
+    /// Values of the other bits.
     new: [u32; 3],
 }
 
-/// Rules of each of the two programs.
+/// Number of rules of each of the two programs.
 const RULES_EACH: u32 = 2;
 
-/// Written by the benchmark: those of [`rewrite_ingress`], then those of [`rewrite_egress`].
+/// Rules, written by the benchmark: those of [`rewrite_ingress`], then those of [`rewrite_egress`].
 #[btf_map]
 static RULES: Array<Rule, { 2 * RULES_EACH as usize }> = Array::new();
 
-/// Rewrites what enters through a device. It knows the one backend there is, and nothing else.
+/// Rewrites packets that enter through a device. It knows the only backend, and nothing else.
 #[classifier]
 fn rewrite_ingress(ctx: TcContext) -> i32 {
     rewrite(&ctx, 0)
 }
 
-/// Rewrites what leaves through a device.
+/// Rewrites packets that leave through a device.
 #[classifier]
 fn rewrite_egress(ctx: TcContext) -> i32 {
     rewrite(&ctx, RULES_EACH)
 }
 
-/// Where the three words of a [`Rule`] begin.
+/// Offset at which the three words of a [`Rule`] begin.
 const WORDS_AT: usize = SOURCE;
 
 #[inline(always)]
@@ -235,7 +237,7 @@ fn rewrite(ctx: &TcContext, first: u32) -> i32 {
     TC_ACT_UNSPEC
 }
 
-/// Writes the words and both checksums.
+/// Writes the words and both checksums. Returns `None` if a helper fails.
 #[inline(always)]
 fn put(ctx: &TcContext, ip_checksum: [u8; 2], old: [u32; 3], new: [u32; 3]) -> Option<()> {
     let addresses = checksum::difference(&[old[0], old[1]], &[new[0], new[1]]);
@@ -264,7 +266,7 @@ static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 #[cfg(target_arch = "bpf")]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    // The verifier refuses programs from which this can be reached.
+    // The verifier refuses programs that can reach this loop.
     loop {}
 }
 

@@ -1,4 +1,4 @@
-//! A flow's record in its map: read and written in place, while the kernel may give its element to another flow.
+//! A flow's record in its map: read and written in place, while the kernel may give the element to another flow.
 
 use core::ptr::{addr_of, addr_of_mut};
 
@@ -14,7 +14,7 @@ pub(crate) struct Cell(pub(crate) *mut Flow);
 macro_rules! set_field {
     ($self:ident, $check:ident, $($field:ident = $value:expr),+) => {
         // SAFETY: the kernel's lookup returned a pointer to a whole element, which stays readable and writable while
-        // the program runs, even if another flow takes it: then its check is another one.
+        // the program runs, even if another flow takes the element: its check differs then.
         unsafe {
             if addr_of!((*$self.0).check).read_volatile() == $check {
                 $(addr_of_mut!((*$self.0).$field).write_volatile($value);)+
@@ -26,7 +26,8 @@ macro_rules! set_field {
 impl FlowCell for Cell {
     #[inline(always)]
     fn get(&self) -> Flow {
-        // SAFETY: the kernel's lookup returned a pointer to a whole element; its check tells another flow's.
+        // SAFETY: the kernel's lookup returned a pointer to a whole element; the copied check shows whether the element
+        // is another flow's.
         unsafe { *self.0 }
     }
 

@@ -23,17 +23,18 @@ use crate::maps::Maps;
 use crate::sock::SockAddr;
 use crate::tc::{Front, Skb};
 
-/// Whether the kernel lets these programs choose the errno (`bpf_set_retval`). Set by the loader; the verifier
-/// removes the branch where it is 0.
+/// Whether the kernel lets these programs choose the errno (`bpf_set_retval`). Set by the loader; the verifier removes
+/// the branch if the value is 0.
 #[unsafe(no_mangle)]
 static HAS_SET_RETVAL: Global<u8> = Global::new(0);
 
 const ALLOW: i32 = 1;
-/// Without `bpf_set_retval` the kernel makes this EPERM.
+/// Return value that refuses a call. Without `bpf_set_retval` the kernel reports EPERM.
 const DENY: i32 = 0;
 
-// The kernel's NFS client takes these for failures of the network, and waits before it tries again. After errors that it does not
-// know it tries again at once and for ever: EPERM (until CVE-2024-42246), ENOMEM, ETIMEDOUT (`xs_tcp_setup_socket`).
+// The kernel's NFS client takes these errors for failures of the network, and waits before it tries again. After an
+// error that it does not know, it tries again at once and for ever: EPERM (until CVE-2024-42246), ENOMEM, ETIMEDOUT
+// (`xs_tcp_setup_socket`).
 const ENOBUFS: i32 = 105;
 const ECONNREFUSED: i32 = 111;
 const EHOSTUNREACH: i32 = 113;
@@ -51,7 +52,7 @@ fn answer(verdict: Verdict) -> i32 {
 #[inline(always)]
 fn deny_with(errno: i32) -> i32 {
     if HAS_SET_RETVAL.load() != 0 {
-        // SAFETY: a helper without preconditions; refused by the verifier where the hook cannot have it.
+        // SAFETY: a helper without preconditions; the verifier refuses it in hooks that cannot have it.
         unsafe { bpf_set_retval(-errno) };
     }
     DENY
@@ -126,12 +127,13 @@ fn getpeername6(ctx: SockAddrContext) -> i32 {
 #[unsafe(no_mangle)]
 static L3_DEVICE: Global<u8> = Global::new(0);
 
-/// Whether what enters through such a device may still have the headers that it was carried in before its IP header: the
-/// IPv4 and IPv6 tunnels of kernels before 5.14. Set by the loader.
+/// Whether a packet that enters through a device without MAC headers may still have its outer headers before the IP
+/// header: true of the IPv4 and IPv6 tunnels of kernels before 5.14. Set by the loader.
 #[unsafe(no_mangle)]
 static KEEPS_OUTER_HEADERS: Global<u8> = Global::new(0);
 
-/// Runs the pipeline on a packet. Whatever goes on goes on to the programs behind this one: `TC_ACT_OK` would skip them.
+/// Runs the pipeline on a packet. A packet that goes on also goes on to the programs behind this one: `TC_ACT_OK` would
+/// skip them.
 #[inline(always)]
 fn filter(ctx: &TcContext, edge: Edge, egress: bool) -> i32 {
     let Some(scratch) = maps::scratch() else { return TC_ACT_UNSPEC };
@@ -203,7 +205,7 @@ const fn verdict_name(verdict: Verdict) -> &'static str {
     }
 }
 
-/// The kernel offers some helpers only to programs under a GPL-compatible licence.
+/// Licence of the programs. The kernel offers some helpers only to programs under a GPL-compatible licence.
 #[cfg(target_arch = "bpf")]
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
@@ -212,7 +214,7 @@ static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 #[cfg(target_arch = "bpf")]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    // The verifier refuses programs from which this can be reached.
+    // The verifier refuses programs that can reach this loop.
     loop {}
 }
 

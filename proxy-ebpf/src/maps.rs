@@ -1,7 +1,6 @@
-//! Every BPF map, and [`Maps`]: the datapath's view of them. All map `unsafe` of the kernel side is here.
+//! Every BPF map, and [`Maps`]: the datapath's view of them. All `unsafe` of the kernel side for maps is here.
 //!
-//! Sizes are placeholders: the agent sets them when it creates the maps. Names and types are the ABI
-//! (`docs/maps.md`).
+//! Sizes are placeholders: the agent sets them when it creates the maps. Names and types are the ABI (`docs/maps.md`).
 
 use core::ptr::read_volatile;
 
@@ -44,7 +43,8 @@ static BACKENDS: Array<Backend, 1, BPF_F_MMAPABLE> = Array::new();
 #[btf_map]
 static NODE: Array<Node, 1, BPF_F_MMAPABLE> = Array::new();
 
-/// Read by nobody in the kernel: it lets tools work without the agent, and the agent find its ids again.
+/// Names of Service ports. No program reads them: they let tools work without the agent, and let the agent find its ids
+/// again.
 #[btf_map]
 static NAMES: HashMap<u32, ServiceName, 1, BPF_F_NO_PREALLOC> = HashMap::new();
 
@@ -54,11 +54,11 @@ static LOCAL_ADDRESSES: HashMap<Addr, u32, 1, BPF_F_NO_PREALLOC> = HashMap::new(
 #[btf_map]
 static SERVICE_CIDRS: LpmTrie<Addr, u32, 1, BPF_F_NO_PREALLOC> = LpmTrie::new();
 
-/// Cgroups whose sockets are left alone, all or those of networks inside.
+/// Cgroups whose sockets are left alone: all their sockets, or those in network namespaces inside a pod.
 #[btf_map]
 static OPT_OUT: HashMap<u64, u32, 1, BPF_F_NO_PREALLOC> = HashMap::new();
 
-/// Network namespaces of pods. The value, a pod's cgroup, is read by nobody in the kernel.
+/// Network namespaces of pods. The value is the pod's cgroup; no program reads it.
 #[btf_map]
 static SANDBOXES: HashMap<u64, u64, 1, BPF_F_NO_PREALLOC> = HashMap::new();
 
@@ -110,7 +110,7 @@ pub(crate) static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 #[btf_map]
 static SERVICE_COUNTERS: PerCpuArray<ServiceCounters, 1> = PerCpuArray::new();
 
-/// Whether anybody watches; written by `proxy-agent monitor`.
+/// Whether a process watches; written by `proxy-agent monitor`.
 #[btf_map]
 static TRACE: Array<Trace, 1, BPF_F_MMAPABLE> = Array::new();
 
@@ -120,12 +120,12 @@ static EVENTS: RingBuf<(), { 1 << 20 }> = RingBuf::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, 32> = PerCpuArray::new();
 
-/// Whether the clock of the last timer interrupt may be read (5.11): it is right to some milliseconds, which is plenty
-/// for flows, and costs a tenth. Set by the loader.
+/// Whether the programs may read the clock of the last timer interrupt (5.11). That clock is right to some
+/// milliseconds, which is enough for flows, and costs a tenth. Set by the loader.
 #[unsafe(no_mangle)]
 static COARSE_CLOCK: Global<u8> = Global::new(0);
 
-/// The part of a `SOURCE_RANGES` key behind the length.
+/// Part of a `SOURCE_RANGES` key behind the length.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct SourceRange {
@@ -133,11 +133,10 @@ struct SourceRange {
     addr: Addr,
 }
 
-/// The maps above.
+/// The maps above, as the datapath's tables.
 pub(crate) struct Maps;
 
-/// Loads a value of one aligned 64-bit word (or several) word by word, each exactly once: the agent stores whole
-/// words.
+/// Loads a value of one or more aligned 64-bit words word by word, each exactly once: the agent stores whole words.
 macro_rules! load_words {
     ($ptr:expr, $t:ty, $n:literal) => {{
         const { assert!(size_of::<$t>() == $n * 8 && align_of::<$t>() == 8) };
@@ -159,7 +158,7 @@ impl Tables for Maps {
         match FILTER.get_ptr(word) {
             // SAFETY: the kernel's lookup returned a pointer to a whole element.
             Some(bits) => unsafe { read_volatile(bits) },
-            // Never: the verifier does not know that the index is in range.
+            // Never happens, but the verifier does not know that the index is in range.
             None => u64::MAX,
         }
     }
@@ -184,7 +183,8 @@ impl Tables for Maps {
     #[inline(always)]
     fn backend(&self, id: u32) -> Option<Backend> {
         let backend = BACKENDS.get_ptr(id)?;
-        // `state` first: whoever finds it current may trust the rest, which changes only while it is not.
+        // `state` is read first. If it is current, the other words can be trusted: they change only while it is not
+        // current.
         let words = backend.cast::<u64>();
         // SAFETY: the kernel's lookup returned a pointer to a whole, aligned element of four words.
         let last = unsafe { words.add(3) };
@@ -197,7 +197,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn local_address(&self, addr: &Addr) -> u32 {
-        // SAFETY: the value is copied at once; one of a reused element misleads by one lookup at worst.
+        // SAFETY: the value is copied at once; the value of a reused element misleads one lookup at worst.
         unsafe { LOCAL_ADDRESSES.get(addr) }.copied().unwrap_or(0)
     }
 
@@ -239,13 +239,13 @@ impl Tables for Maps {
             Tier::Assured => AFFINITY.get_ptr(key),
             Tier::New => NEW_AFFINITY.get_ptr(key),
         }?;
-        // SAFETY: copied at once; what the copy says is checked against the backend it names.
+        // SAFETY: copied at once; the copy is checked against the backend that it names.
         Some(unsafe { *value })
     }
 
     #[inline(always)]
     fn remember(&self, tier: Tier, key: &AffinityKey, value: &AffinityValue) {
-        // A full LRU evicts; what else can fail leaves the client unremembered, which is allowed.
+        // A full LRU hash evicts. Any other failure leaves the client unremembered, which is allowed.
         let _ = match tier {
             Tier::Assured => AFFINITY.insert(key, value, BPF_ANY),
             Tier::New => NEW_AFFINITY.insert(key, value, BPF_ANY),
@@ -337,12 +337,12 @@ impl Tables for Maps {
     }
 }
 
-/// This CPU's memory for one packet. `None` never happens. To be taken once in each run of a program.
+/// Returns this CPU's memory for one packet. `None` never happens. Call it only once in each run of a program.
 #[inline(always)]
 pub(crate) fn scratch() -> Option<&'static mut Scratch> {
     let scratch = SCRATCH.get_ptr_mut(0)?;
-    // SAFETY: a per-CPU element, and programs of this kind do not interrupt each other. Whatever is in it has been written
-    // by this very code, or is zero, which is valid too.
+    // SAFETY: a per-CPU element, and programs of this kind do not interrupt each other. Its content has been written by
+    // this very code, or is zero, which is valid too.
     Some(unsafe { &mut *scratch })
 }
 

@@ -1,7 +1,7 @@
-//! `bpf_sock_addr` as the datapath's [`Socket`]: all socket `unsafe` of the kernel side.
+//! `bpf_sock_addr` as the datapath's [`Socket`]: all `unsafe` of the kernel side for sockets.
 //!
-//! The hook's family is a const parameter: `V6` hooks carry sixteen bytes (IPv4 mapped by the application), the
-//! others four.
+//! The hook's family is a const parameter. `V6` hooks carry sixteen bytes (IPv4 is mapped by the application), the
+//! other hooks four.
 
 use core::ptr::{addr_of, addr_of_mut};
 
@@ -39,7 +39,7 @@ impl<const V6: bool> SockAddr<V6> {
         unsafe { sock_addr.__bindgen_anon_1.sk }
     }
 
-    /// Removes what a map holds for this socket.
+    /// Removes the value that a map holds for this socket.
     #[inline(always)]
     fn forget<T>(&self, storage: &SkStorage<T>) {
         let sk = self.sk();
@@ -64,7 +64,7 @@ macro_rules! get {
     };
 }
 
-/// Reads a field of a socket likewise.
+/// Reads a field of a socket exactly once, at its own width.
 macro_rules! of_sock {
     ($sk:ident, $field:ident $([$i:literal])?) => {
         // SAFETY: the pointer is the context's and not null, and the verifier rewrites the access.
@@ -205,14 +205,15 @@ impl<const V6: bool> Socket for SockAddr<V6> {
     }
 }
 
-/// Id of the cgroup that contains the calling process, so many levels below the root; 0 where its own is higher.
+/// Returns the id of the calling process's ancestor cgroup at this level below the root; 0 if the process's own cgroup
+/// is higher.
 #[inline(always)]
 pub(crate) fn ancestor(level: i32) -> u64 {
     // SAFETY: a helper without preconditions (5.7).
     unsafe { bpf_get_current_ancestor_cgroup_id(level) }
 }
 
-/// Protocol and cookie of a socket that is being closed.
+/// Returns protocol and cookie of a socket that is being closed.
 #[inline(always)]
 pub(crate) fn closing(ctx: &SockContext) -> (u32, u64) {
     // SAFETY: the kernel hands every program of this type a whole `bpf_sock`.

@@ -1,7 +1,8 @@
-//! Steps of the pipeline that are global functions: the verifier looks at each of them once, and at its callers without it. A loop
-//! over one of them costs the verifier a few instructions a turn instead of all ways through it.
+//! Steps of the pipeline that are global functions. The verifier checks each global function once, separately from its
+//! callers. A loop that calls one costs the verifier a few instructions a turn instead of all paths through the step.
 //!
-//! Kernels before 5.13 give a global function no pointer but the context, so it takes the packet's memory by itself.
+//! Kernels before 5.13 allow a global function no pointer except the context, so each one fetches the packet's memory
+//! itself.
 
 #[cfg(target_arch = "bpf")]
 use core::arch::asm;
@@ -17,11 +18,13 @@ use crate::maps::{DEVICES, Maps, SCRATCH};
 use crate::sock::ancestor;
 use crate::tc::Skb;
 
-/// Lets a global function have the packet's memory: the compiler must not keep in registers what the function changes.
+/// Marks the packet's memory as used by a global function: the compiler must not keep values in registers that the
+/// function changes.
 #[inline(always)]
 fn lend(work: &mut Work) {
     #[cfg(target_arch = "bpf")]
-    // SAFETY: changes nothing. (It is one instruction, because the kernel refuses two lines of source at one offset.)
+    // SAFETY: changes nothing. (The assembly is one instruction, because the kernel refuses two lines of source at one
+    // offset.)
     unsafe {
         asm!("{0} = {0}", in(reg) core::ptr::from_mut(work), options(nostack));
     }
@@ -29,27 +32,27 @@ fn lend(work: &mut Work) {
     let _ = work;
 }
 
-/// The part of this CPU's memory for one packet that the caller of a global function has lent to it.
+/// Returns the part of this CPU's memory for one packet that the caller of a global function has lent.
 #[inline(always)]
 fn lent() -> Option<&'static mut Work> {
     let scratch = SCRATCH.get_ptr_mut(0)?;
     // SAFETY: a per-CPU element, as the caller has it; nothing is read, and no reference to the whole is made.
     let work = unsafe { core::ptr::addr_of_mut!((*scratch).work) };
-    // SAFETY: whoever calls has let the compiler know that this part is used elsewhere meanwhile.
+    // SAFETY: the caller has told the compiler (`lend`) that this part is used elsewhere meanwhile.
     Some(unsafe { &mut *work })
 }
 
-/// The packet's headers in that memory, which nobody changes meanwhile.
+/// Returns the packet's headers in the memory for one packet. Nobody changes them meanwhile.
 #[inline(always)]
 fn lent_parsed() -> Option<&'static Parsed> {
     let scratch = SCRATCH.get_ptr_mut(0)?;
-    // SAFETY: as above.
+    // SAFETY: as in `lent`.
     let parsed = unsafe { core::ptr::addr_of!((*scratch).parsed) };
-    // SAFETY: the caller has it borrowed to read it.
+    // SAFETY: the caller has borrowed this part for reading only.
     Some(unsafe { &*parsed })
 }
 
-/// [`flows::try_source`], with the memory of this packet.
+/// Calls [`flows::try_source`] with the memory of this packet.
 #[inline(always)]
 pub(crate) fn try_source(work: &mut Work, tier: Tier, spare: bool) -> bool {
     lend(work);
@@ -64,7 +67,7 @@ extern "C" fn vipr_try_source(assured: u32, spare: u32) -> u32 {
     u32::from(flows::try_source(&Maps, work, tier, spare != 0))
 }
 
-/// [`flows::try_tuple`], likewise.
+/// Calls [`flows::try_tuple`] with the memory of this packet.
 #[inline(always)]
 pub(crate) fn try_tuple(work: &mut Work, own: bool) -> bool {
     lend(work);
@@ -78,7 +81,7 @@ extern "C" fn vipr_try_tuple(own: u32) -> u32 {
     u32::from(flows::try_tuple(&Maps, work, own != 0))
 }
 
-/// [`judge::choose`], with the memory of this packet.
+/// Calls [`judge::choose`] with the memory of this packet.
 #[inline(always)]
 pub(crate) fn choose(skb: *mut __sk_buff, work: &mut Work) {
     lend(work);
@@ -93,7 +96,7 @@ extern "C" fn vipr_choose(skb: *mut __sk_buff) -> u32 {
     0
 }
 
-/// [`socket::is_of_opt_out`], of the process that calls.
+/// Calls [`socket::is_of_opt_out`] for the calling process.
 #[inline(always)]
 pub(crate) fn is_of_opt_out(inside: bool) -> bool {
     vipr_is_of_opt_out(u32::from(inside)) != 0
@@ -105,7 +108,7 @@ extern "C" fn vipr_is_of_opt_out(inside: u32) -> u32 {
     u32::from(socket::is_of_opt_out(ancestor, &Maps, inside != 0))
 }
 
-/// The flags of a device in `DEVICES`, none if there is no such device.
+/// Returns the flags of a device in `DEVICES`; none if there is no such device.
 #[inline(always)]
 pub(crate) fn device_flags(ifindex: u32) -> u32 {
     vipr_device_flags(ifindex)

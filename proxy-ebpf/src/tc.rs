@@ -1,7 +1,7 @@
-//! `__sk_buff` as the datapath's [`Packet`]: all packet `unsafe` of the kernel side.
+//! `__sk_buff` as the datapath's [`Packet`]: all `unsafe` of the kernel side for packets.
 //!
-//! Bytes are read from the packet's linear part where they are there, else by helper. They are written by helpers, which
-//! keep the kernel's own record of the checksum (`CHECKSUM_COMPLETE`, `CHECKSUM_PARTIAL`) right.
+//! Bytes are read from the packet's linear part if they are there, otherwise by helper. They are written by helpers,
+//! which keep the kernel's own record of the checksum (`CHECKSUM_COMPLETE`, `CHECKSUM_PARTIAL`) right.
 
 #[cfg(target_arch = "bpf")]
 use core::arch::asm;
@@ -28,19 +28,20 @@ use crate::steps;
 
 /// `BPF_ADJ_ROOM_MAC` of linux/bpf.h.
 const ADJ_ROOM_MAC: u32 = 1;
-/// Of linux/socket.h, as the first byte of a word of little-endian machines.
+/// `AF_INET` of linux/socket.h, as the first byte of a little-endian word.
 const AF_INET: u64 = 2;
 const AF_INET6: u64 = 10;
-/// Asks for the route of a packet that leaves by a device, of linux/bpf.h.
+/// `BPF_FIB_LOOKUP_OUTPUT` of linux/bpf.h: asks for the route of a packet that leaves by a device.
 const BPF_FIB_LOOKUP_OUTPUT: u32 = 2;
 /// Results of `bpf_fib_lookup`, of linux/bpf.h.
 const BPF_FIB_LKUP_RET_SUCCESS: i64 = 0;
 const BPF_FIB_LKUP_RET_NO_NEIGH: i64 = 7;
 const BPF_FIB_LKUP_RET_FRAG_NEEDED: i64 = 8;
 const MAC_HEADER: u32 = 14;
-/// The part of a VLAN tag that says which VLAN.
+/// Bits of a VLAN tag that hold the VLAN's number.
 const VLAN_ID: u32 = 0xfff;
-/// Ethernet with a tag, IPv4 with all options or IPv6 with an extension, and a header of GRE.
+/// Largest size of outer headers: Ethernet with a tag, IPv4 with all options or IPv6 with an extension, and a header of
+/// GRE.
 const MOST_OUTER_HEADERS: u32 = 128;
 
 /// One packet on a TC hook.
@@ -49,14 +50,14 @@ pub(crate) struct Skb {
     ip_offset: u32,
 }
 
-/// What a packet has before its IP header.
+/// Headers that a packet has before its IP header.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Front {
     /// An Ethernet header.
     MacHeader,
-    /// The IP header is the first.
+    /// None: the packet begins with the IP header.
     Nothing,
-    /// Perhaps the headers of the packet that it was carried in.
+    /// Perhaps the outer headers of a tunnel that has carried the packet.
     OuterHeaders,
 }
 
@@ -69,7 +70,7 @@ macro_rules! get {
 }
 
 impl Skb {
-    /// The packet of a hook.
+    /// Returns the packet of a hook.
     #[inline(always)]
     pub(crate) fn new(ctx: &TcContext, front: Front) -> Self {
         let mut packet = Self { skb: ctx.skb.skb, ip_offset: 0 };
@@ -81,20 +82,21 @@ impl Skb {
         packet
     }
 
-    /// The packet of a caller, in a global function.
+    /// Returns the caller's packet, in a global function.
     #[inline(always)]
     pub(crate) const fn lent(skb: *mut __sk_buff, parsed: &Parsed) -> Self {
         Self { skb, ip_offset: parsed.ip }
     }
 
-    /// How much stands before the IP header: what is longer than the IP packet by its own account, unless the packet begins
-    /// with that header. The kernel knows where the header is, but tells no offset.
+    /// Returns the number of bytes before the IP header: the length of the packet less the length that the IP header
+    /// states, or 0 if the packet begins with the IP header. The kernel knows where the IP header is, but tells
+    /// programs no offset.
     #[inline(always)]
     fn outer_headers(&self) -> u32 {
         const HEAD: usize = 6;
         let mut head = [0_u8; HEAD];
-        // SAFETY: the helper checks the offset; the buffer has the length that it is given. It stays zero, or is made so, if
-        // that fails.
+        // SAFETY: the helper checks the offset; the buffer has the length that is passed. It stays zero, or the helper
+        // zeroes it, if the read fails.
         let _ = unsafe {
             bpf_skb_load_bytes_relative(
                 self.skb.cast(),
@@ -111,12 +113,12 @@ impl Skb {
             _ => return 0,
         };
         let before = get!(self, len).wrapping_sub(own);
-        // Bytes behind a packet are no headers before it.
+        // In a packet that begins with its IP header, surplus bytes stand behind the IP packet, not before it.
         if before > MOST_OUTER_HEADERS || self.load_linear(0) == Some(head) { 0 } else { before }
     }
 
-    /// Sends the packet back to where it came from: out of the device that it came in by, or into the one that it was
-    /// about to leave by. Returns the action.
+    /// Sends the packet back to where it came from: out of the device that it entered by, or into the device that it
+    /// was about to leave by. Returns the action.
     #[inline(always)]
     pub(crate) fn send_back(&mut self, egress: bool) -> i32 {
         if self.ip_offset == MAC_HEADER
@@ -138,23 +140,23 @@ impl Skb {
 
     #[inline(always)]
     fn add_to_checksum(&mut self, offset: u32, difference: u32, flags: u64) -> bool {
-        // Zero has two forms.
+        // Both 0 and 0xffffffff are zero in one's complement.
         if difference == 0 || difference == u32::MAX {
             return true;
         }
-        // SAFETY: the helper checks the offset. Without a size the difference is taken as it is.
+        // SAFETY: the helper checks the offset. With size 0 the helper adds the difference as it is.
         (unsafe { bpf_l4_csum_replace(self.skb, offset, 0, u64::from(difference), flags) }) == 0
     }
 }
 
-/// The same value, of which the compiler does not know how it was made: what the verifier has seen compared must be what is
-/// added and read, not the same sum once more.
+/// Returns the same value, but hides from the compiler how it was computed. The verifier only accepts an access to the
+/// very value that was compared, not to the same sum computed again.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
 fn opaque(value: u64) -> u64 {
     let same: u64;
-    // SAFETY: the instruction copies a register. (Without one, two lines would have the same place in the line table, which
-    // the kernel refuses.)
+    // SAFETY: the instruction copies a register. (Without an instruction, two lines would have the same place in the
+    // line table, which the kernel refuses.)
     unsafe {
         asm!("{same} = {value}", same = out(reg) same, value = in(reg) value, options(pure, nomem, nostack));
     }
@@ -164,25 +166,25 @@ fn opaque(value: u64) -> u64 {
 #[cfg(not(target_arch = "bpf"))]
 use core::hint::black_box as opaque;
 
-/// Defines a function that reads a word of a packet by one instruction. The compiler itself would take single bytes, since
-/// nothing in a packet is aligned; kernels for x86_64 and aarch64 allow that.
+/// Defines a function that reads a word of a packet by one instruction. The compiler itself would read single bytes,
+/// since nothing in a packet is aligned; kernels for x86_64 and aarch64 allow unaligned words.
 macro_rules! word_reader {
     ($name:ident, $type:ty, $instruction:literal) => {
         /// # Safety
-        /// The word at `address` is in the packet, as the verifier has seen.
+        /// The word at `address` must be in the packet, by a comparison that the verifier has seen.
         #[inline(always)]
         unsafe fn $name(address: u64) -> $type {
             #[cfg(target_arch = "bpf")]
             {
                 let word: u64;
-                // SAFETY: as the caller says.
+                // SAFETY: the caller guarantees that the word is in the packet.
                 unsafe {
                     asm!($instruction, word = out(reg) word, address = in(reg) address, options(pure, readonly, nostack));
                 }
                 word as $type
             }
             #[cfg(not(target_arch = "bpf"))]
-            // SAFETY: as the caller says.
+            // SAFETY: the caller guarantees that the word is in the packet.
             unsafe {
                 (address as *const $type).read_unaligned()
             }
@@ -198,7 +200,7 @@ word_reader!(read_u8, u8, "{word} = *(u8 *)({address} + 0)");
 /// Reads a packet's bytes in the largest words that fit.
 ///
 /// # Safety
-/// The bytes from `address` on are in the packet, as the verifier has seen.
+/// The bytes from `address` on must be in the packet, by a comparison that the verifier has seen.
 #[inline(always)]
 unsafe fn read_bytes<const N: usize>(address: u64) -> [u8; N] {
     let mut bytes = [0; N];
@@ -206,7 +208,7 @@ unsafe fn read_bytes<const N: usize>(address: u64) -> [u8; N] {
     macro_rules! read {
         ($reader:ident, $size:literal) => {
             while N - at >= $size {
-                // SAFETY: as the caller says.
+                // SAFETY: the caller guarantees that the bytes are in the packet.
                 let word = unsafe { $reader(address + at as u64) };
                 bytes[at..at + $size].copy_from_slice(&word.to_ne_bytes());
                 at += $size;
@@ -220,7 +222,8 @@ unsafe fn read_bytes<const N: usize>(address: u64) -> [u8; N] {
     bytes
 }
 
-/// A question to the kernel's routes, which becomes their answer: `struct bpf_fib_lookup` of linux/bpf.h, as words.
+/// A question to the kernel's routes, which the helper overwrites with the answer: `struct bpf_fib_lookup` of
+/// linux/bpf.h, as words.
 struct Route([u64; 8]);
 
 const _: () = assert!(size_of::<FibLookup>() == 64 && offset_of!(FibLookup, family) == 0);
@@ -229,10 +232,11 @@ const _: () =
     assert!(offset_of!(FibLookup, __bindgen_anon_3) == 16 && offset_of!(FibLookup, __bindgen_anon_4) == 32);
 
 impl Route {
-    /// Asks for the way to `destination`, from `source` if there is one. `device`: what the packet enters by, or leaves by.
+    /// Makes the question for the route to `destination`, from `source` if there is one. `device` is the device that
+    /// the packet enters by, or leaves by.
     #[inline(always)]
     fn new(family: Family, device: u32, source: Option<&Addr>, destination: &Addr) -> Self {
-        // The compiler would zero what it knows to be zero by a call.
+        // The compiler would call a function to zero words that it knows to be zero.
         let zero = opaque(0);
         let words = |addr: &Addr| match family {
             Family::V4 => [u64::from(u32::from_ne_bytes(addr.v4_octets())), zero],
@@ -247,28 +251,29 @@ impl Route {
         Self([family, u64::from(device), s0, s1, d0, d1, zero, zero])
     }
 
-    /// Asks the kernel. Returns what it says.
+    /// Asks the kernel. Returns the helper's result.
     #[inline(always)]
     fn look_up(&mut self, packet: &Skb, flags: u32) -> i64 {
-        // SAFETY: the helper reads and writes as many bytes as it is told, which is the array.
+        // SAFETY: the helper reads and writes as many bytes as the size that is passed, which is the array's.
         unsafe { bpf_fib_lookup(packet.skb.cast(), self.0.as_mut_ptr().cast(), 64, flags) }
     }
 
-    /// The device that leads there.
+    /// Returns the device of the route.
     #[inline(always)]
     fn device(&self) -> u32 {
         self.0[1] as u32
     }
 
-    /// Sends the program's packet there, to the neighbour that the answer names: a gateway, or the destination itself. The answer also says
-    /// of which family the neighbour's address is.
+    /// Sends the program's packet by this route, to the neighbour that the answer names: a gateway, or the destination
+    /// itself. The answer also states the family of the neighbour's address.
     #[inline(always)]
     fn redirect(mut self) -> bool {
         let device = self.device();
         const LAST_OF_SOURCE: usize = 7;
         const { assert!(size_of::<Neighbour>() == 20) };
         let family = self.0[0] as u8;
-        // A `struct bpf_redir_neigh` is a family, and an address behind it: that takes the place of the source's last word.
+        // A `struct bpf_redir_neigh` is a family with an address behind it. The family takes the place of the source's
+        // last word.
         let words: &mut [u32; 16] = bytemuck::cast_mut(&mut self.0);
         words[LAST_OF_SOURCE] = u32::from(family);
         let neighbour = words[LAST_OF_SOURCE..].as_mut_ptr();
@@ -279,7 +284,7 @@ impl Route {
     }
 }
 
-/// A global function: the verifier looks at it once, and at its callers without it.
+/// Calls [`sctp::moved_on`]. A global function: the verifier checks it once, separately from its callers.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn vipr_sctp_moved_on(change: u32, bytes: u32) -> u32 {
@@ -315,8 +320,8 @@ impl Packet for Skb {
     #[inline(always)]
     fn route_to(&self, family: Family, addr: &Addr) -> u32 {
         let mut route = Route::new(family, self.ifindex(), None, addr);
-        // Whoever is routed to has a way also where the neighbour is not known yet (before 5.11 the device is then left as it was) or
-        // the packet would be too long.
+        // The answer also has a route if the neighbour is not known yet (before 5.11 the device then stays as it was
+        // passed) or if the packet would be too long.
         match route.look_up(self, 0) {
             BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED => {
                 route.device()
@@ -327,18 +332,19 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn is_tagged(&self) -> bool {
-        // A tag that only says how urgent a packet is has no VLAN. Before 6.2 a tag that has been taken off leaves its number.
+        // A tag that only states a priority has VLAN 0. Before 6.2, `vlan_tci` keeps the number of a tag that has been
+        // removed.
         get!(self, vlan_present) != 0 && get!(self, vlan_tci) & VLAN_ID != 0
     }
 
     #[inline(always)]
     fn leave_by(&mut self, device: u32, family: Family, source: &Addr, destination: &Addr) -> bool {
-        // The kernel sends only packets with a MAC header to neighbours, and leaves a tag as it is.
+        // The kernel redirects only packets with a MAC header to neighbours, and does not remove a tag.
         if self.ip_offset != MAC_HEADER || self.is_tagged() {
             return false;
         }
         let mut route = Route::new(family, device, Some(source), destination);
-        // What is too long for the device goes as it was routed.
+        // A packet that is too long for the device stays on the route that it has.
         let found = route.look_up(self, BPF_FIB_LOOKUP_OUTPUT);
         let leads = matches!(found, BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH);
         leads && route.device() == device && route.redirect()
@@ -354,7 +360,7 @@ impl Packet for Skb {
         if start + N as u64 > u64::from(get!(self, data_end)) {
             return None;
         }
-        // SAFETY: the line above compares with the packet's end, which the verifier insists on.
+        // SAFETY: the line above compares with the packet's end, as the verifier demands.
         Some(unsafe { read_bytes(start) })
     }
 
@@ -367,10 +373,10 @@ impl Packet for Skb {
             return None;
         }
         let mut bytes = MaybeUninit::<[u8; N]>::uninit();
-        // SAFETY: the helper checks the offset; the buffer has the length that it is given.
+        // SAFETY: the helper checks the offset; the buffer has the length that is passed.
         let done =
             unsafe { bpf_skb_load_bytes(self.skb.cast(), offset, bytes.as_mut_ptr().cast(), N as u32) };
-        // SAFETY: the helper has written all of it.
+        // SAFETY: the helper has written the whole buffer.
         if done == 0 { Some(unsafe { bytes.assume_init() }) } else { None }
     }
 

@@ -1,15 +1,15 @@
-//! What the fuzzers have found worth keeping (`fuzz/corpus`), once more.
+//! Replay of the inputs that the fuzzers have found (`fuzz/corpus`).
 
 use std::fs;
 use std::path::Path;
 
-/// The fewest inputs that a fuzzer begins with.
+/// Smallest number of inputs in the corpus of a fuzzer.
 const INPUTS: usize = 20;
 
-/// Runs every input of a fuzzer, and names it first.
+/// Runs every input of a fuzzer, and prints the input's name first.
 ///
 /// # Panics
-/// If one of them does, or if most of them are gone.
+/// If an input panics, or if most of the inputs are missing.
 pub fn replay(target: &str, run: impl Fn(&[u8])) {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target);
     let entries =

@@ -1,5 +1,5 @@
-//! The manifests in `deploy/`, read strictly, and the pod that they make brought to life in the lab: the agent with the
-//! DaemonSet's arguments, mounts and capabilities, and nothing else.
+//! The manifests in `deploy/`, parsed strictly, and their pod run in the lab: the agent with the DaemonSet's arguments,
+//! mounts and capabilities, and nothing else.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::lab::{Container, Exec, Node, binary, container};
 
-/// `deploy/` of the repository.
+/// Returns `deploy/` of the repository.
 pub fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
 }
@@ -25,11 +25,11 @@ pub fn directory() -> PathBuf {
 pub struct Deployment {
     /// The agent on every node.
     pub daemon_set: DaemonSet,
-    /// What the agent may ask for.
+    /// Permissions of the agent.
     pub cluster_role: ClusterRole,
-    /// That it may.
+    /// Binding of the permissions to the account.
     pub binding: ClusterRoleBinding,
-    /// Who it is.
+    /// ServiceAccount of the agent.
     pub account: ServiceAccount,
 }
 
@@ -37,7 +37,7 @@ impl Deployment {
     /// Reads the files.
     ///
     /// # Errors
-    /// Names the file and what in it no type of Kubernetes knows.
+    /// With the file and the field that no Kubernetes type has.
     pub fn read() -> Result<Self> {
         let base = directory().join("base");
         let rbac = documents(&base.join("rbac.yaml"))?;
@@ -56,7 +56,7 @@ impl Deployment {
         })
     }
 
-    /// The pod that the DaemonSet makes on each node.
+    /// Returns the pod that the DaemonSet creates on each node.
     ///
     /// # Errors
     /// If it has no specification.
@@ -64,7 +64,7 @@ impl Deployment {
         self.daemon_set.spec.template.spec.as_ref().context("the DaemonSet has no pod")
     }
 
-    /// The agent's container.
+    /// Returns the agent's container.
     ///
     /// # Errors
     /// If there is not exactly one.
@@ -74,10 +74,10 @@ impl Deployment {
         containers.first().context("no container")
     }
 
-    /// The capabilities that the agent's container is given.
+    /// Returns the capabilities of the agent's container.
     ///
     /// # Errors
-    /// If the others are not taken away.
+    /// If the container does not drop all others.
     pub fn capabilities(&self) -> Result<BTreeSet<String>> {
         let context = self.agent()?.security_context.clone().unwrap_or_default();
         let capabilities = context.capabilities.unwrap_or_default();
@@ -85,11 +85,11 @@ impl Deployment {
         Ok(capabilities.add.into_iter().flatten().collect())
     }
 
-    /// The command that the container runtime would start on `node`, with `capabilities`. What the pod mounts comes from
-    /// `sources`, by the names of volumes.
+    /// Returns the command that the container runtime would start on `node`, with `capabilities`. `sources` are the
+    /// directories and files to mount, by the names of volumes.
     ///
     /// # Errors
-    /// If a volume has no source, or the container asks for what the lab does not do.
+    /// If a volume has no source, or the container needs something that the lab does not support.
     pub fn command(
         &self,
         node: &Node,
@@ -126,13 +126,13 @@ impl Deployment {
     }
 }
 
-/// Where every pod finds the credentials of its ServiceAccount; also the name of their volume here.
+/// Path of the credentials of its ServiceAccount in every pod; also the name of their volume here.
 pub const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
-/// `object` after a JSON patch (RFC 6902), which is written in YAML.
+/// Applies a JSON patch (RFC 6902), written in YAML, to a copy of `object`.
 ///
 /// # Errors
-/// If it is no patch, or does not fit.
+/// If `patch` is not a patch, or does not fit the object.
 pub fn patched(object: &Value, patch: &str) -> Result<Value> {
     let patch: json_patch::Patch = serde_saphyr::from_str(patch)?;
     let mut object = object.clone();
@@ -140,19 +140,19 @@ pub fn patched(object: &Value, patch: &str) -> Result<Value> {
     Ok(object)
 }
 
-/// The YAML documents of a file.
+/// Parses the YAML documents of a file.
 ///
 /// # Errors
-/// If it cannot be read, or is no YAML.
+/// If the file cannot be read, or is not YAML.
 pub fn documents(path: &Path) -> Result<Vec<Value>> {
     let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
     serde_saphyr::from_multiple(&text).with_context(|| path.display().to_string())
 }
 
-/// An object of which nothing is lost when it is read as a `T`.
+/// Parses an object as a `T` and checks that no field is lost.
 ///
 /// # Errors
-/// With both, if a field has no place in `T`.
+/// With both, if a field is missing in `T`.
 pub fn strictly<T: DeserializeOwned + Serialize>(object: &Value) -> Result<T> {
     let read: T = serde_json::from_value(object.clone()).with_context(|| object.to_string())?;
     let written = serde_json::to_value(&read)?;

@@ -1,4 +1,4 @@
-//! tests
+//! Shared parts of the tests, benchmarks and the demo: the lab, the API server, the cases, and inputs for fuzzers.
 
 pub mod apiserver;
 pub mod cases;

@@ -7,12 +7,12 @@ use anyhow::Result;
 use crate::build;
 use crate::build_ebpf;
 
-/// Becomes the benchmark that `args` names.
+/// Replaces this process by the benchmark that `args` names.
 ///
 /// # Errors
 /// When a build fails or the benchmark cannot be started.
 pub(crate) fn run(args: &[OsString]) -> Result<()> {
-    // Those that have BPF programs of their own.
+    // Benchmarks that have BPF programs of their own.
     let object = match args.first() {
         Some(first) if first == "packet" || first == "north-south" => {
             vec![("VIPR_BENCH_OBJECT", build_ebpf::bench()?)]

@@ -1,6 +1,6 @@
 //! `build`: the BPF object, then the agent that embeds it, and the test tools (demo, benchmarks).
 //!
-//! A release build is one static binary per program, so that the agent runs on any distribution and in an empty
+//! A release build makes each program one static binary, so that the agent runs on any distribution and in an empty
 //! container image.
 
 use std::ffi::OsString;
@@ -19,21 +19,22 @@ use crate::workspace;
 /// Arguments of `build`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Optimised and static.
+    /// Build optimised, static programs.
     #[arg(long)]
     release: bool,
-    /// With --release: the machine to build for, `x86_64` or `aarch64`, or rustc's name of the target. Without: this one.
+    /// With --release: the machine to build for, `x86_64` or `aarch64`, or rustc's name of the target. Default: this
+    /// machine.
     #[arg(long, requires = "release")]
     target: Option<String>,
-    /// An agent and a BPF object that log every decision, for debugging.
+    /// Build an agent and a BPF object that log every decision, for debugging.
     #[arg(long)]
     debug_log: bool,
-    /// Without the test tools: all that an image needs.
+    /// Build only the agent, which is all that an image needs, and not the test tools.
     #[arg(long)]
     agent_only: bool,
 }
 
-/// What is built beside the BPF object.
+/// Programs that are built beside the BPF object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Programs<'a> {
     /// The agent alone.
@@ -44,7 +45,7 @@ pub(crate) enum Programs<'a> {
     All,
 }
 
-/// Builds everything and says where the agent is.
+/// Builds everything and prints the path of the agent.
 ///
 /// # Errors
 /// When a build fails, or a program of a release build is not static.
@@ -70,13 +71,13 @@ pub(crate) fn release(target: &Target, programs: Programs<'_>) -> Result<PathBuf
     build(Some(target), false, programs)
 }
 
-/// A build without `target` is one for development, on this machine.
+/// Builds the BPF object and `programs`. Without `target`, the build is one for development, on this machine.
 fn build(target: Option<&Target>, debug_log: bool, programs: Programs<'_>) -> Result<PathBuf> {
     let mut cargo = workspace::cargo();
     cargo.args(["build", "--package", "proxy-agent"]);
     match programs {
         Programs::Agent => cargo.arg("--bins"),
-        // A program that nobody starts costs its linking.
+        // Only the tool that is going to be started: linking the others takes time.
         Programs::Tool(tool) => cargo.args([
             "--package",
             "proxy-tests",
@@ -110,15 +111,15 @@ fn build(target: Option<&Target>, debug_log: bool, programs: Programs<'_>) -> Re
     Ok(dir)
 }
 
-/// Builds for release and becomes `tool` of crate `tests`, as root, which finds the agent by `VIPR_AGENT` and what else
-/// it needs by `variables`.
+/// Builds for release and replaces this process by `tool` of crate `tests`, run as root. The tool finds the agent by
+/// the environment variable `VIPR_AGENT`, and other files by `variables`.
 ///
 /// # Errors
 /// When something is missing and cannot be installed, a build fails, or the tool cannot be started.
 pub(crate) fn exec_tool(tool: &str, variables: &[(&str, PathBuf)], args: &[OsString]) -> Result<()> {
     setup::parts(&[Part::Build, Part::Lab], setup::quiet)?;
     let dir = release(&Target::new(None)?, Programs::Tool(tool))?;
-    // Through env, because sudo hands no variables on.
+    // The variables are set by `env`, because sudo does not pass the environment on.
     let mut env = setup::as_root("env")?;
     let agent = ("VIPR_AGENT", dir.join("proxy-agent"));
     for (name, value) in variables.iter().chain([&agent]) {
@@ -129,7 +130,7 @@ pub(crate) fn exec_tool(tool: &str, variables: &[(&str, PathBuf)], args: &[OsStr
     exec(env.arg(dir.join(tool)).args(args))
 }
 
-/// Whether a 64-bit little-endian ELF program has no interpreter, that is, needs no dynamic linker.
+/// Returns whether a 64-bit little-endian ELF program has no interpreter, that is, needs no dynamic linker.
 ///
 /// # Errors
 /// When the file cannot be read or is not such a program.

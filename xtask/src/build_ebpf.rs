@@ -1,8 +1,8 @@
 //! `build-ebpf`: builds package `proxy-ebpf` for the BPF target and puts the object where the agent's build script
 //! looks for it.
 //!
-//! It has a target directory of its own, so that building for the host and building for BPF do not invalidate each
-//! other, and the object is replaced only when its bytes changed, so that the agent is not rebuilt for nothing.
+//! The package has a target directory of its own, so that building for the host and building for BPF do not invalidate
+//! each other. The object is replaced only when its bytes have changed, so that the agent is not rebuilt for nothing.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,18 +14,19 @@ use crate::process::{run as run_command, say};
 use crate::setup;
 use crate::workspace;
 
-/// Little-endian, like every architecture that Vipr runs on.
+/// BPF target: little-endian, like every architecture that Vipr runs on.
 const TARGET: &str = "bpfel-unknown-none";
 
-/// aya's bindings want to know whose registers a program may look at. Vipr's programs look at none, so one object
-/// serves every machine: built for another architecture it has the same code, and other names in its debug information.
+/// Architecture for aya's bindings, which define the registers that a program may read. Vipr's programs read none, so
+/// one object serves every machine: built for another architecture it has the same code, and only other names in its
+/// debug information.
 const ARCH: &str = "bpf_target_arch=\"x86_64\"";
 
-/// The programs of the agent.
+/// Name of the agent's programs.
 pub(crate) const PROGRAMS: &str = "vipr";
-/// The programs of the benchmark of the packet edge, and the feature that they need.
+/// Name of the programs for the benchmark of the packet edge, which need the feature [`BENCH_FEATURE`].
 pub(crate) const BENCH_PROGRAMS: &str = "vipr-bench";
-/// See [`BENCH_PROGRAMS`].
+/// Feature that [`BENCH_PROGRAMS`] need.
 pub(crate) const BENCH_FEATURE: &str = "bench";
 
 /// Arguments of `build-ebpf`.
@@ -45,8 +46,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     build(PROGRAMS, features, &workspace::ebpf_object())
 }
 
-/// Builds the programs that the benchmark of the packet edge measures with; returns where their object is. Nothing
-/// that is shipped contains it.
+/// Builds the programs that the benchmark of the packet edge measures with, and returns the path of their object.
+/// Nothing that is shipped contains it.
 ///
 /// # Errors
 /// When the toolchain is missing and cannot be installed, or the build fails.
@@ -64,7 +65,7 @@ fn build(programs: &str, features: &str, object: &Path) -> Result<()> {
     Ok(())
 }
 
-/// `cargo <subcommand>` on `programs` for the BPF target, with the linker and flags that an object needs.
+/// Returns `cargo <subcommand>` on `programs` for the BPF target, with the linker and flags that an object needs.
 ///
 /// # Errors
 /// When the toolchain or the linker is missing and cannot be installed.
@@ -93,7 +94,7 @@ fn build_dir() -> PathBuf {
     workspace::target_dir().join("ebpf-build")
 }
 
-/// Copies `built` to `object` if they differ, and tells whether they did.
+/// Copies `built` to `object` if they differ, and returns whether they did.
 fn install(built: &Path, object: &Path) -> Result<bool> {
     let bytes =
         fs::read(built).with_context(|| format!("cannot read the built object {}", built.display()))?;
@@ -102,7 +103,8 @@ fn install(built: &Path, object: &Path) -> Result<bool> {
     }
     let dir = object.parent().context("the object has no directory")?;
     fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    // Renamed into place: a build of the agent beside this one reads the old object or the new, never half of it.
+    // Renamed into place: a build of the agent at the same time reads either the old object or the new one, never half
+    // of one.
     let beside = object.with_extension("o.new");
     fs::write(&beside, &bytes).with_context(|| format!("cannot write {}", beside.display()))?;
     fs::rename(&beside, object).with_context(|| format!("cannot write {}", object.display()))?;

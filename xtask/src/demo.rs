@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::build;
 
-/// Becomes the demo.
+/// Replaces this process by the demo.
 ///
 /// # Errors
 /// When a build fails or the demo cannot be started.

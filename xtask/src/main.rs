@@ -1,8 +1,8 @@
-//! Vipr's one tool for people and CI: whatever CI runs, anyone can run by the same name.
+//! Vipr's one tool for people and CI: anyone can run each step of CI by the same name.
 //!
-//! This file only reads the command line and dispatches; each command is a module of its own. What the commands
-//! share lives in [`workspace`] (where things are), [`process`] (running other programs) and [`toolchain`] (finding
-//! the compilers and tools that [`setup`] installs).
+//! This file only reads the command line and dispatches; each command is a module of its own. The commands share
+//! [`workspace`] (paths), [`process`] (running other programs) and [`toolchain`] (finding the compilers and tools that
+//! [`setup`] installs).
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -46,7 +46,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Find, and install where missing, what the other commands need.
+    /// Find the tools that the other commands need, and install missing ones.
     Setup(setup::Args),
     /// Build the BPF object into target/ebpf/vipr.o.
     BuildEbpf(build_ebpf::Args),
@@ -54,7 +54,7 @@ enum Command {
     Build(build::Args),
     /// Try Vipr on this machine, without a cluster: nodes, pods and clients in network namespaces.
     Demo {
-        /// Passed on to the demo; `cargo xtask demo -- --help` lists them.
+        /// Arguments for the demo; `cargo xtask demo -- --help` lists them.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
@@ -62,18 +62,18 @@ enum Command {
     Test(test::Args),
     /// Run a benchmark: `east-west`, `north-south`, `packet` or `sync`.
     Bench {
-        /// Which benchmark, and its own arguments.
+        /// Name of the benchmark, and arguments for it.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         args: Vec<OsString>,
     },
-    /// Check formatting, lints, docs, manifests, licences and where `unsafe` is.
+    /// Check formatting, lints, docs, manifests, licences, and that `unsafe` is only in the files meant for it.
     Lint(lint::Args),
 }
 
 fn main() -> ExitCode {
     match dispatch(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
-        // Not returned from here: a backtrace of xtask would say nothing about the tool that failed.
+        // The error is not returned from main: a backtrace of xtask would say nothing about the tool that failed.
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

@@ -1,4 +1,5 @@
-//! What `setup` is going to install: decided from what is there, and told, before anything is fetched.
+//! Plan of `setup`: the packages and tools to install, decided from those that are present, and printed before anything
+//! is fetched.
 
 use std::fmt;
 
@@ -9,20 +10,20 @@ use crate::toolchain::{BPF_LINKER, CARGO_DENY, CHOICE, LLVM, PINNED, Toolchain};
 /// Debian's packages of a compiler for the BPF target.
 pub(crate) const DEBIAN_RUST: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 
-/// How there will be a compiler for the BPF target.
+/// Way to a compiler for the BPF target.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Compiler {
-    /// It is there.
+    /// A compiler that is present.
     Found(Toolchain),
-    /// The first of these that can be installed.
+    /// Candidates: the first one that can be installed is.
     Install(Vec<Toolchain>),
 }
 
 impl Compiler {
-    /// Decides from what the user has chosen, what `check` says about a toolchain, and which installers there are.
+    /// Decides from the user's choice, the result of `check` for a toolchain, and the installers that are present.
     ///
     /// # Errors
-    /// When there is no way; then with what the user can do.
+    /// When there is no way to a compiler; the error says what the user can do.
     pub(crate) fn choose(
         chosen: Option<Toolchain>,
         check: impl Fn(&Toolchain) -> Result<()>,
@@ -64,12 +65,12 @@ impl Compiler {
     }
 }
 
-/// What is missing, and how it comes.
+/// Everything that is missing, and how each part is installed.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
     /// Ways to a compiler for the BPF target; none if there is one.
     pub(crate) compiler: Vec<Toolchain>,
-    /// Debian's packages, and what each is for.
+    /// Debian's packages, each with its purpose.
     pub(crate) packages: Vec<(&'static str, &'static str)>,
     /// Whether bpf-linker is built.
     pub(crate) bpf_linker: bool,
@@ -80,7 +81,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Whether nothing is missing.
+    /// Returns whether nothing is missing.
     pub(crate) fn is_empty(&self) -> bool {
         *self == Self::default()
     }
@@ -130,7 +131,7 @@ impl fmt::Display for Plan {
 mod tests {
     use super::*;
 
-    /// Chooses where only the toolchains in `there` are usable.
+    /// Runs `Compiler::choose` where only the toolchains in `there` are usable.
     fn choose(chosen: Option<&str>, there: &[&str], rustup: bool, apt: bool) -> Result<Compiler, String> {
         let toolchain = |name: &str| match name {
             "pinned" => Toolchain::Pinned,
@@ -152,7 +153,7 @@ mod tests {
         let found = |toolchain| Ok(Compiler::Found(toolchain));
         assert_eq!(choose(None, &["pinned", "debian"], true, true), found(Toolchain::Pinned));
         assert_eq!(choose(None, &["debian"], true, true), found(Toolchain::Debian));
-        // The user's nightly may be of any day.
+        // The user's nightly may be of any day, so it is not used unless chosen.
         let install = Compiler::Install(vec![Toolchain::Pinned, Toolchain::Debian]);
         assert_eq!(choose(None, &["nightly"], true, true), Ok(install));
         let nightly = Toolchain::Rustup("nightly".to_owned());

@@ -1,4 +1,4 @@
-//! Running other programs: each is echoed before it starts, and a failure names what failed.
+//! Running other programs: each command line is printed before it starts, and an error names the command that failed.
 
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -14,7 +14,7 @@ pub(crate) fn say(message: &str) {
 /// Runs `command` with its output going to the terminal.
 ///
 /// # Errors
-/// When it cannot be started or does not succeed.
+/// When the command cannot be started or does not succeed.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let shown = show(command);
     eprintln!("  $ {shown}");
@@ -28,7 +28,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 /// Runs `command` silently and returns what it wrote to standard output.
 ///
 /// # Errors
-/// When it cannot be started or does not succeed; then with what it wrote to standard error.
+/// When the command cannot be started or does not succeed; the error contains its standard error output.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let shown = show(command);
     let out = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{shown}`"))?;
@@ -38,7 +38,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     String::from_utf8(out.stdout).with_context(|| format!("`{shown}` wrote something that is not UTF-8"))
 }
 
-/// Becomes `command`; returns only when that fails.
+/// Replaces this process by `command`; returns only when that fails.
 ///
 /// # Errors
 /// When the program cannot be started.
@@ -48,7 +48,7 @@ pub(crate) fn exec(command: &mut Command) -> Result<()> {
     Err(anyhow!(command.exec()).context(format!("cannot start `{shown}`")))
 }
 
-/// The command line as a person would type it, without the environment and with the bare name of the program.
+/// Returns the command line as a person would type it, without the environment and with the bare name of the program.
 fn show(command: &Command) -> String {
     let program = Path::new(command.get_program());
     let name = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy();

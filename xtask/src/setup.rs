@@ -1,8 +1,9 @@
-//! `setup`: finds what the other commands need, says what is missing and how it will come, and then installs that. It
-//! changes the machine only through the system's package manager, by mounting the BPF filesystem, and in the tools
-//! directory in the target directory; for a build for another machine, rustup adds that target's library.
+//! `setup`: finds the tools that the other commands need, prints which are missing and how they will be installed, and
+//! then installs them. `setup` changes the machine only through the system's package manager, by mounting the BPF
+//! filesystem, and in the tools directory in the target directory. For a build for another machine, rustup also adds
+//! that target's library.
 //!
-//! The other commands call the same functions for the parts they need, and those speak only when something is
+//! The other commands call the same functions for the parts they need. These calls print something only when a part is
 //! missing: nobody has to know about `setup` to run the demo.
 
 use std::fs;
@@ -22,7 +23,7 @@ use crate::workspace::{find_program, is_root, tools_dir};
 /// Arguments of `setup`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// What to set up.
+    /// Parts to set up.
     #[arg(value_enum, default_values_t = [Part::Build, Part::Lab])]
     parts: Vec<Part>,
 }
@@ -31,11 +32,11 @@ pub(crate) struct Args {
 pub(crate) enum Part {
     /// The compiler and linker for the BPF object.
     Build,
-    /// What the demo, the lab tests and the benchmarks use: ip, bpftool, a mounted BPF filesystem.
+    /// The tools of the demo, the lab tests and the benchmarks: ip, bpftool, a mounted BPF filesystem.
     Lab,
-    /// What `lint` uses: clippy for the BPF target, and cargo-deny (built from source: a minute or two, once).
+    /// The tools of `lint`: clippy for the BPF target, and cargo-deny (built from source: a minute or two, once).
     Lint,
-    /// What `test kernels` uses: QEMU for this machine, and tools to unpack kernels and pack an initramfs.
+    /// The tools of `test kernels`: QEMU for this machine, and tools to unpack kernels and pack an initramfs.
     Kernels,
 }
 
@@ -49,13 +50,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Called with a line about each thing that is there already: [`say`], or [`quiet`].
+/// Function called with a line about each tool that is already present: [`say`] or [`quiet`].
 type Found = fn(&str);
 
-/// For commands that only want to get on with it.
+/// Prints nothing: for commands that set up parts only on the way.
 pub(crate) fn quiet(_: &str) {}
 
-/// Finds what the parts need, tells what is missing and how it will come, and installs it.
+/// Finds the tools that `parts` need, prints which are missing and how they will be installed, and installs them.
 ///
 /// # Errors
 /// When something is missing and cannot be installed.
@@ -72,7 +73,7 @@ pub(crate) fn parts(parts: &[Part], found: Found) -> Result<()> {
     install(&plan)
 }
 
-/// As [`parts`], what the ring of kernels uses for these machines.
+/// Does the same as [`parts`] for the tools that the ring of kernels needs for `machines`.
 ///
 /// # Errors
 /// When a tool is missing and cannot be installed.
@@ -82,7 +83,7 @@ pub(crate) fn kernels(machines: &[Machine], found: Found) -> Result<()> {
     install(&plan)
 }
 
-/// Tells what is missing and how it will come, and installs it.
+/// Prints what is missing and how it will be installed, and installs it.
 fn install(plan: &Plan) -> Result<()> {
     if plan.is_empty() {
         return Ok(());
@@ -108,7 +109,7 @@ fn install(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// The compiler and the linker for the BPF object.
+/// Returns the compiler and the linker for the BPF object, installing missing ones.
 ///
 /// # Errors
 /// When one is missing and cannot be installed.
@@ -118,7 +119,8 @@ pub(crate) fn build(found: Found) -> Result<(Toolchain, PathBuf)> {
     Ok((toolchain, toolchain::bpf_linker()?))
 }
 
-/// What release programs of another machine are built with: Rust's library for it, and a C compiler, which also links.
+/// Installs the parts that release programs of another machine are built with: Rust's library for the target, and a C
+/// compiler, which also links.
 ///
 /// # Errors
 /// When one is missing and cannot be installed.
@@ -139,7 +141,7 @@ pub(crate) fn target(target: &Target) -> Result<()> {
         say(&format!("installing Rust's library for {triple} into the toolchain that builds Vipr"));
         run_command(Command::new("timeout").args(["300", "rustup", "target", "add", &triple]))?;
     }
-    // A compiler may be there without the header files.
+    // The compiler may be installed without the C header files.
     let compiles = |program: String| {
         output(Command::new(program).args(["-E", "-include", "stdint.h", "-x", "c", "/dev/null"]))
     };
@@ -165,7 +167,8 @@ fn plan_build(plan: &mut Plan, found: Found) -> Result<()> {
         Err(missing) => {
             found(&format!("{missing:#}"));
             plan.bpf_linker = true;
-            // The libraries that LLVM itself was linked with come along: the linker asks for all of them by name.
+            // The libraries that LLVM itself was linked with are installed too: the linker asks for all of them by
+            // name.
             let libraries = [
                 (format!("{LLVM_PREFIX}/include/llvm-c/Core.h"), "llvm-22-dev"),
                 (format!("{LLVM_PREFIX}/lib/libPolly.a"), "libpolly-22-dev"),
@@ -180,7 +183,8 @@ fn plan_build(plan: &mut Plan, found: Found) -> Result<()> {
     Ok(())
 }
 
-/// Maps and links are pinned in a BPF filesystem; systemd mounts it at boot, a plain container does not.
+/// Plans ip, bpftool and the BPF filesystem, in which maps and links are pinned. systemd mounts it at boot; a plain
+/// container does not.
 fn plan_lab(plan: &mut Plan, found: Found) -> Result<()> {
     let tools = [
         ("ip", "iproute2", "makes networks"),
@@ -204,10 +208,10 @@ fn plan_lab(plan: &mut Plan, found: Found) -> Result<()> {
     Ok(())
 }
 
-/// Beyond rustfmt and clippy of the workspace's own toolchain.
+/// Plans the tools of `lint`, beyond rustfmt and clippy of the workspace's own toolchain.
 fn plan_lint(plan: &mut Plan, found: Found) -> Result<()> {
     let debian = match compiler()? {
-        // It may have clippy or not; the user's toolchain is not changed.
+        // A toolchain of the user's stays as it is, with clippy or without.
         Compiler::Found(toolchain) => toolchain == Toolchain::Debian && !toolchain.has_clippy(),
         Compiler::Install(ways) => ways.first() == Some(&Toolchain::Debian),
     };
@@ -221,7 +225,7 @@ fn plan_lint(plan: &mut Plan, found: Found) -> Result<()> {
     Ok(())
 }
 
-/// What boots other kernels. They are fetched, and nothing of them is installed.
+/// Plans the tools that boot other kernels. The kernels are fetched, and nothing of them is installed.
 fn plan_kernels(plan: &mut Plan, machines: &[Machine], found: Found) -> Result<()> {
     ensure!(
         find_program("apt-get").is_some() && find_program("dpkg-deb").is_some(),
@@ -243,7 +247,7 @@ fn plan_kernels(plan: &mut Plan, machines: &[Machine], found: Found) -> Result<(
     Ok(())
 }
 
-/// Installs the first of `ways` that can be.
+/// Installs the first of `ways` that can be installed.
 fn install_compiler(ways: &[Toolchain]) -> Result<()> {
     let mut reasons = Vec::new();
     for way in ways {
@@ -263,7 +267,8 @@ fn install_compiler(ways: &[Toolchain]) -> Result<()> {
     bail!("no compiler for the BPF target ({})", reasons.join("; "))
 }
 
-/// Bounded in time: behind a firewall that swallows packets rustup would wait for very long.
+/// Installs the pinned toolchain, within a time limit: behind a firewall that drops packets, rustup would wait for very
+/// long.
 fn install_pinned() -> Result<()> {
     say(
         "rustup gets a home of its own, in Vipr's target directory: what it says about a default toolchain is not about yours",
@@ -274,7 +279,7 @@ fn install_pinned() -> Result<()> {
     run_command(install.env("RUSTUP_HOME", pinned_home()))
 }
 
-/// Built from source against the system's LLVM.
+/// Builds bpf-linker from source against the system's LLVM.
 fn build_bpf_linker() -> Result<()> {
     let mut install = cargo_install("bpf-linker", BPF_LINKER);
     let feature = format!("llvm-{LLVM}");
@@ -283,7 +288,7 @@ fn build_bpf_linker() -> Result<()> {
     toolchain::bpf_linker().map(drop).context("bpf-linker was built, but cannot be used")
 }
 
-/// Where filesystems of type `kind` are mounted.
+/// Returns the mount points of filesystems of type `kind`.
 ///
 /// # Errors
 /// When /proc/mounts cannot be read.
@@ -303,14 +308,14 @@ fn mounted_in(mounts: &str, kind: &str) -> Vec<String> {
         .collect()
 }
 
-/// `cargo install` of one exact version into the tools directory.
+/// Returns `cargo install` of one exact version into the tools directory.
 fn cargo_install(name: &str, version: &str) -> Command {
     let mut cargo = crate::workspace::cargo();
     cargo
         .args(["install", name, "--version", version, "--locked", "--root"])
         .arg(tools_dir())
         .env("CARGO_TARGET_DIR", tools_dir().join("build"))
-        // These run for moments: the time to build them is what counts.
+        // The tools run for moments only: the time to build them matters more than their speed.
         .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
         .env("CARGO_PROFILE_RELEASE_LTO", "off")
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")
@@ -324,7 +329,7 @@ fn build_tool(install: &mut Command) -> Result<()> {
     fs::remove_dir_all(&build).with_context(|| format!("cannot remove {}", build.display()))
 }
 
-/// Installs Debian packages; `what` says what they are for.
+/// Installs Debian packages; `what` names their purpose.
 fn apt_install(packages: &[&str], what: &str) -> Result<()> {
     if find_program("apt-get").is_none() {
         bail!("{what} is missing; install what Debian calls: {}", packages.join(" "));
@@ -334,16 +339,16 @@ fn apt_install(packages: &[&str], what: &str) -> Result<()> {
     run_command(
         as_root("env")?
             .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "--yes", "--quiet"])
-            // A package that would take another one's place, such as a compiler of the user's, is refused.
+            // Refuses a package that would replace an installed one, such as a compiler of the user's.
             .args(["--no-install-recommends", "--no-remove"])
             .args(packages),
     )
 }
 
-/// `program`, through sudo unless this is root.
+/// Returns a command for `program`, through sudo unless this process is root.
 ///
 /// # Errors
-/// When this is not root and there is no sudo.
+/// When this process is not root and there is no sudo.
 pub(crate) fn as_root(program: &str) -> Result<Command> {
     if is_root() {
         return Ok(Command::new(program));

@@ -1,4 +1,4 @@
-//! What a release build is made for: this machine, or another one of an architecture that Vipr runs on.
+//! The target of a release build: this machine, or another machine of an architecture that Vipr runs on.
 
 use std::env;
 use std::fmt;
@@ -6,31 +6,33 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// The architectures as Rust names them, and as Debian, Go and Kubernetes do.
+/// Names of each architecture: Rust's, and the one that Debian, Go and Kubernetes use.
 const ARCHITECTURES: [(&str, &str); 2] = [("x86_64", "amd64"), ("aarch64", "arm64")];
 
-/// A target of release builds. It links statically, and everything but a C compiler comes with Rust.
+/// A target of release builds. Programs are linked statically; everything that they need, except a C compiler, comes
+/// with Rust.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Target {
     arch: &'static str,
     /// `gnu` or `musl`.
     libc: &'static str,
-    /// Whether the programs run on this machine's CPU.
+    /// Whether the target's programs run on this machine's CPU.
     native: bool,
 }
 
 impl fmt::Display for Target {
-    /// Writes the name that rustc and cargo know it by.
+    /// Writes the target's name in rustc and cargo.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}-unknown-linux-{}", self.arch, self.libc)
     }
 }
 
 impl Target {
-    /// The target called `wanted`, an architecture or one of rustc's names; without one: this machine's.
+    /// Returns the target called `wanted`, an architecture or one of rustc's names; without `wanted`, this machine's
+    /// target.
     ///
     /// # Errors
-    /// When Vipr does not run there, or this machine cannot build for it.
+    /// When Vipr does not run on that target, or this machine cannot build for it.
     pub(crate) fn new(wanted: Option<&str>) -> Result<Self> {
         ensure!(
             cfg!(target_os = "linux") && cfg!(target_env = "gnu"),
@@ -54,7 +56,8 @@ impl Target {
         };
         let native = arch == host;
         let libc = match libc {
-            // glibc links statically, too, and nothing has to be installed for it; across machines musl needs less.
+            // On this machine glibc, which also links statically, needs no installation; for another machine musl needs
+            // less.
             Some("gnu") | None if native => "gnu",
             Some("musl") | None => "musl",
             Some(_) => {
@@ -64,17 +67,17 @@ impl Target {
         Ok(Self { arch, libc, native })
     }
 
-    /// Whether programs are built for this machine with nothing but what every build needs.
+    /// Returns whether programs are built for this machine with only the tools that every build needs.
     pub(crate) fn is_own(&self) -> bool {
         self.native && self.libc == "gnu"
     }
 
-    /// The C compiler that builds and links programs of this target.
+    /// Returns the C compiler that builds and links programs of this target.
     pub(crate) fn compiler(&self) -> String {
         if self.native { "cc".to_owned() } else { format!("{}-linux-gnu-gcc", self.arch) }
     }
 
-    /// Debian's packages of that compiler and of C's header files for it.
+    /// Returns Debian's packages of that compiler and of C's header files for it.
     pub(crate) fn compiler_packages(&self) -> [String; 2] {
         if self.native {
             return ["gcc", "libc6-dev"].map(str::to_owned);
@@ -87,10 +90,11 @@ impl Target {
     /// Makes `cargo` build for this target.
     ///
     /// # Errors
-    /// When a variable that flags are added to is not UTF-8.
+    /// When an environment variable to which flags are added is not UTF-8.
     pub(crate) fn apply(&self, cargo: &mut Command) -> Result<()> {
         let triple = self.to_string();
-        // With --target the flag reaches only what runs in the end: procedural macros cannot be static.
+        // With --target, the flag reaches only the programs of the target, not procedural macros, which cannot be
+        // static.
         let flags = match env::var("RUSTFLAGS") {
             Ok(flags) => flags,
             Err(env::VarError::NotPresent) => String::new(),

@@ -1,17 +1,17 @@
 //! `test`: the test rings by name.
 //!
-//! - `unit` needs no privileges: unit and property tests of every crate, doc tests, and the integration tests whose
-//!   name starts with nothing of what follows.
-//! - `equivalence` needs root: the integration tests whose name starts with `equivalence`, which run the real BPF
-//!   programs and the same code on the host on the same packets.
+//! - `unit` needs no privileges: unit and property tests of every crate, doc tests, and the integration tests that
+//!   belong to none of the rings below.
+//! - `equivalence` needs root: the integration tests whose name starts with `equivalence`, which run the same packets
+//!   through the real BPF programs and through the same code on the host.
 //! - `lab` needs root: the integration tests whose name starts with `lab`, which load the real BPF programs and
 //!   build nodes, pods and clients from network namespaces.
 //!
-//! - `kernels` is [`crate::kernels`]: other kernels, booted in QEMU. It is not part of all.
+//! - `kernels` is [`crate::kernels`]: other kernels, booted in QEMU. It is not part of `all`.
 //!
-//! A new test file is picked up by its name alone. All rings build the same packages with the same features, so that
-//! going from one to another rebuilds no dependency; and in the dev profile, because building for release takes longer
-//! than the tests themselves.
+//! A new test file is assigned to a ring by its name alone. All rings build the same packages with the same features,
+//! so that a change of ring rebuilds no dependency. All use the dev profile, because a build for release takes longer
+//! than the tests.
 
 use std::env;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -33,8 +33,8 @@ use crate::workspace::{self, Package, find_program, is_root};
 pub(crate) struct Args {
     #[command(subcommand)]
     other: Option<Other>,
-    /// A ring (`unit`, `equivalence`, `lab` or `all`; without one: all), then filters: tests whose name contains one of
-    /// them run.
+    /// A ring (`unit`, `equivalence`, `lab` or `all`; default: all), then filters: only tests whose name contains one
+    /// of them run.
     #[arg(value_name = "[RING] [FILTER]")]
     ring_and_filters: Vec<String>,
     /// Show the output of tests while they run, one test at a time.
@@ -57,18 +57,19 @@ enum Ring {
     All,
 }
 
-/// Where a client of Kubernetes finds its API server, if nobody says it. The tests have servers of their own.
+/// Environment variables by which a Kubernetes client finds its API server by default. The tests have servers of their
+/// own.
 const OF_THE_USER: [&str; 5] =
     ["KUBECONFIG", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT", "HTTPS_PROXY", "https_proxy"];
 
-/// What to run, in terms of cargo's options.
+/// The tests to run, as options of cargo.
 #[derive(Debug, PartialEq, Eq)]
 struct Selection {
     /// Options that name the packages; the same for every ring.
     packages: Vec<String>,
     /// Options that name every integration test of the ring.
     tests: Vec<String>,
-    /// Whether unit tests and doc tests are part of it.
+    /// Whether unit tests and doc tests are selected.
     unit: bool,
 }
 
@@ -98,7 +99,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// Builds what the rings build; returns the directory of the agent and of the programs of crate `tests`.
+/// Builds the packages of the rings, and returns the directory of the agent and of the programs of crate `tests`.
 ///
 /// # Errors
 /// When a build fails.
@@ -110,12 +111,12 @@ pub(crate) fn development_programs() -> Result<PathBuf> {
 fn build(selection: &Selection) -> Result<()> {
     build_ebpf::run(&build_ebpf::Args { debug_log: false })?;
     let mut agent = workspace::cargo();
-    // The test programs are built in the same go: a build of the agent alone would see other features.
+    // The test programs are built by the same command: a build of the agent alone would select other features.
     agent.arg("build").args(&selection.packages).args(["--bin", "proxy-agent"]).args(&selection.tests);
     run_command(&mut agent)
 }
 
-/// Takes a leading ring name off the arguments.
+/// Splits a leading ring name off the arguments.
 fn split(args: &[String]) -> (Ring, &[String]) {
     let ring = match args.first().map(String::as_str) {
         Some("unit") => Ring::Unit,
@@ -128,7 +129,7 @@ fn split(args: &[String]) -> (Ring, &[String]) {
 }
 
 fn select(packages: &[Package], ring: Ring) -> Selection {
-    // The programs themselves run nowhere but in the kernel.
+    // The programs themselves run only in the kernel.
     let packages = || packages.iter().filter(|package| package.name != "proxy-ebpf");
     let in_ring = |name: &&String| ring == Ring::All || ring == ring_of(name);
     let option = |option: &str, value: &str| [option.to_owned(), value.to_owned()];
@@ -142,7 +143,7 @@ fn select(packages: &[Package], ring: Ring) -> Selection {
     }
 }
 
-/// The ring of an integration test.
+/// Returns the ring of an integration test.
 fn ring_of(test: &str) -> Ring {
     if test.starts_with("lab") {
         Ring::Lab
@@ -153,8 +154,8 @@ fn ring_of(test: &str) -> Ring {
     }
 }
 
-/// The lab and the equivalence tests change the machine's kernel; what they need is checked here once, so that no test has
-/// to skip itself.
+/// Checks what the lab and the equivalence tests need, once for all of them, so that no test has to skip itself. They
+/// change the machine's kernel.
 fn check_lab() -> Result<()> {
     let only_unit = "`cargo xtask test unit` runs the tests that need no privileges";
     ensure!(
@@ -182,8 +183,8 @@ fn test_command(runner: &[&str], selection: &Selection) -> Command {
     cargo
 }
 
-/// How many tests run at a time: most of those in the lab wait most of the time. Who has said it himself is heeded. (`cargo test`
-/// cannot give a greedy test the machine for itself, so it runs as many as there are processors.)
+/// Sets the number of tests that nextest runs at a time, unless the user has set it. Most lab tests wait most of the
+/// time. (`cargo test` cannot give a test the whole machine, so it runs as many as there are processors.)
 fn side_by_side(cargo: &mut Command) {
     const VARIABLE: &str = "NEXTEST_TEST_THREADS";
     if env::var_os(VARIABLE).is_none() {
@@ -192,7 +193,7 @@ fn side_by_side(cargo: &mut Command) {
     }
 }
 
-/// nextest fails by itself when it finds no test to run.
+/// Runs the tests with nextest, which fails when it finds no test to run.
 fn with_nextest(selection: &Selection, filters: &[String], no_capture: bool) -> Result<()> {
     let mut cargo = test_command(&["nextest", "run"], selection);
     side_by_side(&mut cargo);
@@ -202,7 +203,8 @@ fn with_nextest(selection: &Selection, filters: &[String], no_capture: bool) -> 
     run_command(cargo.args(filters))
 }
 
-/// `cargo test` reports per test program and calls it a success when no test ran: its output is counted.
+/// Runs the tests with `cargo test`, which reports per test program and succeeds when no test ran: its output is
+/// counted.
 fn with_cargo_test(selection: &Selection, filters: &[String], no_capture: bool) -> Result<()> {
     let mut cargo = test_command(&["test"], selection);
     cargo.arg("--").args(filters);
@@ -236,7 +238,7 @@ struct Total {
 }
 
 impl Total {
-    /// Adds what a closing line of one test program says; other lines say nothing.
+    /// Adds the counts in the closing line of one test program; ignores other lines.
     fn add(&mut self, line: &str) {
         let Some(result) = line.strip_prefix("test result: ") else { return };
         let counts = result.split_once(". ").map_or("", |(_, counts)| counts);

@@ -1,13 +1,15 @@
-//! Finds the compiler for the BPF target and the linker that goes with it. It only looks: [`crate::setup`] installs.
+//! Finds the compiler for the BPF target and the linker that goes with it. This module only looks: [`crate::setup`]
+//! installs.
 //!
 //! Building for BPF needs `core` from source, hence a compiler that accepts `-Z` flags and the library source of
-//! exactly that compiler. `RUSTC_BOOTSTRAP` opens a stable compiler, so two ways lead to the same release of it:
+//! exactly that compiler. `RUSTC_BOOTSTRAP` makes a stable compiler accept `-Z` flags, so there are two ways to the
+//! same release of it:
 //!
 //! - rustup's [`PINNED`] with the component `rust-src`, in a directory of Vipr's own;
 //! - Debian's packages `rustc-web cargo-web rust-web-src`.
 //!
-//! The user's own toolchains are neither used nor changed, unless [`CHOICE`] names one: another compiler writes other
-//! code, and only this one's has been tried on every kernel.
+//! The user's own toolchains are neither used nor changed, unless [`CHOICE`] names one: another compiler generates
+//! other code, and only this compiler's code has been tried on every kernel.
 
 use std::env;
 use std::fmt;
@@ -19,33 +21,34 @@ use anyhow::{Context as _, Result, bail};
 use crate::process;
 use crate::workspace;
 
-/// The version of bpf-linker that `setup` builds and that is taken from `PATH`.
+/// Version of bpf-linker that `setup` builds, and the only one that is accepted from `PATH`.
 pub(crate) const BPF_LINKER: &str = "0.13.0";
 
-/// The LLVM that bpf-linker is built with. A compiler with a newer one writes bitcode that it cannot read.
+/// Major version of the LLVM that bpf-linker is built with. It cannot read the bitcode of a compiler with a newer LLVM.
 pub(crate) const LLVM: u32 = 22;
 
-/// Where Debian puts that LLVM.
+/// Directory of that LLVM in Debian.
 pub(crate) const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
 
-/// The release of Rust that builds the BPF object where rustup provides it. Debian's packages are of the same one.
+/// Release of Rust that builds the BPF object where rustup provides it. Debian's packages have the same release.
 pub(crate) const PINNED: &str = "1.96.0";
 
-/// The version of cargo-deny that `setup` builds. Any version on `PATH` is taken.
+/// Version of cargo-deny that `setup` builds. Any version on `PATH` is accepted.
 pub(crate) const CARGO_DENY: &str = "0.20.2";
 
-/// The oldest compiler the workspace builds with: `rust-version` of the workspace.
+/// Oldest compiler that the workspace builds with: `rust-version` of the workspace.
 const OLDEST_RUSTC: (u32, u32) = (1, 95);
 
-/// Chooses the compiler by hand: `pinned`, `debian`, or the name of one of the user's rustup toolchains.
+/// Environment variable that chooses the compiler: `pinned`, `debian`, or the name of one of the user's rustup
+/// toolchains.
 pub(crate) const CHOICE: &str = "VIPR_EBPF_TOOLCHAIN";
 
 /// A compiler that can build for BPF, with its library source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Toolchain {
-    /// [`PINNED`], by rustup, beside the user's toolchains.
+    /// [`PINNED`], installed by rustup beside the user's toolchains.
     Pinned,
-    /// A toolchain of the user's, by rustup's name of it.
+    /// A toolchain of the user's, by its name in rustup.
     Rustup(String),
     /// Debian's packages.
     Debian,
@@ -62,7 +65,7 @@ impl fmt::Display for Toolchain {
 }
 
 impl Toolchain {
-    /// What [`CHOICE`] asks for, if anything.
+    /// Returns the toolchain that [`CHOICE`] asks for, if any.
     pub(crate) fn chosen() -> Option<Self> {
         let choice = env::var(CHOICE).ok().filter(|choice| !choice.is_empty())?;
         Some(match choice.as_str() {
@@ -72,10 +75,10 @@ impl Toolchain {
         })
     }
 
-    /// Whether this toolchain can build the BPF object.
+    /// Checks that this toolchain can build the BPF object.
     ///
     /// # Errors
-    /// The reason why it cannot.
+    /// With the reason why it cannot.
     pub(crate) fn check(&self) -> Result<()> {
         let version = process::output(self.program("rustc").arg("-vV"))?;
         check_version(&version)?;
@@ -88,9 +91,9 @@ impl Toolchain {
         Ok(())
     }
 
-    /// `cargo <subcommand>` of this toolchain, started in the workspace's root, with `-Z` flags allowed.
+    /// Returns `cargo <subcommand>` of this toolchain, started in the workspace's root, with `-Z` flags allowed.
     pub(crate) fn cargo(&self, subcommand: &str) -> Command {
-        // By its own name: cargo would look for it on PATH, where another toolchain's may come first.
+        // clippy is started as cargo-clippy: cargo would look for it on PATH, where another toolchain's may come first.
         let mut cargo = self.program(if subcommand == "clippy" { "cargo-clippy" } else { "cargo" });
         cargo.arg(subcommand).current_dir(workspace::root()).env("RUSTC_BOOTSTRAP", "1");
         if *self == Self::Debian {
@@ -99,12 +102,13 @@ impl Toolchain {
         cargo
     }
 
-    /// Whether this toolchain has clippy.
+    /// Returns whether this toolchain has clippy.
     pub(crate) fn has_clippy(&self) -> bool {
         process::output(self.program("cargo-clippy").arg("--version")).is_ok()
     }
 
-    /// A program of this toolchain, without what `cargo run` and rustup set for xtask's own toolchain.
+    /// Returns a program of this toolchain, without the variables that `cargo run` and rustup set for xtask's own
+    /// toolchain.
     fn program(&self, name: &str) -> Command {
         let mut command = match self {
             Self::Pinned => {
@@ -123,19 +127,19 @@ impl Toolchain {
         {
             command.env_remove(variable);
         }
-        // A look must not install anything.
+        // Looking for a toolchain must not install one.
         command.env("RUSTUP_AUTO_INSTALL", "0");
         command
     }
 }
 
-/// A home of its own for rustup, so that neither the user's toolchains nor their settings change. `cargo clean` takes it
-/// away.
+/// Returns the directory of a rustup home for Vipr alone, so that the user's toolchains and settings do not change.
+/// `cargo clean` removes it.
 pub(crate) fn pinned_home() -> PathBuf {
     workspace::tools_dir().join("rustup")
 }
 
-/// Judges what `rustc -vV` printed.
+/// Checks the version that `rustc -vV` printed.
 fn check_version(verbose: &str) -> Result<()> {
     let field = |name: &str| verbose.lines().find_map(|line| line.strip_prefix(name));
     let release = field("release: ").context("rustc does not say its version")?;
@@ -156,16 +160,16 @@ fn check_version(verbose: &str) -> Result<()> {
     Ok(())
 }
 
-/// bpf-linker of version [`BPF_LINKER`], from the tools directory or `PATH`.
+/// Returns bpf-linker of version [`BPF_LINKER`], from the tools directory or `PATH`.
 ///
 /// # Errors
-/// When there is none.
+/// When that version is not found.
 pub(crate) fn bpf_linker() -> Result<PathBuf> {
     let found = workspace::find_program("bpf-linker");
     let Some(linker) = found else {
         bail!("bpf-linker {BPF_LINKER} is not installed");
     };
-    // It also fails to start when the LLVM it was linked with has been removed.
+    // bpf-linker also fails to start when the LLVM that it was linked with has been removed.
     let version = process::output(Command::new(&linker).arg("--version"))?;
     if version.split_whitespace().nth(1) != Some(BPF_LINKER) {
         bail!("{} is {}, not {BPF_LINKER}", linker.display(), version.trim());

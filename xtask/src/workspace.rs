@@ -1,4 +1,4 @@
-//! Where things are: the workspace, its target directory, and programs on `PATH`.
+//! Paths: the workspace, its target directory, and programs on `PATH`.
 
 use std::env;
 use std::ffi::OsStr;
@@ -13,13 +13,13 @@ use serde_json::Value;
 
 use crate::process;
 
-/// The workspace's root directory.
+/// Returns the workspace's root directory.
 pub(crate) fn root() -> &'static Path {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     manifest.parent().unwrap_or(manifest)
 }
 
-/// Cargo's target directory, absolute: `CARGO_TARGET_DIR`, else `target` in the workspace.
+/// Returns cargo's target directory, absolute: `CARGO_TARGET_DIR`, else `target` in the workspace.
 ///
 /// `proxy-agent/build.rs` follows the same rule to find the BPF object.
 pub(crate) fn target_dir() -> PathBuf {
@@ -29,24 +29,24 @@ pub(crate) fn target_dir() -> PathBuf {
     }
 }
 
-/// Where `setup` puts the tools it builds. Programs are in its `bin`.
+/// Returns the directory in which `setup` installs the tools it builds. Programs are in its `bin`.
 pub(crate) fn tools_dir() -> PathBuf {
     target_dir().join("tools")
 }
 
-/// The BPF object that the agent embeds.
+/// Returns the path of the BPF object that the agent embeds.
 pub(crate) fn ebpf_object() -> PathBuf {
     target_dir().join("ebpf").join("vipr.o")
 }
 
-/// Cargo of the workspace's own toolchain, started in the workspace's root.
+/// Returns cargo of the workspace's own toolchain, started in the workspace's root.
 ///
-/// `LD_LIBRARY_PATH` is what `cargo run` set for xtask itself; another compiler must not inherit it.
+/// `LD_LIBRARY_PATH` is removed: `cargo run` set it for xtask itself, and another compiler must not inherit it.
 pub(crate) fn cargo() -> Command {
     static ELSEWHERE: OnceLock<bool> = OnceLock::new();
     let mut cargo = plain_cargo();
-    // Build scripts watch this variable: where it is not needed it must stay unset, or they would run again. It is where
-    // the user's configuration of cargo names another directory.
+    // CARGO_TARGET_DIR is set only where the user's cargo configuration names another target directory. Build scripts
+    // watch the variable and would run again if it were set elsewhere.
     let is_elsewhere =
         || metadata().is_ok_and(|all| all["target_directory"] != *target_dir().to_string_lossy());
     if env::var_os("CARGO_TARGET_DIR").is_some() || *ELSEWHERE.get_or_init(is_elsewhere) {
@@ -57,7 +57,7 @@ pub(crate) fn cargo() -> Command {
 
 fn plain_cargo() -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    // Programs for another target would be in another directory.
+    // CARGO_BUILD_TARGET would move the programs to another directory.
     cargo.current_dir(root()).env_remove("LD_LIBRARY_PATH").env_remove("CARGO_BUILD_TARGET");
     cargo
 }
@@ -77,7 +77,7 @@ pub(crate) struct Package {
     pub(crate) tests: Vec<String>,
 }
 
-/// The members of the workspace, as cargo sees them.
+/// Returns the members of the workspace, as cargo sees them.
 ///
 /// # Errors
 /// When cargo cannot read the workspace.
@@ -100,14 +100,14 @@ fn read_package(package: &Value) -> Option<Package> {
     })
 }
 
-/// The first executable called `name` in the tools directory or on `PATH`.
+/// Finds the first executable called `name` in the tools directory or on `PATH`.
 pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     find_in(tools_dir().join("bin"), &path, name)
 }
 
 fn find_in(first: PathBuf, path: &OsStr, name: &str) -> Option<PathBuf> {
-    // Debian keeps bpftool and ip in sbin, which an ordinary user's PATH leaves out.
+    // Debian keeps bpftool and ip in sbin, which an ordinary user's PATH does not contain.
     let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
     std::iter::once(first)
         .chain(env::split_paths(path))
@@ -116,7 +116,7 @@ fn find_in(first: PathBuf, path: &OsStr, name: &str) -> Option<PathBuf> {
         .find(|candidate| is_executable(candidate))
 }
 
-/// The executables in `dir` itself.
+/// Returns the executables in `dir` itself.
 ///
 /// # Errors
 /// When the directory cannot be read.
@@ -131,7 +131,7 @@ fn is_executable(path: &Path) -> bool {
     path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
-/// Whether this process runs as root.
+/// Returns whether this process runs as root.
 pub(crate) fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt as _;
     // /proc/self belongs to the effective user.

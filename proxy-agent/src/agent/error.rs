@@ -1,4 +1,4 @@
-//! Why the agent ends other than by a signal.
+//! Reasons why the agent ends other than by a signal.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use crate::host::FollowError;
 use crate::observe::http::HttpError;
 use crate::sources::SourceError;
 
-/// Why the agent ends other than by a signal.
+/// Reason why the agent ends other than by a signal.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     /// The dataplane cannot be set up.
@@ -32,27 +32,27 @@ pub enum AgentError {
     /// The maps cannot be read back or written.
     #[error("reading the pinned maps back: {0}")]
     ReadBack(#[from] aya::maps::MapError),
-    /// The source ended, which it never should.
+    /// The source has ended, which it never should.
     #[error("the source of objects has ended; restart the agent")]
     SourceEnded,
-    /// The configuration file is another one than it was at the start.
+    /// The configuration file differs from the one at the start.
     #[error("the configuration file {0} has changed; the agent ends, to be started again with it")]
     FileChanged(PathBuf),
-    /// Nobody would notice a change of the configuration file.
+    /// Changes of the configuration file cannot be noticed.
     #[error("the configuration file {path} cannot be watched: {source}")]
     FileWatch {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: std::io::Error,
     },
     /// A thread cannot be started.
     #[error("a thread for probes and metrics: {0}; raise the limit of processes or open files")]
     Thread(std::io::Error),
-    /// Most of what is sent would be of a family that this host does not have.
+    /// The node's primary IP, whose family most packets would use, is of a family that this host does not have.
     #[error("the node's primary IP {0} is IPv6, which is switched off on this host")]
     PrimaryFamily(Addr),
-    /// Pods are told by the Node's podCIDRs, which do not come.
+    /// Pods are recognized by the Node's podCIDRs, which do not come.
     #[error(
         "--detect-local-mode NodeCIDR: the Node has no podCIDRs after {FOR_POD_CIDRS:?}; let the control plane allocate \
          them, or choose another mode"
@@ -61,14 +61,14 @@ pub enum AgentError {
     /// None of the Node's podCIDRs is of a family that this host has.
     #[error("--detect-local-mode NodeCIDR: this host has no family of the Node's podCIDRs {0}")]
     PodCidrFamily(String),
-    /// The Node's podCIDRs are others than at the start.
+    /// The Node's podCIDRs differ from those at the start.
     #[error(
         "the Node's podCIDRs have changed from {before} to {after}; the agent ends, to be started again with them"
     )]
     PodCidrsChanged {
-        /// What they were.
+        /// The podCIDRs at the start.
         before: String,
-        /// What they are.
+        /// The podCIDRs now.
         after: String,
     },
 }

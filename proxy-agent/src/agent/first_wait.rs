@@ -1,47 +1,46 @@
-//! How long a start waits for what only the Node object can tell: pure.
+//! Wait of a start for facts that only the Node object can tell: pure.
 //!
-//! The Node is watched, so nothing is asked for again and again: what there is of it is judged whenever something
-//! arrives, and when the time is over. The time begins with the first full list: before that, nobody knows what the
-//! Node lacks.
+//! The Node is watched, so it is not requested again and again. Its state is judged whenever something arrives, and
+//! when the time is over. The time begins with the first full list: before that, it is unknown what the Node lacks.
 
 use std::time::{Duration, Instant};
 
 use crate::reconcile::cluster::Node;
 
-/// How long the Node's IPs are waited for.
+/// Time that the Node's IPs are waited for.
 pub const FOR_IPS: Duration = Duration::from_secs(30);
-/// How long the Node's podCIDRs are waited for, where pods are told by them.
+/// Time that the Node's podCIDRs are waited for, where pods are recognized by them.
 pub const FOR_POD_CIDRS: Duration = Duration::from_secs(5 * 60);
 
-/// What a start needs of the Node, since when.
+/// Facts that a start needs of the Node, and the start of the wait.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
-    /// When waiting began.
+    /// Time when the wait began.
     pub since: Instant,
-    /// Its IPs, if they come in time.
+    /// Whether to wait for the Node's IPs; the start does without them after the time.
     pub ips: bool,
-    /// Its podCIDRs: it cannot do without.
+    /// Whether to wait for the Node's podCIDRs; the start cannot do without them.
     pub pod_cidrs: bool,
 }
 
-/// Whether to start.
+/// Decision about the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// There is everything that a start needs, or can have.
+    /// Start: everything that a start needs, or can have, is there.
     Start,
-    /// There is not; look again at this time.
+    /// Something is missing: decide again at this time.
     Wait {
-        /// When.
+        /// Time to decide again.
         until: Instant,
-        /// What for, as a clause.
+        /// Reason for the wait, as a clause.
         reason: &'static str,
     },
-    /// There will be no start without podCIDRs.
+    /// Give up: there is no start without podCIDRs.
     GiveUp,
 }
 
 impl Patience {
-    /// What to do at `now`, if this is all that is known of the Node.
+    /// Returns the decision at `now`, if this is all that is known of the Node.
     pub fn judge(&self, node: &Node, now: Instant) -> Verdict {
         let (ips_until, pod_cidrs_until) = (self.since + FOR_IPS, self.since + FOR_POD_CIDRS);
         if self.ips && node.primary.is_none() && now < ips_until {

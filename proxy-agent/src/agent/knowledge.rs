@@ -1,4 +1,4 @@
-//! What is known of cluster and node, and what follows from it for the maps.
+//! Knowledge of the cluster and the node, and what follows from it for the maps.
 //!
 //! The agent writes it as news come in; the agent and `proxy-agent verify` read it.
 
@@ -17,10 +17,10 @@ use crate::reconcile::node_ips::NodeIps;
 use crate::reconcile::plan::{NodeTables, Wanted, plan_node};
 use crate::reconcile::store::Op;
 
-/// The objects, and the facts that decisions about them look at.
+/// The objects, and the facts on which decisions about them depend.
 #[derive(Debug)]
 pub struct Knowledge {
-    /// What the source has said.
+    /// Objects as the source has told them.
     pub cluster: Cluster,
     /// The facts of this node.
     pub context: Context,
@@ -29,7 +29,7 @@ pub struct Knowledge {
 }
 
 impl Knowledge {
-    /// What the configuration tells.
+    /// Makes the knowledge that the configuration gives.
     pub fn new(config: &Config) -> Self {
         let context = Context {
             node_name: Arc::clone(&config.node_name),
@@ -38,7 +38,7 @@ impl Knowledge {
             ignore_external_ips: !config.allow_external_ips,
             protect_node_addresses: config.protect_node_addresses,
             budget: config.budgets.service,
-            // Until the devices have been looked at, nobody need be alarmed.
+            // Assumed until the devices have been looked at, so that no problem is reported too early.
             pods_in_packets: !config.devices.settings.pods.is_none(),
             ..Context::default()
         };
@@ -54,7 +54,8 @@ impl Knowledge {
         ips
     }
 
-    /// Tells pods by the Node's podCIDRs from here on. False: none of them is of a family that this host has.
+    /// Recognizes pods by the Node's podCIDRs from here on. Returns false if none of them is of a family that this host
+    /// has.
     pub fn take_pod_cidrs(&mut self, families: &[Family]) -> bool {
         for &family in families {
             let mut cidrs = self.cluster.node().pod_cidrs.iter();
@@ -72,20 +73,20 @@ impl Knowledge {
         self.cluster.touch_at(&before.keys().chain(addresses.keys()).filter(differs).copied().collect());
     }
 
-    /// The clusterIPs of a Service that this host has as its own, with their devices.
+    /// Returns the clusterIPs of a Service that are also addresses of this host, with their devices.
     pub fn held_by_host(&self, key: &ObjectKey) -> Vec<(Addr, u32)> {
         let addrs = self.cluster.service(key).into_iter().flat_map(|service| service.cluster_ips);
         addrs.flatten().filter_map(|addr| Some((addr, *self.addresses.get(&addr)?))).collect()
     }
 
-    /// What a Service should become; `None` when it is gone.
+    /// Returns the wanted state of a Service; `None` when it is gone.
     pub fn wanted(&self, key: &ObjectKey) -> Option<Wanted> {
         let service = self.cluster.service(key)?;
         let desired = desired_service(service, self.cluster.slices(key), &self.context);
         Some(Wanted { created: service.created, desired })
     }
 
-    /// Works out the same of what is known now, wherever it is called.
+    /// Returns a function that computes the same from what is known now, on any thread.
     pub fn work_out(&self, key: &ObjectKey) -> impl FnOnce() -> Option<Wanted> + Send + use<> {
         let service = self.cluster.service(key).cloned();
         let slices: Vec<Slice> = self.cluster.slices(key).cloned().collect();
@@ -112,13 +113,13 @@ impl Knowledge {
     }
 }
 
-/// What becomes of the node's own tables.
+/// Plan of the node's own tables.
 #[derive(Debug)]
 pub struct NodePlan {
-    /// To be carried out from first to last.
+    /// Operations, to be carried out from first to last.
     pub ops: Vec<Op>,
     /// Services that have to be planned again.
     pub concerned: BTreeSet<ObjectKey>,
-    /// What there is no room for.
+    /// Problems of what there is no room for.
     pub problems: Vec<String>,
 }

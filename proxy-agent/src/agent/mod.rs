@@ -1,7 +1,7 @@
-//! The loop: takes in what the source says, and brings the kernel maps to it.
+//! The agent's loop: takes in news from the source, and brings the kernel maps up to date.
 //!
-//! One task owns everything, so there is nothing to lock. Whatever blocks (waiting for a grace period, sweeping
-//! sockets) runs beside it and reports back.
+//! One task owns everything, so nothing has to be locked. Work that blocks (waiting for a grace period, sweeping
+//! sockets) runs beside the task and reports back.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -49,6 +49,7 @@ pub mod first_wait;
 pub mod flows;
 pub mod knowledge;
 mod news;
+mod programmed;
 mod programming;
 mod queue;
 mod room;
@@ -58,17 +59,17 @@ pub mod telemetry;
 mod telling;
 
 pub use error::AgentError;
-use programming::Programmed;
+use programmed::Programmed;
 use queue::Queue;
 
-/// After a failed map operation everything is read back and planned anew, this much later, or after the sync period if
-/// that is shorter.
+/// Time after a failed map operation until everything is read back and planned anew; the sync period instead, if that
+/// is shorter.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// How long the end waits for the Event that says why.
+/// Longest time that the end of the agent waits for the Event that gives the reason.
 const LAST_WORD: Duration = Duration::from_secs(5);
 
-/// Updates that may wait while the agent programs.
+/// Number of updates that may wait while the agent programs.
 const QUEUE: usize = 16;
 
 /// Runs the agent until `stop` is ready.
@@ -85,7 +86,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let counts = Counts::default();
     let metrics = Arc::new(Metrics::new(readers(&config.pins, counts.clone())));
     let mut servers = JoinSet::new();
-    // Whoever decides by a probe whether this agent lives does not wait for a plan, nor for who reads all metrics.
+    // Probes, which decide whether this agent lives, wait neither for a plan nor for a client that reads all metrics.
     let probes = ServerThread::start("probes").map_err(AgentError::Thread)?;
     let reading = ServerThread::start("metrics").map_err(AgentError::Thread)?;
     if let Some(address) = config.healthz {
@@ -94,7 +95,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
             .spawn_on(http::serve(health::SERVER, address, router, config.on_bind_failure), probes.handle());
     }
     if let Some(address) = config.metrics {
-        let router = metrics::router(Arc::clone(&metrics), &config.effective);
+        let router = metrics::serve::router(Arc::clone(&metrics), &config.effective);
         servers.spawn_on(
             http::serve(metrics::SERVER, address, router, config.on_bind_failure),
             reading.handle(),
@@ -111,7 +112,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     };
     events.tell(Event::starting());
     let (tx, updates) = mpsc::channel(QUEUE);
-    // Nobody's change waits while an object as large as it may be is taken apart.
+    // The parsing of an object of the largest permitted size delays no other work, because it has a thread of its own.
     let reader = ServerThread::start("source").map_err(AgentError::Thread)?;
     let mut source = reader.handle().spawn(run_source(config.clone(), server, tx));
     tracing::info!(node = %config.node_name, source = %config.source, cgroup = %config.cgroup.display(), "starting");
@@ -140,7 +141,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     }
 }
 
-/// The API server, if that is the source.
+/// Returns the API server, if that is the source.
 pub(crate) fn connect(config: &Config) -> Result<Option<api::Server>, SourceError> {
     match &config.source {
         Source::Manifests(_) => Ok(None),
@@ -150,7 +151,7 @@ pub(crate) fn connect(config: &Config) -> Result<Option<api::Server>, SourceErro
     }
 }
 
-/// Sends what the source says until the receiver is dropped.
+/// Sends the updates of the source until the receiver is dropped.
 pub(crate) async fn run_source(
     config: Config,
     server: Option<api::Server>,
@@ -178,7 +179,7 @@ async fn cannot_serve(servers: &mut JoinSet<Result<(), HttpError>>) -> HttpError
     std::future::pending().await
 }
 
-/// Returns when the configuration file has changed; never without one.
+/// Returns when the configuration file has changed; never returns without a file.
 async fn file_changed(file: Option<ConfigFile>) -> AgentError {
     let Some(file) = file else { return std::future::pending().await };
     match kube_proxy::watch::changed(&file).await {
@@ -192,67 +193,69 @@ struct Agent {
     known: Knowledge,
     addresses: watch::Receiver<HostAddresses>,
     programmed: Option<Programmed>,
-    /// Devices and what is attached to them, from the first programming on.
+    /// The packet edge, from the first programming on.
     edge: Option<Edge>,
     /// Whether any interface of a pod is attached; `None` until that is known.
     pods_attached: Option<bool>,
     /// Destinations of the routes that lead past the packet edge; `None` until its first pass.
     elsewhere: Option<Vec<Prefix>>,
-    /// Devices that are attached, once nothing keeps this node from being ready and until that is announced.
+    /// Number of attached devices, from the moment when nothing keeps this node from being ready until readiness is
+    /// announced.
     announce: Option<usize>,
-    /// It has been announced.
+    /// Whether readiness has been announced.
     ready: bool,
     facts: Facts,
     datagram_ports: DatagramPorts,
     /// Finds the cgroups of pods, and those that opt out of the socket edge.
     opt_out: Follower,
-    /// What it has found; `None` until it has looked.
+    /// Findings of `opt_out`; `None` until it has looked.
     found: Option<cgroups::Found>,
     /// The cgroups that have opted out; `None` until the pods are known.
     opted_out: Option<BTreeSet<u64>>,
     synced: bool,
-    /// What is waited for before the first programming, once the first full list is there.
+    /// Facts of the Node that the first programming waits for, from the first full list on.
     patience: Option<Patience>,
-    /// With detect-local by the Node's podCIDRs: those that the agent works with.
+    /// The Node's podCIDRs that the agent works with, if detect-local goes by them.
     pod_cidrs: Option<Vec<Prefix>>,
-    /// The node's own tables have to be looked at.
+    /// Whether the node's own tables have to be looked at.
     node_changed: bool,
-    /// Every Service has to be looked at, because other endpoints may be near.
+    /// Whether every Service has to be looked at, because other endpoints may be near.
     zone_changed: bool,
-    /// Everything has to be looked at: at the start, and after a failure.
+    /// Whether everything has to be looked at: at the start, and after a failure.
     everything: bool,
-    /// When the maps are next compared with the model.
+    /// Time of the next comparison of the maps with the model.
     audit_at: Instant,
-    /// Freed numbers: those that wait for a grace period which has begun, and those that came later.
+    /// Freed numbers: those in `waiting` wait for a grace period that has begun, those in `freed` came later.
     waiting: Option<(JoinHandle<std::io::Result<()>>, Freed)>,
     freed: Freed,
-    /// Services of which something did not fit into the maps.
+    /// Services of which some part did not fit into the maps.
     refused: BTreeSet<ObjectKey>,
-    /// They are to be tried again: something has gone from the maps, or they are to be told that the maps do not grow.
+    /// Whether `refused` has to be tried again: there may be room in the maps, or the Services have to be told that the
+    /// maps do not grow.
     room: bool,
-    /// The maps could not be made larger when that was tried last.
+    /// Whether the maps could not be made larger at the last attempt.
     stuck: bool,
     /// Services that have changed and are not programmed yet.
     queue: Queue,
-    /// The heavy Service of which it is worked out, beside the loop, what it wants.
+    /// The heavy Service whose wanted state is computed beside the loop.
     working_out: Option<(ObjectKey, JoinHandle<Option<Wanted>>)>,
-    /// Services that have been programmed, and whose health is not told yet.
+    /// Services that have been programmed and whose health is not told yet.
     concluded: Vec<ObjectKey>,
-    /// What is wrong with Services, beside what others have of them.
+    /// Problems of Services, except claims that other Services have.
     said: BTreeMap<ObjectKey, Vec<String>>,
-    /// Services with clusterIPs that are addresses of this host, too.
+    /// Services with clusterIPs that are also addresses of this host.
     held_by_host: BTreeMap<ObjectKey, Vec<(Addr, u32)>>,
-    /// Services of which others may have something now, or no more.
+    /// Services whose claims other Services may have taken or given back.
     retell: BTreeSet<ObjectKey>,
-    /// Maps are not made larger before.
+    /// Time before which maps are not made larger.
     grow_at: Instant,
-    /// The sweep of UDP sockets that runs, and since when.
+    /// The running sweep of sockets, which returns its CPU time; it began at `swept_since`.
     sweep: Option<JoinHandle<Duration>>,
     swept_since: Instant,
     sweep_again: bool,
-    /// It is time to look whether sockets have left something in `STREAMS`.
+    /// Whether it is time to look for leftovers of sockets in `STREAMS`.
     streams_due: bool,
-    /// It does not begin before.
+    /// Time before which no sweep begins.
     sweep_at: Instant,
     telemetry: Telemetry,
     check_ports: CheckPorts,
@@ -290,7 +293,7 @@ impl Agent {
             addresses,
             programmed: None,
             edge: None,
-            // What an earlier agent has attached to pods goes with the first pass.
+            // The first pass detaches what an earlier agent has attached to pods.
             pods_attached: no_pods.then_some(false),
             elsewhere: None,
             announce: None,
@@ -342,7 +345,7 @@ impl Agent {
             let busy = retry.is_none() && self.is_busy();
             tokio::select! {
                 update = updates.recv() => match update {
-                    // The source task tells why, if there is a reason.
+                    // The source task gives the reason, if there is one.
                     None => std::future::pending().await,
                     Some(update) => self.take_in(update),
                 },
@@ -358,7 +361,7 @@ impl Agent {
                 }
                 failures = self.check_ports.failures() => self.report.check_ports(failures),
                 Some(asked) = asked.recv() => {
-                    // Who asks may have gone.
+                    // The asker may have gone.
                     let _ = asked.reply.send(self.reasons(&asked.service));
                     continue;
                 }
@@ -371,10 +374,10 @@ impl Agent {
                 () = async { tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)).await },
                     if retry_at.is_some() => self.everything = true,
                 () = tokio::time::sleep_until(self.audit_at.into()) => self.audit(),
-                // News come first: whoever brings them has a turn of its own.
+                // News come first: the tasks that bring them run before the next turn.
                 () = tokio::task::yield_now(), if busy => {}
             }
-            // What has arrived meanwhile is programmed together.
+            // Updates that have arrived meanwhile are programmed together.
             while let Ok(update) = updates.try_recv() {
                 self.take_in(update);
             }
@@ -394,7 +397,7 @@ impl Agent {
                 Err(AgentError::ReadBack(error)) => Some(self.failed(&error)),
                 Err(error) => return Err(error),
             };
-            // Who waits for readiness may look at `status` next.
+            // A client that waits for readiness may look at `status` next.
             self.report.write();
             self.metrics.problems(self.report.count());
             if retry.is_none()
@@ -415,7 +418,7 @@ impl Agent {
     }
 }
 
-/// The next news of the packet edge; never while it has not been started.
+/// Returns the next state of the packet edge; never returns while the packet edge has not been started.
 async fn edge_changed(edge: &mut Option<Edge>) -> Option<devices::State> {
     match edge {
         Some(edge) => Some(edge.changed().await),
@@ -423,7 +426,7 @@ async fn edge_changed(edge: &mut Option<Edge>) -> Option<devices::State> {
     }
 }
 
-/// Ready when the grace period that is waited for is over; never when there is none.
+/// Returns when the awaited grace period is over; never returns when there is none.
 async fn grace_over(waiting: &mut Option<(JoinHandle<std::io::Result<()>>, Freed)>) -> Option<()> {
     let Some((grace, _)) = waiting else { return std::future::pending().await };
     match grace.await {
@@ -437,21 +440,21 @@ async fn grace_over(waiting: &mut Option<(JoinHandle<std::io::Result<()>>, Freed
     }
 }
 
-/// What a heavy Service wants, once that is worked out; never while it is not asked for.
+/// Returns the wanted state of a heavy Service once it is computed; never returns while none is being computed.
 async fn worked_out(task: &mut Option<(ObjectKey, JoinHandle<Option<Wanted>>)>) -> Option<Option<Wanted>> {
     let Some((_, working)) = task else { return std::future::pending().await };
     match working.await.map_err(JoinError::try_into_panic) {
         Ok(wanted) => Some(wanted),
-        // As if it had been worked out here.
+        // The panic continues as if the work had been done here.
         Err(Ok(panic)) => std::panic::resume_unwind(panic),
-        // It is cancelled only when the runtime shuts down.
+        // The task is cancelled only when the runtime shuts down.
         Err(Err(_)) => std::future::pending().await,
     }
 }
 
-/// The CPU time that a sweep has taken.
+/// Returns the CPU time of the sweep when it ends; never returns while none runs.
 async fn finished(task: &mut Option<JoinHandle<Duration>>) -> Duration {
     let Some(task) = task else { return std::future::pending().await };
-    // A panic in it has been printed; the next sweep is a new task.
+    // A panic in the sweep has been printed; the next sweep is a new task.
     task.await.unwrap_or_default()
 }

@@ -1,4 +1,5 @@
-//! What comes in: changes of the cluster, of the node's addresses, of its devices, and of pods that opt out.
+//! News that the agent takes in: changes of the cluster, of the node's addresses, of its devices, and of pods that opt
+//! out.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use crate::reconcile::cluster::{Change, Scope};
 use crate::reconcile::node_ips::NodeIps;
 use crate::sources::Update;
 
-/// What is said of those whose sockets are served all the same, and the reason why nobody's are left alone.
+/// Beginning of the problem of a pod whose sockets are served all the same, and the reason why no pod can opt out.
 const CANNOT: &str = "cannot opt out of the socket edge";
 const NOBODY_JUDGES: &str =
     "no interface of a pod is attached (--pod-interfaces), so nobody would serve its packets";
@@ -39,7 +40,7 @@ impl Agent {
                     ips: matches!(self.config.source, Source::Kubernetes { .. }),
                     pod_cidrs: self.config.devices.settings.detect_local == DetectLocal::NodeCidr,
                 });
-                // Without a cluster there need not be a Node: this one is then as good as any.
+                // Without a cluster there need not be a Node: this node then counts as eligible.
                 if matches!(self.config.source, Source::Manifests(_)) && !self.known.cluster.node().leaving {
                     self.health.node(true);
                 }
@@ -79,8 +80,8 @@ impl Agent {
         }
     }
 
-    /// Waits for what the first programming needs of the Node, until the time that is returned. Later on, ends the agent
-    /// when its podCIDRs change.
+    /// Returns the time until which the first programming waits for facts of the Node, if it waits. Later on, returns
+    /// an error that ends the agent when the Node's podCIDRs change.
     pub(super) fn wait_for_node(&mut self) -> Result<Option<Instant>, AgentError> {
         let node = self.known.cluster.node();
         if let Some(patience) = self.patience {
@@ -118,11 +119,11 @@ impl Agent {
         self.node_changed = true;
     }
 
-    /// Brings together who opts out and where the cgroups are.
+    /// Combines the pods that opt out with the cgroups that have been found.
     pub(super) fn take_opt_out(&mut self) {
         let own_network = || self.known.cluster.pods().filter(|pod| !pod.host_network);
         self.opt_out.want(own_network().map(|pod| Arc::clone(&pod.uid)).collect());
-        // Until all are known, what an earlier agent has written stays.
+        // Until all cgroups are known, the entries of an earlier agent stay.
         let Some(found) = self
             .found
             .as_ref()
@@ -167,7 +168,7 @@ impl Agent {
         }
     }
 
-    /// Lets the packet edge know what it cannot see; starts it, the first time.
+    /// Tells the packet edge the facts that it cannot see; the first time, starts it.
     pub(super) async fn tell_edge(&mut self) -> Result<(), AgentError> {
         if self.programmed.is_none() {
             return Ok(());
@@ -184,11 +185,11 @@ impl Agent {
         Ok(())
     }
 
-    /// Traffic from outside is served once a pass over the devices has left none of them out; only then the node is ready. It
-    /// stays so: what happens to devices later is a problem of theirs.
+    /// Takes in the state of the packet edge. Traffic from outside is served once a pass has left no device out, and
+    /// only then is the node ready. The node stays ready: later failures of devices are reported as their problems.
     pub(super) fn take_edge(&mut self, state: devices::State) {
         if state.passes == 1 {
-            // Loading has taken some.
+            // Loading the programs has taken memory.
             give_back_memory();
         }
         if !self.ready {
@@ -205,7 +206,7 @@ impl Agent {
         }
         if self.known.context.pods_in_packets != pods {
             self.known.context.pods_in_packets = pods;
-            // What is reported about them.
+            // Services with source ranges report problems that depend on this.
             self.known.cluster.touch_with_source_ranges();
             self.take_opt_out();
         }

@@ -1,5 +1,5 @@
-//! From what is known to the maps: what has changed is planned and written, what somebody else has changed is written
-//! anew, and maps that run full grow.
+//! Programming of the maps: plans and writes changes, writes anew what somebody else has changed, and has full maps
+//! grow.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -7,16 +7,18 @@ use std::time::Instant;
 
 use proxy_common::abi::backend::flags::ON_THIS_NODE;
 
+use super::programmed::Programmed;
 use super::queue::{Begun, Heavy};
 use super::{Agent, AgentError};
 use crate::agent::knowledge::NodePlan;
-use crate::bpf::dataplane::{Dataplane, DataplaneError, PROGRAMS, Sizes, chain};
+use crate::bpf::chain;
+use crate::bpf::dataplane::{Dataplane, DataplaneError, PROGRAMS, Sizes};
 use crate::bpf::maps::KernelMaps;
 use crate::bpf::self_test;
 use crate::bpf::self_test::SelfTestError;
 use crate::bpf::sys;
 use crate::host::process::give_back_memory;
-use crate::host::sockets::{Places, SocketMaps, SocketSweeper};
+use crate::host::sockets::{Places, SocketSweeper};
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::desired::DesiredService;
 use crate::reconcile::drift::differences;
@@ -26,25 +28,16 @@ use crate::reconcile::plan::{
 };
 use crate::reconcile::store::{MapStore, Op, StoreError};
 
-/// What is planned together while the maps are empty, in frontends, endpoints and source ranges: what is planned at once takes
-/// memory at once.
+/// Weight of the Services that are planned together while the maps are empty, in frontends, endpoints and source
+/// ranges. A plan takes memory for all of its Services at once.
 const PORTION: usize = 1 << 16;
 
-/// Differences that are named when the maps are found changed.
+/// Number of differences that are logged when the maps are found changed.
 const DRIFT_LOGGED: usize = 16;
 
-/// What has been set up in the kernel, and what is known of it.
-pub(super) struct Programmed {
-    pub(super) dataplane: Dataplane,
-    pub(super) model: Model,
-    pub(super) sweeper: Option<(Arc<SocketSweeper>, Arc<SocketMaps>)>,
-    /// The programs are attached: before that, nobody looks at what is new in these maps.
-    attached: bool,
-}
-
 impl Agent {
-    /// Compares the maps with what was written, and the links with what was attached. If somebody else has written to the maps,
-    /// everything is written anew; what has been detached is attached again.
+    /// Compares the maps with what was written, and the links with what was attached. If somebody else has written to
+    /// the maps, everything is written anew. Detached programs are attached again.
     pub(super) fn audit(&mut self) {
         self.audit_at = Instant::now() + self.config.sync_period;
         self.streams_due = true;
@@ -54,7 +47,7 @@ impl Agent {
         if programmed.attached && !detached.is_empty() {
             tracing::warn!(programs = ?detached, "somebody else has detached programs; attaching them again");
             self.metrics.drifted(detached.iter().map(|_| "links"));
-            // What cannot be attached now is tried again the next time: packets are served meanwhile.
+            // A program that cannot be attached now is tried again at the next audit: packets are served meanwhile.
             let failed = programmed.dataplane.attach(&self.config.cgroup).err();
             let problem = failed.map(|error| format!("sockets are not served: {}", chain(&error)));
             self.report.set("cgroup".to_owned(), problem.into_iter().collect());
@@ -76,7 +69,7 @@ impl Agent {
         give_back_memory();
     }
 
-    /// Programs what has changed, in maps that grow where they have to. With nothing changed it does nothing.
+    /// Programs changes, in maps that grow where they have to. Does nothing without changes.
     pub(super) async fn sync(&mut self) -> Result<(), AgentError> {
         self.sync_changes().await?;
         while self.grow().await {
@@ -106,19 +99,20 @@ impl Agent {
         };
         if self.everything {
             programmed.model = read_back(&programmed.dataplane.maps)?;
-            // Numbers that the lost knowledge had freed are found free again; a grace period makes them so.
+            // Numbers that the lost model had freed are found free again; a grace period makes them so.
             (self.waiting, self.freed) = (None, Freed::default());
             if let Err(error) = sys::grace_period() {
                 tracing::warn!(%error, "waiting for running programs");
             }
-            // Services that went while nothing could be programmed are named nowhere else.
+            // Only these name Services that were deleted while nothing could be programmed.
             dirty.extend(programmed.model.ports.keys().map(|key| key.service.clone()));
             dirty.extend(self.report.services().into_iter().chain(self.check_ports.known()));
         }
         let programmed = self.programmed.insert(programmed);
-        // Whose frontend it is can be told only with all who claim it, and of empty maps nobody is served.
+        // The owner of a frontend is known only with all Services that claim it. Empty maps serve nobody yet, so they
+        // may be written in portions.
         let empty = programmed.model.frontends.is_empty() && !programmed.attached;
-        // What one of the node's own tables refuses is told at the end: nobody's Service waits for it.
+        // A failure in one of the node's own tables is returned at the end: no Service waits for these tables.
         let node = self.program_node(&mut dirty);
         let touched: Vec<ObjectKey> = dirty.into_iter().collect();
         let udp_stale = match self.everything {
@@ -141,11 +135,11 @@ impl Agent {
         node
     }
 
-    /// Makes or takes over maps that are large enough, and loads the programs. Nothing is attached: what an earlier agent
-    /// has attached, or this one, serves on from the maps as they were.
+    /// Makes or takes over maps that are large enough, and loads the programs. Attaches nothing: programs that this
+    /// agent or an earlier one has attached go on with the maps as they were.
     pub(super) async fn open(&mut self, sizes: Sizes) -> Result<Programmed, AgentError> {
         let pins = self.config.pins.clone();
-        // It takes the kernel's verifier a while, and probes are to be answered meanwhile.
+        // The kernel's verifier takes a while, and probes have to be answered meanwhile.
         let first = self.edge.is_none();
         let health = self.health.clone();
         let loading = move |program: &str| {
@@ -169,7 +163,7 @@ impl Agent {
         Ok(Programmed { dataplane, model, sweeper, attached: false })
     }
 
-    /// Writes the node's own tables. Services that this concerns become `dirty`.
+    /// Writes the node's own tables. Adds the Services that depend on the change to `dirty`.
     fn program_node(&mut self, dirty: &mut BTreeSet<ObjectKey>) -> Result<(), AgentError> {
         let Some(Programmed { dataplane, model, .. }) = &mut self.programmed else { return Ok(()) };
         if !self.node_changed && !self.everything {
@@ -197,7 +191,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Programs these Services, which are all that there are or were, at once; of empty maps, in portions.
+    /// Programs these Services, which are all present and former ones, at once; in empty maps, in portions.
     fn program_everything(&mut self, mut services: &[ObjectKey], empty: bool) -> Result<bool, AgentError> {
         let mut udp_stale = false;
         loop {
@@ -216,12 +210,12 @@ impl Agent {
         }
     }
 
-    /// Whether the next turn need not wait for news.
+    /// Returns whether the next turn need not wait for news.
     pub(super) fn is_busy(&self) -> bool {
         !self.queue.is_empty() || !self.retell.is_empty()
     }
 
-    /// Programs some of these Services and of those that wait.
+    /// Programs some of these Services and of the waiting ones.
     fn take_turn(&mut self, dirty: &[ObjectKey]) -> Result<bool, AgentError> {
         for service in dirty {
             self.queue.add(service.clone(), self.weight(service));
@@ -241,15 +235,15 @@ impl Agent {
         Ok(udp_stale)
     }
 
-    /// What a Service costs at most, to replace what it has by what it wants.
+    /// Returns the largest cost of replacing what a Service has by what it wants.
     pub(super) fn weight(&self, service: &ObjectKey) -> usize {
         let Some(Programmed { model, .. }) = &self.programmed else { return 0 };
         model.of_service(service).map(|(_, port)| cost(port)).sum::<usize>()
             + self.known.cluster.weight(service)
     }
 
-    /// Plans and writes the next part of a heavy Service. True when it was the last one, and connected UDP sockets may lead to
-    /// where they should not any more.
+    /// Plans and writes the next part of a heavy Service. Returns true after the last part, if connected UDP sockets
+    /// may be connected to the wrong backend now.
     fn program_part(&mut self, mut begun: Begun) -> Result<bool, AgentError> {
         let Some(Programmed { dataplane, model, .. }) = &mut self.programmed else { return Ok(false) };
         let (ports, gone) = begun.next(|key| model.ports.get(key).map_or(0, cost));
@@ -266,7 +260,7 @@ impl Agent {
         begun.refused.extend(refused.into_iter().take(room));
         begun.lost.look(model, &begun.service, ports.iter().map(|port| &port.key));
         if !begun.refused.is_empty() {
-            // Maps grow at once.
+            // This makes the maps grow at once.
             self.refused.insert(begun.service.clone());
         }
         self.refuse(plan.refused);
@@ -279,7 +273,7 @@ impl Agent {
         Ok(udp_stale)
     }
 
-    /// Begins with a heavy Service, of which it is known now what it wants.
+    /// Begins with a heavy Service whose wanted state is known now.
     pub(super) fn begin(&mut self, wanted: Option<Wanted>) {
         let Some((service, _)) = self.working_out.take() else { return };
         self.telemetry.desired(&service, wanted.as_ref().map(|wanted| &wanted.desired));
@@ -291,7 +285,8 @@ impl Agent {
         self.queue.put_back(Begun::new(service, created, desired.ports, gone, desired.problems));
     }
 
-    /// Plans and writes these Services. True when connected UDP sockets may lead to where they should not any more.
+    /// Plans and writes these Services. Returns whether connected UDP sockets may be connected to the wrong backend
+    /// now.
     fn program(&mut self, services: &[ObjectKey], full: bool) -> Result<bool, AgentError> {
         let wanted: BTreeMap<ObjectKey, Option<Wanted>> =
             services.iter().map(|key| (key.clone(), self.known.wanted(key))).collect();
@@ -319,13 +314,13 @@ impl Agent {
         Ok(plan.udp_stale)
     }
 
-    /// Has clients served by what has been written: attaches the programs, if they are not, and tidies up behind the
-    /// change. True when they were not.
+    /// Makes the written maps serve clients: attaches the programs if they are not attached, and cleans up after the
+    /// change. Returns whether the programs were not attached before.
     fn serve(&mut self, udp_stale: bool) -> Result<bool, AgentError> {
         let Some(programmed) = &mut self.programmed else { return Ok(false) };
         let first = !programmed.attached;
         if first {
-            // What an earlier agent has attached at a better place stays there.
+            // After an error here, programs that an earlier agent has attached at a better place stay there.
             let reach = self_test::reach(&self.config.cgroup)?;
             self.report.reach(reach);
             programmed.dataplane.attach(&self.config.cgroup)?;
@@ -339,7 +334,8 @@ impl Agent {
         Ok(first)
     }
 
-    /// Any backend on another node will do: the way to it shows which source the kernel prefers.
+    /// Remembers a backend on another node for each family. Any will do: the route to it shows which source the kernel
+    /// prefers.
     fn remember_remote<'a>(&mut self, wanted: impl Iterator<Item = &'a Wanted>) {
         let ports = wanted.flat_map(|wanted| &wanted.desired.ports);
         let mut backends = ports.flat_map(|port| &port.backends).filter(|b| b.flags & ON_THIS_NODE == 0);
@@ -353,7 +349,7 @@ impl Agent {
     }
 }
 
-/// What it costs to replace or remove a port.
+/// Returns the cost of replacing or removing a port.
 fn cost(port: &Port) -> usize {
     1 + port.claims.len() + port.backends.len()
 }

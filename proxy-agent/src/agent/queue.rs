@@ -1,7 +1,9 @@
-//! Who is programmed next: the loop takes as much at once as nobody notices, and looks for news in between.
+//! Order in which Services are programmed. The loop programs in one turn only so much that no other Service is delayed
+//! noticeably, and looks for news between turns.
 //!
-//! Light Services go before heavy ones, however many of those change; one that is heavier than a turn is programmed in parts,
-//! one part a turn, and the next heavy one after it. So nobody waits for another one's large Service, nor that one for ever.
+//! Light Services go before heavy ones, however many heavy ones change. A Service that is heavier than a turn is
+//! programmed in parts, one part a turn, and the next heavy one after it. So no Service waits for a large one, and
+//! no large Service waits for ever.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
@@ -11,9 +13,10 @@ use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::desired::{DesiredPort, PortKey};
 use crate::reconcile::plan::LostClaims;
 
-/// What is programmed in one turn: frontends, endpoints and source ranges together, some milliseconds of work.
+/// Size of a turn: frontends, endpoints and source ranges together, some milliseconds of work.
 pub(super) const TURN: usize = 4_096;
-/// What those cost that are tried again beside them: so much that others hardly notice, and all of them have their turn.
+/// Size of what is tried again beside a turn: so small that others hardly notice, and large enough for all to have
+/// their turn.
 const AGAIN: usize = TURN / 4;
 
 /// Services that have changed.
@@ -22,23 +25,23 @@ pub(super) struct Queue {
     light: BTreeSet<(usize, ObjectKey)>,
     weights: BTreeMap<ObjectKey, usize>,
     heavy: VecDeque<ObjectKey>,
-    /// Those that had no room and may have some now.
+    /// Services that had no room and may have some now.
     again: BTreeSet<ObjectKey>,
-    /// The last of them that was tried: the next one is behind it.
+    /// The Service of `again` that was tried last: the next one comes after it by name.
     tried: Option<ObjectKey>,
-    /// The one of which it is worked out what it wants.
+    /// The heavy Service whose wanted state is being computed.
     worked_out: Option<ObjectKey>,
-    /// The one of which some parts have been programmed.
+    /// The heavy Service that is being programmed in parts.
     begun: Option<Begun>,
 }
 
 impl Queue {
-    /// Adds a Service that costs so much.
+    /// Adds a Service of this weight.
     pub(super) fn add(&mut self, service: ObjectKey, weight: usize) {
         if let Some(before) = self.weights.remove(&service) {
             self.light.remove(&(before, service.clone()));
         }
-        // What has begun with an older state of it ends first.
+        // A Service that is under way with an older state ends first.
         if weight > TURN || self.under_way() == Some(&service) {
             if !self.heavy.contains(&service) {
                 self.heavy.push_back(service);
@@ -49,7 +52,7 @@ impl Queue {
         }
     }
 
-    /// The light ones of this turn.
+    /// Takes the light Services of this turn.
     pub(super) fn take_light(&mut self) -> Vec<ObjectKey> {
         let (mut taken, mut sum) = (Vec::new(), 0);
         while let Some((weight, service)) = self.light.pop_first() {
@@ -64,13 +67,13 @@ impl Queue {
         taken
     }
 
-    /// Tries those again that had no room, some in each turn.
+    /// Has Services tried again that had no room, some in each turn.
     pub(super) fn try_again<'a>(&mut self, refused: impl Iterator<Item = &'a ObjectKey>) {
         self.again.extend(refused.cloned());
     }
 
-    /// Those that are tried again in this turn, one after another by name, so that each has its turn. `weight` says what one
-    /// costs, if it is still to be tried. A heavy one waits among the heavy ones.
+    /// Takes the Services that are tried again in this turn, one after another by name, so that each has its turn.
+    /// `weight` returns the cost of a Service, if it still has to be tried. A heavy Service waits among the heavy ones.
     pub(super) fn take_again(&mut self, weight: impl Fn(&ObjectKey) -> Option<usize>) -> Vec<ObjectKey> {
         let (mut taken, mut sum) = (Vec::new(), 0);
         while sum < AGAIN
@@ -79,7 +82,7 @@ impl Queue {
             self.again.remove(&service);
             self.tried = Some(service.clone());
             let Some(weight) = weight(&service) else { continue };
-            // The heavy one ends this, too: one a turn is as many as are programmed.
+            // A heavy Service ends the loop, too: only one a turn is programmed.
             sum += weight;
             if weight > TURN {
                 self.add(service, weight);
@@ -102,13 +105,13 @@ impl Queue {
         self.under_way() == Some(service) || self.heavy.contains(service)
     }
 
-    /// The heavy one that is being worked out or has begun.
+    /// Returns the heavy Service that is being computed or programmed.
     fn under_way(&self) -> Option<&ObjectKey> {
         self.begun.as_ref().map(|begun| &begun.service).or(self.worked_out.as_ref())
     }
 
-    /// The heavy one that goes on, or else the one whose turn it is to begin: nobody, until what that wants is worked out and
-    /// put back.
+    /// Takes the heavy Service that goes on, or else the one whose turn it is to begin. Returns `None` while
+    /// the wanted state of a Service is being computed, until that Service is put back.
     pub(super) fn take_heavy(&mut self) -> Option<Heavy> {
         match self.begun.take() {
             Some(begun) => Some(Heavy::GoesOn(begun)),
@@ -120,18 +123,18 @@ impl Queue {
         }
     }
 
-    /// Goes on with it in the next turn.
+    /// Has a heavy Service go on in the next turn.
     pub(super) fn put_back(&mut self, begun: Begun) {
         (self.begun, self.worked_out) = (Some(begun), None);
     }
 
-    /// Whether there is nobody for the next turn.
+    /// Returns whether there is nothing for the next turn.
     pub(super) fn is_empty(&self) -> bool {
         let no_heavy = self.heavy.is_empty() || self.worked_out.is_some();
         self.light.is_empty() && self.again.is_empty() && self.begun.is_none() && no_heavy
     }
 
-    /// Forgets everybody: all there is is programmed at once.
+    /// Forgets all Services, because everything is programmed at once.
     pub(super) fn clear(&mut self) {
         *self = Self::default();
     }
@@ -140,34 +143,34 @@ impl Queue {
 /// A heavy Service.
 #[derive(Debug)]
 pub(super) enum Heavy {
-    /// What it wants has to be worked out.
+    /// Its wanted state has to be computed.
     Begins(ObjectKey),
-    /// Some of it has.
+    /// Its wanted state is known, and some of its parts may have been programmed.
     GoesOn(Begun),
 }
 
-/// A Service of which some parts have been programmed.
+/// A Service that is programmed in parts.
 #[derive(Debug)]
 pub(super) struct Begun {
-    /// Which.
+    /// The Service.
     pub(super) service: ObjectKey,
     /// `metadata.creationTimestamp`.
     pub(super) created: i64,
-    /// What is said of it besides.
+    /// Problems of its desired state.
     pub(super) problems: Vec<String>,
-    /// What had no room.
+    /// Reasons of parts that had no room.
     pub(super) refused: Vec<String>,
-    /// What it claims and others have.
+    /// Its claims that other Services have.
     pub(super) lost: LostClaims,
-    /// Connected UDP sockets may lead to where they should not any more.
+    /// Whether connected UDP sockets may be connected to the wrong backend now.
     pub(super) udp_stale: bool,
-    /// Ports that remain, the next one last.
+    /// Remaining ports, the next one last.
     ports: Vec<DesiredPort>,
     gone: Vec<Arc<PortKey>>,
 }
 
 impl Begun {
-    /// Nothing has been programmed of these ports, and nothing removed of those that are `gone`; both are in order.
+    /// Begins with `ports` to program and ports that are `gone` to remove, both in order.
     pub(super) fn new(
         service: ObjectKey,
         created: i64,
@@ -181,7 +184,8 @@ impl Begun {
         Self { service, created, problems, refused, lost, udp_stale: false, ports, gone }
     }
 
-    /// The ports of the next part, in order, and those that go with it. `weight` says what it costs to remove a port.
+    /// Returns the ports of the next part, in order, and the ports to remove with it. `weight` returns the cost of
+    /// removing a port.
     pub(super) fn next(
         &mut self,
         weight: impl Fn(&PortKey) -> usize,
@@ -195,13 +199,13 @@ impl Begun {
         (ports, gone)
     }
 
-    /// Whether there is no next part.
+    /// Returns whether there is no next part.
     pub(super) fn is_done(&self) -> bool {
         self.ports.is_empty() && self.gone.is_empty()
     }
 }
 
-/// At least one, and as many as there is time left for.
+/// Takes elements while their weight fits into `left`, and at least one.
 fn take<T>(from: &mut Vec<T>, left: &mut usize, weight: impl Fn(&T) -> usize) -> Vec<T> {
     let mut taken = Vec::new();
     while let Some(next) = from.pop_if(|next| taken.is_empty() || weight(next) <= *left) {
@@ -235,7 +239,7 @@ mod tests {
         Arc::new(PortKey { service: key("s"), port_name, proto: 6, family: Family::V4 })
     }
 
-    /// A port that costs a sixteenth of a turn.
+    /// Returns a port that costs a sixteenth of a turn.
     fn port(number: usize) -> DesiredPort {
         DesiredPort {
             key: PortKey::clone(&port_key(number)),
@@ -258,14 +262,14 @@ mod tests {
         }
         assert_eq!(taken(&mut queue), ["d", "b"]);
         queue.add(key("late"), 2);
-        // It has become lighter.
+        // `a` has become lighter.
         queue.add(key("a"), 1);
         assert_eq!(taken(&mut queue), ["a", "late", "c"]);
         assert_eq!(taken(&mut queue), [""; 0]);
         assert!(!queue.is_empty(), "the heavy one");
         assert!(matches!(queue.take_heavy(), Some(Heavy::Begins(found)) if found == key("e")));
         assert!(queue.is_empty());
-        // Until it is known what that one wants, another heavy one is nothing for the next turn.
+        // Until the wanted state of `e` is known, another heavy Service is nothing for the next turn.
         queue.add(key("f"), TURN + 1);
         assert!(queue.is_empty() && queue.take_heavy().is_none());
         queue.put_back(Begun::new(key("e"), 0, Vec::new(), Vec::new(), Vec::new()));
@@ -282,7 +286,8 @@ mod tests {
         assert_eq!(first, key("x"));
         let begun = |service| Begun::new(service, 0, vec![port(0)], Vec::new(), Vec::new());
         queue.put_back(begun(first));
-        // It has changed, and even become light: what has begun ends first, and another one's turn comes before.
+        // `x` has changed, and even become light: what has begun ends first, and the turn of `y` comes before the
+        // change.
         queue.add(key("x"), TURN * 2);
         queue.add(key("x"), 1);
         assert_eq!(taken(&mut queue), [""; 0]);
@@ -306,16 +311,17 @@ mod tests {
         queue.try_again(refused.iter());
         assert!(!queue.is_empty());
         assert_eq!(names(queue.take_again(third)), ["s0", "s1", "s2"]);
-        // However often there is room, the last ones have their turn.
+        // The last Services have their turn, however often there is room.
         queue.try_again(refused.iter());
         assert_eq!(names(queue.take_again(third)), ["s3", "s4", "s5"]);
         queue.try_again(refused.iter());
-        // One that waits with its own change does not go twice, nor does one that is no longer refused.
+        // A Service that waits with its own change is not tried twice. A Service that is no longer refused is not tried
+        // at all.
         queue.add(key("s6"), 1);
         let weight = |service: &ObjectKey| (&*service.name != "s7").then_some(AGAIN / 3 + 1);
         assert_eq!(names(queue.take_again(weight)), ["s8", "s9"]);
         assert_eq!(names(queue.take_again(third)), ["s0", "s1", "s2"]);
-        // A heavy one waits with the heavy ones, once.
+        // A heavy Service waits with the heavy ones, once.
         let mut queue = Queue::default();
         for _ in 0..2 {
             queue.try_again(refused.iter().take(2));
@@ -328,7 +334,7 @@ mod tests {
     fn parts_are_as_large_as_a_turn_and_what_goes_goes_last() {
         let gone: Vec<_> = (50..60).map(port_key).collect();
         let mut begun = Begun::new(key("s"), 0, (0..20).map(port).collect(), gone, Vec::new());
-        // Removing one costs a quarter of a turn, and so does replacing number 18.
+        // Removing a port costs a quarter of a turn, and so does replacing number 18.
         let weight = |key: &PortKey| match &*key.port_name {
             "18" => TURN / 4,
             name if name < "50" => 0,
@@ -340,7 +346,7 @@ mod tests {
             parts.push((ports.len(), gone.len()));
         }
         assert_eq!(parts, [(16, 0), (4, 2), (0, 4), (0, 4)]);
-        // What is heavier than a turn is a part of its own.
+        // A port that is heavier than a turn is a part of its own.
         let mut begun = Begun::new(key("s"), 0, (0..2).map(port).collect(), Vec::new(), Vec::new());
         assert_eq!(begun.next(|_| TURN).0.len(), 1);
         assert_eq!(begun.next(|_| TURN).0.len(), 1);

@@ -1,17 +1,18 @@
-//! Room in the maps: they grow, numbers come back after a grace period, and who had no room is tried again.
+//! Room in the maps: maps grow, numbers come back after a grace period, and Services that had no room are tried again.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::Agent;
-use super::programming::Programmed;
+use super::programmed::Programmed;
 use super::sizes::Needs;
-use crate::bpf::dataplane::{Sizes, chain};
+use crate::bpf::chain;
+use crate::bpf::dataplane::Sizes;
 use crate::bpf::sys;
 use crate::reconcile::cluster::ObjectKey;
 
 impl Agent {
-    /// What the maps need for these Services.
+    /// Returns the sizes of maps that these Services need.
     pub(super) fn sizes<'a>(&self, services: impl Iterator<Item = &'a ObjectKey>) -> Sizes {
         let mut needs = Needs::default();
         for wanted in services.filter_map(|service| self.known.wanted(service)) {
@@ -20,8 +21,8 @@ impl Agent {
         needs.sizes(self.config.flow_table_size)
     }
 
-    /// Moves into larger maps when something did not fit, or soon would not. True when there is something to be programmed
-    /// or told because of that.
+    /// Moves to larger maps when something did not fit, or soon would not. Returns whether there is something to
+    /// program or to tell because of that.
     pub(super) async fn grow(&mut self) -> bool {
         let Some(programmed) = &self.programmed else { return false };
         if self.refused.is_empty() && !programmed.model.is_tight() || Instant::now() < self.grow_at {
@@ -30,7 +31,7 @@ impl Agent {
         let capacity = programmed.dataplane.maps.capacity();
         let sizes = self.sizes(self.known.cluster.services().map(|service| &service.key));
         let grown = match sizes.least.fits_into(capacity) {
-            // Nothing is gained by maps of the same size.
+            // Maps of the same size gain nothing.
             true => Ok(None),
             false => self.open(sizes).await.map(Some),
         };
@@ -51,7 +52,7 @@ impl Agent {
                     ));
                 }
                 self.grow_at = Instant::now() + self.config.sync_period;
-                // Those that were refused are told so.
+                // The refused Services are told so.
                 self.room |= !self.stuck;
                 self.stuck = !self.refused.is_empty();
             }
@@ -60,21 +61,21 @@ impl Agent {
         true
     }
 
-    /// Has those that had no room tried again if there may be some. Nothing else makes room: a change of somebody else is
-    /// no reason to plan them.
+    /// Has the Services that had no room tried again if there may be some. Nothing else makes room: a change of another
+    /// Service is no reason to plan them.
     pub(super) fn try_refused_again(&mut self) {
         if std::mem::take(&mut self.room) {
             self.queue.try_again(self.refused.iter());
         }
     }
 
-    /// Frontends that have gone over to these Services had no room: the Services are told so when they are tried again.
+    /// Notes Services whose frontends, newly theirs, had no room. The Services are told so when they are tried again.
     pub(super) fn refuse(&mut self, others: BTreeMap<ObjectKey, Vec<String>>) {
         self.queue.try_again(others.keys());
         self.refused.extend(others.into_keys());
     }
 
-    /// Those of them whose turn it is.
+    /// Takes the refused Services whose turn it is.
     pub(super) fn take_refused(&mut self) -> Vec<ObjectKey> {
         let mut queue = std::mem::take(&mut self.queue);
         let taken = queue.take_again(|service| self.refused.contains(service).then(|| self.weight(service)));
@@ -82,7 +83,7 @@ impl Agent {
         taken
     }
 
-    /// Waits for running programs beside the loop, unless that is under way.
+    /// Waits for running programs beside the loop, unless such a wait is under way.
     pub(super) fn begin_grace(&mut self) {
         if self.waiting.is_none() && !self.freed.is_empty() {
             let freed = std::mem::take(&mut self.freed);
@@ -90,7 +91,7 @@ impl Agent {
         }
     }
 
-    /// Gives numbers back that have waited for it.
+    /// Gives back the numbers that have waited for the grace period.
     pub(super) fn release(&mut self) {
         if let (Some((_, freed)), Some(Programmed { model, .. })) =
             (self.waiting.take(), &mut self.programmed)

@@ -1,4 +1,4 @@
-//! How large the maps have to be for what is desired.
+//! Sizes of the maps for the desired state.
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 
@@ -6,7 +6,7 @@ use crate::bpf::dataplane::Sizes;
 use crate::reconcile::desired::DesiredService;
 use crate::reconcile::store::Capacity;
 
-/// Elements that Services need.
+/// Number of elements that Services need.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Needs {
     ports: usize,
@@ -17,7 +17,7 @@ pub(super) struct Needs {
 }
 
 impl Needs {
-    /// Takes a Service in.
+    /// Adds the needs of a Service.
     pub(super) fn add(&mut self, service: &DesiredService) {
         for port in &service.ports {
             self.ports += 1;
@@ -30,8 +30,8 @@ impl Needs {
         }
     }
 
-    /// What the maps must hold at least, with a quarter to spare, and what they are made for: twice as much, over floors
-    /// that cost little. Maps between the two are kept.
+    /// Returns the sizes that the maps must have at least, with a quarter to spare, and the sizes that they are made
+    /// with: twice the need, over floors that cost little. Maps between the two are kept.
     pub(super) fn sizes(self, flows: u32) -> Sizes {
         // A changed set is written beside the old one.
         let need =

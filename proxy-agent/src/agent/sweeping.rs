@@ -1,4 +1,4 @@
-//! Sockets of the host and its pods, looked at beside the loop.
+//! Sweeps over the sockets of the host and its pods, beside the loop.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use proxy_common::abi::proto;
 
 use super::Agent;
-use super::programming::Programmed;
+use super::programmed::Programmed;
 use crate::host::cgroups::Place;
 use crate::host::sockets::{SocketMaps, SocketSweeper};
 use crate::observe::metrics::Metrics;
@@ -15,14 +15,16 @@ use crate::reconcile::shares::rest_after;
 use crate::reconcile::stale::Serving;
 
 impl Agent {
-    /// The sweep has ended, after so much CPU time; the next one has to wait. (On a busy host a sweep takes long, and has cost little.)
+    /// Ends a sweep that took this CPU time, and sets the time of the next one. (On a busy host a sweep takes long, and
+    /// has cost little.)
     pub(super) fn end_sweep(&mut self, cpu: Duration) {
         self.sweep = None;
         self.sweep_at = self.swept_since + rest_after(cpu);
     }
 
-    /// Leads connected UDP sockets to where their Services lead now, and frees what closed sockets have left in `STREAMS`, each if it is
-    /// due. Whoever makes backends come and go does not have every process of the host looked through without a pause.
+    /// Begins the sweeps that are due: leads connected UDP sockets to where their Services lead now, and frees what
+    /// closed sockets have left in `STREAMS`. Sweeps are spaced out, so that frequent changes of backends do not have
+    /// every process of the host looked through without a pause.
     pub(super) fn begin_sweep(&mut self) {
         let due = self.sweep_again || self.streams_due;
         if !due || self.sweep.is_some() || Instant::now() < self.sweep_at {
@@ -36,7 +38,7 @@ impl Agent {
         let (sweeper, sockets) = (Arc::clone(sweeper), Arc::clone(sockets));
         let (metrics, families) = (Arc::clone(&self.metrics), self.config.families.clone());
         let serving = self.sweep_again.then(|| Serving::of(model));
-        // sock_diag lists their sockets by a module of its own.
+        // sock_diag lists SCTP sockets only by a module of its own, so records of SCTP Services are left alone.
         let sctp = model.ports.iter().filter(|(key, _)| key.proto == proto::SCTP).map(|(_, port)| port.id);
         let sctp: Option<BTreeSet<u32>> = self.streams_due.then(|| sctp.collect());
         (self.sweep_again, self.streams_due) = (false, false);
@@ -78,7 +80,7 @@ impl Agent {
     }
 }
 
-/// Returns the CPU time that it took.
+/// Frees what closed sockets have left in `STREAMS`. Returns the CPU time that this took.
 fn free_streams(
     sweeper: &SocketSweeper,
     sockets: &SocketMaps,

@@ -1,4 +1,4 @@
-//! What is told about Services that have been programmed: problems to users, health to load balancers.
+//! Reports on Services that have been programmed: problems to users, health to load balancers.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,22 +8,23 @@ use rustix::net::netdevice::index_to_name;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 use super::Agent;
-use super::programming::Programmed;
+use super::programmed::Programmed;
 use crate::observe::health::checks::{Check, check};
 use crate::observe::reasons;
 use crate::observe::reasons::PortReasons;
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::plan::LostClaims;
 
-/// How long a turn may tell Services what others have of them.
+/// Time in a turn for telling Services which of their claims others have.
 const TELLING: Duration = Duration::from_millis(5);
 
-/// What problems name the addresses of this host.
+/// Object by which problems name the addresses of this host.
 const HOST_ADDRESSES: &str = "addresses of this host";
-/// Services that are named because this host has their addresses; kube-proxy in its IPVS mode leaves it those of all.
+/// Number of Services that are named because this host has their addresses; kube-proxy in its IPVS mode leaves the
+/// addresses of all Services on the host.
 const NAMED: usize = 9;
 
-/// One sentence for each Service that has an address of this host.
+/// Returns one sentence for each Service that has an address of this host, up to [`NAMED`], and one for the others.
 fn held_by_host(held: &BTreeMap<ObjectKey, Vec<(Addr, u32)>>) -> Vec<String> {
     let mut sentences: Vec<String> = held
         .iter()
@@ -53,15 +54,15 @@ fn device_name(index: u32) -> String {
 }
 
 impl Agent {
-    /// Tells what is wrong with a Service that has been programmed in one piece.
+    /// Tells the problems of a Service that has been programmed in one piece.
     pub(super) fn tell(&mut self, service: &ObjectKey, problems: Vec<String>, refused: &[String]) {
         let lost = self.lost(service);
         self.conclude(service, problems, refused, lost);
         self.retell.remove(service);
     }
 
-    /// The same, of one that has been programmed in parts. What it has `lost` was found part by part; who has taken
-    /// something in between has left a note in `retell`.
+    /// Tells the problems of a Service that has been programmed in parts. `lost` was found part by part; a Service that
+    /// has taken a claim in between has left a note in `retell`.
     pub(super) fn conclude(
         &mut self,
         service: &ObjectKey,
@@ -75,7 +76,7 @@ impl Agent {
             false => self.refused.insert(service.clone()),
         };
         self.stuck &= !self.refused.is_empty();
-        // Before the maps have grown, or could not, it is too early to complain.
+        // It is too early to complain before the maps have grown, or could not grow.
         problems.extend(refused.iter().filter(|_| self.stuck).cloned());
         match problems.is_empty() {
             true => self.said.remove(service),
@@ -85,7 +86,7 @@ impl Agent {
         self.tell_of_host(service);
     }
 
-    /// Tells if a clusterIP of the Service is an address of this host: somebody listens there for nothing.
+    /// Reports clusterIPs of the Service that are addresses of this host: a process that listens there is not reached.
     fn tell_of_host(&mut self, service: &ObjectKey) {
         let held = self.known.held_by_host(service);
         let before = match held.is_empty() {
@@ -103,7 +104,7 @@ impl Agent {
         self.report.service(service, reasons);
     }
 
-    /// What a Service claims and others have.
+    /// Returns the claims of a Service that others have.
     fn lost(&self, service: &ObjectKey) -> LostClaims {
         let mut lost = LostClaims::default();
         if let Some(Programmed { model, .. }) = &self.programmed {
@@ -112,7 +113,7 @@ impl Agent {
         lost
     }
 
-    /// Tells those whose frontends may have come or gone by what others have got: some of them, if they are many.
+    /// Tells Services whose frontends may have come or gone by claims of others; only some of them, if they are many.
     pub(super) fn tell_rivals(&mut self) {
         let start = Instant::now();
         while start.elapsed() < TELLING
@@ -123,7 +124,7 @@ impl Agent {
         }
     }
 
-    /// What becomes of the endpoints of a Service, and why.
+    /// Returns the fate of each endpoint of a Service, with the reasons.
     pub(super) fn reasons(&self, key: &ObjectKey) -> Vec<PortReasons> {
         let service = self.known.cluster.service(key);
         let reasons =
@@ -131,7 +132,7 @@ impl Agent {
         service.map(reasons).unwrap_or_default()
     }
 
-    /// Has the health of what has been programmed told to load balancers, on the addresses that serve nodePorts.
+    /// Has the health of programmed Services told to load balancers, on the addresses that serve nodePorts.
     pub(super) fn tell_health(&mut self) {
         if self.node_changed || self.everything {
             let host = &self.known.context.host_addresses;
@@ -146,8 +147,8 @@ impl Agent {
         }));
     }
 
-    /// What a load balancer is told. Of a Service that is not served here (beyond its budget, or without room) this node has
-    /// no endpoint, whatever the slices say.
+    /// Returns the check for load balancers. For a Service that is not served here (beyond its budget, or without room)
+    /// this node has no endpoint, whatever the slices say.
     fn check(&self, service: &ObjectKey, family: Family) -> Option<Check> {
         let object =
             self.known.cluster.service(service).filter(|_| self.config.families.contains(&family))?;
@@ -164,7 +165,7 @@ mod tests {
 
     #[test]
     fn services_at_addresses_of_this_host_are_named_and_counted() {
-        // The loopback device of every network namespace.
+        // Index 1 is the loopback device of every network namespace.
         let held = |count: u8| -> BTreeMap<_, _> {
             let one = |n| (ObjectKey::new("a", &format!("s{n:03}")), vec![(Addr::v4([10, 96, 0, n]), 1)]);
             (0..count).map(one).collect()
@@ -175,7 +176,7 @@ mod tests {
         let begins = "10.96.0.0 is configured on lo and is a clusterIP of Service a/s000: ";
         assert!(sentences[0].starts_with(begins), "{sentences:?}");
         assert_eq!(sentences[NAMED], "and 191 more Services like these");
-        // One that is gone by now.
+        // A device that is gone by now.
         let gone = BTreeMap::from([(ObjectKey::new("a", "s"), vec![(Addr::v4([10, 96, 0, 1]), u32::MAX)])]);
         assert!(held_by_host(&gone)[0].contains("on the device with the index 4294967295"));
     }

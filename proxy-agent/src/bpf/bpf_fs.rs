@@ -1,8 +1,10 @@
-//! The BPF file system that holds the pins, and whether one that is mounted here outlives this process' container.
+//! The BPF file system that holds the pins, and whether such a file system mounted here outlives this process's
+//! container.
 //!
-//! A mount belongs to a mount namespace. A container has one of its own, which ends with it; the pins would go, and with
-//! them every program, at each restart. Only what is mounted below a shared mount (proc_pid_mountinfo(5)) is also mounted
-//! where that came from: Kubernetes calls it `mountPropagation: Bidirectional`.
+//! A mount belongs to a mount namespace. A container has its own mount namespace, which ends with the container. The
+//! pins would go with it, and with them every program, at each restart. Only a file system mounted below a shared mount
+//! (proc_pid_mountinfo(5)) is also mounted where the shared mount came from: Kubernetes calls this `mountPropagation:
+//! Bidirectional`.
 
 use std::fs;
 use std::io;
@@ -12,44 +14,46 @@ use std::path::Path;
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
 pub(super) const BPF_FS: &str = "/sys/fs/bpf";
 
-/// Whether `path`, or what there is of it, is on a BPF file system.
+/// Returns whether `path`, or its deepest existing ancestor, is on a BPF file system.
 pub(super) fn holds(path: &Path) -> bool {
     let existing = path.ancestors().find(|path| path.exists());
     let magic = existing.and_then(|path| rustix::fs::statfs(path).ok()).map(|fs| fs.f_type as u32);
     magic == Some(BPF_FS_MAGIC)
 }
 
-/// Mounts one at [`BPF_FS`].
+/// Mounts a BPF file system at [`BPF_FS`].
 pub(super) fn mount() -> io::Result<()> {
     Ok(rustix::mount::mount("bpf", BPF_FS, "bpf", rustix::mount::MountFlags::empty(), None)?)
 }
 
-/// Whether one that is mounted at [`BPF_FS`] stays when this process and those beside it end.
+/// Returns whether a BPF file system mounted at [`BPF_FS`] stays when this process and the others in its container end.
 pub(super) fn would_last() -> bool {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     is_shared(&mounts, Path::new(BPF_FS)) || !in_container()
 }
 
-/// Whether what is mounted at `path` is mounted elsewhere too, by the format of /proc/self/mountinfo.
+/// Returns whether a file system mounted at `path` is mounted elsewhere too. `mounts` has the format of
+/// /proc/self/mountinfo.
 fn is_shared(mounts: &str, path: &Path) -> bool {
     let covering = mounts.lines().filter_map(|line| {
         let (mount, _) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(4);
         let point = fields.next()?;
-        // Between the options and the dash.
+        // Optional fields stand between the options and the dash.
         let is_shared = fields.skip(1).any(|field| field.starts_with("shared:"));
         path.starts_with(point).then_some((point.len(), is_shared))
     });
-    // Of two at the same point the later one covers the other.
+    // Of two mounts at the same point, the later one covers the other.
     covering.max_by_key(|(depth, _)| *depth).is_some_and(|(_, is_shared)| is_shared)
 }
 
-/// Whether this mount namespace is one of a container. The host's is that of process 1, which is never this one.
+/// Returns whether this process's mount namespace is a container's. The host's mount namespace is that of process 1,
+/// and on a host this process is never process 1.
 fn in_container() -> bool {
     let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
-    // Of every pod, also of one whose first process is a shell, or an init of its own.
+    // Set in every pod, also in a pod whose first process is a shell or an init of its own.
     let in_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
-    // Whose namespace may not be known is somebody else's.
+    // A mount namespace that this process may not read is another one than its own.
     let of_first = namespace("1");
     in_pod || std::process::id() == 1 || of_first.is_none() || of_first != namespace("self")
 }

@@ -1,7 +1,8 @@
-//! Filters and the queueing discipline that they hang on, of kernels without TCX (before 6.6) and by `--no-tcx`.
+//! Filters, and the clsact queueing discipline that they hang on: for kernels without TCX (before 6.6), and for
+//! `--no-tcx`.
 //!
-//! One clsact queueing discipline of a device holds everybody's filters. It is ours only where a note says so
-//! ([`super::notes`]), and goes only when it holds nothing any more.
+//! One clsact queueing discipline of a device holds everybody's filters. It is ours only if a note says so
+//! ([`super::notes`]), and it is removed only when it holds no filter any more.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -15,21 +16,21 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcHeader, TcMessage};
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 
+use super::device::{AttachError, Device, Direction};
 use super::notes::{Note, Notes};
 use super::pins::{PinDir, PinError};
-use super::tc::{AttachError, Device, Direction};
 use crate::host::netlink::Netlink;
 
 const KIND: &str = "clsact";
 
-/// `htons(ETH_P_ALL)`, as filters name it.
+/// `htons(ETH_P_ALL)`, in the form in which filters name it.
 const ALL_PROTOCOLS: u32 = (libc::ETH_P_ALL as u16).to_be() as u32;
 
 /// Attributes of linux/rtnetlink.h.
 const TCA_KIND: u16 = 1;
 const TCA_CHAIN: u16 = 11;
 
-/// Priority of clsact filters: before everybody on ingress, behind everybody on egress.
+/// Returns the priority of our clsact filters: before all others on ingress, behind all others on egress.
 pub(super) const fn priority(direction: Direction) -> u16 {
     match direction {
         Direction::Ingress => 1,
@@ -37,23 +38,23 @@ pub(super) const fn priority(direction: Direction) -> u16 {
     }
 }
 
-/// Handle of clsact filters: "VIPR".
+/// Handle of our clsact filters: "VIPR".
 pub(super) const HANDLE: tc::TcHandle = tc::TcHandle::new(0x5649, 0x5052);
 
-/// What names a filter of a device in one direction.
+/// Identity of a filter of a device in one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FilterId {
     pub(super) priority: u16,
     pub(super) handle: TcHandle,
 }
 
-/// A filter, or what the kernel keeps beside filters of one priority.
+/// A filter, or an entry that the kernel keeps beside filters of one priority.
 #[derive(Clone, Debug)]
 pub(super) struct Filter {
     pub(super) id: FilterId,
-    /// `bpf`, `u32`, `flower` and so on.
+    /// Kind of filter: `bpf`, `u32`, `flower` and so on.
     pub(super) kind: String,
-    /// Packets begin with chain 0, and go to another one only where a filter sends them.
+    /// Chain of the filter. Packets begin with chain 0, and go to another chain only if a filter sends them there.
     pub(super) chain: u32,
 }
 
@@ -62,7 +63,7 @@ pub(super) struct TrafficControl {
     socket: Netlink,
 }
 
-/// An answer, as far as it matters: what is in filters need not be understood.
+/// The used part of an answer: the contents of filters are not parsed.
 #[derive(Clone, Debug)]
 struct Answer {
     header: TcHeader,
@@ -89,13 +90,13 @@ impl NetlinkDeserializable for Answer {
 }
 
 impl TrafficControl {
-    /// Opens one.
+    /// Opens a netlink socket in the current network namespace.
     pub(super) fn open() -> io::Result<Self> {
         Ok(Self { socket: Netlink::open(NETLINK_ROUTE)? })
     }
 
-    /// The devices with a clsact queueing discipline. (One of the kind `ingress` answers a question for filters of either
-    /// direction with those on the way in.)
+    /// Returns the devices with a clsact queueing discipline. (A queueing discipline of the kind `ingress` answers a
+    /// question for filters of either direction with the filters on the way in.)
     pub(super) fn devices(&self) -> io::Result<BTreeSet<u32>> {
         let mut devices = BTreeSet::new();
         self.socket.dump(
@@ -107,7 +108,7 @@ impl TrafficControl {
         Ok(devices)
     }
 
-    /// The filters of a device, in the order in which packets meet them; none if there is no device.
+    /// Returns the filters of a device, in the order in which packets meet them; none if there is no device.
     pub(super) fn filters(&self, device: u32, direction: Direction) -> io::Result<Vec<Filter>> {
         let mut message = TcMessage::default();
         message.header = header(device, parent(direction));
@@ -122,7 +123,7 @@ impl TrafficControl {
         Ok(filters)
     }
 
-    /// Removes a filter. False if there is none.
+    /// Removes a filter. Returns false if there is none.
     pub(super) fn remove_filter(
         &self,
         device: u32,
@@ -136,22 +137,23 @@ impl TrafficControl {
         self.change(RouteNetlinkMessage::DelTrafficFilter(message))
     }
 
-    /// Whether what has the place of clsact at a device is of that kind. (A filter on the way out would hang on the way in of
-    /// one of the kind `ingress`.)
+    /// Returns whether the queueing discipline in the place of clsact at a device is of that kind. (With the kind
+    /// `ingress`, a filter for the way out would hang on the way in.)
     fn is_clsact(&self, device: u32) -> io::Result<bool> {
         let mut message = TcMessage::default();
         message.header = header(device, TcHandle::CLSACT);
-        // The kernel finds no other.
+        // With this attribute the kernel finds no queueing discipline of another kind.
         message.attributes.push(TcAttribute::Kind(KIND.to_owned()));
         self.change(RouteNetlinkMessage::GetQueueDiscipline(message))
     }
 
-    /// Removes the clsact queueing discipline of a device, with all that hangs on it. False if there is none.
+    /// Removes the clsact queueing discipline of a device, with all filters that hang on it. Returns false if there is
+    /// none.
     fn remove_clsact(&self, device: u32) -> io::Result<bool> {
         let mut message = TcMessage::default();
         message.header = header(device, TcHandle::CLSACT);
         message.header.handle = TcHandle { major: u16::MAX, minor: 0 };
-        // The kernel removes it only if it is of this kind: `ingress` has the same place.
+        // The kernel removes the queueing discipline only if it is of this kind: `ingress` has the same place.
         message.attributes.push(TcAttribute::Kind(KIND.to_owned()));
         self.change(RouteNetlinkMessage::DelQueueDiscipline(message))
     }
@@ -167,7 +169,7 @@ impl TrafficControl {
             }
             let error = answer.to_io();
             match error.raw_os_error() {
-                // No such filter, queueing discipline or device, or one of another kind.
+                // There is no such filter, queueing discipline or device, or it is of another kind.
                 Some(libc::ENOENT | libc::EINVAL | libc::ENODEV) => Ok(true),
                 _ => Err(error),
             }
@@ -176,7 +178,7 @@ impl TrafficControl {
     }
 }
 
-/// What names our filter.
+/// Returns the identity of our filter.
 pub(super) fn own_filter(direction: Direction) -> FilterId {
     FilterId { priority: priority(direction), handle: u32::from(HANDLE).into() }
 }
@@ -193,7 +195,7 @@ const fn parent(direction: Direction) -> TcHandle {
     TcHandle { major: u16::MAX, minor }
 }
 
-/// Puts the clsact queueing discipline of a device in place. Where there was none, it is noted as ours.
+/// Makes sure that a device has a clsact queueing discipline. One that is made here is noted as ours.
 pub(super) fn make_clsact(
     notes: &Notes,
     device: &Device<'_>,
@@ -204,7 +206,7 @@ pub(super) fn make_clsact(
         path: notes.path().to_path_buf(),
         source: io::Error::other(error),
     };
-    // Before it is there: whoever dies in between has made it.
+    // The note is written first, because the agent may die between the two steps.
     let new = notes.add(&note).map_err(pin)?;
     let made = tc::qdisc_add_clsact(device.name);
     if new && made.is_err() {
@@ -222,12 +224,12 @@ pub(super) fn make_clsact(
     }
 }
 
-/// Removes our clsact filters from a device, if there are any, and the clsact queueing discipline, if that is ours and
-/// nobody else's filter is on it.
+/// Removes our clsact filters from a device, if there are any. Also removes the clsact queueing discipline, if it is
+/// ours and holds no other filter.
 ///
 /// # Errors
 ///
-/// What the kernel says.
+/// Returns the kernel's error.
 pub fn detach(pins: &PinDir, device: u32) -> io::Result<()> {
     let control = TrafficControl::open()?;
     for direction in Direction::ALL {
@@ -239,8 +241,8 @@ pub fn detach(pins: &PinDir, device: u32) -> io::Result<()> {
     release(&control, &Notes::of(pins), device)
 }
 
-/// Removes the clsact queueing discipline of a device if a note says that it is ours and nothing hangs on it; with one of
-/// ours that others have filters on, the note stays. (Who adds a filter between the look and the removal loses it: the
+/// Removes the clsact queueing discipline of a device if a note says that it is ours and it holds no filter. If it
+/// holds filters of others, the note stays. (A filter that somebody adds between the check and the removal is lost: the
 /// kernel offers nothing better.)
 fn release(control: &TrafficControl, notes: &Notes, device: u32) -> io::Result<()> {
     let note = Note::Clsact(device);

@@ -1,7 +1,7 @@
 //! Creates or takes over the pinned maps, loads the programs onto them and attaches them to the cgroup.
 //!
-//! Everything is pinned: the dataplane outlives the agent. Starting again replaces the programs one by one, each in
-//! one step, on the same maps; no connection notices.
+//! Everything is pinned: the dataplane outlives the agent. A restart replaces the programs one by one, each in one
+//! step, on the same maps; no connection notices.
 
 use std::fs::File;
 use std::io;
@@ -15,17 +15,18 @@ use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, Pro
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
-use super::load::{Refused, describe, log_level, reason, timed};
-use super::maps::{GrowError, KernelMaps, OpenError};
+use super::load::{Refused, chain, describe, log_level, reason, timed};
+use super::maps::{GrowError, KernelMaps};
 use super::pins::{Found, MAPS, PinDir, PinError};
 use super::sys;
+use crate::bpf::pins::OpenError;
 use crate::host::cgroups::{CONTAINERS_MAX, PODS_MAX};
 use crate::host::sockets::SocketMaps;
 use crate::reconcile::plan::{LOCAL_ADDRESS_ENTRIES, PREFIX_ENTRIES};
 use crate::reconcile::store::Capacity;
 
-/// The programs, in the order in which they are attached: those of the reply direction first, so that no request is
-/// translated whose answer would not be.
+/// Programs, in the order in which they are attached: those of the reply direction first, so that no request is
+/// translated whose reply would not be.
 pub const PROGRAMS: [&str; 9] = [
     "sock_release",
     "getpeername4",
@@ -38,7 +39,7 @@ pub const PROGRAMS: [&str; 9] = [
     "connect6",
 ];
 
-/// Programs of which neither is attached without the other: alone it would make half translations.
+/// Programs that are only attached together: one alone would make half translations.
 const PAIRS: [[&str; 2]; 2] = [["recvmsg4", "sendmsg4"], ["recvmsg6", "sendmsg6"]];
 
 /// The program without which nothing is served at sockets, the self-test's connection included.
@@ -47,39 +48,40 @@ const NEEDED: &str = "connect4";
 /// Oldest kernel with everything that the programs need.
 const KERNEL_FLOOR: (u32, u32) = (5, 10);
 
-/// Elements of `AFFINITY` and of `NEW_AFFINITY`: clients remembered, over all Services with session affinity.
+/// Number of elements of `AFFINITY` and of `NEW_AFFINITY`: clients remembered, over all Services with session affinity.
 const AFFINITY_ENTRIES: u32 = 65_536;
-/// Elements of `UDP_FLOWS`: two for each unconnected socket and VIP.
+/// Number of elements of `UDP_FLOWS`: two for each unconnected socket and VIP.
 const UDP_FLOW_ENTRIES: u32 = 65_536;
-/// Elements of `OPT_OUT`: all that is known of [`PODS_MAX`] pods, and while that changes both.
+/// Number of elements of `OPT_OUT`: the cgroups of [`PODS_MAX`] pods and their containers, twice, because old and new
+/// ones exist together during a change.
 ///
 /// [`PODS_MAX`]: crate::host::cgroups::PODS_MAX
 const OPT_OUT_ENTRIES: u32 = (2 * PODS_MAX * (CONTAINERS_MAX + 1)) as u32;
-/// Elements of `SANDBOXES`, likewise.
+/// Number of elements of `SANDBOXES`: one for each of [`PODS_MAX`] pods, twice for the same reason.
 const SANDBOX_ENTRIES: u32 = 2 * PODS_MAX as u32;
-/// Elements of `FLOWS`, unless somebody asks for others; memory is taken as they are used.
+/// Default number of elements of `FLOWS`; memory is taken as elements are used.
 pub const FLOW_ENTRIES: u32 = 262_144;
-/// Elements of `NEW_FLOWS`: flows whose client has not gone on after an answer.
+/// Number of elements of `NEW_FLOWS`: flows whose client has not gone on after a reply.
 const NEW_FLOW_ENTRIES: u32 = 65_536;
 const FRAGMENT_ENTRIES: u32 = 8_192;
 const DEVICE_ENTRIES: u32 = 4_096;
 
-/// Why the dataplane cannot be set up.
+/// Reason why the dataplane cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum DataplaneError {
-    /// Too old.
+    /// The kernel is too old.
     #[error("kernel {0} is too old: Vipr needs 5.10 or newer")]
     Kernel(String),
-    /// The pin directory.
+    /// The pin directory cannot be used.
     #[error(transparent)]
     Pin(#[from] PinError),
-    /// The pinned maps.
+    /// The pinned maps cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
     /// Maps that are too small cannot be copied into larger ones.
     #[error("making maps larger: {0}")]
     Grow(#[from] GrowError),
-    /// Not allowed.
+    /// The process has no permission.
     #[error(
         "the kernel does not allow BPF here: {0}; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
     )]
@@ -90,12 +92,12 @@ pub enum DataplaneError {
     /// The verifier or the kernel refused a program.
     #[error("BPF program {program}: {}", reason(source))]
     Program {
-        /// Its name.
+        /// Name of the program.
         program: &'static str,
-        /// What aya or the verifier said.
+        /// Error of aya or the verifier.
         source: ProgramError,
     },
-    /// It has panicked, which has been printed.
+    /// Loading has panicked; the panic has been printed.
     #[error("loading the BPF programs: {0}")]
     Panic(tokio::task::JoinError),
     /// A link could not be made, pinned or updated.
@@ -105,7 +107,7 @@ pub enum DataplaneError {
         program: &'static str,
         /// The cgroup.
         cgroup: PathBuf,
-        /// What went wrong.
+        /// Reason of the failure.
         reason: String,
     },
     /// The cgroup cannot be opened.
@@ -113,19 +115,20 @@ pub enum DataplaneError {
     Cgroup {
         /// The directory.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
-/// How large the maps have to be.
+/// Sizes that the maps have to have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Pinned maps below this are replaced by larger ones that hold the same.
+    /// Least capacity: pinned maps below this are replaced by larger ones with the same elements.
     pub least: Capacity,
-    /// New maps are made this large.
+    /// Capacity of new maps.
     pub want: Capacity,
-    /// Elements of `FLOWS`, if it has to be made. One that is there is kept at any size: connections live in it.
+    /// Number of elements of `FLOWS`, if it has to be made. An existing `FLOWS` is kept at any size, because it holds
+    /// connections.
     pub flows: u32,
 }
 
@@ -134,9 +137,9 @@ pub struct Sizes {
 pub struct Dataplane {
     /// The maps.
     pub maps: KernelMaps,
-    /// Whether the maps were there already, with what an earlier agent had written.
+    /// Whether the maps existed already, with the elements that an earlier agent had written.
     pub resumed: bool,
-    /// Verified instructions per program, where the kernel tells (5.16).
+    /// Verified instructions per program, if the kernel reports them (5.16).
     pub verified: Vec<(&'static str, Option<u32>)>,
     /// Programs that are not attached.
     pub refused: Refused,
@@ -147,9 +150,9 @@ pub struct Dataplane {
 }
 
 impl Dataplane {
-    /// Creates or takes over the maps, has them grow, and loads the programs; `loading` hears of each. Nothing is attached
-    /// yet: what is attached serves on, from the maps as they were. A program that the kernel refuses costs itself, and the
-    /// one that only makes sense with it.
+    /// Creates or takes over the maps, makes them larger if necessary, and loads the programs; `loading` is called with
+    /// the name of each. Nothing is attached yet: programs that are attached already serve on, from the maps as they
+    /// were. A program that the kernel refuses is left out, together with the program that is useless without it.
     ///
     /// # Errors
     ///
@@ -158,7 +161,7 @@ impl Dataplane {
         Self::open_object(OBJECT, pins, sizes, loading)
     }
 
-    /// [`Dataplane::open`] with the programs of another object.
+    /// Does the same as [`Dataplane::open`], with the programs of another object.
     pub(super) fn open_object(
         object: &[u8],
         pins: PinDir,
@@ -185,7 +188,7 @@ impl Dataplane {
             .map(|spec| (spec.name, larger.map(spec.name), entries(spec.name, sizes.want, sizes.flows)))
             .collect();
         for (name, pin, entries) in &maps {
-            // Zero: the object says how many.
+            // With zero, the object's own number is used.
             if *entries > 0 {
                 loader.map_max_entries(name, *entries);
             }
@@ -231,7 +234,7 @@ impl Dataplane {
     ///
     /// # Errors
     ///
-    /// [`DataplaneError::Attach`]; what was attached before stays.
+    /// [`DataplaneError::Attach`]; the former attachments stay.
     pub fn attach(&mut self, cgroup: &Path) -> Result<(), DataplaneError> {
         let no_cgroup = |source| DataplaneError::Cgroup { path: cgroup.to_path_buf(), source };
         let dir = File::open(cgroup).map_err(no_cgroup)?;
@@ -244,7 +247,7 @@ impl Dataplane {
             };
             let pin = self.pins.link(name);
             if self.refused.contains_key(name) {
-                // One of an earlier agent would go on with maps that nobody writes any more.
+                // The program of an earlier agent would go on with maps that nobody writes any more.
                 match std::fs::remove_file(&pin) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => {
                         return Err(failed(format!("{}: {error}", pin.display())));
@@ -265,7 +268,7 @@ impl Dataplane {
                 sys::update_link(link.as_fd(), fd.as_fd()).map_err(|error| failed(error.to_string()))?;
                 continue;
             }
-            // Another cgroup than before, or the first time: attach here, then let the old link go.
+            // The cgroup has changed, or this is the first time: attach to this cgroup, then remove the old link.
             let link = attach(program, &dir).map_err(|error| failed(chain(&*error)))?;
             if old.is_some() {
                 std::fs::remove_file(&pin).map_err(|error| failed(error.to_string()))?;
@@ -276,7 +279,7 @@ impl Dataplane {
         Ok(())
     }
 
-    /// The programs that are not what `cgroup` runs any more: somebody has detached them or replaced what they run, or the cgroup
+    /// Returns the programs that `cgroup` does not run any more: somebody has detached or replaced them, or the cgroup
     /// has been removed and made again.
     pub fn detached(&self, cgroup: &Path) -> Vec<&'static str> {
         let cgroup_id = std::fs::metadata(cgroup).ok().map(|dir| dir.ino());
@@ -289,11 +292,11 @@ impl Dataplane {
         PROGRAMS.into_iter().filter(|name| !self.refused.contains_key(name) && !runs(name)).collect()
     }
 
-    /// The maps about sockets.
+    /// Returns the maps about sockets.
     ///
     /// # Errors
     ///
-    /// [`DataplaneError::Open`] when the pin is gone.
+    /// [`DataplaneError::Open`] when a pin is gone.
     pub fn sockets(&self) -> Result<SocketMaps, DataplaneError> {
         let open = |name| {
             let path = self.pins.map(name);
@@ -306,7 +309,7 @@ impl Dataplane {
     }
 }
 
-/// The object file with the programs and the layout of the maps.
+/// Object file with the programs and the layout of the maps.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("VIPR_EBPF_OBJECT"));
 
 fn program<'a>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, DataplaneError> {
@@ -314,7 +317,7 @@ fn program<'a>(programs: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Pro
     programs.program_mut(name).ok_or(missing)
 }
 
-/// Loads a program of the socket edge. Returns its verified instructions, where the kernel tells.
+/// Loads a program of the socket edge. Returns its verified instructions, if the kernel reports them.
 fn load(program: &mut Program) -> Result<Option<u32>, ProgramError> {
     if let Program::CgroupSock(program) = program {
         program.load()?;
@@ -324,7 +327,7 @@ fn load(program: &mut Program) -> Result<Option<u32>, ProgramError> {
     Ok(program.info()?.verified_instruction_count())
 }
 
-/// Leaves out the other half of what is refused.
+/// Leaves out programs whose counterpart is refused.
 fn leave_out_halves(refused: &mut Refused) {
     for [one, other] in PAIRS {
         for (missing, left_out) in [(one, other), (other, one)] {
@@ -335,7 +338,7 @@ fn leave_out_halves(refused: &mut Refused) {
     }
 }
 
-/// Whether permission is missing. (A verdict of the verifier is EACCES.)
+/// Returns whether permission is missing. (A verdict of the verifier is EACCES.)
 fn is_permission(error: &ProgramError) -> bool {
     matches!(error, ProgramError::LoadError { io_error, .. } if io_error.raw_os_error() == Some(libc::EPERM))
 }
@@ -347,7 +350,7 @@ fn failed(program: &'static str, source: ProgramError) -> DataplaneError {
     DataplaneError::Program { program, source }
 }
 
-/// Attaches to a cgroup and hands the link out, to be pinned.
+/// Attaches to a cgroup and returns the link, to be pinned.
 fn attach(program: &mut Program, cgroup: &File) -> Result<FdLink, Box<dyn std::error::Error>> {
     if let Program::CgroupSock(program) = program {
         let id = program.attach(cgroup, CgroupAttachMode::Single)?;
@@ -358,7 +361,7 @@ fn attach(program: &mut Program, cgroup: &File) -> Result<FdLink, Box<dyn std::e
     Ok(FdLink::try_from(program.take_link(id)?)?)
 }
 
-/// Elements that a map should have; 0 where the object decides.
+/// Returns the number of elements that a map should have; 0 if the object decides.
 fn entries(map: &str, want: Capacity, flows: u32) -> u32 {
     match map {
         "FRONTENDS" => want.frontends,
@@ -369,7 +372,7 @@ fn entries(map: &str, want: Capacity, flows: u32) -> u32 {
         "UDP_FLOWS" => UDP_FLOW_ENTRIES,
         "FLOWS" => flows,
         "NEW_FLOWS" => NEW_FLOW_ENTRIES,
-        // A flow has one index entry, or two.
+        // A flow has one or two index entries.
         "FLOW_INDEX" => flows.saturating_mul(2),
         "NEW_FLOW_INDEX" => 2 * NEW_FLOW_ENTRIES,
         "FRAGMENTS" => FRAGMENT_ENTRIES,
@@ -388,7 +391,7 @@ fn check_kernel() -> Result<(), DataplaneError> {
     if version < KERNEL_FLOOR { Err(DataplaneError::Kernel(release)) } else { Ok(()) }
 }
 
-/// Version of the running kernel, and its whole release.
+/// Returns the version of the running kernel, and its whole release.
 pub(super) fn kernel() -> ((u32, u32), String) {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
@@ -409,15 +412,4 @@ fn permission(error: EbpfError) -> DataplaneError {
         source = cause.source();
     }
     DataplaneError::Load(error)
-}
-
-/// An error with its causes on one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

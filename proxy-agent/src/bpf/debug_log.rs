@@ -1,11 +1,11 @@
-//! Prints what BPF programs built with `debug-log` say. For debugging only: it costs every connection.
+//! Prints the log of BPF programs built with `debug-log`. For debugging only: it costs every connection.
 
 use aya::Ebpf;
 use aya_log::EbpfLogger;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Follows the programs' log on the current runtime. An object built without it has none; that is said once.
+/// Follows the programs' log on the current runtime. Warns once if the object was built without a log.
 pub(super) fn follow(programs: &mut Ebpf) {
     let logger = match EbpfLogger::init(programs) {
         Ok(logger) => logger,

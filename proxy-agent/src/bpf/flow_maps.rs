@@ -1,15 +1,15 @@
-//! The packet edge's flow maps as the agent sees them: hashes that can be large, walked some elements at a time.
+//! The packet edge's flow maps for the agent: hashes that can be large, walked some elements at a time.
 
 use std::io;
 
 use aya::maps::{HashMap, IterableMap as _, Map, MapData, MapError};
 use proxy_common::abi::{Flow, FlowKey, FlowRef};
 
-use super::maps::OpenError;
+use super::pins::OpenError;
 use super::pins::PinDir;
 use super::sys::lookup_batch;
 
-/// Elements that one step of a walk asks for. A bucket with more of them makes the next step larger.
+/// Number of elements that one step of a walk asks for. A bucket with more of them makes the next step larger.
 const STEP: usize = 1024;
 /// `BPF_NOEXIST` of linux/bpf.h.
 const NO_EXIST: u64 = 1;
@@ -28,7 +28,7 @@ pub struct FlowMaps {
 }
 
 impl FlowMaps {
-    /// Opens what is pinned.
+    /// Opens the pinned maps.
     ///
     /// # Errors
     ///
@@ -43,12 +43,12 @@ impl FlowMaps {
     }
 }
 
-/// What keys and values of a [`Table`] are.
+/// Type that can be a key or a value of a [`Table`].
 pub trait Element: aya::Pod + bytemuck::Pod {}
 
 impl<T: aya::Pod + bytemuck::Pod> Element for T {}
 
-/// One of them, or another hash that can be as large.
+/// One of the flow maps, or another hash that can be as large.
 #[derive(Debug)]
 pub struct Table<V: Element, K: Element = FlowKey> {
     map: HashMap<MapData, K, V>,
@@ -66,11 +66,11 @@ impl<V: Element, K: Element> Table<V, K> {
         Ok(Self { map: map.map_err(|source| OpenError::Pin { path, source })? })
     }
 
-    /// The value of a key.
+    /// Returns the value of a key.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn get(&self, key: &K) -> Result<Option<V>, MapError> {
         match self.map.get(key, 0) {
             Ok(value) => Ok(Some(value)),
@@ -83,7 +83,7 @@ impl<V: Element, K: Element> Table<V, K> {
     ///
     /// # Errors
     ///
-    /// What the kernel says: EEXIST when there is one.
+    /// Returns the kernel's error: EEXIST when there is one.
     pub fn add(&mut self, key: &K, value: &V) -> Result<(), MapError> {
         self.map.insert(key, value, NO_EXIST)
     }
@@ -92,7 +92,7 @@ impl<V: Element, K: Element> Table<V, K> {
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn remove(&mut self, key: &K) -> Result<(), MapError> {
         match self.map.remove(key) {
             Err(MapError::KeyNotFound) => Ok(()),
@@ -101,29 +101,30 @@ impl<V: Element, K: Element> Table<V, K> {
         }
     }
 
-    /// How many elements there can be.
+    /// Returns the number of elements that the map can hold.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn capacity(&self) -> Result<u64, MapError> {
         Ok(self.map.map().info()?.max_entries().into())
     }
 
-    /// How many elements there are: a walk over all of them, a fraction of a second if there are hundreds of thousands.
+    /// Returns the number of elements. Walks over all of them: a fraction of a second if there are hundreds of
+    /// thousands.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn count(&self) -> io::Result<u64> {
         count::<V, K>(self.map.map())
     }
 
-    /// Looks at every element.
+    /// Calls `look` with every element.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn for_each(&self, look: impl FnMut((K, V))) -> io::Result<()> {
         let (mut walk, mut look) = (Walk::default(), look);
         while let Some(elements) = walk.step(self)? {
@@ -133,11 +134,12 @@ impl<V: Element, K: Element> Table<V, K> {
     }
 }
 
-/// How many elements a hash has. A thousand at a time: a call for each would take ten times as long.
+/// Returns the number of elements of a hash. Walks a thousand elements at a time: a system call for each would take ten
+/// times as long.
 ///
 /// # Errors
 ///
-/// What the kernel says.
+/// Returns the kernel's error.
 pub fn count<V: Element, K: Element>(map: &MapData) -> io::Result<u64> {
     let (mut walk, mut count) = (Walk::<V, K>::default(), 0);
     while let Some(elements) = walk.step_on(map)? {
@@ -146,8 +148,8 @@ pub fn count<V: Element, K: Element>(map: &MapData) -> io::Result<u64> {
     Ok(count)
 }
 
-/// A walk over a table, some elements at a time. What is there from its beginning to its end is met; what comes or goes
-/// meanwhile may be.
+/// A walk over a table, some elements at a time. It meets every element that is there from its beginning to its end. It
+/// may or may not meet an element that comes or goes meanwhile.
 #[derive(Debug)]
 pub struct Walk<V, K = FlowKey> {
     next: Next,
@@ -169,11 +171,11 @@ impl<V, K> Default for Walk<V, K> {
 }
 
 impl<V: Element, K: Element> Walk<V, K> {
-    /// The next elements; `None` after the last.
+    /// Returns the next elements; `None` after the last.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn step(
         &mut self,
         table: &Table<V, K>,

@@ -1,4 +1,4 @@
-//! Loading programs: what the kernel says about one that it refuses, and what is lost without it.
+//! Loading programs: the kernel's reason for refusing a program, and the loss without that program.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -6,16 +6,14 @@ use std::time::Instant;
 use aya::VerifierLogLevel;
 use aya::programs::ProgramError;
 
-use super::dataplane::chain;
-
-/// Lines of the verifier's log that are shown: it ends with its verdict.
+/// Number of lines of the verifier's log that are shown: the log ends with the verdict.
 const LAST_LINES: usize = 3;
 
-/// Programs that the kernel has refused, each with the reason and with what is lost.
+/// Programs that the kernel has refused, each with the reason and the loss.
 pub type Refused = BTreeMap<&'static str, String>;
 
-/// How much the verifier is to tell. Its verdict is a few lines; its whole way through a program is megabytes, for which
-/// the program would be verified again and again, with a larger buffer each time.
+/// Returns the level of the verifier's log. The verdict is a few lines. The log of the whole verification is megabytes,
+/// and the program would be verified again and again, with a larger buffer each time.
 pub(super) fn log_level() -> VerifierLogLevel {
     if tracing::enabled!(tracing::Level::DEBUG) {
         VerifierLogLevel::DEBUG | VerifierLogLevel::STATS
@@ -24,7 +22,7 @@ pub(super) fn log_level() -> VerifierLogLevel {
     }
 }
 
-/// Loads one program by `load`, and tells which: the verifier may take its time.
+/// Loads one program by `load`, and logs its name and the time: the verifier may be slow.
 pub(super) fn timed<T>(
     program: &'static str,
     load: impl FnOnce() -> Result<T, ProgramError>,
@@ -41,7 +39,7 @@ pub(super) fn timed<T>(
     loaded
 }
 
-/// An error in a line, with the verifier's last ones.
+/// Returns an error on one line, with the last lines of the verifier's log.
 pub(super) fn reason(error: &ProgramError) -> String {
     let ProgramError::LoadError { io_error, verifier_log } = error else { return chain(error) };
     let log = verifier_log.to_string();
@@ -49,7 +47,7 @@ pub(super) fn reason(error: &ProgramError) -> String {
     format!("the kernel does not load it: {io_error}: {}", verdict(&log))
 }
 
-/// The last lines of the verifier's log, but for its statistics.
+/// Returns the last lines of the verifier's log, without its statistics.
 fn verdict(log: &str) -> String {
     const STATISTICS: [&str; 3] = ["processed ", "verification time ", "stack depth "];
     let told = |line: &&str| !line.is_empty() && !STATISTICS.iter().any(|word| line.starts_with(word));
@@ -58,12 +56,12 @@ fn verdict(log: &str) -> String {
     if last.is_empty() { "without a reason".to_owned() } else { last.join("; ") }
 }
 
-/// Why a program is not loaded, and what that costs.
+/// Returns the reason why a program is not loaded, and the loss.
 pub(super) fn describe(program: &str, error: &ProgramError) -> String {
     format!("{}; without it, {}", reason(error), lost(program))
 }
 
-/// What is lost while a program is not loaded.
+/// Returns the loss while a program is not loaded.
 fn lost(program: &str) -> &'static str {
     match program {
         "sock_release" => {
@@ -84,6 +82,17 @@ fn lost(program: &str) -> &'static str {
         "pod_ingress" | "pod_egress" => "pods are served at their sockets only",
         _ => "nothing is known",
     }
+}
+
+/// Returns an error with its causes on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
 }
 
 #[cfg(test)]

@@ -1,8 +1,7 @@
-//! The pinned maps as the agent and its inspection commands see them.
+//! The pinned maps, for the agent and its inspection commands.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::path::PathBuf;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use aya::maps::{
@@ -15,40 +14,19 @@ use proxy_common::abi::{
 use proxy_common::addr::{Addr, Family, Prefix};
 
 use super::flow_maps::{FlowMaps, Table, count};
-use super::pins::PinDir;
+use super::pins::{OpenError, PinDir};
 use super::sys::Mapping;
 use crate::reconcile::store::{
     Capacity, Contents, MapStore, Op, StoreError, backend_bits, filter_bits, filter_words,
 };
 
-/// Why the pinned maps cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// There is no such pin, or no permission to open it.
-    #[error("{path}: {source}; is the agent running on this pin directory, and are you root?")]
-    Pin {
-        /// The pin.
-        path: PathBuf,
-        /// What aya said.
-        source: MapError,
-    },
-    /// The map cannot be mapped into memory.
-    #[error("{path}: mmap: {source}")]
-    Mmap {
-        /// The pin.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-}
-
-/// Why the elements of a map are not in a larger one.
+/// Reason why the elements of a map could not be copied into a larger one.
 #[derive(Debug, thiserror::Error)]
 pub enum GrowError {
-    /// They cannot be read.
+    /// The elements cannot be read.
     #[error("reading what there is: {0}")]
     Read(#[from] MapError),
-    /// They cannot be written.
+    /// The elements cannot be written.
     #[error(transparent)]
     Write(#[from] StoreError),
 }
@@ -75,7 +53,7 @@ pub struct KernelMaps {
     capacity: Capacity,
 }
 
-/// The part of a [`SourceRangeKey`] behind the length.
+/// Part of a [`SourceRangeKey`] behind the length.
 type SourceRange = [u8; 20];
 
 impl std::fmt::Debug for KernelMaps {
@@ -85,7 +63,7 @@ impl std::fmt::Debug for KernelMaps {
 }
 
 impl KernelMaps {
-    /// Opens what is pinned. Without `writable`, an [`Op`] on a mapped array would end the process.
+    /// Opens the pinned maps. Without `writable`, an [`Op`] on a mapped array would end the process.
     ///
     /// # Errors
     ///
@@ -139,44 +117,44 @@ impl KernelMaps {
         })
     }
 
-    /// Sizes of the maps.
+    /// Returns the sizes of the maps.
     pub fn capacity(&self) -> Capacity {
         self.capacity
     }
 
-    /// Cookie of the host's network namespace; 0 while unknown.
+    /// Returns the cookie of the host's network namespace; 0 while it is unknown.
     pub fn host_netns(&self) -> u64 {
         self.node.word(0, 0).map_or(0, |word| word.load(Acquire))
     }
 
-    /// Replaces it.
+    /// Replaces the cookie of the host's network namespace.
     ///
     /// # Errors
     ///
-    /// Never: the map has room for it.
+    /// Never fails: the map has room for the cookie.
     pub fn set_host_netns(&self, cookie: u64) -> Result<(), StoreError> {
         store("NODE", &self.node, 0, 0, cookie)
     }
 
-    /// Bits of [`proxy_common::abi::node`].
+    /// Returns bits of [`proxy_common::abi::node`].
     pub fn node_flags(&self) -> u64 {
         self.node.word(0, 1).map_or(0, |word| word.load(Acquire))
     }
 
-    /// A counter, summed over the CPUs.
+    /// Returns a counter, summed over the CPUs.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn counter(&self, counter: Counter) -> Result<u64, MapError> {
         Ok(self.counters.get(&(counter as u32), 0)?.iter().sum())
     }
 
-    /// What the packet edge has done for a Service port, summed over the CPUs.
+    /// Returns the packet edge's counters of a Service port, summed over the CPUs.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn service_counters(&self, id: u32) -> Result<ServiceCounters, MapError> {
         let by_cpu = self.service_counters.get(&id, 0)?;
         Ok(by_cpu.iter().fold(ServiceCounters::default(), |sum, cpu| ServiceCounters {
@@ -188,17 +166,17 @@ impl KernelMaps {
         }))
     }
 
-    /// The packet edge's flows.
+    /// Returns the packet edge's flow maps.
     pub fn flow_maps(&self) -> &FlowMaps {
         &self.flow_maps
     }
 
-    /// Elements in use and capacity, by map, of those that the agent writes. Those that the programs fill are too many to
-    /// be counted by the way.
+    /// Returns elements in use and capacity of each map that the agent writes. The maps that the programs fill have too
+    /// many elements to count here.
     ///
     /// # Errors
     ///
-    /// What the kernel says about a hash map that it cannot walk.
+    /// Returns the kernel's error about a hash map that it cannot walk.
     pub fn usage(&self) -> Result<Vec<(&'static str, u64, u64)>, MapError> {
         let frontends =
             count::<FrontendValue, FrontendKey>(self.frontends.map()).map_err(MapError::IoError)?;
@@ -225,7 +203,7 @@ impl KernelMaps {
         ])
     }
 
-    /// Slots that are in some Service's set. Its two sets may share them.
+    /// Returns the number of slots that are in some Service's set. The two sets of a Service may share slots.
     fn slots_in_use(&self) -> u64 {
         let sets = (0..self.capacity.services).filter_map(|id| self.service(id));
         let sets = sets.flat_map(|service| [service.cluster, service.local]).filter(|set| !set.is_empty());
@@ -233,11 +211,11 @@ impl KernelMaps {
         distinct.values().copied().map(u64::from).sum()
     }
 
-    /// What `FRONTENDS` holds for a key.
+    /// Returns the value in `FRONTENDS` for a key.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn frontend(&self, key: &FrontendKey) -> Result<Option<FrontendValue>, MapError> {
         match self.frontends.get(key, 0) {
             Ok(value) => Ok(Some(value)),
@@ -246,26 +224,26 @@ impl KernelMaps {
         }
     }
 
-    /// `FILTER`, from word 0.
+    /// Returns `FILTER`, from word 0.
     pub fn filter(&self) -> Vec<u64> {
         array(&self.filter, |word| load::<1>(&self.filter, word).map(|[bits]| bits))
     }
 
-    /// An element of `SERVICES`.
+    /// Returns an element of `SERVICES`.
     pub fn service(&self, id: u32) -> Option<Service> {
         load::<3>(&self.services, id).map(bytemuck::cast)
     }
 
-    /// An element of `BACKENDS`.
+    /// Returns an element of `BACKENDS`.
     pub fn backend(&self, id: u32) -> Option<Backend> {
         load::<4>(&self.backends, id).map(bytemuck::cast)
     }
 
-    /// Reads everything back.
+    /// Reads the elements of all maps of [`Contents`].
     ///
     /// # Errors
     ///
-    /// What the kernel says about a hash map that it cannot walk.
+    /// Returns the kernel's error about a hash map that it cannot walk.
     pub fn contents(&self) -> Result<Contents, MapError> {
         let prefixes = |trie: &LpmTrie<MapData, Addr, u32>| {
             let keys = trie.keys().collect::<Result<Vec<_>, _>>()?;
@@ -292,7 +270,7 @@ impl KernelMaps {
 }
 
 impl KernelMaps {
-    /// Writes into `maps`, which are empty, what `old` holds of them, at the same numbers.
+    /// Copies the elements of `old` for each of `maps`, which are empty here, at the same numbers.
     ///
     /// # Errors
     ///
@@ -309,8 +287,8 @@ impl KernelMaps {
         Ok(())
     }
 
-    /// Brings `FILTER` to what the other maps hold: sets what is missing, clears what has become stale. Flows go on when
-    /// their backend has left its Service, so their backends count as well.
+    /// Makes `FILTER` match the other maps: sets missing bits, clears stale bits. Flows go on after their backend has
+    /// left its Service, so the bits of their backends are set as well.
     ///
     /// # Errors
     ///
@@ -405,7 +383,7 @@ impl MapStore for KernelMaps {
     }
 }
 
-/// Adds or removes an element of a trie that holds nothing but keys.
+/// Adds or removes an element of a trie that is used as a set of keys.
 fn put<K: aya::Pod>(
     trie: &mut LpmTrie<MapData, K, u32>,
     key: &lpm_trie::Key<K>,
@@ -418,7 +396,7 @@ fn prefix_key(prefix: Prefix) -> lpm_trie::Key<Addr> {
     lpm_trie::Key::new(u32::from(prefix.mapped_len()), prefix.addr())
 }
 
-/// A prefix with its length in the 128-bit form; `None` for what is never written.
+/// Returns a prefix from its length in the 128-bit form; `None` for a length that is never written.
 fn prefix(addr: Addr, mapped_len: u32) -> Option<Prefix> {
     let len = match addr.family() {
         Family::V4 => mapped_len.checked_sub(96)?,
@@ -434,7 +412,7 @@ fn source_range_key(service: u32, range: Prefix) -> lpm_trie::Key<SourceRange> {
     lpm_trie::Key::new(len, data)
 }
 
-/// Reads [`source_range_key`] back; `None` for what it never writes.
+/// Reads [`source_range_key`] back; `None` for a key that it never writes.
 fn source_range(key: &lpm_trie::Key<SourceRange>) -> Option<(u32, Prefix)> {
     let mut bytes = [0; size_of::<SourceRangeKey>()];
     let [_, _, _, _, data @ ..] = &mut bytes;
@@ -447,7 +425,7 @@ fn typed<T: TryFrom<Map, Error = MapError>>(map: Map) -> Result<T, MapError> {
     T::try_from(map)
 }
 
-/// The words of an element, each loaded once.
+/// Returns the words of an element, each loaded once.
 fn load<const N: usize>(mapping: &Mapping, index: u32) -> Option<[u64; N]> {
     let mut words = [0; N];
     for (word, value) in words.iter_mut().enumerate() {
@@ -456,7 +434,7 @@ fn load<const N: usize>(mapping: &Mapping, index: u32) -> Option<[u64; N]> {
     Some(words)
 }
 
-/// All elements up to the last one that is not zero.
+/// Returns all elements up to the last one that is not zero.
 fn array<T>(mapping: &Mapping, get: impl Fn(u32) -> Option<T>) -> Vec<T> {
     let used =
         |index: &u32| (0..).map_while(|word| mapping.word(*index, word)).any(|word| word.load(Acquire) != 0);
@@ -484,7 +462,7 @@ fn failed(map: &'static str) -> impl FnOnce(MapError) -> StoreError {
     }
 }
 
-/// Removing what somebody else has removed already is success.
+/// Makes removing an absent element a success.
 fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),

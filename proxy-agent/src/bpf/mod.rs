@@ -1,7 +1,8 @@
 //! The kernel: loading programs, attaching them, and the maps between them and the agent.
 //!
-//! [`dataplane`] is what the agent holds; [`tc`] attaches to network devices; [`maps`] is all that the inspection
-//! commands need; [`pins`] is the layout of the pin directory; [`sys`] holds what aya has no safe way for.
+//! [`dataplane`] is what the agent holds. [`tc`] attaches programs to network devices. [`maps`] is all that the
+//! inspection commands need. [`pins`] is the layout of the pin directory. [`sys`] holds system calls that aya has no
+//! safe way for.
 
 pub mod sys;
 
@@ -17,9 +18,11 @@ pub mod flow_maps;
 
 mod load;
 
-pub use load::Refused;
+pub use load::{Refused, chain};
 
 pub mod dataplane;
+
+pub mod device;
 
 pub mod self_test;
 

@@ -1,12 +1,12 @@
-//! What the agent has changed outside of the pin directory: noted, so that `cleanup` can take it back whoever has died
-//! in between, and nothing that is somebody else's.
+//! Notes of the agent's changes outside of the pin directory. `cleanup` reads them to take back the changes of all
+//! agents, also of those that have died meanwhile, and no change of anybody else.
 //!
 //! ```text
 //! <pin-dir>/made/clsact-<n>                the clsact queueing discipline of the device with index n
 //! <pin-dir>/made/ports-<first>-<last>      ports that were added to net.ipv4.ip_local_reserved_ports
 //! ```
-//! A BPF file system holds BPF objects and directories, nothing else: a note is an empty directory. It is there whole or
-//! not at all, and for as long as what is pinned.
+//! A BPF file system holds only BPF objects and directories, so a note is an empty directory. A note never exists in
+//! part, and lasts as long as the pins.
 
 use std::fmt;
 use std::io;
@@ -18,7 +18,7 @@ use super::pins::{PinDir, PinError};
 /// Something that the agent has made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Note {
-    /// The clsact queueing discipline of the device with this index.
+    /// The clsact queueing discipline of the device with this index has been added.
     Clsact(u32),
     /// These ports have been reserved.
     Ports(RangeInclusive<u16>),
@@ -52,12 +52,12 @@ impl Note {
 pub struct Notes(PathBuf);
 
 impl Notes {
-    /// Those of `pins`.
+    /// Returns the notes of `pins`.
     pub fn of(pins: &PinDir) -> Self {
-        Self(pins.root().join("made"))
+        Self(pins.notes())
     }
 
-    /// Writes a note, before what it is about is made. False if it was there.
+    /// Writes a note, before the agent makes the change. Returns false if the note already existed.
     ///
     /// # Errors
     ///
@@ -72,7 +72,7 @@ impl Notes {
         }
     }
 
-    /// Removes a note, if it is there, after what it was about.
+    /// Removes a note if it exists, after the agent has taken the change back.
     ///
     /// # Errors
     ///
@@ -85,12 +85,12 @@ impl Notes {
         }
     }
 
-    /// Whether the note is there.
+    /// Returns whether the note exists.
     pub fn has(&self, note: &Note) -> bool {
         self.of_note(note).is_dir()
     }
 
-    /// All of them.
+    /// Returns all notes.
     ///
     /// # Errors
     ///
@@ -108,7 +108,7 @@ impl Notes {
         Ok(notes)
     }
 
-    /// Where they are.
+    /// Returns the directory of the notes.
     pub fn path(&self) -> &Path {
         &self.0
     }

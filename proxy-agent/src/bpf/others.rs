@@ -1,7 +1,7 @@
-//! What others run on a device, and where packets meet it: ahead of our programs, or behind.
+//! Programs of others on a device, and whether packets meet them ahead of our programs or behind.
 //!
-//! In each direction the kernel runs all TCX programs of a device and then all its clsact filters. Ours are to be the first
-//! on the way in and the last on the way out, so that everybody else sees pods where clients see Services. But a filter
+//! In each direction the kernel runs all TCX programs of a device and then all its clsact filters. Our programs have to
+//! be first on the way in and last on the way out, so that all others see pods where clients see Services. But a filter
 //! cannot be ahead of a TCX program.
 
 use std::collections::BTreeSet;
@@ -13,9 +13,10 @@ use serde::{Deserialize, Serialize};
 use super::clsact::{TrafficControl, own_filter};
 use super::pins::PinDir;
 use super::sys;
-use super::tc::{Direction, Pair, device_link, link_pin};
+use super::tc::{Pair, device_link, link_pin};
+use crate::bpf::device::Direction;
 
-/// Where packets meet something.
+/// Side of our program on which packets meet another program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Side {
@@ -25,15 +26,15 @@ pub enum Side {
     Behind,
 }
 
-/// Something of others that packets meet on a device.
+/// A program or filter of others that packets meet on a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Other {
-    /// On which way.
+    /// Direction in which packets meet it.
     pub direction: Direction,
-    /// On which side of our program.
+    /// Side of our program.
     pub side: Side,
-    /// What it is: `TCX program 12`, or `u32 filter, pref 10`.
+    /// Name of the program or filter: `TCX program 12`, or `u32 filter, pref 10`.
     pub what: String,
 }
 
@@ -51,31 +52,31 @@ impl fmt::Display for Other {
     }
 }
 
-/// Looks for what is not ours on devices.
+/// Search for programs and filters of others on devices.
 pub struct Looking {
     control: TrafficControl,
-    /// The devices that can have filters.
+    /// Devices that can have filters.
     filtered: BTreeSet<u32>,
 }
 
 impl Looking {
-    /// Begins.
+    /// Begins a search.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn begin() -> io::Result<Self> {
         let control = TrafficControl::open()?;
         let filtered = control.devices()?;
         Ok(Self { control, filtered })
     }
 
-    /// Returns what packets meet on a device beside our programs, except what is behind ours on the way in, as it should be.
-    /// Empty for a direction in which ours is not attached.
+    /// Returns the programs and filters of others that packets meet on a device, except those behind our program on the
+    /// way in, where they belong. Empty for a direction in which our program is not attached.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn others(&self, pins: &PinDir, device: u32, pair: Pair) -> io::Result<Vec<Other>> {
         let mut others = Vec::new();
         for direction in Direction::ALL {
@@ -92,7 +93,7 @@ impl Looking {
         Ok(others)
     }
 
-    /// Returns what packets meet, in this order; `None` is ours.
+    /// Returns the programs and filters in the order in which packets meet them; `None` stands for ours.
     fn met(
         &self,
         pins: &PinDir,
@@ -102,14 +103,14 @@ impl Looking {
     ) -> io::Result<Vec<Option<String>>> {
         let link = device_link(&link_pin(pins, pair.program(direction), device)).ok().flatten();
         let own = link.map(|(_, info)| info.program_id);
-        // A kernel without TCX refuses to tell, and has none.
+        // A kernel without TCX refuses the query, and has no TCX programs.
         let programs = sys::tcx_programs(device, direction == Direction::Ingress).unwrap_or_default();
         let programs = programs.into_iter().map(|id| (own != Some(id)).then(|| format!("TCX program {id}")));
         let mut met: Vec<_> = programs.collect();
         if self.filtered.contains(&device) {
             let own = own_filter(direction);
             let filters = self.control.filters(device, direction)?;
-            // With the handle 0 the kernel tells of a priority, not of a filter.
+            // An entry with the handle 0 describes a priority, not a filter.
             let filters =
                 filters.into_iter().filter(|filter| filter.chain == 0 && u32::from(filter.id.handle) != 0);
             met.extend(filters.map(|filter| {

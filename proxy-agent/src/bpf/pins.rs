@@ -1,11 +1,11 @@
-//! What lies pinned below the pin directory, and who may touch it.
+//! The pin directory: the layout of its pins, and the lock that admits one agent.
 //!
 //! ```text
 //! <pin-dir>/links/<program>        the cgroup links: they outlive the agent, and every ABI version
 //! <pin-dir>/links/<program>-<n>    the links to the network device with index n
-//! <pin-dir>/made/…                 notes of what has been made elsewhere ([`super::notes`])
+//! <pin-dir>/made/…                 notes of changes elsewhere ([`super::notes`])
 //! <pin-dir>/v<ABI_VERSION>/<MAP>   the maps of this version's layout
-//! <pin-dir>/v<ABI_VERSION>/<MAP>-larger   what takes the place of a map as soon as it holds the same
+//! <pin-dir>/v<ABI_VERSION>/<MAP>-larger   a larger map, which replaces <MAP> when it holds the same elements
 //! ```
 
 use std::collections::BTreeSet;
@@ -14,23 +14,22 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use aya::maps::{MapInfo, MapType};
+use aya::maps::{MapError, MapInfo, MapType};
 use proxy_common::abi::{self, ABI_VERSION};
 use proxy_common::addr::Addr;
 
 use super::bpf_fs::{self, BPF_FS};
-use super::notes::Notes;
 
-/// Ends the name of a pin that is to take another's place. (A BPF file system allows no dots.)
+/// Suffix of a pin that is to take the place of another pin. (A BPF file system allows no dots.)
 const LARGER: &str = "-larger";
 
-/// Why the pin directory cannot be used.
+/// Reason why the pin directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
-    /// A directory elsewhere.
+    /// The directory is neither on a BPF file system nor below its usual mount point.
     #[error("--pin-dir {0} is not on a BPF file system; choose a directory below {BPF_FS}")]
     Elsewhere(PathBuf),
-    /// No bpffs there, and one that is mounted would go with this container.
+    /// There is no BPF file system, and one mounted here would end with this container.
     #[error(
         "no BPF file system at {BPF_FS} for --pin-dir {0}, and one that is mounted in this container ends with it, and all \
          programs too; give the container the host's: a volume with hostPath {BPF_FS}, mounted at {BPF_FS}. Where the host has \
@@ -38,12 +37,12 @@ pub enum PinError {
          mountPropagation: Bidirectional"
     )]
     OfTheContainer(PathBuf),
-    /// No bpffs there and none could be mounted.
+    /// There is no BPF file system, and none could be mounted.
     #[error("no BPF file system at {BPF_FS} for --pin-dir {path}; mount one: mount -t bpf bpf {BPF_FS}")]
     NoBpfFs {
         /// The pin directory.
         path: PathBuf,
-        /// Why mounting failed.
+        /// Error of the mount.
         source: io::Error,
     },
     /// A file operation failed.
@@ -51,7 +50,7 @@ pub enum PinError {
     File {
         /// File or directory.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// Another agent holds the directory.
@@ -62,13 +61,13 @@ pub enum PinError {
 /// A map as this version of the agent knows it.
 #[derive(Debug)]
 pub struct MapSpec {
-    /// Name, also of the pin.
+    /// Name of the map and of its pin.
     pub name: &'static str,
-    /// Type.
+    /// Type of the map.
     pub map_type: MapType,
-    /// Bytes of a key.
+    /// Size of a key in bytes.
     pub key: usize,
-    /// Bytes of a value.
+    /// Size of a value in bytes.
     pub value: usize,
     /// Whether the map can be kept while the others are replaced, because its contents refer to none of them.
     pub independent: bool,
@@ -78,7 +77,7 @@ const fn spec<K, V>(name: &'static str, map_type: MapType, independent: bool) ->
     MapSpec { name, map_type, key: size_of::<K>(), value: size_of::<V>(), independent }
 }
 
-/// Every map. What each holds is told in `docs/maps.md`.
+/// All maps. `docs/maps.md` describes their contents.
 pub const MAPS: [MapSpec; 29] = [
     spec::<u32, u64>("FILTER", MapType::Array, false),
     spec::<abi::FrontendKey, abi::FrontendValue>("FRONTENDS", MapType::Hash, false),
@@ -88,7 +87,7 @@ pub const MAPS: [MapSpec; 29] = [
     spec::<u32, abi::ServiceName>("NAMES", MapType::Hash, false),
     spec::<abi::AffinityKey, abi::AffinityValue>("AFFINITY", MapType::LruHash, false),
     spec::<abi::AffinityKey, abi::AffinityValue>("NEW_AFFINITY", MapType::LruHash, false),
-    // Its backend ids count only with the address beside them.
+    // A backend id in this map is used only together with the address beside it.
     spec::<abi::UdpFlowKey, abi::UdpFlow>("UDP_FLOWS", MapType::LruHash, true),
     spec::<u32, abi::Node>("NODE", MapType::Array, true),
     spec::<Addr, u32>("LOCAL_ADDRESSES", MapType::Hash, false),
@@ -101,7 +100,7 @@ pub const MAPS: [MapSpec; 29] = [
     spec::<abi::SourceRangeKey, u32>("SOURCE_RANGES", MapType::LpmTrie, false),
     spec::<abi::PrefixKey, u32>("POD_SOURCES", MapType::LpmTrie, false),
     spec::<u32, abi::Device>("DEVICES", MapType::Hash, true),
-    // Flows carry addresses; their backend ids count only with those.
+    // Flows carry addresses; a flow's backend id is used only together with them.
     spec::<abi::FlowKey, abi::Flow>("FLOWS", MapType::Hash, true),
     spec::<abi::FlowKey, abi::FlowRef>("FLOW_INDEX", MapType::Hash, true),
     spec::<abi::FlowKey, abi::Flow>("NEW_FLOWS", MapType::LruHash, true),
@@ -110,12 +109,12 @@ pub const MAPS: [MapSpec; 29] = [
     spec::<u32, abi::ServiceCounters>("SERVICE_COUNTERS", MapType::PerCpuArray, false),
     spec::<u32, u64>("COUNTERS", MapType::PerCpuArray, true),
     spec::<u32, abi::Trace>("TRACE", MapType::Array, true),
-    // Holds no elements.
+    // A ring buffer holds no elements.
     spec::<(), ()>("EVENTS", MapType::RingBuf, true),
 ];
 
-/// The maps whose size follows the cluster. They grow while Services are served: a larger one gets the same elements at
-/// the same numbers, then takes over the pin.
+/// Maps whose size follows the cluster. They grow while Services are served: a larger map gets the same elements at the
+/// same numbers, then takes over the pin.
 const GROWING: [&str; 7] =
     ["FRONTENDS", "SERVICES", "NAMES", "SERVICE_COUNTERS", "SLOTS", "BACKENDS", "SOURCE_RANGES"];
 
@@ -123,36 +122,57 @@ const GROWING: [&str; 7] =
 #[derive(Clone, Debug)]
 pub struct PinDir {
     root: PathBuf,
-    /// Maps that are to be replaced by larger ones, which lie beside them.
+    /// Maps that are to be replaced by larger ones. The larger ones are pinned beside them.
     larger: BTreeSet<&'static str>,
 }
 
-/// What there is of this version's maps.
+/// State of this version's pinned maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// The maps that hold Services are there and stay.
+    /// The maps that hold Services are there and are kept.
     pub resumed: bool,
-    /// Of those, the ones that are too small.
+    /// Kept maps that are too small.
     pub too_small: BTreeSet<&'static str>,
 }
 
+/// Reason why the pinned maps cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no such pin, or no permission to open it.
+    #[error("{path}: {source}; is the agent running on this pin directory, and are you root?")]
+    Pin {
+        /// The pin.
+        path: PathBuf,
+        /// Error of aya.
+        source: MapError,
+    },
+    /// The map cannot be mapped into memory.
+    #[error("{path}: mmap: {source}")]
+    Mmap {
+        /// The pin.
+        path: PathBuf,
+        /// The kernel's error.
+        source: io::Error,
+    },
+}
+
 impl PinDir {
-    /// The directory at `root`, which need not exist yet.
+    /// Returns the directory at `root`, which need not exist yet.
     pub fn new(root: &Path) -> Self {
         Self { root: root.to_path_buf(), larger: BTreeSet::new() }
     }
 
-    /// The directory itself.
+    /// Returns the path of the directory.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Where the maps of this ABI version are pinned.
+    /// Returns the directory in which the maps of this ABI version are pinned.
     pub fn maps(&self) -> PathBuf {
         self.root.join(format!("v{ABI_VERSION}"))
     }
 
-    /// Where a map is pinned.
+    /// Returns the path at which a map is pinned.
     pub fn map(&self, name: &str) -> PathBuf {
         if self.larger.contains(name) {
             self.maps().join(format!("{name}{LARGER}"))
@@ -161,17 +181,17 @@ impl PinDir {
         }
     }
 
-    /// The same directory, with others beside these maps, to take their place.
+    /// Returns the same directory, with larger maps beside these maps, to take their place.
     pub fn with_larger(&self, maps: BTreeSet<&'static str>) -> Self {
         Self { root: self.root.clone(), larger: maps }
     }
 
-    /// Has the larger maps take the place of those beside which they lie, one by one: each holds what the other did, so
-    /// any mixture of them will do.
+    /// Replaces maps by the larger ones beside them, one by one. Each larger map holds the same elements, so any
+    /// mixture of old and new maps works.
     ///
     /// # Errors
     ///
-    /// [`PinError::File`] names the one that stays where it is.
+    /// [`PinError::File`] names the larger map that could not take its place.
     pub fn replace_by_larger(self) -> Result<Self, PinError> {
         let settled = Self::new(&self.root);
         for name in &self.larger {
@@ -182,12 +202,12 @@ impl PinDir {
         Ok(settled)
     }
 
-    /// Where links are pinned.
+    /// Returns the directory in which links are pinned.
     pub fn links(&self) -> PathBuf {
         self.root.join("links")
     }
 
-    /// Where a program's link is pinned.
+    /// Returns the path at which a program's link is pinned.
     pub fn link(&self, program: &str) -> PathBuf {
         self.links().join(program)
     }
@@ -214,7 +234,7 @@ impl PinDir {
         Ok(())
     }
 
-    /// Takes the directory for this process, until the lock is dropped.
+    /// Locks the directory for this process, until the lock is dropped.
     ///
     /// # Errors
     ///
@@ -223,18 +243,18 @@ impl PinDir {
         lock(&self.root)
     }
 
-    /// Keeps others from watching at the same time.
+    /// Locks the maps, so that no other process watches at the same time.
     ///
     /// # Errors
     ///
-    /// [`PinError::Locked`] when another process does.
+    /// [`PinError::Locked`] when another process has the lock.
     pub fn lock_maps(&self) -> Result<OwnedFd, PinError> {
         lock(&self.maps())
     }
 
-    /// Removes the pins of maps that this agent cannot use: of another layout, or smaller than `entries` asks for and
-    /// not among those that can grow; and larger maps that have not taken anybody's place. Maps that refer to each other
-    /// go together. Programs that are attached keep what they use until they are replaced.
+    /// Removes the pins of maps that this agent cannot use: maps of another layout, maps smaller than `entries` asks
+    /// for that cannot grow, and larger maps that have not taken another map's place. Maps that refer to each other are
+    /// removed together. Attached programs keep the maps that they use until the programs are replaced.
     ///
     /// # Errors
     ///
@@ -257,7 +277,7 @@ impl PinDir {
             if spec.independent && pin.exists() && !usable {
                 remove(&pin)?;
             }
-            // An agent of before that had no such map has left the others as they should be.
+            // An earlier version of the agent had no such map, but has left the other maps as they should be.
             let is_new = spec.name == "NEW_AFFINITY" && !pin.exists();
             keep &= usable || spec.independent || is_new;
         }
@@ -274,7 +294,8 @@ impl PinDir {
         Ok(Found { resumed: keep, too_small })
     }
 
-    /// Removes the maps of every other ABI version. Only after this version's programs have been attached.
+    /// Removes the maps of every other ABI version. Must only be called after this version's programs have been
+    /// attached.
     ///
     /// # Errors
     ///
@@ -291,13 +312,18 @@ impl PinDir {
         Ok(())
     }
 
-    /// Whether the directory is there.
+    /// Returns whether the directory exists.
     ///
     /// # Errors
     ///
     /// [`PinError::File`] when this process may not know.
     pub fn is_there(&self) -> Result<bool, PinError> {
         self.root.try_exists().map_err(|source| PinError::File { path: self.root.clone(), source })
+    }
+
+    /// Returns the directory of the notes ([`super::notes`]).
+    pub fn notes(&self) -> PathBuf {
+        self.root.join("made")
     }
 
     /// Removes everything, which also detaches the programs.
@@ -310,27 +336,26 @@ impl PinDir {
         if self.root.exists() { remove_tree(&self.root) } else { Ok(()) }
     }
 
-    /// Removes everything but the notes of what is left elsewhere.
+    /// Removes everything except the notes of changes elsewhere.
     ///
     /// # Errors
     ///
     /// [`PinError::File`] when a pin cannot be removed.
     pub fn remove_pins(&self) -> Result<(), PinError> {
-        // Links first: no program must run on after its maps have lost their names.
+        // Links are removed first: no program may run on after its maps have lost their names.
         let links = self.links();
-        let notes = Notes::of(self);
         if links.exists() {
             remove_tree(&links)?;
         }
         let all = if self.root.exists() { entries(&self.root)? } else { Vec::new() };
-        for path in all.iter().filter(|path| *path != notes.path()) {
+        for path in all.iter().filter(|path| **path != self.notes()) {
             if path.is_dir() { remove_tree(path) } else { remove(path) }?;
         }
         Ok(())
     }
 }
 
-/// Whether a pinned map has the layout of `spec`.
+/// Returns whether a pinned map has the layout of `spec`.
 fn fits(spec: &MapSpec, info: &MapInfo) -> bool {
     info.map_type().is_ok_and(|map_type| map_type == spec.map_type)
         && info.key_size() as usize == spec.key

@@ -1,11 +1,12 @@
-//! Proof that the socket edge works, by a connection of our own.
+//! Proof that the socket edge works, by a datagram of the agent's own.
 //!
-//! A probe frontend leads to a socket of ours. When a datagram sent to the probe address arrives there, the programs
-//! run for processes of this cgroup and translate; on the way the socket edge learns which network namespace is the
-//! host's: the one the agent runs in. Whoever else sends to the probe address meanwhile, by the port that only the kernel and
-//! the agent know, teaches it another one; so where the kernel tells the agent (5.14), that counts ([`settle`]).
+//! A probe frontend leads to a socket of the agent. If a datagram sent to the probe address arrives at that socket, the
+//! programs run for processes of this cgroup and translate. On the way the socket edge learns the host's network
+//! namespace: the one that the agent runs in. If another process sends to the probe address meanwhile, by the port that
+//! only the kernel and the agent know, the socket edge learns that process's namespace instead. So if the kernel tells
+//! the agent its own namespace (5.14), the agent corrects the map ([`settle`]).
 //!
-//! That it works for others than this process is a matter of the cgroup ([`reach`]).
+//! Whether the socket edge serves other processes as well depends on the cgroup ([`reach`]).
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
@@ -29,65 +30,65 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 /// The cgroups of this process, by the paths that its cgroup namespace shows (cgroup_namespaces(7)).
 const OWN_CGROUP: &str = "/proc/self/cgroup";
 
-/// Why the self-test failed.
+/// Reason why the self-test failed.
 #[derive(Debug, thiserror::Error)]
 pub enum SelfTestError {
     /// The probe frontend could not be written.
     #[error("self-test: {0}")]
     Store(#[from] StoreError),
-    /// No socket on the loopback address.
+    /// No socket could be opened on the loopback address.
     #[error("self-test: a UDP socket on 127.0.0.1: {0}; is the loopback interface up?")]
     Socket(io::Error),
-    /// The connection was not translated.
+    /// The datagram was not translated.
     #[error(
         "self-test: a datagram of this process to a Service address was not translated ({0}): the agent does not run \
          below the cgroup that the programs are attached to; give the root of the host's cgroup v2 hierarchy with \
          --cgroup-path (in a container: mount the host's /sys/fs/cgroup)"
     )]
     NotTranslated(String),
-    /// Nobody but this process would be served.
+    /// No process except this one would be served.
     #[error(
         "self-test: {0} is the cgroup of this process itself, and not the root of the cgroup v2 hierarchy: no other process would \
          be served; give the root of the host's with --cgroup-path (in a container, which may see its own part of the \
          hierarchy only: mount the host's /sys/fs/cgroup)"
     )]
     OwnCgroup(PathBuf),
-    /// Whose cgroup it is cannot be told.
+    /// The reach of the cgroup cannot be determined.
     #[error("self-test: {path}: {source}")]
     Cgroup {
         /// The file or directory.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
-/// Who is served by what is attached to a cgroup.
+/// Processes that are served by programs attached to a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
-    /// Every process of the host: it is the root of the hierarchy.
+    /// Every process of the host: the cgroup is the root of the hierarchy.
     Host,
-    /// Processes in this cgroup and below it, this process not being the only one; its id.
+    /// Processes in and below this cgroup, with its id. This process is not the only one.
     Below(u64),
 }
 
-/// Tells who is served by what is attached to `cgroup`. What is attached to a cgroup runs for all below it, so once a
-/// datagram of this process is translated ([`run`]) others are served unless it is the cgroup of this process itself, and the root of
-/// its cgroup namespace. That is what a container has that sees its own part of the hierarchy: the self-test passes, and no pod is
-/// served.
+/// Returns which processes are served by programs attached to `cgroup`. Programs attached to a cgroup run for all
+/// processes below it. So once a datagram of this process is translated ([`run`]), others are served too, unless
+/// `cgroup` is the cgroup of this process itself and the root of its cgroup namespace. A container that sees only its
+/// own part of the hierarchy has such a cgroup: the self-test passes, and no pod is served.
 ///
 /// # Errors
 ///
-/// [`SelfTestError::OwnCgroup`]; [`SelfTestError::Cgroup`] if it cannot be read.
+/// [`SelfTestError::OwnCgroup`]; [`SelfTestError::Cgroup`] if the cgroup cannot be read.
 pub fn reach(cgroup: &Path) -> Result<Reach, SelfTestError> {
     use std::os::unix::fs::MetadataExt as _;
     let failed = |path: &Path, source| SelfTestError::Cgroup { path: path.to_path_buf(), source };
-    // The id of a cgroup is its inode; that of the root is always the first one.
+    // The id of a cgroup is its inode number; the root always has the first one.
     let id = std::fs::metadata(cgroup).map_err(|error| failed(cgroup, error))?.ino();
     if id == 1 {
         return Ok(Reach::Host);
     }
-    // The rest of the host's hierarchy is seen, or this process is not in what is seen of it.
+    // Otherwise the rest of the host's hierarchy is visible, or this process is not in the visible part.
     let own = std::fs::read_to_string(OWN_CGROUP).map_err(|error| failed(Path::new(OWN_CGROUP), error))?;
     if !own.lines().any(|line| line == "0::/") {
         return Ok(Reach::Below(id));
@@ -97,7 +98,8 @@ pub fn reach(cgroup: &Path) -> Result<Reach, SelfTestError> {
     match std::fs::read_to_string(&members) {
         Ok(pids) if pids.lines().any(|pid| pid == own) => Err(SelfTestError::OwnCgroup(cgroup.to_path_buf())),
         Ok(_) => Ok(Reach::Below(id)),
-        // A threaded cgroup has no list of processes. Those in it belong to the nearest one above that has.
+        // A threaded cgroup has no list of processes. Its processes belong to the nearest cgroup above that is not
+        // threaded.
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(Reach::Below(id)),
         Err(error) => Err(failed(&members, error)),
     }
@@ -107,13 +109,13 @@ pub fn reach(cgroup: &Path) -> Result<Reach, SelfTestError> {
 ///
 /// # Errors
 ///
-/// [`SelfTestError`] says what to look at.
+/// [`SelfTestError`] says what to check.
 pub fn run(maps: &mut impl MapStore) -> Result<(), SelfTestError> {
     let receiver = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).map_err(SelfTestError::Socket)?;
     let to = receiver.local_addr().map_err(SelfTestError::Socket)?;
     let key = FrontendKey::exact(Addr::from(PROBE_ADDR), Be16::new(to.port()), proto::UDP);
-    // The port is the kernel's random choice: no pod that connects to the probe address can be taken for the host.
-    // Id 0 of every array is set aside for this.
+    // The port is the kernel's random choice, so that no pod that connects to the probe address can be taken for the
+    // host. Id 0 of every array is reserved for this frontend.
     let state = BackendState { flags: backend::flags::IN_CLUSTER | backend::flags::IN_LOCAL, generation: 0 };
     let target = Backend { addr: to.ip().into(), port: Be16::new(to.port()), pad: [0; 2], service: 0, state };
     let range = SlotRange { base: 0, len: 1 };
@@ -139,13 +141,14 @@ pub fn run(maps: &mut impl MapStore) -> Result<(), SelfTestError> {
     proof
 }
 
-/// Puts right what a pod may have taught the socket edge while the probe was there: the host's network namespace is ours.
+/// Writes our own network namespace as the host's, if a pod has taught the socket edge another one while the probe was
+/// there.
 ///
 /// # Errors
 ///
 /// [`SelfTestError::Store`].
 pub fn settle(maps: &KernelMaps) -> Result<(), SelfTestError> {
-    // Programs that have seen the probe's frontend may still write.
+    // Programs that have seen the probe's frontend may still write the namespace.
     let _ = sys::grace_period();
     let learned = maps.host_netns();
     let Some(own) = netns_cookie().filter(|own| *own != learned) else { return Ok(()) };
@@ -161,7 +164,7 @@ fn exchange(receiver: &UdpSocket, to: SocketAddr) -> Result<(), SelfTestError> {
     let not_translated = |error: io::Error| SelfTestError::NotTranslated(error.to_string());
     let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).map_err(SelfTestError::Socket)?;
     receiver.set_read_timeout(Some(TIMEOUT)).map_err(SelfTestError::Socket)?;
-    // From a loopback source the kernel refuses to route to the probe address: nothing can leave the host.
+    // The kernel refuses to route a packet from a loopback source to the probe address, so nothing can leave the host.
     sender.connect((PROBE_ADDR, to.port())).map_err(not_translated)?;
     let token = to.port().to_be_bytes();
     sender.send(&token).map_err(not_translated)?;

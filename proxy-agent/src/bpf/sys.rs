@@ -1,4 +1,4 @@
-//! bpf(2) where aya has no safe way to it.
+//! bpf(2) calls that aya has no safe way for.
 //!
 //! Each function says from which aya version on it can be deleted.
 
@@ -24,7 +24,7 @@ pub struct Mapping {
 
 // SAFETY: the mapping is shared memory by nature and reached only through atomics.
 unsafe impl Send for Mapping {}
-// SAFETY: as above.
+// SAFETY: the mapping is shared memory by nature and reached only through atomics.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
@@ -32,7 +32,7 @@ impl Mapping {
     ///
     /// # Errors
     ///
-    /// What mmap(2) says: EINVAL when the map is not mmapable, EPERM when it is read-only.
+    /// Returns the error of mmap(2): EINVAL when the map is not mmapable, EPERM when it is read-only.
     pub fn new(map: BorrowedFd<'_>, len: u32, value_size: usize, writable: bool) -> io::Result<Self> {
         // The kernel rounds elements up to 8 bytes and the whole up to pages.
         let stride = value_size.div_ceil(8);
@@ -46,7 +46,7 @@ impl Mapping {
         Ok(Self { start, words, stride })
     }
 
-    /// Word `word` of element `index`; `None` outside of the map. Writing to a mapping that was made read-only
+    /// Returns word `word` of element `index`; `None` outside of the map. Writing to a mapping that was made read-only
     /// ends the process.
     pub fn word(&self, index: u32, word: usize) -> Option<&AtomicU64> {
         let at = (index as usize).checked_mul(self.stride)?.checked_add(word)?;
@@ -59,12 +59,12 @@ impl Mapping {
         Some(unsafe { word.as_ref() })
     }
 
-    /// Number of elements.
+    /// Returns the number of elements.
     pub fn len(&self) -> u32 {
         u32::try_from(self.words / self.stride).unwrap_or(u32::MAX)
     }
 
-    /// Whether there is no element.
+    /// Returns whether there is no element.
     pub fn is_empty(&self) -> bool {
         self.words == 0
     }
@@ -77,18 +77,18 @@ impl Drop for Mapping {
     }
 }
 
-/// What the kernel says about a link to a cgroup.
+/// The kernel's facts about a link to a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CgroupLinkInfo {
     /// Id of the cgroup (its inode number); 0 when the cgroup is gone.
     pub cgroup_id: u64,
-    /// `enum bpf_attach_type`.
+    /// Attach type: `enum bpf_attach_type`.
     pub attach_type: u32,
     /// Id of the program that the link runs.
     pub program_id: u32,
 }
 
-/// What the kernel says about a link to a network device.
+/// The kernel's facts about a link to a network device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TcxLinkInfo {
     /// Id of the program that the link runs.
@@ -113,7 +113,7 @@ fn zeroed_attr() -> bpf_attr {
 ///
 /// # Errors
 ///
-/// What bpf(2) says: ENOENT when there is no such pin.
+/// Returns the error of bpf(2): ENOENT when there is no such pin.
 pub fn open_link(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = zeroed_attr();
@@ -127,7 +127,7 @@ pub fn open_link(path: &Path) -> io::Result<OwnedFd> {
 ///
 /// # Errors
 ///
-/// What bpf(2) says: EINVAL when the program is of another type.
+/// Returns the error of bpf(2): EINVAL when the program is of another type.
 pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = zeroed_attr();
     // SAFETY: writes the member of the union that BPF_LINK_UPDATE reads.
@@ -137,24 +137,25 @@ pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
     bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(|_| ())
 }
 
-/// Which cgroup a link is on, and with which program (`BPF_OBJ_GET_INFO_BY_FD`).
+/// Returns the cgroup that a link is on, and its program (`BPF_OBJ_GET_INFO_BY_FD`).
 ///
 /// # Errors
 ///
-/// What bpf(2) says.
+/// Returns the error of bpf(2).
 pub fn cgroup_link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
     let info = link_info(link)?;
-    // SAFETY: integers of a C union; for a link of another kind they mean nothing, and no pin of ours is one.
+    // SAFETY: integers of a C union. They are meaningless for a link of another kind, but no pin of ours is of another
+    // kind.
     let cgroup = unsafe { info.__bindgen_anon_1.cgroup };
     let program_id = info.prog_id;
     Ok(CgroupLinkInfo { cgroup_id: cgroup.cgroup_id, attach_type: cgroup.attach_type, program_id })
 }
 
-/// Which device and program a TCX link is for (`BPF_OBJ_GET_INFO_BY_FD`, kernel 6.6).
+/// Returns the device that a TCX link is on, and its program (`BPF_OBJ_GET_INFO_BY_FD`, kernel 6.6).
 ///
 /// # Errors
 ///
-/// What bpf(2) says; InvalidInput when the link is of another kind.
+/// Returns the error of bpf(2); InvalidInput when the link is of another kind.
 pub fn tcx_link_info(link: BorrowedFd<'_>) -> io::Result<TcxLinkInfo> {
     let info = link_info(link)?;
     if info.type_ != bpf_link_type::BPF_LINK_TYPE_TCX as u32 {
@@ -165,13 +166,13 @@ pub fn tcx_link_info(link: BorrowedFd<'_>) -> io::Result<TcxLinkInfo> {
     Ok(TcxLinkInfo { program_id: info.prog_id, device: tcx.ifindex })
 }
 
-/// Ids of the programs that TCX runs on one side of a network device, in the order in which packets meet them
-/// (`BPF_PROG_QUERY`, kernel 6.6). aya 0.14 opens each of them, for which the kernel
-/// wants CAP_SYS_ADMIN, and fails when one of them vanishes meanwhile.
+/// Returns the ids of the programs that TCX runs on one side of a network device, in the order in which packets meet
+/// them (`BPF_PROG_QUERY`, kernel 6.6). aya 0.14 opens each of them, for which the kernel wants CAP_SYS_ADMIN, and
+/// fails when one of them vanishes meanwhile.
 ///
 /// # Errors
 ///
-/// What bpf(2) says: EINVAL on kernels without TCX, ENODEV when the device is gone.
+/// Returns the error of bpf(2): EINVAL on kernels without TCX, ENODEV when the device is gone.
 pub fn tcx_programs(device: u32, ingress: bool) -> io::Result<Vec<u32>> {
     // BPF_MPROG_MAX: the kernel allows no more.
     let mut ids = [0_u32; 64];
@@ -203,12 +204,13 @@ fn link_info(link: BorrowedFd<'_>) -> io::Result<bpf_link_info> {
 }
 
 /// Copies the next elements of a hash map (`BPF_MAP_LOOKUP_BATCH`, kernel 5.6), as many as fit into both slices.
-/// Returns how many, and where to go on; `None` after the last. aya 0.14 walks key by key, which takes two system calls
-/// for each element, and begins anew when the key is gone that it wants to go on from.
+/// Returns the number of elements and the position to go on from; `None` after the last element. aya 0.14 walks key by
+/// key: that takes two system calls for each element, and begins anew when the key to go on from is gone.
 ///
 /// # Errors
 ///
-/// What bpf(2) says: ENOSPC when more elements share a bucket than fit. EINVAL for a map that is no hash of `K` to `V`.
+/// Returns the error of bpf(2): ENOSPC when more elements share a bucket than fit. EINVAL for a map that is no hash of
+/// `K` to `V`.
 pub fn lookup_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
     map: &MapData,
     from: Option<u32>,
@@ -223,7 +225,7 @@ pub fn lookup_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
     }
     let mut next = 0_u32;
     let mut attr = zeroed_attr();
-    // The kernel writes no more than `count` keys and values, of the sizes checked above, and any bytes are a `K` or `V`.
+    // The kernel writes no more than `count` keys and values, of the sizes checked above. Any bytes are a `K` or `V`.
     // SAFETY: writes the member of the union that BPF_MAP_LOOKUP_BATCH reads.
     let batch = unsafe { &mut attr.batch };
     batch.map_fd = u32::try_from(map.fd().as_fd().as_raw_fd()).map_err(io::Error::other)?;
@@ -234,7 +236,7 @@ pub fn lookup_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
     batch.values = values.as_mut_ptr() as u64;
     let last = match bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) {
         Ok(_) => false,
-        // The end; what was left has been copied.
+        // The walk is at its end; the last elements have been copied.
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
         Err(error) => return Err(error),
     };
@@ -245,12 +247,12 @@ pub fn lookup_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
 
 /// Waits until every BPF program that runs now has ended: an RCU grace period. Takes some milliseconds.
 ///
-/// `membarrier(MEMBARRIER_CMD_GLOBAL)` (kernel 4.3) is one; where it is refused (`nohz_full`), replacing a map inside
-/// of a map waits for one as well (kernel 4.20).
+/// `membarrier(MEMBARRIER_CMD_GLOBAL)` (kernel 4.3) waits for a grace period. Where it is refused (`nohz_full`),
+/// replacing a map inside of a map waits for one as well (kernel 4.20).
 ///
 /// # Errors
 ///
-/// What bpf(2) says, when both ways fail.
+/// Returns the error of bpf(2), when both ways fail.
 pub fn grace_period() -> io::Result<()> {
     const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
     // SAFETY: takes three integers and touches no memory of ours.
@@ -286,7 +288,7 @@ fn create_array(map_type: bpf_map_type, inner: Option<BorrowedFd<'_>>) -> io::Re
     owned(bpf(bpf_cmd::BPF_MAP_CREATE, &mut attr)?)
 }
 
-/// Takes over a descriptor that bpf(2) returned.
+/// Takes ownership of a descriptor that bpf(2) returned.
 fn owned(fd: i64) -> io::Result<OwnedFd> {
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: the kernel has just opened this descriptor for us, and nobody else knows it.
@@ -295,7 +297,7 @@ fn owned(fd: i64) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    /// Needs CAP_BPF, as everything that this module is for.
+    /// Needs CAP_BPF, as the whole module does.
     #[test]
     fn both_ways_to_wait_for_a_grace_period_work() {
         if rustix::process::geteuid().is_root() {

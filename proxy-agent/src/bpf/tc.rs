@@ -1,8 +1,8 @@
 //! The packet edge's programs, and attaching them to network devices.
 //!
 //! On kernels with TCX (6.6) each attachment is a link, pinned as `<pin-dir>/links/<program>-<interface index>`: first
-//! on ingress, last on egress, and replaced in place. On older kernels it is a clsact filter with a priority and a
-//! handle of its own. Everything here asks the kernel what is there and changes only what differs, so it can be
+//! on ingress, last on egress, and replaced in place. On older kernels it is a clsact filter with our own priority and
+//! handle. Every function here asks the kernel for the current state and changes only the differences, so it can be
 //! repeated at any time.
 
 use std::collections::BTreeMap;
@@ -13,40 +13,18 @@ use std::time::{Duration, Instant};
 
 use aya::programs::links::{FdLink, LinkOrder};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError};
-use aya::programs::{Program, ProgramError, ProgramType, SchedClassifier, TcAttachType};
+use aya::programs::{Program, ProgramError, ProgramType, SchedClassifier};
 use aya::sys::{BpfHelper, is_helper_supported};
-use aya::{Ebpf, EbpfError, EbpfLoader};
-use serde::{Deserialize, Serialize};
+use aya::{Ebpf, EbpfLoader};
 
 use super::clsact::{HANDLE, make_clsact, priority};
-use super::dataplane::{OBJECT, chain, kernel};
-use super::load::{Refused, describe, log_level, reason, timed};
+use super::dataplane::{OBJECT, kernel};
+use super::device::{AttachError, Device, Direction, LoadError};
+use super::load::chain;
+use super::load::{Refused, describe, log_level, timed};
 use super::notes::Notes;
 use super::pins::{MAPS, PinDir};
 use super::sys;
-
-/// Which way packets go, seen from the host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Direction {
-    /// Out of the host.
-    Egress,
-    /// Into the host.
-    Ingress,
-}
-
-impl Direction {
-    /// In the order in which programs are attached: the reply direction first, so that no request is translated whose
-    /// answer would not be.
-    pub const ALL: [Self; 2] = [Self::Egress, Self::Ingress];
-
-    const fn attach_type(self) -> TcAttachType {
-        match self {
-            Self::Egress => TcAttachType::Egress,
-            Self::Ingress => TcAttachType::Ingress,
-        }
-    }
-}
 
 /// A pair of programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +36,7 @@ pub enum Pair {
 }
 
 impl Pair {
-    /// Name of the program for a direction.
+    /// Returns the name of the program for a direction.
     pub const fn program(self, direction: Direction) -> &'static str {
         match (self, direction) {
             (Self::Edge, Direction::Ingress) => "edge_ingress",
@@ -72,7 +50,7 @@ impl Pair {
 /// Every program of the packet edge.
 pub const PROGRAMS: [&str; 4] = ["edge_ingress", "edge_egress", "pod_ingress", "pod_egress"];
 
-/// How programs are attached.
+/// Mechanism by which programs are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mechanism {
     /// Links (kernel 6.6).
@@ -82,7 +60,7 @@ pub enum Mechanism {
 }
 
 impl Mechanism {
-    /// In one word.
+    /// Returns the mechanism in one word.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Tcx => "tcx",
@@ -90,7 +68,7 @@ impl Mechanism {
         }
     }
 
-    /// What this kernel has.
+    /// Returns the mechanism of the running kernel.
     pub fn of_kernel() -> Self {
         match sys::tcx_programs(LOOPBACK, true) {
             Ok(_) => Self::Tcx,
@@ -102,89 +80,22 @@ impl Mechanism {
     }
 }
 
-/// Why a program is not attached to a device.
-#[derive(Debug, thiserror::Error)]
-pub enum AttachError {
-    /// aya or the kernel refused.
-    #[error("{program}: {}", reason(source))]
-    Program {
-        /// The program.
-        program: &'static str,
-        /// What went wrong.
-        source: ProgramError,
-    },
-    /// A pin could not be made, read or replaced.
-    #[error("{path}: {source}")]
-    Pin {
-        /// The pin.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// Which programs are there cannot be told.
-    #[error("{program}: listing the programs of the device: {source}")]
-    Order {
-        /// The program.
-        program: &'static str,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The name belongs to another device than a moment ago.
-    #[error("{program}: the device was renamed or replaced meanwhile")]
-    Moved {
-        /// The program.
-        program: &'static str,
-    },
-    /// Somebody else wants the same place, again and again.
-    #[error(
-        "{program}: another program takes its place at this device whenever it is put back; see `bpftool net`"
-    )]
-    Rival {
-        /// The program.
-        program: &'static str,
-    },
-    /// What has the place of clsact is another queueing discipline.
-    #[error(
-        "{program}: the device has a queueing discipline of the kind `ingress`, which has no place for filters on the way out; \
-         put clsact in its place"
-    )]
-    Ingress {
-        /// The program.
-        program: &'static str,
-    },
-    /// The object for this kind of device cannot be used.
-    #[error(transparent)]
-    Load(#[from] LoadError),
-    /// The kernel has refused to load the program.
-    #[error("{program}: {reason}")]
-    Refused {
-        /// The program.
-        program: &'static str,
-        /// What the verifier said, and what is lost.
-        reason: String,
-    },
-}
-
-/// Why the object cannot be used: itself, or its maps.
-#[derive(Debug, thiserror::Error)]
-#[error("loading the packet edge: {}", chain(.0))]
-pub struct LoadError(#[from] EbpfError);
-
-/// The first kernel whose IPv4 and IPv6 tunnels leave no header of the outer packet in front of the inner one (commit
+/// First kernel whose IPv4 and IPv6 tunnels leave no header of the outer packet in front of the inner one (commit
 /// 7ad136fd288c, "ipip: allow redirecting ipip and mplsip packets to eth devices", and those beside it).
 const TUNNELS_MEND_HEADERS: (u32, u32) = (5, 14);
 
 /// Index of the loopback device of every network namespace.
 const LOOPBACK: u32 = 1;
 
-/// What the kernel refuses to load it refuses again, and looking takes it seconds: that is not done with every pass.
+/// Time after which a refused program is loaded again. The kernel refuses the same program again and needs seconds for
+/// it, so that is not done with every pass.
 const RELOAD: Duration = Duration::from_secs(300);
 
 /// The four programs on the pinned maps. Each is loaded when it is first needed.
 #[derive(Debug)]
 pub struct TcPrograms {
     programs: Ebpf,
-    /// Those that the kernel has refused, when, and why.
+    /// Programs that the kernel has refused, each with the time and the reason.
     refused: BTreeMap<&'static str, (Instant, String)>,
 }
 
@@ -198,7 +109,7 @@ impl TcPrograms {
         Self::open_object(OBJECT, pins, l3)
     }
 
-    /// [`TcPrograms::open`] with the programs of another object.
+    /// Does the same as [`TcPrograms::open`], with the programs of another object.
     pub(super) fn open_object(object: &[u8], pins: &PinDir, l3: bool) -> Result<Self, LoadError> {
         let mut loader = EbpfLoader::new();
         let l3 = u8::from(l3);
@@ -218,7 +129,8 @@ impl TcPrograms {
         Ok(Self { programs: loader.load(object)?, refused: BTreeMap::new() })
     }
 
-    /// Loads programs at once: the verifier takes its time, and a CPU for each. One that the kernel refuses costs itself.
+    /// Loads programs in parallel: the verifier is slow, and uses a CPU for each program. A program that the kernel
+    /// refuses does not stop the others.
     pub fn load(&mut self, names: &[&'static str]) {
         self.refused.retain(|_, (when, _)| when.elapsed() < RELOAD);
         let refused = std::thread::scope(|scope| {
@@ -242,12 +154,12 @@ impl TcPrograms {
         super::debug_log::follow(&mut self.programs);
     }
 
-    /// Those that the kernel has refused.
+    /// Returns the programs that the kernel has refused.
     pub fn refused(&self) -> Refused {
         self.refused.iter().map(|(program, (_, reason))| (*program, reason.clone())).collect()
     }
 
-    /// Whether both programs of a pair can be attached: one alone would make half translations.
+    /// Checks that both programs of a pair can be attached: one alone would make half translations.
     ///
     /// # Errors
     ///
@@ -261,7 +173,7 @@ impl TcPrograms {
         }
     }
 
-    /// Verified instructions of those that are loaded, where the kernel tells (5.16).
+    /// Returns the number of verified instructions of each loaded program, if the kernel reports it (5.16).
     pub fn verified(&self) -> Vec<(&'static str, Option<u32>)> {
         let count = |name| {
             let program: &SchedClassifier = self.programs.program(name)?.try_into().ok()?;
@@ -270,19 +182,19 @@ impl TcPrograms {
         PROGRAMS.into_iter().filter_map(count).collect()
     }
 
-    /// What a link that runs `program` reports.
+    /// Returns the program id that a link reports if it runs `program`.
     fn id(&mut self, program: &'static str) -> Result<u32, AttachError> {
         let failed = |source| AttachError::Program { program, source };
         let classifier = classifier(&mut self.programs, program).map_err(failed)?;
         Ok(classifier.info().map_err(failed)?.id())
     }
 
-    /// Makes the pinned link of `program` to `device` run the loaded one, or makes the link. Returns whether packets
-    /// meet it at the right place: first on ingress, last on egress.
+    /// Makes the pinned link of `program` to `device` run the loaded program, or makes the link. Returns whether
+    /// packets meet the program at the right place: first on ingress, last on egress.
     ///
     /// # Errors
     ///
-    /// [`AttachError`]; what was attached before stays.
+    /// [`AttachError`]; the former attachment stays.
     pub fn attach_tcx(
         &mut self,
         pins: &PinDir,
@@ -303,7 +215,7 @@ impl TcPrograms {
                     tracing::debug!(device = device.name, program, "program replaced in place");
                 }
             }
-            // A link to a device that is gone, or that has left this namespace.
+            // The link's device is gone, or has left this namespace.
             Some(_) => {
                 remove_pin(&pin)?;
                 self.new_link(device, program, direction, &pin)?;
@@ -319,12 +231,12 @@ impl TcPrograms {
         Ok(there == Some(&own))
     }
 
-    /// Attaches a second time, at the right place, and then lets go of the link that has been overtaken. Only for
-    /// programs that were loaded for this: the kernel attaches no program twice.
+    /// Attaches the program a second time, at the right place, and then removes the former link. Only for programs that
+    /// were loaded for this: the kernel attaches no program twice.
     ///
     /// # Errors
     ///
-    /// [`AttachError`]; what was attached before stays.
+    /// [`AttachError`]; the former attachment stays.
     pub fn overtake_tcx(
         &mut self,
         pins: &PinDir,
@@ -362,7 +274,7 @@ impl TcPrograms {
         };
         let link = FdLink::try_from(link).map_err(|error| pinned(error.into()))?;
         link.pin(pin).map_err(|error| pinned(error.into()))?;
-        // aya attaches by name: it may have met another device.
+        // aya attaches by name, and the name may have led to another device.
         match device_link(pin)? {
             Some((_, info)) if info.device == device.index => Ok(()),
             _ => {
@@ -372,11 +284,11 @@ impl TcPrograms {
         }
     }
 
-    /// Puts a clsact filter with `program` in place, or replaces the program of the one that is there.
+    /// Adds a clsact filter with `program`, or replaces the program of our filter that is there.
     ///
     /// # Errors
     ///
-    /// [`AttachError`]; what was attached before stays.
+    /// [`AttachError`]; the former attachment stays.
     pub fn attach_clsact(
         &mut self,
         pins: &PinDir,
@@ -390,7 +302,7 @@ impl TcPrograms {
         let there = filter(device.name, direction).map_err(|error| failed(TcError::from(error).into()))?;
         let id = match classifier.attach_to_link(there) {
             Ok(id) => id,
-            // There is none yet.
+            // There is no filter of ours yet.
             Err(_) => {
                 make_clsact(&Notes::of(pins), device, program)?;
                 let options = NlOptions { priority: priority(direction), handle: HANDLE, classid: None };
@@ -399,27 +311,18 @@ impl TcPrograms {
                     .map_err(failed)?
             }
         };
-        // Dropped, it would take the filter along, which is to outlive this process.
+        // Dropping the link would remove the filter, which has to outlive this process.
         std::mem::forget(classifier.take_link(id).map_err(failed)?);
         Ok(())
     }
 }
 
-/// A device to attach to.
-#[derive(Clone, Copy, Debug)]
-pub struct Device<'a> {
-    /// Interface index.
-    pub index: u32,
-    /// Interface name.
-    pub name: &'a str,
-}
-
-/// Removes the pinned links for which `keep` is false, by program and interface index. A link that cannot be removed
-/// is logged; the next call finds it again.
+/// Removes the pinned links for which `keep` is false, by program and interface index. A link that cannot be removed is
+/// logged; the next call finds it again.
 ///
 /// # Errors
 ///
-/// When the directory cannot be read.
+/// Returns the error of reading the directory.
 pub fn remove_links(pins: &PinDir, keep: impl Fn(&str, u32) -> bool) -> io::Result<()> {
     for entry in std::fs::read_dir(pins.links())? {
         let path = entry?.path();
@@ -444,7 +347,7 @@ pub(super) fn link_pin(pins: &PinDir, program: &str, index: u32) -> PathBuf {
     pins.link(&format!("{program}-{index}"))
 }
 
-/// The pinned link and what it is to; `None` without a pin.
+/// Returns the pinned link and its device; `None` without a pin.
 pub(super) fn device_link(
     pin: &Path,
 ) -> Result<Option<(std::os::fd::OwnedFd, sys::TcxLinkInfo)>, AttachError> {

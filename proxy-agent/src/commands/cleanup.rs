@@ -8,8 +8,8 @@
 //! | reserved ports | by a note |
 //! | files in the run directory | they are named after the pin directory |
 //!
-//! What cannot be removed keeps its note, and the rest goes. A BPF file system that was mounted for the pins stays: others may
-//! have pinned something there since.
+//! If something cannot be removed, its note stays and the rest goes. A BPF file system that was mounted for the pins
+//! stays: others may have pinned something there since.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -22,32 +22,32 @@ use crate::host::FollowError;
 use crate::observe::reasons;
 use crate::observe::report;
 
-/// Why something stays.
+/// Reason why something stays.
 #[derive(Debug, thiserror::Error)]
 pub enum CleanupError {
-    /// The pin directory, or that an agent has it.
+    /// The pin directory cannot be used, or an agent uses it.
     #[error(transparent)]
     Pins(#[from] PinError),
-    /// Nobody can be asked.
+    /// The runtime cannot be started.
     #[error("a runtime: {0}")]
     Runtime(#[source] io::Error),
     /// The devices cannot be listed.
     #[error(transparent)]
     Devices(#[from] FollowError),
-    /// A file of the run directory.
+    /// A file of the run directory cannot be removed.
     #[error("{path}: {source}")]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The rest is gone.
+    /// Something could not be removed; the rest is gone.
     #[error("not everything could be removed: {}; the rest is gone, run it again with more rights", .0.join("; "))]
     Left(Vec<String>),
 }
 
-/// Removes all of it. `state` is the agent's state file. Nothing there is fine.
+/// Removes everything that an agent has left. `state` is the agent's state file. Finding nothing is no error.
 ///
 /// # Errors
 ///
@@ -75,7 +75,7 @@ pub fn run(pins: &PinDir, state: &Path) -> Result<(), CleanupError> {
     if left.is_empty() { Ok(()) } else { Err(CleanupError::Left(left)) }
 }
 
-/// Takes back what is outside of the pin directory. Returns what could not be.
+/// Takes back what is outside of the pin directory. Returns the failures.
 fn take_back(pins: &PinDir) -> Result<Vec<String>, CleanupError> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CleanupError::Runtime)?;

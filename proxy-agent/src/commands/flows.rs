@@ -34,18 +34,19 @@ pub struct FlowView {
     pub port: String,
     /// TCP, UDP or SCTP.
     pub protocol: &'static str,
-    /// Who sends requests.
+    /// Client, which sends requests.
     pub client: SocketAddr,
-    /// What the client talks to.
+    /// VIP that the client talks to.
     pub vip: SocketAddr,
-    /// Who answers.
+    /// Backend, which sends replies.
     pub backend: SocketAddr,
-    /// Whom the backend sees, where that is not the client.
+    /// Source that the backend sees, where that is not the client.
     pub source: Option<SocketAddr>,
     /// Whether the client came through an external device.
     pub outside: bool,
-    /// In a word: `new`, `answered`, `established`, `closing`, `closed` or `reset`; `own` when it is no flow of a
-    /// Service, but what this host has sent from a frontend's address and port; `expired` when the record counts as absent.
+    /// State in a word: `new`, `answered`, `established`, `closing`, `closed` or `reset`; `own` for what this host
+    /// itself has sent from a frontend's address and port, which is no flow of a Service; `expired` for a record that
+    /// counts as absent.
     pub state: &'static str,
     /// Whether the flow is in `FLOWS`, which never evicts.
     pub assured: bool,
@@ -53,7 +54,7 @@ pub struct FlowView {
     pub idle_seconds: f64,
 }
 
-/// `proxy-agent flows`.
+/// Runs `proxy-agent flows`.
 ///
 /// # Errors
 ///
@@ -97,12 +98,12 @@ pub fn print_flows(views: &[FlowView], output: Output, out: &mut impl Write) -> 
     Ok(table(head, rows, out)?)
 }
 
-/// Every record of `FLOWS` and `NEW_FLOWS`, by Service, client and VIP. A record that is on its way from one to the
-/// other is shown once.
+/// Returns every record of `FLOWS` and `NEW_FLOWS`, by Service, client and VIP. A record that is on its way from one
+/// map to the other is listed once.
 ///
 /// # Errors
 ///
-/// What the kernel says about a map that it cannot walk.
+/// The kernel's error for a map that cannot be walked.
 pub fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::Result<Vec<FlowView>> {
     let ports: BTreeMap<u32, (&PortKey, &Port)> =
         model.ports.iter().map(|(key, port)| (port.id, (&**key, port))).collect();
@@ -139,7 +140,7 @@ pub fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::Result<V
     Ok(views)
 }
 
-/// A datagram of this host's own: whoever it went to answers this host.
+/// Returns the view of a datagram of this host's own: its receiver replies to this host.
 fn own_datagram(key: &FlowKey, flow: &Flow, now: u64) -> FlowView {
     let host = address(key.destination, key.destination_port);
     FlowView {
@@ -157,8 +158,8 @@ fn own_datagram(key: &FlowKey, flow: &Flow, now: u64) -> FlowView {
     }
 }
 
-/// Whether the Service port that has the flow's service id is the one that the flow began with: flows outlive Services,
-/// and ids are given out anew.
+/// Returns whether the Service port that has the flow's service id is the one that the flow began with: flows outlive
+/// Services, and ids are given out anew.
 fn owns(model: &Model, port: &Port, key: &FlowKey, flow: &Flow) -> bool {
     let backend = (key.destination, key.destination_port);
     let exact = FrontendKey::exact(flow.vip, flow.vip_port, key.proto);
@@ -168,7 +169,8 @@ fn owns(model: &Model, port: &Port, key: &FlowKey, flow: &Flow) -> bool {
         || frontend.is_some_and(|f| f.service == port.id)
 }
 
-/// Whom the backend sees: our own address, or the client with another port where two flows would have met.
+/// Returns the source that the backend sees: our own address, or the client with another port where two flows would
+/// have met.
 fn source(key: &FlowKey, flow: &Flow) -> Option<SocketAddr> {
     if has_snat(flow) {
         Some(address(flow.snat, flow.snat_port))

@@ -1,7 +1,8 @@
-//! `proxy-agent status | services | backends` ([`crate::agent::flows`] has `flows`): the pinned maps, read back and put into words.
+//! `proxy-agent status | services | backends` ([`super::flows`] has `flows`): reads the pinned maps back and puts them
+//! into words.
 //!
-//! Works while no agent runs: names, sets and states are all in the maps. Only problems and the source come from the
-//! file that the agent leaves.
+//! The commands work while no agent runs: names, sets and states are all in the maps. Only problems and the source come
+//! from the file that the agent leaves.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -16,8 +17,9 @@ use proxy_common::abi::{ABI_VERSION, Counter, FrontendKey, FrontendValue, Servic
 use serde::Serialize;
 
 use crate::bpf::dataplane::PROGRAMS;
-use crate::bpf::maps::{KernelMaps, OpenError};
+use crate::bpf::maps::KernelMaps;
 use crate::bpf::others::Other;
+use crate::bpf::pins::OpenError;
 use crate::bpf::pins::PinDir;
 use crate::bpf::sys;
 use crate::commands::table::{line, table};
@@ -29,7 +31,7 @@ use crate::reconcile::model::{Model, PortBackend};
 use crate::reconcile::plan::FrontendName;
 use proxy_common::abi::proto_name;
 
-/// Why nothing can be shown.
+/// Reason why nothing can be shown.
 #[derive(Debug, thiserror::Error)]
 pub enum InspectError {
     /// The maps cannot be opened.
@@ -43,7 +45,7 @@ pub enum InspectError {
     Families {
         /// The client.
         from: std::net::IpAddr,
-        /// Where to.
+        /// Target of the connection.
         target: SocketAddr,
     },
     /// Standard output is gone.
@@ -67,7 +69,7 @@ pub struct ServiceView {
     pub family: String,
     /// Index into `SERVICES`.
     pub id: u32,
-    /// Where it can be reached.
+    /// Frontends by which it can be reached.
     pub frontends: Vec<FrontendView>,
     /// Endpoints of the cluster set.
     pub cluster: Vec<SocketAddr>,
@@ -77,11 +79,11 @@ pub struct ServiceView {
     pub affinity_seconds: u32,
     /// Sources that frontends with the flag `source-ranges` admit.
     pub source_ranges: Vec<String>,
-    /// What the packet edge has done for it. Connections of sockets on this node do not pass there.
+    /// Traffic of the packet edge for it. Connections of sockets on this node do not pass there.
     pub traffic: TrafficView,
 }
 
-/// What the packet edge has counted for a Service port since it has its id.
+/// Counts of the packet edge for a Service port since it got its id.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct TrafficView {
@@ -89,11 +91,11 @@ pub struct TrafficView {
     pub connections: u64,
     /// Packets from clients.
     pub request_packets: u64,
-    /// Their bytes, with IP headers.
+    /// Bytes of these packets, with IP headers.
     pub request_bytes: u64,
     /// Packets from backends.
     pub reply_packets: u64,
-    /// Their bytes, with IP headers.
+    /// Bytes of these packets, with IP headers.
     pub reply_bytes: u64,
 }
 
@@ -129,7 +131,7 @@ pub struct BackendView {
     pub endpoint: SocketAddr,
     /// Names of the flags.
     pub flags: Vec<&'static str>,
-    /// How often the id has been given out, and the endpoint has entered a set.
+    /// Number of times that the id has been given out, and that the endpoint has entered a set.
     pub generation: u32,
 }
 
@@ -149,17 +151,18 @@ pub struct StatusView {
     pub counters: BTreeMap<&'static str, u64>,
     /// Cookie of the host's network namespace.
     pub host_netns: u64,
-    /// Whether pods' sockets leave to the packet edge what they cannot be told.
+    /// Whether pods' sockets leave a connection to the packet edge where a socket cannot be given the answer.
     pub pods_in_packets: bool,
-    /// Whether the host's sockets, which this kernel cannot tell why they are refused, are told by packets.
+    /// Whether the packet edge answers for the host's sockets, because this kernel cannot give them the reason of a
+    /// refusal.
     pub host_in_packets: bool,
-    /// What sockets are told that are refused at the call, if an agent has left word.
+    /// Errors that sockets get when they are refused at the call, if an agent has left its state.
     pub refusals: Option<&'static str>,
-    /// What the agent left, if anything.
+    /// State that the agent left, if any.
     pub agent: Option<State>,
 }
 
-/// `proxy-agent services`.
+/// Runs `proxy-agent services`.
 ///
 /// # Errors
 ///
@@ -206,7 +209,7 @@ pub fn print_services(
     Ok(table(head, rows, out)?)
 }
 
-/// `proxy-agent backends`.
+/// Runs `proxy-agent backends`.
 ///
 /// # Errors
 ///
@@ -242,7 +245,7 @@ pub fn print_backends(
     Ok(table(["ID", "ENDPOINT", "PROTOCOL", "SERVICE", "PORT", "STATE", "GENERATION"], rows, out)?)
 }
 
-/// `proxy-agent status`.
+/// Runs `proxy-agent status`.
 ///
 /// # Errors
 ///
@@ -338,14 +341,16 @@ pub fn print_status(view: &StatusView, output: Output, out: &mut impl Write) -> 
     Ok(())
 }
 
-/// Whether a pinned link is still on a cgroup: it stays pinned when somebody detaches it, or the cgroup goes.
+/// Returns whether a pinned link is still on a cgroup: a link stays pinned when somebody detaches it, or when its
+/// cgroup goes.
 fn is_attached(pin: &Path) -> bool {
     let link = sys::open_link(pin).and_then(|link| sys::cgroup_link_info(link.as_fd()));
     link.is_ok_and(|link| link.cgroup_id != 0)
 }
 
-/// What sockets are told that are refused at the call. Without the choice of an errno (before 5.18) it is EPERM, after which the
-/// kernel's own NFS client tries again at once and for ever unless it has the fix of CVE-2024-42246.
+/// Returns the errors that sockets get when they are refused at the call. A kernel that does not let programs choose
+/// the errno (before 5.18) gives EPERM. After EPERM, the kernel's own NFS client tries again at once and for ever
+/// unless it has the fix of CVE-2024-42246.
 const fn refusals(set_retval: bool, node_flags: u64) -> &'static str {
     if set_retval {
         "ECONNREFUSED, EHOSTUNREACH"
@@ -362,7 +367,7 @@ fn read(args: &Inspect) -> Result<Model, InspectError> {
     Ok(Model::restore(maps.capacity(), &maps.contents()?))
 }
 
-/// Every Service port of `model`; what passed it is for others to fill in.
+/// Returns every Service port of `model`, with all traffic at zero.
 pub fn service_views(model: &Model) -> Vec<ServiceView> {
     let mut frontends: BTreeMap<u32, Vec<FrontendView>> = BTreeMap::new();
     for (key, value) in model.frontends.iter().filter(|(key, _)| key.kind != FrontendKind::Address as u8) {
@@ -391,7 +396,7 @@ pub fn service_views(model: &Model) -> Vec<ServiceView> {
     ports.collect()
 }
 
-/// Every backend of `model`, by id.
+/// Returns every backend of `model`, by id.
 pub fn backend_views(model: &Model) -> Vec<BackendView> {
     let all = model.ports.iter().flat_map(|(key, port)| port.backends.iter().map(move |b| (key, b)));
     let mut views: Vec<BackendView> = all
@@ -440,7 +445,7 @@ pub(crate) fn endpoint(backend: &PortBackend) -> SocketAddr {
     SocketAddr::new(backend.addr.to_ip(), backend.port.get())
 }
 
-/// Prints a value as JSON or YAML; false if it is to be a table.
+/// Prints a value as JSON or YAML; returns false if it is to be a table.
 pub(crate) fn print_data(
     output: Output,
     value: &impl Serialize,

@@ -1,5 +1,5 @@
-//! `proxy-agent`: the command line. It is part of the library, because what is generic or asynchronous is compiled again for
-//! each crate that starts it: in a program of its own that is most of the agent.
+//! `proxy-agent`: the command line. It is part of the library, because generic or asynchronous code is compiled again
+//! for each crate that starts it: in a program of its own that would be most of the agent.
 
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
@@ -59,14 +59,14 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // One line with all causes: this is what a crash-looping pod's last log line is.
+            // One line with all causes, because it becomes the last log line of a crash-looping pod.
             let _ = writeln!(std::io::stderr(), "error: {}", in_one_line(&error));
             ExitCode::FAILURE
         }
     }
 }
 
-/// An error with its causes, except those that it has told itself.
+/// Returns an error with its causes, except causes that the error itself ends with.
 fn in_one_line(error: &anyhow::Error) -> String {
     error.chain().skip(1).map(ToString::to_string).fold(error.to_string(), |text, cause| {
         if text.ends_with(&cause) { text } else { format!("{text}: {cause}") }
@@ -81,7 +81,7 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
     let raw = Raw::load(args)?;
     start_log(&raw.configuration)?;
     if let Some(path) = flags.write_config_to() {
-        // Where it will be used need not be this host.
+        // The configuration need not be for this host.
         let config =
             Config::resolve(args, raw, &Host { name: "any".to_owned(), ipv6: true, ..Host::default() })?;
         for note in &config.notes {
@@ -131,7 +131,7 @@ fn watch(args: &MonitorArgs) -> anyhow::Result<()> {
     let mut out = std::io::BufWriter::new(std::io::stdout());
     let result = runtime.block_on(async { anyhow::Ok(monitor::run(args, stop()?, &mut out).await) })?;
     match result {
-        // The reader has seen enough (`| head`).
+        // The reader of the output has seen enough (`| head`).
         Err(MonitorError::Inspect(inspect::InspectError::Write(error)))
             if error.kind() == std::io::ErrorKind::BrokenPipe =>
         {
@@ -141,7 +141,7 @@ fn watch(args: &MonitorArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Ready on SIGTERM or SIGINT.
+/// Returns a future that is ready on SIGTERM or SIGINT.
 fn stop() -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
@@ -175,7 +175,7 @@ fn print(
     show: impl FnOnce(&mut std::io::StdoutLock<'static>) -> Result<(), inspect::InspectError>,
 ) -> anyhow::Result<()> {
     match show(&mut std::io::stdout().lock()) {
-        // The reader has seen enough (`| head`).
+        // The reader of the output has seen enough (`| head`).
         Err(inspect::InspectError::Write(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => Ok(other?),
     }

@@ -1,7 +1,7 @@
-//! `proxy-agent monitor`: what the datapath decides, as it does.
+//! `proxy-agent monitor`: prints the decisions of the datapath as they are made.
 //!
-//! Writes `TRACE` and reads `EVENTS`; the agent has no part in it, and need not run. Watching ends by itself when nobody
-//! prolongs it, however the watcher ends.
+//! The command writes `TRACE` and reads `EVENTS`; the agent has no part in it, and need not run. Tracing ends by itself
+//! when it is not prolonged, however the command ends.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -17,7 +17,8 @@ use proxy_common::addr::Addr;
 use serde::Serialize;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::bpf::maps::{KernelMaps, OpenError};
+use crate::bpf::maps::KernelMaps;
+use crate::bpf::pins::OpenError;
 use crate::bpf::pins::{PinDir, PinError};
 use crate::commands::inspect::InspectError;
 use crate::commands::table::line;
@@ -26,21 +27,21 @@ use crate::host::clock::now;
 use crate::reconcile::model::Model;
 use proxy_common::abi::proto_name;
 
-/// Watching is prolonged this often.
+/// Interval at which tracing is prolonged.
 const RENEW: Duration = Duration::from_secs(1);
-/// And ends this long after it has not been.
+/// Time until tracing ends that is not prolonged, in nanoseconds.
 const GRACE_NANOS: u64 = 3_000_000_000;
 
-/// The ring buffer is looked at this often; it holds some ten thousand events.
+/// Interval at which the ring buffer is read; it holds some ten thousand events.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Why nothing can be watched.
+/// Reason why nothing can be watched.
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
     /// The maps cannot be opened, read or written, or standard output is gone.
     #[error(transparent)]
     Inspect(#[from] InspectError),
-    /// Somebody else watches: an event is told once.
+    /// Another monitor is running: an event is delivered once.
     #[error("another `proxy-agent monitor` is running; end it first")]
     Busy,
     /// The pin directory cannot be opened.
@@ -66,25 +67,25 @@ through_inspect!(aya::maps::MapError, io::Error, OpenError);
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EventView {
-    /// When it was made.
+    /// Time of the decision.
     pub time: Timestamp,
-    /// `socket`, or the device's name, or its index if it has gone.
+    /// `socket`, or the device's name, or its index if the device has gone.
     pub at: String,
     /// `in` to the host or `out` of it; none at sockets.
     pub direction: Option<&'static str>,
     /// TCP, UDP or SCTP.
     pub protocol: &'static str,
-    /// Where the packet comes from; none at sockets.
+    /// Source of the packet; none at sockets.
     pub source: Option<SocketAddr>,
-    /// Where it goes to, or what the application asked for.
+    /// Destination of the packet, or the one that the application asked for.
     pub destination: SocketAddr,
-    /// Where it comes from afterwards; none if that stays.
+    /// New source; none if the source stays.
     pub new_source: Option<SocketAddr>,
-    /// Where it goes to afterwards; none if that stays.
+    /// New destination; none if the destination stays.
     pub new_destination: Option<SocketAddr>,
-    /// Namespace, name and port of the Service; none if it belongs to none, or that is not known.
+    /// Namespace, name and port of the Service; none if the event belongs to no Service, or to an unknown one.
     pub service: Option<String>,
-    /// `packet`, or the name of the counter that it counts for.
+    /// `packet`, or the name of the counter that the event counts for.
     pub what: &'static str,
 }
 
@@ -105,7 +106,7 @@ pub async fn run(
         Err(PinError::Locked(_)) => return Err(MonitorError::Busy),
         Err(error) => return Err(MonitorError::Pins(error)),
     };
-    // A Service has an id for each port and family; the kernel can look for one.
+    // A Service has an id for each port and family; the kernel can look for one id.
     let wanted = args.service.as_ref().map(|service| names.ids_of(service));
     let service = match wanted.as_deref() {
         None => 0,
@@ -119,7 +120,7 @@ pub async fn run(
     };
     let mut trace = Array::<_, Trace>::try_from(Map::Array(open("TRACE")?))?;
     let mut ring = RingBuf::try_from(Map::RingBuf(open("EVENTS")?))?;
-    // What was left by somebody else is old.
+    // Events that somebody else has left are old.
     while ring.next().is_some() {}
 
     let (mut renew, mut look) = (interval(RENEW), interval(LOOK));
@@ -143,7 +144,7 @@ pub async fn run(
     };
     trace.set(0, Trace::default(), 0)?;
     result?;
-    // What was decided since the last look.
+    // Prints the events since the last look.
     print_all(&mut ring, &mut names, &pins, wanted.as_deref(), args, out)
 }
 
@@ -180,7 +181,7 @@ fn print_all(
     Ok(out.flush()?)
 }
 
-/// Both clocks at one moment.
+/// A moment on both clocks.
 #[derive(Clone, Copy)]
 struct Clock {
     monotonic: u64,
@@ -214,7 +215,7 @@ impl Names {
         Ok(Self { services: services.collect() })
     }
 
-    /// Ids of every port of a Service.
+    /// Returns the ids of every port of a Service.
     fn ids_of(&self, service: &str) -> Vec<u32> {
         let is_port = |name: &str| {
             name.strip_prefix(service).is_some_and(|rest| rest.is_empty() || rest.starts_with(':'))

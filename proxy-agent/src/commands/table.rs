@@ -1,14 +1,15 @@
-//! Tables and lines for people. What is in them others have written, in manifests too: it stays on its line, and tells the
-//! terminal nothing.
+//! Tables and lines for people. Their text comes from others, also from manifests: it stays on its line, and has no
+//! effect on the terminal.
 
 use std::fmt;
 use std::io::{self, IsTerminal as _, Write};
 
-/// The widest column of a table.
+/// Width of the widest column of a table.
 pub const CELL_MAX: usize = 80;
 
-/// Writes a table to standard output, or what stands for it. Columns are as wide as their widest cell, but not wider than
-/// [`CELL_MAX`]; the last one as it comes. A wider cell is cut for a terminal, and elsewhere printed as it is: no other is padded for it.
+/// Writes a table to `out`, which is standard output or stands for it. Columns are as wide as their widest cell, but
+/// not wider than [`CELL_MAX`]; the last column is not padded. A wider cell is cut for a terminal, and printed whole
+/// elsewhere; other cells are not padded to its width.
 pub(crate) fn table<const N: usize>(
     head: [&str; N],
     rows: impl Iterator<Item = [String; N]>,
@@ -17,11 +18,11 @@ pub(crate) fn table<const N: usize>(
     write_table(head, rows, io::stdout().is_terminal(), out)
 }
 
-/// Writes a table, and cuts its cells if they are to be `cut`.
+/// Writes a table. Wide cells are cut if `cut`.
 ///
 /// # Errors
 ///
-/// Whoever reads it is gone.
+/// When the reader of the output is gone.
 pub fn write_table<const N: usize>(
     head: [&str; N],
     rows: impl Iterator<Item = [String; N]>,
@@ -53,12 +54,12 @@ pub fn write_table<const N: usize>(
 ///
 /// # Errors
 ///
-/// Whoever reads it is gone.
+/// When the reader of the output is gone.
 pub(crate) fn line(out: &mut impl Write, text: fmt::Arguments<'_>) -> io::Result<()> {
     writeln!(out, "{}", printable(&text.to_string()))
 }
 
-/// The text with its ends of lines, and whatever else a terminal does something about, as escapes.
+/// Returns the text with ends of lines, and everything else that a terminal acts on, as escapes.
 fn printable(text: &str) -> String {
     let mut printable = String::with_capacity(text.len());
     for c in text.chars() {

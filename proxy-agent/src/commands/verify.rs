@@ -1,7 +1,7 @@
-//! `proxy-agent verify`: the source, what follows from it, and the kernel maps, compared from scratch.
+//! `proxy-agent verify`: compares the kernel maps with what follows from the source, from scratch.
 //!
-//! It asks no running agent and writes nothing. What it cannot tell by itself it takes as found: which interfaces are
-//! attached, and which pods have opted out of the socket edge.
+//! The command asks no running agent and writes nothing. It takes as found what it cannot tell by itself: which
+//! interfaces are attached, and which pods have opted out of the socket edge.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -14,7 +14,8 @@ use tokio::time::timeout;
 
 use crate::agent::knowledge::Knowledge;
 use crate::agent::{AgentError, connect, run_source};
-use crate::bpf::maps::{KernelMaps, OpenError};
+use crate::bpf::maps::KernelMaps;
+use crate::bpf::pins::OpenError;
 use crate::commands::inspect::{InspectError, print_data};
 use crate::commands::table::{line, table};
 use crate::config::Config;
@@ -27,40 +28,40 @@ use crate::reconcile::model::Model;
 use crate::reconcile::plan::{Wanted, plan};
 use crate::sources::Update;
 
-/// How long the source may take to deliver its first full list.
+/// Time that the source may take to deliver its first full list.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What differs for longer than this is no change on its way.
+/// Time after which a difference is not just a change on its way.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// Why nothing can be compared.
+/// Reason why nothing can be compared.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
-    /// The source, the host's addresses, or the Node.
+    /// The source, the host's addresses or the Node cannot be read.
     #[error(transparent)]
     Agent(#[from] AgentError),
-    /// The maps.
+    /// The maps cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
     /// The maps cannot be read.
     #[error("reading the pinned maps: {0}")]
     Read(#[from] aya::maps::MapError),
-    /// The source says nothing.
+    /// The source sends no full list.
     #[error("no full list from {0} within {PATIENCE:?}; can it be reached, and may we list (RBAC)?")]
     Silent(String),
 }
 
-/// What was compared, and what differs.
+/// Result of a comparison.
 #[derive(Debug, Serialize)]
 pub struct Findings {
     /// Services that the source has.
     pub services: usize,
-    /// What is not as it should be, by map.
+    /// Differences between the maps and what they should hold.
     pub differences: Vec<Difference>,
     /// Services that do not fit into the maps, with the reason.
     pub refused: BTreeMap<String, Vec<String>>,
 }
 
-/// Compares.
+/// Compares the maps with what follows from the source.
 ///
 /// # Errors
 ///
@@ -82,7 +83,7 @@ pub async fn run(config: &Config) -> Result<Findings, VerifyError> {
     });
     match listed.await {
         Ok(true) => {}
-        // The source has ended before, which it does with a reason.
+        // The source has ended before that, for a reason.
         Ok(false) => {
             let ended = source.await.map_err(|_panic| AgentError::SourceEnded)?;
             return Err(ended.map_err(AgentError::from).err().unwrap_or(AgentError::SourceEnded).into());
@@ -112,7 +113,7 @@ pub async fn run(config: &Config) -> Result<Findings, VerifyError> {
     Ok(second)
 }
 
-/// True when the first full list is there.
+/// Takes in an update. Returns true when the first full list is there.
 fn take_in(known: &mut Knowledge, update: Update) -> bool {
     match update {
         Update::Changes(changes) => {
@@ -126,7 +127,7 @@ fn take_in(known: &mut Knowledge, update: Update) -> bool {
     }
 }
 
-/// What the maps should hold is what a full plan makes of what they hold.
+/// Compares the maps with what a full plan makes of their own contents.
 fn compare(known: &mut Knowledge, config: &Config, maps: &KernelMaps) -> Result<Findings, VerifyError> {
     known.context.pods_in_packets = maps.node_flags() & PODS_IN_PACKETS != 0;
     let contents = maps.contents()?;
@@ -136,7 +137,7 @@ fn compare(known: &mut Knowledge, config: &Config, maps: &KernelMaps) -> Result<
     for port in model.ports.keys() {
         wanted.entry(port.service.clone()).or_insert(None);
     }
-    // What there is no room for, the agent tells.
+    // The agent reports what there is no room for.
     let _ = known.plan_node(&config.nodeport_addresses, &mut model);
     let plan = plan(&mut model, &wanted, true);
     Ok(Findings {
@@ -147,7 +148,7 @@ fn compare(known: &mut Knowledge, config: &Config, maps: &KernelMaps) -> Result<
 }
 
 impl Findings {
-    /// Prints them.
+    /// Prints the findings.
     ///
     /// # Errors
     ///

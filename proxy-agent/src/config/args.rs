@@ -13,9 +13,9 @@ use crate::config::kube_proxy::Flags;
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::desired::{Budget, Budgets};
 
-/// Most elements of `FLOWS` that may be asked for; the kernel needs twice as many for its index.
+/// Maximal number of elements of `FLOWS` that may be requested; the kernel needs twice as many for its index.
 const FLOW_ENTRIES_MAX: u32 = 1 << 26;
-/// The largest budget of a Service: no map is made for more.
+/// Maximal budget of a Service: no map is made for more.
 const BUDGET_MAX: u32 = 1 << 25;
 
 /// Makes Kubernetes Services work on this node, in place of kube-proxy, by eBPF and with any CNI.
@@ -26,7 +26,7 @@ const BUDGET_MAX: u32 = 1 << 25;
 #[derive(Debug, Parser)]
 #[command(name = "proxy-agent", version, max_term_width = 100)]
 pub struct Cli {
-    /// What to do.
+    /// Command to run.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -36,11 +36,11 @@ impl Cli {
     ///
     /// # Errors
     ///
-    /// What clap says about it, which includes help and version.
+    /// The error of clap. Help and version are such errors, too.
     pub fn from_command_line(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let mut args = called_as::command_line(args.into_iter().collect())
             .map_err(|what| Self::command().error(clap::error::ErrorKind::InvalidValue, what))?;
-        // As Go's flags, which know underscores, and `--version=raw`.
+        // Go's flags accept underscores, and `--version=raw`.
         for arg in args.iter_mut().skip(1) {
             if let Some(text) = arg.to_str().filter(|text| text.starts_with("--")) {
                 let (flag, value) = text.split_at(text.find('=').unwrap_or(text.len()));
@@ -67,29 +67,29 @@ pub enum Command {
     /// The dataplane stays in place when the agent ends, also by SIGKILL: connections go on, new ones are served
     /// from the last state. `proxy-agent cleanup` removes it.
     Run(Box<RunArgs>),
-    /// What is programmed, attached and counted, and what a user should mend.
+    /// Print what is programmed, attached and counted, and the problems that a user should fix.
     Status(Inspect),
-    /// Every Service port: frontends, endpoints, affinity.
+    /// Print every Service port: frontends, endpoints, affinity.
     Services(Inspect),
-    /// Every backend with its state.
+    /// Print every backend with its state.
     Backends(Inspect),
-    /// Every flow that the packet edge translates: clients from outside, and pods whose sockets are not seen.
+    /// Print every flow that the packet edge translates: clients from outside, and pods whose sockets are not seen.
     Flows(FlowsArgs),
-    /// What the datapath decides, as it does: connections of sockets, flows of clients from outside, and what is refused,
-    /// with the reason. Until SIGINT.
+    /// Print the decisions of the datapath as it makes them, until SIGINT: connections of sockets, flows of clients
+    /// from outside, and refusals with their reason.
     Monitor(MonitorArgs),
     /// Compare the cluster (or the manifests) with the kernel maps, and print every difference.
     ///
     /// Takes the flags of `run`, needs no running agent, and writes nothing. Ends with 1 if anything differs.
     Verify(Box<VerifyArgs>),
-    /// What becomes of a connection to an address and port, and why: whose it is, which endpoints it may get, and what
-    /// each kind of client is told.
+    /// Explain what happens to a connection to an address and port, and why: its Service, the endpoints that it may
+    /// get, and the verdict for each kind of client.
     ///
-    /// The answer is that of the datapath's own code on the maps as they are. Nothing is sent.
+    /// The verdicts come from the datapath's own code on the current maps. Nothing is sent.
     Explain(ExplainArgs),
     /// Detach the programs and remove everything pinned. Services stop working on this node.
     Cleanup {
-        /// Where everything is pinned.
+        /// Directories of the pins and of the agent's state.
         #[command(flatten)]
         pins: Pins,
     },
@@ -100,14 +100,15 @@ pub enum Command {
     },
 }
 
-/// Where everything is pinned.
+/// Directories of the pins and of the agent's state.
 #[derive(Args, Clone, Debug)]
 pub struct Pins {
-    /// Directory on a BPF file system in which maps and links are pinned; made, and the file system mounted, if
-    /// missing. One agent per directory.
+    /// Directory on a BPF file system in which maps and links are pinned. If it is missing, it is created, and the
+    /// file system is mounted. One agent per directory.
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/vipr")]
     pub pin_dir: PathBuf,
-    /// Directory in which the agent keeps what `status` shows beside the maps: its source, and problems by object.
+    /// Directory for the state that `status` shows in addition to the maps: the agent's source, and problems by
+    /// object.
     #[arg(long, value_name = "DIR", default_value = "/run/vipr")]
     pub run_dir: PathBuf,
 }
@@ -115,10 +116,10 @@ pub struct Pins {
 /// Options of the inspection commands.
 #[derive(Args, Clone, Debug)]
 pub struct Inspect {
-    /// Where everything is pinned.
+    /// Directories of the pins and of the agent's state.
     #[command(flatten)]
     pub pins: Pins,
-    /// How to print.
+    /// Output format.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
 }
@@ -126,7 +127,7 @@ pub struct Inspect {
 /// Options of `flows`.
 #[derive(Args, Clone, Debug)]
 pub struct FlowsArgs {
-    /// As for the other commands.
+    /// Options of every inspection command.
     #[command(flatten)]
     pub inspect: Inspect,
     /// Only flows of this Service.
@@ -137,13 +138,13 @@ pub struct FlowsArgs {
 /// Options of `monitor`.
 #[derive(Args, Clone, Debug)]
 pub struct MonitorArgs {
-    /// As for the other commands; as JSON, an object for each line, as YAML, a document.
+    /// Options of every inspection command. In JSON each event is a line, in YAML a document.
     #[command(flatten)]
     pub inspect: Inspect,
-    /// Only this Service. What is refused before it is clear whose it is belongs to none.
+    /// Only events of this Service. A refusal before the Service is known belongs to no Service.
     #[arg(long, value_name = "NAMESPACE/NAME")]
     pub service: Option<String>,
-    /// Also one in N packets of flows that go on; 1 for each.
+    /// Also one in N packets of ongoing flows; 1 for every packet.
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     pub sample: u32,
 }
@@ -151,10 +152,10 @@ pub struct MonitorArgs {
 /// Options of `verify`.
 #[derive(Args, Clone, Debug)]
 pub struct VerifyArgs {
-    /// Those of `run`.
+    /// Options of `run`.
     #[command(flatten)]
     pub run: RunArgs,
-    /// How to print.
+    /// Output format.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
 }
@@ -162,34 +163,35 @@ pub struct VerifyArgs {
 /// Options of `explain`.
 #[derive(Args, Clone, Debug)]
 pub struct ExplainArgs {
-    /// As for the other commands.
+    /// Options of every inspection command.
     #[command(flatten)]
     pub inspect: Inspect,
-    /// The client: an address (of this host, of a pod, or of a machine outside) or a Pod. Without it: every kind of
+    /// Client: an address (of this host, of a pod, or of a machine outside) or a Pod. Without it: every kind of
     /// client.
     #[arg(long, value_name = "ADDRESS|NAMESPACE/POD", value_parser = client)]
     pub from: Option<ClientName>,
-    /// Where that Pod is looked up.
+    /// Source in which that Pod is looked up.
     #[command(flatten, next_help_heading = "Where the Pod of --from is looked up")]
     pub source: SourceArgs,
-    /// How the client connects.
+    /// Protocol of the connection.
     #[arg(ignore_case = true)]
     pub protocol: Protocol,
-    /// Where to: `10.96.0.10:53`, `[fd00::10]:53`.
+    /// Destination of the connection: `10.96.0.10:53`, `[fd00::10]:53`.
     #[arg(value_name = "ADDRESS:PORT")]
     pub target: SocketAddr,
 }
 
-/// Where objects are looked up, as `run` has it.
+/// Source in which objects are looked up, with the same flags as for `run`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct SourceArgs {
-    /// Directory of Kubernetes manifests, with the Pod's status.
+    /// Directory of Kubernetes manifests that include the Pod's status.
     #[arg(long, value_name = "DIR")]
     pub manifests: Option<PathBuf>,
     /// kube-proxy's configuration file, for the kubeconfig that it names.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["manifests", "kubeconfig"])]
     pub config: Option<PathBuf>,
-    /// Kubeconfig file of a user who may read pods. Without any of these: the cluster whose pod this is.
+    /// Kubeconfig file of a user who may read pods. Without any of these options: the cluster that this process runs
+    /// in as a pod.
     #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
     pub kubeconfig: Option<PathBuf>,
     /// URL of the Kubernetes API server, in place of the one in the kubeconfig.
@@ -197,12 +199,12 @@ pub struct SourceArgs {
     pub master: Option<String>,
 }
 
-/// Who a connection comes from.
+/// Client of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClientName {
-    /// Whoever has this address.
+    /// Client with this address.
     Address(IpAddr),
-    /// The Pod of this name.
+    /// Pod with this name.
     Pod(ObjectKey),
 }
 
@@ -245,24 +247,24 @@ pub enum Output {
     Yaml,
 }
 
-/// Options of `run`: kube-proxy's flags, and what kube-proxy has nothing for, which holds beside its configuration file
-/// too.
+/// Options of `run`: kube-proxy's flags, and settings that kube-proxy does not have. The latter count beside a
+/// configuration file, too.
 #[derive(Args, Clone, Debug)]
 #[command(args_override_self = true)]
 pub struct RunArgs {
     /// Directory of Kubernetes manifests (YAML or JSON) to serve instead of a cluster, followed live.
     ///
-    /// Read are Services, EndpointSlices, Endpoints, this Node and ServiceCIDRs.
+    /// The agent reads Services, EndpointSlices, Endpoints, this Node and ServiceCIDRs.
     #[arg(long, value_name = "DIR", help_heading = "Cluster")]
     pub manifests: Option<PathBuf>,
-    /// kube-proxy's.
+    /// Flags of kube-proxy.
     #[command(flatten)]
     pub kube_proxy: Flags,
-    /// Devices that lead to clients and to other nodes: interface names separated by commas, `NAME+` for all that begin
-    /// so, `auto` or `none`.
+    /// Devices that lead to clients and to other nodes: interface names separated by commas, `NAME+` for all names
+    /// that begin with NAME, `auto` or `none`.
     ///
     /// `auto` takes the topmost devices (a bond or bridge, not its ports) that carry addresses or routes, and overlay
-    /// devices. `proxy-agent status` shows what was chosen and why.
+    /// devices. `proxy-agent status` shows the chosen devices and the reasons.
     #[arg(
         long,
         value_name = "NAMES",
@@ -271,7 +273,7 @@ pub struct RunArgs {
         help_heading = "Devices"
     )]
     pub devices: Vec<String>,
-    /// The host's side of pods, for pods whose sockets are not seen (such as VMs): beginnings of interface names
+    /// The host's side of pods, for pods whose sockets are not seen (such as VMs): prefixes of interface names
     /// separated by commas, `auto` or `none`.
     ///
     /// `auto` takes veth and tap devices that are ports of a bridge for pods, or that a host route leads to.
@@ -283,69 +285,73 @@ pub struct RunArgs {
         help_heading = "Devices"
     )]
     pub pod_interfaces: Vec<String>,
-    /// Pods of this node whose sockets are left alone, so that their packets are served instead: `annotation` (those
-    /// annotated `vipr.dev/socket-edge: "off"`), `runtime-class=NAME`, or for what is no Pod `cgroup=PATH`, below the root of the
-    /// hierarchy; several separated by commas [default: none].
+    /// Pods of this node whose sockets are left alone, so that their packets are served instead: `annotation` (Pods
+    /// annotated `vipr.dev/socket-edge: "off"`), `runtime-class=NAME`, or, for processes outside of Pods,
+    /// `cgroup=PATH` below the root of the hierarchy. Several rules are separated by commas [default: none].
     ///
-    /// For service meshes that must see the address that was asked for, and for clusters in containers of this node. Needs the pods'
-    /// interfaces and, for the first two, the permission to list and watch pods.
+    /// Meant for service meshes that must see the requested address, and for clusters in containers of this node.
+    /// Needs the pods' interfaces and, for the first two rules, the permission to list and watch pods.
     #[arg(long, value_name = "RULES", value_delimiter = ',', help_heading = "Devices")]
     pub socket_opt_out: Vec<String>,
-    /// Attach to devices by clsact filters also where the kernel has TCX: behind filters of others on the way out.
+    /// Attach to devices by clsact filters even if the kernel has TCX. On the way out they run behind the filters of
+    /// others.
     #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true")]
     #[arg(action = clap::ArgAction::Set, help_heading = "Devices")]
     pub no_tcx: bool,
-    /// cgroup v2 directory whose processes are served [default: the root of the hierarchy that is mounted].
+    /// cgroup v2 directory whose processes are served [default: the root of the mounted hierarchy].
     #[arg(long, value_name = "DIR", help_heading = "Process")]
     pub cgroup_path: Option<PathBuf>,
-    /// Connections and UDP flows of clients outside that are kept for certain; more are served, but a flood may cost them.
+    /// Number of connections and UDP flows of outside clients that are certain to be kept. More are served, but a
+    /// flood may evict them.
     ///
-    /// Memory is taken as they come, up to 450 bytes for each. A table that is there keeps its size until `proxy-agent
-    /// cleanup` or a reboot.
+    /// Memory is allocated as flows appear, up to 450 bytes for each. An existing table keeps its size until
+    /// `proxy-agent cleanup` or a reboot.
     #[arg(long, value_name = "NUMBER", default_value_t = FLOW_ENTRIES, help_heading = "Devices")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(FLOW_ENTRIES_MAX)))]
     pub flow_table_size: u32,
-    /// What one Service may ask for.
+    /// Limits for tenants.
     #[command(flatten, next_help_heading = "Tenants")]
     pub tenants: Tenants,
-    /// Where everything is pinned.
+    /// Directories of the pins and of the agent's state.
     #[command(flatten, next_help_heading = "Process")]
     pub pins: Pins,
 }
 
-/// What nobody may take from others.
+/// Limits that protect tenants from each other.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct Tenants {
-    /// Frontends of one Service at most: its ports times its addresses, of both families. One that asks for more is not
-    /// served, and named in `status`.
+    /// Maximal number of frontends of one Service: its ports times its addresses, of both families. A Service above
+    /// the limit is not served, and is named in `status`.
     #[arg(long, value_name = "NUMBER", default_value_t = Budget::DEFAULT.frontends, value_parser = budget())]
     pub max_service_frontends: u32,
-    /// Endpoints of one Service at most, those of each port counted, as its slices name them.
+    /// Maximal number of endpoints of one Service as its slices name them, counted for each of its ports.
     #[arg(long, value_name = "NUMBER", default_value_t = Budget::DEFAULT.endpoints, value_parser = budget())]
     pub max_service_endpoints: u32,
-    /// loadBalancerSourceRanges of one Service at most, those of each port counted.
+    /// Maximal number of loadBalancerSourceRanges of one Service, counted for each of its ports.
     #[arg(long, value_name = "NUMBER", default_value_t = Budget::DEFAULT.source_ranges, value_parser = budget())]
     pub max_service_source_ranges: u32,
-    /// Frontends of one namespace at most. Its oldest Services are served, the others named in `status`. Not with
-    /// --manifests.
+    /// Maximal number of frontends of one namespace. Its oldest Services are served, the others are named in
+    /// `status`. Has no effect with --manifests.
     #[arg(long, value_name = "NUMBER", default_value_t = Budgets::DEFAULT.namespace.frontends, value_parser = budget())]
     pub max_namespace_frontends: u32,
-    /// Endpoints of one namespace at most, those of each port counted. Its oldest EndpointSlices count.
+    /// Maximal number of endpoints of one namespace, counted for each port. Above the limit only its oldest
+    /// EndpointSlices count.
     #[arg(long, value_name = "NUMBER", default_value_t = Budgets::DEFAULT.namespace.endpoints, value_parser = budget())]
     pub max_namespace_endpoints: u32,
-    /// loadBalancerSourceRanges of one namespace at most, those of each port counted.
+    /// Maximal number of loadBalancerSourceRanges of one namespace, counted for each port.
     #[arg(long, value_name = "NUMBER", default_value_t = Budgets::DEFAULT.namespace.source_ranges, value_parser = budget())]
     pub max_namespace_source_ranges: u32,
     /// Do not serve externalIPs and load-balancer addresses that are addresses of this host.
     ///
-    /// Not for load balancers that give their addresses to hosts, as kube-vip and keepalived do.
+    /// Not for load balancers that assign their addresses to hosts, as kube-vip and keepalived do.
     #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true")]
     #[arg(action = clap::ArgAction::Set)]
     pub protect_node_addresses: bool,
 }
 
 impl Tenants {
-    /// What a Service and a namespace may ask for. A namespace may have what one of its Services may have.
+    /// Returns the limits for a Service and for a namespace. Each limit of a namespace is at least that of one
+    /// Service.
     pub fn budgets(&self) -> Budgets {
         let service = Budget {
             frontends: self.max_service_frontends,

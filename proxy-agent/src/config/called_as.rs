@@ -1,11 +1,13 @@
-//! The names that the program answers to in its image: its own, and those by which manifests call what is in kube-proxy's.
+//! Names by which the program can be called: its own, and the names that manifests use for the programs in
+//! kube-proxy's image.
 //!
 //! | name | what it does |
 //! |---|---|
 //! | `kube-proxy` | without arguments it runs, as kube-proxy does; otherwise as `proxy-agent` |
-//! | `go-runner`, `kube-log-runner` | takes the flags of that program, and does what the program does that is named after them |
+//! | `go-runner`, `kube-log-runner` | takes that program's flags, then acts as the program named after them |
 //!
-//! go-runner starts a program and writes what that says to a file. Here there is one process, and its log goes to stderr.
+//! go-runner starts a program and writes its output to a file. This image has one process, and its log goes to
+//! stderr.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -20,11 +22,11 @@ const RUNNER_FLAGS: [(&str, bool); 6] = [
     ("redirect-stderr", false),
 ];
 
-/// The command line in terms of `proxy-agent`, from one that begins with the name by which the program was called.
+/// Translates a command line, which begins with the name by which the program was called, into one of `proxy-agent`.
 ///
 /// # Errors
 ///
-/// Says what is wrong with go-runner's part of it.
+/// A message about the part of the command line that is for go-runner.
 pub fn command_line(mut args: Vec<OsString>) -> Result<Vec<OsString>, String> {
     if is_called(&args, &["go-runner", "kube-log-runner"]) {
         args = after_runner(args)?;
@@ -40,7 +42,8 @@ fn is_called(args: &[OsString], names: &[&str]) -> bool {
     name.is_some_and(|name| names.iter().any(|known| name == OsStr::new(known)))
 }
 
-/// What go-runner would start. Its flags are Go's: one dash or two, and `--` ends them.
+/// Returns the command line that go-runner would start. go-runner's flags follow Go's rules: one dash or two, and
+/// `--` ends them.
 fn after_runner(args: Vec<OsString>) -> Result<Vec<OsString>, String> {
     let mut args = args.into_iter().skip(1).peekable();
     while let Some(arg) = args.next_if(|arg| arg.to_string_lossy().starts_with('-')) {

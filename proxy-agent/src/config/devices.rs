@@ -1,33 +1,33 @@
-//! The flags that say which devices carry Service traffic: `--devices`, `--pod-interfaces` and detect-local.
+//! Flags that select the devices for Service traffic: `--devices`, `--pod-interfaces` and detect-local.
 
 use crate::bpf::pins::PinDir;
 use crate::config::kube_proxy::Invalid;
 
-/// `--devices` and `--pod-interfaces`: by what the network looks like, or by name.
+/// Value of `--devices` or `--pod-interfaces`: selection by the state of the network, or by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Selection {
     /// Chosen from links, addresses and routes.
     #[default]
     Auto,
-    /// What these patterns match; nothing, when there are none.
+    /// Interfaces that match one of these patterns; no interface if there are no patterns.
     Named(Vec<Pattern>),
 }
 
-/// An interface name, or the beginning of one.
+/// An interface name, or a prefix of interface names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pattern {
     text: String,
     prefix: bool,
 }
 
-/// What is wanted of the packet edge.
+/// Settings of the packet edge.
 #[derive(Clone, Debug)]
 pub struct Devices {
-    /// The flags.
+    /// Settings from the flags.
     pub settings: Settings,
-    /// Attach clsact filters also where the kernel has TCX.
+    /// Whether clsact filters are attached even if the kernel has TCX.
     pub no_tcx: bool,
-    /// Where links are pinned, and `DEVICES` is.
+    /// Directory in which links and `DEVICES` are pinned.
     pub pins: PinDir,
 }
 
@@ -47,29 +47,29 @@ pub enum SettingsError {
     Name {
         /// The flag.
         flag: &'static str,
-        /// What was given.
+        /// The given name.
         name: String,
     },
 }
 
-/// `--detect-local-mode`: what counts as traffic of local pods.
+/// `--detect-local-mode`: definition of the traffic of local pods.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum DetectLocal {
-    /// What comes from `--cluster-cidr`.
+    /// Traffic from `--cluster-cidr`.
     #[default]
     ClusterCidr,
-    /// What comes from the Node's podCIDRs.
+    /// Traffic from the Node's podCIDRs.
     NodeCidr,
-    /// What enters through the interface of this name.
+    /// Traffic that enters through the interface of this name.
     Bridge(String),
-    /// What enters through an interface whose name begins so.
+    /// Traffic that enters through an interface whose name has this prefix.
     NamePrefix(String),
 }
 
-/// All of them.
+/// Settings of the three flags.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// `--devices`: what leads to clients and to other nodes.
+    /// `--devices`: devices that lead to clients and to other nodes.
     pub devices: Selection,
     /// `--pod-interfaces`: the host's side of pods.
     pub pods: Selection,
@@ -78,11 +78,11 @@ pub struct Settings {
 }
 
 impl Selection {
-    /// From the values of `flag`. With `prefixes`, every name is the beginning of one.
+    /// Parses the values of `flag`. With `prefixes`, every name is a prefix of interface names.
     ///
     /// # Errors
     ///
-    /// Names the flag and the value.
+    /// [`SettingsError`] names the flag and the value.
     pub fn parse(flag: &'static str, values: &[String], prefixes: bool) -> Result<Self, SettingsError> {
         let values: Vec<&str> = values.iter().map(|value| value.trim()).filter(|v| !v.is_empty()).collect();
         for word in ["auto", "none"] {
@@ -100,17 +100,17 @@ impl Selection {
         }
     }
 
-    /// Whether nothing can be chosen.
+    /// Returns whether the selection is `none`.
     pub fn is_none(&self) -> bool {
         *self == Self::Named(Vec::new())
     }
 
-    /// Whether a pattern matches `name`.
+    /// Returns whether a pattern matches `name`.
     pub fn names(&self, name: &str) -> bool {
         self.patterns().iter().any(|pattern| pattern.matches(name))
     }
 
-    /// Names that no interface in `names` has, except beginnings.
+    /// Returns the selected names, without prefixes, that no interface in `names` has.
     pub fn missing<'a>(
         &'a self,
         names: impl Iterator<Item = &'a str> + Clone,
@@ -133,7 +133,7 @@ impl Pattern {
         let text = name.strip_suffix(['+', '*']);
         let prefix = prefix || text.is_some();
         let text = text.unwrap_or(name);
-        // IFNAMSIZ of linux/if.h, with its end.
+        // IFNAMSIZ of linux/if.h includes the terminating NUL.
         let valid = (1..=15).contains(&text.len()) && !text.contains(|c: char| c == '/' || c.is_whitespace());
         if !valid {
             return Err(SettingsError::Name { flag, name: name.to_owned() });
@@ -147,11 +147,11 @@ impl Pattern {
 }
 
 impl DetectLocal {
-    /// From the mode and the names beside it; the mode without a name is ClusterCIDR.
+    /// Parses the mode and the names that belong to it. An empty mode means ClusterCIDR.
     ///
     /// # Errors
     ///
-    /// No such mode, or the name that it needs is empty.
+    /// The mode is unknown, or the name that it needs is empty.
     pub fn parse(mode: &str, bridge: &str, prefix: &str) -> Result<Self, Invalid> {
         const MODES: &str = "must be ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix";
         let named = |field, name: &str| match name.trim() {
@@ -167,7 +167,7 @@ impl DetectLocal {
         }
     }
 
-    /// Whether pods are told by the interface that their packets enter through, not by their addresses.
+    /// Returns whether pods are recognized by the interface that their packets enter through, not by their addresses.
     pub fn by_interface(&self) -> bool {
         match self {
             Self::ClusterCidr | Self::NodeCidr => false,
@@ -175,7 +175,7 @@ impl DetectLocal {
         }
     }
 
-    /// Whether packets that the network stack sees entering through `name` count.
+    /// Returns whether packets that the network stack sees entering through `name` are traffic of local pods.
     pub fn names(&self, name: &str) -> bool {
         match self {
             Self::ClusterCidr | Self::NodeCidr => false,

@@ -1,23 +1,23 @@
-//! Addresses, prefixes and ports as Kubernetes objects spell them.
+//! Addresses, prefixes and ports in the notation of Kubernetes objects.
 //!
-//! Objects from before Kubernetes validated strictly may hold leading zeros (`010.000.000.001`, decimal) and
-//! CIDRs with host bits; both are accepted and canonicalised.
+//! Objects from before Kubernetes' strict validation may hold leading zeros (`010.000.000.001`, decimal) and CIDRs
+//! with host bits. Both are accepted and canonicalised.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use proxy_common::abi::proto;
 use proxy_common::addr::{Addr, Family, Prefix};
 
-/// An address. IPv4-mapped IPv6 is IPv4.
+/// Parses an address. An IPv4-mapped IPv6 address becomes IPv4.
 ///
 /// # Errors
-/// Says what the text is instead, to be read after the quoted text.
+/// A statement about the text, to be read after the quoted text.
 pub(crate) fn addr(text: &str) -> Result<Addr, &'static str> {
     let addr = parse(text).ok_or("is not an IP address")?;
     if addr.to_ip().is_unspecified() { Err("is the unspecified address") } else { Ok(addr) }
 }
 
-/// The kind of an address at which no endpoint can be, with its article (Kubernetes: `ValidateEndpointIP`).
+/// Returns the kind of an address that no endpoint can have, with its article (Kubernetes: `ValidateEndpointIP`).
 pub(crate) fn special(addr: Addr) -> Option<&'static str> {
     let (loopback, link_local, multicast) = match addr.to_ip() {
         IpAddr::V4(ip) => (ip.is_loopback(), ip.is_link_local(), ip.is_multicast()),
@@ -31,22 +31,22 @@ pub(crate) fn special(addr: Addr) -> Option<&'static str> {
     }
 }
 
-/// A CIDR; host bits are masked off.
+/// Parses a CIDR and masks off host bits.
 ///
 /// # Errors
-/// Says what the text is instead, to be read after the quoted text.
+/// A statement about the text, to be read after the quoted text.
 pub(crate) fn prefix(text: &str) -> Result<Prefix, &'static str> {
     const NOT_A_CIDR: &str = "is not a CIDR";
     let (addr, len) = text.split_once('/').ok_or(NOT_A_CIDR)?;
     let len = decimal(len).ok_or(NOT_A_CIDR)?;
     let parsed = parse(addr).ok_or(NOT_A_CIDR)?;
-    // `::ffff:10.0.0.0/104` counts its bits in the IPv6 form, but is IPv4 to everybody else.
+    // `::ffff:10.0.0.0/104` counts its bits in the IPv6 form, but is otherwise an IPv4 prefix.
     let mapped = addr.contains(':') && parsed.family() == Family::V4;
     let len = if mapped { len.checked_sub(96).ok_or(NOT_A_CIDR)? } else { len };
     Prefix::new(parsed, len).ok_or(NOT_A_CIDR)
 }
 
-/// A protocol name; absent or empty is TCP.
+/// Parses a protocol name; absent or empty means TCP.
 pub(crate) fn protocol(name: Option<&str>) -> Option<u8> {
     match name.unwrap_or_default() {
         "" | "TCP" => Some(proto::TCP),
@@ -56,7 +56,7 @@ pub(crate) fn protocol(name: Option<&str>) -> Option<u8> {
     }
 }
 
-/// A port number in 1..=65535.
+/// Returns a port number if it is in 1..=65535.
 pub(crate) fn port(number: i32) -> Option<u16> {
     u16::try_from(number).ok().filter(|port| *port != 0)
 }
@@ -82,7 +82,7 @@ fn v4(text: &str) -> Option<Ipv4Addr> {
     parts.next().is_none().then(|| Ipv4Addr::from(octets))
 }
 
-/// Digits only: the standard parser would also take a sign.
+/// Parses digits only, because the standard parser also accepts a sign.
 fn decimal(text: &str) -> Option<u8> {
     if text.bytes().all(|byte| byte.is_ascii_digit()) { text.parse().ok() } else { None }
 }

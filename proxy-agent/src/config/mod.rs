@@ -1,6 +1,6 @@
 //! Command line and configuration file resolved: names looked up, addresses parsed, contradictions refused.
 //!
-//! [`Raw`] is what was given, [`Host`] what this host adds; [`Config::resolve`] is a pure function of both.
+//! [`Raw`] holds the given settings, [`Host`] the facts of this host. [`Config::resolve`] is a pure function of both.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -41,22 +41,22 @@ pub(crate) const EXTERNAL_IPS_GATE: Gate = Gate { name: "AllowServiceExternalIPs
 /// A feature gate.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Gate {
-    /// Its name.
+    /// Name of the gate.
     pub(crate) name: &'static str,
-    /// How far it is, in the words of Kubernetes.
+    /// Stage of the gate, in the words of Kubernetes.
     pub(crate) stage: &'static str,
 }
 
-/// Where objects come from.
+/// Source of the objects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// A directory of manifests.
     Manifests(PathBuf),
-    /// A Kubernetes API server. With neither field: that of the cluster whose pod this is.
+    /// A Kubernetes API server. Without both fields, the server of the cluster that this process runs in as a pod.
     Kubernetes {
         /// File that names the server and our credentials.
         kubeconfig: Option<PathBuf>,
-        /// The server, in place of the one in the kubeconfig.
+        /// URL of the server, in place of the one in the kubeconfig.
         master: Option<Uri>,
     },
 }
@@ -80,11 +80,11 @@ impl std::fmt::Display for Source {
 }
 
 impl Source {
-    /// Where a command that needs nothing else of the configuration looks objects up.
+    /// Determines the source for a command that needs nothing else of the configuration.
     ///
     /// # Errors
     ///
-    /// The configuration file cannot be used, or the server's URL is none.
+    /// The configuration file cannot be used, or the server's URL is invalid.
     pub fn of(args: &SourceArgs) -> Result<Self, ConfigError> {
         let of_file = match &args.config {
             None => None,
@@ -95,20 +95,20 @@ impl Source {
     }
 }
 
-/// What was given, by file and flags.
+/// Settings as given by file and flags.
 #[derive(Clone, Debug)]
 pub struct Raw {
     /// kube-proxy's part, with every default.
     pub configuration: KubeProxyConfiguration,
-    /// The file that it comes from, if there is one.
+    /// The file that the settings come from, if there is one.
     pub file: Option<ConfigFile>,
-    /// What of it is ignored, and why: sentences for the log.
+    /// Ignored settings, with the reasons: sentences for the log.
     pub notes: Vec<String>,
 }
 
 impl Raw {
-    /// Reads the configuration file, if one is given. Beside it only the name of the node and the log's settings are
-    /// taken from kube-proxy's flags.
+    /// Reads the configuration file, if one is given. With a file, only the node name and the log settings of
+    /// kube-proxy's flags count.
     ///
     /// # Errors
     ///
@@ -143,31 +143,31 @@ impl Raw {
 pub struct Config {
     /// This node's name.
     pub node_name: Arc<str>,
-    /// Where objects come from.
+    /// Source of the objects.
     pub source: Source,
     /// The cgroup whose processes are served.
     pub cgroup: PathBuf,
     /// Pin directory.
     pub pins: PinDir,
-    /// File with what `status` shows beside the maps.
+    /// File with the state that `status` shows in addition to the maps.
     pub state_file: PathBuf,
     /// Pod CIDR of each family. (With detect-local by the Node's podCIDRs the agent learns them from the Node.)
     pub cluster_cidr: [Option<Prefix>; 2],
-    /// Which addresses serve nodePorts.
+    /// Addresses that serve nodePorts.
     pub nodeport_addresses: NodePortAddresses,
-    /// Devices of the packet edge, and how to attach to them.
+    /// Devices of the packet edge, and the way to attach to them.
     pub devices: devices::Devices,
-    /// Which Pods are left to the packet edge.
+    /// Rules for the Pods that are left to the packet edge.
     pub opt_out: opt_out::Rules,
-    /// Elements of `FLOWS`, if it has to be made.
+    /// Number of elements of `FLOWS` if the map has to be created.
     pub flow_table_size: u32,
     /// Whether externalIPs are served (feature gate `AllowServiceExternalIPs`).
     pub allow_external_ips: bool,
-    /// Whether addresses of this host are kept from externalIPs and load-balancer addresses.
+    /// Whether externalIPs and load-balancer addresses that are addresses of this host are not served.
     pub protect_node_addresses: bool,
-    /// How much a Service and a namespace may ask for.
+    /// Limits for a Service and for a namespace.
     pub budgets: Budgets,
-    /// This node's primary IP, if it is not to be the Node's.
+    /// This node's primary IP, if it replaces the Node's.
     pub bind_address: Option<Addr>,
     /// The families that this host can serve.
     pub families: Vec<Family>,
@@ -175,11 +175,12 @@ pub struct Config {
     pub healthz: Option<SocketAddr>,
     /// Address of the metrics server.
     pub metrics: Option<SocketAddr>,
-    /// What to do when one of the two cannot be bound.
+    /// Reaction when the address of one of the two servers cannot be bound.
     pub on_bind_failure: OnBindFailure,
-    /// A failed change is tried again no later than this, and the agent is unhealthy when it waits twice as long.
+    /// Longest time until a failed change is tried again. The agent is unhealthy when a change has waited twice as
+    /// long.
     pub sync_period: Duration,
-    /// Whether kube-proxy would masquerade whatever is sent to a clusterIP.
+    /// Whether kube-proxy would masquerade all traffic to clusterIPs.
     pub masquerade_all: bool,
     /// `oom_score_adj` of this process.
     pub oom_score_adj: i32,
@@ -187,11 +188,11 @@ pub struct Config {
     pub file: Option<ConfigFile>,
     /// kube-proxy's part with every default, as `/configz` shows it.
     pub effective: KubeProxyConfiguration,
-    /// What a user should know about the configuration: sentences for the log.
+    /// Messages for the user about the configuration: sentences for the log.
     pub notes: Vec<String>,
 }
 
-/// What is wrong with the command line or the configuration file.
+/// Error in the command line or the configuration file.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The node has no name.
@@ -200,16 +201,16 @@ pub enum ConfigError {
     /// Fields that cannot be used.
     #[error("{}", sentences(.0))]
     Invalid(Vec<Invalid>),
-    /// Devices.
+    /// Device settings that cannot be used.
     #[error(transparent)]
     Devices(#[from] SettingsError),
-    /// Who opts out.
+    /// Opt-out rules that cannot be used.
     #[error(transparent)]
     OptOut(#[from] opt_out::RuleError),
-    /// The configuration file.
+    /// A configuration file that cannot be used.
     #[error(transparent)]
     File(#[from] FileError),
-    /// Not a URL.
+    /// `--master` is not a URL.
     #[error("--master `{0}`: must be a URL such as https://192.0.2.1:6443")]
     Master(String),
 }
@@ -220,7 +221,7 @@ fn sentences(invalid: &[Invalid]) -> String {
 }
 
 impl Config {
-    /// Resolves what was given on this host.
+    /// Resolves the given settings on this host.
     ///
     /// # Errors
     ///
@@ -307,7 +308,7 @@ impl Config {
     }
 }
 
-/// Whether externalIPs are served.
+/// Returns whether externalIPs are served.
 pub(crate) fn allows_external_ips(given: &KubeProxyConfiguration) -> bool {
     let gate = given.feature_gates.as_ref().and_then(|gates| gates.get(EXTERNAL_IPS_GATE.name));
     gate.is_none_or(|allowed| *allowed)
@@ -315,7 +316,7 @@ pub(crate) fn allows_external_ips(given: &KubeProxyConfiguration) -> bool {
 
 const NO_IPV6: &str = "is IPv6, which is switched off on this host";
 
-/// The value, or its default and a note of what is wrong.
+/// Returns the value. On an error, returns the default and adds the error to `wrong`.
 fn or_wrong<T: Default>(result: Result<T, Invalid>, wrong: &mut Vec<Invalid>) -> T {
     result.unwrap_or_else(|invalid| {
         wrong.push(invalid);
@@ -323,13 +324,13 @@ fn or_wrong<T: Default>(result: Result<T, Invalid>, wrong: &mut Vec<Invalid>) ->
     })
 }
 
-/// The state file that belongs to a pin directory.
+/// Returns the state file that belongs to a pin directory.
 pub fn state_file(run_dir: &Path, pin_dir: &Path) -> PathBuf {
     let name = pin_dir.to_string_lossy().trim_matches('/').replace('/', "-");
     run_dir.join(format!("{name}.json"))
 }
 
-/// An empty name counts as none; one of blanks is a mistake.
+/// Determines the node name. An empty name counts as not given; a name of blanks is an error.
 fn node_name(given: &str, host: &str) -> Result<Arc<str>, ConfigError> {
     let name = if given.is_empty() { host } else { given }.trim().to_lowercase();
     if name.is_empty() { Err(ConfigError::NoName) } else { Ok(name.into()) }
@@ -354,7 +355,7 @@ fn source(
     Ok(Source::Kubernetes { kubeconfig, master })
 }
 
-/// `bindAddress`: `None` if it is no specific address.
+/// Parses `bindAddress`. Returns `None` for an unspecified address.
 fn primary_ip(text: &str) -> Result<Option<Addr>, Invalid> {
     if text.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_unspecified()) {
         return Ok(None);
@@ -373,7 +374,7 @@ fn cluster_cidr(given: &str) -> Result<[Option<Prefix>; 2], Invalid> {
     Ok(cidrs)
 }
 
-/// Settings of IPv6 on a host without it.
+/// Returns notes about IPv6 settings on a host without IPv6.
 fn of_no_use(given: &KubeProxyConfiguration) -> Vec<String> {
     let listed = |text: &Option<String>| -> Vec<String> {
         text.iter().flat_map(|text| text.split(',')).map(|text| text.trim().to_owned()).collect()
@@ -392,7 +393,7 @@ fn of_no_use(given: &KubeProxyConfiguration) -> Vec<String> {
         .collect()
 }
 
-/// One sentence about everything that is set, valid, and has no meaning here.
+/// Returns one sentence about all settings that are valid but have no meaning here.
 fn without_effect(given: &KubeProxyConfiguration) -> Option<String> {
     let mut settings = fields::without_effect(given);
     let gates = given.feature_gates.iter().flatten().filter(|(name, _)| *name != EXTERNAL_IPS_GATE.name);

@@ -1,8 +1,8 @@
-//! Which addresses of this host serve nodePorts: `--nodeport-addresses`, pure.
+//! Addresses of this host that serve nodePorts: `--nodeport-addresses`, pure.
 //!
-//! The rules are kube-proxy's (its nftables mode). They are judged family by family, which has one surprise:
-//! a list without any prefix of a family opens *every* address of that family. [`NodePortAddresses::warnings`]
-//! says so to the user.
+//! The rules are kube-proxy's (its nftables mode). Each family is judged by itself, which has a surprising
+//! consequence: a list without any prefix of a family opens *every* address of that family.
+//! [`NodePortAddresses::warnings`] tells the user.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -13,25 +13,25 @@ use proxy_common::addr::{Addr, Family, Prefix};
 use crate::config::kube_proxy::Invalid;
 use crate::config::lenient;
 
-/// The one word that may stand in place of prefixes.
+/// The only word that may stand in place of prefixes.
 const PRIMARY: &str = "primary";
 
 /// `--nodeport-addresses`, parsed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum NodePortAddresses {
-    /// The node's own IP of each family. Also what an unset option means.
+    /// The node's own IP of each family. An unset option means the same.
     #[default]
     Primary,
-    /// Addresses inside these prefixes; every address of a family that has no prefix here.
+    /// Addresses inside these prefixes, and every address of a family that has no prefix here.
     Prefixes(Vec<Prefix>),
 }
 
 impl NodePortAddresses {
-    /// From the values of the option; none at all means `primary`.
+    /// Parses the values of the option. An empty list means `primary`.
     ///
     /// # Errors
     ///
-    /// `primary` beside another value, or a value that is no CIDR.
+    /// `primary` beside another value, or a value that is not a CIDR.
     pub fn parse<S: AsRef<str>>(values: &[S]) -> Result<Self, Invalid> {
         let values: Vec<&str> = values.iter().map(AsRef::as_ref).collect();
         if values.is_empty() || values == [PRIMARY] {
@@ -50,8 +50,8 @@ impl NodePortAddresses {
         Ok(Self::Prefixes(prefixes.collect::<Result<_, _>>()?))
     }
 
-    /// Whether nodePorts are served on every address of `family` (loopback excepted). `node_ips` are the node's
-    /// own IPs, indexed by [`Family::index`].
+    /// Returns whether nodePorts are served on every address of `family` (loopback excepted). `node_ips` are the
+    /// node's own IPs, indexed by [`Family::index`].
     pub fn matches_all(&self, family: Family, node_ips: &[Option<Addr>; 2]) -> bool {
         match self {
             Self::Primary => known(family, node_ips).is_none(),
@@ -62,7 +62,7 @@ impl NodePortAddresses {
         }
     }
 
-    /// Whether nodePorts are served on `addr`, if it is an address of this host.
+    /// Returns whether nodePorts are served on `addr`, if it is an address of this host.
     pub fn serves(&self, addr: Addr, node_ips: &[Option<Addr>; 2]) -> bool {
         let family = addr.family();
         !addr.is_loopback()
@@ -73,10 +73,11 @@ impl NodePortAddresses {
                 })
     }
 
-    /// Where a server listens that is to be reached on every address of `family` that serves nodePorts; `host` are the
-    /// addresses of this host. The unspecified address where all do, and the node's own IP even if this host does not
-    /// have it: listening there then fails, and somebody is told. Link-local addresses are left out, because they mean
-    /// nothing without an interface.
+    /// Returns the addresses to listen on for a server that must be reachable on every address of `family` that
+    /// serves nodePorts. `host` are the addresses of this host. If all addresses serve nodePorts, the result is the
+    /// unspecified address. The node's own IP is returned even if this host does not have it: listening there then
+    /// fails, and the failure is reported. Link-local addresses are left out, because they mean nothing without an
+    /// interface.
     pub fn listen_on(
         &self,
         family: Family,
@@ -102,8 +103,8 @@ impl NodePortAddresses {
         }
     }
 
-    /// What the setting does that its author may not expect, one sentence each. Of a family in which the host has no
-    /// address that others could reach, nothing is to be said.
+    /// Returns one sentence for each effect of the setting that its author may not expect. A family in which the host
+    /// has no address that others could reach is skipped.
     pub fn warnings(&self, node_ips: &[Option<Addr>; 2], host: &BTreeSet<Addr>) -> Vec<String> {
         let mut warnings = Vec::new();
         let in_use = |family: &Family| {
@@ -135,8 +136,8 @@ impl NodePortAddresses {
     }
 }
 
-/// What `LOCAL_ADDRESSES` has to hold: each address of the host with its bits. `node_ips` are the node's own IPs,
-/// indexed by [`Family::index`]; a loopback address there counts as unknown.
+/// Returns the wanted contents of `LOCAL_ADDRESSES`: each address of the host with its bits. `node_ips` are the
+/// node's own IPs, indexed by [`Family::index`]; a loopback address among them counts as unknown.
 pub fn local_addresses(
     setting: &NodePortAddresses,
     node_ips: &[Option<Addr>; 2],
@@ -175,7 +176,7 @@ mod tests {
         [v4.map(addr), v6.map(addr)]
     }
 
-    /// The addresses of node n1 that serve nodePorts under `setting`.
+    /// Checks the addresses of node n1 that serve nodePorts under `setting`.
     fn check_with(setting: &[&str], node_ips: [Option<Addr>; 2], want: &[&str]) {
         let setting = NodePortAddresses::parse(setting).unwrap();
         let host = OF_N1.iter().copied().map(addr).collect();
@@ -207,10 +208,10 @@ mod tests {
 
     #[test]
     fn p028_listed_prefixes() {
-        // No IPv6 prefix in the list, hence every IPv6 address (as p030).
+        // The list has no IPv6 prefix, so every IPv6 address serves nodePorts (as in p030).
         check(&["192.0.2.0/24", "198.51.100.0/24"], &[ETH0, ETH1, ETH0_V6, ETH1_V6]);
         check(&["198.51.100.0/24", "2001:db8:2::/64"], &[ETH1, ETH1_V6]);
-        // Neither host bits nor leading zeros matter.
+        // Host bits and leading zeros do not matter.
         check(&["198.51.100.077/24", "2001:db8:2::77/64"], &[ETH1, ETH1_V6]);
     }
 
@@ -238,7 +239,7 @@ mod tests {
         let all = NodePortAddresses::parse(&["0.0.0.0/0"]).unwrap();
         let got = local_addresses(&all, &node_ips(Some(ETH0), None), &host);
         assert_eq!(got.get(&addr("192.0.2.20")), None);
-        // Nor does a node IP count that this host does not have (yet).
+        // A node IP that this host does not have (yet) does not count, either.
         let got = local_addresses(&NodePortAddresses::Primary, &node_ips(Some("192.0.2.20"), None), &host);
         assert_eq!(got.get(&addr("192.0.2.20")), None);
         assert_eq!(got.get(&addr(ETH0)), Some(&HOST));

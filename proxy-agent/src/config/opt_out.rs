@@ -1,14 +1,14 @@
-//! `--socket-opt-out`.
+//! The rules of `--socket-opt-out`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The annotation of a Pod that leaves its sockets alone if it is [`OFF`].
+/// Annotation of a Pod whose sockets are left alone if the value is [`OFF`].
 pub const ANNOTATION: &str = "vipr.dev/socket-edge";
 const OFF: &str = "off";
 const RUNTIME_CLASS: &str = "runtime-class=";
 const CGROUP: &str = "cgroup=";
 
-/// Which Pods and cgroups opt out.
+/// Rules for the Pods and cgroups that opt out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
     annotation: bool,
@@ -16,7 +16,7 @@ pub struct Rules {
     cgroups: BTreeSet<String>,
 }
 
-/// A rule that there is not.
+/// A rule of an unknown form.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "--socket-opt-out `{0}`: must be `annotation`, `runtime-class=NAME` or `cgroup=PATH` (below the root of the hierarchy, without \
@@ -25,11 +25,11 @@ pub struct Rules {
 pub struct RuleError(String);
 
 impl Rules {
-    /// From the parts of the flag.
+    /// Parses the parts of the flag.
     ///
     /// # Errors
     ///
-    /// [`RuleError`] names the part.
+    /// [`RuleError`] names the invalid part.
     pub fn parse(parts: &[String]) -> Result<Self, RuleError> {
         let mut rules = Self::default();
         for part in parts.iter().map(|part| part.trim()).filter(|part| !part.is_empty()) {
@@ -46,17 +46,17 @@ impl Rules {
         Ok(rules)
     }
 
-    /// No Pod opts out: they need not be known.
+    /// Returns whether no rule is about Pods, so that Pods need not be known.
     pub fn is_empty(&self) -> bool {
         !self.annotation && self.runtime_classes.is_empty()
     }
 
-    /// The cgroups that do, by their paths below the root.
+    /// Returns the cgroups that opt out, by their paths below the root.
     pub fn cgroups(&self) -> &BTreeSet<String> {
         &self.cgroups
     }
 
-    /// Whether a Pod with these annotations and this runtime class does.
+    /// Returns whether a Pod with these annotations and this runtime class opts out.
     pub fn hold(&self, annotations: Option<&BTreeMap<String, String>>, runtime_class: Option<&str>) -> bool {
         let annotated = || annotations?.get(ANNOTATION).map(|value| value == OFF);
         let sandboxed = || runtime_class.map(|class| self.runtime_classes.contains(class));
@@ -64,7 +64,8 @@ impl Rules {
     }
 }
 
-/// A path below the root of the hierarchy as it is written there; `None` for the root itself, and for what may lead out of it.
+/// Normalizes a path below the root of the hierarchy. Returns `None` for the root itself, and for a path that may
+/// lead out of the hierarchy.
 fn relative(path: &str) -> Option<String> {
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     let leads_there = !parts.is_empty() && parts.iter().all(|part| !matches!(*part, "." | ".."));

@@ -1,18 +1,18 @@
-//! The servers for probes and for metrics: their ports, addresses, and what happens when one cannot be bound.
+//! The servers for probes and for metrics: their ports, their addresses, and the reaction when one cannot be bound.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-/// Port of the health server when `--healthz-bind-address` names none.
+/// Port of the health server when `--healthz-bind-address` has no port.
 pub const HEALTH_PORT: u16 = 10256;
 
-/// Port of the metrics server when `--metrics-bind-address` names none.
+/// Port of the metrics server when `--metrics-bind-address` has no port.
 pub const METRICS_PORT: u16 = 10249;
 
 /// Pause between attempts to bind.
 pub const BIND_RETRY: Duration = Duration::from_secs(5);
 
-/// What to do when the address cannot be bound.
+/// Reaction when the address cannot be bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnBindFailure {
     /// Log and try again after this time, for ever.
@@ -21,12 +21,13 @@ pub enum OnBindFailure {
     Fail,
 }
 
-/// Not the address of a server.
+/// A text that is not the address of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("must be IP:port, an IP address, or empty (which switches the server off)")]
 pub struct NotAnAddress;
 
-/// A bind address: `IP:port`, or an IP alone, which gets `default_port`. Empty is `None`: no server.
+/// Parses a bind address: `IP:port`, or an IP alone, which gets `default_port`. Returns `None` for an empty text: no
+/// server.
 ///
 /// # Errors
 ///

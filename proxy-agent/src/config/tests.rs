@@ -25,12 +25,12 @@ fn resolve(args: &[&str]) -> Result<Config, ConfigError> {
     resolve_on(&host(), args)
 }
 
-/// What is wrong with a command line.
+/// Returns the error of a command line.
 fn wrong(args: &[&str]) -> String {
     resolve(args).unwrap_err().to_string()
 }
 
-/// A configuration file with these fields, and its path.
+/// Writes a configuration file with these fields. Returns its directory and the flag that names the file.
 fn file(fields: &str) -> (tempfile::TempDir, String) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("config.conf");
@@ -136,7 +136,7 @@ fn what_tenants_may_take() {
     assert!(config.protect_node_addresses);
     let none = Cli::from_command_line(["proxy-agent", "--max-service-frontends=0"].map(OsString::from));
     assert!(none.is_err());
-    // A Service that is lawful by itself is never too much for its namespace.
+    // The limit of a namespace is at least the limit of one Service.
     assert_eq!(resolve(&["--max-namespace-frontends=1"]).unwrap().budgets.namespace.frontends, 65_536);
 }
 
@@ -202,7 +202,7 @@ fn a_host_without_ipv6() {
         let error = families(&v4_only, args).unwrap_err().to_string();
         assert!(error.contains("is IPv6, which is switched off on this host"), "{error}");
     }
-    // Only what nothing is left of is refused.
+    // A setting is refused only if nothing of it is left.
     for (args, noted) in [
         (&["--cluster-cidr=fd00::/8,10.0.0.0/8"][..], "clusterCIDR (--cluster-cidr): `fd00::/8`"),
         (

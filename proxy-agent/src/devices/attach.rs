@@ -1,7 +1,7 @@
-//! Brings the kernel to what has been chosen: `DEVICES` and the programs of each device.
+//! Writes `DEVICES`, and attaches the programs to the chosen devices.
 //!
-//! A pass looks at what is attached and mends what differs; a pass with nothing to do changes nothing. What fails costs
-//! the device that it belongs to, and is tried again with the next pass.
+//! A pass looks at what is attached and mends what differs; a pass with nothing to do changes nothing. A failure
+//! affects only its own device, and is tried again with the next pass.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -14,24 +14,25 @@ use proxy_common::addr::Addr;
 use super::choice::{Choice, Choices, Role};
 use super::snapshot::Layer;
 use super::sources::Sources;
-use crate::bpf::maps::OpenError;
+use crate::bpf::device::LoadError;
+use crate::bpf::device::{AttachError, Device, Direction};
 use crate::bpf::others::{Looking, Other};
+use crate::bpf::pins::OpenError;
 use crate::bpf::pins::PinDir;
-use crate::bpf::tc::{
-    AttachError, Device, Direction, LoadError, Mechanism, PROGRAMS, Pair, TcPrograms, remove_links,
-};
+use crate::bpf::tc::{Mechanism, PROGRAMS, Pair, TcPrograms, remove_links};
 use crate::bpf::{Refused, clsact};
 
-/// How often in a row a program is put back to its place before the device is left to whoever wants that place.
+/// Number of times in a row that a program is put back to its place. After that, the place is left to the program that
+/// took it.
 const PATIENCE: u32 = 3;
 
-/// Why the packet edge cannot be set up at all.
+/// Reason why the packet edge cannot be set up at all.
 #[derive(Debug, thiserror::Error)]
 pub enum AttacherError {
-    /// The object, or its maps.
+    /// Failure of the BPF object or its maps.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// `DEVICES`.
+    /// Failure to open `DEVICES`.
     #[error(transparent)]
     Open(#[from] OpenError),
 }
@@ -42,29 +43,30 @@ pub struct Attacher {
     pins: PinDir,
     mechanism: Mechanism,
     l2: TcPrograms,
-    /// For devices without MAC headers; most nodes have none.
+    /// Programs for devices without MAC headers; most nodes have no such device.
     l3: Option<TcPrograms>,
     devices: HashMap<MapData, u32, abi::Device>,
-    /// Devices that may have clsact filters of ours although they are not wanted; all, at the start.
+    /// Devices that may still have clsact filters of ours that are not wanted; at the start, all devices.
     filtered: BTreeMap<u32, String>,
-    /// How often in a row a program had to be put back to its place, by program and device.
+    /// Number of times in a row that a program was put back to its place, by program and device.
     overtaken: BTreeMap<(&'static str, u32), u32>,
 }
 
-/// What became of a device.
+/// Result of a pass for a device.
 #[derive(Debug)]
 pub struct Outcome {
-    /// How it is attached; on failure, why it is not (or not as it should be).
+    /// Mechanism by which the programs are attached; on failure, the reason why they are not (or not as they should
+    /// be).
     pub attached: Result<Mechanism, String>,
-    /// Whether a node is not ready on which it comes to this.
+    /// Whether the failure keeps a starting node from being ready.
     pub holds: bool,
-    /// What others run there.
+    /// Programs and filters of others on the device.
     pub others: Vec<Other>,
 }
 
 impl Attacher {
-    /// Opens the pinned maps. Nothing is loaded or attached yet. `present` are the devices that may carry
-    /// clsact filters of an earlier agent, by index.
+    /// Opens the pinned maps; loads and attaches nothing yet. `present` lists the devices that may carry clsact filters
+    /// of an earlier agent, by index.
     ///
     /// # Errors
     ///
@@ -78,7 +80,7 @@ impl Attacher {
         Self::with(l2, pins, mechanism, present)
     }
 
-    /// [`Attacher::new`] with programs that are open already.
+    /// Does the same as [`Attacher::new`] with programs that are open already.
     pub(crate) fn with(
         l2: TcPrograms,
         pins: PinDir,
@@ -92,19 +94,19 @@ impl Attacher {
         Ok(Self { pins, mechanism, l2, l3: None, devices, filtered: present, overtaken: BTreeMap::new() })
     }
 
-    /// Verified instructions per program, where the kernel tells.
+    /// Returns the number of verified instructions per program, where the kernel tells.
     pub fn verified(&self) -> Vec<(&'static str, Option<u32>)> {
         self.l2.verified()
     }
 
-    /// Programs that the kernel has refused.
+    /// Returns the programs that the kernel has refused.
     pub fn refused(&self) -> Refused {
         let mut refused = self.l2.refused();
         refused.extend(self.l3.iter().flat_map(TcPrograms::refused));
         refused
     }
 
-    /// Attaches to what is chosen and detaches from everything else. External devices come first.
+    /// Attaches the programs to the chosen devices, external ones first, and detaches them from all others.
     pub fn apply(&mut self, choices: &Choices, sources: &BTreeMap<u32, Sources>) -> BTreeMap<u32, Outcome> {
         let start = Instant::now();
         if choices.values().any(|choice| choice.layer == Layer::L2) {
@@ -148,13 +150,13 @@ impl Attacher {
         let near = if choice.near { NEAR } else { 0 };
         let pod = if choice.role == Role::Pod { POD } else { 0 };
         let value = abi::Device { snat_v4, snat_v6, flags: near | pod };
-        // What the programs read has to be there before they run.
+        // The programs read this entry, so it has to be there before they run.
         self.describe(index, value).map_err(DeviceError::Map)?;
         let device = Device { index, name: &choice.name };
         let pair = pair(choice);
         let pins = self.pins.clone();
         if let Err(refused) = self.programs(choice)?.check(pair) {
-            // Those of an earlier agent would go on with maps that nobody writes any more.
+            // Programs of an earlier agent would go on with maps that nobody writes any more.
             self.detach(index, &choice.name);
             return Err(refused.into());
         }
@@ -175,7 +177,7 @@ impl Attacher {
                     }
                     *times += 1;
                     tracing::info!(device = device.name, program, "putting the program back to its place");
-                    // No program can be attached twice, so this takes another copy.
+                    // A program cannot be attached twice, so putting it back takes another copy.
                     let mut copy = match spare.take().filter(|_| choice.layer == Layer::L2) {
                         Some(copy) => copy,
                         None => {
@@ -190,7 +192,7 @@ impl Attacher {
         Ok(())
     }
 
-    /// Looks for what others run beside ours.
+    /// Finds the programs and filters of others beside ours.
     fn find_others(&self, choices: &Choices, outcomes: &mut BTreeMap<u32, Outcome>) -> std::io::Result<()> {
         let looking = Looking::begin()?;
         for (&index, outcome) in outcomes {
@@ -201,7 +203,7 @@ impl Attacher {
         Ok(())
     }
 
-    /// Writes what `DEVICES` says of a device.
+    /// Writes the entry of a device in `DEVICES`, unless it is there already.
     fn describe(&mut self, index: u32, value: abi::Device) -> Result<(), MapError> {
         if self.devices.get(&index, 0).ok() == Some(value) {
             Ok(())
@@ -210,7 +212,7 @@ impl Attacher {
         }
     }
 
-    /// The programs for a device, loaded unless the kernel has refused them.
+    /// Returns the programs for a device, loaded unless the kernel has refused them.
     fn programs(&mut self, choice: &Choice) -> Result<&mut TcPrograms, DeviceError> {
         if choice.layer == Layer::L2 {
             return Ok(&mut self.l2);
@@ -224,7 +226,7 @@ impl Attacher {
         Ok(l3)
     }
 
-    /// Detaches whatever is attached to a device.
+    /// Detaches our programs from a device.
     fn detach(&self, index: u32, name: &str) {
         if let Err(error) = remove_links(&self.pins, |_, other| other != index) {
             tracing::warn!(%error, path = %self.pins.links().display(), "links that are not needed any more stay");
@@ -232,7 +234,7 @@ impl Attacher {
         self.detach_filters(index, name);
     }
 
-    /// Removes the filters of a device, and logs what stays.
+    /// Removes our filters from a device, and logs a failure.
     fn detach_filters(&self, index: u32, name: &str) {
         if let Err(error) = clsact::detach(&self.pins, index) {
             tracing::warn!(device = name, %error, "filters that are not needed any more stay");
@@ -266,14 +268,14 @@ impl Attacher {
         for index in
             known.into_iter().filter(|index| !choices.contains_key(index) && !bridges.contains(index))
         {
-            // Gone already is as good.
+            // The entry may be gone already.
             let _ = self.devices.remove(&index);
         }
         self.overtaken.retain(|(_, index), _| choices.contains_key(index));
     }
 }
 
-/// The bridges of pods' interfaces that are no external devices themselves.
+/// Returns the bridges of pods' interfaces, except those that are chosen devices themselves.
 fn pod_bridges(choices: &Choices) -> BTreeSet<u32> {
     let pods = choices.values().filter(|choice| choice.role == Role::Pod);
     pods.filter_map(|choice| choice.owner).filter(|owner| !choices.contains_key(owner)).collect()
@@ -286,24 +288,24 @@ fn pair(choice: &Choice) -> Pair {
     }
 }
 
-/// Why a device is not served.
+/// Reason why a device is not served.
 #[derive(Debug, thiserror::Error)]
 enum DeviceError {
-    /// Its programs.
+    /// The programs cannot be attached.
     #[error(transparent)]
     Attach(#[from] AttachError),
-    /// `DEVICES`.
+    /// `DEVICES` cannot be written.
     #[error("map DEVICES: {0}")]
     Map(MapError),
 }
 
 impl DeviceError {
-    /// Whether the node is not ready before this is mended. Without an external device clients outside are not served. Of
-    /// pods' interfaces only a program counts that the kernel does not take: it is missing at all of them. Anything else is about
-    /// one pod, which may be gone by now.
+    /// Returns whether the failure keeps a starting node from being ready. Without an external device, clients outside
+    /// are not served. At pods' interfaces only programs that cannot be loaded or that the kernel refuses count: they
+    /// are missing at all pods. Any other failure affects one pod, which may be gone by now.
     fn holds(&self, role: Role) -> bool {
         match self {
-            // It runs, behind somebody else.
+            // The program runs, but behind another one.
             Self::Attach(AttachError::Rival { .. }) => false,
             Self::Attach(AttachError::Refused { .. } | AttachError::Load(_)) => true,
             Self::Attach(
@@ -318,7 +320,7 @@ impl DeviceError {
     }
 }
 
-/// An address as `status` shows it; empty for none.
+/// Returns an address as `status` shows it; empty for none.
 pub(super) fn shown(addr: Addr) -> String {
     if addr == Addr::ZERO { String::new() } else { addr.to_string() }
 }

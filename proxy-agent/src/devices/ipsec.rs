@@ -1,5 +1,5 @@
-//! Detects IPsec by xfrm policies, which the packet edge cannot serve: on the way out the kernel matches packets against them
-//! before it runs programs on devices, on the way in after that.
+//! Detects IPsec by its xfrm policies, which the packet edge cannot serve. On the way out the kernel matches packets
+//! against the policies before it runs the programs of devices; on the way in, after that.
 
 use std::io;
 
@@ -10,33 +10,33 @@ use rtnetlink::sys::protocols::NETLINK_XFRM;
 
 use crate::host::netlink::Netlink;
 
-/// What is wrong where there are such policies.
+/// Problem that is reported where there are such policies.
 pub(super) const PROBLEM: &str = "the kernel has IPsec policies (`ip xfrm policy`). It matches packets of Services with pods' \
     addresses: an answer to a client outside is not encrypted by a policy for the Service's address, and not translated if one \
     for the pod's address encrypts it; requests that come encrypted are not served, except by a tunnel whose `fwd` policy \
     covers client and pod. Policies for traffic that no Service has do no harm; for clients of Services use tunnels that are \
     devices (xfrm interfaces, WireGuard)";
 
-/// Sockets of netlink families, the kernel's own among them.
+/// File that lists the sockets of netlink families, the kernel's own among them.
 const SOCKETS: &str = "/proc/thread-self/net/netlink";
 
 /// Numbers of linux/xfrm.h.
 const XFRM_MSG_GETPOLICY: u16 = 0x15;
 const XFRMA_IF_ID: u16 = 31;
-/// Size of `struct xfrm_userpolicy_info`, and where the direction is in it.
+/// Size of `struct xfrm_userpolicy_info`, and offset of the direction in it.
 const POLICY_LEN: usize = 168;
 const DIRECTION_AT: usize = 160;
-/// Directions from here on are of policies that belong to one socket.
+/// Lowest direction of policies that belong to one socket.
 const SOCKET_POLICIES: u8 = 3;
 
-/// Returns whether the kernel has policies that packets are matched against wherever they go. Those of an xfrm interface do
-/// not count: who goes through it meets its programs first.
+/// Returns whether the kernel has policies that packets are matched against whatever device they pass. Policies of an
+/// xfrm interface do not count: packets through that interface meet its programs first.
 ///
 /// # Errors
 ///
-/// What the kernel says.
+/// The kernel's error.
 pub(super) fn has_policies() -> io::Result<bool> {
-    // Opening such a socket would have the kernel load the module.
+    // Opening an xfrm socket would make the kernel load the module.
     if !is_registered(&std::fs::read_to_string(SOCKETS)?) {
         return Ok(false);
     }
@@ -53,7 +53,7 @@ fn is_registered(sockets: &str) -> bool {
     families.any(|family| family.parse() == Ok(NETLINK_XFRM))
 }
 
-/// Asks for all policies.
+/// Request for all policies.
 struct ListPolicies;
 
 impl NetlinkSerializable for ListPolicies {
@@ -68,10 +68,10 @@ impl NetlinkSerializable for ListPolicies {
     fn serialize(&self, _: &mut [u8]) {}
 }
 
-/// A policy, as far as it matters.
+/// A policy, with the fields that matter here.
 struct Policy {
     direction: u8,
-    /// 0 for none.
+    /// Interface id (`XFRMA_IF_ID`); 0 for none.
     interface: u32,
 }
 
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
     use crate::host::testing::{in_new_netns, ip};
 
-    /// What the kernel lists in a namespace of its own where there is xfrm, beside other families.
+    /// Uses lines as the kernel lists them in a network namespace with xfrm, beside other families.
     #[test]
     fn the_family_is_looked_for_before_it_is_asked() {
         let head =
@@ -135,7 +135,7 @@ mod tests {
             }
             policy("add", "out", "if_id 7");
             assert!(!has_policies().unwrap(), "those of an interface");
-            // Among more than fit into one answer.
+            // More policies than fit into one answer.
             let many: String = (0..200)
                 .map(|n| format!("xfrm policy add src 192.0.2.{n}/32 dst 198.51.100.1/32 dir out if_id 8\n"))
                 .collect();

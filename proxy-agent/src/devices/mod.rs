@@ -1,10 +1,11 @@
-//! The packet edge's devices: which they are, what the programs have to know of each, and attaching the programs.
+//! Devices of the packet edge: their choice, the facts that the programs need about each, and attaching the programs.
 //!
 //! ```text
 //! rtnetlink ─> Snapshot ─> choose() ─> Choices ─┬─> Attacher ─> DEVICES, TCX links or clsact filters
 //!                     Facts of the agent ──> Sources ─┘
 //! ```
-//! One task beside the agent's loop owns it all: attaching waits for the kernel's RCU, some 20 ms a time.
+//! One task beside the agent's loop owns all of this, because attaching waits for the kernel's RCU, some 20 ms each
+//! time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -16,10 +17,11 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::bpf::Refused;
+use crate::bpf::device::Direction;
 use crate::bpf::notes::Notes;
 use crate::bpf::others::{Other, Side};
 use crate::bpf::pins::PinDir;
-use crate::bpf::tc::{Direction, Mechanism};
+use crate::bpf::tc::Mechanism;
 use crate::host::FollowError;
 
 pub mod snapshot;
@@ -42,15 +44,15 @@ use reserved_ports::DatagramPorts;
 use snapshot::{Snapshot, watch_network};
 use sources::{Facts, Sources, resolve};
 
-/// After a failure everything is tried again this much later, and ever later up to [`RETRY_AT_MOST`].
+/// Time after a failure until everything is tried again. It doubles with each further failure, up to [`RETRY_AT_MOST`].
 const RETRY: Duration = Duration::from_secs(5);
 const RETRY_AT_MOST: Duration = Duration::from_secs(300);
-/// How often it is looked whether everything is still attached, at its place.
+/// Interval of the passes that check whether everything is still attached, at its place.
 const CHECK: Duration = Duration::from_secs(30);
-/// What the agent knows changes in bursts as well.
+/// Time to wait after a change of [`Facts`] for further ones: facts change in bursts, as the network does.
 const SETTLE: Duration = Duration::from_millis(50);
-/// Where passes take long, the time between them is as long, up to this: whoever makes pods come and go does not keep the
-/// kernel's lock of all devices busy.
+/// Longest pause after a pass. The pause is as long as the pass took, up to this limit, so that frequent changes of
+/// pods do not keep the kernel's lock of all devices busy.
 const REST_AT_MOST: Duration = Duration::from_secs(1);
 
 const BEHIND_ON_EGRESS: &str = "others are behind ours on the way out (OTHERS in `proxy-agent status`): to them answers come \
@@ -70,45 +72,46 @@ pub struct DeviceState {
     pub name: String,
     /// `external` or `pod`.
     pub role: String,
-    /// Why it was chosen.
+    /// Reason for the choice.
     pub reason: String,
     /// `tcx` or `clsact`; empty while the programs are not attached.
     pub attached: String,
-    /// What others run on it, except what is behind ours on the way in, as it should be.
+    /// Programs and filters of others on the device, except those behind ours on ingress, where they should be.
     #[serde(default)]
     pub others: Vec<Other>,
-    /// Sources of packets to other nodes: one of each family that has one.
+    /// Source addresses of packets to other nodes, at most one for each family.
     pub sources: Vec<String>,
-    /// Whether all that enters counts as traffic of local pods.
+    /// Whether everything that enters counts as traffic of local pods.
     pub near: bool,
     /// Whether packets start with the IP header.
     pub l3: bool,
 }
 
 impl DeviceState {
-    /// Whether the programs are attached.
+    /// Returns whether the programs are attached.
     pub fn is_attached(&self) -> bool {
         !self.attached.is_empty()
     }
 
-    /// Whether it is the host's side of a pod and the programs are attached.
+    /// Returns whether the device is the host's side of a pod and the programs are attached.
     pub fn is_attached_pod(&self) -> bool {
         self.is_attached() && self.role == Role::Pod.name()
     }
 }
 
-/// How the packet edge is doing.
+/// State of the packet edge.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
-    /// Passes made so far; 0 while nothing has been attached.
+    /// Number of passes so far; 0 while nothing has been attached.
     pub passes: u64,
     /// The devices, by index.
     pub devices: Vec<DeviceState>,
-    /// What is wrong, by device or flag.
+    /// Problems by device or flag.
     pub problems: BTreeMap<String, Vec<String>>,
-    /// Why clients outside of this node, or all its pods, are not served as they should be: a node that starts is not ready.
+    /// Reason why clients outside this node, or all pods of it, are not served as they should be. It keeps a starting
+    /// node from being ready.
     pub holds: Option<String>,
-    /// Verified instructions per program, where the kernel tells.
+    /// Number of verified instructions per program, where the kernel tells.
     pub verified: Vec<(&'static str, Option<u32>)>,
     /// Programs that the kernel has refused.
     pub refused: Refused,
@@ -116,7 +119,7 @@ pub struct State {
     pub elsewhere: Vec<Prefix>,
 }
 
-/// The task, which ends when this is dropped. What is attached stays.
+/// The task, which ends when this is dropped. Attached programs stay.
 #[derive(Debug)]
 pub struct Edge {
     facts: watch::Sender<Facts>,
@@ -145,17 +148,17 @@ impl Edge {
         Ok(Self { facts, datagram_ports, state, _task: task })
     }
 
-    /// Replaces what the agent knows.
+    /// Replaces the facts and the datagram ports.
     pub fn tell(&self, facts: &Facts, datagram_ports: &DatagramPorts) {
         replace(&self.facts, facts);
         replace(&self.datagram_ports, datagram_ports);
     }
 
-    /// Waits for the next pass, and tells how it went.
+    /// Waits for the next pass, and returns the state after it.
     pub async fn changed(&mut self) -> State {
         match self.state.changed().await {
             Ok(()) => self.state.borrow_and_update().clone(),
-            // The task ends by a panic only, which has been printed.
+            // The task ends only by a panic, which has been printed.
             Err(_) => std::future::pending().await,
         }
     }
@@ -186,7 +189,7 @@ impl Worker {
             let snapshot = self.network.borrow_and_update().clone();
             let facts = self.facts.borrow_and_update().clone();
             if maps != facts.maps {
-                // What is attached serves until it is replaced, in place.
+                // Attached programs serve until they are replaced, in place.
                 (attacher, maps) = (None, facts.maps);
             }
             let mut state = State { passes: publish.borrow().passes + 1, ..State::default() };
@@ -213,12 +216,13 @@ impl Worker {
                     state.problems.insert("packet edge".to_owned(), vec![error.to_string()]);
                     BTreeMap::new()
                 }
-                // It has panicked, or the agent ends.
+                // The pass has panicked, or the agent ends.
                 Err(_) => return,
             };
             let (ended, took) = (Instant::now(), start.elapsed());
             describe(&mut state, &choices, &sources, &outcomes);
-            // What IPsec carries, the programms see as ESP.
+            // The programs see packets inside IPsec only as ESP, so with IPsec all routes count as leading past the
+            // programs.
             let seen = if state.problems.contains_key("IPsec") { &BTreeMap::new() } else { &outcomes };
             state.elsewhere = elsewhere(&snapshot, &choices, seen);
             for (name, problem) in strict::problems(&snapshot, &choices) {
@@ -234,7 +238,7 @@ impl Worker {
             let pause = if failed { retry } else { CHECK };
             retry = if failed { (retry * 2).min(RETRY_AT_MOST) } else { RETRY };
             if attacher.is_none() {
-                // Nothing that happens to devices changes anything, and loading costs seconds.
+                // No change of devices helps here, and loading costs seconds.
                 tokio::time::sleep(pause).await;
                 continue;
             }
@@ -251,15 +255,15 @@ impl Worker {
     }
 }
 
-/// What a pass leaves.
+/// Result of a pass.
 struct Pass {
     attacher: Attacher,
     outcomes: BTreeMap<u32, Outcome>,
-    /// Whether there are IPsec policies that packets meet on the devices.
+    /// Whether there are IPsec policies that apply to packets on the devices.
     ipsec: bool,
 }
 
-/// Everything that blocks.
+/// Does the blocking part of a pass.
 fn pass(
     attacher: Option<Attacher>,
     config: &Devices,
@@ -336,7 +340,7 @@ fn describe(
     }
 }
 
-/// The destinations of the routes that lead past the programs of external devices.
+/// Returns the destinations of the routes that lead past the programs of external devices.
 fn elsewhere(snapshot: &Snapshot, choices: &Choices, outcomes: &BTreeMap<u32, Outcome>) -> Vec<Prefix> {
     let is_edge = |device: u32| {
         choices.get(&device).is_some_and(|choice| choice.role == Role::External)
@@ -346,7 +350,7 @@ fn elsewhere(snapshot: &Snapshot, choices: &Choices, outcomes: &BTreeMap<u32, Ou
     routes.map(|route| route.destination).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// What it means that others see Services where they should see pods.
+/// Returns the problems that follow when others see Services where they should see pods.
 fn wrong_places(others: &[Other]) -> Vec<String> {
     let mut problems = Vec::new();
     let mut tell = |direction, side, reason: &str| {
@@ -359,8 +363,8 @@ fn wrong_places(others: &[Other]) -> Vec<String> {
     problems
 }
 
-/// Removes every clsact filter of ours in the calling thread's network namespace, and the queueing disciplines that we made
-/// for them. Links go with their pins. Returns what stays, by device.
+/// Removes all our clsact filters in the calling thread's network namespace, and the queueing disciplines that we made
+/// for them. Links go with their pins. Returns the failures, by device.
 ///
 /// # Errors
 ///

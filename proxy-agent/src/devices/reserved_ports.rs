@@ -1,6 +1,7 @@
 //! `net.ipv4.ip_local_reserved_ports`: keeps the kernel from giving sockets of this host a port that the packet edge
-//! uses for translated sources, or a nodePort of UDP or SCTP: what comes to it may be a request or an answer to the socket. The
-//! setting holds for IPv6 as well. What is added is noted, so that just that can be taken back.
+//! uses for translated sources, or a nodePort of UDP or SCTP. A packet to such a nodePort could be a request to the
+//! Service or a reply to the socket. The setting holds for IPv6 as well. Added ports are noted, so that exactly these
+//! can be taken back.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -19,7 +20,7 @@ use crate::reconcile::store::Op;
 
 const SYSCTL: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
-/// More bytes than the longest list has: every other port, in five digits, with a comma.
+/// Size of the buffer in bytes. It holds more than the longest list: every other port, in five digits, with a comma.
 const LONGEST: usize = 1 << 18;
 
 /// nodePorts of UDP and SCTP; absent until the first list has been programmed.
@@ -27,7 +28,7 @@ const LONGEST: usize = 1 << 18;
 pub struct DatagramPorts(Option<BTreeSet<u16>>);
 
 impl DatagramPorts {
-    /// Looks at what has been programmed: by `ops`, and altogether.
+    /// Takes in what has been programmed: `ops` just now, `frontends` altogether.
     pub fn programmed(&mut self, ops: &[Op], frontends: &BTreeMap<FrontendKey, FrontendValue>) {
         let is_one = |key: &FrontendKey| {
             key.kind == FrontendKind::NodePort as u8 && matches!(key.proto, proto::UDP | proto::SCTP)
@@ -45,14 +46,14 @@ impl DatagramPorts {
     }
 }
 
-/// The shortest time from one change to the next.
+/// Shortest time between two changes.
 const REST: Duration = Duration::from_secs(1);
 
-/// Keeps ports reserved as they come and go.
+/// Keeps `ports` reserved as they come and go.
 pub async fn follow(notes: Notes, mut ports: watch::Receiver<DatagramPorts>) {
     loop {
         let (notes, DatagramPorts(known)) = (notes.clone(), ports.borrow_and_update().clone());
-        // It reads and writes files. An error is a panic, which has been printed.
+        // `keep` reads and writes files. An error here is a panic, which has been printed.
         let _ = tokio::task::spawn_blocking(move || keep(&notes, known.as_ref())).await;
         tokio::time::sleep(REST).await;
         if ports.changed().await.is_err() {
@@ -61,9 +62,9 @@ pub async fn follow(notes: Notes, mut ports: watch::Receiver<DatagramPorts>) {
     }
 }
 
-/// Has [`SNAT_PORTS`] and `others` reserved, and takes back what was added and is not wanted any more; without `others`
-/// nothing. Where that cannot be written (a read-only `/proc/sys`) nothing happens: the kernel's own range of ephemeral ports
-/// does not overlap with either unless somebody has changed it.
+/// Reserves [`SNAT_PORTS`] and `others`, and takes back ports that were added and are not wanted any more; without
+/// `others`, takes back nothing. Does nothing where the setting cannot be written (a read-only `/proc/sys`): the
+/// kernel's own range of ephemeral ports does not overlap with either unless somebody has changed it.
 pub fn keep(notes: &Notes, others: Option<&BTreeSet<u16>>) {
     let wanted = SNAT_PORTS.chain(others.into_iter().flatten().copied()).collect();
     let kept = add(notes, &wanted).and_then(|added| {
@@ -77,7 +78,7 @@ pub fn keep(notes: &Notes, others: Option<&BTreeSet<u16>>) {
     }
 }
 
-/// Reserves ports. Returns those that were not.
+/// Reserves ports. Returns those that were not reserved before.
 fn add(notes: &Notes, wanted: &BTreeSet<u16>) -> io::Result<Vec<RangeInclusive<u16>>> {
     let mut reserved = read()?;
     let new: BTreeSet<u16> = wanted.difference(&reserved).copied().collect();
@@ -85,7 +86,7 @@ fn add(notes: &Notes, wanted: &BTreeSet<u16>) -> io::Result<Vec<RangeInclusive<u
         return Ok(Vec::new());
     }
     let ranges = ranges(&new);
-    // Before they are there: whoever dies in between has added them.
+    // The notes are written first: an agent that dies in between then leaves no added port without a note.
     for range in &ranges {
         notes.add(&Note::Ports(range.clone())).map_err(io::Error::other)?;
     }
@@ -99,7 +100,7 @@ fn add(notes: &Notes, wanted: &BTreeSet<u16>) -> io::Result<Vec<RangeInclusive<u
     Ok(ranges)
 }
 
-/// Takes back what was added beside `wanted`. Returns it.
+/// Takes back the added ports that are not `wanted`. Returns them.
 fn remove_others(notes: &Notes, wanted: &BTreeSet<u16>) -> io::Result<Vec<RangeInclusive<u16>>> {
     let mut all_stale = BTreeSet::new();
     let mut old = Vec::new();
@@ -126,11 +127,11 @@ fn remove_others(notes: &Notes, wanted: &BTreeSet<u16>) -> io::Result<Vec<RangeI
     Ok(ranges(&all_stale))
 }
 
-/// Takes ports back that were added.
+/// Takes back added ports.
 ///
 /// # Errors
 ///
-/// What the kernel says; then they stay.
+/// The kernel's error; the ports then stay reserved.
 pub fn release(ports: &RangeInclusive<u16>) -> io::Result<()> {
     let mut reserved = read()?;
     let before = reserved.len();
@@ -140,7 +141,7 @@ pub fn release(ports: &RangeInclusive<u16>) -> io::Result<()> {
 }
 
 fn read() -> io::Result<BTreeSet<u16>> {
-    // The kernel answers one call alone: what does not fit is lost. (The standard library begins with 32 bytes.)
+    // The kernel answers a single read: what does not fit is lost. (The standard library begins with 32 bytes.)
     let mut text = vec![0; LONGEST];
     let length = File::open(SYSCTL)?.read(&mut text)?;
     let text = String::from_utf8_lossy(text.get(..length).unwrap_or_default());
@@ -149,11 +150,11 @@ fn read() -> io::Result<BTreeSet<u16>> {
 }
 
 fn write(ports: &BTreeSet<u16>) -> io::Result<()> {
-    // An empty line empties it; to write nothing changes nothing.
+    // An empty line empties the list; writing nothing changes nothing.
     std::fs::write(SYSCTL, format!("{}\n", list(ports)))
 }
 
-/// The ports of a list as the kernel writes it: `1-2,5`.
+/// Parses a list of ports as the kernel writes it: `1-2,5`.
 fn parse(list: &str) -> Option<BTreeSet<u16>> {
     let mut ports = BTreeSet::new();
     for part in list.trim().split(',').filter(|part| !part.is_empty()) {
@@ -163,7 +164,7 @@ fn parse(list: &str) -> Option<BTreeSet<u16>> {
     Some(ports)
 }
 
-/// The list of these ports.
+/// Formats ports as such a list.
 fn list(ports: &BTreeSet<u16>) -> String {
     let ranges = ranges(ports).into_iter().map(|range| match (range.start(), range.end()) {
         (first, last) if first == last => first.to_string(),
@@ -172,7 +173,7 @@ fn list(ports: &BTreeSet<u16>) -> String {
     ranges.collect::<Vec<_>>().join(",")
 }
 
-/// The same ports, in as few ranges as possible.
+/// Returns the same ports in as few ranges as possible.
 fn ranges(ports: &BTreeSet<u16>) -> Vec<RangeInclusive<u16>> {
     let mut ranges: Vec<RangeInclusive<u16>> = Vec::new();
     for &port in ports {
@@ -205,7 +206,7 @@ mod tests {
         }
     }
 
-    /// What is left after ports were reserved, once or by one agent after the other, and taken back.
+    /// Reserves ports, once or by one agent after the other, takes them back, and checks what is left.
     #[test]
     fn what_was_reserved_before_stays() {
         let long = list(&(40_000..65_000).step_by(3).collect());
@@ -222,7 +223,7 @@ mod tests {
                 assert!(wanted.is_subset(&reserved), "{before}");
                 let all = notes.all().unwrap();
                 assert_eq!(all.is_empty(), covered, "{before}");
-                // Somebody else's, meanwhile.
+                // Somebody else reserves a port meanwhile.
                 std::fs::write(SYSCTL, format!("{},50000\n", list(&read().unwrap()))).unwrap();
                 for note in all {
                     let Note::Ports(ports) = note else { panic!("{note:?}") };
@@ -235,7 +236,8 @@ mod tests {
         });
     }
 
-    /// nodePorts come and go; what somebody else has reserved stays, and so does what an agent does not know yet.
+    /// nodePorts come and go. A port that somebody else has reserved stays reserved. So do added ports while the agent
+    /// does not know the nodePorts yet.
     #[test]
     fn node_ports_are_reserved_while_they_are_there() {
         in_new_netns(|| {

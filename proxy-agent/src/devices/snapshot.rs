@@ -1,5 +1,6 @@
-//! What the kernel knows of this node's network, as plain data: links, their addresses, and routes. Read by rtnetlink
-//! dumps, followed by [`crate::host::follow`]; [`super::choice`] and [`super::sources`] decide from it alone.
+//! This node's network as the kernel knows it, as plain data: links, their addresses, and routes. Read by rtnetlink
+//! dumps, followed by [`crate::host::follow`]. [`super::choice`] decides from it alone; [`super::sources`] also asks
+//! the kernel for routes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -20,15 +21,16 @@ use tokio::sync::watch;
 use crate::host::addresses::address_of;
 use crate::host::follow::{FollowError, RECEIVE_BUFFER, Subject, follow};
 
-/// `RT_TABLE_LOCAL` of linux/rtnetlink.h: what is delivered on this host.
+/// `RT_TABLE_LOCAL` of linux/rtnetlink.h: routes of packets that are delivered on this host.
 const LOCAL_TABLE: u32 = 255;
-/// `RT_TABLE_MAIN` and `RT_TABLE_DEFAULT`: what everybody's packets are routed by.
+/// `RT_TABLE_MAIN` and `RT_TABLE_DEFAULT`: routes of all packets.
 const COMMON_TABLES: [u32; 2] = [254, 253];
 
-/// A device comes up in several steps, and a pass over the devices costs more than a dump.
+/// Time to wait for further changes: a device comes up in several steps, and a pass over the devices costs more than a
+/// dump.
 const SETTLE: Duration = Duration::from_millis(50);
 
-/// Links by interface index, and what belongs to them.
+/// Links by interface index, and their addresses, routes and rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// The links of the network namespace.
@@ -37,7 +39,8 @@ pub struct Snapshot {
     pub addresses: Vec<Address>,
     /// Unicast routes of every table, except those to link-local prefixes.
     pub routes: Vec<Route>,
-    /// Tables of their own by which IPv4 rules route what comes from some addresses that the host has not itself.
+    /// Tables, other than the common ones, by which IPv4 rules route packets from certain sources that this host does
+    /// not have itself.
     pub tables_by_source: BTreeSet<u32>,
 }
 
@@ -46,13 +49,13 @@ pub struct Snapshot {
 pub struct Link {
     /// Interface name.
     pub name: String,
-    /// What it is.
+    /// Kind of the link.
     pub kind: Kind,
-    /// The kernel's word for that: `vxlan`; empty for hardware.
+    /// The kernel's name of the kind, such as `vxlan`; empty for hardware.
     pub kind_name: String,
-    /// What its packets start with.
+    /// Header that its packets start with.
     pub layer: Layer,
-    /// Administratively up.
+    /// Whether it is administratively up.
     pub up: bool,
     /// Index of the bridge, bond or VRF that it is a port of.
     pub master: Option<u32>,
@@ -63,7 +66,7 @@ pub struct Link {
 pub enum Kind {
     /// Hardware, bonds, VLANs and whatever else carries addresses.
     Plain,
-    /// What pods are attached by: veth, tap, netkit.
+    /// Devices by which pods are attached: veth, tap, netkit.
     Pair,
     /// A tunnel to other nodes.
     Overlay,
@@ -71,13 +74,13 @@ pub enum Kind {
     Bridge,
     /// A routing domain: its ports are devices of their own.
     Vrf,
-    /// Dummies and the like: no packet of others passes.
+    /// Dummies and the like, which no packet of others passes.
     Idle,
-    /// The host to itself.
+    /// The loopback device.
     Loopback,
 }
 
-/// What the packets of a device start with.
+/// Header that the packets of a device start with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Layer {
     /// A MAC header.
@@ -99,33 +102,33 @@ pub struct Address {
     pub usable: bool,
 }
 
-/// One way of a route. A route with several next hops is several of these.
+/// One next hop of a route. A route with several next hops becomes several of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
     /// Interface index.
     pub device: u32,
     /// Id of the routing table that it is in.
     pub table: u32,
-    /// Where it leads.
+    /// Destination of the route.
     pub destination: Prefix,
-    /// Whether it leads there through another host.
+    /// Whether the route leads through another host.
     pub gateway: bool,
-    /// The source that the route asks for.
+    /// Source that the route asks for.
     pub source: Option<Addr>,
 }
 
 impl Snapshot {
-    /// The addresses of a device.
+    /// Returns the addresses of a device.
     pub fn addresses_of(&self, device: u32) -> impl Iterator<Item = &Address> {
         self.addresses.iter().filter(move |address| address.device == device)
     }
 
-    /// Whether a prefix is more than one address of the host.
+    /// Returns whether a prefix is more than one address of this host.
     fn is_elsewhere(&self, prefix: Prefix) -> bool {
         prefix.mapped_len() != 128 || self.addresses.iter().all(|address| address.addr != prefix.addr())
     }
 
-    /// The routes through a device.
+    /// Returns the routes through a device.
     pub fn routes_of(&self, device: u32) -> impl Iterator<Item = &Route> {
         self.routes.iter().filter(move |route| route.device == device)
     }
@@ -170,7 +173,7 @@ pub(crate) async fn dump(handle: Handle) -> Result<Snapshot, rtnetlink::Error> {
         }
     }
     let mut rules = std::pin::pin!(handle.rule().get(IpVersion::V4).execute());
-    // A kernel without rules says so by an error.
+    // A kernel without rules answers with an error.
     while let Ok(Some(message)) = rules.try_next().await {
         let of_pods = table_by_source(&message).filter(|(source, _)| snapshot.is_elsewhere(*source));
         snapshot.tables_by_source.extend(of_pods.map(|(_, table)| table));
@@ -229,7 +232,8 @@ fn kind_of(kind: &InfoKind, layer: Layer) -> Kind {
     }
 }
 
-/// The types for which the kernel itself sees no MAC header (`dev_is_mac_header_xmit` of linux/if_arp.h).
+/// Returns L3 for the types for which the kernel itself sees no MAC header (`dev_is_mac_header_xmit` of
+/// linux/if_arp.h).
 fn layer(layer_type: LinkLayerType) -> Layer {
     use LinkLayerType as T;
     let without_mac = matches!(
@@ -288,7 +292,8 @@ fn routes_in(message: &RouteMessage) -> Vec<Route> {
     if counts { hops.into_iter().map(route).collect() } else { Vec::new() }
 }
 
-/// Source and table of a rule for what comes from some addresses, whatever else it is, if that is not a common table.
+/// Returns the source and the table of a rule that selects packets by source and at most by destination, unless the
+/// table is a common one.
 fn table_by_source(message: &RuleMessage) -> Option<(Prefix, u32)> {
     let header = &message.header;
     let (mut table, mut source) = (u32::from(header.table), None);
@@ -304,7 +309,7 @@ fn table_by_source(message: &RuleMessage) -> Option<(Prefix, u32)> {
                 | RuleAttribute::Protocol(_)
                 | RuleAttribute::SuppressPrefixLen(_)
         ) {
-            // Marks, devices, ports and users.
+            // The rule also selects by mark, device, port or user.
             return None;
         }
     }
@@ -328,7 +333,8 @@ fn addr(address: &RouteAddress) -> Option<Addr> {
     }
 }
 
-/// 169.254.0.0/16, fe80::/10 or a multicast address: never a source, never a destination beyond a link.
+/// Returns whether an address is in 169.254.0.0/16 or fe80::/10, or is a multicast address: never a source, never a
+/// destination beyond a link.
 pub(crate) fn is_link_local(addr: Addr) -> bool {
     match addr.to_ip() {
         std::net::IpAddr::V4(v4) => v4.is_link_local() || v4.is_multicast(),
@@ -336,8 +342,8 @@ pub(crate) fn is_link_local(addr: Addr) -> bool {
     }
 }
 
-/// Asks which source the kernel would take for a packet to `destination`; through `device`, if given. Returns the
-/// device that it would leave by, and the source.
+/// Asks the kernel which source it would take for a packet to `destination`, through `device` if given. Returns the
+/// device that the packet would leave by, and the source.
 pub(crate) async fn ask_source(
     handle: &Handle,
     destination: Addr,

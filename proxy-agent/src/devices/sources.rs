@@ -1,8 +1,8 @@
-//! Which address of this node packets get as their source when they leave through a device: the one that the kernel
-//! would take itself, and if that cannot serve, another of the device, or of the node.
+//! Source addresses of packets that leave through a device: the one that the kernel would take itself, or else another
+//! of the device, or of the node.
 //!
-//! It may be an address of a Service, too, as the node's own is with k3s' servicelb: the ports that are frontends there are
-//! nobody's source (`flows::try_source`), so no answer is taken for a request.
+//! The source may be an address of a Service, too, as the node's own is with k3s' servicelb. A port that is a frontend
+//! there is never taken as a source port (`flows::try_source`), so no reply is taken for a request.
 
 use std::collections::BTreeMap;
 
@@ -12,10 +12,10 @@ use rtnetlink::Handle;
 use super::choice::{Choices, Role};
 use super::snapshot::{Kind, Route, Snapshot, ask_source, is_link_local};
 
-/// What the agent knows that the network does not tell.
+/// Facts that the agent knows and the network does not tell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
-    /// How often larger maps have taken the place of others: the programs are to use those that are pinned.
+    /// Number of times that larger maps have replaced others. The programs have to use the maps that are pinned now.
     pub maps: u64,
     /// The node's own IPs, by [`Family::index`].
     pub node_ips: [Option<Addr>; 2],
@@ -23,11 +23,11 @@ pub struct Facts {
     pub remote: [Option<Addr>; 2],
 }
 
-/// The source for each family ([`Family::index`]); [`Addr::ZERO`] where there is none.
+/// Source address for each family ([`Family::index`]); [`Addr::ZERO`] where there is none.
 pub type Sources = [Addr; 2];
 
-/// The sources of every chosen device. External devices are asked for: how the kernel routes to a backend, or to what
-/// lies behind a gateway of the device.
+/// Returns the sources of every chosen device. For external devices the kernel is asked how it routes to a backend, or
+/// to what lies behind a gateway of the device.
 pub async fn resolve(
     handle: &Handle,
     snapshot: &Snapshot,
@@ -59,7 +59,7 @@ pub async fn resolve(
     resolved
 }
 
-/// What to ask the kernel the way to, through `device`.
+/// Returns the destinations whose route through `device` the kernel is asked for.
 fn destinations(
     snapshot: &Snapshot,
     device: u32,
@@ -74,15 +74,15 @@ fn destinations(
     beyond.into_iter().chain(facts.remote.get(family.index()).copied().flatten())
 }
 
-/// The first host address of a prefix, or the only one.
+/// Returns the first host address of a prefix, or its only address.
 fn inside(prefix: proxy_common::addr::Prefix) -> Addr {
     let next = u128::from_be_bytes(prefix.addr().bytes) | 1;
     let next = Addr { bytes: next.to_be_bytes() };
     if prefix.contains(next) { next } else { prefix.addr() }
 }
 
-/// The first of `asked` that can serve; else an address that the device's routes ask for, one of the device, of its
-/// bridge, or the node's.
+/// Returns the first of `asked` that can serve; else an address that a pod device's routes ask for, one of the device,
+/// of its bridge, or the node's.
 fn pick(
     snapshot: &Snapshot,
     device: u32,

@@ -1,5 +1,5 @@
-//! Devices whose `rp_filter` drops what clients send to pods, because rules let these pods' answers leave by another device. (A packet that
-//! has passed the filter is answered by the device that it came in by.)
+//! Devices whose `rp_filter` drops requests of clients to pods, because rules let the replies of these pods leave by
+//! another device. (A packet that has passed the filter is answered by the device that it came in by.)
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +10,7 @@ use super::snapshot::Snapshot;
 /// Value of `rp_filter` with which a packet has to come by the device that leads back to its source (RFC 3704 §2.2).
 const STRICT: u32 = 1;
 
-/// What a user should know, by device.
+/// Returns the problems to report, by device.
 pub(super) fn problems(snapshot: &Snapshot, choices: &Choices) -> BTreeMap<String, String> {
     let by_rules = routed_elsewhere(snapshot, choices);
     by_rules
@@ -28,7 +28,8 @@ fn problem(name: &str, by: &str) -> String {
     )
 }
 
-/// External devices, each with another one by which rules route some of what is answered there.
+/// Returns external devices whose replies are in part routed by another external device, by rules; with the name of
+/// that device.
 fn routed_elsewhere<'a>(snapshot: &'a Snapshot, choices: &'a Choices) -> BTreeMap<&'a str, &'a str> {
     let external = || choices.iter().filter(|(_, choice)| choice.role == Role::External);
     let leads = |table: u32, device: u32| {
@@ -45,7 +46,8 @@ fn routed_elsewhere<'a>(snapshot: &'a Snapshot, choices: &'a Choices) -> BTreeMa
     found
 }
 
-/// Whether the kernel filters strictly on a device: the larger one of its own value and that of all devices counts.
+/// Returns whether the kernel filters strictly on a device: the larger one of its own value and that of all devices
+/// counts.
 fn is_strict(name: &str) -> bool {
     let value = |of: &str| -> u32 {
         let text = fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{of}/rp_filter"));

@@ -1,11 +1,12 @@
-//! The addresses of this host, by rtnetlink: all of the agent's network namespace, loopback included. They are read again as
-//! soon as the kernel tells of a change: until an address is known, whoever listens there is asked in place of a nodePort.
+//! The addresses of this host, by rtnetlink: all addresses of the agent's network namespace, loopback included. They
+//! are read again as soon as the kernel reports a change. Until an address is known, connections to a nodePort on it go
+//! to a process that listens there.
 //!
-//! An IPv6 address that is still being probed for duplicates counts: nothing reaches it before the kernel is done, and it is
-//! known by then. One that turned out to be another machine's does not.
+//! An IPv6 address that is still being probed for duplicates is listed: nothing reaches it before the probe ends, and
+//! by then the agent knows it. An address that turned out to be another machine's is not listed.
 //!
-//! What the kernel takes for local without an address on any interface (a `local` route for a whole prefix, the
-//! rest of 127.0.0.0/8) is not listed.
+//! Addresses that the kernel takes for local, but that are on no interface (a `local` route for a whole prefix, the
+//! rest of 127.0.0.0/8), are not listed.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -21,12 +22,12 @@ use super::follow::{FollowError, RECEIVE_BUFFER, Subject, follow};
 /// Addresses, each with the index of a device that has it.
 pub type HostAddresses = BTreeMap<Addr, u32>;
 
-/// The addresses of the calling thread's network namespace, at once and after each change. Following ends when
+/// Follows the addresses of the calling thread's network namespace, at once and after each change. Following ends when
 /// every receiver is dropped.
 ///
 /// # Errors
 ///
-/// When the first list cannot be read.
+/// Returns an error if the first list cannot be read.
 pub async fn watch_addresses() -> Result<watch::Receiver<HostAddresses>, FollowError> {
     watch_with_buffer(RECEIVE_BUFFER).await
 }
@@ -46,13 +47,14 @@ async fn dump(handle: Handle) -> Result<HostAddresses, rtnetlink::Error> {
     messages.try_fold(HostAddresses::new(), collect).await
 }
 
-/// An address that this host may use, and its device.
+/// Returns an address that this host may use, and its device.
 fn own(message: &AddressMessage) -> Option<(Addr, u32)> {
     let duplicate = message.header.flags.contains(AddressHeaderFlags::Dadfailed);
     Some((address_of(message).filter(|_| !duplicate)?, message.header.index))
 }
 
-/// On a point-to-point link IFA_ADDRESS is the peer and IFA_LOCAL is ours; elsewhere IPv6 has IFA_ADDRESS only.
+/// Returns this host's address of a message. On a point-to-point link IFA_ADDRESS is the peer and IFA_LOCAL is ours;
+/// elsewhere IPv6 has IFA_ADDRESS only.
 pub(crate) fn address_of(message: &AddressMessage) -> Option<Addr> {
     let mut address = None;
     for attribute in &message.attributes {
@@ -127,8 +129,8 @@ mod tests {
         });
     }
 
-    /// Neither an address that comes or goes nor a device that comes with one waits for anything: the fastest of some tells,
-    /// however busy the machine is. (It was 50 ms and more.)
+    /// Neither an address that comes or goes nor a device that comes with an address is delayed. The fastest of several
+    /// rounds is compared, so that a busy machine does not matter. (It was 50 ms and more.)
     #[test]
     fn a_change_is_known_as_soon_as_the_kernel_tells() {
         const ROUNDS: usize = 20;
@@ -150,7 +152,7 @@ mod tests {
                         ),
                     ]) {
                         let start = Instant::now();
-                        // It is in the namespace of the thread that makes it.
+                        // `ip` runs in the namespace of the thread that starts it.
                         let changing = std::thread::spawn(move || ip(lines));
                         let known = addresses.wait_for(|got| got.contains_key(&addr(device)) == appears);
                         tokio::time::timeout(Duration::from_secs(10), known).await.unwrap().unwrap();
@@ -193,7 +195,8 @@ mod tests {
             block_on(async {
                 let mut addresses = watch_with_buffer(1).await.unwrap();
                 let flood: String = (1..=200).map(|n| format!("addr add 192.0.2.{n}/32 dev lo\n")).collect();
-                // This blocks the runtime: nobody reads meanwhile, and the smallest buffer holds few of 200.
+                // This call blocks the runtime: nobody reads meanwhile, and the smallest buffer holds few of the 200
+                // notifications.
                 ip(&flood);
                 let mut want: BTreeSet<Addr> = (1..=200).map(|n| Addr::v4([192, 0, 2, n])).collect();
                 want.extend(["127.0.0.1", "::1"].map(addr));

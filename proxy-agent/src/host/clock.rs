@@ -1,6 +1,6 @@
 //! The clock of the datapath.
 
-/// The clock of [`proxy_common::abi::Flow::last_seen`]: monotonic, in nanoseconds.
+/// Returns the time on the clock of [`proxy_common::abi::Flow::last_seen`]: monotonic, in nanoseconds.
 pub fn now() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);

@@ -1,20 +1,20 @@
-//! What the configuration has to know of this host.
+//! Facts about this host that the configuration needs.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// This host.
+/// Facts about this host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Host {
-    /// Its name, as the kernel has it.
+    /// Name of the host, as the kernel has it.
     pub name: String,
-    /// Whether its kernel speaks IPv6.
+    /// Whether the host's kernel has IPv6.
     pub ipv6: bool,
     /// The cgroup v2 directory whose processes are served.
     pub cgroup: PathBuf,
 }
 
-/// What this host lacks.
+/// Reason why this host cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
     /// There is no cgroup v2 hierarchy.
@@ -23,7 +23,7 @@ pub enum HostError {
          systemd.unified_cgroup_hierarchy=1"
     )]
     NoCgroup2,
-    /// Not a directory of a cgroup v2 hierarchy.
+    /// The path is not a directory of a cgroup v2 hierarchy.
     #[error(
         "--cgroup-path {0}: not a directory of a cgroup v2 hierarchy; give the root of the host's, which is /sys/fs/cgroup \
          or, on hybrid hosts, /sys/fs/cgroup/unified"
@@ -34,13 +34,13 @@ pub enum HostError {
     File {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
 impl Host {
-    /// Looks at the host. `cgroup_path` is the directory to serve; without it, the root of the hierarchy.
+    /// Reads the facts. `cgroup_path` is the directory to serve; without it, the root of the hierarchy is taken.
     ///
     /// # Errors
     ///
@@ -57,7 +57,7 @@ impl Host {
     }
 }
 
-/// Whether the kernel has IPv6, in this network namespace and not switched off.
+/// Returns whether the kernel has IPv6 in this network namespace, and it is not switched off.
 fn has_ipv6() -> bool {
     let switch = std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/disable_ipv6");
     Path::new("/proc/net/if_inet6").exists() && !switch.is_ok_and(|switch| switch.trim() == "1")
@@ -73,7 +73,7 @@ fn cgroup2(path: &Path) -> Result<PathBuf, HostError> {
     }
 }
 
-/// The shortest mount point of a cgroup v2 hierarchy: `/sys/fs/cgroup`, or on hybrid hosts
+/// Returns the shortest mount point of a cgroup v2 hierarchy: `/sys/fs/cgroup`, or on hybrid hosts
 /// `/sys/fs/cgroup/unified`.
 fn cgroup_root() -> Result<PathBuf, HostError> {
     let path = PathBuf::from("/proc/self/mountinfo");
@@ -84,7 +84,7 @@ fn cgroup_root() -> Result<PathBuf, HostError> {
     mount_points(&mounts, "cgroup2").min_by_key(|path| path.as_os_str().len()).ok_or(HostError::NoCgroup2)
 }
 
-/// Mount points of a file system type in the format of /proc/self/mountinfo (proc(5)).
+/// Returns the mount points of a file system type. `mounts` has the format of /proc/self/mountinfo (proc(5)).
 fn mount_points<'a>(mounts: &'a str, fs_type: &'a str) -> impl Iterator<Item = PathBuf> + 'a {
     mounts.lines().filter_map(move |line| {
         let (mount, fs) = line.split_once(" - ")?;

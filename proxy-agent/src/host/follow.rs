@@ -1,8 +1,8 @@
-//! Following a part of what the kernel knows, by rtnetlink: a value read by dumps, at once and after each change.
+//! Follows a part of the kernel's state by rtnetlink: a value read by dumps, at once and after each change.
 //!
-//! A notification only says *that* something changed; the truth is read by a new dump. So a lost notification
-//! (ENOBUFS when the receive buffer overflows) costs nothing: it is a notification as well. Dumps use a socket of
-//! their own, which no flood of notifications can disturb.
+//! A notification only says *that* something changed; the value is read by a new dump. So a lost notification (ENOBUFS
+//! when the receive buffer overflows) costs nothing: the error is a notification as well. Dumps use a socket of their
+//! own, which no flood of notifications can disturb.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -16,33 +16,33 @@ use rtnetlink::{Handle, MulticastGroup, new_connection, new_multicast_connection
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// Where dumps take long, the time between them is at least this many times as long.
+/// Least ratio of the time between two dumps to the time that a dump takes.
 const REST: u32 = 4;
-/// A dump takes milliseconds; one that takes this long will never end.
+/// Time after which a dump is given up: a dump takes milliseconds, and one that takes this long will never end.
 const DUMP_TIMEOUT: Duration = Duration::from_secs(10);
-/// Pause before a broken connection to the kernel is made anew.
+/// Pause before a broken connection to the kernel is made again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Bytes of notifications that may wait. The kernel caps it at `net.core.rmem_max`.
+/// Bytes of notifications that may wait. The kernel caps the number at `net.core.rmem_max`.
 pub const RECEIVE_BUFFER: usize = 256 * 1024;
 
-/// Why something cannot be told.
+/// Reason why a value cannot be followed.
 #[derive(Debug, thiserror::Error)]
 pub enum FollowError {
-    /// No rtnetlink socket.
+    /// No rtnetlink socket could be opened.
     #[error("cannot open an rtnetlink socket to read {what}: {source}")]
     Open {
-        /// What is followed.
+        /// Name of the value.
         what: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The kernel refused the dump.
     #[error("cannot list {what} over rtnetlink: {source}")]
     Dump {
-        /// What is followed.
+        /// Name of the value.
         what: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: rtnetlink::Error,
     },
     /// The dump did not end.
@@ -53,25 +53,26 @@ pub enum FollowError {
     Ended(&'static str),
 }
 
-/// What is followed, and how.
+/// A value to follow, and how to follow it.
 #[derive(Clone, Copy, Debug)]
 pub struct Subject {
-    /// Its name in messages: "this host's addresses".
+    /// Name of the value in messages: "this host's addresses".
     pub what: &'static str,
-    /// Whose notifications count as changes.
+    /// Groups whose notifications are changes of the value.
     pub groups: &'static [MulticastGroup],
-    /// How long after a notification the value is read: one dump then answers a whole burst. Zero where nobody may wait.
+    /// Delay between a notification and the dump: one dump then covers a whole burst. Zero if a change must be read at
+    /// once.
     pub settle: Duration,
     /// Bytes of notifications that may wait.
     pub receive_buffer: usize,
 }
 
-/// The value that `dump` reads in the calling thread's network namespace, at once and after each change. Following
-/// ends when every receiver is dropped; a broken connection is made anew, for ever, with a log line.
+/// Follows the value that `dump` reads in the calling thread's network namespace, at once and after each change.
+/// Following ends when every receiver is dropped. A broken connection is made again, without a limit, with a log line.
 ///
 /// # Errors
 ///
-/// When the value cannot be read for the first time.
+/// Returns an error if the value cannot be read for the first time.
 pub async fn follow<T, D, F>(subject: Subject, dump: D) -> Result<watch::Receiver<T>, FollowError>
 where
     T: PartialEq + Send + Sync + 'static,
@@ -122,12 +123,12 @@ where
     Ok(feed)
 }
 
-/// Two sockets: one that hears of changes, one that reads the whole.
+/// Two sockets: one receives notifications of changes, the other one reads the whole value.
 struct Feed {
     subject: Subject,
     changes: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
     dumps: Handle,
-    /// The next dump does not begin before: the last one may have taken long.
+    /// Time before which the next dump does not begin, because the last one may have taken long.
     rested_at: Instant,
     /// Drives both sockets; aborted on drop.
     _connections: JoinSet<()>,
@@ -177,7 +178,7 @@ impl Feed {
             if due > now {
                 tokio::time::sleep_until(due.into()).await;
             }
-            // What waits by now happened before the dump that follows.
+            // Notifications that wait now are about changes before the dump that follows.
             while let Some(Some(_)) = self.changes.next().now_or_never() {}
             deliver(self.subject.what, self.dump(dump).await?, sender);
         }

@@ -1,4 +1,5 @@
-//! This host, as its kernel and `/proc` tell it: addresses, cgroups and network namespaces of pods, sockets, and this process.
+//! This host, as reported by its kernel and `/proc`: addresses, cgroups and network namespaces of pods, sockets, and
+//! this process.
 
 pub mod addresses;
 

@@ -1,20 +1,20 @@
-//! Files that flags and kubeconfigs name: however much there is, no more than a bound is read.
+//! Files named by flags and kubeconfigs: no more than a bound is read, however large the file is.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
-/// The largest file that is read, bytes: a bundle of certificates has some hundred KiB.
+/// Size of the largest file that is read, in bytes: a bundle of certificates has some hundred KiB.
 const MOST: u64 = 16 << 20;
 
-/// What is in the file.
+/// Returns the contents of the file.
 ///
 /// # Errors
-/// It cannot be read, or is larger than 16 MiB, as what has no end is.
+/// The file cannot be read, is larger than 16 MiB, or has no end.
 pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    // One byte more shows that there is more.
+    // One byte more than the bound shows that the file is larger.
     let read = File::open(path)?.take(MOST + 1).read_to_end(&mut bytes)?;
     if read as u64 > MOST {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, "has more than 16 MiB, or no end"));
@@ -22,7 +22,8 @@ pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Whether the file can be read by somebody else. What comes by a pipe comes once.
+/// Checks that the file can be read, without taking data from its later reader. A pipe is not read, because its data
+/// comes only once.
 ///
 /// # Errors
 /// As [`read`].
@@ -38,7 +39,7 @@ mod tests {
     fn what_has_no_end_is_an_error() {
         assert_eq!(read(Path::new("/dev/zero")).unwrap_err().to_string(), "has more than 16 MiB, or no end");
         assert_eq!(read(Path::new("/dev/null")).unwrap(), b"");
-        // Nobody reads from it, or it would be empty for who does.
+        // `check` does not read from a pipe, which would then be empty for its later reader.
         let directory = tempfile::tempdir().unwrap();
         let pipe = directory.path().join("pipe");
         rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();

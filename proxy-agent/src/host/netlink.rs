@@ -1,4 +1,4 @@
-//! Netlink for who may block: a request, and the answers to it.
+//! Blocking netlink: a request, and the answers to it.
 
 use std::io;
 
@@ -8,7 +8,7 @@ use rtnetlink::packet_core::{
 };
 use rtnetlink::sys::{Socket, SocketAddr};
 
-/// A socket to the network namespace in which it was opened.
+/// A netlink socket to the network namespace in which it was opened.
 pub(crate) struct Netlink(Socket);
 
 impl Netlink {
@@ -31,7 +31,7 @@ impl Netlink {
         self.0.send(&buffer, 0).map(drop)
     }
 
-    /// Passes on what comes until `each` says that it was the last.
+    /// Passes the answers to `each` until it returns that the last one has come.
     pub(crate) fn answers<A: NetlinkDeserializable>(
         &self,
         mut each: impl FnMut(NetlinkPayload<A>) -> io::Result<bool>,
@@ -46,7 +46,7 @@ impl Netlink {
         }
     }
 
-    /// Lists what `message` asks for.
+    /// Passes every entry that `message` asks for to `each`.
     pub(crate) fn dump<A: NetlinkDeserializable>(
         &self,
         message: impl NetlinkSerializable,
@@ -68,7 +68,7 @@ impl Netlink {
     }
 }
 
-/// Returns what the messages of one datagram carry; nothing comes after an error.
+/// Returns the payloads of the messages of one datagram; an error is the last item.
 pub(crate) fn payloads<A: NetlinkDeserializable>(
     mut datagram: &[u8],
 ) -> impl Iterator<Item = io::Result<NetlinkPayload<A>>> {

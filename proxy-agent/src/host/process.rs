@@ -1,17 +1,17 @@
-//! The agent's own process: its place among those that the kernel may end, and its memory.
+//! The agent's own process: its rank among the processes that the kernel may kill, and its memory.
 
 const OOM_SCORE_ADJ: &str = "/proc/self/oom_score_adj";
 
-/// Sets how soon the kernel ends this process when memory runs out, -1000 (never) to 1000. A failure is logged:
-/// lowering it takes CAP_SYS_RESOURCE, and Services work without.
+/// Sets how readily the kernel kills this process when memory runs out, -1000 (never) to 1000. A failure is logged:
+/// lowering the score takes CAP_SYS_RESOURCE, and Services work without it.
 pub fn set_oom_score_adj(score: i32) {
     if let Err(error) = std::fs::write(OOM_SCORE_ADJ, score.to_string()) {
         tracing::warn!(score, %error, file = OOM_SCORE_ADJ, "oomScoreAdj cannot be set");
     }
 }
 
-/// Has all threads take memory from one pool. By default glibc gives each thread one of its own, and what loading
-/// programs beside the loop has used and freed would stay there, of use to nobody.
+/// Makes all threads take memory from one heap. By default glibc gives each thread a heap of its own, and the memory
+/// that the threads for loading programs have used and freed would stay there unused.
 pub fn share_one_heap() {
     #[cfg(target_env = "gnu")]
     // SAFETY: mallopt takes two numbers and touches nothing but the allocator's settings, under its own lock.
@@ -20,8 +20,8 @@ pub fn share_one_heap() {
     tracing::debug!(done = done == 1, "one heap");
 }
 
-/// Gives memory that is free inside the heap back to the kernel: after work of which there is much once, such as the
-/// first full plan. It takes about a millisecond for ten megabytes.
+/// Returns free memory inside the heap to the kernel. Called after work that needs much memory once, such as the first
+/// full plan. Takes about a millisecond for ten megabytes.
 pub fn give_back_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim takes a number and gives back only pages that no allocation is in.

@@ -1,12 +1,12 @@
-//! A network namespace of a test's own.
+//! A network namespace for a single test.
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-/// Runs `f` on a new thread in a new network namespace, which goes away with the thread and its sockets. A panic
-/// of `f` is passed on. Needs root.
+/// Runs `f` on a new thread in a new network namespace, which ends with the thread and its sockets. A panic of `f` is
+/// passed on. Needs root.
 pub(crate) fn in_new_netns<T: Send>(f: impl FnOnce() -> T + Send) -> T {
     let run = || {
         // SAFETY: NEWNET gives the thread another network namespace; it touches neither memory nor descriptors.

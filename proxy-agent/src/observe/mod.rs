@@ -1,4 +1,4 @@
-//! What people, probes, scrapers and load balancers are told.
+//! Output for people, probes, scrapers and load balancers.
 
 pub mod events;
 
@@ -7,6 +7,8 @@ pub mod health;
 pub mod http;
 
 pub mod metrics;
+
+pub mod probe;
 
 pub mod reasons;
 

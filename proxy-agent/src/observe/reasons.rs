@@ -1,7 +1,9 @@
-//! What only the agent knows of a Service's endpoints: why one is not in a set, and those that the maps do not hold.
+//! Facts about a Service's endpoints that only the agent knows: the reasons why an endpoint is not in a set, and the
+//! endpoints that the maps do not hold.
 //!
-//! A running agent answers on a UNIX socket beside its state file, which only root can connect to. A question is a line,
-//! `NAMESPACE/NAME`; the answer is JSON, [`PortReasons`] for each port and family, and the end of the stream.
+//! A running agent answers on a UNIX socket beside its state file, which only root can connect to. A question is a
+//! line, `NAMESPACE/NAME`. The answer is JSON, [`PortReasons`] for each port and family, and then the end of the
+//! stream.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr};
@@ -27,11 +29,11 @@ pub struct PortReasons {
     pub proto: u8,
     /// `IPv4` or `IPv6`.
     pub family: String,
-    /// Every endpoint, also those that nobody gets.
+    /// All endpoints, including those that no client gets.
     pub endpoints: Vec<EndpointReasons>,
 }
 
-/// An endpoint and what becomes of it.
+/// An endpoint, and the reasons why sets do not contain it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EndpointReasons {
@@ -41,14 +43,14 @@ pub struct EndpointReasons {
     pub serving: bool,
     /// Whether it is on this node.
     pub on_this_node: bool,
-    /// Why it is not in the cluster set; none if it is.
+    /// Reason why it is not in the cluster set; none if it is.
     pub not_in_cluster: Option<String>,
-    /// Why it is not in the local set; none if it is.
+    /// Reason why it is not in the local set; none if it is.
     pub not_in_local: Option<String>,
 }
 
 impl PortReasons {
-    /// Whether this is about the port `key`.
+    /// Returns whether this is about the port `key`.
     pub fn is_of(&self, key: &PortKey) -> bool {
         *self.port == *key.port_name && self.proto == key.proto && self.family == key.family.to_string()
     }
@@ -69,7 +71,7 @@ impl From<&Standing> for EndpointReasons {
     }
 }
 
-/// The answer about a Service.
+/// Returns the answer about a Service.
 pub fn of_service<'a>(
     service: &Service,
     slices: impl Iterator<Item = &'a Slice> + Clone,
@@ -86,26 +88,26 @@ pub fn of_service<'a>(
     reasons.collect()
 }
 
-/// A question on its way to whoever has the objects.
+/// A question on its way to the task that has the objects.
 #[derive(Debug)]
 pub struct Asked {
-    /// About which Service.
+    /// Service that the question is about.
     pub service: ObjectKey,
-    /// For the answer; empty where there is no such Service.
+    /// Channel for the answer, which is empty where there is no such Service.
     pub reply: oneshot::Sender<Vec<PortReasons>>,
 }
 
-/// Names have 63 characters, namespaces too.
+/// Longest question in bytes: a name has up to 63 characters, and so has a namespace.
 const QUESTION_MAX: u64 = 256;
-/// Neither side waits longer for the other.
+/// Longest time that either side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The socket of the agent whose state file is `state_file`.
+/// Returns the socket of the agent whose state file is `state_file`.
 pub fn socket(state_file: &Path) -> PathBuf {
     state_file.with_extension("sock")
 }
 
-/// Answers on `path` until the receiver is gone. Failing to do so is logged: nothing but `explain` misses it.
+/// Answers on `path` until the receiver is gone. A failure is logged: only `explain` misses the answers.
 pub async fn serve(path: PathBuf, asked: mpsc::Sender<Asked>) {
     let listener = match listen(&path) {
         Ok(listener) => listener,
@@ -129,7 +131,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
     }
-    // Of an agent that has gone: two do not run on one pin directory.
+    // Removes the socket of an agent that has gone: two agents do not run on one pin directory.
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}

@@ -1,8 +1,8 @@
-//! What a user should know beside the maps: where objects come from, and what is wrong with which.
+//! Facts that a user should know beside the maps: the source of the objects, and the problems of each object.
 //!
-//! The agent logs each problem once, makes an Event of it where it is about a Service, and keeps them in a small file that
-//! `proxy-agent status` reads. A namespace has its share of the log and of the file: however much is wrong with its objects,
-//! what is wrong with another's is seen.
+//! The agent logs each problem once, makes an Event of it if it is about a Service, and keeps the problems in a small
+//! file that `proxy-agent status` reads. Each namespace has its own share of the log and of the file, so that many
+//! problems in one namespace do not hide those of another.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -31,17 +31,17 @@ pub struct State {
     pub pid: u32,
     /// This node's name.
     pub node: String,
-    /// Its IPs, the primary one first; loopback where nobody names one.
+    /// The node's IPs, the primary one first; loopback where none is known.
     #[serde(default)]
     pub node_ips: Vec<String>,
-    /// Where objects come from.
+    /// Source of the objects.
     pub source: String,
     /// The cgroup that is served.
     pub cgroup: String,
-    /// Its id, unless it is the root of the hierarchy: only processes below it are served.
+    /// Id of the cgroup, unless it is the root of the hierarchy: only processes below it are served.
     #[serde(default)]
     pub cgroup_below_root: Option<u64>,
-    /// Verified instructions of each program, where the kernel tells.
+    /// Number of verified instructions of each program, where the kernel tells.
     pub verified_instructions: BTreeMap<String, u32>,
     /// Whether the kernel lets the programs say why a socket is refused (5.18).
     #[serde(default)]
@@ -52,11 +52,11 @@ pub struct State {
     /// Pods whose sockets are left alone.
     #[serde(default)]
     pub opted_out: Vec<String>,
-    /// What is wrong, by object.
+    /// Problems by object.
     pub problems: BTreeMap<String, Vec<String>>,
 }
 
-/// Who tells of problems. What one says stands until that one says something else.
+/// Reporter of problems. The problems of one reporter stand until the same reporter replaces them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Teller {
     Source,
@@ -66,34 +66,34 @@ enum Teller {
     CheckPorts,
 }
 
-/// Reasons that are kept of what one teller says about one object.
+/// Number of reasons that are kept per reporter and object.
 const REASONS: usize = 10;
-/// Objects of one tenant that the file names.
+/// Number of objects of one tenant that the file names.
 const OBJECTS: usize = 100;
-/// Lines of the log that a tenant has at once.
+/// Number of log lines that a tenant may have at once.
 const LINES: u32 = 50;
-/// It has one more each time this much has passed.
+/// Time after which a tenant may have one more log line.
 const PER_LINE: Duration = Duration::from_secs(10);
 
 type Told = BTreeMap<(String, Teller), Vec<String>>;
 
-/// Keeps the file.
+/// The problems, and the file that shows them.
 #[derive(Debug)]
 pub struct Report {
     path: PathBuf,
-    /// Its problems as they were written last.
+    /// State of the file. Its problems are those of the last write.
     state: State,
-    /// Something has changed since the file was written.
+    /// Whether something has changed since the file was written.
     changed: bool,
     told: Told,
-    /// Of how many objects something is told.
+    /// Number of objects with problems.
     objects: usize,
     lines: Shares,
     events: Events,
 }
 
 impl Report {
-    /// A report that will be written to `path`; what is wrong with Services is also told to `events`.
+    /// Makes a report that is written to `path`. Problems of Services are also told to `events`.
     pub fn new(path: PathBuf, state: State, events: Events) -> Self {
         Self {
             path,
@@ -106,7 +106,7 @@ impl Report {
         }
     }
 
-    /// What the programs cost the verifier.
+    /// Notes the number of verified instructions of each program.
     pub fn verified(&mut self, programs: &[(&'static str, Option<u32>)]) {
         let known = programs.iter().filter_map(|(name, count)| Some(((*name).to_owned(), (*count)?)));
         for (name, count) in known {
@@ -120,7 +120,7 @@ impl Report {
         self.state.reasons_for_sockets = there;
     }
 
-    /// Notes who is served, and logs it if that is not everybody.
+    /// Notes which processes are served, and logs it if some are not.
     pub fn reach(&mut self, reach: Reach) {
         let below = match reach {
             Reach::Host => None,
@@ -136,7 +136,7 @@ impl Report {
         self.changed |= replace(&mut self.state.cgroup_below_root, below);
     }
 
-    /// Replaces which of `programs` the kernel has refused.
+    /// Replaces what the kernel has refused of `programs`.
     pub fn refused(&mut self, programs: &[&str], refused: &Refused) {
         for program in programs {
             self.set(program_object(program), refused.get(program).cloned().into_iter().collect());
@@ -151,7 +151,7 @@ impl Report {
             replace(&mut self.state.node_ips, families.map(|family| ips.of(family).to_string()).into());
     }
 
-    /// Replaces what the source said.
+    /// Replaces the problems of the source.
     pub fn source(&mut self, problems: Vec<Problem>) {
         let mut by_object: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for problem in problems {
@@ -160,7 +160,7 @@ impl Report {
         self.replace(Teller::Source, by_object);
     }
 
-    /// Replaces which pods' sockets are left alone, and what is wrong with that.
+    /// Replaces the pods whose sockets are left alone, and the problems of pods that opt out.
     pub fn opted_out(&mut self, pods: Vec<String>, problems: BTreeMap<String, Vec<String>>) {
         self.changed |= replace(&mut self.state.opted_out, pods);
         self.replace(Teller::OptOut, problems);
@@ -174,24 +174,24 @@ impl Report {
         self.replace(Teller::Devices, state.problems);
     }
 
-    /// Replaces what is wrong with the servers of healthCheckNodePorts.
+    /// Replaces the problems of the servers of healthCheckNodePorts.
     pub fn check_ports(&mut self, failures: Failures) {
         let by_object = failures.into_iter().map(|(service, reasons)| (object(&service), reasons));
         self.replace(Teller::CheckPorts, by_object.collect());
     }
 
-    /// Replaces what is wrong with a Service as it is programmed.
+    /// Replaces the problems of a Service as it is programmed.
     pub fn service(&mut self, service: &ObjectKey, reasons: Vec<String>) {
         self.set(object(service), reasons);
     }
 
-    /// The Services with which something was wrong when they were programmed.
+    /// Returns the Services that had problems when they were programmed.
     pub fn services(&self) -> Vec<ObjectKey> {
         let told = self.told.keys().filter(|(_, teller)| *teller == Teller::Programming);
         told.filter_map(|(object, _)| service_of(object)).collect()
     }
 
-    /// Replaces what is wrong with something else.
+    /// Replaces the problems of another object.
     pub fn set(&mut self, object: String, reasons: Vec<String>) {
         self.tell((object, Teller::Programming), reasons);
     }
@@ -250,7 +250,7 @@ impl Report {
         }
     }
 
-    /// Whether there may be another line in the log about an object, and how many there were not before it.
+    /// Returns the number of lines left out before, if the log may have another line about the object.
     fn line(&mut self, object: &str) -> Option<u64> {
         match tenant_of(object) {
             "" => Some(0),
@@ -263,7 +263,7 @@ impl Report {
         self.told.range(all).next().is_some()
     }
 
-    /// How many objects have a problem.
+    /// Returns the number of objects with problems.
     pub fn count(&self) -> usize {
         self.objects
     }
@@ -283,14 +283,14 @@ impl Report {
     }
 }
 
-/// Whether it was another one.
+/// Replaces a value. Returns whether it was another one.
 fn replace<T: PartialEq>(place: &mut T, value: T) -> bool {
     let changed = *place != value;
     *place = value;
     changed
 }
 
-/// Cuts off what is too much for one object, and says how much that was.
+/// Cuts off the reasons beyond [`REASONS`], and appends their number.
 fn shorten(reasons: &mut Vec<String>) {
     if let Some(more) = reasons.len().checked_sub(REASONS).filter(|more| *more > 0) {
         reasons.truncate(REASONS);
@@ -298,7 +298,8 @@ fn shorten(reasons: &mut Vec<String>) {
     }
 }
 
-/// What the file tells: of each tenant so many objects, and how many more there are; of the node everything.
+/// Returns the problems that the file shows: of each tenant up to [`OBJECTS`] objects and the number of further ones;
+/// of the node everything.
 fn shown(told: &Told) -> BTreeMap<String, Vec<String>> {
     let mut problems: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut tenants: BTreeMap<&str, (usize, BTreeSet<&str>)> = BTreeMap::new();
@@ -332,7 +333,7 @@ pub fn read(path: &Path) -> std::io::Result<State> {
     Ok(serde_json::from_slice(&std::fs::read(path)?)?)
 }
 
-/// All of them in one Event: a Service can have a thousand.
+/// Puts all reasons into one note, because a Service can have a thousand.
 fn note(reasons: &[&str]) -> Option<String> {
     let (first, others) = reasons.split_first()?;
     Some(match others.len() {
@@ -341,23 +342,24 @@ fn note(reasons: &[&str]) -> Option<String> {
     })
 }
 
-/// What problems name a BPF program.
+/// Returns the object by which problems name a BPF program.
 pub fn program_object(program: &str) -> String {
     format!("BPF program {program}")
 }
 
-/// A Service as `status` names it.
+/// Returns the object by which `status` names a Service.
 fn object(service: &ObjectKey) -> String {
     format!("Service {service}")
 }
 
-/// The Service that `status` names so; `None` for other objects.
+/// Returns the Service that `status` names by this object; `None` for other objects.
 fn service_of(object: &str) -> Option<ObjectKey> {
     let (namespace, name) = object.strip_prefix("Service ")?.split_once('/')?;
     Some(ObjectKey::new(namespace, name))
 }
 
-/// What becomes the file when it is whole; left behind by an agent that dies before.
+/// Returns the path of the new file, which replaces the old one once it is complete. An agent that dies before that
+/// leaves it behind.
 pub fn beside(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
@@ -383,7 +385,7 @@ mod tests {
         Problem { object: "Service a/s".to_owned(), reason: reason.to_owned() }
     }
 
-    /// What is wrong with Service a/s according to the file.
+    /// Checks the problems of Service a/s in the file.
     fn check(report: &mut Report, want: &[&str]) {
         report.write();
         let state = read(&report.path).unwrap();
@@ -436,7 +438,7 @@ mod tests {
         let of_one = &problems["Service a/s0"];
         assert_eq!((of_one.len(), &*of_one[REASONS]), (REASONS + 1, "and 990 more like these"));
         assert!(std::fs::metadata(&report.path).unwrap().len() < 64 << 10);
-        // What is there is told; what is gone is forgotten.
+        // Present problems are told, and solved ones are forgotten.
         assert_eq!(report.services().len(), 10_001);
         for number in 0..10_000 {
             report.service(&ObjectKey::new("a", &format!("s{number}")), Vec::new());

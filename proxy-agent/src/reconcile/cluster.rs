@@ -1,7 +1,7 @@
-//! What the API says, reduced to what a service proxy needs.
+//! State of the cluster as the API reports it, reduced to what a service proxy needs.
 //!
-//! Plain data: the sources ([`crate::sources`]) write it by [`Change`]s, [`crate::reconcile::desired`] reads it. Nothing here
-//! does I/O, and nothing is kept that no decision reads.
+//! Plain data: the sources ([`crate::sources`]) write it by [`Change`]s, [`crate::reconcile::desired`] reads it.
+//! Nothing here does I/O. Nothing is kept that no decision reads.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -19,7 +19,7 @@ pub struct ObjectKey {
 }
 
 impl ObjectKey {
-    /// From two strings.
+    /// Builds the key from namespace and name.
     pub fn new(namespace: &str, name: &str) -> Self {
         Self { namespace: namespace.into(), name: name.into() }
     }
@@ -37,14 +37,14 @@ impl fmt::Debug for ObjectKey {
     }
 }
 
-/// `spec.type` as far as it matters (semantics: it decides ExternalName, and whether a policy has a meaning).
+/// `spec.type`, as far as it matters: it decides ExternalName, and whether a policy has a meaning (semantics).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServiceType {
-    /// Inside the cluster only (unless it has externalIPs).
+    /// Reachable inside the cluster only (unless it has externalIPs).
     ClusterIp,
-    /// Also on a port of every node.
+    /// Reachable on a port of every node, too.
     NodePort,
-    /// Also on the addresses of a load balancer.
+    /// Reachable on the addresses of a load balancer, too.
     LoadBalancer,
     /// A DNS alias: nothing to proxy.
     ExternalName,
@@ -73,18 +73,18 @@ pub struct ServicePort {
     pub node_port: u16,
 }
 
-/// A Service that is to be proxied, or that a source delivered and [`crate::reconcile::desired`] finds nothing to proxy in.
+/// A Service to proxy. Sources also deliver Services in which [`crate::reconcile::desired`] finds nothing to proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
     /// Namespace and name.
     pub key: ObjectKey,
-    /// `metadata.creationTimestamp` in seconds since 1970; `i64::MAX` when absent (manifests). The older Service
-    /// wins a frontend that two claim.
+    /// `metadata.creationTimestamp` in seconds since 1970; `i64::MAX` when absent (manifests). The older Service wins
+    /// a frontend that two Services claim.
     pub created: i64,
     /// `spec.type`.
     pub service_type: ServiceType,
     /// The clusterIP of each family (index: [`Family::index`]), resolved from `ipFamilies`, `clusterIPs` and
-    /// `clusterIP`. Both `None`: headless or not yet allocated, nothing is proxied.
+    /// `clusterIP`. If both are `None`, the Service is headless or has no clusterIP yet, and is not proxied.
     pub cluster_ips: [Option<Addr>; 2],
     /// `spec.ports`.
     pub ports: Vec<ServicePort>,
@@ -102,11 +102,11 @@ pub struct Service {
     pub source_ranges: Vec<Prefix>,
     /// `spec.healthCheckNodePort`; 0 for none.
     pub health_check_node_port: u16,
-    /// What was wrong with the object, field by field; it was skipped, the rest is served.
+    /// Errors in the object, one for each field. The bad fields were skipped, the rest is served.
     pub problems: Vec<String>,
 }
 
-/// One entry of a slice's `ports[]` that can be used: it has a name (maybe empty) and a number.
+/// One usable entry of a slice's `ports[]`: it has a name (maybe empty) and a number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlicePort {
     /// Name; matches [`ServicePort::name`].
@@ -131,15 +131,15 @@ pub struct Hints {
 pub struct Endpoint {
     /// `addresses[0]`.
     pub addr: Addr,
-    /// `conditions.ready`, nil being true.
+    /// `conditions.ready`; nil counts as true.
     pub ready: bool,
-    /// `conditions.serving`, nil being true.
+    /// `conditions.serving`; nil counts as true.
     pub serving: bool,
-    /// `conditions.terminating`, nil being false.
+    /// `conditions.terminating`; nil counts as false.
     pub terminating: bool,
-    /// `nodeName` is this node's name.
+    /// Whether `nodeName` is this node's name.
     pub local: bool,
-    /// Topology hints; `None` when it has none. Slices share equal hints.
+    /// Topology hints; `None` when the endpoint has none. Equal hints are shared between slices.
     pub hints: Option<Arc<Hints>>,
 }
 
@@ -148,7 +148,7 @@ pub struct Endpoint {
 pub struct Slice {
     /// Namespace and name of the slice.
     pub key: ObjectKey,
-    /// The Service it belongs to (label `kubernetes.io/service-name`, same namespace).
+    /// The Service that the slice belongs to (label `kubernetes.io/service-name`, same namespace).
     pub service: ObjectKey,
     /// `addressType`.
     pub family: Family,
@@ -158,49 +158,49 @@ pub struct Slice {
     pub endpoints: Vec<Endpoint>,
     /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, nanoseconds since 1970.
     pub trigger_time: Option<i64>,
-    /// What was wrong with the object, field by field.
+    /// Errors in the object, one for each field.
     pub problems: Vec<String>,
 }
 
-/// This node, as the Node object tells.
+/// This node, as its Node object describes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Node {
     /// Label `topology.kubernetes.io/zone`; `None` when absent or empty.
     pub zone: Option<Arc<str>>,
     /// The node's IP of each family (index: [`Family::index`]): InternalIPs before ExternalIPs.
     pub ips: [Option<Addr>; 2],
-    /// The family of the first of them, which is the node's primary one.
+    /// The family of the first address, which is the node's primary family.
     pub primary: Option<Family>,
     /// `spec.podCIDRs`, the valid ones.
     pub pod_cidrs: Vec<Prefix>,
-    /// Load balancers must not send traffic here: the Node is being deleted, or the cluster autoscaler is about to
-    /// (taint `ToBeDeletedByClusterAutoscaler`).
+    /// Load balancers must not send traffic to this node: the Node is being deleted, or the cluster autoscaler is
+    /// about to delete it (taint `ToBeDeletedByClusterAutoscaler`).
     pub leaving: bool,
 }
 
-/// A Pod of this node whose sockets are to be left alone.
+/// A Pod of this node whose sockets the socket edge leaves alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
     /// Namespace and name.
     pub key: ObjectKey,
-    /// The uid that names its cgroup: a static pod's is not that of the object which mirrors it.
+    /// The uid that names the Pod's cgroup. For a static Pod it differs from the uid of its mirror Pod.
     pub uid: Arc<str>,
     /// `spec.hostNetwork`.
     pub host_network: bool,
 }
 
-/// One change that a source delivers. Keys name what is gone.
+/// One change that a source delivers. A deletion carries the key of the deleted object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// A Service appeared or changed.
     Service(Service),
-    /// A Service is gone, or is not ours any more.
+    /// A Service is gone, or is no longer for this proxy.
     ServiceGone(ObjectKey),
     /// A slice appeared or changed.
     Slice(Slice),
-    /// A slice is gone, or is not ours any more.
+    /// A slice is gone, or is no longer for this proxy.
     SliceGone(ObjectKey),
-    /// This node's object appeared or changed. (That it is gone changes nothing: the last state stays.)
+    /// This node's object appeared or changed. (There is no deletion: the last state stays.)
     Node(Node),
     /// A ServiceCIDR appeared or changed.
     ServiceCidr(Arc<str>, Vec<Prefix>),
@@ -213,7 +213,8 @@ pub enum Change {
 }
 
 impl Change {
-    /// That the object of this change is there no more. (A node never goes.)
+    /// Returns the change that deletes the object of this change; `None` for a node, which is never deleted, and for
+    /// deletions.
     pub fn gone(&self) -> Option<Self> {
         match self {
             Self::Service(service) => Some(Self::ServiceGone(service.key.clone())),
@@ -229,12 +230,12 @@ impl Change {
     }
 }
 
-/// What a [`Cluster::apply`] touched.
+/// Part of the state that a [`Cluster::apply`] changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// Nothing that a decision reads.
     Nothing,
-    /// One Service, already noted in [`Cluster::take_dirty`].
+    /// One Service, already noted for [`Cluster::take_dirty`].
     Service,
     /// Node or ServiceCIDRs.
     Node,
@@ -242,11 +243,11 @@ pub enum Scope {
     Pods,
 }
 
-/// Everything known, and which Services have changed since they were last looked at.
+/// The whole known state, and the Services that have changed since the last [`Cluster::take_dirty`].
 #[derive(Debug, Default)]
 pub struct Cluster {
     services: BTreeMap<ObjectKey, Service>,
-    /// Those of each Service, by name. A Service has one or two: a map of them would take ten times the memory.
+    /// Slices of each Service, by name. A Service has one or two: a map of them would take ten times the memory.
     slices: BTreeMap<ObjectKey, Vec<Slice>>,
     owner: BTreeMap<ObjectKey, ObjectKey>,
     node: Node,
@@ -256,7 +257,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Takes one change in. A redelivered, equal object touches nothing.
+    /// Applies one change. Redelivery of an equal object changes nothing.
     pub fn apply(&mut self, change: Change) -> Scope {
         match change {
             Change::Service(service) => {
@@ -280,7 +281,7 @@ impl Cluster {
                 if self.node == node {
                     return Scope::Nothing;
                 }
-                // Endpoint selection looks at the zone, source ranges at the addresses.
+                // Endpoint selection reads the zone, source ranges read the addresses.
                 if self.node.zone != node.zone {
                     self.touch_all();
                 }
@@ -357,13 +358,14 @@ impl Cluster {
         self.dirty.extend(self.services.keys().cloned());
     }
 
-    /// Marks every Service that has source ranges: whether this host is in them depends on its addresses.
+    /// Marks every Service that has source ranges: whether they contain this host depends on its addresses.
     pub fn touch_with_source_ranges(&mut self) {
         let ranged = self.services.values().filter(|service| !service.source_ranges.is_empty());
         self.dirty.extend(ranged.map(|service| service.key.clone()));
     }
 
-    /// Marks every Service that has one of these addresses: what is said of it depends on whether this host has it, too.
+    /// Marks every Service that has one of these addresses: its problems depend on whether this host has the address,
+    /// too.
     pub fn touch_at(&mut self, addresses: &BTreeSet<Addr>) {
         let has = |service: &&Service| {
             let from_outside = service.external_ips.iter().chain(&service.load_balancer_ips);
@@ -379,22 +381,22 @@ impl Cluster {
         self.dirty.extend(external.map(|service| service.key.clone()));
     }
 
-    /// The Services that changed, or whose endpoints did, since the last call; those that are gone too.
+    /// Returns the Services that changed or were deleted, or whose endpoints changed, since the last call.
     pub fn take_dirty(&mut self) -> BTreeSet<ObjectKey> {
         std::mem::take(&mut self.dirty)
     }
 
-    /// A Service by its key.
+    /// Returns a Service by its key.
     pub fn service(&self, key: &ObjectKey) -> Option<&Service> {
         self.services.get(key)
     }
 
-    /// All Services, by key.
+    /// Returns all Services, by key.
     pub fn services(&self) -> impl Iterator<Item = &Service> {
         self.services.values()
     }
 
-    /// What a Service costs at most to program: its frontends, endpoints and source ranges, counted on the quick.
+    /// Returns a quick upper estimate of the cost to program a Service: its frontends, endpoints and source ranges.
     pub fn weight(&self, key: &ObjectKey) -> usize {
         let of_service = |service: &Service| {
             let addresses = 4 + service.external_ips.len() + service.load_balancer_ips.len();
@@ -404,22 +406,22 @@ impl Cluster {
         self.service(key).map_or(0, of_service) + endpoints.sum::<usize>()
     }
 
-    /// The slices of a Service, by name.
+    /// Returns the slices of a Service, by name.
     pub fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &Slice> + Clone {
         self.slices.get(service).into_iter().flatten()
     }
 
-    /// This node.
+    /// Returns this node.
     pub fn node(&self) -> &Node {
         &self.node
     }
 
-    /// The Pods of this node that opt out of the socket edge, by key.
+    /// Returns the Pods of this node that opt out of the socket edge, by key.
     pub fn pods(&self) -> impl Iterator<Item = &Pod> {
         self.pods.values()
     }
 
-    /// Every ServiceCIDR prefix.
+    /// Returns every ServiceCIDR prefix.
     pub fn service_cidrs(&self) -> impl Iterator<Item = Prefix> {
         self.service_cidrs.values().flatten().copied()
     }

@@ -1,7 +1,7 @@
-//! What the kernel maps hold that they should not, and what they lack: pure.
+//! Differences between the wanted and the actual contents of the kernel maps: pure.
 //!
-//! The agent compares its model with the maps at an interval; `proxy-agent verify` compares what follows from the
-//! source, which needs no running agent.
+//! The agent compares its model with the maps at an interval. `proxy-agent verify` derives the wanted contents from
+//! the source and needs no running agent.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -17,14 +17,14 @@ use crate::reconcile::plan::FrontendName;
 use crate::reconcile::store::{Contents, filter_words};
 use proxy_common::abi::proto_name;
 
-/// One thing that is not as it should be.
+/// One element that differs from its wanted state.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Difference {
     /// The map.
     pub map: &'static str,
-    /// What the element is about: a Service port, or the key itself.
+    /// The object of the element: a Service port, or the key itself.
     pub object: String,
-    /// What is wrong with it.
+    /// The difference.
     pub what: String,
 }
 
@@ -34,8 +34,8 @@ impl fmt::Display for Difference {
     }
 }
 
-/// Every difference between what the maps should hold and what was read back from them, by map. `filter` is `FILTER`,
-/// without the zeros at its end.
+/// Returns every difference between the wanted contents of the maps and the contents read back, by map. `filter` is
+/// `FILTER` without the zeros at its end.
 pub fn differences(model: &Model, contents: &Contents, filter: &[u64]) -> Vec<Difference> {
     let mut all = Differences {
         by_id: model.ports.iter().map(|(key, port)| (port.id, &**key)).collect(),
@@ -81,7 +81,7 @@ impl Differences<'_> {
         self.found.push(Difference { map, object, what });
     }
 
-    /// The Service port with an id.
+    /// Returns the name of the Service port with an id.
     fn port(&self, id: u32) -> String {
         self.by_id.get(&id).map_or_else(|| format!("id {id}, which is nobody's"), |key| port_name(key))
     }
@@ -134,7 +134,7 @@ impl Differences<'_> {
     fn services(&mut self, model: &Model, contents: &Contents) {
         let names = model.ports.iter().map(|(key, port)| (port.id, service_name(key))).collect();
         self.entries("NAMES", &names, &contents.names, |all, id| all.port(*id));
-        // What was found broken after a crash and could not be written anew for want of room is told elsewhere.
+        // Sets that a crash broke and that could not be rewritten for lack of room are reported elsewhere.
         let whole = |port: &Port| {
             port.replaced.is_empty() && ![port.service.cluster, port.service.local].contains(&UNKNOWN)
         };
@@ -163,7 +163,7 @@ impl Differences<'_> {
             let what = match wanted.remove(&id) {
                 Some(backend) if backend == *found => continue,
                 Some(_) => "has another address or state",
-                // Nothing leads to it.
+                // Nothing refers to this element.
                 None => continue,
             };
             let endpoint = std::net::SocketAddr::new(found.addr.to_ip(), found.port.get());

@@ -1,13 +1,15 @@
-//! Ids and slot ranges: which numbers of the kernel's arrays are free.
+//! Ids and slot ranges: the free numbers of the kernel's arrays.
 //!
-//! Pure bookkeeping. What is given back must have waited for a grace period: a BPF program may still hold it.
+//! Pure bookkeeping. The caller gives a number back only after a grace period: until then a BPF program may still
+//! hold it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::SlotRange;
 
 /// Numbers `1..capacity`, each with a stamp that survives its reuse (a backend's generation, a Service port's
-/// affinity epoch): what refers to an earlier use of the number can be told by it. Number 0 is the self-test's.
+/// affinity epoch). By the stamp, references to an earlier use of the number can be recognized. Number 0 belongs to
+/// the self-test.
 #[derive(Clone, Debug)]
 pub struct IdPool {
     capacity: u32,
@@ -16,12 +18,12 @@ pub struct IdPool {
 }
 
 impl IdPool {
-    /// All of `1..capacity` free and never used.
+    /// Creates a pool in which all of `1..capacity` are free and were never used.
     pub fn new(capacity: u32) -> Self {
         Self { capacity, next: 1, free: BTreeMap::new() }
     }
 
-    /// A pool in which `used` are taken. `stamp` tells the stamp that a number had when it was last in use.
+    /// Creates a pool in which `used` are taken. `stamp` returns the stamp of a number's last use.
     pub fn restore(capacity: u32, used: &BTreeSet<u32>, stamp: impl Fn(u32) -> u32) -> Self {
         let stamped = (1..capacity).rev().find(|id| used.contains(id) || stamp(*id) != 0);
         let next = stamped.map_or(1, |id| id + 1);
@@ -29,7 +31,7 @@ impl IdPool {
         Self { capacity, next, free }
     }
 
-    /// The lowest free number and the stamp for this use; `None` when all are taken.
+    /// Takes the lowest free number. Returns it with the stamp for this use, or `None` when all are taken.
     pub fn take(&mut self) -> Option<(u32, u32)> {
         if let Some((id, stamp)) = self.free.pop_first() {
             return Some((id, stamp.wrapping_add(1)));
@@ -47,13 +49,13 @@ impl IdPool {
         self.free.insert(id, stamp);
     }
 
-    /// How many are free.
+    /// Returns the number of free numbers.
     pub fn available(&self) -> u32 {
         self.capacity.saturating_sub(self.next) + u32::try_from(self.free.len()).unwrap_or(u32::MAX)
     }
 }
 
-/// Ranges of `SLOTS`, best fit first, neighbours merged. Slot 0 is the self-test's.
+/// Ranges of `SLOTS`: best fit first, neighbours merged. Slot 0 belongs to the self-test.
 #[derive(Clone, Debug)]
 pub struct SlotPool {
     by_base: BTreeMap<u32, u32>,
@@ -62,14 +64,15 @@ pub struct SlotPool {
 }
 
 impl SlotPool {
-    /// All of `1..capacity` free.
+    /// Creates a pool in which all of `1..capacity` are free.
     pub fn new(capacity: u32) -> Self {
         let mut pool = Self { by_base: BTreeMap::new(), by_len: BTreeSet::new(), available: 0 };
         pool.insert(1, capacity.saturating_sub(1));
         pool
     }
 
-    /// A pool in which the ranges of `used` are taken. Ranges that overlap or do not fit are `Err`.
+    /// Creates a pool in which the ranges of `used` are taken. Returns `Err` with the first range that overlaps
+    /// another one or does not fit.
     pub fn restore(capacity: u32, mut used: Vec<SlotRange>) -> Result<Self, SlotRange> {
         let mut pool = Self { by_base: BTreeMap::new(), by_len: BTreeSet::new(), available: 0 };
         used.sort_by_key(|range| range.base);
@@ -86,7 +89,7 @@ impl SlotPool {
         Ok(pool)
     }
 
-    /// A free range of `len` slots (at least one); `None` when no free range is that long.
+    /// Takes a free range of `len` slots (at least one). Returns `None` when no free range is that long.
     pub fn take(&mut self, len: u32) -> Option<SlotRange> {
         let &(free_len, base) = self.by_len.range((len, 0)..).next()?;
         self.remove(base, free_len);
@@ -111,7 +114,7 @@ impl SlotPool {
         self.insert(base, len);
     }
 
-    /// How many slots are free.
+    /// Returns the number of free slots.
     pub fn available(&self) -> u32 {
         self.available
     }

@@ -1,7 +1,8 @@
-//! What the maps should hold, and the operations that lead there: pure, from values to values.
+//! The wanted contents of the maps, and the operations that lead there: pure, from values to values.
 //!
-//! [`cluster`] is what sources have told, [`desired`] what one Service becomes, [`plan`] compares that with the [`model`] of
-//! the maps; [`store`] is what carries operations out, and [`sim`] maps without a kernel, with the datapath's own code on top.
+//! [`cluster`] holds the state that the sources have delivered. [`desired`] derives from it what one Service needs.
+//! [`plan`] compares that with the [`model`] of the maps. [`store`] defines the operations. [`sim`] holds the maps
+//! without a kernel, with the datapath's own code on top.
 
 pub mod cluster;
 

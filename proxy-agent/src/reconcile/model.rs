@@ -1,4 +1,4 @@
-//! What the kernel maps hold, as the agent knows it: built by reading the pinned maps back, advanced by each plan.
+//! The agent's knowledge of the kernel maps: built by reading the pinned maps back, advanced by each plan.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -20,9 +20,9 @@ use crate::reconcile::store::{Capacity, Contents};
 /// A backend that has an id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortBackend {
-    /// Where the endpoint listens.
+    /// Address that the endpoint listens on.
     pub addr: Addr,
-    /// Its port.
+    /// Port that the endpoint listens on.
     pub port: Be16,
     /// Index into `BACKENDS`.
     pub id: u32,
@@ -31,7 +31,7 @@ pub struct PortBackend {
 }
 
 impl PortBackend {
-    /// The element of `BACKENDS`.
+    /// Returns the element of `BACKENDS`.
     pub fn element(&self, service: u32) -> Backend {
         Backend { addr: self.addr, port: self.port, pad: [0; 2], service, state: self.state }
     }
@@ -44,49 +44,49 @@ pub struct Port {
     pub id: u32,
     /// The element of `SERVICES`.
     pub service: Service,
-    /// By address and port.
+    /// Backends, sorted by address and port.
     pub backends: Vec<PortBackend>,
-    /// Ranges that the kernel's element names and that do not hold what they should, after a crash: BPF programs
-    /// read them until the element has been rewritten.
+    /// Ranges that the kernel's element names and that do not hold what they should, after a crash. BPF programs read
+    /// them until the element has been rewritten.
     pub replaced: Vec<SlotRange>,
-    /// Frontends that the Service port claims, by key, with the flags it wants. Empty after a restart until the
-    /// source has spoken.
+    /// Frontends that the Service port claims, by key, with the flags that it wants. Empty after a restart until the
+    /// source has delivered the Service.
     pub claims: Vec<(FrontendKey, u16)>,
 }
 
 impl Port {
-    /// Every slot range that BPF programs may read.
+    /// Returns every slot range that BPF programs may read.
     pub fn ranges(&self) -> impl Iterator<Item = SlotRange> {
         let sets = [self.service.cluster, self.service.local].into_iter().filter(|range| !range.is_empty());
         sets.chain(self.replaced.iter().copied())
     }
 
-    /// The backends of a set, in slot order.
+    /// Returns the ids of the backends in a set, in slot order.
     pub fn members(&self, set: u32) -> impl Iterator<Item = u32> {
         members(&self.backends, set)
     }
 }
 
-/// Ids of the backends that carry the flag of a set, in slot order.
+/// Returns the ids of the backends that carry the flag of a set, in slot order.
 pub fn members(backends: &[PortBackend], set: u32) -> impl Iterator<Item = u32> {
     backends.iter().filter(move |b| b.state.flags & set != 0).map(|b| b.id)
 }
 
-/// Why a Service has an address, best first: the more people have had a say in it, the better.
+/// Reason why a Service has an address, best first: the more parties had a say in it, the better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Title {
-    /// The API server has given it to the Service alone.
+    /// The API server allocated the address to this Service alone.
     ClusterIp,
-    /// A load balancer has given it.
+    /// A load balancer allocated the address.
     LoadBalancer,
-    /// The API server has given the port.
+    /// The API server allocated the port.
     NodePort,
-    /// Whoever has written the Service.
+    /// The author of the Service wrote the address.
     ExternalIp,
 }
 
 impl Title {
-    /// The title of a frontend with these flags.
+    /// Returns the title of a frontend with this key and these flags.
     pub const fn of(key: &FrontendKey, flags: u16) -> Self {
         if key.kind == FrontendKind::NodePort as u8 {
             Self::NodePort
@@ -99,7 +99,7 @@ impl Title {
         }
     }
 
-    /// In the words of the API.
+    /// Returns the title in the words of the API.
     pub const fn name(self) -> &'static str {
         match self {
             Self::ClusterIp => "clusterIP",
@@ -110,14 +110,15 @@ impl Title {
     }
 }
 
-/// A wish for a frontend. The best title gets it, among equals the oldest Service; ties are decided by name.
+/// A Service port's claim to a frontend. The best title wins. Between equal titles the oldest Service wins, and
+/// between equal ages the first name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Claim {
-    /// Why.
+    /// Reason for the claim.
     pub title: Title,
     /// Creation time of the Service, seconds since 1970.
     pub created: i64,
-    /// Who claims.
+    /// Service port that claims the frontend.
     pub port: Arc<PortKey>,
 }
 
@@ -130,18 +131,18 @@ pub struct Freed {
     pub backends: Vec<(u32, u32)>,
     /// Slot ranges.
     pub ranges: Vec<SlotRange>,
-    /// Elements of `FRONTENDS` or `SOURCE_RANGES` have gone. They wait for nothing; a Service that was refused may now
-    /// find room.
+    /// Whether elements of `FRONTENDS` or `SOURCE_RANGES` have been removed. Their room needs no grace period, and a
+    /// Service that was refused may now fit.
     pub room: bool,
 }
 
 impl Freed {
-    /// Whether there is nothing to give back, and no room for anybody.
+    /// Returns whether there is no number to give back and no new room.
     pub fn is_empty(&self) -> bool {
         self.services.is_empty() && self.backends.is_empty() && self.ranges.is_empty() && !self.room
     }
 
-    /// Takes `other` in.
+    /// Adds the contents of `other`.
     pub fn append(&mut self, mut other: Self) {
         self.services.append(&mut other.services);
         self.backends.append(&mut other.backends);
@@ -155,12 +156,12 @@ impl Freed {
 pub struct Model {
     /// Service ports, by name.
     pub ports: BTreeMap<Arc<PortKey>, Port>,
-    /// Who claims which frontend, the winner first.
+    /// Claims to each frontend, the winner first.
     pub claims: BTreeMap<FrontendKey, Vec<Claim>>,
-    /// Claimed frontends at addresses that serve nodePorts, by protocol and port: each may be in the way of a nodePort.
+    /// Claimed frontends at addresses that serve nodePorts, by protocol and port. Each of them may shadow a nodePort.
     pub beside_node_ports: BTreeSet<(u8, Be16, Addr)>,
-    /// Claimed frontends that may have another holder than `frontends` says: for want of room, or because addresses of the node
-    /// have come or gone. Whoever claims them is planned again.
+    /// Claimed frontends whose holder may differ from `frontends`: there was no room, or addresses of the node
+    /// appeared or disappeared. The Services that claim them are planned again.
     pub unsettled: BTreeSet<FrontendKey>,
     /// `FRONTENDS`.
     pub frontends: BTreeMap<FrontendKey, FrontendValue>,
@@ -172,7 +173,7 @@ pub struct Model {
     pub service_cidrs: BTreeSet<Prefix>,
     /// `POD_SOURCES`.
     pub pod_sources: BTreeSet<Prefix>,
-    /// `OPT_OUT`: ids of cgroups, with what is left alone of them.
+    /// `OPT_OUT`: ids of cgroups, with the part of each cgroup that the socket edge leaves alone.
     pub opt_out: BTreeMap<u64, u32>,
     /// `SANDBOXES`: cookies of network namespaces, with the cgroups of their pods.
     pub sandboxes: BTreeMap<u64, u64>,
@@ -186,17 +187,18 @@ pub struct Model {
     pub backend_ids: IdPool,
     /// Free slots.
     pub slots: SlotPool,
-    /// Service ids (with their epochs) found in the maps that are nobody's: cleared by the next full plan.
+    /// Service ids (with their epochs) that the maps hold and that no Service port has: cleared by the next full
+    /// plan.
     pub orphans: Vec<(u32, u32)>,
 }
 
 impl Model {
-    /// Empty maps.
+    /// Returns the model of empty maps.
     pub fn new(capacity: Capacity) -> Self {
         Self::restore(capacity, &Contents::default())
     }
 
-    /// What the maps hold, from their contents. Whatever does not fit together is left out, so that the next full
+    /// Builds the model from the contents of the maps. Leaves out whatever is inconsistent, so that the next full
     /// plan writes it anew.
     pub fn restore(capacity: Capacity, contents: &Contents) -> Self {
         let mut ports: BTreeMap<Arc<PortKey>, Port> = BTreeMap::new();
@@ -211,7 +213,7 @@ impl Model {
         let mut names = contents.names.clone();
         names.sort_by_key(|(id, _)| *id);
         for (id, name) in &names {
-            // The name is written first: after a crash there may be nothing more.
+            // The name is written first, so a crash may have left nothing else.
             let service = contents.services.get(*id as usize).copied().unwrap_or_default();
             let Some(key) = parse_name(name).filter(|key| !ports.contains_key(key)) else {
                 orphans.push((*id, service.affinity.epoch));
@@ -272,12 +274,12 @@ impl Model {
         }
     }
 
-    /// The names of a Service's ports, in order.
+    /// Returns the names of a Service's ports, in order.
     pub fn ports_of<'a>(&'a self, service: &ObjectKey) -> impl Iterator<Item = &'a Arc<PortKey>> + use<'a> {
         self.of_service(service).map(|(key, _)| key)
     }
 
-    /// The ports of a Service, by name.
+    /// Returns the ports of a Service, by name.
     pub fn of_service<'a>(
         &'a self,
         service: &ObjectKey,
@@ -288,13 +290,14 @@ impl Model {
         self.ports.range(first..).take_while(move |(key, _)| key.service == service)
     }
 
-    /// The addresses that serve nodePorts.
+    /// Returns the addresses that serve nodePorts.
     pub fn node_port_addresses(&self) -> BTreeSet<Addr> {
         let serving = self.local_addresses.iter().filter(|(_, bits)| *bits & NODEPORT != 0);
         serving.map(|(addr, _)| *addr).collect()
     }
 
-    /// Takes the addresses of this host. Returns the Services that claim frontends where nodePorts have come or gone.
+    /// Replaces the addresses of this host. Returns the Services that claim frontends at addresses where nodePorts
+    /// have become or ceased to be served.
     pub fn take_local_addresses(&mut self, addresses: BTreeMap<Addr, u32>) -> BTreeSet<ObjectKey> {
         let before = self.node_port_addresses();
         self.local_addresses = addresses;
@@ -325,7 +328,7 @@ impl Model {
         }
         let claims = self.claims.entry(frontend).or_default();
         if let Err(place) = claims.binary_search(&claim) {
-            // Hardly ever is there a second one.
+            // A frontend rarely has a second claim.
             claims.reserve_exact(1);
             claims.insert(place, claim);
         }
@@ -341,8 +344,10 @@ impl Model {
         }
     }
 
-    /// Who may have a frontend: the best of its claims. At an address that serves nodePorts, externalIPs go after whoever
-    /// has the nodePort, and the others before: what is found by address and port is found first.
+    /// Returns the claim that wins a frontend: the best of its claims, or the claim to the nodePort that the frontend
+    /// would shadow, if another Service has that nodePort by a better title. At an address that serves nodePorts, an
+    /// externalIP therefore ranks below the nodePort, and every other title ranks above it: the lookup by address and
+    /// port comes first.
     pub fn holder(&self, frontend: &FrontendKey) -> Option<&Claim> {
         let first = self.claims.get(frontend)?.first()?;
         let node_port = self.beside_node_port(frontend).and_then(|key| self.claims.get(&key)?.first());
@@ -351,16 +356,15 @@ impl Model {
         Some(better.unwrap_or(first))
     }
 
-    /// The nodePort that a frontend by address and port is in the way of; `None` where no nodePort is served.
+    /// Returns the nodePort that a frontend by address and port would shadow, or `None` if its address serves no
+    /// nodePorts.
     pub fn beside_node_port(&self, frontend: &FrontendKey) -> Option<FrontendKey> {
         let bits = self.local_addresses.get(&frontend.addr)?;
         let beside = frontend.kind == FrontendKind::Exact as u8 && bits & NODEPORT != 0;
-        beside.then(|| {
-            FrontendKey::node_port(unspecified(frontend.addr.family()), frontend.port, frontend.proto)
-        })
+        beside.then(|| FrontendKey::node_port(frontend.addr.unspecified(), frontend.port, frontend.proto))
     }
 
-    /// The claimed frontends that are in the way of a nodePort.
+    /// Returns the claimed frontends that would shadow a nodePort.
     pub fn in_the_way_of(&self, node_port: &FrontendKey) -> impl Iterator<Item = FrontendKey> {
         let FrontendKey { addr, port, proto, kind } = *node_port;
         let here = (kind == FrontendKind::NodePort as u8).then_some((proto, port, Addr::ZERO));
@@ -371,15 +375,15 @@ impl Model {
             .map(move |(.., at)| FrontendKey::exact(*at, port, proto))
     }
 
-    /// The prefixes that `SOURCE_RANGES` holds for a service id, in order.
+    /// Returns the prefixes that `SOURCE_RANGES` holds for a service id, in order.
     pub fn source_ranges_of(&self, service: u32) -> impl Iterator<Item = Prefix> {
-        // The first prefix of all.
+        // The lowest of all prefixes.
         let from = Prefix::new(Addr::ZERO, 0).map(|prefix| (service, prefix));
         let ranges = from.into_iter().flat_map(|from| self.source_ranges.range(from..));
         ranges.take_while(move |(id, _)| *id == service).map(|(_, prefix)| *prefix)
     }
 
-    /// Whether less than an eighth is left of a map whose size follows the cluster.
+    /// Returns whether less than an eighth is free in any map whose size follows the cluster.
     pub fn is_tight(&self) -> bool {
         let left =
             |capacity: u32, used: usize| capacity.saturating_sub(u32::try_from(used).unwrap_or(u32::MAX));
@@ -395,7 +399,7 @@ impl Model {
         .any(|(capacity, left)| *left < capacity / 8)
     }
 
-    /// Gives numbers back, after a grace period.
+    /// Gives numbers back. The caller has waited for a grace period.
     pub fn release(&mut self, freed: Freed) {
         for (id, epoch) in freed.services {
             self.service_ids.give_back(id, epoch);
@@ -409,18 +413,10 @@ impl Model {
     }
 }
 
-/// The unspecified address of a family, by which nodePorts are keyed.
-pub const fn unspecified(family: Family) -> Addr {
-    match family {
-        Family::V4 => Addr::v4([0; 4]),
-        Family::V6 => Addr::ZERO,
-    }
-}
-
-/// A range that differs from every real one: it makes the next plan write the set anew.
+/// A range that differs from every real range: it makes the next plan write the set anew.
 pub const UNKNOWN: SlotRange = SlotRange { base: 0, len: 0 };
 
-/// The range, if `SLOTS` holds there what the backends' flags say.
+/// Returns `range` if `SLOTS` holds there the backends that carry the flag of `set`, else [`UNKNOWN`].
 fn intact(contents: &Contents, port: &Port, range: SlotRange, set: u32) -> SlotRange {
     if range.is_empty() {
         return if port.members(set).next().is_none() { range } else { UNKNOWN };
@@ -432,7 +428,7 @@ fn intact(contents: &Contents, port: &Port, range: SlotRange, set: u32) -> SlotR
     }
 }
 
-/// What `NAMES` holds for a Service port. Longer names than a DNS label are cut (conversion refuses them).
+/// Returns the value of `NAMES` for a Service port. Names longer than a DNS label are cut (conversion refuses them).
 pub fn service_name(key: &PortKey) -> ServiceName {
     let family = match key.family {
         Family::V4 => 4,
@@ -448,7 +444,7 @@ pub fn service_name(key: &PortKey) -> ServiceName {
     }
 }
 
-/// Reads [`service_name`] back; `None` for what it never writes.
+/// Parses what [`service_name`] writes. Returns `None` for any other value.
 pub fn parse_name(name: &ServiceName) -> Option<PortKey> {
     let family = match name.family {
         4 => Family::V4,

@@ -1,7 +1,7 @@
 //! The node's own IP of each family: pure.
 //!
-//! The Node object names them, `bindAddress` overrides one, and what nobody names is loopback. They serve nodePorts
-//! (`primary`), and `loadBalancerSourceRanges` know the node by them.
+//! The Node object names the IPs, and `bindAddress` overrides the IP of its family. A family without an IP gets
+//! loopback. The IPs serve nodePorts (`primary`), and `loadBalancerSourceRanges` use them to recognize the node.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -9,17 +9,17 @@ use proxy_common::addr::{Addr, Family};
 
 use crate::reconcile::cluster::Node;
 
-/// The IPs.
+/// The node's IPs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NodeIps {
-    /// Index: [`Family::index`].
+    /// Indexed by [`Family::index`].
     ips: [Addr; 2],
     primary: Family,
 }
 
 impl NodeIps {
-    /// Of the node that `node` describes (as far as it does), with `bind_address`, a specific one, in place of the
-    /// IP of its family.
+    /// Derives the IPs of the node that `node` describes. `bind_address`, a specific address, replaces the IP of its
+    /// family.
     pub fn derive(node: &Node, bind_address: Option<Addr>) -> Self {
         let [v4, v6] = node.ips;
         let mut ips = [v4.unwrap_or(Ipv4Addr::LOCALHOST.into()), v6.unwrap_or(Ipv6Addr::LOCALHOST.into())];
@@ -31,17 +31,17 @@ impl NodeIps {
         Self { ips, primary }
     }
 
-    /// The family of the node's primary IP.
+    /// Returns the family of the node's primary IP.
     pub fn primary(&self) -> Family {
         self.primary
     }
 
-    /// The IP of `family`; loopback if nobody names one.
+    /// Returns the IP of `family`; loopback if the family has none.
     pub fn of(&self, family: Family) -> Addr {
         self.ips[family.index()]
     }
 
-    /// The IPs by [`Family::index`]; `None` where nobody names one.
+    /// Returns the IPs by [`Family::index`]; `None` for a family without one.
     pub fn known(&self) -> [Option<Addr>; 2] {
         self.ips.map(|ip| Some(ip).filter(|ip| !ip.is_loopback()))
     }
@@ -55,7 +55,7 @@ mod tests {
     use crate::sources::convert::Converter;
     use crate::sources::objects;
 
-    /// What a Node with these addresses and a `bindAddress` make: the IPs, and the primary one of them.
+    /// Checks the IPs, and the family of the primary IP, of a Node with these addresses and this `bindAddress`.
     fn check(addresses: &[(&str, &str)], bind_address: Option<&str>, want: [&str; 2], primary: Family) {
         let addresses: Vec<_> =
             addresses.iter().map(|(kind, address)| json!({"type": kind, "address": address})).collect();
@@ -79,7 +79,7 @@ mod tests {
     fn p231_the_first_ip_is_primary() {
         let node = [("InternalIP", "2001:db8:1::10"), ("InternalIP", "192.0.2.10")];
         check(&node, None, ["192.0.2.10", "2001:db8:1::10"], Family::V6);
-        // An InternalIP is before an ExternalIP of the other family, wherever it stands.
+        // An InternalIP precedes an ExternalIP of the other family, whatever their order in the object.
         let node = [("ExternalIP", "203.0.113.50"), ("InternalIP", "2001:db8:1::10")];
         check(&node, None, ["203.0.113.50", "2001:db8:1::10"], Family::V6);
     }

@@ -1,13 +1,14 @@
-//! Shares of what all tenants of a cluster have together: lines of the log and of `status`, Events, time. Pure.
+//! Shares of the resources that all tenants of a cluster have in common: lines of the log and of `status`, Events,
+//! time. Pure.
 //!
-//! A tenant is a namespace, or a file of manifests; what is about the node itself belongs to nobody.
+//! A tenant is a namespace, or a file of manifests. Problems of the node itself belong to no tenant.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Whom an object belongs to that is named as problems name it: the namespace of `Service a/s`, the file of
-/// `x.yaml, document 2`; empty for what is the node's.
+/// Returns the tenant of an object, which is named as problems name it: the namespace of `Service a/s`, the file of
+/// `x.yaml, document 2`, or an empty string for objects of the node.
 pub fn tenant_of(object: &str) -> &str {
     if let Some((file, _)) = object.split_once(", document ") {
         return file;
@@ -22,8 +23,8 @@ pub fn tenant_of(object: &str) -> &str {
     }
 }
 
-/// How long work rests that others can cause, after it took so long: it takes a tenth of the time at most, and begins no
-/// more than once a second.
+/// Returns the pause after work that tenants can cause and that took `took`: nine times as long, so that the work
+/// takes a tenth of the time, but at least one second and at most 60 seconds.
 pub fn rest_after(took: Duration) -> Duration {
     (took * 9).clamp(Duration::from_secs(1), Duration::from_secs(60))
 }
@@ -34,28 +35,29 @@ pub struct Shares {
     burst: u32,
     period: Duration,
     tenants: BTreeMap<Arc<str>, Bucket>,
-    /// With more tenants than this, those that have all their tokens are forgotten.
+    /// Number of tenants at which tenants that have all their tokens are forgotten.
     forget_at: usize,
 }
 
 #[derive(Debug)]
 struct Bucket {
     tokens: u32,
-    /// As of when.
+    /// Time at which `tokens` was correct.
     at: Instant,
-    /// How often there was none since there was one.
+    /// Number of refusals since the last token was taken.
     refused: u64,
 }
 
 impl Shares {
     const FORGET_AT: usize = 64;
 
-    /// Each tenant has `burst` at once, and one more whenever `period` has passed.
+    /// Gives each tenant `burst` tokens at once, and one more whenever `period` has passed.
     pub const fn new(burst: u32, period: Duration) -> Self {
         Self { burst, period, tenants: BTreeMap::new(), forget_at: Self::FORGET_AT }
     }
 
-    /// Takes one for a tenant: `None` if it has none left, else how often it was refused since it got the last one.
+    /// Takes a token of a tenant. Returns `None` if it has none left, else the number of refusals since its last
+    /// token.
     pub fn take(&mut self, tenant: &str, now: Instant) -> Option<u64> {
         let (burst, period) = (self.burst, self.period);
         if !self.tenants.contains_key(tenant) {
@@ -131,7 +133,7 @@ mod tests {
         assert_eq!(got(&mut shares, "a", t0), 3);
         assert_eq!(got(&mut shares, "b", t0), 3);
         assert_eq!(got(&mut shares, "a", t0 + period - Duration::from_millis(1)), 0);
-        // It is told what it has missed.
+        // The tenant learns the number of its refusals.
         assert_eq!(shares.take("a", t0 + period), Some(197));
         assert_eq!(shares.take("a", t0 + 3 * period), Some(0));
         assert_eq!(got(&mut shares, "a", t0 + 1000 * period), 3);

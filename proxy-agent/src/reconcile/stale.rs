@@ -1,4 +1,4 @@
-//! Which connected UDP sockets are not where their VIP leads (semantics: kube-proxy's UDP conntrack cleanup).
+//! Connected UDP sockets that are not where their VIP leads (semantics: kube-proxy's UDP conntrack cleanup).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +11,7 @@ use proxy_common::be::Be16;
 
 use crate::reconcile::model::Model;
 
-/// The serving backends behind every UDP frontend, as of one moment.
+/// The serving backends behind every UDP frontend, at one moment.
 #[derive(Debug, Default)]
 pub struct Serving {
     frontends: BTreeMap<FrontendKey, u32>,
@@ -23,16 +23,16 @@ pub struct Serving {
 /// A connected UDP socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Connected {
-    /// Where the kernel has it connected.
+    /// Peer of the socket in the kernel.
     pub peer: (Addr, Be16),
-    /// What the socket edge remembers of it, if that is about `peer`.
+    /// Record of the socket edge, if it is about `peer`.
     pub record: Option<SocketRecord>,
-    /// It is in the host's network namespace.
+    /// Whether the socket is in the host's network namespace.
     pub of_host: bool,
 }
 
 impl Serving {
-    /// Takes the UDP part of `model`.
+    /// Builds the index from the UDP part of `model`.
     pub fn of(model: &Model) -> Self {
         let udp = model.frontends.iter().filter(|(key, _)| key.proto == proto::UDP);
         let serving = |port: &crate::reconcile::model::Port| {
@@ -48,11 +48,12 @@ impl Serving {
         }
     }
 
-    /// Returns what the socket is to be told, `None` if it is where it should be.
+    /// Returns the order for the socket, or `None` if the socket is where it should be.
     ///
-    /// A socket whose backend has left is led to another one, or to its VIP while nobody serves or no Service has it. One of the host that is
-    /// connected to a VIP itself, because nobody served or because it is older than the Service or the agent, is led to a backend. What pods
-    /// send to a VIP itself is served as packets.
+    /// A socket whose backend has left is moved to another backend, or to its VIP while no backend serves or no
+    /// Service has the VIP. A socket of the host may be connected to a VIP itself, because no backend served or
+    /// because the socket is older than the Service or the agent. It is moved to a backend. Datagrams of pods to a
+    /// VIP itself are served as packets.
     pub fn order(&self, socket: &Connected) -> Option<Order> {
         let (peer, peer_port) = socket.peer;
         match socket.record {
@@ -73,7 +74,7 @@ impl Serving {
         }
     }
 
-    /// The backends that serve a VIP; `None` if no Service has it.
+    /// Returns the backends that serve a VIP; `None` if no Service has the VIP.
     fn serving(&self, (addr, port): (Addr, Be16)) -> Option<&BTreeSet<(Addr, Be16)>> {
         let exact = self.frontends.get(&FrontendKey::exact(addr, port, proto::UDP));
         let node_port = || {
@@ -88,14 +89,14 @@ impl Serving {
 mod tests {
     use super::*;
 
-    /// An address of 10.0.0.0/8 and port 53.
+    /// Returns an address of 10.0.0.0/8 and port 53.
     fn at(third: u8, last: u8) -> (Addr, Be16) {
         (Addr::v4([10, 0, third, last]), Be16::new(53))
     }
 
     const HERE: fn() -> (Addr, Be16) = || (Addr::v4([192, 0, 2, 10]), Be16::new(30053));
 
-    /// Service 1 at 10.0.0.1 and nodePort 30053 with the backend 10.0.1.1; Service 2 at 10.0.0.2 without any.
+    /// Service 1 at 10.0.0.1 and nodePort 30053 with the backend 10.0.1.1; Service 2 at 10.0.0.2 without backends.
     fn serving() -> Serving {
         let exact = |last| FrontendKey::exact(at(0, last).0, at(0, last).1, proto::UDP);
         let (here, port) = HERE();

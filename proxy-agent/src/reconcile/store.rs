@@ -1,8 +1,8 @@
-//! The last arrow: single map operations, and who carries them out.
+//! The last stage: single map operations, and the trait of the stores that carry them out.
 //!
-//! [`crate::reconcile::plan`] writes them in an order of which any prefix is safe. [`crate::bpf`] carries them out on kernel
-//! maps, [`crate::reconcile::sim`] on ordered maps. `FILTER` follows from the other maps, so stores keep it beside them: no plan
-//! speaks of it.
+//! [`crate::reconcile::plan`] writes the operations in an order of which any prefix is safe. [`crate::bpf`] carries
+//! them out on kernel maps, [`crate::reconcile::sim`] on ordered maps. `FILTER` follows from the other maps, so
+//! stores maintain it themselves, and no plan mentions it.
 
 use proxy_common::abi::{
     Backend, BackendState, FILTER_WORDS, FilterBit, FrontendKey, FrontendKind, FrontendValue, Service,
@@ -14,15 +14,16 @@ use proxy_common::be::Be16;
 /// One write to one map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// `NAMES`: says what an id stands for, or forgets it. Who gets an id starts with `SERVICE_COUNTERS` at zero.
+    /// `NAMES`: assigns a name to a service id (`Some`), or removes the name. The owner of an id starts with
+    /// `SERVICE_COUNTERS` at zero.
     Name(u32, Option<Box<ServiceName>>),
     /// `BACKENDS`: a whole element, at an id that nothing refers to.
     Backend(u32, Backend),
     /// `BACKENDS`: the state word of an element in use.
     BackendState(u32, BackendState),
-    /// `SLOTS`: backend ids from a base on, in a range that nothing refers to.
+    /// `SLOTS`: backend ids, beginning at a base, in a range that nothing refers to.
     Slots(u32, Vec<u32>),
-    /// `SERVICES`: the words of one element, each flipped by one store.
+    /// `SERVICES`: the words of one element; each word is flipped by one store.
     Service(u32, Service),
     /// `SOURCE_RANGES`: adds or removes a prefix from which a Service may be reached.
     SourceRange(u32, Prefix, bool),
@@ -34,7 +35,7 @@ pub enum Op {
     ServiceCidr(Prefix, bool),
     /// `POD_SOURCES`: adds or removes.
     PodSource(Prefix, bool),
-    /// `OPT_OUT`: adds a cgroup with what is left alone of it (`Some`), or removes it.
+    /// `OPT_OUT`: adds a cgroup with the part of it that the socket edge leaves alone (`Some`), or removes it.
     OptOut(u64, Option<u32>),
     /// `SANDBOXES`: adds a network namespace with the cgroup of its pod (`Some`), or removes it.
     Sandbox(u64, Option<u64>),
@@ -43,7 +44,7 @@ pub enum Op {
 }
 
 impl Op {
-    /// The map that it writes to.
+    /// Returns the name of the map that the operation writes to.
     pub const fn map(&self) -> &'static str {
         match self {
             Self::Name(..) => "NAMES",
@@ -62,7 +63,7 @@ impl Op {
     }
 }
 
-/// Why an operation failed.
+/// Reason why an operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The kernel refused a map operation.
@@ -70,7 +71,7 @@ pub enum StoreError {
     Map {
         /// Name of the map.
         map: &'static str,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: std::io::Error,
     },
     /// An index lies outside the mapped array: the plan and the map disagree about its size.
@@ -85,7 +86,7 @@ pub enum StoreError {
     },
 }
 
-/// Carries operations out, one by one, in order.
+/// A store that carries operations out, one by one, in order.
 pub trait MapStore {
     /// Carries out one operation.
     ///
@@ -95,7 +96,7 @@ pub trait MapStore {
     fn apply(&mut self, op: &Op) -> Result<(), StoreError>;
 }
 
-/// The bits of `FILTER` that have to be set before `op` is carried out.
+/// Returns the bits of `FILTER` that have to be set before `op` is carried out.
 pub fn filter_bits(op: &Op) -> Vec<FilterBit> {
     match op {
         Op::Frontend(key, Some(_)) => frontend_bits(key).collect(),
@@ -117,7 +118,7 @@ pub fn filter_bits(op: &Op) -> Vec<FilterBit> {
     }
 }
 
-/// `FILTER` as it has to be, without any stale bit.
+/// Returns the words that `FILTER` must have, without any stale bit.
 pub fn filter_words(contents: &Contents) -> Vec<u64> {
     let frontends = contents.frontends.iter().flat_map(|(key, _)| frontend_bits(key));
     let addresses = contents.local_addresses.iter().filter_map(|(addr, bits)| address_bit(addr, *bits));
@@ -133,25 +134,27 @@ pub fn filter_words(contents: &Contents) -> Vec<u64> {
     words
 }
 
-/// Answers come from backends, and what is sent to one of them past its Service goes to its port.
+/// Returns the bits of a backend: its address for replies, and its port for requests that reach it past its Service.
 pub fn backend_bits(addr: &Addr, port: Be16) -> [FilterBit; 2] {
     [FilterBit::of_backend(addr), FilterBit::of_backend_port(port)]
 }
 
-/// nodePorts are found by the addresses that serve them. Of what leaves, the port tells quickly that a datagram does not come from
-/// a frontend.
+/// Returns the bits of a frontend. A nodePort has no address bit, because its lookup goes by the addresses that serve
+/// nodePorts. The port bit of a UDP or SCTP frontend tells quickly whether an outgoing datagram may come from a
+/// frontend.
 fn frontend_bits(key: &FrontendKey) -> impl Iterator<Item = FilterBit> {
     let address = (key.kind != FrontendKind::NodePort as u8).then(|| FilterBit::of_address(&key.addr));
     let port = matches!(key.proto, proto::UDP | proto::SCTP).then(|| FilterBit::of_port(key.proto, key.port));
     address.into_iter().chain(port)
 }
 
-/// Every address of this host may be the source of packets to other nodes, so answers may come to it.
+/// Returns the bit of an address of this host. Any such address may be the source of packets to other nodes, so
+/// replies may be sent to it.
 fn address_bit(addr: &Addr, bits: u32) -> Option<FilterBit> {
     (bits != 0 && !addr.is_loopback()).then(|| FilterBit::of_address(addr))
 }
 
-/// Sizes of the maps whose numbers the agent gives out.
+/// Sizes of the maps whose numbers the agent allocates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
     /// Elements of `FRONTENDS`.
@@ -167,7 +170,7 @@ pub struct Capacity {
 }
 
 impl Capacity {
-    /// Whether nothing of this is larger than in `other`.
+    /// Returns whether no size is larger than in `other`.
     pub const fn fits_into(&self, other: Self) -> bool {
         self.frontends <= other.frontends
             && self.services <= other.services
@@ -177,7 +180,7 @@ impl Capacity {
     }
 }
 
-/// What the maps hold, read back from them.
+/// Contents of the maps, read back from them.
 #[derive(Clone, Debug, Default)]
 pub struct Contents {
     /// `NAMES`.
@@ -207,7 +210,8 @@ pub struct Contents {
 }
 
 impl Contents {
-    /// Writes each element of the maps whose size follows the cluster. In no order that anybody could be served in.
+    /// Returns the writes of all elements of the maps whose size follows the cluster. Their order is not safe for
+    /// maps in use.
     pub fn elements(&self) -> impl Iterator<Item = Op> {
         let names = self.names.iter().map(|(id, name)| Op::Name(*id, Some(Box::new(*name))));
         let used = |backend: &&Backend| **backend != Backend::default();

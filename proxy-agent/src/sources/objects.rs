@@ -1,8 +1,8 @@
-//! Kubernetes objects, as far as they are read.
+//! Kubernetes objects, reduced to the fields that are read.
 //!
-//! A field that nobody here reads is skipped, whatever it holds: it can make no object unusable, and costs neither memory nor code.
-//! Of what is read, null is absent, also in lists. The fields are those of the API by name and meaning (Kubernetes 1.36), and so are
-//! their defaults.
+//! A field that the agent does not read is skipped, whatever its value: it cannot make an object unusable, and it costs
+//! neither memory nor code. In fields that are read, null counts as absent, also in lists. Fields have the names,
+//! meanings and defaults of the API (Kubernetes 1.36).
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Number, Value};
 
-/// Implements what a client of the API asks of a kind.
+/// Implements the traits that the API client requires of a kind.
 macro_rules! kind {
     ($object:ident, $kind:literal, $group:literal, $version:literal, $api_version:literal, $plural:literal, $scope:ident) => {
         impl Resource for $object {
@@ -82,7 +82,7 @@ fields! {
         spec: Option<ServiceSpec>,
         status: Option<ServiceStatus>,
     }
-    /// What a Service should be.
+    /// Desired state of a Service.
     ServiceSpec {
         #[serde(rename = "type")]
         type_: Option<String>,
@@ -124,11 +124,11 @@ fields! {
         #[serde(deserialize_with = "integer")]
         timeout_seconds: Option<i32>,
     }
-    /// What a Service is.
+    /// Observed state of a Service.
     ServiceStatus {
         load_balancer: Option<LoadBalancerStatus>,
     }
-    /// What a load balancer has been given.
+    /// Addresses assigned to a load balancer.
     LoadBalancerStatus {
         #[serde(deserialize_with = "list")]
         ingress: Vec<LoadBalancerIngress>,
@@ -170,7 +170,7 @@ fields! {
         serving: Option<bool>,
         terminating: Option<bool>,
     }
-    /// For whom an endpoint is meant.
+    /// Topology hints: zones and nodes that an endpoint is meant for.
     EndpointHints {
         #[serde(deserialize_with = "list")]
         for_zones: Vec<Named>,
@@ -182,7 +182,7 @@ fields! {
         name: Option<String>,
     }
 
-    /// Endpoints, older than slices.
+    /// An Endpoints object, the predecessor of EndpointSlices.
     Endpoints {
         #[serde(deserialize_with = "meta")]
         metadata: ObjectMeta,
@@ -211,7 +211,7 @@ fields! {
         spec: Option<NodeSpec>,
         status: Option<NodeStatus>,
     }
-    /// What a Node should be.
+    /// Desired state of a Node.
     NodeSpec {
         #[serde(rename = "podCIDR")]
         pod_cidr: Option<String>,
@@ -220,11 +220,11 @@ fields! {
         #[serde(deserialize_with = "list")]
         taints: Vec<Taint>,
     }
-    /// What keeps pods away from a Node.
+    /// A taint, which keeps pods away from a Node.
     Taint {
         key: Option<String>,
     }
-    /// What a Node is.
+    /// Observed state of a Node.
     NodeStatus {
         #[serde(deserialize_with = "list")]
         addresses: Vec<NodeAddress>,
@@ -242,7 +242,7 @@ fields! {
         metadata: ObjectMeta,
         spec: Option<ServiceCidrSpec>,
     }
-    /// What a ServiceCIDR should be.
+    /// Desired state of a ServiceCIDR.
     ServiceCidrSpec {
         #[serde(deserialize_with = "list")]
         cidrs: Vec<String>,
@@ -255,13 +255,13 @@ fields! {
         spec: Option<PodSpec>,
         status: Option<PodStatus>,
     }
-    /// What a Pod should be.
+    /// Desired state of a Pod.
     PodSpec {
         node_name: Option<String>,
         runtime_class_name: Option<String>,
         host_network: Option<bool>,
     }
-    /// What a Pod is.
+    /// Observed state of a Pod.
     PodStatus {
         phase: Option<String>,
         #[serde(rename = "podIP")]
@@ -278,7 +278,7 @@ fields! {
         ip: Option<String>,
     }
 
-    /// What a Service asks of the control plane. Only directories of manifests have none.
+    /// Fields of a Service that a control plane acts on. Read only from manifests, where there is no control plane.
     ServiceRequest {
         spec: Option<ServiceRequestSpec>,
     }
@@ -292,13 +292,13 @@ fields! {
         publish_not_ready_addresses: Option<bool>,
         traffic_distribution: Option<String>,
     }
-    /// Which port of a Pod a port of a Service is.
+    /// Port of a Pod that a port of a Service leads to.
     PortRequest {
         name: Option<String>,
         protocol: Option<String>,
         target_port: Option<TargetPort>,
     }
-    /// What slices are made of, beside what [`Pod`] has.
+    /// Fields of a Pod that slices are made from, in addition to those of [`Pod`].
     PodDetails {
         spec: Option<PodDetailsSpec>,
         status: Option<PodDetailsStatus>,
@@ -328,23 +328,23 @@ fields! {
         #[serde(deserialize_with = "list")]
         conditions: Vec<Condition>,
     }
-    /// One fact of that state.
+    /// A condition of a Pod.
     Condition {
         #[serde(rename = "type")]
         type_: Option<String>,
         status: Option<String>,
     }
-    /// A Deployment, or something else that makes Pods of a template.
+    /// A Deployment, or an object of another kind that creates Pods from a template.
     Workload {
         #[serde(deserialize_with = "meta")]
         metadata: ObjectMeta,
         spec: Option<WorkloadSpec>,
     }
-    /// What it should be.
+    /// Desired state of a workload.
     WorkloadSpec {
         template: Option<PodTemplate>,
     }
-    /// What its Pods are like.
+    /// Template of a workload's Pods.
     PodTemplate {
         #[serde(deserialize_with = "meta")]
         metadata: ObjectMeta,
@@ -366,9 +366,9 @@ fields! {
 /// A port of a Pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetPort {
-    /// By its number.
+    /// Number of the port.
     Number(i32),
-    /// By its name in the Pod.
+    /// Name of the port in the Pod.
     Name(String),
 }
 
@@ -387,13 +387,13 @@ impl<'de> Deserialize<'de> for TargetPort {
     }
 }
 
-/// A value, if it is of its type. Whatever else it is, it is not there.
+/// A value of the expected type, or nothing. A value of any other type counts as absent.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
 pub enum Maybe<T> {
-    /// It is.
+    /// Value of the expected type.
     Is(T),
-    /// It is not.
+    /// Value of another type.
     IsNot(IgnoredAny),
 }
 
@@ -429,13 +429,13 @@ fn meta<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Err
     })
 }
 
-/// A list without its nulls.
+/// Deserializes a list and drops its nulls.
 fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
     let values = Option::<Vec<Option<T>>>::deserialize(deserializer)?;
     Ok(values.into_iter().flatten().flatten().collect())
 }
 
-/// A whole number, also if it is written as `80.0`. (A float holds all of 32 bits.)
+/// Deserializes a whole number, also if it is written as `80.0`. (A float of 64 bits holds every integer of 32 bits.)
 fn integer<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<i32>, D::Error> {
     let Some(number) = Option::<Number>::deserialize(deserializer)? else { return Ok(None) };
     let value = number.as_f64().unwrap_or(f64::NAN);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::reconcile::cluster::Hints;
 
-/// How many values are kept before the unused ones are looked for.
+/// Number of values in a pool at which unused values are removed.
 const SWEEP_AT: usize = 1024;
 
 /// Pools of shared values.
@@ -16,12 +16,12 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    /// The shared copy of `text`.
+    /// Returns the shared copy of `text`.
     pub(super) fn string(&mut self, text: &str) -> Arc<str> {
         self.strings.get(text, |text| Arc::from(text))
     }
 
-    /// The shared copy of `hints`.
+    /// Returns the shared copy of `hints`.
     pub(super) fn hints(&mut self, hints: Hints) -> Arc<Hints> {
         self.hints.get(&hints, |hints| Arc::new(hints.clone()))
     }

@@ -1,8 +1,8 @@
-//! Text as editors write it.
+//! Decoding of text files: UTF-8, with or without a byte order mark, and UTF-16 with one.
 
 use std::borrow::Cow;
 
-/// The text without a byte order mark, which may say that it is UTF-16.
+/// Returns the text as UTF-8 without its byte order mark. Text is UTF-16 if its byte order mark says so.
 pub(super) fn in_utf8(text: &[u8]) -> Cow<'_, [u8]> {
     let (rest, order): (_, fn([u8; 2]) -> u16) = match text {
         [0xef, 0xbb, 0xbf, rest @ ..] => return rest.into(),
@@ -26,7 +26,7 @@ mod tests {
             (b"\xef\xbb\xbfa", "a"),
             (b"\xff\xfea\0b\0", "ab"),
             (b"\xfe\xff\0a\0b", "ab"),
-            // Half of a character is none.
+            // An incomplete last unit of UTF-16 is dropped.
             (b"\xff\xfea\0b", "a"),
             (b"\xfe\xff\0", ""),
             (b"\xff\xfe\0\xd8", "\u{fffd}"),

@@ -1,14 +1,15 @@
-//! `AFFINITY` and `NEW_AFFINITY`: LRU hashes, which backend a client of a Service port had last (`sessionAffinity: ClientIP`).
-//! Clients of packets, whose addresses anybody can write, are in the second one until they have gone on after an answer.
+//! `AFFINITY` and `NEW_AFFINITY`: LRU hashes of the backend that each client of a Service port had last
+//! (`sessionAffinity: ClientIP`). Clients known from packets are in `NEW_AFFINITY` until they have gone on after a
+//! reply, because anybody can write their addresses into a packet.
 //!
-//! Written and read by the edges only. An entry proves nothing by itself: it counts when epoch and generation
-//! match and the backend is in the set chosen for this connection.
+//! Written and read by the edges only. An entry proves nothing by itself: it is used only if epoch and generation match
+//! and the backend is in the set chosen for this connection.
 
 use bytemuck::{Pod, Zeroable};
 
 use crate::addr::Addr;
 
-/// Key of both.
+/// Key of both maps.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
 pub struct AffinityKey {
@@ -19,8 +20,8 @@ pub struct AffinityKey {
 }
 
 impl AffinityKey {
-    /// A network namespace as a client: a pod, or the host. The bytes lie in `100::/64`, the discard prefix
-    /// (RFC 6666), so they are never an address.
+    /// Returns the address that stands for a network namespace (a pod, or the host) as a client. It lies in `100::/64`,
+    /// the discard prefix (RFC 6666), so it is never a real client's address.
     #[inline(always)]
     pub const fn netns_client(cookie: u64) -> Addr {
         let [a, b, c, d, e, f, g, h] = cookie.to_be_bytes();
@@ -28,19 +29,19 @@ impl AffinityKey {
     }
 }
 
-/// Value of both.
+/// Value of both maps.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct AffinityValue {
     /// Backend id.
     pub backend: u32,
-    /// The backend's generation when it was remembered.
+    /// The backend's generation when the entry was written.
     pub generation: u32,
-    /// The Service port's affinity epoch when it was remembered.
+    /// The Service port's affinity epoch when the entry was written.
     pub epoch: u32,
     /// Zero.
     pub pad: u32,
-    /// When the client last connected: nanoseconds of the monotonic clock.
+    /// Time of the client's last connection: nanoseconds of the monotonic clock.
     pub last_seen: u64,
 }
 

@@ -1,4 +1,4 @@
-//! `BACKENDS`: mmapable array, id to one endpoint of one Service port. Id 0 is never used.
+//! `BACKENDS`: mmapable array, from id to one endpoint of one Service port. Id 0 is never used.
 //!
 //! `addr`, `port` and `service` never change while the id is published; `state` is one aligned word.
 
@@ -12,15 +12,15 @@ use crate::{addr::Addr, be::Be16};
 pub struct BackendState {
     /// Bits of [`flags`].
     pub flags: u32,
-    /// Grows each time the id is given out anew and each time the endpoint enters a set again.
+    /// Number that grows each time the id is given out anew and each time the endpoint enters a set again.
     pub generation: u32,
 }
 
 /// Bits of [`BackendState::flags`].
 pub mod flags {
-    /// In the cluster set of its Service port.
+    /// The endpoint is in the cluster set of its Service port.
     pub const IN_CLUSTER: u32 = 1 << 0;
-    /// In the local set of its Service port.
+    /// The endpoint is in the local set of its Service port.
     pub const IN_LOCAL: u32 = 1 << 1;
     /// The endpoint is serving: UDP flows to it may go on.
     pub const SERVING: u32 = 1 << 2;
@@ -32,13 +32,13 @@ pub mod flags {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Backend {
-    /// Where the endpoint listens.
+    /// Address of the endpoint.
     pub addr: Addr,
-    /// Its port.
+    /// Port of the endpoint.
     pub port: Be16,
     /// Zero.
     pub pad: [u8; 2],
-    /// The Service port it belongs to; 0 for a free id.
+    /// Id of the Service port that the endpoint belongs to; 0 for a free id.
     pub service: u32,
     /// Flags and generation.
     pub state: BackendState,

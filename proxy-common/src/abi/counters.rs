@@ -1,6 +1,6 @@
 //! `COUNTERS`: per-CPU array, one `u64` per [`Counter`]. Written by the edges, read by the agent and bpftool.
 
-/// What the datapath counts.
+/// Events that the datapath counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Counter {
@@ -8,59 +8,60 @@ pub enum Counter {
     Connected = 0,
     /// Datagram from an unconnected socket to a frontend, translated.
     Datagram = 1,
-    /// Refused: the frontend has no usable endpoint anywhere.
+    /// Refused: the frontend has no usable endpoint on any node.
     RejectNoEndpoint = 2,
-    /// Refused: no such port on an active clusterIP.
+    /// Refused: an active clusterIP has no such port.
     RejectUnusedPort = 3,
-    /// Dropped: endpoints exist, but none on this node where the policy is Local.
+    /// Dropped: the policy is Local and endpoints exist, but none on this node.
     DropNoLocalEndpoint = 4,
-    /// Dropped: an address inside a ServiceCIDR that no Service has.
+    /// Dropped: the address is inside a ServiceCIDR, and no Service has it.
     DropInactiveAddress = 5,
     /// Dropped: the source ranges of the frontend exclude the client.
     DropSourceRange = 6,
-    /// Dropped: a map element was being reused twice in a row. Harmless when rare.
+    /// Dropped: a map element was reused during two lookups in a row. Harmless when rare.
     DropRetry = 7,
     /// Failed with ENOBUFS: the socket's record could not be written.
     FailRecord = 8,
     /// A client was sent to the backend that session affinity remembers.
     AffinityHit = 9,
-    /// A remembered backend was not usable any more.
+    /// A remembered backend was no longer usable.
     AffinityStale = 10,
-    /// A UDP flow moved to another backend because its own stopped serving.
+    /// A UDP flow moved to another backend because its former backend stopped serving.
     UdpRepick = 11,
-    /// packet edge: a new flow.
+    /// The packet edge has begun a new flow.
     Flow = 12,
-    /// packet edge: an ICMP error was translated.
+    /// The packet edge has translated an ICMP error.
     IcmpError = 13,
-    /// `FLOWS` is full: a flow stays where a flood may evict it, until there is room.
+    /// `FLOWS` is full: a flow stays in the map where a flood may evict it, until there is room.
     FlowsFull = 14,
     /// Dropped: no room for a new flow, or no free tuple.
     DropFlowTable = 15,
-    /// Dropped, or refused if this host has begun it: a packet would have left for a frontend that nobody has translated.
+    /// Dropped, or refused if this host has begun the flow: a packet to a frontend was about to leave untranslated.
     DropNoFlow = 16,
-    /// Dropped: the device has no address that packets to another node could come from.
+    /// Dropped: the device has no address that packets to another node could have as their source.
     DropNoSource = 17,
     /// Refused: all ports that were tried as a source are taken.
     RejectNoPort = 18,
-    /// Dropped: a fragment that came before its first one, or could not be remembered.
+    /// Dropped: the fragment came before the first one of its packet, or its ports could not be remembered.
     DropFragment = 19,
-    /// Dropped: broken headers, sent to a VIP.
+    /// Dropped: a packet to a VIP has malformed headers.
     DropMalformed = 20,
     /// Dropped: the packet could not be rewritten.
     DropUnwritable = 21,
     /// Dropped: an ICMP redirect about a translated packet.
     DropRedirect = 22,
-    /// Dropped: it came from elsewhere with an address of this host as its source.
+    /// Dropped: the packet has entered the host with an address of this host as its source.
     DropOwnSource = 23,
-    /// connect() to an address of ours, or a datagram for one, that a pod's socket was not told about: the packet edge
-    /// serves or judges what follows.
+    /// connect() to an address of ours, or a datagram for one, that a pod's socket edge left as it was: the packet edge
+    /// serves or judges the packets that follow.
     LeftToPackets = 24,
-    /// Dropped: by the kernel's routes its source is behind another pod's interface than the one that it came through.
+    /// Dropped: by the kernel's routes, the packet's source is behind another pod's interface than the one that the
+    /// packet came through.
     DropForeignSource = 25,
 }
 
 impl Counter {
-    /// Every counter, in index order.
+    /// All counters, in index order.
     pub const ALL: [Self; 26] = [
         Self::Connected,
         Self::Datagram,
@@ -90,7 +91,7 @@ impl Counter {
         Self::DropForeignSource,
     ];
 
-    /// Name in metrics and `status`.
+    /// Returns the name in metrics and `status`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Connected => "connected",

@@ -1,4 +1,4 @@
-//! `DEVICES`: what the packet edge must know of the device it runs on. Written by the agent.
+//! `DEVICES`: facts that the packet edge needs about the device that it runs on. Written by the agent.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -10,7 +10,7 @@ use crate::addr::Addr;
 pub struct Device {
     /// Source for IPv4 packets to other nodes' pods through this device; zero for none.
     pub snat_v4: Addr,
-    /// The same for IPv6.
+    /// Source for IPv6 packets to other nodes' pods through this device; zero for none.
     pub snat_v6: Addr,
     /// Bits of [`flags`].
     pub flags: u32,
@@ -18,11 +18,13 @@ pub struct Device {
 
 /// Bits of [`Device::flags`].
 pub mod flags {
-    /// Packets from here are local pod traffic, whatever their source (detect-local by interface).
+    /// Packets that enter here are local pod traffic, whatever their source (detect-local by interface).
     pub const NEAR: u32 = 1 << 0;
-    /// The host's side of a pod's interface: whom the kernel's routes lead to by it is that pod.
+    /// The device is the host's side of a pod's interface: an address that the kernel routes to this device is that
+    /// pod's.
     pub const POD: u32 = 1 << 1;
-    /// The network stack sees packets of this node's pods enter through it: it is the bridge of their interfaces.
+    /// The device is the bridge of the interfaces of this node's pods: the network stack sees their packets enter
+    /// through it.
     pub const POD_BRIDGE: u32 = 1 << 2;
 }
 
@@ -30,11 +32,11 @@ pub mod flags {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
 pub struct SourceRangeKey {
-    /// Bits that count: 32 for the service and those of the prefix in the 128-bit form.
+    /// Number of bits that are compared: 32 for the service, and those of the prefix in the 128-bit form.
     pub len: u32,
     /// Service id.
     pub service: u32,
-    /// The first address of the prefix.
+    /// First address of the prefix.
     pub addr: Addr,
 }
 

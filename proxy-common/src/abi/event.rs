@@ -1,40 +1,40 @@
-//! `EVENTS`, a ring buffer: what the datapath decides, told to whoever watches. `TRACE`, an mmapable array with one
-//! element: whether somebody does.
+//! `EVENTS`, a ring buffer: decisions of the datapath, for a process that watches. `TRACE`, an mmapable array with one
+//! element: whether a process watches.
 //!
-//! `proxy-agent monitor` writes `TRACE` and reads `EVENTS`; the datapath does the opposite. A full ring buffer loses
-//! events and nothing else.
+//! `proxy-agent monitor` writes `TRACE` and reads `EVENTS`; the datapath reads `TRACE` and writes `EVENTS`. A full ring
+//! buffer loses events and nothing else.
 
 use bytemuck::{Pod, Zeroable};
 
 use crate::addr::Addr;
 use crate::be::Be16;
 
-/// What somebody wants to be told of. The only element of `TRACE`.
+/// Events that the watching process wants. The only element of `TRACE`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Trace {
-    /// Nanoseconds of the monotonic clock until which events are wanted: whoever watches prolongs it, and dies without
-    /// leaving it on. 0 for nobody.
+    /// Time until which events are wanted, in nanoseconds of the monotonic clock; 0 if no process watches. The watching
+    /// process prolongs it again and again, so that tracing ends when the process dies.
     pub until: u64,
-    /// Service id; 0 for every one, and what belongs to none.
+    /// Service id; 0 for events of every Service and of none.
     pub service: u32,
-    /// One in so many packets of flows that go on; 0 for none of them.
+    /// Sampling of packets of flows that go on: one event for this many packets on average; 0 for none.
     pub sample: u32,
 }
 
-/// One decision.
+/// One decision of the datapath.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Event {
-    /// Nanoseconds of the monotonic clock.
+    /// Time in nanoseconds of the monotonic clock.
     pub time: u64,
     /// Source of the packet; zero at sockets.
     pub source: Addr,
-    /// Destination of the packet, or what the application asked for.
+    /// Destination of the packet, or address that the application asked for.
     pub destination: Addr,
-    /// Source of the packet afterwards; zero at sockets.
+    /// Source of the packet after translation; zero at sockets.
     pub new_source: Addr,
-    /// Destination of the packet afterwards, or what the socket is connected to: zero if to nothing of ours.
+    /// Destination of the packet after translation, or address that the socket was led to: zero if it was led to none.
     pub new_destination: Addr,
     /// Port of `source`.
     pub source_port: Be16,
@@ -44,7 +44,7 @@ pub struct Event {
     pub new_source_port: Be16,
     /// Port of `new_destination`.
     pub new_destination_port: Be16,
-    /// Service id; 0 if it belongs to none, or that is not known.
+    /// Service id; 0 if the event belongs to no Service, or if the Service is not known.
     pub service: u32,
     /// Index of the device; 0 at sockets.
     pub ifindex: u32,
@@ -58,16 +58,16 @@ pub struct Event {
     pub pad: [u8; 5],
 }
 
-/// [`Event::what`]: a packet of a flow that goes on is translated.
+/// [`Event::what`] of a packet that is translated in a flow that goes on.
 pub const PACKET: u8 = 255;
 
 /// Values of [`Event::place`].
 pub mod place {
-    /// A socket.
+    /// The decision was made at a socket.
     pub const SOCKET: u8 = 0;
-    /// Into the host.
+    /// The packet enters the host.
     pub const INGRESS: u8 = 1;
-    /// Out of the host.
+    /// The packet leaves the host.
     pub const EGRESS: u8 = 2;
 }
 

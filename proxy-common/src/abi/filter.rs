@@ -1,25 +1,29 @@
-//! `FILTER`: mmapable array of bits, what most packets and sockets need to know: "nothing of ours has this address".
+//! `FILTER`: mmapable array of bits. They tell most packets and sockets all that they need to know: "nothing of ours
+//! has this address".
 //!
-//! Each VIP and each address of this host sets the bit of its address; each ServiceCIDR sets those of its
-//! blocks; each backend one of its own part, and that of its port; each frontend of UDP or SCTP that of its port. The agent sets bits before it writes what they stand for, and clears stale ones only when it compares
-//! everything: a bit too many costs two lookups, a bit too few would lose a connection.
+//! Each VIP and each address of this host sets the bit of its address. Each ServiceCIDR sets the bits of its blocks.
+//! Each backend sets the bit of its address in the part for backends, and the bit of its port. Each frontend of UDP or
+//! SCTP sets the bit of its port.
+//!
+//! The agent sets bits before it writes the entries that they stand for, and clears stale bits only when it compares
+//! everything. A bit too many costs two lookups; a bit too few would lose a connection.
 
 use crate::abi::proto::UDP;
 use crate::addr::{Addr, Family, Prefix};
 use crate::be::Be16;
 
-/// Elements of `FILTER`, 64 bits each: [`BLOCKS`] of IPv4, as many of IPv6, [`ADDRESSES`], [`BACKENDS`], [`PORTS`] of UDP, as many of
-/// SCTP, and of backends.
+/// Number of elements of `FILTER`, 64 bits each: [`BLOCKS`] for IPv4 and as many for IPv6, [`ADDRESSES`], [`BACKENDS`],
+/// and [`PORTS`] for UDP, as many for SCTP and as many for backends.
 pub const FILTER_WORDS: u32 = (2 * BLOCKS + ADDRESSES + BACKENDS + 3 * PORTS) / 64;
 
-/// Bits for the blocks of each family.
+/// Number of bits for the blocks of each family.
 const BLOCKS: u32 = 1 << 16;
-/// Bits for VIPs and addresses of this host.
+/// Number of bits for VIPs and addresses of this host.
 const ADDRESSES: u32 = 1 << 17;
-/// Bits for backends: at 250 000 one address in five is taken for one by mistake.
+/// Number of bits for backends: at 250 000 backends, one address in five is mistaken for a backend's.
 const BACKENDS: u32 = 1 << 20;
 
-/// Bits for the ports of each kind: one each.
+/// Number of bits for the ports of each kind: one bit for each port.
 const PORTS: u32 = 1 << 16;
 
 /// One bit of `FILTER`.
@@ -27,7 +31,7 @@ const PORTS: u32 = 1 << 16;
 pub struct FilterBit {
     /// Index of the element.
     pub word: u32,
-    /// The bit in it.
+    /// The bit in the element.
     pub mask: u64,
 }
 
@@ -37,32 +41,33 @@ impl FilterBit {
         Self { word: bit / 64, mask: 1 << (bit % 64) }
     }
 
-    /// The bit of an address.
+    /// Returns the bit of an address.
     #[inline(always)]
     pub fn of_address(addr: &Addr) -> Self {
         Self::at(2 * BLOCKS + hash(addr) % ADDRESSES)
     }
 
-    /// The bit of a backend's address.
+    /// Returns the bit of a backend's address.
     #[inline(always)]
     pub fn of_backend(addr: &Addr) -> Self {
         Self::at(2 * BLOCKS + ADDRESSES + hash(addr) % BACKENDS)
     }
 
-    /// The bit of a port of UDP or, of any other protocol, SCTP.
+    /// Returns the bit of a frontend's port: in the part for UDP, or in the part for SCTP for any other protocol.
     #[inline(always)]
     pub const fn of_port(proto: u8, port: Be16) -> Self {
         let part = 2 * BLOCKS + ADDRESSES + BACKENDS + if proto == UDP { 0 } else { PORTS };
         Self::at(part + port.get() as u32)
     }
 
-    /// The bit of a backend's port, whatever its protocol.
+    /// Returns the bit of a backend's port, whatever its protocol.
     #[inline(always)]
     pub const fn of_backend_port(port: Be16) -> Self {
         Self::at(2 * BLOCKS + ADDRESSES + BACKENDS + 2 * PORTS + port.get() as u32)
     }
 
-    /// The bit of the block that an address lies in: an IPv4 /16, or an IPv6 /64 (which share bits by chance).
+    /// Returns the bit of the block that an address lies in: an IPv4 /16, or an IPv6 /64 (IPv6 blocks share bits by
+    /// chance).
     #[inline(always)]
     pub fn of_block(addr: &Addr) -> Self {
         match addr.family() {
@@ -77,7 +82,7 @@ impl FilterBit {
         }
     }
 
-    /// The bits of every block that a prefix touches: one for most ServiceCIDRs, 65536 at most.
+    /// Returns the bits of every block that a prefix touches: one for most ServiceCIDRs, 65536 at most.
     pub fn of_prefix(prefix: Prefix) -> impl Iterator<Item = Self> {
         let (first, last) = match prefix.addr().family() {
             Family::V4 => {
@@ -86,7 +91,7 @@ impl FilterBit {
                 let blocks = 1_u32 << 112_u8.saturating_sub(prefix.mapped_len()).min(16);
                 (first, first + blocks - 1)
             }
-            // Shorter than a block: any of them.
+            // Such a prefix is shorter than a block, and its blocks can have any bit.
             Family::V6 if prefix.mapped_len() < 64 => (BLOCKS, 2 * BLOCKS - 1),
             Family::V6 => {
                 let Self { word, mask } = Self::of_block(&prefix.addr());
@@ -107,10 +112,10 @@ fn hash(addr: &Addr) -> u32 {
     mix(high.wrapping_mul(ODD) ^ low)
 }
 
-/// 24 bits on which every bit of the input has an influence.
+/// Returns 24 bits that each depend on every bit of the input.
 #[inline(always)]
 const fn mix(value: u64) -> u32 {
-    // One product alone would lay neighbours out in a lattice, which meets that of other neighbours.
+    // One product alone would map neighbours to a lattice, which coincides with the lattice of other neighbours.
     let folded = (value ^ (value >> 32)).wrapping_mul(ODD);
     ((folded ^ (folded >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 40) as u32
 }

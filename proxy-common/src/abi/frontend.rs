@@ -1,21 +1,23 @@
-//! `FRONTENDS`: where a Service can be reached. Hash of [`FrontendKey`] to [`FrontendValue`], one aligned word.
+//! `FRONTENDS`: addresses and ports at which Services can be reached. Hash of [`FrontendKey`] to [`FrontendValue`], one
+//! aligned word.
 //!
-//! Written by the agent, read by every edge. A value never changes in place: the kernel's hash reuses elements
-//! without waiting for readers, so a reader may see the value of another key. It notices by the check bits.
+//! Written by the agent, read by every edge. A value never changes in place. The kernel's hash reuses elements without
+//! waiting for readers, so a reader may see the value of another key. The check bits tell the reader.
 
 use bytemuck::{Pod, Zeroable};
 
 use crate::{addr::Addr, be::Be16};
 
-/// What kind of frontend a key names.
+/// Kind of frontend that a key names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum FrontendKind {
     /// A clusterIP, externalIP or load-balancer address with its port.
     Exact = 1,
-    /// A nodePort on whichever address `LOCAL_ADDRESSES` marks; `addr` is zero.
+    /// A nodePort on every address that `LOCAL_ADDRESSES` marks for nodePorts; `addr` is the unspecified address of the
+    /// family.
     NodePort = 2,
-    /// An active clusterIP with any port and protocol: what no exact frontend claims is refused there.
+    /// An active clusterIP with any port and protocol: connections that match no exact frontend are refused there.
     Address = 3,
 }
 
@@ -23,7 +25,7 @@ pub enum FrontendKind {
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
 pub struct FrontendKey {
-    /// The VIP; zero for [`FrontendKind::NodePort`].
+    /// The VIP; the unspecified address of the family for [`FrontendKind::NodePort`].
     pub addr: Addr,
     /// The port; zero for [`FrontendKind::Address`].
     pub port: Be16,
@@ -36,26 +38,26 @@ pub struct FrontendKey {
 const _: () = assert!(size_of::<FrontendKey>() == 20);
 
 impl FrontendKey {
-    /// The key of a clusterIP, externalIP or load-balancer address.
+    /// Returns the key of a clusterIP, externalIP or load-balancer address.
     #[inline(always)]
     pub const fn exact(addr: Addr, port: Be16, proto: u8) -> Self {
         Self { addr, port, proto, kind: FrontendKind::Exact as u8 }
     }
 
-    /// The key of a nodePort. `family` makes the IPv4 and the IPv6 Service port distinct: the address is the
-    /// unspecified one of the family.
+    /// Returns the key of a nodePort. `any` is the unspecified address of the family: it keeps the IPv4 and the IPv6
+    /// Service port apart.
     #[inline(always)]
     pub const fn node_port(any: Addr, port: Be16, proto: u8) -> Self {
         Self { addr: any, port, proto, kind: FrontendKind::NodePort as u8 }
     }
 
-    /// The key of an active clusterIP.
+    /// Returns the key of an active clusterIP.
     #[inline(always)]
     pub const fn address(addr: Addr) -> Self {
         Self { addr, port: Be16 { bytes: [0; 2] }, proto: 0, kind: FrontendKind::Address as u8 }
     }
 
-    /// 16 bits that depend on every byte of the key.
+    /// Returns 16 bits that depend on every byte of the key.
     #[inline(always)]
     pub fn check(&self) -> u16 {
         let bytes: &[u8; 20] = bytemuck::cast_ref(self);
@@ -76,14 +78,14 @@ pub struct FrontendValue {
     pub service: u32,
     /// Bits of [`flags`].
     pub flags: u16,
-    /// [`FrontendKey::check`] of the key it was written for.
+    /// [`FrontendKey::check`] of the key that the value was written for.
     pub check: u16,
 }
 
 const _: () = assert!(size_of::<FrontendValue>() == 8);
 
-/// Bits of [`FrontendValue::flags`]. "Local" names the set a client gets: the endpoints of this node, instead of
-/// the cluster's.
+/// Bits of [`FrontendValue::flags`]. The local set of a Service is its endpoints on this node, instead of the
+/// cluster's.
 pub mod flags {
     /// Near clients (the host, and pods where detect-local is configured) get the local set.
     pub const NEAR_LOCAL: u16 = 1 << 0;
@@ -95,24 +97,26 @@ pub mod flags {
     pub const SOURCE_RANGES: u16 = 1 << 3;
     /// Source ranges exclude this host.
     pub const DENY_HOST: u16 = 1 << 4;
-    /// Source ranges do not include every pod, and a socket knows no source yet: pods are not served at their sockets.
+    /// Source ranges do not include every pod. A socket has no source address yet, so pods are not served at their
+    /// sockets.
     pub const DENY_POD: u16 = 1 << 5;
     /// An externalIP, load-balancer address or nodePort, as opposed to a clusterIP.
     pub const EXTERNAL: u16 = 1 << 6;
     /// A load balancer has given the address to the Service. Read by the agent only.
     pub const LOAD_BALANCER: u16 = 1 << 8;
-    /// The agent's own self-test: the socket edge notes the caller's network namespace as the host's.
+    /// Frontend of the agent's own self-test: the socket edge notes the caller's network namespace as the host's.
     pub const PROBE: u16 = 1 << 7;
 }
 
 impl FrontendValue {
-    /// The value to store for `key`.
+    /// Returns the value to store for `key`.
     #[inline(always)]
     pub fn new(key: &FrontendKey, service: u32, flags: u16) -> Self {
         Self { service, flags, check: key.check() }
     }
 
-    /// Whether this value was written for `key`, not for a key whose element was reused under the reader.
+    /// Returns whether this value was written for `key`, and not for another key whose element was reused under the
+    /// reader.
     #[inline(always)]
     pub fn is_for(&self, key: &FrontendKey) -> bool {
         self.check == key.check()

@@ -56,7 +56,7 @@ pub const fn proto_name(proto: u8) -> &'static str {
     }
 }
 
-/// `NODE`: one element, facts about this node that the socket edge needs. Each word is stored and loaded by itself.
+/// `NODE`: one element, facts about this node that the socket edge needs. Each word is stored and loaded separately.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct Node {
@@ -69,27 +69,28 @@ pub struct Node {
 
 /// Bits of [`Node::flags`].
 pub mod node {
-    /// The packet edge is attached to interfaces of pods, so their packets are judged there: what a pod's socket would
-    /// have to be denied in place of silence is left alone.
+    /// The packet edge is attached to interfaces of pods and judges their packets. Where a pod's packets would be
+    /// dropped without an answer, the socket edge therefore leaves the socket alone.
     pub const PODS_IN_PACKETS: u64 = 1 << 0;
-    /// `OPT_OUT` has cgroups of which everything is left alone.
+    /// `OPT_OUT` has cgroups whose sockets are all left alone.
     pub const OPTED_OUT: u64 = 1 << 1;
-    /// A socket cannot be told why it is refused (before 5.18), and what this host sends to a clusterIP leaves by a device with
-    /// programs: the SYN of a process of the host is reset there.
+    /// A socket cannot be given the reason why it is refused (before 5.18), and packets of this host to a clusterIP
+    /// leave by a device with programs. The packet edge resets the SYN of a process of the host there.
     pub const HOST_IN_PACKETS: u64 = 1 << 2;
-    /// `SANDBOXES` has the network namespaces of pods, and `OPT_OUT` the cgroups of their containers.
+    /// `SANDBOXES` has the network namespaces of pods, and `OPT_OUT` has the cgroups of their containers.
     pub const SANDBOXES_KNOWN: u64 = 1 << 3;
 }
 
-/// Values of `OPT_OUT`: what is left alone of the sockets of processes in a cgroup.
+/// Values of `OPT_OUT`: the sockets that are left alone, of processes in a cgroup.
 pub mod opt_out {
-    /// All of them.
+    /// All sockets.
     pub const EVERYTHING: u32 = 1;
-    /// Those of network namespaces that are no pod's: that of this cgroup's pod is known, so they are inside it.
+    /// Sockets in network namespaces that are no pod's. The namespace of this cgroup's pod is known, so such a
+    /// namespace is inside the pod.
     pub const INSIDE: u32 = 2;
 }
 
-/// What the packet edge has done for one Service port, on one CPU: value of `SERVICE_COUNTERS`, by service id.
+/// Work of the packet edge for one Service port, on one CPU: value of `SERVICE_COUNTERS`, by service id.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct ServiceCounters {
@@ -97,11 +98,11 @@ pub struct ServiceCounters {
     pub connections: u64,
     /// Packets from clients.
     pub request_packets: u64,
-    /// Their bytes, with IP headers.
+    /// Bytes of `request_packets`, with IP headers.
     pub request_bytes: u64,
     /// Packets from backends.
     pub reply_packets: u64,
-    /// Their bytes, with IP headers.
+    /// Bytes of `reply_packets`, with IP headers.
     pub reply_bytes: u64,
 }
 
@@ -111,7 +112,7 @@ pub struct ServiceCounters {
 pub struct PrefixKey {
     /// Bits of `addr` that count, in the 128-bit form (an IPv4 /16 is 112).
     pub len: u32,
-    /// The first address of the prefix.
+    /// First address of the prefix.
     pub addr: crate::addr::Addr,
 }
 

@@ -1,14 +1,13 @@
-//! `SERVICES`, `SLOTS` and `NAMES`: what a Service port is, in each family.
+//! `SERVICES`, `SLOTS` and `NAMES`: the Service ports, each in one family.
 //!
-//! `SERVICES` is an mmapable array. The agent writes each 64-bit word of an element with one aligned release
-//! store; a reader loads each word once. Nothing in it is ever half old and half new.
+//! `SERVICES` is an mmapable array. The agent writes each 64-bit word of an element with one aligned release store; a
+//! reader loads each word once. No word is ever half old and half new.
 
 use bytemuck::{Pod, Zeroable};
 
 /// A range of `SLOTS`; loaded and stored as one aligned 64-bit word.
 ///
-/// With `len` 0 the range is empty and `base` holds the verdict for that: [`SlotRange::REJECT`] or
-/// [`SlotRange::DROP`].
+/// A range with `len` 0 is empty, and `base` holds the verdict: [`SlotRange::REJECT`] or [`SlotRange::DROP`].
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct SlotRange {
@@ -19,12 +18,12 @@ pub struct SlotRange {
 }
 
 impl SlotRange {
-    /// Empty: the client is refused.
+    /// Empty range: the client is refused.
     pub const REJECT: Self = Self { base: 1, len: 0 };
-    /// Empty: the client hears nothing.
+    /// Empty range: the client's packets are dropped without an answer.
     pub const DROP: Self = Self { base: 2, len: 0 };
 
-    /// Whether there is no slot.
+    /// Returns whether there is no slot.
     #[inline(always)]
     pub const fn is_empty(self) -> bool {
         self.len == 0
@@ -35,9 +34,9 @@ impl SlotRange {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct Affinity {
-    /// How long a client is remembered after its last connection; 0 for no affinity.
+    /// Time for which a client is remembered after its last connection; 0 for no affinity.
     pub seconds: u32,
-    /// Entries of another epoch do not count: a new epoch forgets every client.
+    /// Epoch of valid entries. Entries of another epoch are ignored, so a new epoch forgets every client.
     pub epoch: u32,
 }
 
@@ -45,7 +44,7 @@ pub struct Affinity {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Service {
-    /// The cluster-wide set.
+    /// The set of the endpoints of the whole cluster.
     pub cluster: SlotRange,
     /// The set of this node's endpoints.
     pub local: SlotRange,
@@ -58,7 +57,7 @@ const _: () = assert!(size_of::<Service>() == 24);
 /// Longest namespace, Service name or port name (RFC 1123 label).
 pub const NAME_LEN: usize = 63;
 
-/// Value of `NAMES`: what a service id stands for. Strings are NUL-padded.
+/// Value of `NAMES`: name of the Service port that a service id stands for. Strings are NUL-padded.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct ServiceName {
@@ -70,7 +69,7 @@ pub struct ServiceName {
     pub port_name: [u8; NAME_LEN + 1],
     /// IP protocol number.
     pub proto: u8,
-    /// 4 or 6.
+    /// IP family: 4 or 6.
     pub family: u8,
     /// Zero.
     pub pad: [u8; 2],

@@ -1,11 +1,14 @@
-//! What the socket edge remembers per socket: the address that the application asked for.
+//! Records that the socket edge keeps for each socket: the address that the application asked for.
 //!
-//! `SOCKETS` is socket storage (freed with the socket) for connected sockets, and for the first VIP that an unconnected UDP
-//! socket sends datagrams to: nobody else can evict it. `STREAMS` is an array that takes most stream sockets' records
-//! instead, because storage costs a short connection more than all the rest of connect(). `UDP_FLOWS` is a small LRU hash
-//! for datagrams to further VIPs. All are written and read by the socket edge. The agent reads `SOCKETS` and writes
-//! `ORDERS` by descriptor, to lead connected UDP sockets to where their VIP leads now (sock_diag lists the storage of TCP sockets only), and
-//! frees what closed sockets have left in `STREAMS`.
+//! `SOCKETS` is socket storage (freed with the socket). It is for connected sockets, and for the first VIP that an
+//! unconnected UDP socket sends datagrams to: nobody else can evict such a record. `STREAMS` is an array that takes the
+//! records of most stream sockets instead, because storage costs a short connection more than all the rest of
+//! connect(). `UDP_FLOWS` is a small LRU hash for datagrams to further VIPs. The socket edge writes and reads all
+//! three.
+//!
+//! The agent reads `SOCKETS` and writes `ORDERS` by descriptor, to reconnect connected UDP sockets to the backend that
+//! their VIP leads to now (sock_diag lists the storage of TCP sockets only). The agent also frees what closed sockets
+//! have left in `STREAMS`.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -15,9 +18,9 @@ use crate::{addr::Addr, be::Be16};
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct SocketRecord {
-    /// What the application connected to, or sends datagrams to.
+    /// Address that the application connected to, or sends datagrams to.
     pub vip: Addr,
-    /// Where the socket is connected in truth, or where its datagrams go.
+    /// Address that the socket is actually connected to, or that its datagrams go to.
     pub backend_addr: Addr,
     /// Port of `vip`.
     pub vip_port: Be16,
@@ -32,12 +35,13 @@ pub struct SocketRecord {
 const _: () = assert!(size_of::<SocketRecord>() == 44);
 
 impl SocketRecord {
-    /// The socket sends datagrams to `vip`, and to no other VIP.
+    /// [`SocketRecord::service`] of a socket that sends datagrams to `vip`, and to no other VIP.
     pub const DATAGRAMS: u32 = 0;
-    /// It sends to other VIPs, too: these are in `UDP_FLOWS`, which may also have another VIP that `backend_addr` answers for.
+    /// [`SocketRecord::service`] of a socket that sends datagrams to other VIPs, too. Those VIPs are in `UDP_FLOWS`,
+    /// which may also have another VIP that `backend_addr` answers for.
     pub const MORE_DATAGRAMS: u32 = u32::MAX;
 
-    /// All flows of the socket are in `UDP_FLOWS`.
+    /// Record of a socket whose flows are all in `UDP_FLOWS`.
     pub const ALL_IN_UDP_FLOWS: Self = Self {
         vip: Addr::ZERO,
         backend_addr: Addr::ZERO,
@@ -47,21 +51,21 @@ impl SocketRecord {
         backend: 0,
     };
 
-    /// Whether the socket is connected to `vip`.
+    /// Returns whether the socket is connected to `vip`.
     #[inline(always)]
     pub const fn is_connected(&self) -> bool {
         self.service != Self::DATAGRAMS && self.service != Self::MORE_DATAGRAMS
     }
 }
 
-/// Value of `ORDERS`, socket storage: the agent leads a connected UDP socket to where its VIP leads now. Written and removed by the
-/// agent, by descriptor.
+/// Value of `ORDERS`, socket storage: the agent's order to reconnect a connected UDP socket to the backend that its VIP
+/// leads to now. Written and removed by the agent, by descriptor.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Order {
-    /// What the application connected to.
+    /// Address that the application connected to.
     pub vip: Addr,
-    /// Where the socket is connected: a backend, or `vip` itself.
+    /// Address that the socket is connected to: a backend, or `vip` itself.
     pub peer: Addr,
     /// Port of `vip`.
     pub vip_port: Be16,
@@ -71,52 +75,54 @@ pub struct Order {
 
 const _: () = assert!(size_of::<Order>() == 36);
 
-/// Where the agent connects a socket whose order is to be carried out.
+/// Address and port that the agent connects a socket to, so that the socket edge carries out its order.
 pub mod order {
     use super::{Addr, Be16};
 
-    /// The IPv4 dummy address (RFC 7600): never a real destination. A socket of IPv6 takes it mapped.
+    /// The IPv4 dummy address (RFC 7600): never a real destination. An IPv6 socket takes its IPv4-mapped form.
     pub const ADDRESS: Addr = Addr::v4([192, 0, 0, 8]);
     /// The discard port (RFC 863).
     pub const PORT: Be16 = Be16::new(9);
 }
 
-/// Elements of `STREAMS`, a power of two: small enough to stay in a CPU's cache.
+/// Number of elements of `STREAMS`, a power of two: small enough to stay in a CPU's cache.
 pub const STREAM_SLOTS: u32 = 1 << 14;
 
 /// Element of `STREAMS`: the record of the one open stream socket whose cookie leads here ([`StreamRecord::slot`]).
 ///
-/// Cookies are counted up, so sockets that are open together rarely meet. Who finds the element taken uses `SOCKETS`.
+/// Cookies are counted up, so sockets that are open together rarely share an element. A socket that finds its element
+/// taken uses `SOCKETS`.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct StreamRecord {
     /// Socket cookie; 0 for a free element.
     pub cookie: u64,
-    /// What the socket asked for.
+    /// Record of the socket.
     pub record: SocketRecord,
     /// Zero.
     pub pad: u32,
-    /// Digest of all above: two sockets that take a free element in the same instant leave one of them whole or none.
+    /// Digest of all fields above. If two sockets take a free element in the same instant, at most one of them finds
+    /// its record whole.
     pub check: u64,
 }
 
 const _: () = assert!(size_of::<StreamRecord>() == 64);
 
 impl StreamRecord {
-    /// The element for a socket's record.
+    /// Returns the element for a socket's record.
     #[inline(always)]
     pub fn new(cookie: u64, record: SocketRecord) -> Self {
         let unsealed = Self { cookie, record, pad: 0, check: 0 };
         Self { check: unsealed.digest(), ..unsealed }
     }
 
-    /// Index of the element that a cookie leads to.
+    /// Returns the index of the element that a cookie leads to.
     #[inline(always)]
     pub const fn slot(cookie: u64) -> u32 {
         cookie as u32 & (STREAM_SLOTS - 1)
     }
 
-    /// The record, if it is this socket's and whole.
+    /// Returns the record, if it is this socket's and whole.
     #[inline(always)]
     pub fn of(&self, cookie: u64) -> Option<SocketRecord> {
         (self.cookie == cookie && self.check == self.digest()).then_some(self.record)
@@ -129,7 +135,7 @@ impl StreamRecord {
     }
 }
 
-/// Mixes words. Not for hostile input: who writes the maps needs no collisions.
+/// Mixes words. Not for hostile input: a process that can write the maps needs no collisions.
 #[inline(always)]
 fn digest<const N: usize>(words: &[u64; N]) -> u64 {
     let mut hash = 0x9e37_79b9_7f4a_7c15_u64;
@@ -139,7 +145,7 @@ fn digest<const N: usize>(words: &[u64; N]) -> u64 {
     hash
 }
 
-/// Which way a `UDP_FLOWS` entry translates.
+/// Direction in which a `UDP_FLOWS` entry translates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum FlowDirection {
@@ -150,7 +156,7 @@ pub enum FlowDirection {
 }
 
 /// Key of `UDP_FLOWS`. Addresses are canonical (`::ffff:a.b.c.d`): an IPv4 datagram of an AF_INET6 socket leaves
-/// through sendmsg4 and its answer arrives through recvmsg6.
+/// through sendmsg4 and its reply arrives through recvmsg6.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
 pub struct UdpFlowKey {
@@ -158,7 +164,7 @@ pub struct UdpFlowKey {
     pub cookie: u64,
     /// VIP or backend, by direction.
     pub addr: Addr,
-    /// Its port.
+    /// Port of `addr`.
     pub port: Be16,
     /// A [`FlowDirection`].
     pub direction: u16,
@@ -172,14 +178,14 @@ pub struct UdpFlowKey {
 pub struct UdpFlow {
     /// Backend or VIP, by direction.
     pub addr: Addr,
-    /// Its port.
+    /// Port of `addr`.
     pub port: Be16,
-    /// [`UdpFlow::clock`] of the last datagrams of the flow, to [`REFRESHED`]. 0 in maps of before.
+    /// [`UdpFlow::clock`] of the flow's last datagram, accurate to [`REFRESHED`]. 0 in maps of earlier versions.
     pub used: u16,
     /// Backend id.
     pub backend: u32,
-    /// [`UdpFlow::seal`] of key and value: LRU elements are reused under readers, and a datagram must not go
-    /// to another flow's address.
+    /// [`UdpFlow::seal`] of key and value. LRU elements are reused under readers, and a datagram must not go to another
+    /// flow's address.
     pub check: u64,
 }
 
@@ -188,31 +194,31 @@ const _: () = assert!(size_of::<UdpFlow>() == 32);
 
 /// Age at which an entry of `UDP_FLOWS` that is used gets a new time, in units of [`UdpFlow::clock`]: half a minute.
 pub const REFRESHED: u16 = 3;
-/// Age at which an answer is nobody's any more: two minutes, as connection tracking keeps UDP streams
+/// Age from which a reply belongs to no flow any more: two minutes, as connection tracking keeps UDP streams
 /// (`nf_conntrack_udp_timeout_stream`).
 pub const FORGOTTEN: u16 = 14;
 
 impl UdpFlow {
-    /// The time in units of 2^33 nanoseconds (8.6 seconds), which come round every six days.
+    /// Returns the time in units of 2^33 nanoseconds (8.6 seconds). The result repeats after six days.
     #[inline(always)]
     pub const fn clock(now: u64) -> u16 {
         (now >> 33) as u16
     }
 
-    /// How long ago the flow was used, in units of [`UdpFlow::clock`].
+    /// Returns the time since the flow was used, in units of [`UdpFlow::clock`].
     #[inline(always)]
     pub const fn age(&self, now: u16) -> u16 {
         now.wrapping_sub(self.used)
     }
 
-    /// The value with its `check` filled in for `key`.
+    /// Returns the value with its `check` filled in for `key`.
     #[inline(always)]
     pub fn seal(mut self, key: &UdpFlowKey) -> Self {
         self.check = self.digest(key);
         self
     }
 
-    /// Whether this value was sealed for `key` and is whole.
+    /// Returns whether this value was sealed for `key` and is whole.
     #[inline(always)]
     pub fn is_for(&self, key: &UdpFlowKey) -> bool {
         self.check == self.digest(key)

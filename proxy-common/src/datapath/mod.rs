@@ -1,7 +1,7 @@
 //! Every decision of the proxy, as ordinary Rust: no I/O, no `unsafe`, no kernel.
 //!
-//! In reading order: [`tables`] is what the decisions may look at, [`lookup`] says whose an address is,
-//! [`select`] picks a backend, [`socket`] is the socket edge built from both.
+//! In reading order: [`tables`] is the data that decisions may read and write, [`lookup`] finds the owner of
+//! an address, [`select`] picks a backend, [`socket`] is the socket edge built from both.
 //!
 //! Code here ends up in BPF programs: no panics (indexing, `unwrap`, overflow, division), no unbounded loops, and
 //! `#[inline(always)]` so that one program is one function.

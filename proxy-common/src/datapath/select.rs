@@ -1,4 +1,4 @@
-//! Which backend serves: the set that the client gets, session affinity, and one random pick.
+//! Choice of a backend: the set that the client gets, session affinity, and one random pick.
 
 use super::tables::{Tables, Tier, since};
 use crate::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
@@ -8,7 +8,7 @@ use crate::abi::{
 };
 use crate::addr::Addr;
 
-/// Where a connection comes from, as far as policies care.
+/// Client of a connection, as far as policies distinguish clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Client {
     /// A process in the host's network namespace.
@@ -22,7 +22,8 @@ pub enum Client {
 }
 
 impl Client {
-    /// Flags of a frontend that keep this client from being served at the socket, and that give it the local set.
+    /// Returns the flags of a frontend that keep this client from being served at the socket, and those that
+    /// give it the local set.
     #[inline(always)]
     const fn bits(self) -> (u16, u16) {
         match self {
@@ -33,27 +34,27 @@ impl Client {
         }
     }
 
-    /// Whether anybody could be asking in its name.
+    /// Returns whether anybody could send in the name of this client.
     #[inline(always)]
     const fn may_be_forged(self) -> bool {
         matches!(self, Self::Near | Self::Far)
     }
 }
 
-/// What became of a selection.
+/// Result of a selection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Selection {
-    /// This backend, with its id.
+    /// Backend that was selected, with its id.
     Backend(u32, Backend),
-    /// None, and the client is to be refused.
+    /// No backend: the client is to be refused.
     Reject(Counter),
-    /// None, and the client is to hear nothing.
+    /// No backend: the client is to get no answer.
     Drop(Counter),
 }
 
 /// Picks a backend of `frontend` for a new connection.
 ///
-/// `identity` is what session affinity remembers a client by: its address, or its network namespace at the socket
+/// `identity` stands for the client in session affinity: its address, or its network namespace at the socket
 /// edge ([`AffinityKey::netns_client`]).
 #[inline(always)]
 pub fn select(tables: &impl Tables, frontend: FrontendValue, client: Client, identity: Addr) -> Selection {
@@ -109,8 +110,9 @@ const fn entry(id: u32, backend: &Backend, affinity: Affinity, now: u64) -> Affi
     }
 }
 
-/// Remembers the client of packets for good when it has shown that it is there: with the backend of its flow, if that has not left
-/// its Service, and the Service has session affinity.
+/// Remembers a client of the packet edge in [`Tier::Assured`] when it has shown that it is there. The entry
+/// has the backend of the client's flow. Nothing is remembered if that backend has left its Service, or if
+/// the Service has no session affinity.
 #[inline(never)]
 pub fn remember_assured(tables: &impl Tables, key: &FlowKey, flow: &Flow) {
     if let Some(affinity) = tables.service(flow.service).map(|service| service.affinity)
@@ -126,7 +128,7 @@ pub fn remember_assured(tables: &impl Tables, key: &FlowKey, flow: &Flow) {
     }
 }
 
-/// The backend that the client had last, if that still counts.
+/// Returns the backend that the client had last, if the entry is still valid.
 #[inline(always)]
 fn remembered(
     tables: &impl Tables,
@@ -144,7 +146,8 @@ fn remembered(
     if age >= u64::from(affinity.seconds).wrapping_mul(1_000_000_000) {
         return None;
     }
-    // The entry may be of another key (LRU elements are reused under readers): the backend itself vouches.
+    // The entry may be another key's (LRU elements are reused under readers), so the backend itself is
+    // checked.
     let backend = tables.backend(entry.backend)?;
     if backend.service != key.service
         || backend.state.generation != entry.generation
@@ -156,11 +159,12 @@ fn remembered(
     Some((entry.backend, backend))
 }
 
-/// How many backends [`another`] looks at.
+/// Number of backends that [`another`] looks at.
 const OTHERS: u32 = 4;
 
-/// Looks for a backend that is `wanted` among a few of the client's set, from a random one on: for clients that [`select`] has found
-/// another one for. Returns `None` also if the Service port has session affinity.
+/// Looks for a backend that is `wanted` among a few of the client's set, starting at a random one. It serves
+/// callers that do not want the backend that [`select`] has returned. Returns `None` also if the Service port
+/// has session affinity.
 #[inline(always)]
 pub fn another(
     tables: &impl Tables,
@@ -186,19 +190,20 @@ pub fn another(
     None
 }
 
-/// One random slot of the range.
+/// Returns the backend in a random slot of the range.
 #[inline(always)]
 fn pick(tables: &impl Tables, service: u32, range: SlotRange) -> Selection {
     at(tables, service, range, random_below(tables, range.len))
 }
 
-/// A random number below `len`. A multiply and a shift spread 32 random bits without a division.
+/// Returns a random number below `len`. A multiplication and a shift spread 32 random bits without a
+/// division.
 #[inline(always)]
 fn random_below(tables: &impl Tables, len: u32) -> u32 {
     (u64::from(tables.random()).wrapping_mul(u64::from(len)) >> 32) as u32
 }
 
-/// What a slot of the range holds.
+/// Returns the backend in a slot of the range.
 #[inline(always)]
 fn at(tables: &impl Tables, service: u32, range: SlotRange, offset: u32) -> Selection {
     let Some(id) = tables.slot(range.base.wrapping_add(offset)) else {

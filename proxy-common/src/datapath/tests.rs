@@ -1,5 +1,5 @@
-//! What needs no tables to speak of: reads that race with the agent, and the arithmetic of the pick. What sockets are
-//! told is tested in `proxy-agent`, whose simulator is filled by the agent's own map operations.
+//! Tests that need hardly any tables: reads that race with the agent, and the arithmetic of the pick. The
+//! socket edge is tested in `proxy-agent`, whose simulator is filled by the agent's own map operations.
 
 use core::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -22,10 +22,10 @@ use crate::be::Be16;
 const VIP: Addr = Addr::v4([10, 96, 0, 10]);
 const PORT: Be16 = Be16::new(80);
 
-/// Answers that change between two reads, which no map of a test does by itself.
+/// Tables whose answers change between two reads. No map of a test does that by itself.
 #[derive(Default)]
 struct Racing {
-    /// What the reads of `FRONTENDS` find, one after the other; nothing when they are used up.
+    /// Results of the reads of `FRONTENDS`, one after the other; nothing when they are used up.
     frontends: RefCell<VecDeque<Option<FrontendValue>>>,
     asked: RefCell<Vec<FrontendKey>>,
     local: u32,
@@ -132,7 +132,7 @@ fn a_reused_element_is_read_once_more() {
         (&[Some(own)], Target::Frontend(own), 1),
         (&[Some(other), Some(own)], Target::Frontend(own), 2),
         (&[Some(other), Some(other), Some(own)], Target::Retry, 2),
-        // It was removed between the reads: what follows is asked for as if it had never been there.
+        // The element was removed between the reads: the lookup goes on as if it had never been there.
         (&[Some(other), None], Target::Other, 3),
         (&[None], Target::Other, 2),
     ];
@@ -171,7 +171,7 @@ fn an_active_cluster_ip_comes_before_the_cidr() {
         (Some(any), true, HOST, Target::UnusedPort),
         (Some(any), false, HOST, Target::UnusedPort),
         (None, true, 0, Target::InactiveAddress),
-        // The host has it, so somebody may listen there.
+        // The host has the address, so a process may listen there.
         (None, true, HOST, Target::Other),
         (None, false, HOST, Target::Other),
     ] {
@@ -229,7 +229,7 @@ fn an_index_outside_of_the_map_is_dropped() {
 }
 
 proptest! {
-    /// Whatever the machine's age, also when something is older than the machine.
+    /// Holds for every uptime, and also for times before the boot.
     #[test]
     fn time_passes_alike_on_every_machine(
         any in 0..1_u64 << 62,
@@ -269,7 +269,8 @@ proptest! {
 
     #[test]
     fn every_slot_gets_its_share_of_the_random_numbers(len in 1..64_u32) {
-        // Evenly spread numbers, as many for each slot: the shares differ by one at most.
+        // The random numbers are spread evenly, the same number for each slot: the shares differ by one at
+        // most.
         let each = 1000;
         let count = u64::from(len) * each;
         let mut shares = vec![0_u64; len as usize];

@@ -1,4 +1,4 @@
-//! Telling those who watch. With nobody watching it costs one look at `TRACE`.
+//! Trace events for users who watch. Without a watcher, tracing costs one read of `TRACE`.
 
 use super::edge::parse::{Parsed, Tuple};
 use super::tables::{Socket, Tables};
@@ -7,13 +7,13 @@ use crate::abi::{Counter, Event};
 use crate::addr::Addr;
 use crate::be::Be16;
 
-/// Whether anybody watches.
+/// Returns whether anybody watches.
 #[inline(always)]
 pub fn watched(tables: &impl Tables) -> bool {
     tables.trace().until != 0
 }
 
-/// Counts what happens to a packet that is not translated, and tells of it.
+/// Counts a packet that is not translated, and reports it as a trace event.
 #[inline(always)]
 pub fn refused(tables: &impl Tables, why: Counter, parsed: &Parsed, service: u32, at: At) {
     tables.count(why);
@@ -22,7 +22,7 @@ pub fn refused(tables: &impl Tables, why: Counter, parsed: &Parsed, service: u32
     }
 }
 
-/// Tells of a packet that is translated. `begins`: it is the first of a flow.
+/// Reports a packet that is translated as a trace event. `begins`: the packet is the first of a flow.
 #[inline(always)]
 pub fn translated(tables: &impl Tables, parsed: &Parsed, new: &Tuple, service: u32, at: At, begins: bool) {
     if watched(tables) {
@@ -31,17 +31,17 @@ pub fn translated(tables: &impl Tables, parsed: &Parsed, new: &Tuple, service: u
     }
 }
 
-/// Where a packet is.
+/// Position of a packet: device and direction.
 #[derive(Clone, Copy, Debug)]
 pub struct At {
     /// Index of the device.
     pub ifindex: u32,
-    /// Whether it leaves.
+    /// Whether the packet leaves.
     pub egress: bool,
 }
 
 impl At {
-    /// Interface index, place and `what`: in one word, because a BPF function takes five.
+    /// Packs interface index, place and `what` into one word, because a BPF function takes five arguments.
     #[inline(always)]
     const fn about(self, what: u8) -> u64 {
         let place = if self.egress { place::EGRESS } else { place::INGRESS };
@@ -75,8 +75,8 @@ fn packet(tables: &impl Tables, parsed: &Parsed, new: &Tuple, service: u32, abou
     });
 }
 
-/// Counts what becomes of a call on a socket, and tells of it. `to` is what it is translated to; `begins`: it is not
-/// the next datagram of a flow.
+/// Counts the result of a call on a socket, and reports it as a trace event. `to` is the address that the
+/// call is translated to. `begins`: the call is not the next datagram of a flow.
 #[inline(always)]
 pub fn called(
     tables: &impl Tables,
@@ -101,7 +101,7 @@ fn call(tables: &impl Tables, socket: &impl Socket, to: &(Addr, Be16), about: u6
     tell_call(tables, socket, to, about);
 }
 
-/// As [`call`] of an address of zeros, which nobody has to write down first.
+/// As [`call`] with an address of zeros, which the caller does not have to store first.
 #[inline(never)]
 fn call_to_nobody(tables: &impl Tables, socket: &impl Socket, about: u64) {
     tell_call(tables, socket, &(Addr::ZERO, Be16::default()), about);
@@ -120,7 +120,7 @@ fn tell_call(tables: &impl Tables, socket: &impl Socket, to: &(Addr, Be16), abou
         new_destination: to.0,
         new_destination_port: to.1,
         service,
-        // MPTCP speaks TCP with everybody.
+        // MPTCP (262) becomes TCP (6).
         proto: socket.protocol() as u8,
         what,
         place: place::SOCKET,

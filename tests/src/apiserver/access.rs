@@ -1,4 +1,4 @@
-//! Who may do what, as RBAC has it: rules of a ClusterRole for whoever has a token.
+//! Access control as in RBAC: the rules of a ClusterRole for requests with one bearer token.
 
 use hyper::HeaderMap;
 use hyper::header;
@@ -18,7 +18,7 @@ struct Restriction {
 }
 
 impl Access {
-    /// Whether a request may pass; otherwise the answer to it, in the words of kube-apiserver.
+    /// Checks whether a request is allowed; otherwise returns kube-apiserver's answer to it.
     pub(super) fn judge(&self, headers: &HeaderMap, verb: Verb, resource: Resource) -> Result<(), Status> {
         let Some(Restriction { token, rules }) = &self.0 else { return Ok(()) };
         let sent = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
@@ -36,7 +36,7 @@ impl Access {
     }
 }
 
-/// Whether a rule, of a ClusterRole without resource names, grants a verb.
+/// Returns whether a rule of a ClusterRole without resource names grants a verb.
 pub fn allows(rule: &PolicyRule, verb: Verb, resource: Resource) -> bool {
     let names =
         |list: &Option<Vec<String>>, name: &str| list.iter().flatten().any(|one| one == name || one == "*");
@@ -47,7 +47,7 @@ pub fn allows(rule: &PolicyRule, verb: Verb, resource: Resource) -> bool {
 }
 
 impl ApiServer {
-    /// From here on, only requests with this bearer token are served that one of the rules grants: others get 401 or
+    /// Restricts the server to requests that have this bearer token and that one of the rules grants: others get 401 or
     /// 403. All requests are counted.
     pub fn restrict(&self, token: &str, rules: &[PolicyRule]) {
         let restriction = Restriction { token: token.to_owned(), rules: rules.to_vec() };

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::object::Key;
 use super::resource::Resource;
 
-/// A kubeconfig for one server. With a token it is for a real server, whose certificate is then not verified.
+/// Returns a kubeconfig for one server. With a token it is for a real server, whose certificate is then not verified.
 pub fn kubeconfig(url: &str, token: Option<&str>) -> String {
     let (tls, user) = match token {
         Some(token) => ("\n    insecure-skip-tls-verify: true", format!("{{ token: \"{token}\" }}")),
@@ -22,7 +22,7 @@ pub fn kubeconfig(url: &str, token: Option<&str>) -> String {
     )
 }
 
-/// A client for the server that a kubeconfig names, regardless of this process's environment.
+/// Connects to the server that a kubeconfig names, regardless of this process's environment.
 ///
 /// # Errors
 /// If the kubeconfig is not valid.
@@ -32,7 +32,7 @@ pub async fn connect(kubeconfig: &str) -> Result<Client> {
     Ok(Client::try_from(kube::Config::from_custom_kubeconfig(kubeconfig, &options).await?)?)
 }
 
-/// Creates or replaces an object, then its status if it has one. A namespace that does not exist is made.
+/// Creates or replaces an object, then its status if it has one. Creates a namespace that does not exist.
 ///
 /// # Errors
 /// If the object is of no known kind, or the server refuses it.
@@ -66,7 +66,7 @@ pub async fn apply(client: &Client, object: &Value) -> Result<()> {
     Ok(())
 }
 
-/// Deletes the object of that kind, namespace and name; says whether it was there.
+/// Deletes the object with the kind, namespace and name of `object`; returns whether it existed.
 ///
 /// # Errors
 /// If the object is of no known kind, or the server refuses.

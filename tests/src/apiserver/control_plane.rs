@@ -1,7 +1,7 @@
 //! A real etcd and kube-apiserver, from the binaries that the kubebuilder project packs for tests.
 //!
-//! `KUBEBUILDER_ASSETS` names the folder that holds both. Nothing else of Kubernetes runs: no controllers, no
-//! scheduler, no kubelets, so EndpointSlices and Nodes are what the test writes.
+//! `KUBEBUILDER_ASSETS` names the folder with both binaries. Nothing else of Kubernetes runs: no controllers, no
+//! scheduler, no kubelets, so the test itself writes EndpointSlices and Nodes.
 
 use std::env;
 use std::fs::{self, File};
@@ -21,26 +21,26 @@ use tokio::runtime;
 
 use super::client;
 
-/// How long etcd and kube-apiserver may take to become ready, on a slow machine.
+/// Time limit for etcd and kube-apiserver to become ready, on a slow machine.
 const START_TIME: Duration = Duration::from_secs(120);
-/// What comes before the point in a DER SubjectPublicKeyInfo of a P-256 key (RFC 5480).
+/// Bytes before the point in a DER SubjectPublicKeyInfo of a P-256 key (RFC 5480).
 const SPKI_P256: &[u8] = &[
     0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86,
     0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
 ];
 
-/// A running etcd and kube-apiserver; both are killed and their data removed when it is dropped.
+/// A running etcd and kube-apiserver. Dropping it kills both and removes their data.
 pub struct ControlPlane {
     url: String,
     token: String,
-    // kube-apiserver goes first.
+    // Declared before etcd, so that kube-apiserver is dropped first.
     _apiserver: Process,
     _etcd: Process,
     _folder: TempDir,
 }
 
 impl ControlPlane {
-    /// The folder that `KUBEBUILDER_ASSETS` names, if it holds both binaries.
+    /// Returns the folder that `KUBEBUILDER_ASSETS` names, if both binaries are in it.
     pub fn assets() -> Option<PathBuf> {
         let folder = PathBuf::from(env::var_os("KUBEBUILDER_ASSETS")?);
         ["etcd", "kube-apiserver"].iter().all(|name| folder.join(name).is_file()).then_some(folder)
@@ -50,7 +50,7 @@ impl ControlPlane {
     /// range of clusterIPs, and waits until they are ready.
     ///
     /// # Errors
-    /// If one of them does not start; the error ends with what it logged last.
+    /// If one of them does not start; the error ends with its last log lines.
     pub fn start(assets: &Path, service_cidrs: &str) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("control-plane-").tempdir()?;
         let token = random_token()?;
@@ -92,7 +92,7 @@ impl ControlPlane {
                 format!("--token-auth-file={}", tokens.display()),
                 "--authorization-mode=RBAC".to_owned(),
                 "--allow-privileged=true".to_owned(),
-                // There is no controller that would make the accounts it asks for.
+                // No controller would create the ServiceAccounts that the plugin requires.
                 "--disable-admission-plugins=ServiceAccount".to_owned(),
                 format!("--service-account-issuer={url}/"),
                 format!("--service-account-key-file={}", public_key.display()),
@@ -103,12 +103,12 @@ impl ControlPlane {
         Ok(Self { url, token, _apiserver: apiserver, _etcd: etcd, _folder: folder })
     }
 
-    /// The URL of kube-apiserver, without a trailing slash.
+    /// Returns the URL of kube-apiserver, without a trailing slash.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// A kubeconfig with all rights.
+    /// Returns a kubeconfig with all rights.
     pub fn kubeconfig(&self) -> String {
         client::kubeconfig(&self.url, Some(&self.token))
     }
@@ -129,10 +129,10 @@ impl ControlPlane {
         block_on(async || client::apply(&client::connect(&self.kubeconfig()).await?, object).await)
     }
 
-    /// [`Self::apply`] for many objects, over one connection.
+    /// Does [`Self::apply`] for many objects, over one connection.
     ///
     /// # Errors
-    /// As [`Self::apply`]; the objects before the faulty one are in.
+    /// As [`Self::apply`]; the objects before the faulty one are then applied.
     pub fn apply_all(&self, objects: &[Value]) -> Result<()> {
         block_on(async || {
             let client = client::connect(&self.kubeconfig()).await?;
@@ -143,7 +143,7 @@ impl ControlPlane {
         })
     }
 
-    /// Deletes the object of that kind, namespace and name; says whether it was there.
+    /// Deletes the object with the kind, namespace and name of `object`; returns whether it existed.
     ///
     /// # Errors
     /// If the object is of no known kind, or the server refuses.
@@ -209,13 +209,13 @@ fn wait(process: &mut Process, kubeconfig: &str, path: &str) -> Result<()> {
     }
 }
 
-/// Runs `work` to its end, also for a caller that is itself within a runtime.
+/// Runs `work` to its end, also when the caller is itself within a runtime.
 fn block_on<T: Send>(work: impl AsyncFnOnce() -> Result<T> + Send) -> Result<T> {
     let run = || runtime::Builder::new_current_thread().enable_all().build()?.block_on(work());
     thread::scope(|scope| scope.spawn(run).join()).map_err(|_panic| anyhow!("the client panicked"))?
 }
 
-/// A port of 127.0.0.1 that was free a moment ago.
+/// Returns a port of 127.0.0.1 that was free a moment ago.
 fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
@@ -226,7 +226,7 @@ fn random_token() -> Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// A P-256 key pair, in PEM: the private key, then the public one.
+/// Returns a P-256 key pair in PEM: the private key, then the public one.
 fn service_account_keys() -> Result<[String; 2]> {
     let random = SystemRandom::new();
     let algorithm = &ECDSA_P256_SHA256_FIXED_SIGNING;

@@ -1,4 +1,4 @@
-//! What a test can have the server do wrong.
+//! Faults that a test can inject into the server.
 //!
 //! Every method has taken effect when it returns.
 
@@ -15,10 +15,10 @@ use super::status::Status;
 use super::store::Item;
 use super::{ApiServer, Shared};
 
-/// How a watch ends.
+/// Way in which a watch ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
-    /// As when its time is up: the response is complete.
+    /// As at the end of its time: the response is complete.
     Clean,
     /// The connection breaks; the response stays incomplete.
     Broken,
@@ -26,22 +26,22 @@ pub enum Cut {
     WithinNextEvent,
 }
 
-/// What becomes of a list that is asked for as the beginning of a watch (`sendInitialEvents`).
+/// Treatment of a list that is requested as the beginning of a watch (`sendInitialEvents`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Streams {
-    /// It is served, as since Kubernetes 1.34.
+    /// The request is served, as since Kubernetes 1.34.
     #[default]
     Offered,
-    /// It is answered 422, as by a server that knows the parameter and has the feature switched off.
+    /// The request is answered with 422, as by a server that knows the parameter and has the feature switched off.
     Refused,
-    /// The parameters are ignored, as by a server that has never heard of them: the watch begins with the state, and
-    /// its end is not marked.
+    /// The parameters are ignored, as by a server that does not know them: the watch begins with the state, and no
+    /// bookmark marks the end of the state.
     Ignored,
-    /// It is never answered, as by something in between that waits for the end of a response.
+    /// The request is never answered, as by a proxy that waits for the end of a response.
     Stuck,
 }
 
-/// Faults that requests ask about.
+/// Faults that are checked for each request.
 #[derive(Debug, Default)]
 pub(super) struct Faults {
     pub(super) streams: Streams,
@@ -62,7 +62,7 @@ struct Failure {
 }
 
 impl Faults {
-    /// The failure that this request has to meet.
+    /// Returns the failure that this request has to get, if any, and counts it.
     pub(super) fn take_failure(&mut self, verb: Verb, resource: Resource) -> Option<Status> {
         let index = self.failures.iter().position(|failure| {
             failure.verb.is_none_or(|v| v == verb) && failure.resource.is_none_or(|r| r == resource)
@@ -81,18 +81,18 @@ impl Faults {
     }
 }
 
-/// A list that waits until it is released.
+/// A list that is held until the test releases it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Gate {
     pub(super) resource: Resource,
-    /// The pages behind the first one, not the first.
+    /// Whether all pages but the first are held, instead of the first.
     pub(super) further_pages: bool,
 }
 
 impl Shared {
     /// Waits until the list may be answered.
     pub(super) async fn pass(&self, gate: Gate) {
-        // It fails only without a sender, and the sender is `self`.
+        // The wait fails only without a sender, and the sender is in `self`.
         let mut gates = self.gates.subscribe();
         let _passed = gates.wait_for(|gates| !gates.contains(&gate)).await;
     }
@@ -117,13 +117,13 @@ impl ApiServer {
         self.order(Command::CutConnections);
     }
 
-    /// Goes away: connections break, new ones are refused. The objects stay, and the socket stays bound, so
-    /// that nobody who asks for some free port is given this one.
+    /// Goes away: connections break, new ones are refused. The objects stay. The socket stays bound, so that the kernel
+    /// gives its port to no one else.
     pub fn go_away(&self) {
         self.order(|done| Command::Away(None, done));
     }
 
-    /// [`Self::go_away`] for a time; returns at once.
+    /// Does [`Self::go_away`] for a time, then comes back; returns at once.
     pub fn go_away_for(&self, time: Duration) {
         self.order(|done| Command::Away(Some(time), done));
     }
@@ -140,13 +140,13 @@ impl ApiServer {
         }
     }
 
-    /// Answers the next `count` requests of a verb and a resource (`None`: any) with an HTTP status. A client with
-    /// retries of its own uses several up.
+    /// Answers the next `count` requests of a verb and a resource (`None`: any) with an HTTP status. A client that
+    /// retries by itself uses up several of them.
     pub fn fail(&self, verb: Option<Verb>, resource: Option<Resource>, status: u16, count: usize) {
         self.push_failure(Failure { verb, resource, status, retry_after: None, remaining: count });
     }
 
-    /// Answers the next `count` requests with an HTTP status that asks clients to stay away for some seconds.
+    /// Answers the next `count` requests with an HTTP status and a `Retry-After` of some seconds.
     pub fn fail_and_ask_for(&self, retry_after: u32, status: u16, count: usize) {
         let retry_after = Some(retry_after);
         self.push_failure(Failure { verb: None, resource: None, status, retry_after, remaining: count });
@@ -163,17 +163,17 @@ impl ApiServer {
         self.shared.state().faults.failures.clear();
     }
 
-    /// Lets every request wait that long.
+    /// Delays every request by `latency`.
     pub fn delay_requests(&self, latency: Duration) {
         self.shared.state().faults.latency = latency;
     }
 
-    /// Lets lists of a resource (and watches that begin with the state) wait for [`Self::release_list`].
+    /// Holds lists of a resource (and watches that begin with the state) until [`Self::release_list`].
     pub fn hold_list(&self, resource: Resource) {
         self.gate(Gate { resource, further_pages: false });
     }
 
-    /// Serves the first page of a list, and lets the further ones wait for [`Self::release_list`]. Of a list that is
+    /// Serves the first page of a list, and holds the further ones until [`Self::release_list`]. Of a list that is
     /// streamed, the first half or [`STREAM_BEGINNING`](super::STREAM_BEGINNING) objects are served.
     pub fn hold_further_pages(&self, resource: Resource) {
         self.gate(Gate { resource, further_pages: true });
@@ -185,28 +185,28 @@ impl ApiServer {
         });
     }
 
-    /// Answers the lists of a resource again, those that wait included.
+    /// Answers the lists of a resource again, including those that are held.
     pub fn release_list(&self, resource: Resource) {
         self.shared.gates.send_modify(|gates| gates.retain(|gate| gate.resource != resource));
     }
 
-    /// Says whether lists are streamed from here on; those that are being streamed go on.
+    /// Sets whether lists are streamed from now on; streams in progress continue.
     pub fn offer_streams(&self, streams: Streams) {
         self.shared.state().faults.streams = streams;
     }
 
-    /// Forgets the history: whatever resourceVersion or continue token a client has, it is expired.
+    /// Forgets the history: every resourceVersion and continue token that a client has is then expired.
     pub fn compact(&self) {
         self.shared.state().store.compact();
     }
 
-    /// Whether a watch that begins too far back is answered 410, instead of an ERROR event in a 200 response as
-    /// kube-apiserver does it.
+    /// Sets whether a watch that begins too far back is answered with 410, instead of kube-apiserver's ERROR event in a
+    /// 200 response.
     pub fn expire_watches_by_http(&self, by_http: bool) {
         self.shared.state().faults.expired_as_http = by_http;
     }
 
-    /// Sends an ERROR event with that code to every watch, and ends it: 410 is what a watch gets that the server
+    /// Sends an ERROR event with that code to every watch, and ends it: 410 is the code for a watch that the server
     /// cannot keep up to date.
     pub fn fail_watches(&self, code: u16) {
         let mut state = self.shared.state();
@@ -214,24 +214,24 @@ impl ApiServer {
         state.store.end_watches();
     }
 
-    /// Has every list of a resource hold something that is no such object, and tells open watches of it. It has to be
+    /// Adds to every list of a resource an item that is no such object, and sends it to open watches. It has to be
     /// JSON, in one line.
     pub fn add_nonsense(&self, resource: Resource, object: &str) {
         self.shared.state().store.add_nonsense(resource, object);
     }
 
-    /// Ends what [`Self::add_nonsense`] began.
+    /// Removes the items of [`Self::add_nonsense`].
     pub fn remove_nonsense(&self, resource: Resource) {
         self.shared.state().store.remove_nonsense(resource);
     }
 
-    /// Sends a line, whatever it is, to every watch of a resource.
+    /// Sends a line, not checked for validity, to every watch of a resource.
     pub fn send_line(&self, resource: Resource, line: &str) {
         self.shared.state().store.send_line(resource, line);
     }
 
-    /// Whether watches that do not begin with a list end as soon as they are opened, as by something in between that
-    /// cannot carry them.
+    /// Sets whether watches that do not begin with a list end as soon as they are opened, as behind a proxy that cannot
+    /// carry them.
     pub fn end_watches_at_once(&self, at_once: bool) {
         self.shared.state().faults.short_watches = at_once;
     }
@@ -241,12 +241,12 @@ impl ApiServer {
         self.shared.state().store.bookmark();
     }
 
-    /// Keeps the changes of a resource from the watches until [`Self::release_events`]; lists do show them.
+    /// Holds back the changes of a resource from the watches until [`Self::release_events`]; lists do show them.
     pub fn hold_events(&self, resource: Resource) {
         self.shared.state().store.hold(resource);
     }
 
-    /// Delivers what [`Self::hold_events`] kept.
+    /// Delivers the changes that [`Self::hold_events`] held back.
     pub fn release_events(&self, resource: Resource) {
         self.shared.state().store.release(resource);
     }
@@ -256,12 +256,12 @@ impl ApiServer {
         self.shared.state().store.duplicate(resource, count);
     }
 
-    /// Delivers the next `count` changes of a resource newest first, when all of them have happened.
+    /// Delivers the next `count` changes of a resource newest first, once all of them have happened.
     pub fn reorder_events(&self, resource: Resource, count: usize) {
         self.shared.state().store.reorder(resource, count);
     }
 
-    /// [`Self::apply`] of which no watch ever hears: only a list shows it.
+    /// Does [`Self::apply`] without an event: only a list shows the object.
     ///
     /// # Errors
     /// As [`Self::apply`].
@@ -271,15 +271,15 @@ impl ApiServer {
         Ok(put.map_err(|problem| anyhow!(problem))?.revision)
     }
 
-    /// Deletes an object without an event: only a list shows it. Says whether it was there.
+    /// Deletes an object without an event: only a list shows it. Returns whether the object existed.
     pub fn delete_silently(&self, resource: Resource, namespace: &str, name: &str) -> bool {
         self.shared.state().store.delete(resource, &Key::new(namespace, name), false).is_some()
     }
 
-    /// Delivers an object as modified though nothing but its revision changes; says whether it was there.
+    /// Delivers an object as modified although only its revision changes; returns whether the object existed.
     ///
     /// # Errors
-    /// None that a stored object can cause.
+    /// A stored object causes none.
     pub fn touch(&self, resource: Resource, namespace: &str, name: &str) -> Result<bool> {
         let touched = self.shared.state().store.touch(resource, &Key::new(namespace, name));
         touched.map_err(|problem| anyhow!(problem))

@@ -1,4 +1,4 @@
-//! From a request to a response.
+//! Handles a request and makes its response.
 
 use std::convert::Infallible;
 use std::str::FromStr;
@@ -26,11 +26,11 @@ use super::watch::{STREAM_BEGINNING, Watch, error_line};
 use super::write::{self, Write};
 use super::{Shared, State};
 
-/// How long a watch lasts that does not say.
+/// Duration of a watch whose request names none.
 const WATCH_TIME: Duration = Duration::from_secs(30 * 60);
-/// The largest body that is read, in bytes.
+/// Largest request body that is read, in bytes.
 const BODY_LIMIT: usize = 64 << 20;
-/// Objects of a list that go out in one piece.
+/// Objects of a list that are sent in one piece.
 const PIECE: usize = 64;
 
 /// The query parameters of lists and watches.
@@ -49,7 +49,7 @@ struct Params {
     send_initial_events: String,
 }
 
-/// What a path leads to.
+/// Target that a path names.
 #[derive(Debug, PartialEq, Eq)]
 struct Target<'a> {
     resource: Resource,
@@ -58,7 +58,7 @@ struct Target<'a> {
     subresource: Option<&'a str>,
 }
 
-/// Answers one request. `break_write` lets a watch break the connection that it is on.
+/// Answers one request. `break_write` lets a watch break its own connection.
 pub(super) async fn handle(
     shared: Arc<Shared>,
     break_write: Arc<AtomicBool>,
@@ -196,7 +196,7 @@ fn list(
     let version = number::<u64>("resourceVersion", &params.resource_version)?;
     let mut limit = number::<usize>("limit", &params.limit)?.filter(|limit| *limit > 0);
     let (at, after) = if params.r#continue.is_empty() {
-        // Any state will do: it comes from the cache, which does not page.
+        // The client accepts any state: the list comes from the cache, which does not page.
         if version == Some(0) {
             limit = None;
         }
@@ -215,7 +215,7 @@ fn list(
     Ok(list_response(resource, selection, page))
 }
 
-/// The revision that has to be served exactly; `None` for the newest.
+/// Returns the revision that has to be served exactly; `None` for the newest.
 fn list_version(
     version: Option<u64>,
     limited: bool,
@@ -228,7 +228,7 @@ fn list_version(
         ("NotOlderThan" | "Exact", None) => invalid("forbidden unless resourceVersion is provided"),
         ("Exact", Some(0)) => invalid("forbidden for resourceVersion \"0\""),
         ("Exact", Some(version)) => Ok(Some(version)),
-        // A page without a match means exactly that revision.
+        // A limit without a match parameter asks for exactly that revision.
         ("", Some(version)) if limited && version > 0 => Ok(Some(version)),
         ("" | "NotOlderThan", Some(version)) if version > newest => Err(Status::too_large(version, newest)),
         ("" | "NotOlderThan", Some(_)) => Ok(None),
@@ -236,7 +236,7 @@ fn list_version(
     }
 }
 
-/// A continue token: the revision of the first page, and the last key of this one.
+/// Makes a continue token: the revision of the first page, and the last key of this one.
 fn make_token(revision: u64, last: &Key) -> String {
     format!("{revision}/{}/{}", last.namespace, last.name)
 }
@@ -274,7 +274,7 @@ fn list_response(resource: Resource, selection: &Selection, page: Page) -> Respo
     respond(StatusCode::OK, body)
 }
 
-/// Notes when the body has been taken to its end, which is when its last piece goes to the socket.
+/// Records the time at which the body is read to its end, which is when its last piece goes to the socket.
 fn noted_at_end(body: Body, shared: Arc<Shared>, resource: Resource) -> Body {
     let end = futures::stream::once(async move {
         shared.state().lists_sent.insert(resource, std::time::Instant::now());
@@ -356,14 +356,14 @@ async fn watch(
     Ok(respond(StatusCode::OK, watch.into_body()))
 }
 
-/// An object as a response.
+/// Makes a response of an object.
 pub(super) fn document(status: StatusCode, resource: Resource, object: &Object) -> Response<Body> {
     let mut body = Vec::with_capacity(object.as_item().len() + 64);
     object.write(resource, &mut body);
     respond(status, Body::from(body))
 }
 
-/// A JSON response.
+/// Makes a JSON response.
 pub(super) fn respond(status: StatusCode, body: Body) -> Response<Body> {
     let mut response = Response::new(body);
     *response.status_mut() = status;

@@ -1,12 +1,12 @@
 //! A small Kubernetes API server for tests, and a starter for the real one.
 //!
-//! [`ApiServer`] speaks the list and watch protocol over plain HTTP and can misbehave on request: [`ApiServer`]'s
-//! fault methods cut watches, go away, fail requests, hold lists back, lose or shuffle events. It stores what it is
-//! given: it neither validates nor defaults nor allocates addresses, and nobody has to log in, unless
-//! [`ApiServer::restrict`] says who may do what. [`ControlPlane`]
-//! starts a real etcd and kube-apiserver with the same basic surface. [`client::apply`] writes to either.
+//! [`ApiServer`] speaks the list and watch protocol over plain HTTP and can misbehave on request: its fault methods cut
+//! watches, go away, fail requests, hold back lists, lose or reorder events. It stores objects as given: it neither
+//! validates nor defaults nor allocates addresses. Clients need no credentials, unless [`ApiServer::restrict`] sets
+//! access rules. [`ControlPlane`] starts a real etcd and kube-apiserver with the same basic interface.
+//! [`client::apply`] writes to either.
 //!
-//! What the protocol is: <https://kubernetes.io/docs/reference/using-api/api-concepts/>.
+//! The protocol: <https://kubernetes.io/docs/reference/using-api/api-concepts/>.
 
 mod access;
 pub mod client;
@@ -46,10 +46,10 @@ use object::Key;
 use server::Command;
 use store::Store;
 
-/// What the handle and the connections share.
+/// State shared by the handle and the connections.
 struct Shared {
     state: Mutex<State>,
-    /// The lists that wait.
+    /// Lists that are held.
     gates: tokio::sync::watch::Sender<BTreeSet<Gate>>,
 }
 
@@ -59,7 +59,7 @@ struct State {
     requests: Vec<Request>,
     access: Access,
     faults: Faults,
-    /// When the last list and the last watch event of a resource went out.
+    /// Times at which the last list and the last watch event of a resource were sent.
     lists_sent: BTreeMap<Resource, Instant>,
     events_sent: BTreeMap<Resource, Instant>,
 }
@@ -82,11 +82,11 @@ impl ApiServer {
     /// Starts a server on a free port of 127.0.0.1.
     ///
     /// # Errors
-    /// If there is no port or no thread to be had.
+    /// If no port or no thread is available.
     pub fn start() -> Result<Self> {
         let mut attempts = 0;
         loop {
-            // A free port is asked for, then bound by its number; someone else may be quicker.
+            // A free port is asked for, then bound by its number; another process may bind it in between.
             let address =
                 TcpListener::bind("127.0.0.1:0").context("no port for the API server")?.local_addr()?;
             match TcpListener::bind(address).map_err(Into::into).and_then(Self::start_on) {
@@ -96,11 +96,11 @@ impl ApiServer {
         }
     }
 
-    /// Starts a server on a listener, which may belong to another network namespace. It must have been bound to an
-    /// explicit port, not to port 0: a port that the kernel chose is lost when the server goes away.
+    /// Starts a server on a listener, which may belong to another network namespace. The listener must have been bound
+    /// to an explicit port, not to port 0: a port that the kernel chose is lost when the server goes away.
     ///
     /// # Errors
-    /// If the listener cannot be used, the kernel chose its port, or there is no thread to be had.
+    /// If the listener cannot be used, the kernel chose its port, or no thread is available.
     pub fn start_on(listener: TcpListener) -> Result<Self> {
         let address = listener.local_addr()?;
         let gates = tokio::sync::watch::Sender::default();
@@ -111,17 +111,17 @@ impl ApiServer {
         Ok(Self { shared, address, commands, thread: Some(thread) })
     }
 
-    /// The address it listens on.
+    /// Returns the address that the server listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The URL it serves, without a trailing slash.
+    /// Returns the URL of the server, without a trailing slash.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// A kubeconfig that names this server.
+    /// Returns a kubeconfig that names this server.
     pub fn kubeconfig(&self) -> String {
         client::kubeconfig(&self.url(), None)
     }
@@ -135,8 +135,8 @@ impl ApiServer {
     }
 
     /// Creates or replaces an object, status included; its `apiVersion` and `kind` decide the resource. uid and
-    /// creationTimestamp are kept, or made if absent. Returns the object's revision: an object that does not change
-    /// keeps its own.
+    /// creationTimestamp are kept, or made if absent. Returns the object's revision; an unchanged object keeps its
+    /// revision.
     ///
     /// # Errors
     /// If the object is of no served kind, or lacks its name or namespace.
@@ -146,15 +146,15 @@ impl ApiServer {
         Ok(put.map_err(|problem| anyhow!(problem))?.revision)
     }
 
-    /// [`Self::apply`] for many objects.
+    /// Does [`Self::apply`] for many objects.
     ///
     /// # Errors
-    /// As [`Self::apply`]; the objects before the faulty one are in.
+    /// As [`Self::apply`]; the objects before the faulty one are then applied.
     pub fn apply_all(&self, objects: impl IntoIterator<Item = Value>) -> Result<()> {
         objects.into_iter().try_for_each(|object| self.apply(object).map(drop))
     }
 
-    /// Deletes the object of that kind, namespace and name; says whether it was there.
+    /// Deletes the object with the kind, namespace and name of `object`; returns whether it existed.
     ///
     /// # Errors
     /// If the object is of no served kind, or lacks its name or namespace.
@@ -164,75 +164,76 @@ impl ApiServer {
         Ok(self.shared.state().store.delete(resource, &key, true).is_some())
     }
 
-    /// Deletes by name; the namespace of cluster-scoped objects is empty. Says whether the object was there.
+    /// Deletes an object by name; the namespace of cluster-scoped objects is empty. Returns whether the object existed.
     pub fn delete_named(&self, resource: Resource, namespace: &str, name: &str) -> bool {
         self.shared.state().store.delete(resource, &Key::new(namespace, name), true).is_some()
     }
 
-    /// Deletes every object of a resource; returns how many there were.
+    /// Deletes every object of a resource; returns their number.
     pub fn delete_all(&self, resource: Resource) -> usize {
         let mut state = self.shared.state();
         let objects = state.store.all(resource);
         objects.iter().filter(|object| state.store.delete(resource, &object.key, true).is_some()).count()
     }
 
-    /// An object as a client would get it; the namespace of cluster-scoped objects is empty.
+    /// Returns an object as a client would get it; the namespace of cluster-scoped objects is empty.
     pub fn get(&self, resource: Resource, namespace: &str, name: &str) -> Option<Value> {
         let object = self.shared.state().store.get(resource, &Key::new(namespace, name))?;
         Some(object.to_value(resource))
     }
 
-    /// Every object of a resource, by namespace and name.
+    /// Returns every object of a resource, ordered by namespace and name.
     pub fn list(&self, resource: Resource) -> Vec<Value> {
         let objects = self.shared.state().store.all(resource);
         objects.iter().map(|object| object.to_value(resource)).collect()
     }
 
-    /// The Events that clients have recorded, of both API groups.
+    /// Returns the Events that clients have recorded, of both API groups.
     pub fn recorded_events(&self) -> Vec<Value> {
         let mut events = self.list(Resource::CoreEvents);
         events.extend(self.list(Resource::Events));
         events
     }
 
-    /// The newest revision.
+    /// Returns the newest revision.
     pub fn revision(&self) -> u64 {
         self.shared.state().store.revision()
     }
 
-    /// Every request for a resource since the start or [`Self::forget_requests`], failed ones included.
+    /// Returns every request for a resource since the start or [`Self::forget_requests`], failed ones included.
     pub fn requests(&self) -> Vec<Request> {
         self.shared.state().requests.clone()
     }
 
-    /// How many lists of a resource were asked for, streamed ones included; pages do not count.
+    /// Returns the number of requests for lists of a resource, including streamed ones; further pages do not count.
     pub fn lists(&self, resource: Resource) -> usize {
         let state = self.shared.state();
         state.requests.iter().filter(|request| request.resource == resource && request.is_list()).count()
     }
 
-    /// How many of [`Self::requests`] had this verb and resource.
+    /// Returns the number of [`Self::requests`] with this verb and resource.
     pub fn count(&self, verb: Verb, resource: Resource) -> usize {
         let state = self.shared.state();
         state.requests.iter().filter(|request| request.verb == verb && request.resource == resource).count()
     }
 
-    /// When the last byte of the last list of a resource, page of one, or list that was streamed went to the socket.
+    /// Returns the time at which the last byte of the last list of a resource (a page or a streamed list, too) went to
+    /// the socket.
     pub fn list_sent(&self, resource: Resource) -> Option<Instant> {
         self.shared.state().lists_sent.get(&resource).copied()
     }
 
-    /// When the last event of a resource went to the socket of a watch.
+    /// Returns the time at which the last event of a resource went to the socket of a watch.
     pub fn event_sent(&self, resource: Resource) -> Option<Instant> {
         self.shared.state().events_sent.get(&resource).copied()
     }
 
-    /// Starts counting anew.
+    /// Forgets the counted requests.
     pub fn forget_requests(&self) {
         self.shared.state().requests.clear();
     }
 
-    /// How many watches of a resource are open.
+    /// Returns the number of open watches of a resource.
     pub fn open_watches(&self, resource: Resource) -> usize {
         self.shared.state().store.open_watches(resource)
     }

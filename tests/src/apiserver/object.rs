@@ -1,7 +1,7 @@
-//! One stored object: what selectors read, and its JSON, serialised once.
+//! One stored object: the fields that selectors read, and its JSON, serialised once.
 //!
-//! The JSON is kept without `kind` and `apiVersion`: the items of a list do not carry them, everything else gets
-//! them put in front.
+//! The JSON is kept without `kind` and `apiVersion`, which the items of a list do not have; for every other use they
+//! are put in front.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::resource::Resource;
 
-/// Namespace (empty for cluster-scoped resources) and name; ordered as lists are.
+/// Namespace (empty for cluster-scoped resources) and name; ordered as in lists.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key {
     pub(super) namespace: String,
@@ -22,7 +22,7 @@ impl Key {
         Self { namespace: namespace.to_owned(), name: name.to_owned() }
     }
 
-    /// The key that an object's metadata names.
+    /// Returns the key that an object's metadata names.
     pub(super) fn of(resource: Resource, object: &Value) -> Result<Self, String> {
         let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default();
         let (namespace, name) = (text("namespace"), text("name"));
@@ -48,7 +48,7 @@ pub(super) struct Object {
 }
 
 impl Object {
-    /// Takes `value` in at `revision`, which becomes its resourceVersion.
+    /// Stores `value` at `revision`, which becomes its resourceVersion.
     pub(super) fn new(resource: Resource, mut value: Value, revision: u64) -> Result<Self, String> {
         let key = Key::of(resource, &value)?;
         value["metadata"]["resourceVersion"] = Value::String(revision.to_string());
@@ -69,7 +69,7 @@ impl Object {
         Ok(Self { key, revision, labels, fields, body: Bytes::from(value.to_string()) })
     }
 
-    /// The value of a field that selectors know; empty if the object does not have it.
+    /// Returns the value of a field that selectors know; empty if the object does not have it.
     pub(super) fn field(&self, key: &str) -> &str {
         match key {
             "metadata.name" => &self.key.name,
@@ -78,19 +78,19 @@ impl Object {
         }
     }
 
-    /// As an item of a list.
+    /// Returns the JSON of the object as an item of a list.
     pub(super) fn as_item(&self) -> &[u8] {
         &self.body
     }
 
-    /// As a document of its own, with `kind` and `apiVersion`, appended to `out`.
+    /// Appends the object as a document, with `kind` and `apiVersion`, to `out`.
     pub(super) fn write(&self, resource: Resource, out: &mut Vec<u8>) {
         let head = format!(r#"{{"kind":"{}","apiVersion":"{}","#, resource.kind(), resource.api_version());
         out.extend_from_slice(head.as_bytes());
         out.extend_from_slice(self.body.get(1..).unwrap_or_default());
     }
 
-    /// As a value, with `kind` and `apiVersion`.
+    /// Returns the object as a value, with `kind` and `apiVersion`.
     pub(super) fn to_value(&self, resource: Resource) -> Value {
         let mut value: Value = serde_json::from_slice(&self.body).unwrap_or_default();
         value["kind"] = json!(resource.kind());
@@ -99,7 +99,7 @@ impl Object {
     }
 }
 
-/// RFC 7386: what is null goes, objects merge, everything else is replaced.
+/// Applies a JSON merge patch (RFC 7386): null removes a field, objects are merged, any other value replaces.
 pub(super) fn merge_patch(target: &mut Value, patch: &Value) {
     let Value::Object(patch) = patch else {
         *target = patch.clone();

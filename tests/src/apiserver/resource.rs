@@ -43,27 +43,27 @@ impl Resource {
         Self::Events,
     ];
 
-    /// API group; empty for the core group.
+    /// Returns the API group; empty for the core group.
     pub fn group(self) -> &'static str {
         self.describe().0
     }
 
-    /// The name in URLs.
+    /// Returns the plural name in URLs.
     pub fn plural(self) -> &'static str {
         self.describe().1
     }
 
-    /// The name in objects.
+    /// Returns the kind in objects.
     pub fn kind(self) -> &'static str {
         self.describe().2
     }
 
-    /// Whether its objects live in namespaces.
+    /// Returns whether the resource's objects live in namespaces.
     pub fn namespaced(self) -> bool {
         !matches!(self, Self::Nodes | Self::ServiceCidrs | Self::Namespaces)
     }
 
-    /// `apiVersion` of its objects.
+    /// Returns `apiVersion` of the resource's objects.
     pub fn api_version(self) -> String {
         match self.group() {
             "" => "v1".to_owned(),
@@ -71,12 +71,12 @@ impl Resource {
         }
     }
 
-    /// Whether it has the subresource `status`, which writes to the object itself do not change.
+    /// Returns whether the resource has the subresource `status`, which writes to the object itself do not change.
     pub fn has_status(self) -> bool {
         matches!(self, Self::Services | Self::Nodes | Self::ServiceCidrs | Self::Pods | Self::Namespaces)
     }
 
-    /// Whether `key` of a field selector is one that the resource can be selected by.
+    /// Returns whether a field selector of the resource can use `key`.
     pub fn has_field(self, key: &str) -> bool {
         match key {
             "metadata.name" => true,
@@ -87,12 +87,12 @@ impl Resource {
         }
     }
 
-    /// The resource of a URL path.
+    /// Finds the resource of a URL path.
     pub fn find(group: &str, plural: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|resource| resource.group() == group && resource.plural() == plural)
     }
 
-    /// The resource of an object, by its `apiVersion` and `kind`.
+    /// Returns the resource of an object, by its `apiVersion` and `kind`.
     ///
     /// # Errors
     /// If either is missing or not served.
@@ -129,7 +129,7 @@ impl fmt::Display for Resource {
     }
 }
 
-/// What a request does.
+/// Operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verb {
     /// GET of one object.
@@ -153,7 +153,7 @@ impl Verb {
     pub const ALL: [Self; 7] =
         [Self::Get, Self::List, Self::Watch, Self::Create, Self::Update, Self::Patch, Self::Delete];
 
-    /// As RBAC rules name it.
+    /// Returns the verb's name in RBAC rules.
     pub fn name(self) -> &'static str {
         match self {
             Self::Get => "get",
@@ -170,20 +170,20 @@ impl Verb {
 /// A request that reached the server, for assertions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// What it asked for.
+    /// Requested operation.
     pub verb: Verb,
-    /// Of which resource.
+    /// Resource that the request names.
     pub resource: Resource,
     /// Path of the URL.
     pub path: String,
     /// Query of the URL, percent-encoded; empty for none.
     pub query: String,
-    /// When it was read.
+    /// Time at which the request was read.
     pub at: Instant,
 }
 
 impl Request {
-    /// Whether it asks for a list: its first page, or a watch that begins with it.
+    /// Returns whether the request asks for a list: its first page, or a watch that begins with it.
     pub fn is_list(&self) -> bool {
         match self.verb {
             Verb::List => !self.query.contains("continue="),

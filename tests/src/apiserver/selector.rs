@@ -1,4 +1,4 @@
-//! Label and field selectors, with the meaning that the API gives them.
+//! Label and field selectors, as the API defines them.
 //!
 //! `!=`, `notin` and `!key` are true of an object without the label. A field that an object does not have is the
 //! empty string.
@@ -9,7 +9,7 @@ use super::object::Object;
 use super::resource::Resource;
 use super::status::Status;
 
-/// What a list or watch is restricted to.
+/// Restriction of a list or watch.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Selection {
     pub(super) namespace: Option<String>,
@@ -33,7 +33,7 @@ struct Field {
 }
 
 impl Selection {
-    /// From the query parameters `labelSelector` and `fieldSelector`.
+    /// Parses the query parameters `labelSelector` and `fieldSelector`.
     pub(super) fn parse(
         resource: Resource,
         namespace: Option<String>,
@@ -47,7 +47,7 @@ impl Selection {
         Ok(Self { namespace, labels: parse_labels(labels)?, fields })
     }
 
-    /// Whether it restricts more than the namespace.
+    /// Returns whether the selection restricts more than the namespace.
     pub(super) fn selects(&self) -> bool {
         !self.labels.is_empty() || !self.fields.is_empty()
     }

@@ -25,10 +25,10 @@ use tokio::time::Instant;
 use super::Shared;
 use super::http;
 
-/// Connections that may wait to be accepted.
+/// Number of connections that may wait to be accepted.
 const BACKLOG: i32 = 1024;
 
-/// What the handle tells the thread; the sender learns when it is done.
+/// Command of the handle to the thread, with a sender that reports its completion.
 pub(super) enum Command {
     Away(Option<Duration>, mpsc::Sender<()>),
     Back(mpsc::Sender<()>),
@@ -36,14 +36,14 @@ pub(super) enum Command {
     Stop,
 }
 
-/// Makes what the thread runs, so that the caller sees what can fail.
+/// Prepares the thread, so that the caller gets the errors.
 pub(super) fn prepare(
     shared: Arc<Shared>,
     listener: TcpListener,
     commands: UnboundedReceiver<Command>,
 ) -> Result<impl FnOnce() + Send + 'static> {
     listener.set_nonblocking(true)?;
-    // What going away and coming back do. The kernel gives up a port of its own choice meanwhile.
+    // Goes away and comes back once, as a check: the kernel would take back a port of its own choice meanwhile.
     let address = listener.local_addr()?;
     rustix::net::shutdown(&listener, Shutdown::Read)?;
     rustix::net::listen(&listener, BACKLOG)?;
@@ -105,7 +105,7 @@ impl Server {
         }
     }
 
-    /// A new acceptor each time: the old one would remember that the socket was shut down.
+    /// Returns a new acceptor each time: the old one would remember that the socket was shut down.
     fn listen(&self) -> io::Result<tokio::net::TcpListener> {
         rustix::net::listen(&self.listener, BACKLOG)?;
         tokio::net::TcpListener::from_std(self.listener.try_clone()?)
@@ -133,7 +133,7 @@ async fn accept(acceptor: Option<&tokio::net::TcpListener>) -> TcpStream {
     loop {
         match acceptor.accept().await {
             Ok((stream, _peer)) => return stream,
-            // Out of descriptors, or the peer has left again: neither is the end of the server.
+            // Out of descriptors, or the peer has left again: the server goes on.
             Err(error) => {
                 tracing::warn!(%error, "the test API server cannot accept a connection");
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -166,7 +166,7 @@ impl AsyncRead for Wire {
     }
 }
 
-// Not vectored, so that the half of a write is within an HTTP chunk, not between its head and its content.
+// Not vectored, so that half of a write ends within an HTTP chunk, not between its head and its content.
 impl AsyncWrite for Wire {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         if !self.break_write.load(Ordering::Relaxed) {

@@ -1,4 +1,4 @@
-//! `Status` objects: how the API says that something failed.
+//! `Status` objects, by which the API reports failures.
 
 use axum::body::Body;
 use hyper::{Response, StatusCode, header};
@@ -76,7 +76,7 @@ impl Status {
         }
     }
 
-    /// Asks to stay away for that long.
+    /// Adds a request to wait for `seconds` before the next try.
     pub(super) fn with_retry_after(self, seconds: u32) -> Self {
         Self { details: json!({ "retryAfterSeconds": seconds }), ..self }
     }

@@ -1,7 +1,7 @@
-//! The objects, their history, and the watches that are told of it.
+//! The objects, their history, and the watches that are sent it.
 //!
-//! One revision counter serves all resources, as etcd's does. The history answers watches that resume and pages of
-//! lists that began at an earlier revision; what is older than it is 410 Expired.
+//! One revision counter serves all resources, as in etcd. The history answers watches that resume, and pages of lists
+//! that began at an earlier revision. An older revision is answered with 410 Expired.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
@@ -16,12 +16,12 @@ use super::resource::Resource;
 use super::selector::Selection;
 use super::status::Status;
 
-/// Changes kept per resource.
+/// Number of changes kept per resource.
 const HISTORY: usize = 100_000;
 
 type Objects = BTreeMap<Key, Arc<Object>>;
 
-/// One change: absent before is a creation, absent after a deletion.
+/// One change: without `before` it is a creation, without `after` a deletion.
 #[derive(Debug)]
 pub(super) struct Change {
     pub(super) revision: u64,
@@ -29,20 +29,20 @@ pub(super) struct Change {
     pub(super) after: Option<Arc<Object>>,
 }
 
-/// What a watch is sent.
+/// Message to a watch.
 #[derive(Clone, Debug)]
 pub(super) enum Item {
     /// An object of the initial state.
     Initial(Arc<Object>),
-    /// The initial state is complete, at this revision.
+    /// End of the initial state, at this revision.
     InitialEnd(u64),
     Change(Arc<Change>),
     Bookmark(u64),
     /// An ERROR event.
     Error(Status),
-    /// The connection breaks.
+    /// Order to break the connection.
     Abort,
-    /// The next event is cut in the middle.
+    /// Order to cut the next event in the middle.
     CutNextEvent,
     /// A line that is sent as it is.
     Line(String),
@@ -55,18 +55,18 @@ pub(super) struct Page {
     pub(super) objects: Vec<Arc<Object>>,
     /// Items that are sent as they are.
     pub(super) nonsense: Vec<String>,
-    /// How many more there are.
+    /// Number of items on further pages.
     pub(super) remaining: usize,
 }
 
-/// Where a watch begins.
+/// Beginning of a watch.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Start {
-    /// With the current state.
+    /// The current state.
     State,
-    /// With what comes next.
+    /// The next change.
     Latest,
-    /// After this revision.
+    /// The first change after this revision.
     Revision(u64),
 }
 
@@ -80,17 +80,17 @@ struct Watch {
 struct Table {
     objects: Objects,
     history: VecDeque<Arc<Change>>,
-    /// The newest revision whose change the history has lost.
+    /// Newest revision whose change is no longer in the history.
     compacted: u64,
     watches: Vec<Watch>,
-    /// Changes kept from the watches until they are released.
+    /// Changes held back from the watches until they are released.
     held: Option<Vec<Arc<Change>>>,
-    /// Changes collected until there are `reorder` of them, then sent newest first.
+    /// Number of changes to collect in `shuffled` before they are sent newest first; 0 to send each at once.
     reorder: usize,
     shuffled: Vec<Arc<Change>>,
-    /// How many changes are sent twice.
+    /// Number of changes that are still to be sent twice.
     duplicate: usize,
-    /// What lists hold besides objects.
+    /// Items of lists that are no objects.
     nonsense: Vec<String>,
 }
 
@@ -131,7 +131,7 @@ impl Table {
         });
     }
 
-    /// The objects as they were after revision `at`.
+    /// Returns the objects as they were after revision `at`.
     fn view(&self, at: u64) -> Result<Cow<'_, Objects>, Status> {
         if at < self.compacted {
             return Err(Status::too_old(at, self.compacted));
@@ -151,7 +151,7 @@ impl Table {
         Ok(view)
     }
 
-    /// The newest revision up to which nothing is kept from the watches.
+    /// Returns the newest revision up to which nothing is held back from the watches.
     fn delivered(&self, revision: u64) -> u64 {
         let held = self.held.iter().flatten().chain(&self.shuffled).map(|change| change.revision).min();
         held.map_or(revision, |held| held - 1)
@@ -182,7 +182,8 @@ impl Store {
         self.table(resource).objects.values().map(Arc::clone).collect()
     }
 
-    /// Creates or replaces an object. One that would not change keeps its revision, and no watch hears of it.
+    /// Creates or replaces an object. An object that would not change keeps its revision, and no watch is sent an
+    /// event.
     pub(super) fn put(
         &mut self,
         resource: Resource,
@@ -206,7 +207,7 @@ impl Store {
         Ok(after)
     }
 
-    /// What the server itself writes into metadata: taken over from the object that is there, else made.
+    /// Sets the metadata that the server itself writes: taken from the existing object, or else made.
     fn stamp(&self, value: &mut Value, old: Option<&Value>) {
         let next = self.revision + 1;
         let made = json!({
@@ -221,7 +222,7 @@ impl Store {
         }
     }
 
-    /// Redelivers an object: a new revision, nothing else changed.
+    /// Delivers an object again: with a new revision, otherwise unchanged.
     pub(super) fn touch(&mut self, resource: Resource, key: &Key) -> Result<bool, String> {
         let Some(before) = self.get(resource, key) else { return Ok(false) };
         let after = Object::new(resource, before.to_value(resource), self.revision + 1)?;
@@ -259,7 +260,7 @@ impl Store {
         }
     }
 
-    /// What is selected at revision `at` (or the current one), from behind `after`, at most `limit`.
+    /// Returns the selected objects at revision `at` (or the current one) that follow `after`, at most `limit`.
     pub(super) fn page(
         &mut self,
         resource: Resource,
@@ -286,8 +287,8 @@ impl Store {
         Ok(Page { revision, objects, nonsense, remaining })
     }
 
-    /// Begins a watch: what it has to catch up with is already in the channel. Also returns the revision from which
-    /// on it is told of changes.
+    /// Begins a watch: the events that it has to catch up with are already in the channel. Also returns the revision
+    /// after which the watch is sent changes.
     pub(super) fn watch(
         &mut self,
         resource: Resource,
@@ -298,7 +299,7 @@ impl Store {
         let revision = self.revision;
         let table = self.table(resource);
         let (items, receiver) = mpsc::unbounded_channel();
-        // The receiver is at hand: sending cannot fail.
+        // Sending cannot fail: this function still holds the receiver.
         let send = |item| drop(items.send(item));
         let from = match start {
             Start::Latest => revision,
@@ -325,27 +326,27 @@ impl Store {
         Ok((receiver, from))
     }
 
-    /// How many watches of the resource are open.
+    /// Returns the number of open watches of the resource.
     pub(super) fn open_watches(&mut self, resource: Resource) -> usize {
         let watches = &mut self.table(resource).watches;
         watches.retain(|watch| !watch.items.is_closed());
         watches.len()
     }
 
-    /// Sends something to every watch.
+    /// Sends an item to every watch.
     pub(super) fn tell_watches(&mut self, item: &Item) {
         for table in self.tables.values_mut() {
             table.watches.retain(|watch| watch.items.send(item.clone()).is_ok());
         }
     }
 
-    /// Has lists and watches of a resource tell of something that is no object: the watches once, each list that comes.
+    /// Adds an item that is no object: it is sent to the watches once, and is part of every later list.
     pub(super) fn add_nonsense(&mut self, resource: Resource, object: &str) {
         self.table(resource).nonsense.push(object.to_owned());
         self.send_line(resource, &added(object));
     }
 
-    /// Lists are free of nonsense again.
+    /// Removes the items that are no objects from later lists.
     pub(super) fn remove_nonsense(&mut self, resource: Resource) {
         self.table(resource).nonsense.clear();
     }
@@ -355,12 +356,12 @@ impl Store {
         self.table(resource).watches.retain(|watch| watch.items.send(Item::Line(line.to_owned())).is_ok());
     }
 
-    /// Ends every watch after what it has been sent.
+    /// Ends every watch after the items that were sent to it.
     pub(super) fn end_watches(&mut self) {
         self.tables.values_mut().for_each(|table| table.watches.clear());
     }
 
-    /// Sends a bookmark to every watch. It never claims what is being kept from them.
+    /// Sends a bookmark to every watch. The bookmark never names a revision whose changes are held back.
     pub(super) fn bookmark(&mut self) {
         let revision = self.revision;
         for table in self.tables.values_mut() {
@@ -369,17 +370,17 @@ impl Store {
         }
     }
 
-    /// The revision that a bookmark may name.
+    /// Returns the newest revision that a bookmark may name.
     pub(super) fn delivered(&mut self, resource: Resource) -> u64 {
         let revision = self.revision;
         self.table(resource).delivered(revision)
     }
 
-    /// Forgets the history: whatever revision a client has seen, it is too old.
+    /// Forgets the history: every revision that a client has seen is then too old.
     pub(super) fn compact(&mut self) {
         self.revision += 1;
         let revision = self.revision;
-        // Every resource has a table: one that has never been asked for is compacted too.
+        // Every resource gets a table, so that one that was never requested is compacted too.
         for resource in Resource::ALL {
             let table = self.table(resource);
             table.history.clear();
@@ -387,12 +388,12 @@ impl Store {
         }
     }
 
-    /// Keeps changes from the watches.
+    /// Holds back changes from the watches.
     pub(super) fn hold(&mut self, resource: Resource) {
         self.table(resource).held.get_or_insert_default();
     }
 
-    /// Sends what was kept from the watches.
+    /// Sends the changes that were held back from the watches.
     pub(super) fn release(&mut self, resource: Resource) {
         let table = self.table(resource);
         for change in table.held.take().unwrap_or_default() {
@@ -400,7 +401,7 @@ impl Store {
         }
     }
 
-    /// Sends the next `count` changes newest first, when they have all happened.
+    /// Sends the next `count` changes newest first, once all of them have happened.
     pub(super) fn reorder(&mut self, resource: Resource, count: usize) {
         self.table(resource).reorder = count;
     }
@@ -411,7 +412,7 @@ impl Store {
     }
 }
 
-/// The event of an object that is sent as it is.
+/// Returns the ADDED event of an object that is sent as it is.
 fn added(object: &str) -> String {
     format!(r#"{{"type":"ADDED","object":{object}}}"#)
 }

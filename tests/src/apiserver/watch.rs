@@ -1,4 +1,5 @@
-//! The body of a watch response: one JSON document per line, until the client goes, the time is up or a fault ends it.
+//! The body of a watch response: one JSON document per line, until the client leaves, the time is up or a fault ends
+//! it.
 
 use std::io;
 use std::sync::Arc;
@@ -18,11 +19,11 @@ use super::selector::Selection;
 use super::status::Status;
 use super::store::{Change, Item};
 
-/// Marks the bookmark that ends the initial events.
+/// Annotation of the bookmark that ends the initial events.
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 
-/// Objects of a list that is streamed which [`ApiServer::hold_further_pages`](super::ApiServer::hold_further_pages) lets
-/// pass, at most.
+/// Largest number of objects of a streamed list that
+/// [`ApiServer::hold_further_pages`](super::ApiServer::hold_further_pages) lets pass.
 pub const STREAM_BEGINNING: usize = 100;
 
 /// A watch in progress.
@@ -31,14 +32,15 @@ pub(super) struct Watch {
     pub(super) resource: Resource,
     pub(super) selection: Selection,
     pub(super) items: mpsc::UnboundedReceiver<Item>,
-    /// The revision that the client began at.
+    /// Revision that the client began at.
     pub(super) from: u64,
     pub(super) bookmarks: bool,
     pub(super) until: Instant,
-    /// Tells the connection to break within its next write.
+    /// Flag that makes the connection break within its next write.
     pub(super) break_write: Arc<AtomicBool>,
     pub(super) cut_next_event: bool,
-    /// Initial objects that are still to be sent without asking; `None` if no list is being streamed.
+    /// Number of initial objects that may still be sent without checking for a hold; `None` if no list is being
+    /// streamed.
     pub(super) beginning: Option<usize>,
 }
 
@@ -71,7 +73,7 @@ impl Watch {
         })
     }
 
-    /// Waits if the list that is being streamed has to.
+    /// Waits while the streamed list is held.
     async fn pass(&mut self, item: &Item) {
         if !matches!(item, Item::Initial(_) | Item::InitialEnd(_)) {
             return;
@@ -88,9 +90,10 @@ impl Watch {
         }
     }
 
-    /// When the time is up: what is still to be sent, or the bookmark from which the client can resume.
+    /// Returns, when the time is up, an item that is still to be sent, or the bookmark from which the client can
+    /// resume.
     fn last(&mut self) -> Result<Item, Option<Bytes>> {
-        // In this order: everything up to the revision is in the channel by the time that is looked into.
+        // In this order: everything up to the revision is in the channel before the channel is read.
         let revision = self.shared.state().store.delivered(self.resource).max(self.from);
         let item = self.items.try_recv();
         item.map_err(|_empty| self.bookmarks.then(|| self.bookmark(revision, false)))
@@ -112,7 +115,8 @@ impl Watch {
         })
     }
 
-    /// An object that begins or ceases to match is added or deleted, whatever happened to it.
+    /// Returns the event of a change. An object that begins or ceases to match is reported as added or deleted,
+    /// whatever its change was.
     fn change(&self, change: &Change) -> Option<Bytes> {
         let selected = |object: &&Arc<Object>| self.selection.matches(object);
         let line = match (change.before.as_ref().filter(selected), change.after.as_ref().filter(selected)) {
@@ -153,7 +157,7 @@ impl Watch {
     }
 }
 
-/// An ERROR event.
+/// Returns an ERROR event.
 pub(super) fn error_line(status: &Status) -> Bytes {
     to_line(&json!({ "type": "ERROR", "object": status.to_value() }))
 }

@@ -1,7 +1,8 @@
 //! POST, PUT, PATCH and DELETE.
 //!
-//! As on a real server a write to an object leaves its status alone, and a write to the subresource `status`
-//! everything else. A server-side apply is taken as a merge patch that may create: who owns which field is not kept.
+//! As on a real server, a write to an object does not change its status, and a write to the subresource `status`
+//! changes only the status. A server-side apply is treated as a merge patch that may create: field ownership is not
+//! tracked.
 
 use axum::body::Body;
 use hyper::{Response, StatusCode};
@@ -16,7 +17,7 @@ use super::store::Store;
 /// One write request.
 pub(super) struct Write<'a> {
     pub(super) resource: Resource,
-    /// From the path; the name is empty for a creation.
+    /// Key in the path; the name is empty for a creation.
     pub(super) key: Key,
     pub(super) status_only: bool,
     pub(super) content_type: &'a str,
@@ -40,7 +41,7 @@ impl Write<'_> {
         if value.is_object() { Ok(value) } else { Err(Status::new(400, "the body is not a JSON object")) }
     }
 
-    /// Checks that the object is the one that the path names, and completes what it may leave out.
+    /// Checks that the object is the one that the path names, and fills in the fields that it may leave out.
     fn complete(&self, value: &mut Value) -> Result<(), Status> {
         let (kind, api_version) = (self.resource.kind(), self.resource.api_version());
         for (field, want) in [("kind", kind), ("apiVersion", api_version.as_str())] {
@@ -85,7 +86,7 @@ fn insert(store: &mut Store, write: &Write<'_>, mut value: Value) -> Result<Resp
     if !value["metadata"]["resourceVersion"].as_str().unwrap_or_default().is_empty() {
         return Err(Status::new(400, "resourceVersion should not be set on objects to be created"));
     }
-    // A node registers with its status; the other objects get theirs from a controller.
+    // A node registers with its status; other objects get their status from a controller.
     if write.resource.has_status()
         && write.resource != Resource::Nodes
         && let Value::Object(map) = &mut value

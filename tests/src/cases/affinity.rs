@@ -5,7 +5,7 @@ use serde_json::json;
 use super::Case;
 use super::objects::{Object, case, s, slice, web};
 
-/// The cases of this group.
+/// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
     let three = || web("L1, R1, R2");
     vec![

@@ -1,4 +1,4 @@
-//! Checks, in the few words that a case needs.
+//! Parses checks, in the short form that cases use.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -11,19 +11,19 @@ use super::{
     Check, Connect, Dest, ENDPOINTS, Endpoint, Expect, Frontend, Pace, Proto, Sender, Source, Target,
 };
 
-/// Reads checks, separated by line breaks or semicolons:
+/// Parses checks, separated by line breaks or semicolons:
 ///
 /// - `P>CIP = L1, R1:8443 masq`: new connections of a sender go to these endpoints. Instead of endpoints there may
 ///   be `REJECT`, `DROP` or `PASS`; `sticky L1, R1` means one of these for all connections; ` @ 20x15s` gives the
 ///   number of connections and the pause between them.
-/// - `open f P>CIP/udp = L1`: a socket that is kept under the name `f`, on one of these endpoints; `say f = R1`: what
-///   answers the next that it sends.
+/// - `open f P>CIP/udp = L1`: a socket that is kept under the name `f`, on one of these endpoints; `say f = R1`: the
+///   endpoint that answers the next data of that socket.
 /// - `frontends4 = 10.96.0.10:80, node:31080`: all the frontends of IPv4; `none` for none. `frontends6` likewise.
 /// - `set CIP = 1`: number of endpoints in the cluster set.
 /// - `affinity CIP = 10800`: affinity timeout in seconds.
 ///
-/// Destinations are `CIP`, `CIP6`, `VIP`, `EXT`, `NP`, or `address:port`, with `/udp`, `/sctp` or `/ping` where it is
-/// not TCP. Port 8080 of an endpoint goes without saying.
+/// Destinations are `CIP`, `CIP6`, `VIP`, `EXT`, `NP`, or `address:port`, with `/udp`, `/sctp` or `/ping` if the
+/// protocol is not TCP. The default port of an endpoint is 8080.
 pub(super) fn parse(text: &str) -> Result<Vec<Check>> {
     text.split(['\n', ';'])
         .map(str::trim)
@@ -129,7 +129,7 @@ fn targets(text: &str) -> Result<BTreeSet<Target>> {
     text.split(',').map(target).collect()
 }
 
-/// The endpoint of that name.
+/// Returns the endpoint of that name.
 pub(super) fn endpoint(name: &str) -> Result<Endpoint> {
     let known = ENDPOINTS.into_iter().find(|endpoint| endpoint.name == name);
     known.with_context(|| format!("no such endpoint: {name}"))

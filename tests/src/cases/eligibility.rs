@@ -1,11 +1,11 @@
-//! P001-P017: which Services are proxied at all.
+//! P001-P017: Services that are proxied, and Services that are not.
 
 use super::Case;
 use super::objects::{case, s, s_dual, s_lb, slice, web};
 
 const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 
-/// The cases of this group.
+/// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
     let headless = s().cluster_ips(&["None"]);
     let external_name = s().node_port().spec("type", "ExternalName").spec("externalName", "lb.example");

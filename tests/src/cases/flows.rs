@@ -1,12 +1,12 @@
-//! P170-P180: what becomes of flows when their endpoints change.
+//! P170-P180: flows whose endpoints change.
 //!
-//! Flows of pods are packets here: sockets that the node sees are another matter (a connected UDP socket is led to where its Service
-//! leads now, and a TCP connection has nothing of ours in its way).
+//! Flows of pods are packets here. Sockets that the node sees differ: a connected UDP socket is moved to an endpoint
+//! that its Service has now, and packets of a TCP connection are not translated.
 
 use super::Case;
 use super::objects::{Object, case, s, s_lb, slice, web};
 
-/// The cases of this group.
+/// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
     // UDP 53 with nodePort 31053, on port 1053 of the endpoints.
     let dns = || s_lb().ports("dns 53/udp 31053");
@@ -45,7 +45,7 @@ pub(super) fn cases() -> Vec<Case> {
             .step([dns()], "open x X>198.18.5.5:53/udp = REJECT; open p P>10.96.0.10:53/udp = REJECT")
             .step([dns(), dns1("L1")], "say x = L1:1053; say p = L1:1053")
             .done(),
-        // kube-proxy leaves these flows to themselves, so that datagrams go on to addresses that may be another pod's by now.
+        // kube-proxy keeps these flows, so their datagrams still go to addresses that another pod may have by then.
         case("P176", "all endpoints of UDP flows are removed")
             .step([dns(), dns1("L1, R1")], open)
             .step([dns()], "say x = REJECT; say p = REJECT; X>198.18.5.5:53/udp = REJECT")

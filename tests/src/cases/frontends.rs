@@ -1,11 +1,11 @@
-//! P020-P036: where a Service can be reached.
+//! P020-P036: frontends, the addresses and ports at which a Service can be reached.
 
 use serde_json::json;
 
 use super::Case;
 use super::objects::{case, s, s_dual, s_lb, slice, web};
 
-/// The cases of this group.
+/// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
     let external = || s().spec("externalIPs", vec!["198.18.9.9"]);
     let ingress = |entries| s_lb().ingress(entries);

@@ -1,11 +1,11 @@
-//! P040-P063: how EndpointSlices are read.
+//! P040-P063: parsing of EndpointSlices.
 
 use serde_json::{Value, json};
 
 use super::Case;
 use super::objects::{Object, case, s, slice, web};
 
-/// The cases of this group.
+/// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
     let s1 = |endpoints| slice("s1", "web=8080", endpoints);
     let s2 = |endpoints| slice("s2", "web=8080", endpoints);
@@ -30,7 +30,7 @@ pub(super) fn cases() -> Vec<Case> {
             .done(),
         case("P044", "one address three times in a slice")
             .step([s(), web("L1/st, L1, L1/t")], "P>CIP = L1; set CIP = 1")
-            // If it were not ready, another one that terminates would serve, too.
+            // If L1 were not ready, R1, which is terminating, would serve, too.
             .step([s(), web("L1/st, L1, L1/t, R1/st")], "P>CIP = L1; set CIP = 1")
             .done(),
         case("P045", "a slice port without a name")

@@ -1,33 +1,33 @@
-//! Whose address endpoints see: kube-proxy's answer is in the table, Vipr's is [`seen`].
+//! The source address that endpoints see: kube-proxy's is in the table, Vipr's is [`seen`].
 //!
-//! kube-proxy rewrites sources by what the client is and what it asked for. Vipr rewrites a source where the reply
-//! would not come back through the node that has translated the destination, and only there. `docs/masquerade.md` says
-//! so row by row; a test compares that page with this module.
+//! kube-proxy rewrites the source depending on the client and the frontend. Vipr rewrites the source only if the reply
+//! would otherwise not come back through the node that translated the destination. `docs/masquerade.md` lists this row
+//! by row; a test compares that page with this module.
 
 use super::{Endpoint, NODE, Sender};
 
-/// Where the node under test meets a client.
+/// Edge at which the node under test translates a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Edge {
-    /// At its socket, before there is a packet.
+    /// The client's socket, before there is a packet.
     Socket,
-    /// At the node's side of its interface: a pod of the node whose socket is not seen.
+    /// The node's side of a pod's interface, for a pod of the node whose socket is not seen.
     PodInterface,
-    /// At a device to the network between the nodes, or beyond.
+    /// A device to the network between the nodes, or beyond.
     Device,
 }
 
-/// Whose address an endpoint sees as the source.
+/// Source address that an endpoint sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
-    /// The client's own.
+    /// The client's own address.
     Client,
-    /// One of the node's that translated the destination.
+    /// An address of the node that translated the destination.
     Node,
 }
 
 impl Sender {
-    /// Where the node meets it, if pods' sockets are seen.
+    /// Returns the edge at which the node translates the sender, depending on whether pods' sockets are seen.
     pub fn edge(self, pods_are_seen: bool) -> Edge {
         match self {
             Self::H => Edge::Socket,
@@ -38,13 +38,14 @@ impl Sender {
     }
 }
 
-/// Whose address `endpoint` sees when `sender` was translated at `edge`.
+/// Returns the source address that `endpoint` sees when `sender` was translated at `edge`.
 ///
-/// - At a socket nothing has a source address yet; the kernel chooses one afterwards, as for any connection to a pod.
-/// - A pod that is its own endpoint would answer itself without the node, unless the node stands between.
-/// - Any other pod of the node gets its replies through its interface, which only the node has.
-/// - What came through a device and stays on the node: the endpoint's reply leaves through its interface, to this node.
-/// - What goes on to another node would be answered from there, past this node.
+/// - A socket has no source address yet; the kernel chooses one afterwards, as for any connection to a pod.
+/// - A pod that is its own endpoint (hairpin) would answer itself without the node, so it sees the node's address.
+/// - Replies to any other pod of the node go through its interface, which only the node has.
+/// - A packet that came through a device and stays on the node: the endpoint's reply leaves through its interface, to
+///   this node.
+/// - A packet that goes on to another node: the reply from there would not pass this node.
 pub fn seen(endpoint: &Endpoint, sender: Sender, edge: Edge) -> Seen {
     let hairpin = sender.addresses().contains(&endpoint.ip);
     match edge {
@@ -64,7 +65,7 @@ mod tests {
     use super::*;
     use crate::cases::{Check, Connect, Expect, Source, all};
 
-    /// One line for each sender of each case for which kube-proxy's answer is known.
+    /// Returns one line for each sender of each case for which kube-proxy's answer is known.
     fn rows() -> Vec<String> {
         let mut rows = BTreeMap::new();
         for case in all() {

@@ -1,8 +1,9 @@
-//! The behaviour of a Service proxy as one table of cases: Kubernetes objects in, fates of connections out.
+//! The behaviour of a Service proxy as one table of cases: Kubernetes objects as input, outcomes of connections as
+//! output.
 //!
-//! A case says nothing about how it is run. One runner may turn the objects into maps and ask the pure datapath,
-//! another may start the agent and open real sockets. Each step of a case gives the whole cluster; what is not in
-//! it is gone.
+//! A case does not define how it is run. One runner may turn the objects into maps and ask the pure datapath, another
+//! may start the agent and open real sockets. Each step of a case gives the whole cluster; objects that a step leaves
+//! out are deleted.
 //!
 //! All cases share one world (RFC 5737 and RFC 2544 addresses):
 //!
@@ -12,8 +13,8 @@
 //! - Endpoints and senders: [`ENDPOINTS`] and [`Sender`].
 //! - Service `a/s` has clusterIP 10.96.0.10 and one port `web`, TCP 80, to port 8080 of the endpoints.
 //!
-//! The table speaks of kube-proxy. What the socket edge does differently where no packet edge follows is a table of its
-//! own, [`Case::on_sockets`]; so is whose address endpoints see, [`masquerade`].
+//! The table describes kube-proxy. Differences of the socket edge without a packet edge after it are in a table of
+//! their own, [`Case::on_sockets`]. So are the source addresses that endpoints see, in [`masquerade`].
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -47,7 +48,7 @@ mod tests;
 /// The node under test.
 pub const NODE: &str = "n1";
 
-/// Every case, by id.
+/// Returns every case, by id.
 pub fn all() -> Vec<Case> {
     let groups = [
         eligibility::cases(),
@@ -69,38 +70,38 @@ pub fn all() -> Vec<Case> {
 pub struct Case {
     /// Stable id, like `P041`: the letter P, the group in hundreds and tens.
     pub id: &'static str,
-    /// What it is about, in a few words.
+    /// Subject of the case, in a few words.
     pub title: &'static str,
-    /// How the proxy is configured.
+    /// Configuration of the proxy.
     pub config: Config,
-    /// What happens, in order. The proxy keeps running from one to the next.
+    /// Steps, in order. The proxy keeps running from one to the next.
     pub steps: Vec<Step>,
 }
 
 /// Configuration that differs between cases.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What `clusterCIDR` says. Empty: detect-local by source is not implemented.
+    /// Value of `clusterCIDR`. Empty: detect-local by source is not implemented.
     pub cluster_cidr: Vec<&'static str>,
     /// `nodePortAddresses`: CIDRs, or the one word `primary`.
     pub node_port_addresses: Vec<&'static str>,
     /// Feature gate `AllowServiceExternalIPs`.
     pub allow_external_ips: bool,
-    /// What tells pods' packets from others.
+    /// Mode of detect-local.
     pub detect_local: DetectLocal,
     /// `masqueradeAll`.
     pub masquerade_all: bool,
 }
 
-/// detect-local: what tells pods' packets from others.
+/// detect-local: property that distinguishes pods' packets from others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DetectLocal {
-    /// Their source: `clusterCIDR`.
+    /// Source address within `clusterCIDR`.
     #[default]
     ClusterCidr,
-    /// That they come from this bridge.
+    /// Arrival through this bridge.
     Bridge(&'static str),
-    /// That they come from an interface whose name begins so.
+    /// Arrival through an interface whose name begins with this prefix.
     Prefix(&'static str),
 }
 
@@ -116,28 +117,28 @@ impl Default for Config {
     }
 }
 
-/// A state of the cluster, and what must be true in it.
+/// A state of the cluster, and the checks that must hold in it.
 #[derive(Clone, Debug)]
 pub struct Step {
-    /// Every object there is, as manifests: Nodes, ServiceCIDRs, Services, EndpointSlices.
+    /// Every object of the cluster, as manifests: Nodes, ServiceCIDRs, Services, EndpointSlices.
     pub objects: Vec<Value>,
-    /// Checked in this order, once the proxy has taken the objects in.
+    /// Checks, in this order, once the proxy has processed the objects.
     pub checks: Vec<Check>,
 }
 
-/// One thing to look at.
+/// One check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Check {
     /// New connections (datagrams, for UDP; echo requests, for ping).
     Connect(Connect),
     /// A connection (over UDP, a connected socket with its first datagram) that is kept under a name. Clients try until
-    /// they have one of these endpoints.
+    /// they reach one of these endpoints.
     Open(String, Connect),
-    /// What becomes of the next datagram (over TCP, the next bytes) of a socket that was opened before.
+    /// Outcome of the next datagram (over TCP, the next bytes) of a socket that was opened before.
     Say(String, Expect),
     /// Exactly these frontends exist in the family.
     Frontends(Family, BTreeSet<Frontend>),
-    /// So many endpoints are in the cluster set behind a frontend.
+    /// Number of endpoints in the cluster set behind a frontend.
     ClusterSet(Dest, usize),
     /// The affinity timeout, in seconds, of the Service port behind a frontend.
     AffinitySeconds(Dest, u32),
@@ -146,26 +147,26 @@ pub enum Check {
 /// Connections of one kind of client to one destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Connect {
-    /// Who.
+    /// Client.
     pub sender: Sender,
-    /// Where to.
+    /// Destination.
     pub dest: Dest,
-    /// What becomes of them.
+    /// Outcome of the connections.
     pub expect: Expect,
-    /// How many and how fast, where that matters; otherwise as many as it takes, without pause.
+    /// Number and pace of the connections, if they matter; otherwise as many as needed, without pause.
     pub pace: Option<Pace>,
 }
 
 /// A number of connections of each client, with pauses between them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pace {
-    /// How many connections each client makes, one after the other, each from another source port.
+    /// Number of connections that each client makes, one after the other, each from another source port.
     pub connections: u32,
-    /// Idle time between two of them.
+    /// Idle time between two connections.
     pub pause: Duration,
 }
 
-/// Who sends.
+/// Client that sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Sender {
     /// A pod on n1.
@@ -176,20 +177,20 @@ pub enum Sender {
     Pods,
     /// The pod that is the endpoint L1.
     L1,
-    /// A pod on n2. Its packets come to n1 with its own address.
+    /// A pod on n2. Its packets reach n1 with its own source address.
     Q,
     /// A process of the host n1.
     H,
-    /// A client off the cluster, routed to n1; inside 203.0.113.0/25.
+    /// A client outside the cluster, routed to n1; inside 203.0.113.0/25.
     X,
-    /// Another one; outside 203.0.113.0/25.
+    /// Another client outside the cluster; outside 203.0.113.0/25.
     Y,
-    /// An IPv6 client off the cluster.
+    /// An IPv6 client outside the cluster.
     X6,
 }
 
 impl Sender {
-    /// The clients' addresses.
+    /// Returns the clients' addresses.
     pub fn addresses(self) -> Vec<IpAddr> {
         let v4 = |octets: [u8; 4]| IpAddr::V4(octets.into());
         let v6 = |segments: [u16; 8]| IpAddr::V6(segments.into());
@@ -206,8 +207,8 @@ impl Sender {
         }
     }
 
-    /// Whether the sockets are on n1, so that its socket edge sees them. The packets of the others come to n1 over
-    /// the network.
+    /// Returns whether the sender's sockets are on n1, so that its socket edge sees them. Packets of the other senders
+    /// reach n1 over the network.
     pub const fn on_this_node(self) -> bool {
         match self {
             Self::P | Self::P6 | Self::Pods | Self::L1 | Self::H => true,
@@ -215,7 +216,7 @@ impl Sender {
         }
     }
 
-    /// Whether it is a pod on n1, so that its packets come to n1 through the pod's interface.
+    /// Returns whether the sender is a pod on n1, so that its packets reach n1 through the pod's interface.
     pub const fn is_pod_of_this_node(self) -> bool {
         match self {
             Self::P | Self::P6 | Self::Pods | Self::L1 => true,
@@ -233,11 +234,11 @@ pub enum Proto {
     Udp,
     /// SCTP.
     Sctp,
-    /// ICMP(v6) echo; the port means nothing.
+    /// ICMP(v6) echo; the port is ignored.
     Ping,
 }
 
-/// Where a client connects to.
+/// Destination of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Dest {
     /// Protocol.
@@ -246,36 +247,36 @@ pub struct Dest {
     pub addr: SocketAddr,
 }
 
-/// What becomes of connections.
+/// Outcome of connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Expect {
-    /// Each goes to one of these, at random, so that every one of them is reached in time.
+    /// Each connection goes to one of these endpoints, at random, so that every one of them is eventually reached.
     Spread(BTreeSet<Target>, Source),
-    /// All of one client go to the same one of these. Many clients together reach every one of them.
+    /// All connections of one client go to the same endpoint of these. Many clients together reach every one of them.
     Sticky(BTreeSet<Target>, Source),
     /// Connection refused.
     Reject,
-    /// Silence. (At a socket of the host, or of a pod whose packets nobody judges, the call fails instead.)
+    /// No answer. (At a socket of the host, or of a pod whose packets no program judges, the call fails instead.)
     Drop,
-    /// The proxy does not touch them.
+    /// The proxy does not translate the connections.
     Pass,
 }
 
-/// What source address the endpoint sees with kube-proxy. What it sees with Vipr is told by [`masquerade::seen`].
+/// Source address that the endpoint sees with kube-proxy. [`masquerade::seen`] returns the one with Vipr.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// The client's own.
+    /// The client's own address.
     Kept,
-    /// One of this node's.
+    /// An address of this node.
     Masqueraded,
-    /// The case does not say.
+    /// Not specified by the case.
     Unsaid,
 }
 
-/// Where an endpoint of the table listens.
+/// Endpoint and port that a connection reaches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Target {
-    /// Which endpoint.
+    /// The endpoint.
     pub endpoint: Endpoint,
     /// Port.
     pub port: u16,
@@ -284,15 +285,15 @@ pub struct Target {
 /// A pod that can be an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Endpoint {
-    /// Its name in the table.
+    /// The endpoint's name in the table.
     pub name: &'static str,
-    /// Its address.
+    /// The endpoint's address.
     pub ip: IpAddr,
-    /// The node that it runs on.
+    /// The node that the endpoint runs on.
     pub node: &'static str,
 }
 
-/// Every endpoint there is. Each listens on every port that a slice mentions, and answers with its name.
+/// Every endpoint. Each listens on every port that a slice mentions, and answers with its name.
 pub const ENDPOINTS: [Endpoint; 6] = [
     Endpoint { name: "L1", ip: IpAddr::V4(Ipv4Addr::new(10, 64, 1, 11)), node: "n1" },
     Endpoint { name: "L2", ip: IpAddr::V4(Ipv4Addr::new(10, 64, 1, 12)), node: "n1" },
@@ -302,7 +303,7 @@ pub const ENDPOINTS: [Endpoint; 6] = [
     Endpoint { name: "V2", ip: IpAddr::V6(Ipv6Addr::new(0xfd00, 0x64, 0, 2, 0, 0, 0, 0x21)), node: "n2" },
 ];
 
-/// A place where a Service can be reached.
+/// A frontend of a Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Frontend {
     /// An address with a port.
@@ -312,14 +313,14 @@ pub enum Frontend {
 }
 
 impl Case {
-    /// Id and title as the name of a test: `p080_external_policy_local_far_clients`.
+    /// Returns id and title as the name of a test: `p080_external_policy_local_far_clients`.
     pub fn test_name(&self) -> String {
         let words = self.title.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
         std::iter::once(self.id).chain(words).collect::<Vec<_>>().join("_").to_lowercase()
     }
 
-    /// The same with every pause, and every affinity timeout but the default, divided by `divisor`: what takes
-    /// minutes by the clock then takes seconds.
+    /// Returns the case with every pause, and every affinity timeout but the default, divided by `divisor`: a case of
+    /// minutes then takes seconds.
     pub fn faster(mut self, divisor: u32) -> Self {
         for step in &mut self.steps {
             for object in &mut step.objects {
@@ -339,7 +340,7 @@ impl Case {
         self
     }
 
-    /// Every protocol and port that a slice of this case mentions.
+    /// Returns every protocol and port that a slice of this case mentions.
     pub fn listening(&self) -> BTreeSet<(Proto, u16)> {
         let objects = self.steps.iter().flat_map(|step| &step.objects);
         let slices = objects.filter(|object| object["kind"] == "EndpointSlice");

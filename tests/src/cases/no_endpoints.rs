@@ -3,7 +3,7 @@
 use super::Case;
 use super::objects::{case, s, s_lb, slice, web};
 
-/// The cases of this group.
+/// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case("P140", "no endpoints at all")

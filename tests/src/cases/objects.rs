@@ -1,4 +1,4 @@
-//! Kubernetes objects, in the few words that a case needs.
+//! Builders of Kubernetes objects, in the short form that cases use.
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
@@ -23,41 +23,41 @@ impl Object {
         self
     }
 
-    /// Does what needs no word of its own.
+    /// Applies any other change.
     pub(super) fn edit(mut self, change: impl FnOnce(&mut Value)) -> Self {
         change(&mut self.0);
         self
     }
 
-    /// Service: `spec.clusterIPs`, and what follows from them.
+    /// Service: sets `spec.clusterIPs`, and the fields that follow from them.
     pub(super) fn cluster_ips(self, ips: &[&str]) -> Self {
         let families: Vec<&str> =
             ips.iter().map(|ip| if ip.contains(':') { "IPv6" } else { "IPv4" }).collect();
         self.spec("clusterIP", ips[0]).spec("clusterIPs", ips.to_vec()).spec("ipFamilies", families)
     }
 
-    /// Service: `spec.ports`, written `web 80, dns 53/udp 31053` (name or `-`, port, nodePort if any).
+    /// Service: sets `spec.ports`, written `web 80, dns 53/udp 31053` (name or `-`, port, nodePort if any).
     pub(super) fn ports(self, text: &str) -> Self {
         let ports = text.split(',').map(service_port).collect::<Result<Vec<Value>>>();
         self.spec("ports", ports.expect("ports of a Service in the table of cases"))
     }
 
-    /// Service: type NodePort with nodePort 31080.
+    /// Service: sets type NodePort with nodePort 31080.
     pub(super) fn node_port(self) -> Self {
         self.spec("type", "NodePort").ports("web 80 31080")
     }
 
-    /// Service: `internalTrafficPolicy: Local`.
+    /// Service: sets `internalTrafficPolicy: Local`.
     pub(super) fn internal_local(self) -> Self {
         self.spec("internalTrafficPolicy", "Local")
     }
 
-    /// Service: `externalTrafficPolicy: Local`.
+    /// Service: sets `externalTrafficPolicy: Local`.
     pub(super) fn external_local(self) -> Self {
         self.spec("externalTrafficPolicy", "Local")
     }
 
-    /// Service: the ingress entries of its load balancer.
+    /// Service: sets the ingress entries of its load balancer.
     pub(super) fn ingress(self, entries: Value) -> Self {
         self.edit(|service| service["status"]["loadBalancer"]["ingress"] = entries)
     }
@@ -67,7 +67,7 @@ impl Object {
     }
 }
 
-/// The Service of the table: `a/s`, ClusterIP 10.96.0.10, port `web` TCP 80.
+/// Returns the Service of the table: `a/s`, ClusterIP 10.96.0.10, port `web` TCP 80.
 pub(super) fn s() -> Object {
     Object(json!({
         "apiVersion": "v1",
@@ -83,12 +83,12 @@ pub(super) fn s() -> Object {
     }))
 }
 
-/// The same with both families.
+/// Returns the Service `a/s` with both families.
 pub(super) fn s_dual() -> Object {
     s().cluster_ips(&["10.96.0.10", "fd00:96::10"])
 }
 
-/// The same as a LoadBalancer: VIP 198.18.5.5, externalIP 198.18.9.9, nodePort 31080.
+/// Returns the Service `a/s` as a LoadBalancer: VIP 198.18.5.5, externalIP 198.18.9.9, nodePort 31080.
 pub(super) fn s_lb() -> Object {
     s().node_port()
         .spec("type", "LoadBalancer")
@@ -96,13 +96,13 @@ pub(super) fn s_lb() -> Object {
         .ingress(json!([{ "ip": "198.18.5.5" }]))
 }
 
-/// The usual slice: port `web` is 8080.
+/// Returns the usual slice: port `web` is 8080.
 pub(super) fn web(endpoints: &str) -> Object {
     slice("s1", "web=8080", endpoints)
 }
 
-/// A slice of Service `a/s`: ports `web=8080, dns=1053/udp`, endpoints `L1, R1/st z(za,zb) n(n1)`. The states are
-/// `/nr` not ready, `/st` serving and terminating, `/t` terminating, `/sn` serving but not ready.
+/// Returns a slice of Service `a/s`: ports `web=8080, dns=1053/udp`, endpoints `L1, R1/st z(za,zb) n(n1)`. The states
+/// are `/nr` not ready, `/st` serving and terminating, `/t` terminating, `/sn` serving but not ready.
 pub(super) fn slice(name: &str, ports: &str, endpoints: &str) -> Object {
     let build = || {
         let ports = ports.split(',').map(slice_port).collect::<Result<Vec<Value>>>()?;
@@ -132,7 +132,7 @@ pub(super) fn slice(name: &str, ports: &str, endpoints: &str) -> Object {
     built.expect("a slice in the table of cases")
 }
 
-/// A Node. n1 has an address of each family.
+/// Returns a Node. n1 has an address of each family.
 pub(super) fn node(name: &str) -> Object {
     let (zone, addresses) = match name {
         "n1" => ("za", vec!["192.0.2.10", "2001:db8:1::10"]),
@@ -182,7 +182,7 @@ fn slice_port(text: &str) -> Result<Value> {
     Ok(json!({ "name": name, "protocol": protocol, "port": port }))
 }
 
-/// `53/udp`; TCP when nothing is said.
+/// Parses `53/udp`; the default protocol is TCP.
 fn numbered(text: &str) -> Result<(u16, String)> {
     let (port, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
     Ok((port.parse().with_context(|| format!("port {text:?}"))?, protocol.to_uppercase()))
@@ -248,14 +248,14 @@ impl Builder {
         self
     }
 
-    /// No ServiceCIDR object exists.
+    /// Removes the ServiceCIDR object.
     pub(super) fn without_service_cidr(mut self) -> Self {
         self.base.retain(|object| object.0["kind"] != "ServiceCIDR");
         self
     }
 
-    /// Adds a step: the nodes, the ServiceCIDR and `objects` (which may give a node anew), and what
-    /// [`super::checks::parse`] makes of `checks`.
+    /// Adds a step: the nodes, the ServiceCIDR and `objects` (which may replace a node), and the checks that
+    /// [`super::checks::parse`] reads from `checks`.
     pub(super) fn step(mut self, objects: impl IntoIterator<Item = Object>, checks: &str) -> Self {
         let mut all = self.base.clone();
         for object in objects {
@@ -270,7 +270,7 @@ impl Builder {
         self
     }
 
-    /// The finished case.
+    /// Returns the finished case.
     pub(super) fn done(self) -> Case {
         self.case
     }

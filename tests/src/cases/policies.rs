@@ -1,9 +1,9 @@
-//! P070-P095: terminating endpoints, and the two traffic policies.
+//! P070-P095: terminating endpoints, and the internal and external traffic policies.
 
 use super::Case;
 use super::objects::{case, s, s_lb, web};
 
-/// The cases of this group.
+/// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
     let internal = || s().internal_local();
     let lb_local = || s_lb().external_local();

@@ -1,4 +1,4 @@
-//! A little of everything, for networks of other shapes than the table's.
+//! A few checks of everything, for networks of other shapes than the table's.
 
 use std::time::Duration;
 
@@ -7,8 +7,8 @@ use serde_json::json;
 use super::objects::{case, s_dual, slice};
 use super::{Case, Check, Connect, Expect, Pace};
 
-/// One check for each kind of frontend, near and far endpoint, TCP and UDP, IPv4 and IPv6, refusal, silence, and a pod
-/// that reaches itself.
+/// Returns a case with one check for each kind of frontend, near and far endpoint, TCP and UDP, IPv4 and IPv6, refusal,
+/// drop, and a pod that reaches itself.
 pub fn smoke() -> Case {
     let mut case = rows();
     for check in case.steps.iter_mut().flat_map(|step| &mut step.checks) {
@@ -54,8 +54,9 @@ fn rows() -> Case {
         .done()
 }
 
-/// The node's own addresses are a Service's, too, as k3s' servicelb has it: they come, go and come again while connections of
-/// clients outside live, and nodePorts and other addresses are served all the while.
+/// Returns a case in which the node's own addresses are a Service's, too, as with k3s' servicelb. The addresses appear,
+/// disappear and appear again while connections of clients outside are open; nodePorts and other addresses are served
+/// all the time.
 pub fn at_the_node() -> Case {
     let beside = || s_dual().spec("type", "NodePort").ports("web 80 31080, dns 53/udp 31053");
     let at_node = || {
@@ -95,7 +96,7 @@ pub fn at_the_node() -> Case {
         .done()
 }
 
-/// That Y does not get to an endpoint on this node: for nodes with a filter that says so.
+/// Returns a case in which Y cannot reach an endpoint on this node, for nodes with a filter that blocks Y.
 pub fn not_allowed() -> Case {
     let service = || s_dual().spec("type", "LoadBalancer").ingress(json!([{ "ip": "198.18.5.5" }]));
     case("denied", "").step([service(), slice("s1", "web=8080", "L1")], "X>VIP = L1; Y>VIP = DROP").done()

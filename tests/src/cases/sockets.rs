@@ -1,15 +1,15 @@
-//! Where the socket edge does something else than the table says, if no packet edge follows, and why.
+//! Deviations of the socket edge from the table, where no packet edge follows, and the reasons.
 
 use super::checks::parse;
 use super::{Case, Check, Connect};
 
-/// A check that comes out differently.
+/// A check with a different result.
 struct Deviation {
     /// Id of the case.
     case: &'static str,
-    /// The check as it comes out, in the words of [`parse`].
+    /// The check with its actual result, in the syntax of [`parse`].
     instead: &'static str,
-    /// Why; read by people only.
+    /// Reason, read by people only.
     #[expect(dead_code, reason = "the reader of this table wants to know")]
     because: &'static str,
 }
@@ -29,8 +29,8 @@ const DEVIATIONS: [Deviation; 2] = [
 ];
 
 impl Case {
-    /// The case as the socket edge alone answers it: the checks of senders whose sockets it sees that come out
-    /// differently there are replaced.
+    /// Returns the case for the socket edge alone: checks with another result there, of senders whose sockets it sees,
+    /// are replaced.
     pub fn on_sockets(mut self) -> Self {
         for deviation in DEVIATIONS.iter().filter(|deviation| deviation.case == self.id) {
             let instead = parse(deviation.instead).expect("a check in the table of deviations");

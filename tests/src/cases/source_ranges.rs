@@ -5,7 +5,7 @@ use serde_json::json;
 use super::Case;
 use super::objects::{Object, case, s_lb, web};
 
-/// The cases of this group.
+/// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
     let ranges = |ranges: &[&str]| s_lb().spec("loadBalancerSourceRanges", ranges.to_vec());
     let clients = || ranges(&["203.0.113.0/25"]);

@@ -1,9 +1,9 @@
-//! P120-P130: whose address endpoints see.
+//! P120-P130: source addresses that endpoints see.
 
 use super::objects::{case, s, s_lb, web};
 use super::{Case, DetectLocal};
 
-/// The cases of this group.
+/// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
     let anybody_may_be_a_pod = |id, title| case(id, title).config(|config| config.cluster_cidr.clear());
     let everybody_is_masqueraded = |id, title| case(id, title).config(|config| config.masquerade_all = true);

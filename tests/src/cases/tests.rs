@@ -1,4 +1,4 @@
-//! The table says what it means to say.
+//! Tests of the table itself.
 
 use std::fs;
 use std::path::Path;
@@ -32,12 +32,12 @@ fn every_row_is_there_once_and_in_order() {
     assert_eq!(ids, want);
 }
 
-/// Rows that are about probes, syncs, metrics and configuration rather than connections: the first and last of each
-/// group.
+/// Rows about probes, syncs, metrics and configuration rather than connections: the first and last of each group.
 const NO_CONNECTIONS: [(u16, u16); 3] = [(190, 204), (210, 221), (230, 244)];
-/// Rows of them without a test on values: the loop itself decides.
+/// Rows of these groups without a test on values: the loop itself decides them.
 const NOT_ON_VALUES: [u16; 2] = [212, 213];
-/// Rows of them without a test of the running agent: it programs both families together, so that none is stuck alone.
+/// Rows of these groups without a test of the running agent: it programs both families together, so that none is stuck
+/// alone.
 const NOT_RUNNING: [u16; 1] = [203];
 
 #[test]
@@ -55,7 +55,7 @@ fn rows_that_are_no_connections_have_tests_of_their_own() {
     assert_eq!(lacking(&["tests/health", "tests/config"]), NOT_RUNNING);
 }
 
-/// Adds the rows that functions in `path` are named after: `fn p190_p191_who_has_endpoints_says_so`.
+/// Adds the rows in the names of functions in `path`: `fn p190_p191_who_has_endpoints_says_so`.
 fn rows_tested(path: &Path, tested: &mut BTreeSet<u16>) {
     if path.is_dir() {
         for entry in fs::read_dir(path).unwrap() {
@@ -71,7 +71,7 @@ fn rows_tested(path: &Path, tested: &mut BTreeSet<u16>) {
     }
 }
 
-/// A misspelt field would be lost on the way through the real types.
+/// A misspelt field would be lost in the conversion to the real types and back.
 #[test]
 fn objects_have_no_field_that_kubernetes_does_not_know() {
     fn through<T: DeserializeOwned + Serialize>(object: &Value) -> Value {
@@ -192,7 +192,7 @@ fn a_faster_case_keeps_its_proportions() {
         panic!("no pace")
     };
     assert_eq!(pace.pause, Duration::from_millis(1200));
-    // The default timeout is a fact of its own.
+    // The default timeout is tested as such, and is not divided.
     let case = all().into_iter().find(|case| case.id == "P160").unwrap();
     assert_eq!(case.clone().faster(5).steps[0].objects, case.steps[0].objects);
 }

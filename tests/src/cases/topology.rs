@@ -3,7 +3,7 @@
 use super::Case;
 use super::objects::{Object, ZONE, case, node, s, s_lb, web};
 
-/// The cases of this group.
+/// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
     let hinted = || web("L1 z(za), R1 z(zb), R2 z(za)");
     let n1_in = |zone: &str| node("n1").label(ZONE, zone);
@@ -55,7 +55,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// n1 without a zone label.
+/// Returns n1 without a zone label.
 fn nowhere() -> Object {
     node("n1").edit(|node| {
         let labels = node["metadata"]["labels"].as_object_mut();

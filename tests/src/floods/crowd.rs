@@ -1,4 +1,4 @@
-//! Many connections from one place, by one thread: each says something again and again, and hears the same.
+//! Many connections from one place, on one thread: each sends a message again and again, and receives it back.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,21 +17,21 @@ use tokio::time::{sleep, timeout};
 
 use crate::lab::Place;
 
-/// From an answer to the next request, unless somebody wants another pause.
+/// Default pause between an answer and the next request.
 const PAUSE: Duration = Duration::from_millis(500);
-/// A connection without an answer for that long is broken: many retransmissions are lost by then.
+/// Time without an answer after which a connection counts as broken: by then many retransmissions are lost.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// A datagram is sent again after that long.
+/// Time after which a datagram is sent again.
 const RESEND: Duration = Duration::from_secs(1);
-/// How many connections are being opened at a time: less than a listener's backlog.
+/// Number of connections that are opened at the same time: less than a listener's backlog.
 const OPENING: usize = 64;
 
-/// How to talk.
+/// Transport of a crowd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// A TCP connection each.
+    /// One TCP connection each.
     Tcp,
-    /// A connected UDP socket each.
+    /// One connected UDP socket each.
     Udp,
 }
 
@@ -59,31 +59,31 @@ struct Member {
     broken: Mutex<Option<String>>,
 }
 
-/// What has become of a crowd.
+/// State of a crowd.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
     /// Connections that still carry data.
     pub alive: usize,
-    /// How many have failed, by what happened.
+    /// Number of connections that have failed, by error.
     pub broken: BTreeMap<String, usize>,
-    /// Fewest answers that one of the living has got.
+    /// Smallest number of answers that a living connection has received.
     pub fewest: u64,
-    /// Answers altogether.
+    /// Number of answers of all connections.
     pub answers: u64,
-    /// The longest time to an answer.
+    /// Longest time to an answer.
     pub slowest: Duration,
 }
 
 impl Crowd {
-    /// Opens `count` connections from `place`; returns when each has had its first answer or has failed.
+    /// Opens `count` connections from `place`; returns when each has received its first answer or has failed.
     ///
     /// # Errors
-    /// If the place cannot be entered. A connection that fails is none; see [`Crowd::outcome`].
+    /// If the place cannot be entered. A connection that fails is not an error; see [`Crowd::outcome`].
     pub fn open(place: &Place, target: SocketAddr, way: Way, count: usize) -> Result<Self> {
         Self::with_pause(place, target, way, count, PAUSE)
     }
 
-    /// The same with so long a pause after each answer.
+    /// Does the same as [`Crowd::open`], with `pause` after each answer.
     ///
     /// # Errors
     /// As [`Crowd::open`].
@@ -103,8 +103,8 @@ impl Crowd {
         Ok(crowd)
     }
 
-    /// Waits until every connection that is not broken has had one more answer, and `more` further ones to what it has said
-    /// since the call.
+    /// Waits until every connection that is not broken has received one more answer, and `more` further answers to
+    /// requests sent after the call.
     ///
     /// # Errors
     /// If the crowd has ended.
@@ -114,7 +114,7 @@ impl Crowd {
     }
 
     fn wait(&self, wanted: &[u64], answers: u64) -> Result<()> {
-        // Each is an answer or the end; the first one may be a connection before.
+        // Each round ends with an answer or with the connection; the first may be a request from before.
         let deadline = Instant::now() + (PATIENCE + self.shared.pause) * u32::try_from(1 + answers)?;
         let behind = |(member, wanted): &(&Member, &u64)| member.rounds() < **wanted && !member.is_broken();
         while self.shared.members.iter().zip(wanted).any(|pair| behind(&pair)) {
@@ -125,7 +125,7 @@ impl Crowd {
         Ok(())
     }
 
-    /// How they are at this moment.
+    /// Returns the current state of the crowd.
     pub fn outcome(&self) -> Outcome {
         let mut outcome = Outcome {
             alive: 0,
@@ -148,10 +148,10 @@ impl Crowd {
         outcome
     }
 
-    /// Ends all of them.
+    /// Ends all connections.
     ///
     /// # Errors
-    /// If the crowd could not talk at all.
+    /// If the crowd's thread failed.
     pub fn end(mut self) -> Result<()> {
         self.stop()
     }
@@ -168,7 +168,7 @@ impl Crowd {
 
 impl Drop for Crowd {
     fn drop(&mut self) {
-        // Whoever wants to know has asked.
+        // The error is dropped here: [`Crowd::end`] returns it.
         let _ = self.stop();
     }
 }
@@ -187,7 +187,7 @@ impl Member {
     }
 }
 
-/// Talks until the end.
+/// Runs all connections until the end of the crowd.
 fn run(shared: &Arc<Shared>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
     runtime.block_on(async {
@@ -201,13 +201,13 @@ fn run(shared: &Arc<Shared>) -> Result<()> {
                 }
             });
         }
-        // With the set, its tasks end.
+        // Dropping the set ends its tasks.
         shared.end.notified().await;
     });
     Ok(())
 }
 
-/// One connection, until something happens to it.
+/// Runs one connection until it fails.
 async fn talk(shared: &Shared, number: usize, doors: &Semaphore) -> io::Result<()> {
     let member = &shared.members[number];
     let door = doors.acquire().await.map_err(io::Error::other)?;
@@ -255,7 +255,7 @@ impl Line {
         })
     }
 
-    /// Says `words` and hears them again.
+    /// Sends `words` and waits for them to come back.
     async fn ask(&mut self, words: &[u8; 16]) -> io::Result<()> {
         let mut heard = [0; 16];
         match self {
@@ -266,7 +266,7 @@ impl Line {
             Self::Udp(socket) => loop {
                 socket.send(words).await?;
                 match timeout(RESEND, socket.recv(&mut heard)).await {
-                    // The answer to what was sent twice may come twice.
+                    // The answer to a datagram that was sent twice may arrive twice.
                     Ok(Ok(_)) if heard != *words => {}
                     Ok(result) => return result.map(drop),
                     Err(_elapsed) => {}

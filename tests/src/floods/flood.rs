@@ -16,34 +16,34 @@ use crate::packets::{ETHERNET, Packet};
 /// Bytes of a segment without options and data: IPv4 and TCP header.
 const LENGTH: usize = 40;
 
-/// Packets to be sent.
+/// Packets to send.
 #[derive(Clone, Copy, Debug)]
 pub struct Flood {
-    /// To whom.
+    /// Destination address and port.
     pub target: SocketAddrV4,
-    /// From whom, as it seems.
+    /// Source addresses, which are invented.
     pub senders: Senders,
     /// Bits of [`proxy_common::datapath::edge::parse::tcp`]. Sequence numbers are random, acknowledgement numbers zero.
     pub flags: u8,
-    /// How many.
+    /// Number of packets.
     pub packets: u64,
 }
 
 /// Sources of packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Senders {
-    /// Any port of any address of 128.0.0.0/3, by chance.
+    /// Any port of any address of 128.0.0.0/3, at random.
     Anybody,
     /// Every port of one address, one after the other.
     One(Ipv4Addr),
 }
 
-/// What has been sent.
+/// Packets that were sent.
 #[derive(Clone, Copy, Debug)]
 pub struct Sent {
-    /// Packets.
+    /// Number of packets.
     pub packets: u64,
-    /// From the first to the last.
+    /// Time from the first to the last packet.
     pub took: Duration,
 }
 
@@ -55,11 +55,11 @@ impl Sent {
 }
 
 impl Flood {
-    /// Sends them from `place`, by as many threads as there are CPUs, and returns when all are sent. What the kernel cannot
-    /// take at once waits; nothing is paced.
+    /// Sends the packets from `place`, on as many threads as there are CPUs, and returns when all are sent. Sending
+    /// waits for the kernel when its buffers are full, but is not paced.
     ///
     /// # Errors
-    /// If raw sockets are not allowed, or there is no way to the target.
+    /// If raw sockets are not allowed, or there is no route to the target.
     pub fn send(&self, place: &Place) -> Result<Sent> {
         let threads = thread::available_parallelism().context("the number of CPUs")?.get() as u64;
         let start = Instant::now();
@@ -75,7 +75,7 @@ impl Flood {
         Ok(Sent { packets: self.packets, took: start.elapsed() })
     }
 
-    /// What one thread sends: of the packets in order every `step`th, from `first` on.
+    /// Sends one thread's packets: every `step`th packet, beginning with `first`.
     fn send_share(&self, first: u64, step: u64, share: u64) -> Result<()> {
         let socket = self.socket().context("a raw socket")?;
         let template = Template::new(self.target, self.flags)?;
@@ -106,7 +106,7 @@ impl Flood {
 
     fn sender(&self, number: u64, random: &mut fastrand::Rng) -> SocketAddrV4 {
         match self.senders {
-            // Nobody of the lab, and all of them hosts.
+            // Unicast addresses that the lab does not use.
             Senders::Anybody => {
                 SocketAddrV4::new(Ipv4Addr::from(0x8000_0000 | random.u32(..) >> 3), random.u16(1..))
             }
@@ -114,7 +114,7 @@ impl Flood {
         }
     }
 
-    /// A socket for packets with their IP header.
+    /// Opens a socket for packets with their IP header.
     fn socket(&self) -> io::Result<OwnedFd> {
         let socket =
             socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW))?;
@@ -123,10 +123,10 @@ impl Flood {
     }
 }
 
-/// A segment from nowhere, to be filled in.
+/// A segment without sender and sequence number.
 struct Template {
     bytes: [u8; LENGTH],
-    /// The one's-complement sum that its TCP checksum stands for.
+    /// One's-complement sum for its TCP checksum.
     sum: u32,
 }
 
@@ -144,7 +144,7 @@ impl Template {
         Ok(Self { bytes, sum })
     }
 
-    /// From `sender`. The kernel computes the checksum of the IP header.
+    /// Returns the segment from `sender`. The kernel computes the checksum of the IP header.
     fn packet(&self, sender: SocketAddrV4, sequence: u32) -> [u8; LENGTH] {
         let mut bytes = self.bytes;
         let address = u32::from(*sender.ip());
@@ -177,7 +177,7 @@ mod tests {
             let (sender, sequence) = (flood.sender(number, &mut random), random.u32(..));
             let frame = Packet::tcp(sender.into(), target.into(), tcp::RST, sequence, 0).bytes();
             let packet = template.packet(sender, sequence);
-            // Where the address is, and behind the checksum of the IP header.
+            // The addresses, and everything after the checksum of the IP header.
             assert_eq!(packet[SOURCE..], frame[ETHERNET + SOURCE..]);
             assert!((128..160).contains(&sender.ip().octets()[0]) && sender.port() > 0, "{sender}");
         }

@@ -1,6 +1,6 @@
-//! Two nodes, a nodePort of the first one with a pod on either, a crowd's client and the machine of an attacker.
+//! Two nodes, a nodePort of the first node with a pod on either, a crowd's client and the machine of an attacker.
 //!
-//! What pods answer to senders that do not exist ends in the network between: in a black hole, without a word.
+//! Replies of pods to senders that do not exist end in a black hole in the network, without an ICMP error.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
@@ -14,25 +14,25 @@ use tempfile::TempDir;
 
 use crate::lab::{Agent, Lab, LabSpec, Node, NodeSpec, Place};
 
-/// Primary address of the node whose nodePorts are asked.
+/// Primary address of the node whose nodePorts are used.
 pub const NODE_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
 /// Address of the crowd's client.
 pub const CROWD_ADDRESS: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 7);
 const PORT: u16 = 8080;
 
-/// Where the pod behind a nodePort is.
+/// Node of the pod behind a nodePort.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
-    /// On the node that is asked.
+    /// The node that the client connects to.
     Local,
-    /// On another one.
+    /// Another node.
     Remote,
 }
 
 impl Backend {
     const ALL: [Self; 2] = [Self::Local, Self::Remote];
 
-    /// Its nodePort, of TCP and of UDP.
+    /// Address of the nodePort, for TCP and UDP.
     pub const fn node_port(self) -> SocketAddrV4 {
         let port = match self {
             Self::Local => 30_080,
@@ -41,7 +41,7 @@ impl Backend {
         SocketAddrV4::new(NODE_ADDRESS, port)
     }
 
-    /// The pod itself.
+    /// Address of the pod itself.
     pub const fn pod(self) -> SocketAddrV4 {
         let address = match self {
             Self::Local => Ipv4Addr::new(10, 64, 1, 11),
@@ -90,14 +90,14 @@ impl Backend {
 /// The ground, with an agent.
 #[derive(Debug)]
 pub struct Ground {
-    // Dropped first: it runs in the lab.
+    // Dropped first: the agent runs in the lab.
     agent: Agent,
     lab: Lab,
     _manifests: TempDir,
 }
 
 impl Ground {
-    /// Builds it and starts the agent of the first node with further flags.
+    /// Builds the lab and starts the agent of the first node with further flags.
     ///
     /// # Errors
     /// If the lab cannot be built, or the agent does not become ready.
@@ -116,7 +116,7 @@ impl Ground {
             let pod = lab.pod(&format!("{}-echo", backend.node()));
             pod.serve().echo(PORT).udp_echo(PORT).start()?;
         }
-        // A node with one device would tell every sender of the shorter way to the other node.
+        // A node with one device would send each sender a redirect to the shorter way to the other node.
         for device in ["all", "eth0"] {
             lab.node("n1").host().net().sysctl(&format!("net/ipv4/conf/{device}/send_redirects"), "0")?;
         }
@@ -133,27 +133,27 @@ impl Ground {
         Ok(Self { agent, lab, _manifests: dir })
     }
 
-    /// The agent of the first node.
+    /// Returns the agent of the first node.
     pub fn agent(&mut self) -> &mut Agent {
         &mut self.agent
     }
 
-    /// The first node.
+    /// Returns the first node.
     pub fn node(&self) -> &Node {
         self.lab.node("n1")
     }
 
-    /// Whose connections are to live.
+    /// Returns the client of the crowd.
     pub fn client(&self) -> Place {
         self.lab.client("crowd")
     }
 
-    /// Where floods come from.
+    /// Returns the machine that floods come from.
     pub fn attacker(&self) -> Place {
         self.lab.client("attacker")
     }
 
-    /// The maps of the first node.
+    /// Returns the maps of the first node.
     ///
     /// # Errors
     /// If they cannot be opened.
@@ -161,15 +161,15 @@ impl Ground {
         Ok(KernelMaps::open(&PinDir::new(self.node().pin_dir()), false)?)
     }
 
-    /// What the first node has counted.
+    /// Returns a counter of the first node.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// With the kernel's error.
     pub fn counted(&self, counter: Counter) -> Result<u64> {
         Ok(self.maps()?.counter(counter)?)
     }
 
-    /// Packets that pods of the first node's Services have sent to clients.
+    /// Returns the number of packets that pods of the first node's Services have sent to clients.
     ///
     /// # Errors
     /// If its maps cannot be read.
@@ -182,17 +182,17 @@ impl Ground {
             .context("services without traffic")
     }
 
-    /// A nodePort as clients name it.
+    /// Returns the address of a nodePort for clients.
     pub fn target(backend: Backend) -> SocketAddr {
         backend.node_port().into()
     }
 }
 
-/// Allows as many open files as this process may have: servers and crowds have one for each connection. Child processes
-/// inherit the limit.
+/// Raises the limit of open files to this process's maximum: servers and crowds have one for each connection. Child
+/// processes inherit the limit.
 ///
 /// # Errors
-/// What the kernel says.
+/// With the kernel's error.
 pub fn allow_open_files() -> Result<()> {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)

@@ -1,5 +1,5 @@
-//! Floods and crowds: packets from invented senders as fast as this machine makes them, many real connections that carry
-//! data meanwhile, and the ground on which they meet.
+//! Floods and crowds: packets from invented senders as fast as this machine makes them, many real connections that
+//! carry data at the same time, and the lab for both.
 
 mod crowd;
 

@@ -3,14 +3,14 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _};
 
-/// Most packets of one call.
+/// Largest number of packets of one call.
 pub(super) const BATCH: usize = 64;
 
-/// Sends as many of `packets` (at most [`BATCH`]) as the kernel takes at once by a connected socket, and says how many
-/// that were.
+/// Sends as many of `packets` (at most [`BATCH`]) as the kernel takes at once by a connected socket, and returns their
+/// number.
 ///
 /// # Errors
-/// What sendmmsg(2) says about the first of them.
+/// With the error of sendmmsg(2) for the first of them.
 pub(super) fn send_some<const N: usize>(socket: impl AsFd, packets: &[[u8; N]]) -> io::Result<usize> {
     let count = packets.len().min(BATCH);
     let mut parts = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: N }; BATCH];

@@ -9,13 +9,14 @@ use proxy_agent::config::{Config, Raw};
 use super::node::{host, run_args};
 use super::{directory, write};
 
-/// A command line is taken apart once: that takes longer than all else.
+/// Arguments without flags, parsed once: parsing takes longer than everything else.
 static ARGS: LazyLock<RunArgs> = LazyLock::new(|| run_args(&[]));
 
-/// `data` as the file of `--config`: if it is good, what `--write-config-to` makes of it means the same.
+/// Reads `data` as the file of `--config`. If the file is valid, checks that the file of `--write-config-to` means the
+/// same.
 ///
 /// # Panics
-/// If what is written is read as something else, or is refused.
+/// If the written file is read differently, or is refused.
 pub fn configuration(data: &[u8]) {
     let directory = directory();
     let (given, written) = (directory.path().join("given"), directory.path().join("written"));
@@ -38,7 +39,7 @@ pub fn configuration(data: &[u8]) {
     }
 }
 
-/// What the agent makes of a file, or what it says about it, in a sentence.
+/// Returns the agent's configuration from a file, or its error message.
 fn read(path: &Path) -> Result<Config, String> {
     let mut args = ARGS.clone();
     args.kube_proxy.config = Some(path.to_owned());

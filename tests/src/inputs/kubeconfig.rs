@@ -6,11 +6,11 @@ use proxy_agent::sources::api::Server;
 
 use super::{directory, write};
 
-/// `data` as a kubeconfig: what it says of the server and of the way to it, and a client with that. Nothing is sent, no other file
-/// is read, and nothing is run.
+/// Reads `data` as a kubeconfig, checks the server's address, and makes a client. Nothing is sent, no other file is
+/// read, and no program is run.
 ///
 /// # Panics
-/// If what is taken for a server's address is none.
+/// If a server address is accepted that is not one.
 pub fn kubeconfig(data: &[u8]) {
     let directory = directory();
     let path = directory.path().join("kubeconfig");
@@ -31,7 +31,7 @@ pub fn kubeconfig(data: &[u8]) {
     };
     assert!(matches!(config.cluster_url.scheme_str(), Some("http" | "https")), "{:?}", config.cluster_url);
     assert!(config.cluster_url.host().is_some(), "{:?}", config.cluster_url);
-    // Without certificates of its own a client loads all of the system's, which takes long.
+    // A client without certificates of its own loads all of the system's, which takes long.
     if reaches_out || config.root_cert.is_none() {
         return;
     }
@@ -43,7 +43,7 @@ pub fn kubeconfig(data: &[u8]) {
     }
 }
 
-/// Whether a client of this user would run something, or read a file.
+/// Returns whether a client of this user would run a program or read a file.
 fn user_reaches_out(user: &AuthInfo) -> bool {
     let files = [&user.client_certificate, &user.client_key, &user.token_file];
     user.exec.is_some() || user.auth_provider.is_some() || files.into_iter().any(Option::is_some)

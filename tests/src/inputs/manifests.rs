@@ -8,14 +8,14 @@ use proxy_agent::sources::manifests::{Changed, Reading, Snapshot};
 use super::node::{NAME, Node, check_problems, speaks_of_witness};
 use super::{directory, parts, write};
 
-/// What a line says behind which a file's next content begins.
+/// Line after which the file's next content begins.
 const THEN: &[u8] = b"@then";
-/// What an input begins with that is named as JSON.
+/// First line of an input whose file is named as JSON.
 const JSON: &[u8] = b"@json\n";
-/// Contents that are looked at.
+/// Largest number of contents that are read.
 const CONTENTS: usize = 4;
 
-/// A file that is good, beside the one that need not be.
+/// Valid file beside the one with the input.
 const GOOD: &str = "
 apiVersion: v1
 kind: Service
@@ -23,11 +23,12 @@ metadata: {namespace: witness, name: witness}
 spec: {clusterIP: 10.96.255.254, ports: [{port: 80}]}
 ";
 
-/// `data` as a manifest, or several, one after the other in the same place: what follows from them is programmed, what is wrong with
-/// them is told, and costs no other file. In the end the file is removed, and nothing is left of it.
+/// Reads `data` as one or more contents of a manifest, one after the other in the same file. Valid objects are
+/// programmed; errors are reported and do not affect other files. In the end the file is removed, and nothing of it
+/// remains.
 ///
 /// # Panics
-/// If a manifest costs another one, means another thing when it is read again, or leaves something behind.
+/// If a manifest affects another one, is read differently the second time, or leaves something behind.
 pub fn manifests(data: &[u8]) {
     let directory = directory();
     let (name, data) = match data.strip_prefix(JSON) {

@@ -1,5 +1,5 @@
-//! What a person or a cluster can write, whatever it is: what the fuzzers run on it (`fuzz/`), and the replay of their corpora in
-//! the test suite. Each function panics when something does not hold.
+//! Inputs that a person or a cluster can write, with any content: run by the fuzzers (`fuzz/`), and by the replay of
+//! their corpora in the test suite. Each function panics when a property does not hold.
 
 mod configuration;
 mod kubeconfig;
@@ -20,7 +20,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-/// A directory for one input, in memory where there is such a place.
+/// Makes a directory for one input, in memory if possible.
 fn directory() -> TempDir {
     let memory = tempfile::tempdir_in("/dev/shm");
     memory.or_else(|_| tempfile::tempdir()).expect("a directory can be made")
@@ -30,7 +30,7 @@ fn write(path: &Path, content: &[u8]) {
     fs::write(path, content).expect("a file can be written");
 }
 
-/// The parts of an input, between lines that hold `marker` alone.
+/// Splits an input at lines that consist of `marker`.
 fn parts<'a>(data: &'a [u8], marker: &[u8]) -> Vec<&'a [u8]> {
     let mut parts = Vec::new();
     let (mut begin, mut at) = (0, 0);

@@ -1,4 +1,4 @@
-//! The node that what is read is programmed for, without a kernel.
+//! The node for which the inputs are programmed, without a kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -24,14 +24,14 @@ use super::printed::{lines, printed};
 
 /// The node's name.
 pub(super) const NAME: &str = "n1";
-/// Part of the name of an object that is good, beside those that need not be.
+/// Part of the name of a valid object beside those of the input.
 pub(super) const WITNESS: &str = "witness";
 
 const ADDRESSES: [&str; 4] = ["192.0.2.10", "2001:db8:1::10", "127.0.0.1", "::1"];
-/// Frontends that are asked about.
+/// Largest number of frontends that are asked about.
 const ASKED: usize = 4;
 
-/// Room for what fits into an input, mostly.
+/// Capacity that suffices for most inputs.
 const CAPACITY: Capacity =
     Capacity { frontends: 4096, services: 1024, slots: 4096, backends: 2048, source_ranges: 256 };
 
@@ -45,7 +45,7 @@ static CONFIG: LazyLock<Config> = LazyLock::new(|| {
     Config::resolve(&args, raw, &host()).expect("the flags are good")
 });
 
-/// The arguments of `proxy-agent run` with these flags.
+/// Returns the arguments of `proxy-agent run` with these flags.
 pub(super) fn run_args(flags: &[&str]) -> RunArgs {
     let line = ["proxy-agent", "run"].iter().chain(flags).map(OsString::from);
     match Cli::from_command_line(line).map(|cli| cli.command) {
@@ -54,7 +54,7 @@ pub(super) fn run_args(flags: &[&str]) -> RunArgs {
     }
 }
 
-/// A host as `--write-config-to` takes one.
+/// Returns a host for `--write-config-to`.
 pub(super) fn host() -> Host {
     Host { name: NAME.to_owned(), ipv6: true, cgroup: PathBuf::from("/sys/fs/cgroup") }
 }
@@ -65,7 +65,7 @@ pub(super) struct Node {
     model: Model,
     maps: Simulator,
     first: bool,
-    /// Something had no room.
+    /// Whether something exceeded the capacity.
     full: bool,
 }
 
@@ -81,7 +81,7 @@ impl Node {
         &CONFIG
     }
 
-    /// Takes changes in, and programs what follows from them.
+    /// Applies changes, and programs what follows from them.
     pub(super) fn take(&mut self, changes: Vec<Change>) {
         for change in changes {
             self.known.cluster.apply(change);
@@ -94,7 +94,7 @@ impl Node {
         let wanted = dirty.into_iter().map(|key| (key.clone(), self.known.wanted(&key))).collect();
         let plan = plan(&mut self.model, &wanted, self.first);
         self.carry_out(&plan.ops);
-        // Nobody reads the maps meanwhile.
+        // The maps have no readers meanwhile.
         self.model.release(plan.freed);
         (self.first, self.full) = (false, self.full | !plan.refused.is_empty());
     }
@@ -105,7 +105,7 @@ impl Node {
         }
     }
 
-    /// The maps hold what they should, as `proxy-agent verify` sees it: also if the agent had begun with them just now.
+    /// Checks the maps as `proxy-agent verify` does, and also as if the agent had just started.
     fn verify(&self) {
         let contents = self.maps.contents();
         let filter = filter_words(&contents);
@@ -124,7 +124,7 @@ impl Node {
         assert_eq!(differences(&anew, &contents, &filter), []);
     }
 
-    /// Asks `verify`, `services`, `backends` and `explain`.
+    /// Runs `verify`, `services`, `backends` and `explain`.
     pub(super) fn ask(&self) {
         self.verify();
         let services = service_views(&self.model);
@@ -144,12 +144,12 @@ impl Node {
         self.known.cluster.service(&ObjectKey::new(WITNESS, WITNESS)).is_some()
     }
 
-    /// How many Services there are.
+    /// Returns the number of Services.
     pub(super) fn services(&self) -> usize {
         self.known.cluster.services().count()
     }
 
-    /// Takes all Services and slices away: nothing is left of them.
+    /// Removes all Services and slices, and checks that nothing of them remains.
     pub(super) fn end(mut self) {
         let services: Vec<ObjectKey> =
             self.known.cluster.services().map(|service| service.key.clone()).collect();
@@ -160,14 +160,14 @@ impl Node {
     }
 }
 
-/// Whether a text speaks of the witness.
+/// Returns whether the input may contain the witness's name.
 pub(super) fn speaks_of_witness(data: &[u8]) -> bool {
-    // Escaped or in UTF-16 it may say anything.
+    // Text with escapes or in UTF-16 may contain any name.
     data.iter().any(|byte| [b'\\', 0].contains(byte))
         || data.windows(WITNESS.len()).any(|part| part == WITNESS.as_bytes())
 }
 
-/// Problems are told in sentences about something.
+/// Checks that each problem names an object and a reason.
 pub(super) fn check_problems(problems: &[Problem]) {
     for problem in problems {
         assert!(!problem.object.is_empty() && !problem.reason.is_empty(), "{problem:?}");

@@ -17,30 +17,30 @@ use tokio::sync::mpsc;
 
 use super::node::{NAME, Node, check_problems, speaks_of_witness};
 
-/// Begins a line behind which another answer begins; the letter behind it tells of which kind.
+/// First byte of a line after which another answer begins; the letter after it names the kind.
 const MARK: u8 = b'@';
-/// The kinds that are watched.
+/// Resources that are watched.
 const RESOURCES: [&str; 5] = ["services", "endpointslices", "nodes", "servicecidrs", "pods"];
-/// Looks at a source that has nothing to say before it is left.
+/// Number of polls without an update after which the source is left.
 const PATIENCE: usize = 24;
-/// What follows the objects of a list that is streamed.
+/// Event after the objects of a streamed list.
 const LIST_END: &str = r#"{"type":"BOOKMARK","object":{"kind":"","apiVersion":"","metadata":{"resourceVersion":"9","annotations":{"k8s.io/initial-events-end":"true"}}}}"#;
-/// An object that is good, beside those that need not be.
+/// Valid object beside those of the input.
 const GOOD: &str = r#"{"type":"ADDED","object":{"metadata":{"namespace":"witness","name":"witness"},"spec":{"clusterIP":"10.96.255.254","ports":[{"port":80}]}}}"#;
-/// What is answered to who asks for a stream of a list that comes as one.
+/// Answer to a request to stream a list that is sent as a whole.
 const NO_STREAM: &str =
     r#"{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Invalid","code":422}"#;
 
-/// `data` as what an API server sends: objects in lists and watches. What follows from them is programmed, what is wrong with them is
-/// told, and costs no other object.
+/// Uses `data` as the answers of an API server: objects in lists and watches. Valid objects are programmed; errors are
+/// reported and do not affect other objects.
 ///
 /// # Panics
-/// If an object costs another one, or the maps do not hold what they should.
+/// If an object affects another one, or the maps have wrong contents.
 pub fn objects(data: &[u8]) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
     let mut node = Node::new();
     let mut synced = false;
-    // Before the first full list nothing is programmed.
+    // Nothing is programmed before the first full list.
     let mut held = Vec::new();
     let answers = Answers::new(data);
     let hides_witness = answers.has_whole_services() || speaks_of_witness(data);
@@ -63,7 +63,7 @@ pub fn objects(data: &[u8]) {
     node.end();
 }
 
-/// What the source says until it has taken all answers.
+/// Returns the updates of the source until it has taken all answers.
 async fn follow(answers: &Answers) -> Vec<Update> {
     let asked = answers.clone();
     let service = tower::service_fn(move |request: Request<kube::client::Body>| {
@@ -83,26 +83,26 @@ async fn follow(answers: &Answers) -> Vec<Update> {
             updates.push(update);
             quiet = 0;
         }
-        // For the client's own task.
+        // Lets the client's own task run.
         tokio::task::yield_now().await;
     }
     updates
 }
 
-/// What is answered, by resource.
+/// Answers of the server, by resource.
 #[derive(Clone)]
 struct Answers(Arc<Mutex<BTreeMap<&'static str, OfKind>>>);
 
 #[derive(Default)]
 struct OfKind {
-    /// The first one is the answer to a list, and no stream.
+    /// Whether the first answer is a list, not a stream.
     whole: bool,
     parts: VecDeque<Bytes>,
 }
 
 impl Answers {
-    /// An input is lines. One that begins with `@` and the letter of a kind (s, e, n, c, p) begins another answer; with a capital letter, the
-    /// first one of its kind is a list.
+    /// Splits an input into answers. A line that begins with `@` and the letter of a kind (s, e, n, c, p) begins
+    /// another answer; with a capital letter, the first answer of its kind is a list.
     fn new(data: &[u8]) -> Self {
         let mut kinds: BTreeMap<&'static str, OfKind> = BTreeMap::new();
         let (mut kind, mut part) = ("services", Vec::new());
@@ -131,7 +131,7 @@ impl Answers {
         Self(Arc::new(Mutex::new(kinds)))
     }
 
-    /// The list of Services comes as it is.
+    /// Returns whether the list of Services is sent as a whole.
     fn has_whole_services(&self) -> bool {
         let kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         kinds.get("services").is_some_and(|of_kind| of_kind.whole)
@@ -141,7 +141,7 @@ impl Answers {
         let (uri, mut kinds) = (request.uri(), self.0.lock().unwrap_or_else(PoisonError::into_inner));
         let query = uri.query().unwrap_or_default();
         let name = RESOURCES.into_iter().find(|name| uri.path().ends_with(&format!("/{name}")));
-        // One object that is fetched is gone.
+        // A single object that is requested does not exist.
         let Some(name) =
             name.filter(|_| !query.contains("metadata.name%3D") || uri.path().ends_with("nodes"))
         else {
@@ -167,7 +167,7 @@ impl Answers {
     }
 }
 
-/// The resource that a letter stands for.
+/// Returns the resource that a letter stands for.
 fn resource(letter: u8) -> Option<&'static str> {
     [b's', b'e', b'n', b'c', b'p'].iter().position(|of| *of == letter).map(|index| RESOURCES[index])
 }
@@ -178,7 +178,7 @@ fn with(status: StatusCode, body: Body) -> Response<Body> {
     response
 }
 
-/// Each as a line or several, and no end.
+/// Returns a body with the parts as lines, which does not end.
 fn lines(parts: impl Iterator<Item = Bytes>) -> Body {
     let all: Vec<Bytes> = parts.flat_map(|part| [part, Bytes::from_static(b"\n")]).collect();
     let pieces = stream::iter(all.into_iter().map(Ok::<_, Infallible>));

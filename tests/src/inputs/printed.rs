@@ -1,9 +1,9 @@
-//! What the commands print.
+//! The output of the commands.
 
 use proxy_agent::config::args::Output;
 use serde_json::Value;
 
-/// Prints in each format, and looks at what comes out: lines of a table, and the same data as JSON and as YAML.
+/// Prints in each format and checks the output: lines of a table, and the same data as JSON and as YAML.
 pub(super) fn printed<E: std::fmt::Debug>(print: impl Fn(Output, &mut Vec<u8>) -> Result<(), E>) {
     let [table, json, yaml] = [Output::Table, Output::Json, Output::Yaml].map(|output| {
         let mut out = Vec::new();
@@ -16,7 +16,7 @@ pub(super) fn printed<E: std::fmt::Debug>(print: impl Fn(Output, &mut Vec<u8>) -
     assert_eq!(read, json, "{yaml}");
 }
 
-/// The lines of a text, which hold nothing that a terminal does something about.
+/// Splits a text into lines, and checks that they contain no characters that control a terminal.
 pub(super) fn lines(text: &str) -> Vec<&str> {
     let Some(text) = text.strip_suffix('\n') else { unreachable!("{text:?}") };
     let lines: Vec<&str> = text.split('\n').collect();

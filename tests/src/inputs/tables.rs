@@ -1,4 +1,4 @@
-//! What the commands print for people and for programs, of names that may be anything.
+//! Output of the commands for people and for programs, with names of any content.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,10 +22,10 @@ use super::printed::{lines, printed};
 /// Rows of one table.
 const ROWS: usize = 8;
 
-/// `data` as all the names and sentences that the commands print, which begin behind a byte of 255 each, and numbers among them.
+/// Uses `data` as the names and sentences that the commands print, each after a byte of 255, and as numbers among them.
 ///
 /// # Panics
-/// If a cell makes a line of its own or one that is too long for a terminal, or if data is printed that reads as other data.
+/// If a cell contains a line break or is too long for a terminal, or if printed data is read as other data.
 pub fn tables(data: &[u8]) {
     table(&mut Words::new(data));
     let words = &mut Words::new(data);
@@ -42,7 +42,7 @@ pub fn tables(data: &[u8]) {
     explained(&explanation(words));
 }
 
-/// Every row is a line. For a terminal every cell but the last has its width.
+/// Checks that every row is one line, and that for a terminal every cell but the last has its width.
 fn table(text: &mut Words<'_>) {
     let rows: Vec<[String; 4]> = (0..ROWS)
         .map(|_| [text.text(), text.text(), text.text(), text.text()])
@@ -55,7 +55,7 @@ fn table(text: &mut Words<'_>) {
         let out = String::from_utf8(out).expect("it is text");
         let shown = lines(&out);
         assert_eq!(shown.len(), rows.len() + 1, "{out:?}");
-        // The last column begins in the same place in every row, if there is anything in it.
+        // The last column, unless it is empty, begins at the same position in every row.
         let widths = 3 * (CELL_MAX + 2);
         for (line, row) in shown.iter().skip(1).zip(&rows).filter(|_| cut) {
             let last = row.last().map_or(0, |cell| cell.chars().map(|c| c.escape_debug().len()).sum());
@@ -64,7 +64,7 @@ fn table(text: &mut Words<'_>) {
     }
 }
 
-/// As [`printed`]: an explanation is no list.
+/// Does the same as [`printed`] for an explanation, which is not a list.
 fn explained(explanation: &Explanation) {
     printed(|output, out| match output {
         Output::Table => words(explanation, out),
@@ -127,7 +127,7 @@ fn flow(words: &mut Words<'_>) -> FlowView {
     }
 }
 
-/// The file that an agent leaves has been through JSON.
+/// Makes a status file of an agent, after a conversion to JSON and back.
 fn status(words: &mut Words<'_>) -> StatusView {
     let state = State {
         version: words.text(),
@@ -207,7 +207,7 @@ fn explanation(words: &mut Words<'_>) -> Explanation {
     }
 }
 
-/// Names and numbers from bytes; when there are none left, nothing and zeros.
+/// Names and numbers from bytes; empty names and zeros once the bytes are used up.
 struct Words<'a>(Box<dyn Iterator<Item = &'a [u8]> + 'a>);
 
 impl<'a> Words<'a> {
@@ -225,7 +225,7 @@ impl<'a> Words<'a> {
     }
 
     fn number(&mut self) -> u32 {
-        // Half of it.
+        // Lower half.
         (self.large() & u64::from(u32::MAX)) as u32
     }
 

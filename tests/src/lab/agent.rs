@@ -16,14 +16,14 @@ use super::binary;
 use super::exec::Proc;
 use super::place::{Node, Place};
 
-/// Every node has its own loopback, so that the agents' usual addresses do not collide.
+/// Addresses of the agents' servers: every node has a loopback of its own, so that the usual addresses do not collide.
 const HEALTH: &str = "127.0.0.1:10256";
 const METRICS: &str = "127.0.0.1:10249";
-/// How many lines of the log a dropped agent prints.
+/// Number of log lines that a dropped agent prints.
 const SHOWN_LINES: usize = 25;
 
-/// A `proxy-agent run` of one node; it can be started, killed and started again. Killed when dropped, and its log goes
-/// to standard error, which test runners show for failed tests only.
+/// A `proxy-agent run` of one node, which can be started, killed and started again. Dropping it kills the agent and
+/// prints its log to standard error, which test runners show for failed tests only.
 #[derive(Debug)]
 pub struct Agent {
     host: Place,
@@ -52,7 +52,7 @@ impl Agent {
             ("metrics-bind-address", METRICS),
         ];
         let flags = flags.map(|(flag, value)| (flag.to_owned(), value.to_owned())).into();
-        // Without a name, so that nothing stays behind whatever happens.
+        // Without a name, so that the file never stays behind.
         let log = tempfile::tempfile().context("no temporary file for the agent's log")?;
         let host = node.host().clone();
         Ok(Self {
@@ -76,7 +76,7 @@ impl Agent {
         self
     }
 
-    /// Runs another program than the agent that was built with the lab, such as an earlier one.
+    /// Runs another program than the agent that was built with the lab, for example an earlier one.
     #[must_use]
     pub fn program(mut self, program: &Path) -> Self {
         program.clone_into(&mut self.program);
@@ -102,7 +102,7 @@ impl Agent {
         self.flag("kubeconfig", file.display())
     }
 
-    /// Leaves out the word `run`: flags only, as kube-proxy is started.
+    /// Leaves out the word `run`: flags only, as in a command line of kube-proxy.
     #[must_use]
     pub fn bare(mut self) -> Self {
         self.subcommand = None;
@@ -123,10 +123,10 @@ impl Agent {
         self
     }
 
-    /// Starts the process. Its output is added to the log.
+    /// Starts the process. Its output is appended to the log.
     ///
     /// # Errors
-    /// If it runs already, or cannot be run.
+    /// If the agent is running already, or cannot be run.
     pub fn start(&mut self) -> Result<()> {
         ensure!(self.running.is_none(), "the agent runs already");
         let mut command = self.host.command(&self.program);
@@ -143,10 +143,10 @@ impl Agent {
         Ok(())
     }
 
-    /// Waits until `/readyz` says 200.
+    /// Waits until `/readyz` returns 200.
     ///
     /// # Errors
-    /// With the log, if it does not within `patience` or the process ends.
+    /// With the log, if that takes longer than `patience` or the process ends.
     pub fn wait_ready(&mut self, patience: Duration) -> Result<()> {
         let deadline = Instant::now() + patience;
         loop {
@@ -166,19 +166,19 @@ impl Agent {
         }
     }
 
-    /// [`Agent::start`], then [`Agent::wait_ready`] for up to a minute.
+    /// Does [`Agent::start`], then [`Agent::wait_ready`] for up to a minute.
     ///
     /// # Errors
-    /// As those two.
+    /// As [`Agent::start`] and [`Agent::wait_ready`].
     pub fn start_ready(&mut self) -> Result<()> {
         self.start()?;
         self.wait_ready(Duration::from_secs(60))
     }
 
-    /// Kills it with SIGKILL.
+    /// Kills the agent with SIGKILL.
     ///
     /// # Errors
-    /// If it does not run.
+    /// If the agent is not running.
     pub fn kill9(&mut self) -> Result<()> {
         self.running.take().context("the agent does not run")?.kill9();
         Ok(())
@@ -187,36 +187,36 @@ impl Agent {
     /// Sends SIGTERM and waits for the end.
     ///
     /// # Errors
-    /// If it does not run, or not end within 10 seconds.
+    /// If the agent is not running, or does not end within 10 seconds.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
         self.running.take().context("the agent does not run")?.terminate(Duration::from_secs(10))
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until the agent ends by itself.
     ///
     /// # Errors
-    /// If it does not run, or not end within `patience`.
+    /// If the agent is not running, or does not end within `patience`.
     pub fn wait_end(&mut self, patience: Duration) -> Result<ExitStatus> {
         self.running.take().context("the agent does not run")?.wait(patience)
     }
 
-    /// Its process id, while it runs.
+    /// Returns the agent's process id, while it runs.
     pub fn id(&self) -> Option<u32> {
         self.running.as_ref().map(Proc::id)
     }
 
-    /// Fetches a path of its health server: status code and body.
+    /// Fetches a path of the agent's health server; returns status code and body.
     ///
     /// # Errors
-    /// If it does not answer.
+    /// If the server does not answer.
     pub fn get(&self, path: &str) -> Result<(u16, String)> {
         self.http("healthz-bind-address", path)
     }
 
-    /// Its metrics, in the text format.
+    /// Returns the agent's metrics, in the text format.
     ///
     /// # Errors
-    /// If it does not answer with them.
+    /// If the server does not answer with metrics.
     pub fn metrics(&self) -> Result<String> {
         let (status, body) = self.http("metrics-bind-address", "/metrics")?;
         ensure!(status == 200, "/metrics: status {status}: {body}");
@@ -232,7 +232,7 @@ impl Agent {
         self.host.http_get(address, path)
     }
 
-    /// Runs `proxy-agent SUBCOMMAND -o json` on this node's pins (the agent need not run) and returns what it prints.
+    /// Runs `proxy-agent SUBCOMMAND -o json` on this node's pins (the agent need not run) and returns its output.
     ///
     /// # Errors
     /// With its standard error if it fails, or if it does not print JSON.
@@ -246,11 +246,11 @@ impl Agent {
             .with_context(|| format!("proxy-agent {subcommand} printed no JSON: {text:?}"))
     }
 
-    /// What all its runs wrote to standard output and standard error.
+    /// Returns the output of all runs, standard output and standard error.
     pub fn log(&self) -> String {
         let length = self.log.metadata().map_or(0, |metadata| metadata.len());
         let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
-        // The offset belongs to the agent, which may be writing.
+        // Read without moving the offset, which the agent may be writing at.
         match self.log.read_exact_at(&mut bytes, 0) {
             Ok(()) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(error) => format!("(the log cannot be read: {error})"),

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use anyhow::{Context as _, Result, bail};
 
-/// The program that serves and connects inside pods: `$VIPR_LAB_POD`, else beside this executable.
+/// Returns the program that serves and connects inside pods: `$VIPR_LAB_POD`, else beside this executable.
 ///
 /// # Errors
 /// With the command that builds it, if it is missing.
@@ -15,7 +15,7 @@ pub fn lab_pod() -> Result<&'static Path> {
     cached(&FOUND, "lab-pod", "VIPR_LAB_POD", "cargo build -p proxy-tests --bins")
 }
 
-/// The agent: `$VIPR_AGENT`, else beside this executable or in another profile's directory of the same target
+/// Returns the agent: `$VIPR_AGENT`, else beside this executable or in another profile's directory of the same target
 /// directory.
 ///
 /// # Errors

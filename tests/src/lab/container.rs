@@ -1,6 +1,6 @@
-//! What a container runtime makes of an image and a pod's specification: an empty root with a program and some mounts,
-//! read-only, and a few capabilities. The network namespace and the cgroup are those of the place; process ids are the
-//! host's.
+//! A container as a container runtime makes it from an image and a pod's specification: an empty root with a program
+//! and some mounts, read-only, and a few capabilities. The network namespace and the cgroup are those of the place;
+//! process ids are the host's.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -17,14 +17,14 @@ use tempfile::TempDir;
 
 use super::seccomp;
 
-/// Where the program is in every container.
+/// Path of the program in every container.
 pub const PROGRAM: &str = "/program";
 
-/// What the kubelet gives to pods of the priority class `system-node-critical`.
+/// Value that the kubelet sets for pods of the priority class `system-node-critical`.
 const OOM_SCORE_ADJ: &[u8] = b"-997";
 
-/// A container, not yet running. The mounts are made by the process that runs in it, in a namespace that ends with it.
-/// Clones share the root directory.
+/// A container, not yet running. The process that runs in it makes the mounts, in a namespace that ends with it. Clones
+/// share the root directory.
 #[derive(Clone, Debug)]
 pub struct Container {
     root: Arc<TempDir>,
@@ -43,11 +43,11 @@ struct Mount {
 }
 
 impl Container {
-    /// A container of `program`, as an image made from scratch holds it, with what runtimes mount into every one: /proc,
-    /// and /sys read-only. Until it is given capabilities it has none. A program that is not static brings the host's libraries.
+    /// Makes a container of `program`, like an image made from scratch, with the mounts of every container: /proc, and
+    /// /sys read-only. At first it has no capabilities. A program that is not static gets the host's libraries.
     ///
     /// # Errors
-    /// If there is no room for its root directory.
+    /// If its root directory cannot be made.
     pub fn new(program: &Path) -> Result<Self> {
         let root = tempfile::Builder::new().prefix("container-").tempdir()?;
         let root_path = c_string(root.path())?;
@@ -70,10 +70,10 @@ impl Container {
         Ok(container)
     }
 
-    /// Lets the process have a capability, by the name that Kubernetes has for it: `NET_ADMIN`.
+    /// Gives the process a capability, by its name in Kubernetes: `NET_ADMIN`.
     ///
     /// # Errors
-    /// If there is none of that name.
+    /// If no capability has that name.
     pub fn capability(&mut self, name: &str) -> Result<()> {
         match CapabilitySet::from_name(name) {
             Some(capability) => self.capabilities |= capability,
@@ -82,21 +82,22 @@ impl Container {
         Ok(())
     }
 
-    /// Lets the process have all capabilities, as in a privileged container.
+    /// Gives the process all capabilities, as in a privileged container.
     pub fn privileged(&mut self) {
         self.capabilities = CapabilitySet::all();
     }
 
-    /// Withholds the system calls that container runtimes withhold by default from who has the capabilities given so far.
+    /// Withholds the system calls that container runtimes withhold by default from containers with the capabilities
+    /// given so far.
     ///
     /// # Errors
-    /// If this machine's calls are not known.
+    /// If the system calls of this machine's architecture are not known.
     pub fn seccomp_by_default(&mut self) -> Result<()> {
         self.seccomp = Some(seccomp::runtime_default(self.capabilities)?);
         Ok(())
     }
 
-    /// Mounts `source`, a file or directory that exists, at `target`. What is given later covers what came before.
+    /// Mounts `source`, a file or directory that exists, at `target`. A later mount covers earlier ones.
     ///
     /// # Errors
     /// If `source` does not exist.
@@ -104,7 +105,7 @@ impl Container {
         let source = source.as_ref();
         let inside = self.root.path().join(target.trim_start_matches('/'));
         let of_host = ["/proc", "/sys"].iter().any(|host| target.starts_with(host) && target != *host);
-        // Mount points below those two are there already.
+        // Mount points below the host's directories exist already.
         if !of_host {
             make_mount_point(source, &inside)?;
         }
@@ -112,11 +113,11 @@ impl Container {
         Ok(())
     }
 
-    /// Makes the calling process, which has a mount namespace of its own, the one in the container. Runs between fork and
-    /// exec: it makes system calls only.
+    /// Moves the calling process, which has a mount namespace of its own, into the container. Runs between fork and
+    /// exec, so it only makes system calls.
     pub(super) fn enter(&self) -> io::Result<()> {
         let root = self.root_path.as_c_str();
-        // Root of a machine that is a container itself may lack the capability.
+        // May fail: root of a machine that is itself a container may lack the capability.
         let _as_by_default = fs_write(c"/proc/self/oom_score_adj", OOM_SCORE_ADJ);
         rustix::mount::mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
         rustix::mount::mount_bind(root, root)?;
@@ -133,14 +134,14 @@ impl Container {
         for capability in all.filter(|one| !self.capabilities.contains(*one)) {
             match remove_capability_from_bounding_set(capability) {
                 Ok(()) => {}
-                // The kernel has no more than these.
+                // The kernel has no further capabilities.
                 Err(rustix::io::Errno::INVAL) => break,
                 Err(error) => return Err(error.into()),
             }
         }
         set_no_new_privs(true)?;
         match &self.seccomp {
-            // Nothing is allocated for an error either: this is between fork and exec.
+            // An error allocates nothing either: this is between fork and exec.
             Some(program) => {
                 seccompiler::apply_filter(program).or(Err(io::ErrorKind::PermissionDenied.into()))
             }
@@ -153,7 +154,7 @@ fn remount_read_only(target: &CStr) -> io::Result<()> {
     Ok(rustix::mount::mount_remount(target, MountFlags::BIND | MountFlags::RDONLY, c"")?)
 }
 
-/// `std::fs::write`, without allocating.
+/// Does the same as `std::fs::write`, without allocating.
 fn fs_write(path: &CStr, bytes: &[u8]) -> io::Result<()> {
     use rustix::fs::{Mode, OFlags};
     let file = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
@@ -176,7 +177,8 @@ fn c_string(path: impl Into<PathBuf>) -> Result<CString> {
     CString::new(path.as_os_str().as_bytes()).with_context(|| format!("{path:?} has a zero byte"))
 }
 
-/// Whether an ELF program names no dynamic linker. Every dynamic program has this path in its first page.
+/// Returns whether an ELF program names no dynamic linker. Every dynamic program has the linker's path in its first
+/// page.
 fn is_static(program: &Path) -> Result<bool> {
     use std::io::Read as _;
     let mut head = Vec::new();

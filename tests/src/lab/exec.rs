@@ -1,4 +1,4 @@
-//! Running programs inside a place of the lab, and ending them with it.
+//! Running programs inside a place of the lab, and ending them with the lab.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::OpenOptions;
@@ -16,8 +16,8 @@ use super::container::Container;
 use super::netns::Netns;
 use super::sys::{self, Confinement};
 
-/// A program to be run in a network namespace and a cgroup: `std::process::Command` with a place. Of the environment
-/// it gets `PATH` only: a proxy, a cluster or a log level of whoever runs the lab is nothing to what is in it.
+/// A program to be run in a network namespace and a cgroup: `std::process::Command` with a place. Its environment has
+/// only `PATH`: the lab user's settings of proxies, clusters or log levels must not affect it.
 #[derive(Debug)]
 pub struct Exec {
     command: Command,
@@ -27,12 +27,12 @@ pub struct Exec {
 }
 
 impl Exec {
-    /// Runs `program` in `net` and `cgroup`.
+    /// Prepares `program` to run in `net` and `cgroup`.
     pub fn new(net: &Netns, cgroup: &Path, program: impl AsRef<OsStr>) -> Self {
         Self { cgroup: Some(cgroup.to_path_buf()), ..Self::in_netns(net, program) }
     }
 
-    /// Runs `program` in `net` and the cgroup of this process.
+    /// Prepares `program` to run in `net` and the cgroup of this process.
     pub(super) fn in_netns(net: &Netns, program: impl AsRef<OsStr>) -> Self {
         let mut command = Command::new(program);
         command.env_clear().env("PATH", path());
@@ -57,25 +57,25 @@ impl Exec {
         self
     }
 
-    /// Standard input; inherited by default.
+    /// Sets standard input; inherited by default.
     pub fn stdin(&mut self, stdin: impl Into<Stdio>) -> &mut Self {
         self.command.stdin(stdin);
         self
     }
 
-    /// Standard output; inherited by default.
+    /// Sets standard output; inherited by default.
     pub fn stdout(&mut self, stdout: impl Into<Stdio>) -> &mut Self {
         self.command.stdout(stdout);
         self
     }
 
-    /// Standard error; inherited by default.
+    /// Sets standard error; inherited by default.
     pub fn stderr(&mut self, stderr: impl Into<Stdio>) -> &mut Self {
         self.command.stderr(stderr);
         self
     }
 
-    /// Runs the program, which is then named by its path in there, in a container.
+    /// Runs the program in a container; its name is then a path in the container.
     pub fn contained(&mut self, container: Container) -> &mut Self {
         self.container = Some(container);
         self
@@ -84,9 +84,9 @@ impl Exec {
     /// Starts the program.
     ///
     /// # Errors
-    /// Names the program if it is missing or its place is gone.
+    /// With the name of the program, if it is missing or its place is gone.
     pub fn spawn(self) -> Result<Proc> {
-        // Its mount points must not vanish while it runs.
+        // The container's mount points must not vanish while it runs.
         let container = self.container.clone();
         let (program, child) = self.spawn_child()?;
         Ok(Proc { program, child, _container: container })
@@ -118,7 +118,7 @@ impl Exec {
         self.output_with_input("")
     }
 
-    /// Runs the program to its end with `input` as standard input, which has to fit a pipe (64 KiB), and returns
+    /// Runs the program to its end with `input` as standard input, which has to fit into a pipe (64 KiB), and returns
     /// its output.
     ///
     /// # Errors
@@ -136,10 +136,10 @@ impl Exec {
         }
     }
 
-    /// Runs the program to its end and returns what it wrote to standard output.
+    /// Runs the program to its end and returns its standard output.
     ///
     /// # Errors
-    /// With its standard error if it fails.
+    /// With its standard error, if the program fails.
     pub fn text(self) -> Result<String> {
         let shown = format!("{:?}", self.command);
         let output = self.output()?;
@@ -164,23 +164,23 @@ impl Proc {
         self.child.id()
     }
 
-    /// Its standard input, if it was piped.
+    /// Takes the program's standard input, if it was piped.
     ///
     /// # Errors
-    /// If it was not piped, or is taken.
+    /// If it was not piped, or was taken before.
     pub fn take_stdin(&mut self) -> Result<ChildStdin> {
         self.child.stdin.take().with_context(|| format!("{}: no standard input", self.program))
     }
 
-    /// Its standard output, if it was piped.
+    /// Takes the program's standard output, if it was piped.
     ///
     /// # Errors
-    /// If it was not piped, or is taken.
+    /// If it was not piped, or was taken before.
     pub fn take_stdout(&mut self) -> Result<ChildStdout> {
         self.child.stdout.take().with_context(|| format!("{}: no standard output", self.program))
     }
 
-    /// How it ended, `None` while it runs.
+    /// Returns the exit status; `None` while the program runs.
     ///
     /// # Errors
     /// If the process cannot be waited for.
@@ -202,16 +202,16 @@ impl Proc {
     /// Sends SIGTERM and waits for the end.
     ///
     /// # Errors
-    /// If it is still running after `patience`; it is killed then.
+    /// If the program is still running after `patience`; it is then killed.
     pub fn terminate(mut self, patience: Duration) -> Result<ExitStatus> {
         self.signal(Signal::TERM)?;
         self.wait(patience)
     }
 
-    /// Waits for the end.
+    /// Waits for the program to end.
     ///
     /// # Errors
-    /// If it is still running after `patience`.
+    /// If the program is still running after `patience`.
     pub fn wait(&mut self, patience: Duration) -> Result<ExitStatus> {
         let deadline = Instant::now() + patience;
         loop {
@@ -225,13 +225,13 @@ impl Proc {
         }
     }
 
-    /// Kills it with SIGKILL and waits for its end.
+    /// Kills the program with SIGKILL and waits for its end.
     pub fn kill9(mut self) {
         self.kill_and_reap();
     }
 
     fn kill_and_reap(&mut self) {
-        // Both fail only if the process is gone already.
+        // Both fail only if the process is already gone.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -243,18 +243,19 @@ impl Drop for Proc {
     }
 }
 
-/// Where programs are looked for: `PATH`, and where Debian keeps `nft`, which an ordinary user's `PATH` leaves out.
+/// Returns the search path of programs: `PATH`, and Debian's directories of `nft`, which an ordinary user's `PATH`
+/// leaves out.
 fn path() -> OsString {
     let mut path = std::env::var_os("PATH").unwrap_or_default();
     path.push(":/usr/sbin:/sbin");
     path
 }
 
-/// A command to start, and where its child goes.
+/// A command to start, and the channel for its child.
 type Job = (Command, mpsc::Sender<io::Result<Child>>);
 
 /// Spawns from a thread that lives as long as the process: the death signal of a child is bound to the *thread* that
-/// forked it, and a test may spawn from threads that end before it does.
+/// forked it, and a test may spawn from threads that end before the child does.
 fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
     static SPAWNER: OnceLock<mpsc::Sender<Job>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {

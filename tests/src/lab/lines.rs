@@ -1,4 +1,4 @@
-//! Reading what `lab-pod` prints, with a time limit.
+//! Reading the output of `lab-pod`, with a time limit.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::ChildStdout;
@@ -31,10 +31,10 @@ impl Lines {
         Self(receiver)
     }
 
-    /// The next line.
+    /// Returns the next line.
     ///
     /// # Errors
-    /// If none comes within `patience`, or the process has closed its output.
+    /// If no line comes within `patience`, or the process has closed its output.
     pub(super) fn next(&self, patience: Duration) -> Result<Line> {
         match self.0.recv_timeout(patience) {
             Ok(line) => line,
@@ -43,7 +43,7 @@ impl Lines {
         }
     }
 
-    /// The next line, which has to be an attempt.
+    /// Returns the next line, which has to be an attempt.
     pub(super) fn attempt(&self, patience: Duration) -> Result<Attempt> {
         match self.next(patience)? {
             Line::Attempt(attempt) => Ok(attempt),
@@ -51,7 +51,7 @@ impl Lines {
         }
     }
 
-    /// Appends the attempts that are there already.
+    /// Appends the attempts that have already been read.
     pub(super) fn drain(&self, into: &mut Vec<Attempt>) -> Result<()> {
         while let Ok(line) = self.0.try_recv() {
             if let Line::Attempt(attempt) = line? {
@@ -61,7 +61,7 @@ impl Lines {
         Ok(())
     }
 
-    /// Appends attempts up to the summary, waiting at most `patience` for each, and checks that none got lost.
+    /// Appends attempts up to the summary, waiting at most `patience` for each, and checks that none was lost.
     pub(super) fn to_the_end(&self, patience: Duration, into: &mut Vec<Attempt>) -> Result<()> {
         loop {
             match self.next(patience)? {

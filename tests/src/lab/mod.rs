@@ -1,15 +1,16 @@
 //! The lab: Kubernetes nodes, pods and clients as network namespaces of one machine.
 //!
-//! A [`Lab`] is built from a [`LabSpec`] in a fraction of a second, so every test makes its own; labs run beside each
-//! other. Pods and hosts are real network namespaces and cgroups with real processes in them: servers and clients
+//! A [`Lab`] is built from a [`LabSpec`] in a fraction of a second, so every test makes its own; labs can run at the
+//! same time. Pods and hosts are real network namespaces and cgroups with real processes in them: servers and clients
 //! ([`Place::serve`], [`Place::connect`], [`Place::hold`]), the agent ([`Node::agent`]), or any program
 //! ([`Place::command`]).
 //!
-//! Nothing outlives it. Namespaces have no names and end with their last descriptor; child processes die with this
-//! process; cgroups and pins are removed when the lab is dropped, also by a panic, and those of a process that was
-//! killed are swept by the next lab.
+//! Nothing outlives a lab. Namespaces have no names and end with their last descriptor. Child processes die with this
+//! process. Cgroups and pins are removed when the lab is dropped, also by a panic; the next lab removes those of a
+//! process that was killed.
 //!
-//! Needs root, `ip` (iproute2), cgroup v2 and bpffs, and `nft` for nodes with rules; the errors say which is missing.
+//! A lab needs root, `ip` (iproute2), cgroup v2 and bpffs, and `nft` for nodes with rules; the errors name a missing
+//! one.
 //!
 //! ```no_run
 //! # fn main() -> anyhow::Result<()> {
@@ -61,10 +62,10 @@ pub use wire::{Attempt, HEAR, Line, Proto, SEND_ONLY, Summary};
 
 use residue::Residue;
 
-/// Nodes, pods and clients, connected and empty.
+/// Nodes, pods and clients, connected, without any programs.
 #[derive(Debug)]
 pub struct Lab {
-    // First, because dropping it kills every process; the places then find theirs dead.
+    // First, because dropping it kills every process; the places then find their processes dead.
     residue: Residue,
     spec: LabSpec,
     hub: Netns,
@@ -75,7 +76,7 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// The world of the behaviour cases, [`LabSpec::cases`].
+    /// Builds the world of the behaviour cases, [`LabSpec::cases`].
     ///
     /// # Errors
     /// As [`Lab::build`].
@@ -86,7 +87,7 @@ impl Lab {
     /// Builds a lab.
     ///
     /// # Errors
-    /// Says what the machine lacks, or which `ip` command failed.
+    /// With what the machine lacks, or the `ip` command that failed.
     pub fn build(spec: LabSpec) -> Result<Self> {
         ensure!(
             rustix::process::geteuid().is_root(),
@@ -116,7 +117,7 @@ impl Lab {
         Ok(lab)
     }
 
-    /// Everything that the specification names: routers first, because they make the devices of the others.
+    /// Makes everything that the specification names: routers first, because they make the devices of the others.
     fn wire(&self) -> Result<()> {
         let node_nets: Vec<Netns> = self.nodes.iter().map(|node| node.host().net().clone()).collect();
         let mut hub = wiring::hub(&self.spec, &node_nets);
@@ -154,7 +155,7 @@ impl Lab {
         self.nodes.iter().enumerate().try_for_each(|(index, node)| self.configure(index, node.host().net()))
     }
 
-    /// What a node has beside devices and routes.
+    /// Sets up a node's kernel parameters and rules, besides devices and routes.
     fn configure(&self, index: usize, net: &Netns) -> Result<()> {
         let network = &self.spec.network;
         for (key, value) in network.sysctls() {
@@ -164,20 +165,20 @@ impl Lab {
         net.nft(&network.ruleset(&self.spec.nodes, &self.spec.nodes[index]))
     }
 
-    /// The node `name`.
+    /// Returns the node `name`.
     ///
     /// # Panics
-    /// If there is none: a mistake of the test.
+    /// If no node has this name: a mistake of the test.
     #[track_caller]
     pub fn node(&self, name: &str) -> &Node {
         let known = || self.nodes.iter().map(Node::name).collect();
         self.nodes.iter().find(|node| node.name() == name).unwrap_or_else(|| unknown("node", name, known()))
     }
 
-    /// The pod `name`.
+    /// Returns the pod `name`.
     ///
     /// # Panics
-    /// If there is none: a mistake of the test.
+    /// If no pod has this name: a mistake of the test.
     #[track_caller]
     pub fn pod(&self, name: &str) -> Pod {
         let pods = self.pods();
@@ -186,10 +187,10 @@ impl Lab {
             .unwrap_or_else(|| unknown("pod", name, pods.keys().map(String::as_str).collect()))
     }
 
-    /// The outside client `name`.
+    /// Returns the outside client `name`.
     ///
     /// # Panics
-    /// If there is none: a mistake of the test.
+    /// If no client has this name: a mistake of the test.
     #[track_caller]
     pub fn client(&self, name: &str) -> Place {
         let clients = self.clients();
@@ -197,25 +198,26 @@ impl Lab {
         clients.get(name).cloned().unwrap_or_else(|| unknown("client", name, known()))
     }
 
-    /// All nodes, in the order of the specification.
+    /// Returns all nodes, in the order of the specification.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
 
-    /// All pods, by name.
+    /// Returns all pods, by name.
     pub fn all_pods(&self) -> Vec<Pod> {
         self.pods().values().cloned().collect()
     }
 
-    /// The namespace of the network between nodes and clients.
+    /// Returns the namespace of the network between nodes and clients.
     pub fn hub(&self) -> &Netns {
         &self.hub
     }
 
-    /// The machine that the nodes run on: its network is the hub, and its cgroup is above theirs. `cluster_cidr` has the nodes' addresses.
+    /// Returns the machine that the nodes run on: its network is the hub, and its cgroup is above theirs.
+    /// `cluster_cidr` has the nodes' addresses.
     ///
     /// # Errors
-    /// If its cgroup cannot be made.
+    /// If the machine's cgroup cannot be made.
     pub fn outer(&self, cluster_cidr: &str) -> Result<Node> {
         Node::outer(&self.hub, &self.residue, cluster_cidr)
     }
@@ -223,7 +225,7 @@ impl Lab {
     /// Adds a pod.
     ///
     /// # Errors
-    /// If the name or an address is taken, or does not parse.
+    /// If the name or an address is already used, or an address does not parse.
     pub fn add_pod(&self, node: &str, name: &str, addresses: &[&str]) -> Result<Pod> {
         ensure!(!self.pods().contains_key(name), "there is a pod {name} already");
         let spec = LeafSpec::new(name, addresses)?;
@@ -239,7 +241,7 @@ impl Lab {
     /// Deletes a pod: its processes are killed and its device vanishes from the node.
     ///
     /// # Errors
-    /// If there is no such pod, or a process does not die.
+    /// If no pod has this name, or a process does not die.
     pub fn remove_pod(&self, name: &str) -> Result<()> {
         let pod = self.pods().remove(name).with_context(|| format!("no pod {name}"))?;
         pod.stop()?;
@@ -253,7 +255,7 @@ impl Lab {
     /// Adds an outside client.
     ///
     /// # Errors
-    /// If the name or an address is taken, or does not parse.
+    /// If the name or an address is already used, or an address does not parse.
     pub fn add_client(&self, name: &str, addresses: &[&str]) -> Result<Place> {
         ensure!(!self.clients().contains_key(name), "there is a client {name} already");
         let spec = LeafSpec::new(name, addresses)?;
@@ -264,16 +266,16 @@ impl Lab {
         Ok(place)
     }
 
-    /// Sends outside clients' traffic to `node`, except what is for nodes' own addresses and for pods.
+    /// Routes outside clients' traffic to `node`, except traffic to nodes' own addresses and to pods.
     ///
     /// # Errors
-    /// If there is no such node.
+    /// If no node has this name.
     pub fn outside_via(&self, node: &str) -> Result<()> {
         self.hub.ip(&wiring::outside_via(self.nodes[self.node_index(node)?].spec()))
     }
 
-    /// Lets a client's traffic to Service addresses and to `node` come there through `eth1`, and the answers leave there.
-    /// [`Lab::outside_via`] has to name the same node, as it does at first with the first one.
+    /// Routes a client's traffic to Service addresses and to `node` through `eth1`, and the replies back through it.
+    /// [`Lab::outside_via`] has to name the same node; at first that is the first one.
     ///
     /// # Errors
     /// If the node has no such device.
@@ -339,7 +341,7 @@ fn unknown<T>(what: &str, name: &str, known: Vec<&str>) -> T {
     panic!("no {what} {name:?} in this lab; there are {known:?}");
 }
 
-/// Runs each batch in its namespace, side by side.
+/// Runs each batch in its namespace, all at the same time.
 fn all_at_once(batches: impl IntoIterator<Item = (Netns, String)>) -> Result<()> {
     thread::scope(|scope| {
         let spawn = |(net, batch): (Netns, String)| scope.spawn(move || net.ip(&batch));

@@ -10,8 +10,8 @@ use anyhow::{Context as _, Result};
 use super::exec::Exec;
 use super::sys;
 
-/// Settings of every namespace: IPv6 on, its addresses usable at once, nothing configured by router advertisements,
-/// ping sockets for everybody. ICMP errors come without limit: a test counts refusals.
+/// Kernel parameters of every namespace: IPv6 on, its addresses usable at once, nothing configured by router
+/// advertisements, ping sockets for everybody. ICMP errors have no rate limit, because tests count refusals.
 const COMMON_SYSCTLS: &[(&str, &str)] = &[
     ("net/ipv6/conf/all/disable_ipv6", "0"),
     ("net/ipv6/conf/default/disable_ipv6", "0"),
@@ -25,15 +25,15 @@ const COMMON_SYSCTLS: &[(&str, &str)] = &[
     ("net/ipv4/ping_group_range", "0 2147483647"),
     ("net/ipv4/icmp_ratemask", "0"),
     ("net/ipv6/icmp/ratelimit", "0"),
-    // A type that is not an error; an empty mask cannot be written.
+    // A type that is not an error, because an empty mask cannot be written.
     ("net/ipv6/icmp/ratemask", "255"),
 ];
 
-/// Further settings of namespaces that route for others.
+/// Further kernel parameters of namespaces that route for others.
 const ROUTER_SYSCTLS: &[(&str, &str)] =
     &[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")];
 
-/// What a namespace is for.
+/// Purpose of a namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// An endpoint of traffic: a pod, a client.
@@ -42,7 +42,8 @@ pub enum Role {
     Router,
 }
 
-/// A network namespace. Clones refer to the same one; it ends when the last clone and the last process in it are gone.
+/// A network namespace. Clones refer to the same one, which ends when the last clone and the last process in it are
+/// gone.
 #[derive(Clone, Debug)]
 pub struct Netns(Arc<OwnedFd>);
 
@@ -64,7 +65,8 @@ impl Netns {
         joined(thread::scope(|scope| scope.spawn(create).join()))
     }
 
-    /// Runs `work` on a thread inside the namespace and returns what it returns. Sockets that it opens stay there.
+    /// Runs `work` on a thread inside the namespace and returns its result. Sockets that it opens stay in the
+    /// namespace.
     ///
     /// # Errors
     /// If the namespace cannot be entered.
@@ -79,12 +81,12 @@ impl Netns {
     /// Sets a kernel parameter, named by its path below `/proc/sys`.
     ///
     /// # Errors
-    /// If there is no such parameter, or it refuses the value.
+    /// If the parameter does not exist, or refuses the value.
     pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
         self.enter(|| write_sysctl(key, value))?
     }
 
-    /// Runs `ip -batch` on `lines`, one `ip` command each without the word `ip`. Lines that begin with `-6 ` come last:
+    /// Runs `ip -batch` on `lines`, one `ip` command each without the word `ip`. Lines that begin with `-6 ` run last:
     /// `ip` takes the family for a batch, not for a line.
     ///
     /// # Errors
@@ -108,10 +110,10 @@ impl Netns {
         self.batch("bridge", "iproute2", &["-batch", "-"], lines)
     }
 
-    /// Adds the rules in `ruleset`, in the language of `nft`.
+    /// Adds the rules in `ruleset`, in the syntax of `nft`.
     ///
     /// # Errors
-    /// If there is no `nft`, or it rejects a rule; then none is added.
+    /// If `nft` is missing or rejects a rule; no rule is then added.
     pub fn nft(&self, ruleset: &str) -> Result<()> {
         self.batch("nft", "nftables", &["-f", "-"], ruleset)
     }
@@ -138,18 +140,18 @@ impl Netns {
         Ok(())
     }
 
-    /// A path by which other processes of the machine can name the namespace while this process lives.
+    /// Returns a path by which other processes of the machine can name the namespace while this process lives.
     pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
-    /// The descriptor.
+    /// Returns the descriptor.
     pub(super) fn fd(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.0)
     }
 }
 
-/// The result of a joined thread; its panic goes on in the caller.
+/// Returns the result of a joined thread; resumes its panic in the caller.
 fn joined<T>(result: thread::Result<T>) -> T {
     result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }

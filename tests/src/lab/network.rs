@@ -1,5 +1,4 @@
-//! How the pods of a lab are connected, and what else on a node has rules for their packets: the shapes of clusters
-//! that people have.
+//! The shapes of cluster networks: the connections of a lab's pods, and other rules on a node for their packets.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -18,26 +17,27 @@ pub const OVERLAY: &str = "vxlan0";
 /// The network of a cluster, as a CNI would have made it.
 #[derive(Clone, Debug, Default)]
 pub struct Network {
-    /// How pods are connected to their node.
+    /// Connection of pods to their node.
     pub pods: PodLinks,
-    /// How nodes reach the pods of other nodes.
+    /// Path from a node to the pods of other nodes.
     pub nodes: NodeLinks,
-    /// What else nodes do to packets that they forward.
+    /// Other rules of nodes for packets that they forward.
     pub rules: Rules,
 }
 
-/// How pods are connected to their node.
+/// Connection of pods to their node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PodLinks {
     /// A host route to each pod, and single addresses (/32, /128) in the pods.
     #[default]
     Routed,
-    /// A bridge [`BRIDGE`] that has the first address of each pod prefix; pods have addresses in the whole prefix, and
-    /// reach each other without their node's IP stack. Bridged packets still meet netfilter (`bridge-nf-call-iptables`).
+    /// A bridge [`BRIDGE`] that has the first address of each pod prefix. Pods have addresses in the whole prefix, and
+    /// reach each other without their node's IP stack. Bridged packets still pass netfilter
+    /// (`bridge-nf-call-iptables`).
     Bridged,
 }
 
-/// How nodes reach the pods of other nodes.
+/// Path from a node to the pods of other nodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum NodeLinks {
     /// Routed through `eth0`. The network outside knows the pods, too.
@@ -45,26 +45,26 @@ pub enum NodeLinks {
     Eth0,
     /// Routed through `eth1`, which every node needs. The network outside knows the pods, too.
     Eth1,
-    /// Through a VXLAN device [`OVERLAY`] over `eth0`. The network outside knows nothing of pods.
+    /// Through a VXLAN device [`OVERLAY`] over `eth0`. The network outside has no routes to pods.
     Vxlan,
 }
 
-/// What nodes do to packets that they forward, beside routing. All off by default.
+/// Rules of nodes for packets that they forward, besides routing. All off by default.
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
-    /// Pods' packets that leave the cluster get the node's address, as most CNIs arrange it.
+    /// Pods' packets that leave the cluster get the node's address, as with most CNIs.
     pub masquerade: bool,
-    /// Nothing is forwarded but what is established, or comes from a pod or goes to one; packets that connection
-    /// tracking finds invalid are dropped.
+    /// Only established traffic and traffic from or to pods is forwarded. Packets that connection tracking finds
+    /// invalid are dropped.
     pub forward_drop: bool,
-    /// `rp_filter` is 1: the route to a packet's source has to be by the device that it came from.
+    /// `rp_filter` is 1: the route to a packet's source has to be through the device that the packet came from.
     pub strict_rp_filter: bool,
-    /// New connections to pods from elsewhere than these prefixes, pods, and nodes are dropped at the pod's node.
+    /// New connections to pods are dropped at the pod's node unless they come from these prefixes, pods, or nodes.
     pub allowed_to_pods: Option<Vec<String>>,
 }
 
 impl Rules {
-    /// All of them; `allowed` as [`Rules::allowed_to_pods`].
+    /// Returns all of these rules; `allowed` is for [`Rules::allowed_to_pods`].
     pub fn all(allowed: &[&str]) -> Self {
         let allowed_to_pods = Some(allowed.iter().map(|&prefix| prefix.to_owned()).collect());
         Self { masquerade: true, forward_drop: true, strict_rp_filter: true, allowed_to_pods }
@@ -72,7 +72,7 @@ impl Rules {
 }
 
 impl Network {
-    /// Addresses that a node has beside those of `eth0` and `eth1`.
+    /// Returns addresses that a node has besides those of `eth0` and `eth1`.
     pub(super) fn node_addresses(&self, node: &NodeSpec) -> Result<Vec<IpAddr>> {
         let mut addresses = Vec::new();
         for cidr in &node.pod_cidrs {
@@ -86,7 +86,7 @@ impl Network {
         Ok(addresses)
     }
 
-    /// Kernel parameters of a node, as paths below `/proc/sys`.
+    /// Returns kernel parameters of a node, as paths below `/proc/sys`.
     pub(super) fn sysctls(&self) -> Vec<(&'static str, &'static str)> {
         let mut list = Vec::new();
         if self.rules.strict_rp_filter {
@@ -99,7 +99,7 @@ impl Network {
         list
     }
 
-    /// The rules of a node for `nft -f`; empty if there are none.
+    /// Returns the rules of a node for `nft -f`; empty if there are none.
     pub(super) fn ruleset(&self, nodes: &[NodeSpec], own: &NodeSpec) -> String {
         let pods = Sets::of(nodes.iter().flat_map(|node| node.pod_cidrs.iter().cloned()));
         let local = Sets::of(own.pod_cidrs.iter().cloned());
@@ -143,17 +143,17 @@ impl Network {
     }
 }
 
-/// The address of the bridge in a pod prefix: its first.
+/// Returns the address of the bridge in a pod prefix: the first one.
 pub(super) fn gateway(cidr: &str) -> Result<IpAddr> {
     numbered(cidr, 1)
 }
 
-/// The address of a node's end of the overlay, in its pod prefix.
+/// Returns the address of a node's end of the overlay, in its pod prefix.
 pub(super) fn tunnel_address(cidr: &str) -> Result<IpAddr> {
     numbered(cidr, 254)
 }
 
-/// The base address of a prefix and its length, as written.
+/// Parses a prefix; returns its base address as written and its length.
 pub(super) fn parse_cidr(cidr: &str) -> Result<(IpAddr, u8)> {
     let parse = || -> Option<(IpAddr, u8)> {
         let (base, length) = cidr.split_once('/')?;
@@ -183,7 +183,7 @@ impl Sets {
         Self { v4, v6 }
     }
 
-    /// The families in which there is anything, with the words for it.
+    /// Returns each family with a prefix, by its name in nft, with the set of its prefixes.
     fn families(&self) -> impl Iterator<Item = (&'static str, String)> {
         let both = [("ip", &self.v4), ("ip6", &self.v6)];
         both.into_iter().filter(|(_, set)| !set.is_empty()).map(|(family, set)| {
@@ -192,7 +192,7 @@ impl Sets {
         })
     }
 
-    /// The families in which there is anything in both.
+    /// Returns each family with a prefix in both.
     fn with(&self, other: &Self) -> Vec<(&'static str, String, String)> {
         let others: Vec<_> = other.families().collect();
         let find = |family| others.iter().find(|(known, _)| *known == family).map(|(_, set)| set.clone());

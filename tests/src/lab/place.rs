@@ -1,4 +1,4 @@
-//! Places: where a program of the lab can run. Pods, clients, and the host side of nodes.
+//! Places in which a program of the lab can run: pods, clients, and the host side of nodes.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -20,7 +20,7 @@ use super::serve::Serve;
 use super::spec::NodeSpec;
 use super::traffic::{Connect, Hold};
 
-/// A network namespace and a cgroup of its own. Clones are the same place.
+/// A network namespace with a cgroup. Clones are the same place.
 #[derive(Clone, Debug)]
 pub struct Place(Arc<Inner>);
 
@@ -34,14 +34,14 @@ struct Inner {
 }
 
 impl Place {
-    /// Makes the cgroup and takes the namespace.
+    /// Makes the cgroup of a place in namespace `net`.
     pub(super) fn new(name: &str, net: Netns, cgroup: PathBuf, addresses: Vec<IpAddr>) -> Result<Self> {
         fs::create_dir_all(&cgroup)
             .with_context(|| format!("cannot create the cgroup {}", cgroup.display()))?;
         Ok(Self(Arc::new(Inner { name: name.to_owned(), net, cgroup, addresses, servers: Mutex::default() })))
     }
 
-    /// The same cgroup with another network namespace: what a process in there has made.
+    /// Returns a place with the same cgroup and another network namespace, which a process of this place has made.
     ///
     /// # Errors
     /// If the cgroup cannot be made.
@@ -49,35 +49,35 @@ impl Place {
         Self::new(name, net.clone(), self.0.cgroup.clone(), addresses.to_vec())
     }
 
-    /// Its name; servers in it answer with it.
+    /// Returns the place's name, with which its servers answer.
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// The addresses of its devices, loopback aside.
+    /// Returns the addresses of the place's devices, except loopback.
     pub fn addresses(&self) -> &[IpAddr] {
         &self.0.addresses
     }
 
-    /// Its network namespace.
+    /// Returns the place's network namespace.
     pub fn net(&self) -> &Netns {
         &self.0.net
     }
 
-    /// Its cgroup directory.
+    /// Returns the directory of the place's cgroup.
     pub fn cgroup(&self) -> &Path {
         &self.0.cgroup
     }
 
-    /// A program to be run here.
+    /// Prepares a program to run here.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Exec {
         Exec::new(&self.0.net, &self.0.cgroup, program)
     }
 
-    /// Packets that a device here has received and sent.
+    /// Returns the numbers of packets that a device here has received and sent.
     ///
     /// # Errors
-    /// If there is no such device.
+    /// If the device does not exist.
     pub fn packets(&self, device: &str) -> Result<[u64; 2]> {
         let mut cat = self.command("cat");
         cat.arg("/proc/net/dev");
@@ -90,17 +90,17 @@ impl Place {
         Ok([column(1)?, column(9)?])
     }
 
-    /// Connections from here to `target`, an `address:port`.
+    /// Prepares connections from here to `target`, an `address:port`.
     pub fn connect(&self, target: impl ToString) -> Connect {
         Connect::new(self, target.to_string())
     }
 
-    /// One connection from here to `target` that stays open.
+    /// Prepares one connection from here to `target` that stays open.
     pub fn hold(&self, target: impl ToString) -> Hold {
         Hold::new(self, target.to_string())
     }
 
-    /// Servers here.
+    /// Prepares servers here.
     pub fn serve(&self) -> Serve {
         Serve::new(self)
     }
@@ -110,7 +110,8 @@ impl Place {
         self.servers().push(server);
     }
 
-    /// Kills every process that runs here, on the host of a node also its agent. The place itself stays and can serve again.
+    /// Kills every process that runs here; on the host of a node that includes its agent. The place stays and can serve
+    /// again.
     ///
     /// # Errors
     /// If a process does not die.
@@ -123,12 +124,12 @@ impl Place {
     /// Fetches `path` from an HTTP server by a connection from here; returns the status code and the body.
     ///
     /// # Errors
-    /// If nothing answers within 5 seconds, or not in HTTP.
+    /// If no answer arrives within 5 seconds, or the answer is not HTTP.
     pub fn http_get(&self, server: SocketAddr, path: &str) -> Result<(u16, String)> {
         self.http(server, path, &[]).map(|answer| (answer.status, answer.body))
     }
 
-    /// As [`Place::http_get`], with these headers, for the whole answer.
+    /// Does [`Place::http_get`] with these request headers, and returns the whole answer.
     ///
     /// # Errors
     /// As [`Place::http_get`].
@@ -142,19 +143,19 @@ impl Place {
     }
 }
 
-/// What an HTTP server has answered.
+/// Answer of an HTTP server.
 #[derive(Clone, Debug)]
 pub struct HttpAnswer {
     /// The status code.
     pub status: u16,
-    /// The headers, in lower case, each line with its end.
+    /// The headers, in lower case, each line with its line break.
     pub headers: String,
     /// The body.
     pub body: String,
 }
 
 impl HttpAnswer {
-    /// The value of a header; its name in lower case.
+    /// Returns the value of a header, whose name must be in lower case.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
     }
@@ -187,12 +188,13 @@ impl Pod {
         Self { place, node: node.to_owned(), device }
     }
 
-    /// The name of its node.
+    /// Returns the name of the pod's node.
     pub fn node(&self) -> &str {
         &self.node
     }
 
-    /// The same pod with its processes in another cgroup of its node, which is made: where kubelet puts containers.
+    /// Returns the pod with its processes in another cgroup of its node, where kubelet would put containers. Makes the
+    /// cgroup.
     ///
     /// # Errors
     /// If the cgroup cannot be made.
@@ -207,7 +209,7 @@ impl Pod {
         )
     }
 
-    /// The name of the node's end of its veth.
+    /// Returns the name of the node's end of the pod's veth.
     pub fn host_device(&self) -> &str {
         &self.device
     }
@@ -249,7 +251,7 @@ impl Node {
         Ok(Self { host, spec: spec.clone(), cgroup, pin_dir, run_dir, cluster_cidr })
     }
 
-    /// The network between the nodes as a node, of which all others are pods.
+    /// Returns the network between the nodes as a node whose pods are all other nodes.
     pub(super) fn outer(hub: &Netns, residue: &Residue, cluster_cidr: &str) -> Result<Self> {
         let spec = NodeSpec::new("outer", &[], &[])?;
         let host = Place::new(&spec.name, hub.clone(), residue.cgroup.join(&spec.name), Vec::new())?;
@@ -258,27 +260,27 @@ impl Node {
         Ok(Self { host, spec, cgroup: residue.cgroup.clone(), pin_dir, run_dir, cluster_cidr })
     }
 
-    /// Its name.
+    /// Returns the node's name.
     pub fn name(&self) -> &str {
         &self.spec.name
     }
 
-    /// What it was built from.
+    /// Returns the specification of the node.
     pub fn spec(&self) -> &NodeSpec {
         &self.spec
     }
 
-    /// Where its host processes run.
+    /// Returns the place of the node's host processes.
     pub fn host(&self) -> &Place {
         &self.host
     }
 
-    /// The cgroup of the whole node: host processes in `host`, pods in `pods/NAME`.
+    /// Returns the cgroup of the whole node: host processes in `host`, pods in `pods/NAME`.
     pub fn cgroup(&self) -> &Path {
         &self.cgroup
     }
 
-    /// A process's place on this node: in a cgroup below its own, which is made, and in a network namespace.
+    /// Makes a place on this node: a cgroup below the node's, with a network namespace.
     ///
     /// # Errors
     /// If the cgroup cannot be made.
@@ -286,22 +288,23 @@ impl Node {
         Place::new(name, net.clone(), self.cgroup.join(cgroup), Vec::new())
     }
 
-    /// A directory on bpffs for this node's pins. It does not exist; its parent does, and is removed with the lab.
+    /// Returns a directory on bpffs for this node's pins. It does not exist; its parent does, and is removed with the
+    /// lab.
     pub fn pin_dir(&self) -> &Path {
         &self.pin_dir
     }
 
-    /// The agent's `--run-dir` on this node. It does not exist; its parent does, and is removed with the lab.
+    /// Returns the agent's `--run-dir` on this node. It does not exist; its parent does, and is removed with the lab.
     pub fn run_dir(&self) -> &Path {
         &self.run_dir
     }
 
-    /// The cluster's pod prefixes, as `--cluster-cidr` takes them.
+    /// Returns the cluster's pod prefixes, as `--cluster-cidr` takes them.
     pub fn cluster_cidr(&self) -> &str {
         &self.cluster_cidr
     }
 
-    /// An agent for this node, not yet started.
+    /// Returns an agent for this node, not yet started.
     ///
     /// # Errors
     /// If there is no `proxy-agent` executable.
@@ -309,7 +312,7 @@ impl Node {
         Agent::new(self)
     }
 
-    /// The `Node` object that the API server would have for it.
+    /// Returns the `Node` object that the API server would have for the node.
     pub fn object(&self) -> Value {
         let mut labels = json!({ "kubernetes.io/hostname": self.name() });
         if let Some(zone) = &self.spec.zone {

@@ -1,4 +1,4 @@
-//! Packets with headers of the sender's own making, as whoever has NET_RAW can send them: every container does.
+//! Packets with headers made by the sender, which every process with NET_RAW can send: every container can.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -13,10 +13,10 @@ use super::Place;
 use crate::packets::{ETHERNET, Packet, read};
 
 impl Place {
-    /// Sends packets from here, each to where it says, whatever source it names.
+    /// Sends packets from here, each to its destination, with any source address.
     ///
     /// # Errors
-    /// If raw sockets are not allowed, or there is no way to a destination.
+    /// If raw sockets are not allowed, or there is no route to a destination.
     pub fn send_raw(&self, packets: impl IntoIterator<Item = Packet> + Send) -> Result<()> {
         self.net().enter(|| {
             let sockets = [AddressFamily::INET, AddressFamily::INET6].map(socket);
@@ -32,8 +32,8 @@ impl Place {
         })?
     }
 
-    /// Sends the same packets from here again and again, as fast as the kernel takes them, until `stop` says so. Returns how
-    /// many it has taken.
+    /// Sends the same packets from here again and again, as fast as the kernel takes them, until `stop` is set. Returns
+    /// the number of packets sent.
     ///
     /// # Errors
     /// As [`Place::send_raw`].

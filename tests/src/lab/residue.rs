@@ -1,5 +1,5 @@
-//! What a lab leaves beside its processes: a cgroup subtree, pins, and files of agents that run. Where they live, how
-//! they are named, how they are removed, also those of labs whose process was killed before it could clean up.
+//! Everything that a lab makes besides processes: a cgroup subtree, pins, and files of agents. This module decides
+//! their paths and names, and removes them, also those of labs whose process was killed before it could clean up.
 
 use std::fs::{self, File};
 use std::io;
@@ -14,11 +14,11 @@ use proxy_agent::host::Host;
 use rustix::fs::{FlockOperation, flock, statfs};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Where bpffs is mounted by convention.
+/// Conventional mount point of bpffs.
 const BPFFS: &str = "/sys/fs/bpf";
 /// `BPF_FS_MAGIC`.
 const BPFFS_MAGIC: u64 = 0xcafe_4a11;
-/// Where files of running programs are by convention, until the machine is switched off.
+/// Conventional directory of files of running programs, which last until the machine is switched off.
 const RUN: &str = "/run";
 const PREFIX: &str = "vipr-lab";
 
@@ -34,13 +34,13 @@ pub(super) struct Residue {
 }
 
 impl Residue {
-    /// Sweeps what dead processes left, then makes the directories of a new lab.
+    /// Removes the leftovers of dead processes, then makes the directories of a new lab.
     ///
     /// # Errors
-    /// If cgroup v2 or bpffs is not there and cannot be had.
+    /// If cgroup v2 or bpffs is missing and cannot be mounted.
     pub(super) fn create() -> Result<Self> {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
-        // As the agent looks for it: it may be mounted more than once.
+        // Found in the way in which the agent finds it: it may be mounted more than once.
         let cgroup_root = Host::look(None)?.cgroup;
         mount_bpffs()?;
         let own = Owner::this_process()?;
@@ -60,7 +60,7 @@ impl Residue {
 }
 
 impl Drop for Residue {
-    /// Kills what runs in the cgroups, then removes everything.
+    /// Kills the processes in the cgroups, then removes everything.
     fn drop(&mut self) {
         for result in [remove_cgroup(&self.cgroup), remove_tree(&self.pins), remove_tree(&self.run)] {
             if let Err(error) = result {
@@ -70,8 +70,8 @@ impl Drop for Residue {
     }
 }
 
-/// The process that a name belongs to. The start time tells it from a later process with the same id, the pid
-/// namespace from one that another container sees under that id.
+/// The process that a directory name belongs to. The start time distinguishes it from a later process with the same id,
+/// the pid namespace from a process of another container with the same id.
 #[derive(Debug, PartialEq, Eq)]
 struct Owner {
     pid_namespace: u64,
@@ -101,13 +101,13 @@ impl Owner {
         Some(Self { pid_namespace, pid, start })
     }
 
-    /// True if the owner is known to be dead by a process of namespace `pid_namespace`.
+    /// Returns whether the owner is known to be dead, for a process of namespace `pid_namespace`.
     fn is_dead(&self, pid_namespace: u64) -> bool {
         self.pid_namespace == pid_namespace && start_time(self.pid) != Some(self.start)
     }
 }
 
-/// When a process started, in clock ticks since boot; `None` if there is no such process.
+/// Returns the start time of a process in clock ticks since boot; `None` if the process does not exist.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field, the name in parentheses, may hold spaces and parentheses; the start is field 22.
@@ -119,7 +119,7 @@ fn sweep(root: &Path, own: &Owner, remove: fn(&Path) -> Result<()>) -> Result<()
     for entry in fs::read_dir(root).with_context(|| format!("cannot list {}", root.display()))?.flatten() {
         let owner = entry.file_name().to_str().and_then(Owner::parse);
         if owner.is_some_and(|owner| owner.is_dead(own.pid_namespace)) {
-            // Another lab may be sweeping the same leftovers; what nobody can remove must not stop this one.
+            // Another lab may be removing the same leftovers; a leftover that cannot be removed must not stop this lab.
             if let Err(error) = remove(&entry.path()) {
                 eprintln!("lab: leftover {} stays: {error:#}", entry.path().display());
             }
@@ -135,7 +135,7 @@ fn mount_bpffs() -> Result<()> {
     }
     let lock = File::open(BPFFS)
         .with_context(|| format!("no {BPFFS}: this kernel has no BPF, or /sys is hidden"))?;
-    // A second mount would hide what the first one holds.
+    // A second mount would hide the contents of the first one.
     flock(&lock, FlockOperation::LockExclusive).with_context(|| format!("cannot lock {BPFFS}"))?;
     if !mounted() {
         rustix::mount::mount("bpf", BPFFS, "bpf", rustix::mount::MountFlags::empty(), None)
@@ -180,7 +180,7 @@ fn is_populated(dir: &Path) -> bool {
 fn kill_one_by_one(dir: &Path) {
     let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
     for pid in procs.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
-        // It may have ended since.
+        // The process may have ended since.
         let _ = kill_process(pid, Signal::KILL);
     }
     subdirectories(dir).iter().for_each(|child| kill_one_by_one(child));

@@ -1,7 +1,8 @@
-//! What `seccompProfile: RuntimeDefault` means to a container.
+//! System calls that `seccompProfile: RuntimeDefault` withholds from a container.
 //!
-//! The profiles of container runtimes list what is allowed. Here is what they do not list: of containerd 1.7 (the package
-//! `contrib/seccomp`), and what CRI-O 1.26 withholds beyond that. They differ by version in what nobody here calls.
+//! The profiles of container runtimes list allowed calls. This module lists the others: those that containerd 1.7 (the
+//! package `contrib/seccomp`) does not allow, and those that CRI-O 1.26 withholds beyond them. The runtimes' versions
+//! differ only in calls that no program here makes.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -13,11 +14,11 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 #[cfg(target_arch = "x86_64")]
 const SYS_KEXEC_FILE_LOAD: c_long = libc::SYS_kexec_file_load;
-/// Of asm-generic/unistd.h: the `libc` crate does not have it for musl.
+/// Number from asm-generic/unistd.h, which the `libc` crate lacks for musl.
 #[cfg(not(target_arch = "x86_64"))]
 const SYS_KEXEC_FILE_LOAD: c_long = 294;
 
-/// Withheld whatever the capabilities are.
+/// Calls that are withheld whatever the capabilities are.
 const NEVER: &[c_long] = &[
     libc::SYS_add_key,
     libc::SYS_get_mempolicy,
@@ -28,7 +29,7 @@ const NEVER: &[c_long] = &[
     libc::SYS_kexec_load,
     libc::SYS_keyctl,
     libc::SYS_mbind,
-    // CRI-O's.
+    // Withheld by CRI-O.
     libc::SYS_membarrier,
     libc::SYS_migrate_pages,
     libc::SYS_move_pages,
@@ -41,7 +42,7 @@ const NEVER: &[c_long] = &[
     libc::SYS_userfaultfd,
 ];
 
-/// Allowed with one of these capabilities.
+/// Calls that are allowed with one of these capabilities.
 const BY_CAPABILITY: &[(CapabilitySet, &[c_long])] = &[
     (CapabilitySet::BPF.union(CapabilitySet::SYS_ADMIN), &[libc::SYS_bpf]),
     (CapabilitySet::PERFMON.union(CapabilitySet::SYS_ADMIN), &[libc::SYS_perf_event_open]),
@@ -87,10 +88,10 @@ const BY_CAPABILITY: &[(CapabilitySet, &[c_long])] = &[
     (CapabilitySet::SYS_TTY_CONFIG, &[libc::SYS_vhangup]),
 ];
 
-/// The filter for a container with these capabilities: what is withheld fails with EPERM.
+/// Returns the filter for a container with these capabilities: a withheld call fails with EPERM.
 ///
 /// # Errors
-/// If this machine's calls are not known.
+/// If the system calls of this machine's architecture are not known.
 pub(super) fn runtime_default(capabilities: CapabilitySet) -> Result<BpfProgram> {
     let lacking = BY_CAPABILITY.iter().filter(|(enough, _)| !capabilities.intersects(*enough));
     let withheld = NEVER.iter().chain(lacking.flat_map(|(_, calls)| calls.iter()));

@@ -31,49 +31,49 @@ impl Serve {
         Self { name: name.to_owned(), ..self }
     }
 
-    /// TCP: greets with its name and both addresses, then echoes lines.
+    /// Adds a TCP server that greets with its name and both addresses, then echoes lines.
     #[must_use]
     pub fn tcp(self, port: u16) -> Self {
         self.everywhere("tcp", port)
     }
 
-    /// One-to-one SCTP, the same protocol.
+    /// Adds a one-to-one SCTP server with the protocol of [`Serve::tcp`].
     #[must_use]
     pub fn sctp(self, port: u16) -> Self {
         self.everywhere("sctp", port)
     }
 
-    /// HTTP/1.1: "You've hit NAME".
+    /// Adds an HTTP/1.1 server that answers "You've hit NAME".
     #[must_use]
     pub fn http(self, port: u16) -> Self {
         self.everywhere("http", port)
     }
 
-    /// UDP: answers with its name, both addresses and the payload.
+    /// Adds a UDP server that answers with its name, both addresses and the payload.
     #[must_use]
     pub fn udp(self, port: u16) -> Self {
         self.everywhere("udp", port)
     }
 
-    /// TCP: sends back every byte, without a greeting.
+    /// Adds a TCP server that sends back every byte, without a greeting.
     #[must_use]
     pub fn echo(self, port: u16) -> Self {
         self.everywhere("echo", port)
     }
 
-    /// TCP: reads and discards.
+    /// Adds a TCP server that reads and discards.
     #[must_use]
     pub fn sink(self, port: u16) -> Self {
         self.everywhere("sink", port)
     }
 
-    /// UDP: sends back every datagram as it is.
+    /// Adds a UDP server that sends back every datagram unchanged.
     #[must_use]
     pub fn udp_echo(self, port: u16) -> Self {
         self.everywhere("udp-echo", port)
     }
 
-    /// A server of `kind` (a word of `lab-pod serve --help`) on one address only, which may also be a wildcard.
+    /// Adds a server of `kind` (a word of `lab-pod serve --help`) on one address only, which may also be a wildcard.
     #[must_use]
     pub fn at(mut self, kind: &str, address: impl Display) -> Self {
         self.listeners.push(format!("{kind}={address}"));
@@ -90,7 +90,7 @@ impl Serve {
     /// lab.
     ///
     /// # Errors
-    /// If a port cannot be had (the process says why on standard error).
+    /// If a port is not available (the process prints the reason on standard error).
     pub fn start(self) -> Result<()> {
         let what = format!("{} serving {}", self.name, self.listeners.join(" "));
         ensure!(!self.listeners.is_empty(), "{what}: no ports given");

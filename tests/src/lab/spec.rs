@@ -1,4 +1,4 @@
-//! What a lab consists of, as data: nodes, pods and clients with their addresses.
+//! Specification of a lab as data: nodes, pods and clients with their addresses.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -15,19 +15,19 @@ pub struct NodeSpec {
     pub name: String,
     /// Value of the zone label, if the node has one.
     pub zone: Option<String>,
-    /// Addresses of `eth0`: IPv4 ones in a /24, IPv6 ones in a /64 that all nodes share; the first of each family is
-    /// the node's primary address.
+    /// Addresses of `eth0`: IPv4 in a /24, IPv6 in a /64 that all nodes share. The first of each family is the node's
+    /// primary address.
     pub eth0: Vec<IpAddr>,
-    /// Addresses of `eth1`, in another /24 and /64; none for no such device.
+    /// Addresses of `eth1`, in another /24 and /64; empty if the node has no `eth1`.
     pub eth1: Vec<IpAddr>,
-    /// Prefixes of its pods, such as `10.64.1.0/24`: the other nodes route them here.
+    /// Prefixes of its pods, such as `10.64.1.0/24`: the other nodes route them to this node.
     pub pod_cidrs: Vec<String>,
-    /// Where its cgroup is, below the lab's; by its name, if this is not set.
+    /// Path of the node's cgroup below the lab's; the node's name by default.
     pub cgroup: Option<String>,
 }
 
 impl NodeSpec {
-    /// A node with two addresses and one pod prefix of each family.
+    /// Returns a node with two addresses and one pod prefix of each family.
     ///
     /// # Errors
     /// If an address does not parse.
@@ -42,13 +42,13 @@ impl NodeSpec {
         Self { zone: Some(zone.to_owned()), ..self }
     }
 
-    /// Puts its cgroup elsewhere: it is a container of a pod, say.
+    /// Puts the node's cgroup elsewhere, for example below a pod if the node is a container.
     #[must_use]
     pub fn in_cgroup(self, cgroup: &str) -> Self {
         Self { cgroup: Some(cgroup.to_owned()), ..self }
     }
 
-    /// Gives it a second device.
+    /// Gives the node a second device.
     ///
     /// # Errors
     /// If an address does not parse.
@@ -56,7 +56,7 @@ impl NodeSpec {
         Ok(Self { eth1: parse_all(addresses)?, ..self })
     }
 
-    /// The first address of the family of `like` on `eth0`.
+    /// Returns the first address on `eth0` of the family of `like`.
     pub fn primary(&self, like: IpAddr) -> Option<IpAddr> {
         self.eth0.iter().copied().find(|address| address.is_ipv4() == like.is_ipv4())
     }
@@ -72,7 +72,7 @@ pub struct LeafSpec {
 }
 
 impl LeafSpec {
-    /// From textual addresses.
+    /// Parses the addresses of a leaf.
     ///
     /// # Errors
     /// If an address does not parse.
@@ -81,21 +81,21 @@ impl LeafSpec {
     }
 }
 
-/// A whole lab.
+/// The specification of a whole lab.
 #[derive(Clone, Debug, Default)]
 pub struct LabSpec {
-    /// The nodes; the first one is where outside clients' traffic to anything but nodes and pods goes at first.
+    /// The nodes. Outside clients' traffic to anything but nodes and pods goes to the first node at first.
     pub nodes: Vec<NodeSpec>,
     /// The pods, each with the name of its node.
     pub pods: Vec<(String, LeafSpec)>,
-    /// The clients outside of the cluster.
+    /// The clients outside the cluster.
     pub clients: Vec<LeafSpec>,
     /// The prefixes of all pods, separated by commas: the agents' `--cluster-cidr`.
     pub cluster_cidr: String,
-    /// How all of them are connected.
+    /// Network between all of them.
     pub network: Network,
-    /// Names of pods whose processes are in no cgroup of their node, as with a VM or a sandbox of its own kernel: what
-    /// acts on a node's sockets does not see theirs.
+    /// Names of pods whose processes are in no cgroup of their node, as with a VM or a sandbox with a kernel of its
+    /// own: programs on a node's sockets do not see theirs.
     pub unseen: BTreeSet<String>,
 }
 
@@ -116,7 +116,7 @@ impl LabSpec {
         Ok(self)
     }
 
-    /// Adds a client outside of the cluster.
+    /// Adds a client outside the cluster.
     ///
     /// # Errors
     /// If an address does not parse.
@@ -125,7 +125,7 @@ impl LabSpec {
         Ok(self)
     }
 
-    /// Connects everything in another way than by plain routes.
+    /// Connects everything by another network than plain routes.
     #[must_use]
     pub fn network(self, network: Network) -> Self {
         Self { network, ..self }
@@ -138,10 +138,10 @@ impl LabSpec {
         self
     }
 
-    /// Three nodes without pods: `n1` and `n3` in zone `za`, `n2` in `zb`; `n1` has a second device.
+    /// Returns three nodes without pods: `n1` and `n3` in zone `za`, `n2` in `zb`; `n1` has a second device.
     ///
     /// # Errors
-    /// Never, as long as its addresses parse.
+    /// None, as long as its addresses parse.
     pub fn three_nodes() -> Result<Self> {
         let n1 =
             NodeSpec::new("n1", &["192.0.2.10", "2001:db8:1::10"], &["10.64.1.0/24", "fd00:64:0:1::/64"])?;
@@ -154,11 +154,11 @@ impl LabSpec {
         Ok(empty.node(n1).node(n2.zone("zb")).node(n3.zone("za")))
     }
 
-    /// The world of the behaviour cases: [`LabSpec::three_nodes`], the senders P (also P6), Q, X (also X6) and Y, and
-    /// the endpoints L1, L2, R1, R2, V1 and V2.
+    /// Returns the world of the behaviour cases: [`LabSpec::three_nodes`], the senders P (also P6), Q, X (also X6) and
+    /// Y, and the endpoints L1, L2, R1, R2, V1 and V2.
     ///
     /// # Errors
-    /// Never, as long as its addresses parse.
+    /// None, as long as its addresses parse.
     pub fn cases() -> Result<Self> {
         Self::three_nodes()?
             .pod("n1", "P", &["10.64.1.50", "fd00:64:0:1::50"])?
@@ -174,7 +174,7 @@ impl LabSpec {
     }
 }
 
-/// The address of the network between the nodes (its router) in the subnet of `address`.
+/// Returns the address of the router between the nodes in the subnet of `address`.
 pub(super) fn hub_address(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(v4) => {
@@ -188,7 +188,7 @@ pub(super) fn hub_address(address: IpAddr) -> IpAddr {
     }
 }
 
-/// The subnet of `address`, as a prefix.
+/// Returns the subnet of `address`, as a prefix.
 pub(super) fn subnet(address: IpAddr) -> String {
     let base: IpAddr = match address {
         IpAddr::V4(v4) => {
@@ -203,17 +203,17 @@ pub(super) fn subnet(address: IpAddr) -> String {
     format!("{base}/{}", subnet_length(address))
 }
 
-/// Prefix length of the subnet that nodes share.
+/// Returns the prefix length of the subnet that nodes share.
 pub(super) fn subnet_length(address: IpAddr) -> u8 {
     if address.is_ipv4() { 24 } else { 64 }
 }
 
-/// Prefix length of a single host.
+/// Returns the prefix length of a single host.
 pub(super) fn host_length(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
 
-/// True if `cidr` contains `address`.
+/// Returns whether `cidr` contains `address`.
 pub(super) fn covers(cidr: &str, address: IpAddr) -> Result<bool> {
     let (base, length) = parse_cidr(cidr)?;
     let prefix = Prefix::new(base.into(), length).with_context(|| format!("not a prefix: {cidr:?}"))?;

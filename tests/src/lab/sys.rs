@@ -24,17 +24,17 @@ pub(super) fn join_net(net: BorrowedFd<'_>) -> io::Result<()> {
     move_into_link_name_space(net, Some(LinkNameSpaceType::Network)).map_err(Into::into)
 }
 
-/// Where a child process runs.
+/// Namespaces and cgroup of a child process.
 pub(super) struct Confinement {
-    /// Its network namespace.
+    /// Network namespace of the child.
     pub(super) net: Arc<OwnedFd>,
-    /// `cgroup.procs` of its cgroup, opened for writing; `None` leaves the child in the cgroup of its parent.
+    /// `cgroup.procs` of the child's cgroup, opened for writing; `None` leaves the child in the cgroup of its parent.
     pub(super) procs: Option<File>,
-    /// What it sees of the file system, and may do.
+    /// Container of the child, which limits its file system and capabilities.
     pub(super) container: Option<Container>,
 }
 
-/// Makes `command` start its child inside `place`, and die with the thread that spawns it.
+/// Makes `command` start its child inside `place`, and makes the child die with the thread that spawns it.
 pub(super) fn confine(command: &mut Command, place: Confinement) {
     let parent = getpid();
     let prepare = move || prepare_child(&place, parent);
@@ -50,12 +50,13 @@ fn prepare_child(place: &Confinement, parent: Pid) -> io::Result<()> {
         return Err(io::Error::from(rustix::io::Errno::SRCH));
     }
     if let Some(procs) = &place.procs {
-        // "0" names the writer.
+        // "0" stands for the writing process.
         (&*procs).write_all(b"0")?;
     }
     join_net(place.net.as_fd())?;
     if let Some(container) = &place.container {
-        // SAFETY: only CLONE_NEWNS is given, to a process of one thread: what is shared with nobody cannot become unshared.
+        // SAFETY: only CLONE_NEWNS is given, in a process of one thread: no other thread shares anything that the call
+        // would unshare.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
         container.enter()?;
     }

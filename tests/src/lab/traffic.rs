@@ -14,10 +14,10 @@ use super::lines::Lines;
 use super::place::Place;
 use super::wire::{Attempt, Proto};
 
-/// Beyond its own time limits, how long a client may take to start and to report.
+/// Time that a client may need to start and to report, in addition to its own time limits.
 const SLACK: Duration = Duration::from_secs(10);
 
-/// What [`Connect`] and [`Hold`] have in common.
+/// Options that [`Connect`] and [`Hold`] share.
 #[derive(Clone, Debug)]
 struct Options {
     place: Place,
@@ -57,20 +57,20 @@ pub struct Connect {
 /// The setters that clients of both kinds share.
 macro_rules! common_options {
     () => {
-        /// How to talk; TCP by default.
+        /// Sets the protocol; TCP by default.
         #[must_use]
         pub fn proto(mut self, proto: Proto) -> Self {
             self.options.proto = proto;
             self
         }
 
-        /// UDP by connect, send, recv.
+        /// Uses UDP by connect, send, recv.
         #[must_use]
         pub fn udp(self) -> Self {
             self.proto(Proto::Udp)
         }
 
-        /// UDP by sendto, recvfrom.
+        /// Uses UDP by sendto, recvfrom.
         #[must_use]
         pub fn udp_unconnected(self) -> Self {
             self.proto(Proto::UdpUnconnected)
@@ -83,14 +83,14 @@ macro_rules! common_options {
             self
         }
 
-        /// Binds the socket to `source`, an address or `address:port`, first.
+        /// Binds the socket first to `source`, an address or `address:port`.
         #[must_use]
         pub fn bind(mut self, source: impl ToString) -> Self {
             self.options.push(&["--bind", &source.to_string()]);
             self
         }
 
-        /// How long each attempt may take; 2 seconds by default.
+        /// Sets the time limit of each attempt; 2 seconds by default.
         #[must_use]
         pub fn timeout(mut self, timeout: Duration) -> Self {
             self.options.timeout = timeout;
@@ -106,47 +106,47 @@ impl Connect {
 
     common_options!();
 
-    /// HTTP/1.1, one request per connection.
+    /// Uses HTTP/1.1, one request per connection.
     #[must_use]
     pub fn http(self) -> Self {
         self.proto(Proto::Http)
     }
 
-    /// How many attempts; 1 by default.
+    /// Sets the number of attempts; 1 by default.
     #[must_use]
     pub fn times(self, times: usize) -> Self {
         Self { times, ..self }
     }
 
-    /// A pause after each attempt.
+    /// Sets a pause after each attempt.
     #[must_use]
     pub fn pace(self, pace: Duration) -> Self {
         Self { pace, ..self }
     }
 
-    /// How many datagrams to send by one UDP socket before the next is opened; 1 by default.
+    /// Sets the number of datagrams sent by one UDP socket before the next is opened; 1 by default.
     #[must_use]
     pub fn per_socket(mut self, datagrams: usize) -> Self {
         self.options.push(&["--per-socket", &datagrams.to_string()]);
         self
     }
 
-    /// Each attempt by TCP ends when the server has closed the connection, too.
+    /// Ends each attempt by TCP when the server has closed the connection, too.
     #[must_use]
     pub fn to_the_end(mut self) -> Self {
         self.options.push(&["--to-the-end"]);
         self
     }
 
-    /// Connects one and the same UDP socket to the target and then to `other`, attempt by attempt. An attempt ends when `other` has
-    /// answered; [`Attempt::elapsed_us`] is the time since the second connect().
+    /// Connects the same UDP socket to the target and then to `other`, in each attempt. An attempt ends when `other`
+    /// has answered; [`Attempt::elapsed_us`] is the time since the second connect().
     #[must_use]
     pub fn then(mut self, other: SocketAddr) -> Self {
         self.options.push(&["--then", &other.to_string()]);
         self
     }
 
-    /// Makes the attempts and waits for them.
+    /// Makes the attempts, waits for their end and returns them.
     ///
     /// # Errors
     /// If the client cannot be run; failed attempts are part of the result.
@@ -170,7 +170,7 @@ impl Connect {
         self.times(1).run()?.pop().context("no attempt reported")
     }
 
-    /// Starts making attempts without end, until the result is stopped.
+    /// Starts making attempts continuously, until the result is stopped.
     ///
     /// # Errors
     /// If the client cannot be run.
@@ -202,10 +202,10 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// The attempts made up to now.
+    /// Returns the attempts made so far.
     ///
     /// # Errors
-    /// If the client prints something else.
+    /// If the client prints anything but attempts.
     pub fn so_far(&mut self) -> Result<&[Attempt]> {
         self.lines.drain(&mut self.attempts)?;
         Ok(&self.attempts)
@@ -214,7 +214,7 @@ impl Flow {
     /// Waits until `more` further attempts have ended.
     ///
     /// # Errors
-    /// If they do not within the time that they may take.
+    /// If they do not end within their time limits.
     pub fn wait_for(&mut self, more: usize) -> Result<()> {
         self.lines.drain(&mut self.attempts)?;
         for _ in 0..more {
@@ -248,7 +248,7 @@ impl Hold {
 
     common_options!();
 
-    /// Opens it. A refused connection is not an error: see [`Held::opened`].
+    /// Opens the connection. A refused connection is not an error: see [`Held::opened`].
     ///
     /// # Errors
     /// If the client cannot be run.
@@ -273,7 +273,7 @@ pub struct Held {
 }
 
 impl Held {
-    /// How opening went: over TCP with the server's greeting, over UDP only what the local socket knows.
+    /// Returns the result of opening: over TCP with the server's greeting, over UDP only the local socket's addresses.
     pub fn opened(&self) -> &Attempt {
         &self.opened
     }
@@ -288,10 +288,10 @@ impl Held {
         self.lines.attempt(self.patience)
     }
 
-    /// Says something every few milliseconds until `done` holds for the answer.
+    /// Sends a line every few milliseconds until `done` holds for the answer.
     ///
     /// # Errors
-    /// With the last answer, if it never does within `patience`.
+    /// With the last answer, if `done` does not hold within `patience`.
     pub fn say_until(&mut self, patience: Duration, done: impl Fn(&Attempt) -> bool) -> Result<Attempt> {
         let deadline = Instant::now() + patience;
         loop {

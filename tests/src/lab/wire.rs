@@ -1,4 +1,4 @@
-//! What `lab-pod` prints and the lab reads: one JSON object per line.
+//! Output of `lab-pod` that the lab reads: one JSON object per line.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -6,24 +6,24 @@ use std::net::SocketAddr;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-/// `lab-pod hold` sends a datagram that begins so and does not wait for its answer.
+/// Prefix of a line for `lab-pod hold` that is sent as a datagram without waiting for the answer.
 pub const SEND_ONLY: &str = "send only: ";
-/// `lab-pod hold` that is told this and a datagram that it has sent waits for the answer.
+/// Prefix of a line for `lab-pod hold`: the rest is a datagram that was sent before and whose answer is awaited.
 pub const HEAR: &str = "hear ";
 
-/// How a client talks.
+/// Protocol of a client.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Proto {
     /// Connects and reads the server's greeting.
     #[default]
     Tcp,
-    /// The same over a socket of protocol IPPROTO_MPTCP.
+    /// As [`Self::Tcp`], over a socket of protocol IPPROTO_MPTCP.
     Mptcp,
-    /// The same over one-to-one SCTP.
+    /// As [`Self::Tcp`], over one-to-one SCTP.
     Sctp,
     /// One HTTP/1.1 request per connection.
     Http,
-    /// Redis: PING on each connection; on one that is held, what is said is a command.
+    /// Redis: PING on each connection; on a held connection each line is a command.
     Redis,
     /// UDP by connect, send, recv.
     Udp,
@@ -34,7 +34,7 @@ pub enum Proto {
 }
 
 impl Proto {
-    /// Its name on the command line.
+    /// Returns the protocol's name on the command line.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
@@ -62,10 +62,10 @@ pub enum Line {
     Summary(Summary),
 }
 
-/// How one connection, datagram or request ended.
+/// Result of one connection, datagram or request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attempt {
-    /// A server answered.
+    /// Whether a server answered.
     pub ok: bool,
     /// Name of the server.
     pub server: Option<String>,
@@ -73,34 +73,34 @@ pub struct Attempt {
     pub peer: Option<SocketAddr>,
     /// The server's own address, as the server saw it.
     pub endpoint: Option<SocketAddr>,
-    /// What getpeername says to the client (connected sockets).
+    /// Result of getpeername() for the client (connected sockets).
     pub peername: Option<SocketAddr>,
-    /// What getsockname says to the client.
+    /// Result of getsockname() for the client.
     pub local: Option<SocketAddr>,
     /// The source address of the answer (unconnected UDP).
     pub from: Option<SocketAddr>,
-    /// The answer's text, where the client sent some.
+    /// The answer's text, if the client sent some.
     pub text: Option<String>,
-    /// Why it failed: a name such as `ECONNREFUSED`; `ETIMEDOUT` for every kind of silence; `EOF` if the server closed.
+    /// Error: a name such as `ECONNREFUSED`; `ETIMEDOUT` for every timeout; `EOF` if the server closed.
     pub error: Option<String>,
     /// The call that failed: `connect`, `send` or `recv`.
     pub stage: Option<String>,
-    /// When it began, microseconds since the client started.
+    /// Time of its beginning, in microseconds since the client started.
     pub at_us: u64,
-    /// How long it took, microseconds.
+    /// Duration, in microseconds.
     pub elapsed_us: u64,
 }
 
 /// Totals of a list of attempts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Summary {
-    /// How many.
+    /// Number of attempts.
     pub total: usize,
-    /// How many were answered.
+    /// Number of attempts that were answered.
     pub ok: usize,
-    /// How many each server answered.
+    /// Number of attempts that each server answered.
     pub by_server: BTreeMap<String, usize>,
-    /// How many failed, by error.
+    /// Number of attempts that failed, by error.
     pub by_error: BTreeMap<String, usize>,
 }
 
@@ -112,7 +112,7 @@ impl Summary {
         summary
     }
 
-    /// Counts one more.
+    /// Counts one more attempt.
     pub fn add(&mut self, attempt: &Attempt) {
         self.total += 1;
         self.ok += usize::from(attempt.ok);
@@ -124,7 +124,7 @@ impl Summary {
         }
     }
 
-    /// The names of the servers that answered, in order.
+    /// Returns the names of the servers that answered, in order.
     pub fn servers(&self) -> Vec<&str> {
         self.by_server.keys().map(String::as_str).collect()
     }

@@ -6,13 +6,13 @@
 //! ```
 //! Pods and clients hold single addresses (/32, /128), as with most routed CNIs: their router has a host route to them,
 //! and they reach everything by a gateway address that exists only as a permanent neighbour entry. Nodes route each
-//! other's pod prefixes directly. (Other networks than that are in [`super::network`].) The hub has no default route for
-//! nodes: what a node passes on although nobody serves it comes back as "network unreachable", so that a test can tell
-//! it from a packet that was dropped (over TCP after about a second: the kernel heeds the message at the first
+//! other's pod prefixes directly. ([`super::network`] has other networks.) The hub has no default route for nodes: a
+//! packet to an address that nobody serves, which a node forwards, is answered with "network unreachable". So a test
+//! can tell it from a packet that was dropped (over TCP after about a second: the kernel heeds the message at the first
 //! retransmission).
 //!
-//! What a client sends goes to a node, unless it is for a node or a pod. That holds for addresses of other clients, too:
-//! one of them may have an address that is a Service's, and still the way there leads through the node.
+//! Packets of a client go to a node, unless their destination is a node or a pod. That includes addresses of other
+//! clients: a client may have an address that is also a Service's, and the path to it still goes through the node.
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -25,14 +25,15 @@ use super::spec::{LabSpec, LeafSpec, NodeSpec, covers, host_length, hub_address,
 
 /// MAC address of the router's end of every veth to a pod or a client.
 const GATEWAY_MAC: &str = "02:00:00:00:00:01";
-/// Routing table of the hub for what comes from clients and is neither for nodes nor for pods.
+/// Routing table of the hub for packets that come from clients and are neither for nodes nor for pods.
 const CLIENT_TABLE: u32 = 10;
-/// The same for clients that come through the second device of a node.
+/// Routing table of the hub for packets of clients that come through the second device of a node.
 const SECOND_TABLE: u32 = 11;
-/// What VXLAN leaves of 1500 bytes.
+/// MTU inside VXLAN, out of 1500 bytes.
 const OVERLAY_MTU: u32 = 1450;
 
-/// Hub: bridges, their addresses, a port for each node device (whose peer appears in `nodes[i]`), pod prefixes.
+/// Returns the lines for the hub: bridges, their addresses, a port for each node device (whose peer appears in
+/// `nodes[i]`), pod prefixes.
 pub(super) fn hub(spec: &LabSpec, nodes: &[Netns]) -> String {
     let mut batch = String::from("link set lo up\n");
     for lan in ["lan0", "lan1"] {
@@ -63,7 +64,7 @@ pub(super) fn hub(spec: &LabSpec, nodes: &[Netns]) -> String {
         direct.extend(node.pod_cidrs.iter().cloned());
     }
     for lan in ["lan0", "lan1"] {
-        // What comes back from a node has been there.
+        // Packets that come back from a node have passed it already.
         line(&mut batch, format_args!("rule add pref 50 iif {lan} lookup main"));
         line(&mut batch, format_args!("-6 rule add pref 50 iif {lan} lookup main"));
     }
@@ -75,7 +76,7 @@ pub(super) fn hub(spec: &LabSpec, nodes: &[Netns]) -> String {
     batch
 }
 
-/// Node `own` (an index): its devices, the default route, the pod prefixes of the other nodes.
+/// Returns the lines for node `own` (an index): its devices, the default route, the pod prefixes of the other nodes.
 pub(super) fn node(spec: &LabSpec, own: usize) -> Result<String> {
     let mut batch = String::from("link set lo up\n");
     let node = &spec.nodes[own];
@@ -109,7 +110,7 @@ pub(super) fn node(spec: &LabSpec, own: usize) -> Result<String> {
     Ok(batch)
 }
 
-/// The VXLAN device of node `own`, and the routes to other nodes' pods through it.
+/// Adds the lines for the VXLAN device of node `own`, and for the routes to other nodes' pods through it.
 fn overlay(batch: &mut String, spec: &LabSpec, own: usize) -> Result<()> {
     let node = &spec.nodes[own];
     let local = node.eth0.iter().find(|address| address.is_ipv4()).context("VXLAN needs IPv4 on eth0")?;
@@ -136,7 +137,7 @@ fn overlay(batch: &mut String, spec: &LabSpec, own: usize) -> Result<()> {
     Ok(())
 }
 
-/// Node `own`: where the other ends of its VXLAN device are, for `bridge -batch`.
+/// Returns the lines for node `own` with the other ends of its VXLAN device, for `bridge -batch`.
 pub(super) fn overlay_peers(spec: &LabSpec, own: usize) -> String {
     let mut batch = String::new();
     if spec.network.nodes == NodeLinks::Vxlan {
@@ -154,7 +155,7 @@ fn tunnel_mac(index: usize) -> String {
     format!("02:00:00:00:02:{index:02x}")
 }
 
-/// A node's side of a pod: as [`leaf_port`], or a port of its bridge.
+/// Returns the lines for a node's side of a pod: as [`leaf_port`], or a port of its bridge.
 pub(super) fn pod_port(
     network: &Network,
     node: &NodeSpec,
@@ -175,7 +176,7 @@ pub(super) fn pod_port(
     batch
 }
 
-/// A pod's own side.
+/// Returns the lines for a pod's own side.
 pub(super) fn pod(network: &Network, node: &NodeSpec, pod: &LeafSpec) -> Result<String> {
     let mut batch = match network.pods {
         PodLinks::Routed => leaf(pod),
@@ -204,8 +205,8 @@ fn bridged_leaf(node: &NodeSpec, pod: &LeafSpec) -> Result<String> {
     Ok(batch)
 }
 
-/// The router's side of a pod or client: a veth whose peer is `eth0` of `leaf`, and the host routes. `sources` are
-/// the router's own addresses to be used towards it.
+/// Returns the lines for the router's side of a pod or client: a veth whose peer is `eth0` of `leaf`, and the host
+/// routes. `sources` are the router's own addresses to be used towards it.
 pub(super) fn leaf_port(device: &str, spec: &LeafSpec, leaf: &Netns, sources: &[IpAddr]) -> String {
     let path = leaf.path();
     let mut batch = format!(
@@ -219,7 +220,7 @@ pub(super) fn leaf_port(device: &str, spec: &LeafSpec, leaf: &Netns, sources: &[
     batch
 }
 
-/// The leaf's own side.
+/// Returns the lines for the leaf's own side.
 pub(super) fn leaf(spec: &LeafSpec) -> String {
     let mut batch = String::from("link set lo up\nlink set eth0 up\n");
     for &address in &spec.addresses {
@@ -239,13 +240,13 @@ pub(super) fn leaf(spec: &LeafSpec) -> String {
     batch
 }
 
-/// Hub: what a client's device brings follows [`outside_via`].
+/// Returns the line for the hub that routes packets from a client's device by [`outside_via`].
 pub(super) fn client_rule(device: &str) -> String {
     let rule = format!("rule add pref 200 iif {device} lookup {CLIENT_TABLE}");
     format!("{rule}\n-6 {rule}\n")
 }
 
-/// Hub: clients' traffic to Service addresses goes to `node`.
+/// Returns the lines for the hub that route clients' traffic to Service addresses to `node`.
 pub(super) fn outside_via(node: &NodeSpec) -> String {
     let mut batch = String::new();
     for (addresses, table) in [(&node.eth0, CLIENT_TABLE), (&node.eth1, SECOND_TABLE)] {
@@ -254,7 +255,7 @@ pub(super) fn outside_via(node: &NodeSpec) -> String {
             line(&mut batch, format_args!("route replace {all} via {address} table {table}"));
         }
     }
-    // The node itself, too: it would not believe the other way.
+    // The node's own addresses, too: the node would drop packets to them on the other path.
     for second in firsts(&node.eth1) {
         for first in node.eth0.iter().filter(|first| first.is_ipv4() == second.is_ipv4()) {
             let prefix = host_prefix(*first);
@@ -264,7 +265,8 @@ pub(super) fn outside_via(node: &NodeSpec) -> String {
     batch
 }
 
-/// Hub: what this client sends to Service addresses and to its node comes through the node's `eth1`.
+/// Returns the lines for the hub that route this client's traffic to Service addresses and to its node through the
+/// node's `eth1`.
 pub(super) fn second_rule(client: &[IpAddr]) -> String {
     let mut batch = String::new();
     for &address in client {
@@ -274,7 +276,7 @@ pub(super) fn second_rule(client: &[IpAddr]) -> String {
     batch
 }
 
-/// Node: the way back to such a client.
+/// Returns the lines for a node with the way back to such a client.
 pub(super) fn second_way_back(node: &NodeSpec, client: &[IpAddr]) -> String {
     let mut batch = String::new();
     for &address in client {
@@ -286,8 +288,8 @@ pub(super) fn second_way_back(node: &NodeSpec, client: &[IpAddr]) -> String {
     batch
 }
 
-/// Routes to a pod whose addresses lie outside of its node's prefixes, for the hub and the other nodes; empty if there
-/// is nothing to be said.
+/// Returns routes to a pod whose addresses lie outside its node's prefixes, for the hub and the other nodes; empty if
+/// no address does.
 pub(super) fn stray_pod(verb: &str, node: &NodeSpec, pod: &LeafSpec) -> Result<String> {
     let mut batch = String::new();
     for &address in &pod.addresses {
@@ -302,7 +304,7 @@ pub(super) fn stray_pod(verb: &str, node: &NodeSpec, pod: &LeafSpec) -> Result<S
     Ok(batch)
 }
 
-/// Hub: with [`stray_pod`], so that clients find such a pod.
+/// Returns further lines for the hub, with those of [`stray_pod`], by which clients reach such a pod.
 pub(super) fn stray_pod_for_clients(stray: &str) -> String {
     let mut batch = String::new();
     for text in stray.lines() {
@@ -315,12 +317,12 @@ pub(super) fn stray_pod_for_clients(stray: &str) -> String {
     batch
 }
 
-/// The primary addresses of a node, one per family.
+/// Returns the primary addresses of a node, one per family.
 fn primaries(node: &NodeSpec) -> Vec<IpAddr> {
     firsts(&node.eth0)
 }
 
-/// The first address of each family.
+/// Returns the first address of each family.
 fn firsts(addresses: &[IpAddr]) -> Vec<IpAddr> {
     let first = |is_v4| addresses.iter().copied().find(|address| address.is_ipv4() == is_v4);
     [first(true), first(false)].into_iter().flatten().collect()
@@ -339,7 +341,7 @@ fn host_prefix(address: IpAddr) -> String {
     format!("{address}/{}", host_length(address))
 }
 
-/// The default route of the family of `address`, in a form that says which.
+/// Returns the default route of the family of `address`, in a form that names the family.
 fn everything(address: IpAddr) -> &'static str {
     if address.is_ipv4() { "0.0.0.0/0" } else { "::/0" }
 }

@@ -1,13 +1,13 @@
-//! What the fuzzers run (`fuzz/`), and what the replay of their corpus runs in the test suite. Each function panics when
-//! something does not hold.
+//! Functions run by the fuzzers (`fuzz/`), and by the replay of their corpus in the test suite. Each function panics
+//! when a property does not hold.
 
 use super::random::{Step, Traffic, check};
 use super::world::{NIC, OVERLAY, POD, World};
 
-/// Traffic that follows from `data`.
+/// Runs the traffic that follows from `data`.
 ///
 /// # Panics
-/// If a packet is not treated as every packet has to be.
+/// If a packet violates a property that holds for every packet.
 pub fn traffic(data: &[u8]) {
     let world = World::new().expect("ordered maps take everything");
     let mut traffic = Traffic::new(data);
@@ -18,7 +18,8 @@ pub fn traffic(data: &[u8]) {
     }
 }
 
-/// `data` as a packet, without its Ethernet addresses: enters and leaves everywhere. The first byte chooses where.
+/// Runs `data` as a packet without its Ethernet addresses, which enters and leaves everywhere. The first byte chooses
+/// where.
 ///
 /// # Panics
 /// As [`traffic`].

@@ -24,7 +24,7 @@ const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
 const TC_ACT_REDIRECT: i32 = 7;
 
-/// What the verifier walks through before it gives up.
+/// Number of instructions after which the verifier gives up.
 pub const VERIFIER_LIMIT: u32 = 1_000_000;
 
 /// The four flow maps.
@@ -36,41 +36,41 @@ pub struct Flows {
     pub index: [BTreeMap<FlowKey, FlowRef>; 2],
 }
 
-/// What became of a packet in the kernel.
+/// Kernel's action for a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// It goes on, as it came or translated.
+    /// The packet goes on, as it came or translated.
     GoesOn,
-    /// It ends.
+    /// The packet is dropped.
     Dropped,
-    /// It goes back.
+    /// The packet is sent back.
     Redirected,
 }
 
-/// How a packet comes.
+/// Form in which a packet arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// As its bytes.
+    /// As plain bytes.
     Plain,
-    /// With the sum over them, as from a network card. It has to be right in the end.
+    /// With the sum over its bytes, as from a network card. The sum has to be right in the end.
     Summed,
-    /// As a train of packets that are still in one piece.
+    /// As a train of packets that are still in one buffer (GSO).
     Train,
 }
 
-/// What became of a run.
+/// Result of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ran {
-    /// The program's action, and the frame as it left it.
+    /// The program's action, and the resulting frame.
     Done(Action, Vec<u8>),
     /// The kernel's sum over the bytes does not match them any more.
     WrongSum,
-    /// The kernel does not hand such a frame to programs: it has not even an IP header.
+    /// The kernel does not pass such a frame to programs: the frame has not even an IP header.
     Refused,
 }
 
 impl Action {
-    /// What the programs make of a verdict.
+    /// Returns the action of the programs for a verdict.
     pub const fn of(verdict: Verdict) -> Self {
         match verdict {
             Verdict::Pass | Verdict::Translated => Self::GoesOn,
@@ -86,10 +86,10 @@ pub struct Kernel {
     flows: FlowMaps,
     fragments: HashMap<MapData, FragmentKey, FragmentPorts>,
     dataplane: Dataplane,
-    /// Instructions that the verifier walked through, by program.
+    /// Instructions that the verifier processed, by program.
     pub verified: Vec<(&'static str, Option<u32>)>,
     net: Netns,
-    // Last: it removes the pins.
+    // Last: dropping the lab removes the pins.
     _lab: Lab,
 }
 
@@ -135,7 +135,7 @@ impl Kernel {
         Ok(Self { programs, flows, fragments, dataplane, verified, net, _lab: lab })
     }
 
-    /// Runs `work` where the devices are.
+    /// Runs `work` in the namespace of the devices.
     ///
     /// # Errors
     /// If the namespace cannot be entered, and those of `work`.
@@ -144,10 +144,10 @@ impl Kernel {
         net.enter(|| work(self))?
     }
 
-    /// A packet enters or leaves through a device: what becomes of it.
+    /// Runs the program for a packet that enters or leaves through a device; returns the result.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// With the kernel's error.
     pub fn packet(&self, device: u32, egress: bool, bytes: &[u8], form: Form) -> Result<Ran> {
         let name = match (edge_of(device), egress) {
             (Edge::External, false) => "edge_ingress",
@@ -178,19 +178,19 @@ impl Kernel {
         Ok(Ran::Done(action, out))
     }
 
-    /// What the flow maps hold.
+    /// Returns the contents of the flow maps.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// With the kernel's error.
     pub fn flows(&self) -> Result<Flows> {
         let FlowMaps { flows, index, new_flows, new_index } = &self.flows;
         Ok(Flows { records: [all(flows)?, all(new_flows)?], index: [all(index)?, all(new_index)?] })
     }
 
-    /// Empties what the packet edge has written.
+    /// Empties the maps that the packet edge has written.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// With the kernel's error.
     pub fn forget(&mut self) -> Result<()> {
         let Flows { records: [flows, new_flows], index: [index, new_index] } = self.flows()?;
         flows.keys().try_for_each(|key| self.flows.flows.remove(key))?;
@@ -205,12 +205,12 @@ impl Kernel {
     /// Makes every flow older, as if time had passed.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// With the kernel's error.
     pub fn age(&mut self, nanos: u64) -> Result<()> {
         let Flows { records, .. } = self.flows()?;
         for (records, table) in records.into_iter().zip([&mut self.flows.flows, &mut self.flows.new_flows]) {
             for (key, flow) in records {
-                // That may be before the machine started.
+                // The time may then be before the machine's start.
                 table.remove(&key)?;
                 table.add(&key, &Flow { last_seen: flow.last_seen.wrapping_sub(nanos), ..flow })?;
             }
@@ -218,18 +218,18 @@ impl Kernel {
         Ok(())
     }
 
-    /// Every counter.
+    /// Returns every counter.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// With the kernel's error.
     pub fn counts(&self) -> Result<Vec<u64>> {
         Counter::ALL.into_iter().map(|counter| Ok(self.dataplane.maps.counter(counter)?)).collect()
     }
 
-    /// What has been counted for a Service.
+    /// Returns the counters of a Service.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// With the kernel's error.
     pub fn service_counters(&self, id: u32) -> Result<ServiceCounters> {
         Ok(self.dataplane.maps.service_counters(id)?)
     }
@@ -246,13 +246,13 @@ fn all<V: aya::Pod + bytemuck::Pod>(table: &Table<V>) -> Result<BTreeMap<FlowKey
     Ok(elements)
 }
 
-/// The programs that use the pinned maps.
+/// Returns the programs that use the pinned maps.
 fn descriptors(pins: &PinDir) -> Result<BTreeMap<String, ProgramFd>> {
     let pinned = MAPS.iter().map(|spec| MapInfo::from_pin(pins.map(spec.name)));
     let maps: BTreeSet<u32> = pinned.map(|info| Ok(info?.id())).collect::<Result<_>>()?;
     let mut found = BTreeMap::new();
     for info in loaded_programs() {
-        // Programs come and go.
+        // Programs may be unloaded meanwhile.
         let Ok(info) = info else { continue };
         let Ok(Some(ids)) = info.map_ids() else { continue };
         let name = info.name_as_str().unwrap_or_default().to_owned();

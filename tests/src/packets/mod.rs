@@ -1,5 +1,5 @@
-//! The packet edge's packets: a small world of Services with its maps, packets as tests write and read them, packets at
-//! random, and the programs in the kernel on single packets.
+//! The packet edge's packets: a small world of Services with its maps, packets as tests write and read them, random
+//! packets, and the programs in the kernel on single packets.
 
 mod world;
 

@@ -1,5 +1,6 @@
-//! Traffic at random: clients, answers, errors and fragments that belong together, and packets that are broken in all
-//! ways. What is sent follows from a string of bytes alone, so that a fuzzer can steer it and a failure can be repeated.
+//! Random traffic: clients, answers, errors and fragments that belong together, and packets that are broken in many
+//! ways. The packets follow from a string of bytes alone, so that a fuzzer can steer them and a failure can be
+//! repeated.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -9,27 +10,27 @@ use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
 use super::wire::{Body, ETHERNET, Packet, Seen, Trouble, fragments, read};
 use super::world::{BARE, NEAR, NIC, Net, OVERLAY, POD, World};
 
-/// By how often they are used.
+/// Devices, each as often as its relative frequency.
 const DEVICES: [u32; 10] = [NIC, NIC, NIC, NIC, OVERLAY, OVERLAY, OVERLAY, POD, BARE, NEAR];
-/// Packets that can be referred to.
+/// Number of earlier packets that later ones can refer to.
 const MEMORY: usize = 24;
-/// Longest packet that is made.
+/// Length of the longest packet that is made.
 const LONGEST: usize = 1600;
 
-/// One packet on its way.
+/// One packet that enters or leaves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
-    /// Through which device.
+    /// Device of the packet.
     pub device: u32,
-    /// Whether it leaves.
+    /// Whether the packet leaves through it.
     pub egress: bool,
     /// All bytes.
     pub bytes: Vec<u8>,
-    /// Seconds that pass before.
+    /// Seconds that pass before the packet.
     pub pause: u64,
 }
 
-/// Bytes that decide. When they are used up, everything is zero.
+/// Bytes that decide. Once they are used up, every choice is zero.
 #[derive(Debug)]
 struct Choices<'a>(&'a [u8]);
 
@@ -62,27 +63,27 @@ impl Choices<'_> {
     }
 }
 
-/// Packets, one after the other, until the bytes that decide are used up.
+/// Packets, one after another, until the bytes that decide are used up.
 #[derive(Debug)]
 pub struct Traffic<'a> {
     choices: Choices<'a>,
-    /// What has been sent and what has come of it.
+    /// Packets that were sent, and the resulting ones.
     seen: Vec<Vec<u8>>,
-    /// The last one, if it goes on: it enters and then leaves.
+    /// The last packet, if it goes on: it has entered and then leaves.
     inside: Option<Vec<u8>>,
-    /// The last one that was translated and has left, and where: its receiver may go on.
+    /// The last translated packet that has left, and its device: its receiver may react.
     outside: Option<(u32, Vec<u8>)>,
-    /// Fragments that have not been sent.
+    /// Fragments that have not been sent yet.
     rest: Vec<(u32, bool, Vec<u8>)>,
 }
 
 impl<'a> Traffic<'a> {
-    /// The traffic that follows from `bytes`.
+    /// Returns the traffic that follows from `bytes`.
     pub const fn new(bytes: &'a [u8]) -> Self {
         Self { choices: Choices(bytes), seen: Vec::new(), inside: None, outside: None, rest: Vec::new() }
     }
 
-    /// What became of the last packet; the next ones can be about it.
+    /// Records the result of the last packet, to which the next ones can refer.
     pub fn note(&mut self, step: &Step, verdict: Verdict, bytes: &[u8]) {
         let goes_on = matches!(verdict, Verdict::Pass | Verdict::Translated);
         self.inside = (goes_on && !step.egress).then(|| bytes.to_vec());
@@ -98,7 +99,7 @@ impl<'a> Traffic<'a> {
     }
 
     fn remembered(&mut self) -> Option<Vec<u8>> {
-        // The latest mostly.
+        // One of the latest packets in most cases.
         let among = if self.choices.byte() & 1 == 0 { 3 } else { MEMORY };
         let back = self.choices.number(self.seen.len().min(among)) + 1;
         self.seen.get(self.seen.len().checked_sub(back)?).cloned()
@@ -108,7 +109,7 @@ impl<'a> Traffic<'a> {
         Net { v6: self.choices.byte() & 1 == 1 }
     }
 
-    /// A packet of a client, mostly its first one.
+    /// Makes a packet of a client, in most cases its first one.
     fn request(&mut self) -> Packet {
         let net = self.net();
         let pod = SocketAddr::new(net.local().ip(), 41_000);
@@ -156,7 +157,7 @@ impl<'a> Traffic<'a> {
         }
     }
 
-    /// What the receiver of a packet would answer.
+    /// Makes the answer of a packet's receiver.
     fn answer(&mut self, to: &Seen) -> Packet {
         let body = match to.tcp {
             Some((flags, seq, ack)) => {
@@ -199,7 +200,7 @@ impl<'a> Traffic<'a> {
             .filter(|error| error.source.is_ipv4() == error.destination.is_ipv4())
     }
 
-    /// What comes back from where a packet has gone: an answer, or an error.
+    /// Makes the reaction to a packet: an answer, or an error.
     fn reaction(&mut self, to: &[u8]) -> Option<Vec<u8>> {
         let reaction =
             if self.choices.byte() < 0xc0 { self.answer(&read(to).ok()?) } else { self.error(to)? };
@@ -207,7 +208,7 @@ impl<'a> Traffic<'a> {
         Some(self.damage(bytes))
     }
 
-    /// The next bytes to be sent.
+    /// Makes the next packet to be sent.
     fn packet(&mut self) -> Option<Vec<u8>> {
         let bytes = match self.choices.byte() % 16 {
             0..=5 => self.request().bytes(),
@@ -232,7 +233,7 @@ impl<'a> Traffic<'a> {
         Some(self.damage(bytes))
     }
 
-    /// Mostly nothing; else other bits, another length, or another length field.
+    /// Damages a packet: in most cases not at all, else other bits, another length, or another length field.
     fn damage(&mut self, mut bytes: Vec<u8>) -> Vec<u8> {
         match self.choices.byte() {
             0xd8..=0xdf => {
@@ -298,7 +299,7 @@ impl Iterator for Traffic<'_> {
     }
 }
 
-/// Where the node would send a packet.
+/// Returns the device that the node would send a packet to.
 fn way_out(bytes: &[u8]) -> Option<u32> {
     let to = read(bytes).ok()?.destination.ip();
     let net = Net { v6: to.is_ipv6() };
@@ -311,10 +312,10 @@ fn way_out(bytes: &[u8]) -> Option<u32> {
     })
 }
 
-/// What holds for every packet, whatever it is.
+/// Checks the properties that hold for every packet.
 ///
 /// # Errors
-/// With what does not hold.
+/// With the property that does not hold.
 pub fn check(world: &World, step: &Step, verdict: Verdict, out: &[u8]) -> Result<(), String> {
     let before = &step.bytes[..];
     match verdict {
@@ -330,7 +331,7 @@ pub fn check(world: &World, step: &Step, verdict: Verdict, out: &[u8]) -> Result
         }
         Verdict::Reply => {}
     }
-    // A fragment by itself may be anybody's, as far as the filter tells.
+    // A fragment by itself may belong to anyone, as far as the filter can tell.
     let unclear = verdict == Verdict::Drop && to(before).is_some_and(|to| world.may_be_ours(to));
     if verdict != Verdict::Pass && !concerns_us(before) && !unclear {
         return Err("none of ours".into());
@@ -351,7 +352,7 @@ pub fn check(world: &World, step: &Step, verdict: Verdict, out: &[u8]) -> Result
     Ok(())
 }
 
-/// The destination in an IP header, whatever else the packet is.
+/// Returns the destination in an IP header, whatever else the packet is.
 fn to(bytes: &[u8]) -> Option<IpAddr> {
     let at = |offset: usize, len: usize| bytes.get(ETHERNET + offset..ETHERNET + offset + len);
     match bytes.get(12..14)? {
@@ -361,7 +362,7 @@ fn to(bytes: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// Whether an address of the world is anywhere in the packet.
+/// Returns whether an address of the world is anywhere in the packet.
 fn concerns_us(bytes: &[u8]) -> bool {
     let contains = |part: &[u8]| bytes.windows(part.len()).any(|window| window == part);
     Net::ALL.into_iter().any(|net| {

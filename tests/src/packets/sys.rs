@@ -8,13 +8,13 @@ use aya_obj::generated::{bpf_attr, bpf_cmd};
 /// `BPF_F_TEST_SKB_CHECKSUM_COMPLETE` of linux/bpf.h (kernel 6.14).
 const CHECKSUM_COMPLETE: u32 = 1 << 2;
 
-/// Runs a program once on the frame `data`. Returns what the program did, and the frame as it left it.
+/// Runs a program once on the frame `data`. Returns the program's return value and the resulting frame.
 ///
-/// With `complete`, the skb comes with the sum over its bytes, as from a network card, and the kernel verifies it
-/// afterwards.
+/// With `complete`, the skb comes with the sum over its bytes, as from a network card, and the kernel verifies the sum
+/// after the run.
 ///
 /// # Errors
-/// What bpf(2) says: EBADMSG if that sum is wrong after the run.
+/// With the error of bpf(2): EBADMSG if that sum is wrong after the run.
 pub(super) fn test_run(
     program: BorrowedFd<'_>,
     data: &[u8],

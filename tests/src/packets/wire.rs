@@ -1,5 +1,5 @@
-//! Packets as tests write and read them. Headers and checksums are etherparse's, so that nothing is compared with the
-//! datapath's own arithmetic.
+//! Packets as tests write and read them. Headers and checksums come from etherparse, so that the datapath is not
+//! compared with its own arithmetic.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -17,24 +17,24 @@ pub const ETHERNET: usize = 14;
 const MACS: [u8; 12] = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
 const NO_OPERATION: u8 = 1;
 
-/// What an ICMP error tells.
+/// Reason of an ICMP error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
-    /// Nobody listens.
+    /// No socket listens on the port.
     PortUnreachable,
-    /// Too large for a link on the way.
+    /// The packet is too large for a link on the way.
     TooBig,
-    /// Too many hops.
+    /// The packet's TTL or hop limit is used up.
     TimeExceeded,
     /// There is a shorter way.
     Redirect,
 }
 
 impl Trouble {
-    /// All that are translated.
+    /// Errors that are translated.
     pub const TRANSLATED: [Self; 3] = [Self::PortUnreachable, Self::TooBig, Self::TimeExceeded];
 
-    /// Type and code.
+    /// Returns type and code of the error.
     pub const fn numbers(self, v6: bool) -> (u8, u8) {
         match (self, v6) {
             (Self::PortUnreachable, false) => (3, 3),
@@ -49,7 +49,7 @@ impl Trouble {
     }
 }
 
-/// What a packet carries.
+/// Contents of a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
     /// A segment.
@@ -67,7 +67,7 @@ pub enum Body {
     Udp {
         /// Data.
         data: Vec<u8>,
-        /// Whether there is a checksum.
+        /// Whether it has a checksum.
         checksum: bool,
     },
     /// An SCTP packet with one chunk.
@@ -76,47 +76,47 @@ pub enum Body {
     Ping,
     /// An ICMP error. A redirect for IPv6 is in the form of RFC 4861 §4.5.
     Error(Trouble, Vec<u8>),
-    /// Something else.
+    /// Another protocol.
     Other(u8, Vec<u8>),
 }
 
 /// A packet to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packet {
-    /// From where. The port counts for TCP and UDP.
+    /// Source. The port is used for TCP and UDP only.
     pub source: SocketAddr,
-    /// To where.
+    /// Destination.
     pub destination: SocketAddr,
-    /// What it carries.
+    /// Contents.
     pub body: Body,
     /// TTL or hop limit.
     pub hops: u8,
-    /// With IPv4 options, or IPv6 extension headers.
+    /// Whether it has IPv4 options, or IPv6 extension headers.
     pub extended: bool,
 }
 
 impl Packet {
-    /// A packet.
+    /// Returns a packet.
     pub const fn new(source: SocketAddr, destination: SocketAddr, body: Body) -> Self {
         Self { source, destination, body, hops: 60, extended: false }
     }
 
-    /// A TCP segment; with PSH it carries some data.
+    /// Returns a TCP segment; with PSH it carries some data.
     pub fn tcp(source: SocketAddr, destination: SocketAddr, flags: u8, seq: u32, ack: u32) -> Self {
         let data = if flags & tcp::PSH == 0 { Vec::new() } else { b"to whom it may concern".to_vec() };
         Self::new(source, destination, Body::Tcp { flags, seq, ack, data })
     }
 
-    /// A UDP datagram.
+    /// Returns a UDP datagram.
     pub fn udp(source: SocketAddr, destination: SocketAddr, data: &[u8]) -> Self {
         Self::new(source, destination, Body::Udp { data: data.to_vec(), checksum: true })
     }
 
-    /// An ICMP error from `source`, to whoever has sent what it quotes: the IP packet in `frame`, of which it quotes at
-    /// most `most` bytes.
+    /// Returns an ICMP error from `source` to the sender of the quoted packet: the IP packet in `frame`, of which at
+    /// most `most` bytes are quoted.
     ///
     /// # Panics
-    /// If `frame` is no packet.
+    /// If `frame` is not a packet.
     pub fn error(source: IpAddr, trouble: Trouble, frame: &[u8], most: usize) -> Self {
         let quote = &frame[ETHERNET..frame.len().min(ETHERNET + most)];
         let to = match quote[0] >> 4 {
@@ -127,22 +127,22 @@ impl Packet {
         Self::new(SocketAddr::new(source, 0), SocketAddr::new(to, 0), body)
     }
 
-    /// The same from somewhere else to somewhere else.
+    /// Returns the same packet with another source and destination.
     #[must_use]
     pub fn between(&self, source: SocketAddr, destination: SocketAddr) -> Self {
         Self { source, destination, ..self.clone() }
     }
 
-    /// With options or extension headers.
+    /// Returns the packet with options or extension headers.
     #[must_use]
     pub fn extended(self) -> Self {
         Self { extended: true, ..self }
     }
 
-    /// The Ethernet frame.
+    /// Returns the Ethernet frame.
     ///
     /// # Panics
-    /// If the addresses are of two families, or it is too large.
+    /// If the addresses are of different families, or the packet is too large.
     pub fn bytes(&self) -> Vec<u8> {
         let (proto, transport) = self.transport();
         let mut frame = MACS.to_vec();
@@ -213,7 +213,7 @@ impl Packet {
                 let mut bytes = vec![kind, code, 0, 0, 0, 0, 5, 120];
                 if v6 && *trouble == Trouble::Redirect {
                     bytes.extend([0xfe; 32]);
-                    // The target's link-layer address, then as many bytes as fill eight-byte units.
+                    // The target's link-layer address, then padding to units of eight bytes.
                     bytes.extend([2, 1, 2, 0, 0, 0, 0, 9]);
                     let units = u8::try_from(quote.len() / 8 + 1).expect("a short quote");
                     bytes.extend([4, units, 0, 0, 0, 0, 0, 0]);
@@ -237,7 +237,7 @@ impl Packet {
     }
 }
 
-/// Hop-by-hop and destination options of nothing but padding, in front of `proto`.
+/// Returns hop-by-hop and destination options of nothing but padding, in front of `proto`.
 fn extensions(proto: IpNumber) -> (IpNumber, Vec<u8>) {
     let header = |next, padding: u8| {
         let body: Vec<u8> = [1, padding].into_iter().chain(std::iter::repeat_n(0, padding.into())).collect();
@@ -248,8 +248,8 @@ fn extensions(proto: IpNumber) -> (IpNumber, Vec<u8>) {
     (IpNumber::IPV6_HEADER_HOP_BY_HOP, bytes)
 }
 
-/// The checksum of a transport header with what follows: what belongs into its field if that is zero, zero if the field is
-/// right.
+/// Returns the checksum of a transport header with its payload. If the checksum field is zero, the result is the value
+/// for the field; if the field is right, the result is zero.
 pub fn internet_checksum(source: IpAddr, destination: IpAddr, proto: u8, bytes: &[u8]) -> u16 {
     let mut sum = Sum16BitWords::new();
     if proto != ICMP {
@@ -264,7 +264,7 @@ pub fn internet_checksum(source: IpAddr, destination: IpAddr, proto: u8, bytes: 
     sum.add_slice(bytes).ones_complement().to_be()
 }
 
-/// SCTP's checksum, bit by bit (RFC 9260, Appendix A).
+/// Computes SCTP's checksum, bit by bit (RFC 9260, Appendix A).
 fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, |crc, byte| {
         (0..8).fold(
@@ -274,10 +274,10 @@ fn crc32c(bytes: &[u8]) -> u32 {
     })
 }
 
-/// Cuts a packet in two. The first fragment has `first` bytes of payload, a multiple of eight.
+/// Cuts a packet into two fragments. The first has `first` bytes of payload, a multiple of eight.
 ///
 /// # Panics
-/// If it is too short for that, or already extended.
+/// If the packet is too short for that, or has extension headers or options already.
 pub fn fragments(frame: &[u8], first: usize, id: u16) -> [Vec<u8>; 2] {
     assert_eq!(first % 8, 0, "fragments are whole units of eight bytes");
     if frame[12..14] == [0x08, 0x00] {
@@ -307,12 +307,12 @@ pub fn fragments(frame: &[u8], first: usize, id: u16) -> [Vec<u8>; 2] {
     }
 }
 
-/// A packet as it was read, with every checksum right.
+/// A packet that was read, with every checksum right.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
-    /// From where; port 0 where there are none.
+    /// Source; port 0 for protocols without ports.
     pub source: SocketAddr,
-    /// To where.
+    /// Destination.
     pub destination: SocketAddr,
     /// IP protocol number.
     pub proto: u8,
@@ -322,7 +322,7 @@ pub struct Seen {
     pub tcp: Option<(u8, u32, u32)>,
     /// ICMP: type and code.
     pub icmp: Option<(u8, u8)>,
-    /// What follows: data, or what an ICMP error quotes.
+    /// Payload: data, or the quote of an ICMP error.
     pub payload: Vec<u8>,
 }
 
@@ -381,7 +381,7 @@ pub fn read(frame: &[u8]) -> Result<Seen> {
             header[8..12].fill(0);
             seen.source.set_port(u16::from_be_bytes([header[0], header[1]]));
             seen.destination.set_port(u16::from_be_bytes([header[2], header[3]]));
-            // A zero is filled in by the device.
+            // The device fills in a zero checksum.
             ensure!(field == 0 || crc32c(&bytes) == field, "wrong SCTP checksum");
             seen.payload = bytes.split_off(12);
         }

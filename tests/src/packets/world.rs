@@ -1,4 +1,4 @@
-//! One node with Services of both families, as map operations: what the host's maps and the kernel's are filled with.
+//! One node with Services of both families, as map operations that fill the host's maps and the kernel's.
 
 use std::cell::{Cell, RefCell};
 use std::net::{IpAddr, SocketAddr};
@@ -18,21 +18,21 @@ use proxy_common::be::Be16;
 use proxy_common::datapath::edge::{Edge, Verdict};
 use proxy_common::datapath::lookup::may_be_ours;
 
-/// The device to the world outside.
+/// Device to the network outside.
 pub const NIC: u32 = 2;
-/// The device to other nodes' pods.
+/// Device to other nodes' pods.
 pub const OVERLAY: u32 = 3;
-/// The host side of [`Net::local`]'s interface.
+/// Host side of the interface of [`Net::local`].
 pub const POD: u32 = 4;
-/// An external device without an address of its own.
+/// External device without an address of its own.
 pub const BARE: u32 = 5;
-/// A device from which everything counts as a pod's.
+/// Device whose packets all count as a pod's.
 pub const NEAR: u32 = 6;
 
-/// Everything of one family: addresses of the world, and where its Services can be reached.
+/// The addresses and frontends of the world in one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Net {
-    /// IPv6 rather than IPv4.
+    /// Whether the family is IPv6.
     pub v6: bool,
 }
 
@@ -49,87 +49,87 @@ impl Net {
         SocketAddr::new(self.ip(v4, v6), port)
     }
 
-    /// A client outside of the cluster, inside the source ranges of [`Net::ranged`].
+    /// Returns a client outside the cluster, inside the source ranges of [`Net::ranged`].
     pub fn client(self) -> SocketAddr {
         self.at("203.0.113.7", "2001:db8:113::7", 40_000)
     }
 
-    /// Another one, outside of those ranges.
+    /// Returns another client outside the cluster, outside those ranges.
     pub fn stranger(self) -> SocketAddr {
         self.at("198.18.0.9", "2001:db8:18::9", 40_000)
     }
 
-    /// A router between the clients and the node.
+    /// Returns a router between the clients and the node.
     pub fn router(self) -> IpAddr {
         self.ip("192.0.2.1", "2001:db8:2::1")
     }
 
-    /// The node's primary address: serves nodePorts and is the source of what [`NIC`] translates.
+    /// Returns the node's primary address, which serves nodePorts and is the SNAT address on [`NIC`].
     pub fn node(self) -> IpAddr {
         self.ip("192.0.2.10", "2001:db8:2::10")
     }
 
-    /// The node's address on [`OVERLAY`].
+    /// Returns the node's address on [`OVERLAY`].
     pub fn overlay(self) -> IpAddr {
         self.ip("10.65.0.1", "fd00:65::1")
     }
 
-    /// A pod of this node: the backend of [`Net::here`].
+    /// Returns a pod of this node: the backend of [`Net::here`].
     pub fn local(self) -> SocketAddr {
         self.at("10.64.0.1", "fd00:64::1", 8080)
     }
 
-    /// Pods of another node: the first one is the backend of most Services.
+    /// Pods of another node; the first one is the backend of most Services.
     pub fn remote(self, number: u8) -> SocketAddr {
         self.at(&format!("10.64.1.{number}"), &format!("fd00:64:0:1::{number}"), 8080)
     }
 
-    /// A clusterIP whose only backend is a pod of this node.
+    /// Returns a clusterIP whose only backend is a pod of this node.
     pub fn here(self) -> SocketAddr {
         self.cluster_ip(10)
     }
 
-    /// A clusterIP whose only backend is a pod of another node.
+    /// Returns a clusterIP whose only backend is a pod of another node.
     pub fn there(self) -> SocketAddr {
         self.cluster_ip(20)
     }
 
-    /// Another clusterIP with the very backend of [`Net::there`].
+    /// Returns another clusterIP with the same backend as [`Net::there`].
     pub fn twin(self) -> SocketAddr {
         self.cluster_ip(21)
     }
 
-    /// A clusterIP without backends.
+    /// Returns a clusterIP without backends.
     pub fn nobody(self) -> SocketAddr {
         self.cluster_ip(30)
     }
 
-    /// A clusterIP with three backends on another node.
+    /// Returns a clusterIP with three backends on another node.
     pub fn spread(self) -> SocketAddr {
         self.cluster_ip(40)
     }
 
-    /// A clusterIP for which far clients have the local set, which is empty.
+    /// Returns a clusterIP for which far clients get the local set, which is empty.
     pub fn policy(self) -> SocketAddr {
         self.cluster_ip(50)
     }
 
-    /// An address of the ServiceCIDR that no Service has.
+    /// Returns an address of the ServiceCIDR that no Service has.
     pub fn inactive(self) -> SocketAddr {
         self.cluster_ip(99)
     }
 
-    /// A load balancer's address with source ranges; its backend is that of [`Net::there`].
+    /// Returns a load balancer's address with source ranges; its backend is that of [`Net::there`].
     pub fn ranged(self) -> SocketAddr {
         self.at("198.51.100.80", "2001:db8:51::80", 443)
     }
 
-    /// A nodePort; its backend is that of [`Net::there`].
+    /// Returns a nodePort; its backend is that of [`Net::there`].
     pub fn node_port(self) -> SocketAddr {
         SocketAddr::new(self.node(), 30_080)
     }
 
-    /// An address that nobody here has anything to do with, in a block of addresses of which some are ours.
+    /// Returns an address that is not the world's, in a block of addresses of which some are.
     pub fn beside(self) -> SocketAddr {
         self.at("10.96.200.7", "fd00:10:96::1:7", 80)
     }
@@ -138,17 +138,17 @@ impl Net {
         self.at(&format!("10.96.0.{number}"), &format!("fd00:10:96::{number:x}"), 80)
     }
 
-    /// What is added to the ids of IPv4.
+    /// Returns the offset of this family's ids from those of IPv4.
     const fn base(self) -> u32 {
         if self.v6 { 100 } else { 0 }
     }
 
-    /// The id of the Service of [`Net::there`].
+    /// Returns the id of the Service of [`Net::there`].
     pub const fn there_id(self) -> u32 {
         self.base() + 2
     }
 
-    /// The id of the backend that `backends` of [`Net::spread`] are counted from.
+    /// Returns the id of the first backend of [`Net::spread`].
     pub const fn spread_id(self) -> u32 {
         self.base() + 5
     }
@@ -159,7 +159,7 @@ impl Net {
         prefix.unwrap_or_else(|| unreachable!("{v4:?}, {v6:?}"))
     }
 
-    /// The operations that fill the maps.
+    /// Returns the operations that fill the maps.
     pub fn ops(self) -> Vec<Op> {
         let base = self.base();
         let mut ops = vec![
@@ -184,7 +184,7 @@ impl Net {
             serving(8, 6, self.remote(1), 0),
             serving(9, 7, self.remote(1), 0),
         ]);
-        // Slots are numbered like backends.
+        // Slots have the same numbers as backends.
         ops.push(Op::Slots(base + 1, (base + 1..base + 10).collect()));
         let one = |id: u32| SlotRange { base: base + id, len: 1 };
         let three = SlotRange { base: base + 5, len: 3 };
@@ -225,7 +225,7 @@ impl Net {
         ops
     }
 
-    /// `DEVICES` of both families.
+    /// Returns the entries of `DEVICES` for both families.
     pub fn devices() -> Vec<(u32, Device)> {
         let [v4, v6] = Self::ALL;
         let own = |flags| Device { snat_v4: v4.node().into(), snat_v6: v6.node().into(), flags };
@@ -248,24 +248,24 @@ fn frontend(key: FrontendKey, service: u32, flags: u16) -> Op {
     Op::Frontend(key, Some(FrontendValue::new(&key, service, flags)))
 }
 
-/// The world on the host.
+/// The world in the host's maps.
 #[derive(Debug)]
 pub struct World {
-    /// Its maps.
+    /// The simulator with the maps.
     pub sim: Simulator,
-    /// The device by which the host's routes lead to what enters; 0 for none.
+    /// Device of the host's route back to the source of an entering packet; 0 for none.
     pub route_back: Cell<u32>,
-    /// The devices by which the host's routes lead to what leaves.
+    /// Devices of the host's routes to the destination of a leaving packet.
     pub ways: RefCell<Vec<u32>>,
-    /// The device that the last packet has been made to leave by; 0 for the one that it was about to leave by.
+    /// Device to which the last packet was redirected; 0 if it left by its own.
     pub left_by: Cell<u32>,
 }
 
 impl World {
-    /// The world of both families, without any flow, on a machine that starts at this moment.
+    /// Returns the world of both families, without any flow, on a machine that has just started.
     ///
     /// # Errors
-    /// Never: ordered maps take everything.
+    /// None: ordered maps have no limit.
     pub fn new() -> Result<Self, StoreError> {
         let mut sim = Simulator::default();
         for op in Net::ALL.into_iter().flat_map(Net::ops) {
@@ -275,19 +275,20 @@ impl World {
         Ok(Self { sim, route_back: Cell::new(0), ways: RefCell::default(), left_by: Cell::new(0) })
     }
 
-    /// A packet enters through a device: what becomes of it.
+    /// Lets a packet enter through a device; returns the verdict and the resulting packet.
     pub fn enter(&self, device: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
         let mut frame = Frame { route_back: self.route_back.get(), ..Frame::new(bytes, device) };
         let verdict = self.sim.packet(&mut frame, edge_of(device), false);
         (verdict, frame.bytes)
     }
 
-    /// A packet leaves through a device that it has entered by, too: what becomes of it.
+    /// Lets a packet leave through the device by which it entered; returns the verdict and the resulting packet.
     pub fn leave(&self, device: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
         self.leave_from(device, device, bytes)
     }
 
-    /// A packet that has entered by a device (0: made by the host) leaves through another one: what becomes of it.
+    /// Lets a packet that entered by a device (0: made by the host) leave through another one; returns the verdict and
+    /// the resulting packet.
     pub fn leave_from(&self, entered_by: u32, device: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
         let route_back = self.route_back.get();
         let ways = self.ways.borrow().clone();
@@ -297,7 +298,7 @@ impl World {
         (verdict, frame.bytes)
     }
 
-    /// Whether the filter says that an address may be one of a Service or of the host.
+    /// Returns whether the filter reports that an address may belong to a Service or to the host.
     pub fn may_be_ours(&self, ip: IpAddr) -> bool {
         may_be_ours(&self.sim, &ip.into())
     }
@@ -308,7 +309,7 @@ impl World {
     }
 }
 
-/// Which programs run on a device.
+/// Returns the edge whose programs run on a device.
 pub const fn edge_of(device: u32) -> Edge {
     if device == POD || device == NEAR { Edge::Pod } else { Edge::External }
 }

@@ -1,4 +1,4 @@
-//! What must be true of connections.
+//! Checks of connections.
 
 use std::net::SocketAddr;
 
@@ -6,11 +6,11 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::lab::{Attempt, Place, Summary};
 
-/// Every attempt was answered, and its client sees the address that it asked for: as the peer of a connected socket,
-/// as the source of an answer otherwise.
+/// Checks that every attempt was answered, and that its client sees the address that it asked for: as the peer of a
+/// connected socket, or as the source of an answer.
 ///
 /// # Errors
-/// With the first attempts of which that is not true.
+/// With the first attempts for which that is not true.
 pub fn served(target: &str, attempts: &[Attempt]) -> Result<Summary> {
     let vip: SocketAddr = target.parse().with_context(|| target.to_owned())?;
     let wrong: Vec<&Attempt> = attempts
@@ -33,8 +33,8 @@ pub fn served(target: &str, attempts: &[Attempt]) -> Result<Summary> {
     Ok(summary)
 }
 
-/// These servers and no others answered, each at least half of its equal share. (With 100 connections for each
-/// of up to ten servers chance gives anybody so little less than once in a million runs.)
+/// Checks that these servers and no others answered, each at least half of its equal share. (With 100 connections for
+/// each of up to ten servers, a server gets so few by chance less than once in a million runs.)
 ///
 /// # Errors
 /// With the distribution.
@@ -50,7 +50,7 @@ pub fn evenly(summary: &Summary, servers: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// No more than `limit` different servers answered.
+/// Checks that no more than `limit` different servers answered.
 ///
 /// # Errors
 /// With the distribution.
@@ -59,10 +59,10 @@ pub fn at_most(limit: usize, summary: &Summary) -> Result<()> {
     Ok(())
 }
 
-/// SYNs that the kernel of a place has sent again.
+/// Returns the number of SYNs that the kernel of a place has retransmitted.
 ///
 /// # Errors
-/// If its counters cannot be read.
+/// If the kernel's counters cannot be read.
 pub fn syns_sent_again(place: &Place) -> Result<u64> {
     let mut counters = place.command("cat");
     counters.arg("/proc/net/netstat");
@@ -74,19 +74,19 @@ pub fn syns_sent_again(place: &Place) -> Result<u64> {
     Ok(again.parse()?)
 }
 
-/// The running kernel's version.
+/// Returns the running kernel's version.
 pub fn kernel_version() -> (u32, u32) {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse().ok());
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
-/// The error of a refused connection on this kernel: programs can choose it since 5.18.
+/// Returns the error of a refused connection on this kernel: programs can choose it since 5.18.
 pub fn refusal() -> &'static str {
     if kernel_version() >= (5, 18) { "ECONNREFUSED" } else { "EPERM" }
 }
 
-/// The error of the host's process whose packets would be dropped, likewise.
+/// Returns the error of a call of a host process whose packets would be dropped: programs can choose it since 5.18.
 pub fn denial() -> &'static str {
     if kernel_version() >= (5, 18) { "EHOSTUNREACH" } else { "EPERM" }
 }

@@ -1,4 +1,4 @@
-//! Clients that go on and on while something happens.
+//! Clients that run continuously while something happens.
 
 use std::time::Duration;
 
@@ -8,15 +8,15 @@ use super::World;
 use super::checks::served;
 use crate::lab::{Attempt, Connect, Flow, Summary};
 
-/// Clients that make one connection after the other, each to a target. They end when dropped.
+/// Clients that make one connection after another, each to one target. Dropping them ends them.
 #[derive(Debug, Default)]
 pub struct Loops {
     flows: Vec<(String, Flow)>,
 }
 
 impl Loops {
-    /// HTTP requests from the pod [`CLIENT`](super::CLIENT) and from its node to each target, every connection a new
-    /// one.
+    /// Starts HTTP requests from the pod [`CLIENT`](super::CLIENT) and from its node to each target, each on a new
+    /// connection.
     ///
     /// # Errors
     /// If a client cannot be run.
@@ -34,24 +34,25 @@ impl Loops {
     /// Adds a client, which makes a connection every few milliseconds.
     ///
     /// # Errors
-    /// If it cannot be run.
+    /// If the client cannot be run.
     pub fn add(&mut self, target: &str, connect: Connect) -> Result<()> {
         let flow = connect.pace(Duration::from_millis(2)).start()?;
         self.flows.push((target.to_owned(), flow));
         Ok(())
     }
 
-    /// Waits for further connections of every client. Those that began before this call have ended when it returns.
+    /// Waits for further connections of every client. Connections that began before this call have ended when it
+    /// returns.
     ///
     /// # Errors
     /// If a client has died.
     pub fn go_on(&mut self) -> Result<()> {
-        // The first one that ends may have begun before.
+        // The first connection that ends may have begun before.
         self.flows.iter_mut().try_for_each(|(_, flow)| flow.wait_for(2))
     }
 
-    /// The next `count` or more connections of each client, in the order in which the clients were added. None of them
-    /// began before this call.
+    /// Returns the next `count` or more connections of each client, in the order in which the clients were added. All
+    /// of them began after this call.
     ///
     /// # Errors
     /// If one of them failed, or a client has died.
@@ -65,7 +66,7 @@ impl Loops {
         self.flows.iter_mut().zip(from).map(since).collect()
     }
 
-    /// Ends the clients after a few more connections.
+    /// Ends the clients after a few more connections; returns the number of connections.
     ///
     /// # Errors
     /// If any connection since the start has failed, or its client saw another address than it asked for.
@@ -78,7 +79,7 @@ impl Loops {
         Ok(count)
     }
 
-    /// Ends the clients and returns what each has met.
+    /// Ends the clients and returns the attempts of each.
     ///
     /// # Errors
     /// If a client has died.

@@ -10,15 +10,15 @@ use serde_json::{Value, json};
 
 use crate::lab::NodeSpec;
 
-/// The file that all others need.
+/// File that all others need.
 const CLUSTER: &str = "00-cluster.yaml";
 
-/// Where the examples are in the source tree.
+/// Returns the directory of the examples in the source tree.
 pub fn examples() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples")
 }
 
-/// An endpoint of a Service behind one address of a pod, as a slice has it.
+/// Returns an endpoint of an EndpointSlice: one address of a pod.
 pub fn endpoint(pod: &str, node: &str, address: &str) -> Value {
     json!({
         "addresses": [address],
@@ -28,15 +28,15 @@ pub fn endpoint(pod: &str, node: &str, address: &str) -> Value {
     })
 }
 
-/// Whoever answers on an address.
+/// A server on one address.
 #[derive(Debug)]
 pub(super) struct Member {
     pub(super) address: IpAddr,
-    /// Name of the pod, if it is one.
+    /// Name of the pod, if the server is a pod.
     pub(super) pod: Option<String>,
-    /// Name of its node.
+    /// Name of the server's node.
     pub(super) node: Option<String>,
-    /// What it serves: a word of `lab-pod serve --help`, and the port.
+    /// Kind of each server (a word of `lab-pod serve --help`), and its port.
     pub(super) ports: BTreeSet<(&'static str, u16)>,
 }
 
@@ -47,7 +47,7 @@ pub struct Manifests {
 }
 
 impl Manifests {
-    /// Copies files of `examples/` (all of them if none is named) and the one that all need into a new directory.
+    /// Copies files of `examples/` (by default all of them), and the file that all of them need, into a new directory.
     ///
     /// # Errors
     /// If a file is missing.
@@ -63,25 +63,25 @@ impl Manifests {
         Ok(manifests)
     }
 
-    /// The directory.
+    /// Returns the directory.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Puts the file of `examples/` in its place again.
+    /// Replaces a file by the one of `examples/`.
     ///
     /// # Errors
-    /// If there is no such file.
+    /// If `examples/` has no such file.
     pub fn restore(&self, file: &str) -> Result<()> {
         let original = examples().join(file);
         let text = fs::read_to_string(&original).with_context(|| original.display().to_string())?;
         self.write(file, &text)
     }
 
-    /// Writes a file beside and renames it into place, as editors do.
+    /// Writes a file under another name and renames it into place, as editors do.
     ///
     /// # Errors
-    /// If that is not possible.
+    /// If the file cannot be written.
     pub fn write(&self, file: &str, text: &str) -> Result<()> {
         let beside = self.dir.join(format!(".{file}.new"));
         fs::write(&beside, text).with_context(|| beside.display().to_string())?;
@@ -91,22 +91,22 @@ impl Manifests {
     /// Removes a file.
     ///
     /// # Errors
-    /// If it is not there.
+    /// If the file does not exist.
     pub fn remove(&self, file: &str) -> Result<()> {
         fs::remove_file(self.dir.join(file)).with_context(|| file.to_owned())
     }
 
-    /// The objects of a file.
+    /// Returns the objects of a file.
     ///
     /// # Errors
-    /// If it cannot be read or is not YAML.
+    /// If the file cannot be read or is not YAML.
     pub fn objects(&self, file: &str) -> Result<Vec<Value>> {
         let path = self.dir.join(file);
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         serde_saphyr::from_multiple(&text).with_context(|| path.display().to_string())
     }
 
-    /// The objects of all files, in their order.
+    /// Returns the objects of all files, in their order.
     ///
     /// # Errors
     /// As [`Manifests::objects`].
@@ -136,10 +136,10 @@ impl Manifests {
         self.put(file, &objects)
     }
 
-    /// Changes the one object of a kind in a file.
+    /// Changes the only object of a kind in a file.
     ///
     /// # Errors
-    /// If there is none, or the file cannot be read or written.
+    /// If the file has no such object, or cannot be read or written.
     pub fn change_one(&self, file: &str, kind: &str, change: impl FnOnce(&mut Value)) -> Result<()> {
         let mut objects = self.objects(file)?;
         let object = objects.iter_mut().find(|object| object["kind"] == kind);
@@ -147,7 +147,7 @@ impl Manifests {
         self.put(file, &objects)
     }
 
-    /// Changes `spec` of the Service in a file: `null` removes a field.
+    /// Changes `spec` of the Service in a file; `null` removes a field.
     ///
     /// # Errors
     /// As [`Manifests::change_one`].
@@ -176,7 +176,7 @@ impl Manifests {
         })
     }
 
-    /// The nodes.
+    /// Returns the nodes.
     pub(super) fn nodes(&self) -> Result<Vec<NodeSpec>> {
         let objects = self.objects(CLUSTER)?;
         let nodes = objects.iter().filter(|object| object["kind"] == "Node");
@@ -194,7 +194,7 @@ impl Manifests {
             .collect()
     }
 
-    /// Whoever is behind a Service.
+    /// Returns a member for each address in EndpointSlices, Pods and Endpoints.
     pub(super) fn members(&self) -> Result<Vec<Member>> {
         let mut members = BTreeMap::new();
         for object in self.all()? {
@@ -246,7 +246,7 @@ fn add(
     Ok(())
 }
 
-/// A Pod with the ports of its containers.
+/// Adds a Pod with the ports of its containers.
 fn add_pod(members: &mut BTreeMap<IpAddr, Member>, pod: &Value) -> Result<()> {
     let containers = list(&pod["spec"]["containers"]).iter();
     let ports = containers.flat_map(|container| list(&container["ports"])).map(
@@ -264,7 +264,7 @@ fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
-/// JSON Merge Patch (RFC 7386) for objects.
+/// Applies a JSON Merge Patch (RFC 7386) for objects.
 fn merge(target: &mut Value, patch: &Value) {
     let Some(fields) = patch.as_object() else {
         *target = patch.clone();
@@ -281,7 +281,7 @@ fn merge(target: &mut Value, patch: &Value) {
     }
 }
 
-/// The manifests in a directory, by name.
+/// Returns the names of the manifests in a directory, sorted.
 fn names_in(dir: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).with_context(|| dir.display().to_string())? {

@@ -1,9 +1,9 @@
-//! The manifests of `examples/` brought to life: nodes, pods and servers as the manifests say, and the real agent
-//! reading a copy of the files, which can be changed while it serves.
+//! The manifests of `examples/` in a lab: nodes, pods and servers as in the manifests, and the real agent reading a
+//! copy of the files, which can be changed while it serves.
 //!
-//! Who is behind which address is read off the EndpointSlices: the pods that they refer to, the nodes themselves, and
-//! machines outside for what is neither; and off the Pods. Every one of them answers on every port that it has there. Beside them
-//! there are a pod [`CLIENT`] on [`NODE`] and a machine [`OUTSIDE`] of the cluster that serve nothing.
+//! The servers of each address follow from the EndpointSlices and the Pods. An address of an EndpointSlice is a pod
+//! that the slice refers to, a node, or otherwise a machine outside. Each of them answers on every port that it has
+//! there. In addition, a pod [`CLIENT`] on [`NODE`] and a machine [`OUTSIDE`] of the cluster serve nothing.
 
 mod checks;
 mod loops;
@@ -28,25 +28,25 @@ pub use view::{FrontendView, PortView};
 
 use manifests::Member;
 
-/// The node that most clients are on.
+/// The node of most clients.
 pub const NODE: &str = "node-a";
 /// A pod on [`NODE`].
 pub const CLIENT: &str = "client";
-/// Its address.
+/// Address of [`CLIENT`].
 pub const CLIENT_ADDRESS: &str = "172.16.1.50";
 /// A machine outside.
 pub const OUTSIDE: &str = "laptop";
-/// Its address.
+/// Address of [`OUTSIDE`].
 pub const OUTSIDE_ADDRESS: &str = "203.0.113.7";
-/// The pods' addresses.
+/// Prefix of the pods' addresses.
 const CLUSTER_CIDR: &str = "172.16.0.0/16";
-/// How long anything may take that happens at once on a machine with nothing else to do.
+/// Time limit for things that happen at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A lab made from manifests, with its agents.
 #[derive(Debug)]
 pub struct World {
-    // Dropped in this order: the agents before what they serve.
+    // Dropped in this order: the agents before the manifests and the lab.
     agents: BTreeMap<String, Agent>,
     manifests: Manifests,
     dir: TempDir,
@@ -54,7 +54,7 @@ pub struct World {
 }
 
 impl World {
-    /// Builds the lab of some files of `examples/` (all of them if none is named) and starts every server. No agent runs.
+    /// Builds the lab of some files of `examples/` (by default all of them) and starts every server. No agent runs.
     ///
     /// # Errors
     /// If a file is missing, or the lab cannot be built.
@@ -77,7 +77,7 @@ impl World {
         Ok(world)
     }
 
-    /// [`World::new`], with an agent on [`NODE`].
+    /// Does [`World::new`], and starts an agent on [`NODE`].
     ///
     /// # Errors
     /// As [`World::new`], or if the agent does not become ready.
@@ -87,10 +87,10 @@ impl World {
         Ok(world)
     }
 
-    /// Starts an agent on a node; it reads the manifests.
+    /// Starts an agent on a node, which reads the manifests.
     ///
     /// # Errors
-    /// If it does not become ready.
+    /// If the agent does not become ready.
     pub fn start_agent(&mut self, node: &str) -> Result<&mut Agent> {
         let mut agent = self.new_agent(node)?.manifests(self.manifests.dir());
         agent.start()?;
@@ -98,69 +98,69 @@ impl World {
         Ok(self.adopt(node, agent))
     }
 
-    /// An agent for a node, neither started nor told where its objects are.
+    /// Returns an agent for a node, not started and without a source of objects.
     ///
     /// # Errors
-    /// If there is no agent to run.
+    /// If the agent's program is missing.
     pub fn new_agent(&self, node: &str) -> Result<Agent> {
         self.lab.node(node).agent()
     }
 
-    /// Keeps an agent as that of its node; the one before is killed.
+    /// Makes `agent` the agent of its node; the one before is killed.
     pub fn adopt(&mut self, node: &str, agent: Agent) -> &mut Agent {
         self.agents.remove(node);
         self.agents.entry(node.to_owned()).or_insert(agent)
     }
 
-    /// The agent of a node.
+    /// Returns the agent of a node.
     ///
     /// # Panics
-    /// If none was started: a mistake of the test.
+    /// If no agent was started: a mistake of the test.
     #[track_caller]
     #[expect(clippy::expect_used, reason = "a wrong name is a mistake in the test's text")]
     pub fn agent(&mut self, node: &str) -> &mut Agent {
         self.agents.get_mut(node).expect("no agent was started on this node")
     }
 
-    /// Ends the agent of a node in the test's own way.
+    /// Takes the agent of a node, so that the test can end it.
     ///
     /// # Errors
-    /// If none was started.
+    /// If no agent was started.
     pub fn take_agent(&mut self, node: &str) -> Result<Agent> {
         self.agents.remove(node).with_context(|| format!("no agent on {node}"))
     }
 
-    /// The files that the agents read.
+    /// Returns the manifests that the agents read.
     pub fn manifests(&self) -> &Manifests {
         &self.manifests
     }
 
-    /// The lab.
+    /// Returns the lab.
     pub fn lab(&self) -> &Lab {
         &self.lab
     }
 
-    /// The pod [`CLIENT`].
+    /// Returns the pod [`CLIENT`].
     pub fn client(&self) -> Pod {
         self.lab.pod(CLIENT)
     }
 
-    /// The machine [`OUTSIDE`].
+    /// Returns the machine [`OUTSIDE`].
     pub fn outside(&self) -> Place {
         self.lab.client(OUTSIDE)
     }
 
-    /// The host side of [`NODE`].
+    /// Returns the host side of [`NODE`].
     pub fn host(&self) -> &Place {
         self.lab.node(NODE).host()
     }
 
-    /// A client of each kind: the pod [`CLIENT`], and its node.
+    /// Returns a client of each kind: the pod [`CLIENT`], and its node.
     pub fn clients(&self) -> [Place; 2] {
         [Place::clone(&self.client()), self.host().clone()]
     }
 
-    /// The directory that holds everything of this world; more files may be put there.
+    /// Returns the directory of this world's files; more files may be put there.
     pub fn dir(&self) -> &std::path::Path {
         self.dir.path()
     }
@@ -168,7 +168,7 @@ impl World {
     /// Adds a pod that serves `kind` (a word of `lab-pod serve --help`) on a port.
     ///
     /// # Errors
-    /// If the name or the address is taken.
+    /// If the name or the address is already used.
     pub fn add_pod(
         &self,
         node: &str,
@@ -181,10 +181,10 @@ impl World {
         Ok(pod)
     }
 
-    /// A `proxy-agent` command on a node, with the flags that say where its state is.
+    /// Returns a `proxy-agent` command on a node, with the flags for the paths of its state.
     ///
     /// # Errors
-    /// If there is no agent to run.
+    /// If the agent's program is missing.
     pub fn command(&self, node: &str, subcommand: &str) -> Result<Exec> {
         let node = self.lab.node(node);
         let mut command = node.host().command(binary::proxy_agent()?);
@@ -192,17 +192,17 @@ impl World {
         Ok(command)
     }
 
-    /// What a `proxy-agent` command prints as JSON.
+    /// Returns the JSON output of a `proxy-agent` command.
     ///
     /// # Errors
-    /// If it fails.
+    /// If the command fails.
     pub fn tool(&self, node: &str, subcommand: &str) -> Result<Value> {
         let mut command = self.command(node, subcommand)?;
         command.args(["-o", "json"]);
         Ok(serde_json::from_str(&command.text()?)?)
     }
 
-    /// The ports of a Service (`namespace/name`) as a node has them.
+    /// Returns the ports of a Service (`namespace/name`) as a node has them.
     ///
     /// # Errors
     /// If the node's maps cannot be read.
@@ -211,10 +211,10 @@ impl World {
         Ok(all.into_iter().filter(|port| port.service() == service).collect())
     }
 
-    /// Waits until the ports of a Service are as `done` wants them.
+    /// Waits until `done` holds for the ports of a Service.
     ///
     /// # Errors
-    /// With what they are, if that does not happen.
+    /// With the ports, if that does not happen.
     pub fn wait_ports(
         &self,
         node: &str,
@@ -232,7 +232,7 @@ impl World {
     /// Waits until a Service with one port has exactly these endpoints (`address:port`).
     ///
     /// # Errors
-    /// With those that it has, if that does not happen.
+    /// With its endpoints, if that does not happen.
     pub fn wait_endpoints(&self, node: &str, service: &str, endpoints: &[&str]) -> Result<()> {
         let parse = |text: &&str| text.parse::<SocketAddr>().with_context(|| format!("{text:?}"));
         let wanted: BTreeSet<_> = endpoints.iter().map(parse).collect::<Result<_>>()?;
@@ -240,7 +240,7 @@ impl World {
         self.wait_ports(node, service, same).map(drop)
     }
 
-    /// What an agent reports as problems, by object.
+    /// Returns the problems that an agent reports, by object.
     ///
     /// # Errors
     /// If the node's state cannot be read.
@@ -250,10 +250,10 @@ impl World {
         serde_json::from_value(problems).context("status shows no problems of the agent")
     }
 
-    /// Waits until the problems are as `done` wants them.
+    /// Waits until `done` holds for the problems.
     ///
     /// # Errors
-    /// With what they are, if that does not happen.
+    /// With the problems, if that does not happen.
     pub fn wait_problems(
         &self,
         node: &str,
@@ -268,17 +268,17 @@ impl World {
     }
 }
 
-/// Name, node and address of a pod of the Service that is scaled, by its number from 1 on. The first three are in the
-/// example.
+/// Returns name, node and address of a pod of the scaled Service, by its number, beginning with 1. The first three are
+/// in the example.
 pub fn scaled_pod(number: usize) -> (String, &'static str, String) {
     let (node, subnet) = if number % 2 == 1 { ("node-a", 1) } else { ("node-b", 2) };
     (format!("kubia-scaled-{number:02}"), node, format!("172.16.{subnet}.{}", 100 + number))
 }
 
-/// Looks again and again until there is something to return.
+/// Calls `look` until it returns a value.
 ///
 /// # Errors
-/// If looking fails, or nothing comes of it in half a minute.
+/// If `look` fails, or returns no value within a minute.
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -322,7 +322,7 @@ fn serve(place: &Place, address: IpAddr, ports: &BTreeSet<(&'static str, u16)>) 
     own.iter().fold(place.serve(), at).start()
 }
 
-/// The real Redis, where there is one; says whether.
+/// Starts the real Redis if it is installed; returns whether it is.
 fn start_redis_server(place: &Place, address: IpAddr, port: u16) -> Result<bool> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let Some(program) =

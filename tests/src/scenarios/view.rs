@@ -1,4 +1,4 @@
-//! What `proxy-agent services -o json` prints, read back.
+//! Parsed output of `proxy-agent services -o json`.
 
 use std::net::SocketAddr;
 
@@ -18,7 +18,7 @@ pub struct PortView {
     pub protocol: String,
     /// Index into `SERVICES`.
     pub id: u32,
-    /// Where it can be reached.
+    /// Addresses and ports of the Service port.
     pub frontends: Vec<FrontendView>,
     /// Endpoints of the cluster set, in order.
     pub cluster: Vec<SocketAddr>,
@@ -38,12 +38,12 @@ pub struct FrontendView {
 }
 
 impl PortView {
-    /// `namespace/name`.
+    /// Returns `namespace/name`.
     pub fn service(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
     }
 
-    /// The names of the frontends.
+    /// Returns the names of the frontends.
     pub fn frontend_names(&self) -> Vec<&str> {
         self.frontends.iter().map(|frontend| frontend.name.as_str()).collect()
     }

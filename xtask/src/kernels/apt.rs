@@ -1,7 +1,7 @@
 //! Debian packages of one suite for one machine, unpacked below the target directory and never installed.
 //!
-//! Each suite and machine has an apt directory of its own: lists, cache, an empty status file, one source. Nothing below
-//! /etc or /var changes, and a machine of another architecture is a matter of one option.
+//! Each suite and machine has an apt directory of its own: lists, cache, an empty status file, one source. Nothing
+//! below /etc or /var changes. One option of apt selects a machine of another architecture.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,12 +12,12 @@ use anyhow::{Context as _, Result, ensure};
 use super::machine::Machine;
 use crate::process::{output, run as run_command, say};
 
-/// The keys that Debian signs its archives with, of package `debian-archive-keyring`.
+/// Keys that Debian signs its archives with, of package `debian-archive-keyring`.
 pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// The mirror of a machine whose own sources name none.
+/// Mirror for a machine whose own sources name none.
 const MIRROR: &str = "http://deb.debian.org/debian";
-/// Where suites move when their support has ended.
+/// Archive to which suites move when their support has ended.
 const ARCHIVE: &str = "http://archive.debian.org/debian";
 
 /// One suite for one machine.
@@ -28,7 +28,7 @@ pub(super) struct Apt {
 }
 
 impl Apt {
-    /// Updates the lists of `suite`. When that fails, what is there from before is used.
+    /// Updates the lists of `suite`. When that fails, the lists of an earlier run are used.
     ///
     /// # Errors
     /// When the directory cannot be written, or there are no lists at all.
@@ -47,7 +47,7 @@ impl Apt {
             apt.write("sources.list", &format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n"))?;
             match output(apt.command("apt-get").args(["update", "--quiet", "--error-on=any"])) {
                 Ok(_) => return Ok(apt),
-                // The first mirror's words: they say more than that an archive has nothing.
+                // The first mirror's error is kept: it says more than that an archive has nothing.
                 Err(error) => failure = failure.or(Some(error)),
             }
         }
@@ -62,10 +62,10 @@ impl Apt {
         Err(failure.context(format!("cannot read Debian's package lists of {suite} ({machine})")))
     }
 
-    /// Unpacks the kernel that `meta` stands for; returns where, and its version.
+    /// Unpacks the kernel that the metapackage `meta` names; returns its directory and its version.
     ///
     /// # Errors
-    /// When there is none, or it cannot be fetched or unpacked.
+    /// When there is no such kernel, or it cannot be fetched or unpacked.
     pub(super) fn kernel(&self, meta: &str) -> Result<(PathBuf, String)> {
         let mut names = vec![meta.to_owned()];
         let mut version = String::new();
@@ -84,10 +84,10 @@ impl Apt {
         Ok((self.unpack("kernel", &names)?, version))
     }
 
-    /// Unpacks `programs` with all that they depend on; returns where.
+    /// Unpacks `programs` with all that they depend on; returns their directory.
     ///
     /// # Errors
-    /// When one is missing, or cannot be fetched or unpacked.
+    /// When a package is missing, or cannot be fetched or unpacked.
     pub(super) fn tools(&self, programs: &[&str]) -> Result<PathBuf> {
         let mut apt = self.command("apt-get");
         apt.args(["install", "--print-uris", "--quiet=2", "--yes", "--no-install-recommends"]);
@@ -121,12 +121,13 @@ impl Apt {
             output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&root))?;
         }
         fs::remove_dir_all(&debs).with_context(|| format!("cannot remove {}", debs.display()))?;
-        // Last: a fetch that was broken off is made again.
+        // Written last: an interrupted fetch is then repeated.
         self.write(&format!("{what}.packages"), &wanted)?;
         Ok(root)
     }
 
-    /// apt's settings: the machine's own (a proxy, say), and over them what keeps it within this directory.
+    /// Returns apt's settings: the machine's own (a proxy, say), overridden by those that keep apt within this
+    /// directory.
     fn config(&self) -> String {
         let arch = self.machine.debian();
         let dir = self.dir.display();
@@ -175,23 +176,23 @@ Acquire::Check-Date "false";
     }
 }
 
-/// The mirror that the machine's own apt uses, else Debian's.
+/// Returns the mirror that the machine's own apt uses, else Debian's.
 fn mirror() -> String {
     let targets = Command::new("apt-get").args(["indextargets", "--format", "$(REPO_URI)"]).output();
     let targets = targets.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
     debian_mirror(&targets).unwrap_or(MIRROR).to_owned()
 }
 
-/// The first repository that looks like a mirror of Debian's main archive.
+/// Finds the first repository that looks like a mirror of Debian's main archive.
 fn debian_mirror(repositories: &str) -> Option<&str> {
     let mut repositories = repositories.lines().map(|line| line.trim().trim_end_matches('/'));
     repositories.find(|uri| uri.starts_with("http") && uri.ends_with("/debian"))
 }
 
-/// The version of a package, and the packages that it needs in exactly that version: the parts of one whole.
+/// Returns the version of a package, and the packages that it needs in exactly that version.
 ///
-/// A metapackage names the kernel so, and a newer kernel its image and its modules. Anything else that a kernel depends on
-/// is for its installation.
+/// A metapackage names its kernel by such a dependency, and a newer kernel its image and its modules. The other
+/// dependencies of a kernel matter only for installing it.
 fn exact_dependencies(shown: &str) -> Option<(String, Vec<String>)> {
     let field = |name: &str| shown.lines().find_map(|line| line.strip_prefix(name));
     let version = field("Version: ")?;
@@ -203,16 +204,16 @@ fn exact_dependencies(shown: &str) -> Option<(String, Vec<String>)> {
     ))
 }
 
-/// The file names of what apt prints with `--print-uris`: quoted address, file name, size, sum.
+/// Returns the file names in apt's output for `--print-uris`: quoted address, file name, size, sum.
 fn printed_files(printed: &str) -> Vec<String> {
     let lines = printed.lines().filter(|line| line.starts_with('\''));
     lines.filter_map(|line| line.split(' ').nth(1)).map(str::to_owned).collect()
 }
 
-/// The only entry of `dir` that `accept` accepts.
+/// Returns the only entry of `dir` that `accept` accepts.
 ///
 /// # Errors
-/// When there is none, or more than one.
+/// When there is no such entry, or more than one.
 pub(super) fn only(dir: &Path, accept: impl Fn(&str) -> bool) -> Result<PathBuf> {
     let entries = fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
     let mut found = entries.flatten().filter(|entry| accept(&entry.file_name().to_string_lossy()));

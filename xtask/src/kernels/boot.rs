@@ -1,4 +1,4 @@
-//! Starts a kernel in QEMU, shows what its console says, and keeps all of it in a file.
+//! Starts a kernel in QEMU, shows what its console prints, and keeps all of it in a file.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -10,48 +10,48 @@ use anyhow::{Context as _, Result};
 use super::machine::Machine;
 use super::verdict;
 
-/// How long one kernel may take: many times what it takes on two idle cores.
+/// Time limit for one kernel: many times the time that it takes on two idle cores.
 const BOUND_SECONDS: u32 = 1800;
 
-/// What to start.
+/// One kernel to start.
 pub(super) struct Boot<'a> {
-    /// Stands before each line that is shown.
+    /// Prefix of each line that is shown.
     pub(super) name: &'a str,
     /// The processor.
     pub(super) machine: Machine,
-    /// Its kernel.
+    /// Path of the kernel.
     pub(super) kernel: &'a Path,
-    /// Its initramfs.
+    /// Path of its initramfs.
     pub(super) initramfs: &'a Path,
-    /// Whether this machine's processor runs it; else it is emulated.
+    /// Whether this machine's processor runs the kernel; otherwise the kernel is emulated.
     pub(super) kvm: bool,
-    /// Where the console goes.
+    /// File that the console is written to.
     pub(super) log: &'a Path,
-    /// What the rows are run with, and the parts of their names: see init.sh.
+    /// Section of the rows, and the arguments (options, parts of names) that select its rows: see init.sh.
     pub(super) section: &'a (&'a str, Vec<String>),
 }
 
-/// Runs one kernel until it powers off, fails or has used up its time; returns what its console said.
+/// Runs one kernel until it powers off, fails or has used up its time; returns the output of its console.
 ///
 /// # Errors
 /// When QEMU cannot be started, or its output cannot be read or kept.
 pub(super) fn boot(boot: &Boot<'_>) -> Result<String> {
     let machine = boot.machine;
-    // Bound by a program of its own: it ends QEMU also when this one has been killed.
+    // `timeout` sets the limit: it ends QEMU also when this program has been killed.
     let mut qemu = Command::new("timeout");
     qemu.args(["--foreground", "--kill-after=10", &BOUND_SECONDS.to_string(), machine.qemu().0]);
     qemu.args(machine.board(boot.kvm));
     if boot.kvm {
         qemu.arg("-enable-kvm");
     }
-    // One processor: emulated ones that run side by side miss code that the kernel patches at run time, and it dies of an
-    // `Oops: int3`.
+    // One processor: emulated processors that run side by side miss code that the kernel patches at run time, and the
+    // kernel dies of an `Oops: int3`.
     qemu.args(["-m", "1500", "-smp", "1", "-nodefaults", "-no-user-config"]);
     qemu.args(["-no-reboot", "-display", "none", "-monitor", "none", "-serial", "stdio"]);
     qemu.arg("-kernel").arg(boot.kernel).arg("-initrd").arg(boot.initramfs);
     qemu.arg("-append").arg(command_line(machine, boot.section));
     let mut log = File::create(boot.log).with_context(|| format!("cannot write {}", boot.log.display()))?;
-    // In the log: what QEMU itself says, too.
+    // QEMU's own messages go to the log, too.
     let errors = log.try_clone().context("cannot open the log twice")?;
     let mut child = qemu
         .stdin(Stdio::null())
@@ -85,7 +85,7 @@ pub(super) fn boot(boot: &Boot<'_>) -> Result<String> {
 }
 
 fn command_line(machine: Machine, (section, rows): &(&str, Vec<String>)) -> String {
-    // A panic reboots at once, which ends QEMU. The watchdogs would call a busy host a hung processor.
+    // A panic reboots at once, which ends QEMU. The watchdogs would report a hung processor on a busy host.
     format!(
         "console={} panic=-1 loglevel=5 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 random.trust_cpu=on log_buf_len=4M \
          ring.{section}={}",
@@ -94,8 +94,8 @@ fn command_line(machine: Machine, (section, rows): &(&str, Vec<String>)) -> Stri
     )
 }
 
-/// Whether this machine can run that one's instructions itself. A device that opens may still refuse what QEMU asks of it,
-/// in a virtual machine without nested virtualisation, say: QEMU is asked to prepare a machine and to end.
+/// Returns whether KVM can run kernels of `machine` here. A device that opens may still refuse QEMU's requests, for
+/// example in a virtual machine without nested virtualisation, so QEMU is asked to prepare a machine and to end.
 pub(super) fn has_kvm(machine: Machine) -> bool {
     if !Machine::host().is_ok_and(|host| host == machine)
         || !has_nested_paging(machine)
@@ -113,8 +113,8 @@ pub(super) fn has_kvm(machine: Machine) -> bool {
     })
 }
 
-/// Whether the processor translates a guest's addresses itself. Where KVM has to do that, it stops at instructions that it
-/// cannot emulate (seen with `kvm_pvm`: 5.10 did not come as far as its first line).
+/// Returns whether the processor translates a guest's addresses itself. Otherwise KVM has to translate them, and stops
+/// at instructions that it cannot emulate (seen with `kvm_pvm`: 5.10 did not reach its first line of output).
 fn has_nested_paging(machine: Machine) -> bool {
     match machine {
         Machine::X86_64 => ["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"].iter().any(|parameter| {

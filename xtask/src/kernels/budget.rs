@@ -1,5 +1,5 @@
-//! The budget of verified instructions: what each program may cost each kernel's verifier. The file is a table, so that a
-//! change of it is read in a diff.
+//! The budget of verified instructions: the limit for each program in each kernel's verifier. The file is a table, so
+//! that a change of it is read in a diff.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,10 +10,10 @@ use anyhow::{Context as _, Result, ensure};
 use super::machine::Kernel;
 use crate::workspace;
 
-/// A quarter of what a verifier accepts: no bound is above it.
+/// Highest possible bound: a quarter of the instructions that a verifier accepts.
 const CEILING: u64 = 250_000;
 
-/// Bounds by program, in the order of [`Kernel::ALL`]; 0 where there is none yet.
+/// Bounds by program, in the order of [`Kernel::ALL`]; 0 for a program that has no bound yet.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Budget(BTreeMap<String, [u64; 4]>);
 
@@ -48,7 +48,7 @@ impl Budget {
         Ok(Self(bounds))
     }
 
-    /// What exceeds the budget, what has no bound, and what has one and was not measured.
+    /// Returns a failure for each program that exceeds its bound, has no bound, or has a bound and was not measured.
     pub(super) fn check(&self, kernel: Kernel, measured: &BTreeMap<String, u64>) -> Vec<String> {
         let mut failures = Vec::new();
         for (program, count) in measured {
@@ -70,10 +70,10 @@ impl Budget {
         failures
     }
 
-    /// Replaces the bounds of one kernel: what was measured and a tenth more, for the kernel's point releases.
+    /// Replaces the bounds of one kernel by the measured number and a tenth more, for the kernel's point releases.
     ///
     /// # Errors
-    /// When a program is above the ceiling: then it is the program that has to change.
+    /// When a program is above the ceiling: then the program has to change.
     pub(super) fn bless(&mut self, kernel: Kernel, measured: &BTreeMap<String, u64>) -> Result<()> {
         for (program, bounds) in &mut self.0 {
             if !measured.contains_key(program) {

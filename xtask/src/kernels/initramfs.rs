@@ -1,5 +1,5 @@
-//! The initramfs of a kernel: Debian's tools and libraries, the kernel's modules, our programs, and the init script. It
-//! is all that the machine has: there is no disk.
+//! The initramfs of a kernel: Debian's tools and libraries, the kernel's modules, our programs, and the init script.
+//! The machine has nothing else: there is no disk.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,18 +13,19 @@ use super::apt::only;
 use super::machine::Machine;
 use crate::process::output;
 
-/// Packages of [`TOOLS`], from this suite for every kernel: what differs is the kernel, and nothing else.
+/// Suite that [`TOOLS`] are taken from. It is the same for every kernel, so that only the kernel differs.
 pub(super) const TOOLS_SUITE: &str = "bookworm";
-/// See [`TOOLS`].
+/// Packages that contain [`TOOLS`].
 pub(super) const TOOLS_PACKAGES: [&str; 5] =
     ["busybox-static", "bpftool", "iproute2", "nftables", "wireguard-tools"];
-/// What the rows run, and how it is found in the packages.
+/// Tools that the rows run, by their paths in the packages.
 const TOOLS: [&str; 6] =
     ["bin/busybox", "bin/ip", "sbin/tc", "usr/bin/wg", "usr/sbin/bpftool", "usr/sbin/nft"];
 
-/// Modules that the rows need. What one needs itself comes before it. A kernel has some built in, and others not at all.
+/// Modules that the rows need, each after the modules that it needs itself. A kernel has some of them built in, and
+/// lacks others.
 const MODULES: [&str; 31] = [
-    // What SCTP asks for by the name of an algorithm.
+    // Algorithms that SCTP asks for by name.
     "crc32c_generic",
     "md5",
     "sha1_generic",
@@ -62,18 +63,18 @@ const MODULES: [&str; 31] = [
     "nft_reject_inet",
 ];
 
-/// A kernel as its packages have it.
+/// A kernel, as unpacked from its packages.
 pub(super) struct Image {
-    /// What QEMU starts.
+    /// File that QEMU starts.
     pub(super) kernel: PathBuf,
     modules: PathBuf,
 }
 
 impl Image {
-    /// Finds both parts below `root`, wherever that kernel's packages put them.
+    /// Finds the kernel and the modules below `root`, wherever that kernel's packages put them.
     ///
     /// # Errors
-    /// When one is missing.
+    /// When one of them is missing.
     pub(super) fn find(root: &Path) -> Result<Self> {
         let lib = if root.join("usr/lib/modules").exists() { "usr/lib/modules" } else { "lib/modules" };
         let modules = only(&root.join(lib), |_| true)?;
@@ -86,16 +87,16 @@ impl Image {
         Ok(Self { kernel, modules })
     }
 
-    /// The release, as `uname -r` prints it.
+    /// Returns the release, as `uname -r` prints it.
     fn release(&self) -> Result<&str> {
         self.modules.file_name().and_then(|name| name.to_str()).context("the modules' directory has no name")
     }
 
-    /// Copies the modules into `tree` and lists them in `/modules`, in order; returns the names of those that this kernel
-    /// has neither as a module nor built in.
+    /// Copies the modules into `tree` and lists them in `/modules`, in order; returns the names of modules that this
+    /// kernel has neither as a module nor built in.
     fn install_modules(&self, tree: &Path) -> Result<Vec<&'static str>> {
         let release = self.release()?;
-        // depmod looks below lib/modules of a directory: this one leads to the kernel's.
+        // depmod looks below lib/modules of a directory: this directory has a link to the kernel's modules.
         let base = tree.with_extension("depmod");
         fresh(&base.join("lib/modules"))?;
         symlink(&self.modules, base.join("lib/modules").join(release)).context("cannot make a link")?;
@@ -127,22 +128,22 @@ impl Image {
     }
 }
 
-/// Where our programs are, and whether they bring libraries.
+/// Directory of our programs, and whether they need libraries.
 pub(super) struct Programs {
     /// Directory of `proxy-agent`, `lab-pod` and `kernel-rows`.
     pub(super) dir: PathBuf,
-    /// Built for this machine and not static: its libraries come along.
+    /// Whether they are built for this machine and not static: their libraries are then copied too.
     pub(super) dynamic: bool,
 }
 
-/// The programs of ours that run in the kernel.
+/// Our programs that run in the kernel.
 const PROGRAMS: [&str; 3] = ["proxy-agent", "lab-pod", "kernel-rows"];
 
-/// Writes the initramfs of `image` to `archive`, uncompressed: unpacking it would take an emulated machine longer than
-/// copying it takes. Returns the modules that this kernel lacks.
+/// Writes the initramfs of `image` to `archive` and returns the modules that this kernel lacks. The archive is
+/// uncompressed: an emulated machine takes longer to unpack it than to copy it.
 ///
 /// # Errors
-/// When something that belongs into it is missing, or it cannot be written.
+/// When something that belongs in the archive is missing, or the archive cannot be written.
 pub(super) fn write_archive(
     image: &Image,
     machine: Machine,
@@ -175,9 +176,9 @@ pub(super) fn write_archive(
             copy(&from, &to)?;
             continue;
         }
-        // Three quarters of a development binary are for debuggers.
+        // Three quarters of a development binary are debug information.
         output(Command::new("strip").arg("--strip-debug").arg("-o").arg(&to).arg(&from))?;
-        // This machine's C library takes the place of the tools': it has to be as new.
+        // This machine's C library replaces that of the tools: the programs need one as new as theirs.
         for library in libraries(&output(Command::new("ldd").arg(&from))?) {
             let to = tree.join(library.trim_start_matches('/'));
             if let Some(dir) = to.parent() {
@@ -191,7 +192,7 @@ pub(super) fn write_archive(
     }
     write(&tree.join("init"), include_str!("init.sh"), 0o755)?;
     let missing = image.install_modules(&tree)?;
-    // Through a shell: the list of files is a pipe's.
+    // Run by a shell: cpio reads the list of files from a pipe.
     let mut cpio = Command::new("sh");
     cpio.args([
         "-ec",
@@ -203,7 +204,7 @@ pub(super) fn write_archive(
     Ok(missing)
 }
 
-/// Copies the shared libraries of one directory, if it exists, with the links that name them.
+/// Copies the shared libraries of one directory, if it exists, with the links that point to them.
 fn install_libraries(from: &Path, to: &Path) -> Result<()> {
     let Ok(entries) = fs::read_dir(from) else { return Ok(()) };
     fs::create_dir_all(to).with_context(|| format!("cannot create {}", to.display()))?;
@@ -221,8 +222,8 @@ fn install_libraries(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The files of the modules `wanted` and of all that they need, each after what it needs; and those that are neither
-/// modules nor built in.
+/// Returns the files of the modules `wanted` and of all that they need, each after the modules that it needs, and the
+/// names of modules that are neither present nor built in.
 fn load_order<'a>(wanted: &[&'a str], dep: &str, builtin: &str) -> (Vec<String>, Vec<&'a str>) {
     let module = |path: &str| {
         let file = path.rsplit('/').next().unwrap_or(path);
@@ -237,7 +238,7 @@ fn load_order<'a>(wanted: &[&'a str], dep: &str, builtin: &str) -> (Vec<String>,
     let (mut order, mut missing) = (Vec::new(), Vec::new());
     for name in wanted {
         match needs.get(*name) {
-            // depmod lists all that a module needs, the deepest last.
+            // depmod lists all modules that a module needs, the deepest last.
             Some((path, needs)) => {
                 for path in needs.split_whitespace().rev().chain([*path]) {
                     if !order.iter().any(|had| had == path) {
@@ -252,7 +253,7 @@ fn load_order<'a>(wanted: &[&'a str], dep: &str, builtin: &str) -> (Vec<String>,
     (order, missing)
 }
 
-/// The files that `ldd` names.
+/// Returns the files that `ldd` names.
 fn libraries(ldd: &str) -> Vec<String> {
     let words = |line: &str| line.split_whitespace().find(|word| word.starts_with('/')).map(str::to_owned);
     ldd.lines().filter_map(words).collect()
@@ -282,7 +283,7 @@ fn write(path: &Path, text: &str, mode: u32) -> Result<()> {
         .with_context(|| format!("cannot set the mode of {}", path.display()))
 }
 
-/// An empty directory.
+/// Makes `dir` an empty directory.
 fn fresh(dir: &Path) -> Result<()> {
     if dir.exists() {
         fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))?;

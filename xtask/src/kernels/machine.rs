@@ -1,4 +1,4 @@
-//! The kernels and machines of the ring: what each is called by whom.
+//! The kernels and machines of the ring, and the names that Debian, Rust and QEMU give them.
 
 use std::env;
 use std::fmt;
@@ -27,7 +27,7 @@ impl Kernel {
         }
     }
 
-    /// The suite of Debian that has it.
+    /// Returns the suite of Debian that has the kernel.
     pub(super) fn suite(self) -> &'static str {
         match self {
             Self::V5_10 => "bullseye",
@@ -37,7 +37,7 @@ impl Kernel {
         }
     }
 
-    /// The kernels that `word` stands for.
+    /// Returns the kernels that `word` names.
     pub(super) fn named(word: &str) -> Option<Vec<Self>> {
         if word == "all" {
             return Some(Self::ALL.to_vec());
@@ -59,7 +59,7 @@ pub(crate) enum Machine {
     Aarch64,
 }
 
-/// What `--arch` takes.
+/// Values of `--arch`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Arch {
     #[value(name = "x86_64")]
@@ -79,10 +79,10 @@ impl Arch {
 }
 
 impl Machine {
-    /// The one that this runs on.
+    /// Returns the machine that this program runs on.
     ///
     /// # Errors
-    /// When the ring does not know it.
+    /// When the ring does not know this machine's architecture.
     pub(crate) fn host() -> Result<Self> {
         match env::consts::ARCH {
             "x86_64" => Some(Self::X86_64),
@@ -99,7 +99,7 @@ impl Machine {
         }
     }
 
-    /// Debian's name.
+    /// Returns Debian's name of the architecture.
     pub(super) fn debian(self) -> &'static str {
         match self {
             Self::X86_64 => "amd64",
@@ -107,7 +107,7 @@ impl Machine {
         }
     }
 
-    /// The program that emulates it, and the package that has it.
+    /// Returns the program that emulates the machine, and the package that contains it.
     pub(crate) fn qemu(self) -> (&'static str, &'static str) {
         match self {
             Self::X86_64 => ("qemu-system-x86_64", "qemu-system-x86"),
@@ -115,8 +115,8 @@ impl Machine {
         }
     }
 
-    /// QEMU's board. Emulated pointer authentication costs most of the time of an aarch64 kernel unless its algorithm is
-    /// QEMU's own.
+    /// Returns QEMU's options for the board. On an emulated aarch64, pointer authentication takes most of the kernel's
+    /// time unless QEMU's own algorithm is used.
     pub(super) fn board(self, kvm: bool) -> [&'static str; 4] {
         match (self, kvm) {
             (Self::X86_64, _) => ["-M", "q35", "-cpu", "max"],
@@ -125,7 +125,7 @@ impl Machine {
         }
     }
 
-    /// The first serial line.
+    /// Returns the device of the first serial line.
     pub(super) fn console(self) -> &'static str {
         match self {
             Self::X86_64 => "ttyS0",

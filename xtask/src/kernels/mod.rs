@@ -1,8 +1,8 @@
-//! `test kernels`: boots Debian's cloud kernels in QEMU and checks that every row is right on each.
+//! `test kernels`: boots Debian's cloud kernels in QEMU and checks that every row passes on each.
 //!
-//! The rows are a program of crate `tests`, `kernel-rows`, which runs in the kernel with the agent; this module gives it
-//! the kernels ([`apt`]), all that it needs there ([`initramfs`]), starts them ([`boot`]), and judges what came out
-//! ([`verdict`], [`budget`], [`report`]).
+//! The rows are a program of crate `tests`, `kernel-rows`, which runs in the kernel with the agent. This module fetches
+//! the kernels ([`apt`]), packs the programs and tools ([`initramfs`]), starts the kernels ([`boot`]), and judges their
+//! output ([`verdict`], [`budget`], [`report`]).
 
 use std::collections::VecDeque;
 use std::fs;
@@ -47,24 +47,24 @@ use verdict::{Console, SECTIONS};
 /// Arguments of `test kernels`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Kernels (`5.10`, `6.1`, `6.12`, `newest` or `all`; without one: all), then filters: rows whose name contains one of
-    /// them run.
+    /// Kernels (`5.10`, `6.1`, `6.12`, `newest` or `all`; default: all), then filters: only rows whose name contains
+    /// one of them run.
     #[arg(value_name = "[KERNEL] [FILTER]")]
     kernels_and_filters: Vec<String>,
-    /// The machine: emulated, where it is not this one's.
+    /// The machine. One of another architecture is emulated.
     #[arg(long, value_enum)]
     arch: Option<Arch>,
-    /// With the development binaries and this machine's libraries, which the other tests have built, instead of the static
-    /// release binaries. The BPF programs are the same.
+    /// Use the development binaries that the other tests have built, and this machine's libraries, instead of the
+    /// static release binaries. The BPF programs are the same.
     #[arg(long)]
     dev: bool,
-    /// Rewrite what is committed from what this run gives: the budget of verified instructions, the names of the rows, and
+    /// Rewrite the committed results from this run: the budget of verified instructions, the names of the rows, and
     /// after a full run README's table.
     #[arg(long)]
     bless: bool,
 }
 
-/// Where packages, initramfs and logs are kept.
+/// Returns the directory of packages, initramfs and logs.
 fn dir() -> PathBuf {
     workspace::target_dir().join("kernels")
 }
@@ -79,10 +79,10 @@ struct Job {
     kvm: bool,
 }
 
-/// Fetches, boots, judges.
+/// Fetches the kernels, boots them and judges their output.
 ///
 /// # Errors
-/// When something is missing, a build fails, or a row is not as it should be.
+/// When something is missing, a build fails, or a row does not end as expected.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let (kernels, filters) = split(&args.kernels_and_filters);
     let machines = match args.arch {
@@ -110,7 +110,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
     let mut sections = SECTIONS.map(|section| (section, expected.of(section, filters)));
     if filters.is_empty() {
-        // Also those that are not known yet.
+        // Runs also the rows whose names are not committed yet.
         sections[0].1 = LIFETIME.map(|part| format!("--without={part}")).into();
         sections[1].1.extend(LIFETIME.map(str::to_owned));
     }
@@ -126,7 +126,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let sections = SECTIONS.map(|section| (section, expected.of(section, filters)));
     for outcome in &mut outcomes {
         outcome.verdict = verdict::judge(&outcome.console, &sections);
-        // A filter may leave out the row that tells them.
+        // A filter may leave out the row that reports the instructions.
         if filters.is_empty() {
             outcome.verdict.failures.extend(budget.check(outcome.kernel, &outcome.console.instructions));
         }
@@ -150,7 +150,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Takes the kernels off the front of the arguments.
+/// Splits the kernels off the front of the arguments.
 fn split(args: &[String]) -> (Vec<Kernel>, &[String]) {
     let mut kernels = Vec::new();
     let mut rest = args;
@@ -168,7 +168,7 @@ fn split(args: &[String]) -> (Vec<Kernel>, &[String]) {
     (kernels, rest)
 }
 
-/// Builds what runs in the kernel.
+/// Builds the programs that run in the kernel.
 fn programs(machine: Machine, dev: bool) -> Result<Programs> {
     Ok(if dev {
         Programs { dir: test::development_programs()?, dynamic: true }
@@ -193,7 +193,7 @@ fn prepare(kernel: Kernel, machine: Machine, kvm: bool, tools: &Path, programs: 
     Ok(Job { kernel, machine, version, image: image.kernel, initramfs: archive, kvm })
 }
 
-/// What one boot of a kernel said.
+/// Output of one boot of a kernel.
 struct Booted {
     kernel: usize,
     from: Instant,
@@ -202,7 +202,7 @@ struct Booted {
     log: PathBuf,
 }
 
-/// Boots each with every section, as many side by side as this machine has processors.
+/// Boots each kernel with every section, as many at the same time as this machine has processors.
 fn boot_all(jobs: &[Job], sections: &[(&str, Vec<String>)]) -> Result<Vec<Outcome>> {
     let logs = dir().join("logs");
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;

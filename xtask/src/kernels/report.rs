@@ -1,4 +1,4 @@
-//! Tells how the kernels did: for people, and for README.
+//! Reports the results of the kernels: on the terminal, and in README.
 
 use std::fs;
 use std::path::PathBuf;
@@ -9,21 +9,21 @@ use super::machine::{Kernel, Machine};
 use super::verdict::{Console, End, SECTIONS, Verdict};
 use crate::workspace;
 
-/// How one kernel on one machine did.
+/// Result of one kernel on one machine.
 pub(super) struct Outcome {
     pub(super) kernel: Kernel,
     pub(super) machine: Machine,
     /// Debian's version of the kernel.
     pub(super) version: String,
-    /// From the start of the first boot to the end of the last.
+    /// Seconds from the start of the first boot to the end of the last.
     pub(super) seconds: u64,
     pub(super) console: Console,
     pub(super) verdict: Verdict,
-    /// The whole consoles.
+    /// Files with the complete output of the consoles.
     pub(super) logs: Vec<PathBuf>,
 }
 
-/// Prints kernels × rows, verified instructions, and what failed.
+/// Prints the table of kernels and rows, verified instructions, and failures.
 pub(super) fn print(outcomes: &[Outcome], dev: bool) {
     println!();
     let mut names: Vec<&str> = Vec::new();
@@ -83,11 +83,11 @@ fn cell(outcome: &Outcome, section: &str, name: &str) -> &'static str {
     }
 }
 
-/// Stands before the table in README.
+/// Line before the table in README.
 const LEAD: &str =
     "What each of these kernels passes and lacks, as `cargo xtask test kernels all --arch all` found it:";
 
-/// The table of README.
+/// Returns the table for README.
 fn table(outcomes: &[Outcome]) -> String {
     let mut table = "| kernel | machine | rows passed | what it lacks |\n|---|---|---|---|\n".to_owned();
     for outcome in outcomes {
@@ -107,10 +107,10 @@ fn table(outcomes: &[Outcome]) -> String {
     table
 }
 
-/// Whether README has the table of these outcomes; with `write`, puts it there.
+/// Returns whether README has the table of these outcomes; with `write`, puts the table there.
 ///
 /// # Errors
-/// When README cannot be read or written, or has no place for it.
+/// When README cannot be read or written, or has no place for the table.
 pub(super) fn readme(outcomes: &[Outcome], write: bool) -> Result<bool> {
     let path = workspace::root().join("README.md");
     let text = fs::read_to_string(&path).context("cannot read README.md")?;

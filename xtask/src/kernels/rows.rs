@@ -1,4 +1,4 @@
-//! The names of the rows, committed: a row that is gone from the program that runs them is missed here.
+//! The names of the rows, committed, so that a row that disappears from the program is noticed.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,18 +9,18 @@ use anyhow::{Context as _, Result};
 use super::report::Outcome;
 use crate::workspace;
 
-/// Which rows are run once more with the hybrid layout of cgroups, by parts of their names: those that load programs, attach
-/// them to cgroups, or look for pods there.
+/// Rows that are run once more with the hybrid layout of cgroups, by parts of their names: those that load programs,
+/// attach them to cgroups, or look for pods there.
 const HYBRID: [&str; 4] = ["k002_", "k004_", "k01", "k062_"];
 
-/// Which rows are run with that layout only, by parts of their names: those that load the programs once more. Verifying them is
-/// most of the time of an emulated kernel.
+/// Rows that are run with the hybrid layout only, by parts of their names: those that load the programs once more.
+/// Verifying the programs takes most of the time of an emulated kernel.
 pub(super) const LIFETIME: [&str; 2] = ["k07", "k08"];
 
-/// How many rows always run, because they make what the others need: the world, and in it the agent.
+/// Number of rows that always run, because the others need what they make: the world, and in it the agent.
 const ALWAYS: usize = 2;
 
-/// The rows that every kernel has to show, in the order in which they run.
+/// Names of the rows that every kernel has to show, in the order in which they run.
 pub(super) struct Names(Vec<String>);
 
 fn path() -> PathBuf {
@@ -37,7 +37,7 @@ impl Names {
         Ok(Self(text.lines().map(str::to_owned).collect()))
     }
 
-    /// What a section of a run with `filters` has.
+    /// Returns the rows that `section` has in a run with `filters`.
     pub(super) fn of(&self, section: &str, filters: &[String]) -> Vec<String> {
         let is_one_of = |name: &str, parts: &[&str]| parts.iter().any(|part| name.contains(part));
         let in_section = |name: &str| match section {
@@ -54,7 +54,7 @@ impl Names {
         rows
     }
 
-    /// Takes all that any kernel showed.
+    /// Replaces the names by those that any kernel showed.
     pub(super) fn bless(&mut self, outcomes: &[Outcome]) {
         let of = |section| outcomes.iter().filter_map(move |outcome| outcome.console.sections.get(section));
         let mut seen = BTreeSet::new();

@@ -1,49 +1,50 @@
-//! Reads what a kernel's console said and judges it. Whatever is missing is a failure.
+//! Reads the output of a kernel's console and judges it. A missing row or line is a failure.
 
 use std::collections::BTreeMap;
 
-/// Stands before what the ring itself says about a boot.
+/// Prefix of the ring's own messages about a boot.
 pub(super) const FAILED: &str = "ring: failed: ";
 
-/// The parts of the rows, each booted by itself: most of them; and those of an agent's life, with some of the others once more,
-/// with the other layout of cgroups. They take about as long, side by side where there are processors for it.
+/// Sections of the rows, each booted by itself. The first has most rows. The second has the rows of an agent's life,
+/// and some of the others once more with the other layout of cgroups. The two take about the same time, and run side by
+/// side where there are processors for it.
 pub(super) const SECTIONS: [&str; 2] = ["unified", "hybrid"];
 
-/// How a row ended.
+/// Result of a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum End {
     Ok,
-    /// With the reason.
+    /// The row failed, for this reason.
     Failed(String),
-    /// The kernel lacks something, and the rest was right.
+    /// The kernel lacks this, and the rest of the row passed.
     Lacks(String),
 }
 
-/// The rows of one section, as they came.
+/// The rows of one section, in the order of the output.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Section {
-    /// Id and end of each.
+    /// Id and result of each row.
     pub(super) rows: Vec<(String, End)>,
-    /// The exit code of the program that runs them.
+    /// Exit code of the program that runs the rows.
     exit: Option<i32>,
-    /// Whether it came to its own last line.
+    /// Whether the section's last line was printed.
     closed: bool,
 }
 
-/// All that one console said.
+/// Everything read from one console.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Console {
     pub(super) sections: BTreeMap<String, Section>,
-    /// Verified instructions of each program: the most that it took.
+    /// Verified instructions of each program: the largest number that was printed.
     pub(super) instructions: BTreeMap<String, u64>,
-    /// Lines of the kernel, or of the ring, that say that something went wrong.
+    /// Lines of the kernel, or of the ring, that report an error.
     troubles: Vec<String>,
-    /// Whether it came to its end.
+    /// Whether the console's output came to its end.
     done: bool,
 }
 
 impl Console {
-    /// This one, and that of another boot of the same kernel.
+    /// Merges this console with that of another boot of the same kernel.
     pub(super) fn and(mut self, other: Self) -> Self {
         self.sections.extend(other.sections);
         for (program, count) in other.instructions {
@@ -56,12 +57,12 @@ impl Console {
     }
 }
 
-/// Whether a line is shown while the kernel runs. The rest is in the log.
+/// Returns whether a line is shown while the kernel runs. The log has all lines.
 pub(super) fn is_news(line: &str) -> bool {
     !line.starts_with("dmesg: ") || trouble(line).is_some()
 }
 
-/// Reads a console.
+/// Parses the output of a console.
 pub(super) fn read(said: &str) -> Console {
     let mut console = Console::default();
     let mut section = None::<String>;
@@ -114,30 +115,30 @@ fn end_of(words: &[&str]) -> Option<End> {
     }
 }
 
-/// What a line reports, if it is one that no healthy run has.
+/// Returns the error that a line reports, if no healthy run prints such a line.
 fn trouble(line: &str) -> Option<&str> {
     if let Some(failed) = line.strip_prefix(FAILED) {
         return Some(failed);
     }
-    // A kernel message: `[    1.234567] text`, after the mark of those shown at the end.
+    // A kernel message has the form `[    1.234567] text`, after the prefix of the messages shown at the end.
     let message = line.strip_prefix("dmesg: ").unwrap_or(line).strip_prefix('[')?.split_once("] ")?.1;
     let bad = ["Kernel panic", "BUG: ", "WARNING: ", "Oops: ", "Internal error", "Unable to handle kernel"];
     let bad = bad.iter().any(|bad| message.starts_with(bad));
     (bad || message.contains("general protection fault")).then_some(message)
 }
 
-/// What one boot came to.
+/// Verdict on one boot.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Verdict {
-    /// Rows that are as they should be.
+    /// Number of rows that are as expected.
     pub(super) passed: usize,
-    /// What is not, one sentence each.
+    /// Failures, one sentence each.
     pub(super) failures: Vec<String>,
-    /// What the kernel lacks, each once.
+    /// Features that the kernel lacks, each once.
     pub(super) lacks: Vec<String>,
 }
 
-/// Judges a console: each section has to have its rows, all of them right, and no others.
+/// Judges a console: each section must have exactly its rows, all of them passed.
 pub(super) fn judge(console: &Console, expected: &[(&str, Vec<String>)]) -> Verdict {
     let mut verdict = Verdict::default();
     verdict.failures.extend(console.troubles.iter().cloned());

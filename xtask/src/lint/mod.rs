@@ -10,7 +10,11 @@ use crate::process::{run as run_command, say};
 use crate::setup::{self, Part};
 use crate::workspace::{self, find_program};
 
+mod house;
+
 mod manifests;
+
+mod source;
 
 mod stack;
 
@@ -37,6 +41,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     checks.run("formatting", || run_command(workspace::cargo().args(["fmt", "--all", "--check"])));
     checks.run("manifests", manifests::check);
     checks.run("unsafe code", unsafe_code::check);
+    checks.run("house", house::check);
     checks.run("licences, bans and sources of dependencies", || cargo_deny(&["licenses", "bans", "sources"]));
     if args.advisories {
         checks.run("known vulnerabilities", || cargo_deny(&["advisories"]));

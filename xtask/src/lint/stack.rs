@@ -1,8 +1,8 @@
 //! The stack of the BPF programs, computed from the object without a kernel.
 //!
-//! The verifier allows 512 bytes for a program and the functions that it calls, one within the other. Kernels before 6.9
-//! round each frame up to 32 bytes, an empty one too (`check_max_stack_depth` in kernel/bpf/verifier.c). A frame ends at
-//! the deepest offset from r10 that the function uses.
+//! The verifier allows 512 bytes for a program and the functions that it calls, one within the other. Kernels before
+//! 6.9 round each frame up to 32 bytes, an empty frame too (`check_max_stack_depth` in kernel/bpf/verifier.c). A frame
+//! ends at the deepest offset from r10 that the function uses.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,11 +15,11 @@ use object::{
 
 use crate::process::say;
 
-/// Bytes that the deepest chain of calls of a program may take: 32 less than the verifier allows.
+/// Bytes that the deepest chain of calls of a program may take: 32 fewer than the verifier allows.
 const MOST: u32 = 480;
-/// Frames that the verifier allows (`MAX_CALL_FRAMES`).
+/// Number of frames that the verifier allows (`MAX_CALL_FRAMES`).
 const MOST_FRAMES: usize = 8;
-/// What the verifier rounds a frame up to.
+/// Unit that the verifier rounds a frame up to, in bytes.
 const UNIT: u32 = 32;
 
 /// Bytes of an instruction.
@@ -56,18 +56,18 @@ type At = (usize, u64);
 #[derive(Debug, Default)]
 struct Function {
     name: String,
-    /// Whether the kernel runs it by itself.
+    /// Whether the kernel runs the function by itself.
     is_program: bool,
     /// Bytes between r10 and the deepest offset from it.
     frame: u32,
     calls: Vec<At>,
 }
 
-/// A function with those that it calls, one within the other, and the bytes that the verifier takes for them.
+/// A function with the functions that it calls, one within the other, and the bytes that the verifier counts for them.
 #[derive(Debug, Default)]
 struct Chain {
     bytes: u32,
-    /// Names and bytes, unrounded.
+    /// Names and unrounded bytes of the frames.
     frames: Vec<(String, u32)>,
 }
 
@@ -98,7 +98,7 @@ fn read(bytes: &[u8]) -> Result<BTreeMap<At, Function>> {
         let code = section
             .data_range(symbol.address(), symbol.size())?
             .with_context(|| format!("{name} ends behind its section"))?;
-        // What the loader knows by its section is a program; `.text` holds what programs call.
+        // The loader knows programs by their section; `.text` holds the functions that programs call.
         let is_program = section.name()? != ".text";
         let function = Function { name, is_program, ..walk(&file, &section, symbol.address(), code)? };
         functions.insert((index.0, symbol.address()), function);
@@ -107,14 +107,14 @@ fn read(bytes: &[u8]) -> Result<BTreeMap<At, Function>> {
     Ok(functions)
 }
 
-/// The last part of a mangled path.
+/// Returns the last part of a mangled path.
 fn short(mangled: &str) -> String {
     let path = format!("{:#}", rustc_demangle::demangle(mangled));
     let path = path.split_once('<').map_or(path.as_str(), |(path, _)| path);
     path.trim_end_matches(':').rsplit("::").next().unwrap_or(path).to_owned()
 }
 
-/// Frame and calls of the function that `code` is, which begins at `start` of its section.
+/// Returns frame and calls of the function with the instructions `code`, which begins at `start` of its section.
 fn walk(
     file: &object::File<'_>,
     section: &object::Section<'_, '_>,
@@ -148,7 +148,7 @@ fn walk(
                 Some(RelocationTarget::Symbol(symbol)) => {
                     let symbol = file.symbol_by_index(*symbol)?;
                     let target = symbol.section_index().context("a call leads out of the object")?;
-                    // To a function, or to its place in a section.
+                    // A relocation names a function, or its offset in a section.
                     let inside = if symbol.kind() == SymbolKind::Section {
                         u64::try_from(i64::from(instruction.immediate) + 1)? * INSTRUCTION
                     } else {
@@ -167,7 +167,7 @@ fn walk(
     Ok(function)
 }
 
-/// An instruction of RFC 9669, as far as it matters here.
+/// Fields of an instruction (RFC 9669) that matter here.
 struct Instruction {
     code: u8,
     destination: u8,
@@ -192,7 +192,7 @@ impl Instruction {
         }
     }
 
-    /// Loads 64 bits that lie in it and the next one (`BPF_LD | BPF_IMM | BPF_DW`).
+    /// Returns whether the instruction loads 64 bits from itself and the next one (`BPF_LD | BPF_IMM | BPF_DW`).
     const fn is_wide(&self) -> bool {
         self.code == 0x18
     }
@@ -202,21 +202,22 @@ impl Instruction {
     }
 }
 
-/// Which registers hold r10 with something added to it.
+/// Registers that hold r10 with a constant added.
 #[derive(Default)]
 struct StackPointers {
     below: [Option<i32>; 16],
 }
 
 impl StackPointers {
-    /// The offset below r10 that an instruction reaches or makes.
+    /// Returns the offset below r10 that an instruction accesses or computes.
     ///
-    /// Code is followed line by line: the compiler makes each pointer where it needs it, by a copy and an addition.
+    /// Instructions are followed in order, without jumps: the compiler makes each pointer where it needs it, by a copy
+    /// and an addition.
     fn follow(&mut self, instruction: &Instruction) -> Option<u32> {
         let Instruction { code, destination, source, offset, immediate } = *instruction;
         self.below[usize::from(FRAME_POINTER)] = Some(0);
         let reached = match code & 7 {
-            // BPF_LDX reads by its source, BPF_ST and BPF_STX write by their destination.
+            // BPF_LDX has its pointer in the source register, BPF_ST and BPF_STX in the destination register.
             1 => self.below[usize::from(source)].map(|below| below + i32::from(offset)),
             2 | 3 => self.below[usize::from(destination)].map(|below| below + i32::from(offset)),
             _ => None,
@@ -230,7 +231,7 @@ impl StackPointers {
                 self.below[usize::from(destination)] = pointer;
                 return pointer.and_then(|below| u32::try_from(-below).ok());
             }
-            // Anything else that writes a register: loads, arithmetic.
+            // Any other instruction that writes a register: loads, arithmetic.
             (_, 0 | 1 | 4 | 7) => self.below[usize::from(destination)] = None,
             // A call.
             (0x85, _) => self.below[..6].fill(None),
@@ -246,7 +247,7 @@ mod tests {
 
     const CALL: [u8; 8] = [0x85, 0, 0, 0, 1, 0, 0, 0];
 
-    /// The deepest offset that some instructions reach.
+    /// Returns the deepest offset that some instructions reach.
     fn frame(code: &[[u8; 8]]) -> u32 {
         let mut pointers = StackPointers::default();
         code.iter().filter_map(|bytes| pointers.follow(&Instruction::of(*bytes))).max().unwrap_or(0)
@@ -267,7 +268,7 @@ mod tests {
         assert_eq!(frame(&[copy(2, 10), add(2, -600)]), 600);
         assert_eq!(frame(&[copy(6, 10), add(6, -64), copy(1, 6), add(1, -8)]), 72);
         assert_eq!(frame(&[copy(6, 10), add(6, -64), instruction(0x7b, 6, 1, -16, 0)]), 80);
-        // What is no pointer any more: loaded anew, or returned from a call.
+        // Registers that no longer hold a stack pointer: loaded anew, or overwritten by a call.
         assert_eq!(frame(&[copy(1, 10), instruction(0x79, 1, 7, 0, 0), add(1, -600)]), 0);
         assert_eq!(frame(&[copy(1, 10), CALL, add(1, -600)]), 0);
         assert_eq!(frame(&[copy(6, 10), CALL, add(6, -600)]), 600);
@@ -283,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_chain_is_the_sum_of_its_frames_rounded_up() {
-        // As the kernel counted it: 128 + 160 + 128 + 32 + 32 + 96.
+        // The kernel counted 128 + 160 + 128 + 32 + 32 + 96.
         let all = functions(&[
             (0, 120, &[1]),
             (1, 144, &[2]),

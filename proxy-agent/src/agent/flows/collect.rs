@@ -1,10 +1,9 @@
 //! Removes expired flows from `FLOWS`, and index entries that lead nowhere from `FLOW_INDEX`.
 //!
-//! Indexes go first, the record last, and only what is still expired when its turn comes. The kernel cannot remove on a
-//! condition, so between the last look and the removal a moment stays in which a client may have begun the very same
-//! flow anew; such a record first has to prove itself in `NEW_FLOWS`, which takes far longer.
+//! Index entries are removed first and the record last, and only if the record is still expired at that moment. The
+//! kernel cannot remove on a condition. So between the last look and the removal there is a moment in which a client
+//! may begin the very same flow anew. Such a record first has to prove itself in `NEW_FLOWS`, which takes far longer.
 
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,37 +12,19 @@ use proxy_common::abi::{Flow, FlowKey, FlowKind, FlowRef};
 use proxy_common::datapath::edge::flows::{has_snat, snat_index, snat_target, vip_index, vip_target};
 use proxy_common::datapath::edge::timeouts::expired;
 
-use super::counts::{Counts, Other};
+use super::counts::{CollectError, Counts, Other};
 use crate::bpf::flow_maps::{FlowMaps, Walk};
-use crate::bpf::maps::OpenError;
 use crate::bpf::pins::PinDir;
 use crate::host::clock::now;
 use crate::observe::metrics::Metrics;
 
-/// From the end of one collection to the start of the next.
+/// Time from the end of a collection to the start of the next.
 const PAUSE: Duration = Duration::from_secs(5);
-/// After each step the collection rests this many times as long as the step took: it takes no more than a twentieth of
-/// one CPU.
+/// Length of the rest after each step, as a multiple of the step: the collection takes no more than a twentieth of one
+/// CPU.
 const REST: u32 = 19;
 
-/// Why a collection ended early. The next one starts afresh.
-#[derive(Debug, thiserror::Error)]
-pub enum CollectError {
-    /// The maps cannot be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The maps cannot be walked.
-    #[error("walking the flow maps: {0}")]
-    Walk(#[from] io::Error),
-    /// An element cannot be looked up or removed.
-    #[error("removing an expired flow: {0}")]
-    Remove(#[from] MapError),
-    /// A step panicked.
-    #[error("a step of the collection panicked: {0}")]
-    Panicked(#[from] tokio::task::JoinError),
-}
-
-/// What a collection has met and done.
+/// Counts of a collection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Collected {
     /// Records looked at.
@@ -66,12 +47,12 @@ pub struct Collection {
 }
 
 impl Collection {
-    /// A walk that begins.
+    /// Makes a walk that begins.
     pub fn new(maps: FlowMaps) -> Self {
         Self { maps, records: Walk::default(), index: Walk::default(), collected: Collected::default() }
     }
 
-    /// Looks at some elements, as of `now` on the clock of [`now`](fn@now). `Some` at the end of the walk.
+    /// Looks at some elements, as of `now` on the clock of [`now`](fn@now). Returns `Some` at the end of the walk.
     ///
     /// # Errors
     ///
@@ -100,7 +81,7 @@ impl Collection {
     }
 }
 
-/// Removes a record with the index entries that lead to it, if it has expired. Whether it did.
+/// Removes a record with the index entries that lead to it, if it has expired. Returns whether it did.
 fn remove(maps: &mut FlowMaps, key: &FlowKey, now: u64) -> Result<bool, MapError> {
     let is_expired = |flow: &Flow| expired(flow, key.proto, now);
     let Some(flow) = maps.flows.get(key)?.filter(is_expired) else { return Ok(false) };
@@ -108,7 +89,7 @@ fn remove(maps: &mut FlowMaps, key: &FlowKey, now: u64) -> Result<bool, MapError
     let snat = has_snat(&flow).then(|| snat_index(key, &flow.snat, flow.snat_port).0);
     let mut removed = Vec::with_capacity(2);
     for index in [vip, snat].into_iter().flatten() {
-        // The client may have begun another flow by the same tuple.
+        // The client may have begun another flow with the same tuple.
         if let Some(target) = maps.index.get(&index)?
             && record_key(&index, &target) == *key
         {
@@ -118,7 +99,7 @@ fn remove(maps: &mut FlowMaps, key: &FlowKey, now: u64) -> Result<bool, MapError
     }
     match maps.flows.get(key)? {
         Some(flow) if !is_expired(&flow) => {
-            // It has come to life again. Whoever has been faster has written the same.
+            // The flow has come to life again. If the entry is there already, it is the same.
             for (index, target) in removed {
                 let _ = maps.index.add(&index, &target);
             }
@@ -129,26 +110,27 @@ fn remove(maps: &mut FlowMaps, key: &FlowKey, now: u64) -> Result<bool, MapError
     }
 }
 
-/// Whether an index entry leads to no record.
+/// Returns whether an index entry leads to no record.
 fn dangles(maps: &FlowMaps, index: &FlowKey, target: &FlowRef) -> Result<bool, MapError> {
     let key = record_key(index, target);
-    // A record moves from NEW_FLOWS to FLOWS, and is in both for a moment: so FLOWS is looked at again.
+    // A record moves from NEW_FLOWS to FLOWS and is in both for a moment, so FLOWS is looked at again.
     let absent = || -> Result<bool, MapError> {
         Ok(maps.flows.get(&key)?.is_none()
             && maps.new_flows.get(&key)?.is_none()
             && maps.flows.get(&key)?.is_none())
     };
-    // A flow that has ended since the walk met the entry has taken both; one that has begun again has both.
+    // A flow that has ended since the walk met the entry has neither entry nor record; a flow that has begun again has
+    // both.
     Ok(absent()? && maps.index.get(index)? == Some(*target) && absent()?)
 }
 
-/// The key of the record that an index entry leads to.
+/// Returns the key of the record that an index entry leads to.
 fn record_key(index: &FlowKey, target: &FlowRef) -> FlowKey {
     if index.kind == FlowKind::Snat as u8 { snat_target(index, target) } else { vip_target(index, target) }
 }
 
-/// Again and again, with little of one CPU, beside whatever else the runtime does: collects, and counts what other maps
-/// hold whose elements come and go by themselves.
+/// Collects expired flows again and again, with little of one CPU, beside the other tasks of the runtime. Also counts
+/// the elements of other maps, which come and go by themselves.
 pub async fn keep_collecting(pins: PinDir, metrics: Arc<Metrics>, counts: Counts) {
     loop {
         match collect(&pins).await {
@@ -184,9 +166,9 @@ async fn count_others(pins: &PinDir, counts: &Counts) -> Result<(), CollectError
     Ok(())
 }
 
-/// One collection. Each step is short, so that the runtime can end in between.
+/// Runs one collection. Each step is short, so that the runtime can end in between.
 async fn collect(pins: &PinDir) -> Result<Collected, CollectError> {
-    // Opened anew each time: maps may be replaced.
+    // The maps are opened anew each time, because they may be replaced.
     let mut collection = Collection::new(FlowMaps::open(pins)?);
     loop {
         let step = tokio::task::spawn_blocking(move || {

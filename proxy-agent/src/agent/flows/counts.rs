@@ -1,6 +1,9 @@
-//! How many elements there are in the maps that the programs fill, as of the last look: for whoever cannot take the time
-//! to count.
+//! Number of elements in the maps that the programs fill, as of the last look, for readers that cannot take the time to
+//! count.
 
+use crate::bpf::pins::OpenError;
+use aya::maps::MapError;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -8,9 +11,25 @@ use proxy_common::abi::{
     AffinityKey, AffinityValue, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, UdpFlow, UdpFlowKey,
 };
 
-use super::collect::CollectError;
 use crate::bpf::flow_maps::{Element, Table};
 use crate::bpf::pins::PinDir;
+
+/// Reason why a collection ended early. The next one starts afresh.
+#[derive(Debug, thiserror::Error)]
+pub enum CollectError {
+    /// The maps cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The maps cannot be walked.
+    #[error("walking the flow maps: {0}")]
+    Walk(#[from] io::Error),
+    /// An element cannot be looked up or removed.
+    #[error("removing an expired flow: {0}")]
+    Remove(#[from] MapError),
+    /// A step panicked.
+    #[error("a step of the collection panicked: {0}")]
+    Panicked(#[from] tokio::task::JoinError),
+}
 
 /// The maps that are counted.
 const MAPS: [&str; 8] = [
@@ -24,12 +43,12 @@ const MAPS: [&str; 8] = [
     "FRAGMENTS",
 ];
 
-/// The counts. Cheap to clone.
+/// The numbers. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Counts(Arc<[AtomicU64; MAPS.len()]>);
 
 impl Counts {
-    /// The elements of each map; 0 before the first look.
+    /// Returns the number of elements of each map; 0 before the first look.
     pub fn get(&self) -> impl Iterator<Item = (&'static str, u64)> {
         MAPS.into_iter().zip(&*self.0).map(|(map, count)| (map, count.load(Ordering::Relaxed)))
     }
@@ -41,8 +60,8 @@ impl Counts {
     }
 }
 
-/// Those that evict, so that nobody has to look through them but to count: 65536 elements or twice as many, which takes
-/// some ten milliseconds.
+/// Maps that evict, and that are walked only to count them: 65536 elements or twice as many, which takes some ten
+/// milliseconds.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Other {
     NewFlows,

@@ -1,7 +1,7 @@
-//! What the sync loop tells [`crate::observe::metrics`]: how changes travel from their arrival to the kernel's maps.
+//! Reports of the sync loop to [`crate::observe::metrics`]: the way of changes from their arrival to the kernel's maps.
 //!
-//! The loop calls [`Telemetry`] at each step; nothing here decides anything. What only the kernel knows is read when
-//! somebody asks, by [`readers`].
+//! The loop calls [`Telemetry`] at each step; nothing here decides anything. Values that only the kernel knows are read
+//! at each scrape, by [`readers`].
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,17 +21,17 @@ use crate::reconcile::cluster::{Change, ObjectKey, Scope};
 use crate::reconcile::desired::{DesiredPort, DesiredService};
 use crate::reconcile::store::Op;
 
-/// Ports without local endpoints, by policy (index: as [`PolicyKind::ALL`]) and [`Family::index`].
+/// Numbers of ports without local endpoints, by policy (index: as [`PolicyKind::ALL`]) and [`Family::index`].
 type Remote = [[usize; 2]; 2];
 
-/// What is measured between the arrival of a change and the end of its sync.
+/// Measurements between the arrival of a change and the end of its sync.
 #[derive(Debug)]
 pub struct Telemetry {
     metrics: Arc<Metrics>,
     families: Vec<Family>,
-    /// Changes that wait: of slices, of Services.
+    /// Numbers of changes that wait: of slices, of Services.
     waiting: [usize; 2],
-    /// When the oldest of all changes that wait arrived.
+    /// Arrival of the oldest change that waits.
     oldest: Option<Instant>,
     trigger_times: Vec<(Family, i64)>,
     /// Services with ports whose policy is Local and whose endpoints are all elsewhere.
@@ -39,7 +39,7 @@ pub struct Telemetry {
     sync: Running,
 }
 
-/// The sync that runs.
+/// The running sync.
 #[derive(Debug)]
 struct Running {
     started: Instant,
@@ -62,7 +62,7 @@ enum Kind {
 }
 
 impl Arrival {
-    /// Of `change`.
+    /// Returns the arrival of `change`.
     pub fn of(change: &Change) -> Self {
         let (kind, trigger_time) = match change {
             Change::Service(_) | Change::ServiceGone(_) => (Some(Kind::Service), None),
@@ -79,7 +79,7 @@ impl Arrival {
 }
 
 impl Telemetry {
-    /// For an agent that serves these families.
+    /// Makes the telemetry of an agent that serves these families.
     pub fn new(metrics: Arc<Metrics>, families: Vec<Family>) -> Self {
         let sync = Running {
             started: Instant::now(),
@@ -98,14 +98,15 @@ impl Telemetry {
         }
     }
 
-    /// A change has arrived and touched `scope`. For what was there before the start (`first_list`) nobody waits.
+    /// Notes that a change has arrived and touched `scope`. In the first list (`first_list`) trigger times do not
+    /// count: nobody waits for what was there before the start.
     pub fn arrived(&mut self, arrival: Arrival, scope: Scope, first_list: bool) {
         match arrival.kind {
             Some(Kind::Slice) => self.metrics.endpoint_change(),
             Some(Kind::Service) => self.metrics.service_change(),
             None => {}
         }
-        // Which Pods opt out is written when their cgroups are found.
+        // A Pod that opts out is written when its cgroup is found.
         if matches!(scope, Scope::Nothing | Scope::Pods) {
             return;
         }
@@ -127,7 +128,7 @@ impl Telemetry {
         self.metrics.pending(slices, services);
     }
 
-    /// A sync begins. One that is `full` tells of every Service that there is.
+    /// Notes that a sync begins. A `full` sync tells of every Service.
     pub fn sync_begins(&mut self, full: bool) {
         if full {
             self.remote.clear();
@@ -136,7 +137,7 @@ impl Telemetry {
         self.sync = Running { started: Instant::now(), full, writing: Duration::ZERO, operations };
     }
 
-    /// Carries operations out by `write`, and measures it.
+    /// Carries operations out by `write`, and measures the time.
     ///
     /// # Errors
     ///
@@ -151,7 +152,7 @@ impl Telemetry {
         result
     }
 
-    /// What a Service wants; `None` if it is gone.
+    /// Notes the desired state of a Service; `None` if it is gone.
     pub fn desired(&mut self, service: &ObjectKey, desired: Option<&DesiredService>) {
         match desired.map(remote) {
             None | Some([[0, 0], [0, 0]]) => self.remote.remove(service),
@@ -159,7 +160,7 @@ impl Telemetry {
         };
     }
 
-    /// The sync has ended. Returns how long it took.
+    /// Notes that the sync has ended. Returns the time that it took.
     pub fn sync_ended(&mut self, ok: bool) -> Duration {
         let Running { started, full, writing, operations } = &mut self.sync;
         let took = started.elapsed();
@@ -200,7 +201,7 @@ impl Telemetry {
     }
 }
 
-/// The ports of a Service that have endpoints, but none on this node, where a Local policy counts.
+/// Returns the numbers of ports of a Service that have endpoints, but none on this node, where a Local policy counts.
 fn remote(desired: &DesiredService) -> Remote {
     let mut remote = Remote::default();
     let elsewhere = |port: &&DesiredPort| {
@@ -224,7 +225,7 @@ fn remote(desired: &DesiredService) -> Remote {
     remote
 }
 
-/// What a scrape reads from the maps. They are opened for each scrape: the agent may replace them.
+/// Returns the readers for scrapes. They open the maps for each scrape, because the agent may replace the maps.
 pub fn readers(pins: &PinDir, counts: Counts) -> Readers {
     let (for_counters, pins) = (pins.clone(), pins.clone());
     Readers {
@@ -244,7 +245,7 @@ pub fn readers(pins: &PinDir, counts: Counts) -> Readers {
             for (map, entries) in counts.get() {
                 maps.push(MapUsage { map, entries: Some(entries), capacity: capacity(map)? });
             }
-            // Its places are found by number, so nobody knows which are taken.
+            // Elements of STREAMS are found by number, so it is unknown which are in use.
             maps.push(MapUsage { map: "STREAMS", entries: None, capacity: capacity("STREAMS")? });
             Ok(maps)
         }),

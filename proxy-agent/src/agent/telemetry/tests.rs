@@ -6,7 +6,7 @@ use crate::reconcile::desired::{Context, desired_service};
 use crate::sources::convert::Converter;
 use crate::sources::objects;
 
-/// A cluster, what is told of it, and nothing in between.
+/// A cluster and its telemetry, with nothing in between.
 struct World {
     cluster: Cluster,
     metrics: Arc<Metrics>,
@@ -27,7 +27,7 @@ impl World {
         scope
     }
 
-    /// A sync that writes nothing.
+    /// Runs a sync that writes nothing.
     fn sync(&mut self, ok: bool) {
         self.telemetry.sync_begins(false);
         for key in self.cluster.take_dirty() {
@@ -40,7 +40,7 @@ impl World {
         self.telemetry.sync_ended(ok);
     }
 
-    /// The value of a sample; 0 if there is none.
+    /// Returns the value of a sample; 0 if there is none.
     fn sample(&self, name: &str) -> f64 {
         let text = self.metrics.text();
         let found = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
@@ -73,7 +73,7 @@ fn annotated(name: &str, spec: &Value, annotations: &Value) -> Change {
     Change::Service(Converter::new("n1").service(&object).unwrap().unwrap())
 }
 
-/// A slice of `service` with one endpoint on `node`.
+/// Returns a slice of `service` with one endpoint on `node`.
 fn slice(service: &str, node: &str, trigger_time: Option<&str>) -> Change {
     let object = json!({
         "metadata": {
@@ -99,7 +99,7 @@ fn p217_local_policies_whose_endpoints_are_elsewhere() {
     assert_eq!(world.no_local("external", "IPv4"), 0.0);
     assert_eq!(world.no_local("internal", "IPv6"), 0.0);
 
-    // Outside traffic has a policy of its own, if there is any.
+    // Traffic from outside has a policy of its own, if there is any such traffic.
     world.take(service(
         "u",
         &json!({"externalTrafficPolicy": "Local", "type": "NodePort", "ports": [
@@ -153,7 +153,7 @@ fn p215_p216_what_changes_nothing_asks_for_no_sync() {
     let before = world.sample(queued);
     assert!(before > 0.0);
 
-    // Annotations are no part of what is kept of a Service.
+    // Annotations of a Service are not kept.
     assert_eq!(world.take(annotated("s", &json!({}), &json!({"note": "read by people"}))), Scope::Nothing);
     assert_eq!(world.take(slice("s", "n1", time)), Scope::Nothing);
     assert_eq!(world.sample(queued), before);
@@ -169,7 +169,7 @@ fn p218_p219_changes_that_carry_a_time() {
     let sum = "kubeproxy_network_programming_duration_seconds_sum{ip_family=\"IPv4\"}";
     let since = k8s_openapi::jiff::Timestamp::now() - Duration::from_secs(2);
     world.take(slice("s", "n1", Some(&since.to_string())));
-    // Not before it is programmed.
+    // The change does not count before it is programmed.
     world.sync(false);
     assert_eq!(world.sample(count), 0.0);
     assert_eq!(world.sample("kubeproxy_sync_proxy_rules_endpoint_changes_pending"), 1.0);
@@ -209,7 +209,7 @@ fn stages_and_operations_of_a_sync() {
     assert!(write >= 0.02 && plan + write <= took, "{plan} {write} {took}");
     assert_eq!(world.sample("vipr_map_operations_total{map=\"NODE\"}"), 2.0);
     assert_eq!(world.sample("vipr_map_operations_total{map=\"SLOTS\"}"), 1.0);
-    // Nothing waited for the next one.
+    // No change waited for the next sync.
     world.sync(true);
     assert_eq!(stage(&world, "wait").0, 1.0);
     assert_eq!(

@@ -1,4 +1,4 @@
-//! Maps that grow, in a kernel. It takes root.
+//! Tests of growing maps, in a real kernel. They need root.
 
 mod refusals;
 
@@ -27,7 +27,7 @@ const LARGE: Capacity = Capacity { frontends: 64, services: 32, slots: 80, backe
 const GROWING: [&str; 7] =
     ["NAMES", "SERVICE_COUNTERS", "SERVICES", "BACKENDS", "SLOTS", "SOURCE_RANGES", "FRONTENDS"];
 
-/// A pin directory that goes when it is dropped.
+/// A pin directory that is removed when it is dropped.
 struct Pins(PinDir);
 
 impl Drop for Pins {
@@ -43,7 +43,7 @@ fn open(pins: &PinDir, capacity: Capacity) -> Dataplane {
     Dataplane::open(pins.clone(), sizes, drop).unwrap()
 }
 
-/// Something in each of the maps, at its highest number.
+/// Writes an element into each of the maps, at its highest number.
 fn fill(maps: &mut KernelMaps) {
     let addr = |last: u8| Addr::from(Ipv4Addr::new(192, 0, 2, last));
     let port = PortKey {
@@ -75,7 +75,7 @@ fn fill(maps: &mut KernelMaps) {
     }
 }
 
-/// Has a connection counted on each CPU, as the programs do.
+/// Counts a connection on each CPU, as the programs do.
 fn count(pins: &PinDir) {
     let map = Map::PerCpuArray(MapData::from_pin(pins.map("SERVICE_COUNTERS")).unwrap());
     let mut counters = PerCpuArray::<_, ServiceCounters>::try_from(map).unwrap();
@@ -113,7 +113,7 @@ fn larger_maps_hold_the_same_wherever_a_growth_was_cut_short() {
     GROWING.iter().for_each(|name| pin_again(&pins.map(name), &kept(name)));
 
     for replaced in 0..=GROWING.len() {
-        // An agent died after it had replaced so many maps, and while it filled the next one.
+        // The earlier agent died after it had replaced this many maps, while it filled the next one.
         for (number, name) in GROWING.iter().enumerate() {
             if number >= replaced {
                 pin_again(&kept(name), &pins.map(name));
@@ -139,14 +139,15 @@ fn larger_maps_hold_the_same_wherever_a_growth_was_cut_short() {
                 .contains('-'))
         );
     }
-    // Large enough is large enough.
+    // Maps that are large enough are kept.
     let id = |name: &str| MapData::from_pin(pins.map(name)).unwrap().info().unwrap().id();
     let before = GROWING.map(id);
     open(pins, SMALL);
     assert_eq!(GROWING.map(id), before);
 }
 
-/// A pod that finds the probe's port in time teaches its own network namespace, which does not stay.
+/// A pod that finds the probe's port in time makes the socket edge learn the pod's network namespace, but that is
+/// corrected.
 #[test]
 fn the_hosts_network_namespace_is_the_agents() {
     let dir = Path::new("/sys/fs/bpf").join(format!("vipr-netns-{}", std::process::id()));
@@ -161,7 +162,7 @@ fn the_hosts_network_namespace_is_the_agents() {
     }
 }
 
-/// An agent of before that has no `NEW_AFFINITY` has left everything else as it should be.
+/// An earlier version of the agent had no `NEW_AFFINITY`, but has left everything else as it should be.
 #[test]
 fn a_map_that_is_new_costs_no_other() {
     let pins = PinDir::new(Path::new(&format!("/sys/fs/bpf/vipr-unit-new-map-{}", std::process::id())));

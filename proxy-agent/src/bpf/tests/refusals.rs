@@ -1,4 +1,4 @@
-//! Programs that the kernel refuses, in a kernel. It takes root.
+//! Tests of programs that the kernel refuses, in a real kernel. They need root.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,8 +23,8 @@ use crate::host::testing::{in_new_netns, ip};
 
 const SIZES: Sizes = Sizes { least: SMALL, want: SMALL, flows: FLOW_ENTRIES };
 
-/// The object, with programs that begin with a call of a helper that no kernel has. (The buffer is as aligned as a vector
-/// of words.)
+/// Returns the object with programs that begin with a call of a helper that no kernel has. (The buffer is aligned like
+/// a vector of words.)
 fn broken(programs: &[&str]) -> Vec<u64> {
     const CALL: [u8; 8] = [0x85, 0, 0, 0, 0xff, 0xff, 0, 0];
     let file = object::File::parse(OBJECT).unwrap();
@@ -34,7 +34,7 @@ fn broken(programs: &[&str]) -> Vec<u64> {
         let section = file.section_by_index(symbol.section_index().unwrap()).unwrap();
         let (start, _) = section.file_range().unwrap();
         let at = usize::try_from(start + symbol.address()).unwrap();
-        // The first two instructions copy the context, or set a register: nothing that a relocation changes.
+        // The first two instructions copy the context, or set a register; no relocation changes them.
         bytes[at..at + CALL.len()].copy_from_slice(&CALL);
     }
     bytes.resize(bytes.len().next_multiple_of(8), 0);
@@ -95,7 +95,7 @@ fn what_has_been_detached_is_told_and_attached_again() {
     assert_eq!(dataplane.detached(&served.0).len(), PROGRAMS_AT_SOCKETS.len(), "nothing is attached yet");
     dataplane.attach(&served.0).unwrap();
     assert_eq!(dataplane.detached(&served.0), [""; 0]);
-    // The programs go with the cgroup, and their pins stay.
+    // The programs are detached with the cgroup, and their pins stay.
     fs::remove_dir(&served.0).unwrap();
     assert_eq!(dataplane.detached(&served.0).len(), PROGRAMS_AT_SOCKETS.len());
     fs::create_dir(&served.0).unwrap();
@@ -104,13 +104,13 @@ fn what_has_been_detached_is_told_and_attached_again() {
     assert_eq!(dataplane.detached(&served.0), [""; 0]);
     fs::remove_file(pins.0.link("connect6")).unwrap();
     assert_eq!(dataplane.detached(&served.0), ["connect6"]);
-    // An agent that is started beside it takes the links over.
+    // Another agent on the same pin directory takes the links over.
     let mut other = Dataplane::open(pins.0.clone(), SIZES, drop).unwrap();
     other.attach(&served.0).unwrap();
     assert_eq!(dataplane.detached(&served.0).len(), PROGRAMS_AT_SOCKETS.len());
 }
 
-/// A cgroup that goes when it is dropped.
+/// A cgroup that is removed when it is dropped.
 struct Cgroup(PathBuf);
 
 impl Drop for Cgroup {
@@ -138,8 +138,8 @@ fn a_pair_is_attached_whole_or_not_at_all() {
     programs.check(Pair::Pod).unwrap();
 }
 
-/// An agent that is started anew finds devices that run the programs of the one before. What the kernel refuses this time must not
-/// go on there with maps that nobody writes, and costs no other device.
+/// A restarted agent finds devices that run the programs of the earlier agent. A program that the kernel refuses this
+/// time must not go on there with maps that nobody writes. Other devices are not affected.
 #[test]
 fn a_device_whose_programs_are_refused_runs_none() {
     in_new_netns(|| {
@@ -186,7 +186,7 @@ fn a_device_whose_programs_are_refused_runs_none() {
             assert_eq!(held, [edge], "the node is not ready without it");
             assert!(refused.unwrap_err().contains("clients outside of this node are not served"));
             assert_eq!(attached, Ok(()));
-            // The kernel detaches when the last reference is gone, which may take a moment.
+            // The kernel detaches a program when its last reference is gone, which may take a moment.
             for _ in 0..100 {
                 if ours("eth0") == 0 {
                     break;
@@ -198,7 +198,7 @@ fn a_device_whose_programs_are_refused_runs_none() {
     });
 }
 
-/// How many programs of ours a device runs, by links and by filters.
+/// Returns the number of our programs that a device runs, by links and by filters.
 fn ours(device: &str) -> usize {
     let links = [TcAttachType::Ingress, TcAttachType::Egress].map(|attach_type| {
         SchedClassifier::query_tcx(device, attach_type).map_or(0, |(_, programs)| programs.len())

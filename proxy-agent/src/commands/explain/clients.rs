@@ -1,4 +1,4 @@
-//! What each kind of client is told: the datapath's own code, run on copies of the maps.
+//! Answers to each kind of client: the datapath's own code, run on copies of the maps.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -19,7 +19,7 @@ use super::question::Question;
 use crate::reconcile::sim::frame::Frame;
 use crate::reconcile::sim::{SimSocket, Simulator};
 
-/// Who asks.
+/// Kind of client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Client {
@@ -27,17 +27,17 @@ pub enum Client {
     Host,
     /// A pod of this node, at its socket.
     Pod,
-    /// A pod of this node, by the packets that its socket sends untranslated: if its socket is not seen, or has left it to
-    /// them.
+    /// A pod of this node, by the packets that its socket sends untranslated: the socket is not seen, or leaves the
+    /// decision to the packets.
     PodPackets,
     /// A machine outside, or a pod of another node, by its packets.
     Outside,
-    /// The same through a device that counts as near (detect-local by interface).
+    /// A machine outside or a pod of another node, through a device that counts as near (detect-local by interface).
     NearDevice,
 }
 
 impl Client {
-    /// In words.
+    /// Returns the kind in words.
     pub const fn words(self) -> &'static str {
         match self {
             Self::Host => "process of this host",
@@ -49,7 +49,7 @@ impl Client {
     }
 }
 
-/// What a client is told.
+/// Answer to a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
@@ -59,16 +59,16 @@ pub enum Verdict {
     Refused,
     /// Operation not permitted.
     Denied,
-    /// Nothing.
+    /// No answer at all.
     Dropped,
     /// The socket goes on untranslated, and its packets are judged.
     LeftToPackets,
-    /// It goes where it would go without Vipr.
+    /// The connection goes where it would go without Vipr.
     NotOurs,
 }
 
 impl Verdict {
-    /// As the client sees it.
+    /// Returns the answer as the client sees it.
     pub const fn words(self) -> &'static str {
         match self {
             Self::Served => "served",
@@ -81,32 +81,32 @@ impl Verdict {
     }
 }
 
-/// A kind of client with what it is told.
+/// Answer to a kind of client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Answer {
-    /// Who.
+    /// Kind of client.
     pub client: Client,
-    /// What.
+    /// The answer.
     pub verdict: Verdict,
-    /// Why, as `proxy-agent status` counts it; none where nothing is counted.
+    /// Reason, as a counter of `proxy-agent status`; none where nothing is counted.
     pub counter: Option<&'static str>,
-    /// Why, in words.
+    /// Reason in words.
     pub reason: &'static str,
-    /// Whom it may get, in order: one at random, unless one is remembered.
+    /// Backends that the client may get, in order: one at random, unless one is remembered.
     pub backends: Vec<SocketAddr>,
-    /// Whom session affinity remembers for it. (Of a pod's socket that cannot be told: it is remembered by its network
-    /// namespace, not by its address.)
+    /// Backend that session affinity remembers for the client. (Unknown for a pod's socket, which is remembered by its
+    /// network namespace and not by its address.)
     pub remembered: Option<SocketAddr>,
 }
 
-/// More backends than that are not looked for one by one.
+/// Number of backends that are looked for one by one, at most.
 const BACKENDS_MAX: usize = 4096;
-/// Connections of one kind of client, at most.
+/// Number of connections of one kind of client, at most.
 const CONNECTIONS: u32 = BACKENDS_MAX as u32 + 1;
-/// A network namespace that is nobody's: a pod's, as far as that matters.
+/// A network namespace that does not exist, in place of a pod's.
 const SOME_NETNS: u64 = u64::MAX;
-/// Addresses for documentation (RFC 5737, RFC 3849): a client outside that is nobody in particular.
+/// Addresses for documentation (RFC 5737, RFC 3849), for a client outside without a given address.
 const SOMEBODY: [Addr; 2] = [Addr::v4([203, 0, 113, 77]), documentation_v6()];
 
 const fn documentation_v6() -> Addr {
@@ -115,8 +115,9 @@ const fn documentation_v6() -> Addr {
     Addr { bytes }
 }
 
-/// What every kind of client is told that `question` may be about. `among` is how many backends the Service port has.
-/// In `maps` are `AFFINITY` and `NEW_AFFINITY` of the client, `DEVICES` and the clock beside what the agent has written.
+/// Returns the answers to every kind of client that `question` may be about. `among` is the number of backends of the
+/// Service port. `maps` holds what the agent has written, and also `AFFINITY` and `NEW_AFFINITY` of the client,
+/// `DEVICES` and the clock.
 pub fn answers(maps: &Simulator, question: &Question, target: Target, among: usize) -> Vec<Answer> {
     let remembered = (maps.clients.borrow().clone(), maps.new_clients.borrow().clone());
     let mut answers = Vec::new();
@@ -131,7 +132,7 @@ pub fn answers(maps: &Simulator, question: &Question, target: Target, among: usi
         let first = ask(0, 0);
         let is_remembered = maps.counted(Counter::AffinityHit) > hits;
         let mut backends = BTreeSet::new();
-        // So many random numbers, evenly spread, reach each slot of a set that is no larger.
+        // This many random numbers, evenly spread, reach each slot of a set that is no larger.
         let tries = u32::try_from(among.clamp(1, BACKENDS_MAX)).unwrap_or(1);
         for index in 0..tries {
             maps.clients.borrow_mut().clear();
@@ -154,12 +155,12 @@ pub fn answers(maps: &Simulator, question: &Question, target: Target, among: usi
     answers
 }
 
-/// Whether the client is a pod whose sockets are left alone.
+/// Returns whether the client is a pod whose sockets are left alone.
 fn has_opted_out(maps: &Simulator, question: &Question) -> bool {
     question.cgroup.is_some_and(|cgroup| maps.opted_out(cgroup) == opt_out::EVERYTHING)
 }
 
-/// The network namespace of the pod that is asked about, or that of some pod.
+/// Returns the network namespace of the pod that is asked about, or one in place of a pod's.
 fn netns_of_pod(maps: &Simulator, question: &Question) -> u64 {
     let sandboxes = maps.contents().sandboxes;
     let own = sandboxes.iter().find(|(_, cgroup)| Some(*cgroup) == question.cgroup);
@@ -168,7 +169,7 @@ fn netns_of_pod(maps: &Simulator, question: &Question) -> u64 {
 
 fn clients(maps: &Simulator, question: &Question, target: Target) -> Vec<Client> {
     let near_device = maps.edge.devices.borrow().values().any(|device| device.flags & NEAR != 0);
-    // Sockets of SCTP are not seen.
+    // SCTP sockets are not seen.
     let sockets = question.proto != proto::SCTP;
     let by_address = matches!(target, Target::Frontend(frontend) if frontend.flags & SOURCE_RANGES != 0);
     let wanted = |client: &Client| match (client, question.from) {
@@ -178,7 +179,7 @@ fn clients(maps: &Simulator, question: &Question, target: Target) -> Vec<Client>
         (Client::PodPackets, Some(from)) => !is_host(maps, &from) && maps.is_pod_source(&from),
         (Client::Outside, Some(from)) => !is_host(maps, &from) && !maps.is_pod_source(&from),
         (Client::NearDevice, Some(from)) => near_device && !is_host(maps, &from),
-        // Of those whose packets are judged by their address, none can be told about.
+        // Without an address, nothing can be told about packets that are judged by their source.
         (Client::PodPackets, None) => !by_address && pod_address(maps, question).is_some(),
         (Client::Outside, None) => !by_address,
         (Client::NearDevice, None) => near_device && !by_address,
@@ -193,13 +194,13 @@ fn is_host(maps: &Simulator, addr: &Addr) -> bool {
     addr.is_loopback() || maps.local_address(addr) & local_address::HOST != 0
 }
 
-/// Where the addresses of pods are not known, anybody may be one.
+/// Returns whether an address may be a pod's. Where the addresses of pods are not known, any address may be.
 fn may_be_pod(maps: &Simulator, addr: &Addr) -> bool {
     let known = maps.contents().pod_sources.iter().any(|pods| pods.family() == addr.family());
     !known || maps.is_pod_source(addr)
 }
 
-/// Some address of a pod.
+/// Returns some address of a pod.
 fn pod_address(maps: &Simulator, question: &Question) -> Option<Addr> {
     let family = question.addr.family();
     let pods = maps.contents().pod_sources.into_iter().find(|pods| pods.family() == family)?;
@@ -208,14 +209,14 @@ fn pod_address(maps: &Simulator, question: &Question) -> Option<Addr> {
     Some(addr)
 }
 
-/// What became of one attempt.
+/// Outcome of one attempt.
 struct Outcome {
     verdict: Verdict,
     why: Option<Counter>,
     backend: Option<SocketAddr>,
 }
 
-/// One attempt of `client`; another `index` is another connection.
+/// Makes one attempt of `client`; another `index` is another connection.
 fn outcome(maps: &Simulator, question: &Question, client: Client, index: u32) -> Outcome {
     maps.trace.set(Trace { until: u64::MAX, service: 0, sample: 0 });
     maps.events.borrow_mut().clear();
@@ -243,7 +244,8 @@ fn outcome(maps: &Simulator, question: &Question, client: Client, index: u32) ->
     let verdict = if why == Some(Counter::LeftToPackets) {
         Verdict::LeftToPackets
     } else if client == Client::Host && verdict == Verdict::NotOurs && why.is_some() {
-        // Of what is none of ours nobody is told. The host's packet is answered, since its socket could not be told why.
+        // A connection that Vipr does not touch has no event. Here the host's packet is answered, since its socket
+        // could not be given the reason.
         Verdict::Refused
     } else {
         verdict
@@ -264,7 +266,7 @@ fn at_socket(maps: &Simulator, question: &Question, netns: u64, index: u32) -> V
         order: None,
         storage_fails: false,
     };
-    // connect() of UDP tells nothing: whoever is not served hears of it when it sends.
+    // connect() of UDP reports nothing: a client that is not served learns it when it sends.
     let asked = if question.proto == proto::UDP {
         socket::sendmsg(&mut socket, maps)
     } else {
@@ -287,7 +289,7 @@ fn in_packets(
     index: u32,
 ) -> Verdict {
     let somebody = SOMEBODY[usize::from(question.addr.family() == Family::V6)];
-    // Each connection from a port of its own, so that none is taken for another one.
+    // Each connection has a source port of its own, so that none is taken for another.
     let port = u16::try_from(1024 + index).unwrap_or(u16::MAX);
     let mut frame = Frame::new(question.packet(source.unwrap_or(somebody), port), device);
     match maps.packet(&mut frame, edge, false) {
@@ -300,7 +302,7 @@ fn in_packets(
 
 const OPTED_OUT: &str = "the pod has opted out of the socket edge: its packets are judged";
 
-/// What a counter stands for.
+/// Returns the meaning of a counter.
 const fn reason(counter: Counter) -> &'static str {
     match counter {
         Counter::RejectNoEndpoint => "no endpoint anywhere can be used",
@@ -334,7 +336,7 @@ const fn reason(counter: Counter) -> &'static str {
     }
 }
 
-/// What session affinity knows a client by at its socket, and in packets.
+/// Returns the addresses by which session affinity knows a client: at its socket, and in packets.
 pub fn identities(maps: &Simulator, question: &Question) -> Vec<Addr> {
     let host = AffinityKey::netns_client(maps.host_netns.get());
     [host].into_iter().chain(question.from).collect()

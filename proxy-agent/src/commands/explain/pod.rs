@@ -1,4 +1,4 @@
-//! `--from NAMESPACE/POD`: who that is, as the API server or a directory of manifests has it.
+//! `--from NAMESPACE/POD`: looks the Pod up at the API server or in a directory of manifests.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -16,10 +16,10 @@ use crate::sources::convert::cgroup_uid;
 use crate::sources::objects;
 use crate::sources::{Problem, SourceError, api, manifests};
 
-/// How long an API server may take to answer.
+/// Time that an API server may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Why nothing can be said of a Pod.
+/// Reason why nothing can be said of a Pod.
 #[derive(Debug, thiserror::Error)]
 pub enum PodError {
     /// The source cannot be used.
@@ -27,18 +27,18 @@ pub enum PodError {
     Source {
         /// The Pod.
         pod: ObjectKey,
-        /// What is wrong.
+        /// Error of the source.
         source: SourceError,
     },
-    /// There is none.
+    /// The source has no such Pod.
     #[error("--from {pod}: {place} has no such Pod; `kubectl get pods -n {}` lists those there are", pod.namespace)]
     Missing {
         /// The Pod.
         pod: ObjectKey,
-        /// Where it was looked for.
+        /// Source that was asked.
         place: String,
     },
-    /// Pods are more than the agent itself may read.
+    /// Reading the Pod is forbidden. The agent's own rights do not include Pods.
     #[error(
         "--from {pod}: {place} does not let us read the Pod ({code}); give --kubeconfig of a user who may read pods, or \
          the Pod's address"
@@ -46,7 +46,7 @@ pub enum PodError {
     Forbidden {
         /// The Pod.
         pod: ObjectKey,
-        /// Where it was looked for.
+        /// Source that was asked.
         place: String,
         /// 401 or 403.
         code: u16,
@@ -56,19 +56,19 @@ pub enum PodError {
     Api {
         /// The Pod.
         pod: ObjectKey,
-        /// Where it was looked for.
+        /// Source that was asked.
         place: String,
-        /// What is wrong.
+        /// Reason of the failure.
         reason: String,
     },
-    /// It cannot ask.
+    /// The Pod has no address of the target's family.
     #[error("--from {pod}: the Pod has no {family} address ({}); {}", has(addresses), todo(addresses))]
     Address {
         /// The Pod.
         pod: ObjectKey,
         /// The family of the target.
         family: Family,
-        /// What `status.podIPs` has.
+        /// Addresses in `status.podIPs`.
         addresses: Vec<IpAddr>,
     },
 }
@@ -86,7 +86,7 @@ fn todo(addresses: &[IpAddr]) -> &'static str {
     }
 }
 
-/// A Pod as far as its connections depend on it.
+/// Facts about a Pod on which its connections depend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientPod {
     /// Namespace and name.
@@ -95,13 +95,13 @@ pub struct ClientPod {
     pub node: Option<String>,
     /// `spec.hostNetwork`: its sockets are the node's.
     pub host_network: bool,
-    /// `status.podIPs`; those of the node for a Pod in its network.
+    /// `status.podIPs`; for a Pod in the node's network, also the node's addresses.
     pub addresses: Vec<IpAddr>,
-    /// What its cgroup is named by.
+    /// Uid that names its cgroup.
     pub uid: Option<String>,
 }
 
-/// The same as printed.
+/// A Pod, as printed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PodView {
@@ -113,7 +113,7 @@ pub struct PodView {
     pub node: Option<String>,
     /// Whether it uses that node's network.
     pub host_network: bool,
-    /// Whether its sockets are left alone, and its packets judged; none if its cgroup is not found.
+    /// Whether its sockets are left alone and its packets are judged; none if its cgroup is not found.
     pub opted_out: Option<bool>,
 }
 
@@ -155,7 +155,7 @@ impl ClientPod {
         object.map(|object| Self::of(key, &object)).ok_or(PodError::Missing { pod, place })
     }
 
-    /// What counts of an object.
+    /// Takes the facts from an object.
     pub fn of(key: &ObjectKey, object: &objects::Pod) -> Self {
         let (spec, status) = (object.spec.as_ref(), object.status.as_ref());
         let host_network = spec.and_then(|spec| spec.host_network).unwrap_or(false);
@@ -184,7 +184,7 @@ impl ClientPod {
         }
     }
 
-    /// Its address of `family`.
+    /// Returns its address of `family`.
     ///
     /// # Errors
     ///
@@ -198,15 +198,16 @@ impl ClientPod {
         })
     }
 
-    /// Id of its cgroup below the root `root` of the hierarchy, if it is on this node and has one of its own.
+    /// Returns the id of its cgroup below the root `root` of the hierarchy, if it is on this node and has a cgroup of
+    /// its own.
     pub fn cgroup(&self, root: &Path) -> Option<u64> {
         cgroups::look(root).pods.get(self.uid.as_ref()?).map(|pod| pod.id)
     }
 
-    /// As printed. `cgroup` is its own, `opted_out` are those of the Pods that have opted out.
+    /// Returns the Pod as printed. `cgroup` is its own, `opted_out` are the cgroups of the Pods that have opted out.
     pub fn view(&self, cgroup: Option<u64>, opted_out: &[u64]) -> PodView {
         let opted_out = match cgroup {
-            // Nobody judges what the node's network sends.
+            // Packets from the node's network are never judged.
             _ if self.host_network || opted_out.is_empty() => Some(false),
             Some(cgroup) => Some(opted_out.contains(&cgroup)),
             None => None,
@@ -222,7 +223,7 @@ impl ClientPod {
 }
 
 impl PodView {
-    /// In words.
+    /// Returns a description in words.
     pub fn words(&self) -> String {
         let place = self.node.as_ref().map_or(String::new(), |node| format!(" on node {node}"));
         let sockets = match (self.host_network, self.opted_out) {
@@ -277,7 +278,7 @@ mod tests {
             json!({"hostIP": "192.0.2.10", "hostIPs": [{"ip": "192.0.2.10"}, {"ip": "2001:db8::10"}]});
         let of_host = pod(host, status.clone());
         assert_eq!(Family::ALL.map(|family| told(&of_host, family)), ["192.0.2.10", "2001:db8::10"]);
-        // Those of the node are nothing to any other Pod.
+        // The node's addresses do not belong to a Pod with a network of its own.
         assert_eq!(pod(json!({}), status).addresses, [] as [IpAddr; 0]);
         assert_eq!(of_host.view(Some(7), &[7]).opted_out, Some(false));
     }

@@ -11,9 +11,12 @@ use proxy_common::be::Be16;
 use proxy_common::datapath::lookup::{self, Target};
 use proxy_common::datapath::tables::{Tables as _, Tier};
 
+use super::clients;
+use super::explanation::{Explanation, explain};
 use super::pod::{ClientPod, PodError};
-use super::{Explanation, Question, clients, explain};
-use crate::bpf::maps::{KernelMaps, OpenError};
+use super::question::Question;
+use crate::bpf::maps::KernelMaps;
+use crate::bpf::pins::OpenError;
 use crate::bpf::pins::PinDir;
 use crate::commands::inspect::{InspectError, print_data};
 use crate::commands::table::{line, table};
@@ -26,7 +29,7 @@ use crate::observe::report;
 use crate::reconcile::model::Model;
 use crate::reconcile::sim::Simulator;
 
-/// The Pod that `--from` names, if it names one.
+/// Returns the Pod that `--from` names, if it names one.
 ///
 /// # Errors
 ///
@@ -36,21 +39,21 @@ pub async fn client_pod(args: &ExplainArgs) -> Result<Option<ClientPod>, Explain
     Ok(Some(ClientPod::look_up(&Source::of(&args.source)?, key).await?))
 }
 
-/// Why nothing is explained.
+/// Reason why nothing is explained.
 #[derive(Debug, thiserror::Error)]
 pub enum ExplainError {
-    /// Where Pods are looked up.
+    /// The configuration of the source of Pods is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The Pod.
+    /// The Pod cannot be found or used.
     #[error(transparent)]
     Pod(#[from] PodError),
-    /// The maps, or standard output.
+    /// The maps cannot be read, or standard output is gone.
     #[error(transparent)]
     Inspect(#[from] InspectError),
 }
 
-/// `proxy-agent explain`. `pod` is what [`client_pod`] has found.
+/// Runs `proxy-agent explain`. `pod` is the result of [`client_pod`].
 ///
 /// # Errors
 ///
@@ -102,7 +105,7 @@ pub fn print(args: &ExplainArgs, pod: Option<&ClientPod>, out: &mut impl Write) 
     Ok(words(&explanation, out).map_err(InspectError::from)?)
 }
 
-/// What limits the answer: `here` is the name of this node, if it is known.
+/// Returns a note on the limits of the answer. `here` is the name of this node, if it is known.
 pub(super) fn client_note(explanation: &Explanation, here: Option<&str>, opted_out: usize) -> Option<String> {
     let pod = explanation.pod.as_ref();
     if let Some((node, here)) = pod.and_then(|pod| pod.node.as_deref()).zip(here)
@@ -123,7 +126,7 @@ pub(super) fn client_note(explanation: &Explanation, here: Option<&str>, opted_o
     })
 }
 
-/// Copies of the pinned maps.
+/// Returns copies of the pinned maps, and the model of them.
 fn read(pins: &PinDir, question: &Question) -> Result<(Simulator, Model), InspectError> {
     let kernel = KernelMaps::open(pins, false)?;
     let contents = kernel.contents()?;
@@ -164,7 +167,7 @@ fn open<K: aya::Pod, V: aya::Pod>(
 ///
 /// # Errors
 ///
-/// Whoever reads them is gone.
+/// When the reader of the output is gone.
 pub fn words(explanation: &Explanation, out: &mut impl Write) -> io::Result<()> {
     let Explanation { target, protocol, from, pod, client_note, owner, note, frontend, service, clients } =
         explanation;

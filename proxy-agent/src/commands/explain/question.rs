@@ -1,4 +1,4 @@
-//! What is asked, and the packet that asks it.
+//! A question about a connection, and the packet that asks it.
 
 use proxy_common::abi::proto;
 use proxy_common::addr::{Addr, Family};
@@ -9,13 +9,13 @@ use proxy_common::be::Be16;
 pub struct Question {
     /// IP protocol number: TCP, UDP or SCTP.
     pub proto: u8,
-    /// Where to.
+    /// Target address.
     pub addr: Addr,
-    /// Which port of it.
+    /// Target port.
     pub port: Be16,
-    /// The client's address, if it is a certain one.
+    /// Address of the client, if it is given.
     pub from: Option<Addr>,
-    /// Id of the cgroup of the pod that the client is, if it is a certain one.
+    /// Id of the cgroup of the client's pod, if it is given.
     pub cgroup: Option<u64>,
 }
 
@@ -24,7 +24,7 @@ const TTL: u8 = 64;
 const SYN: u8 = 0x02;
 
 impl Question {
-    /// The first packet of the connection, with its MAC header, from `source`; its checksums are not filled in.
+    /// Returns the first packet of the connection from `source`, with its MAC header. The checksums are not filled in.
     pub fn packet(&self, source: Addr, source_port: u16) -> Vec<u8> {
         let mut segment = [source_port.to_be_bytes(), self.port.bytes].concat();
         segment.extend_from_slice(match self.proto {

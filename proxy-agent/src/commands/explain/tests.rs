@@ -1,5 +1,6 @@
-//! One world for all: Service 1 has the backends 10.64.0.1 (on this node) to 10.64.0.3, and 10.64.0.4 which drains;
-//! 2 has none; 3 has session affinity; 4 is Local without an endpoint here. Its pods are 10.64.0.0/16, its node 192.0.2.10.
+//! One world for all tests: Service 1 has the backends 10.64.0.1 (on this node) to 10.64.0.3, and 10.64.0.4, which
+//! drains. Service 2 has no backend, 3 has session affinity, and 4 is Local without an endpoint here. Pods are
+//! 10.64.0.0/16, the node is 192.0.2.10.
 
 use std::sync::Arc;
 
@@ -18,16 +19,26 @@ use proxy_common::addr::{Family, Prefix};
 
 use super::clients::Verdict;
 use super::print::{client_note, words};
+use std::net::{IpAddr, SocketAddr};
+
+use proxy_common::abi::FrontendKey;
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
+use proxy_common::addr::Addr;
+use proxy_common::be::Be16;
+
 use super::*;
 use crate::commands::inspect::print_data;
 use crate::observe::reasons;
+use crate::observe::reasons::EndpointReasons;
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::desired::PortKey;
+use crate::reconcile::model::Model;
 use crate::reconcile::model::service_name;
+use crate::reconcile::sim::Simulator;
 use crate::reconcile::store::{Capacity, Contents, filter_words};
 
 const HOST_NETNS: u64 = 7;
-/// The machine has been up for a second.
+/// Time since boot: one second.
 const NOW: u64 = 1_000_000_000;
 const CAPACITY: Capacity =
     Capacity { frontends: 64, services: 8, slots: 64, backends: 16, source_ranges: 16 };
@@ -118,7 +129,8 @@ fn ask(maps: &Simulator, proto: u8, target: &str, from: &str) -> Explanation {
     explain(maps, &Model::restore(CAPACITY, &maps.contents()), &question)
 }
 
-/// `client verdict` and whom it may get, by the last octet, or the counter; `!` before who is remembered.
+/// Returns `CLIENT VERDICT`, and the backends that the client may get, by the last octet, or the counter. A `!`
+/// precedes a remembered backend.
 fn told(explanation: &Explanation) -> Vec<String> {
     let octet = |backend: &SocketAddr| Addr::from(backend.ip()).v4_octets()[3].to_string();
     let told = |answer: &Answer| {
@@ -149,7 +161,7 @@ fn every_kind_of_client_is_told_of_a_cluster_ip() {
         Owner::Frontend,
         &["Host Served 1,2,3", "Pod Served 1,2,3", "PodPackets Served 1,2,3", "Outside Served 1,2,3"],
     );
-    // Sockets of SCTP are not translated.
+    // SCTP sockets are not translated.
     check(SCTP, "10.96.0.50:80", "", Owner::Frontend, &["PodPackets Served 1,2,3", "Outside Served 1,2,3"]);
 }
 
@@ -163,7 +175,7 @@ fn a_client_is_of_the_kind_that_its_address_says() {
     ] {
         check(TCP, "10.96.0.10:80", from, Owner::Frontend, want);
     }
-    // Where nobody knows the addresses of pods, anybody may be one.
+    // Any address may be a pod's while the addresses of pods are not known.
     let unknown = Contents { pod_sources: Vec::new(), ..contents() };
     let told = told(&ask(&maps(&unknown), TCP, "10.96.0.10:80", "203.0.113.7"));
     assert_eq!(told, ["Pod Served 1,2,3", "Outside Served 1,2,3"]);
@@ -262,7 +274,7 @@ fn source_ranges_are_judged_by_address() {
         assert_eq!(service.source_ranges, ["198.51.100.0/24"]);
         assert_eq!(service.client_in_source_ranges, Some(within), "{from}");
     }
-    // Without an address only sockets can be told about.
+    // Without an address, only the answers at sockets are known.
     check(
         TCP,
         vip,
@@ -386,7 +398,7 @@ fn an_agent_answers_at_its_socket() {
     });
     assert_eq!(answers, [vec![port.clone()], Vec::new()]);
 
-    // What it says is added to what the maps hold.
+    // The agent's answer is added to the contents of the maps.
     let mut service = ask(&maps(&contents()), TCP, "10.96.0.10:80", "").service.unwrap();
     service.learn(&port.endpoints);
     let last = service.backends.last().unwrap();
@@ -394,7 +406,8 @@ fn an_agent_answers_at_its_socket() {
     assert!(service.agent_answered && service.backends.len() == 5);
 }
 
-/// What a pod in the cgroup `cgroup` is told, and why not at its socket, if that of 7 has opted out.
+/// Returns the answers to a pod in the cgroup `cgroup`, and the reason at its socket, when the pod of cgroup 7 has
+/// opted out.
 fn in_cgroup(cgroup: Option<u64>) -> (Vec<String>, &'static str) {
     let opted_out = Contents {
         opt_out: vec![(7, EVERYTHING), (8, INSIDE)],
@@ -421,7 +434,7 @@ fn sockets_of_a_pod_that_has_opted_out_leave_everything_to_packets() {
     }
 }
 
-/// Its packet is answered where it would leave the host.
+/// The host's packet is answered where it would leave the host.
 #[test]
 fn a_process_of_the_host_is_refused_where_its_socket_cannot_be_told_more() {
     let asked = |flags| {
@@ -457,7 +470,7 @@ fn what_limits_an_answer_is_told() {
     assert!(note(&explanation, Some("n2"), 2).starts_with("it runs on node n1"));
     explanation.pod = Some(PodView { opted_out: None, ..pod });
     assert!(note(&explanation, Some("n1"), 2).contains("opted out of the socket edge (2)"));
-    // No pod's socket is asked about.
+    // No pod's socket is asked about here.
     let of_host = ask(&maps(&contents()), TCP, "10.96.0.10:80", "192.0.2.10");
     assert_eq!(note(&of_host, Some("n1"), 2), "");
 }

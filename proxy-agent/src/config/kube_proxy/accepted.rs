@@ -1,5 +1,5 @@
-//! kube-proxy's flags that have no effect here: they are about a way of working (iptables, ipvs, conntrack, polling)
-//! that the agent does not have. They are accepted and validated, so that kube-proxy's command line can stay.
+//! kube-proxy's flags that have no effect here: they are about mechanisms (iptables, ipvs, conntrack, polling) that
+//! the agent does not have. They are accepted and validated, so that kube-proxy's command line can stay.
 
 use clap::Args;
 use serde_json::Value;
@@ -11,10 +11,10 @@ use super::duration::GoDuration;
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Accepted from kube-proxy, without effect")]
 pub struct Accepted {
-    /// iptables, ipvs or nftables.
+    /// Proxy mode: iptables, ipvs or nftables.
     #[arg(long, value_name = "MODE", hide_short_help = true)]
     pub proxy_mode: Option<String>,
-    /// Masquerade whatever is sent to a clusterIP.
+    /// Masquerade all traffic to clusterIPs.
     #[arg(long, value_name = "BOOL", hide_short_help = true, value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub masquerade_all: Option<bool>,
@@ -37,7 +37,7 @@ pub struct Accepted {
     /// IPVS scheduler.
     #[arg(long, value_name = "NAME", hide_short_help = true)]
     pub ipvs_scheduler: Option<String>,
-    /// IPVS virtual servers of others.
+    /// CIDRs of IPVS virtual servers that kube-proxy leaves alone.
     #[arg(long, value_name = "CIDRS", hide_short_help = true, value_delimiter = ',')]
     pub ipvs_exclude_cidrs: Vec<String>,
     /// arp_ignore and arp_announce for IPVS.
@@ -81,7 +81,7 @@ pub struct Accepted {
     /// Requests at once.
     #[arg(long, value_name = "COUNT", hide_short_help = true, allow_negative_numbers = true)]
     pub kube_api_burst: Option<i32>,
-    /// Encoding of requests: JSON is what the agent speaks.
+    /// Encoding of requests: the agent uses JSON.
     #[arg(long, value_name = "TYPE", hide_short_help = true)]
     pub kube_api_content_type: Option<String>,
     /// Resync with the API server.
@@ -100,11 +100,11 @@ pub struct Accepted {
     /// Pause between flushes of the log.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
     pub log_flush_frequency: Option<GoDuration>,
-    /// Errors and the rest in streams of their own.
+    /// Separate streams for errors and for other messages.
     #[arg(long, value_name = "BOOL", hide_short_help = true, value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub log_text_split_stream: Option<bool>,
-    /// How much of the log is held back.
+    /// Size of the buffer for the log.
     #[arg(long, value_name = "BYTES", hide_short_help = true)]
     pub log_text_info_buffer_size: Option<String>,
     /// As --log-text-split-stream.
@@ -114,16 +114,16 @@ pub struct Accepted {
     /// As --log-text-info-buffer-size.
     #[arg(long, value_name = "BYTES", hide_short_help = true)]
     pub log_json_info_buffer_size: Option<String>,
-    /// Where the boot id of the machine is told.
+    /// Files that contain the boot id of the machine.
     #[arg(long, value_name = "FILES", hide_short_help = true)]
     pub boot_id_file: Option<String>,
-    /// Where the id of the machine is told.
+    /// Files that contain the id of the machine.
     #[arg(long, value_name = "FILES", hide_short_help = true)]
     pub machine_id_file: Option<String>,
 }
 
 impl Accepted {
-    /// Puts into `configuration` what was given.
+    /// Copies the given flags into `configuration`.
     pub(super) fn apply_to(&self, configuration: &mut KubeProxyConfiguration) {
         configuration.mode.clone_from(&self.proxy_mode);
         configuration.config_sync_period = self.config_sync_period;
@@ -168,7 +168,7 @@ impl Accepted {
     }
 }
 
-/// A truth value in any spelling that Go's flags know.
+/// Parses a truth value in any spelling that Go's flags accept.
 pub(super) fn go_bool(text: &str) -> Result<bool, String> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),

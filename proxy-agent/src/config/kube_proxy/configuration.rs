@@ -1,8 +1,8 @@
-//! `KubeProxyConfiguration` (`kubeproxy.config.k8s.io/v1alpha1`) as the file has it.
+//! `KubeProxyConfiguration` (`kubeproxy.config.k8s.io/v1alpha1`) in the form of the file.
 //!
-//! Flags are turned into the same type ([`super::flags`]), so that one set of defaults and one validation hold for
-//! both. `None` means not given; after [`KubeProxyConfiguration::with_defaults`] only fields without a default are
-//! `None`. Who reads it: [`crate::config`], which resolves it, and `/configz`, which shows it.
+//! Flags are converted to the same type ([`super::flags`]), so that one set of defaults and one validation hold for
+//! both. `None` means not given. After [`KubeProxyConfiguration::with_defaults`] only fields without a default are
+//! `None`. Two readers: [`crate::config`], which resolves it, and `/configz`, which shows it.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -18,7 +18,7 @@ pub const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 /// `kind` of the file.
 pub const KIND: &str = "KubeProxyConfiguration";
 
-/// The file. What each field means here is told in `docs/configuration.md`, which a test holds to be complete.
+/// The file. `docs/configuration.md` explains the meaning of each field here, and a test checks that it is complete.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct KubeProxyConfiguration {
@@ -29,7 +29,7 @@ pub struct KubeProxyConfiguration {
     pub(crate) logging: Logging,
     pub(crate) hostname_override: Option<String>,
     pub(crate) bind_address: Option<String>,
-    /// Empty: no server. (A file cannot say that: empty means the default there.)
+    /// Empty: no server. (A file cannot express that, because empty means the default there.)
     pub(crate) healthz_bind_address: Option<String>,
     /// As `healthz_bind_address`.
     pub(crate) metrics_bind_address: Option<String>,
@@ -64,7 +64,7 @@ pub(crate) struct ClientConnection {
     pub(crate) burst: Option<i32>,
 }
 
-/// `logging`. Parts without a meaning here are kept as they are written.
+/// `logging`. Parts without a meaning here are kept as written.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Logging {
@@ -145,7 +145,7 @@ pub(crate) struct Conntrack {
     pub(crate) udp_stream_timeout: Option<GoDuration>,
 }
 
-/// What a proxy mode's section says about syncing.
+/// Sync periods in the section of a proxy mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SyncPeriods {
     /// Name of the section.
@@ -157,7 +157,7 @@ pub struct SyncPeriods {
 }
 
 impl KubeProxyConfiguration {
-    /// Makes those fields "not given" in which a file's zero (`""`, `0`, `0s`) means the default.
+    /// Resets the fields to "not given" in which a file's zero (`""`, `0`, `0s`) means the default.
     pub(super) fn forget_zeros(&mut self) {
         forget(&mut self.bind_address);
         forget(&mut self.healthz_bind_address);
@@ -175,8 +175,8 @@ impl KubeProxyConfiguration {
         forget(&mut self.logging.format);
     }
 
-    /// With every default that kube-proxy has; a bind address without a port gets one. `nodePortAddresses` has no
-    /// default: what it means while unset is told where it is resolved.
+    /// Fills in every default that kube-proxy has, and adds a port to a bind address without one. `nodePortAddresses`
+    /// has no default: the code that resolves it defines its meaning while unset.
     #[must_use]
     pub fn with_defaults(mut self) -> Self {
         let seconds = GoDuration::from_secs;
@@ -257,26 +257,26 @@ impl KubeProxyConfiguration {
         self
     }
 
-    /// As a file.
+    /// Returns the configuration as a file.
     ///
     /// # Errors
     ///
-    /// When a value cannot be written as YAML, which none is known to do.
+    /// A value cannot be written as YAML. No such value is known.
     pub fn to_yaml(&self) -> Result<String, serde_saphyr::SerializeError> {
         serde_saphyr::to_string(self)
     }
 
-    /// Verbosity of the log, as `-v` has it.
+    /// Returns the verbosity of the log, as set by `-v`.
     pub fn verbosity(&self) -> u32 {
         self.logging.verbosity.unwrap_or_default()
     }
 
-    /// Whether the log is to be JSON, not text.
+    /// Returns whether the log is JSON, not text.
     pub fn logs_json(&self) -> bool {
         self.logging.format.as_deref() == Some("json")
     }
 
-    /// What the section of the proxy mode says about syncing; the mode without a name is iptables.
+    /// Returns the sync periods in the section of the proxy mode. An empty mode means iptables.
     pub fn sync_periods(&self) -> SyncPeriods {
         let (section, period, min) = match self.mode.as_deref() {
             Some("ipvs") => ("ipvs", self.ipvs.sync_period, self.ipvs.min_sync_period),
@@ -286,8 +286,8 @@ impl KubeProxyConfiguration {
         SyncPeriods { section, period: period.unwrap_or_default(), min: min.unwrap_or_default() }
     }
 
-    /// Whether the section of the proxy mode asks for masquerading of everything that is sent to clusterIPs. ipvs has
-    /// no such field of its own.
+    /// Returns whether the section of the proxy mode asks to masquerade all traffic to clusterIPs. ipvs has no such
+    /// field and uses that of iptables.
     pub fn masquerade_all(&self) -> bool {
         let all = match self.mode.as_deref() {
             Some("nftables") => self.nftables.masquerade_all,
@@ -297,7 +297,7 @@ impl KubeProxyConfiguration {
     }
 }
 
-/// The default addresses of the health and the metrics server: of the family of `bindAddress`.
+/// Returns the default addresses of the health and the metrics server, in the family of `bindAddress`.
 pub(super) fn default_addresses(bind_address: Option<&str>) -> [SocketAddr; 2] {
     let v6 = bind_address.is_some_and(|text| text.parse::<IpAddr>().is_ok_and(|ip| ip.is_ipv6()));
     let (any, loopback): (IpAddr, IpAddr) = if v6 {
@@ -308,7 +308,7 @@ pub(super) fn default_addresses(bind_address: Option<&str>) -> [SocketAddr; 2] {
     [SocketAddr::new(any, HEALTH_PORT), SocketAddr::new(loopback, METRICS_PORT)]
 }
 
-/// Appends `port` to an IP address that stands alone.
+/// Appends `port` to an IP address without a port.
 pub(super) fn append_port(address: &mut Option<String>, port: u16) {
     if let Some(text) = address
         && let Ok(Some(complete)) = bind_address(text, port)

@@ -1,4 +1,4 @@
-//! Durations as Go writes and reads them: `1h30m`, `250ms`, `-1.5s`. There are no days.
+//! Durations in Go's notation: `1h30m`, `250ms`, `-1.5s`. There is no unit for days.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct GoDuration(i64);
 
-/// Not a duration.
+/// A text that is not a duration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DurationError {
     /// Not a sequence of numbers with units.
@@ -21,7 +21,7 @@ pub enum DurationError {
     TooLong(String),
 }
 
-/// Units with their nanoseconds. Both letters that look like µ are in use.
+/// Units with their nanoseconds. Two letters look like µ, and both are in use.
 const UNITS: [(&str, u64); 8] = [
     ("ns", 1),
     ("us", 1_000),
@@ -37,12 +37,12 @@ impl GoDuration {
     /// No time.
     pub const ZERO: Self = Self(0);
 
-    /// Whole seconds.
+    /// Returns a duration of whole seconds.
     pub const fn from_secs(seconds: i32) -> Self {
         Self(seconds as i64 * 1_000_000_000)
     }
 
-    /// As the standard library has it; a negative one is zero.
+    /// Converts to the type of the standard library. A negative duration becomes zero.
     pub fn to_std(self) -> Duration {
         Duration::from_nanos(u64::try_from(self.0).unwrap_or(0))
     }
@@ -78,7 +78,7 @@ impl FromStr for GoDuration {
                 let whole: u64 = whole.parse().map_err(|_overflow: std::num::ParseIntError| too_long())?;
                 total += u128::from(whole) * u128::from(unit);
             }
-            // What is beyond the 18th digit is less than a nanosecond in every unit.
+            // Digits beyond the 18th are less than a nanosecond in every unit.
             let (mut part, mut scale) = (0, 1);
             for digit in fraction.bytes().take(18) {
                 part = part * 10 + u128::from(digit - b'0');
@@ -95,13 +95,14 @@ impl FromStr for GoDuration {
     }
 }
 
-/// The digits that `text` begins with, and the rest.
+/// Returns the digits that `text` begins with, and the rest.
 fn digits(text: &str) -> (&str, &str) {
     text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()))
 }
 
 impl fmt::Display for GoDuration {
-    /// Hours, minutes and seconds from the largest on that is not zero; below a second a single unit.
+    /// Writes hours, minutes and seconds, beginning with the largest unit that is not zero. Below a second, writes a
+    /// single unit.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let nanos = self.0.unsigned_abs();
         if self.0 < 0 {
@@ -127,7 +128,7 @@ impl fmt::Display for GoDuration {
     }
 }
 
-/// A number whose decimal places (`width` of them) are those of `fraction` without trailing zeros.
+/// Returns a number with the decimal places of `fraction` (`width` of them), without trailing zeros.
 fn decimal(whole: u64, fraction: u64, width: usize) -> String {
     let text = format!("{whole}.{fraction:0width$}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()

@@ -1,19 +1,19 @@
-//! Every field of the configuration file, the flag that sets it, and whether it has an effect here: the list behind
-//! the log line about settings without effect, and behind the messages that name a field.
-//! `docs/configuration.md` is held to it by a test.
+//! Every field of the configuration file, the flag that sets it, and whether it has an effect here. The log line
+//! about settings without effect and the messages that name a field use this list. A test compares
+//! `docs/configuration.md` with it.
 
 use serde_json::Value;
 
 use super::configuration::KubeProxyConfiguration;
 
-/// A field.
+/// A field of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field {
-    /// Its path in the file.
+    /// Path of the field in the file.
     pub path: &'static str,
-    /// The flag that sets it, without the dashes; empty if there is none.
+    /// Flag that sets the field, without the dashes; empty if there is none.
     pub flag: &'static str,
-    /// Whether the agent does anything with it.
+    /// Whether the field has an effect in the agent.
     pub effect: bool,
 }
 
@@ -25,7 +25,7 @@ const fn unused(path: &'static str, flag: &'static str) -> Field {
     Field { path, flag, effect: false }
 }
 
-/// All of them.
+/// All fields.
 pub const FIELDS: &[Field] = &[
     used("apiVersion", ""),
     used("kind", ""),
@@ -88,12 +88,12 @@ pub const FIELDS: &[Field] = &[
     unused("winkernel.forwardHealthCheckVip", ""),
 ];
 
-/// The flag that sets the field at `path`; empty if there is none.
+/// Returns the flag that sets the field at `path`; empty if there is none.
 pub fn flag_of(path: &str) -> &'static str {
     FIELDS.iter().find(|field| field.path == path).map_or("", |field| field.flag)
 }
 
-/// The value of each field of [`FIELDS`], in that order; null for those that are not given.
+/// Returns the value of each field of [`FIELDS`], in that order; null for fields that are not given.
 pub fn values(configuration: &KubeProxyConfiguration) -> Vec<(&'static Field, Value)> {
     let whole = serde_json::to_value(configuration).unwrap_or_default();
     let value = |field: &Field| {
@@ -103,8 +103,8 @@ pub fn values(configuration: &KubeProxyConfiguration) -> Vec<(&'static Field, Va
     FIELDS.iter().map(|field| (field, value(field))).collect()
 }
 
-/// What `configuration` (with defaults) sets to something else than the default, and nothing comes of it: each as
-/// `field=value`. Of a field that names parts (feature gates) see [`crate::config`].
+/// Returns the settings of `configuration` (with defaults) that differ from the default and have no effect, each as
+/// `field=value`. Fields that consist of named parts (feature gates) are handled in [`crate::config`].
 pub fn without_effect(configuration: &KubeProxyConfiguration) -> Vec<String> {
     let defaults = values(&KubeProxyConfiguration::default().with_defaults());
     let given = values(configuration).into_iter().zip(defaults);
@@ -113,7 +113,7 @@ pub fn without_effect(configuration: &KubeProxyConfiguration) -> Vec<String> {
     idle.map(|((field, value), _)| format!("{}={}", field.path, plain(&value))).collect()
 }
 
-/// The flags of those fields that `configuration` (without defaults) gives, with the dashes.
+/// Returns the flags of the fields that `configuration` (without defaults) gives, with the dashes.
 pub fn flags_given(configuration: &KubeProxyConfiguration) -> Vec<String> {
     let given =
         values(configuration).into_iter().filter(|(field, value)| !field.flag.is_empty() && !value.is_null());
@@ -123,12 +123,13 @@ pub fn flags_given(configuration: &KubeProxyConfiguration) -> Vec<String> {
     flags
 }
 
-/// As it would be written in the file; text without quotes.
+/// Returns a value as it would be written in the file; text without quotes.
 pub fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
-/// Nothing is asked for, which is what happens. A file may spell that out: `options: {}`, `minSyncPeriod: 0s`.
+/// Returns whether a value asks for nothing, so that it does not matter that it has no effect. A file may spell that
+/// out: `options: {}`, `minSyncPeriod: 0s`.
 fn is_zero(value: &Value) -> bool {
     match value {
         Value::Null => true,

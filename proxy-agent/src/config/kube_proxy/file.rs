@@ -11,32 +11,32 @@ use crate::host::named_file;
 /// A file that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    /// It cannot be read.
+    /// The file cannot be read.
     #[error("--config {path}: {source}")]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: std::io::Error,
     },
-    /// It is not YAML (nor JSON, which is YAML).
+    /// The file is not YAML (nor JSON, which is YAML).
     #[error("--config {path}: {reason}")]
     Syntax {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and where.
+        /// The error and its position.
         reason: String,
     },
-    /// It is something else.
+    /// The file has another `apiVersion` or `kind`.
     #[error("--config {path}: `{field}` is `{value}`, must be `{must}`")]
     Kind {
         /// The file.
         path: PathBuf,
         /// `apiVersion` or `kind`.
         field: &'static str,
-        /// Its value.
+        /// Value of the field.
         value: String,
-        /// What it must be.
+        /// Required value.
         must: &'static str,
     },
     /// A field has a value of another type.
@@ -46,7 +46,7 @@ pub enum FileError {
         path: PathBuf,
         /// The field.
         field: String,
-        /// What was expected.
+        /// Message about the expected type.
         reason: String,
     },
 }
@@ -54,13 +54,14 @@ pub enum FileError {
 /// A file as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigFile {
-    /// Where it is.
+    /// Path of the file.
     pub path: PathBuf,
-    /// Every byte of it.
+    /// All bytes of the file.
     pub content: Vec<u8>,
 }
 
-/// How many YAML nodes aliases may stand for: a hundred times what the largest file says that has every field.
+/// Maximal number of YAML nodes that aliases may expand to: a hundred times the number in the largest file with every
+/// field.
 const ALIAS_NODES_MAX: usize = 10_000;
 
 impl ConfigFile {
@@ -76,8 +77,8 @@ impl ConfigFile {
         }
     }
 
-    /// What the file says, and sentences about what of it is ignored: fields that do not exist, and all but the last
-    /// of fields that are given twice.
+    /// Decodes the file. Also returns sentences about ignored parts: unknown fields, and all but the last of fields
+    /// that are given twice.
     ///
     /// # Errors
     ///
@@ -125,13 +126,13 @@ impl ConfigFile {
             duplicate_keys: duplicate_keys,
             with_snippet: false,
         };
-        // As for kube-proxy, only the first document counts.
+        // As in kube-proxy, only the first document counts.
         let mut text = self.content.as_slice();
         serde_saphyr::read_with_options(&mut text, options).next().unwrap_or(Ok(Value::Null))
     }
 }
 
-/// A field that is null is not given, and a whole number is one however it is written: `14.0`.
+/// Removes null fields, which count as not given, and turns whole numbers such as `14.0` into integers.
 fn tidy(value: &mut Value) {
     match value {
         Value::Object(fields) => {

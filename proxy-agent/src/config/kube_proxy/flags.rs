@@ -1,7 +1,7 @@
-//! kube-proxy's flags, by the names and with the meanings that it gives them.
+//! kube-proxy's flags, with the names and meanings that kube-proxy gives them.
 //!
-//! Each is `None` (or empty) when not given, so that the defaults of [`super::configuration`] hold for flags and file
-//! alike. What a flag means here is told in `docs/configuration.md`.
+//! Each flag is `None` (or empty) when not given, so that the defaults of [`super::configuration`] hold for flags and
+//! file alike. `docs/configuration.md` explains the meaning of each flag here.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,13 +13,13 @@ use super::accepted::{Accepted, go_bool};
 use super::configuration::{KubeProxyConfiguration, append_port, default_addresses};
 use super::duration::GoDuration;
 
-/// The flags that have an effect, and those that have none.
+/// The flags that have an effect, and the flags that have none.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Flags {
     /// kube-proxy's configuration file (KubeProxyConfiguration v1alpha1).
     ///
     /// With it, flags of kube-proxy are ignored except --hostname-override, --master and those of the log. The agent
-    /// ends when the file changes, to be started again.
+    /// ends when the file changes, so that it is started again.
     #[arg(long, value_name = "FILE", help_heading = "Configuration file")]
     #[arg(value_parser = path())]
     pub config: Option<PathBuf>,
@@ -31,12 +31,13 @@ pub struct Flags {
     #[arg(long, value_name = "BOOL", help_heading = "Instead of running", value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub cleanup: Option<bool>,
-    /// Do what needs full root (a BPF file system, sysctls), and exit.
+    /// Do the work that needs full root (a BPF file system, sysctls), and exit.
     #[arg(long, value_name = "BOOL", help_heading = "Instead of running", value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub init_only: Option<bool>,
 
-    /// Kubeconfig file of the cluster to watch. Without it, --master and --manifests: the cluster whose pod this is.
+    /// Kubeconfig file of the cluster to watch. Without it, --master and --manifests: the cluster that this process
+    /// runs in as a pod.
     #[arg(long, value_name = "FILE", help_heading = "Cluster", conflicts_with = "manifests")]
     #[arg(value_parser = path())]
     pub kubeconfig: Option<PathBuf>,
@@ -48,24 +49,25 @@ pub struct Flags {
     pub hostname_override: Option<String>,
     /// Feature gates of kube-proxy as NAME=true or NAME=false, separated by commas.
     ///
-    /// Known is AllowServiceExternalIPs (default true); others have no meaning here and are named in the log.
+    /// The gate AllowServiceExternalIPs (default true) is known. Other gates have no meaning here and are named in
+    /// the log.
     #[arg(long, value_name = "GATES", help_heading = "Cluster", value_delimiter = ',', value_parser = gate)]
     pub feature_gates: Vec<(String, bool)>,
 
     /// Pod addresses of the cluster: one CIDR, or one of each family, separated by a comma.
     ///
-    /// What lies inside counts as local pod traffic: with externalTrafficPolicy Local it is still served by the
-    /// whole cluster's endpoints.
+    /// Traffic from these addresses counts as local pod traffic: with externalTrafficPolicy Local it is still served
+    /// by endpoints of the whole cluster.
     #[arg(long, value_name = "CIDRS", help_heading = "Services")]
     pub cluster_cidr: Option<String>,
-    /// What counts as traffic of local pods: ClusterCIDR (what comes from --cluster-cidr), NodeCIDR (from the Node's
+    /// Definition of the traffic of local pods: ClusterCIDR (from --cluster-cidr), NodeCIDR (from the Node's
     /// podCIDRs), BridgeInterface or InterfaceNamePrefix [default: ClusterCIDR].
     #[arg(long, value_name = "MODE", help_heading = "Services")]
     pub detect_local_mode: Option<String>,
     /// With --detect-local-mode BridgeInterface: the bridge that pods are behind.
     #[arg(long, value_name = "NAME", help_heading = "Services")]
     pub pod_bridge_interface: Option<String>,
-    /// With --detect-local-mode InterfaceNamePrefix: what the names of pods' interfaces on the host begin with.
+    /// With --detect-local-mode InterfaceNamePrefix: prefix of the names of pods' interfaces on the host.
     #[arg(long, value_name = "PREFIX", help_heading = "Services")]
     pub pod_interface_name_prefix: Option<String>,
     /// Addresses of this node that serve nodePorts: CIDRs separated by commas, or `primary` for the Node's own
@@ -75,8 +77,8 @@ pub struct Flags {
     /// This node's primary IP, in place of the Node's. Nothing is bound to it.
     #[arg(long, value_name = "IP", help_heading = "Services")]
     pub bind_address: Option<String>,
-    /// A failed change is tried again after a second, or after this if it is shorter; /livez says no when a change has
-    /// waited twice as long [default: 30s].
+    /// A failed change is tried again after a second, or after this time if it is shorter. /livez fails when a change
+    /// has waited for twice this time [default: 30s].
     #[arg(long, value_name = "DURATION", help_heading = "Services")]
     pub iptables_sync_period: Option<GoDuration>,
 
@@ -86,7 +88,7 @@ pub struct Flags {
     /// Address of /metrics, /configz and /proxyMode; empty for none [default: 127.0.0.1:10249].
     #[arg(long, value_name = "ADDR:PORT", help_heading = "Servers")]
     pub metrics_bind_address: Option<String>,
-    /// End when a server's address cannot be bound, in place of trying again.
+    /// End when a server's address cannot be bound, instead of trying again.
     #[arg(long, value_name = "BOOL", help_heading = "Servers", value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub bind_address_hard_fail: Option<bool>,
@@ -97,7 +99,7 @@ pub struct Flags {
     #[arg(long, value_name = "PORT", help_heading = "Servers", hide_short_help = true)]
     pub metrics_port: Option<u16>,
 
-    /// How soon the kernel should end this process when memory runs out, -1000 (never) to 1000 [default: -999].
+    /// OOM score adjustment of this process, -1000 (never ended when memory runs out) to 1000 [default: -999].
     #[arg(long, value_name = "SCORE", help_heading = "Process", allow_negative_numbers = true)]
     pub oom_score_adj: Option<i32>,
     /// Verbosity of the log on stderr: 0 is normal, 4 and more adds decisions, 6 and more everything.
@@ -108,30 +110,30 @@ pub struct Flags {
     #[arg(long, value_name = "FORMAT", help_heading = "Process")]
     pub logging_format: Option<String>,
 
-    /// What has no meaning here.
+    /// Flags without effect.
     #[command(flatten)]
     pub accepted: Accepted,
 }
 
 impl Flags {
-    /// The configuration file, if one is given.
+    /// Returns the path of the configuration file, if one is given.
     pub fn config(&self) -> Option<&Path> {
         self.config.as_deref().filter(|path| !path.as_os_str().is_empty())
     }
 
-    /// Where to write the configuration, if that is wanted.
+    /// Returns the path to write the configuration to, if one is given.
     pub fn write_config_to(&self) -> Option<&Path> {
         self.write_config_to.as_deref().filter(|path| !path.as_os_str().is_empty())
     }
 
-    /// Sentences about flags that should not be used any more.
+    /// Returns sentences about deprecated flags that are given.
     pub fn deprecated(&self) -> Vec<String> {
         let ports = [("healthz", self.healthz_port), ("metrics", self.metrics_port)];
         let given = ports.into_iter().filter(|(_, port)| port.is_some());
         given.map(|(name, _)| format!("--{name}-port is deprecated; use --{name}-bind-address")).collect()
     }
 
-    /// What the flags say, in the file's terms.
+    /// Converts the flags to the type of the file.
     pub fn to_configuration(&self) -> KubeProxyConfiguration {
         let mut configuration = KubeProxyConfiguration {
             hostname_override: self.hostname_override.clone(),
@@ -166,7 +168,7 @@ impl Flags {
     }
 }
 
-/// The address of a server from its flag and from the deprecated flag for its port.
+/// Determines the address of a server from its flag and from the deprecated flag for its port.
 fn address(given: Option<&str>, port: Option<u16>, default: &std::net::SocketAddr) -> Option<String> {
     match (given, port) {
         (_, Some(0)) => Some(String::new()),
@@ -180,12 +182,12 @@ fn address(given: Option<&str>, port: Option<u16>, default: &std::net::SocketAdd
     }
 }
 
-/// A path; the empty one counts as not given.
+/// Returns a parser of paths. It accepts an empty path, which counts as not given.
 fn path() -> impl TypedValueParser<Value = PathBuf> {
     OsStringValueParser::new().map(PathBuf::from)
 }
 
-/// `NAME=true`.
+/// Parses `NAME=true` and `NAME=false`.
 fn gate(text: &str) -> Result<(String, bool), String> {
     let (name, value) = text.split_once('=').ok_or("must be NAME=true or NAME=false")?;
     Ok((name.trim().to_owned(), go_bool(value.trim())?))

@@ -5,7 +5,8 @@
 //!                        ├─> KubeProxyConfiguration ─> with_defaults() ─> validate() ─> crate::config
 //! --config FILE ─> file ─┘
 //! ```
-//! With a file, kube-proxy ignores its flags, except those that [`crate::config::Raw::load`] takes. Nothing here looks at the host.
+//! With a file, kube-proxy ignores its flags, except the flags that [`crate::config::Raw::load`] takes. Nothing here
+//! looks at the host.
 
 pub mod duration;
 

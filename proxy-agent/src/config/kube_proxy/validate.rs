@@ -1,8 +1,8 @@
-//! What kube-proxy refuses in its configuration: pure, and all at once.
+//! Checks that kube-proxy makes on its configuration: pure, and all at once.
 //!
-//! Fields that have no effect here are judged too, so that a configuration is either good for both or for neither.
-//! What the agent reads as something else than text or a number (addresses, CIDRs, modes) is judged where it is
-//! parsed, in [`crate::config`].
+//! Fields that have no effect here are checked, too, so that a configuration is valid for both programs or for
+//! neither. Values that the agent reads as something else than text or a number (addresses, CIDRs, modes) are checked
+//! where they are parsed, in [`crate::config`].
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -20,18 +20,18 @@ pub struct Invalid {
     pub field: &'static str,
     /// The value, or the part of it that is wrong.
     pub value: String,
-    /// What is wrong, to be read after the value: `must be …`.
+    /// Reason of the error, to be read after the value: `must be …`.
     pub reason: String,
 }
 
 impl Invalid {
-    /// `value` of `field` is wrong for `reason`.
+    /// Creates the error that `value` of `field` is invalid for `reason`.
     pub fn new(field: &'static str, value: impl fmt::Display, reason: impl Into<String>) -> Self {
         Self { field, value: value.to_string(), reason: reason.into() }
     }
 }
 
-/// A field with its flag.
+/// Returns the name of a field with its flag.
 fn named(field: &str) -> String {
     match flag_of(field) {
         "" => field.to_owned(),
@@ -39,7 +39,7 @@ fn named(field: &str) -> String {
     }
 }
 
-/// Everything that is wrong with `configuration`, which has its defaults.
+/// Returns every error in `configuration`, which has its defaults.
 pub fn validate(configuration: &KubeProxyConfiguration) -> Vec<Invalid> {
     let mut all = Findings::default();
     let c = configuration;
@@ -109,7 +109,7 @@ impl Findings {
         }
     }
 
-    /// Those of the section that the mode selects.
+    /// Checks the periods of the section that the mode selects.
     fn sync_periods(&mut self, c: &KubeProxyConfiguration) {
         let periods = c.sync_periods();
         let (period, min) = match periods.section {

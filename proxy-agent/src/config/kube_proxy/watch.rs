@@ -1,4 +1,5 @@
-//! Notices when the configuration file changes. The agent then ends, as kube-proxy does, to be started again with it.
+//! Watches the configuration file for changes. On a change the agent ends, as kube-proxy does, and is started again
+//! with the new file.
 
 use std::io;
 use std::path::Path;
@@ -9,11 +10,11 @@ use inotify::{EventMask, Inotify, WatchMask};
 use super::file::ConfigFile;
 use crate::host::named_file;
 
-/// Returns when `file` has been written to or renamed, or its path leads to other contents than it did when it was
-/// read. That it is removed is not a change: there is nothing to start again with.
+/// Returns when `file` has been written to or renamed, or when its path leads to other contents than those that were
+/// read. A removal is not a change: there is nothing to start again with.
 ///
-/// The file itself is watched, so that a write is noticed wherever links lead; and its directory, in which whole
-/// files and the links of a mounted ConfigMap are swapped.
+/// The file itself is watched, so that a write is noticed wherever links lead. Its directory is watched, too, because
+/// whole files and the links of a mounted ConfigMap are replaced there.
 ///
 /// # Errors
 ///
@@ -28,7 +29,7 @@ pub async fn changed(file: &ConfigFile) -> io::Result<()> {
     events.watches().add(directory, swaps)?;
     let mut watched = None;
     loop {
-        // Also a file that has been put in place of the one that was watched.
+        // This also watches a file that has replaced the watched one.
         let writes = WatchMask::CLOSE_WRITE | WatchMask::MOVE_SELF;
         watched = events.watches().add(&file.path, writes).ok().or(watched);
         match named_file::read(&file.path) {
@@ -56,14 +57,14 @@ mod tests {
 
     use super::*;
 
-    /// Whether what `act` does to a directory counts as a change of `config.conf` in it.
+    /// Checks whether the effect of `act` on a directory counts as a change of `config.conf` in it.
     fn check(dir: &Path, counts: bool, act: impl FnOnce()) {
         let file = ConfigFile::read(&dir.join("config.conf")).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let watch = changed(&file);
             tokio::pin!(watch);
-            // Once around, so that the watches are there.
+            // One round, so that the watches exist.
             assert!(tokio::time::timeout(Duration::from_millis(20), &mut watch).await.is_err());
             act();
             let patience = if counts { Duration::from_secs(10) } else { Duration::from_millis(300) };

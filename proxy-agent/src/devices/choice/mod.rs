@@ -1,25 +1,26 @@
-//! Which devices carry Service traffic, and in which role: pure.
+//! Choice of the devices that carry Service traffic, and of their roles: pure.
 //!
 //! *External* devices lead to clients and to other nodes: the topmost device that carries an address or a route, not
 //! the ports of a bond or a bridge. *Pod* devices are the host's side of pods: veths that are ports of a bridge which
-//! carries pods, or that a host route leads to. What a flag names beats what the network looks like.
+//! carries pods, or that a host route leads to. A flag that names a device takes precedence over the look of the
+//! network.
 
 use std::collections::BTreeMap;
 
 use super::snapshot::{Kind, Layer, Link, Snapshot};
 use crate::config::devices::{DetectLocal, Selection, Settings};
 
-/// What a device is for.
+/// Role of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// It leads to clients and to other nodes.
+    /// Leads to clients and to other nodes.
     External,
-    /// It leads to pods of this node.
+    /// Leads to pods of this node.
     Pod,
 }
 
 impl Role {
-    /// In one word.
+    /// Returns the role in one word.
     pub const fn name(self) -> &'static str {
         match self {
             Self::External => "external",
@@ -33,23 +34,25 @@ impl Role {
 pub struct Choice {
     /// Interface name.
     pub name: String,
-    /// What for.
+    /// Role of the device.
     pub role: Role,
-    /// What its packets start with.
+    /// Header that its packets start with.
     pub layer: Layer,
-    /// Whether all that enters is traffic of local pods (detect-local by interface).
+    /// Whether everything that enters is traffic of local pods (detect-local by interface).
     pub near: bool,
-    /// Index of the bridge or bond that takes over what enters: the network stack sees packets enter through that.
+    /// Index of the bridge or bond that takes over incoming packets: the network stack sees them enter through that
+    /// device.
     pub owner: Option<u32>,
-    /// Why it was chosen.
+    /// Reason for the choice.
     pub reason: String,
 }
 
 /// The chosen devices by interface index.
 pub type Choices = BTreeMap<u32, Choice>;
 
-/// Chooses devices. `before` are the devices chosen so far: one that goes down or loses its last address keeps its
-/// role, so that packets are translated from the moment it is back. What is up and has an address tells by itself what it is.
+/// Chooses devices. `before` are the devices chosen so far: a device that goes down or loses its last address keeps its
+/// role, so that packets are translated from the moment it is back. A device that is up and has an address is judged by
+/// the snapshot alone.
 pub fn choose(snapshot: &Snapshot, settings: &Settings, before: &Choices) -> Choices {
     let view = View { snapshot, settings };
     let chosen = snapshot.links.iter().filter_map(|(&index, link)| {
@@ -62,7 +65,7 @@ pub fn choose(snapshot: &Snapshot, settings: &Settings, before: &Choices) -> Cho
     chosen.collect()
 }
 
-/// What a user should know of flags that name what is not there, or cannot be used.
+/// Returns the problems of flags that name a missing device, or one that cannot be used.
 pub fn problems(snapshot: &Snapshot, settings: &Settings) -> Vec<String> {
     let names = snapshot.links.values().map(|link| link.name.as_str());
     let missing = settings.devices.missing(names).map(|name| format!("there is no device `{name}`"));
@@ -105,7 +108,7 @@ impl View<'_> {
         })
     }
 
-    /// Why a device is the host's side of a pod.
+    /// Returns the reason why a device is the host's side of a pod, if it is.
     fn leads_to_pods(&self, index: u32, link: &Link) -> Option<String> {
         let own_network = self.snapshot.addresses_of(index).any(|address| !address.single);
         let gateway = self.snapshot.routes_of(index).any(|route| route.gateway);
@@ -126,7 +129,7 @@ impl View<'_> {
         Some(format!("host route to {}", host.destination.addr()))
     }
 
-    /// Whether a bridge connects pods of this node and nothing else (but tunnels to more of them).
+    /// Returns whether a bridge connects pods of this node and nothing else (except tunnels to pods of other nodes).
     fn is_pod_bridge(&self, index: u32, bridge: &Link) -> bool {
         if bridge.kind != Kind::Bridge {
             return false;
@@ -144,13 +147,13 @@ impl View<'_> {
             && !self.snapshot.routes_of(index).any(|route| route.gateway)
     }
 
-    /// Whether a bridge is up with an address, and leads to pods of this node or to nobody.
+    /// Returns whether a bridge is up with an address, and leads only to pods of this node or to nothing.
     fn is_bridge_to_itself(&self, index: u32, bridge: &Link) -> bool {
         let has_address = self.snapshot.addresses_of(index).next().is_some();
         bridge.kind == Kind::Bridge && bridge.up && has_address && self.leads_outside(index, bridge).is_none()
     }
 
-    /// Why a device leads to clients or other nodes.
+    /// Returns the reason why a device leads to clients or other nodes, if it does.
     fn leads_outside(&self, index: u32, link: &Link) -> Option<String> {
         if matches!(link.kind, Kind::Idle | Kind::Loopback | Kind::Vrf) || self.owner(link).is_some() {
             return None;
@@ -184,12 +187,12 @@ impl View<'_> {
         Some((index, self.snapshot.links.get(&index)?))
     }
 
-    /// The device that takes over what this one receives: its bridge or bond. A VRF does not.
+    /// Returns the device that takes over what this one receives: its bridge or bond. A VRF does not.
     fn owner(&self, link: &Link) -> Option<&Link> {
         self.master(link).map(|(_, master)| master).filter(|master| master.kind != Kind::Vrf)
     }
 
-    /// The device through which the network stack sees packets enter.
+    /// Returns the device through which the network stack sees packets enter.
     fn entrance<'a>(&'a self, link: &'a Link) -> &'a Link {
         self.owner(link).unwrap_or(link)
     }

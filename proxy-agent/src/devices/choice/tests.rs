@@ -1,4 +1,4 @@
-//! Nodes as they are found in the field, and what is chosen on each.
+//! Nodes as they are found in the field, and the devices that are chosen on each.
 
 use std::net::IpAddr;
 
@@ -8,7 +8,7 @@ use super::super::snapshot::{Address, Route};
 use super::*;
 use crate::config::devices::SettingsError;
 
-/// A node's network, written down device by device: what follows a device belongs to it.
+/// A node's network, written down device by device: each address and route belongs to the device before it.
 #[derive(Clone, Default)]
 struct Net(Snapshot);
 
@@ -76,7 +76,7 @@ impl Net {
         self.leads(destination, false)
     }
 
-    /// `lo`, and `eth0` with the default route.
+    /// Returns a network with `lo`, and `eth0` with the default route.
     fn host() -> Self {
         let lo = Self::default().device("lo", Kind::Loopback, "");
         lo.plain("eth0").addr("192.0.2.10/24").to("192.0.2.0/24").via("0.0.0.0/0")
@@ -108,7 +108,7 @@ fn check_with(net: &Net, settings: &Settings, want: &[&str]) {
     assert_eq!(lines(&choose(&net.0, settings, &Choices::new())), want);
 }
 
-/// With every flag left alone.
+/// Checks the choice with every flag left alone.
 fn check(net: &Net, want: &[&str]) {
     check_with(net, &Settings::default(), want);
 }
@@ -144,7 +144,7 @@ fn routed_pods_with_the_gateway_on_each_veth() {
     check_with(&net, &settings("auto", "none"), &[ETH0]);
 }
 
-/// A node that is a container itself: its uplink is a veth, and in the worst case with an address of /32.
+/// A node that is a container itself: its uplink is a veth, in the worst case with an address of /32.
 #[test]
 fn a_veth_as_uplink() {
     let node = Net::default().veth("eth0").addr("172.18.0.2/16").to("172.18.0.0/16").via("0.0.0.0/0");
@@ -271,7 +271,7 @@ fn p127_p128_near_is_what_the_stack_sees_entering_through_the_named_interface() 
         near(DetectLocal::Bridge("cni0".to_owned())),
         named(&[("eth0", false), ("veth1", true), ("veth2", false)])
     );
-    // What enters veth1 enters the stack through cni0. veth3 is a pod's because it is called so.
+    // Packets through veth1 enter the stack through cni0. veth3 is a pod's because of its name.
     assert_eq!(
         near(DetectLocal::NamePrefix("veth".to_owned())),
         named(&[("eth0", false), ("veth1", false), ("veth2", true), ("veth3", true)])
@@ -287,14 +287,14 @@ fn a_device_keeps_its_role_while_it_is_down() {
     check(&Net::host().down(), &["eth0 external: kept (down)"]);
     let bare = Net::default().device("lo", Kind::Loopback, "").plain("eth0");
     check(&bare, &["eth0 external: kept (nothing leads there any more)"]);
-    // It has become the port of a bridge; another device has its index.
+    // The device has become the port of a bridge; another device has its index.
     let lo_and_bridge = Net::default().bridge("br0").addr("192.0.2.10/24").via("0.0.0.0/0");
     check(&lo_and_bridge.plain("eth0").port_of("br0"), &["br0 external: carries 192.0.2.10"]);
     check(&Net::default().device("lo", Kind::Loopback, "").plain("other"), &[]);
     check(&Net::default().device("lo", Kind::Loopback, ""), &[]);
 }
 
-/// What the bridge is follows from what is there, as it would after a restart.
+/// The role of the bridge follows from the snapshot, as it would after a restart.
 #[test]
 fn a_bridge_of_pods_is_external_only_while_it_leads_to_hosts() {
     let pods =
@@ -312,7 +312,7 @@ fn a_bridge_of_pods_is_external_only_while_it_leads_to_hosts() {
         let before = choose(&with_gateway.0, &Settings::default(), &Choices::new());
         assert_eq!(before[&bridge.unwrap()].role, Role::External, "{name}");
         assert_eq!(lines(&choose(&net.0, &Settings::default(), &before)), want, "{name}");
-        // While it is down nobody knows: its routes have gone with that.
+        // While the bridge is down its role cannot be told: its routes have gone with that.
         let mut down = net;
         down.0.links.get_mut(&bridge.unwrap()).unwrap().up = false;
         assert_eq!(

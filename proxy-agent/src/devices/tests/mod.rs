@@ -12,17 +12,18 @@ use proxy_common::addr::Addr;
 
 use super::*;
 use crate::bpf::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
-use crate::bpf::tc::{Device, Direction, TcPrograms};
+use crate::bpf::device::{Device, Direction};
+use crate::bpf::tc::TcPrograms;
 use crate::config::devices::{DetectLocal, Selection, Settings};
 use crate::host::testing::{in_new_netns, ip};
 use crate::reconcile::store::Capacity;
 
 mod neighbours;
 
-/// Loading takes seconds on a busy machine.
+/// Time limit for a pass: loading takes seconds on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A node in a namespace of its own, with pinned maps. What it pinned goes when it is dropped.
+/// A node in a network namespace of its own, with pinned maps. Its pins go when it is dropped.
 struct Node {
     config: Devices,
     _dataplane: Dataplane,
@@ -76,14 +77,14 @@ impl Node {
         Edge::start(self.config.clone(), Facts::default()).await.unwrap()
     }
 
-    /// What `DEVICES` holds for a device.
+    /// Returns the entry of a device in `DEVICES`.
     fn device(&self, name: &str) -> Option<abi::Device> {
         let data = MapData::from_pin(self.config.pins.map("DEVICES")).unwrap();
         let devices: HashMap<_, u32, abi::Device> = Map::HashMap(data).try_into().unwrap();
         devices.get(&index(name)?, 0).ok()
     }
 
-    /// Link and program of a pin.
+    /// Returns the link and the program of a pin.
     fn link(&self, program: &str, device: &str) -> (u32, u32) {
         let pin = self.config.pins.link(&format!("{program}-{}", index(device).unwrap()));
         let info = FdLink::from(PinnedLink::from_pin(pin).unwrap()).info().unwrap();
@@ -113,7 +114,7 @@ fn index(device: &str) -> Option<u32> {
     String::from_utf8(output.stdout).unwrap().split_once(':')?.0.parse().ok()
 }
 
-/// Names of the programs on a device, ingress and egress.
+/// Returns the names of the programs on a device: ingress and egress.
 fn programs(device: &str) -> [Vec<String>; 2] {
     [TcAttachType::Ingress, TcAttachType::Egress].map(|attach_type| {
         let (_, programs) = SchedClassifier::query_tcx(device, attach_type).unwrap();
@@ -121,14 +122,14 @@ fn programs(device: &str) -> [Vec<String>; 2] {
     })
 }
 
-/// The clsact filters on a device, as tc(8) shows them.
+/// Returns the clsact filters on a device, as tc(8) shows them.
 fn filters(device: &str, direction: &str) -> String {
     let mut tc = std::process::Command::new("tc");
     let output = tc.args(["filter", "show", "dev", device, direction]).output().unwrap();
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Waits for a pass that `done` is content with.
+/// Waits for a pass that `done` accepts.
 async fn until(edge: &mut Edge, what: &str, done: impl Fn(&State) -> bool) -> State {
     let mut last = State::default();
     let wait = async {
@@ -177,14 +178,14 @@ fn devices_are_followed_as_they_come_and_go() {
 
         let gone = index("cali1").unwrap();
         ip("link del cali1\n");
-        // A pass that it goes in the middle of still knows it.
+        // A pass that runs while the device goes still lists it.
         let has_gone = |state: &State| state.devices.iter().all(|device| device.name != "cali1");
         until(&mut edge, "a pod that goes", has_gone).await;
         let pins = node.links();
         assert!(pins.iter().all(|pin| !pin.ends_with(&format!("-{gone}"))), "{pins:?}");
         assert_eq!(pins.len(), 6, "{pins:?}");
 
-        // Down and without addresses it keeps its programs.
+        // A device that is down and without addresses keeps its programs.
         ip("link set eth0 down\naddress flush dev eth0\n");
         let kept = |state: &State| state.devices.iter().any(|device| device.reason == "kept (down)");
         until(&mut edge, "a device that goes down", kept).await;
@@ -240,7 +241,7 @@ fn what_is_not_chosen_any_more_is_detached() {
     });
 }
 
-/// Attaches a program of another project's, as far as the kernel can tell.
+/// Attaches a program that the kernel takes for another project's.
 fn intrude(programs: &mut TcPrograms, node: &Node, direction: Direction) -> PathBuf {
     let name = match direction {
         Direction::Ingress => "pod_ingress",
@@ -273,7 +274,7 @@ fn the_place_is_kept_against_later_arrivals() {
         }
         assert_eq!(programs("eth0"), [["edge_ingress", "pod_ingress"], ["pod_egress", "edge_egress"]]);
         assert_eq!(node.links().len(), 6);
-        // The next pass has nothing to do but to let all devices run the same programs.
+        // The next pass only makes all devices run the same programs.
         add_pod(3);
         let state = until(&mut edge, "a pass", |state| attached(state).len() == 4).await;
         assert_eq!(state.problems, BTreeMap::new());
@@ -313,7 +314,7 @@ fn kernels_without_tcx_get_filters() {
         assert!(shown.contains("pref 65535 bpf") && shown.contains("edge_egress"), "{shown}");
         drop(edge);
 
-        // Restarted, the filters are the same, with other programs.
+        // After a restart the filters are the same, with other programs.
         let before = filters("eth0", "ingress");
         let mut edge = node.start().await;
         until(&mut edge, "the first pass", |state| state.passes == 1).await;
@@ -322,7 +323,7 @@ fn kernels_without_tcx_get_filters() {
         assert_ne!(before, after);
         drop(edge);
 
-        // With TCX they give way to links.
+        // With TCX the filters give way to links.
         node.config.no_tcx = false;
         let mut edge = node.start().await;
         let state = until(&mut edge, "the first pass", |state| state.passes == 1).await;
@@ -330,7 +331,7 @@ fn kernels_without_tcx_get_filters() {
         assert_eq!(filters("eth0", "ingress") + &filters("cali1", "egress"), "");
         drop(edge);
 
-        // And the other way round; then all are removed.
+        // Without TCX the links give way to filters; then all are removed.
         node.config.no_tcx = true;
         let mut edge = node.start().await;
         until(&mut edge, "the first pass", |state| state.passes == 1).await;
@@ -343,7 +344,7 @@ fn kernels_without_tcx_get_filters() {
     });
 }
 
-/// What others run, by device.
+/// Returns what others run, by device.
 fn others(state: &State) -> Vec<(&str, String)> {
     let all = state.devices.iter().flat_map(|device| device.others.iter().map(move |other| (device, other)));
     all.map(|(device, other)| (device.name.as_str(), other.to_string())).collect()
@@ -386,7 +387,7 @@ fn sources_are_what_the_kernel_would_take() {
         edge.tell(&facts, &DatagramPorts::default());
         until(&mut edge, "a pass", |state| state.passes == 2).await;
         assert_eq!((v4("eth0"), v4("eth1")), (addr("192.0.2.11"), addr("198.51.100.5")));
-        // Without an address of its own: whatever the kernel takes.
+        // `wg0` has no address of its own: it gets the one that the kernel takes.
         assert_eq!(v4("wg0"), addr("192.0.2.10"));
     });
 }
@@ -402,7 +403,7 @@ fn p127_near_is_in_devices() {
     });
 }
 
-/// Packets of pods behind a bridge enter the network stack through it: they come from no client outside.
+/// Packets of pods behind a bridge enter the network stack through the bridge: they come from no client outside.
 #[test]
 fn bridges_of_pods_are_in_devices_while_they_have_pods() {
     Node::run(async |node| {

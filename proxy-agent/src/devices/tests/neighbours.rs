@@ -1,4 +1,4 @@
-//! What others run on devices, and IPsec.
+//! Programs and filters of others on devices, and IPsec.
 
 use super::*;
 
@@ -17,8 +17,8 @@ fn filters_of_others_are_told_while_they_see_services() {
     const EVERYTHING: &str = "protocol ip u32 match u32 0 0 flowid 1:1";
     Node::run(async |node| {
         let mut edge = node.start().await;
-        // Filters on the way in are where they should be; where there are none on the way out, the kernel lists those again
-        // for a queueing discipline that is not clsact. Nobody but a filter leads to other chains.
+        // Filters on ingress are where they should be. A queueing discipline other than clsact has no egress filters,
+        // and the kernel lists its ingress filters again instead. Only a filter leads to chains other than the first.
         tc("qdisc add dev cali1 ingress");
         tc(&format!("filter add dev cali1 ingress pref 1 {EVERYTHING}"));
         tc("qdisc add dev eth0 clsact");
@@ -45,7 +45,7 @@ fn filters_of_others_are_told_while_they_see_services() {
     });
 }
 
-/// Where ours are filters, too, those of others are on either side.
+/// Our programs are clsact filters here, and filters of others are on either side of them.
 #[test]
 fn filters_of_others_beside_filters_of_ours() {
     const CONTINUE: &str = "protocol all bpf da bytecode 1,6 0 0 4294967295";
@@ -53,14 +53,14 @@ fn filters_of_others_beside_filters_of_ours() {
     Node::run(async |mut node| {
         node.config.no_tcx = true;
         tc("qdisc add dev eth0 clsact");
-        // The kernel asks the newest of one priority first.
+        // Of the filters with one priority, the kernel asks the newest first.
         continues("egress pref 65535");
         let mut edge = node.start().await;
         let state = until(&mut edge, "the first pass", |state| state.passes == 1).await;
         assert_eq!(others(&state), [("eth0", "bpf filter, pref 65535 behind on egress".to_owned())]);
         assert_eq!(state.problems["device eth0"], [BEHIND_ON_EGRESS]);
 
-        // Ours is gone as well.
+        // This removes our filter as well.
         tc("filter del dev eth0 egress pref 65535");
         continues("egress pref 10");
         continues("ingress pref 1");

@@ -1,11 +1,11 @@
-//! Pods and other cgroups whose sockets are left alone, so that the packet edge serves them: who asks for it, and which cgroups they
-//! are. And the sandboxes of all pods: what is in a network inside one is left alone, too.
+//! Cgroups of pods and others whose sockets are left alone, so that the packet edge serves them. Also the sandboxes of
+//! all pods: sockets in a network namespace inside a sandbox are left alone, too.
 //!
 //! ```text
 //! Pods of this node ─> Cluster ─> Follower::want() ─┐
 //!                                     cgroup tree ──┴─> Found ─> plan_left() ─> OPT_OUT, SANDBOXES, NODE
 //! ```
-//! The agent writes what is wanted and reads what was found; one task beside its loop looks at the cgroup tree.
+//! The agent writes the wanted pods and reads the findings; one task beside its loop looks at the cgroup tree.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt as _;
@@ -27,40 +27,40 @@ pub use tree::{Tree, is_below, look};
 
 use crate::reconcile::plan::Sandbox;
 
-/// How often the tree is looked at without an event, for parents of pods that did not exist.
+/// Interval at which the tree is looked at without an event, to find parents of pods that did not exist before.
 const LOOK_ROUND: Duration = Duration::from_secs(5);
-/// The same while the sandbox of a pod that has come is not known: nothing tells when it has been set up.
+/// Interval while the sandbox of a new pod is not known: no event reports that it has been set up.
 const LOOK_SOON: Duration = Duration::from_millis(250);
-/// How long a burst of events may take to end.
+/// Time without events after which a burst of events has ended.
 const QUIET: Duration = Duration::from_millis(2);
-/// A burst that does not end is looked at nevertheless, and no more often than once in this time.
+/// Time after which a burst that does not end is ignored, and least time between two looks.
 const BURST: Duration = Duration::from_millis(100);
-/// For how long nobody wonders where the cgroup of a pod is: kubelet makes it before anything of the pod runs.
+/// Time for which a missing pod cgroup is not reported: kubelet makes the cgroup before anything of the pod runs.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What a look at the tree has found.
+/// Result of a look at the tree.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Found {
-    /// The pods that are wanted, by the uid that kubelet names their cgroups by.
+    /// Wanted pods, by the uid that kubelet names their cgroups by.
     pub pods: BTreeMap<Arc<str>, Place>,
-    /// Ids of the cgroups that opt out by their paths, as far as they are there.
+    /// Ids of the existing cgroups that opt out by their paths.
     pub cgroups: BTreeMap<String, u64>,
     /// Pods whose network namespace is known, by the ids of their cgroups.
     pub sandboxes: BTreeMap<u64, Sandbox>,
 }
 
-/// Where a pod is.
+/// Place of a pod's cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// Id of its cgroup.
+    /// The pod has a cgroup with this id.
     Cgroup(u64),
-    /// It has none, which may be because it has only just come.
+    /// The pod has no cgroup, perhaps because it has only just come.
     NotYet,
-    /// It has had none for so long that somebody should look.
+    /// The pod has had no cgroup for so long that somebody should check.
     Missing,
 }
 
-/// The task that finds cgroups.
+/// Handle of the task that finds cgroups.
 #[derive(Debug)]
 pub struct Follower {
     wanted: watch::Sender<BTreeSet<Arc<str>>>,
@@ -68,7 +68,8 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Starts with nothing wanted, below the root `root` of the cgroup hierarchy. `cgroups` are paths there.
+    /// Starts the task with nothing wanted, below the root `root` of the cgroup hierarchy. `cgroups` are paths below
+    /// it.
     pub fn start(root: PathBuf, cgroups: BTreeSet<String>) -> Self {
         let (wanted, wanted_here) = watch::channel(BTreeSet::new());
         let (found_here, found) = watch::channel(Found::default());
@@ -85,7 +86,7 @@ impl Follower {
         Self { wanted, found }
     }
 
-    /// The pods to look for, by uid.
+    /// Sets the pods to look for, by uid.
     pub fn want(&self, uids: BTreeSet<Arc<str>>) {
         self.wanted.send_if_modified(|wanted| {
             let changed = *wanted != uids;
@@ -94,10 +95,10 @@ impl Follower {
         });
     }
 
-    /// Waits for other findings than those of the last call.
+    /// Waits until the findings differ from those of the last call.
     pub async fn changed(&mut self) -> Found {
         if self.found.changed().await.is_err() {
-            // The task has panicked, which has been printed; what was found stays in force.
+            // The task has panicked, and the panic has been printed. The last findings stay in force.
             std::future::pending().await
         }
         self.found.borrow_and_update().clone()
@@ -142,7 +143,7 @@ async fn follow(
             changed = wanted.changed() => if changed.is_err() { return },
             () = looker.event() => {
                 let quiet = async { while tokio::time::timeout(QUIET, looker.event()).await.is_ok() {} };
-                // Whoever keeps making cgroups keeps nobody's from being found.
+                // A process that makes cgroups without end does not delay the next look any longer than this.
                 let _ = tokio::time::timeout(BURST, quiet).await;
                 looker.sandboxes.be_patient();
             }
@@ -151,12 +152,12 @@ async fn follow(
     }
 }
 
-/// What looks at the tree.
+/// The state of the task that looks at the tree.
 struct Looker {
     root: PathBuf,
     /// Paths of cgroups that opt out.
     cgroups: BTreeSet<String>,
-    /// Of directories that cgroups appear in; none where the kernel gives no inotify instance.
+    /// Events of directories that cgroups appear in; none if the kernel gives no inotify instance.
     events: Option<inotify::EventStream<Vec<u8>>>,
     sandboxes: Sandboxes,
 }
@@ -174,13 +175,14 @@ impl Looker {
         }
     }
 
-    /// Looks at the tree once the directories that pods and containers appear in are watched, so that none is missed in between.
+    /// Looks at the tree after watching the directories that pods and containers appear in, so that none is missed in
+    /// between.
     async fn watched(&mut self) -> Tree {
         let mut known = BTreeSet::new();
         loop {
             let root = self.root.clone();
             let looking = tokio::task::spawn_blocking(move || look(&root));
-            // It is cancelled only when the runtime shuts down.
+            // The blocking task is cancelled only when the runtime shuts down.
             let tree = looking.await.unwrap_or_default();
             let of_cgroups = self.cgroups.iter().filter_map(|path| parent(&self.root, path));
             let pods = tree.pods.values().map(|pod| pod.path.clone());
@@ -189,7 +191,7 @@ impl Looker {
             let (Some(events), false) = (&mut self.events, fresh.is_empty()) else { return tree };
             for directory in fresh {
                 let mask = WatchMask::CREATE | WatchMask::DELETE | WatchMask::ONLYDIR;
-                // Adding one again changes nothing; one that is gone again is of no use.
+                // Adding a watch again changes nothing. A directory that is gone again does not matter.
                 if let Err(error) = events.watches().add(&directory, mask) {
                     tracing::debug!(path = %directory.display(), %error, "cannot watch cgroups");
                 }
@@ -198,7 +200,7 @@ impl Looker {
         }
     }
 
-    /// Looks at the sandboxes of the pods in `tree`; says also whether they should be looked at again soon.
+    /// Looks at the sandboxes of the pods in `tree`. Also returns whether another look should follow soon.
     async fn sandboxes(&mut self, tree: &Tree) -> (BTreeMap<u64, Sandbox>, bool) {
         let pods: Vec<_> = tree.pods.values().cloned().collect();
         let mut sandboxes = std::mem::take(&mut self.sandboxes);
@@ -206,13 +208,13 @@ impl Looker {
             let found = sandboxes.look(pods.iter());
             (sandboxes, found)
         });
-        // As above.
+        // The blocking task is cancelled only when the runtime shuts down.
         let Ok((sandboxes, found)) = looking.await else { return (BTreeMap::new(), false) };
         self.sandboxes = sandboxes;
         found
     }
 
-    /// Ids of the cgroups that opt out by their paths.
+    /// Returns the ids of the cgroups that opt out by their paths.
     fn cgroups(&self) -> BTreeMap<String, u64> {
         let id = |path: &str| std::fs::metadata(self.root.join(path)).ok().filter(std::fs::Metadata::is_dir);
         let found = self.cgroups.iter().filter_map(|path| Some((path.clone(), id(path)?.ino())));
@@ -220,7 +222,7 @@ impl Looker {
     }
 }
 
-/// The directory in which a cgroup appears, or in which one above it does.
+/// Returns the directory in which a cgroup, or its topmost missing ancestor, appears.
 fn parent(root: &Path, path: &str) -> Option<PathBuf> {
     let path = root.join(path);
     let mut above = path.ancestors().skip(1).take_while(|above| above.starts_with(root));

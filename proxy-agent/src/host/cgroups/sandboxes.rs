@@ -1,17 +1,18 @@
-//! Which network namespace is a pod's own: that of its sandbox. What else its processes have made is inside it, and may be a
-//! cluster with Services of its own.
+//! Network namespaces of pods: each pod's own is that of its sandbox. Other namespaces that the pod's processes have
+//! made are inside it, and may belong to a cluster with Services of its own.
 //!
-//! The first process that a runtime starts in a pod keeps the pod's namespaces (the pause container), and every container begins in
-//! the same network namespace. So it is that of the oldest process in the pod's cgroup. Helpers of the runtime that are in there
-//! as well do not count: those in the host's mount namespace (conmon, a container that is not set up yet), and those in a network
-//! namespace without a device (gVisor's gofer, virtiofsd).
+//! The first process that a runtime starts in a pod (the pause container) keeps the pod's namespaces, and every
+//! container begins in the same network namespace. So the pod's network namespace is that of the oldest process in the
+//! pod's cgroup. Helpers of the runtime in the same cgroup are skipped: processes in the host's mount namespace
+//! (conmon, a container that is not set up yet), and processes in a network namespace without a device (gVisor's gofer,
+//! virtiofsd).
 //!
-//! Pods in the host's network have none of their own. What is not certain is not known: nothing is said of such a pod. A pod can
-//! only mislead about itself, and only where its runtime starts no pause container; its processes and cgroups are looked at up to
-//! a number.
+//! Pods in the host's network have no network namespace of their own. If a pod's namespace is not certain, the pod is
+//! left out. A pod can mislead the agent only about itself, and only if its runtime starts no pause container. The
+//! number of its processes and cgroups that are examined is bounded.
 //!
-//! What is known holds for the containers that were there when somebody looked. Those of a sandbox that is made anew while nobody looks
-//! have other cgroups, so nothing is known of them.
+//! The result covers the containers that existed at the time of the look. If a sandbox is made anew between two looks,
+//! its containers have other cgroups, so nothing is claimed about them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
@@ -24,36 +25,38 @@ use std::time::{Duration, Instant};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::tree::Pod;
-use super::{Sandbox, way_out};
+use super::way_out;
 use crate::host::sys;
+use crate::reconcile::plan::Sandbox;
 
-/// Of so many pods the sandbox is known.
+/// Number of pods whose sandboxes are looked for.
 pub const PODS_MAX: usize = 1024;
-/// Of so many containers of a pod, the oldest first.
+/// Number of containers of a pod that are listed, the oldest first.
 pub const CONTAINERS_MAX: usize = 16;
-/// How deep below its cgroup the processes of a pod are looked for: containers have cgroups of their own, and make more.
+/// Depth below a pod's cgroup to which its processes are looked for: containers have cgroups of their own, and make
+/// more.
 const DEPTH_MAX: u32 = 3;
-/// How many cgroups of a pod are looked at, the oldest of each level first.
+/// Number of cgroups of a pod that are examined, the oldest of each level first.
 const CGROUPS_MAX: usize = 64;
-/// How many entries of a container's cgroup, files among them.
+/// Number of entries of a container's cgroup that are read, files among them.
 const ENTRIES_MAX: usize = 512;
-/// How many processes of a pod, the pause container's among the first.
+/// Number of processes of a pod that are examined, the pause container's among the first.
 const PROCESSES_MAX: usize = 512;
-/// How much of a file in procfs or a cgroup.
+/// Number of bytes that are read of a file in procfs or a cgroup.
 const BYTES_MAX: u64 = 16 * 1024;
-/// Devices that a network namespace may have from its beginning.
+/// Devices that any network namespace may have from its beginning.
 const OF_EVERY_NAMESPACE: [&str; 10] =
     ["lo", "tunl0", "sit0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "ip6tnl0", "ip6gre0"];
-/// For how long a pod that has come is looked at again soon.
+/// Time for which a new pod with an unknown sandbox is looked at again soon.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The sandboxes of pods, as far as they are known.
+/// The known sandboxes of pods.
 #[derive(Debug)]
 pub(super) struct Sandboxes {
     proc: PathBuf,
-    /// By the pod's cgroup.
+    /// Known sandboxes, by the id of the pod's cgroup.
     known: BTreeMap<u64, Origin>,
-    /// Since when that of a pod has not been known.
+    /// Times since which sandboxes have been unknown, by the id of the pod's cgroup.
     unknown: BTreeMap<u64, Instant>,
 }
 
@@ -63,38 +66,39 @@ impl Default for Sandboxes {
     }
 }
 
-/// Where a pod's sandbox is known from.
+/// Source of the knowledge about a pod's sandbox.
 #[derive(Clone, Copy, Debug)]
 struct Origin {
     process: Process,
-    /// Cookie of the namespace in which the process was, as BPF programs see it. `None`: the way out of it leads into another network
-    /// namespace than the host's, so that the pod is one of a cluster inside something that runs here.
+    /// Cookie of the namespace in which the process was, as BPF programs see it. `None` if packets leave it into
+    /// another network namespace than the host's: the pod then belongs to a cluster inside something that runs here.
     netns: Option<u64>,
 }
 
-/// What a look at a pod has shown.
+/// Result of a look at a pod.
 enum Finding {
     Known(Origin),
-    /// The same, but its way out is not known: perhaps it is being made.
+    /// The namespace is known, but its way out is not: perhaps it is still being set up.
     Early(Origin),
-    /// It is in the host's network.
+    /// The pod is in the host's network.
     None,
     Unknown,
 }
 
-/// A process; the oldest first.
+/// A process, ordered by age: the oldest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Process {
-    /// When it was started, in ticks since the machine was.
+    /// Start time, in ticks since the machine was started.
     start: u64,
     pid: u32,
 }
 
-/// Device and inode, which name a namespace.
+/// Device and inode, which identify a namespace.
 type Inode = (u64, u64);
 
 impl Sandboxes {
-    /// Looks at the pods. Returns the sandboxes that are known by the cgroups of their pods, and whether another look should follow soon.
+    /// Looks at the pods. Returns the known sandboxes by the cgroups of their pods, and whether another look should
+    /// follow soon.
     pub(super) fn look<'a>(&mut self, pods: impl Iterator<Item = &'a Pod>) -> (BTreeMap<u64, Sandbox>, bool) {
         let before = std::mem::take(&mut self.known);
         let since = std::mem::take(&mut self.unknown);
@@ -129,17 +133,18 @@ impl Sandboxes {
         (found, soon)
     }
 
-    /// Something has come or gone: pods that are not known are looked at again soon.
+    /// Makes pods with unknown sandboxes be looked at again soon, because cgroups have come or gone.
     pub(super) fn be_patient(&mut self) {
         self.unknown.values_mut().for_each(|since| *since = Instant::now());
     }
 
-    /// Whether the process still runs. If it is elsewhere by now, it has gone there by itself.
+    /// Returns whether the process still runs. If the process is in another namespace by now, it has moved there
+    /// itself.
     fn is_there(&self, origin: &Origin) -> bool {
         self.start(origin.process.pid) == Some(origin.process.start)
     }
 
-    /// The sandbox of the pod with this cgroup. The oldest process that counts decides.
+    /// Returns the sandbox of the pod with this cgroup: that of the oldest process that is no helper.
     fn find(&self, pod: &Path, host: &Host) -> Finding {
         self.oldest(pod, host).unwrap_or(Finding::Unknown)
     }
@@ -156,7 +161,7 @@ impl Sandboxes {
         })?;
         let namespace = File::open(self.path(process.pid, "ns/net")).ok()?;
         let netns = inode(&namespace.metadata().ok()?);
-        // Only then it is this one's.
+        // The namespace is this process's only if the pid has not been reused.
         if self.start(process.pid) != Some(process.start) {
             return None;
         }
@@ -173,7 +178,8 @@ impl Sandboxes {
         self.proc.join(pid.to_string()).join(file)
     }
 
-    /// When a process was started: the 22nd field of its `stat` (proc(5)); the second one, its name, holds what it likes.
+    /// Returns the start time of a process: field 22 of its `stat` (proc(5)). Field 2, the name, may contain any
+    /// characters.
     fn start(&self, pid: u32) -> Option<u64> {
         let stat = read(&self.path(pid, "stat"))?;
         let (_, after_name) = stat.rsplit_once(')')?;
@@ -184,8 +190,8 @@ impl Sandboxes {
         fs::metadata(self.path(pid, "ns").join(kind)).ok().map(|namespace| inode(&namespace))
     }
 
-    /// Whether the network namespace of a process has another device than loopback and the tunnels that every namespace may have from its
-    /// beginning (`net.core.fb_tunnels_only_for_init_net`), so that it leads anywhere.
+    /// Returns whether the network namespace of a process leads anywhere: whether it has a device other than loopback
+    /// and the tunnels that every namespace may have from its beginning (`net.core.fb_tunnels_only_for_init_net`).
     fn has_device(&self, pid: u32) -> bool {
         let devices = read(&self.path(pid, "net/dev")).unwrap_or_default();
         let mut names = devices.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim());
@@ -202,9 +208,10 @@ struct Host {
 
 impl Host {
     fn look(proc: &Path) -> Option<Self> {
-        // Where the kernel tells nobody's, none is looked for.
+        // If the kernel reports no cookies, sandboxes are not looked for.
         sys::netns_cookie()?;
-        // The agent runs in the host's network. Its mounts are the host's if it is in no container, where the first process can be asked.
+        // The agent runs in the host's network namespace. The host's mount namespace is that of process 1. If that
+        // cannot be read, it is the agent's own, because the agent is in no container then.
         let [first, own] = ["1/ns/mnt", "self/ns/mnt"].map(|path| fs::metadata(proc.join(path)).ok());
         let file = File::open(proc.join("thread-self/ns/net")).ok()?;
         Some(Self { network: inode(&file.metadata().ok()?), mounts: inode(&first.or(own)?), file })
@@ -215,14 +222,14 @@ fn inode(of: &fs::Metadata) -> Inode {
     (of.dev(), of.ino())
 }
 
-/// The processes in a pod's cgroup, level by level, the oldest cgroups of each first.
+/// Returns the processes in a pod's cgroup, level by level, from the oldest cgroups of each level first.
 fn pids(pod: &Path) -> Vec<u32> {
     let mut pids = Vec::new();
     let mut levels = VecDeque::from([(pod.to_owned(), 0)]);
     let mut looked = 0;
     while let Some((directory, depth)) = levels.pop_front() {
         let members = read(&directory.join("cgroup.procs")).unwrap_or_default();
-        // One of another pid namespace is 0.
+        // A process of another pid namespace is listed as 0.
         pids.extend(members.lines().filter_map(|pid| pid.parse::<u32>().ok()).filter(|pid| *pid != 0));
         looked += 1;
         if pids.len() >= PROCESSES_MAX || looked >= CGROUPS_MAX {
@@ -236,9 +243,10 @@ fn pids(pod: &Path) -> Vec<u32> {
     pids
 }
 
-/// The cgroups below one with their ids, the oldest first: these count up.
+/// Returns the cgroups below `directory` with their ids, the oldest first: ids count up.
 fn below(directory: &Path, depth: u32) -> Vec<(u64, PathBuf)> {
-    // Those of a pod are made by the runtime, those of its containers by whom they run.
+    // The runtime makes the cgroups directly below a pod's, but a container's processes make those below the
+    // container's.
     let most = if depth == 0 { usize::MAX } else { ENTRIES_MAX };
     let entries = fs::read_dir(directory).into_iter().flatten().take(most).flatten();
     let mut directories: Vec<(u64, PathBuf)> = entries
@@ -250,15 +258,15 @@ fn below(directory: &Path, depth: u32) -> Vec<(u64, PathBuf)> {
     directories
 }
 
-/// The beginning of a file.
+/// Returns the beginning of a file.
 fn read(path: &Path) -> Option<String> {
     let mut bytes = Vec::new();
     File::open(path).ok()?.take(BYTES_MAX).read_to_end(&mut bytes).ok()?;
     Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// Whether the way out of a network namespace leads into another one than `host`, as far as that is known, and its cookie; `None` before
-/// kernel 5.14.
+/// Returns whether the way out of a network namespace leads into another one than `host` (if that is known), and the
+/// namespace's cookie. Returns `None` before kernel 5.14.
 fn way_out(namespace: &File, host: &File) -> Option<(Option<bool>, u64)> {
     within(namespace, || {
         let elsewhere = way_out::leads_elsewhere(host).unwrap_or_else(|error| {
@@ -269,7 +277,7 @@ fn way_out(namespace: &File, host: &File) -> Option<(Option<bool>, u64)> {
     })
 }
 
-/// Looks around in a network namespace, by a thread that ends there.
+/// Runs `look` in a network namespace, on a thread that ends afterwards.
 fn within<T: Send>(namespace: &File, look: impl FnOnce() -> Option<T> + Send) -> Option<T> {
     let inside = || {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).ok()?;
@@ -303,7 +311,8 @@ mod tests {
             Pod { id: fs::metadata(&path).unwrap().ino(), path }
         }
 
-        /// Runs a process in new namespaces, with a device in its network, or none. Returns when it is there.
+        /// Runs a process in new namespaces, with or without a device in its network. Returns when the process is
+        /// ready.
         fn run(&mut self, cgroup: &str, namespaces: &[&str], device: bool) -> u32 {
             let script = if device {
                 "ip link add d0 type veth peer name d1 && ip link set d0 up && ip address add 10.0.0.1/24 dev d0 && \
@@ -326,7 +335,7 @@ mod tests {
             fs::write(directory.join("cgroup.procs"), format!("{pids}{}\n", child.id())).unwrap();
             let pid = child.id();
             self.children.push(child);
-            // Two that begin in one tick are as old.
+            // Two processes that start in the same tick have the same age.
             std::thread::sleep(Duration::from_millis(30));
             pid
         }
@@ -369,7 +378,7 @@ mod tests {
         let (mut fake, mut sandboxes) = (Fake::new(), Sandboxes::default());
         let pod = fake.pod();
         assert_eq!(known(&mut sandboxes, &pod), None);
-        // What counts for nothing: conmon, a container that is being set up, gVisor's gofer.
+        // Processes that are skipped: conmon, a container that is being set up, gVisor's gofer.
         fake.run("conmon", &["--net"], true);
         fake.run("b", &["--net"], false);
         fake.run("b", CONTAINER, false);
@@ -392,7 +401,7 @@ mod tests {
         assert!(sandboxes.known.is_empty() && sandboxes.unknown.is_empty());
     }
 
-    /// Nothing is known of a pod in the host's network, also where it has networks inside.
+    /// Nothing is known of a pod in the host's network, even if it has networks inside.
     #[test]
     fn a_pod_in_the_hosts_network_has_no_sandbox() {
         let (mut fake, mut sandboxes) = (Fake::new(), Sandboxes::default());
@@ -405,11 +414,12 @@ mod tests {
         assert_eq!(Some(cookie(&host)), sys::netns_cookie());
     }
 
-    /// However many processes and cgroups a container makes, those of the pause container are seen, and no more than a number.
+    /// However many processes and cgroups a container makes, the pause container's are seen, and no more than a bounded
+    /// number is examined.
     #[test]
     fn a_crowd_hides_nobody() {
         let (mut fake, mut sandboxes) = (Fake::new(), Sandboxes::default());
-        // Inodes count up in cgroups, and not everywhere.
+        // Inode numbers count up in cgroups, but not in every file system.
         let both = ["pause", "crowd"].map(|name| {
             let path = fake.root.path().join(name);
             fs::create_dir(&path).unwrap();

@@ -1,8 +1,8 @@
 //! The cgroup tree as kubelet makes it.
 //!
-//! With its cgroupfs driver: `kubepods/burstable/pod<uid>`; with systemd's:
-//! `kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<uid with _>.slice`; both below whatever `--cgroup-root`
-//! says, and without the middle part for pods of the Guaranteed class.
+//! With kubelet's cgroupfs driver, a pod's cgroup is `kubepods/burstable/pod<uid>`. With the systemd driver, it is
+//! `kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<uid with _>.slice`. Both are below the path of
+//! `--cgroup-root`, and have no middle part for pods of the Guaranteed class.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,28 +10,28 @@ use std::os::unix::fs::DirEntryExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// How many levels below the root the directory of all pods may lie.
+/// Number of levels below the root that the directory of all pods may lie at most.
 const DEPTH_MAX: usize = 8;
 
-/// What a look at the tree has shown.
+/// Result of a look at the tree.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tree {
     /// The cgroup of each pod, by uid.
     pub pods: BTreeMap<String, Pod>,
-    /// The directories that pods appear in.
+    /// The directories that the cgroups of pods appear in.
     pub parents: Vec<PathBuf>,
 }
 
 /// A pod's cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
-    /// Its id: the inode (5.5).
+    /// Id of the cgroup: its inode number (5.5).
     pub id: u64,
-    /// Its directory.
+    /// Directory of the cgroup.
     pub path: PathBuf,
 }
 
-/// Looks at the tree below `root`. What cannot be read is left out: cgroups go at any time.
+/// Looks at the tree below `root`. Directories that cannot be read are left out: cgroups may vanish at any time.
 pub fn look(root: &Path) -> Tree {
     let mut tree = Tree::default();
     descend(root, false, 0, &mut tree);
@@ -62,13 +62,13 @@ fn descend(directory: &Path, of_pods: bool, depth: usize, tree: &mut Tree) {
     }
 }
 
-/// Whether a cgroup of this name contains all pods.
+/// Returns whether a cgroup of this name contains all pods.
 fn is_of_pods(name: &str) -> bool {
     let name = name.strip_suffix(".slice").unwrap_or(name);
     name == "kubepods" || name.ends_with("-kubepods")
 }
 
-/// The uid of the pod whose cgroup has this name.
+/// Returns the uid of the pod whose cgroup has this name.
 fn uid(name: &str) -> Option<String> {
     let name = name.strip_suffix(".slice").unwrap_or(name);
     let uid = match name.rsplit_once("-pod") {
@@ -78,8 +78,8 @@ fn uid(name: &str) -> Option<String> {
     (!uid.is_empty()).then(|| uid.replace('_', "-"))
 }
 
-/// Whether a process is in the cgroup of one of these pods, or below. `file` is its `/proc/<pid>/cgroup`. Whoever gives a cgroup of its own
-/// the name of a pod's says so of itself alone.
+/// Returns whether a process is in the cgroup of one of these pods, or below. `file` is the contents of its
+/// `/proc/<pid>/cgroup`. A process that names a cgroup of its own like a pod's only affects itself.
 pub fn is_below(file: &str, pods: &BTreeSet<Arc<str>>) -> bool {
     let of_v2 = file.lines().find_map(|line| line.strip_prefix("0::"));
     of_v2.is_some_and(|path| path.split('/').filter_map(uid).any(|uid| pods.contains(uid.as_str())))
@@ -119,7 +119,7 @@ mod tests {
             ("kubepods/podaaaa-01", Some("aaaa-01")),
             ("kubepods/burstable/podaaaa-02", Some("aaaa-02")),
             ("kubepods/burstable/podaaaa-02/0123456789", None),
-            // Not a pod's: what runs in a container names its own as it likes.
+            // This is no pod's cgroup: processes in a container name their own cgroups as they like.
             ("kubepods/burstable/podaaaa-02/podaaaa-03", None),
             ("kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-podbbbb_01.slice", Some("bbbb-01")),
             (
@@ -132,7 +132,7 @@ mod tests {
                  kubelet-kubepods-besteffort-podbbbb_02.slice",
                 Some("bbbb-02"),
             ),
-            // A static pod's is a digest.
+            // The uid of a static pod is a digest.
             ("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podc0ffee.slice", Some("c0ffee")),
             ("system.slice/podman.service", None),
             ("machine.slice/libpod-conmon", None),

@@ -1,6 +1,7 @@
-//! Where packets that leave a network namespace come out: of a veth pair the other end tells.
+//! Namespace in which packets that leave a network namespace come out: for a veth pair, that of the other end.
 //!
-//! It costs the same however many devices and routes somebody has made there: two routes and their devices are asked for.
+//! The cost does not depend on the number of devices and routes in the namespace: only two routes and their devices are
+//! looked up.
 
 use std::fs::File;
 use std::io;
@@ -17,20 +18,21 @@ use rtnetlink::sys::protocols::NETLINK_ROUTE;
 
 use crate::host::netlink::Netlink;
 
-/// Addresses that only default routes lead to: reserved (RFC 1112 §4), and thrown away (RFC 6666).
+/// Addresses that only default routes lead to: a reserved one (RFC 1112 §4), and one of the discard prefix (RFC 6666).
 const ANYWHERE: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(240, 0, 0, 1)), IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1))];
 
-/// Returns whether what leaves the network namespace of the calling thread enters another one than `host`: its default routes lead through
-/// veth pairs whose other ends are there. Of any other device it is said that it does not. `None`: there is no such route, perhaps not yet.
+/// Returns whether packets that leave the network namespace of the calling thread enter another one than `host`: true
+/// if its default routes lead through veth pairs whose other ends are in such a namespace. Returns false for devices of
+/// any other kind. Returns `None` if there is no default route, perhaps not yet.
 pub(super) fn leads_elsewhere(host: &File) -> io::Result<Option<bool>> {
     let netlink = Netlink::open(NETLINK_ROUTE)?;
     let mut elsewhere = None;
     for destination in ANYWHERE {
         let Some(device) = device_to(&netlink, destination)? else { continue };
         let Some(end) = other_end(&netlink, device)? else { return Ok(Some(false)) };
-        // The namespace of a device's other end has an id as soon as the device has been asked for; the host's has none if no device
-        // ends there.
+        // The kernel gives the namespace of a device's other end an id when the device is looked up. The host's
+        // namespace has no id if no device ends there.
         if id_of(&netlink, host)? == Some(end) {
             return Ok(Some(false));
         }
@@ -39,7 +41,7 @@ pub(super) fn leads_elsewhere(host: &File) -> io::Result<Option<bool>> {
     Ok(elsewhere)
 }
 
-/// Asks the kernel. Returns its answer, or `None` if that is one of the errors in `none`.
+/// Sends a request to the kernel. Returns the answer, or `None` if the answer is one of the errors in `none`.
 fn ask(
     netlink: &Netlink,
     request: RouteNetlinkMessage,
@@ -75,7 +77,8 @@ fn device_to(netlink: &Netlink, destination: IpAddr) -> io::Result<Option<u32>> 
     request.header.address_family = family;
     request.header.destination_prefix_length = length;
     request.attributes.push(RouteAttribute::Destination(address));
-    // No route, one that says so (unreachable, blackhole, prohibit), or no such family (ipv6.disable=1).
+    // There is no route, the route is a refusal (unreachable, blackhole, prohibit), or the family is switched off
+    // (ipv6.disable=1).
     let none = [
         libc::ENETUNREACH,
         libc::EHOSTUNREACH,
@@ -94,7 +97,7 @@ fn device_to(netlink: &Netlink, destination: IpAddr) -> io::Result<Option<u32>> 
         .find_map(|attribute| if let RouteAttribute::Oif(index) = attribute { Some(*index) } else { None }))
 }
 
-/// Returns the id of the network namespace in which the other end of a veth pair is, if that is another one.
+/// Returns the id of the network namespace of a veth pair's other end, if that is another namespace.
 fn other_end(netlink: &Netlink, device: u32) -> io::Result<Option<i32>> {
     let mut request = LinkMessage::default();
     request.header.index = device;
@@ -109,11 +112,11 @@ fn other_end(netlink: &Netlink, device: u32) -> io::Result<Option<i32>> {
         .attributes
         .iter()
         .find_map(|attribute| if let LinkAttribute::LinkNetNsId(id) = attribute { Some(*id) } else { None });
-    // -1: the kernel had no memory for an id.
+    // The id is -1 if the kernel had no memory for an id.
     Ok(end.filter(|id| is_veth && *id >= 0))
 }
 
-/// Returns the id that a network namespace has in that of the calling thread.
+/// Returns the id of a network namespace, as seen from the calling thread's namespace.
 fn id_of(netlink: &Netlink, namespace: &File) -> io::Result<Option<i32>> {
     let mut request = NsidMessage::default();
     request.header.family = AddressFamily::Unspec;
@@ -128,6 +131,6 @@ fn id_of(netlink: &Netlink, namespace: &File) -> io::Result<Option<i32>> {
         .attributes
         .iter()
         .find_map(|attribute| if let NsidAttribute::Id(id) = attribute { Some(*id) } else { None });
-    // -1: it has none.
+    // The id is -1 if the namespace has none.
     Ok(ids.filter(|id| *id >= 0))
 }

@@ -1,6 +1,6 @@
-//! A sock_diag socket: lists connected sockets of one network namespace and destroys them.
+//! A sock_diag socket: lists connected sockets of one network namespace and destroys sockets there.
 //!
-//! It belongs to the namespace in which it was opened, wherever its thread goes afterwards.
+//! The socket belongs to the namespace in which it was opened, wherever its thread goes afterwards.
 
 use std::io;
 
@@ -9,21 +9,21 @@ use netlink_packet_sock_diag::{SockDiagDestroy, SockDiagMessage};
 use rtnetlink::packet_core::{NLM_F_ACK, NetlinkPayload};
 use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
 
-use super::SocketsError;
 use crate::host::netlink::Netlink;
+use crate::host::sockets::error::SocketsError;
 
 /// A sock_diag socket.
 pub(super) struct Diag(Netlink);
 
 impl Diag {
-    /// Opens one in the network namespace of the calling thread.
+    /// Opens a socket in the network namespace of the calling thread.
     pub(super) fn open() -> Result<Self, SocketsError> {
         Netlink::open(NETLINK_SOCK_DIAG)
             .map(Self)
             .map_err(|source| failed("opening a netlink socket", source))
     }
 
-    /// Whether the kernel can list and destroy, found out by requests that find nothing.
+    /// Checks that the kernel can list and destroy sockets, by requests that match no socket.
     pub(super) fn probe(&self) -> Result<(), SocketsError> {
         // No socket has the cookie 0.
         self.destroy(libc::AF_INET as u8, SocketId::new_v4()).map(drop)
@@ -34,8 +34,8 @@ impl Diag {
         self.list_by(request, each)
     }
 
-    /// Calls `each` for every TCP socket of both families that has begun to connect and is not closed, be it a process', the kernel's own or
-    /// a subflow of MPTCP.
+    /// Calls `each` for every TCP socket of both families that has begun to connect and is not closed: sockets of
+    /// processes, the kernel's own, and subflows of MPTCP.
     pub(super) fn list_tcp(&self, each: impl FnMut(InetResponseHeader)) -> Result<(), SocketsError> {
         let request = |family, socket_id| InetRequest {
             protocol: libc::IPPROTO_TCP as u8,
@@ -62,7 +62,7 @@ impl Diag {
         Ok(())
     }
 
-    /// Destroys the socket with this identity, cookie included; `false` if there is none any more.
+    /// Destroys the socket with this identity, cookie included. Returns `false` if there is none any more.
     pub(super) fn destroy(&self, family: u8, id: SocketId) -> Result<bool, SocketsError> {
         let request = SockDiagDestroy::new(SockDiagMessage::InetRequest(request(family, id)));
         let asked = self.0.send(request, NLM_F_ACK).and_then(|()| {
@@ -96,13 +96,13 @@ fn request(family: u8, socket_id: SocketId) -> InetRequest {
         family,
         protocol: libc::IPPROTO_UDP as u8,
         extensions: ExtensionFlags::empty(),
-        // A connected UDP socket has this state too.
+        // Connected UDP sockets have this state too.
         states: StateFlags::ESTABLISHED,
         socket_id,
     }
 }
 
-/// The cookie of a socket as SO_COOKIE tells it: the kernel sends the low half first.
+/// Returns the cookie of a socket in the form of SO_COOKIE: the kernel sends the low half first.
 pub(super) fn cookie(id: &SocketId) -> u64 {
     let [a, b, c, d, e, f, g, h] = id.cookie;
     u64::from(u32::from_ne_bytes([a, b, c, d])) | u64::from(u32::from_ne_bytes([e, f, g, h])) << 32
@@ -115,7 +115,7 @@ mod tests {
     use super::*;
     use crate::host::netlink::payloads;
 
-    /// A list of connected UDP sockets as the kernel sends it: two sockets, by hand.
+    /// Returns a list of two connected UDP sockets in the kernel's format, written by hand.
     fn datagram() -> Vec<u8> {
         let mut bytes = Vec::new();
         for port in [1053_u16, 1054] {

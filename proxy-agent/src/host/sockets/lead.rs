@@ -1,4 +1,4 @@
-//! Leads one socket: writes its order, connects it, and looks at what came of it.
+//! Leads one socket: writes its order, connects it, and checks the result.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -15,14 +15,16 @@ use proxy_common::addr::{Addr, Family};
 use proxy_common::be::Be16;
 use rustix::net::{connect, getpeername, getsockname};
 
-use super::{Fate, Held, SocketMaps, SocketsError, map};
+use super::held::{Fate, Held};
+use super::maps::{SocketMaps, map};
 use crate::host::cgroups;
+use crate::host::sockets::error::SocketsError;
 use crate::reconcile::stale::Connected;
 
-/// The maps of [`SocketMaps`], as what they hold.
+/// The maps of [`SocketMaps`], with their types.
 pub(super) struct Storage {
     records: SkStorage<MapData, SocketRecord>,
-    /// Written by the one thread that sweeps.
+    /// Written only by the sweeping thread.
     orders: Mutex<SkStorage<MapData, Order>>,
 }
 
@@ -34,7 +36,7 @@ impl Storage {
         })
     }
 
-    /// Carries out what `order` says of a socket.
+    /// Carries out the result of `order` for a socket.
     pub(super) fn treat(
         &self,
         socket: &Held<'_>,
@@ -45,7 +47,7 @@ impl Storage {
         let record = self.record(&socket.copy)?.filter(|record| is_about(record, peer));
         let connected = Connected { peer, record, of_host: socket.namespace.of_host };
         match order(&connected) {
-            // The hook would look at the agent's own cgroup.
+            // The hook would check the agent's own cgroup instead of the process's.
             Some(_) if is_of_one(socket.process, opted_out) => Ok(Fate::Left),
             Some(order) => self.lead(socket, order, record.is_some()),
             None => Ok(Fate::Left),
@@ -60,34 +62,36 @@ impl Storage {
         }
     }
 
-    /// `seen`: the hooks have run for the socket. Otherwise that has to be shown first: it may belong to a process outside of the cgroup
-    /// that is served.
+    /// Leads a socket. `seen` is whether the hooks have run for the socket. If not, the hooks first have to be seen to
+    /// run: the socket may belong to a process outside of the cgroup that is served.
     fn lead(&self, socket: &Held<'_>, order: Order, seen: bool) -> Result<Fate, SocketsError> {
         let Held { copy, namespace, .. } = socket;
         let led = {
             let mut orders = self.orders.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             if orders.insert(copy, order, 0).is_err() {
-                // Its owner has filled the memory that the kernel grants a socket.
+                // The owner has filled the memory that the kernel grants a socket.
                 return Ok(Fate::Doomed);
             }
             let led = (seen || peer(copy).ok() == Some((ADDRESS, PORT))).then(|| ask(copy));
-            // The hook removes it when its owner connects the socket.
+            // If the owner has connected the socket meanwhile, the hook has removed the order already.
             let _ = orders.remove(copy);
             led
         };
         match led {
             Some(Ok(())) => {}
             None => return Ok(Fate::Left),
-            // The hook has not found the socket where it was: its owner has connected it anew. Or it is refused, and stays.
+            // Either the hook has not found the socket where it was, because its owner has connected it anew, or the
+            // hook has refused the connection and the socket stays.
             Some(Err(error)) if is_refused(&error) => return Ok(Fate::Left),
             Some(Err(_)) => return Ok(Fate::Doomed),
         }
-        // Through the hook, which shows the VIP of a socket that is where its record says.
+        // getpeername() goes through the hook, which shows the VIP only of a socket that is connected where its record
+        // says.
         if peer(copy).ok() != Some((order.vip, order.vip_port)) {
             return Ok(Fate::Doomed);
         }
         let Some(record) = self.record(copy)?.filter(SocketRecord::is_connected) else {
-            // It is at its VIP, where it may have been before.
+            // The socket is connected to its VIP itself, and may have been before.
             return Ok(if seen { Fate::Led } else { Fate::Left });
         };
         namespace.enter()?;
@@ -100,18 +104,19 @@ impl Storage {
     }
 }
 
-/// Whether a process is of one of these pods. Of one that has ended nothing is known: somebody else may have its socket.
+/// Returns whether a process belongs to one of these pods. Nothing is known of a process that has ended: another
+/// process may have its socket.
 fn is_of_one(process: &Path, pods: &BTreeSet<Arc<str>>) -> bool {
     !pods.is_empty()
         && std::fs::read_to_string(process.join("cgroup")).is_ok_and(|file| cgroups::is_below(&file, pods))
 }
 
-/// Whether a record says why a socket is connected to `peer`.
+/// Returns whether a record is the reason why a socket is connected to `peer`.
 fn is_about(record: &SocketRecord, peer: (Addr, Be16)) -> bool {
     record.is_connected() && (record.backend_addr, record.backend_port) == peer
 }
 
-/// Connects a socket to where the hook carries out its order.
+/// Connects a socket to the address at which the hook carries out its order.
 fn ask(socket: &OwnedFd) -> io::Result<()> {
     let is_v4 = matches!(SocketAddr::try_from(getsockname(socket)?)?, SocketAddr::V4(_));
     let to = ADDRESS.to_ip();
@@ -122,7 +127,7 @@ fn ask(socket: &OwnedFd) -> io::Result<()> {
     Ok(connect(socket, &SocketAddr::new(to, PORT.get()))?)
 }
 
-/// Whether the hook has let connect() fail: ECONNREFUSED, EPERM where it cannot choose (before 5.18).
+/// Returns whether the hook has refused connect(): ECONNREFUSED, or EPERM if it cannot choose (before 5.18).
 fn is_refused(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ECONNREFUSED | libc::EPERM))
 }
@@ -137,7 +142,7 @@ fn local(socket: &OwnedFd) -> io::Result<IpAddr> {
     Ok(Addr::from(SocketAddr::try_from(getsockname(socket)?)?.ip()).to_ip())
 }
 
-/// The address that a new socket of this thread's network namespace would send from.
+/// Returns the source address that a new socket in this thread's network namespace would use.
 fn source_to(addr: Addr, port: Be16) -> io::Result<IpAddr> {
     let any = match addr.family() {
         Family::V4 => IpAddr::from([0; 4]),
@@ -148,8 +153,8 @@ fn source_to(addr: Addr, port: Be16) -> io::Result<IpAddr> {
     Ok(socket.local_addr()?.ip())
 }
 
-/// Whether answers find the way back to an address as they find it to the kernel's choice. (Another one of the same reach is kept, as NAT
-/// keeps it: a bridge's and the uplink's, for instance.)
+/// Returns whether replies to `address` find the way back as well as replies to the kernel's choice. (Another address
+/// of the same reach is kept, as NAT keeps it: a bridge's instead of the uplink's, for instance.)
 fn leads_as_far(address: IpAddr, kernels: IpAddr) -> bool {
     let reach = |address: IpAddr| {
         let link_local = match address {

@@ -1,8 +1,8 @@
-//! Sockets of other processes, in our hands for a moment.
+//! Copies of other processes' sockets, held for a moment.
 //!
-//! A process' descriptors are links in procfs that name the socket's inode; `pidfd_getfd` (kernel 5.6) copies one.
-//! The copy is the same socket, so while it is open the owner's close() does not free the port: it is closed at
-//! once.
+//! A process's descriptors are links in procfs that name the socket's inode; `pidfd_getfd` (kernel 5.6) copies one. The
+//! copy is the same socket, so the owner's close() does not free the port while the copy is open. The copy is therefore
+//! closed as soon as possible.
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
@@ -14,10 +14,11 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 
 use super::namespaces::processes;
 
-/// Calls `each` with a copy of every wanted socket and the directory of its process, once, and takes it out of `wanted`, which is keyed by inode. What
-/// is left has no owner that can be seen. Returns how many processes do not let us look.
+/// Calls `each` for every wanted socket, with a copy of the socket and the directory of its process. A socket that
+/// `each` accepts is removed from `wanted`, which is keyed by inode. The sockets that remain in `wanted` have no
+/// visible owner. Returns the number of processes that may not be examined.
 ///
-/// `each` says whether the copy is the socket that was meant: inodes are numbers that come round again.
+/// `each` returns whether the copy is the socket that was meant: inode numbers are reused.
 pub(super) fn visit<T>(
     proc: &Path,
     wanted: &mut BTreeMap<u32, T>,
@@ -30,7 +31,7 @@ pub(super) fn visit<T>(
         }
         match visit_process(&process, wanted, &mut each) {
             Err(error) if error.kind() == ErrorKind::PermissionDenied => hidden += 1,
-            // Otherwise it has ended.
+            // Any other error means that the process has ended.
             Err(_) | Ok(()) => {}
         }
     }
@@ -43,14 +44,14 @@ fn visit_process<T>(
     each: &mut impl FnMut(&T, OwnedFd, &Path) -> bool,
 ) -> io::Result<()> {
     let dir = open(process.join("fd"), OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    // Opened when it is needed: few processes own what is wanted.
+    // Opened when needed: few processes own a wanted socket.
     let mut pidfd = None;
     for entry in Dir::read_from(&dir)? {
         let entry = entry?;
         let Some(number) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) else {
             continue;
         };
-        // A descriptor that was closed meanwhile cannot be read, nor copied below.
+        // A descriptor that was closed meanwhile can neither be read here nor copied below.
         let Ok(link) = readlinkat(&dir, entry.file_name(), Vec::new()) else { continue };
         let Some(inode) = link.to_str().ok().and_then(inode_of) else { continue };
         let Some(meant) = wanted.get(&inode) else { continue };
@@ -76,7 +77,7 @@ fn open_process(process: &Path) -> io::Result<OwnedFd> {
     Ok(pidfd_open(pid.ok_or(ErrorKind::NotFound)?, PidfdFlags::empty())?)
 }
 
-/// `socket:[1234]`.
+/// Returns the inode of a link of the form `socket:[1234]`.
 fn inode_of(link: &str) -> Option<u32> {
     link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }

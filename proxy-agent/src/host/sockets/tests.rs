@@ -1,5 +1,5 @@
-//! Real sockets in namespaces of the test's own. Records in socket storage need a BPF map; here a socket is chosen
-//! by where it is connected.
+//! Tests with real sockets in namespaces of their own. Records in socket storage need a BPF map, so a socket is chosen
+//! here by its peer.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::fs::symlink;
@@ -15,7 +15,7 @@ fn this_namespace() -> PathBuf {
     format!("/proc/{}/task/{thread}/ns/net", std::process::id()).into()
 }
 
-/// Makes `root/proc` a procfs in which this process is the only one that has descriptors.
+/// Makes `root/proc` a procfs in which only this process has descriptors.
 fn places(root: &TempDir) -> Places {
     let process = root.path().join("proc").join(std::process::id().to_string());
     std::fs::create_dir_all(&process).unwrap();
@@ -42,7 +42,7 @@ fn connected(from: &str, to: &str) -> UdpSocket {
     socket
 }
 
-/// ECONNABORTED, once, is how an application learns that its socket was destroyed.
+/// Returns whether the socket reports ECONNABORTED, once: an application learns by it that its socket was destroyed.
 fn is_destroyed(socket: &UdpSocket) -> bool {
     match socket.take_error().unwrap().map(|error| error.raw_os_error()) {
         Some(error) => {
@@ -54,7 +54,7 @@ fn is_destroyed(socket: &UdpSocket) -> bool {
     }
 }
 
-/// Dooms sockets connected to `destination`, and checks that the copy is the socket that is meant.
+/// Dooms sockets connected to `destination`, and checks that the copy is the right socket.
 fn to(destination: &str) -> impl Fn(&Held<'_>) -> Result<Fate, SocketsError> + Sync {
     let destination: SocketAddr = destination.parse().unwrap();
     let canonical = |addr: SocketAddr| (Addr::from(addr.ip()), addr.port());
@@ -92,7 +92,7 @@ fn sockets_to_one_destination_are_destroyed_in_every_namespace() {
         in_new_netns(|| {
             loopback_up();
             show_as_process(root.path(), 2);
-            // The same namespace once more: it is looked into once.
+            // The same namespace again: it is examined only once.
             show_as_process(root.path(), 3);
             let stale_there = connected("127.0.0.1:0", "127.0.0.7:1053");
 
@@ -126,7 +126,7 @@ fn the_caller_stays_in_its_namespace() {
 fn v6_sockets_and_named_namespaces() {
     let root = TempDir::new().unwrap();
     let places = places(&root);
-    // What iproute2 leaves when a mount is gone: not a namespace, and no reason to complain.
+    // iproute2 leaves such a file when a mount is gone. It is not a namespace, and not an error.
     std::fs::write(root.path().join("netns/leftover"), "").unwrap();
     in_new_netns(|| {
         loopback_up();
@@ -145,7 +145,7 @@ fn v6_sockets_and_named_namespaces() {
 fn a_socket_without_a_visible_owner_is_left_alone() {
     let root = TempDir::new().unwrap();
     let mut places = places(&root);
-    // Nobody but an empty process here, as for an agent that does not see the host's processes.
+    // The procfs shows only a process without descriptors, as for an agent that does not see the host's processes.
     places.proc = root.path().join("lonely");
     std::fs::create_dir_all(places.proc.join("1/fd")).unwrap();
     in_new_netns(|| {

@@ -1,69 +1,70 @@
-//! The line in which Events wait to be written: each once, not too many, and nobody's behind all of another's. Pure.
+//! Queue of Events that wait to be written: each Event once, not too many, and no namespace behind all Events of
+//! another. Pure.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Event, Regarding};
+use super::event::{Event, Regarding};
 use crate::reconcile::shares::Shares;
 
-/// An Event that was taken this long ago may be taken again; one that has waited so long is not written any more.
+/// Time after which the same Event may be taken again. An Event that has waited this long is not written any more.
 const FORGET: Duration = Duration::from_secs(600);
-/// Events that may be written at once.
+/// Number of Events that may be written at once.
 const BURST: u32 = 25;
-/// One more may be written each time this much has passed.
+/// Time after which one more Event may be written.
 const PER_EVENT: Duration = Duration::from_secs(10);
-/// Events that one namespace may hand over at once.
+/// Number of Events that one namespace may hand over at once.
 const SHARE: u32 = 10;
-/// It may hand over one more each time this much has passed.
+/// Time after which a namespace may hand over one more Event.
 const PER_SHARE: Duration = Duration::from_secs(60);
-/// Events that may wait.
+/// Number of Events that may wait.
 const PLACES: usize = 1_024;
 
-/// What becomes of an Event that is handed over.
+/// Fate of an Event that is handed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// It waits for its turn.
+    /// The Event waits for its turn.
     Waits,
-    /// The same, in the place of another one, of the namespace with most that wait.
+    /// The Event waits in the place of another one, of the namespace with the most waiting Events.
     Displaces,
-    /// The very same has been handed over not long ago.
+    /// The same Event has been handed over not long ago.
     Known,
-    /// Its namespace has handed over too many others.
+    /// The namespace of the Event has handed over too many others.
     TooMany,
 }
 
-/// What is to be done next.
+/// Next thing to do.
 #[derive(Debug)]
 pub(super) enum Next<D> {
-    /// This is written.
+    /// Write this Event.
     Write(Event, D),
-    /// This has waited too long.
+    /// Drop an Event that has waited too long.
     Late(D),
-    /// Nothing before that time, unless the node has something to say.
+    /// Write nothing before that time, unless the node has an Event.
     Rest(Instant),
     /// Nothing waits.
     Nothing,
 }
 
-/// The line. `D` goes with an Event.
+/// The queue. Each Event comes with a `D`.
 #[derive(Debug)]
 pub(super) struct Line<D> {
-    /// What waits, by namespace; empty for the node's own.
+    /// Waiting Events by namespace; the empty one is for the node's own.
     waiting: BTreeMap<Arc<str>, VecDeque<(Event, D, Instant)>>,
-    /// Namespaces with something that waits, in the order of their turns.
+    /// Namespaces with waiting Events, in the order of their turns.
     turns: VecDeque<Arc<str>>,
     places: usize,
     shares: Shares,
     taken: BTreeMap<Event, Instant>,
-    /// Events that may be written.
+    /// Number of Events that may be written, as of `at`.
     tokens: u32,
-    /// As of when.
+    /// Time up to which `tokens` has been counted.
     at: Instant,
 }
 
 impl<D> Line<D> {
-    /// At `now` nothing waits, and nothing has been written.
+    /// Makes a queue in which nothing waits, and from which nothing has been written before `now`.
     pub(super) fn new(now: Instant) -> Self {
         Self {
             waiting: BTreeMap::new(),
@@ -102,7 +103,7 @@ impl<D> Line<D> {
         if full { Verdict::Displaces } else { Verdict::Waits }
     }
 
-    /// The last one of the namespace with most goes.
+    /// Removes the last Event of the namespace with the most waiting Events.
     fn displace(&mut self) {
         let Some((tenant, waiting)) = self.waiting.iter_mut().max_by_key(|(_, waiting)| waiting.len()) else {
             return;
@@ -117,7 +118,7 @@ impl<D> Line<D> {
         }
     }
 
-    /// What is to be done next: the node's own, then one of each namespace in turn.
+    /// Returns the next thing to do: the node's own Events come first, then one of each namespace in turn.
     pub(super) fn next(&mut self, now: Instant) -> Next<D> {
         while self.tokens < BURST && now.saturating_duration_since(self.at) >= PER_EVENT {
             self.tokens += 1;
@@ -163,7 +164,7 @@ mod tests {
         Event::problem(ObjectKey::new(namespace, name), note.to_owned())
     }
 
-    /// The namespaces of what may be written at `now`, in that order.
+    /// Returns the namespaces of the Events that may be written at `now`, in that order.
     fn written(line: &mut Line<()>, now: Instant) -> Vec<String> {
         std::iter::from_fn(|| match line.next(now) {
             Next::Write(Event { regarding: Regarding::Service(key), .. }, ()) => {
@@ -175,7 +176,7 @@ mod tests {
         .collect()
     }
 
-    /// How many of a thousand Events of a namespace are taken in.
+    /// Returns the number of Events that are taken in out of a thousand of a namespace.
     fn flood(line: &mut Line<()>, namespace: &str, now: Instant) -> usize {
         let note = format!("{now:?}");
         let take = |n: &u32| line.take(event(namespace, &n.to_string(), &note), (), now) != Verdict::TooMany;
@@ -190,7 +191,7 @@ mod tests {
         assert_eq!(line.take(event("a", "s", "x"), (), t0), Verdict::Known);
         assert_eq!(written(&mut line, t0), ["a"]);
         assert_eq!(line.take(event("a", "s", "x"), (), t0 + FORGET / 2), Verdict::Known);
-        // Another note, object or reason is something else.
+        // An Event with another note, object or reason is another one.
         let port = Event::check_port_failed(ObjectKey::new("a", "s"), "x".to_owned());
         for other in [event("a", "s", "y"), event("a", "t", "x"), event("b", "s", "x"), port] {
             assert_eq!(line.take(other, (), t0), Verdict::Waits);
@@ -208,7 +209,7 @@ mod tests {
         assert_eq!(flood(&mut line, "a", t0 + PER_SHARE - Duration::from_millis(1)), 0);
         assert_eq!(flood(&mut line, "a", t0 + PER_SHARE), 1);
         assert_eq!(flood(&mut line, "a", t0 + 1_000 * PER_SHARE), SHARE as usize);
-        // Of all namespaces together no more than the API server has to stand.
+        // All namespaces together write no more than the API server can bear.
         let now = t0 + 2_000 * PER_SHARE;
         let mut line = Line::new(now);
         for namespace in 0..20 {
@@ -229,7 +230,8 @@ mod tests {
         }
         assert_eq!(line.take(event("quiet", "s", "x"), (), t0), Verdict::Waits);
         assert_eq!(written(&mut line, t0)[..5], ["a", "b", "c", "quiet", "a"]);
-        // With nothing left for anybody the node is heard all the same, and whoever comes waits for one turn of each.
+        // With no tokens left the node's Event is written all the same, and a new namespace waits for one turn of each
+        // other.
         assert_eq!(line.take(event("late", "s", "x"), (), t0), Verdict::Waits);
         assert_eq!(line.take(Event::starting(), (), t0), Verdict::Waits);
         assert_eq!(written(&mut line, t0), ["node"]);
@@ -247,7 +249,7 @@ mod tests {
         let mut all = written(&mut line, t0);
         all.sort();
         assert_eq!(all, ["a", "a", "a", "a", "a", "a", "b0", "b1", "b2", "b3", "b4", "b5"]);
-        // What waits for too long is of no use to anybody.
+        // An Event that has waited too long is not written.
         line.take(event("a", "t", "x"), (), t0 + PER_SHARE);
         assert!(matches!(line.next(t0 + PER_SHARE + FORGET), Next::Late(())));
     }

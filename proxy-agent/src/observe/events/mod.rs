@@ -1,9 +1,11 @@
-//! Events: what a user should see in `kubectl describe`, written to the API (events.k8s.io/v1).
+//! Events that a user should see in `kubectl describe`, written to the API (events.k8s.io/v1).
 //!
-//! Whoever has something to say hands it over ([`Events::tell`]) and goes on; a task of its own writes it. What comes
-//! again and again is written once, a flood is cut off where it comes from, and namespaces take turns ([`mod@line`]); a server
-//! that does not answer costs the Event, nothing else. Without an API (`--manifests`) there are none: whatever becomes an Event is in the log, too.
+//! The agent hands an Event over ([`Events::tell`]) and goes on; a task of its own writes it. A repeated Event is
+//! written once, a flood from one namespace is cut off, and namespaces take turns ([`mod@line`]). A server that does
+//! not answer costs the Event, nothing else. Without an API (`--manifests`) there are no Events; everything that
+//! becomes an Event is in the log, too.
 
+mod event;
 mod line;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,102 +20,52 @@ use kube::{Api, Client, Resource as _};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{sleep, timeout};
 
+pub use self::event::Event;
+use self::event::Regarding;
 use self::line::{Line, Next, Verdict};
-use crate::observe::http::HttpError;
 use crate::observe::metrics::{EventFate, Metrics};
 use crate::reconcile::cluster::ObjectKey;
 
-/// Who reports, in `kubectl get events`.
+/// Reporter in `kubectl get events`.
 const CONTROLLER: &str = "vipr";
-/// How often one is tried, how long each time, and the pause in between.
+/// Number of attempts to write an Event, time limit of each, and pause between two.
 const ATTEMPTS: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_secs(5);
-/// The longest note and the longest name of a reporter that the API takes, bytes.
+/// Longest note and longest name of a reporter that the API takes, in bytes.
 const NOTE_MAX: usize = 1024;
 const INSTANCE_MAX: usize = 128;
 
-/// What an Event is about.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Regarding {
-    /// This node.
-    Node,
-    /// A Service.
-    Service(ObjectKey),
-}
-
-/// Something that a user should see.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Event {
-    regarding: Regarding,
-    warning: bool,
-    reason: &'static str,
-    action: &'static str,
-    note: String,
-}
-
-impl Event {
-    /// The agent starts.
-    pub fn starting() -> Self {
-        let note = concat!("proxy-agent ", env!("CARGO_PKG_VERSION")).to_owned();
-        Self { regarding: Regarding::Node, warning: false, reason: "Starting", action: "Start", note }
-    }
-
-    /// One of the agent's own servers cannot serve, which ends the agent. (For the health server kube-proxy's reason.)
-    pub fn cannot_serve(error: &HttpError) -> Self {
-        let reason = match error.server() {
-            crate::observe::health::SERVER => "FailedToStartProxierHealthcheck",
-            _ => "FailedToStartMetricsServer",
-        };
-        Self { regarding: Regarding::Node, warning: true, reason, action: "Start", note: error.to_string() }
-    }
-
-    /// A port for load balancers' health checks cannot be opened.
-    pub fn check_port_failed(service: ObjectKey, note: String) -> Self {
-        Self::about(service, "FailedToStartServiceHealthcheck", "Listen", note)
-    }
-
-    /// Something about a Service or its slices cannot be served as it is written.
-    pub fn problem(service: ObjectKey, note: String) -> Self {
-        Self::about(service, "ServiceProblem", "Program", note)
-    }
-
-    fn about(service: ObjectKey, reason: &'static str, action: &'static str, note: String) -> Self {
-        let regarding = Regarding::Service(service);
-        Self { regarding, warning: true, reason, action, note }
-    }
-}
-
-/// Dropped when the Event is written, or never will be.
+/// Dropped when the Event is written, or when it never will be.
 type Done = Option<oneshot::Sender<()>>;
 
-/// Where Events wait.
+/// Waiting Events, and what their writer needs.
 #[derive(Debug)]
 struct Desk {
     line: Mutex<Line<Done>>,
-    /// Somebody has handed one over.
+    /// Notified when an Event has been handed over.
     came: Notify,
     metrics: Arc<Metrics>,
 }
 
 impl Desk {
     fn line(&self) -> MutexGuard<'_, Line<Done>> {
-        // Every method leaves it whole.
+        // Every method leaves the queue consistent.
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Where Events are handed over. Cheap to clone.
+/// Handle by which Events are handed over. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Events(Option<Arc<Desk>>);
 
 impl Events {
-    /// For an agent without an API.
+    /// Returns a handle that drops every Event, for an agent without an API.
     pub fn nowhere() -> Self {
         Self(None)
     }
 
-    /// Events of the node of this name. Needs a runtime.
+    /// Returns a handle that writes Events of the node of this name. Needs a runtime.
     pub fn to_api(client: Client, node: Arc<str>, metrics: Arc<Metrics>) -> Self {
         let line = Mutex::new(Line::new(Instant::now()));
         let desk = Arc::new(Desk { line, came: Notify::new(), metrics });
@@ -121,16 +73,16 @@ impl Events {
         Self(Some(desk))
     }
 
-    /// Hands an Event over. When too many wait it is dropped, and counted.
+    /// Hands an Event over. When too many wait, it is dropped and counted.
     pub fn tell(&self, event: Event) {
         self.hand_over(event, None);
     }
 
-    /// Hands an Event over and waits until it is written, or this long.
+    /// Hands an Event over and waits until it is written, for at most `patience`.
     pub async fn tell_and_wait(&self, event: Event, patience: Duration) {
         let (done, written) = oneshot::channel();
         self.hand_over(event, Some(done));
-        // Dropped without a word when there is nobody to write.
+        // The sender is dropped at once when there is no API.
         let _ = timeout(patience, written).await;
     }
 
@@ -188,7 +140,7 @@ async fn write(client: &Client, node: &Arc<str>, event: &Event) -> EventFate {
 
 async fn publish(client: &Client, node: &Arc<str>, event: &Event) -> Result<(), kube::Error> {
     let reference = match &event.regarding {
-        // As the kubelet and kube-proxy name it, and `kubectl describe node` looks for it.
+        // The kubelet and kube-proxy name the Node this way, and `kubectl describe node` looks for it.
         Regarding::Node => ObjectReference {
             kind: Some("Node".to_owned()),
             name: Some(node.to_string()),
@@ -200,7 +152,7 @@ async fn publish(client: &Client, node: &Arc<str>, event: &Event) -> Result<(), 
     let namespace = reference.namespace.clone().unwrap_or_else(|| "default".to_owned());
     let now = Timestamp::now();
     let name = format!("{}.{:x}", reference.name.as_deref().unwrap_or(CONTROLLER), now.as_nanosecond());
-    // A repeated Event would be a series, a patch of the first one; the gate lets none through.
+    // A repeated Event would be a series, a patch of the first one; the queue lets none through.
     let written = api::Event {
         metadata: ObjectMeta {
             name: Some(name),
@@ -221,8 +173,8 @@ async fn publish(client: &Client, node: &Arc<str>, event: &Event) -> Result<(), 
     events.create(&PostParams::default(), &written).await.map(drop)
 }
 
-/// A reference with the uid, by which `kubectl describe` finds the Events of an object. The agent does not keep uids,
-/// and may list Services, but not get them.
+/// Returns a reference with the uid, by which `kubectl describe` finds the Events of an object. The agent does not keep
+/// uids, and it may list Services, but not get them.
 async fn reference(client: &Client, key: &ObjectKey) -> Result<ObjectReference, kube::Error> {
     let services: Api<Service> = Api::namespaced(client.clone(), &key.namespace);
     let of_name = ListParams::default().fields(&format!("metadata.name={}", key.name)).limit(1);

@@ -1,4 +1,4 @@
-//! `healthCheckNodePort`: which Services have one, and what is answered there. Pure.
+//! `healthCheckNodePort`: the Services that have one, and the answers there. Pure.
 //!
 //! A load balancer in front of a Service with `externalTrafficPolicy: Local` asks every node on that port whether it
 //! has an endpoint, and sends traffic to the nodes that say yes.
@@ -13,18 +13,18 @@ use serde_json::ser::PrettyFormatter;
 use super::judge::Answer;
 use crate::reconcile::cluster::{ObjectKey, Service, ServiceType, Slice, TrafficPolicy};
 
-/// What a Service's `healthCheckNodePort` tells in one family.
+/// Facts that a Service's `healthCheckNodePort` tells in one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Check {
     /// The port.
     pub port: u16,
-    /// How many addresses of this node serve the Service and are ready, over all its ports.
+    /// Number of addresses of this node that serve the Service and are ready, over all its ports.
     pub endpoints: usize,
 }
 
-/// The check of `service` in `family`; `None` if there is none. `slices` are all of the Service.
+/// Returns the check of `service` in `family`; `None` if there is none. `slices` are all slices of the Service.
 ///
-/// Endpoints that terminate do not count, though they may still carry traffic: load balancers are to stop sending it.
+/// Terminating endpoints do not count, though they may still carry traffic: load balancers are to stop sending it.
 pub fn check<'a>(
     service: &Service,
     slices: impl Iterator<Item = &'a Slice>,
@@ -44,11 +44,11 @@ pub fn check<'a>(
     })
 }
 
-/// The answer to whoever asks about `service`: kube-proxy's body, to the byte.
+/// Returns the answer to a check of `service`: kube-proxy's body, to the byte.
 pub fn answer(service: &ObjectKey, endpoints: usize, healthy: bool) -> Answer {
     let mut body = Vec::new();
     let mut json = serde_json::Serializer::with_formatter(&mut body, PrettyFormatter::with_indent(b"\t"));
-    // Strings, a number and a boolean into memory: this cannot fail.
+    // Serializing strings, a number and a boolean into memory cannot fail.
     let _written = Body { service, endpoints, healthy }.serialize(&mut json);
     Answer {
         ok: endpoints > 0 && healthy,
@@ -87,7 +87,8 @@ mod tests {
     use crate::sources::convert::Converter;
     use crate::sources::objects;
 
-    /// S-H: a load-balanced Service with eTP Local and healthCheckNodePort 32000, with these fields of its spec instead.
+    /// Returns S-H: a load-balanced Service with eTP Local and healthCheckNodePort 32000, with these fields of its spec
+    /// instead.
     fn service(spec: &Value) -> Service {
         let mut object = json!({
             "metadata": {"namespace": "a", "name": "s"},
@@ -105,7 +106,8 @@ mod tests {
         Converter::new("n1").service(&object).unwrap().unwrap()
     }
 
-    /// A slice of the ports with endpoints: last byte of the address, node, and conditions.
+    /// Returns a slice of the ports with endpoints, each given by the last byte of its address, its node, and its
+    /// conditions.
     fn slice(name: &str, ports: &[&str], endpoints: &[(u8, &str, &str)]) -> Slice {
         let endpoints: Vec<Value> = endpoints
             .iter()
@@ -129,7 +131,7 @@ mod tests {
         Converter::new("n1").slice(&object).unwrap().unwrap()
     }
 
-    /// The number of endpoints of S-H in IPv4.
+    /// Checks the number of endpoints of S-H in IPv4.
     #[track_caller]
     fn counts(slices: &[Slice], want: usize) {
         let got = check(&service(&json!({})), slices.iter(), Family::V4);
@@ -155,7 +157,7 @@ mod tests {
         let [web, adm] = [["web"], ["adm"]];
         counts(&[slice("1", &web, &[(11, "n1", "ready")]), slice("2", &adm, &[(11, "n1", "ready")])], 1);
         counts(&[slice("1", &web, &[(11, "n1", "ready")]), slice("2", &adm, &[(12, "n1", "ready")])], 2);
-        // Of the other family, with no port, or in two states.
+        // Endpoints of the other family, without a port, or in two states.
         assert_eq!(
             check(&service(&json!({})), [slice("s", &web, &[(11, "n1", "ready")])].iter(), Family::V6)
                 .unwrap()

@@ -1,5 +1,6 @@
-//! What the probes answer: pure.
+//! Answers to the probes: pure.
 
+use crate::observe::probe::Probe;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -7,16 +8,16 @@ use k8s_openapi::jiff::Timestamp;
 use proxy_common::addr::Family;
 use serde::Serialize;
 
-/// What the agent knows about its own progress.
+/// Progress of the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HealthState {
-    /// Index: [`Family::index`].
+    /// State of each family, by [`Family::index`].
     families: [FamilyState; 2],
-    /// A family whose oldest waiting change is this old is unhealthy.
+    /// Age of the oldest waiting change from which a family is unhealthy.
     pub stuck_after: Duration,
     /// Whether load balancers may send traffic to this node.
     pub node_eligible: bool,
-    /// Why `/readyz` says no, if it does.
+    /// Reason why `/readyz` says no, if it does.
     pub waiting_for: Option<String>,
 }
 
@@ -27,7 +28,8 @@ struct FamilyState {
 }
 
 impl HealthState {
-    /// At start: no Node seen, nothing programmed. Changes should be programmed within `sync_period`.
+    /// Makes the state of an agent that starts: no Node seen, nothing programmed. Changes should be programmed within
+    /// `sync_period`.
     pub fn new(sync_period: Duration) -> Self {
         Self {
             stuck_after: 2 * sync_period,
@@ -37,17 +39,17 @@ impl HealthState {
         }
     }
 
-    /// A change waits since `now`, unless an older one does.
+    /// Notes that a change waits since `now`, unless an older one does.
     pub fn queued(&mut self, family: Family, now: Instant) {
         self.of(family).oldest_queued.get_or_insert(now);
     }
 
-    /// Nothing waits any more.
+    /// Notes that nothing waits any more.
     pub fn updated(&mut self, family: Family, now: Timestamp) {
         *self.of(family) = FamilyState { oldest_queued: None, last_updated: Some(now) };
     }
 
-    /// Whether no judged family is stuck.
+    /// Returns whether no judged family is stuck.
     pub fn healthy(&self, now: Instant) -> bool {
         self.families.iter().all(|family| family.healthy(now, self.stuck_after))
     }
@@ -62,37 +64,27 @@ impl HealthState {
 }
 
 impl FamilyState {
-    /// A family that was never updated is not judged: it is starting, or not in use.
+    /// Returns whether the family is not stuck. A family that was never updated is not judged: it is starting, or not
+    /// in use.
     fn healthy(&self, now: Instant, stuck_after: Duration) -> bool {
         let stuck = |since| now.saturating_duration_since(since) >= stuck_after;
         self.last_updated.is_none() || !self.oldest_queued.is_some_and(stuck)
     }
 }
 
-/// The moment of an answer, on the clock that never jumps and on the one that people read.
+/// Moment of an answer, on the monotonic clock and on the wall clock.
 #[derive(Clone, Copy, Debug)]
 pub struct Now {
-    /// Monotonic: what judgements are made with.
+    /// Monotonic time, for judgements.
     pub instant: Instant,
-    /// Wall clock: what answers show.
+    /// Wall-clock time, as shown in answers.
     pub time: Timestamp,
-}
-
-/// What is asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Probe {
-    /// May load balancers send traffic here?
-    Healthz,
-    /// Does the agent make progress?
-    Livez,
-    /// Has the agent done its first work?
-    Readyz,
 }
 
 /// The answer to a probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// 200 or 503.
+    /// Whether the status is 200 rather than 503.
     pub ok: bool,
     /// The body's Content-Type.
     pub content_type: &'static str,
@@ -100,7 +92,7 @@ pub struct Answer {
     pub body: String,
 }
 
-/// kube-proxy's body, fields in its order.
+/// kube-proxy's body, with its fields in the same order.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Body {
@@ -154,23 +146,23 @@ fn body(state: &HealthState, node_eligible: Option<bool>, ok: bool, now: Now) ->
     });
     let newest = state.families.iter().filter_map(|family| family.last_updated).max();
     let body = Body {
-        // A proxy that is fine counts as updated at this moment, even with nothing to do.
+        // A healthy proxy counts as updated at this moment, even with nothing to do.
         last_updated: if ok { rfc3339(now.time) } else { newest.map_or_else(never, rfc3339) },
         current_time: rfc3339(now.time),
         node_eligible,
         healthy: state.healthy(now.instant),
         status: status.collect(),
     };
-    // Strings, booleans and a map with string keys: this cannot fail.
+    // Serializing strings, booleans and a map with string keys cannot fail.
     serde_json::to_string(&body).unwrap_or_default()
 }
 
-/// UTC, nanoseconds as far as they are not zero.
+/// Formats a time in UTC, with the fraction of a second as far as it is not zero.
 fn rfc3339(time: Timestamp) -> String {
     time.to_string()
 }
 
-/// How kube-proxy writes a time that has not come yet.
+/// Returns kube-proxy's form of a time that has not come yet.
 fn never() -> String {
     "0001-01-01T00:00:00Z".to_owned()
 }
@@ -186,7 +178,7 @@ mod tests {
         s.parse().unwrap()
     }
 
-    /// A node that may get traffic, both families updated at T0.
+    /// Returns the state of a node that may get traffic, with both families updated at T0.
     fn running() -> HealthState {
         let mut state = HealthState { node_eligible: true, ..HealthState::new(SYNC_PERIOD) };
         for family in Family::ALL {
@@ -213,7 +205,7 @@ mod tests {
         check(&fresh, t0, false, true);
         fresh.node_eligible = true;
         check(&fresh, t0, true, true);
-        // Waiting for the first list, however long, is not being stuck.
+        // Waiting for the first list is not being stuck, however long it takes.
         fresh.queued(Family::V4, t0);
         check(&fresh, t0 + 20 * SYNC_PERIOD, true, true);
         assert_eq!(json(&fresh, Probe::Livez, t0).get("status"), None);
@@ -229,10 +221,10 @@ mod tests {
         // Later changes do not make the oldest younger.
         state.queued(Family::V4, t0 + Duration::from_secs(59));
         check(&state, t0 + Duration::from_secs(60), false, false);
-        // An update clears all of it; with nothing queued any age is fine.
+        // An update clears all waiting changes; with nothing queued any age is fine.
         state.updated(Family::V4, time(T0));
         check(&state, t0 + Duration::from_secs(3600), true, true);
-        // And the clock starts anew.
+        // The clock then starts anew.
         state.queued(Family::V4, t0 + Duration::from_secs(3600));
         check(&state, t0 + Duration::from_secs(3659), true, true);
         check(&state, t0 + Duration::from_secs(3660), false, false);

@@ -1,10 +1,11 @@
 //! `/healthz`, `/livez` and `/readyz` on `--healthz-bind-address` (default 0.0.0.0:10256).
 //!
-//! The sync loop tells [`Health`] what it does, the Node watcher tells it whether load balancers may send traffic
-//! here, and [`judge()`] turns that into an answer. `/healthz` and `/livez` answer exactly as kube-proxy does: load
+//! The sync loop reports its progress to [`Health`], the Node watcher reports whether load balancers may send traffic
+//! here, and [`judge()`] turns both into an answer. `/healthz` and `/livez` answer exactly as kube-proxy does: load
 //! balancers and autoscalers read them.
 //!
-//! Services with a `healthCheckNodePort` have servers of their own: [`check_ports`], whose answers [`checks`] decides.
+//! Services with a `healthCheckNodePort` have servers of their own: [`check_ports`]. [`checks`] decides the answers of
+//! these servers.
 
 pub mod check_ports;
 pub mod checks;
@@ -21,55 +22,56 @@ use axum::routing::any;
 use k8s_openapi::jiff::Timestamp;
 use proxy_common::addr::Family;
 
-pub use self::judge::{Answer, HealthState, Now, Probe, judge};
+pub use self::judge::{Answer, HealthState, Now, judge};
 use crate::observe::metrics::Metrics;
+use crate::observe::probe::Probe;
 
 /// Name of the health server in logs and errors.
 pub const SERVER: &str = "health";
 
-/// The state behind the probes, shared by everyone who has something to tell. Cheap to clone.
+/// State behind the probes, shared by all tasks that report to it. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Health(Arc<Mutex<HealthState>>);
 
 impl Health {
-    /// At start. A change that waits for twice `sync_period` is too much.
+    /// Makes the state of an agent that starts. A change that waits for twice `sync_period` has waited too long.
     pub fn new(sync_period: Duration) -> Self {
         Self(Arc::new(Mutex::new(HealthState::new(sync_period))))
     }
 
-    /// A change of this family waits to be programmed.
+    /// Notes that a change of this family waits to be programmed.
     pub fn queued(&self, family: Family) {
         self.state().queued(family, Instant::now());
     }
 
-    /// Everything of this family that waited has been programmed. Call it once when the sync loop starts, too: from
-    /// then on the family is judged.
+    /// Notes that all waiting changes of this family have been programmed. The first call, at the start of the sync
+    /// loop, makes the family judged from then on.
     pub fn updated(&self, family: Family) {
         self.state().updated(family, wall_clock());
     }
 
-    /// What still has to happen before `/readyz` says yes, as a clause: "the first list has not arrived yet".
+    /// Sets what still has to happen before `/readyz` says yes, as a clause: "the first list has not arrived yet".
     pub fn waiting_for(&self, reason: impl Into<String>) {
         self.state().waiting_for = Some(reason.into());
     }
 
-    /// The first full list is programmed: `/readyz` says yes from now on.
+    /// Notes that the first full list is programmed: `/readyz` says yes from now on.
     pub fn programmed(&self) {
         self.state().waiting_for = None;
     }
 
-    /// Whether this node may get traffic from load balancers: its Node object has been seen, is not being deleted
-    /// and has no taint `ToBeDeletedByClusterAutoscaler`. A source without Nodes says `true` once.
+    /// Sets whether this node may get traffic from load balancers: its Node object has been seen, is not being deleted
+    /// and has no taint `ToBeDeletedByClusterAutoscaler`. A source without Nodes sets `true` once.
     pub fn node(&self, eligible: bool) {
         self.state().node_eligible = eligible;
     }
 
-    /// Whether the sync loop keeps up (`serviceProxyHealthy` of healthCheckNodePorts).
+    /// Returns whether the sync loop keeps up (`serviceProxyHealthy` of healthCheckNodePorts).
     pub fn healthy(&self) -> bool {
         self.state().healthy(Instant::now())
     }
 
-    /// The answer to a probe at this moment.
+    /// Returns the answer to a probe at this moment.
     pub fn answer(&self, probe: Probe) -> Answer {
         judge(&self.state(), probe, Now { instant: Instant::now(), time: wall_clock() })
     }
@@ -88,7 +90,7 @@ fn wall_clock() -> Timestamp {
         .unwrap_or(Timestamp::UNIX_EPOCH)
 }
 
-/// The probes; any method. Answers are counted in `metrics`.
+/// Returns the router of the probes, for any method. Answers are counted in `metrics`.
 pub fn router(health: Health, metrics: Arc<Metrics>) -> Router {
     type Shared = State<(Health, Arc<Metrics>)>;
     Router::new()

@@ -1,8 +1,8 @@
-//! Listening so that nobody fills the queue of connections for everybody.
+//! Listens in such a way that no client fills the queue of connections for all clients.
 //!
-//! The kernel keeps connections that nobody has accepted yet in one queue for each listening socket. Where that is full,
-//! whoever comes has to try again after a second, which is too late for a probe. So several sockets listen on an address,
-//! and the kernel picks one by where the client is: who fills a queue fills that of few others.
+//! The kernel keeps connections that are not accepted yet in one queue for each listening socket. When the queue is
+//! full, a new client has to try again after a second, which is too late for a probe. So several sockets listen on an
+//! address, and the kernel picks one by the client's address: a client that fills a queue fills it for few others.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,12 +13,12 @@ use tokio::net::{TcpListener, TcpSocket};
 
 use crate::host::sys;
 
-/// Sockets on one address.
+/// Number of sockets on one address.
 const QUEUES: u32 = 16;
-/// Connections that wait for one of them.
+/// Number of connections that may wait for one socket.
 const BACKLOG: u32 = 1_024;
 
-/// Listens on `address`, of which somebody may have gone not long ago.
+/// Listens on `address`, even if another socket has left it only recently.
 ///
 /// # Errors
 ///
@@ -28,7 +28,7 @@ pub(super) fn listen(address: SocketAddr) -> io::Result<Vec<TcpListener>> {
 }
 
 fn listen_with(address: SocketAddr, backlog: u32) -> io::Result<Vec<TcpListener>> {
-    // The first one shares with nobody; when it has the address, only others of this process come to it.
+    // The first socket shares the address with nobody. Once it has the address, only sockets of this process can join.
     let first = bound(address, false)?;
     let others = set_socket_reuseport(&first, true).map_err(io::Error::from).and_then(|()| {
         let address = first.local_addr()?;
@@ -38,13 +38,13 @@ fn listen_with(address: SocketAddr, backlog: u32) -> io::Result<Vec<TcpListener>
         tracing::debug!(%address, %error, "all clients wait in one queue");
         Vec::new()
     });
-    // The kernel counts them in the order in which they begin to listen.
+    // The kernel numbers the sockets in the order in which they begin to listen.
     let sockets = std::iter::once(first).chain(others);
     let listeners = sockets.map(|socket| socket.listen(backlog)).collect::<io::Result<Vec<_>>>()?;
     if let [first, _, ..] = &listeners[..]
         && let Err(error) = sys::spread_by_source(first.as_fd(), QUEUES)
     {
-        // Then it picks by address and port.
+        // The kernel then picks by address and port.
         tracing::debug!(%address, %error, "a client waits in any queue");
     }
     Ok(listeners)
@@ -73,7 +73,7 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_millis(500);
 
-    /// Whether a client of this address gets a connection.
+    /// Connects from this address, if the connection is accepted in time.
     async fn comes(from: IpAddr, to: SocketAddr) -> Option<tokio::net::TcpStream> {
         let socket = if from.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.unwrap();
         socket.bind((from, 0).into()).unwrap();

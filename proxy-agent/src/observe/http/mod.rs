@@ -1,5 +1,4 @@
-//! The agent's small HTTP servers: bind addresses as users write them, and serving that survives a taken port and
-//! clients that are slow, silent or many.
+//! The agent's small HTTP servers, which survive a taken port and clients that are slow, silent or many.
 
 use std::io;
 use std::net::SocketAddr;
@@ -25,23 +24,23 @@ mod thread;
 pub use room::{Room, Seat};
 pub use thread::ServerThread;
 
-/// Why a server does not serve.
+/// Reason why a server does not serve.
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
     /// The address cannot be bound.
     #[error("cannot listen on {address} for {server}: {source}")]
     Bind {
-        /// Which server.
+        /// Name of the server.
         server: &'static str,
-        /// Where.
+        /// Address to listen on.
         address: SocketAddr,
-        /// Why not.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
 impl HttpError {
-    /// Which server it is about.
+    /// Returns the name of the server.
     pub fn server(&self) -> &'static str {
         match self {
             Self::Bind { server, .. } => server,
@@ -49,28 +48,29 @@ impl HttpError {
     }
 }
 
-/// What clients may take. A connection costs a file descriptor, and some of the servers are open to the world.
+/// Limits of what clients may take. A connection costs a file descriptor, and some of the servers are open to the
+/// world.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Connections at once. Servers may share it.
+    /// Places for simultaneous connections. Servers may share them.
     pub room: Room,
-    /// For the head of the request. There is one for each connection.
+    /// Time limit for the head of the request. A connection carries one request.
     pub silence: Duration,
-    /// For a connection; it then ends with the answer that it owes.
+    /// Time limit for a connection, which then ends after the answer that it owes.
     pub lifetime: Duration,
 }
 
 impl Default for Limits {
-    /// A room of its own.
+    /// Returns limits with a room of their own.
     fn default() -> Self {
         Self { room: Room::new(256), silence: Duration::from_secs(5), lifetime: Duration::from_secs(60) }
     }
 }
 
-/// The largest head of a request, bytes: what has come of it is read again with each piece.
+/// Largest head of a request, in bytes: with each piece that arrives, all pieces so far are read again.
 const HEAD_MAX: usize = 8_192;
 
-/// How long a connection that is to end may take for its last answer.
+/// Time that an ending connection may take for its last answer.
 const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Serves `router` on `address` until the future is dropped. `server` is its name in logs and errors.
@@ -95,7 +95,7 @@ pub async fn serve(
         }
     };
     tracing::info!(server, %address, "listening");
-    // A task for each: they take turns.
+    // Each listener has its own task, so that they take turns.
     let (mut servers, limits) = (JoinSet::new(), Limits::default());
     for listener in listeners {
         servers.spawn(serve_on(listener, router.clone(), limits.clone(), std::future::pending()));
@@ -104,10 +104,10 @@ pub async fn serve(
     Ok(())
 }
 
-/// Serves whoever connects to `listener` until `stop` is ready. Then nobody listens any more, and open connections end
-/// with the answer that they owe.
+/// Serves the clients of `listener` until `stop` is ready. Then the listener closes, and open connections end after the
+/// answer that they owe.
 pub async fn serve_on(listener: TcpListener, router: Router, limits: Limits, stop: impl Future<Output = ()>) {
-    // Dropped at the end, which every connection notices.
+    // Every connection notices when this is dropped at the end.
     let (_open, end) = watch::channel(());
     let port = listener.local_addr().map_or(0, |address| address.port());
     let next = async || {
@@ -115,7 +115,7 @@ pub async fn serve_on(listener: TcpListener, router: Router, limits: Limits, sto
             Ok((stream, from)) => Some((stream, limits.room.enter(port, from.ip()))),
             Err(error) => {
                 tracing::debug!(%error, "a connection cannot be taken");
-                // Where there are no descriptors left, there are none at once.
+                // Without free descriptors the next attempt would fail at once, too.
                 sleep(Duration::from_millis(100)).await;
                 None
             }
@@ -148,9 +148,9 @@ async fn converse(
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     tokio::pin!(connection);
     tokio::select! {
-        // A client that breaks off or talks nonsense is its own affair.
+        // A client that breaks off or sends an invalid request harms only itself.
         _ = connection.as_mut() => return,
-        // Somebody else has its place.
+        // The place was given to another connection.
         _ = &mut seat.gone => return,
         _ = end.changed() => {}
         () = sleep(limits.lifetime) => {}
@@ -177,12 +177,12 @@ pub(crate) mod testing {
         pub(crate) body: String,
     }
 
-    /// One request on a connection of its own.
+    /// Sends one request on a connection of its own.
     pub(crate) async fn request(address: SocketAddr, method: &str, path: &str) -> io::Result<Response> {
         request_with(address, method, path, &[]).await
     }
 
-    /// The same with these headers.
+    /// Does the same with these headers.
     pub(crate) async fn request_with(
         address: SocketAddr,
         method: &str,
@@ -200,7 +200,7 @@ pub(crate) mod testing {
         Ok(Response { status, head: head.to_lowercase(), body: body.to_owned() })
     }
 
-    /// Serves `router` on a free port of loopback while `test` runs, which gets the address.
+    /// Serves `router` on a free port of loopback while `test` runs with the address.
     pub(crate) fn with_server<F: Future<Output = ()>>(router: Router, test: impl FnOnce(SocketAddr) -> F) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
@@ -278,7 +278,7 @@ mod tests {
         });
     }
 
-    /// What is read until the other side ends the connection.
+    /// Reads until the other side ends the connection.
     async fn rest(stream: &mut TcpStream) -> String {
         use tokio::io::AsyncReadExt as _;
         let mut text = String::new();
@@ -297,7 +297,8 @@ mod tests {
                 }
                 let answer = testing::request(address, "GET", "/").await.unwrap();
                 assert_eq!(answer.body, "here");
-                // One place for who has been answered; the last ones stay until it is their turn, or the time is up.
+                // One place is for the client that is answered. The last silent clients stay until it is their turn, or
+                // the time is up.
                 let stay = if silence > Duration::from_secs(60) { places - 1 } else { 0 };
                 for mut stream in silent.drain(..6 - stay) {
                     assert_eq!(rest(&mut stream).await, "");
@@ -325,14 +326,14 @@ mod tests {
     fn connections_end_with_the_answer_that_they_owe() {
         use tokio::io::AsyncWriteExt as _;
         let request = b"GET / HTTP/1.1\r\nHost: n1\r\n\r\n";
-        // By age.
+        // Connections end by age.
         let limits = Limits { lifetime: Duration::from_millis(50), ..Limits::default() };
         limited(limits, |address, _stop| async move {
             let mut stream = TcpStream::connect(address).await.unwrap();
             stream.write_all(request).await.unwrap();
             assert!(rest(&mut stream).await.ends_with("here"));
         });
-        // With the server.
+        // Connections end with the server.
         limited(Limits::default(), |address, stop| async move {
             let mut idle = TcpStream::connect(address).await.unwrap();
             let mut stream = TcpStream::connect(address).await.unwrap();

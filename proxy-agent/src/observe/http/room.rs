@@ -1,5 +1,5 @@
-//! Who may stay connected where everybody may connect. Who comes always gets a place; where there is none left, somebody else
-//! gives his up.
+//! Places for connections to servers that anybody may connect to. A new connection always gets a place; when none is
+//! left, another connection loses its place.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,9 +16,9 @@ pub struct Room(Arc<Mutex<Guests>>);
 struct Guests {
     places: usize,
     next: u64,
-    /// By arrival.
+    /// Guests by arrival.
     here: BTreeMap<u64, Guest>,
-    /// The same, by port and source.
+    /// The same guests, by port and source.
     ports: BTreeMap<u16, Port>,
 }
 
@@ -32,29 +32,29 @@ struct Port {
 struct Guest {
     port: u16,
     source: IpAddr,
-    /// Dropped to have it leave.
+    /// Dropped to make the guest leave.
     _stay: oneshot::Sender<()>,
 }
 
-/// A place, until it is dropped.
+/// A place, held until this is dropped.
 #[derive(Debug)]
 pub struct Seat {
     room: Room,
     id: u64,
-    /// Ready when the place has been given to somebody else.
+    /// Ready when the place has been given to another connection.
     pub gone: oneshot::Receiver<()>,
 }
 
 impl Room {
-    /// So many, and at least one.
+    /// Makes a room with this many places, and at least one.
     pub fn new(places: usize) -> Self {
         let places = places.max(1);
         Self(Arc::new(Mutex::new(Guests { places, next: 0, here: BTreeMap::new(), ports: BTreeMap::new() })))
     }
 
-    /// A place for a connection from `source` to a server on `port`. Where all are taken, the port with the most connections
-    /// gives one up: of the source that has most of them there, the one that has been there longest. A request takes
-    /// milliseconds, so that one has not sent any, or does not read the answer.
+    /// Returns a place for a connection from `source` to a server on `port`. When all places are taken, the port with
+    /// the most connections gives one up: the oldest connection of the source that has the most there. A request takes
+    /// milliseconds, so that connection has sent none, or does not read the answer.
     pub fn enter(&self, port: u16, source: IpAddr) -> Seat {
         let mut guests = self.guests();
         if guests.here.len() >= guests.places
@@ -69,7 +69,7 @@ impl Room {
     }
 
     fn guests(&self) -> MutexGuard<'_, Guests> {
-        // Every method leaves it whole.
+        // Every method leaves the guests consistent.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -102,7 +102,7 @@ impl Guests {
 
     fn most_dispensable(&self) -> Option<u64> {
         let port = self.ports.values().max_by_key(|port| port.guests)?;
-        // Of two sources with as many the one that has been there longer.
+        // Of two sources with equally many connections, the one with the oldest connection.
         let most = port.sources.values().max_by_key(|guests| (guests.len(), Reverse(guests.first())))?;
         most.first().copied()
     }
@@ -114,7 +114,7 @@ impl Drop for Seat {
     }
 }
 
-/// Whoever has an IPv6 address has all of its /64.
+/// Returns the network that counts as one source: the holder of an IPv6 address has all of its /64.
 fn network(source: IpAddr) -> IpAddr {
     match source.to_canonical() {
         IpAddr::V4(ip) => ip.into(),
@@ -139,7 +139,7 @@ mod tests {
         let mut newcomer = enter(1, "192.0.2.3");
         assert_eq!(many.iter_mut().map(has_left).collect::<Vec<_>>(), [true, false, false]);
         assert!(!has_left(&mut one) && !has_left(&mut newcomer));
-        // Of two with as many, the one that has been there longer.
+        // Of sources with equally many connections, the one with the oldest connection.
         drop(many.pop());
         let mut next = enter(1, "192.0.2.4");
         assert!(![&mut one, &mut newcomer, &mut next].map(has_left).contains(&true));
@@ -153,7 +153,7 @@ mod tests {
         let room = Room::new(4);
         let enter = |port, source: u8| room.enter(port, IpAddr::from([192, 0, 2, source]));
         let mut quiet = enter(2, 1);
-        // Each from elsewhere.
+        // Each connection comes from another source.
         let mut crowd: Vec<Seat> = (2..20).map(|source| enter(1, source)).collect();
         assert!(!has_left(&mut quiet));
         assert_eq!(crowd.iter_mut().map(has_left).filter(|left| !left).count(), 3);
@@ -181,7 +181,7 @@ mod tests {
         let mut seat = enter();
         assert!(!has_left(&mut seat));
         let mut next = enter();
-        // It has lost its place already, and takes nobody's with it.
+        // The seat has lost its place already, and its drop frees no other place.
         assert!(has_left(&mut seat));
         drop(seat);
         assert!(!has_left(&mut next));

@@ -1,4 +1,4 @@
-//! A thread for servers: they answer at once whatever the agent's own thread is busy with.
+//! A thread for servers, which answer at once even while the agent's own thread is busy.
 
 use std::io;
 
@@ -13,24 +13,24 @@ pub struct ServerThread {
 }
 
 impl ServerThread {
-    /// Starts it. `name` is what `ps -L` shows.
+    /// Starts the thread. `name` is what `ps -L` shows.
     ///
     /// # Errors
     ///
-    /// What the kernel says: no more threads, or no more files.
+    /// The kernel's error: no more threads, or no more files.
     pub fn start(name: &str) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
         let run = move || {
-            // Nothing is ever sent.
+            // Nothing is ever sent on this channel.
             let _ = runtime.block_on(stopped);
         };
         std::thread::Builder::new().name(name.to_owned()).spawn(run)?;
         Ok(Self { handle, _stop: stop })
     }
 
-    /// Where tasks for it are spawned.
+    /// Returns the handle that spawns tasks on the thread.
     pub fn handle(&self) -> &Handle {
         &self.handle
     }

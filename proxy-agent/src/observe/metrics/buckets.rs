@@ -1,12 +1,12 @@
-//! Bounds of buckets as Go writes numbers.
+//! Bounds of buckets, as Go writes numbers.
 //!
-//! A bound is the text of a label, and series are told apart by it: with `le="1.0"` beside kube-proxy's `le="1"` a sum over
-//! both is wrong, and a rule for one bound finds nothing. kube-proxy speaks only Prometheus' older format, where
-//! client_golang writes `1`. The same is written in OpenMetrics, which recommends `1.0` but does not demand it.
+//! A bound is the text of a label, and series are told apart by it. With `le="1.0"` beside kube-proxy's `le="1"`, a sum
+//! over both is wrong, and a rule for one bound finds nothing. kube-proxy speaks only Prometheus' older format, where
+//! client_golang writes `1`. Vipr writes the same in OpenMetrics, which recommends `1.0` but does not demand it.
 
 const LABEL: &str = "{le=\"";
 
-/// `text` with the bounds of all buckets in Go's shortest form.
+/// Returns `text` with the bounds of all buckets in Go's shortest form.
 pub(super) fn as_client_golang(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for line in text.split_inclusive('\n') {
@@ -22,8 +22,8 @@ pub(super) fn as_client_golang(text: &str) -> String {
     out
 }
 
-/// As Go's `strconv.FormatFloat(number, 'g', -1, 64)`: with an exponent of two digits at least if the number is smaller than
-/// 0.0001, or a million and larger.
+/// Formats a number like Go's `strconv.FormatFloat(number, 'g', -1, 64)`: with an exponent of at least two digits if
+/// the number is smaller than 0.0001, or a million or larger.
 fn shortest(number: f64) -> String {
     if number.is_infinite() {
         return if number > 0.0 { "+Inf" } else { "-Inf" }.to_owned();

@@ -8,8 +8,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use super::labels::{Buckets, ByCode, ByFamily, ByPolicy};
-use super::register;
+use super::labels::{Buckets, ByCode, ByFamily, ByPolicy, register};
 
 type Seconds = Gauge<f64, AtomicU64>;
 type Durations = Labelled<ByFamily, Histogram, Buckets>;

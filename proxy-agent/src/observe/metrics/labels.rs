@@ -5,9 +5,10 @@ use std::fmt;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::family::MetricConstructor;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Metric, Registry};
 use proxy_common::addr::Family;
 
-/// Which of a Service's two traffic policies.
+/// One of a Service's two traffic policies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PolicyKind {
     /// `internalTrafficPolicy`.
@@ -17,18 +18,18 @@ pub enum PolicyKind {
 }
 
 impl PolicyKind {
-    /// Both.
+    /// Both policies.
     pub const ALL: [Self; 2] = [Self::Internal, Self::External];
 }
 
-/// What became of an Event for the API.
+/// Fate of an Event for the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum EventFate {
     /// The API server has it.
     Written,
     /// The API server refused it, or did not answer.
     Failed,
-    /// There were too many.
+    /// Too many Events were handed over or waited.
     Dropped,
 }
 
@@ -36,14 +37,14 @@ impl EventFate {
     pub(super) const ALL: [Self; 3] = [Self::Written, Self::Failed, Self::Dropped];
 }
 
-/// What the time between the arrival of a change and the end of its sync is spent on.
+/// Part of the time between the arrival of a change and the end of its sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
     /// From the arrival of the oldest change to the start of the sync.
     Wait,
-    /// Until the operations on the maps are known.
+    /// From there until the operations on the maps are known.
     Plan,
-    /// Until they are carried out.
+    /// From there until the operations are carried out.
     Write,
 }
 
@@ -51,7 +52,7 @@ impl Stage {
     pub(super) const ALL: [Self; 3] = [Self::Wait, Self::Plan, Self::Write];
 }
 
-/// Makes a label value of a type that names its values.
+/// Encodes a type as a label value that names each of its values.
 macro_rules! label_value {
     ($type:ty, |$value:ident| $name:expr) => {
         impl EncodeLabelValue for $type {
@@ -125,7 +126,7 @@ pub(super) struct ByMap {
     pub(super) map: &'static str,
 }
 
-/// Histogram buckets, in seconds where nothing else is said.
+/// Histogram buckets, in seconds unless stated otherwise.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Buckets {
     /// kube-proxy's: 1 ms, doubling, to 16.384 s.
@@ -147,4 +148,10 @@ impl MetricConstructor<Histogram> for Buckets {
             Self::Stage => Histogram::new((0..12).map(|n| 1e-5 * 4_f64.powi(n))),
         }
     }
+}
+
+/// Registers `metric` and returns it. The registry appends the full stop to a help text.
+pub(super) fn register<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+    registry.register(name, help, metric.clone());
+    metric
 }

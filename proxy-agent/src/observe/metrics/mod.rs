@@ -1,8 +1,8 @@
-//! Metrics: kube-proxy's names where we mean the same thing (prefix `kubeproxy_`), our own beside them (prefix
+//! Metrics: kube-proxy's names where the meaning is the same (prefix `kubeproxy_`), our own beside them (prefix
 //! `vipr_`); served on `--metrics-bind-address` (default 127.0.0.1:10249). `docs/metrics.md` lists them.
 //!
 //! The sync loop and its helpers write through the methods of [`Metrics`], which cost an atomic operation or two.
-//! What only the kernel knows is read from the maps at each scrape, by the closures in [`Readers`].
+//! Values that only the kernel knows are read from the maps at each scrape, by the closures in [`Readers`].
 
 mod buckets;
 mod kubeproxy;
@@ -10,7 +10,7 @@ mod labels;
 mod own;
 mod process;
 mod scrape;
-mod serve;
+pub mod serve;
 mod slis;
 
 #[cfg(test)]
@@ -24,18 +24,17 @@ use std::time::{Duration, SystemTime};
 use prometheus_client::encoding::text;
 use prometheus_client::metrics::family::Family as Labelled;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::{Metric, Registry};
+use prometheus_client::registry::Registry;
 use proxy_common::addr::Family;
 
 use self::kubeproxy::KubeProxy;
-use self::labels::{ByCode, ByFate, ByFeature, ByMap, ByPolicy, ByStage, FamilyLabel};
+use self::labels::{ByCode, ByFate, ByFeature, ByMap, ByPolicy, ByStage, FamilyLabel, register};
 pub use self::labels::{EventFate, PolicyKind, Stage};
 use self::own::Own;
 pub use self::scrape::{MapUsage, ReadError, Readers};
-pub use self::serve::router;
 use self::slis::{ByCheck, Slis};
 use crate::host::sockets::Report;
-use crate::observe::health::Probe;
+use crate::observe::probe::Probe;
 use crate::sources::api::requests;
 
 /// Name of the metrics server in logs and errors.
@@ -51,19 +50,19 @@ pub struct Metrics {
     slis: Slis,
 }
 
-/// How a sync went.
+/// Result of a sync.
 #[derive(Clone, Copy, Debug)]
 pub struct SyncResult {
-    /// It looked at everything, not only at what had changed.
+    /// Whether it looked at everything, not only at changes.
     pub full: bool,
-    /// Everything is programmed.
+    /// Whether everything is programmed.
     pub ok: bool,
-    /// From its start to its end.
+    /// Time from its start to its end.
     pub took: Duration,
 }
 
 impl Metrics {
-    /// All metrics at zero. `readers` are called at each scrape.
+    /// Makes all metrics, at zero. `readers` are called at each scrape.
     pub fn new(readers: Readers) -> Self {
         let mut registry = Registry::default();
         let kubeproxy = KubeProxy::new(registry.sub_registry_with_prefix("kubeproxy"));
@@ -77,12 +76,12 @@ impl Metrics {
         Self { registry, kubeproxy, own, features, slis: Slis::new() }
     }
 
-    /// A sync was asked for.
+    /// Notes that a sync was asked for.
     pub fn sync_queued(&self, family: Family) {
         self.kubeproxy.sync_last_queued.get_or_create(&family.into()).set(now());
     }
 
-    /// A sync of these families ended.
+    /// Notes that a sync of these families ended.
     pub fn synced(&self, families: &[Family], sync: SyncResult) {
         let of_its_kind = match sync.full {
             true => &self.kubeproxy.full_sync_duration,
@@ -101,64 +100,64 @@ impl Metrics {
         }
     }
 
-    /// Changes have spent this long in a stage.
+    /// Notes the time that changes have spent in a stage.
     pub fn stage(&self, stage: Stage, took: Duration) {
         self.own.programming.get_or_create(&ByStage { stage }).observe(took.as_secs_f64());
     }
 
-    /// Operations on maps were carried out: how many, by map.
+    /// Counts operations on maps that were carried out, by map.
     pub fn map_operations(&self, by_map: &BTreeMap<&'static str, u64>) {
         for (&map, &count) in by_map {
             self.own.operations.get_or_create(&ByMap { map }).inc_by(count);
         }
     }
 
-    /// Elements of these maps were not what had been written.
+    /// Counts elements of these maps that were not what had been written.
     pub fn drifted(&self, maps: impl Iterator<Item = &'static str>) {
         for map in maps {
             self.own.drift.get_or_create(&ByMap { map }).inc();
         }
     }
 
-    /// An applied slice change reached the kernel maps this long after its trigger time. Not for the first list,
-    /// and not for deletions.
+    /// Notes the time from the trigger time of an applied slice change until it reached the kernel maps. Not for the
+    /// first list, and not for deletions.
     pub fn network_programmed(&self, family: Family, after: Duration) {
         self.kubeproxy.network_programming.get_or_create(&family.into()).observe(after.as_secs_f64());
     }
 
-    /// A slice change arrived.
+    /// Counts a slice change that arrived.
     pub fn endpoint_change(&self) {
         self.kubeproxy.endpoint_changes.inc();
     }
 
-    /// A Service change arrived.
+    /// Counts a Service change that arrived.
     pub fn service_change(&self) {
         self.kubeproxy.service_changes.inc();
     }
 
-    /// So many changes of slices and of Services wait.
+    /// Sets the numbers of changes of slices and of Services that wait.
     pub fn pending(&self, endpoint_changes: usize, service_changes: usize) {
         self.kubeproxy.endpoint_changes_pending.set(gauge(endpoint_changes));
         self.kubeproxy.service_changes_pending.set(gauge(service_changes));
     }
 
-    /// So many service ports have a Local policy and endpoints, but none here.
+    /// Sets the number of service ports that have a Local policy and endpoints, but no endpoint on this node.
     pub fn no_local_endpoints(&self, policy: PolicyKind, family: Family, service_ports: usize) {
         let labels = ByPolicy { traffic_policy: policy, ip_family: FamilyLabel(family) };
         self.kubeproxy.no_local_endpoints.get_or_create(&labels).set(gauge(service_ports));
     }
 
-    /// A feature gate of kube-proxy is on, or off.
+    /// Sets whether a feature gate of kube-proxy is on.
     pub fn feature(&self, name: &'static str, stage: &'static str, enabled: bool) {
         self.features.get_or_create(&ByFeature { name, stage }).set(i64::from(enabled));
     }
 
-    /// The metrics server was asked whether it is there.
+    /// Notes that the metrics server was asked whether it is there.
     pub fn pinged(&self) {
         self.slis.answered(ByCheck { name: "ping", r#type: "healthz" }, true);
     }
 
-    /// A probe was answered with this HTTP status.
+    /// Counts a probe that was answered with this HTTP status.
     pub fn probed(&self, probe: Probe, code: u16) {
         let r#type = match probe {
             Probe::Healthz => "healthz",
@@ -173,7 +172,7 @@ impl Metrics {
         }
     }
 
-    /// Sockets of these families were looked at, and some were led elsewhere or ended.
+    /// Notes a sweep over the sockets of these families, which led some elsewhere or ended them.
     pub fn swept(&self, families: &[Family], took: Duration, report: &Report) {
         for &family in families {
             self.kubeproxy.sweep_duration.get_or_create(&family.into()).observe(took.as_secs_f64());
@@ -184,32 +183,32 @@ impl Metrics {
         self.own.sockets_destroyed.inc_by(report.destroyed as u64);
     }
 
-    /// So many places of `STREAMS` were freed.
+    /// Counts places of `STREAMS` that were freed.
     pub fn streams_freed(&self, count: usize) {
         self.own.streams_freed.inc_by(count as u64);
     }
 
-    /// Expired flows were removed.
+    /// Counts expired flows that were removed.
     pub fn flows_collected(&self, count: u64) {
         self.own.flows_collected.inc_by(count);
     }
 
-    /// So many objects or files cannot be used.
+    /// Sets the number of objects or files that cannot be used.
     pub fn problems(&self, count: usize) {
         self.own.problems.set(gauge(count));
     }
 
-    /// An Event was written, or not.
+    /// Counts an Event, by its fate.
     pub fn event(&self, result: EventFate) {
         self.own.events.get_or_create(&ByFate { result }).inc();
     }
 
-    /// Everything as OpenMetrics text.
+    /// Returns all metrics as OpenMetrics text.
     pub fn text(&self) -> String {
         printed(&self.registry)
     }
 
-    /// What probes were told, likewise.
+    /// Returns the answers to probes in the same format.
     pub fn slis(&self) -> String {
         printed(&self.slis.registry)
     }
@@ -217,17 +216,11 @@ impl Metrics {
 
 fn printed(registry: &Registry) -> String {
     let mut out = String::new();
-    // Writing to a String fails only if a metric cannot be printed; what is there is still worth having.
+    // Writing to a String fails only if a metric cannot be printed; the text so far is still worth having.
     if let Err(error) = text::encode(&mut out, registry) {
         tracing::warn!(%error, "a metric cannot be printed");
     }
     buckets::as_client_golang(&out)
-}
-
-/// Registers `metric` and gives it back. A help text gets its full stop from the registry.
-fn register<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
-    registry.register(name, help, metric.clone());
-    metric
 }
 
 fn now() -> f64 {

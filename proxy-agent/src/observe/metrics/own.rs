@@ -1,4 +1,4 @@
-//! Vipr's own metrics; prefix `vipr_`. Those that are read from the kernel at each scrape are in [`super::scrape`].
+//! Vipr's own metrics; prefix `vipr_`. Metrics that are read from the kernel at each scrape are in [`super::scrape`].
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family as Labelled;
@@ -7,8 +7,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-use super::labels::{Buckets, ByFate, ByMap, ByStage, EventFate, Stage};
-use super::register;
+use super::labels::{Buckets, ByFate, ByMap, ByStage, EventFate, Stage, register};
 
 /// The metrics.
 #[derive(Debug)]

@@ -1,4 +1,4 @@
-//! `process_*`, as every component of Kubernetes has them.
+//! Metrics `process_*`, as every component of Kubernetes has them.
 
 use std::fmt;
 use std::fs;
@@ -12,16 +12,16 @@ use prometheus_client::registry::Registry;
 use rustix::process::{Resource, getrlimit};
 use rustix::time::{ClockId, clock_gettime};
 
-/// Registers them, without a prefix.
+/// Registers these metrics, without a prefix.
 pub(super) fn register(registry: &mut Registry) {
     let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     registry.register_collector(Box::new(Process { started }));
 }
 
-/// What the kernel knows of this process.
+/// Facts about this process that the kernel knows.
 #[derive(Debug)]
 struct Process {
-    /// Seconds since 1970.
+    /// Start of the process, in seconds since 1970.
     started: f64,
 }
 
@@ -50,17 +50,17 @@ impl Collector for Process {
             }
         }
         if let Ok(open) = fs::read_dir("/proc/self/fd") {
-            // Without the one that lists them.
+            // The descriptor that lists the others does not count.
             let open = open.count().saturating_sub(1) as u64;
             put("process_open_fds", "Open file descriptors of the agent.", &ConstGauge::new(open))?;
         }
-        // Without a limit the kernel's own counts, which nobody reaches.
+        // Without a limit the kernel's own limit counts, which is never reached.
         let most = getrlimit(Resource::Nofile).current.unwrap_or(i64::MAX as u64);
         put("process_max_fds", "File descriptors that the agent may have.", &ConstGauge::new(most))
     }
 }
 
-/// A field of `/proc/self/status` in KiB.
+/// Returns a field of `/proc/self/status` in KiB.
 fn kib(status: &str, field: &str) -> Option<u64> {
     let value = status.lines().find_map(|line| line.strip_prefix(field))?;
     value.trim().strip_suffix(" kB")?.trim().parse().ok()

@@ -1,7 +1,7 @@
-//! `docs/metrics.md`: its tables come from what a scrape prints.
+//! Tables of `docs/metrics.md`, made from what a scrape prints.
 //!
-//! `VIPR_UPDATE_DOCS=1 cargo test -p proxy-agent --lib metrics_md` writes them anew; without the variable the test says
-//! whether the file is current.
+//! `VIPR_UPDATE_DOCS=1 cargo test -p proxy-agent --lib metrics_md` writes them anew; without the variable the test
+//! checks that the file is current.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +12,7 @@ const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
 const BEGIN: &str = "<!-- generated from here -->";
 const END: &str = "<!-- to here -->";
 
-/// Metrics in which everything has been counted once.
+/// Returns metrics in which everything has been counted once.
 fn example() -> Metrics {
     use proxy_common::abi::Counter;
     let map = |map| MapUsage { map, entries: Some(1), capacity: 2 };
@@ -55,7 +55,7 @@ struct Described {
     labels: BTreeMap<String, BTreeSet<String>>,
 }
 
-/// By the names that samples of counters and infos have.
+/// Returns the metrics of a text, by the names that samples of counters and infos have.
 fn described(text: &str) -> BTreeMap<String, Described> {
     let mut all: BTreeMap<String, Described> = BTreeMap::new();
     let (mut name, mut help) = (String::new(), String::new());
@@ -89,7 +89,7 @@ fn described(text: &str) -> BTreeMap<String, Described> {
     all
 }
 
-/// One table for each prefix.
+/// Returns one table for each prefix.
 fn tables() -> String {
     let example = example();
     let (all, slis) = (described(&example.text()), described(&example.slis()));
@@ -113,7 +113,7 @@ fn tables() -> String {
     out + "\n"
 }
 
-/// A label, with its values where they are few and the same everywhere.
+/// Returns a label, with its values where they are few and the same everywhere.
 fn shown(label: &str, values: &BTreeSet<String>) -> String {
     let named: Vec<&str> = values.iter().map(String::as_str).collect();
     match label {
@@ -153,7 +153,7 @@ fn metrics_md_tells_every_verdict() {
     }
 }
 
-/// What kube-proxy 1.36 has on Linux beside Go's own metrics, whose names begin with `go_`.
+/// Metrics of kube-proxy 1.36 on Linux, except Go's own, whose names begin with `go_`.
 const KUBE_PROXY: [&str; 46] = [
     "disabled_metrics_total",
     "hidden_metrics_total",
@@ -202,7 +202,7 @@ const KUBE_PROXY: [&str; 46] = [
     "rest_client_requests_total",
     "rest_client_response_size_bytes",
 ];
-/// What the dashboard "Proxy" of kubernetes-mixin (August 2026) asks for.
+/// Metrics that the dashboard "Proxy" of kubernetes-mixin (August 2026) asks for.
 const DASHBOARD: [&str; 7] = [
     "go_goroutines",
     "kubeproxy_network_programming_duration_seconds",
@@ -213,7 +213,7 @@ const DASHBOARD: [&str; 7] = [
     "rest_client_requests_total",
 ];
 
-/// What the file says that Vipr does not have; `*` stands for any end.
+/// Returns the metrics that Vipr does not have according to the file; `*` stands for any end.
 fn said_to_be_missing(text: &str) -> BTreeSet<&str> {
     let (_, section) = text.split_once("## What kube-proxy has and Vipr does not").expect("the section");
     let quoted = section.split('`').skip(1).step_by(2);
@@ -240,14 +240,14 @@ fn metrics_md_tells_of_each_metric_of_kube_proxy_whether_it_is_there() {
     }
 }
 
-/// kubernetes-mixin's alert KubeVersionMismatch counts the versions among all series of this name, whatever their job but
-/// that of the cluster's DNS. Vipr's version is not one of Kubernetes.
+/// kubernetes-mixin's alert KubeVersionMismatch counts the versions among all series of this name, of every job except
+/// the cluster's DNS. Vipr's version is not one of Kubernetes.
 #[test]
 fn no_version_of_kubernetes_is_claimed() {
     assert!(!example().text().contains("kubernetes_build"));
 }
 
-/// What both text formats need.
+/// Checks the requirements of both text formats.
 #[test]
 fn metrics_md_has_names_and_sentences_of_the_right_form() {
     let text = example().text();
@@ -255,7 +255,7 @@ fn metrics_md_has_names_and_sentences_of_the_right_form() {
         let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
         assert!(name.chars().all(legal), "{name}");
         assert!(metric.help.ends_with('.') && !metric.help.ends_with(".."), "{name}: {}", metric.help);
-        // Each would need an escape.
+        // Each of these characters would need an escape.
         assert!(!metric.help.contains(['"', '\\', '|']), "{name}: {}", metric.help);
         if metric.kind == "histogram" {
             assert!(

@@ -1,4 +1,4 @@
-//! Metrics that are read when somebody asks: counters and sizes of BPF maps.
+//! Metrics that are read at each scrape: counters and sizes of BPF maps.
 
 use std::fmt;
 
@@ -10,34 +10,34 @@ use prometheus_client::metrics::family::Family as Labelled;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
-/// Why a reader could not read.
+/// Reason why a reader could not read.
 pub type ReadError = Box<dyn std::error::Error + Send + Sync>;
 
 type Read<T> = Box<dyn Fn() -> Result<Vec<T>, ReadError> + Send + Sync>;
 type Failures = Labelled<[(&'static str, &'static str); 1], Counter>;
 
-/// How full a map is.
+/// Usage of a map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MapUsage {
     /// The map's name.
     pub map: &'static str,
-    /// Elements in use; `None` where nobody can tell.
+    /// Number of elements in use; `None` where it cannot be told.
     pub entries: Option<u64>,
-    /// Elements it can hold.
+    /// Number of elements that the map can hold.
     pub capacity: u64,
 }
 
-/// What is read at each scrape, on a thread beside the sync loop. One that fails is logged and
-/// counted, and its metrics are missing from that scrape.
+/// Readers that run at each scrape, on a thread beside the sync loop. The failure of a reader is logged and counted,
+/// and its metrics are missing from that scrape.
 pub struct Readers {
     /// The datapath's counters, by [`proxy_common::abi::Counter::name`], summed over CPUs.
     pub verdicts: Read<(&'static str, u64)>,
-    /// How full the maps are.
+    /// Usage of the maps.
     pub maps: Read<MapUsage>,
 }
 
 impl Default for Readers {
-    /// Nothing to read.
+    /// Returns readers that read nothing.
     fn default() -> Self {
         Self { verdicts: Box::new(|| Ok(Vec::new())), maps: Box::new(|| Ok(Vec::new())) }
     }

@@ -1,9 +1,9 @@
 //! The metrics server, and the two text formats that it speaks.
 //!
-//! A client that asks for OpenMetrics (`Accept: application/openmetrics-text`) gets that
-//! (<https://prometheus.io/docs/specs/om/open_metrics_spec/>), everybody else the older Prometheus format
-//! (<https://prometheus.io/docs/instrumenting/exposition_formats/>). They differ in what describes a metric, not in its
-//! samples.
+//! A client that asks for OpenMetrics (`Accept: application/openmetrics-text`) gets that format
+//! (<https://prometheus.io/docs/specs/om/open_metrics_spec/>). Every other client gets the older Prometheus format
+//! (<https://prometheus.io/docs/instrumenting/exposition_formats/>). The formats differ in the description of a metric,
+//! not in its samples.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,8 +23,8 @@ const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset
 /// Content-Type of the older format.
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// `/metrics`, and what kube-proxy serves beside it: `/metrics/slis`, `/healthz`, `/proxyMode` and `/configz`, which shows
-/// the configuration with all defaults.
+/// Returns the router of `/metrics` and of what kube-proxy serves beside it: `/metrics/slis`, `/healthz`, `/proxyMode`
+/// and `/configz`, which shows the configuration with all defaults.
 pub fn router(metrics: Arc<Metrics>, configuration: &KubeProxyConfiguration) -> Router {
     let Gate { name, stage } = EXTERNAL_IPS_GATE;
     metrics.feature(name, stage, allows_external_ips(configuration));
@@ -52,7 +52,7 @@ async fn scrape(
 ) -> impl IntoResponse {
     let accepted: Vec<&str> =
         headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
-    // A task of its own: who goes away in between does not have it begin anew for the next one.
+    // The reading has a task of its own: if the client leaves in between, the next one does not make it begin anew.
     let reading = tokio::spawn(async move { readings.text(move || what(&metrics)).await });
     let text = reading.await.unwrap_or_default();
     let (content_type, body) = if prefers_open_metrics(&accepted.join(",")) {
@@ -63,12 +63,12 @@ async fn scrape(
     ([(CONTENT_TYPE, content_type), (VARY, "Accept")], body)
 }
 
-/// Reads for whoever asks. A reading looks at every map, and some servers are open to many: who asks while somebody else
-/// waits gets the same answer, and readings take half of one CPU at most. Cheap to clone.
+/// Readings for clients. A reading looks at every map, and some servers are open to many. A client that asks while
+/// another one waits gets the same answer, and readings take half of one CPU at most. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 struct Readings(Arc<tokio::sync::Mutex<Option<Reading>>>);
 
-/// The last one.
+/// The last reading.
 #[derive(Debug)]
 struct Reading {
     began: Instant,
@@ -77,7 +77,7 @@ struct Reading {
 }
 
 impl Readings {
-    /// What `read` says, or what it said to somebody else since this was called.
+    /// Returns the result of `read`, or that of another client's reading that began after this call.
     async fn text(&self, read: impl FnOnce() -> String + Send + 'static) -> Arc<str> {
         let asked = Instant::now();
         let mut last = self.0.lock().await;
@@ -89,14 +89,14 @@ impl Readings {
             tokio::time::sleep_until((last.ended + rest).into()).await;
         }
         let began = Instant::now();
-        // Beside the other servers of this thread.
+        // The reading blocks, so it runs beside the other servers of this thread.
         let text: Arc<str> = tokio::task::spawn_blocking(read).await.unwrap_or_default().into();
         *last = Some(Reading { began, ended: Instant::now(), text: Arc::clone(&text) });
         text
     }
 }
 
-/// Whether a client with this `Accept` header wants OpenMetrics 1.0 at least as much as plain text.
+/// Returns whether a client with this `Accept` header wants OpenMetrics 1.0 at least as much as plain text.
 fn prefers_open_metrics(accept: &str) -> bool {
     let (mut open_metrics, mut plain) = (0.0, 0.0);
     for range in accept.split(',') {
@@ -120,8 +120,8 @@ fn prefers_open_metrics(accept: &str) -> bool {
     open_metrics > 0.0 && open_metrics >= plain
 }
 
-/// OpenMetrics text as the older format: there a counter is described by the name of its samples, an info is a gauge,
-/// and neither units nor an end are marked.
+/// Converts OpenMetrics text into the older format. There a counter is described by the name of its samples, an info is
+/// a gauge, and neither units nor an end are marked.
 fn prometheus(open_metrics: &str) -> String {
     let mut out = String::with_capacity(open_metrics.len());
     let mut help = "";
@@ -189,7 +189,7 @@ mod tests {
             ("application/openmetrics-text;q=0", false),
             ("application/openmetrics-text;q=nonsense", false),
             ("application/openmetrics-text;q=0.4, text/plain;q=0.5", false),
-            // Prometheus 2 and 3.
+            // Headers of Prometheus 2 and 3.
             (
                 "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,\
                  text/plain;version=0.0.4;q=0.3,*/*;q=0.2",

@@ -1,4 +1,4 @@
-//! `/metrics/slis`: what probes were told, as components of Kubernetes count it.
+//! `/metrics/slis`: answers to probes, as components of Kubernetes count them.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -6,7 +6,7 @@ use prometheus_client::metrics::family::Family as Labelled;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-/// The checks, in a registry of their own.
+/// Metrics of the checks, in a registry of their own.
 #[derive(Debug)]
 pub(super) struct Slis {
     pub(super) registry: Registry,
@@ -14,12 +14,12 @@ pub(super) struct Slis {
     all: Labelled<ByResult, Counter>,
 }
 
-/// What is probed.
+/// Labels of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByCheck {
     /// `ping`: the metrics server answers; `proxy`: what the health server says of the node.
     pub(super) name: &'static str,
-    /// The last part of the path.
+    /// Last part of the path.
     pub(super) r#type: &'static str,
 }
 
@@ -31,7 +31,7 @@ struct ByResult {
 }
 
 impl Slis {
-    /// Nothing has been probed.
+    /// Makes the metrics before any probe.
     pub(super) fn new() -> Self {
         let mut registry = Registry::default();
         let (last, all) = (Labelled::default(), Labelled::default());
@@ -41,7 +41,7 @@ impl Slis {
         Self { registry, last, all }
     }
 
-    /// A probe was answered.
+    /// Counts an answer to a probe.
     pub(super) fn answered(&self, check: ByCheck, ok: bool) {
         let ByCheck { name, r#type } = check;
         self.last.get_or_create(&check).set(i64::from(ok));

@@ -1,16 +1,17 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::serve::router;
 use super::*;
 use crate::config::kube_proxy::KubeProxyConfiguration;
 use crate::observe::http::testing::{request, request_with, with_server};
 
-/// A sync of everything.
+/// Returns the result of a sync of everything.
 fn sync(milliseconds: u64, ok: bool) -> SyncResult {
     SyncResult { full: true, ok, took: Duration::from_millis(milliseconds) }
 }
 
-/// The samples of `metrics` whose names start with `prefix`, in order.
+/// Returns the samples of `metrics` whose names start with `prefix`, in order.
 fn samples(metrics: &Metrics, prefix: &str) -> Vec<String> {
     let mut lines: Vec<String> =
         metrics.text().lines().filter(|line| line.starts_with(prefix)).map(str::to_owned).collect();
@@ -18,7 +19,7 @@ fn samples(metrics: &Metrics, prefix: &str) -> Vec<String> {
     lines
 }
 
-/// The durations, which have too many lines, aside.
+/// Checks the samples, except the durations, which have too many lines.
 fn check(metrics: &Metrics, prefix: &str, want: &[&str]) {
     let mut got = samples(metrics, prefix);
     got.retain(|line| !line.starts_with("vipr_programming_duration_seconds"));

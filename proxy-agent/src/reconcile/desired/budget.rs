@@ -1,15 +1,16 @@
-//! How much one Service may ask for.
+//! Limits on the size of one Service.
 //!
-//! A Service is small, and what it asks for is a product: each of its ports is to be had at each of its addresses, has each
-//! of its endpoints, and admits each of its source ranges. The products are counted before anything is made of them.
+//! A Service is a small object, but the state to program for it is a product: each of its ports is served at each of
+//! its addresses, has each of its endpoints, and admits each of its source ranges. The products are counted before
+//! any of that state is built.
 
 use std::fmt;
 
-/// What one Service may ask for at most. A Service that asks for more is not served at all: which part of it would be is
-/// nothing that its owner could rely on.
+/// Limits for one Service. A Service above a limit is not served at all, because its owner could not rely on any
+/// particular part of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
-    /// Frontends: addresses and ports together, over both families.
+    /// Frontends: every port at every address, over both families.
     pub frontends: u32,
     /// Endpoints of all ports, as the slices name them.
     pub endpoints: u32,
@@ -18,9 +19,9 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// An object of Kubernetes has at most 1.5 MiB (etcd), so at most some 16 000 ports. All of them may have a clusterIP and
-    /// a load-balancer address of both families, which makes 64 000 frontends. 10 000 endpoints may have six ports in both
-    /// families, and six ports may admit 10 000 source ranges.
+    /// A Kubernetes object has at most 1.5 MiB (etcd), so at most some 16 000 ports. All of them may have a clusterIP
+    /// and a load-balancer address of both families, which makes 64 000 frontends. 10 000 endpoints may have six
+    /// ports in both families, and six ports may admit 10 000 source ranges.
     pub const DEFAULT: Self = Self { frontends: 1 << 16, endpoints: 1 << 17, source_ranges: 1 << 16 };
 }
 
@@ -30,18 +31,19 @@ impl Default for Budget {
     }
 }
 
-/// What one Service may ask for, and all of a namespace together.
+/// Limits for one Service, and for all Services of a namespace together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budgets {
-    /// Of one Service.
+    /// Limits for one Service.
     pub service: Budget,
-    /// Of a namespace. The source counts it (`sources/api/tenants/`).
+    /// Limits for a namespace. The source counts its usage (`sources/api/tenants/`).
     pub namespace: Budget,
 }
 
 impl Budgets {
-    /// 10 000 Services of one namespace may have four ports at six addresses, nodePorts among them, and twenty-five endpoints
-    /// each, with four ports or with topology hints; beside them one Service may have 100 000 endpoints.
+    /// 10 000 Services of one namespace may each have four ports at six addresses, nodePorts included, and
+    /// twenty-five endpoints, with four ports or with topology hints. In addition, one Service may have 100 000
+    /// endpoints.
     pub const DEFAULT: Self = Self {
         service: Budget::DEFAULT,
         namespace: Budget { frontends: 1 << 18, endpoints: 1 << 20, source_ranges: 1 << 18 },
@@ -54,7 +56,7 @@ impl Default for Budgets {
     }
 }
 
-/// What a Service asks for.
+/// Size of a Service.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Demand {
     /// As [`Budget::frontends`].
@@ -66,7 +68,7 @@ pub(super) struct Demand {
 }
 
 impl Demand {
-    /// What goes beyond `budget`, a sentence for each field.
+    /// Returns one sentence for each field that exceeds `budget`.
     pub(super) fn beyond(&self, budget: &Budget) -> Vec<String> {
         let sentence = |fields, asked: usize, what, may: u32, flag| {
             (asked > may as usize).then(|| Beyond { fields, asked, what, may, flag }.to_string())

@@ -1,4 +1,4 @@
-//! Which endpoints of a Service port are in its cluster set and in its local set.
+//! Choice of the endpoints of a Service port for its cluster set and its local set.
 
 use std::sync::Arc;
 
@@ -7,35 +7,37 @@ use proxy_common::abi::backend::flags;
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 
-use super::{Context, DesiredBackend};
+use super::context::Context;
+use super::state::DesiredBackend;
 use crate::reconcile::cluster::{Endpoint, Hints, ServicePort, Slice, SlicePort};
 
 /// The endpoints of one Service port in one family.
 pub(super) struct Endpoints {
-    /// As [`super::DesiredPort::backends`].
+    /// As [`super::state::DesiredPort::backends`].
     pub(super) backends: Vec<DesiredBackend>,
-    /// As [`super::DesiredPort::empty_local`].
+    /// As [`super::state::DesiredPort::empty_local`].
     pub(super) empty_local: SlotRange,
 }
 
-/// Slices of one family, by the ports that they name: a Service of many ports looks for each of them.
+/// Slices of one family, sorted by their ports: a Service with many ports looks each of them up.
 pub(super) struct ByPort<'a>(Vec<(&'a SlicePort, &'a Slice)>);
 
 impl<'a> ByPort<'a> {
     pub(super) fn new(slices: impl Iterator<Item = &'a Slice>) -> Self {
         let mut ports: Vec<_> =
             slices.flat_map(|slice| slice.ports.iter().map(move |port| (port, slice))).collect();
-        // Stable: those of one name stay in the order of the slices.
+        // Stable sort: equal ports stay in the order of the slices.
         ports.sort_by(|(one, _), (other, _)| Self::key(one).cmp(&Self::key(other)));
         Self(ports)
     }
 
-    /// Joined by name, never by number: one named port may have several numbers.
+    /// Returns protocol and name. Service ports and slice ports are joined by name, never by number: one named port
+    /// may have several numbers.
     fn key(port: &SlicePort) -> (u8, &str) {
         (port.proto, &port.name)
     }
 
-    /// How many endpoints the slices name for a port.
+    /// Returns the number of endpoints that the slices name for a port.
     pub(super) fn count(&self, port: &ServicePort) -> usize {
         self.of((port.proto, &port.name)).iter().map(|(_, slice)| slice.endpoints.len()).sum()
     }
@@ -47,10 +49,10 @@ impl<'a> ByPort<'a> {
     }
 }
 
-/// What the endpoints of `port` in `slices` come to.
+/// Selects the backends of `port` from `slices`, and the verdict while its local set is empty.
 pub(super) fn select(port: &ServicePort, slices: &ByPort<'_>, context: &Context) -> Endpoints {
     let judged = judge((port.proto, &port.name), slices, context);
-    // Silence where another node could answer, a refusal where nobody can.
+    // Drop if another node could answer, reject if no node can.
     let anywhere = judged.iter().any(|standing| standing.ready || standing.is_leaving());
     let backends = judged
         .iter()
@@ -67,12 +69,12 @@ pub(super) fn select(port: &ServicePort, slices: &ByPort<'_>, context: &Context)
     Endpoints { backends, empty_local: if anywhere { SlotRange::DROP } else { SlotRange::REJECT } }
 }
 
-/// An endpoint of a Service port, and why it is in a set or not.
+/// An endpoint of a Service port, with the reason why it is not in a set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Standing {
-    /// Its address.
+    /// Address of the endpoint.
     pub addr: Addr,
-    /// Its port.
+    /// Port of the endpoint.
     pub port: u16,
     /// Condition `ready`.
     pub ready: bool,
@@ -80,40 +82,40 @@ pub struct Standing {
     pub serving: bool,
     /// Condition `terminating`.
     pub terminating: bool,
-    /// Whether it is on this node.
+    /// Whether the endpoint is on this node.
     pub on_this_node: bool,
-    /// Whether it is in the cluster set, or why not.
+    /// `Ok` in the cluster set, else the reason why not.
     pub cluster: Result<(), Reason>,
-    /// Whether it is in the local set, or why not.
+    /// `Ok` in the local set, else the reason why not.
     pub local: Result<(), Reason>,
 }
 
 impl Standing {
-    /// Used while no endpoint is ready.
+    /// Returns whether the endpoint is used while no endpoint is ready.
     const fn is_leaving(&self) -> bool {
         self.serving && self.terminating
     }
 }
 
-/// Why an endpoint is not in a set.
+/// Reason why an endpoint is not in a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// It is neither ready, nor does it terminate while it still serves.
+    /// The endpoint is not ready, and it is not terminating.
     NotReady,
-    /// It still serves while it terminates, but others are ready.
+    /// The endpoint is terminating and still serves, but other endpoints are ready.
     OthersReady,
-    /// It has terminated as far as clients are concerned.
+    /// The endpoint is terminating and no longer serves.
     ServesNoMore,
-    /// Topology hints keep it for other nodes.
+    /// Topology hints reserve the endpoint for other nodes.
     HintedForNodes,
-    /// Topology hints keep it for other zones.
+    /// Topology hints reserve the endpoint for other zones.
     HintedForZones,
-    /// The set is that of this node.
+    /// The endpoint is not on this node, and the set is the local set.
     NotOnThisNode,
 }
 
 impl Reason {
-    /// In words.
+    /// Returns the reason in words.
     pub const fn words(self) -> &'static str {
         match self {
             Self::NotReady => "not ready",
@@ -126,10 +128,10 @@ impl Reason {
     }
 }
 
-/// Every endpoint of `port`, a protocol and a name, in `slices`, by address and port.
+/// Judges every endpoint of `port` (protocol and name) in `slices`, and returns them by address and port.
 ///
-/// Both sets take the ready endpoints, and while there are none of those the ones that terminate but still serve.
-/// The two fall back independently, and only the cluster set heeds topology hints.
+/// Both sets take the ready endpoints. Without a ready endpoint, they take the endpoints that terminate but still
+/// serve. The two sets fall back independently, and only the cluster set heeds topology hints.
 pub(super) fn judge(port: (u8, &str), slices: &ByPort<'_>, context: &Context) -> Vec<Standing> {
     let found = distinct(port, slices);
     let ready = || found.iter().map(|entry| entry.endpoint).filter(|endpoint| endpoint.ready);
@@ -179,21 +181,21 @@ impl Entry<'_> {
         (self.endpoint.addr, self.port)
     }
 
-    /// Whether this entry replaces `earlier`, which names the same address and port. One that terminates never
-    /// does; among the others a ready one stays.
+    /// Returns whether this entry replaces `earlier`, which names the same address and port. A terminating entry
+    /// never replaces another. Among the other entries, a ready one stays.
     const fn replaces(&self, earlier: &Self) -> bool {
         let (new, old) = (self.endpoint, earlier.endpoint);
         !new.terminating && (old.terminating || new.ready || !old.ready)
     }
 }
 
-/// The union over the slices, by address and port, each once.
+/// Returns the union over the slices, by address and port, each once.
 fn distinct<'a>(port: (u8, &str), slices: &ByPort<'a>) -> Vec<Entry<'a>> {
     let mut entries = Vec::new();
     for (at, slice) in slices.of(port) {
         entries.extend(slice.endpoints.iter().map(|endpoint| Entry { endpoint, port: at.port }));
     }
-    // Stable: entries of one key stay in the order of the slices.
+    // Stable sort: entries of one key stay in the order of the slices.
     entries.sort_by_key(Entry::key);
     entries.dedup_by(|new, kept| {
         let same = new.key() == kept.key();
@@ -205,13 +207,13 @@ fn distinct<'a>(port: (u8, &str), slices: &ByPort<'a>) -> Vec<Entry<'a>> {
     entries
 }
 
-/// Which ready endpoints the cluster set is narrowed to.
+/// Restriction of the cluster set to some of the ready endpoints.
 enum Topology<'c> {
-    /// No narrowing.
+    /// No restriction.
     Everywhere,
-    /// Those hinted for the node of this name.
+    /// Endpoints hinted for the node of this name.
     Node(&'c str),
-    /// Those hinted for this zone.
+    /// Endpoints hinted for this zone.
     Zone(&'c str),
 }
 
@@ -236,7 +238,7 @@ impl<'c> Topology<'c> {
     }
 }
 
-/// Hints count when every ready endpoint has one and at least one of them means `ours`.
+/// Returns whether hints count: every ready endpoint has one, and at least one of them names `ours`.
 fn applies<'a>(
     mut ready: impl Iterator<Item = &'a Endpoint>,
     hints: fn(&Endpoint) -> &[Arc<str>],

@@ -1,4 +1,4 @@
-//! Where a Service port can be reached, and which set each kind of client gets there.
+//! Addresses and ports at which a Service port can be reached, and the set that each kind of client gets there.
 
 use std::collections::BTreeMap;
 
@@ -7,11 +7,10 @@ use proxy_common::abi::frontend::flags;
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
 
-use super::Context;
+use super::context::Context;
 use crate::reconcile::cluster::{Service, ServicePort, ServiceType, TrafficPolicy};
-use crate::reconcile::model::unspecified;
 
-/// The addresses of a Service in one family, with the flags of their frontends: the same for all its ports.
+/// The addresses of a Service in one family, with the flags of their frontends. All ports of the Service share them.
 pub(super) struct OfFamily {
     family: Family,
     cluster_ip: Addr,
@@ -24,14 +23,14 @@ pub(super) struct OfFamily {
 /// `loadBalancerSourceRanges` in one family.
 #[derive(Default)]
 struct Filter {
-    /// Flags that load-balancer addresses have besides.
+    /// Additional flags of load-balancer addresses.
     flags: u16,
-    /// Who may use them, in order; empty where nothing is filtered.
+    /// Sources that may use load-balancer addresses, in order; empty if nothing is filtered.
     ranges: Vec<Prefix>,
 }
 
 impl OfFamily {
-    /// For `service`, whose clusterIP in `family` is `cluster_ip`.
+    /// Collects the addresses of `service` in `family`, where its clusterIP is `cluster_ip`.
     pub(super) fn new(
         service: &Service,
         family: Family,
@@ -46,8 +45,8 @@ impl OfFamily {
         let external = flags::EXTERNAL
             | match service.external_policy {
                 TrafficPolicy::Local if external_policy_counts(service) => {
-                    // Near clients need no detour over a node that has an endpoint: they get the cluster set.
-                    // Without detect-local nobody can tell a pod from a far client.
+                    // Near clients need no detour over a node that has an endpoint: they get the cluster set. Without
+                    // detect-local, a pod cannot be told from a far client.
                     flags::FAR_LOCAL
                         | match context.cluster_cidr[family.index()] {
                             None if !context.pods_by_interface => flags::POD_LOCAL,
@@ -58,7 +57,7 @@ impl OfFamily {
             };
         let vips = load_balancer_ips(service, family, context, problems);
         let filter = filter(service, family, &vips, context, problems);
-        // One address in two roles is one frontend: the first role decides the policy, and a filter always stays.
+        // One address in two roles is one frontend: the first role decides the policy, and the filter always applies.
         let mut addresses = BTreeMap::from([(cluster_ip, internal)]);
         for addr in external_ips(service, family, cluster_ip, context, problems) {
             addresses.entry(addr).or_insert(external);
@@ -69,23 +68,23 @@ impl OfFamily {
         Self { family, cluster_ip, addresses, external, source_ranges: filter.ranges }
     }
 
-    /// As [`super::DesiredPort::source_ranges`].
+    /// As [`super::state::DesiredPort::source_ranges`].
     pub(super) fn source_ranges(&self) -> &[Prefix] {
         &self.source_ranges
     }
 
-    /// How many frontends these ports have together, each with its nodePort.
+    /// Returns the number of frontends that these ports have together, each with its nodePort.
     pub(super) fn count(&self, ports: &[(&ServicePort, u16)]) -> usize {
         let node_ports = ports.iter().filter(|(_, node_port)| *node_port != 0);
         self.addresses.len() * ports.len() + node_ports.count()
     }
 
-    /// The clusterIP as such.
+    /// Returns the frontend of the clusterIP as such.
     pub(super) const fn address(&self) -> FrontendKey {
         FrontendKey::address(self.cluster_ip)
     }
 
-    /// The frontends of `port`, by key. `node_port` 0 means that it has none.
+    /// Returns the frontends of `port`, by key. `node_port` 0 means that the port has no nodePort.
     pub(super) fn of_port(&self, port: &ServicePort, node_port: u16) -> Vec<(FrontendKey, u16)> {
         let exact = |(addr, flags): (&Addr, &u16)| {
             (FrontendKey::exact(*addr, Be16::new(port.port), port.proto), *flags)
@@ -94,7 +93,7 @@ impl OfFamily {
         frontends.extend(self.addresses.iter().map(exact));
         if node_port != 0 {
             frontends.push((
-                FrontendKey::node_port(unspecified(self.family), Be16::new(node_port), port.proto),
+                FrontendKey::node_port(Addr::unspecified_of(self.family), Be16::new(node_port), port.proto),
                 self.external,
             ));
             frontends.sort_unstable();
@@ -103,8 +102,8 @@ impl OfFamily {
     }
 }
 
-/// The externalIPs of `family` that are served. Anybody may write any address there, so those that clusterIPs are given from
-/// are not: one that is free today is another Service's tomorrow.
+/// Returns the externalIPs of `family` that are served. Users may write any address there, so addresses in a
+/// ServiceCIDR are not served: an address that is free today may be another Service's clusterIP tomorrow.
 fn external_ips(
     service: &Service,
     family: Family,
@@ -126,7 +125,7 @@ fn external_ips(
     admitted("spec.externalIPs", others, why_not, problems)
 }
 
-/// The load-balancer addresses of `family` that are served.
+/// Returns the load-balancer addresses of `family` that are served.
 fn load_balancer_ips(
     service: &Service,
     family: Family,
@@ -137,16 +136,17 @@ fn load_balancer_ips(
     admitted("status.loadBalancer.ingress", all, |addr| on_this_node(addr, context), problems)
 }
 
-/// Why an address of this host is no Service's; `None` for others, and where all may be.
+/// Returns the reason why no Service may have an address of this host; `None` for other addresses, and if node
+/// addresses are not protected.
 fn on_this_node(addr: &Addr, context: &Context) -> Option<String> {
     let protected = context.protect_node_addresses && context.host_addresses.contains(addr);
     protected.then(|| "it is an address of this node (--protect-node-addresses)".to_owned())
 }
 
-/// Sentences about one field; what else is wrong with it is counted.
+/// Number of sentences about one field; further errors in the field are only counted.
 const SENTENCES: usize = 16;
 
-/// Those of `addrs` that nothing speaks against.
+/// Returns the addresses for which `why_not` gives no reason.
 fn admitted(
     field: &str,
     addrs: impl Iterator<Item = Addr>,
@@ -175,7 +175,8 @@ fn in_family(addrs: &[Addr], family: Family) -> impl Iterator<Item = Addr> {
     addrs.iter().copied().filter(move |addr| addr.family() == family)
 }
 
-/// `externalTrafficPolicy` means something only for a Service that is meant to be reached from outside.
+/// Returns whether `externalTrafficPolicy` counts: it does only for a Service that is meant to be reached from
+/// outside.
 fn external_policy_counts(service: &Service) -> bool {
     match service.service_type {
         ServiceType::LoadBalancer | ServiceType::NodePort => true,
@@ -184,8 +185,8 @@ fn external_policy_counts(service: &Service) -> bool {
     }
 }
 
-/// What `loadBalancerSourceRanges` mean for the load-balancer addresses of `family`. Without a range of the family,
-/// or with one that holds the whole family, nothing is filtered.
+/// Returns the filter that `loadBalancerSourceRanges` define for the load-balancer addresses of `family`. Nothing is
+/// filtered without a range of the family, or if one range contains the whole family.
 fn filter(
     service: &Service,
     family: Family,
@@ -223,7 +224,7 @@ fn filter(
     let deny_host = if host_allowed { 0 } else { flags::DENY_HOST };
     let deny_pod = if pods_allowed { 0 } else { flags::DENY_POD };
     if context.node.ips[family.index()].is_some_and(|ip| allowed(&ip)) {
-        // Where a load-balancer address is bound to this host, the host may use it as its source.
+        // If a load-balancer address is bound to this host, the host may use it as its source.
         ranges.extend(vips.iter().copied().filter_map(alone));
     }
     ranges.sort_unstable();
@@ -231,7 +232,7 @@ fn filter(
     Filter { flags: flags::SOURCE_RANGES | deny_host | deny_pod, ranges }
 }
 
-/// The prefix that holds nothing but `addr`.
+/// Returns the prefix that contains only `addr`.
 fn alone(addr: Addr) -> Option<Prefix> {
     let len = match addr.family() {
         Family::V4 => 32,
@@ -240,7 +241,7 @@ fn alone(addr: Addr) -> Option<Prefix> {
     Prefix::new(addr, len)
 }
 
-/// Whether `ranges` together contain every address of `whole`; all are of one family.
+/// Returns whether `ranges` together contain every address of `whole`. All prefixes are of one family.
 fn cover(ranges: &[Prefix], whole: &Prefix) -> bool {
     let mut spans: Vec<(u128, u128)> = ranges.iter().map(span).collect();
     spans.sort_unstable();
@@ -257,7 +258,7 @@ fn cover(ranges: &[Prefix], whole: &Prefix) -> bool {
     false
 }
 
-/// First and last address, as numbers.
+/// Returns the first and the last address, as numbers.
 fn span(prefix: &Prefix) -> (u128, u128) {
     let first = u128::from_be_bytes(prefix.addr().bytes);
     let hosts = u128::MAX.checked_shr(u32::from(prefix.mapped_len())).unwrap_or(0);

@@ -1,4 +1,4 @@
-//! What the socket edge leaves to the packet edge: `OPT_OUT`, `SANDBOXES`, and the flags in `NODE`.
+//! Traffic that the socket edge leaves to the packet edge: `OPT_OUT`, `SANDBOXES`, and the flags in `NODE`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,30 +9,33 @@ use proxy_common::addr::Prefix;
 use crate::reconcile::model::Model;
 use crate::reconcile::store::Op;
 
-/// What is known of a pod's sandbox.
+/// Knowledge of a pod's sandbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sandbox {
-    /// Cookie of the network namespace; `None` if that one is inside another, so that none of its sockets is led.
+    /// Cookie of the network namespace. `None` if it is nested inside another one, so that none of its sockets is
+    /// translated.
     pub netns: Option<u64>,
-    /// Ids of the containers' cgroups. Those of another sandbox of the same pod are other ones.
+    /// Ids of the containers' cgroups. Containers of another sandbox of the same pod have other cgroups.
     pub containers: BTreeSet<u64>,
 }
 
-/// What is known of whom the socket edge leaves alone. Of what is `None`, what an earlier agent has left stays in force, as do the
-/// programs that it has attached.
+/// Sockets that the socket edge leaves alone, as far as known. For a field that is `None`, the state that an earlier
+/// agent left stays in force, as do the programs that it attached.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LeftAlone<'a> {
-    /// The packet edge has interfaces of pods, without which nothing can be left to it.
+    /// Whether the packet edge is attached to interfaces of pods. Without them nothing can be left to it.
     pub pods_in_packets: Option<bool>,
-    /// The host's refusals can be left to it ([`meets_edges`]).
+    /// Whether the refusals of the host's sockets can be left to the packet edge ([`meets_edges`]).
     pub host_in_packets: Option<bool>,
-    /// The cgroups that opt out.
+    /// Cgroups that opt out.
     pub opted_out: Option<&'a BTreeSet<u64>>,
-    /// The sandboxes of pods, by their cgroups: what is in another network is left alone, of processes in a container's cgroup.
+    /// Sandboxes of pods, by the cgroups of the pods. A socket of a process in a container's cgroup is left alone if
+    /// its network namespace is not a pod's.
     pub sandboxes: Option<&'a BTreeMap<u64, Sandbox>>,
 }
 
-/// Plans them all. A sandbox is known before anything of its pod is taken for inside of it, and until nothing is any more.
+/// Plans `SANDBOXES`, `OPT_OUT` and the flags. A sandbox is added before the first cgroup of its pod is marked
+/// `INSIDE`, and removed after the last one.
 pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
     let pods_in_packets = wanted.pods_in_packets.unwrap_or(model.node_flags & PODS_IN_PACKETS != 0);
     let sandboxes: BTreeMap<u64, u64> = match wanted.sandboxes {
@@ -67,7 +70,7 @@ pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
     let begin = sandboxes.iter().filter(|(netns, cgroup)| model.sandboxes.get(netns) != Some(cgroup));
     ops.extend(begin.map(|(netns, cgroup)| Op::Sandbox(*netns, Some(*cgroup))));
     for (cgroup, what) in opt_out.iter().filter(|(cgroup, what)| model.opt_out.get(cgroup) != Some(what)) {
-        // A value is written once.
+        // A value is never overwritten.
         ops.extend(model.opt_out.contains_key(cgroup).then_some(Op::OptOut(*cgroup, None)));
         ops.push(Op::OptOut(*cgroup, Some(*what)));
     }
@@ -82,7 +85,8 @@ pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
     ops
 }
 
-/// Whether what this host sends to a clusterIP meets the packet edge: no route to one leads `elsewhere`, where the edge is not.
+/// Returns whether all packets that this host sends to a clusterIP meet the packet edge: no prefix of `elsewhere`, to
+/// which routes lead past the packet edge, overlaps a ServiceCIDR.
 pub fn meets_edges(model: &Model, elsewhere: &[Prefix]) -> bool {
     let is_concerned =
         |prefix: &Prefix| model.service_cidrs.iter().any(|cidr| cidr.covers(prefix) || prefix.covers(cidr));
@@ -167,7 +171,7 @@ mod tests {
             (one, &[], Some(&[(1, 30)]), true, vec![Sandbox(30, Some(1)), Sandbox(10, None)]),
             (one, &[], Some(&[]), true, vec![NodeFlags(PODS_IN_PACKETS), OptOut(1, None), Sandbox(10, None)]),
             (one, &[], Some(&[(1, 10)]), false, vec![NodeFlags(0)]),
-            // All of it is inside.
+            // All sockets of the pod are inside.
             (
                 (PODS_IN_PACKETS, &[], &[]),
                 &[],
@@ -176,7 +180,7 @@ mod tests {
                 vec![OptOut(1, Some(INSIDE)), NodeFlags(KNOWN)],
             ),
             ((KNOWN, &[(1, INSIDE)], &[]), &[], None, true, vec![]),
-            // Everything is more than what is inside.
+            // `EVERYTHING` takes precedence over `INSIDE`.
             (
                 one,
                 &[1],
@@ -193,7 +197,7 @@ mod tests {
         ] {
             let mut model = model(flags, opt_out, netns);
             let opted_out: BTreeSet<u64> = opted_out.iter().copied().collect();
-            // Each has one container, with the number of its pod.
+            // Each sandbox has one container, with the number of its pod's cgroup.
             let sandbox = |&(cgroup, netns)| {
                 (
                     cgroup,
@@ -238,7 +242,7 @@ mod tests {
         };
         let model = Model::restore(CAPACITY, &contents);
         for (elsewhere, len, want) in [
-            // Pods, and other networks.
+            // Pods, and networks outside of the cluster.
             ("10.64.1.11", 32, true),
             ("172.16.0.0", 12, true),
             ("fd00:64::", 64, true),

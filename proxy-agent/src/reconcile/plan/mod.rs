@@ -1,15 +1,15 @@
-//! From what should be to what has to be written: pure, and ordered so that any prefix is safe.
+//! From the desired state to the operations that produce it: pure, and ordered so that any prefix is safe.
 //!
-//! After each single operation of a [`Plan`] every frontend names a Service port whose sets name live backends.
-//! The order, over all Services of a plan together:
+//! After each single operation of a [`Plan`] every frontend names a Service port whose sets name live backends. The
+//! order, over all Services of a plan together:
 //!
-//! 1. names, new source ranges, new backends, new slot ranges, then the Services flip to them;
+//! 1. names, new source ranges, new backends and new slot ranges are written, then the Services flip to them;
 //! 2. frontends appear or move (one replacement each), then frontends vanish;
-//! 3. source ranges that nobody wants any more go, and what nothing refers to is marked dead; its numbers are free
+//! 3. unwanted source ranges are removed, and elements that nothing refers to are marked dead; their numbers are free
 //!    after a grace period ([`Freed`]).
 //!
 //! A frontend with source ranges therefore never has fewer of them than its Service wants or wanted, and a service id
-//! that is given out anew has none of its last owner's.
+//! that is reused has no source ranges of its last owner.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -26,6 +26,7 @@ use crate::reconcile::store::Op;
 
 mod left;
 mod node;
+mod part;
 mod rivals;
 
 #[cfg(test)]
@@ -33,32 +34,31 @@ mod tests;
 
 pub use left::{LeftAlone, Sandbox, meets_edges, plan_left};
 pub use node::{LOCAL_ADDRESS_ENTRIES, NodeTables, PREFIX_ENTRIES, plan_node};
+pub use part::{Part, REASONS};
 pub use rivals::{FrontendName, LostClaims, rivals};
 
-/// What one Service should become; `None` when it is gone.
+/// Desired state of one Service. `Option<Wanted>` is `None` when the Service is gone.
 #[derive(Clone, Debug)]
 pub struct Wanted {
     /// `metadata.creationTimestamp`.
     pub created: i64,
-    /// What to program.
+    /// State to program.
     pub desired: DesiredService,
 }
 
-/// Operations in order, and what they free.
+/// Operations in order, and the numbers that they free.
 #[derive(Debug, Default)]
 pub struct Plan {
-    /// To be carried out from first to last.
+    /// Operations, to be carried out from first to last.
     pub ops: Vec<Op>,
     /// Numbers to give back after a grace period.
     pub freed: Freed,
-    /// Services of which something could not be planned, with the reason. They keep what they had.
+    /// Services of which something could not be planned, with the reasons. Their refused parts keep their previous
+    /// state.
     pub refused: BTreeMap<ObjectKey, Vec<String>>,
-    /// Whether connected UDP sockets may not be where their VIP leads now.
+    /// Whether connected UDP sockets may no longer be where their VIP leads.
     pub udp_stale: bool,
 }
-
-/// Reasons that are told of one Service.
-pub const REASONS: usize = 16;
 
 impl Plan {
     fn refuse(&mut self, service: &ObjectKey, reason: std::fmt::Arguments<'_>) {
@@ -83,7 +83,8 @@ pub struct Full {
 
 /// Plans the change of `services` and advances `model` to the state after it.
 ///
-/// `full` also removes every frontend that nobody claims: only after every source has delivered its first list.
+/// `full` also removes every frontend that no Service claims. Pass it only after every source has delivered its first
+/// list.
 pub fn plan(model: &mut Model, services: &BTreeMap<ObjectKey, Option<Wanted>>, full: bool) -> Plan {
     let mut plan = Plan::default();
     let mut touched: BTreeSet<FrontendKey> = BTreeSet::new();
@@ -118,19 +119,8 @@ pub fn plan(model: &mut Model, services: &BTreeMap<ObjectKey, Option<Wanted>>, f
     plan
 }
 
-/// Some ports of a Service: what becomes of them, while the others stay as they are.
-#[derive(Clone, Copy, Debug)]
-pub struct Part<'a> {
-    /// `metadata.creationTimestamp`.
-    pub created: i64,
-    /// Ports that are wanted.
-    pub ports: &'a [DesiredPort],
-    /// Ports that are wanted no more.
-    pub gone: &'a [Arc<PortKey>],
-}
-
-/// Plans the change of a part of a Service, as [`plan`] does. Part after part in the order of their keys, those that are gone
-/// last, makes what [`plan`] makes at once.
+/// Plans the change of a part of a Service, as [`plan`] does. All parts, in the order of their keys and with the
+/// removed ports last, lead to the same state as one [`plan`] of the whole Service.
 pub fn plan_part(model: &mut Model, service: &ObjectKey, part: &Part<'_>) -> Plan {
     let mut plan = Plan::default();
     let (mut touched, mut dead) = (BTreeSet::new(), Vec::new());
@@ -139,7 +129,7 @@ pub fn plan_part(model: &mut Model, service: &ObjectKey, part: &Part<'_>) -> Pla
     plan
 }
 
-/// The ports of a Service that the model has and that are not among `ports`, which are in order.
+/// Returns the ports of a Service that the model has and that are not among `ports`, which are sorted.
 pub fn ports_beside(model: &Model, service: &ObjectKey, ports: &[DesiredPort]) -> Vec<Arc<PortKey>> {
     let mut wanted = ports.iter().map(|port| &port.key).peekable();
     let is_gone = |key: &&Arc<PortKey>| {
@@ -172,7 +162,7 @@ fn change_service(
     }
 }
 
-/// Ends a plan: first the frontends, then what nothing refers to any more.
+/// Ends a plan: first the frontends, then the elements that nothing refers to any more.
 fn settle(model: &mut Model, touched: BTreeSet<FrontendKey>, mut dead: Vec<Op>, plan: &mut Plan) {
     frontends(model, touched, plan);
     for op in &dead {
@@ -183,14 +173,14 @@ fn settle(model: &mut Model, touched: BTreeSet<FrontendKey>, mut dead: Vec<Op>, 
     plan.ops.append(&mut dead);
 }
 
-/// Removes source ranges of ids that no Service port has, before one gets such an id.
+/// Removes source ranges of ids that no Service port has, before such an id is given out.
 fn forget_stray_ranges(model: &mut Model, plan: &mut Plan) {
     let live: BTreeSet<u32> = model.ports.values().map(|port| port.id).collect();
     let strays = model.source_ranges.extract_if(.., |(id, _)| !live.contains(id));
     plan.ops.extend(strays.map(|(id, range)| Op::SourceRange(id, range, false)));
 }
 
-/// Brings one Service port's backends, sets and affinity to what is desired.
+/// Brings the backends, sets and affinity of one Service port to the desired state.
 fn change_port(
     model: &mut Model,
     desired: &DesiredPort,
@@ -216,11 +206,11 @@ fn change_port(
         known.as_ref().is_some_and(|(_, before)| model.source_ranges.contains(&(before.id, **range)))
     };
     let needed = desired.source_ranges.len() - desired.source_ranges.iter().filter(has).count();
-    // What is not wanted any more makes no room yet: it goes last.
+    // Unwanted source ranges make no room yet, because they are removed last.
     let used = u32::try_from(model.source_ranges.len()).unwrap_or(u32::MAX);
     check("SOURCE_RANGES", needed, model.capacity.source_ranges.saturating_sub(used))?;
 
-    // Everything that can fail comes before anything is taken.
+    // Every check that can fail comes before anything is taken.
     let wants = |set: u32| desired.backends.iter().filter(|b| b.flags & set != 0).count();
     let cluster_range = range_for(model, wants(IN_CLUSTER))?;
     let local_range = range_for(model, wants(IN_LOCAL)).inspect_err(|_| {
@@ -251,10 +241,10 @@ fn change_port(
         let old = find(&before.backends, wanted.addr, wanted.port);
         let (id, state) = match old {
             Some(old) => {
-                // Entering a set again: whoever was remembered there is not sent back (semantics: affinity).
+                // The endpoint enters a set again: clients remembered for it are not sent back (semantics: affinity).
                 let enters = old.state.flags & IN_SETS == 0 && wanted.flags & IN_SETS != 0;
                 let generation = old.state.generation.wrapping_add(u32::from(enters));
-                // Until the flip the old set is still offered, so the bits of both count.
+                // Until the flip the old set is still in use, so the bits of both sets count.
                 let both = BackendState { flags: old.state.flags | wanted.flags, generation };
                 if both != old.state {
                     plan.ops.push(Op::BackendState(old.id, both));
@@ -284,7 +274,7 @@ fn change_port(
         let serves = new.is_some_and(|new| new.state.flags & SERVING != 0);
         plan.udp_stale |= key.proto == proto::UDP && old.state.flags & SERVING != 0 && !serves;
     }
-    // While nothing serves, sockets lead to the VIP itself; the first backend that serves ends that.
+    // While no backend serves, sockets lead to the VIP itself. The first backend that serves ends that.
     let any_serves = |backends: &[PortBackend]| backends.iter().any(|b| b.state.flags & SERVING != 0);
     plan.udp_stale |= key.proto == proto::UDP && !any_serves(&before.backends) && any_serves(&backends);
 
@@ -313,7 +303,7 @@ fn change_port(
     if fresh || service != old {
         plan.ops.push(Op::Service(before.id, service));
     }
-    // Sets that are not what they should be have just been written anew.
+    // Broken sets have just been rewritten.
     plan.freed.ranges.extend(before.replaced);
     let port = Port { id: before.id, service, backends, replaced: Vec::new(), claims: before.claims };
     model.ports.insert(Arc::clone(&key), port);
@@ -322,7 +312,8 @@ fn change_port(
 
 const IN_SETS: u32 = IN_CLUSTER | IN_LOCAL;
 
-/// Brings the source ranges of a service id to what is desired, in order: additions at once, removals at the end.
+/// Brings the source ranges of a service id to the desired ones, which are sorted: additions at once, removals at the
+/// end.
 fn change_ranges(model: &mut Model, id: u32, desired: &[Prefix], plan: &mut Plan, dead: &mut Vec<Op>) {
     let stale: Vec<Prefix> =
         model.source_ranges_of(id).filter(|range| desired.binary_search(range).is_err()).collect();
@@ -334,7 +325,7 @@ fn change_ranges(model: &mut Model, id: u32, desired: &[Prefix], plan: &mut Plan
     }
 }
 
-/// Whether the kernel holds exactly what is desired already (frontends aside).
+/// Returns whether the kernel already holds exactly the desired state (frontends aside).
 fn unchanged(port: &Port, desired: &DesiredPort) -> bool {
     let whole = |range: SlotRange, set: u32, empty: SlotRange| {
         if port.members(set).next().is_some() { !range.is_empty() } else { range == empty }
@@ -348,7 +339,7 @@ fn unchanged(port: &Port, desired: &DesiredPort) -> bool {
         })
 }
 
-/// Removes a Service port that nothing claims frontends for any more.
+/// Removes a Service port that no longer claims any frontend.
 fn remove_port(model: &mut Model, key: &Arc<PortKey>, plan: &mut Plan, dead: &mut Vec<Op>) {
     let Some(port) = model.ports.remove(key) else { return };
     let epoch = port.service.affinity.epoch;
@@ -359,7 +350,7 @@ fn remove_port(model: &mut Model, key: &Arc<PortKey>, plan: &mut Plan, dead: &mu
         bury(backend, plan, dead);
     }
     dead.extend(model.source_ranges_of(port.id).map(|range| Op::SourceRange(port.id, range, false)));
-    // The name goes last: by it a new agent finds what is left of the Service.
+    // The name goes last: by the name a new agent finds the remains of the Service.
     dead.push(Op::Name(port.id, None));
     plan.freed.services.push((port.id, epoch));
     plan.freed.ranges.extend(port.ranges());
@@ -372,7 +363,7 @@ fn bury(backend: &PortBackend, plan: &mut Plan, dead: &mut Vec<Op>) {
     plan.freed.backends.push((backend.id, generation));
 }
 
-/// Replaces what a Service port claims, and notes every frontend that this concerns.
+/// Replaces the claims of a Service port, and adds every affected frontend to `touched`.
 fn claim(
     model: &mut Model,
     key: &Arc<PortKey>,
@@ -386,7 +377,7 @@ fn claim(
         port: Arc::clone(key),
     };
     let Some(port) = model.ports.get_mut(key) else { return };
-    // As old as it was: then nothing has changed.
+    // Same frontends and same creation time: nothing has changed.
     let known = |(frontend, flags): &(FrontendKey, u16)| {
         let claims = model.claims.get(frontend).map_or(&[][..], Vec::as_slice);
         claims.binary_search(&claim_of(frontend, *flags)).is_ok()
@@ -406,8 +397,8 @@ fn claim(
     }
 }
 
-/// After a restart nobody claims what a Service port still serves: a port that is refused then claims what it has, as
-/// it has it.
+/// Makes a refused port claim the frontends that it has, with the flags that they have. After a restart no port has
+/// claims yet, so its frontends would otherwise be removed.
 fn keep_claims(model: &mut Model, desired: &DesiredPort, created: i64, touched: &mut BTreeSet<FrontendKey>) {
     let Some((key, port)) = model.ports.get_key_value(&desired.key) else { return };
     if !port.claims.is_empty() {
@@ -423,21 +414,21 @@ fn keep_claims(model: &mut Model, desired: &DesiredPort, created: i64, touched: 
     claim(model, &key, created, &kept, touched);
 }
 
-/// Gives every touched frontend to its holder.
+/// Gives every touched frontend to the winner of its claims.
 fn frontends(model: &mut Model, mut touched: BTreeSet<FrontendKey>, plan: &mut Plan) {
     let in_the_way: Vec<_> = touched.iter().flat_map(|key| model.in_the_way_of(key)).collect();
     touched.extend(in_the_way);
     let mut appear = Vec::new();
     let mut vanish = Vec::new();
-    // What vanishes makes no room yet: it goes last.
+    // Frontends that vanish make no room yet, because they are removed last.
     let mut room = (model.capacity.frontends as usize).saturating_sub(model.frontends.len());
     for key in &touched {
         model.unsettled.remove(key);
         let value = model.holder(key).and_then(|holder| {
             let winner = model.ports.get(&holder.port)?;
-            // Who holds it by a nodePort needs no frontend here.
+            // A winner by nodePort needs no frontend at this address.
             let flags = find_claim(&winner.claims, key)?;
-            // An active clusterIP as such belongs to all ports of the Service.
+            // The frontend of a clusterIP as such belongs to all ports of the Service.
             let id = if key.kind == FrontendKind::Address as u8 { 0 } else { winner.id };
             Some(FrontendValue::new(key, id, flags))
         });
@@ -470,7 +461,7 @@ fn frontends(model: &mut Model, mut touched: BTreeSet<FrontendKey>, plan: &mut P
             }
         }
     }
-    // A clusterIP refuses unused ports only once its used ones are there, and no longer than they are.
+    // A clusterIP refuses unused ports only while all its used ports are there.
     appear.sort_by_key(|(key, _)| key.kind);
     vanish.sort_by_key(|key| std::cmp::Reverse(key.kind));
     plan.ops.extend(appear.into_iter().map(|(key, value)| Op::Frontend(key, Some(value))));

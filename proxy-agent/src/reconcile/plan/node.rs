@@ -1,5 +1,5 @@
-//! The node's own tables: `LOCAL_ADDRESSES`, `SERVICE_CIDRS` and `POD_SOURCES`. Their size does not follow the cluster, so
-//! what does not fit is left out, and named.
+//! The node's own tables: `LOCAL_ADDRESSES`, `SERVICE_CIDRS` and `POD_SOURCES`. Their size does not follow the
+//! cluster, so elements that do not fit are left out and reported.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,12 +10,12 @@ use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::model::Model;
 use crate::reconcile::store::Op;
 
-/// Elements of `LOCAL_ADDRESSES`: kube-proxy in its IPVS mode gives a node one address for each Service.
+/// Number of elements of `LOCAL_ADDRESSES`: kube-proxy in its IPVS mode gives a node one address for each Service.
 pub const LOCAL_ADDRESS_ENTRIES: u32 = 65_536;
-/// Elements of `SERVICE_CIDRS`, and of `POD_SOURCES`.
+/// Number of elements of `SERVICE_CIDRS`, and of `POD_SOURCES`.
 pub const PREFIX_ENTRIES: u32 = 16_384;
 
-/// What the tables should hold.
+/// Wanted contents of the tables.
 #[derive(Clone, Debug, Default)]
 pub struct NodeTables {
     /// `LOCAL_ADDRESSES`: each address of the host with its bits.
@@ -27,7 +27,8 @@ pub struct NodeTables {
 }
 
 impl NodeTables {
-    /// Leaves out what there is no room for: of the addresses, first those that serve no nodePorts. Says what that costs.
+    /// Leaves out the elements that do not fit: of the addresses, first those that serve no nodePorts. Returns
+    /// sentences about the consequences.
     pub fn fit(&mut self) -> Vec<String> {
         let Self { addresses, service_cidrs, pod_sources } = self;
         let mut problems = Vec::new();
@@ -72,8 +73,8 @@ impl NodeTables {
     }
 }
 
-/// Plans the tables, additions first, unless there is no room for both. Returns with the operations the Services of which
-/// frontends are at addresses that begin or cease to serve nodePorts: they have to be planned again.
+/// Plans the tables: additions first, unless there is no room for both. Returns the operations, and the Services with
+/// frontends at addresses that begin or cease to serve nodePorts. These Services have to be planned again.
 pub fn plan_node(model: &mut Model, wanted: NodeTables) -> (Vec<Op>, BTreeSet<ObjectKey>) {
     let NodeTables { addresses, service_cidrs, pod_sources } = wanted;
     let changed = addresses.iter().filter(|(addr, bits)| model.local_addresses.get(addr) != Some(bits));
@@ -94,7 +95,7 @@ pub fn plan_node(model: &mut Model, wanted: NodeTables) -> (Vec<Op>, BTreeSet<Ob
     (ops, model.take_local_addresses(addresses))
 }
 
-/// `len`: elements in the end. While additions come first there are also those that are to be removed.
+/// Puts additions first if there is room for both, else removals. `len` is the number of elements in the end.
 fn in_order(mut add: Vec<Op>, mut remove: Vec<Op>, len: usize, room: u32) -> Vec<Op> {
     if len + remove.len() <= room as usize {
         add.append(&mut remove);

@@ -1,4 +1,4 @@
-//! Who claims what another Service has.
+//! Services that claim the frontends of another Service.
 
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
@@ -6,13 +6,14 @@ use std::collections::BTreeSet;
 use proxy_common::abi::FrontendKey;
 use proxy_common::abi::frontend::FrontendKind;
 
-use super::{Part, REASONS};
+use super::part::{Part, REASONS};
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::desired::PortKey;
 use crate::reconcile::model::{Model, Title};
 
-/// The other Services that claim a frontend which these ports of `service` claim, or are about to claim, or one that is in its
-/// way: who has it, and so what must be said of them, may change.
+/// Returns the other Services that claim a frontend which `part` claims or is about to claim, or a frontend that
+/// shadows it or is shadowed by it. The holder of such a frontend may change, and with it the problems to report for
+/// these Services.
 pub fn rivals(model: &Model, service: &ObjectKey, part: &Part<'_>) -> BTreeSet<ObjectKey> {
     let mut rivals = BTreeSet::new();
     let mut claimed = |frontends: &[(FrontendKey, u16)]| {
@@ -37,16 +38,16 @@ pub fn rivals(model: &Model, service: &ObjectKey, part: &Part<'_>) -> BTreeSet<O
     rivals
 }
 
-/// Frontends that a Service claims and another one has, by a better title or because it is older.
+/// Frontends that a Service claims and another Service holds, by a better title or because it is older.
 #[derive(Debug, Default)]
 pub struct LostClaims {
     sentences: Vec<String>,
-    /// Those beyond [`REASONS`].
+    /// Number of frontends beyond [`REASONS`].
     more: usize,
 }
 
 impl LostClaims {
-    /// Looks at these ports of `service`.
+    /// Adds the lost frontends of these ports of `service`.
     pub fn look<'a>(&mut self, model: &Model, service: &ObjectKey, ports: impl Iterator<Item = &'a PortKey>) {
         let claimed = ports.filter_map(|key| model.ports.get(key)).flat_map(|port| &port.claims);
         for (frontend, flags) in claimed {
@@ -58,7 +59,7 @@ impl LostClaims {
                 let why = match holder.title.cmp(&title) {
                     Ordering::Less => format!("as its {}", holder.title.name()),
                     Ordering::Equal => "and is older".to_owned(),
-                    // Of a frontend in the way, that nobody has.
+                    // An externalIP that shadows the nodePort, of the Service that has the nodePort, too.
                     Ordering::Greater => continue,
                 };
                 if self.sentences.len() >= REASONS {
@@ -67,7 +68,7 @@ impl LostClaims {
                 }
                 let (name, of) = (FrontendName(&key), &holder.port.service);
                 let sentence = format!("{name} is not served: Service {of} has it {why}");
-                // An externalIP in the way of the Service's own nodePort is met twice.
+                // An externalIP that shadows the Service's own nodePort is met twice.
                 if !self.sentences.contains(&sentence) {
                     self.sentences.push(sentence);
                 }
@@ -75,7 +76,7 @@ impl LostClaims {
         }
     }
 
-    /// A sentence for each, in order, as far as there are not too many.
+    /// Returns a sentence for each lost frontend, in order, up to the limit, and one for the number of the others.
     pub fn into_sentences(mut self) -> Vec<String> {
         self.sentences.sort();
         if self.more > 0 {
@@ -86,7 +87,7 @@ impl LostClaims {
     }
 }
 
-/// A frontend as users write it.
+/// A frontend in the notation of users.
 pub struct FrontendName<'a>(pub &'a FrontendKey);
 
 impl std::fmt::Display for FrontendName<'_> {

@@ -1,130 +1,19 @@
-//! The packet edge's maps as ordered maps.
+//! The packet edge's pipeline on maps without a kernel.
 
-use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::cell::Cell;
 use std::rc::Rc;
 
-use proxy_common::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, ServiceCounters};
+use proxy_common::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts};
 use proxy_common::addr::Addr;
-use proxy_common::be::Be16;
-use proxy_common::datapath::edge::tables::{EdgeTables, FlowCell, Scratch, Tier};
+use proxy_common::datapath::edge::tables::{EdgeTables, Scratch, Tier};
 use proxy_common::datapath::edge::{self, Edge, Verdict};
 
 use super::Simulator;
+use super::edge_maps::{Record, slot};
 use super::frame::Frame;
 
-/// What the packet edge reads and writes beside the other maps.
-#[derive(Debug, Default)]
-pub struct EdgeMaps {
-    flows: [RefCell<BTreeMap<FlowKey, Record>>; 2],
-    index: [RefCell<BTreeMap<FlowKey, FlowRef>>; 2],
-    fragments: RefCell<BTreeMap<FragmentKey, FragmentPorts>>,
-    counters: RefCell<BTreeMap<u32, ServiceCounters>>,
-    /// `DEVICES`.
-    pub devices: RefCell<BTreeMap<u32, Device>>,
-    /// How many elements each of `FLOWS` and `NEW_FLOWS` can have; `None` for any number.
-    pub room: [Cell<Option<usize>>; 2],
-}
-
-/// A record in place. It may outlive its place in the map, as in the kernel.
-#[derive(Clone, Debug)]
-pub struct Record(Rc<Cell<Flow>>);
-
-const fn slot(tier: Tier) -> usize {
-    match tier {
-        Tier::Assured => 0,
-        Tier::New => 1,
-    }
-}
-
-impl EdgeMaps {
-    /// The records of a tier.
-    pub fn records(&self, tier: Tier) -> Vec<(FlowKey, Flow)> {
-        self.flows[slot(tier)].borrow().iter().map(|(key, record)| (*key, record.get())).collect()
-    }
-
-    /// The index entries of a tier.
-    pub fn entries(&self, tier: Tier) -> Vec<(FlowKey, FlowRef)> {
-        self.index[slot(tier)].borrow().iter().map(|(key, target)| (*key, *target)).collect()
-    }
-
-    /// Takes an index entry away, as the LRU may at any time.
-    pub fn evict_index(&self, key: &FlowKey) -> Option<FlowRef> {
-        self.index[slot(Tier::New)].borrow_mut().remove(key)
-    }
-
-    /// Takes a record away, as the LRU may at any time.
-    pub fn evict_flow(&self, key: &FlowKey) -> Option<Flow> {
-        self.flows[slot(Tier::New)].borrow_mut().remove(key).map(|record| record.get())
-    }
-
-    /// Gives the element of a record to another one, as the kernel may while a reader has it.
-    ///
-    /// # Panics
-    /// If there is no such record.
-    pub fn recycle(&self, tier: Tier, old: &FlowKey, new: FlowKey, flow: Flow) {
-        let mut records = self.flows[slot(tier)].borrow_mut();
-        let record = records.remove(old).expect("a record");
-        record.0.set(flow);
-        records.insert(new, record);
-    }
-
-    /// Makes what has been counted for a Service zero.
-    pub(super) fn forget_counters(&self, service: u32) {
-        self.counters.borrow_mut().remove(&service);
-    }
-
-    /// What has been counted for a Service.
-    pub fn service_counters(&self, service: u32) -> ServiceCounters {
-        self.counters.borrow().get(&service).copied().unwrap_or_default()
-    }
-}
-
-impl Record {
-    fn set(&self, check: u32, change: impl FnOnce(Flow) -> Flow) {
-        let flow = self.get();
-        if flow.check == check {
-            self.0.set(change(flow));
-        }
-    }
-}
-
-impl FlowCell for Record {
-    fn get(&self) -> Flow {
-        self.0.get()
-    }
-
-    fn set_state(&self, check: u32, state: u32) {
-        self.set(check, |flow| Flow { state, ..flow });
-    }
-
-    fn set_expected(&self, check: u32, expected: u32) {
-        self.set(check, |flow| Flow { expected, ..flow });
-    }
-
-    fn set_syn(&self, check: u32, syn: u16) {
-        self.set(check, |flow| Flow { syn, ..flow });
-    }
-
-    fn set_answered_by(&self, check: u32, answered_by: u32) {
-        self.set(check, |flow| Flow { answered_by, ..flow });
-    }
-
-    fn set_asked_by(&self, check: u32, asked_by: u32) {
-        self.set(check, |flow| Flow { asked_by, ..flow });
-    }
-
-    fn set_last_seen(&self, check: u32, last_seen: u64) {
-        self.set(check, |flow| Flow { last_seen, ..flow });
-    }
-
-    fn set_snat(&self, check: u32, snat: Addr, snat_port: Be16) {
-        self.set(check, |flow| Flow { snat, snat_port, ..flow });
-    }
-}
-
 impl Simulator {
-    /// Runs the pipeline on a packet that enters, or leaves, through its device.
+    /// Runs the pipeline on a packet that enters or leaves through its device.
     pub fn packet(&self, frame: &mut Frame, edge: Edge, egress: bool) -> Verdict {
         let mut scratch = Scratch::default();
         if egress {

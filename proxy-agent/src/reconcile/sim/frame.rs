@@ -1,4 +1,4 @@
-//! A packet on the host: what the TC shell does to an skb, done to a vector of bytes.
+//! A packet on the host: the operations that the TC shell performs on an skb, on a vector of bytes.
 
 use proxy_common::addr::{Addr, Family};
 use proxy_common::datapath::edge::checksum;
@@ -9,22 +9,22 @@ const MAC_HEADER: usize = 14;
 /// One packet, with its MAC header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
-    /// All bytes.
+    /// All bytes of the packet.
     pub bytes: Vec<u8>,
     /// Index of the device that the pipeline runs on.
     pub ifindex: u32,
-    /// Index of the device by which it entered the host; 0 if it was made there.
+    /// Index of the device by which the packet entered the host; 0 if it was made there.
     pub entered_by: u32,
-    /// Index of the device by which the host's routes lead to its source; 0 if that is not known.
+    /// Index of the device by which the host's routes lead to the packet's source; 0 if that is not known.
     pub route_back: u32,
-    /// Indexes of the devices by which the host's routes lead to its destination.
+    /// Indexes of the devices by which the host's routes lead to the packet's destination.
     pub ways: Vec<u32>,
-    /// Index of the device that it has been made to leave by; 0 for the one that the pipeline runs on.
+    /// Index of the device that the packet has been redirected to; 0 for the one that the pipeline runs on.
     pub leaves_by: u32,
 }
 
 impl Frame {
-    /// A packet that has come in by the device `ifindex`.
+    /// Creates a packet that has come in by the device `ifindex`.
     pub fn new(bytes: Vec<u8>, ifindex: u32) -> Self {
         Self { bytes, ifindex, entered_by: ifindex, route_back: 0, ways: Vec::new(), leaves_by: 0 }
     }
@@ -57,7 +57,7 @@ impl Packet for Frame {
     }
 
     fn route_to(&self, _family: Family, _addr: &Addr) -> u32 {
-        // Nothing else is asked for.
+        // The pipeline asks for no other route.
         self.route_back
     }
 
@@ -96,7 +96,7 @@ impl Packet for Frame {
         if zero_is_none && before == [0; 2] {
             return true;
         }
-        // One after the other, as the kernel does it: zero has two forms.
+        // One difference after the other, as the kernel does it: zero has two forms.
         let mut field = before;
         for difference in [pseudo, covered] {
             if difference != 0 && difference != u32::MAX {

@@ -1,8 +1,8 @@
-//! The maps as ordered maps: what a plan does to them, and what the datapath then decides, without a kernel. Tests
-//! fill them by plans, [`crate::commands::explain`] from the pinned maps.
+//! The maps as ordered maps, without a kernel: the effect of a plan on them, and the decisions of the datapath from
+//! them. Tests fill them by plans, [`crate::commands::explain`] from the pinned maps.
 //!
-//! The simulator carries out the very operations that the kernel maps get ([`MapStore`]), and is looked at by the
-//! very code that the BPF programs are made of ([`Tables`]).
+//! The simulator carries out the same operations that the kernel maps get ([`MapStore`]), and the same code reads it
+//! that the BPF programs are made of ([`Tables`]).
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,6 +20,8 @@ use crate::reconcile::store::{Contents, MapStore, Op, StoreError, filter_bits};
 pub mod frame;
 
 pub mod edge;
+
+pub mod edge_maps;
 
 #[cfg(test)]
 mod tests;
@@ -48,24 +50,24 @@ pub struct Simulator {
     udp_flows: RefCell<BTreeMap<UdpFlowKey, UdpFlow>>,
     counters: RefCell<BTreeMap<Counter, u64>>,
     random: Cell<u64>,
-    /// What the source of randomness yields each time, in the place of its own sequence.
+    /// Value that the source of randomness yields each time, in place of its own sequence.
     pub fixed_random: Cell<Option<u32>>,
     /// The packet edge's own maps.
-    pub edge: edge::EdgeMaps,
+    pub edge: edge_maps::EdgeMaps,
     /// The monotonic clock, in nanoseconds.
     pub clock: Cell<u64>,
     /// Cookie of the host's network namespace.
     pub host_netns: Cell<u64>,
-    /// Who watches.
+    /// `TRACE`: the events that observers want.
     pub trace: Cell<Trace>,
-    /// What they have been told.
+    /// Events that the datapath has reported.
     pub events: RefCell<Vec<Event>>,
-    /// How many more entries of `UDP_FLOWS` can be written; `None` for any number.
+    /// Number of entries of `UDP_FLOWS` that can still be written; `None` for any number.
     pub udp_flow_room: Cell<Option<u32>>,
 }
 
 impl Simulator {
-    /// Maps with these contents, and what `filter` says of each word of `FILTER`.
+    /// Creates maps with these contents. `filter` holds the words of `FILTER`.
     pub fn of(contents: &Contents, filter: &[u64]) -> Self {
         fn array<T: Copy>(elements: &[T]) -> BTreeMap<u32, T> {
             (0..).zip(elements.iter().copied()).collect()
@@ -88,7 +90,7 @@ impl Simulator {
         }
     }
 
-    /// The contents as an agent would read them back. Arrays end at the last element ever written.
+    /// Returns the contents as an agent would read them back. Arrays end at the last element ever written.
     pub fn contents(&self) -> Contents {
         fn array<T: Copy + Default>(elements: &BTreeMap<u32, T>) -> Vec<T> {
             let len = elements.last_key_value().map_or(0, |(last, _)| last + 1);
@@ -110,7 +112,7 @@ impl Simulator {
         }
     }
 
-    /// Takes an entry of `UDP_FLOWS` away, as the LRU may at any time.
+    /// Removes an entry of `UDP_FLOWS`, as the LRU may at any time.
     pub fn evict_udp_flow(&self, key: &UdpFlowKey) -> Option<UdpFlow> {
         self.udp_flows.borrow_mut().remove(key)
     }
@@ -122,7 +124,7 @@ impl Simulator {
         }
     }
 
-    /// How often the datapath counted `counter`.
+    /// Returns how often the datapath counted `counter`.
     pub fn counted(&self, counter: Counter) -> u64 {
         self.counters.borrow().get(&counter).copied().unwrap_or(0)
     }
@@ -284,14 +286,14 @@ impl Tables for Simulator {
     }
 }
 
-/// A socket for [`Simulator`]: what a cgroup hook would be called with.
+/// A socket for [`Simulator`], in the place of the context of a cgroup hook.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SimSocket<'a> {
     /// Peer address.
     pub addr: Addr,
     /// Peer port.
     pub port: Be16,
-    /// Where the kernel has the socket connected; port 0 for nowhere.
+    /// Peer of the socket in the kernel; port 0 if it is not connected.
     pub peer: (Addr, Be16),
     /// IP protocol number as the kernel has it.
     pub protocol: u32,
@@ -301,9 +303,9 @@ pub struct SimSocket<'a> {
     pub netns: u64,
     /// Ids of the cgroups that the process is in, the outermost first.
     pub cgroups: &'a [u64],
-    /// What the socket storage holds.
+    /// Record in the socket storage.
     pub record: Option<SocketRecord>,
-    /// What the agent wants of the socket.
+    /// The agent's order for the socket.
     pub order: Option<Order>,
     /// Whether writing the socket storage fails.
     pub storage_fails: bool,

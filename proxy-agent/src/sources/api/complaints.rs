@@ -1,30 +1,31 @@
-//! What goes wrong with the API server, said to people: once, with what to do, and again only if it goes on.
+//! Messages to people about failures of the API server. Each is logged once, with advice, and repeated only if the
+//! failure lasts.
 
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::time::{Duration, Instant};
 
-use super::Kind;
 use super::follow::Error;
-use crate::sources::Problem;
+use super::kind::Kind;
+use crate::sources::update::Problem;
 
-/// How often the same complaint is logged.
+/// Interval at which the same complaint is logged again.
 const REPEAT: Duration = Duration::from_secs(60);
 
-/// How long watches of a kind may fail before that is a problem: kube-proxy's sync period by default.
+/// Time for which watches of a kind may fail before that is a problem: kube-proxy's default sync period.
 const LONG: Duration = Duration::from_secs(30);
 
-/// Failures that are further apart have nothing to do with each other: what fails is tried again sooner.
+/// Time between two failures from which on they are unrelated: a failed request is tried again sooner.
 const APART: Duration = Duration::from_secs(120);
 
-/// What is wrong at present.
+/// Present failures of the API server.
 pub(super) struct Complaints {
     url: String,
     /// Reason and time of the last line in the log.
     logged: BTreeMap<Kind, (String, Instant)>,
-    /// Since when the watches of a kind have failed, and when they did so last.
+    /// Times of the first and the last failure of a kind.
     failing: BTreeMap<Kind, (Instant, Instant)>,
-    /// Kinds whose list cannot be had, or whose changes have not been heard of for long, and why.
+    /// Kinds whose list cannot be read or whose changes have not arrived for long, with the reason.
     problems: BTreeMap<Kind, String>,
     changed: bool,
 }
@@ -40,7 +41,7 @@ impl Complaints {
         }
     }
 
-    /// An error came from the watch of `kind`, at `now`.
+    /// Handles an error from the watch of `kind` at `now`.
     pub(super) fn note(&mut self, kind: Kind, error: &Error, now: Instant) {
         let (resource, _) = kind.resource();
         if error.code() == Some(410) {
@@ -72,13 +73,13 @@ impl Complaints {
         }
     }
 
-    /// The list of `kind` is complete, and something has been heard of it.
+    /// Notes that the list of `kind` is complete and an event has arrived.
     pub(super) fn settle(&mut self, kind: Kind) {
         self.logged.remove(&kind);
         self.answered(kind);
     }
 
-    /// The list of `kind` is complete, and its watch has said that nothing is missing.
+    /// Notes that the list of `kind` is complete and its watch has confirmed that nothing is missing.
     pub(super) fn answered(&mut self, kind: Kind) {
         self.failing.remove(&kind);
         if self.problems.remove(&kind).is_some() {
@@ -88,12 +89,12 @@ impl Complaints {
         }
     }
 
-    /// Whether the problems are others than at the last call.
+    /// Returns whether the problems have changed since the last call.
     pub(super) fn have_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)
     }
 
-    /// The whole list of problems.
+    /// Returns all problems.
     pub(super) fn problems(&self) -> Vec<Problem> {
         let problem = |(kind, reason): (&Kind, &String)| Problem {
             object: format!("API server {}, {}", self.url, kind.resource().0),
@@ -134,7 +135,7 @@ impl Complaints {
     }
 }
 
-/// An error with what caused it; kube's errors repeat some of it.
+/// Returns an error with its causes, without repetitions: kube's errors contain some of their causes.
 fn causes(error: &Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -148,13 +149,13 @@ fn causes(error: &Error) -> String {
     text
 }
 
-/// What can be done about a failure of TLS, by the words in which the library tells of it.
+/// Returns advice about a TLS failure, found by the words of the TLS library.
 fn advice(causes: &str) -> &'static str {
     const STRANGER: &str = ": the server's certificate is not of the authority that is in use (certificate-authority in the kubeconfig, \
                             ca.crt of the ServiceAccount in a pod), or the server does not send the one in between";
     let known = [
         ("UnknownIssuer", STRANGER),
-        // An authority of the same name.
+        // Another authority with the same name.
         ("BadSignature", STRANGER),
         (
             "CaUsedAsEndEntity",
@@ -196,7 +197,7 @@ mod tests {
             complaints.note(kind, &Error::Watch(refused()), start + Duration::from_secs(seconds));
             assert!(told(&complaints).is_empty(), "it has worked in between");
         }
-        // Without a list nothing is known.
+        // Without a list nothing is known, so the failure of a list is a problem at once.
         complaints.note(kind, &Error::List(refused()), start + Duration::from_secs(323));
         assert_eq!(told(&complaints).len(), 1);
     }

@@ -1,9 +1,9 @@
-//! One kind of object, followed for ever: a list, then a watch, and from the start again when the server has forgotten
-//! where we were.
+//! Follows one kind of object without end: a list, then a watch, and again a list when the server no longer knows the
+//! resourceVersion.
 //!
-//! A list comes as the beginning of a watch where the server offers that (`sendInitialEvents`, Kubernetes 1.34), else in
-//! pages. Both are as new as the server's storage: what is known never goes back in time. Every failure is an item of
-//! the stream, behind which it waits before it tries again.
+//! A list is streamed as the beginning of a watch if the server offers that (`sendInitialEvents`, Kubernetes 1.34), and
+//! comes in pages otherwise. Both forms are as new as the server's storage, so the known state never goes back in time.
+//! Every failure is an item of the stream; after a failure, the stream waits before the next try.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -21,44 +21,45 @@ use tokio::time::timeout;
 use super::pace::{LONGEST, Pace, between};
 use super::received::Received;
 
-/// How long the server is to let a watch run. Somewhere in between, or the watches of all agents that started together
-/// would end together.
+/// Bounds of the time after which the server ends a watch. Each watch gets a random time in between, so that the
+/// watches of agents that started together do not end together.
 const WATCH_SHORTEST: Duration = Duration::from_secs(90);
 const WATCH_LONGEST: Duration = Duration::from_secs(150);
-/// Nothing for this long on a watch, neither an event nor its end: the connection has died silently.
+/// Time without an event or the end of a watch after which the connection counts as dead.
 const SILENCE: Duration = Duration::from_secs(155);
-/// A watch that ends sooner, without an event, might as well have been refused.
+/// Minimum duration of a watch. A watch that ends sooner without an event counts as refused.
 const SHORT: Duration = Duration::from_secs(1);
-/// Objects in one page of a list. A page of the largest ones is 150 MiB of JSON.
+/// Number of objects in one page of a list. A page of the largest objects is 150 MiB of JSON.
 const PAGE: u32 = 100;
-/// No answer for this long to a list that is to be streamed, which is longer than a connection may take: something in
-/// between waits for the end of a watch.
+/// Time without an answer after which a list is not streamed any more. Setting up a connection takes less, so something
+/// between agent and server is waiting for the end of the watch.
 const STREAM_BEGINS: Duration = Duration::from_secs(45);
-/// Nothing new for this long, in a list that has begun to stream, or no end of it for that long: the server does not
-/// know that it has to mark the end.
+/// Time without a new object, and total time without an end, after which a list is not streamed any more: the server
+/// does not know that it has to mark the end.
 const STREAM_SILENCE: Duration = Duration::from_secs(5);
 const STREAM_LONGEST: Duration = Duration::from_secs(30);
-/// How often an optional kind that the server does not serve is asked for: it may learn it in an upgrade.
+/// Interval at which an optional kind that the server does not serve is requested again: an upgrade of the server may
+/// add the kind.
 const NOT_SERVED_RETRY: Duration = Duration::from_secs(600);
-/// Marks the bookmark behind the last object of a list that is streamed.
+/// Annotation of the bookmark behind the last object of a streamed list.
 const LIST_END: &str = "k8s.io/initial-events-end";
 
-/// What happens to the objects of a kind.
+/// Event that concerns the objects of a kind.
 #[derive(Debug)]
 pub(super) enum Event<K> {
-    /// A list begins; whatever was not at its end did not come.
+    /// A list begins. An earlier list without its end has failed.
     ListBegins,
-    /// An object of the list, or one that is new or has changed.
+    /// An object of the list, or an object that is new or has changed.
     Applied(K),
     /// An object is gone.
     Deleted(K),
     /// The list is complete: nothing else exists.
     ListEnds,
-    /// Everything that has happened so far has been told.
+    /// All events so far have been delivered.
     UpToDate,
 }
 
-/// What did not work. All of it is tried again.
+/// Failure of a list or watch. After every failure there is another try.
 #[derive(Debug, Error)]
 pub(super) enum Error {
     #[error("cannot list")]
@@ -74,7 +75,7 @@ pub(super) enum Error {
 }
 
 impl Error {
-    /// What the server has answered.
+    /// Returns the status that the server answered with.
     pub(super) fn status(&self) -> Option<&Status> {
         match self {
             Self::List(kube::Error::Api(status)) | Self::Watch(kube::Error::Api(status)) => Some(status),
@@ -82,17 +83,17 @@ impl Error {
         }
     }
 
-    /// The HTTP status that it is about.
+    /// Returns the HTTP status of the answer.
     pub(super) fn code(&self) -> Option<u16> {
         self.status().map(|status| status.code)
     }
 
-    /// Whether it was a list that did not come.
+    /// Returns whether a list failed.
     pub(super) fn is_of_list(&self) -> bool {
         matches!(self, Self::List(_) | Self::ListBrokeOff | Self::NoVersion)
     }
 
-    /// Whether the server is not to blame for being busy or away, but for what it says.
+    /// Returns whether the answer itself was wrong, rather than the server busy or unreachable.
     fn is_nonsense(&self) -> bool {
         match self {
             Self::List(error) | Self::Watch(error) => is_garbled(error),
@@ -102,21 +103,21 @@ impl Error {
     }
 }
 
-/// Whether the answer could not be understood at all. (A line that is JSON but no event passes with kube for a status
+/// Returns whether the answer could not be parsed at all. (kube takes a line that is JSON but no event for a status
 /// without a code.)
 fn is_garbled(error: &kube::Error) -> bool {
     matches!(error, kube::Error::SerdeError(_) | kube::Error::FromUtf8(_))
         || matches!(error, kube::Error::Api(status) if status.code == 0)
 }
 
-/// Which objects of a kind.
+/// Selection of objects of a kind.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Selection {
-    /// The server may not know the kind.
+    /// Whether the server may lack the kind.
     pub(super) optional: bool,
-    /// As the API takes them.
+    /// Label selector of the API.
     pub(super) labels: Option<&'static str>,
-    /// As the API takes them.
+    /// Field selector of the API.
     pub(super) fields: Option<String>,
 }
 
@@ -144,21 +145,21 @@ impl Selection {
 
 type Events<K> = BoxStream<'static, kube::Result<WatchEvent<Received<K>>>>;
 
-/// Where we are.
+/// Progress in following a kind.
 enum Phase<K> {
-    /// Nothing is known for sure.
+    /// A list has to be read first.
     Unknown,
     /// The list comes as the beginning of a watch.
     Streaming { events: Events<K>, began: Instant },
-    /// The list comes in pages: what is left of this one, and how to get the next.
+    /// The list comes in pages: the remaining objects of this page, and the token for the next page.
     Paging { objects: std::vec::IntoIter<Received<K>>, token: Option<String>, version: String },
     /// Everything up to this version is known.
     Listed { version: String },
-    /// And what happens since is told.
+    /// Everything up to this version is known, and a watch reports later changes.
     Watching { version: String, events: Events<K>, watch: Watch },
 }
 
-/// A watch that is open.
+/// An open watch.
 #[derive(Clone, Copy)]
 struct Watch {
     opened: Instant,
@@ -178,18 +179,18 @@ impl Watch {
 struct Follow<K> {
     api: Api<Received<K>>,
     selection: Selection,
-    /// Lists are streamed, as far as is known.
+    /// Whether the server streams lists, as far as is known.
     streams: bool,
-    /// Whether that one kind could not be streamed has been told.
+    /// Guard to log only once, for all kinds of a server, that lists cannot be streamed.
     told: Arc<Once>,
     phase: Phase<K>,
-    /// What failures are followed by, and what answers that make no sense: success does not make up for those.
+    /// Pauses after failures, and pauses after wrong answers. A watch that works resets only the pauses after failures.
     pace: Pace,
     nonsense_pace: Pace,
     pause: Option<Duration>,
 }
 
-/// Follows what is selected, for ever. `told` is shared by all kinds of a server.
+/// Follows the selected objects without end. `told` is shared by all kinds of a server.
 pub(super) fn follow<K>(
     api: Api<Received<K>>,
     selection: Selection,
@@ -230,7 +231,7 @@ where
                 Phase::Watching { version, events, watch } => told(version, events, watch).await,
             };
             self.phase = phase;
-            // A list alone is no success: it might be asked for again and again.
+            // A list alone is no success, because it might be requested again and again.
             if watch.is_some_and(|watch| !watch.is_short()) {
                 self.pace.reset();
             }
@@ -250,7 +251,8 @@ where
             return NOT_SERVED_RETRY;
         }
         let pace = if error.is_nonsense() { &mut self.nonsense_pace } else { &mut self.pace };
-        // What the server asks for comes on top: it asks everybody for the same.
+        // The time that the server asks for is added to the random pause, because the server asks all agents for the
+        // same time.
         let asked = error.status().and_then(|status| status.details.as_ref()).map(|d| d.retry_after_seconds);
         pace.pause(Instant::now()) + Duration::from_secs(asked.unwrap_or(0).into()).min(LONGEST)
     }
@@ -260,7 +262,8 @@ where
         if !self.streams {
             return self.page(Vec::new().into_iter(), None, String::new()).await;
         }
-        // Without a version it is as new as a list is: whatever is stored when the server is asked.
+        // Without a resourceVersion, the stream begins with the server's stored state at the time of the request, as a
+        // list does.
         let params = self.selection.watch(true);
         let Ok(answer) = timeout(STREAM_BEGINS, self.api.watch(&params, "")).await else {
             return self.without_streams("a list that was to be streamed did not begin");
@@ -277,7 +280,7 @@ where
         }
     }
 
-    /// From here on this kind is listed in pages.
+    /// Lists this kind in pages from now on.
     fn without_streams(&mut self, reason: &str) -> Step<K> {
         self.streams = false;
         let resource = K::plural(&());
@@ -291,7 +294,7 @@ where
         (Phase::Unknown, Ok(None))
     }
 
-    /// The next event of a list that is streamed.
+    /// Returns the next event of a streamed list.
     async fn stream(&mut self, mut events: Events<K>, began: Instant) -> Step<K> {
         let patience = STREAM_SILENCE.min(STREAM_LONGEST.saturating_sub(began.elapsed()));
         let Ok(event) = timeout(patience, events.next()).await else {
@@ -301,7 +304,7 @@ where
             Some(Ok(WatchEvent::Added(object) | WatchEvent::Modified(object))) => {
                 (Phase::Streaming { events, began }, Ok(Some(Event::Applied(object))))
             }
-            // The server's cache catches up with its storage.
+            // A deletion within the list: the server's cache is catching up with its storage.
             Some(Ok(WatchEvent::Deleted(object))) => {
                 (Phase::Streaming { events, began }, Ok(Some(Event::Deleted(object))))
             }
@@ -318,7 +321,7 @@ where
         }
     }
 
-    /// The next object of a list in pages; without objects and token, the first page.
+    /// Returns the next object of a list in pages. Requests the first page if objects, token and version are empty.
     async fn page(
         &mut self,
         mut objects: std::vec::IntoIter<Received<K>>,
@@ -360,12 +363,12 @@ where
 
 type Step<K> = (Phase<K>, Result<Option<Event<Received<K>>>, Error>);
 
-/// The next event of a watch.
+/// Returns the next event of a watch.
 async fn told<K>(mut version: String, mut events: Events<K>, mut watch: Watch) -> Step<K>
 where
     K: Resource<DynamicType = ()>,
 {
-    // The silence of a connection that died ends like a watch whose time is up.
+    // A connection that has died silently is handled like a watch whose time is up.
     let event = timeout(SILENCE, events.next()).await.unwrap_or_default();
     watch.silent &= event.is_none();
     let mut seen = |object: &Received<K>| {
@@ -387,7 +390,7 @@ where
             (Phase::Watching { version, events, watch }, Ok(Some(Event::UpToDate)))
         }
         Some(Ok(WatchEvent::Error(status))) => after(version, kube::Error::Api(status)),
-        // Whatever it was about, only a list tells.
+        // Only a new list can show what the unreadable event was about.
         Some(Err(error)) if is_garbled(&error) => (Phase::Unknown, Err(Error::Watch(error))),
         Some(Err(error)) => after(version, error),
         None if watch.is_short() => (Phase::Listed { version }, Err(Error::ShortWatch)),
@@ -395,7 +398,7 @@ where
     }
 }
 
-/// A watch has failed: it goes on from where it was, unless the server has forgotten that.
+/// Handles a failed watch: it continues from its resourceVersion, unless the server no longer knows that version (410).
 fn after<K>(version: String, error: kube::Error) -> Step<K> {
     let forgotten = matches!(&error, kube::Error::Api(status) if status.code == 410);
     let phase = if forgotten { Phase::Unknown } else { Phase::Listed { version } };

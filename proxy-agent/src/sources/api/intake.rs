@@ -1,4 +1,5 @@
-//! From watch events to changes: what is known of each kind, and what a new list lacks.
+//! Conversion of watch events into changes. Keeps the known objects of each kind, and finds those that a new list
+//! lacks.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -7,18 +8,18 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
 
 use super::follow::Event;
+use super::kind::{Kind, KindEvent};
 use super::received::Received;
 use super::tenants::Tenants;
 use super::unusable::Unusable;
 use super::watch::Fetched;
-use super::{Kind, KindEvent};
 use crate::config::opt_out::Rules;
 use crate::reconcile::cluster::{Change, ObjectKey};
 use crate::reconcile::desired::Budgets;
 use crate::sources::convert::{Converter, key_of};
-use crate::sources::{Problem, outcome};
+use crate::sources::update::{Problem, outcome};
 
-/// The longest name of an object.
+/// Maximum length of an object's name.
 const NAME_MAX: usize = 253;
 
 /// The state of all watches.
@@ -29,9 +30,9 @@ pub(super) struct Intake {
     node: Known<()>,
     service_cidrs: Known<Arc<str>>,
     pods: Known<ObjectKey>,
-    /// What of it is kept.
+    /// Objects that are kept, by namespace.
     pub(super) tenants: Tenants,
-    /// What of it makes no sense.
+    /// Objects that cannot be used.
     pub(super) unusable: Unusable,
 }
 
@@ -54,7 +55,7 @@ impl Intake {
         }
     }
 
-    /// Takes one event in and appends what it changes, as far as its namespace may have it.
+    /// Processes one event and appends the resulting changes, within the budget of the namespace.
     pub(super) fn take(&mut self, event: KindEvent, changes: &mut Vec<Change>) {
         let created = event.created();
         let mut said = Vec::new();
@@ -64,12 +65,12 @@ impl Intake {
         }
     }
 
-    /// Takes in what has been fetched of an object that was missing, unless the watch has told of it since.
+    /// Processes a fetched object that was missing, unless the watch has reported the object meanwhile.
     pub(super) fn take_fetched(&mut self, (kind, key, event): Fetched, changes: &mut Vec<Change>) {
         match event {
             _ if !self.tenants.is_asked_for(kind, &key) => {}
             Ok(Some(event)) => self.take(event, changes),
-            // It is gone, which the watch is about to tell, or the server is not well.
+            // The object is gone, and the watch is about to report that, or the server has a problem.
             Ok(None) => self.tenants.not_fetched(kind, &key),
             Err(error) => {
                 tracing::debug!(%key, %error, "an object cannot be fetched");
@@ -116,7 +117,7 @@ impl Intake {
         }
     }
 
-    /// Takes the list of an optional kind as complete, and empty unless some are known.
+    /// Marks the list of an optional kind as complete; objects known so far stay known.
     pub(super) fn go_without(&mut self, kind: Kind) {
         match kind {
             Kind::ServiceCidrs => self.service_cidrs.complete = true,
@@ -125,7 +126,7 @@ impl Intake {
         }
     }
 
-    /// Whether the first list of this kind has come, and no other is coming in.
+    /// Returns whether the first list of this kind is complete and no other list is coming in.
     pub(super) fn has_list(&self, kind: Kind) -> bool {
         match kind {
             Kind::Services => self.services.has_list(),
@@ -136,7 +137,7 @@ impl Intake {
         }
     }
 
-    /// Whether every kind has delivered its first list.
+    /// Returns whether every kind has delivered its first list.
     pub(super) fn is_complete(&self) -> bool {
         self.services.complete
             && self.slices.complete
@@ -146,14 +147,14 @@ impl Intake {
     }
 }
 
-/// The objects of one kind that were passed on.
+/// Objects of one kind that have been passed on.
 struct Known<K> {
     all: BTreeSet<K>,
-    /// Those of them that the list which is coming in has.
+    /// Keys of the incoming list so far, if a list is coming in.
     listed: Option<BTreeSet<K>>,
-    /// How many lists have begun.
+    /// Number of lists that have begun.
     lists: u64,
-    /// The first list has come to its end.
+    /// Whether a first list has come to its end, or is done without.
     complete: bool,
     gone: fn(K) -> Option<Change>,
 }
@@ -199,9 +200,10 @@ impl<K: Ord + Clone> Known<K> {
                         }
                         self.all.insert(key);
                     }
-                    // An object that stopped being ours goes at once, in a list too: the server has it.
+                    // An object that this proxy no longer serves is removed at once, also within a list: the list shows
+                    // its new state.
                     Ok(None) => self.remove(key, changes),
-                    // As if the server had not sent it: what was known of it stays.
+                    // An object that cannot be converted keeps its last known state.
                     Err(problem) => {
                         let outcome = outcome(self.all.contains(&key));
                         let reason = format!("{}; {outcome}", problem.reason);
@@ -236,9 +238,9 @@ impl<K: Ord + Clone> Known<K> {
     }
 }
 
-/// An object as problems name it.
+/// Returns the name of an object in problems.
 fn named<O: Resource<DynamicType = ()>>(meta: &ObjectMeta) -> String {
-    // Nonsense may be longer than a name.
+    // The name of an invalid object may be too long.
     let cut =
         |name: &Option<String>| name.iter().flat_map(|name| name.chars().take(NAME_MAX)).collect::<String>();
     let (kind, name) = (O::kind(&()), cut(&meta.name));

@@ -1,8 +1,8 @@
-//! What a kubeconfig says, as client-go takes it.
+//! Reads kubeconfigs as client-go does.
 //!
-//! kube takes the text apart; what it makes of it differs in what people write: a server without a scheme, data that is wrapped, tokens
-//! with a newline, `NO_PROXY`. It panics where a file ends in the middle of a character of UTF-16, and at a token with an end of line
-//! in it.
+//! The crate kube parses the text, but differs from client-go for a server without a scheme, wrapped data, tokens with
+//! a newline, and `NO_PROXY`. kube also panics if a file ends in the middle of a UTF-16 character, and at a token with
+//! an end of line in it. All of these are handled here.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,20 +22,20 @@ use thiserror::Error;
 use crate::host::named_file;
 use crate::sources::text::in_utf8;
 
-/// What is wrong with a kubeconfig.
+/// Defect of a kubeconfig, or of the proxy in the environment.
 #[derive(Debug, Error)]
 pub enum Wrong {
-    /// No context is chosen.
+    /// No context is selected.
     #[error("current-context is not set")]
     NoContext,
-    /// A name leads nowhere.
+    /// A field names an entry that does not exist.
     #[error("{field} names {name:?}, which is not in {list}")]
     Missing {
         /// The field with the name.
         field: String,
         /// The name.
         name: String,
-        /// Where it should be.
+        /// List that should have the entry.
         list: &'static str,
     },
     /// A field cannot be used.
@@ -43,12 +43,12 @@ pub enum Wrong {
     Field {
         /// The field.
         field: String,
-        /// Why.
+        /// Reason why the field cannot be used.
         reason: String,
     },
 }
 
-/// Reads a kubeconfig. The files that it names are beside it.
+/// Reads a kubeconfig. Paths in it are relative to its directory.
 ///
 /// # Errors
 /// The file cannot be read, or is no kubeconfig.
@@ -66,7 +66,7 @@ pub fn read(path: &Path) -> Result<Kubeconfig, KubeconfigError> {
         for file in [&mut user.client_certificate, &mut user.client_key, &mut user.token_file] {
             put_beside(path, file);
         }
-        // A name alone is looked for in PATH.
+        // A command without a slash is looked up in PATH.
         let exec = user.exec.as_mut();
         if let Some(exec) = exec.filter(|exec| exec.command.as_ref().is_some_and(|name| name.contains('/'))) {
             put_beside(path, &mut exec.command);
@@ -75,7 +75,7 @@ pub fn read(path: &Path) -> Result<Kubeconfig, KubeconfigError> {
     Ok(kubeconfig)
 }
 
-/// Makes the path of a file that a kubeconfig names one from here.
+/// Resolves the path of a file against the directory of the kubeconfig that names it.
 fn put_beside(kubeconfig: &Path, file: &mut Option<String>) {
     let beside = file.as_deref().filter(|name| !name.is_empty()).map(|name| kubeconfig.with_file_name(name));
     if let Some(path) = beside.as_deref().and_then(Path::to_str) {
@@ -83,7 +83,7 @@ fn put_beside(kubeconfig: &Path, file: &mut Option<String>) {
     }
 }
 
-/// What a kubeconfig makes of an API server and the way to it. Certificates are read; nothing is run.
+/// Returns the client configuration for the current context of a kubeconfig. Certificates are read; no command is run.
 ///
 /// # Errors
 /// [`Wrong`] names the field.
@@ -128,7 +128,7 @@ pub fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
         config.default_namespace.clone_from(namespace);
     }
     if let Some(proxy) = given(&cluster.proxy_url) {
-        // It may have a password in it.
+        // The URL may contain a password, so the error does not quote it.
         let proxy: Result<Uri, InvalidUri> = proxy.trim().parse();
         config.proxy_url = Some(proxy.map_err(|error| wrong("proxy-url", format!("is no URL: {error}")))?);
     }
@@ -137,7 +137,7 @@ pub fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
         let reason = "has characters in it that no token may have, such as an end of line".to_owned();
         return Err(Wrong::Field { field, reason });
     }
-    // Whoever uses them reads them again, without a bound.
+    // The client reads these files again without a limit, so their size is checked here.
     for (field, file, data) in [
         ("client-certificate", &auth_info.client_certificate, auth_info.client_certificate_data.is_some()),
         ("client-key", &auth_info.client_key, auth_info.client_key_data.is_some()),
@@ -153,8 +153,8 @@ pub fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
     Ok(config)
 }
 
-/// The proxy that the environment has for a server: `HTTPS_PROXY` or `HTTP_PROXY`, unless `NO_PROXY` says otherwise. As in Go, this
-/// host itself is never behind one.
+/// Returns the proxy for a server from the environment: `HTTPS_PROXY` or `HTTP_PROXY`, unless `NO_PROXY` excludes the
+/// server. As in Go, `localhost` and loopback addresses are never behind a proxy.
 pub(super) fn proxy(server: &Uri, env: impl Fn(&str) -> Option<String>) -> Result<Option<Uri>, Wrong> {
     let first = |names: [&'static str; 2]| {
         let mut found =
@@ -179,7 +179,7 @@ pub(super) fn proxy(server: &Uri, env: impl Fn(&str) -> Option<String>) -> Resul
     }
     let with_scheme = if value.contains("://") { value } else { format!("http://{value}") };
     let proxy: Result<Uri, InvalidUri> = with_scheme.trim().parse();
-    // It may have a password in it.
+    // The URL may contain a password, so the error does not quote it.
     let wrong = |error| Wrong::Field {
         field: format!("the environment variable {name}"),
         reason: format!("is no URL: {error}"),
@@ -187,7 +187,7 @@ pub(super) fn proxy(server: &Uri, env: impl Fn(&str) -> Option<String>) -> Resul
     proxy.map(Some).map_err(wrong)
 }
 
-/// A pattern of `NO_PROXY` without its port and its `*`; `None` if it is about another port.
+/// Returns a pattern of `NO_PROXY` without its port and its `*`; `None` if the pattern is for another port.
 fn without_port(pattern: &str, port: u16) -> Option<&str> {
     let pattern = match pattern.rsplit_once(':') {
         Some((host, digits)) if !host.contains(':') || host.ends_with(']') => match digits.parse::<u16>() {
@@ -200,7 +200,8 @@ fn without_port(pattern: &str, port: u16) -> Option<&str> {
     Some(pattern.strip_prefix('*').filter(|rest| rest.starts_with('.')).unwrap_or(pattern))
 }
 
-/// Without a scheme it is HTTPS where certificates or credentials are spoken of, which nobody else may read, else HTTP.
+/// Returns the URL of the server. A server without a scheme gets HTTPS if certificates or credentials are configured,
+/// so that nobody else can read them, and HTTP otherwise.
 fn server(cluster: &Cluster, user: &AuthInfo) -> Result<Uri, String> {
     let text = cluster.server.as_deref().unwrap_or_default().trim();
     if text.is_empty() {
@@ -234,7 +235,7 @@ fn server(cluster: &Cluster, user: &AuthInfo) -> Result<Uri, String> {
 
 type Authority = (Option<Vec<Vec<u8>>>, Option<PathBuf>);
 
-/// The certificates that are trusted, and the file to read them from again.
+/// Returns the trusted certificates, and the file to read them from again.
 fn authority(cluster: &Cluster) -> Result<Authority, (&'static str, String)> {
     let (field, pem, file) = if let Some(data) = given(&cluster.certificate_authority_data) {
         let field = "certificate-authority-data";
@@ -257,7 +258,7 @@ fn authority(cluster: &Cluster) -> Result<Authority, (&'static str, String)> {
     }
 }
 
-/// As they are written: with newlines in them, or empty.
+/// Normalizes credentials: removes white space around tokens and within data, and drops empty tokens and file names.
 fn credentials(mut auth: AuthInfo) -> AuthInfo {
     let secret = |secret: SecretString, clean: fn(&str) -> String| -> SecretString {
         clean(secret.expose_secret()).into()
@@ -278,7 +279,7 @@ fn unwrapped(data: &str) -> String {
     data.split_ascii_whitespace().collect()
 }
 
-/// The files that it speaks of, whose content may change.
+/// Returns the certificate and key files that a configuration names; their content may change.
 pub(super) fn files(config: &Config) -> impl Iterator<Item = PathBuf> {
     let auth = &config.auth_info;
     let named = [&auth.client_certificate, &auth.client_key].into_iter().flatten().map(PathBuf::from);
@@ -293,7 +294,7 @@ mod tests {
         config(&Kubeconfig::from_yaml(text).unwrap()).map_err(|error| error.to_string())
     }
 
-    /// A kubeconfig with these lines of a cluster and of a user.
+    /// Returns the configuration from a kubeconfig with this cluster and this user.
     fn with(cluster: &str, user: &str) -> Result<Config, String> {
         read(&format!(
             "current-context: c\ncontexts: [{{name: c, context: {{cluster: k, user: u}}}}]\n\
@@ -338,7 +339,7 @@ mod tests {
                     [{name: u, user: {client-certificate: /b, client-key: ../c, tokenFile: ''}}, \
                     {name: v, user: {exec: {command: d}}}, {name: w, user: {exec: {command: ./e}}}]\n";
         let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
-        // The last one ends in the middle of a character.
+        // The last content ends in the middle of a UTF-16 character.
         for content in
             [text.as_bytes(), &[b"\xff\xfe", &*utf16].concat(), &[b"\xff\xfe", &*utf16, b"\n"].concat()]
         {
@@ -371,7 +372,7 @@ mod tests {
         ] {
             assert_eq!(read(text).map(|config| config.cluster_url).unwrap_err(), problem, "{text}");
         }
-        // Without credentials, as for client-go; the log says so.
+        // As in client-go, the result has no credentials; the log says so.
         for users in ["", "users: [{name: u}]\n"] {
             assert!(read(&(clusters.clone() + users)).unwrap().auth_info.token.is_none());
         }
@@ -394,9 +395,9 @@ mod tests {
             let error = with("{server: a}", user).map(|config| config.cluster_url).unwrap_err();
             assert!(error.starts_with(&format!("users[u].user.{problem}")), "{user}: {error}");
         }
-        // Data goes before a file.
+        // Data takes precedence over a file.
         assert!(with("{server: a}", "{client-key-data: YQ==, client-key: /none}").is_ok());
-        // Nobody else may read them: not by a scheme that is only guessed.
+        // Credentials are not sent in plain text because of a scheme that is only guessed.
         for user in [
             "{token: abc}",
             "{tokenFile: /t}",

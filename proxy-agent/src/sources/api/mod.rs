@@ -1,9 +1,10 @@
 //! The Kubernetes API as the source of objects.
 //!
-//! Four kinds (Services, EndpointSlices, this Node, ServiceCIDRs), and this node's Pods if any may opt out of the socket
-//! edge, are followed in one task and end in one channel, so the agent sees one order of changes. Each object is reduced
-//! at once and dropped. Whatever fails is retried for ever, each kind by itself and at its own pace; what was known stays
-//! known, and only a complete new list makes an object go.
+//! One task watches Services, EndpointSlices, this Node and ServiceCIDRs, and also this node's Pods if Pods may opt out
+//! of the socket edge. All changes go through one channel, so the agent sees them in one order. Each object is
+//! converted on arrival and then dropped. Failed requests are retried without end, each kind by itself and at its own
+//! pace. Known objects stay known during failures; an object is removed only by its deletion event or by a complete new
+//! list without it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,25 +14,24 @@ use axum::http::Uri;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt as _, StreamExt as _};
 use kube::client::ClientBuilder;
-use kube::{Client, Config, Resource as _};
+use kube::{Client, Config};
 use tokio::sync::mpsc::Sender;
 
-use super::objects::{EndpointSlice, Node, Pod, Service, ServiceCidr};
-use super::{SourceError, Update};
 use crate::config::opt_out::Rules;
 use crate::reconcile::cluster::Change;
 use crate::reconcile::desired::Budgets;
 use crate::sources::api::requests::CountRequests;
+use crate::sources::error::SourceError;
+use crate::sources::update::Update;
 use complaints::Complaints;
-use follow::Event;
 use intake::Intake;
 pub use kubeconfig::Wrong;
-use received::Received;
 use token::TokenFile;
 
 mod complaints;
 mod follow;
 mod intake;
+mod kind;
 pub mod kubeconfig;
 mod pace;
 mod received;
@@ -42,32 +42,32 @@ mod token;
 mod unusable;
 mod watch;
 
-/// The most changes in one message while lists come in.
+/// Number of changes from which on no further event is added to a message.
 const BATCH_MAX: usize = 256;
 
-/// The heaviest message: objects are as large as they are.
+/// Weight of changes from which on no further event is added to a message: objects differ in size.
 const WEIGHT_MAX: usize = 1 << 16;
 
-/// Objects that are fetched at the same time, and how often those are looked at that wait for it.
+/// Maximum number of objects that are fetched at the same time, and interval at which waiting fetches are tried again.
 const FETCHES_MAX: usize = 4;
 const FETCH_AGAIN: Duration = Duration::from_secs(1);
 
-/// How long a connection may be silent, also while a list is awaited.
+/// Maximum silence on a connection, also while a list is awaited.
 const SILENCE_MAX: Duration = Duration::from_secs(180);
 
 /// An API server and our credentials for it.
 #[derive(Clone)]
 pub struct Server {
-    /// Its client.
+    /// Client of the API server.
     pub client: Client,
-    /// Its address, for messages.
+    /// Address of the API server, for messages.
     pub url: String,
 }
 
 impl Server {
-    /// Reads `kubeconfig`; without it and without `master`, the ServiceAccount of this pod. `master` is the server in
-    /// place of the one that is read, or, alone, one that asks for no credentials. Nothing is sent yet: a server that
-    /// is down is no error here. Files with certificates are read again when they have changed.
+    /// Reads `kubeconfig`, or, without it and without `master`, the ServiceAccount of this pod. `master` replaces the
+    /// server of the kubeconfig; without a kubeconfig, it is a server that asks for no credentials. Nothing is sent
+    /// yet, so a server that is down is no error here. Certificate files are read again when they have changed.
     ///
     /// # Errors
     /// The configuration cannot be read or used.
@@ -87,7 +87,7 @@ impl Server {
     }
 }
 
-/// Where the API server is, and who we are there.
+/// Reads the address of the API server and the credentials for it.
 fn read(kubeconfig: Option<&Path>, master: Option<&Uri>) -> Result<Config, SourceError> {
     let mut config = match (kubeconfig, master) {
         (Some(path), _) => {
@@ -107,9 +107,9 @@ fn read(kubeconfig: Option<&Path>, master: Option<&Uri>) -> Result<Config, Sourc
         let proxy = kubeconfig::proxy(&config.cluster_url, |name| std::env::var(name).ok());
         config.proxy_url = proxy.map_err(SourceError::Proxy)?;
     }
-    // Every watch is ended by the server before that, so a connection on which nothing comes for this long is dead.
+    // The server ends every watch earlier, so a connection that is silent for this long is dead.
     config.read_timeout = Some(SILENCE_MAX);
-    // The client's own retries are for requests that nobody repeats: many in a row, and without a word.
+    // The agent repeats requests itself. The client's own retries come many in a row and are not logged.
     config.default_retry = false;
     Ok(config)
 }
@@ -117,7 +117,7 @@ fn read(kubeconfig: Option<&Path>, master: Option<&Uri>) -> Result<Config, Sourc
 fn connect(mut config: Config) -> Result<Client, SourceError> {
     let server = config.cluster_url.to_string();
     let count = CountRequests::of(&config.cluster_url);
-    // A file goes before a token, as long as it can be read.
+    // A token file takes precedence over a token as long as the file can be read.
     let file = config.auth_info.token_file.take().map(|file| Arc::new(PathBuf::from(file)));
     let instead = file.as_ref().and_then(|_| config.auth_info.token.take());
     let token = TokenFile { file, instead };
@@ -126,69 +126,7 @@ fn connect(mut config: Config) -> Result<Client, SourceError> {
         .map_err(|source| SourceError::Client { server, source: Box::new(source) })
 }
 
-/// The kinds that are watched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
-    Services,
-    EndpointSlices,
-    Node,
-    ServiceCidrs,
-    Pods,
-}
-
-impl Kind {
-    /// As RBAC rules name it: resource and API group.
-    fn resource(self) -> (&'static str, &'static str) {
-        match self {
-            Self::Services => ("services", ""),
-            Self::EndpointSlices => ("endpointslices", "discovery.k8s.io"),
-            Self::Node => ("nodes", ""),
-            Self::ServiceCidrs => ("servicecidrs", "networking.k8s.io"),
-            Self::Pods => ("pods", ""),
-        }
-    }
-
-    /// Whether the agent works without it: ServiceCIDRs are newer than everything else, and so are the RBAC rules
-    /// that allow to read them; Pods are more than kube-proxy may read.
-    fn is_optional(self) -> bool {
-        matches!(self, Self::ServiceCidrs | Self::Pods)
-    }
-}
-
-/// An event of one of the watches.
-enum KindEvent {
-    Service(Event<Received<Service>>),
-    Slice(Event<Received<EndpointSlice>>),
-    Node(Event<Received<Node>>),
-    ServiceCidr(Event<Received<ServiceCidr>>),
-    Pod(Event<Received<Pod>>),
-}
-
-impl KindEvent {
-    /// Whether it tells only that nothing is missing.
-    fn is_mark(&self) -> bool {
-        matches!(
-            self,
-            Self::Service(Event::UpToDate)
-                | Self::Slice(Event::UpToDate)
-                | Self::Node(Event::UpToDate)
-                | Self::ServiceCidr(Event::UpToDate)
-                | Self::Pod(Event::UpToDate)
-        )
-    }
-
-    /// `metadata.creationTimestamp` of the object of which there is a new state, in seconds since 1970.
-    fn created(&self) -> i64 {
-        let time = match self {
-            Self::Service(Event::Applied(received)) => received.meta().creation_timestamp.as_ref(),
-            Self::Slice(Event::Applied(received)) => received.meta().creation_timestamp.as_ref(),
-            Self::Service(_) | Self::Slice(_) | Self::Node(_) | Self::ServiceCidr(_) | Self::Pod(_) => None,
-        };
-        time.map_or(i64::MAX, |time| time.0.as_second())
-    }
-}
-
-/// What the agent has to hold of a change until it has taken it in.
+/// Returns the number of items that the agent has to hold for a change until the change is applied.
 fn weight(change: &Change) -> usize {
     match change {
         Change::Service(service) => {
@@ -206,8 +144,8 @@ fn weight(change: &Change) -> usize {
     }
 }
 
-/// Sends what the API server says until the receiver is dropped. `node_name` is the name of this node in lower
-/// case, `opt_out` tells which of its Pods matter, `budgets` how much of a namespace is kept.
+/// Sends updates from the API server until the receiver is dropped. `node_name` is the name of this node in lower case,
+/// `opt_out` selects the Pods that matter, `budgets` limits the objects kept of each namespace.
 pub async fn run(
     server: Server,
     node_name: &str,
@@ -240,7 +178,7 @@ pub async fn run(
             () = updates.closed() => return,
         };
         let (mut weighed, mut sum) = (0, 0);
-        // What is ready goes with it; nothing is waited for.
+        // Further events that are ready join the message; none is waited for.
         while let Some((kind, event)) = next {
             match event {
                 Ok(event) => {
@@ -265,7 +203,8 @@ pub async fn run(
             if weighed < BATCH_MAX && sum < WEIGHT_MAX {
                 next = events.next().now_or_never().flatten();
                 if next.is_none() && !intake.has_list(kind) {
-                    // A list that is streamed: the connection has to be given its turn for each piece of it.
+                    // A list is being streamed: the connection's task must run before the next piece of the list is
+                    // ready.
                     tokio::task::yield_now().await;
                     next = events.next().now_or_never().flatten();
                 }

@@ -1,26 +1,27 @@
-//! How long to wait before trying again: longer each time, and never as long as another agent waits.
+//! Pauses before the next try: longer after each failure, and random, so that agents do not retry at the same time.
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::time::{Duration, Instant};
 
-/// The first pause, at most.
+/// Maximum of the first pause.
 const FIRST: Duration = Duration::from_millis(800);
-/// Every pause, at most: this long after the API server is back, it has been asked.
+/// Maximum of any pause: the agent asks the API server within this time after the server is back.
 pub(super) const LONGEST: Duration = Duration::from_secs(30);
-/// Whoever has not failed for this long has not failed at all. A try may take a while itself.
+/// Time since the last failure after which earlier failures do not count. It is much longer than a pause, because a try
+/// may itself take a while.
 const FORGET: Duration = Duration::from_secs(120);
 
-/// The pauses behind failures in a row.
+/// Pauses after consecutive failures.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
-    /// How often it failed, and when it last did.
+    /// Number of consecutive failures, and time of the last one.
     failures: u32,
     last: Option<Instant>,
 }
 
 impl Pace {
-    /// What to wait after a failure at `now`: at random from the upper half of a span that doubles with each failure.
-    /// The agents of a cluster lose their server together, and must not come back to it together.
+    /// Returns the pause after a failure at `now`: a random time in the upper half of a span that doubles with each
+    /// failure. The agents of a cluster lose their server together, and must not come back to it together.
     pub(super) fn pause(&mut self, now: Instant) -> Duration {
         if self.last.is_some_and(|last| now.saturating_duration_since(last) >= FORGET) {
             self.failures = 0;
@@ -31,15 +32,15 @@ impl Pace {
         between(span / 2, span)
     }
 
-    /// It has worked.
+    /// Forgets earlier failures after a success.
     pub(super) fn reset(&mut self) {
         self.failures = 0;
     }
 }
 
-/// A random time in that range.
+/// Returns a random time in the range.
 pub(super) fn between(least: Duration, most: Duration) -> Duration {
-    // Each one has other keys, drawn from what the kernel gave at the start.
+    // Each `RandomState` has other keys, derived from a random number that the kernel gave at the start.
     let draw = RandomState::new().hash_one(0) >> 32;
     least + most.saturating_sub(least).mul_f64(draw as f64 / f64::from(u32::MAX))
 }
@@ -67,7 +68,7 @@ mod tests {
             assert!((span / 2..=span).contains(pause), "{index}: {pauses:?}");
         }
         assert_ne!(pauses, paused());
-        // Each draw is one of its own, all over the range.
+        // The draws differ and are spread over the range.
         let draws: Vec<Duration> = (0..100).map(|_| between(FIRST, 2 * FIRST)).collect();
         assert!(draws.iter().any(|draw| *draw < FIRST * 5 / 4), "{draws:?}");
         assert!(draws.iter().any(|draw| *draw > FIRST * 7 / 4), "{draws:?}");

@@ -1,4 +1,4 @@
-//! Objects as they come from the API server: one that makes no sense must not cost the list that it is in.
+//! Objects as received from the API server. An invalid object must not make the list that contains it unusable.
 
 use std::borrow::Cow;
 use std::fmt::Debug;
@@ -10,21 +10,21 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-/// An object, as far as it can be understood.
+/// A received object, valid or not.
 #[derive(Clone, Debug)]
 pub(super) enum Received<K> {
-    /// It is what it should be.
+    /// Valid object.
     Object(K),
-    /// It is JSON, but not such an object.
+    /// JSON that is not a valid object of the kind.
     Nonsense(Box<Nonsense>),
 }
 
-/// What is wrong with an object.
+/// Identity and defect of an invalid object.
 #[derive(Clone, Debug)]
 pub(super) struct Nonsense {
-    /// Of its metadata: namespace, name and resourceVersion, if it has them.
+    /// Namespace, name and resourceVersion, as far as the object has them.
     meta: ObjectMeta,
-    /// The field or the place, and why.
+    /// Field or position of the defect, and its description.
     pub(super) reason: String,
 }
 
@@ -38,7 +38,7 @@ impl Nonsense {
             resource_version: field("resourceVersion"),
             ..ObjectMeta::default()
         };
-        // Once more, with the way to the field.
+        // The second attempt gives the path of the field.
         let told = serde_path_to_error::deserialize::<_, K>(&mut serde_json::Deserializer::from_str(text));
         Self { meta, reason: told.map_or_else(|told| told.to_string(), |_| error.to_string()) }
     }
@@ -46,7 +46,8 @@ impl Nonsense {
 
 impl<'de, K: DeserializeOwned> Deserialize<'de> for Received<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // Where it ends has to be known before it is looked into. Nothing is copied: kube reads from memory.
+        // The raw text is taken first, because the end of an invalid object must be known. Nothing is copied: kube
+        // reads from memory.
         let text = <&RawValue>::deserialize(deserializer)?.get();
         Ok(match serde_json::from_str(text) {
             Ok(object) => Self::Object(object),
@@ -55,7 +56,7 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Received<K> {
     }
 }
 
-/// Served where the object is.
+/// Same group, version, kind and plural as those of the object.
 impl<K: Resource> Resource for Received<K> {
     type DynamicType = K::DynamicType;
     type Scope = K::Scope;

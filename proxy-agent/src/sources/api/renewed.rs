@@ -1,4 +1,5 @@
-//! A client whose certificates are read again when their files have changed: they are renewed while the agent runs.
+//! API client that reads its certificates again when their files change, because certificates are renewed while the
+//! agent runs.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -8,30 +9,30 @@ use std::time::{Duration, Instant, SystemTime};
 use kube::Client;
 use kube::client::Body;
 
-use crate::bpf::dataplane::chain;
-use crate::sources::SourceError;
+use crate::bpf::chain;
+use crate::sources::error::SourceError;
 
-/// When credentials that could not be used are tried again, whatever the files say.
+/// Time after which unusable credentials are tried again, even if the files have not changed.
 const RETRY: Duration = Duration::from_secs(10);
 
 /// A client, and the files that it was made from.
 pub(super) type Made = (Client, Vec<PathBuf>);
 type Make = Box<dyn Fn() -> Result<Made, SourceError> + Send>;
 
-/// What tells one content of a file from another.
+/// Fingerprint of a file's content: inode, size and modification time; `None` without such a file.
 type Stamp = Option<(u64, u64, SystemTime)>;
 
 struct Current {
     make: Make,
     client: Client,
     files: Vec<PathBuf>,
-    /// Of the files before the client was made, or before that was tried last.
+    /// Stamps of the files, taken before the last attempt to make a client.
     stamps: Vec<Stamp>,
     retry_at: Option<Instant>,
 }
 
-/// A client that is made anew when its files, at present `files`, have changed. Requests that are under way go on with the one that
-/// they began with.
+/// Returns a client that is made anew when its files have changed; `files` are the present ones. Requests under way
+/// continue with the client that they began with.
 pub(super) fn client(files: &[PathBuf], make: Make) -> Result<Client, SourceError> {
     let stamps = stamps(files);
     let (client, files) = make()?;

@@ -1,6 +1,7 @@
-//! Requests to the API server, as clients of Kubernetes count them.
+//! Metrics of requests to the API server, as Kubernetes clients have them.
 //!
-//! They are counted once for the process, by a layer of every client: clients are made where no other metrics are at hand.
+//! The metrics are global to the process, and a layer of every client updates them: clients are made where the other
+//! metrics are not at hand.
 
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
@@ -17,7 +18,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use tower::{Layer, Service};
 
-/// What client-go puts in the place of a status for requests without an answer.
+/// Code that client-go uses for requests without an answer, in place of a status.
 const NO_ANSWER: &str = "<error>";
 
 static REQUESTS: LazyLock<Requests> = LazyLock::new(|| Requests {
@@ -80,7 +81,7 @@ impl MetricConstructor<Histogram> for Buckets {
     }
 }
 
-/// Registers them, without a prefix.
+/// Registers the metrics, without a prefix.
 pub(crate) fn register(registry: &mut Registry) {
     let Requests { total, duration, sent, received } = &*REQUESTS;
     registry.register(
@@ -105,7 +106,7 @@ pub(crate) fn register(registry: &mut Registry) {
     );
 }
 
-/// A request to `host` in which everything is counted once.
+/// Counts one request to `host` in every metric.
 #[cfg(test)]
 pub(crate) fn example(host: &str) {
     let of = ByVerb::new("GET", host);
@@ -119,7 +120,7 @@ impl ByVerb {
         Self { verb: verb.to_owned(), host: host.to_owned() }
     }
 
-    /// A request has ended after this time, with this HTTP status if there was an answer.
+    /// Counts a request that took this time, with its HTTP status if there was an answer.
     fn answered(&self, status: Option<u16>, took: Duration) {
         let code = status.map_or_else(|| NO_ANSWER.to_owned(), |status| status.to_string());
         REQUESTS.duration.get_or_create(self).observe(took.as_secs_f64());
@@ -136,14 +137,14 @@ impl ByVerb {
     }
 }
 
-/// The layer that counts.
+/// Layer that counts requests.
 #[derive(Clone, Debug)]
 pub struct CountRequests {
     host: Arc<str>,
 }
 
 impl CountRequests {
-    /// For a client of `server`.
+    /// Creates the layer for a client of `server`.
     pub fn of(server: &Uri) -> Self {
         Self { host: server.authority().map_or("", |authority| authority.as_str()).into() }
     }
@@ -200,12 +201,12 @@ fn is_watch(uri: &Uri) -> bool {
     query.split('&').any(|parameter| ["watch=true", "watch=1"].contains(&parameter))
 }
 
-/// An answer whose size is counted, as far as it was read, when it is gone.
+/// Body of an answer. When it is dropped, the number of bytes that were read is recorded.
 #[derive(Debug)]
 pub struct Measured<R> {
     inner: R,
     bytes: u64,
-    /// `None` for a watch, which has an end only by accident.
+    /// `None` for a watch, which ends at an arbitrary point.
     of: Option<ByVerb>,
 }
 
@@ -249,7 +250,7 @@ mod tests {
 
     type Text = axum::body::Body;
 
-    /// The sum and the number of sizes of GETs to `host`.
+    /// Returns sum and count of the sizes of GETs to `host`.
     fn sizes(host: &str, metric: &str) -> Vec<String> {
         let mut registry = Registry::default();
         register(&mut registry);
@@ -281,7 +282,7 @@ mod tests {
         }
         let host = "sizes.example:6443";
         assert_eq!(sizes(host, "rest_client_request_size_bytes"), ["8.0", "3"]);
-        // One that was read, and one that nobody read.
+        // One answer was read, and one was dropped unread.
         assert_eq!(sizes(host, "rest_client_response_size_bytes"), ["700.0", "2"]);
     }
 }

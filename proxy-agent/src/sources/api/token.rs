@@ -1,7 +1,7 @@
-//! The token of a ServiceAccount, which kubelet replaces every hour: its file is read for each request.
+//! Token of a ServiceAccount. kubelet replaces the token file every hour, so the file is read for each request.
 //!
-//! kube's own layer keeps a token for a minute by the wall clock. Where that is set back, as on machines that have just
-//! started, the minute lasts for hours, and the token is refused long before.
+//! kube's own layer keeps a token for a minute by the wall clock. If the clock is set back, as on machines that have
+//! just started, that minute lasts for hours, and the server refuses the old token long before its end.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,12 +14,12 @@ use tower::{Layer, Service};
 
 use crate::host::named_file;
 
-/// The layer that adds the token, if there is one.
+/// Layer that adds the token, if there is one.
 #[derive(Clone, Debug)]
 pub(super) struct TokenFile {
-    /// Its file.
+    /// File with the token.
     pub(super) file: Option<Arc<PathBuf>>,
-    /// What counts while the file has none.
+    /// Token to use while the file has none.
     pub(super) instead: Option<SecretString>,
 }
 
@@ -48,7 +48,7 @@ impl<S: Service<Request<B>>, B> Service<Request<B>> for WithToken<S> {
     }
 
     fn call(&mut self, mut request: Request<B>) -> S::Future {
-        // A request without a token is refused by the server, and that is what people are told.
+        // The server refuses a request without a token, and that answer is reported.
         if let Some(token) = self.file.read() {
             request.headers_mut().insert(AUTHORIZATION, token);
         }

@@ -1,29 +1,30 @@
-//! Objects that cannot be used: problems as long as it is so. (Who tells problems writes them into the log, too.)
+//! Objects that cannot be used. Each is a problem until it can be used or is gone. (The code that reports problems also
+//! logs them.)
 
 use std::collections::BTreeMap;
 
 use crate::reconcile::shares::tenant_of;
-use crate::sources::Problem;
+use crate::sources::update::Problem;
 
-/// Objects of a namespace that are named as problems.
+/// Number of objects of a namespace that are named in problems; the others are counted.
 const NAMED: usize = 64;
 
-/// All of them.
+/// All objects that cannot be used.
 #[derive(Default)]
 pub(super) struct Unusable {
-    /// By namespace and by the name that problems give to the object.
+    /// Reasons by namespace and by the object's name in problems.
     namespaces: BTreeMap<String, BTreeMap<String, Reason>>,
     changed: bool,
 }
 
 struct Reason {
     text: String,
-    /// The list that was the last one when it was told.
+    /// Number of the latest list of the object's kind at the time of the note.
     list: u64,
 }
 
 impl Unusable {
-    /// An object cannot be used. `list` is the number of the list of its kind that came last.
+    /// Notes that an object cannot be used. `list` is the number of the latest list of the object's kind.
     pub(super) fn note(&mut self, problem: Problem, list: u64) {
         let Problem { object, reason: text } = problem;
         let named = self.namespaces.entry(tenant_of(&object).to_owned()).or_default();
@@ -31,7 +32,7 @@ impl Unusable {
         self.changed |= named.insert(object, reason).is_none_or(|before| before.text != text);
     }
 
-    /// An object can be used, or is gone.
+    /// Notes that an object can be used or is gone.
     pub(super) fn mended(&mut self, object: &str) {
         if let Some(named) = self.namespaces.get_mut(tenant_of(object)) {
             self.changed |= named.remove(object).is_some();
@@ -41,7 +42,7 @@ impl Unusable {
         }
     }
 
-    /// The list with this number is complete: whatever it did not have is gone.
+    /// Removes the objects of `kind` that the complete list with this number did not have.
     pub(super) fn list_ends(&mut self, kind: &str, list: u64) {
         let (prefix, mut gone) = (format!("{kind} "), false);
         for named in self.namespaces.values_mut() {
@@ -53,12 +54,12 @@ impl Unusable {
         self.changed |= gone;
     }
 
-    /// Whether the problems are others than at the last call.
+    /// Returns whether the problems have changed since the last call.
     pub(super) fn have_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)
     }
 
-    /// The whole list of problems: of each namespace some by name, and how many more there are.
+    /// Returns all problems: for each namespace some objects by name, and the number of the others.
     pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
         self.namespaces.iter().flat_map(|(namespace, objects)| {
             let named = objects

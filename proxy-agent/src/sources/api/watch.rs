@@ -1,4 +1,5 @@
-//! What is followed, as one endless stream: errors are items, after which the kind concerned waits and tries again.
+//! Watches of all kinds as one endless stream. Errors are items; after an error, the kind concerned waits and tries
+//! again.
 
 use std::fmt::Debug;
 use std::sync::{Arc, Once};
@@ -11,14 +12,14 @@ use kube::{Api, Client};
 use serde::de::DeserializeOwned;
 
 use super::follow::{Error, Event, Selection, follow};
+use super::kind::{Kind, KindEvent};
 use super::received::Received;
-use super::{Kind, KindEvent};
 use crate::reconcile::cluster::ObjectKey;
 
 /// An event or error of one of the kinds.
 pub(super) type Item = (Kind, Result<KindEvent, Error>);
 
-/// All kinds.
+/// Returns the stream of all kinds; `pods` includes this node's Pods.
 pub(super) fn all(client: &Client, node_name: &str, pods: bool) -> SelectAll<BoxStream<'static, Item>> {
     let fields = |fields: String| Selection { fields: Some(fields), ..Selection::default() };
     let services = Selection {
@@ -41,15 +42,15 @@ pub(super) fn all(client: &Client, node_name: &str, pods: bool) -> SelectAll<Box
     stream::select_all(kinds)
 }
 
-/// The server has answered that we cannot have this kind: it does not serve it, or RBAC forbids it.
+/// Returns whether the server refuses a kind: it does not serve the kind, or RBAC forbids it.
 pub(super) fn is_refused(error: &Error) -> bool {
     matches!(error.code(), Some(403 | 404))
 }
 
-/// An object that was asked for by its name, as an event of its watch; `None` if the server does not have it.
+/// Object that was fetched by its name, as an event of its watch; `None` if the server does not have the object.
 pub(super) type Fetched = (Kind, ObjectKey, Result<Option<KindEvent>, kube::Error>);
 
-/// Fetches an object.
+/// Fetches an object by its name.
 pub(super) async fn fetch(client: Client, kind: Kind, key: ObjectKey) -> Fetched {
     let event = match kind {
         Kind::Services => one(client, &key).await.map(|object| object.map(KindEvent::Service)),
@@ -59,7 +60,7 @@ pub(super) async fn fetch(client: Client, kind: Kind, key: ObjectKey) -> Fetched
     (kind, key, event)
 }
 
-/// By a list of one object, which needs no more rights than the list of all.
+/// Fetches one object as a list of one, which needs no more RBAC rights than the list of all.
 async fn one<K>(client: Client, key: &ObjectKey) -> kube::Result<Option<Event<Received<K>>>>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,

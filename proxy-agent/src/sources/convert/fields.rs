@@ -1,4 +1,4 @@
-//! Every field of the kinds that are watched, one after the other: missing, null, and of another type. The objects have all fields
+//! Tests with every field of the watched kinds in turn missing, null, and of another type. The objects have all fields
 //! that the API server of Kubernetes 1.36 writes.
 
 use std::fmt::Debug;
@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 
 use super::*;
 
-/// What other values a field may have.
+/// Returns values of other types for a field.
 fn nonsense() -> [Value; 8] {
     [json!(true), json!(-7), json!(0.5), json!(1e300), json!("?"), json!([7]), json!([null]), json!({"?": 7})]
 }
 
-/// Metadata as the API server writes it.
+/// Returns metadata as the API server writes it.
 fn metadata(name: &str, namespace: Option<&str>) -> Value {
     json!({
         "name": name, "namespace": namespace, "generateName": "s-", "uid": "0b6c", "resourceVersion": "17", "generation": 3,
@@ -136,7 +136,7 @@ fn pods() -> Value {
     })
 }
 
-/// JSON pointers to everything in a value, the outermost first.
+/// Collects JSON pointers to everything in a value, the outermost first.
 fn paths(value: &Value, at: &str, found: &mut Vec<String>) {
     let children: Vec<(String, &Value)> = match value {
         Value::Object(fields) => {
@@ -153,7 +153,7 @@ fn paths(value: &Value, at: &str, found: &mut Vec<String>) {
     }
 }
 
-/// The object without the field or item at a path.
+/// Returns the object without the field or item at a path.
 fn without(object: &Value, path: &str) -> Value {
     let mut object = object.clone();
     let (parent, name) = path.rsplit_once('/').unwrap();
@@ -165,14 +165,14 @@ fn without(object: &Value, path: &str) -> Value {
     object
 }
 
-/// Tries every field of an object. `read` are those that are read, as prefixes of paths.
+/// Tries every field of an object. `read` lists the fields that are read, as prefixes of paths.
 fn try_all<K: DeserializeOwned, C: Debug + PartialEq>(
     object: &Value,
     read: &[&str],
     convert: impl Fn(&K) -> C,
 ) {
     let told = |object: &Value| -> Result<C, String> {
-        // From text, as it comes: a value is not taken apart in the same way.
+        // From text, as received: serde deserializes a `Value` in another way.
         let object = serde_json::from_str(&object.to_string()).map_err(|error| error.to_string())?;
         Ok(convert(&object))
     };

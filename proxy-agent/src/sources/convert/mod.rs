@@ -1,8 +1,10 @@
-//! From Kubernetes objects to [`crate::reconcile::cluster`]: pure, total, and lenient field by field.
+//! Conversion of Kubernetes objects into the types of [`crate::reconcile::cluster`]: pure, total, and lenient field by
+//! field.
 //!
-//! A field that cannot be used is skipped with a sentence that names it and the rest of the object is served; only
-//! an object without a usable name is refused. The filters that the API server applies to watches are applied here
-//! too, so that manifests and a server that ignores selectors behave alike.
+//! A field that cannot be used is skipped, a sentence names the field, and the rest of the object is served. An object
+//! is refused only if its name cannot be used (for a slice also its Service name or address type, for a Pod also its
+//! uid). The filters that the API server applies to watches are applied here too, so that manifests and a server that
+//! ignores selectors behave alike.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,12 +12,12 @@ use std::sync::Arc;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use proxy_common::addr::Prefix;
 
-use super::Problem;
 use super::objects;
 use super::share::Shared;
 use crate::config::lenient;
 use crate::config::opt_out::Rules;
 use crate::reconcile::cluster::{Node, ObjectKey, Pod};
+use crate::sources::update::Problem;
 
 mod service;
 mod slice;
@@ -25,29 +27,29 @@ mod fields;
 #[cfg(test)]
 mod tests;
 
-/// Longest namespace, Service name and port name: a DNS label.
+/// Maximum length of a namespace, a Service name and a port name, bytes: a DNS label.
 const LABEL_MAX: usize = 63;
-/// Longest name of anything else: a DNS subdomain.
+/// Maximum length of any other name, bytes: a DNS subdomain.
 const SUBDOMAIN_MAX: usize = 253;
-/// How many sentences one object gets; the others are counted.
+/// Maximum number of sentences about one object; further ones are only counted.
 const FINDINGS_MAX: usize = 16;
 
-/// Another proxy serves the Services that carry this label.
+/// Label of Services that another proxy serves.
 const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
-/// Slices with this label are not for proxies.
+/// Label of slices that are not for proxies.
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
-/// Names the Service of a slice.
+/// Label that names the Service of a slice.
 pub(super) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
-/// The cluster autoscaler is about to delete a node with this taint.
+/// Taint of a node that the cluster autoscaler is about to delete.
 const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
-/// On the object that mirrors a static pod: what kubelet calls the pod itself.
+/// Annotation of the mirror object of a static pod: the identifier by which kubelet knows the pod itself.
 const CONFIG_HASH: &str = "kubernetes.io/config.hash";
-/// What is said of a Service that lacks its address. With a control plane none does for long.
+/// Sentence about a Service without a clusterIP. With a control plane, no Service is without one for long.
 pub(super) const CLUSTER_IP_MISSING: &str = "spec.clusterIP is not set: the Service is not served";
-/// The zone of a node.
+/// Label with the zone of a node.
 pub(super) const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
-/// Converts objects for one node; equal strings and hints of all its results share memory.
+/// Converts objects for one node; equal strings and hints in all results share memory.
 #[derive(Debug)]
 pub struct Converter {
     node_name: String,
@@ -58,26 +60,26 @@ pub struct Converter {
 /// A ServiceCIDR.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ServiceCidr {
-    /// Its name.
+    /// Name of the ServiceCIDR.
     pub name: Arc<str>,
-    /// The valid ones of `spec.cidrs`.
+    /// Valid prefixes of `spec.cidrs`.
     pub prefixes: Vec<Prefix>,
-    /// What was wrong with the object, field by field.
+    /// Sentences about fields that cannot be used.
     pub problems: Vec<String>,
 }
 
 impl Converter {
-    /// For the node of this name (lower case).
+    /// Creates a converter for the node with this name (lower case).
     pub fn new(node_name: &str) -> Self {
         Self { node_name: node_name.to_owned(), opt_out: Rules::default(), shared: Shared::default() }
     }
 
-    /// With the rules by which Pods opt out of the socket edge: else none does.
+    /// Sets the rules by which Pods opt out of the socket edge. Without rules, no Pod opts out.
     pub fn with_opt_out(self, opt_out: Rules) -> Self {
         Self { opt_out, ..self }
     }
 
-    /// This node; `None` for any other. Addresses that are none are skipped.
+    /// Converts the object of this node; returns `None` for any other Node. Invalid addresses are skipped.
     pub fn node(&mut self, object: &objects::Node) -> Option<Node> {
         if object.metadata.name.as_deref() != Some(&self.node_name) {
             return None;
@@ -104,7 +106,8 @@ impl Converter {
         Some(node)
     }
 
-    /// A Pod of this node that runs and opts out of the socket edge; `None` for any other.
+    /// Converts a Pod of this node that has not ended and opts out of the socket edge; returns `None` for any other
+    /// Pod.
     ///
     /// # Errors
     /// The object has no usable name or uid.
@@ -128,7 +131,7 @@ impl Converter {
         Ok(Some(Pod { key, uid: uid.into(), host_network }))
     }
 
-    /// A ServiceCIDR.
+    /// Converts a ServiceCIDR.
     ///
     /// # Errors
     /// The object has no usable name.
@@ -149,7 +152,7 @@ impl Converter {
         Ok(ServiceCidr { name: self.shared.string(name), prefixes, problems: findings.finish() })
     }
 
-    /// Namespace and name, checked. `name_max` is the longest name of this kind.
+    /// Returns the checked namespace and name. `name_max` is the maximum length of a name of this kind.
     fn key(&mut self, kind: &str, meta: &ObjectMeta, name_max: usize) -> Result<ObjectKey, Problem> {
         let namespace = meta.namespace.as_deref().unwrap_or_default();
         let name = meta.name.as_deref().unwrap_or_default();
@@ -163,18 +166,18 @@ impl Converter {
     }
 }
 
-/// What the cgroup of a Pod is named by: its uid; of a static one the digest of its file.
+/// Returns the identifier in the name of a Pod's cgroup: the Pod's uid, or for a static Pod the digest of its file.
 pub fn cgroup_uid(meta: &ObjectMeta) -> Option<&str> {
     let hash = meta.annotations.as_ref().and_then(|annotations| annotations.get(CONFIG_HASH));
     hash.or(meta.uid.as_ref()).map(String::as_str).filter(|uid| !uid.is_empty())
 }
 
-/// Namespace and name as they are, to look up what is known about an object that is gone.
+/// Returns namespace and name without checks, to look up an object that is gone.
 pub fn key_of(meta: &ObjectMeta) -> ObjectKey {
     ObjectKey::new(meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
 }
 
-/// `podCIDRs`, or the older `podCIDR` where only that is set.
+/// Returns `podCIDRs`, or the older `podCIDR` if only that is set.
 fn pod_cidrs(object: &objects::Node) -> Vec<Prefix> {
     let Some(spec) = &object.spec else { return Vec::new() };
     let many = spec.pod_cidrs.iter().filter(|text| !text.is_empty());
@@ -186,7 +189,7 @@ fn pod_cidrs(object: &objects::Node) -> Vec<Prefix> {
     }
 }
 
-/// Whether a slice is meant for a proxy, and does not say for which Service.
+/// Returns whether a slice is meant for a proxy but does not name its Service.
 pub(super) fn is_of_no_service(meta: &ObjectMeta) -> bool {
     label(meta, HEADLESS_LABEL).is_none() && label(meta, SERVICE_NAME_LABEL).is_none_or(str::is_empty)
 }
@@ -207,8 +210,9 @@ fn check_name(name: &str, max: usize) -> Result<(), String> {
     }
 }
 
-/// The API server allows less; manifests meet none. With others a name would not be found again where it ends with a zero (in the
-/// maps), or where it begins behind a slash.
+/// Returns whether a name may contain `c`. The API server allows fewer characters; manifests are not checked by anyone
+/// else. A name with a zero byte (the end of a name in the maps) or a slash (the separator of namespace and name) would
+/// not be found again.
 fn is_of_a_name(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_')
 }
@@ -217,12 +221,12 @@ fn check_port_name(name: &str) -> Result<(), String> {
     if name.is_empty() { Ok(()) } else { check_name(name, LABEL_MAX) }
 }
 
-/// Enough of a user's text to recognise it.
+/// Returns the first 80 characters of a user's text, enough to recognise it.
 fn excerpt(text: &str) -> &str {
     text.char_indices().nth(80).map_or(text, |(end, _)| &text[..end])
 }
 
-/// Collects what is wrong with an object.
+/// Collects sentences about the problems of an object.
 #[derive(Default)]
 pub(super) struct Findings {
     sentences: Vec<String>,
@@ -230,12 +234,12 @@ pub(super) struct Findings {
 }
 
 impl Findings {
-    /// `field reason`.
+    /// Adds the sentence `field reason`.
     pub(super) fn note(&mut self, field: fmt::Arguments<'_>, reason: fmt::Arguments<'_>) {
         self.sentence(format_args!("{field} {reason}"));
     }
 
-    /// The whole sentence.
+    /// Adds a whole sentence.
     pub(super) fn sentence(&mut self, sentence: fmt::Arguments<'_>) {
         if self.sentences.len() < FINDINGS_MAX {
             self.sentences.push(sentence.to_string());
@@ -244,7 +248,7 @@ impl Findings {
         }
     }
 
-    /// `field "value" what; it is ignored`.
+    /// Adds the sentence `field "value" what; it is ignored`.
     pub(super) fn quoted(&mut self, field: fmt::Arguments<'_>, value: &str, what: &str) {
         self.note(field, format_args!("{:?} {what}; it is ignored", excerpt(value)));
     }

@@ -1,4 +1,4 @@
-//! Services.
+//! Conversion of Services.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -11,13 +11,14 @@ use super::{
 };
 use crate::reconcile::cluster::{Service, ServicePort, ServiceType, TrafficPolicy};
 
-/// `sessionAffinityConfig.clientIP.timeoutSeconds` when it is not given, seconds.
+/// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`, seconds.
 const AFFINITY_DEFAULT: u32 = 10800;
-/// The longest that the API allows, seconds.
+/// Maximum of `sessionAffinityConfig.clientIP.timeoutSeconds` in the API, seconds.
 const AFFINITY_MAX: u32 = 86400;
 
 impl Converter {
-    /// A Service; `None` when it is not ours: headless, or another proxy's by label.
+    /// Converts a Service; returns `None` if this proxy does not serve it: it has no spec, is headless, or has the
+    /// label of another proxy.
     ///
     /// # Errors
     /// The object has no usable namespace or name.
@@ -106,8 +107,8 @@ fn service_type(spec: &objects::ServiceSpec, findings: &mut Findings) -> Service
     }
 }
 
-/// The first clusterIP of each family. `ipFamilies` says which entry is of which family; without it the addresses
-/// speak for themselves, and `clusterIP` alone stands for a list of one (the API server fills in both, a manifest
+/// Returns the first clusterIP of each family. `ipFamilies` gives the family of each entry; without it, the address
+/// itself decides. `clusterIP` without `clusterIPs` stands for a list of one (the API server fills in both, a manifest
 /// may have either).
 fn cluster_ips(
     spec: &objects::ServiceSpec,
@@ -141,7 +142,7 @@ fn cluster_ips(
             Some("IPv4") => Family::V4,
             Some("IPv6") => Family::V6,
             None if families.is_empty() => addr.family(),
-            // More addresses than families: the API has no meaning for them.
+            // More addresses than families, or an unknown family: the API gives such an address no meaning.
             Some(_) | None => {
                 findings.quoted(field, value, "has no family in spec.ipFamilies");
                 continue;
@@ -250,7 +251,7 @@ fn affinity_seconds(spec: &objects::ServiceSpec, findings: &mut Findings) -> Opt
     }
 }
 
-/// A port where absent and 0 mean none.
+/// Returns an optional port; absent and 0 mean none.
 fn optional_port(value: Option<i32>, field: fmt::Arguments<'_>, findings: &mut Findings) -> u16 {
     let number = value.unwrap_or_default();
     u16::try_from(number).unwrap_or_else(|_| {

@@ -1,4 +1,4 @@
-//! EndpointSlices, and the older Endpoints.
+//! Conversion of EndpointSlices and of the older Endpoints.
 
 use std::sync::Arc;
 
@@ -12,11 +12,12 @@ use super::{
 };
 use crate::reconcile::cluster::{Endpoint, Hints, ObjectKey, Slice, SlicePort};
 
-/// When the change that led to this slice happened.
+/// Annotation with the time of the change that led to this slice.
 const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 impl Converter {
-    /// A slice; `None` when it is not for a proxy: headless, of no Service, or of names instead of addresses.
+    /// Converts a slice; returns `None` if the slice is not for a proxy: it is headless, names no Service, or has DNS
+    /// names instead of addresses.
     ///
     /// # Errors
     /// The object has no usable namespace, name, Service name or address type.
@@ -62,8 +63,8 @@ impl Converter {
         }))
     }
 
-    /// The slices that say the same as an Endpoints object: one for each subset and family. Their names contain
-    /// slashes, which no slice of a cluster has; what is wrong is told in terms of slices.
+    /// Converts an Endpoints object into slices with the same content: one for each subset and family. The names of
+    /// these slices contain slashes, which no slice of a cluster has. Problems are described in terms of slices.
     ///
     /// # Errors
     /// The object has no usable namespace or name.
@@ -105,7 +106,7 @@ impl Converter {
                 findings.note(format_args!("ports[{i}].protocol"), format_args!("{given:?} {what}"));
                 continue;
             };
-            // Absent means every port, which no proxy implements.
+            // An absent port means every port, which no proxy implements.
             let Some(port) = lenient::port(entry.port.unwrap_or_default()) else {
                 let what = "is missing or not in 1..65535; the port is ignored";
                 findings.note(format_args!("ports[{i}].port"), format_args!("{what}"));
@@ -124,7 +125,7 @@ impl Converter {
     ) -> Vec<Endpoint> {
         let mut endpoints = Vec::with_capacity(object.endpoints.len());
         for (i, endpoint) in object.endpoints.iter().enumerate() {
-            // The API allows several addresses, but they would all be of one pod.
+            // The API allows several addresses, but all of them belong to one pod.
             let Some(text) = endpoint.addresses.first() else { continue };
             let addr = match lenient::addr(text) {
                 Ok(addr) if addr.family() == family => addr,
@@ -138,7 +139,7 @@ impl Converter {
                     continue;
                 }
             };
-            // As the API server: nobody gets at what only the node itself can reach by way of a Service.
+            // As in the API server: a Service must not give access to addresses that only the node itself can reach.
             if let Some(what) = lenient::special(addr) {
                 let what = format!("is {what} address, where no endpoint can be");
                 findings.quoted(format_args!("endpoints[{i}].addresses[0]"), text, &what);
@@ -167,7 +168,7 @@ impl Converter {
     }
 }
 
-/// The addresses of one family in a subset, without metadata.
+/// Returns a slice with the addresses of one family in a subset, without metadata.
 fn slice_of_subset(subset: &objects::EndpointSubset, family: Family) -> objects::EndpointSlice {
     let endpoint = |address: &objects::EndpointAddress, ready| objects::Endpoint {
         addresses: address.ip.iter().cloned().collect(),

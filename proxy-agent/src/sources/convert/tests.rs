@@ -1,4 +1,4 @@
-//! Case by case. Ids refer to the list of behaviour cases; the node is `n1`.
+//! Tests case by case. Ids refer to the list of behaviour cases; the node is `n1`.
 
 use std::sync::Arc;
 
@@ -267,7 +267,7 @@ fn unusable_names_are_refused() {
         let object = serde_json::from_value(object).unwrap();
         assert_eq!(Converter::new("n1").service(&object).unwrap_err().reason, reason);
     }
-    // The name of a slice is a subdomain.
+    // The name of a slice may be as long as a DNS subdomain.
     let mut object = slice_json();
     object["metadata"]["name"] = json!("s".repeat(253));
     assert!(Converter::new("n1").slice(&serde_json::from_value(object).unwrap()).unwrap().is_some());
@@ -324,7 +324,7 @@ fn p015_p052_p053_addresses() {
         {"addresses": ["fd00::1"]},
         {"addresses": ["pod-1"]},
         {"addresses": ["10.64.2.21"]},
-        // Where the node itself listens, its cloud's metadata, everybody.
+        // A loopback address, a link-local one (metadata of a cloud), and a multicast one.
         {"addresses": ["127.0.0.1"]},
         {"addresses": ["169.254.169.254"]},
         {"addresses": ["224.0.0.1"]},
@@ -600,7 +600,7 @@ fn objects_full_of_nothing() {
     assert_eq!(converter.endpoints(&empty).unwrap(), []);
 }
 
-/// Service a/s, ClusterIP 10.96.0.10, with the fields of `spec` in place of its own.
+/// Returns Service a/s with ClusterIP 10.96.0.10; the fields of `spec` replace its own.
 fn service(spec: &Value, status: &Value) -> Option<Service> {
     let object = serde_json::from_value(service_json(spec, status)).unwrap();
     Converter::new("n1").service(&object).unwrap()
@@ -615,7 +615,7 @@ fn service_json(spec: &Value, status: &Value) -> Value {
     })
 }
 
-/// Slice a/s-1 of Service a/s with the fields of `change` in place of its own.
+/// Returns slice a/s-1 of Service a/s; the fields of `change` replace its own.
 fn slice(change: &Value) -> Option<Slice> {
     let object = serde_json::from_value(merged(slice_json(), change)).unwrap();
     Converter::new("n1").slice(&object).unwrap()

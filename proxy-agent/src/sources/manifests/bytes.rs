@@ -1,9 +1,9 @@
-//! The bytes of a manifest, from whatever has its name.
+//! Reads the bytes of a manifest, whatever its name leads to.
 //!
-//! A name can lead to what blocks whoever opens it (a pipe), to what never ends (`trace_pipe`) or does so only after
-//! terabytes (`/proc/kcore`), to what says that it is a regular file and waits when it is read (`/proc/kmsg`), and to a
-//! file system that does not answer. Each costs itself: what is opened is looked at before it is read, bytes and time are
-//! bounded, and what does not come back is left to a thread of its own.
+//! A name can lead to a file that blocks on opening (a pipe), that never ends (`trace_pipe`) or ends only after
+//! terabytes (`/proc/kcore`), that claims to be regular but blocks on reading (`/proc/kmsg`), or to a file system that
+//! does not answer. None of these affects other files: the type of an opened file is checked before it is read, bytes
+//! and time are limited, and a read that does not return is left to a thread of its own.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,17 +14,39 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
+use thiserror::Error;
 
-use super::file::FileError;
-
-/// The largest file that is read, bytes.
+/// Maximum size of a file, bytes.
 pub(super) const FILE_MAX: u64 = 64 << 20;
-/// How long reading may take: an honest file of that size comes from a slow disk in this time.
+/// Maximum duration of reading a file: an honest file of maximum size comes from a slow disk in this time.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// One that takes longer is not read again for so long.
+/// Time for which a file that took longer is not read again.
 const REST: Duration = Duration::from_secs(30);
 
-/// Reads files, and remembers those that do not come back.
+/// Reason why nothing of a file can be used.
+#[derive(Debug, Error)]
+pub(super) enum FileError {
+    #[error("cannot be read: {0}")]
+    Io(#[source] io::Error),
+    #[error("is not a regular file")]
+    NotAFile,
+    #[error("is larger than {FILE_MAX} bytes, the limit for one file; split it")]
+    TooLarge,
+    #[error("has no end: it waits for more")]
+    Endless,
+    #[error("takes too long to be read; it is tried again later")]
+    Slow,
+    #[error("document {document}: {message}")]
+    Syntax { document: usize, message: String },
+}
+
+impl FileError {
+    pub(super) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io(error) if error.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+/// Reads files, and remembers those whose reading took too long.
 #[derive(Debug, Default)]
 pub(super) struct Bytes {
     slow: BTreeMap<PathBuf, Slow>,
@@ -37,10 +59,10 @@ struct Slow {
 }
 
 impl Bytes {
-    /// What is in the file.
+    /// Returns the content of a file.
     ///
     /// # Errors
-    /// It cannot be read, has no end, or takes too long.
+    /// The file cannot be read, has no end, or takes too long.
     pub(super) fn read(&mut self, path: &Path) -> Result<Vec<u8>, FileError> {
         self.read_with(path, PATIENCE, read_all)
     }
@@ -60,12 +82,12 @@ impl Bytes {
         let (sender, receiver) = mpsc::channel();
         let (owned, until) = (path.to_owned(), Instant::now() + patience);
         let work = move || {
-            // Nobody may be waiting any more.
+            // The receiver may have stopped waiting.
             let _ = sender.send(read(&owned, until));
         };
         let reader =
             std::thread::Builder::new().name("manifest".to_owned()).spawn(work).map_err(FileError::Io)?;
-        // It looks at the time itself, between one piece and the next.
+        // The reader checks the time itself between pieces, so the wait is a little longer.
         let result = receiver.recv_timeout(patience + patience / 4).unwrap_or(Err(FileError::Slow));
         if matches!(result, Err(FileError::Slow)) {
             self.slow.insert(path.to_owned(), Slow { reader, again_at: Instant::now() + REST });
@@ -74,17 +96,17 @@ impl Bytes {
     }
 }
 
-/// Reads a file to its end, or until there is too much of it or it takes too long.
+/// Reads a file to its end, or until the limit of bytes or time is reached.
 ///
 /// # Errors
 /// [`FileError`].
 pub(super) fn read_all(path: &Path, until: Instant) -> Result<Vec<u8>, FileError> {
-    // Opening a device can do something, so it is not opened to be looked at.
+    // Opening a device can have side effects, so the type is checked without opening it.
     let metadata = std::fs::metadata(path).map_err(FileError::Io)?;
     if !metadata.is_file() {
         return Err(FileError::NotAFile);
     }
-    // Something else may have taken the name in between; opening that does not wait for anybody.
+    // The name may lead to something else by now; opening with NONBLOCK does not wait for anybody.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let opened = rustix::fs::open(path, flags, Mode::empty());
     read_open(&mut File::from(opened.map_err(|errno| FileError::Io(errno.into()))?), until)
@@ -124,7 +146,7 @@ mod tests {
 
     use super::*;
 
-    /// What comes of a path, which must not take longer than this.
+    /// Reads a path, which must take less than a second.
     fn read(path: &Path) -> Result<usize, String> {
         let start = Instant::now();
         let result = Bytes::default().read(path).map(|bytes| bytes.len()).map_err(|error| error.to_string());
@@ -142,7 +164,7 @@ mod tests {
         let at = |name: &str| dir.path().join(name);
         std::fs::write(at("plain.yaml"), "kind: Service\n").unwrap();
         std::fs::write(at("empty.yaml"), "").unwrap();
-        // As a ConfigMap is mounted.
+        // Links as in a mounted ConfigMap.
         std::fs::create_dir(at("..2026")).unwrap();
         std::fs::write(at("..2026/mounted.yaml"), "kind: Service\n").unwrap();
         symlink("..2026", at("..data")).unwrap();
@@ -150,7 +172,7 @@ mod tests {
         assert_eq!(read(&at("plain.yaml")), Ok(14));
         assert_eq!(read(&at("empty.yaml")), Ok(0));
         assert_eq!(read(&at("mounted.yaml")), Ok(14));
-        // The kernel's own, which has no size but an end.
+        // A file of the kernel, which has no size but an end.
         assert!(read(Path::new("/proc/self/status")).unwrap() > 100);
         assert!(read(&at("missing.yaml")).unwrap_err().starts_with("cannot be read: No such file"));
     }
@@ -167,7 +189,7 @@ mod tests {
         let sparse = File::create(at("sparse.yaml")).unwrap();
         sparse.set_len(10 << 30).unwrap();
         assert!(read(&at("sparse.yaml")).unwrap_err().contains("the limit for one file"));
-        // They say that they are regular files. What the kernel's log holds at present may come first.
+        // These files claim to be regular. The present content of the kernel's log may come first.
         for endless in
             ["/proc/kmsg", "/sys/kernel/tracing/trace_pipe", "/sys/kernel/debug/tracing/trace_pipe"]
         {
@@ -179,7 +201,7 @@ mod tests {
         }
     }
 
-    /// It was a file when somebody looked, and is a pipe when it is opened.
+    /// The name led to a file when it was checked, and leads to a pipe when it is opened.
     #[test]
     fn a_pipe_in_the_place_of_a_file() {
         let dir = tempfile::tempdir().unwrap();
@@ -208,7 +230,7 @@ mod tests {
         }
         let other = bytes.read_with(Path::new("other.yaml"), patience, |_, _| Ok(vec![1]));
         assert_eq!(other.unwrap(), [1]);
-        // When it has come back it may try again, after a rest.
+        // After the reader has returned, the file may be read again, after a rest.
         drop(release);
         while !bytes.slow[stuck].reader.is_finished() {
             std::thread::yield_now();

@@ -1,4 +1,4 @@
-//! The documents of a file, and the text between them.
+//! Documents of a manifest file, and the text between them.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -8,21 +8,22 @@ use serde_saphyr::{DuplicateKeyPolicy, Error as YamlError, Spanned};
 
 use crate::sources::text::in_utf8;
 
-/// How deep a document may be nested. Objects that are read stay below 20, the schemas beside them do not.
+/// Maximum nesting depth of a document. Objects that are read stay below 20; the schemas beside them do not.
 const DEPTH_MAX: usize = 200;
-/// How many documents one file may have. Each costs a parser.
+/// Maximum number of documents in one file. Each document costs a parser.
 const DOCUMENTS_MAX: usize = 100_000;
-/// How many YAML nodes aliases may stand for in one file, which those of its documents that have aliases share alike: ten times what
-/// an honest file has.
+/// Maximum number of YAML nodes that the aliases of one file may stand for, divided equally among its documents with
+/// aliases. It is ten times the number in an honest file.
 const ALIAS_NODES_MAX: usize = 100_000;
 
-/// For each line inside of quotes that is indented less than YAML demands the text around it is read once more: so much in all.
+/// Maximum number of bytes of one piece of text that are read again because of quoted lines with less indentation than
+/// YAML demands. Each such line causes the piece to be read once more.
 const INDENTED_BYTES_MAX: usize = 64 << 20;
-/// The parser's words for that: with spaces, and with tabs.
+/// The parser's messages about such lines: with spaces, and with tabs.
 const UNDERINDENTED: [&str; 2] =
     ["invalid indentation in multiline quoted scalar", "tab cannot be used as indentation"];
 
-/// Where in a file something is.
+/// Position in a file.
 pub(super) struct At {
     pub(super) document: usize,
     pub(super) line: Option<u64>,
@@ -32,14 +33,14 @@ pub(super) struct At {
 /// A document that could be read.
 pub(super) struct Document {
     pub(super) value: Value,
-    /// What has to be said of it all the same.
+    /// Problem to report although the document could be read.
     pub(super) said: Option<String>,
 }
 
-/// Takes a document, or why it cannot be read, and where it is.
+/// Callback that takes a document, or the reason why it cannot be read, and its position.
 type PassOn<'a> = &'a mut dyn FnMut(Result<Document, String>, &At);
 
-/// Passes on every document of a file: as JSON if it is named and begins so, else as YAML.
+/// Passes on every document of a file: as JSON if both its name and its first character say so, else as YAML.
 pub(super) fn documents(path: &Path, text: &[u8], pass_on: PassOn<'_>) {
     let text = in_utf8(text);
     let first = text.iter().find(|byte| !byte.is_ascii_whitespace());
@@ -58,7 +59,7 @@ fn read_json(text: &[u8], pass_on: PassOn<'_>) {
     }
 }
 
-/// Each document by itself, so that one that cannot be read costs no other.
+/// Reads each document by itself, so that a document that cannot be read does not affect the others.
 fn read_yaml(text: &[u8], pass_on: PassOn<'_>) {
     let with_aliases = pieces(text).filter(|(_, piece)| piece.contains(&b'*')).count();
     let mut reading = Reading { aliases: ALIAS_NODES_MAX / with_aliases.max(1), number: 0, pass_on };
@@ -84,31 +85,32 @@ fn read_yaml(text: &[u8], pass_on: PassOn<'_>) {
 
 struct Reading<'a> {
     aliases: usize,
-    /// Documents so far.
+    /// Number of documents so far.
     number: usize,
     pass_on: PassOn<'a>,
 }
 
-/// How a piece is to be read.
+/// Settings and progress of reading a piece.
 struct Trial {
-    /// So many documents have been passed on.
+    /// Number of documents of the piece that have been passed on.
     skip: usize,
-    /// Whether the last of a key that is there twice counts, and what is to be said of that.
+    /// Whether the last of duplicate keys counts, and the problem to report about that.
     last_wins: bool,
     said: Option<String>,
-    /// So many lines have been indented.
+    /// Number of lines that have been indented.
     indented: usize,
 }
 
-/// Why a piece is to be read once more.
+/// Reason to read a piece once more.
 enum Again {
-    /// A key is there twice, which is to be said: the last one counts.
+    /// A key is duplicate, which is to be reported: the last one counts.
     LastWins(String),
-    /// A line inside of quotes is indented less than YAML demands, and kubectl does not. (What it begins with counts for nothing there.)
+    /// A quoted line is indented less than YAML demands; kubectl accepts it. (White space at its beginning has no
+    /// meaning, so the line can be indented.)
     Indent(u64),
 }
 
-/// The text with a line that is indented more than any other one.
+/// Returns the text with one line indented more than any other.
 fn indented(text: &[u8], line: u64) -> Vec<u8> {
     let before = text.split_inclusive(|byte| *byte == b'\n').take(line.saturating_sub(1) as usize);
     let (before, line) = text.split_at(before.map(<[u8]>::len).sum());
@@ -116,12 +118,13 @@ fn indented(text: &[u8], line: u64) -> Vec<u8> {
 }
 
 impl Reading<'_> {
-    /// Passes on the documents of a piece; `above` lines are before it. Returns why it has to be read once more, if it has.
+    /// Passes on the documents of a piece; `above` is the number of lines before the piece. Returns the reason to read
+    /// the piece once more, if there is one.
     fn piece(&mut self, mut text: &[u8], above: u64, trial: &mut Trial) -> Option<Again> {
         let size = text.len().max(1);
         let duplicate_keys =
             if trial.last_wins { DuplicateKeyPolicy::LastWins } else { DuplicateKeyPolicy::Error };
-        // The size of the file bounds what it says itself; what remains to be bounded is what aliases multiply.
+        // The size of the file bounds the nodes that it spells out; only the nodes that aliases multiply need a limit.
         let options = serde_saphyr::options! {
             budget: serde_saphyr::budget! {
                 max_depth: DEPTH_MAX,
@@ -173,8 +176,9 @@ impl Reading<'_> {
     }
 }
 
-/// The text cut before each line that begins a document and behind each that ends one, with how many lines are above. What stands
-/// before the first line of a document (comments, directives) belongs to it; pieces without anything else are left out.
+/// Splits the text before each line that begins a document and after each line that ends one; returns each piece with
+/// the number of lines above it. Comments and directives before a document belong to its piece; pieces with nothing
+/// else are left out.
 fn pieces(text: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
     let is_line = |line: &[u8], marker: &[u8; 3]| {
         line.strip_prefix(marker).is_some_and(|rest| rest.first().is_none_or(u8::is_ascii_whitespace))
@@ -193,7 +197,7 @@ fn pieces(text: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
                 if is_line(line, b"...") {
                     break;
                 }
-                // Something may stand behind the dashes.
+                // Content may follow the dashes on the same line.
                 let text = if begins { line.get(3..).unwrap_or_default() } else { line };
                 content |= !is_aside(text);
                 begun |= begins || content;
@@ -209,7 +213,8 @@ fn pieces(text: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
     })
 }
 
-/// The parser's words, where they make sense to people who do not know it. `above`: lines before the document.
+/// Returns the parser's message, reworded for people who do not know the parser. `above` is the number of lines before
+/// the document.
 fn explain(error: &YamlError, above: u64) -> String {
     let error = error.without_snippet();
     let place =

@@ -1,139 +1,31 @@
 //! One manifest file: documents, lists, and the objects in them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-use std::io;
 use std::path::Path;
 
 use serde_json::Value;
-use thiserror::Error;
 
-use super::bytes::{Bytes, FILE_MAX};
+use super::bytes::{Bytes, FileError};
 use super::documents::{At, Document, documents};
+use super::id::{DEFAULT_NAMESPACE, Id, Kind};
 use super::object::{Converted, Object, convert, typed};
 use crate::reconcile::cluster::ObjectKey;
 use crate::sources::convert::Converter;
 use crate::sources::objects::Pod;
-use crate::sources::{Problem, outcome};
-
-/// The namespace of an object that names none.
-pub(super) const DEFAULT_NAMESPACE: &str = "default";
-
-/// The kinds that are read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Kind {
-    Service,
-    EndpointSlice,
-    Endpoints,
-    Node,
-    ServiceCidr,
-    Pod,
-    Deployment,
-    ReplicaSet,
-    StatefulSet,
-    DaemonSet,
-    ReplicationController,
-}
-
-/// What makes an object the same object.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Id {
-    pub(super) kind: Kind,
-    /// The namespace is empty for objects that have none.
-    pub(super) key: ObjectKey,
-}
+use crate::sources::update::{Problem, outcome};
 
 /// The objects of a file.
 pub(super) type Objects = BTreeMap<Id, Object>;
 
-/// What is in a file.
+/// Content of a file.
 #[derive(Default)]
 pub(super) struct Parsed {
     pub(super) objects: Objects,
     pub(super) problems: Vec<Problem>,
 }
 
-/// Why nothing of a file can be used.
-#[derive(Debug, Error)]
-pub(super) enum FileError {
-    #[error("cannot be read: {0}")]
-    Io(#[source] io::Error),
-    #[error("is not a regular file")]
-    NotAFile,
-    #[error("is larger than {FILE_MAX} bytes, the limit for one file; split it")]
-    TooLarge,
-    #[error("has no end: it waits for more")]
-    Endless,
-    #[error("takes too long to be read; it is tried again later")]
-    Slow,
-    #[error("document {document}: {message}")]
-    Syntax { document: usize, message: String },
-}
-
-impl FileError {
-    pub(super) fn is_not_found(&self) -> bool {
-        matches!(self, Self::Io(error) if error.kind() == io::ErrorKind::NotFound)
-    }
-}
-
-impl Kind {
-    pub(super) const ALL: [Self; 11] = [
-        Self::Service,
-        Self::EndpointSlice,
-        Self::Endpoints,
-        Self::Node,
-        Self::ServiceCidr,
-        Self::Pod,
-        Self::Deployment,
-        Self::ReplicaSet,
-        Self::StatefulSet,
-        Self::DaemonSet,
-        Self::ReplicationController,
-    ];
-    /// The kinds that make Pods of a template.
-    pub(super) const WORKLOADS: [Self; 5] =
-        [Self::Deployment, Self::ReplicaSet, Self::StatefulSet, Self::DaemonSet, Self::ReplicationController];
-
-    /// `kind`, API group and version.
-    fn names(self) -> (&'static str, &'static str, &'static str) {
-        match self {
-            Self::Service => ("Service", "", "v1"),
-            Self::EndpointSlice => ("EndpointSlice", "discovery.k8s.io/", "v1"),
-            Self::Endpoints => ("Endpoints", "", "v1"),
-            Self::Node => ("Node", "", "v1"),
-            Self::ServiceCidr => ("ServiceCIDR", "networking.k8s.io/", "v1"),
-            Self::Pod => ("Pod", "", "v1"),
-            Self::Deployment => ("Deployment", "apps/", "v1"),
-            Self::ReplicaSet => ("ReplicaSet", "apps/", "v1"),
-            Self::StatefulSet => ("StatefulSet", "apps/", "v1"),
-            Self::DaemonSet => ("DaemonSet", "apps/", "v1"),
-            Self::ReplicationController => ("ReplicationController", "", "v1"),
-        }
-    }
-
-    /// As `kind` has it.
-    pub(super) fn name(self) -> &'static str {
-        self.names().0
-    }
-
-    pub(super) fn is_namespaced(self) -> bool {
-        !matches!(self, Self::Node | Self::ServiceCidr)
-    }
-}
-
-impl fmt::Display for Id {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = self.kind.name();
-        if self.kind.is_namespaced() {
-            write!(f, "{kind} {}", self.key)
-        } else {
-            write!(f, "{kind} {}", self.key.name)
-        }
-    }
-}
-
-/// Reads the text of a file. `shown` is its name in problems, `before` what it held: an object that is broken keeps that, and so
-/// does whatever may be in a document that cannot be read.
+/// Reads the text of a file. `shown` is the file's name in problems, `before` its previous objects. A broken object
+/// keeps its previous state; if a document cannot be read, all previous objects that it may hold keep theirs.
 pub(super) fn read(
     path: &Path,
     text: &[u8],
@@ -171,10 +63,10 @@ pub(super) fn read(
     parsed
 }
 
-/// The Pod `key`, if the file has it.
+/// Returns the Pod `key` if the file has it.
 ///
 /// # Errors
-/// The file cannot be read, is not YAML (JSON), or there is something wrong with the Pod.
+/// The file cannot be read, is not YAML (JSON), or the Pod is invalid.
 pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<Pod>, FileError> {
     let id = Id { kind: Kind::Pod, key: key.clone() };
     let is_it = |value: &Value| {
@@ -211,13 +103,13 @@ struct Reader<'a> {
     shown: &'a str,
     before: &'a Objects,
     converter: &'a mut Converter,
-    /// The objects so far, broken ones among them.
+    /// The objects so far, including broken ones.
     met: BTreeSet<Id>,
     parsed: Parsed,
 }
 
 impl Reader<'_> {
-    /// One document: an object, or a list of objects.
+    /// Reads one document: an object or a list of objects.
     fn document(&mut self, mut value: Value, at: &At) {
         let kind = text(&value, "kind").to_owned();
         let api_version = text(&value, "apiVersion").to_owned();
@@ -231,7 +123,7 @@ impl Reader<'_> {
         };
         for (i, item) in items.into_iter().enumerate() {
             let at = At { item: Some(i), ..*at };
-            // The API server's own lists leave the type out of the items.
+            // In the API server's own lists, the items have no type.
             let own = (text(&item, "kind").to_owned(), text(&item, "apiVersion").to_owned());
             let (kind, api_version) = match &own {
                 (kind, version) if kind.is_empty() && version.is_empty() => (item_kind, api_version.as_str()),
@@ -286,7 +178,8 @@ impl Reader<'_> {
         }
         let id = id_of(kind, &value);
         let named = id.to_string();
-        // Also behind one that is broken: else it would depend on what was there before which of them counts.
+        // The first object counts even if it is broken. Otherwise the previous content of the file would decide which
+        // of the two counts.
         if !self.met.insert(id.clone()) {
             return self.problem(at, Some(&named), "the object is in this file already; this one is ignored");
         }
@@ -328,7 +221,7 @@ impl Reader<'_> {
     }
 }
 
-/// Namespace and name of an object that may be broken otherwise.
+/// Returns kind, namespace and name of an object that may otherwise be broken.
 fn id_of(kind: Kind, value: &Value) -> Id {
     let meta = value.get("metadata").unwrap_or(&Value::Null);
     let namespace = match text(meta, "namespace") {

@@ -1,17 +1,17 @@
 //! A directory of Kubernetes manifests as the source of objects.
 //!
-//! Files named `*.yaml`, `*.yml` and `*.json` directly in the directory are read, hidden ones excepted, as
-//! `kubectl apply -f DIR` does. They are followed by inotify, so a file that is written, renamed into place, or
-//! swapped by a symbolic link takes effect at once; what inotify cannot see (a link that leads out of the
-//! directory, a network file system) takes effect at the next look round.
+//! Files named `*.yaml`, `*.yml` and `*.json` directly in the directory are read, except hidden ones, as `kubectl apply
+//! -f DIR` does. inotify reports changes, so a file that is written, renamed into place, or swapped by a symbolic link
+//! takes effect at once. Changes that inotify does not report (behind a link that leads out of the directory, on a
+//! network file system) take effect at the next periodic scan.
 //!
-//! All files together are one state: an object that no file has any more is gone. What cannot be read is reported
-//! and its last good state stays in force, that of the whole directory too should it vanish.
+//! All files together form one state: an object that no file has any more is gone. A file or object that cannot be read
+//! is reported, and its last good state stays in force; so does the state of the whole directory if it vanishes.
 //!
-//! There is no control plane, so what it would do to Services is done here (`controllers`).
+//! There is no control plane, so `controllers` does what a control plane would do for Services.
 
 use std::collections::BTreeSet;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -19,34 +19,33 @@ use std::path::{Path, PathBuf};
 use tokio::sync::mpsc::Sender;
 
 use super::objects::Pod;
-use super::{Problem, SourceError, Update};
 use crate::config::opt_out::Rules;
 use crate::reconcile::cluster::ObjectKey;
+use crate::sources::error::SourceError;
+use crate::sources::update::{Problem, Update};
+pub use changed::Changed;
+use changed::is_manifest;
 pub use snapshot::{Reading, Snapshot};
 use watch::Watch;
 
 mod bytes;
+mod changed;
 mod controllers;
 mod documents;
 mod file;
+mod files;
+mod id;
+mod labels;
 mod object;
+mod parts;
 mod snapshot;
 mod watch;
 
 #[cfg(test)]
 mod tests;
 
-/// Which files may have changed.
-#[derive(Debug, Default)]
-pub struct Changed {
-    /// These are read whatever their time stamps say: two writes may fall into one tick of the kernel's clock.
-    pub files: BTreeSet<OsString>,
-    /// Any: those whose time stamps differ are read too.
-    pub any: bool,
-}
-
-/// Sends what is in `directory`, then every change of it, until the receiver is dropped. `node_name` is the name
-/// of this node in lower case, `opt_out` tells which of its Pods matter.
+/// Sends the content of `directory`, then every change of it, until the receiver is dropped. `node_name` is the name of
+/// this node in lower case, `opt_out` selects the Pods that matter.
 ///
 /// # Errors
 /// The directory cannot be read at the start, or there is no inotify. Nothing has been sent then.
@@ -61,12 +60,12 @@ pub async fn run(
     let mut changed = Changed { any: true, ..Changed::default() };
     let mut synced = false;
     loop {
-        // Reading a thousand files takes a while, and the runtime may have one thread only.
+        // Reading a thousand files takes a while, and the runtime may have only one thread.
         let reading = tokio::task::spawn_blocking(move || {
             let result = snapshot.read(&changed);
             (snapshot, result)
         });
-        // It is cancelled only when the runtime shuts down.
+        // The task is cancelled only when the runtime shuts down.
         let Ok((read, result)) = reading.await else { return Ok(()) };
         snapshot = read;
         if !synced && let Some(source) = result.unreadable {
@@ -93,7 +92,7 @@ pub async fn run(
     }
 }
 
-/// The Pod `key`, from the first file in `directory` that has it, and the files that cannot be read.
+/// Returns the Pod `key` from the first file in `directory` that has it, and the unreadable files before that one.
 ///
 /// # Errors
 /// The directory cannot be read.
@@ -113,10 +112,4 @@ pub fn pod(directory: &Path, key: &ObjectKey) -> Result<(Option<Pod>, Vec<Proble
         }
     }
     Ok((None, unreadable))
-}
-
-/// Whether a file of this name is a manifest.
-fn is_manifest(name: &OsStr) -> bool {
-    let Some(name) = name.to_str() else { return false };
-    !name.starts_with('.') && [".yaml", ".yml", ".json"].iter().any(|extension| name.ends_with(extension))
 }

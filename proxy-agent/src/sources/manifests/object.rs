@@ -1,4 +1,4 @@
-//! One object of a file: what it amounts to by itself, and what controllers go by.
+//! One object of a file: its own changes, and the part of it that controllers work with.
 
 use kube::Resource;
 use proxy_common::addr::Prefix;
@@ -6,36 +6,37 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::controllers::{Labels, NodePart, Part, PodPart, ServicePart};
-use super::file::{DEFAULT_NAMESPACE, Kind};
+use super::id::{DEFAULT_NAMESPACE, Kind};
+use super::labels::Labels;
+use super::parts::{NodePart, Part, PodPart, ServicePart};
 use crate::reconcile::cluster::{Change, Service, Slice};
-use crate::sources::Problem;
 use crate::sources::convert::{
     CLUSTER_IP_MISSING, Converter, Findings, SERVICE_NAME_LABEL, is_of_no_service,
 };
 use crate::sources::objects;
 use crate::sources::objects::Pod;
+use crate::sources::update::Problem;
 
-/// What an object amounts to.
+/// Converted object of a file.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Object {
-    /// By itself: nothing when it is not ours, several slices for an Endpoints.
+    /// Changes that the object makes by itself: none if this proxy does not serve it, several slices for an Endpoints.
     pub(super) changes: Vec<Change>,
-    /// Together with others.
+    /// Part of the object that controllers combine with other objects.
     pub(super) part: Option<Part>,
-    /// Where it is, as problems name it.
+    /// Position of the object, as problems name it.
     pub(super) place: String,
 }
 
 impl Object {
-    /// The Service, as it was written.
+    /// Returns the Service as it was written.
     pub(super) fn service(&self) -> Option<&Service> {
         self.changes
             .iter()
             .find_map(|change| if let Change::Service(service) = change { Some(service) } else { None })
     }
 
-    /// The prefixes of a ServiceCIDR.
+    /// Returns the prefixes of a ServiceCIDR.
     pub(super) fn prefixes(&self) -> impl Iterator<Item = Prefix> {
         let lists = self.changes.iter().filter_map(|change| {
             if let Change::ServiceCidr(_, prefixes) = change { Some(prefixes) } else { None }
@@ -43,7 +44,7 @@ impl Object {
         lists.flatten().copied()
     }
 
-    /// The slices.
+    /// Returns the slices.
     pub(super) fn slices(&self) -> impl Iterator<Item = &Slice> {
         self.changes
             .iter()
@@ -51,7 +52,7 @@ impl Object {
     }
 }
 
-/// What an object amounts to, and sentences about parts of it.
+/// Result of a conversion, with sentences about parts of the object.
 #[derive(Default)]
 pub(super) struct Converted {
     pub(super) changes: Vec<Change>,
@@ -59,10 +60,10 @@ pub(super) struct Converted {
     pub(super) said: Vec<String>,
 }
 
-/// Converts an object of a kind, which is at `place`: what is wrong with a Service or slice is told by that.
+/// Converts an object of a kind. `place` is its position, which precedes each problem of a Service or slice.
 ///
 /// # Errors
-/// Why nothing of it can be used.
+/// The reason why nothing of the object can be used.
 pub(super) fn convert(
     kind: Kind,
     value: Value,
@@ -129,7 +130,7 @@ pub(super) fn convert(
         | Kind::StatefulSet
         | Kind::DaemonSet
         | Kind::ReplicationController => {
-            // Nothing is served by it: it may be as wrong as it likes.
+            // Nothing is served from a workload, so its errors do not matter.
             *part = fields(&value).ok().map(|object| Part::Workload(template(object)));
         }
     }
@@ -145,14 +146,14 @@ pub(super) fn convert(
             | Change::Pod(_)
             | Change::PodGone(_) => continue,
         };
-        // An address may be given to it yet.
+        // The controllers may still assign an address.
         problems.retain(|problem| problem != CLUSTER_IP_MISSING);
         problems.iter_mut().for_each(|problem| problem.insert_str(0, &format!("{place}: ")));
     }
     Ok(converted)
 }
 
-/// The labels of the Pods that a Deployment (or the like) makes.
+/// Returns the labels of the Pods that a workload creates.
 fn template(object: objects::Workload) -> Labels {
     let template = object.spec.and_then(|spec| spec.template);
     template.and_then(|template| template.metadata.labels).unwrap_or_default()
@@ -162,10 +163,10 @@ fn fields<'a, T: Deserialize<'a>>(value: &'a Value) -> Result<T, String> {
     serde_path_to_error::deserialize(value).map_err(|error| error.to_string())
 }
 
-/// The object, in the namespace `default` if it names none.
+/// Deserializes an object. A namespaced object that names no namespace gets `default`.
 ///
 /// # Errors
-/// The field that is wrong, and why.
+/// The field that is wrong, and the reason.
 pub(super) fn typed<T: DeserializeOwned + Resource>(kind: Kind, value: Value) -> Result<T, String> {
     let mut object: T = serde_path_to_error::deserialize(value).map_err(|error| error.to_string())?;
     let namespace = &mut object.meta_mut().namespace;

@@ -1,4 +1,4 @@
-//! The state of a directory: what each file holds, and which file an object is taken from.
+//! State of a directory: the content of each file, and the file from which each object is taken.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -8,14 +8,16 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
 use super::bytes::Bytes;
+use super::bytes::FileError;
+use super::changed::{Changed, is_manifest};
 use super::controllers::Controllers;
-use super::file::{self, FileError, Id, Kind, Objects};
-use super::object::Object;
-use super::{Changed, is_manifest};
+use super::file::{self, Objects};
+use super::files::{File, Files, Stamp};
+use super::id::{Id, Kind};
 use crate::config::opt_out::Rules;
-use crate::reconcile::cluster::{Change, ObjectKey};
-use crate::sources::Problem;
+use crate::reconcile::cluster::Change;
 use crate::sources::convert::Converter;
+use crate::sources::update::Problem;
 
 /// Everything read so far of a directory.
 pub struct Snapshot {
@@ -24,47 +26,22 @@ pub struct Snapshot {
     bytes: Bytes,
     files: Files,
     controllers: Controllers,
-    /// What was told last.
+    /// Problems that were reported last.
     problems: Vec<Problem>,
 }
 
-/// What is in all files.
-#[derive(Default)]
-pub(super) struct Files {
-    by_name: BTreeMap<OsString, File>,
-    /// The files that an object is in; the first one is where it is taken from.
-    places: BTreeMap<Id, BTreeSet<OsString>>,
-}
-
-/// What one look at the directory brought.
+/// Result of one scan of the directory.
 pub struct Reading {
-    /// Differences to what was read before.
+    /// Differences from the previous state.
     pub changes: Vec<Change>,
-    /// The whole list, if it differs from the one before.
+    /// All problems, if they differ from the previous ones.
     pub problems: Option<Vec<Problem>>,
-    /// The directory could not be read; nothing has changed then.
+    /// Error if the directory could not be read; there are no changes then.
     pub unreadable: Option<io::Error>,
 }
 
-#[derive(Default)]
-struct File {
-    stamp: Option<Stamp>,
-    objects: Objects,
-    problems: Vec<Problem>,
-}
-
-/// Differs after any change of a file that its metadata shows.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Stamp {
-    device: u64,
-    inode: u64,
-    size: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
 impl Snapshot {
-    /// Nothing of `directory` is read yet; the rest is as for [`super::run`].
+    /// Creates a snapshot without reading `directory`. The other arguments are those of [`super::run`].
     pub fn new(directory: PathBuf, node_name: &str, opt_out: &Rules) -> Self {
         Self {
             directory,
@@ -76,7 +53,7 @@ impl Snapshot {
         }
     }
 
-    /// Looks at what may have changed.
+    /// Reads the files that may have changed.
     pub fn read(&mut self, changed: &Changed) -> Reading {
         let mut unreadable = None;
         let mut names = changed.files.clone();
@@ -86,7 +63,7 @@ impl Snapshot {
                     names.extend(self.files.by_name.keys().filter(|name| !listed.contains(*name)).cloned());
                     names.extend(listed.into_iter().filter(|name| self.differs(name)));
                 }
-                // While the directory is gone nothing in it counts as deleted.
+                // While the directory is gone, none of its files counts as deleted.
                 Err(error) => {
                     names.clear();
                     unreadable = Some(error);
@@ -106,7 +83,7 @@ impl Snapshot {
         Reading { changes, problems, unreadable }
     }
 
-    /// The names of all manifests in the directory.
+    /// Returns the names of all manifests in the directory.
     fn listed(&self) -> io::Result<BTreeSet<OsString>> {
         let mut names = BTreeSet::new();
         for entry in fs::read_dir(&self.directory)? {
@@ -123,11 +100,11 @@ impl Snapshot {
         self.files.by_name.get(name).map_or(stamp.is_some(), |file| file.stamp != stamp)
     }
 
-    /// Reads one file anew; puts what was in force of the objects it touches into `before`.
+    /// Reads one file anew. Adds to `before` the changes in force for each object that its old or new content has.
     fn read_file(&mut self, name: OsString, before: &mut BTreeMap<Id, Vec<Change>>) {
         let mut file = self.files.by_name.remove(&name).unwrap_or_default();
         let path = self.directory.join(&name);
-        // The stamp is from before the reading: a write in between makes it differ.
+        // The stamp is taken before the file is read, so that a write in between makes it differ.
         let metadata = fs::metadata(&path);
         file.stamp = metadata.as_ref().ok().map(Stamp::of);
         let shown = name.to_string_lossy();
@@ -150,7 +127,7 @@ impl Snapshot {
                     kept => format!("; its last good state ({kept} objects) stays in force"),
                 };
                 if matches!(error, FileError::Slow) {
-                    // Whatever its time stamps say, it is to be read when it can be.
+                    // The file is to be read again even if its time stamps stay the same.
                     file.stamp = None;
                 }
                 file.problems =
@@ -161,7 +138,7 @@ impl Snapshot {
         };
         let old = std::mem::take(&mut file.objects);
         let touched: BTreeSet<Id> = old.keys().chain(objects.keys()).cloned().collect();
-        // Put back for a moment: what is in force is asked of all files.
+        // The old objects are put back for a moment, because `in_force` looks at all files.
         self.files.by_name.insert(name.clone(), File { objects: old, ..File::default() });
         for id in touched {
             if !before.contains_key(&id) {
@@ -185,7 +162,7 @@ impl Snapshot {
         }
     }
 
-    /// What is in force of an object, with what it was given.
+    /// Returns the changes in force for an object, including the numbers that it was assigned.
     fn in_force(&self, id: &Id) -> Vec<Change> {
         let mut changes = self.files.object(id).map_or_else(Vec::new, |object| object.changes.clone());
         for change in &mut changes {
@@ -196,7 +173,7 @@ impl Snapshot {
         changes
     }
 
-    /// What must be said now that the objects that `before` names may differ.
+    /// Returns the changes that are due because the objects in `before` may differ now.
     fn differences(&mut self, mut before: BTreeMap<Id, Vec<Change>>) -> Vec<Change> {
         if before.keys().any(|id| matches!(id.kind, Kind::Service | Kind::ServiceCidr)) {
             let given = self.controllers.assign(&self.files);
@@ -238,37 +215,6 @@ impl Snapshot {
     }
 }
 
-impl Files {
-    /// An object, from the first file that has it.
-    fn object(&self, id: &Id) -> Option<&Object> {
-        self.first(id, self.places.get(id)?)
-    }
-
-    fn first(&self, id: &Id, places: &BTreeSet<OsString>) -> Option<&Object> {
-        self.by_name.get(places.first()?)?.objects.get(id)
-    }
-
-    /// The objects of a kind, by name.
-    pub(super) fn all(&self, kind: Kind) -> impl Iterator<Item = (&Id, &Object)> {
-        self.from(kind, "").take_while(move |(id, _)| id.kind == kind)
-    }
-
-    /// Those of a namespace.
-    pub(super) fn of_namespace<'a>(
-        &'a self,
-        kind: Kind,
-        namespace: &'a str,
-    ) -> impl Iterator<Item = (&'a Id, &'a Object)> {
-        let is_in = move |id: &Id| id.kind == kind && &*id.key.namespace == namespace;
-        self.from(kind, namespace).take_while(move |(id, _)| is_in(id))
-    }
-
-    fn from(&self, kind: Kind, namespace: &str) -> impl Iterator<Item = (&Id, &Object)> + use<'_> {
-        let first = Id { kind, key: ObjectKey::new(namespace, "") };
-        self.places.range(first..).filter_map(|(id, places)| Some((id, self.first(id, places)?)))
-    }
-}
-
 impl Stamp {
     fn of(metadata: &fs::Metadata) -> Self {
         Self {
@@ -281,7 +227,7 @@ impl Stamp {
     }
 }
 
-/// What must be said for `before` to become `after`.
+/// Appends the changes that turn `before` into `after`.
 fn difference(before: &[Change], after: &[Change], changes: &mut Vec<Change>) {
     let kept: Vec<_> = after.iter().filter_map(Change::gone).collect();
     changes.extend(before.iter().filter_map(Change::gone).filter(|gone| !kept.contains(gone)));

@@ -9,18 +9,19 @@ use inotify::{EventMask, EventOwned, EventStream, Inotify, WatchDescriptor, Watc
 use rustix::fs::FileType;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::{Changed, SourceError, is_manifest};
+use super::changed::{Changed, is_manifest};
+use crate::sources::error::SourceError;
 
-/// A burst of changes ends when nothing happened for this long.
+/// Time without an event after which a burst of changes ends.
 const QUIET: Duration = Duration::from_millis(5);
-/// A burst that does not end is looked at nevertheless.
+/// Maximum duration of a burst of changes.
 const BURST: Duration = Duration::from_millis(100);
-/// How often all files are looked at without an event.
+/// Interval of scans of all files when there are no events.
 const LOOK_ROUND: Duration = Duration::from_secs(10);
-/// How often a directory that has vanished is looked for.
+/// Interval at which a directory that has vanished is looked for.
 const LOOK_FOR: Duration = Duration::from_millis(200);
 
-/// An inotify watch on a path, which may come to name another directory.
+/// An inotify watch on a path, which may later name another directory.
 pub(super) struct Watch {
     path: PathBuf,
     events: EventStream<Vec<u8>>,
@@ -40,7 +41,7 @@ impl Watch {
         Ok(watch)
     }
 
-    /// Waits for the next change; a burst is one change.
+    /// Waits for the next change; a burst counts as one change.
     pub(super) async fn next(&mut self) -> Changed {
         let patience = if self.watched.is_some() { LOOK_ROUND } else { LOOK_FOR };
         let wait_until = Instant::now() + patience;
@@ -63,8 +64,8 @@ impl Watch {
         changed
     }
 
-    /// Watches the directory that the path names at this moment; the files are read afterwards, so that no change
-    /// falls in between.
+    /// Watches the directory that the path names at this moment. The files are read afterwards, so that no change is
+    /// missed in between.
     fn follow(&mut self) {
         let before = self.watched.take();
         if let Err(error) = self.add() {
@@ -77,7 +78,7 @@ impl Watch {
     }
 
     fn add(&mut self) -> io::Result<()> {
-        // Not MODIFY: a file is read when its writer has closed it, not while half of it is there.
+        // Without MODIFY: a file is read after its writer has closed it, not while it is half written.
         let mask = WatchMask::CLOSE_WRITE
             | WatchMask::MOVE
             | WatchMask::CREATE
@@ -91,21 +92,22 @@ impl Watch {
     }
 
     fn note(&self, event: Option<io::Result<EventOwned>>, changed: &mut Changed) {
-        // An error of the stream, an overflow and what happens to the directory itself have no name.
+        // Errors of the stream, overflows and events of the directory itself have no name.
         let Some(Ok(EventOwned { name: Some(name), mask, .. })) = event else {
             changed.any = true;
             return;
         };
         if !is_manifest(&name) {
-            // Maybe the directory that links to manifests lead through has been swapped. Temporary files of editors
-            // come here too, but a look at the time stamps costs little.
+            // A directory through which links lead to manifests may have been swapped. Temporary files of editors cause
+            // such events too, but comparing time stamps costs little.
             changed.any |= !mask.intersects(EventMask::CLOSE_WRITE | EventMask::ATTRIB);
         } else if !(mask.contains(EventMask::CREATE) && self.is_being_written(Path::new(&name))) {
             changed.files.insert(name);
         }
     }
 
-    /// A new regular file will be closed by its writer, unless it is a second link to an old one.
+    /// Returns whether the writer of a new file has yet to close it: the file is regular and not a second link to an
+    /// old one.
     fn is_being_written(&self, name: &Path) -> bool {
         rustix::fs::lstat(self.path.join(name)).is_ok_and(|stat| {
             FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && stat.st_nlink == 1

@@ -1,12 +1,13 @@
-//! Internet checksums (RFC 1071) as differences (RFC 1624): what was wrong on arrival stays wrong.
+//! Internet checksums (RFC 1071), updated by differences (RFC 1624): a checksum that was wrong on arrival
+//! stays wrong.
 //!
-//! Sums are one's-complement sums of memory words, folded to 32 bits; whoever stores one into a packet folds it to 16.
-//! The order of bytes does not matter as long as all words are read the same way.
+//! Sums are one's-complement sums of memory words, folded to 32 bits. A sum is folded to 16 bits when it is
+//! stored into a packet. The order of bytes does not matter as long as all words are read the same way.
 
 use crate::addr::Addr;
 use crate::be::Be16;
 
-/// What replacing `old` by `new` adds to the sum over them.
+/// Returns what the replacement of `old` by `new` adds to the sum over them.
 #[inline(always)]
 pub fn difference<const N: usize>(old: &[u32; N], new: &[u32; N]) -> u32 {
     let mut sum = 0_u64;
@@ -19,39 +20,39 @@ pub fn difference<const N: usize>(old: &[u32; N], new: &[u32; N]) -> u32 {
     fold32(sum)
 }
 
-/// [`difference`] of two addresses. Of IPv4 ones the common prefix cancels out.
+/// Returns the [`difference`] of two addresses. The common prefix of IPv4 addresses cancels out.
 #[inline(always)]
 pub fn addresses(old: &Addr, new: &Addr) -> u32 {
     difference::<4>(&bytemuck::cast(*old), &bytemuck::cast(*new))
 }
 
-/// [`difference`] of two pairs of ports, which lie next to each other in a packet.
+/// Returns the [`difference`] of two pairs of ports, which lie next to each other in a packet.
 #[inline(always)]
 pub fn ports(old: (Be16, Be16), new: (Be16, Be16)) -> u32 {
     difference(&[word(old.0, old.1)], &[word(new.0, new.1)])
 }
 
-/// Two ports as they lie in memory.
+/// Returns two ports as one word, as they lie in memory.
 #[inline(always)]
 pub fn word(first: Be16, second: Be16) -> u32 {
     let ([a, b], [c, d]) = (first.bytes, second.bytes);
     u32::from_ne_bytes([a, b, c, d])
 }
 
-/// The sum of two sums.
+/// Returns the sum of two sums.
 #[inline(always)]
 pub fn add(a: u32, b: u32) -> u32 {
     fold32(u64::from(a).wrapping_add(u64::from(b)))
 }
 
-/// A checksum field after what it covers has changed by `difference`.
+/// Returns a checksum field after the data that it covers has changed by `difference`.
 #[inline(always)]
 pub fn updated(field: [u8; 2], difference: u32) -> [u8; 2] {
     let sum = u64::from(!u16::from_ne_bytes(field)).wrapping_add(u64::from(difference));
     (!fold16(fold32(sum))).to_ne_bytes()
 }
 
-/// The checksum field for a sum.
+/// Returns the checksum field for a sum.
 #[inline(always)]
 pub fn field(sum: u32) -> [u8; 2] {
     (!fold16(sum)).to_ne_bytes()
@@ -63,7 +64,7 @@ fn fold32(sum: u64) -> u32 {
     (sum & 0xffff_ffff).wrapping_add(sum >> 32) as u32
 }
 
-/// A sum in 16 bits.
+/// Folds a sum to 16 bits.
 #[inline(always)]
 pub fn fold16(sum: u32) -> u16 {
     let sum = (sum & 0xffff).wrapping_add(sum >> 16);
@@ -74,7 +75,7 @@ pub fn fold16(sum: u32) -> u16 {
 mod tests {
     use super::*;
 
-    /// The checksum of two words, and a third that only serves to reach every carry.
+    /// Returns the checksum of two words. The second word only serves to reach every carry.
     fn checksum(a: u16, b: u16) -> [u8; 2] {
         field(u32::from(a) + u32::from(b))
     }
@@ -88,7 +89,7 @@ mod tests {
                     let difference = difference(&[u32::from(old)], &[u32::from(new)]);
                     let got = u16::from_ne_bytes(updated(checksum(old, other), difference));
                     let want = u16::from_ne_bytes(checksum(new, other));
-                    // Zero has two forms; which one comes out only matters where nothing but zeros is summed up.
+                    // Zero has two forms. The form matters only for a sum over nothing but zeros.
                     let same = got == want || (got == 0 || got == 0xffff) && (want == 0 || want == 0xffff);
                     assert!(same, "{old:#x} -> {new:#x} beside {other:#x}: {got:#x}, not {want:#x}");
                 }

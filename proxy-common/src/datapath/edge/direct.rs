@@ -1,14 +1,15 @@
-//! Datagrams (UDP) of a client to a backend itself, from the port by which the client also talks to a Service that leads to the same
-//! backend.
+//! UDP datagrams of a client to a backend's own address, from a port by which the client also talks to a
+//! Service that leads to the same backend.
 //!
-//! The backend could not tell the two apart, and neither could anybody by its answers. So what is sent to the backend itself gets a
-//! flow, too: beside that of the Service, by another source port. ([`DIRECT`]; its VIP is the backend.) It lives on when that of the
-//! Service has gone. Without a flow of a Service between the same ends nothing is translated, and nothing remembered; so it is the
-//! conversation with the backend itself that gets another port, also if it was there first.
+//! The backend could not tell the two conversations apart, and its replies do not show which of the two they
+//! belong to. So the direct conversation gets a flow, too, beside that of the Service and with another source
+//! port. (Its state has [`DIRECT`]; its VIP is the backend.) The direct flow lives on when the Service's flow
+//! has gone. Without a flow of a Service between the same addresses and ports, nothing is translated or
+//! remembered. So the direct conversation is the one that gets another port, even if it was there first.
 //!
-//! A connection (TCP, SCTP) cannot change its port, and one that is about to begin is not told from one that goes on without looking
-//! each of them up. TCP needs none of it as long as the client has closed one connection before it makes the other; see
-//! [`flows::is_succeeded`].
+//! Connections (TCP, SCTP) are not handled here. A connection cannot change its port, and only a lookup of
+//! each connection would tell a new one from an existing one. TCP does not need this as long as the client
+//! has closed one connection before it opens the other; see [`flows::is_succeeded`].
 
 use super::flows;
 use super::packet::Packet;
@@ -24,28 +25,31 @@ use crate::datapath::lookup;
 pub struct Beside;
 
 impl Beside {
-    /// The packet has nothing to do with that.
+    /// The packet needs no direct flow.
     pub const NOTHING: u32 = 0;
-    /// It is to a backend itself, and a flow has its ends, or had them when the one beside it began.
+    /// The packet is to a backend itself, and a flow has its addresses and ports, or had them when the direct
+    /// flow began.
     pub const MEETS: u32 = 1;
-    /// It begins such a flow.
+    /// The packet begins a direct flow.
     pub const BEGINS: u32 = 2;
 }
 
-/// Whether a packet that enters may be such a datagram, or an error about an answer to one. Only its addresses have been read.
+/// Returns whether a packet that enters may be a datagram to a backend itself, or an ICMP error about a reply
+/// to one. Only its addresses and protocol have been read.
 #[inline(always)]
 pub(super) fn may_be_one(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed) -> bool {
     lookup::may_be_backend(tables, &parsed.tuple.destination)
         && match parsed.proto {
             proto::UDP => may_be_port_of_backend(packet, tables, parsed),
             proto::ICMP | proto::ICMPV6 => true,
-            // What is behind extension headers is not known yet.
+            // The protocol behind IPv6 extension headers is not known yet.
             0 | 43 | 44 | 60 => parsed.tuple.destination.family() == Family::V6,
             _ => false,
         }
 }
 
-/// Whether `FILTER` leaves open that a backend has the destination's port. A later fragment does not tell.
+/// Returns whether `FILTER` leaves open that a backend has the destination port. A later fragment has no
+/// port, so it may be any.
 #[inline(always)]
 fn may_be_port_of_backend(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed) -> bool {
     let ip = packet.ip_offset();
@@ -64,7 +68,8 @@ fn may_be_port_of_backend(packet: &impl Packet, tables: &impl EdgeTables, parsed
     tables.filter(bit.word) & bit.mask != 0
 }
 
-/// Whether a datagram to a backend itself has a flow of its own, or needs one: a flow with its very ends is not its own.
+/// Returns whether a datagram to a backend itself has a direct flow, or needs one because a flow has its
+/// addresses and ports.
 #[inline(never)]
 pub(super) fn meets_flow(tables: &impl EdgeTables, parsed: &Parsed, work: &mut Work) -> bool {
     if parsed.proto != proto::UDP {

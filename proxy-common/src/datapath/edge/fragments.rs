@@ -1,4 +1,4 @@
-//! Fragments: the first one of a packet has the ports, which are kept for the others.
+//! Fragments: only the first fragment of a packet has the ports, which are kept for the later ones.
 
 use super::Verdict;
 use super::parse::{Parsed, Tuple};
@@ -6,9 +6,10 @@ use super::tables::EdgeTables;
 use crate::abi::{Counter, FilterBit, FragmentKey, FragmentPorts, Origin, local_address};
 use crate::addr::Addr;
 
-/// A later fragment that has come before its first one. Only with that one is it known whose it is: where there may be a
-/// frontend it cannot go on. The host takes its own fragments together, and pods are none, though they may share a bit of
-/// the filter with one.
+/// Decides on a later fragment that has come before its first one. Its ports are not known, so it is dropped
+/// if its destination may be a frontend. Fragments to the host's own addresses go on: the host reassembles
+/// them itself. Fragments to pods go on, too: a pod is no frontend, though it may share a bit of the filter
+/// with one.
 #[inline(never)]
 pub(super) fn stray_fragment(tables: &impl EdgeTables, destination: &Addr) -> Verdict {
     let bit = FilterBit::of_address(destination);
@@ -22,7 +23,7 @@ pub(super) fn stray_fragment(tables: &impl EdgeTables, destination: &Addr) -> Ve
     Verdict::Drop
 }
 
-/// Keeps the ports of a first fragment for the others.
+/// Keeps the ports of a first fragment for the later ones. Returns false on failure.
 #[inline(never)]
 pub(super) fn remember_ports(
     tables: &impl EdgeTables,
@@ -34,7 +35,7 @@ pub(super) fn remember_ports(
     tables.put_fragment(&fragment_key(parsed, origin, egress), &FragmentPorts { source, destination })
 }
 
-/// The ports of a later fragment, from its first one.
+/// Fills in the ports of a later fragment from its first one. Returns false if they are not known.
 #[inline(never)]
 pub(super) fn restore_ports(
     tables: &impl EdgeTables,

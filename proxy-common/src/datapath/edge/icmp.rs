@@ -1,12 +1,13 @@
-//! ICMP errors that quote a translated packet (RFC 792, RFC 4443): whoever gets one finds its own packet in it, or path
-//! MTU discovery and traceroute would not work through a VIP (RFC 5508 §4).
+//! Translates ICMP errors that quote a translated packet (RFC 792, RFC 4443). The receiver has to find the
+//! packet that it sent in the quote; otherwise path MTU discovery and traceroute do not work through a VIP
+//! (RFC 5508 §4).
 //!
-//! | error about | where it is met | the quote becomes |
+//! | error about | hook | the quote becomes |
 //! |---|---|---|
-//! | a request to another node | ingress, sent to our own address | what left here before its source was ours |
-//! | a request, on to the client | egress | what the client had sent |
-//! | an answer, from the client's side | ingress, sent to the VIP | what the backend had sent |
-//! | an answer, on to another node | egress | what that node had sent |
+//! | a request to another node | ingress, to our SNAT address | the request before SNAT |
+//! | a request, on to the client | egress | the request as the client sent it |
+//! | a reply, from the client's side | ingress, to the VIP | the reply as the backend sent it |
+//! | a reply, on to another node | egress | the reply as that node sent it |
 
 use super::Verdict;
 use super::checksum;
@@ -24,16 +25,16 @@ const REDIRECT_V6: u8 = 137;
 
 /// Bytes in front of the quoted header.
 const HEADER: u32 = 8;
-/// Target and destination, which follow the header of an IPv6 redirect.
+/// Bytes of the target and destination addresses that follow the header of an IPv6 redirect.
 const REDIRECT_ADDRESSES: u32 = 32;
-/// Bytes that an error quotes at least of what follows the quoted IP header.
+/// Least number of bytes that an error quotes of the data behind the quoted IP header.
 const QUOTED_TRANSPORT: u32 = 8;
 
-/// Whether the packet is an ICMP message that quotes another packet.
+/// Returns whether the packet is an ICMP message that quotes another packet.
 #[inline(always)]
 pub const fn is_error(parsed: &Parsed) -> bool {
     match parsed.proto {
-        // Other fragments have no header.
+        // Later fragments have no ICMP header.
         _ if matches!(parsed.part, Part::Later) => false,
         // Unreachable, source quench, redirect, time exceeded, parameter problem.
         ICMP => matches!(parsed.kind, 3 | 4 | REDIRECT_V4 | 11 | 12),
@@ -43,7 +44,7 @@ pub const fn is_error(parsed: &Parsed) -> bool {
     }
 }
 
-/// New tuples of the error and of what it quotes.
+/// New addresses of the error, and new tuple of the packet that it quotes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Edit {
     source: Addr,
@@ -51,7 +52,7 @@ pub struct Edit {
     quoted: Tuple,
 }
 
-/// An error enters.
+/// Handles an ICMP error that enters.
 #[inline(never)]
 pub fn ingress(
     packet: &mut impl Packet,
@@ -70,7 +71,7 @@ pub fn ingress(
     }
 }
 
-/// Says in `work` what becomes of it. False: it is about nothing of ours.
+/// Writes the edit of an error that enters to `work`. Returns false if the error is about no flow.
 #[inline(never)]
 fn entering(tables: &impl EdgeTables, outer: &Parsed, quote: &Parsed, work: &mut Work) -> bool {
     let reply = flows::reversed(&quote.tuple);
@@ -95,7 +96,7 @@ fn entering(tables: &impl EdgeTables, outer: &Parsed, quote: &Parsed, work: &mut
     true
 }
 
-/// An error leaves, through an external device or to a pod.
+/// Handles an ICMP error that leaves, through an external device or to a pod.
 #[inline(never)]
 pub fn egress<P: Packet, T: EdgeTables, const EXTERNAL: bool>(
     packet: &mut P,
@@ -107,7 +108,7 @@ pub fn egress<P: Packet, T: EdgeTables, const EXTERNAL: bool>(
     if !quoted(packet, outer, quote) {
         return Verdict::Pass;
     }
-    // Of TCP, which has its sequence number there.
+    // TCP has its sequence number at this offset.
     let seq = packet.load::<4>(quote.transport.wrapping_add(4)).map_or(0, u32::from_be_bytes);
     if leaving::<T, EXTERNAL>(tables, outer, quote, seq, work) {
         apply(packet, tables, outer, quote, &work.edit)
@@ -116,7 +117,7 @@ pub fn egress<P: Packet, T: EdgeTables, const EXTERNAL: bool>(
     }
 }
 
-/// As [`entering`], with the quoted sequence number.
+/// As [`entering`], for an error that leaves. `seq` is the quoted TCP sequence number.
 #[inline(never)]
 fn leaving<T: EdgeTables, const EXTERNAL: bool>(
     tables: &T,
@@ -129,7 +130,7 @@ fn leaving<T: EdgeTables, const EXTERNAL: bool>(
     let Tuple { source, destination, .. } = outer.tuple;
     work.key = flows::key(FlowKind::Record, origin, quote.proto, &quote.tuple);
     if let Some(place) = flows::record(tables, &work.key, now) {
-        // About a request: the client knows the VIP only.
+        // The error is about a request: the client knows only the VIP.
         let flow = place.flow();
         if !flows::has_sent(&flow, quote.proto, seq, true) {
             return false;
@@ -152,13 +153,14 @@ fn leaving<T: EdgeTables, const EXTERNAL: bool>(
     if !EXTERNAL || !flows::has_snat(&flow) || !flows::has_sent(&flow, quote.proto, seq, false) {
         return false;
     }
-    // About an answer: the backend on another node knows us only.
+    // The error is about a reply: the backend on another node knows only our SNAT address.
     let quoted = Tuple { destination: flow.snat, destination_port: flow.snat_port, ..quote.tuple };
     work.edit = Edit { source: flow.snat, destination, quoted };
     true
 }
 
-/// Reads the quote. Whom the error is for has sent the quoted packet.
+/// Reads the quoted headers. Returns false if they are incomplete, or if the error does not go to the sender
+/// of the quoted packet.
 #[inline(always)]
 fn quoted(packet: &impl Packet, outer: &Parsed, quote: &mut Parsed) -> bool {
     let mut at = outer.transport.wrapping_add(HEADER);
@@ -170,13 +172,15 @@ fn quoted(packet: &impl Packet, outer: &Parsed, quote: &mut Parsed) -> bool {
         && quote.tuple.source == outer.tuple.destination
 }
 
-/// Where the packet ends by its own account: bytes behind that are in no checksum.
+/// Returns the offset of the end of the packet according to its IP header. No checksum covers the bytes
+/// behind it.
 #[inline(always)]
 const fn end(parsed: &Parsed) -> u32 {
     parsed.ip.wrapping_add(parsed.bytes)
 }
 
-/// Where an IPv6 redirect quotes: in an option (RFC 4861 §4.6.3), which may have others before it.
+/// Returns the offset of the quote in an IPv6 redirect. The quote is in an option (RFC 4861 §4.6.3), which
+/// may follow other options.
 #[inline(always)]
 fn redirected(packet: &impl Packet, options: u32) -> u32 {
     const REDIRECTED_HEADER: u8 = 4;
@@ -191,7 +195,7 @@ fn redirected(packet: &impl Packet, options: u32) -> u32 {
     at.wrapping_add(HEADER)
 }
 
-/// Rewrites the quote and the error around it.
+/// Drops a redirect. Rewrites the quote and the addresses of any other error.
 #[inline(never)]
 fn apply(
     packet: &mut impl Packet,
@@ -200,7 +204,7 @@ fn apply(
     quote: &Parsed,
     edit: &Edit,
 ) -> Verdict {
-    // A node with one arm would send its clients past itself.
+    // On a node with a single interface, a redirect would make clients send past the node.
     let redirect = match outer.family {
         Family::V4 => REDIRECT_V4,
         Family::V6 => REDIRECT_V6,
@@ -227,7 +231,8 @@ fn write(packet: &mut impl Packet, outer: &Parsed, quote: &Parsed, edit: &Edit) 
     );
     let ports =
         checksum::ports((old.source_port, old.destination_port), (new.source_port, new.destination_port));
-    // The quote's own header: its checksum makes up for its addresses (IPv6 has none, so there they count).
+    // The checksum of a quoted IPv4 header compensates for its changed addresses. IPv6 has no header
+    // checksum, so the changed addresses count in the ICMP checksum.
     let mut covered = match quote.family {
         Family::V4 => 0,
         Family::V6 => inner,
@@ -240,7 +245,7 @@ fn write(packet: &mut impl Packet, outer: &Parsed, quote: &Parsed, edit: &Edit) 
     if !packet.store(quote.transport, word.to_ne_bytes()) {
         return false;
     }
-    // Of the quoted transport header there may be only eight bytes.
+    // The quote may contain only eight bytes of the transport header.
     if let Some((at, zero_is_none)) = rewrite::checksum_field(quote.proto, quote.transport)
         && let Some(field) = packet.load::<2>(at)
         && at.wrapping_add(2) <= end(outer)
@@ -271,7 +276,7 @@ fn write(packet: &mut impl Packet, outer: &Parsed, quote: &Parsed, edit: &Edit) 
     packet.fix_checksum(outer.transport.wrapping_add(2), pseudo, covered, false)
 }
 
-/// Addresses of the quoted header, which lie in the error's payload.
+/// Replaces the addresses of the quoted header, which is part of the error's payload.
 #[inline(always)]
 fn plain_addresses(packet: &mut impl Packet, quote: &Parsed, new: &Tuple, difference: u32) -> bool {
     match quote.family {
@@ -286,7 +291,7 @@ fn plain_addresses(packet: &mut impl Packet, quote: &Parsed, new: &Tuple, differ
     }
 }
 
-/// Two bytes as a word of a sum.
+/// Returns two bytes as a word of a checksum sum.
 #[inline(always)]
 const fn half(bytes: [u8; 2]) -> u32 {
     u16::from_ne_bytes(bytes) as u32

@@ -1,4 +1,4 @@
-//! Whether a packet is served, and what becomes of it if it is not.
+//! Decides whether a packet is served, and how it is refused if it is not.
 
 use super::direct::Beside;
 use super::packet::Packet;
@@ -14,8 +14,8 @@ use crate::datapath::lookup::{self, Target};
 use crate::datapath::select::{Client, Selection, select};
 use crate::datapath::trace::{self, At};
 
-/// What becomes of a packet that is not translated. Both fields always hold something: the verifier refuses to copy
-/// what was never written, such as an enum's absent payload.
+/// Decision on a packet that is not translated. Both fields always hold a value: the verifier refuses to copy
+/// memory that was never written, such as the absent payload of an enum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Refusal {
@@ -26,20 +26,20 @@ pub struct Refusal {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(super) enum How {
-    /// It is translated.
+    /// The packet is translated.
     Not,
-    /// It is nothing of ours.
+    /// The packet is none of ours and goes on.
     Pass,
-    /// Nobody hears of it.
+    /// The packet is dropped without an answer.
     Drop,
-    /// The sender hears that nobody serves it.
+    /// The sender is told that nobody serves the packet.
     Reject,
 }
 
 impl Refusal {
-    /// None. Nothing is counted.
+    /// No refusal. Nothing is counted.
     pub(super) const NOT: Self = Self { how: How::Not, why: Counter::Flow };
-    /// The packet is nothing of ours. Nothing is counted.
+    /// The packet is none of ours. Nothing is counted.
     pub(super) const PASS: Self = Self { how: How::Pass, why: Counter::Flow };
 
     #[inline(always)]
@@ -59,7 +59,7 @@ impl Default for Refusal {
     }
 }
 
-/// Chooses a backend for a new flow. In `work` is then where it goes, or why there is none.
+/// Chooses a backend for a new flow. Writes the destination of the flow, or the refusal, to `work`.
 #[inline(always)]
 pub fn choose(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, work: &mut Work) {
     work.refusal = choice(packet, tables, parsed, work);
@@ -84,14 +84,16 @@ fn choice(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, work:
         return Refusal::drop(Counter::DropSourceRange);
     }
     if tables.local_address(&tuple.source) & local_address::HOST != 0 {
-        // What this host sends itself never comes by a device. A flow of such a packet could be taken for one of the
-        // host's own connections to the backend.
+        // Packets of this host never enter by a device. A flow with such a source could be mistaken for a
+        // connection of the host itself to the backend.
         return Refusal::drop(Counter::DropOwnSource);
     }
     let of_pod = tables.is_pod_source(&tuple.source);
-    // A client outside that has no address of a pod has none of this node's either.
+    // The source is no address of the host (see above). If it is no pod's either, an outside client may have
+    // it, and the route need not be looked up.
     if (of_pod || origin != Origin::OUTSIDE) && is_elsewhere(packet, tables, parsed, origin) {
-        // Passed on, a nodePort's would be refused by the kernel to whose address it has.
+        // The packet must not go on: for a nodePort, the kernel would send its refusal to the owner of the
+        // forged source address.
         return Refusal::drop(Counter::DropForeignSource);
     }
     let near = of_pod || tables.device_flags(packet.ifindex()) & NEAR != 0;
@@ -107,9 +109,10 @@ fn choice(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, work:
     }
 }
 
-/// Whether the source of a packet cannot be where it has come from: the kernel's routes lead to it by another pod's interface
-/// or, of a packet from outside, by the bridge of this node's pods. A pod cannot write routes. Other devices tell nothing: pods
-/// are behind bridges, and some networks route all of them by one device, which may be an external one.
+/// Returns whether the source of a packet must be forged: the kernel's route to it leads to another pod's
+/// interface or, for a packet from outside, to the bridge of this node's pods. A pod cannot write routes.
+/// Routes by other devices prove nothing: pods may be behind bridges, and some networks route all pods by one
+/// device, which may be an external one.
 #[inline(never)]
 pub(super) fn is_elsewhere(
     packet: &impl Packet,
@@ -122,13 +125,13 @@ pub(super) fn is_elsewhere(
     by != 0 && by != origin.ifindex && tables.device_flags(by) & pods != 0
 }
 
-/// Whose the destination is. What has no ports asks for port 0.
+/// Looks up the destination of a packet. A protocol without ports is looked up with port 0.
 #[inline(always)]
 pub(super) fn find(tables: &impl EdgeTables, parsed: &Parsed) -> Target {
     lookup::find(tables, &parsed.tuple.destination, parsed.tuple.destination_port, parsed.proto)
 }
 
-/// What is no frontend.
+/// Returns the refusal of a packet whose destination is no frontend.
 #[inline(always)]
 pub(super) const fn nobodys(target: Target) -> Refusal {
     match target {
@@ -139,7 +142,8 @@ pub(super) const fn nobodys(target: Target) -> Refusal {
     }
 }
 
-/// Broken headers behind an IP header: nothing of that kind goes to a VIP; the rest is not ours to judge.
+/// Drops a packet with broken headers behind the IP header if its destination is a clusterIP, or an unused
+/// address in a ServiceCIDR. Any other such packet goes on.
 #[inline(never)]
 pub(super) fn malformed(tables: &impl EdgeTables, destination: &Addr) -> Verdict {
     if lookup::may_be_ours(tables, destination)
@@ -152,7 +156,7 @@ pub(super) fn malformed(tables: &impl EdgeTables, destination: &Addr) -> Verdict
     Verdict::Pass
 }
 
-/// What becomes of a packet that is not translated, on its way out of the host or into it.
+/// Carries out the refusal of a packet that leaves the host (`EGRESS`) or enters it.
 #[inline(never)]
 pub(super) fn turn_away<P: Packet, T: EdgeTables, const EGRESS: bool>(
     packet: &mut P,

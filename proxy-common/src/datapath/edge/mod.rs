@@ -1,24 +1,28 @@
-//! The packet edge: packets of clients outside of this node, and of pods whose sockets are not seen.
+//! The packet edge: translates packets of clients outside this node, and of pods whose sockets the socket
+//! edge does not see.
 //!
-//! Every client has an edge: the device that its packets enter through. Requests are translated as they enter
-//! ([`ingress`]), answers as they leave there again ([`egress`]); in between, the kernel and whatever filters packets
-//! in it see the true client and the true pod. A packet of a client outside that goes on to another node leaves with a
-//! source of ours, so that its answer comes back here.
+//! Each client has one edge: the device that its packets enter by. [`ingress`] applies DNAT to a request when
+//! it enters, and [`egress`] applies reverse NAT to the reply when it leaves by that device. Between the two,
+//! the kernel and its packet filters see the addresses of the real client and of the real backend. When a
+//! request of an outside client leaves for a backend on another node, [`egress`] applies SNAT to an address
+//! of this node, so that the reply comes back here.
 //!
-//! A flow is found by its [`Origin`], too: the pod's interface, or the external devices together. A pod that writes the
-//! address of another client into a packet begins a flow of its own, and no answer to that client belongs to it.
+//! The key of a flow includes its [`Origin`]: the pod's interface, or all external devices together. A pod
+//! that forges another client's source address therefore begins a flow of its own, and no reply to that
+//! client belongs to this flow.
 //!
-//! | packet | where | what becomes of it |
+//! | packet | hook | translated to |
 //! |---|---|---|
 //! | client → VIP | ingress of the client's device | client → backend |
 //! | client → backend on another node | egress of an external device | our address → backend |
 //! | backend → our address | ingress | backend → client |
 //! | backend → client | egress of the client's device | VIP → client |
-//! | host, from a frontend's own address and port | egress, and the answer on ingress | stays as it is |
-//! | pod → itself | egress of its own device | our address → pod, and back on ingress |
+//! | host, from a frontend's own address and port | egress, and the reply on ingress | not translated |
+//! | pod → itself (hairpin) | egress of its own device | our address → pod, and back on ingress |
 //!
-//! In reading order: [`packet`] and [`tables`] are what the pipeline works on, [`parse`] reads headers, [`flows`] finds
-//! and makes flows, [`rewrite`] writes headers, [`icmp`] translates errors, [`refuse`] answers for nobody.
+//! In reading order: [`packet`] and [`tables`] are what the pipeline works on, [`parse`] reads headers,
+//! [`flows`] finds and creates flows, [`rewrite`] writes headers, [`icmp`] translates ICMP errors, [`refuse`]
+//! turns a rejected packet into a reset or an ICMP error.
 
 pub mod packet;
 
@@ -63,17 +67,17 @@ use crate::abi::{
 };
 use crate::addr::{Addr, Family};
 
-/// Which kind of device a program runs on.
+/// Kind of device that a program runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Edge {
-    /// The way to other machines.
+    /// Device that leads to other machines.
     External,
-    /// The host side of a pod's interface.
+    /// Host side of a pod's interface.
     Pod,
 }
 
 impl Edge {
-    /// Whose flows a packet on a device of this kind can belong to.
+    /// Returns the origin of the flows that a packet on a device of this kind can belong to.
     #[inline(always)]
     const fn origin(self, ifindex: u32) -> Origin {
         match self {
@@ -83,22 +87,22 @@ impl Edge {
     }
 }
 
-/// What becomes of a packet.
+/// Decision on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Goes on as it came.
+    /// Goes on unchanged.
     Pass,
     /// Goes on, translated.
     Translated,
-    /// Ends here.
+    /// Is dropped.
     Drop,
-    /// Has been turned into an answer: goes back where it came from.
+    /// Has been turned into a reset or an ICMP error: goes back where it came from.
     Reply,
     /// Goes on, translated, by another device than the one that routing chose.
     Elsewhere,
 }
 
-/// A packet enters through a device.
+/// Handles a packet that enters through a device.
 #[inline(always)]
 pub fn ingress(
     packet: &mut impl Packet,
@@ -132,7 +136,8 @@ pub fn ingress(
         return Verdict::Pass;
     }
     if parsed.part == Part::First {
-        // Whosever it is: the ports will tell. Where they cannot be kept, the other fragments are lost, as any packet may.
+        // The later fragments carry no ports, so the ports are stored for every first fragment. If they
+        // cannot be stored, the later fragments are lost, as any packet may be.
         remember_ports(tables, parsed, work.origin, false);
     }
     if icmp::is_error(parsed) {
@@ -142,7 +147,7 @@ pub fn ingress(
     }
 }
 
-/// A packet leaves through a device.
+/// Handles a packet that leaves through a device.
 #[inline(always)]
 pub fn egress(
     packet: &mut impl Packet,
@@ -159,7 +164,8 @@ pub fn egress(
     let to_backend =
         (edge == Edge::External || source == destination) && lookup::may_be_backend(tables, destination);
     let ours = edge == Edge::External && lookup::may_be_ours(tables, destination);
-    // Whose an ICMP error is, what it quotes says; it may stand behind extension headers.
+    // Only the quoted packet shows which flow an ICMP error belongs to. The ICMP header may follow IPv6
+    // extension headers.
     let plain = matches!(parsed.proto, proto::TCP | proto::UDP | proto::SCTP);
     if plain && !from_backend && !to_backend && !ours && !own_datagrams::may_be_one(packet, tables, parsed)
         || parse::parse(packet, parsed) != Outcome::Whole
@@ -195,7 +201,7 @@ pub fn egress(
     verdict
 }
 
-/// A packet for an address of ours: an answer from another node, or a request.
+/// Handles a packet that enters for an address of ours: a reply to our SNAT address, or a request.
 #[inline(never)]
 fn entering<T: EdgeTables>(
     packet: &mut impl Packet,
@@ -232,7 +238,8 @@ fn entering<T: EdgeTables>(
     };
     if work.meeting != Meeting::GOES_ON {
         if parsed.proto == proto::TCP && !begins {
-            // Not ours to guess: another proxy's connection tracking may know it.
+            // A segment without SYN and without a flow may belong to a connection that another proxy's
+            // connection tracking knows.
             return Verdict::Pass;
         }
         if place.is_none() && parsed.proto != proto::TCP && own_datagrams::is_answered(tables, parsed, work) {
@@ -283,29 +290,29 @@ fn entering<T: EdgeTables>(
     finish(packet, tables, parsed, work)
 }
 
-/// Whether a packet begins a TCP connection.
+/// Returns whether a packet begins a TCP connection.
 #[inline(always)]
 const fn begins(parsed: &Parsed) -> bool {
     parsed.proto == proto::TCP && parsed.kind & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN
 }
 
-/// Where a packet that enters is.
+/// Returns the trace position of a packet that enters.
 #[inline(always)]
 fn entry(packet: &impl Packet) -> At {
     At { ifindex: packet.ifindex(), egress: false }
 }
 
-/// Where a packet that leaves is.
+/// Returns the trace position of a packet that leaves.
 #[inline(always)]
 fn exit(packet: &impl Packet) -> At {
     At { ifindex: packet.ifindex(), egress: true }
 }
 
-/// Whether a UDP flow may stay where it is.
+/// Returns whether a UDP flow may keep its backend.
 #[inline(always)]
 fn serves(tables: &impl EdgeTables, key: &FlowKey, flow: &Flow) -> bool {
     if flow.state & flow::state::DIRECT != 0 {
-        // The address and port may have become a Service's.
+        // The address may be a Service's by now.
         return !lookup::may_be_ours(tables, &flow.vip);
     }
     tables.backend(flow.backend).is_some_and(|backend| {
@@ -316,7 +323,8 @@ fn serves(tables: &impl EdgeTables, key: &FlowKey, flow: &Flow) -> bool {
     })
 }
 
-/// A request on its way to another node, or of a pod to itself: gets a source of ours. `None` if it needs none, or is none.
+/// Applies SNAT to a request to another node, or of a pod to itself (hairpin). Returns `None` if the packet
+/// needs no SNAT, or is no request of a flow.
 #[inline(never)]
 fn leaving(
     packet: &mut impl Packet,
@@ -328,8 +336,8 @@ fn leaving(
     let tuple = &parsed.tuple;
     work.key = flows::key(FlowKind::Record, work.origin, parsed.proto, tuple);
     let place = flows::record(tables, &work.key, now)?;
-    // A pod of this node, or the host itself, may talk to the backend in truth, while somebody outside has begun a flow in
-    // its name.
+    // A pod of this node, or the host, may have a connection of its own to the backend, while an outside
+    // client has begun a flow with the same, forged source address.
     if work.origin == Origin::OUTSIDE && !is_from_outside(packet, tables) {
         return None;
     }
@@ -352,7 +360,7 @@ fn leaving(
             if !give_back(packet, tables, parsed, work, &place) {
                 return Some(Verdict::Drop);
             }
-            // The client is told, by what it talks to.
+            // The refusal comes from the VIP, the address that the client talks to.
             let refusal = Refusal::reject(Counter::RejectNoPort);
             return Some(turn_away::<_, _, true>(packet, tables, parsed, refusal, flow.service));
         }
@@ -363,7 +371,8 @@ fn leaving(
     Some(finish_leaving(packet, tables, parsed, work))
 }
 
-/// Makes a packet again what the client sent, and forgets its flow. False: it is half done and must not go on.
+/// Restores the packet that the client sent, and removes its flow. Returns false if the packet is only partly
+/// rewritten and must not go on.
 #[inline(never)]
 fn give_back<T: EdgeTables>(
     packet: &mut impl Packet,
@@ -381,7 +390,8 @@ fn give_back<T: EdgeTables>(
     done
 }
 
-/// An answer on its way to the client: comes from what the client talks to. `None` if it is no answer.
+/// Applies reverse NAT to a reply to the client: the VIP becomes its source. Returns `None` if the packet is
+/// not a reply of a flow.
 #[inline(never)]
 fn answering(
     packet: &mut impl Packet,
@@ -418,8 +428,9 @@ fn answering(
     Some(finish_leaving(packet, tables, parsed, work))
 }
 
-/// Sends what has been translated for a client outside the way that the client has come, where routing has chosen another one: by the
-/// backend's address, which the client does not know.
+/// Sends a translated packet to an outside client by the device that the client's requests enter by, if
+/// routing has chosen another device. Routing has seen the backend's source address, which the client does
+/// not know.
 #[inline(never)]
 fn way_back(packet: &mut impl Packet, parsed: &Parsed, work: &Work, verdict: Verdict) -> Verdict {
     let device = work.asked_by;
@@ -433,20 +444,21 @@ fn way_back(packet: &mut impl Packet, parsed: &Parsed, work: &Work, verdict: Ver
     verdict
 }
 
-/// A packet that leaves for an address of ours: nobody has translated it, and nobody out there can. What this host itself begins,
-/// by a SYN or a datagram, is answered: its socket could not be told why it is refused, or no socket of a process has sent it.
+/// Handles a packet that leaves for an address of ours without having been translated. No other machine can
+/// translate it. A SYN or datagram of this host is rejected rather than dropped: either its socket could not
+/// be told the reason of a refusal, or no socket of a process sent it.
 #[inline(never)]
 fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, parsed: &Parsed) -> Verdict {
-    // What a virtual machine sends by macvtap, or a pod by macvlan, has not entered either.
+    // `entered_by` is 0 also for packets that a virtual machine sends by macvtap, or a pod by macvlan.
     let own =
         packet.entered_by() == 0 && tables.local_address(&parsed.tuple.source) & local_address::HOST != 0;
     let target = find(tables, parsed);
     let mut refusal = match target {
-        // Whoever sent it is still there, and can be told.
+        // The sender is this host, so it can be told.
         Target::Frontend(_) if own && (begins(parsed) || parsed.proto == proto::UDP) => {
             Refusal::reject(Counter::DropNoFlow)
         }
-        // An externalIP may have a host of its own, which others reach by way of this one.
+        // The externalIP may belong to another host, which other machines reach through this one.
         Target::Frontend(frontend) if frontend.flags & EXTERNAL != 0 => Refusal::PASS,
         Target::Frontend(_) => Refusal::drop(Counter::DropNoFlow),
         Target::Other | Target::UnusedPort | Target::InactiveAddress | Target::Retry => nobodys(target),
@@ -457,7 +469,7 @@ fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, pars
     turn_away::<_, _, true>(packet, tables, parsed, refusal, 0)
 }
 
-/// As [`finish`], of a packet that leaves: the other fragments of it will follow.
+/// As [`finish`], for a packet that leaves. Stores the ports of a first fragment for the later ones.
 #[inline(always)]
 fn finish_leaving(
     packet: &mut impl Packet,
@@ -472,7 +484,7 @@ fn finish_leaving(
     finish(packet, tables, parsed, work)
 }
 
-/// Writes the new tuple of `work`.
+/// Writes the new tuple in `work` into the packet.
 #[inline(never)]
 fn finish(packet: &mut impl Packet, tables: &impl EdgeTables, parsed: &Parsed, work: &Work) -> Verdict {
     if rewrite::rewrite(packet, parsed, &work.new) {

@@ -1,9 +1,10 @@
-//! What this host sends by datagrams from the address and port of a frontend: by a socket that is bound there, or for a pod whose source
-//! the network has translated to it. The answer is nobody's request.
+//! Datagrams that this host sends from the address and port of a frontend: from a socket that is bound there,
+//! or for a pod whose source the network has translated to it. The reply to such a datagram is not a request
+//! to the frontend.
 //!
-//! The answer itself does not tell, so what leaves is remembered (in `NEW_FLOWS`, by [`FlowKind::OwnDatagram`]) for as long as a flow
-//! lives that has not been assured: two minutes, of SCTP ten. A Service's own flow comes first: its client keeps it, whatever is sent
-//! meanwhile, and nothing is remembered beside it.
+//! The reply itself cannot be told from a request. So each such datagram is remembered in `NEW_FLOWS`
+//! ([`FlowKind::OwnDatagram`]) for the lifetime of a flow that is not assured: two minutes, for SCTP ten. A
+//! flow of a Service has precedence: its client keeps it, and no datagram is remembered beside it.
 
 use super::packet::Packet;
 use super::parse::{Parsed, Part};
@@ -16,7 +17,8 @@ use crate::addr::Family;
 use crate::be::Be16;
 use crate::datapath::lookup::{self, Target};
 
-/// Whether a packet that leaves may be a datagram from the port of a frontend. Only its addresses have been read.
+/// Returns whether a packet that leaves may be a datagram from the port of a frontend. Only its addresses and
+/// protocol have been read.
 #[inline(always)]
 pub(super) fn may_be_one(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed) -> bool {
     if !matches!(parsed.proto, proto::UDP | proto::SCTP) {
@@ -34,15 +36,17 @@ pub(super) fn may_be_one(packet: &impl Packet, tables: &impl EdgeTables, parsed:
     is_of_frontend(tables, parsed.proto, Be16 { bytes })
 }
 
-/// Whether `FILTER` leaves open that a frontend has the port.
+/// Returns whether `FILTER` leaves open that a frontend has the port.
 #[inline(always)]
 fn is_of_frontend(tables: &impl EdgeTables, proto: u8, port: Be16) -> bool {
     let bit = FilterBit::of_port(proto, port);
     tables.filter(bit.word) & bit.mask != 0
 }
 
-/// Whether a packet that has an address of this host, and that somebody else has sent, got it from the network. IPv4 takes in no packet
-/// with such a source (a martian); by IPv6 a pod may write it itself, and would have what others send to the frontend.
+/// Returns whether a forwarded packet got its source, an address of this host, from the network
+/// (masquerading). IPv4 accepts no packet that arrives with such a source (a martian). With IPv6 a pod may
+/// write the source itself, and would then receive what others send to the frontend; so IPv6 packets do not
+/// count.
 #[inline(always)]
 fn is_masqueraded(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, edge: Edge) -> bool {
     edge == Edge::External && parsed.family == Family::V4 && !is_from_outside(packet, tables)
@@ -73,7 +77,8 @@ pub(super) fn remember(
     (work.now, work.origin) = (tables.now(), edge.origin(packet.ifindex()));
     let answer = flows::reversed(tuple);
     if let Some(place) = flows::by_vip(tables, parsed.proto, &answer, work) {
-        // What the host asks now may have been answered before it asked; then a Service has got the answer, and has said nothing.
+        // A flow without a reply may have begun with a datagram for this host, which arrived before this
+        // packet left and was taken for a request. Such a flow is removed.
         if !of_host || place.flow().state & REPLIED != 0 {
             return;
         }
@@ -85,13 +90,13 @@ pub(super) fn remember(
         Some(cell) => cell.set_last_seen(check, work.now),
         None => {
             work.flow = Flow { check, last_seen: work.now, ..Flow::default() };
-            // Without room the answer is taken for a request, as any would be.
+            // If the map is full, the reply is taken for a request, like any other datagram.
             let _ = tables.add_flow(Tier::New, &work.key, &work.flow);
         }
     }
 }
 
-/// Whether a datagram that enters answers what has been remembered.
+/// Returns whether a datagram that enters is the reply to a remembered one.
 #[inline(never)]
 pub(super) fn is_answered(tables: &impl EdgeTables, parsed: &Parsed, work: &Work) -> bool {
     if tables.local_address(&parsed.tuple.destination) & local_address::HOST == 0 {

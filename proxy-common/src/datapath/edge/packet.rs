@@ -7,7 +7,8 @@ use super::parse::Parsed;
 use super::tables::{EdgeTables, Work};
 use crate::addr::{Addr, Family};
 
-/// Nothing is loaded from behind this offset: no header that matters lies there, and the verifier wants a bound.
+/// Largest offset that bytes are loaded from. No header that matters lies behind it, and the verifier wants a
+/// bound.
 pub const FURTHEST: u32 = 1024;
 
 /// One packet on one device.
@@ -22,38 +23,41 @@ pub trait Packet {
     fn ifindex(&self) -> u32;
     /// Index of the device through which the packet entered this host; 0 if it was made here.
     fn entered_by(&self) -> u32;
-    /// Index of the device by which the kernel's routes lead to `addr` from here, of the packet's family; 0 if none does, or
-    /// the kernel does not tell.
+    /// Index of the device by which the kernel's routes lead from here to `addr`, an address of `family`; 0
+    /// if there is no route, or if the kernel does not tell.
     fn route_to(&self, family: Family, addr: &Addr) -> u32;
-    /// Whether a tag of a VLAN other than 0 stands before the IP header: such a packet is for a device above this one, or from there.
+    /// Returns whether a tag of a VLAN other than 0 stands before the IP header: such a packet goes to a
+    /// device above this one, or comes from there.
     fn is_tagged(&self) -> bool {
         false
     }
-    /// Makes the packet leave by `device`, if the kernel's rules and routes lead there with the addresses `source` and `destination`.
-    /// False, and nothing has changed, if they do not.
+    /// Makes the packet leave by `device`, if the kernel's rules and routes lead there with the addresses
+    /// `source` and `destination`. Returns false, with nothing changed, if they do not.
     fn leave_by(&mut self, device: u32, family: Family, source: &Addr, destination: &Addr) -> bool;
-    /// `N` bytes, if they are all there and begin at [`FURTHEST`] at the latest.
+    /// Returns `N` bytes, if all of them are in the packet and `offset` is at most [`FURTHEST`].
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
-    /// As [`Packet::load`], if that takes no call of the kernel; else `None`, too.
+    /// As [`Packet::load`], but returns `None` also if that would take a call of the kernel.
     #[inline(always)]
     fn load_linear<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         self.load(offset)
     }
-    /// Replaces `N` bytes in a way that the one's-complement sum of all replaced bytes of the packet, checksum fields
-    /// included, stays the same in the end. False if that failed.
+    /// Replaces `N` bytes. All bytes that are replaced by this function, checksum fields included, must
+    /// together leave the one's-complement sum over the packet as it was. Returns false on failure.
     fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N]) -> bool;
-    /// Replaces `N` bytes in a way that changes the sum over the packet by their difference: of what a pseudo header covers
-    /// (IPv6 addresses), until [`Packet::fix_checksum`] makes up for it, and of what nothing makes up for.
+    /// Replaces `N` bytes, and updates the kernel's sum over the packet by their difference. This is for
+    /// bytes in a pseudo header (IPv6 addresses), for which [`Packet::fix_checksum`] compensates later, and
+    /// for bytes for which no checksum compensates. Returns false on failure.
     fn store_summed<const N: usize>(&mut self, offset: u32, bytes: [u8; N]) -> bool;
-    /// Adds to the checksum field at `offset`: `pseudo` for what lies in the pseudo header, `covered` for what lies in the
-    /// packet. The field may still hold the sum of the pseudo header alone (the device fills it in): `covered` then does
-    /// not count. With `zero_is_none` (UDP) a zero field stays zero.
+    /// Adds to the checksum field at `offset`: `pseudo` for changes in the pseudo header, `covered` for
+    /// changes in the packet. If the field still holds the sum of the pseudo header alone (the device
+    /// completes it), `covered` does not count. With `zero_is_none` (UDP) a zero field stays zero.
     fn fix_checksum(&mut self, offset: u32, pseudo: u32, covered: u32, zero_is_none: bool) -> bool;
-    /// [`super::sctp::moved_on`]. In the kernel a function that is verified once, not on each way to it.
+    /// Calls [`super::sctp::moved_on`]. In the kernel this is a function of its own, which is verified once
+    /// and not on each path to it.
     fn sctp_moved_on(&self, change: u32, bytes: u32) -> u32 {
         super::sctp::moved_on(change, bytes)
     }
-    /// [`super::judge::choose`], likewise.
+    /// Calls [`super::judge::choose`], likewise.
     fn choose(&self, tables: &impl EdgeTables, parsed: &Parsed, work: &mut Work)
     where
         Self: Sized,

@@ -1,4 +1,5 @@
-//! From bytes to addresses and ports. Past this point nobody asks for the family except where bytes are written.
+//! Parser from bytes to addresses and ports. After parsing, the address family matters only where bytes are
+//! written.
 //!
 //! Sources: RFC 791 (IPv4), RFC 8200 (IPv6 and its extension headers), RFC 9293 (TCP), RFC 768 (UDP).
 
@@ -15,7 +16,7 @@ const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const DESTINATION_OPTIONS: u8 = 60;
 
-/// Extension headers in front of the transport header that are walked; more is malformed.
+/// Largest number of extension headers that are read before the transport header.
 const EXTENSIONS: usize = 6;
 
 /// Bits of a TCP header's flag byte.
@@ -45,18 +46,18 @@ pub struct Tuple {
     pub destination_port: Be16,
 }
 
-/// Which part of a fragmented packet this is.
+/// Part of a fragmented packet that a packet carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     /// Not fragmented.
     Whole,
-    /// The first fragment, with the transport header.
+    /// First fragment, with the transport header.
     First,
-    /// Another one, without.
+    /// Later fragment, without the transport header.
     Later,
 }
 
-/// What the headers say.
+/// Contents of the headers of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parsed {
     /// Family of the IP header.
@@ -67,7 +68,7 @@ pub struct Parsed {
     pub transport: u32,
     /// IP protocol number.
     pub proto: u8,
-    /// Addresses and ports (those of a later fragment are zero until they are looked up).
+    /// Addresses and ports. The ports of a later fragment are zero until they are looked up.
     pub tuple: Tuple,
     /// Fragmentation.
     pub part: Part,
@@ -75,7 +76,7 @@ pub struct Parsed {
     pub id: [u8; 4],
     /// TCP: flags. ICMP: type.
     pub kind: u8,
-    /// Bytes from the IP header on, as the packet has them.
+    /// Bytes from the IP header on, according to that header.
     pub bytes: u32,
 }
 
@@ -100,7 +101,7 @@ impl Default for Parsed {
     }
 }
 
-/// What became of parsing.
+/// Result of parsing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// All headers are there.
@@ -111,9 +112,9 @@ pub enum Outcome {
     Malformed,
 }
 
-/// Reads the addresses and the protocol of a packet into `parsed` (of IPv6 the next header, which may be an
-/// extension): what tells most packets to be nobody's business here. Everything else in it is unspecified then. False if
-/// the packet is not IP, or too short.
+/// Reads the addresses and the protocol of a packet into `parsed` (for IPv6 the next header, which may be an
+/// extension). This suffices to let most packets pass. All other fields of `parsed` are unspecified
+/// afterwards. Returns false if the packet is not IP, or too short.
 #[inline(always)]
 pub fn addresses(packet: &impl Packet, parsed: &mut Parsed) -> bool {
     let family = match packet.ethertype() {
@@ -125,8 +126,8 @@ pub fn addresses(packet: &impl Packet, parsed: &mut Parsed) -> bool {
     read_addresses::<_, true>(packet, family, ip, parsed) || addresses_anywhere(packet, family, ip, parsed)
 }
 
-/// [`addresses`] of a packet whose headers are not in its linear part. The buffers that this takes would be on the stack
-/// below every other function.
+/// As [`addresses`], for a packet whose headers are not in its linear part. This is a function of its own,
+/// because its buffers would otherwise be on the stack below every other function.
 #[inline(never)]
 fn addresses_anywhere(packet: &impl Packet, family: Family, ip: u32, parsed: &mut Parsed) -> bool {
     read_addresses::<_, false>(packet, family, ip, parsed)
@@ -175,15 +176,15 @@ pub fn parse(packet: &impl Packet, parsed: &mut Parsed) -> Outcome {
     }
 }
 
-/// Resets what not every packet has; the rest is written before it is read.
+/// Resets the fields that not every packet sets. All other fields are written before they are read.
 #[inline(always)]
 fn forget(parsed: &mut Parsed) {
     (parsed.tuple.source_port, parsed.tuple.destination_port) = (Be16::default(), Be16::default());
     (parsed.part, parsed.id, parsed.kind) = (Part::Whole, [0; 4], 0);
 }
 
-/// Reads the headers that an ICMP error of `family` quotes at `offset`. Of the transport header eight bytes are enough.
-/// False if they are not there.
+/// Reads the headers that an ICMP error of `family` quotes at `offset`. Eight bytes of the transport header
+/// are enough. Returns false if they are not there.
 #[inline(never)]
 pub fn quoted(packet: &impl Packet, family: Family, offset: u32, parsed: &mut Parsed) -> bool {
     if !read_addresses::<_, false>(packet, family, offset, parsed) {
@@ -275,15 +276,17 @@ fn ipv6(packet: &impl Packet, ip: u32, whole: bool, parsed: &mut Parsed) -> Outc
     transport(packet, parsed, total.wrapping_sub(before), whole)
 }
 
-/// Whether a length of zero in an IP header stands for all that is there: it is too much for the field. Such is a train of TCP
-/// segments in one piece (BIG TCP: Linux 5.19 for IPv6, at first with a jumbo payload option, 6.3 for IPv4), and so is the
-/// header that an ICMP error quotes from one.
+/// Returns whether a length of zero in an IP header stands for all available bytes, because their number is
+/// too large for the field. Such a packet is a train of TCP segments in one piece (BIG TCP: Linux 5.19 for
+/// IPv6, at first with a jumbo payload option, 6.3 for IPv4). The header that an ICMP error quotes from such
+/// a packet has a length of zero, too.
 #[inline(always)]
 const fn is_too_long_to_tell(told: u32, available: u32, whole: bool) -> bool {
     told == 0 && (!whole || available > u16::MAX as u32)
 }
 
-/// Ports and flags. `length` is what the IP header leaves for the transport.
+/// Reads ports, TCP flags and ICMP type. `length` is the number of bytes that the IP header leaves for the
+/// transport.
 #[inline(always)]
 fn transport(packet: &impl Packet, parsed: &mut Parsed, length: u32, whole: bool) -> Outcome {
     if parsed.part == Part::Later {

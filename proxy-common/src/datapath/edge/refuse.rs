@@ -1,5 +1,5 @@
-//! Answers in the place of a backend: a TCP reset (RFC 9293 §3.5.2), or an ICMP error "port unreachable" (RFC 792,
-//! RFC 4443), from the address that the sender asked for.
+//! Refusals in the place of a backend: a TCP reset (RFC 9293 §3.5.2), or an ICMP error "port unreachable"
+//! (RFC 792, RFC 4443), from the address that the sender asked for.
 
 use super::Verdict;
 use super::checksum;
@@ -14,17 +14,17 @@ use crate::addr::{Addr, Family};
 const IPV4_HEADER: u32 = 20;
 const IPV6_HEADER: u32 = 40;
 const ICMP_HEADER: u32 = 8;
-/// Most words that an error quotes: an IPv4 header with all options and eight bytes more, or an IPv6 header with
-/// some extensions.
+/// Largest number of words that an error quotes: an IPv4 header with all options and eight bytes more, or an
+/// IPv6 header with some extensions.
 const QUOTED_WORDS: u32 = 24;
 
 const TTL: u8 = 64;
 
-/// Turns a packet into the refusal of it.
+/// Turns a packet into the reset or ICMP error that refuses it. Drops the packet if it must not be answered.
 #[inline(never)]
 pub fn refuse(packet: &mut impl Packet, parsed: &Parsed) -> Verdict {
-    // RFC 1122 §3.2.2, RFC 4443 §2.4: no errors about errors, about fragments that nobody can make sense of, or to anybody
-    // but one host.
+    // RFC 1122 §3.2.2, RFC 4443 §2.4: no error about an error, no error about a fragment that its receiver
+    // cannot make sense of, and no error to an address that is not a single host's.
     if parsed.part == Part::Later
         || is_error(parsed)
         || parsed.proto == TCP && (parsed.kind & tcp::RST != 0 || parsed.part == Part::First)
@@ -36,7 +36,8 @@ pub fn refuse(packet: &mut impl Packet, parsed: &Parsed) -> Verdict {
     if done { Verdict::Reply } else { Verdict::Drop }
 }
 
-/// Whether a packet on the wire can have this source: no group, no loopback, not the unspecified address.
+/// Returns whether a packet on the wire can have this source: not a group, loopback or the unspecified
+/// address.
 #[inline(always)]
 fn is_one_host(addr: &Addr) -> bool {
     match addr.family() {
@@ -51,12 +52,14 @@ fn is_one_host(addr: &Addr) -> bool {
     }
 }
 
-/// A TCP segment becomes the reset that answers it, in place: its options and data stay, which a reset may have.
-/// So the checksum changes by what is replaced, whatever state it is in.
+/// Turns a TCP segment into the reset that answers it, in place. Its options and data stay, which a reset may
+/// have. The checksum therefore changes only by the difference of the replaced bytes, whatever state it is
+/// in.
 #[inline(always)]
 fn reset(packet: &mut impl Packet, parsed: &Parsed) -> bool {
     let tuple = &parsed.tuple;
-    // A new packet with a way of its own before it. Swapping addresses and ports changes no sum.
+    // The reset is a new packet, so its TTL or hop limit begins anew. Swapping addresses and ports changes no
+    // sum.
     let Some(hops) = renew_hops(packet, parsed) else { return false };
     if !rewrite::addresses(packet, parsed.family, parsed.ip, &tuple.destination, &tuple.source, hops) {
         return false;
@@ -83,7 +86,7 @@ fn reset(packet: &mut impl Packet, parsed: &Parsed) -> bool {
         && packet.fix_checksum(parsed.transport.wrapping_add(16), 0, covered, false)
 }
 
-/// Sets the TTL or hop limit. What that adds to the sum over an IPv4 header.
+/// Sets the TTL or hop limit. Returns the difference that this makes to the sum over an IPv4 header.
 #[inline(always)]
 fn renew_hops(packet: &mut impl Packet, parsed: &Parsed) -> Option<u32> {
     match parsed.family {
@@ -99,19 +102,20 @@ fn renew_hops(packet: &mut impl Packet, parsed: &Parsed) -> Option<u32> {
     }
 }
 
-/// Puts an ICMP error in front of the packet, of which only the headers stay.
+/// Puts an ICMP error in front of the packet, and cuts off all but the packet's headers.
 #[inline(always)]
 fn unreachable(packet: &mut impl Packet, parsed: &Parsed) -> bool {
     let own = match parsed.family {
         Family::V4 => IPV4_HEADER.wrapping_add(ICMP_HEADER),
         Family::V6 => IPV6_HEADER.wrapping_add(ICMP_HEADER),
     };
-    // Headers come in words, so what is quoted is whole words.
+    // Header lengths are multiples of four bytes, so the quote has whole words.
     let quote = parsed.transport.wrapping_sub(parsed.ip).wrapping_add(8);
     if quote > QUOTED_WORDS.wrapping_mul(4) {
         return false;
     }
-    // Cut first: that also makes one packet of what the kernel still holds as a train of several, which cannot grow.
+    // The cut comes first: it also turns a packet of several segments (GSO) into a single packet. A GSO
+    // packet cannot grow.
     if !packet.resize(parsed.ip.wrapping_add(quote)) || !packet.insert_before_ip(own) {
         return false;
     }
@@ -138,7 +142,7 @@ fn unreachable_v4(packet: &mut impl Packet, parsed: &Parsed, quote: u32, sum: u3
     let [t0, t1] = (IPV4_HEADER.wrapping_add(ICMP_HEADER).wrapping_add(quote) as u16).to_be_bytes();
     let [s0, s1, s2, s3] = parsed.tuple.destination.v4_octets();
     let [d0, d1, d2, d3] = parsed.tuple.source.v4_octets();
-    // Precedence "internetwork control", as RFC 1812 §5.3.2 wants for errors; never to be fragmented.
+    // Precedence "internetwork control", as RFC 1812 §5.3.2 wants for errors; "don't fragment" is set.
     let header = [0x45, 0xc0, t0, t1, 0, 0, 0x40, 0, TTL, ICMP, 0, 0, s0, s1, s2, s3, d0, d1, d2, d3];
     let [c0, c1] = checksum::field(checksum::difference::<5>(&[u32::MAX; 5], &bytemuck::cast(header)));
     let header = [0x45, 0xc0, t0, t1, 0, 0, 0x40, 0, TTL, ICMP, c0, c1, s0, s1, s2, s3, d0, d1, d2, d3];

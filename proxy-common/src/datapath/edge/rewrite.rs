@@ -1,4 +1,4 @@
-//! Writes a new tuple into a packet, with all checksums that cover it.
+//! Writes a new tuple into a packet, and updates all checksums that cover it.
 
 use super::checksum;
 use super::packet::Packet;
@@ -8,7 +8,8 @@ use crate::abi::proto::{SCTP, TCP, UDP};
 use crate::addr::{Addr, Family};
 use crate::be::Be16;
 
-/// Offset of the transport checksum, and whether a zero there means that there is none (RFC 768).
+/// Returns the offset of the transport checksum, and whether a zero there means that there is no checksum
+/// (RFC 768).
 #[inline(always)]
 pub fn checksum_field(proto: u8, transport: u32) -> Option<(u32, bool)> {
     match proto {
@@ -18,7 +19,8 @@ pub fn checksum_field(proto: u8, transport: u32) -> Option<(u32, bool)> {
     }
 }
 
-/// Replaces addresses and ports. False if the packet cannot be written: it is half done then and must not go on.
+/// Replaces addresses and ports. Returns false if the packet cannot be written: it is then only partly
+/// rewritten and must not go on.
 #[inline(always)]
 pub fn rewrite(packet: &mut impl Packet, parsed: &Parsed, new: &Tuple) -> bool {
     let old = &parsed.tuple;
@@ -59,14 +61,15 @@ pub fn rewrite(packet: &mut impl Packet, parsed: &Parsed, new: &Tuple) -> bool {
     }
 }
 
-/// Two ports as SCTP's checksum takes them.
+/// Returns two ports as SCTP's checksum reads them.
 #[inline(always)]
 const fn little_endian((first, second): (Be16, Be16)) -> u32 {
     let ([a, b], [c, d]) = (first.bytes, second.bytes);
     u32::from_le_bytes([a, b, c, d])
 }
 
-/// Replaces the addresses of an IP header; `difference` is what that adds to the sum over them.
+/// Replaces the addresses of an IP header. `difference` is the [`checksum::difference`] of old and new
+/// addresses.
 #[inline(always)]
 pub fn addresses(
     packet: &mut impl Packet,

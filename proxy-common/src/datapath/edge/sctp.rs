@@ -1,8 +1,10 @@
-//! SCTP's checksum (RFC 9260 §6.8, Appendix A): CRC32c over the whole packet, changed without reading it.
+//! SCTP's checksum (RFC 9260 §6.8, Appendix A): CRC32c over the whole packet, updated without reading the
+//! packet.
 //!
-//! A CRC is linear: what a changed word adds to it depends on the change and on how many bytes follow, not on what they
-//! are. Moving on by one bit is a multiplication by x modulo the polynomial, so moving on by `n` bytes is one by x^8n.
-//! Tables hold the products, four bits at a time: the verifier follows every step of a loop on every way to it.
+//! A CRC is linear: the effect of a changed word depends on the change and on the number of bytes that
+//! follow, not on their values. Moving on by one bit is a multiplication by x modulo the polynomial, so
+//! moving on by `n` bytes is a multiplication by x^8n. Tables hold the products, four bits at a time: the
+//! verifier follows every step of a loop on every path to it.
 
 use super::packet::Packet;
 
@@ -10,14 +12,15 @@ use super::packet::Packet;
 const POLYNOMIAL: u32 = 0x82f6_3b78;
 /// x^0.
 const ONE: u32 = 1 << 31;
-/// For each bit k of a length in bytes: the products of x^(8 · 2^k) with each value of each four bits of a word.
+/// Products, for each bit k of a length in bytes: x^(8 · 2^k) times each value of each four bits of a word.
 static PRODUCTS: [[[u32; 16]; 8]; 16] = products();
 
 /// Offset of the checksum in the header.
 const CHECKSUM: u32 = 8;
 
-/// Makes up for a change of the first four bytes (the ports) of a packet of `length` bytes at `offset`. A zero is left
-/// alone: the device fills it in. False if the packet cannot be written.
+/// Updates the checksum of a packet of `length` bytes at `offset` for a change of its first four bytes (the
+/// ports). A zero checksum is left alone: the device fills it in. Returns false if the packet cannot be
+/// written.
 #[inline(always)]
 pub fn fix_checksum(packet: &mut impl Packet, offset: u32, change: u32, length: u32) -> bool {
     let at = offset.wrapping_add(CHECKSUM);
@@ -29,7 +32,8 @@ pub fn fix_checksum(packet: &mut impl Packet, offset: u32, change: u32, length: 
     packet.store_summed(at, crc.to_le_bytes())
 }
 
-/// What a change (bytes in memory order, as a little-endian number) has become `bytes` bytes after its first one.
+/// Returns the effect of a change (bytes in memory order, as a little-endian number) on the CRC `bytes` bytes
+/// after the first changed byte.
 #[inline(always)]
 pub fn moved_on(change: u32, bytes: u32) -> u32 {
     let mut result = change;
@@ -41,7 +45,7 @@ pub fn moved_on(change: u32, bytes: u32) -> u32 {
             moved ^= table.get((nibbles & 15) as usize).copied().unwrap_or(0);
             nibbles >>= 4;
         }
-        // All ones or all zeros instead of a branch, of which each would double the ways.
+        // A mask of all ones or all zeros instead of a branch: each branch would double the number of paths.
         let chosen = 0_u32.wrapping_sub(left & 1);
         result = (moved & chosen) | (result & !chosen);
         left >>= 1;
@@ -49,7 +53,7 @@ pub fn moved_on(change: u32, bytes: u32) -> u32 {
     result
 }
 
-/// The product modulo the polynomial.
+/// Returns the product modulo the polynomial.
 const fn multiply(a: u32, mut b: u32) -> u32 {
     let mut product = 0;
     let mut bit = 0;
@@ -68,7 +72,7 @@ const fn multiply(a: u32, mut b: u32) -> u32 {
     reason = "computed by the compiler, which would refuse an index out of range"
 )]
 const fn products() -> [[[u32; 16]; 8]; 16] {
-    // x^8, and then each the square of the one before.
+    // First x^8, then the square of the previous power.
     let mut power = ONE >> 8;
     let mut products = [[[0; 16]; 8]; 16];
     let mut k = 0;

@@ -1,5 +1,5 @@
-//! Where a packet that leaves has come from: outside, or the backend that it is said to be from. The device by which it has entered tells,
-//! which nobody can write into a packet.
+//! Source of a packet that leaves: outside, or the backend that the packet claims to come from. The device
+//! that the packet entered by decides, because nobody can write that into a packet.
 
 use super::flows;
 use super::packet::Packet;
@@ -8,23 +8,24 @@ use super::tables::{EdgeTables, FlowCell as _};
 use crate::abi::device::flags::{POD, POD_BRIDGE};
 use crate::abi::flow::state::REPLIED;
 
-/// Whether a packet that leaves has entered this host from outside. What the network stack sees entering through a device
-/// without programs of ours may have come through one below it.
+/// Returns whether a packet that leaves has entered this host from outside. If the network stack sees the
+/// packet entering by a device without our programs, it may have come through a device below that one.
 #[inline(always)]
 pub(super) fn is_from_outside(packet: &impl Packet, tables: &impl EdgeTables) -> bool {
     let by = packet.entered_by();
     by == packet.ifindex() || is_outward(tables, by)
 }
 
-/// Whether what enters by a device comes from outside of this host: neither from one of its pods nor from itself.
+/// Returns whether packets that enter by a device come from outside this host: neither from one of its pods
+/// nor from the host itself.
 #[inline(always)]
 fn is_outward(tables: &impl EdgeTables, ifindex: u32) -> bool {
     ifindex != 0 && tables.device_flags(ifindex) & (POD | POD_BRIDGE) == 0
 }
 
-/// Whether a packet of the backend has entered by the device that its answers have entered by before; or by another one if it
-/// can be the backend's all the same: other nodes are reached by several devices, and what is behind an interface of a pod
-/// the kernel's routes tell.
+/// Returns whether a packet with a backend's source comes from the backend: it has entered by the device of
+/// the earlier replies, or by another device that fits. Other nodes may be reached by several devices. For
+/// the interface of a pod, the kernel's route to the source decides.
 #[inline(never)]
 pub(super) fn is_from_backend<T: EdgeTables>(
     packet: &impl Packet,
@@ -39,8 +40,9 @@ pub(super) fn is_from_backend<T: EdgeTables>(
         || by != 0 && by == packet.route_to(parsed.family, &parsed.tuple.source)
 }
 
-/// Whether a packet of the backend shows that the connection of a record has ended, and another one has begun between its ends. From
-/// outside, or from a bridge that several pods share, it could be anybody's: then some quiet has to show it, too.
+/// Returns whether a packet of the backend shows that the connection of a record has ended and another one
+/// has begun between the same addresses and ports. A packet from outside, or from a bridge that several pods
+/// share, could be anybody's: then the connection must have been quiet for a while, too.
 #[inline(never)]
 pub(super) fn is_succeeded<T: EdgeTables>(
     packet: &impl Packet,

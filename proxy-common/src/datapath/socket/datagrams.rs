@@ -1,11 +1,12 @@
-//! Datagrams: sendmsg() and recvmsg() with addresses, and which VIP an answer comes from.
+//! Datagrams: sendmsg() and recvmsg() with addresses, and the VIP that replies are translated to.
 //!
-//! Datagrams of one socket to one VIP are a flow: they go to one backend while that serves. The socket's own storage has the
-//! first flow, which no other socket can evict; the others are in `UDP_FLOWS`.
+//! The datagrams of one socket to one VIP are a flow: they go to the same backend as long as that backend
+//! serves. The socket's own storage holds the first flow, which no other socket can evict. `UDP_FLOWS` holds
+//! the other flows.
 //!
-//! Who sends to a backend's own address wants its answers as they come: from then on they are not translated. Two VIPs with
-//! one backend cannot be told apart by an answer, so the second one gets another backend if there is one; else the VIP that was
-//! asked last has the answers.
+//! When a socket sends to a backend's own address, replies of that backend are no longer translated. A reply
+//! does not show which of two VIPs with the same backend it is for. So the second VIP gets another backend if
+//! there is one; otherwise all replies come from the VIP that was asked last.
 
 use super::{Caller, Verdict, holds, protocol, target, translate_back};
 use crate::abi::backend::flags::SERVING;
@@ -17,7 +18,7 @@ use crate::datapath::select::{Selection, another};
 use crate::datapath::tables::{Socket, Tables};
 use crate::datapath::trace;
 
-/// sendmsg() with an address on a UDP socket.
+/// Handles sendmsg() with an address on a UDP socket.
 #[inline(always)]
 pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(proto) = protocol(socket) else { return Verdict::Pass };
@@ -32,7 +33,8 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
         }
     };
     if socket.peer() == (vip, vip_port) {
-        // The kernel lets in what its peer sends, and nothing else: it goes on as what send() sends.
+        // The socket is connected to the VIP itself, and the kernel accepts datagrams only from its peer. So
+        // this datagram goes on like those of send().
         return Verdict::Pass;
     }
     let record = socket.record().filter(|record| !record.is_connected() || holds(socket, record));
@@ -41,7 +43,7 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
         // A socket without a record has no flows.
         None => false,
         Some(record) if record.is_connected() && record.vip == vip && record.vip_port == vip_port => {
-            // The kernel lets in what its peer sends, and nothing else.
+            // The kernel accepts datagrams only from the peer, so the datagram must go to that backend.
             let to = (record.backend_addr, record.backend_port);
             trace::called(tables, Counter::Datagram, socket, frontend.service, Some(to), false);
             socket.rewrite(record.backend_addr, record.backend_port);
@@ -100,14 +102,15 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     Verdict::Translated
 }
 
-/// Whether a socket's record is that of its first flow of datagrams, to the VIP of `sent`.
+/// Returns whether a socket's record is that of its first flow of datagrams, and whether that flow is to the
+/// VIP of `sent`.
 #[inline(always)]
 fn is_first(record: &SocketRecord, sent: &SocketRecord) -> bool {
     !record.is_connected() && record.vip == sent.vip && record.vip_port == sent.vip_port
 }
 
-/// Whether answers from the backend of a flow that begins are for another VIP that the socket has sent to: no answer tells which of
-/// two it is for.
+/// Returns whether replies from the backend of `sent`, a flow that begins, are for another VIP that the
+/// socket has sent to. A reply does not show which of two VIPs it is for.
 #[inline(never)]
 fn is_of_other_vip(
     socket: &impl Socket,
@@ -123,7 +126,8 @@ fn is_of_other_vip(
     same && !record.is_connected() && !is_first(record, sent)
 }
 
-/// Looks a flow of datagrams up in `UDP_FLOWS`, and writes its backend into `sent`.
+/// Looks a flow of datagrams up in `UDP_FLOWS`, and writes its backend to `sent`. Returns whether there is
+/// such a flow.
 #[inline(never)]
 fn find_other(socket: &impl Socket, tables: &impl Tables, sent: &mut SocketRecord) -> bool {
     let key = flow_key(socket, sent.vip, sent.vip_port, FlowDirection::Original);
@@ -136,8 +140,8 @@ fn find_other(socket: &impl Socket, tables: &impl Tables, sent: &mut SocketRecor
     }
 }
 
-/// Keeps a flow of datagrams of a socket that has a record, of a connection or of datagrams: what there is no room for in the
-/// record goes to `UDP_FLOWS`. (`fresh`: the flow leads where it led.)
+/// Keeps a flow of datagrams of a socket that has a record, of a connection or of datagrams. Data that the
+/// record has no room for goes to `UDP_FLOWS`. `fresh`: the flow keeps its backend.
 #[inline(always)]
 fn keep_beside(
     socket: &mut impl Socket,
@@ -149,7 +153,7 @@ fn keep_beside(
     let first = is_first(record, sent);
     let same = record.backend_addr == sent.backend_addr && record.backend_port == sent.backend_port;
     if first && !same {
-        // The backend before may still answer.
+        // The previous backend may still reply.
         put_other(socket, tables, record, FlowDirection::Reply);
     }
     let held = if first { sent } else { record };
@@ -159,7 +163,8 @@ fn keep_beside(
         && put_other(socket, tables, sent, FlowDirection::Reply)
 }
 
-/// Writes one direction of a flow of datagrams into `UDP_FLOWS`, unless it is there. (The LRU may have evicted it.)
+/// Writes one direction of a flow of datagrams to `UDP_FLOWS`, unless it is there. (The LRU may have evicted
+/// it.)
 #[inline(never)]
 fn put_other(
     socket: &impl Socket,
@@ -184,12 +189,12 @@ fn put_other(
     is_there || tables.put_udp_flow(&key, &flow.seal(&key))
 }
 
-/// recvmsg() that reports where a datagram came from.
+/// Handles a recvmsg() that reports the source of a datagram.
 #[inline(always)]
 pub fn recvmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(record) = socket.record() else { return Verdict::Pass };
     let counts = !record.is_connected() || holds(socket, &record);
-    // Of two VIPs with one backend the last one that was asked has the answer.
+    // If two VIPs have the same backend, the reply comes from the VIP that was asked last.
     let other_first = record.service == SocketRecord::MORE_DATAGRAMS;
     if counts && !other_first && translate_back(socket, &record) == Verdict::Translated {
         return Verdict::Translated;
@@ -198,41 +203,42 @@ pub fn recvmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     if other_first && verdict == Verdict::Pass { translate_back(socket, &record) } else { verdict }
 }
 
-/// Replaces a backend's address by the VIP of a flow in `UDP_FLOWS`, which lives as long as somebody sends or receives.
+/// Replaces a backend's address by the VIP of a flow in `UDP_FLOWS`. The flow lives as long as the socket
+/// sends or receives.
 #[inline(always)]
 pub(super) fn translate_back_other(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let key = flow_key(socket, socket.addr(), socket.port(), FlowDirection::Reply);
     let Some(flow) = reply(tables, &key) else { return Verdict::Pass };
     let used = UdpFlow::clock(tables.now());
     if flow.age(used) >= socket::REFRESHED {
-        // Without room the flow only ends earlier.
+        // If the write fails, the flow only ends earlier.
         let _ = tables.put_udp_flow(&key, &UdpFlow { used, ..flow }.seal(&key));
     }
     socket.rewrite(flow.addr, flow.port);
     Verdict::Translated
 }
 
-/// The VIP that answers from a backend come from.
+/// Returns the flow with the VIP that replies from a backend are translated to.
 #[inline(always)]
 fn reply(tables: &impl Tables, key: &UdpFlowKey) -> Option<UdpFlow> {
     let flow = tables.udp_flow(key).filter(|flow| flow.is_for(key))?;
     (flow.age(UdpFlow::clock(tables.now())) < socket::FORGOTTEN).then_some(flow)
 }
 
-/// Lets the answers of a connected socket's peer come from its VIP also when the connect() that begins fails: the socket then
-/// stays where it is.
+/// Keeps the translation of replies from a connected socket's peer, in case the connect() that begins fails:
+/// the socket then stays connected to that peer.
 #[inline(always)]
 pub(super) fn keep_former(socket: &impl Socket, tables: &impl Tables) {
     if let Some(record) = socket.record()
         && holds(socket, &record)
     {
-        // Without room the application sees the backend.
+        // If the write fails, the application sees the backend's address.
         let _ = put_other(socket, tables, &record, FlowDirection::Reply);
     }
 }
 
-/// Ends the translation of a peer that is asked for by its own address, in connect(). False if the socket has nothing else to
-/// translate, so that its record can go.
+/// Ends the translation of a peer when connect() asks for the peer's own address. Returns false if the socket
+/// has nothing else to translate, so that its record can go.
 #[inline(always)]
 pub(super) fn end_translation(socket: &mut impl Socket, tables: &impl Tables, record: &SocketRecord) -> bool {
     let key = flow_key(socket, socket.addr(), socket.port(), FlowDirection::Reply);
@@ -242,18 +248,19 @@ pub(super) fn end_translation(socket: &mut impl Socket, tables: &impl Tables, re
     holds(socket, record) && socket.put_record(SocketRecord::ALL_IN_UDP_FLOWS)
 }
 
-/// Ends the translation of a backend that a datagram is sent to by its own address, and of no other one.
+/// Ends the translation of a backend when a datagram is sent to the backend's own address. Other backends are
+/// still translated.
 #[inline(never)]
 fn end_flow(socket: &mut impl Socket, tables: &impl Tables) {
     let (addr, port) = (socket.addr(), socket.port());
-    // A connected socket goes on as it is: its peer's answers cannot be told apart.
+    // A connected socket goes on as it is: its peer's replies cannot be told apart.
     let Some(record) = socket.record().filter(|record| !record.is_connected()) else { return };
     if record.backend_addr == addr && record.backend_port == port {
         if record.service == SocketRecord::DATAGRAMS {
             socket.drop_record();
             return;
         }
-        // It is there: nothing fails.
+        // The record exists, so the write does not fail.
         let _ = socket.put_record(SocketRecord::ALL_IN_UDP_FLOWS);
     }
     let key = flow_key(socket, addr, port, FlowDirection::Reply);
@@ -262,7 +269,7 @@ fn end_flow(socket: &mut impl Socket, tables: &impl Tables) {
     }
 }
 
-/// Whether the backend of a flow of datagrams belongs to the Service port and serves.
+/// Returns whether the backend of a flow of datagrams belongs to the Service port and serves.
 #[inline(always)]
 fn serves(tables: &impl Tables, frontend: FrontendValue, sent: &SocketRecord) -> bool {
     tables.backend(sent.backend).is_some_and(|Backend { addr, port, service, state, .. }| {

@@ -1,11 +1,13 @@
 //! The socket edge: connect, sendmsg, recvmsg and getpeername of pods and host processes.
 //!
-//! The application asks for a VIP and keeps seeing it; the socket is connected to a pod. After connect() there is
-//! no work per packet at all.
+//! The application asks for a VIP and keeps seeing the VIP, while the kernel connects the socket to a
+//! backend. After connect() there is no work per packet.
 //!
-//! What a pod's socket cannot be told is left to the packet edge, if that has the interfaces of pods: silence, and
-//! whether the pod's address is in source ranges, since a socket has no address yet. So is everything of pods that have
-//! opted out, and of networks inside pods, which may have Services of their own at the same addresses.
+//! Some decisions on sockets of pods are left to the packet edge, if it is attached to the interfaces of
+//! pods: to drop a packet without an answer, which a socket call cannot do, and to compare the pod's address
+//! with source ranges, because the socket has no address yet. All sockets of pods that have opted out are
+//! left to the packet edge, too. The same holds for networks inside pods, which may have Services of their
+//! own at the same addresses.
 
 mod datagrams;
 mod order;
@@ -23,39 +25,43 @@ use crate::abi::{
 use crate::addr::Addr;
 use crate::be::Be16;
 
-/// IPPROTO_MPTCP: a stream socket that speaks TCP with anyone.
+/// IPPROTO_MPTCP: a stream socket that also speaks TCP.
 const MPTCP: u32 = 262;
-/// How deep below the root the cgroup of a pod may lie. Those of kubelet are two to four levels deep, and deeper by as
-/// much where the node itself is a container.
+/// Largest depth of a pod's cgroup below the root. The cgroups of kubelet are two to four levels deep, and
+/// deeper by as much if the node itself is a container.
 const CGROUP_LEVELS: i32 = 16;
 
-/// What the hook answers the kernel.
+/// Answer of the hook to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Go on, address untouched: it is not ours, or what follows is the packet edge's.
+    /// The call goes on with the address unchanged: the address is not ours, or the packet edge decides on
+    /// what follows.
     Pass,
-    /// Go on, address rewritten.
+    /// The call goes on with the address rewritten.
     Translated,
-    /// Fail with ECONNREFUSED (EPERM on kernels that cannot say it).
+    /// The call fails with ECONNREFUSED (EPERM on kernels that cannot return it).
     Reject,
-    /// Fail with EHOSTUNREACH (EPERM likewise): the packet would have been dropped, and nobody is there to do so.
+    /// The call fails with EHOSTUNREACH (EPERM likewise): the packet would have to be dropped, and no packet
+    /// edge would drop it.
     Drop,
-    /// Fail with ENOBUFS (EPERM likewise): what was asked for could not be remembered, so nothing was translated.
+    /// The call fails with ENOBUFS (EPERM likewise): the record could not be stored, so nothing was
+    /// translated.
     Fail,
 }
 
 impl Verdict {
-    /// Nothing is done if `not` holds.
+    /// Returns [`Verdict::Pass`] if `not` holds, and the verdict itself otherwise.
     #[inline(always)]
     fn unless(self, not: bool) -> Self {
         if not { Self::Pass } else { self }
     }
 }
 
-/// connect(): of a stream socket, or of a datagram socket that will then send without an address.
+/// Handles connect() of a stream socket, or of a datagram socket that will then send without an address.
 ///
-/// That of a datagram socket does not fail for lack of endpoints where its packets are judged: no program expects that. Its datagrams are
-/// refused until somebody serves. Then pods are served as packets, and the host's socket is led there by the agent (`order`).
+/// connect() of a datagram socket does not fail for lack of endpoints if an edge judges the socket's packets:
+/// no program expects such a failure. The socket's datagrams are refused until an endpoint serves. From then
+/// on, the packet edge serves pods, and the agent leads the host's sockets to an endpoint (`order`).
 #[inline(always)]
 pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(proto) = protocol(socket) else { return Verdict::Pass };
@@ -64,7 +70,7 @@ pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
         if order::is_asked_for(socket) {
             return order::carry_out(socket, tables);
         }
-        // Its owner wants it elsewhere.
+        // The owner connects the socket itself, so the order no longer holds.
         socket.drop_order();
         datagrams::keep_former(socket, tables);
     }
@@ -73,7 +79,8 @@ pub fn connect(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     if matches!(verdict, Verdict::Reject | Verdict::Drop) && is_answered_in_packets(socket, tables) {
         verdict = Verdict::Pass;
     }
-    // The socket may have been connected through us before. When this connect() fails, it still is.
+    // The socket may still have a record of an earlier connection. If this connect() is made to fail, the
+    // connection and its record stay.
     if verdict == Verdict::Pass {
         forget(socket, tables);
     }
@@ -116,7 +123,7 @@ fn lead(socket: &mut impl Socket, tables: &impl Tables, proto: u8, vip: Addr, vi
     }
 }
 
-/// getpeername(): the VIP, if that is what the application connected to.
+/// Handles getpeername(): reports the VIP, if the application connected to one.
 #[inline(always)]
 pub fn peername(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     let Some(record) = stream(socket, tables).or_else(|| socket.record()) else {
@@ -125,11 +132,11 @@ pub fn peername(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
     if record.is_connected() && translate_back(socket, &record) == Verdict::Translated {
         return Verdict::Translated;
     }
-    // A connect() that failed has left the socket where it was before.
+    // After a failed connect() the socket is connected where it was before.
     if is_stream(socket) { Verdict::Pass } else { datagrams::translate_back_other(socket, tables) }
 }
 
-/// close(): what `STREAMS` holds for the socket goes; its storage is freed by the kernel.
+/// Handles close(): frees the socket's element of `STREAMS`. The kernel frees the socket's storage.
 #[inline(always)]
 pub fn release(protocol: u32, cookie: u64, tables: &impl Tables) {
     if protocol != u32::from(proto::UDP) {
@@ -137,7 +144,7 @@ pub fn release(protocol: u32, cookie: u64, tables: &impl Tables) {
     }
 }
 
-/// Notes what a connected socket asked for.
+/// Stores the record of a socket that is being connected. Returns false on failure.
 #[inline(always)]
 fn remember(socket: &mut impl Socket, tables: &impl Tables, record: SocketRecord) -> bool {
     if is_stream(socket) {
@@ -151,8 +158,9 @@ fn remember(socket: &mut impl Socket, tables: &impl Tables, record: SocketRecord
     socket.put_record(record)
 }
 
-/// Forgets what a socket asked for before, unless it leads where the socket connects now: while an agent attaches the programs
-/// to another cgroup, above the one before or below it, the hook runs twice in one connect().
+/// Removes the record of a socket's earlier connection, unless the record leads to the address that the
+/// socket connects to now. (The hook runs twice in one connect() while an agent attaches the programs to
+/// another cgroup, above or below the previous one.)
 #[inline(always)]
 fn forget(socket: &mut impl Socket, tables: &impl Tables) {
     let (addr, port) = (socket.addr(), socket.port());
@@ -189,15 +197,15 @@ fn drop_stream(cookie: u64, tables: &impl Tables) {
     }
 }
 
-/// Whether `STREAMS` may hold the socket's record. UDP's stays in socket storage, where the agent looks for it and
-/// where recvmsg() pays least.
+/// Returns whether `STREAMS` may hold the socket's record. Records of UDP sockets stay in socket storage,
+/// where the agent looks for them and where recvmsg() pays least.
 #[inline(always)]
 fn is_stream(socket: &impl Socket) -> bool {
     socket.protocol() != u32::from(proto::UDP)
 }
 
-/// Whether the socket is connected where a connection's record says. After a connect() that failed it is not, nor after one to
-/// AF_UNSPEC, of which no hook hears.
+/// Returns whether the socket is connected to the backend that a connection's record names. This is not so
+/// after a failed connect(), nor after a connect() to AF_UNSPEC, for which no hook is called.
 #[inline(always)]
 fn holds(socket: &impl Socket, record: &SocketRecord) -> bool {
     record.is_connected() && socket.peer() == (record.backend_addr, record.backend_port)
@@ -225,7 +233,8 @@ fn protocol(socket: &impl Socket) -> Option<u8> {
     }
 }
 
-/// The frontend at `addr`, with the facts of this node, or the verdict for an address that is none.
+/// Returns the frontend at `addr` and the facts of this node, or the verdict for an address without a
+/// frontend.
 #[inline(always)]
 fn target(
     socket: &impl Socket,
@@ -272,16 +281,17 @@ fn target(
     }
 }
 
-/// Whether this is one of the sockets that are left alone.
+/// Returns whether the socket is one of those that are left alone.
 #[inline(always)]
 fn is_left_alone(socket: &impl Socket, tables: &impl Tables, flags: u64) -> bool {
-    // Nearly every socket is in the namespace of a pod: it is not inside another one.
+    // Nearly every socket is in the network namespace of a pod itself, so `inside` is false for it.
     let inside = flags & SANDBOXES_KNOWN != 0 && !tables.is_sandbox(socket.netns());
     (inside || flags & OPTED_OUT != 0) && socket.is_of_opt_out(tables, inside)
 }
 
-/// Whether the process is in one of the cgroups of `OPT_OUT`, by what [`Socket::cgroup`] says. (A container has a cgroup of its own below its
-/// pod's.) `inside`: its socket is in a network namespace that is no pod's.
+/// Returns whether the process is in one of the cgroups of `OPT_OUT`, according to [`Socket::cgroup`]. (A
+/// container has a cgroup of its own below its pod's.) `inside`: the socket is in a network namespace that is
+/// not a pod's own.
 #[inline(always)]
 pub fn is_of_opt_out(cgroup: impl Fn(i32) -> u64, tables: &impl Tables, inside: bool) -> bool {
     for level in 1..=CGROUP_LEVELS {
@@ -297,11 +307,11 @@ pub fn is_of_opt_out(cgroup: impl Fn(i32) -> u64, tables: &impl Tables, inside: 
     false
 }
 
-/// Who asks, as far as that matters.
+/// Owner of a socket, as far as decisions need it.
 struct Caller {
     netns: u64,
     client: Client,
-    /// The packet edge judges what this socket will send.
+    /// Whether the packet edge judges the packets that this socket will send.
     in_packets: bool,
 }
 
@@ -319,8 +329,8 @@ impl Caller {
         select(tables, frontend, self.client, AffinityKey::netns_client(self.netns))
     }
 
-    /// Whether a socket that is not served now may be connected all the same, to be served when there is an endpoint: packets to the VIP are
-    /// judged meanwhile.
+    /// Returns whether a socket that is not served now may be connected all the same, and be served once
+    /// there is an endpoint. An edge judges its packets to the VIP meanwhile.
     #[inline(always)]
     fn waits(&self, proto: u8, why: Counter) -> bool {
         proto == proto::UDP
@@ -328,14 +338,15 @@ impl Caller {
             && self.is_judged()
     }
 
-    /// Whether the packets that the socket sends to a VIP meet an edge.
+    /// Returns whether the packets that the socket sends to a VIP meet the packet edge.
     #[inline(always)]
     fn is_judged(&self) -> bool {
         self.in_packets || matches!(self.client, Client::Host)
     }
 
-    /// Counts a refusal. Where a pod's packet would be dropped, the address is left as it is if somebody drops the packets: the
-    /// client then hears nothing, as it should. (Of the host's packets nobody judges all.)
+    /// Counts a refusal, and returns its verdict. If a pod's packets would be dropped and the packet edge
+    /// judges them, the address stays unchanged: the packet edge drops the packets, and the client gets no
+    /// answer, as intended. (The packet edge does not judge all packets of the host.)
     #[inline(always)]
     fn refused(
         &self,
@@ -352,8 +363,9 @@ impl Caller {
     }
 }
 
-/// Whether the host's socket, which cannot be told why it is refused, goes on as it is: the packet edge answers a SYN to a
-/// clusterIP, unless the host has that address. Other addresses may have a host of their own. For datagram sockets there is [`Caller::waits`].
+/// Returns whether a refused socket of the host goes on with its address unchanged, because it cannot be
+/// given the reason. The packet edge answers its SYN to a clusterIP, unless the host has that address. Other
+/// addresses may belong to another host. For datagram sockets see [`Caller::waits`].
 #[inline(never)]
 fn is_answered_in_packets(socket: &impl Socket, tables: &impl Tables) -> bool {
     let (node, addr) = (tables.node(), socket.addr());

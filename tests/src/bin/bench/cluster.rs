@@ -1,4 +1,5 @@
-//! What a benchmark of connections has beside its lab: an API server with the objects of a cluster, and the agent.
+//! Environment of a benchmark of connections beside its lab: an API server with the objects of a cluster, and the
+//! agent.
 
 use std::net::{IpAddr, TcpListener};
 use std::time::Duration;
@@ -13,12 +14,12 @@ use crate::objects::World;
 use crate::progress;
 use crate::traffic::Listener;
 
-/// Endpoints of each Service that is only there to be there.
+/// Endpoints of each Service that only fills the cluster.
 const FILLING_ENDPOINTS: usize = 10;
-/// How long the agent may take to program everything.
+/// Time limit for the agent to program everything.
 const READY: Duration = Duration::from_secs(120);
 
-/// An API server on a node, and where its agent keeps its files.
+/// An API server on a node, and the folder for its agent's files.
 pub(crate) struct Cluster {
     api: ApiServer,
     folder: TempDir,
@@ -29,9 +30,9 @@ impl Cluster {
     /// Starts an API server that knows the node and the ServiceCIDRs.
     ///
     /// # Errors
-    /// If it cannot listen.
+    /// If the API server cannot listen.
     pub(crate) fn start(node: &Node) -> Result<Self> {
-        // The node's loopback is its own: the server listens where the agent is.
+        // The server listens in the node's network namespace, because the agent reaches only the node's own loopback.
         let listener = node.host().net().enter(|| TcpListener::bind("127.0.0.1:6443"))?;
         let api = ApiServer::start_on(listener?)?;
         let folder = tempfile::tempdir()?;
@@ -49,7 +50,7 @@ impl Cluster {
         self.api.apply_all(service.objects())
     }
 
-    /// Adds Services until there are as many, and starts an agent: one that starts makes its maps large enough.
+    /// Fills the cluster up to `services` Services, then starts an agent, which sizes its maps at its start.
     ///
     /// # Errors
     /// If the agent does not become ready.

@@ -1,4 +1,4 @@
-//! Which CPU runs what: on two CPUs a figure depends on it.
+//! Assignment of threads to CPUs: on two CPUs a figure depends on it.
 
 use std::fs;
 use std::thread;
@@ -7,11 +7,12 @@ use anyhow::{Context as _, Result};
 use rustix::process::{Pid, setpriority_process};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-/// Autogroups share the CPUs evenly among sessions, whatever the priorities within are; they have one of their own.
+/// File of the session's autogroup. Autogroups share the CPUs evenly among sessions, regardless of the priorities of
+/// processes; an autogroup has a priority of its own.
 const AUTOGROUP: &str = "/proc/self/autogroup";
 const HIGHEST: i32 = -20;
 
-/// This process, and those that it starts, come before all ordinary ones while this lives.
+/// Priority of this process, and of those that it starts, over all ordinary ones, until this is dropped.
 pub(crate) struct Priority {
     /// The priority that the session's autogroup had, if the kernel has autogroups.
     autogroup: Option<String>,
@@ -38,24 +39,24 @@ impl Priority {
 impl Drop for Priority {
     fn drop(&mut self) {
         if let Some(before) = &self.autogroup {
-            // The session outlives us; if it stays preferred, that harms little.
+            // The session outlives this process; a session that stays preferred does little harm.
             let _ = fs::write(AUTOGROUP, before);
         }
     }
 }
 
-/// Keeps the calling thread, and threads that it will start, on one CPU.
+/// Keeps the calling thread, and threads that it starts later, on one CPU.
 ///
 /// # Errors
-/// If there is no such CPU.
+/// If the CPU does not exist.
 pub(crate) fn pin(cpu: usize) -> Result<()> {
     pin_task(None, cpu)
 }
 
-/// Keeps every thread of a process, and those that they will start, on one CPU.
+/// Keeps every thread of a process, and threads that they start later, on one CPU.
 ///
 /// # Errors
-/// If there is no such CPU or process.
+/// If the CPU or the process does not exist.
 pub(crate) fn pin_process(pid: u32, cpu: usize) -> Result<()> {
     for task in fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("no process {pid}"))? {
         let id = task?.file_name().to_string_lossy().parse().ok().and_then(Pid::from_raw);
@@ -67,7 +68,7 @@ pub(crate) fn pin_process(pid: u32, cpu: usize) -> Result<()> {
 /// Runs `work` on a thread of its own on one CPU.
 ///
 /// # Errors
-/// If there is no such CPU, or those of `work`.
+/// If the CPU does not exist, and those of `work`.
 pub(crate) fn on_cpu<T: Send>(cpu: usize, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let pinned = || {
         pin(cpu)?;

@@ -1,10 +1,10 @@
-//! Where a run took place: figures mean nothing without it.
+//! The machine and its load during a run: figures mean nothing without them.
 
 use std::fs;
 
 use serde::Serialize;
 
-/// The machine, and how busy it was.
+/// The machine and its load.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Machine {
     /// Kernel release.
@@ -15,14 +15,14 @@ pub(crate) struct Machine {
     pub(crate) cpus: usize,
     /// One-minute load average when the run began.
     pub(crate) load_before: f64,
-    /// The same when it ended. The benchmark itself keeps about one CPU busy.
+    /// One-minute load average when the run ended. The benchmark itself keeps about one CPU busy.
     pub(crate) load_after: f64,
-    /// When the run began, seconds since 1970.
+    /// Time at which the run began, in seconds since 1970.
     pub(crate) began: u64,
 }
 
 impl Machine {
-    /// Looks at the machine at the beginning of a run.
+    /// Reads the machine's data at the beginning of a run.
     pub(crate) fn now() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
@@ -37,7 +37,7 @@ impl Machine {
         }
     }
 
-    /// Notes the end of the run.
+    /// Reads the load at the end of the run.
     pub(crate) fn end(&mut self) {
         self.load_after = load();
     }

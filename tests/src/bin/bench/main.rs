@@ -1,8 +1,8 @@
-//! Benchmarks: what Vipr costs a connection inside of the cluster (`east-west`) and from outside (`north-south`), what
-//! its programs cost a packet (`packet`), and how fast the agent follows the API (`sync`).
+//! Benchmarks: the cost of Vipr for a connection inside the cluster (`east-west`) and from outside (`north-south`), the
+//! cost of its programs for a packet (`packet`), and the speed at which the agent follows the API (`sync`).
 //!
-//! All build a lab of their own, run the real agent in it, print one table or one JSON document on standard output
-//! and progress on standard error. What the figures mean is told in `docs/performance.md`.
+//! Each builds a lab of its own, runs the real agent in it, and prints one table or one JSON document on standard
+//! output and its progress on standard error. `docs/performance.md` explains the figures.
 
 mod cluster;
 mod cpu;
@@ -37,45 +37,46 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Connections and datagrams through a clusterIP against the pod's own address without any programs.
+    /// Compare connections and datagrams through a clusterIP with those to the pod's own address without any programs.
     EastWest {
         #[command(flatten)]
         options: east_west::Options,
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Connections of a client outside through a nodePort against the pod's own address without any programs.
+    /// Compare connections of a client outside through a nodePort with those to the pod's own address without any
+    /// programs.
     NorthSouth {
         #[command(flatten)]
         options: north_south::Options,
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Time that the programs of the packet edge take for a packet.
+    /// Measure the time that the programs of the packet edge take for a packet.
     Packet {
         #[command(flatten)]
         options: packet::Options,
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Time and memory that the agent needs to program what the API server says.
+    /// Measure the time and memory that the agent needs to program the objects of the API server.
     Sync {
         #[command(flatten)]
         options: sync::Options,
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// The client side of traffic; started by the benchmarks.
+    /// Run the client side of traffic; started by the benchmarks.
     #[command(hide = true)]
     Client(traffic::ClientArgs),
-    /// The server side of traffic; started by the benchmarks.
+    /// Run the server side of traffic; started by the benchmarks.
     #[command(hide = true)]
     Server(traffic::ServerArgs),
 }
 
 #[derive(Clone, Copy, Debug, Args)]
 struct OutputArgs {
-    /// How to print the figures.
+    /// Format of the figures.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
     /// Exit with status 1 if a figure misses its bar.
@@ -85,9 +86,9 @@ struct OutputArgs {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Output {
-    /// For people.
+    /// A table for people.
     Table,
-    /// For programs; docs/performance.md describes it.
+    /// JSON for programs; docs/performance.md describes it.
     Json,
 }
 
@@ -111,7 +112,7 @@ fn run() -> Result<ExitCode> {
     Ok(if output.enforce && !report.all_met() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// Runs a benchmark with priority over whatever else the machine does.
+/// Runs a benchmark with priority over the machine's other processes.
 fn first(run: impl FnOnce() -> Result<Report>) -> Result<Report> {
     let _priority = cpu::Priority::raise()?;
     run()
@@ -126,8 +127,8 @@ fn print(report: &Report, output: Output) -> Result<()> {
     Ok(())
 }
 
-/// Tells what is going on.
+/// Prints a line about the progress on standard error.
 fn progress(text: std::fmt::Arguments<'_>) {
-    // Nobody reading is no reason to stop.
+    // A closed standard error does not stop the benchmark.
     let _ = writeln!(std::io::stderr(), "{text}");
 }

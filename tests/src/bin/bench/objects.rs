@@ -9,16 +9,16 @@ use proxy_common::abi::{FrontendKey, proto};
 use proxy_common::be::Be16;
 use serde_json::{Value, json};
 
-/// Most endpoints in one slice, as the EndpointSlice controller has it.
+/// Largest number of endpoints in one slice, as in the EndpointSlice controller.
 const SLICE_MAX: usize = 100;
 /// The port of every filling Service.
 const PORT: u16 = 80;
-/// Most Services: their clusterIPs come from 10.96.0.0/12, behind the first 256.
+/// Largest number of Services: their clusterIPs come from 10.96.0.0/12, after the first 256.
 const SERVICES_MAX: usize = (1 << 20) - 256;
-/// Most endpoints altogether: their addresses come from 10.128.0.0/9.
+/// Largest number of endpoints altogether: their addresses come from 10.128.0.0/9.
 const ENDPOINTS_MAX: usize = 1 << 23;
 
-/// So many Services with so many endpoints each.
+/// Number of Services, and number of endpoints of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct World {
     pub(crate) services: usize,
@@ -48,18 +48,18 @@ impl FromStr for World {
 }
 
 impl World {
-    /// Every object.
+    /// Returns every object.
     pub(crate) fn objects(self) -> impl Iterator<Item = Value> {
         (0..self.services).flat_map(move |index| self.service_and_slices(index))
     }
 
-    /// Service `index` with its slices.
+    /// Returns Service `index` with its slices.
     pub(crate) fn service_and_slices(self, index: usize) -> impl Iterator<Item = Value> {
         let slices = (0..self.endpoints.div_ceil(SLICE_MAX)).map(move |slice| self.slice(index, slice, true));
         std::iter::once(service(index)).chain(slices)
     }
 
-    /// One of the slices of Service `index`; the first endpoint is ready or not.
+    /// Returns one of the slices of Service `index`, with its first endpoint ready or not.
     pub(crate) fn slice(self, index: usize, slice: usize, first_ready: bool) -> Value {
         let first = slice * SLICE_MAX;
         let last = (first + SLICE_MAX).min(self.endpoints);
@@ -108,12 +108,12 @@ impl World {
     }
 }
 
-/// The address of an endpoint of Service `index`.
+/// Returns the address of an endpoint of Service `index`.
 pub(crate) fn endpoint(world: World, index: usize, endpoint: usize) -> Ipv4Addr {
     address([10, 128, 0, 0], index * world.endpoints + endpoint)
 }
 
-/// The clusterIP of Service `index`, as the datapath looks it up.
+/// Returns the clusterIP and port of Service `index`, as the datapath looks it up.
 pub(crate) fn frontend(index: usize) -> FrontendKey {
     FrontendKey::exact(IpAddr::V4(cluster_ip(index)).into(), Be16::new(PORT), proto::TCP)
 }
@@ -172,7 +172,7 @@ fn uid(kind: usize, number: usize) -> String {
     format!("{kind:08x}-0000-4000-8000-{number:012x}")
 }
 
-/// The clusterIP of Service `index`.
+/// Returns the clusterIP of Service `index`.
 pub(crate) fn cluster_ip(index: usize) -> Ipv4Addr {
     address([10, 96, 0, 0], 256 + index)
 }

@@ -1,8 +1,8 @@
-//! The ground of the benchmarks with a client outside of the cluster: a node whose nodePorts it uses, and a pod behind
-//! them on that node and on another one.
+//! The ground of the benchmarks with a client outside the cluster: a node whose nodePorts the client uses, with a
+//! backend pod on that node and one on another node.
 //!
-//! The way is the same whether anybody translates or not. A client that asks for the far pod itself is led through
-//! the first node, there and back, as one that uses a nodePort of that node is:
+//! Packets take the same path with and without translation. A client that connects to the far pod directly is routed
+//! through the first node in both directions, like a client of that node's nodePort:
 //!
 //! ```text
 //! client -- hub -- n1 -- server          (local)
@@ -21,15 +21,15 @@ use crate::traffic::Listener;
 
 /// First port of every server.
 pub(crate) const BASE_PORT: u16 = 7000;
-/// Routing table of the hub for a client that asks for the far pod itself.
+/// Routing table of the hub for a client that connects to the far pod directly.
 const DETOUR: u32 = 20;
 
-/// Which pod serves.
+/// Node of the backend pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Backend {
-    /// One of the node that the client talks to.
+    /// The node that the client connects to.
     Local,
-    /// One of another node.
+    /// Another node.
     Remote,
 }
 
@@ -37,7 +37,7 @@ impl Backend {
     /// Both.
     pub(crate) const ALL: [Self; 2] = [Self::Local, Self::Remote];
 
-    /// Its name in reports; also its Service's.
+    /// Returns the name of the backend in reports, and of its Service.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Local => "local",
@@ -60,13 +60,13 @@ impl Backend {
     }
 }
 
-/// Nodes, pods and the client; nothing of it proxies by itself.
+/// Nodes, pods and the client, without any proxy.
 pub(crate) struct Ground {
     lab: Lab,
 }
 
 impl Ground {
-    /// Builds it.
+    /// Builds the lab.
     ///
     /// # Errors
     /// As [`Lab::build`].
@@ -87,11 +87,11 @@ impl Ground {
         for ipv6 in [false, true] {
             ground.detour(ipv6)?;
         }
-        // A node with one device would tell clients of the shorter way.
+        // A node with one device would send clients redirects to the shorter way.
         for device in ["all", "eth0"] {
             ground.node().host().net().sysctl(&format!("net/ipv4/conf/{device}/send_redirects"), "0")?;
         }
-        // So that a client that closes first has ports left: its kernel takes one of an old connection again after a
+        // A client that closes first then has ports left: its kernel reuses the port of an old connection after a
         // second.
         for (key, value) in [("ip_local_port_range", "1024 65535"), ("tcp_tw_reuse", "1")] {
             ground.client().net().sysctl(&format!("net/ipv4/{key}"), value)?;
@@ -112,57 +112,57 @@ impl Ground {
         self.lab.node("n2").host().net().ip(&format!("{family}route add {client} via {via}\n"))
     }
 
-    /// The node that the client talks to.
+    /// Returns the node that the client talks to.
     pub(crate) fn node(&self) -> &Node {
         self.lab.node("n1")
     }
 
-    /// The client outside.
+    /// Returns the client outside.
     pub(crate) fn client(&self) -> Place {
         self.lab.client("client")
     }
 
-    /// A pod of the first node that serves nobody.
+    /// Returns a pod of the first node that is no backend.
     pub(crate) fn inside(&self) -> Pod {
         self.lab.pod("inside")
     }
 
-    /// The pod that serves.
+    /// Returns the pod that serves.
     pub(crate) fn pod(&self, backend: Backend) -> Pod {
         self.lab.pod(backend.pod())
     }
 
-    /// The client's address.
+    /// Returns the client's address.
     pub(crate) fn client_address(&self, ipv6: bool) -> Result<IpAddr> {
         address(&self.client(), ipv6)
     }
 
-    /// The address of the node that the client talks to.
+    /// Returns the address of the node that the client talks to.
     pub(crate) fn node_address(&self, ipv6: bool) -> Result<IpAddr> {
         address(self.node().host(), ipv6)
     }
 
-    /// The address of the pod that serves.
+    /// Returns the address of the pod that serves.
     pub(crate) fn pod_address(&self, backend: Backend, ipv6: bool) -> Result<IpAddr> {
         address(&self.pod(backend), ipv6)
     }
 
-    /// The address of the pod that serves nobody.
+    /// Returns the address of the pod that is no backend.
     pub(crate) fn inside_address(&self, ipv6: bool) -> Result<IpAddr> {
         address(&self.inside(), ipv6)
     }
 
-    /// The server itself.
+    /// Returns the address of the server itself.
     pub(crate) fn server(&self, backend: Backend, ipv6: bool, listener: Listener) -> Result<SocketAddr> {
         Ok(SocketAddr::new(self.pod_address(backend, ipv6)?, listener.port(BASE_PORT)))
     }
 
-    /// The nodePort for it.
+    /// Returns the nodePort in front of the server.
     pub(crate) fn node_port(&self, backend: Backend, ipv6: bool, listener: Listener) -> Result<SocketAddr> {
         Ok(SocketAddr::new(self.node_address(ipv6)?, listener.port(base_node_port(backend, ipv6))))
     }
 
-    /// The Service in front of it.
+    /// Returns the Service in front of the server.
     pub(crate) fn service(&self, backend: Backend, ipv6: bool) -> Result<Measured<'static>> {
         Ok(Measured {
             name: service_name(backend, ipv6),

@@ -7,10 +7,10 @@ use aya::maps::Map;
 use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader};
 
-/// Where xtask says that it has built the object.
+/// Environment variable in which xtask passes the path of the object.
 const VARIABLE: &str = "VIPR_BENCH_OBJECT";
 
-/// Its programs, none of them loaded, with maps of their own.
+/// Returns the object's programs, none of them loaded, with maps of their own.
 ///
 /// # Errors
 /// If the object is missing or cannot be parsed.
@@ -23,19 +23,19 @@ pub(crate) fn own_programs() -> Result<Ebpf> {
     loader.btf(None).load_file(&path).with_context(|| format!("cannot load {}", path.display()))
 }
 
-/// A program of it.
+/// Returns a program of the object.
 ///
 /// # Errors
-/// If there is none of this name.
+/// If no program has this name.
 pub(crate) fn classifier<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
     let program = programs.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
     Ok(program.try_into()?)
 }
 
-/// A map of it.
+/// Returns a map of the object.
 ///
 /// # Errors
-/// If there is none of this name.
+/// If no map has this name.
 pub(crate) fn map<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut Map> {
     programs.map_mut(name).with_context(|| format!("the object has no map {name}"))
 }

@@ -1,4 +1,4 @@
-//! What a benchmark prints: figures, each with its bar if it has one.
+//! The output of a benchmark: figures, some of them with a bar.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,21 +11,21 @@ use crate::stats::Estimate;
 /// Version of the JSON document.
 const VERSION: u32 = 1;
 
-/// One run.
+/// Report of one run.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     version: u32,
-    /// Which benchmark, as on the command line.
+    /// Name of the benchmark, as on the command line.
     pub(crate) bench: &'static str,
     pub(crate) machine: Machine,
     /// The options of the run, as text.
     pub(crate) options: String,
     pub(crate) figures: Vec<Figure>,
-    /// What the figures do not say by themselves.
+    /// Remarks that the figures need.
     pub(crate) notes: Vec<String>,
 }
 
-/// What a figure has to reach.
+/// Bar that a figure has to meet.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Bar {
     AtLeast(f64),
@@ -59,19 +59,19 @@ impl Serialize for Bar {
 /// One measured figure.
 #[derive(Debug, Serialize)]
 pub(crate) struct Figure {
-    /// What was measured.
+    /// Measured quantity.
     pub(crate) name: String,
-    /// In which world: Services x endpoints of each.
+    /// World of the measurement: Services x endpoints of each.
     pub(crate) world: String,
-    /// Of `value`, `low` and `high`.
+    /// Unit of `value`, `low` and `high`.
     pub(crate) unit: &'static str,
     pub(crate) value: f64,
-    /// 95 % confidence interval, where there is one.
+    /// Lower end of the 95 % confidence interval, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) low: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) high: Option<f64>,
-    /// How many measurements it was made from.
+    /// Number of measurements that the figure was made from.
     pub(crate) samples: usize,
     /// Further figures, each with its unit in its name.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
@@ -84,7 +84,7 @@ pub(crate) struct Figure {
 }
 
 impl Figure {
-    /// A single value.
+    /// Returns a figure of a single value.
     pub(crate) fn new(name: impl Into<String>, world: &str, unit: &'static str, value: f64) -> Self {
         Self {
             name: name.into(),
@@ -100,7 +100,7 @@ impl Figure {
         }
     }
 
-    /// A median of several measurements.
+    /// Returns a figure that is the median of several measurements.
     pub(crate) fn estimated(
         name: impl Into<String>,
         world: &str,
@@ -126,32 +126,32 @@ impl Figure {
         self
     }
 
-    /// Holds it against a bar.
+    /// Sets the bar, and whether the value meets it.
     pub(crate) fn bar(self, bar: Bar) -> Self {
         Self { bar: Some(bar), ok: Some(bar.is_met(self.value)), ..self }
     }
 }
 
 impl Report {
-    /// A report without figures.
+    /// Returns a report without figures.
     pub(crate) fn new(bench: &'static str, options: String) -> Self {
         let machine = Machine::now();
         Self { version: VERSION, bench, machine, options, figures: Vec::new(), notes: Vec::new() }
     }
 
-    /// Adds what the figures do not say by themselves, once.
+    /// Adds a remark, unless the report already has it.
     pub(crate) fn note(&mut self, note: String) {
         if !self.notes.contains(&note) {
             self.notes.push(note);
         }
     }
 
-    /// Whether every figure with a bar meets it.
+    /// Returns whether every figure with a bar meets it.
     pub(crate) fn all_met(&self) -> bool {
         self.figures.iter().all(|figure| figure.ok != Some(false))
     }
 
-    /// For people.
+    /// Returns the report as a table for people.
     pub(crate) fn table(&self) -> String {
         let Machine { kernel, cpu, cpus, load_before, load_after, .. } = &self.machine;
         let mut text = format!(
@@ -193,7 +193,7 @@ fn row(figure: &Figure) -> [String; 6] {
     [figure.name.clone(), figure.world.clone(), value, interval, bar, details.join(", ")]
 }
 
-/// Four significant digits, without an exponent.
+/// Formats a number with four significant digits, without an exponent.
 fn number(value: f64) -> String {
     let magnitude = if value == 0.0 { 0 } else { value.abs().log10().floor() as i32 };
     let decimals = usize::try_from(3 - magnitude).unwrap_or(0).min(6);

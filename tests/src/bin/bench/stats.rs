@@ -1,7 +1,7 @@
-//! Medians, percentiles and how far to trust them.
+//! Medians, percentiles and confidence intervals.
 
-/// A median with the interval that holds the true one with 95 % confidence, by order statistics: nothing is assumed
-/// of the distribution but that the values are independent.
+/// A median with its 95 % confidence interval, by order statistics: the only assumption is that the values are
+/// independent.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Estimate {
     pub(crate) median: f64,
@@ -11,7 +11,7 @@ pub(crate) struct Estimate {
 }
 
 impl Estimate {
-    /// Of `values`; NaN without any.
+    /// Returns the estimate of `values`; NaN without any.
     pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let mut sorted: Vec<f64> = values.into_iter().collect();
         sorted.sort_by(f64::total_cmp);
@@ -40,12 +40,12 @@ fn median(sorted: &[f64]) -> f64 {
     }
 }
 
-/// The median of `values`; NaN without any.
+/// Returns the median of `values`; NaN without any.
 pub(crate) fn median_of(values: impl IntoIterator<Item = f64>) -> f64 {
     Estimate::of(values).median
 }
 
-/// The value below or at which the share `p` (0 to 1) of `values` lies; NaN without any.
+/// Returns the value below or at which the share `p` (0 to 1) of `values` lies; NaN without any.
 pub(crate) fn percentile(values: impl IntoIterator<Item = f64>, p: f64) -> f64 {
     let mut sorted: Vec<f64> = values.into_iter().collect();
     sorted.sort_by(f64::total_cmp);

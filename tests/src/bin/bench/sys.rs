@@ -1,4 +1,4 @@
-//! The benchmarks' only `unsafe`: counting what a process does (perf_event_open(2)), which no library wraps.
+//! The benchmarks' only `unsafe`: counting events of a process (perf_event_open(2)), which no library wraps.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -9,15 +9,15 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
-/// Counts events in the threads that a process has.
+/// Counters of events in the threads of a process.
 #[derive(Debug)]
 pub(crate) struct Count(Vec<File>);
 
 impl Count {
-    /// Begins to count system calls, also of threads that are started after this.
+    /// Starts to count system calls, also of threads that are started later.
     ///
     /// # Errors
-    /// If the kernel has no such tracepoint (CONFIG_FTRACE_SYSCALLS) or does not let us.
+    /// If the kernel has no such tracepoint (CONFIG_FTRACE_SYSCALLS) or denies access.
     pub(crate) fn syscalls(pid: u32) -> Result<Self> {
         const PERF_TYPE_TRACEPOINT: u32 = 2;
         const INHERIT: u64 = 1 << 1;
@@ -27,12 +27,12 @@ impl Count {
         Ok(Self(open_counters(pid, &attributes).context("perf_event_open")?))
     }
 
-    /// Begins to count allocations: calls of the C library's functions, from which Rust's default allocator has all
-    /// memory. Each costs the process a trap. (Not of threads that are started after this: for them the kernel would read
-    /// the library's name again, from the memory of the process that starts them, and fail to start them.)
+    /// Starts to count allocations: calls of the C library's functions, from which Rust's default allocator gets all
+    /// memory. Each call costs the process a trap. (Threads that are started later are not counted: the kernel would
+    /// read the library's name again, from the memory of the process that starts them, and fail to start them.)
     ///
     /// # Errors
-    /// If the kernel has no uprobes or does not let us, or the C library is linked statically.
+    /// If the kernel has no uprobes or denies access, or the C library is linked statically.
     pub(crate) fn allocations(pid: u32) -> Result<Self> {
         let functions = [
             libc::malloc as *const (),
@@ -54,10 +54,10 @@ impl Count {
         Ok(Self(counters))
     }
 
-    /// How many up to now.
+    /// Returns the number of events so far.
     ///
     /// # Errors
-    /// What read(2) says.
+    /// With the error of read(2).
     pub(crate) fn read(&mut self) -> Result<u64> {
         let mut sum = 0;
         for counter in &mut self.0 {
@@ -69,7 +69,8 @@ impl Count {
     }
 }
 
-/// The file that an address of this process is mapped from, and where in it. Another process has the same library.
+/// Returns the file that an address of this process is mapped from, and the offset in it. Another process has the same
+/// library.
 fn place(address: usize) -> Result<(String, u64)> {
     let maps = fs::read_to_string("/proc/self/maps")?;
     let hex = |text: &str| usize::from_str_radix(text, 16).ok();
@@ -86,7 +87,7 @@ fn place(address: usize) -> Result<(String, u64)> {
     Ok((path, offset))
 }
 
-/// The number of `raw_syscalls:sys_enter`, from a tracefs that is mounted nowhere.
+/// Returns the number of `raw_syscalls:sys_enter`, from a tracefs that is not mounted anywhere.
 fn tracepoint_id() -> Result<u64> {
     let context = fsopen("tracefs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_create(&context)?;
@@ -115,7 +116,7 @@ struct Attributes {
     config2: u64,
 }
 
-/// One counter for each thread of the process.
+/// Opens one counter for each thread of the process.
 fn open_counters(pid: u32, attributes: &Attributes) -> Result<Vec<File>> {
     let attributes = Attributes { size: size_of::<Attributes>() as u32, ..*attributes };
     let mut counters = Vec::new();
@@ -124,7 +125,7 @@ fn open_counters(pid: u32, attributes: &Attributes) -> Result<Vec<File>> {
         let thread = name.to_str().and_then(|name| name.parse().ok()).context("a thread without a number")?;
         match open_counter(thread, &attributes) {
             Ok(counter) => counters.push(counter.into()),
-            // It has ended.
+            // The thread has ended.
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
             Err(error) => return Err(error.into()),
         }

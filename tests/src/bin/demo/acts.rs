@@ -19,7 +19,7 @@ pub(crate) const KUBIA: [&str; 3] = ["kubia-7nog1", "kubia-gzwli", "kubia-3inly"
 const KUBIA_VIP: &str = "10.111.249.153:80";
 const DNS: &str = "10.96.0.10:53";
 
-/// The tour.
+/// All parts of the tour.
 pub(crate) const ALL: [Act; 12] = [
     one_address,
     sticky_sessions,
@@ -35,7 +35,7 @@ pub(crate) const ALL: [Act; 12] = [
     looking_inside,
 ];
 
-/// Builds everything.
+/// Builds the lab and starts the agents.
 pub(crate) fn open(stage: &Stage) -> Result<World> {
     let start = Instant::now();
     let mut world = World::new(&[])?;
@@ -67,7 +67,7 @@ fn clients(world: &World) -> [(&'static str, Place); 2] {
     [("pod client", pod), ("node-a", host)]
 }
 
-/// One connection in words.
+/// Describes one connection in words.
 pub(crate) fn tell(stage: &Stage, attempt: &Attempt) {
     let [peer, endpoint, peername] = [attempt.peer, attempt.endpoint, attempt.peername]
         .map(|address| address.map_or_else(|| "?".to_owned(), |address| address.to_string()));
@@ -153,7 +153,7 @@ fn scaling(world: &mut World, stage: &mut Stage) -> Result<()> {
     world.manifests().restore(file)
 }
 
-/// Ends loops after `during` and gives the account of all their connections, none of which may have failed.
+/// Ends the loops after `during` and reports all their connections, none of which may have failed.
 fn run_loops(
     stage: &mut Stage,
     mut loops: Loops,
@@ -308,7 +308,7 @@ fn looking_inside(world: &mut World, stage: &mut Stage) -> Result<()> {
     let mut dump = world.host().command("bpftool");
     dump.args(["map", "dump", "pinned"]).arg(frontends);
     let dump = dump.text()?;
-    // The one with its port, not the one for all other ports of the address.
+    // The element with the port, not the one for all other ports of the address.
     let element = dump
         .split("},{")
         .find(|element| element.contains("10,111,249,153") && !element.contains("\"kind\": 3"));

@@ -1,4 +1,4 @@
-//! `--keep`: everything goes on, and the audience may try it.
+//! `--keep`: everything keeps running, and the audience may try commands.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -57,7 +57,7 @@ pub(crate) fn running(world: &World, stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// A program that runs its arguments in a place of the lab.
+/// Returns a program that runs its arguments in a place of the lab.
 fn enter(world: &World) -> String {
     let mut places: Vec<Place> = world.lab().all_pods().iter().map(|pod| Place::clone(pod)).collect();
     places.extend(world.lab().nodes().iter().map(|node| node.host().clone()));
@@ -85,7 +85,7 @@ fn enter(world: &World) -> String {
         )
 }
 
-/// A program that asks about the dataplane of [`NODE`].
+/// Returns a program that asks about the dataplane of [`NODE`].
 fn tool(world: &World, inside: &Path) -> Result<String> {
     let node = world.lab().node(NODE);
     Ok(format!(
@@ -97,7 +97,7 @@ fn tool(world: &World, inside: &Path) -> Result<String> {
     ))
 }
 
-/// A request by curl, or by what the demo brings along.
+/// Returns the command of a request, by curl if it is installed, otherwise by the demo's own client.
 fn request(target: &str) -> Result<String> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     if std::env::split_paths(&path).any(|dir| dir.join("curl").is_file()) {

@@ -1,7 +1,7 @@
 //! A tour of Vipr on one machine, for people who see it for the first time: `cargo xtask demo`.
 //!
-//! Nodes and pods are network namespaces with real servers and clients in them; the agents are the real ones, on the
-//! manifests of `examples/`. Whatever is told is also checked: the exit code says whether all of it was true.
+//! Nodes and pods are network namespaces with real servers and clients in them. The agents are the real ones, on the
+//! manifests of `examples/`. Every statement is also checked: the exit code says whether all of them were true.
 
 mod acts;
 mod keep;
@@ -19,7 +19,7 @@ use proxy_tests::scenarios::World;
 
 use stage::Stage;
 
-/// Shows what Vipr does with the Services in examples/, in about half a minute, and cleans up.
+/// Show Vipr at work on the Services in examples/, in about half a minute, and clean up.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask demo", disable_version_flag = true)]
 struct Cli {
@@ -28,14 +28,14 @@ struct Cli {
     keep: bool,
 }
 
-/// Set by Ctrl-C and SIGTERM: everything is cleaned up on the way out.
+/// Set by Ctrl-C and SIGTERM, after which the demo cleans up and ends.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let mut stage = Stage::new(std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none());
     let result = watch_signals().and_then(|()| run(&cli, &mut stage));
-    // Everything is gone by now.
+    // At this point the lab is cleaned up.
     match result {
         Ok(true) => {}
         _ if interrupted() => {
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
     stage.finish()
 }
 
-/// Says whether the tour came to its end.
+/// Runs the tour; returns whether it came to its end.
 fn run(cli: &Cli, stage: &mut Stage) -> Result<bool> {
     let mut world = acts::open(stage)?;
     for act in acts::ALL {
@@ -63,7 +63,7 @@ fn run(cli: &Cli, stage: &mut Stage) -> Result<bool> {
     Ok(true)
 }
 
-/// Whether somebody wants the demo to end.
+/// Returns whether Ctrl-C or SIGTERM asked the demo to end.
 fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
 }

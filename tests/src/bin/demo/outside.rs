@@ -1,4 +1,4 @@
-//! The parts of the tour in which packets come from outside, and nobody may be kept waiting.
+//! The parts of the tour in which packets come from outside.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use proxy_tests::scenarios::{NODE, OUTSIDE, OUTSIDE_ADDRESS, World, evenly};
 use crate::acts::{KUBIA, tell};
 use crate::stage::Stage;
 
-/// How long the audience waits for silence.
+/// Time that the audience waits for an answer that must not come.
 const SILENCE: Duration = Duration::from_millis(700);
 
 pub(crate) fn node_ports(world: &mut World, stage: &mut Stage) -> Result<()> {
@@ -38,7 +38,7 @@ pub(crate) fn node_ports(world: &mut World, stage: &mut Stage) -> Result<()> {
     Ok(())
 }
 
-/// The first connection to each pod, in words.
+/// Describes the first connection to each pod.
 fn one_of_each(stage: &Stage, attempts: &[Attempt]) {
     let by = |pod: &str| attempts.iter().find(|attempt| attempt.server.as_deref() == Some(pod));
     KUBIA.iter().filter_map(|pod| by(pod)).for_each(|attempt| tell(stage, attempt));

@@ -1,4 +1,4 @@
-//! What the audience sees, and the account of what was not as it should be.
+//! The output of the demo, and the record of unexpected results.
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -7,14 +7,14 @@ use anyhow::Result;
 use proxy_tests::lab::{Attempt, Summary};
 use proxy_tests::scenarios::served;
 
-/// Columns of text.
+/// Width of text, in columns.
 const WIDTH: usize = 100;
-/// Columns of what other programs print.
+/// Width of the output of other programs, in columns.
 const WIDE: usize = 140;
-/// Columns of the longest bar.
+/// Length of the longest bar, in columns.
 const BAR: usize = 50;
 
-/// Prints, counts and judges.
+/// Prints, counts and judges the results.
 pub(crate) struct Stage {
     colour: bool,
     start: Instant,
@@ -24,7 +24,7 @@ pub(crate) struct Stage {
 }
 
 impl Stage {
-    /// With colours or without.
+    /// Returns a stage with colours or without.
     pub(crate) fn new(colour: bool) -> Self {
         Self { colour, start: Instant::now(), acts: 0, connections: 0, unexpected: Vec::new() }
     }
@@ -33,19 +33,19 @@ impl Stage {
         if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
 
-    /// The headline of the next act.
+    /// Prints the headline of the next act.
     pub(crate) fn act(&mut self, title: &str) {
         self.acts += 1;
         let title = format!("{}. {title}", self.acts);
         println!("\n{}\n{}", self.paint("1;36", &title), self.paint("36", &"-".repeat(title.len())));
     }
 
-    /// A headline without a number.
+    /// Prints a headline without a number.
     pub(crate) fn title(&self, title: &str) {
         println!("{}\n{}", self.paint("1", title), self.paint("1", &"=".repeat(title.len())));
     }
 
-    /// A paragraph.
+    /// Prints a paragraph.
     pub(crate) fn say(&self, text: &str) {
         let mut line = String::new();
         for word in text.split_whitespace() {
@@ -61,12 +61,12 @@ impl Stage {
         println!("{line}");
     }
 
-    /// A line as it is.
+    /// Prints a line unchanged.
     pub(crate) fn line(&self, text: &str) {
         println!("{text}");
     }
 
-    /// Lines of a program's output, indented, without what is too far on the right.
+    /// Prints lines of a program's output, indented and cut at the width [`WIDE`].
     pub(crate) fn output(&self, text: &str) {
         for line in text.trim_end().lines() {
             let shown: String = line.chars().take(WIDE).collect();
@@ -75,12 +75,12 @@ impl Stage {
         }
     }
 
-    /// A command that somebody could type.
+    /// Prints a command that the audience could type.
     pub(crate) fn command(&self, place: &str, command: &str) {
         println!("{} {}", self.paint("32", &format!("{place}$")), self.paint("1", command));
     }
 
-    /// Counts connections, which all have to be answered, and draws who answered.
+    /// Counts connections, which all have to be answered, and draws the number of answers of each server.
     pub(crate) fn answered(&mut self, target: &str, attempts: &[Attempt]) -> Summary {
         let summary = self.count(target, attempts);
         self.bars(&summary);
@@ -104,7 +104,7 @@ impl Stage {
         self.connections += attempts;
     }
 
-    /// A bar for every server.
+    /// Draws a bar for every server.
     pub(crate) fn bars(&self, summary: &Summary) {
         let most = summary.by_server.values().copied().max().unwrap_or(1).max(1);
         let names = summary.by_server.keys().map(String::len).max().unwrap_or_default();
@@ -114,14 +114,14 @@ impl Stage {
         }
     }
 
-    /// Judges: nothing to be said if it is as it should be.
+    /// Records an error; prints nothing on success.
     pub(crate) fn expect(&mut self, judgement: Result<()>) {
         if let Err(error) = judgement {
             self.unexpected(&format!("{error:#}"));
         }
     }
 
-    /// Judges and says so.
+    /// Prints a check and its result.
     pub(crate) fn check(&mut self, good: bool, what: &str) {
         if good {
             println!("  {} {what}", self.paint("32", "ok"));
@@ -130,20 +130,20 @@ impl Stage {
         }
     }
 
-    /// Judges, and says nothing if it is as it should be.
+    /// Prints and records a failed check; prints nothing for a good one.
     pub(crate) fn check_quietly(&mut self, good: bool, otherwise: &str) {
         if !good {
             self.unexpected(otherwise);
         }
     }
 
-    /// Something that should not be.
+    /// Prints and records an unexpected result.
     pub(crate) fn unexpected(&mut self, what: &str) {
         println!("  {} {what}", self.paint("1;31", "UNEXPECTED:"));
         self.unexpected.push(what.to_owned());
     }
 
-    /// The last words.
+    /// Prints the end of the demo and returns its exit code.
     pub(crate) fn finish(self) -> ExitCode {
         let Self { connections, unexpected, start, .. } = &self;
         if !unexpected.is_empty() {

@@ -1,4 +1,4 @@
-//! What is loaded and attached, and what it cost the verifier.
+//! Programs that are loaded and attached, and their cost for the verifier.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,7 +28,7 @@ pub(super) const ROWS: &[Row] = &[
     Row { id: "k005_verified", check: verified },
 ];
 
-/// Starts the agent, unless it runs.
+/// Starts the agent, unless it is running.
 pub(super) fn start(world: &World) -> Result<()> {
     let mut agent = world.agent();
     if agent.id().is_none() {
@@ -38,7 +38,7 @@ pub(super) fn start(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// Every program is in the kernel, and the agent has nothing to complain about.
+/// Checks that every program is in the kernel, and that the agent reports no problem.
 fn load(world: &World) -> Result<Outcome> {
     start(world)?;
     let mut command = world.command("status")?;
@@ -56,7 +56,7 @@ fn load(world: &World) -> Result<Outcome> {
     right(format!("{} programs at sockets, {} at devices", PROGRAMS.len(), loaded.len()))
 }
 
-/// Names of the programs on a device by TCX, on the way in and out.
+/// Returns the names of the programs that TCX has on a device, for ingress and egress.
 pub(super) fn tcx_programs(place: &Place, device: &str) -> Result<Vec<String>> {
     let query = || -> Result<Vec<String>> {
         let mut names = Vec::new();
@@ -69,7 +69,7 @@ pub(super) fn tcx_programs(place: &Place, device: &str) -> Result<Vec<String>> {
     place.net().enter(query)?
 }
 
-/// The same by filters.
+/// Returns the names of the programs that filters have on a device, for ingress and egress.
 pub(super) fn clsact_programs(place: &Place, device: &str) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for direction in ["ingress", "egress"] {
@@ -82,7 +82,7 @@ pub(super) fn clsact_programs(place: &Place, device: &str) -> Result<Vec<String>
     Ok(names)
 }
 
-/// The way of this kernel, and no other.
+/// Checks that the programs are attached in the way that this kernel supports, and in no other.
 fn attach(world: &World) -> Result<Outcome> {
     let pod = world.lab().pod("P");
     let host = world.host();
@@ -100,7 +100,7 @@ fn attach(world: &World) -> Result<Outcome> {
     if has_tcx() { right("by TCX") } else { Ok(Outcome::Lacks("TCX: clsact".to_owned())) }
 }
 
-/// The agent finds the hierarchy by itself, and the programs are attached to the cgroup that they were told.
+/// Checks that the agent finds the hierarchy by itself, and that the programs are attached to the configured cgroup.
 fn cgroup(world: &World) -> Result<Outcome> {
     let found = Host::look(None)?.cgroup;
     let unified = Path::new("/sys/fs/cgroup/unified");
@@ -110,7 +110,7 @@ fn cgroup(world: &World) -> Result<Outcome> {
         !world.hybrid || fs::read_to_string("/proc/self/mountinfo")?.contains(" - cgroup "),
         "no version 1 beside it"
     );
-    // Not as bpftool says it: on 5.10 that fails.
+    // Not asked of bpftool, which fails here on 5.10.
     let cgroup = fs::metadata(world.node().cgroup())?.ino();
     let pins = PinDir::new(world.node().pin_dir());
     for name in PROGRAMS {
@@ -125,7 +125,7 @@ fn cgroup(world: &World) -> Result<Outcome> {
     right(format!("{}: every program at the node's cgroup", found.display()))
 }
 
-/// Prints what every program cost the verifier.
+/// Prints the number of instructions that the verifier processed for every program.
 fn verified(world: &World) -> Result<Outcome> {
     let counts = if tells_verified_instructions() {
         let status = world.tool("status")?;

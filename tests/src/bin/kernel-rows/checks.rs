@@ -1,4 +1,4 @@
-//! What has to be true of single connections and datagrams.
+//! Checks of single connections and datagrams.
 
 use std::net::{IpAddr, SocketAddr};
 use std::thread;
@@ -9,29 +9,29 @@ use proxy_tests::lab::{Attempt, Held, Place, Proto};
 use super::objects::Backend;
 use super::world::{ANSWER, SILENCE};
 
-/// Every way to talk that kernels have without a module.
+/// Every protocol of client sockets that kernels have without a module.
 pub(super) const WAYS: [Proto; 3] = [Proto::Tcp, Proto::Udp, Proto::UdpUnconnected];
 
-/// Who answers, and whom it sees.
+/// Expected answer: the server, and the client address that it sees.
 #[derive(Clone, Copy)]
 pub(super) struct Answer<'a> {
     /// The server.
     pub(super) backend: Backend,
-    /// Its port.
+    /// Port of the server.
     pub(super) port: u16,
-    /// Whom it sees as the client: one of these.
+    /// Client addresses that the server may see.
     pub(super) seen: &'a [&'a str],
 }
 
 impl<'a> Answer<'a> {
-    /// On the port that most Service ports lead to.
+    /// Returns the answer of a backend on the port of most Service ports' endpoints.
     pub(super) fn from(backend: Backend, seen: &'a [&'a str]) -> Self {
         Self { backend, port: 8080, seen }
     }
 }
 
-/// One connection or datagram is answered by whom it should be, who sees whom it should, and the client sees what it asked
-/// for.
+/// Checks that one connection or datagram is answered by the expected server, that the server sees the expected client,
+/// and that the client sees the address that it asked.
 pub(super) fn served(place: &Place, way: Proto, target: &str, answer: Answer<'_>) -> Result<Attempt> {
     let attempt = place.connect(target).proto(way).timeout(ANSWER).one()?;
     is_served(target, &attempt, way, answer)
@@ -39,7 +39,7 @@ pub(super) fn served(place: &Place, way: Proto, target: &str, answer: Answer<'_>
     Ok(attempt)
 }
 
-/// The same of an attempt that was made.
+/// Checks the same for an attempt that was already made.
 pub(super) fn is_served(target: &str, attempt: &Attempt, way: Proto, answer: Answer<'_>) -> Result<()> {
     let asked: SocketAddr = target.parse().with_context(|| target.to_owned())?;
     let Answer { backend, port, seen } = answer;
@@ -55,12 +55,12 @@ pub(super) fn is_served(target: &str, attempt: &Attempt, way: Proto, answer: Ans
     ensure!(seen.contains(&peer.as_str()), "the server saw {peer}, not one of {seen:?}");
     let told = if way == Proto::UdpUnconnected { attempt.from } else { attempt.peername };
     ensure!(told == Some(asked), "the client asked for {asked} and sees {told:?}: {attempt:?}");
-    // A datagram of a connected socket comes from there as well.
+    // The answer to a connected socket comes from the address asked, too.
     ensure!(way != Proto::Udp || attempt.from == Some(asked), "the answer came from {:?}", attempt.from);
     Ok(())
 }
 
-/// A connection that stays open.
+/// Opens a connection that stays open.
 pub(super) fn held(place: &Place, way: Proto, target: &str) -> Result<Held> {
     let held = place.hold(target).proto(way).timeout(ANSWER).open()?;
     let opened = held.opened();
@@ -68,7 +68,7 @@ pub(super) fn held(place: &Place, way: Proto, target: &str) -> Result<Held> {
     Ok(held)
 }
 
-/// One call or what follows it fails with this error; `stages` are the calls that may say so.
+/// Checks that one of the calls named by `stages` fails with this error.
 pub(super) fn fails(place: &Place, way: Proto, target: &str, stages: &[&str], error: &str) -> Result<()> {
     let timeout = if error == "ETIMEDOUT" { SILENCE } else { ANSWER };
     let attempt = place.connect(target).proto(way).timeout(timeout).one()?;
@@ -81,7 +81,7 @@ pub(super) fn fails(place: &Place, way: Proto, target: &str, stages: &[&str], er
     Ok(())
 }
 
-/// Nobody answers any of these, who ask at once.
+/// Checks that no target answers; all of them are asked at the same time.
 pub(super) fn silent(asked: &[(&Place, Proto, String)]) -> Result<()> {
     let silent = |(place, way, target): &(&Place, Proto, String)| {
         fails(place, *way, target, if *way == Proto::Tcp { &["connect"] } else { &["recv"] }, "ETIMEDOUT")
@@ -93,7 +93,7 @@ pub(super) fn silent(asked: &[(&Place, Proto, String)]) -> Result<()> {
     })
 }
 
-/// The call of a socket that names the destination fails.
+/// Checks that the call that names the destination fails.
 pub(super) fn denied(place: &Place, way: Proto, target: &str, error: &str) -> Result<()> {
     fails(place, way, target, if way == Proto::UdpUnconnected { &["send"] } else { &["connect"] }, error)
 }

@@ -1,7 +1,7 @@
-//! Devices of every kind as edges: a client comes in through them, and pods are behind them.
+//! Devices of every kind as edges: a client's packets come in through them, and pods are behind them.
 //!
-//! All lead to one machine, `far`, over two veth pairs. On it, each device has the address of a pod and one of a client of its
-//! own, whose packets leave by it.
+//! All lead to one machine, `far`, over two veth pairs. There, each device has the address of a pod, and the address of
+//! a client whose packets leave by that device.
 
 use std::io::Write as _;
 
@@ -24,32 +24,32 @@ pub(super) const ROWS: &[Row] = &[
     Row { id: KINDS[5].row, check: |world| edge(world, KINDS[5]) },
 ];
 
-/// The device that carries the others, with room for packets of more than a page, and the MAC addresses of both ends.
+/// Device that carries the others, with room for packets of more than a page. `MACS` are the addresses of its two ends.
 pub(super) const UNDERLAY: &str = "u0";
 const MACS: [&str; 2] = ["02:00:00:00:00:01", "02:00:00:00:00:02"];
-/// A routing table of the node that leads everybody to `eth0`.
+/// Routing table of the node that routes everything through `eth0`.
 const ELSEWHERE_TABLE: u32 = 98;
-/// Addresses of both ends.
+/// Addresses of both ends of the underlay.
 pub(super) const UNDER: [[&str; 2]; 2] = [["192.168.70.1", "fd70::1"], ["192.168.70.2", "fd70::2"]];
 
-/// What there is to know of a kind of device.
+/// Properties of a kind of device.
 #[derive(Clone, Copy)]
 struct Kind {
     row: &'static str,
     name: &'static str,
-    /// What a kernel without it lacks.
+    /// Feature that a kernel without this kind of device lacks.
     what: &'static str,
-    /// Whether its packets begin with the IP header.
+    /// Whether the device's packets begin with the IP header.
     l3: bool,
-    /// Its Service, with the pod behind it.
+    /// Service of the device, with the pod behind it.
     service: Service,
-    /// The node's own addresses on it.
+    /// The node's own addresses on the device.
     own: [&'static str; 2],
-    /// Addresses of the client behind it.
+    /// Addresses of the client behind the device.
     client: [&'static str; 2],
 }
 
-/// A kind, with its name twice, and the number that its addresses have.
+/// Makes a `Kind`; the number is part of its addresses.
 macro_rules! kind {
     ($row:literal, $name:literal, $what:literal, l3: $l3:literal, number: $number:literal, service: $service:literal, v6: $v6:literal) => {
         Kind {
@@ -76,27 +76,27 @@ macro_rules! kind {
 const KINDS: [Kind; 6] = [
     kind!("k050_vlan", "vlan7", "VLAN devices", l3: false, number: "71", service: 21, v6: true),
     kind!("k051_bond", "bond7", "bonds", l3: false, number: "72", service: 22, v6: true),
-    // Only IPv4 goes through it.
+    // Only IPv4 packets go through ipip.
     kind!("k052_ipip", "ipip7", "ipip", l3: true, number: "73", service: 23, v6: false),
     kind!("k053_wireguard", "wg7", "WireGuard", l3: true, number: "74", service: 24, v6: true),
     kind!("k054_vxlan", "vxlan7", "VXLAN", l3: false, number: "75", service: 25, v6: true),
     kind!("k055_tun", "tun7", "tun devices", l3: true, number: "76", service: 26, v6: true),
 ];
 
-/// A device, or why there is none.
+/// A device, or the reason why it could not be made.
 pub(super) struct Device {
     kind: Kind,
     made: Result<(), String>,
 }
 
 impl Device {
-    /// The Service whose only pod is behind it.
+    /// Returns the Service whose only pod is behind the device.
     pub(super) fn service(&self) -> Service {
         self.kind.service
     }
 }
 
-/// Makes `far` and the devices of these rows. One that cannot be made is the affair of its row.
+/// Makes `far` and the devices of these rows. A device that cannot be made is reported by its row.
 pub(super) fn make(lab: &Lab, rows: &[&str]) -> Result<Vec<Device>> {
     let far = lab.add_client("far", &["203.0.113.70", "2001:db8:ff::70"])?;
     let near = lab.node(NODE).host();
@@ -142,7 +142,7 @@ impl Kind {
         self.service.backends.iter().flat_map(|pod| [pod.v4, pod.v6])
     }
 
-    /// Both ends, their addresses, and who is behind the far one.
+    /// Makes both ends of the device, their addresses, and the pod and the client behind the far end.
     fn make(&self, near: &Place, far: &Place) -> Result<()> {
         self.link(near, far)?;
         let Self { name, own: [v4, v6], client, .. } = self;
@@ -175,7 +175,7 @@ impl Kind {
         self.pod().nth(1).is_some_and(|address| !address.is_empty())
     }
 
-    /// The device in both namespaces.
+    /// Makes the device in both namespaces.
     fn link(&self, near: &Place, far: &Place) -> Result<()> {
         let name = self.name;
         let [one, other] = [UNDER[0][0], UNDER[1][0]];
@@ -195,9 +195,9 @@ impl Kind {
     }
 }
 
-/// Two keys, and each end told of the other's.
+/// Makes two keys, and tells each end the public key of the other.
 fn wireguard(name: &str, near: &Place, far: &Place) -> Result<()> {
-    // Any 32 bytes are a key; these say "not a secret".
+    // Any 32 bytes are a key; these spell "not a secret".
     let private =
         ["bm90IGEgc2VjcmV0LCBub3QgYSBzZWNyZXQsIG9uZTE=", "bm90IGEgc2VjcmV0LCBub3QgYSBzZWNyZXQsIHR3bzI="];
     let wg = |place: &Place, args: &[&str], input: &str| -> Result<String> {
@@ -222,16 +222,17 @@ fn wireguard(name: &str, near: &Place, far: &Place) -> Result<()> {
     Ok(())
 }
 
-/// Removes the devices whose packets have no link-layer header: the programs for them need no more be verified.
+/// Removes the devices whose packets have no link-layer header, so that the programs for them need not be verified any
+/// more.
 pub(super) fn remove_l3(near: &Place) {
     for kind in KINDS.iter().filter(|kind| kind.l3) {
-        // One that could not be made is not there.
+        // A device that could not be made does not exist.
         let _ = near.net().ip(&format!("link delete {}", kind.name));
     }
 }
 
-/// What a pod of this node sends to the client behind the device is routed by `eth0`, by a rule: answers leave by the device all the
-/// same.
+/// Checks that replies leave by the device through which the client's packets came, although a routing rule sends the
+/// pod's packets to that client through `eth0`.
 fn answered_by(world: &World, far: &Place, kind: Kind, v6: bool) -> Result<()> {
     let family = usize::from(v6);
     let (option, pod, hub) = [("", HERE.v4, "192.0.2.1"), ("-6 ", HERE.v6, "2001:db8:1::1")][family];
@@ -250,7 +251,7 @@ fn answered_by(world: &World, far: &Place, kind: Kind, v6: bool) -> Result<()> {
     host.ip(&format!("{option}rule del {rule}"))
 }
 
-/// The node's programs are on the device; clients behind it and pods behind it are served.
+/// Checks that the node's programs are on the device, and that clients and pods behind it are served.
 fn edge(world: &World, kind: Kind) -> Result<Outcome> {
     let name = kind.name;
     let device =
@@ -266,7 +267,8 @@ fn edge(world: &World, kind: Kind) -> Result<Outcome> {
     let number = kind.service.number;
     let pod = kind.service.backends[0];
     for v6 in [false, true].into_iter().filter(|&v6| !v6 || kind.has_v6()) {
-        // A pod behind the device: the source is the node's on that device, so that the answer comes back through it.
+        // A pod behind the device: the source is the node's address on that device, so that the reply comes back
+        // through it.
         for way in [Proto::Tcp, Proto::Udp] {
             served(&outside, way, &balancer(number, v6, 80), Answer::from(pod, &kind.own))
                 .context("from eth0")?;

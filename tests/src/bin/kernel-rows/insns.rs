@@ -1,5 +1,5 @@
-//! Programs in the kernel: which use the node's maps, and how many instructions the verifier walked through where the kernel
-//! does not tell.
+//! Programs in the kernel: those that use the node's maps, and the number of instructions that the verifier processed,
+//! for kernels that do not report it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd as _, AsRawFd as _};
@@ -19,29 +19,29 @@ use proxy_agent::bpf::tc;
 
 use super::sys;
 
-/// Names of the programs that use the pinned maps.
+/// Returns the names of the programs that use the pinned maps.
 pub(super) fn names(pins: &Path) -> Result<BTreeSet<String>> {
     Ok(using(trace(pins)?))
 }
 
-/// Number of the pinned map that every program uses.
+/// Returns the id of the pinned map that every program uses.
 pub(super) fn trace(pins: &Path) -> Result<u32> {
     Ok(MapInfo::from_pin(PinDir::new(pins).map("TRACE"))?.id())
 }
 
-/// Names of the programs that use a map.
+/// Returns the names of the programs that use a map.
 pub(super) fn using(map: u32) -> BTreeSet<String> {
     users(map).filter_map(|info| info.name_as_str().map(str::to_owned)).collect()
 }
 
 fn users(map: u32) -> impl Iterator<Item = ProgramInfo> {
-    // Programs come and go.
+    // Programs may be unloaded meanwhile.
     let programs = loaded_programs().flatten();
     programs.filter(move |info| info.map_ids().ok().flatten().is_some_and(|ids| ids.contains(&map)))
 }
 
-/// Has every program verified once more, on the maps of those that run, for the verifier's last words: the library that the
-/// agent loads them by throws away what is said of one that is accepted.
+/// Has every program verified once more, with the maps of the running programs, and reads the statistics in the
+/// verifier's log: the agent's library discards the log of an accepted program.
 pub(super) fn by_log(pins: &Path) -> Result<BTreeMap<String, u32>> {
     let maps = maps(pins)?;
     let mut object = Object::parse(OBJECT)?;
@@ -60,7 +60,7 @@ pub(super) fn by_log(pins: &Path) -> Result<BTreeMap<String, u32>> {
         count.with_context(|| log.clone())
     };
     let names = dataplane::PROGRAMS.into_iter().chain(tc::PROGRAMS);
-    // A processor for each, if there are so many.
+    // One thread for each program.
     thread::scope(|scope| {
         let count = &count;
         let threads: Vec<_> = names.map(|name| (name, scope.spawn(move || count(name)))).collect();
@@ -72,13 +72,13 @@ pub(super) fn by_log(pins: &Path) -> Result<BTreeMap<String, u32>> {
     })
 }
 
-/// As much of a name as the kernel keeps.
+/// Cuts a name to the length that the kernel keeps.
 fn in_kernel(name: &str) -> &str {
     &name[..name.len().min(15)]
 }
 
-/// The maps of the programs that run, by name. The settings of the loader are a map as well: of two, those for sockets are
-/// taken, which are those for devices with a MAC header on the kernels concerned.
+/// Returns the maps of the running programs by name. The loader's settings are also a map. If there are two such maps,
+/// the one for socket programs is taken; on the kernels concerned it equals the one for devices with a MAC header.
 fn maps(pins: &Path) -> Result<BTreeMap<String, MapFd>> {
     let (mut first, mut others) = (BTreeSet::new(), BTreeSet::new());
     for info in users(trace(pins)?) {
@@ -98,7 +98,7 @@ fn maps(pins: &Path) -> Result<BTreeMap<String, MapFd>> {
     Ok(maps)
 }
 
-/// How the kernel has to be told of a program.
+/// Returns the type and the attach type of a program.
 fn kind(name: &str) -> (bpf_prog_type, bpf_attach_type) {
     let hook = match name {
         "connect4" => BPF_CGROUP_INET4_CONNECT,
@@ -110,7 +110,7 @@ fn kind(name: &str) -> (bpf_prog_type, bpf_attach_type) {
         "getpeername4" => BPF_CGROUP_INET4_GETPEERNAME,
         "getpeername6" => BPF_CGROUP_INET6_GETPEERNAME,
         "sock_release" => return (BPF_PROG_TYPE_CGROUP_SOCK, BPF_CGROUP_INET_SOCK_RELEASE),
-        // Of packet programs nobody asks where.
+        // The attach type of a packet program is ignored.
         _ => return (BPF_PROG_TYPE_SCHED_CLS, BPF_CGROUP_INET_INGRESS),
     };
     (BPF_PROG_TYPE_CGROUP_SOCK_ADDR, hook)

@@ -1,5 +1,5 @@
-//! Packets that are too large for something: fragments, ICMP errors that say so, and packets whose headers the kernel has not
-//! in one piece.
+//! Large packets: fragments, ICMP errors about packets that are too big, and packets whose headers are not contiguous
+//! in the kernel.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -22,17 +22,17 @@ pub(super) const ROWS: &[Row] = &[
     Row { id: "k047_headers_in_pieces", check: headers_in_pieces },
 ];
 
-/// The Service port whose pods send back what they get.
+/// Service port whose pods send back the data that they get.
 const ECHO: u16 = 82;
-/// What the link of the pod `M1` has room for.
+/// MTU of the link of the pod `M1`.
 const NARROW_MTU: usize = 1300;
 
-/// Bytes that say which datagram and which place they are.
+/// Returns bytes that depend on `seed` and on their position.
 fn data(length: usize, seed: usize) -> Vec<u8> {
     (0..length).map(|at| (at * 31 + at / 256 + seed * 7) as u8).collect()
 }
 
-/// A socket in a namespace, connected.
+/// Opens a connected socket in a namespace.
 fn connected(net: &Netns, target: &str) -> Result<UdpSocket> {
     let target: SocketAddr = target.parse()?;
     let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
@@ -44,7 +44,7 @@ fn connected(net: &Netns, target: &str) -> Result<UdpSocket> {
     net.enter(open)?.with_context(|| target.to_string())
 }
 
-/// What comes back within `patience`.
+/// Returns the data that arrives within `patience`.
 fn answer(socket: &UdpSocket, patience: Duration) -> io::Result<Vec<u8>> {
     socket.set_read_timeout(Some(patience))?;
     let mut buffer = vec![0; 65_536];
@@ -53,7 +53,7 @@ fn answer(socket: &UdpSocket, patience: Duration) -> io::Result<Vec<u8>> {
     Ok(buffer)
 }
 
-/// Datagrams of three fragments each way, to a pod here and elsewhere.
+/// Checks datagrams of three fragments each way, to a pod of this node and to one of another.
 fn fragments(world: &World) -> Result<Outcome> {
     let client = world.lab().client("X");
     for v6 in [false, true] {
@@ -71,8 +71,8 @@ fn fragments(world: &World) -> Result<Outcome> {
     right("datagrams of 4000 bytes there and back")
 }
 
-/// A datagram does not fit a link behind the node. The ICMP error about it quotes what the node has made of it, and comes to
-/// the client as one about what the client has sent: it learns how much fits.
+/// Checks a datagram that does not fit a link behind the node. The ICMP error quotes the packet that the node has
+/// translated, and must reach the client as an error about the packet that the client has sent, with the MTU.
 fn too_big(world: &World) -> Result<Outcome> {
     let (client, pod) = (world.lab().client("X"), world.lab().pod("M1"));
     let mtu = format!("link set {} mtu {NARROW_MTU}\n", pod.host_device());
@@ -85,7 +85,7 @@ fn too_big(world: &World) -> Result<Outcome> {
         let (small, large) = (data(100, 1), data(1400, 2));
         socket.send(&small)?;
         ensure!(answer(&socket, ANSWER)? == small, "{target}: another answer");
-        // The kernel knows a path of 1500 bytes, and forbids fragments.
+        // The kernel assumes a path MTU of 1500 bytes, and forbids fragments.
         socket.send(&large)?;
         ensure!(
             answer(&socket, Duration::from_millis(300)).is_err(),
@@ -108,11 +108,11 @@ fn path_mtu(client: &Place, target: &str) -> Result<String> {
     command.text()
 }
 
-/// A datagram of more than a page, of which only the Ethernet header lies in the linear part of the kernel's packet: what
-/// network cards deliver that put everything into pages. [`sys::send_in_pieces`] says how.
+/// Checks a datagram of more than a page, of which only the Ethernet header lies in the linear part of the kernel's
+/// packet, as from network cards that put everything into pages. [`sys::send_in_pieces`] explains it.
 fn headers_in_pieces(world: &World) -> Result<Outcome> {
     let far = world.lab().client("far");
-    // All the way, so that nothing is cut on it.
+    // The whole path gets the large MTU, so that nothing is fragmented on it.
     let pod = world.lab().pod("L1");
     world.host().net().ip(&format!("link set {} mtu 9000\n", pod.host_device()))?;
     pod.net().ip("link set eth0 mtu 9000\n")?;
@@ -138,7 +138,7 @@ fn headers_in_pieces(world: &World) -> Result<Outcome> {
     right("6000 bytes with nothing but the Ethernet header in the linear part")
 }
 
-/// From the far end of the underlay to the near one: see `MACS` of the devices.
+/// Writes the MAC addresses for the way from the far end of the underlay to the near end: see `MACS` of the devices.
 fn ethernet(mut frame: Vec<u8>) -> Vec<u8> {
     frame[..12].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2]);
     frame

@@ -1,4 +1,5 @@
-//! What the agent finds when it starts, what it does while clients go on, and what it leaves behind.
+//! Start, restart and cleanup of the agent: the state it finds, the clients it must not disturb, and the state it
+//! leaves.
 
 use std::env;
 use std::fs;
@@ -29,10 +30,10 @@ pub(super) const ROWS: &[Row] = &[
     Row { id: "k080_cleanup", check: cleanup },
 ];
 
-/// Maps that do not depend on others: what another layout of them costs is their contents alone.
+/// Maps on which no others depend: with another layout, only their contents are lost.
 const OTHER_LAYOUT: [&str; 3] = ["FLOWS", "NODE", "DEVICES"];
 
-/// Pins a new map of bpftool's making where a map of ours should be.
+/// Pins a new map, made by bpftool, at the place of one of Vipr's maps.
 fn put_map(world: &World, version: &str, name: &str, layout: &str) -> Result<()> {
     let dir = world.node().pin_dir().join(version);
     fs::create_dir_all(&dir)?;
@@ -41,7 +42,7 @@ fn put_map(world: &World, version: &str, name: &str, layout: &str) -> Result<()>
     command.text().context("the rows need bpftool").map(drop)
 }
 
-/// Key size, value size and room of a pinned map.
+/// Returns key size, value size and capacity of a pinned map.
 fn layout(world: &World, name: &str) -> Result<[u64; 3]> {
     let pin = world.node().pin_dir().join(format!("v{ABI_VERSION}")).join(name);
     let mut command = world.host().command("bpftool");
@@ -51,7 +52,8 @@ fn layout(world: &World, name: &str) -> Result<[u64; 3]> {
     Ok([field("bytes_key")?, field("bytes_value")?, field("max_entries")?])
 }
 
-/// The first start of the agent: on the pins of an earlier build that is given, else on maps of other versions and layouts.
+/// Checks the first start of the agent: with the pins of an earlier build, if one is given, else with maps of other
+/// versions and layouts.
 pub(super) fn takeover(world: &World) -> Result<Outcome> {
     let before = env::var_os("VIPR_AGENT_BEFORE").filter(|path| !path.is_empty());
     let what = match &before {
@@ -62,19 +64,19 @@ pub(super) fn takeover(world: &World) -> Result<Outcome> {
         .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
         .collect::<Result<_>>()?;
     left.sort();
-    // What was made outside of here is noted in `made`, where there is anything.
+    // The directory `made` holds notes of changes outside the pin directory; it may be missing.
     let left: Vec<String> = left.into_iter().filter(|name| name != "made").collect();
     ensure!(left == ["links".to_owned(), format!("v{ABI_VERSION}")], "pinned are {left:?}");
     served(&world.pod("P"), Proto::Tcp, &cluster_ip(ON_THIS_NODE.number, false, 80), Answer::from(HERE, &P))?;
     right(what)
 }
 
-/// Room for Service ports that an agent gives to a cluster that is smaller than any real one. What is left of such a one is
-/// soon full.
+/// Capacity of Service ports that an agent chooses for a cluster smaller than any real one. Maps left by such an agent
+/// are soon full.
 const FEW: u32 = 512;
 
-/// Pins the maps that belong together, all in the right layout: with little room for Service ports, with too little for
-/// what they lead to.
+/// Pins the maps that belong together, all in the right layout: with a small capacity of Service ports, and too small a
+/// capacity for their endpoints.
 fn small_maps(pins: &PinDir) -> Result<()> {
     pins.create()?;
     let mut loader = EbpfLoader::new();
@@ -88,7 +90,7 @@ fn small_maps(pins: &PinDir) -> Result<()> {
         ("SERVICES", FEW),
         ("NAMES", FEW),
         ("SERVICE_COUNTERS", FEW),
-        // These do not grow.
+        // These maps do not grow.
         ("AFFINITY", 65_536),
         ("NEW_AFFINITY", 65_536),
         ("LOCAL_ADDRESSES", LOCAL_ADDRESS_ENTRIES),
@@ -121,7 +123,7 @@ fn after_other_layouts(world: &World) -> Result<String> {
     Ok("of other versions: gone; of another layout, or too small: replaced; large enough: kept".to_owned())
 }
 
-/// An earlier agent serves, dies, and ours goes on with what it has left. Nobody who is connected notices.
+/// Lets an earlier agent serve and die, and ours take over its state. No connected client may notice.
 fn after_another(world: &World, program: &Path) -> Result<String> {
     let mut earlier = world.new_agent()?.program(program);
     earlier.start()?;
@@ -136,10 +138,10 @@ fn after_another(world: &World, program: &Path) -> Result<String> {
     Ok(format!("from the agent of version {version}: {count} connections beside, all answered"))
 }
 
-/// The pause between two connections: an emulated processor has something else to do meanwhile.
+/// Pause between two connections: an emulated processor needs time for other work.
 const PACE: Duration = Duration::from_millis(200);
 
-/// Clients of all kinds: some stay connected, some make one connection after the other.
+/// Clients of all kinds: some stay connected, some make one connection after another.
 struct Clients {
     held: Vec<Held>,
     flows: Vec<(String, Proto, Flow)>,
@@ -174,17 +176,17 @@ impl Clients {
         Ok(clients)
     }
 
-    /// Every connection that is held still works, and new ones do.
+    /// Checks that every held connection still works, and that new ones do.
     fn go_on(&mut self, when: &str) -> Result<()> {
         for held in &mut self.held {
             let said = held.say(when)?;
             ensure!(said.ok && said.text.as_deref() == Some(when), "a held connection, {when}: {said:?}");
         }
-        // The first one may have begun before.
+        // The first of these connections may have begun before.
         self.flows.iter_mut().try_for_each(|(_, _, flow)| flow.wait_for(3)).with_context(|| when.to_owned())
     }
 
-    /// Ends them. How many connections there were, of which none failed, or went elsewhere.
+    /// Ends the clients. Returns the number of connections, none of which may have failed or reached another pod.
     fn none_failed(self) -> Result<usize> {
         let mut count = 0;
         for (target, way, flow) in self.flows {
@@ -203,7 +205,7 @@ impl Clients {
     }
 }
 
-/// Which Service and which backend has which number, of the Services that there are from the beginning on.
+/// Returns the numbers of the Services that exist from the beginning, and of their backends.
 fn numbers(world: &World) -> Result<Vec<Value>> {
     let mut all = Vec::new();
     for tool in ["services", "backends"] {
@@ -216,14 +218,14 @@ fn numbers(world: &World) -> Result<Vec<Value>> {
     Ok(all)
 }
 
-/// Whom the Service with session affinity gives to this client.
+/// Returns the pod that the Service with session affinity gives to this client.
 fn remembered(place: &Place) -> Result<String> {
     let target = cluster_ip(STICKY.number, false, 80);
     let attempt: Attempt = place.connect(&target).timeout(ANSWER).one()?;
     attempt.server.context("not answered")
 }
 
-/// Services of many ports, and no endpoints but the last one's.
+/// Returns Services of many ports; only the last one has endpoints.
 fn many(ports: u64) -> Vec<Value> {
     const EACH: u64 = 20;
     let services = ports.div_ceil(EACH);
@@ -249,7 +251,7 @@ fn many(ports: u64) -> Vec<Value> {
     objects
 }
 
-/// More Service ports than there is room for: the maps are made larger while everybody goes on.
+/// Checks more Service ports than the maps can hold: the maps are made larger while clients go on.
 fn growth(world: &World) -> Result<Outcome> {
     devices::remove_l3(world.host());
     let [.., small] = layout(world, "SERVICES")?;
@@ -267,7 +269,7 @@ fn growth(world: &World) -> Result<Outcome> {
     let look = || Ok(world.pod("P").connect(&target).timeout(ANSWER).one()?.ok.then_some(()));
     until("the last Service", look)?;
     served(&world.pod("P"), Proto::Tcp, &target, Answer::from(HERE, &P))?;
-    // The packet edge takes the larger maps a moment later.
+    // The packet edge changes to the larger maps a moment later.
     let outside = world.lab().client("X");
     until("the last Service from outside", || {
         Ok(outside.connect(&target).timeout(ANSWER).one()?.ok.then_some(()))
@@ -282,7 +284,7 @@ fn growth(world: &World) -> Result<Outcome> {
     right(format!("from {small} to {large} Service ports, {count} connections beside, all answered"))
 }
 
-/// The agent is killed and started again; where there is TCX, so that it changes over to filters.
+/// Kills the agent and starts it again; where TCX is available, the new agent has to change to filters.
 fn restart(world: &World) -> Result<Outcome> {
     let (before, kept) = (numbers(world)?, remembered(&world.pod("P"))?);
     let mut clients = Clients::new(world)?;
@@ -313,7 +315,7 @@ fn restart(world: &World) -> Result<Outcome> {
     right(format!("held connections go on, {count} others, all answered{change}"))
 }
 
-/// Nothing is left: no pin, no program, no filter; and nobody is served.
+/// Checks that cleanup leaves nothing, no pin, no program, no filter, and that no client is served.
 fn cleanup(world: &World) -> Result<Outcome> {
     let pins = world.node().pin_dir();
     let mut held = checks::held(&world.pod("P"), Proto::Tcp, &cluster_ip(ELSEWHERE.number, false, 80))?;
@@ -335,7 +337,7 @@ fn cleanup(world: &World) -> Result<Outcome> {
             ensure!(tcx_programs(world.host(), device)?.is_empty(), "links are left on {device}");
         }
     }
-    // The kernel takes programs away when nobody has used them for a moment.
+    // The kernel removes programs a moment after their last use.
     until("no programs", || Ok(insns::using(trace).is_empty().then_some(())))
         .with_context(|| format!("{:?}", insns::using(trace)))?;
     for (place, target) in [
@@ -345,7 +347,7 @@ fn cleanup(world: &World) -> Result<Outcome> {
         let attempt = place.connect(&target).timeout(super::world::SILENCE).one()?;
         ensure!(!attempt.ok, "{} is still served: {attempt:?}", place.name());
     }
-    // What a socket was connected to stays.
+    // A connected socket stays connected to its pod.
     ensure!(held.say("still there")?.ok, "a connection to a pod");
     right("no pins, programs, filters or files are left")
 }

@@ -1,12 +1,14 @@
-//! What every kernel has to show: rows of real programs, real sockets and real devices, each with its right value.
+//! Rows that every kernel has to pass: checks of real programs, real sockets and real devices, each with its expected
+//! result.
 //!
-//! Runs as root, on any machine or as nearly the only program of a virtual one, and needs in PATH: `ip`, `tc` and `wg` for
-//! devices, `nft`, and `bpftool`. The agent and `lab-pod` are found as by the lab (`VIPR_AGENT`, `VIPR_LAB_POD`, or beside this
-//! program); an agent of an earlier build, whose pins ours takes over, is named by `VIPR_AGENT_BEFORE`.
+//! The program runs as root, on any machine or as nearly the only program of a virtual one. It needs in PATH: `ip`,
+//! `tc` and `wg` for devices, `nft`, and `bpftool`. It finds the agent and `lab-pod` as the lab does (`VIPR_AGENT`,
+//! `VIPR_LAB_POD`, or beside this program). `VIPR_AGENT_BEFORE` names an agent of an earlier build whose pins ours
+//! takes over.
 //!
-//! One line for each row as it ends: `row ID ok SECONDS WHAT`, `row ID FAILED SECONDS WHY`, or `row ID lacks WHAT` where the
-//! kernel lacks something and what is done instead was right. `insns PROGRAM COUNT` are verified instructions.
-//! The last line is `rows: N passed, N failed`; lacking rows have passed.
+//! It prints one line for each row as the row ends: `row ID ok SECONDS WHAT`, `row ID FAILED SECONDS WHY`, or `row ID
+//! lacks WHAT` if the kernel lacks something and the substitute was right. `insns PROGRAM COUNT` are verified
+//! instructions. The last line is `rows: N passed, N failed`; lacking rows have passed.
 
 mod attached;
 mod checks;
@@ -37,24 +39,25 @@ use proxy_tests::lab::binary;
 
 use row::Row;
 
-/// Checks every row on the running kernel.
+/// Check every row on the running kernel.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Cli {
-    /// The cgroup v2 hierarchy has to be the one at /sys/fs/cgroup/unified, beside those of version 1.
+    /// Require the cgroup v2 hierarchy to be at /sys/fs/cgroup/unified, beside those of version 1.
     #[arg(long)]
     hybrid: bool,
-    /// Not rows whose name has this in it.
+    /// Leave out rows whose name contains this.
     #[arg(long)]
     without: Vec<String>,
-    /// Prints the names of the rows.
+    /// Print the names of the rows.
     #[arg(long)]
     list: bool,
-    /// Only rows whose name has one of these in it.
+    /// Run only rows whose name contains one of these.
     filters: Vec<String>,
 }
 
-/// Every row, in the order in which they run: what is attached, what is served, and last what ends or begins.
+/// Returns every row, in the order in which they run: attachment, then serving, and last the rows that end or begin
+/// something.
 fn rows() -> Vec<Row> {
     [
         attached::ROWS,
@@ -78,7 +81,7 @@ fn main() -> Result<ExitCode> {
     let is_one_of = |row: &Row, parts: &[String]| parts.iter().any(|part| row.id.contains(part));
     let named =
         |row: &Row| (cli.filters.is_empty() || is_one_of(row, &cli.filters)) && !is_one_of(row, &cli.without);
-    // The first one starts the agent.
+    // The first row starts the agent.
     let rows: Vec<Row> = rows()
         .into_iter()
         .enumerate()
@@ -89,7 +92,7 @@ fn main() -> Result<ExitCode> {
         rows.iter().for_each(|row| row::say(row.id));
         return Ok(ExitCode::SUCCESS);
     }
-    // A program that is missing is a mistake in how this one was started, not a row.
+    // A missing program is a mistake of the caller, not a failed row.
     binary::lab_pod()?;
     binary::proxy_agent()?;
     Ok(if row::run_all(&rows, cli.hybrid) { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -1,4 +1,4 @@
-//! `proxy-agent monitor` tells of every kind of decision that can be brought about, at sockets and of packets.
+//! Checks that `proxy-agent monitor` shows every kind of decision that can be provoked, at sockets and for packets.
 
 use std::collections::BTreeSet;
 use std::io::Read as _;
@@ -22,7 +22,7 @@ pub(super) const ROWS: &[Row] = &[Row { id: "k065_monitor", check: monitor }];
 
 const INACTIVE: &str = "10.96.77.77:80";
 
-/// What is told: at sockets, of packets on their way in, and on their way out.
+/// Decisions that are expected: at sockets, for packets on their way in, and on their way out.
 const SOCKET: [&str; 8] = [
     "connected",
     "datagram",
@@ -53,7 +53,7 @@ fn monitor(world: &World) -> Result<Outcome> {
     let trace = Array::<_, Trace>::try_from(Map::Array(MapData::from_pin(pins.map("TRACE"))?))?;
     until("the monitor", || Ok((trace.get(&0, 0)?.until != 0).then_some(())))?;
     provoke(world)?;
-    // It looks for events some times a second.
+    // The monitor looks for events a few times a second.
     std::thread::sleep(Duration::from_millis(500));
     monitor.signal(Signal::INT)?;
     let mut text = String::new();
@@ -77,7 +77,7 @@ fn monitor(world: &World) -> Result<Outcome> {
     right(format!("{} kinds of events, {} events", told.len(), text.lines().count()))
 }
 
-/// Something of every kind. What becomes of it is the affair of other rows.
+/// Provokes a decision of every kind. Other rows check the results.
 fn provoke(world: &World) -> Result<()> {
     let (pod, host) = (world.pod("P"), world.host());
     let [x, y, far] = ["X", "Y", "far"].map(|name| world.lab().client(name));
@@ -109,17 +109,18 @@ fn provoke(world: &World) -> Result<()> {
     ] {
         ask(place, Proto::Udp, &target, SILENCE)?;
     }
-    // By a socket of the node that is in none of its cgroups, as that of a kernel thread: nobody has translated it.
+    // The socket is in none of the node's cgroups, like a socket of a kernel thread: the socket programs have not
+    // translated it.
     let send = |source: &str, targets: &[&str]| -> Result<()> {
         let socket = UdpSocket::bind((source, 0))?;
         for target in targets {
-            // It may be told of the one before.
+            // The call may fail with the error of the datagram before.
             let _ = socket.send_to(b"?", target);
         }
         Ok(())
     };
     host.net().enter(|| send("0.0.0.0", &[&cip(ON_THIS_NODE.number), &unused, INACTIVE]))??;
-    // With the node's own address, from elsewhere.
+    // Packets from another machine with the node's own source address.
     far.net().ip(&format!("address add {}/32 dev lo", N1[0]))?;
     let sent = far.net().enter(|| send(N1[0], &[&lb(ON_THIS_NODE.number)]))?;
     far.net().ip(&format!("address delete {}/32 dev lo", N1[0]))?;

@@ -1,4 +1,4 @@
-//! The endpoint of a Service is replaced while clients use it.
+//! Replaces the endpoint of a Service while clients use it.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use super::world::{ANSWER, MOVING, World};
 
 pub(super) const ROWS: &[Row] = &[Row { id: "k060_udp_endpoint_replaced", check: replaced }];
 
-/// Clients go on and on by sockets that live for 20 datagrams, and others keep one socket each.
+/// Checks clients that use sockets for 20 datagrams each, and others that keep one socket each.
 fn replaced(world: &World) -> Result<Outcome> {
     move_to(world, HERE)?;
     let [pod, unseen, outside] = [world.pod("P"), world.pod("U"), world.lab().client("X")];
@@ -41,13 +41,14 @@ fn replaced(world: &World) -> Result<Outcome> {
     for held in &mut in_packets {
         answered_by(&held.say("after")?, THERE)?;
     }
-    // The pod that it is connected to has left: it is led to the other one, and its owner notices nothing.
+    // The pod that the socket is connected to has left: the socket is moved to the other one, and its owner notices
+    // nothing.
     let led = connected.say_until(ANSWER, |attempt| attempt.server.as_deref() != Some(HERE.name))?;
     answered_by(&led, THERE)?;
     ensure!(led.peername == connected.opened().peername, "{led:?} after {:?}", connected.opened());
     let mut datagrams = 0;
     for mut load in loads {
-        // The first one may have been sent before.
+        // The first datagram may have been sent before.
         load.wait_for(2)?;
         let moved = load.so_far()?.len();
         load.wait_for(20)?;

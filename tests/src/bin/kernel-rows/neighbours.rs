@@ -1,4 +1,4 @@
-//! Others on the node: rules of nftables that translate, and pods that want their sockets left alone.
+//! Other users of the node: nftables rules that translate, and pods that opt out of the translation of their sockets.
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_tests::lab::{Place, Proto};
@@ -12,8 +12,8 @@ use super::world::{ELSEWHERE, N1, NODE, ON_THIS_NODE, P, World, X, until};
 pub(super) const ROWS: &[Row] =
     &[Row { id: "k061_nftables_dnat", check: nftables }, Row { id: "k062_opt_out", check: opt_out }];
 
-/// A port of the node and an address that belong to nftables, and what most nodes have beside: connection tracking, which
-/// drops what it finds invalid.
+/// Rules for a port of the node and an address that belong to nftables, with connection tracking that drops invalid
+/// packets, as on most nodes.
 const RULES: &str = "table inet rows {
     chain to { type nat hook prerouting priority dstnat; policy accept;
         ip daddr 192.0.2.10 tcp dport 29999 dnat ip to 10.64.1.11:8080
@@ -52,7 +52,8 @@ fn beside_rules(world: &World) -> Result<()> {
 
 const UID: &str = "3f2b7c1e-0001-4a5b-8c9d-000000000001";
 
-/// The same pod, as one container asks to be left alone and another does not: the first one's packets are translated.
+/// Checks the pod P from a cgroup that has opted out and from its own: only connections of the first are translated as
+/// packets.
 fn opt_out(world: &World) -> Result<Outcome> {
     let pod = world.lab().pod("P");
     let inside = pod.in_cgroup(&format!("kubepods/burstable/pod{UID}/0123abcd"))?;

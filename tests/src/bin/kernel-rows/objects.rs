@@ -2,66 +2,66 @@
 
 use serde_json::{Value, json};
 
-/// A pod that serves, or a machine that does as if.
+/// A pod that serves, or a machine that acts as one.
 #[derive(Clone, Copy)]
 pub(super) struct Backend {
-    /// Its name in answers.
+    /// The backend's name in answers.
     pub(super) name: &'static str,
-    /// The node of its slice.
+    /// Node of the backend's slice.
     pub(super) node: &'static str,
-    /// Address of each family; IPv6 may lack.
+    /// IPv4 address.
     pub(super) v4: &'static str,
-    /// Empty for none.
+    /// IPv6 address; empty for none.
     pub(super) v6: &'static str,
 }
 
-/// A pod of the node that is looked at.
+/// A pod of the node under test.
 pub(super) const HERE: Backend = Backend { name: "L1", node: "n1", v4: "10.64.1.11", v6: "fd00:64:0:1::11" };
-/// A pod of another one.
+/// A pod of another node.
 pub(super) const THERE: Backend = Backend { name: "R1", node: "n2", v4: "10.64.2.21", v6: "fd00:64:0:2::21" };
-/// A pod of another node, behind a link that is narrow.
+/// A pod of another node, behind a link with a small MTU.
 pub(super) const NARROW: Backend =
     Backend { name: "M1", node: "n2", v4: "10.64.2.22", v6: "fd00:64:0:2::22" };
 
-/// A Service of the namespace `k`. What it is called by follows from its number: see [`cluster_ip`], [`balancer`],
+/// A Service of the namespace `k`. Its addresses follow from its number: see [`cluster_ip`], [`balancer`],
 /// [`external_ip`] and [`node_port`].
 #[derive(Clone, Copy)]
 pub(super) struct Service {
     /// Name.
     pub(super) name: &'static str,
-    /// Number below 28: nodePorts end with 32767.
+    /// Number of the Service, below 28: nodePorts end with 32767.
     pub(super) number: u16,
-    /// Who serves.
+    /// The Service's endpoints.
     pub(super) backends: &'static [Backend],
 }
 
-/// Address and port of a Service of its kind in one family.
+/// Formats the address and port of a Service from the prefix of its family.
 fn at(v6: bool, v4_prefix: &str, v6_prefix: &str, number: u16, port: u16) -> String {
     if v6 { format!("[{v6_prefix}{number}]:{port}") } else { format!("{v4_prefix}{number}:{port}") }
 }
 
-/// Its clusterIP.
+/// Returns the clusterIP of Service `number`, with a port.
 pub(super) fn cluster_ip(number: u16, v6: bool, port: u16) -> String {
     at(v6, "10.96.0.", "fd00:96::", number, port)
 }
 
-/// Its address at the load balancer.
+/// Returns the load-balancer address of Service `number`, with a port.
 pub(super) fn balancer(number: u16, v6: bool, port: u16) -> String {
     at(v6, "198.18.5.", "2001:db8:5::", number, port)
 }
 
-/// Its externalIP.
+/// Returns the externalIP of Service `number`, with a port.
 pub(super) fn external_ip(number: u16, v6: bool, port: u16) -> String {
     at(v6, "198.18.9.", "2001:db8:9::", number, port)
 }
 
-/// Its nodePort on the node.
+/// Returns the nodePort of Service `number`, with the node's address.
 pub(super) fn node_port(number: u16, v6: bool, port: u16) -> String {
     let port = 30_000 + 100 * number + port;
     if v6 { format!("[2001:db8:1::10]:{port}") } else { format!("192.0.2.10:{port}") }
 }
 
-/// Name, protocol, port and target port of every Service port. 82 and 83 send back what they get.
+/// Name, protocol, port and target port of every Service port. Endpoints of 82 and 83 send back the data that they get.
 const PORTS: [(&str, &str, u16, u16); 6] = [
     ("tcp", "TCP", 80, 8080),
     ("udp", "UDP", 80, 8080),
@@ -71,7 +71,7 @@ const PORTS: [(&str, &str, u16, u16); 6] = [
     ("echo", "TCP", 83, 9083),
 ];
 
-/// The Service and its slices; `patch` replaces fields of its `spec`.
+/// Returns the Service and its slices; `patch` replaces fields of its `spec`.
 pub(super) fn service(service: Service, patch: Value) -> Vec<Value> {
     let Service { name, number, backends } = service;
     let bare = |address: String| {
@@ -124,7 +124,7 @@ fn slice(service: &str, family: &str, backends: &[Backend], address: fn(&Backend
     })
 }
 
-/// The prefixes of Services.
+/// Returns the ServiceCIDR object with the prefixes of clusterIPs.
 pub(super) fn service_cidr() -> Value {
     json!({
         "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": { "name": "kubernetes" },

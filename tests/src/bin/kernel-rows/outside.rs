@@ -1,4 +1,4 @@
-//! A client outside, which asks for the node's ports, externalIPs and load-balancer addresses.
+//! A client outside, which connects to the node's ports, externalIPs and load-balancer addresses.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ use super::objects::{HERE, THERE, balancer, external_ip, node_port};
 use super::row::{Outcome, Row, right};
 use super::world::{ANSWER, BOTH, ELSEWHERE, LOCAL, N1, ON_THIS_NODE, STICKY, World, X};
 
-/// Address and port of a Service, for a family.
+/// Function that returns the address and port of a Service, for a family.
 type Frontend = fn(u16, bool, u16) -> String;
 
 pub(super) const ROWS: &[Row] = &[
@@ -22,7 +22,8 @@ pub(super) const ROWS: &[Row] = &[
     Row { id: "k035_affinity_outside", check: affinity },
 ];
 
-/// A pod here sees the client. To a pod elsewhere the source is the node's: the answer has to come back through it.
+/// Checks that a pod of this node sees the client, and that a pod of another node sees the node's address: its reply
+/// has to come back through this node.
 fn frontend(world: &World, of: Frontend) -> Result<Outcome> {
     let client = world.lab().client("X");
     for v6 in [false, true] {
@@ -50,7 +51,8 @@ fn policy_cluster(world: &World) -> Result<Outcome> {
     right("both pods are met, each with its source")
 }
 
-/// Only the pod of this node, which sees the client. A pod as a client may get either.
+/// Checks that a client outside reaches only the pod of this node, which sees the client. A pod as a client may reach
+/// either endpoint.
 fn policy_local(world: &World) -> Result<Outcome> {
     let client = world.lab().client("X");
     for v6 in [false, true] {

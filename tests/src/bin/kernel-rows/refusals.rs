@@ -1,4 +1,4 @@
-//! What is refused, and what vanishes.
+//! Connections that are refused, and packets that are dropped.
 
 use anyhow::Result;
 use proxy_tests::lab::Proto;
@@ -18,12 +18,12 @@ pub(super) const ROWS: &[Row] = &[
     Row { id: "k029_source_ranges", check: source_ranges },
 ];
 
-/// An address that Services may have, and none has.
+/// Address in the Service range that no Service has.
 const INACTIVE: [&str; 2] = ["10.96.77.77:80", "[fd00:96::77]:80"];
-/// No Service has this port.
+/// Port that no Service has.
 const UNUSED: u16 = 999;
 
-/// No endpoint, or no such port: the call that names the destination fails.
+/// Checks, without an endpoint or without such a port, that the call that names the destination fails.
 fn reject_at_sockets(world: &World) -> Result<Outcome> {
     for v6 in [false, true] {
         let (empty, unused) = (cluster_ip(EMPTY.number, v6, 80), cluster_ip(ON_THIS_NODE.number, v6, UNUSED));
@@ -35,7 +35,7 @@ fn reject_at_sockets(world: &World) -> Result<Outcome> {
                 host_is_refused(world, way, &empty, refusal())?;
             }
         }
-        // connect() of UDP does not fail for lack of endpoints; the datagrams do.
+        // connect() of UDP does not fail without endpoints; the datagrams do.
         for place in [&world.pod("P"), world.host()] {
             fails(place, Proto::Udp, &empty, &["send", "recv"], "ECONNREFUSED")?;
         }
@@ -47,8 +47,8 @@ fn reject_at_sockets(world: &World) -> Result<Outcome> {
     }
 }
 
-/// By its call; or where the kernel cannot say `error` there, a TCP socket by an answer to its packet, never with EPERM, after
-/// which NFS would try again for ever.
+/// Checks that the host's call is refused with `error`. Where the kernel cannot return `error` there, a TCP socket is
+/// refused by an answer to its packet, never with EPERM, after which NFS would retry forever.
 fn host_is_refused(world: &World, way: Proto, target: &str, error: &str) -> Result<()> {
     if way == Proto::Tcp && !kernel::has_set_retval() {
         fails(world.host(), way, target, &["connect"], "ECONNREFUSED")
@@ -57,8 +57,8 @@ fn host_is_refused(world: &World, way: Proto, target: &str, error: &str) -> Resu
     }
 }
 
-/// No endpoint on this node where the policy asks for one, or no such Service: the host is told, of a pod the packets
-/// vanish.
+/// Checks, without an endpoint on this node where the policy asks for one or without such a Service, that the host's
+/// call fails and that a pod's packets are dropped.
 fn drop_at_sockets(world: &World) -> Result<Outcome> {
     let pod = world.pod("P");
     let mut vanish = Vec::new();
@@ -81,7 +81,8 @@ fn drop_at_sockets(world: &World) -> Result<Outcome> {
     }
 }
 
-/// From outside and from a pod whose packets are served: a reset, and an ICMP error.
+/// Checks that packets from outside, and from a pod whose packets are served, are answered with a reset or an ICMP
+/// error.
 fn reject_packets(world: &World) -> Result<Outcome> {
     let (outside, pod) = (world.lab().client("X"), world.pod("U"));
     for v6 in [false, true] {
@@ -114,7 +115,7 @@ fn drop_packets(world: &World) -> Result<Outcome> {
     right("from outside and from a pod, by TCP and UDP")
 }
 
-/// X is in the ranges of the load-balancer address, and Y and the host are not.
+/// Checks the source ranges of the load-balancer address: X is in the ranges; Y and the host are not.
 fn source_ranges(world: &World) -> Result<Outcome> {
     let [x, y] = ["X", "Y"].map(|name| world.lab().client(name));
     for v6 in [false, true] {
@@ -122,7 +123,7 @@ fn source_ranges(world: &World) -> Result<Outcome> {
         served(&x, Proto::Tcp, &target, Answer::from(HERE, &X))?;
         silent(&[(&y, Proto::Tcp, target.clone())])?;
         denied(world.host(), Proto::Tcp, &target, denial())?;
-        // The ranges are about that address alone.
+        // The ranges apply to that address only.
         served(&y, Proto::Tcp, &node_port(GUARDED.number, v6, 80), Answer::from(HERE, &super::world::Y))?;
     }
     right("one client is in range, one and the host are not")

@@ -1,4 +1,5 @@
-//! A row, and how rows are run: one after the other on one world, each with its time, none stopped by another.
+//! The rows and their runner: rows run one after another in one world, each with its time, and a failed row does not
+//! stop the others.
 
 use std::any::Any;
 use std::io::Write as _;
@@ -11,34 +12,34 @@ use anyhow::{Result, anyhow};
 
 use super::world::World;
 
-/// How long one row may take: emulation on a busy machine makes a minute of what is a second elsewhere.
+/// Time limit of one row: emulation on a busy machine turns a second into a minute.
 const ROW: Duration = Duration::from_secs(180);
-/// How long all of them may take.
+/// Time limit of all rows together.
 const ALL: Duration = Duration::from_secs(600);
 
-/// One thing that has to be right on every kernel.
+/// A property that every kernel must have.
 #[derive(Clone, Copy)]
 pub(super) struct Row {
-    /// Its name.
+    /// The row's name.
     pub(super) id: &'static str,
-    /// Whether it is right.
+    /// Function that checks the property.
     pub(super) check: fn(&World) -> Result<Outcome>,
 }
 
-/// How a row ended that did not fail.
+/// Outcome of a row that did not fail.
 pub(super) enum Outcome {
-    /// As everywhere; with what was seen.
+    /// The row passed; with a description of the result.
     Right(String),
-    /// The kernel lacks something, and what is done instead is right.
+    /// The kernel lacks this, and the substitute is right.
     Lacks(String),
 }
 
-/// What was seen.
+/// Returns an outcome with a description of the result.
 pub(super) fn right(what: impl Into<String>) -> Result<Outcome> {
     Ok(Outcome::Right(what.into()))
 }
 
-/// Builds the world, which is a row as well, runs the rows, and says whether all were right.
+/// Builds the world, which is a row as well, runs the rows, and returns whether all of them passed.
 pub(super) fn run_all(rows: &[Row], hybrid: bool) -> bool {
     let start = Instant::now();
     let ids: Vec<&str> = rows.iter().map(|row| row.id).collect();
@@ -77,7 +78,8 @@ fn tell(id: &str, began: Instant, result: Result<&Outcome, &anyhow::Error>) {
     });
 }
 
-/// The result of `work`, which is left to itself if it takes longer. A panic is an error like others.
+/// Returns the result of `work`, or an error if it takes longer than `limit`; it then goes on unobserved. A panic
+/// becomes an error.
 fn within<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> Result<T> + Send + 'static,
@@ -85,7 +87,7 @@ fn within<T: Send + 'static>(
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         let result = catch_unwind(AssertUnwindSafe(work));
-        // Nobody waits any more for what comes too late.
+        // The receiver may have stopped waiting.
         let _ = sender.send(result.unwrap_or_else(|panic| Err(anyhow!("panic: {}", words(&*panic)))));
     });
     receiver.recv_timeout(limit).unwrap_or_else(|_late| Err(anyhow!("it still runs after {limit:?}")))
@@ -96,12 +98,12 @@ fn words(panic: &(dyn Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without words").to_owned()
 }
 
-/// An error with its causes.
+/// Formats an error with its causes on one line.
 fn one_line(error: &anyhow::Error) -> String {
     format!("{error:#}").replace('\n', " | ")
 }
 
-/// Prints a line. Who has closed the output does not want to know.
+/// Prints a line; ignores that the output may be closed.
 pub(super) fn say(line: &str) {
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());

@@ -1,4 +1,4 @@
-//! Sockets of a pod and of the host, which ask for clusterIPs.
+//! Sockets of a pod and of the host, which connect to clusterIPs.
 
 use std::collections::BTreeMap;
 
@@ -25,12 +25,13 @@ pub(super) const ROWS: &[Row] = &[
     Row { id: "k021_packets_of_a_pod", check: packets_of_a_pod },
 ];
 
-/// A pod and the host, each with its own addresses.
+/// Returns a pod and the host, each with its own addresses.
 fn clients(world: &World) -> [(Place, [&'static str; 2]); 2] {
     [(world.pod("P"), P), (world.host().clone(), N1)]
 }
 
-/// From a pod and from the host to a pod here and to one elsewhere: each sees the client itself.
+/// Checks connections from a pod and from the host to a pod of this node and to one of another: each endpoint sees the
+/// client itself.
 fn plain(world: &World, way: Proto, v6: bool) -> Result<Outcome> {
     for (place, own) in &clients(world) {
         for (service, backend) in [(ON_THIS_NODE, HERE), (ELSEWHERE, THERE)] {
@@ -40,7 +41,7 @@ fn plain(world: &World, way: Proto, v6: bool) -> Result<Outcome> {
     right("pod and host, to a pod here and elsewhere")
 }
 
-/// `AF_INET6` sockets with mapped addresses.
+/// Checks `AF_INET6` sockets with v4-mapped addresses.
 fn mapped(world: &World) -> Result<Outcome> {
     let target = cluster_ip(ON_THIS_NODE.number, false, 80);
     let place = world.pod("P");
@@ -55,7 +56,7 @@ fn mapped(world: &World) -> Result<Outcome> {
     right("TCP and UDP")
 }
 
-/// What a connection is connected to is asked again after the first bytes.
+/// Checks that getpeername() returns the same address again after the first bytes.
 fn getpeername(world: &World) -> Result<Outcome> {
     for v6 in [false, true] {
         let target = cluster_ip(ELSEWHERE.number, v6, 80);
@@ -83,7 +84,7 @@ fn several_ports(world: &World) -> Result<Outcome> {
     right("80 and 81 lead to 8080 and 8081")
 }
 
-/// How often each pod of [`BOTH`] is met.
+/// Returns the number of connections that reached each pod of [`BOTH`].
 fn met(place: &Place, way: Proto, target: &str, times: usize) -> Result<BTreeMap<String, usize>> {
     let attempts = place.connect(target).proto(way).timeout(ANSWER).times(times).run()?;
     let mut met = BTreeMap::new();
@@ -94,7 +95,8 @@ fn met(place: &Place, way: Proto, target: &str, times: usize) -> Result<BTreeMap
     Ok(met)
 }
 
-/// Chance gives one of two pods less than a tenth of 60 connections once in 100 million times.
+/// Checks that connections are spread. By chance, one of two pods gets less than a tenth of 60 connections once in 100
+/// million times.
 fn spread(world: &World) -> Result<Outcome> {
     let mut all = Vec::new();
     for (way, v6) in [(Proto::Tcp, false), (Proto::UdpUnconnected, true)] {
@@ -105,7 +107,8 @@ fn spread(world: &World) -> Result<Outcome> {
     right(all.join(", "))
 }
 
-/// One of two pods by chance, then the same one each time. Another client may get the other.
+/// Checks that a client gets one of two pods by chance, and then the same one each time. Another client may get the
+/// other.
 fn affinity(world: &World) -> Result<Outcome> {
     let mut all = Vec::new();
     for (place, _) in &clients(world) {
@@ -118,7 +121,7 @@ fn affinity(world: &World) -> Result<Outcome> {
     right(format!("20 connections each stay with {}", all.join(", ")))
 }
 
-/// A pod in no cgroup of the node: its packets are served at its interface.
+/// Checks a pod in no cgroup of the node: its packets are served at its interface.
 fn packets_of_a_pod(world: &World) -> Result<Outcome> {
     let place = world.pod("U");
     for v6 in [false, true] {

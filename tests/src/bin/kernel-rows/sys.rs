@@ -1,5 +1,5 @@
-//! What the libraries have no call for: tun devices, packets whose headers lie outside of the linear part, and what the
-//! verifier says of a program that it accepts.
+//! System calls that the libraries lack: tun devices, packets whose headers lie outside the linear part, and the
+//! verifier's log of an accepted program.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -9,8 +9,8 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_prog_type};
 
-/// Makes a device without link-layer headers in this thread's network namespace; it lives as long as the file, which reads
-/// what the device sends and writes what it receives.
+/// Makes a device without link-layer headers in this thread's network namespace. It lives as long as the file. Reading
+/// the file returns the packets that the device sends; writing to the file makes the device receive.
 ///
 /// # Errors
 /// Without `/dev/net/tun`, or if the name is taken.
@@ -38,11 +38,11 @@ struct VirtioNetHeader {
     csum_offset: u16,
 }
 
-/// Sends a frame by a device of this thread's network namespace so that nothing but its Ethernet header is in the linear
-/// part of the kernel's packet. The kernel makes as much of it linear as `hdr_len` says, if the frame is larger than a page.
+/// Sends a frame by a device of this thread's network namespace so that only its Ethernet header is in the linear part
+/// of the kernel's packet. For a frame larger than a page, the kernel makes only the first `hdr_len` bytes linear.
 ///
 /// # Errors
-/// What the kernel says.
+/// With the kernel's error.
 pub(super) fn send_in_pieces(index: u32, frame: &[u8]) -> io::Result<()> {
     const PACKET_VNET_HDR: libc::c_int = 15;
     // SAFETY: socket(2) has no preconditions; the descriptor is checked before it is owned.
@@ -85,10 +85,10 @@ pub(super) fn send_in_pieces(index: u32, frame: &[u8]) -> io::Result<()> {
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Loads a program, lets go of it, and returns what the verifier says in the end (`BPF_LOG_STATS`).
+/// Loads a program, closes it, and returns the end of the verifier's log (`BPF_LOG_STATS`).
 ///
 /// # Errors
-/// What bpf(2) says.
+/// With the error of bpf(2).
 pub(super) fn verify(
     kind: bpf_prog_type,
     hook: bpf_attach_type,

@@ -14,7 +14,7 @@ use super::world::{ABSENT, BOTH, EMPTY, GUARDED, N1, NODE, P, World, X, Y, until
 pub(super) const ROWS: &[Row] =
     &[Row { id: "k066_verify", check: verify }, Row { id: "k067_explain", check: explain }];
 
-/// The maps that differ from the manifests.
+/// Returns the maps that differ from the manifests.
 pub(super) fn differences(world: &World) -> Result<Vec<String>> {
     let mut command = world.command("verify")?;
     command.args(["-o", "json", "--hostname-override", NODE, "--cluster-cidr", world.node().cluster_cidr()]);
@@ -28,7 +28,7 @@ pub(super) fn differences(world: &World) -> Result<Vec<String>> {
     Ok(all.iter().map(|one| one["map"].as_str().unwrap_or_default().to_owned()).collect())
 }
 
-/// Nothing differs; an element that somebody removes is named, and put back.
+/// Checks that nothing differs, and that a removed element is named and put back.
 fn verify(world: &World) -> Result<Outcome> {
     let before = differences(world)?;
     ensure!(before.is_empty(), "{before:?}");
@@ -46,7 +46,7 @@ fn verify(world: &World) -> Result<Outcome> {
     let dump: Value = serde_json::from_str(&bpftool(&["dump"])?)?;
     let key = dump[0]["key"].as_array().context("no frontend")?;
     let key: Vec<&str> = key.iter().filter_map(Value::as_str).collect();
-    // The agent would put it right at once.
+    // The agent is stopped, because it would put the element back at once.
     let stopped = world.agent().id().context("the agent does not run")?;
     let agent = rustix::process::Pid::from_raw(stopped.cast_signed()).context("a process id")?;
     rustix::process::kill_process(agent, rustix::process::Signal::STOP)?;
@@ -58,7 +58,7 @@ fn verify(world: &World) -> Result<Outcome> {
     right("nothing differs; a frontend that is removed is named and put back")
 }
 
-/// What it says of each is what other rows have seen.
+/// Checks that `explain` agrees with the results of other rows.
 fn explain(world: &World) -> Result<Outcome> {
     let both = || BTreeSet::from([format!("{}:8080", HERE.v4), format!("{}:8080", THERE.v4)]);
     let none = BTreeSet::new;

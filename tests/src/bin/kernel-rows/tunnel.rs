@@ -1,4 +1,5 @@
-//! A pair of tun devices, joined by two threads: packets begin with the IP header, on kernels of every configuration.
+//! A pair of tun devices, joined by two threads: their packets begin with the IP header, on kernels of every
+//! configuration.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -19,7 +20,7 @@ pub(super) fn join(name: &str, nets: [&Netns; 2]) -> Result<()> {
     for (from, to) in [(Arc::clone(&one), Arc::clone(&other)), (other, one)] {
         thread::spawn(move || {
             let mut packet = vec![0; 65_536];
-            // A device that is down takes nothing, which is the loss of a packet; one that is gone ends its thread.
+            // A device that is down accepts nothing, and the packet is lost. A device that is gone ends its thread.
             while let Ok(length) = (&*from).read(&mut packet) {
                 let _ = (&*to).write(&packet[..length]);
             }

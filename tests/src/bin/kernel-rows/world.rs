@@ -1,5 +1,5 @@
-//! The one world of all rows: two nodes, pods of either kind on the first, pods on the second, clients outside, and a node
-//! agent on the first. Who is elsewhere is reached without any agent.
+//! The one world of all rows: two nodes, pods of either kind on the first node, pods on the second, clients outside,
+//! and an agent on the first node. No other machine has an agent.
 
 use std::fs;
 use std::path::PathBuf;
@@ -18,24 +18,24 @@ use tempfile::TempDir;
 use super::devices::{self, Device};
 use super::objects::{Backend, HERE, NARROW, Service, THERE, service, service_cidr};
 
-/// The node that is looked at.
+/// The node under test.
 pub(super) const NODE: &str = "n1";
-/// How long the agent may take to be ready.
+/// Time limit for the agent to become ready.
 pub(super) const READY: Duration = Duration::from_secs(150);
-/// How long an answer may take, on a busy machine that emulates another.
+/// Time limit for an answer, on a busy machine that emulates another.
 pub(super) const ANSWER: Duration = Duration::from_secs(20);
-/// How long silence has to last.
+/// Time for which no answer may come.
 pub(super) const SILENCE: Duration = Duration::from_millis(300);
 
-/// Addresses of the pod whose sockets are seen, by family.
+/// Addresses of the pod whose sockets the socket programs see, by family.
 pub(super) const P: [&str; 2] = ["10.64.1.50", "fd00:64:0:1::50"];
 /// Addresses of the pod that is in no cgroup of the node, so that its packets are served.
 pub(super) const U: [&str; 2] = ["10.64.1.51", "fd00:64:0:1::51"];
-/// Addresses of the client outside.
+/// Addresses of the first client outside.
 pub(super) const X: [&str; 2] = ["203.0.113.7", "2001:db8:ff::7"];
-/// Those of another one.
+/// Addresses of the second client outside.
 pub(super) const Y: [&str; 2] = ["203.0.113.200", "2001:db8:ff::200"];
-/// The node's own.
+/// The node's own addresses.
 pub(super) const N1: [&str; 2] = ["192.0.2.10", "2001:db8:1::10"];
 
 /// The Services, each with what differs in its `spec`.
@@ -50,21 +50,21 @@ pub(super) const GUARDED: Service = Service { name: "guarded", number: 8, backen
 pub(super) const BEHIND_NARROW: Service = Service { name: "narrow", number: 9, backends: &[NARROW] };
 pub(super) const MOVING: Service = Service { name: "moving", number: 10, backends: &[HERE] };
 
-/// What the rows have in common.
+/// State shared by the rows.
 pub(super) struct World {
-    // Dropped first: it runs in the lab.
+    // Dropped first: the agent runs in the lab.
     agent: Mutex<Agent>,
 
     lab: Lab,
     dir: TempDir,
     /// Devices that lead to the machine `far`.
     pub(super) devices: Vec<Device>,
-    /// Whether only a hierarchy beside those of version 1 will do.
+    /// Whether the cgroup v2 hierarchy has to be beside those of version 1.
     pub(super) hybrid: bool,
 }
 
 impl World {
-    /// Everything but the agent, which is not started, with the devices of these rows.
+    /// Builds everything, with the devices of these rows; the agent is not started.
     pub(super) fn build(hybrid: bool, rows: &[&str]) -> Result<Self> {
         let lab = Lab::build(spec()?)?;
         for pod in ["L1", "R1", "M1"] {
@@ -102,20 +102,20 @@ impl World {
         objects
     }
 
-    /// An agent with the flags of this world, not yet started.
+    /// Returns an agent with the flags of this world, not yet started.
     pub(super) fn new_agent(&self) -> Result<Agent> {
         let agent = self.node().agent()?.quiet().manifests(&self.manifests());
         let agent = agent.flag("run-dir", self.run_dir().display()).flag("socket-opt-out", "annotation");
-        // What has to be tried again is, soon.
+        // Failed work is retried soon.
         Ok(agent.flag("iptables-sync-period", "1s").flag("iptables-min-sync-period", "1s"))
     }
 
-    /// The agent.
+    /// Returns the agent, locked.
     pub(super) fn agent(&self) -> MutexGuard<'_, Agent> {
         self.agent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The last of what the agent has said, unless a row that hangs has it.
+    /// Returns the end of the agent's log, unless a row that hangs holds the agent.
     pub(super) fn log(&self) -> String {
         let Ok(agent) = self.agent.try_lock() else { return "(a row that hangs has it)".to_owned() };
         let log = agent.log();
@@ -123,32 +123,32 @@ impl World {
         lines[lines.len().saturating_sub(60)..].join("\n")
     }
 
-    /// The lab.
+    /// Returns the lab.
     pub(super) fn lab(&self) -> &Lab {
         &self.lab
     }
 
-    /// The node that is looked at.
+    /// Returns the node under test.
     pub(super) fn node(&self) -> &Node {
         self.lab.node(NODE)
     }
 
-    /// Its host.
+    /// Returns the host of the node.
     pub(super) fn host(&self) -> &Place {
         self.node().host()
     }
 
-    /// A pod.
+    /// Returns the pod called `name`.
     pub(super) fn pod(&self, name: &str) -> Place {
         Place::clone(&self.lab.pod(name))
     }
 
-    /// What the agent reads.
+    /// Returns the directory of manifests that the agent reads.
     pub(super) fn manifests(&self) -> PathBuf {
         self.dir.path().join("manifests")
     }
 
-    /// The agent's `--run-dir`.
+    /// Returns the agent's `--run-dir`.
     pub(super) fn run_dir(&self) -> PathBuf {
         self.dir.path().join("run")
     }
@@ -161,7 +161,7 @@ impl World {
         Ok(fs::rename(&next, self.manifests().join(name).with_extension("json"))?)
     }
 
-    /// `proxy-agent SUBCOMMAND` on the node's state.
+    /// Returns a command `proxy-agent SUBCOMMAND` on the node's state.
     pub(super) fn command(&self, subcommand: &str) -> Result<Exec> {
         let mut command = self.host().command(binary::proxy_agent()?);
         command
@@ -172,8 +172,8 @@ impl World {
         Ok(command)
     }
 
-    /// What `proxy-agent status`, `services`, `backends` or `flows` prints, without a process of its own: under emulation
-    /// its start takes a second.
+    /// Returns the output of `proxy-agent status`, `services`, `backends` or `flows`. No process is started: under
+    /// emulation its start takes a second.
     pub(super) fn tool(&self, subcommand: &str) -> Result<Value> {
         let pins = Pins { pin_dir: self.node().pin_dir().to_path_buf(), run_dir: self.run_dir() };
         let inspect = Inspect { pins, output: Output::Json };
@@ -188,7 +188,7 @@ impl World {
         Ok(serde_json::from_slice(&out)?)
     }
 
-    /// A counter of the datapath.
+    /// Returns a counter of the datapath.
     pub(super) fn counter(&self, name: &str) -> Result<u64> {
         self.tool("status")?["counters"][name].as_u64().with_context(|| format!("no counter {name}"))
     }
@@ -209,14 +209,14 @@ impl World {
         until(service.name, look)
     }
 
-    /// Whether the packet edge has a flow from this client to a Service's address.
+    /// Returns whether the packet edge has a flow from this client to a Service's address.
     pub(super) fn has_flow(&self, client: &str, vip: &str) -> Result<bool> {
         let flows = self.tool("flows")?;
         let flows = flows.as_array().context("no list of flows")?;
         Ok(flows.iter().any(|flow| flow["client"] == client && flow["vip"] == vip))
     }
 
-    /// The node's programs on a device: name of each, on the way in and out.
+    /// Returns the node's programs on a device: the name of each, for ingress and egress.
     pub(super) fn device(&self, name: &str) -> Result<Value> {
         let status = self.tool("status")?;
         let devices = status["agent"]["devices"].as_array().context("status tells no devices")?;
@@ -227,7 +227,7 @@ impl World {
     }
 }
 
-/// Looks again and again until there is something to return, for as long as an agent may take to be ready.
+/// Calls `look` until it returns a value, for at most the time that an agent may take to become ready.
 pub(super) fn until<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();
     loop {
@@ -243,7 +243,8 @@ fn spec() -> Result<LabSpec> {
     let n1 = NodeSpec::new(NODE, &N1, &["10.64.1.0/24", "fd00:64:0:1::/64"])?;
     let n2 = NodeSpec::new("n2", &["192.0.2.20", "2001:db8:1::20"], &["10.64.2.0/24", "fd00:64:0:2::/64"])?;
     let spec = LabSpec { cluster_cidr: "10.64.0.0/12,fd00:64::/48".to_owned(), ..LabSpec::default() };
-    // Who is answered by the real owner of an address of a Service was not served, refused or dropped.
+    // An answer from the real owner of a Service's address shows that Vipr neither served, refused nor dropped the
+    // client.
     let owned = ["198.18.5.6", "2001:db8:5::6", "198.18.5.8", "2001:db8:5::8", "10.96.0.6", "fd00:96::6"];
     let inactive = ["10.96.77.77", "fd00:96::77"];
     spec.node(n1)

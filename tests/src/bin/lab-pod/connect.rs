@@ -18,30 +18,31 @@ use crate::{http, icmp, print, redis};
 pub(crate) struct Args {
     #[command(flatten)]
     target: Target,
-    /// How many attempts.
+    /// Number of attempts.
     #[arg(long, default_value_t = 1)]
     count: usize,
-    /// Go on until standard input is closed instead.
+    /// Continue until standard input is closed, instead of a number of attempts.
     #[arg(long, conflicts_with = "count")]
     until_eof: bool,
     /// Pause after each attempt.
     #[arg(long, default_value_t = 0)]
     pace_ms: u64,
-    /// How many UDP datagrams to send by one socket before the next is opened.
+    /// Number of UDP datagrams sent by one socket before the next is opened.
     #[arg(long, default_value_t = 1)]
     per_socket: usize,
-    /// TCP: each attempt ends when the server has closed the connection, too.
+    /// TCP: end each attempt when the server has closed the connection, too.
     #[arg(long)]
     to_the_end: bool,
-    /// UDP: each attempt connects one and the same socket to the target and then here, and ends when this one answers.
+    /// UDP: each attempt connects the same socket to the target and then to this address, and ends when this address
+    /// answers.
     #[arg(long)]
     then: Option<SocketAddr>,
 }
 
-/// An answer that takes longer will not come.
+/// Time after which a request is sent again.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
-/// How long a socket that is connected a second time rests before it asks, attempt by attempt.
+/// Pauses of a socket between its second connect() and its request, attempt by attempt.
 const RESTS: [Duration; 4] =
     [Duration::ZERO, Duration::from_millis(1), Duration::from_millis(5), Duration::from_millis(120)];
 
@@ -50,7 +51,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     static END: AtomicBool = AtomicBool::new(false);
     if args.until_eof {
         thread::spawn(|| {
-            // An error ends the input as well.
+            // A read error ends the loop as well.
             let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
             END.store(true, Ordering::Relaxed);
         });
@@ -85,7 +86,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     print(&Line::Summary(summary))
 }
 
-/// One attempt. `kept` is the UDP socket of the attempt before, if it is to be used again.
+/// Makes one attempt. `kept` is the UDP socket of the attempt before, if it is to be used again.
 fn one(
     Args { target, to_the_end, .. }: &Args,
     number: usize,
@@ -136,8 +137,8 @@ fn one(
     Ok(())
 }
 
-/// Connects the UDP socket to the target, then to somebody else, and asks until that one has answered. A socket that has been
-/// destroyed fails, and is replaced with the next attempt.
+/// Connects the UDP socket to the target, then to `then`, and sends requests until `then` has answered. A socket that
+/// has been destroyed fails, and the next attempt uses a new one.
 fn again(
     target: &Target,
     then: SocketAddr,
@@ -173,7 +174,7 @@ fn again(
     }
 }
 
-/// A connected stream.
+/// Opens a connected stream.
 pub(crate) fn stream(
     target: &Target,
     deadline: Instant,
@@ -187,7 +188,7 @@ pub(crate) fn stream(
     Ok(stream)
 }
 
-/// A UDP socket, connected if the protocol says so.
+/// Opens a UDP socket, connected if the protocol says so.
 pub(crate) fn datagram_socket(target: &Target, deadline: Instant) -> Result<UdpSocket, Failure> {
     let socket = target.open()?;
     if target.proto == Proto::Udp {
@@ -220,7 +221,7 @@ pub(crate) fn line(reader: &mut BufReader<&TcpStream>, deadline: Instant) -> Res
     read().map_err(|error| Failure::new("recv", &error))
 }
 
-/// Sends `payload` as a datagram and waits for the answer to it; answers to earlier datagrams are passed over.
+/// Sends `payload` as a datagram and waits for the answer to it; answers to earlier datagrams are ignored.
 pub(crate) fn ask(
     socket: &UdpSocket,
     target: &Target,
@@ -251,7 +252,7 @@ pub(crate) fn ask(
     receive().map_err(|error| Failure::new("recv", &error))
 }
 
-/// Enters the leading `NAME PEER LOCAL` of an answer into `attempt`.
+/// Parses the leading `NAME PEER LOCAL` of an answer into `attempt`.
 fn identify(text: &str, attempt: &mut Attempt) -> io::Result<()> {
     let mut words = text.split(' ');
     let mut parse = || -> Option<(&str, SocketAddr, SocketAddr)> {

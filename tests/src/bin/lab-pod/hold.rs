@@ -61,7 +61,7 @@ fn opened(result: Result<(), Failure>, attempt: Attempt, start: Instant) -> Resu
     report(result, attempt, start, start)
 }
 
-/// Reads lines and reports what `exchange` makes of each.
+/// Reads lines, passes each to `exchange` and reports the result.
 fn talk(start: Instant, mut exchange: impl FnMut(&str, &mut Attempt) -> Result<(), Failure>) -> Result<()> {
     for text in io::stdin().lock().lines() {
         let began = Instant::now();

@@ -1,4 +1,4 @@
-//! As much of HTTP/1.1 as a greeting needs.
+//! The part of HTTP/1.1 that a greeting needs.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 /// Longest request or answer that is read, in bytes.
 const LIMIT: u64 = 64 * 1024;
 
-/// Answers requests on one connection until the client closes it or asks for its end.
+/// Answers requests on one connection until the client closes it or asks for it to be closed.
 pub(crate) fn serve(stream: &TcpStream, name: &str, peer: SocketAddr, local: SocketAddr) -> io::Result<()> {
     let body = format!("You've hit {name}\npeer {peer}\nlocal {local}\n");
     let mut reader = BufReader::new(stream);
@@ -24,7 +24,8 @@ pub(crate) fn serve(stream: &TcpStream, name: &str, peer: SocketAddr, local: Soc
     Ok(())
 }
 
-/// Reads one request with its body. `None` at the end of the connection; else whether it is to be the last one.
+/// Reads one request with its body. Returns `None` at the end of the connection; else whether the request is the last
+/// one.
 fn read_request(reader: &mut impl BufRead) -> io::Result<Option<bool>> {
     let mut reader = reader.take(LIMIT);
     let (mut last, mut length, mut lines) = (false, 0, 0);
@@ -47,7 +48,7 @@ fn read_request(reader: &mut impl BufRead) -> io::Result<Option<bool>> {
     Ok(Some(last))
 }
 
-/// Makes one request and returns the name of the server, the address it saw us by, and its own.
+/// Makes one request and returns the name of the server, the client address that it saw, and its own address.
 pub(crate) fn request(
     mut stream: impl Read + Write,
     host: SocketAddr,

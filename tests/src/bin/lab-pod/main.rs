@@ -1,6 +1,7 @@
-//! What runs inside the lab's pods: servers that say who they are, and clients that report what they met.
+//! The program inside the lab's pods: servers that identify themselves, and clients that report the server they
+//! reached.
 //!
-//! Everything blocks and runs on threads; every line of output is one JSON object of [`proxy_tests::lab::Line`].
+//! All calls block, on threads; every line of output is one JSON object of [`proxy_tests::lab::Line`].
 
 mod connect;
 mod hold;

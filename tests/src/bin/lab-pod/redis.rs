@@ -1,4 +1,4 @@
-//! As much of Redis as a client with a long connection needs: PING, SET, GET, over RESP 2
+//! The part of Redis that a client with a long connection needs: PING, SET, GET, over RESP 2
 //! (<https://redis.io/docs/latest/develop/reference/protocol-spec/>). A process is one database.
 
 use std::collections::BTreeMap;
@@ -46,7 +46,7 @@ fn bulk(text: &[u8]) -> Vec<u8> {
     [format!("${}\r\n", text.len()).as_bytes(), text, b"\r\n"].concat()
 }
 
-/// An array of bulk strings, or words on a line; `None` at the end of the connection.
+/// Reads an array of bulk strings, or words on a line; returns `None` at the end of the connection.
 fn read_command(reader: &mut impl BufRead) -> io::Result<Option<Vec<Vec<u8>>>> {
     let Some(line) = read_line(reader)? else { return Ok(None) };
     let Some(count) = line.strip_prefix('*') else {
@@ -90,7 +90,7 @@ fn read_reply(reader: &mut impl BufRead) -> io::Result<String> {
     }
 }
 
-/// A line without its end; `None` at the end of the connection.
+/// Reads a line without its line break; returns `None` at the end of the connection.
 fn read_line(reader: &mut impl BufRead) -> io::Result<Option<String>> {
     let mut line = String::new();
     reader.take(LIMIT as u64).read_line(&mut line)?;
@@ -110,7 +110,7 @@ fn read_bulk(reader: &mut impl BufRead, length: usize) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// A length; -1 is none.
+/// Parses a length; -1 means none.
 fn number(text: &str) -> io::Result<Option<usize>> {
     match text.parse::<i64>() {
         Ok(-1) => Ok(None),

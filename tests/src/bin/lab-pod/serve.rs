@@ -15,10 +15,10 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, listen,
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The name to answer with.
+    /// Name to answer with.
     #[arg(long)]
     name: String,
-    /// What to serve: KIND=ADDRESS:PORT, with KIND one of tcp, sctp, http, redis, udp, echo (TCP, raw), sink (TCP,
+    /// Listeners: KIND=ADDRESS:PORT, with KIND one of tcp, sctp, http, redis, udp, echo (TCP, raw), sink (TCP,
     /// discards), udp-echo (raw).
     #[arg(required = true)]
     listeners: Vec<Listener>,
@@ -62,7 +62,7 @@ impl FromStr for Listener {
     }
 }
 
-/// Listens everywhere, says so, and serves until the process is killed.
+/// Starts every listener, reports that it is listening, and serves until the process is killed.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let mut threads = Vec::new();
     for listener in &args.listeners {
@@ -79,7 +79,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 impl Listener {
-    /// Binds, and serves on a thread.
+    /// Binds a listener, and serves it on a thread.
     fn start(&self, name: &str) -> io::Result<thread::JoinHandle<io::Result<()>>> {
         let name = name.to_owned();
         let kind = self.kind;
@@ -107,7 +107,7 @@ fn listen_sctp(address: SocketAddr) -> io::Result<TcpListener> {
     set_socket_reuseaddr(&socket, true)?;
     bind(&socket, &address)?;
     listen(&socket, 128)?;
-    // accept, read and write do not ask which stream protocol it is.
+    // accept, read and write are the same for every stream protocol.
     Ok(socket.into())
 }
 
@@ -115,7 +115,7 @@ fn serve_streams(listener: &TcpListener, kind: Kind, name: &str) -> io::Result<(
     thread::scope(|scope| {
         loop {
             match listener.accept() {
-                // A client that breaks off is its own affair.
+                // A client that breaks off does not affect the others.
                 Ok((stream, peer)) => _ = scope.spawn(move || serve_stream(&stream, peer, kind, name)),
                 // The client was gone before it was accepted.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -145,15 +145,15 @@ fn serve_stream(mut stream: &TcpStream, peer: SocketAddr, kind: Kind, name: &str
     Ok(())
 }
 
-/// Answers datagrams; with the payload alone if there is no name.
+/// Answers datagrams; with the payload alone if `name` is `None`.
 fn serve_datagrams(socket: &UdpSocket, name: Option<&str>) -> io::Result<()> {
     let local = canonical(socket.local_addr()?);
     let mut buffer = vec![0; 65536];
     loop {
-        // An error here is the echo of an earlier answer: its client is gone.
+        // An error here belongs to an earlier answer, whose client is gone.
         let Ok((length, peer)) = socket.recv_from(&mut buffer) else { continue };
         let payload = &buffer[..length];
-        // Likewise.
+        // An error here is ignored for the same reason.
         let _ = match name {
             Some(name) => {
                 let head = format!("{name} {} {local} ", canonical(peer));
@@ -164,7 +164,7 @@ fn serve_datagrams(socket: &UdpSocket, name: Option<&str>) -> io::Result<()> {
     }
 }
 
-/// IPv4 as IPv4, also on an AF_INET6 socket.
+/// Returns an IPv4 address as IPv4, also on an AF_INET6 socket.
 fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }

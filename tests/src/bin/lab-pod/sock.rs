@@ -1,4 +1,5 @@
-//! Client sockets with the options that `std::net` lacks: family apart from the target's, source, protocol, time limits.
+//! Client sockets with options that `std::net` lacks: a family different from the target's, source, protocol, time
+//! limits.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -11,12 +12,12 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_reuseaddr, set_socket_timeout};
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, bind, connect, ipproto, socket_with};
 
-/// Where to, and how.
+/// Target of a client, and options of its socket.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Target {
-    /// Where to.
+    /// Address and port to connect to.
     pub(crate) target: SocketAddr,
-    /// How to talk.
+    /// Protocol of the socket.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) proto: Proto,
     /// Use an AF_INET6 socket, with a v4-mapped address for an IPv4 target.
@@ -31,17 +32,17 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// When an attempt that begins now has to end.
+    /// Returns the time by which an attempt that begins now has to end.
     pub(crate) fn deadline(&self) -> Instant {
         Instant::now() + Duration::from_millis(self.timeout_ms)
     }
 
-    /// The target in the form of the socket's family.
+    /// Returns the target in the form of the socket's family.
     pub(crate) fn address(&self) -> SocketAddr {
         self.in_family(self.target)
     }
 
-    /// A socket, bound if asked for; not yet connected.
+    /// Opens a socket, bound if asked for, not yet connected.
     pub(crate) fn open(&self) -> Result<OwnedFd, Failure> {
         let v6 = self.address().is_ipv6();
         let family = if v6 { AddressFamily::INET6 } else { AddressFamily::INET };
@@ -59,7 +60,7 @@ impl Target {
 
     /// Connects `socket` by `deadline`.
     pub(crate) fn connect(&self, socket: &OwnedFd, deadline: Instant) -> Result<(), Failure> {
-        // The send time limit is also that of connect(), which then returns EINPROGRESS.
+        // The time limit of sending also applies to connect(), which then returns EINPROGRESS.
         let connected =
             limit(socket, Timeout::Send, deadline).and_then(|()| Ok(connect(socket, &self.address())?));
         connected.map_err(|error| Failure::new("connect", &error))
@@ -88,7 +89,7 @@ fn socket_type(proto: Proto, v6: bool) -> (SocketType, Option<Protocol>) {
 
 /// Makes the next call on `socket` end by `deadline`.
 pub(crate) fn limit(socket: impl AsFd, which: Timeout, deadline: Instant) -> io::Result<()> {
-    // Zero would mean no limit, and less than a microsecond rounds to it.
+    // Zero would mean no limit, and less than a microsecond is rounded to zero.
     let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
     Ok(set_socket_timeout(socket, which, Some(left))?)
 }
@@ -106,17 +107,17 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
-    /// `error` of the call `stage`.
+    /// Returns a failure of the call `stage` with `error`.
     pub(crate) fn new(stage: &'static str, error: &io::Error) -> Self {
         Self { stage, error: error_name(error) }
     }
 
-    /// Whether somebody has destroyed the socket.
+    /// Returns whether the socket was destroyed.
     pub(crate) fn is_of_destroyed(&self) -> bool {
         matches!(self.error.as_str(), "ECONNABORTED" | "EDESTADDRREQ" | "EINVAL")
     }
 
-    /// Enters it into `attempt`.
+    /// Records the failure in `attempt`.
     pub(crate) fn report(self, attempt: &mut Attempt) {
         attempt.ok = false;
         attempt.stage = Some(self.stage.to_owned());
@@ -124,7 +125,7 @@ impl Failure {
     }
 }
 
-/// Names an error as C does. All forms of silence are `ETIMEDOUT`, a closed connection is `EOF`.
+/// Returns the name of an error as in C. Every timeout is `ETIMEDOUT`, a closed connection is `EOF`.
 fn error_name(error: &io::Error) -> String {
     let Some(errno) = Errno::from_io_error(error) else {
         let names = [(io::ErrorKind::UnexpectedEof, "EOF"), (io::ErrorKind::TimedOut, "ETIMEDOUT")];

@@ -98,7 +98,7 @@ fn every_flag_is_documented() {
     assert!(documented.is_empty(), "there are no such flags: {documented:?}");
 }
 
-/// Help texts tell the same defaults.
+/// Checks that help texts name the same defaults.
 #[test]
 fn defaults_in_help_texts_are_those_of_the_fields() {
     let defaults = values(&KubeProxyConfiguration::default().with_defaults());

@@ -1,11 +1,11 @@
-//! What a file amounts to.
+//! Effective configuration of a file.
 
 use serde_json::{Value, json};
 
 use super::*;
 use crate::config::kube_proxy::fields::{FIELDS, values};
 
-/// What kubeadm puts into its ConfigMap: every field, most of them zero.
+/// Fields that kubeadm writes into its ConfigMap: every field, most of them zero.
 const KUBEADM: &str = "\
 bindAddress: 0.0.0.0
 bindAddressHardFail: false

@@ -1,4 +1,4 @@
-//! What the flags amount to.
+//! Effective configuration of the flags.
 
 use clap::CommandFactory as _;
 use serde_json::{Value, json};

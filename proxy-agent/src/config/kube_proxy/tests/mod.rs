@@ -1,4 +1,4 @@
-//! kube-proxy's file and flags against what kube-proxy makes of them, and against the documentation.
+//! kube-proxy's file and flags against kube-proxy's interpretation of them, and against the documentation.
 
 mod docs;
 mod file;
@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use super::*;
 use crate::config::args::{Cli, Command, RunArgs};
 
-/// The flags of `run` on this command line.
+/// Parses the flags of `run` from a command line.
 fn run_args(args: &[&str]) -> RunArgs {
     match command(args) {
         Ok(Command::Run(args)) => *args,
@@ -24,14 +24,14 @@ fn command(args: &[&str]) -> Result<Command, clap::Error> {
     Cli::from_command_line(line).map(|cli| cli.command)
 }
 
-/// A configuration file with these fields after `apiVersion` and `kind`.
+/// Returns a configuration file with these fields after `apiVersion` and `kind`.
 fn file_with(fields: &str) -> ConfigFile {
     let content =
         format!("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n{fields}");
     ConfigFile { path: PathBuf::from("config.conf"), content: content.into_bytes() }
 }
 
-/// What a file with these fields amounts to, with defaults.
+/// Returns the configuration of a file with these fields, with defaults.
 fn effective(fields: &str) -> KubeProxyConfiguration {
     let (configuration, ignored) = file_with(fields).decode().unwrap();
     assert_eq!(ignored, [""; 0], "{fields}");

@@ -1,8 +1,8 @@
-//! What is refused.
+//! Refused configurations.
 
 use super::*;
 
-/// The fields of a file that are refused.
+/// Returns the errors of a file with these fields.
 fn refused(fields: &str) -> Vec<String> {
     validate(&effective(fields)).iter().map(Invalid::to_string).collect()
 }

@@ -1,8 +1,8 @@
 //! The servers behind `healthCheckNodePort`: one for each Service, family and address of this node.
 //!
 //! The sync loop says what is to be served ([`CheckPorts::services`], [`CheckPorts::listen_on`]) and goes on. A task
-//! opens and closes the ports, and tells which it could not open; those are tried again every few seconds. What is
-//! answered is decided in [`super::checks`].
+//! opens and closes the ports, and reports those that it could not open, which it tries again every few seconds.
+//! [`super::checks`] decides the answers.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -25,22 +25,22 @@ use crate::config::servers::BIND_RETRY;
 use crate::observe::http::{Limits, Room, serve_on};
 use crate::reconcile::cluster::ObjectKey;
 
-/// Connections that the kernel keeps waiting for a server.
+/// Number of connections that the kernel keeps waiting for a server.
 const BACKLOG: u32 = 128;
 
-/// What is wrong with which Service's port, in sentences.
+/// Problems of each Service's port, in sentences.
 pub type Failures = BTreeMap<ObjectKey, Vec<String>>;
 
-/// What is to be served.
+/// Servers that are wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Wanted {
-    /// By [`proxy_common::addr::Family::index`].
+    /// Addresses to listen on, by [`proxy_common::addr::Family::index`].
     listen_on: [Vec<IpAddr>; 2],
     /// Services with a check in some family, by [`proxy_common::addr::Family::index`].
     services: BTreeMap<ObjectKey, [Option<Check>; 2]>,
 }
 
-/// The sync loop's end. The servers close when it is dropped.
+/// The sync loop's handle. The servers close when it is dropped.
 #[derive(Debug)]
 pub struct CheckPorts {
     wanted: watch::Sender<Wanted>,
@@ -48,7 +48,7 @@ pub struct CheckPorts {
 }
 
 impl CheckPorts {
-    /// No servers yet. They will run on `runtime`.
+    /// Starts the task, without servers yet. They will run on `runtime`.
     pub fn start(health: Health, runtime: &Handle) -> Self {
         let (wanted, orders) = watch::channel(Wanted::default());
         let (told, failures) = watch::channel(Failures::new());
@@ -56,7 +56,7 @@ impl CheckPorts {
         Self { wanted, failures }
     }
 
-    /// Listens on these addresses, by [`proxy_common::addr::Family::index`], instead of those before.
+    /// Listens on these addresses, by [`proxy_common::addr::Family::index`], instead of the earlier ones.
     pub fn listen_on(&self, addresses: [Vec<IpAddr>; 2]) {
         self.wanted.send_if_modified(|wanted| {
             let changed = wanted.listen_on != addresses;
@@ -65,7 +65,8 @@ impl CheckPorts {
         });
     }
 
-    /// Replaces the checks of these Services, each by [`proxy_common::addr::Family::index`]; `None` where there is none.
+    /// Replaces the checks of these Services, each by [`proxy_common::addr::Family::index`]; `None` where there is
+    /// none.
     pub fn services(&self, checks: impl Iterator<Item = (ObjectKey, [Option<Check>; 2])>) {
         self.wanted.send_if_modified(|wanted| {
             let mut changed = false;
@@ -80,28 +81,28 @@ impl CheckPorts {
         });
     }
 
-    /// The Services that have a check in some family.
+    /// Returns the Services that have a check in some family.
     pub fn known(&self) -> Vec<ObjectKey> {
         self.wanted.borrow().services.keys().cloned().collect()
     }
 
-    /// What is wrong, when that has changed.
+    /// Waits until the failures change, and returns them.
     pub async fn failures(&mut self) -> Failures {
         match self.failures.changed().await {
             Ok(()) => self.failures.borrow_and_update().clone(),
-            // The task has ended, which only a panic does: that has been printed.
+            // Only a panic ends the task, and that has been printed.
             Err(_) => std::future::pending().await,
         }
     }
 }
 
 async fn keep(health: Health, mut orders: watch::Receiver<Wanted>, told: watch::Sender<Failures>) {
-    // One room for all of them, in which no port takes anything from another.
+    // All servers share one room, in which no port takes a place from another.
     let limits = Limits { room: Room::new(512), ..Limits::default() };
     let mut open: BTreeMap<(ObjectKey, SocketAddr), Server> = BTreeMap::new();
     loop {
         let places = places(&orders.borrow_and_update());
-        // First of all, because another Service may take a port over.
+        // Ports are closed first, because another Service may take one over.
         let closing: Vec<Server> =
             open.extract_if(.., |place, _| !places.contains_key(place)).map(|(_, server)| server).collect();
         for server in closing {
@@ -137,7 +138,7 @@ async fn keep(health: Health, mut orders: watch::Receiver<Wanted>, told: watch::
     }
 }
 
-/// Where to listen for whom, and how many endpoints to tell there.
+/// Returns the addresses to listen on for each Service, and the number of endpoints to tell there.
 fn places(wanted: &Wanted) -> BTreeMap<(ObjectKey, SocketAddr), usize> {
     let mut places = BTreeMap::new();
     for (service, checks) in &wanted.services {
@@ -154,13 +155,13 @@ fn places(wanted: &Wanted) -> BTreeMap<(ObjectKey, SocketAddr), usize> {
 #[derive(Debug)]
 struct Server {
     endpoints: Arc<AtomicUsize>,
-    /// Dropped to close it.
+    /// Dropped to close the port.
     stop: oneshot::Sender<()>,
-    /// Ready when it is closed.
+    /// Ready when the port is closed.
     closed: oneshot::Receiver<()>,
 }
 
-/// What an answer is made from.
+/// Values that an answer is made from.
 #[derive(Debug)]
 struct Told {
     service: ObjectKey,
@@ -185,7 +186,7 @@ impl Server {
         let (open, closed) = oneshot::channel::<()>();
         tokio::spawn(async move {
             let stopped = async {
-                // Never sent, only dropped.
+                // Nothing is ever sent; the sender is only dropped.
                 let _ = stopped.await;
             };
             serve_on(listener, router, limits, stopped).await;
@@ -194,10 +195,10 @@ impl Server {
         Ok(Self { endpoints, stop, closed })
     }
 
-    /// Returns when the port is free. Connections that are open end after the answer that they wait for.
+    /// Closes the port, and returns when it is free. Open connections end after the answer that they wait for.
     async fn close(self) {
         drop(self.stop);
-        // Never sent, only dropped.
+        // Nothing is ever sent; the sender is only dropped.
         let _ = self.closed.await;
     }
 }
@@ -208,7 +209,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
     if address.is_ipv6() {
-        // The families have servers of their own.
+        // Each family has servers of its own.
         set_ipv6_v6only(&socket, true)?;
     }
     socket.set_reuseaddr(true)?;

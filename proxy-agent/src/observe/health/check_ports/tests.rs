@@ -18,7 +18,7 @@ fn key(name: &str) -> ObjectKey {
     ObjectKey::new("a", name)
 }
 
-/// Servers on loopback only.
+/// Starts servers on loopback only.
 fn start(health: &Health) -> CheckPorts {
     let ports = CheckPorts::start(health.clone(), &Handle::current());
     ports.listen_on([vec![LOOPBACK], Vec::new()]);
@@ -34,12 +34,12 @@ fn at(port: u16) -> SocketAddr {
     (LOOPBACK, port).into()
 }
 
-/// A port that was free a moment ago.
+/// Returns a port that was free a moment ago.
 fn free_port() -> u16 {
     std::net::TcpListener::bind(at(0)).unwrap().local_addr().unwrap().port()
 }
 
-/// The first answer of which `done` holds.
+/// Returns the first answer that `done` accepts.
 async fn until(port: u16, path: &str, done: impl Fn(&io::Result<Response>) -> bool) -> io::Result<Response> {
     let asking = async {
         loop {
@@ -128,7 +128,7 @@ fn p195_p197_ports_close_and_move() {
     });
 }
 
-/// From one Service to another within one order, without a failure.
+/// A port goes from one Service to another within one order, without a failure.
 #[test]
 fn p197_a_port_changes_hands() {
     block_on(async {
@@ -158,11 +158,11 @@ fn a_port_that_is_taken_is_told_and_tried_again() {
         let failures = ports.failures().await;
         let sentence = &failures[&key("s")][0];
         assert!(sentence.contains(&format!("127.0.0.1:{port}")) && sentence.contains("in use"), "{sentence}");
-        // Others are served.
+        // Other ports are served.
         set(&ports, "t", Some((other, 1)));
         until(other, "/", Result::is_ok).await.unwrap();
         drop(taken);
-        // Whatever changes, it is tried again at once.
+        // Any change makes the task try again at once.
         set(&ports, "t", Some((other, 2)));
         assert_eq!(ports.failures().await, Failures::new());
         assert_eq!(request(at(port), "GET", "/").await.unwrap().status, 200);

@@ -1,8 +1,8 @@
-//! How much one Service may ask for.
+//! Limits on the size of one Service.
 
 use super::*;
 
-/// The Service with so many ports, each in one slice with L1 and R1.
+/// Returns the Service with this number of ports, each in one slice with L1 and R1.
 fn of_ports(number: u16) -> World {
     s("L1, R1").with(|w| {
         let name = |number: u16| -> Arc<str> { format!("p{number}").into() };
@@ -20,7 +20,8 @@ fn external_ips(number: u32) -> Vec<Addr> {
     (0..number).map(|number| Addr::v4((0xc612_0000 + number).to_be_bytes())).collect()
 }
 
-/// `world` wants this much, no more, no less: with one less it is refused in these words, and there is nothing of it.
+/// Checks that `world` fits exactly into `exactly`. With the budget `less` it must be refused with `words`, and
+/// nothing of it must be served.
 #[track_caller]
 fn wants(world: World, exactly: Budget, less: Budget, words: &str) {
     let world = world.with(|w| w.context.budget = exactly);
@@ -37,7 +38,7 @@ fn frontends_are_ports_at_addresses_and_node_ports() {
     let world = of_ports(3).with(|w| {
         w.service.cluster_ips[1] = Some(addr("fd00:96::10"));
         w.service.external_ips = external_ips(2);
-        // One in two roles, and one that is named twice.
+        // One address in two roles, and one address that is named twice.
         w.service.load_balancer_ips = vec![w.service.external_ips[0], addr("198.18.5.5"), addr("198.18.5.5")];
         w.service.ports[1].node_port = 31080;
     });
@@ -55,7 +56,7 @@ fn frontends_are_ports_at_addresses_and_node_ports() {
 
 #[test]
 fn endpoints_are_those_of_all_ports_as_slices_name_them() {
-    // An endpoint in two slices is one endpoint, and work for both.
+    // An endpoint in two slices is one endpoint, but work for both.
     let world = of_ports(3).with(|w| w.slices.push(slice("s2", "p2 TCP 2, other TCP 7", "L1")));
     let budget = |endpoints| Budget { endpoints, ..Budget::DEFAULT };
     wants(
@@ -82,7 +83,7 @@ fn source_ranges_are_those_of_all_ports() {
     );
 }
 
-/// What the defaults are made for.
+/// The sizes that the defaults are made for.
 #[test]
 fn large_services_are_served() {
     let ports = of_ports(16_000).with(|w| {
@@ -116,7 +117,7 @@ fn ports_of_slice(slice: &Slice) -> Vec<ServicePort> {
     slice.ports.iter().map(port).collect()
 }
 
-/// A Service of 63 KiB made a million frontends, 438 MiB, in 18 seconds.
+/// Before the limit, a Service of 63 KiB made a million frontends, 438 MiB, in 18 seconds.
 #[test]
 fn a_million_frontends_are_refused_before_they_are_made() {
     let world = of_ports(1_000).with(|w| w.service.external_ips = external_ips(1_000));

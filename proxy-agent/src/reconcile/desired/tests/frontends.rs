@@ -1,4 +1,4 @@
-//! Who is proxied, under which addresses, and who may use them.
+//! Proxied Services, their frontends, and the clients that may use them.
 
 use super::*;
 
@@ -79,12 +79,12 @@ fn p020_p021_external_ips_of_the_family() {
     world.check("P>EXT = L1\nX>EXT = L1");
 }
 
-/// The address of a Service that there may be tomorrow is nobody's today.
+/// An address that may become another Service's clusterIP tomorrow must not be served today.
 #[test]
 fn external_ips_among_cluster_ips_are_refused_by_name() {
     let world = s("L1").with(|w| {
         w.context.service_cidrs = vec![prefix("10.96.0.0/16"), prefix("fd00:96::/112")];
-        // The first is its own.
+        // The first address is the Service's own clusterIP.
         let external = ["10.96.0.10", "10.96.7.7", "198.18.9.9", "fd00:96::77"];
         w.service.external_ips = external.map(addr).to_vec();
     });
@@ -96,7 +96,7 @@ fn external_ips_among_cluster_ips_are_refused_by_name() {
     assert!(desired.problems[0].contains("10.96.7.7") && desired.problems[0].contains("10.96.0.0/16"));
 }
 
-/// As many sentences as there are addresses would be a burden of their own.
+/// The number of sentences about bad addresses must be limited, too.
 #[test]
 fn what_is_wrong_with_many_addresses_is_counted() {
     let world = s("L1").with(|w| {
@@ -127,7 +127,7 @@ fn addresses_of_the_node_are_kept_for_the_node_where_that_is_asked_for() {
             format!("spec.externalIPs: 192.0.2.10 {why}")
         ]
     );
-    // An address that the node has no more, or not yet, is as good as any other.
+    // An address that the node no longer has, or does not have yet, is treated like any other.
     protected.with(|w| w.context.host_addresses.clear()).check("X>192.0.3.10:80 = L1\nX>192.0.2.10:80 = L1");
 }
 
@@ -190,7 +190,7 @@ fn p153_p155_p156_who_the_source_ranges_let_in() {
     assert_eq!(everyone.desired().problems, [""; 0]);
     // Ranges of the other family filter nothing.
     s_lb("L1").source_ranges(&["2001:db8::/32"]).check("Y>VIP = L1\nP>VIP = L1\nH>VIP = L1");
-    // Part of the pods is not enough for a socket; all of them are, also in pieces.
+    // Ranges with a part of the pods are not enough for a socket. Ranges with all pods are enough, also in pieces.
     s_lb("L1").source_ranges(&["10.64.1.0/24"]).check("P>VIP = DROP\nX>VIP = DROP");
     s_lb("L1").source_ranges(&["10.64.0.0/12"]).check("P>VIP = L1\nX>VIP = DROP");
     s_lb("L1").source_ranges(&["10.0.0.0/8"]).check("P>VIP = L1");
@@ -215,7 +215,7 @@ fn source_ranges_without_detect_local_or_a_node_address() {
         "{:?}",
         world.desired().problems
     );
-    // 127.0.0.1 is in a range, but says nothing about this host.
+    // 127.0.0.1 is in a range, but loopback addresses do not identify this host.
     let unknown = s_lb("L1").source_ranges(&["127.0.0.0/8"]).with(|w| w.context.node.ips = [None, None]);
     unknown.check("H>VIP = DROP");
     unknown.with(|w| w.context.host_addresses.extend([addr("127.1.2.3")])).check("H>VIP = DROP");
@@ -232,19 +232,19 @@ fn p150_to_p158_the_packet_edge_gets_the_ranges_and_may_get_the_address_itself()
         ports[0].source_ranges.iter().map(|range| range.to_string()).collect()
     };
     let check = |world: &World, want: &[&str]| assert_eq!(ranges(world, Family::V4), want);
-    // In order, each once, those of the family.
+    // Sorted, without duplicates, and of the family only.
     let three =
         s_lb("L1").source_ranges(&["203.0.113.0/25", "198.51.100.0/24", "2001:db8::/32", "203.0.113.9/25"]);
     check(&three, &["198.51.100.0/24", "203.0.113.0/25"]);
     let two_ports = three.with(|w| w.service.ports = ports("web TCP 80, adm TCP 443"));
     check(&two_ports, &["198.51.100.0/24", "203.0.113.0/25"]);
     check(&two_ports.with(|w| w.service.load_balancer_ips.clear()), &[]);
-    // Nothing that filters, nothing to look up.
+    // Without a filter there are no ranges to look up.
     check(&s_lb("L1"), &[]);
     check(&s_lb("L1").source_ranges(&["203.0.113.0/25", "0.0.0.0/0"]), &[]);
     check(&s_lb("L1").source_ranges(&["2001:db8::/32"]), &[]);
 
-    // The node's primary address is in a range: the host may come from the Service's own addresses.
+    // The node's primary address is in a range: the host may use the Service's own addresses as source.
     let vips = ["198.18.5.5", "198.18.5.7", "2001:db8:5::5"].map(addr).to_vec();
     let world = dual_stack("L1").source_ranges(&["192.0.2.0/24", "2001:db8:2::/48"]);
     let world = world.with(|w| w.service.load_balancer_ips = vips);
@@ -252,7 +252,7 @@ fn p150_to_p158_the_packet_edge_gets_the_ranges_and_may_get_the_address_itself()
     assert_eq!(ranges(&world, Family::V6), ["2001:db8:2::/48"], "each family by itself");
     let world = world.source_ranges(&["2001:db8:1::/48"]);
     assert_eq!(ranges(&world, Family::V6), ["2001:db8:1::/48", "2001:db8:5::5/128"]);
-    // A secondary address of the host does not count, nor does an unknown one.
+    // Neither a secondary address of the host counts, nor an unknown one.
     let secondary = s_lb("L1").source_ranges(&["192.0.3.0/24"]);
     check(&secondary.with(|w| w.context.host_addresses.extend([addr("192.0.3.10")])), &["192.0.3.0/24"]);
     let unknown = s_lb("L1").source_ranges(&["192.0.2.0/24"]).with(|w| w.context.node.ips = [None, None]);

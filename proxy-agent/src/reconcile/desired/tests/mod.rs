@@ -1,9 +1,9 @@
 //! The rows of the behaviour specification that this function decides, named by their ids (`p006_...`), and
-//! properties over random slices.
+//! properties of random slices.
 //!
-//! One world for all: node n1 in zone za with the addresses 192.0.2.10 and 2001:db8:1::10, pods in 10.64.0.0/12 and
-//! fd00:64::/48. Endpoints L1, L2 (and V1 over IPv6) run on n1, R1 and R2 on other nodes. The Service has clusterIP
-//! 10.96.0.10 and one port `web`, TCP 80 to 8080.
+//! All tests share one world: node n1 in zone za with the addresses 192.0.2.10 and 2001:db8:1::10, pods in
+//! 10.64.0.0/12 and fd00:64::/48. Endpoints L1, L2 (and V1 over IPv6) run on n1, R1 and R2 on other nodes. The
+//! Service has clusterIP 10.96.0.10 and one port `web`, TCP 80 to 8080.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -42,7 +42,8 @@ fn prefix(text: &str) -> Prefix {
     Prefix::new(addr(ip), len.parse().unwrap()).unwrap()
 }
 
-/// `web TCP 80 31080`: name (`-` for none), protocol, port and, where there is one, nodePort; several by commas.
+/// Parses ports such as `web TCP 80 31080`: name (`-` for none), protocol, port, and optionally nodePort, separated
+/// by commas.
 fn ports(text: &str) -> Vec<ServicePort> {
     let port = |text: &str| {
         let words: Vec<&str> = text.split_whitespace().collect();
@@ -65,7 +66,8 @@ fn protocol(text: &str) -> u8 {
     }
 }
 
-/// A slice: `web TCP 8080`, and endpoints like `L1, R1/st z(za,zb) n(n1)` with the states `/nr`, `/st`, `/t`, `/sn`.
+/// Builds a slice: ports such as `web TCP 8080`, and endpoints such as `L1, R1/st z(za,zb) n(n1)` with the states
+/// `/nr`, `/st`, `/t`, `/sn`.
 fn slice(name: &str, ports_text: &str, endpoints: &str) -> Slice {
     let mut depth = 0;
     let split_outside_parentheses = |c: char| {
@@ -121,14 +123,14 @@ fn endpoint(text: &str) -> Endpoint {
     Endpoint { addr: addr(ip), ready, serving, terminating, local, hints }
 }
 
-/// A Service, its slices, and the node that looks at them.
+/// A Service, its slices, and the node that programs them.
 struct World {
     service: Service,
     slices: Vec<Slice>,
     context: Context,
 }
 
-/// The Service with the slices given.
+/// Returns the Service with these slices.
 fn s_with(slices: Vec<Slice>) -> World {
     World {
         service: Service {
@@ -166,12 +168,12 @@ fn s_with(slices: Vec<Slice>) -> World {
     }
 }
 
-/// The Service with one slice: `web` is 8080.
+/// Returns the Service with one slice, in which `web` is 8080.
 fn s(endpoints: &str) -> World {
     s_with(vec![slice("s1", "web TCP 8080", endpoints)])
 }
 
-/// The same as a LoadBalancer with VIP 198.18.5.5, externalIP 198.18.9.9 and nodePort 31080.
+/// Returns the same Service as a LoadBalancer with VIP 198.18.5.5, externalIP 198.18.9.9 and nodePort 31080.
 fn s_lb(endpoints: &str) -> World {
     s(endpoints).with(|w| {
         w.service.service_type = ServiceType::LoadBalancer;
@@ -203,9 +205,9 @@ impl World {
         desired_service(&self.service, self.slices.iter(), &self.context)
     }
 
-    /// Asserts what becomes of connections, one a line: `P>VIP = L1, R1`. Senders: P a pod's socket here, H a
-    /// process of this host, X 203.0.113.7 and Y 203.0.113.200 off the cluster. Results: endpoints, REJECT, DROP,
-    /// or PASS where there is no frontend.
+    /// Asserts the results of connections, one per line: `P>VIP = L1, R1`. Senders: P a pod's socket on this node, H
+    /// a process of this host, X 203.0.113.7 and Y 203.0.113.200 outside of the cluster. Results: endpoints, REJECT,
+    /// DROP, or PASS if there is no frontend.
     #[track_caller]
     fn check(&self, rows: &str) {
         let desired = self.desired();
@@ -264,7 +266,7 @@ fn flags_of(port: &DesiredPort, key: &FrontendKey) -> Option<u16> {
     port.frontends.iter().find(|(known, _)| known == key).map(|&(_, flags)| flags)
 }
 
-/// The endpoints that have a flag of `set`, with their ports where those are not 8080.
+/// Returns the endpoints that have a flag of `set`, with their ports if these are not 8080.
 fn names(port: &DesiredPort, set: u32) -> String {
     let mut names: Vec<String> = port
         .backends
@@ -283,7 +285,7 @@ fn names(port: &DesiredPort, set: u32) -> String {
     names.join(", ")
 }
 
-/// What a family can be reached by: `10.96.0.10:80/6`, `node:31080/6` and `10.96.0.10` for the address itself.
+/// Returns the frontends of a family: `10.96.0.10:80/6`, `node:31080/6`, and `10.96.0.10` for the address itself.
 fn listed(desired: &DesiredService, family: Family) -> Vec<String> {
     let of_family = desired.ports.iter().filter(|port| port.key.family == family);
     let mut list: Vec<String> = of_family

@@ -1,11 +1,11 @@
-//! What holds for any slices.
+//! Properties of the result for any slices.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// Where an endpoint runs and what it is hinted for follows from its address, as in a cluster; its conditions are
-/// free, so that slices may contradict each other about them.
+/// Generates an endpoint. As in a cluster, its node and its hints follow from its address. Its conditions are free,
+/// so that slices may contradict each other about them.
 fn any_endpoint() -> impl Strategy<Value = Endpoint> {
     (0..12_u8, any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(id, ready, serving, terminating)| {
         let zone = |name: &str| Hints { zones: vec![name.into()], nodes: Vec::new() };
@@ -58,7 +58,7 @@ proptest! {
                 prop_assert!(b.flags & used != 0);
             }
             let any = |bit| port.backends.iter().any(|b| b.flags & bit != 0);
-            // Somebody could answer: then, and only then, an empty local set is silent.
+            // An empty local set is silent if, and only if, another node could answer.
             prop_assert_eq!(any(backend::IN_CLUSTER), port.empty_local == SlotRange::DROP);
             let of_family = |s: &&Slice| s.family == port.key.family;
             let sure = |e: &&Endpoint| e.ready && !e.terminating;
@@ -68,8 +68,8 @@ proptest! {
         }
     }
 
-    /// Slices of different names have no order. What two of them say about one endpoint may differ in its
-    /// readiness only: the rest is left to the order upstream, too.
+    /// Slices of different names have no order. Two slices may contradict each other about an endpoint's readiness
+    /// only: for other contradictions the order decides, upstream as well.
     #[test]
     fn the_order_of_slices_does_not_matter(slices in any_slices(), seed in any::<usize>()) {
         let settled = |mut slice: Slice| {
@@ -92,7 +92,8 @@ proptest! {
     fn the_last_entry_that_does_not_terminate_wins(states in prop::collection::vec(0..3_u8, 1..6)) {
         let text: Vec<&str> = states.iter().map(|s| ["L1/nr", "L1/t", "L1/st"][usize::from(*s)]).collect();
         let served = s(&text.join(", ")).answer(&s(&text.join(", ")).desired(), "P", "CIP");
-        // Only the first entry counts while all terminate; one that does not takes over for good.
+        // While all entries are terminating, only the first one counts. An entry that is not terminating replaces it
+        // for good.
         let want = if states.iter().all(|s| *s != 0) && states[0] == 2 { "L1" } else { "REJECT" };
         prop_assert_eq!(served, want);
     }

@@ -1,12 +1,12 @@
-//! Why an endpoint is in a set or not, as `explain` tells it.
+//! Reasons why an endpoint is in a set or not, as `explain` reports them.
 
 use super::*;
 use crate::reconcile::desired::{Reason, standings};
 
-/// In a set, or why not.
+/// `Ok` in the set, else the reason why not.
 type Judged = Result<(), Reason>;
 
-/// Each endpoint of a world with its reasons, cluster set first.
+/// Checks each endpoint of a world with its reasons, cluster set first.
 #[track_caller]
 fn check(world: &World, want: &[(&str, Judged, Judged)]) {
     let desired = world.desired();

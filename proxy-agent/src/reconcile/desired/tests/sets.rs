@@ -23,7 +23,7 @@ fn p044_a_terminating_entry_never_replaces_another() {
     // The first of several terminating entries stays.
     s("L1/st, L1/t").check("P>CIP = L1");
     s("L1/t, L1/st").check("P>CIP = REJECT");
-    // Of two that do not terminate the ready one stays, in either order.
+    // Of two entries that are not terminating the ready one stays, in either order.
     s("L1, L1/nr").check("P>CIP = L1");
     s("L1/nr, L1").check("P>CIP = L1");
     s("L1/st, L1/nr").check("P>CIP = REJECT");
@@ -35,7 +35,7 @@ fn p047_p048_p049_ports_are_joined_by_name_and_protocol() {
     unnamed.with(|w| w.service.ports = ports("- TCP 80")).check("P>CIP = L1");
     s_with(vec![slice("s1", "http TCP 8080", "L1")]).check("P>CIP = REJECT");
     s_with(vec![slice("s1", "web UDP 8080", "L1")]).check("P>CIP = REJECT");
-    // P045, P046: a slice port without name or number is none at all.
+    // P045, P046: a slice port without name or number is dropped.
     s("L1").with(|w| w.slices[0].ports.clear()).check("P>CIP = REJECT");
 }
 
@@ -119,7 +119,7 @@ fn p086_to_p089_the_two_sets_fall_back_independently() {
 fn p090_to_p094_policies_together_and_where_they_mean_nothing() {
     s_lb("R1").internal_local().external_local().check("P>CIP = DROP\nX>VIP = DROP\nP>VIP = R1");
     s("L1, R1").external_local().check("P>CIP = L1, R1");
-    // A nodePort left over in a ClusterIP Service is served, and the policy still means nothing.
+    // A nodePort left over in a ClusterIP Service is served, and the policy has no meaning.
     let stale = s("L1, R1").external_local().with(|w| w.service.ports = ports("web TCP 80 31080"));
     stale.check("X>NP = L1, R1");
     let external = s("L1, R1").external_local().with(|w| w.service.external_ips = vec![addr("198.18.9.9")]);
@@ -132,7 +132,7 @@ fn p090_to_p094_policies_together_and_where_they_mean_nothing() {
 fn p095_without_detect_local_a_pod_is_a_far_client() {
     let world = s_lb("L1, R1").external_local().with(|w| w.context.cluster_cidr = [None, None]);
     world.check("P>VIP = L1\nP>NP = L1\nH>VIP = L1, R1\nX>VIP = L1");
-    // Told apart by the interface that they come through, pods are near again.
+    // Pods that are recognized by their interface are near clients again.
     let world = world.with(|w| w.context.pods_by_interface = true);
     world.check("P>VIP = L1, R1\nP>NP = L1, R1\nH>VIP = L1, R1\nX>VIP = L1");
 }
@@ -143,7 +143,7 @@ fn p100_to_p106_zone_hints() {
     s(hinted).check("P>CIP = L1, R2");
     s("L1 z(za), R1, R2 z(za)").check("P>CIP = L1, R1, R2");
     s("R1 z(zb)").check("P>CIP = R1");
-    // P103, P104: an empty zone label is converted to none.
+    // P103, P104: an empty zone label is converted to `None`.
     s(hinted).with(|w| w.context.node.zone = None).check("P>CIP = L1, R1, R2");
     s("L1/nr z(za), R1 z(zb), R2 z(zb)").check("P>CIP = R1, R2");
     s("L1/nr, R1 z(za), R2 z(zb)").check("P>CIP = R1");
@@ -164,7 +164,7 @@ fn p110_p111_hints_narrow_the_cluster_set_only() {
     let hinted = "L1 z(zb), L2 z(za), R1 z(zb), R2 z(za)";
     s_lb(hinted).external_local().check("X>VIP = L1, L2\nP>VIP = L2, R2\nP>CIP = L2, R2");
     s("L1 z(zb), L2 z(za), R2 z(za)").internal_local().check("P>CIP = L1, L2");
-    // Terminating endpoints are taken wherever they are.
+    // Terminating endpoints are selected in any zone.
     s("L1/st z(za), R1/st z(zb)").check("P>CIP = L1, R1");
 }
 
@@ -181,7 +181,7 @@ fn an_endpoint_in_no_set_is_kept_while_it_serves() {
     let flags = |world: World| -> Vec<(Addr, u32)> {
         world.desired().ports[0].backends.iter().map(|b| (b.addr, b.flags)).collect()
     };
-    // UDP flows to a terminating endpoint go on; its state must stay visible.
+    // UDP flows to a terminating endpoint go on, so its state must stay visible.
     assert_eq!(
         flags(s("L1/st, L2/t, R1")),
         [
@@ -199,14 +199,14 @@ fn an_endpoint_in_no_set_is_kept_while_it_serves() {
     );
 }
 
-/// What this thread has cost: other work of the machine does not count.
+/// Returns the CPU time of this thread, which excludes other work of the machine.
 fn cpu_time() -> std::time::Duration {
     let told = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     std::time::Duration::try_from(told).unwrap()
 }
 
-/// Eight times the ports in as many slices cost about eight times the time: a Service that is as large as the API allows must
-/// not hold up everybody else. (Each port looked through all ports of all slices once: sixty-four times.)
+/// Eight times the ports in as many slices cost about eight times the time: a Service as large as the API allows must
+/// not delay all others. (Once each port searched all ports of all slices, which cost sixty-four times the time.)
 #[test]
 fn the_work_grows_with_the_ports_and_not_with_their_square() {
     let took = |ports: u16| {

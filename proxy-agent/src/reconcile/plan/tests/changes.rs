@@ -1,4 +1,4 @@
-//! One change at a time: what it costs, in which order, and what it leaves alone.
+//! Single changes: their cost, their order, and the state that they leave alone.
 
 use proxy_common::abi::frontend::flags::{EXTERNAL, NEAR_LOCAL};
 use proxy_common::abi::local_address::{HOST, NODEPORT};
@@ -12,7 +12,7 @@ fn a_new_service_is_whole_before_it_has_a_frontend() {
     let plan = bench.becomes(&[("s", web("s", 10, &[(1, HERE), (2, REMOTE), (3, DRAINING)]))]);
     let ops = ["+name", "backend", "backend", "backend", "2 slots", "1 slots", "service"];
     assert_eq!(outline(&plan)[..7], ops);
-    // Unused ports are refused only once the used one is there.
+    // Unused ports are refused only after the used port is there.
     assert_eq!(outline(&plan)[7..], ["+10.96.0.10:80/TCP", "+address 10.96.0.10"]);
 }
 
@@ -59,13 +59,13 @@ fn flags_of_an_endpoint_change_alone_while_its_sets_stay() {
     let mut bench = Bench::new(ROOMY);
     bench.becomes(&[("s", web("s", 10, &[(1, REMOTE), (2, REMOTE)]))]);
     let before = bench.backend("s", 2);
-    // Adding a bit comes first, taking one away last: in between both count.
+    // Bits are added first and removed last: in between both count.
     let plan = bench.becomes(&[("s", web("s", 10, &[(1, REMOTE), (2, REMOTE | ON_THIS_NODE)]))]);
     assert_eq!(outline(&plan), ["state 0xd"]);
     let plan = bench.becomes(&[("s", web("s", 10, &[(1, REMOTE), (2, IN_CLUSTER)]))]);
     assert_eq!(outline(&plan), ["state 0x1"]);
     assert_eq!(bench.backend("s", 2), before);
-    // A draining endpoint leaves the set first and loses its bits then.
+    // A draining endpoint leaves the set first and loses its bits after that.
     let plan = bench.becomes(&[("s", web("s", 10, &[(1, DRAINING), (2, IN_CLUSTER)]))]);
     assert_eq!(outline(&plan), ["1 slots", "service", "state 0x4"]);
 }
@@ -79,7 +79,7 @@ fn flags_of_a_frontend_change_in_one_replacement() {
         *flags = NEAR_LOCAL;
     }
     let plan = bench.becomes(&[("s", local)]);
-    // By kind: the clusterIP with its port, then the clusterIP as such.
+    // Ordered by kind: the clusterIP with its port, then the clusterIP as such.
     assert_eq!(outline(&plan), ["+10.96.0.10:80/TCP", "+address 10.96.0.10"]);
 }
 
@@ -161,7 +161,7 @@ fn affinity_that_is_switched_on_again_starts_from_nothing() {
     let again = epoch(sticky("s", 10, &backends, 10));
     assert!(again.epoch > first.epoch, "{again:?} after {first:?}");
 
-    // Another Service that gets the id starts from nothing, too.
+    // Another Service that gets the id has no remembered clients, either.
     let id = bench.id("s");
     bench.becomes(&[("s", None)]);
     bench.becomes(&[("t", sticky("t", 10, &backends, 10))]);
@@ -179,7 +179,8 @@ fn an_endpoint_that_returns_has_a_new_generation() {
         flags.map(|_| bench.backend("s", 2))
     };
     let first = generation(Some(HERE));
-    // Between the sets it is remembered; only out of both it is forgotten.
+    // Clients stay remembered while the endpoint is in one of the sets. They are forgotten when it is in neither and
+    // then enters a set.
     assert_eq!(generation(Some(REMOTE)), first);
     assert_eq!(generation(Some(HERE)), first);
     assert_eq!(generation(Some(DRAINING)), first);
@@ -192,7 +193,8 @@ fn an_endpoint_that_returns_has_a_new_generation() {
     assert!(third > second);
 }
 
-/// Anybody can write any externalIP into a Service of any age: what has been given to another one stays that one's.
+/// Anybody can write any externalIP into a Service of any age. An address that was given to another Service stays
+/// with that Service.
 #[test]
 fn the_best_title_gets_a_frontend_and_age_counts_among_equals_only() {
     use proxy_common::abi::frontend::flags::{EXTERNAL, LOAD_BALANCER};
@@ -205,7 +207,7 @@ fn the_best_title_gets_a_frontend_and_age_counts_among_equals_only() {
     let titles = [("external", EXTERNAL), ("balancer", EXTERNAL | LOAD_BALANCER), ("cluster", 0)];
     let titles: Vec<(&str, i64, u16)> =
         titles.iter().zip(1..).map(|((name, flags), age)| (*name, age, *flags)).collect();
-    // In any order in which they come; the better the title, the younger.
+    // In several orders of arrival. The better the title, the younger the Service.
     for order in [[0, 1, 2], [2, 1, 0], [1, 2, 0], [2, 0, 1]] {
         let mut bench = Bench::new(ROOMY);
         for index in order {
@@ -242,7 +244,8 @@ fn the_oldest_service_gets_a_frontend_and_the_next_one_inherits_it() {
         ["10.96.0.10:80/TCP is not served: Service a/a has it and is older".to_owned()]
     );
     assert_eq!(lost(&bench, "a"), Vec::<String>::new());
-    // Whoever of them changes, the others have to be told anew; so has everybody by a newcomer, and by nobody else.
+    // A change of one of these Services concerns the others. A newcomer concerns all of them, and nobody if it claims
+    // another frontend.
     let concerned = |name: &str, wanted| concerned(&bench, name, wanted);
     assert_eq!(concerned("a", None), ["a/m", "a/z"]);
     assert_eq!(concerned("new", claims("new", 1)), ["a/a", "a/m", "a/z"]);
@@ -256,7 +259,7 @@ fn the_oldest_service_gets_a_frontend_and_the_next_one_inherits_it() {
         assert_eq!(frontends, ["+10.96.0.10:80/TCP"]);
         assert_eq!(owner(&bench), bench.id(heir));
     }
-    // Not only by going: also by asking for something else, or by having become younger.
+    // A Service also loses its frontend by claiming another one, or by having become younger.
     bench.becomes(&[("a", claims("a", 1))]);
     assert_eq!(owner(&bench), bench.id("a"));
     bench.becomes(&[("a", web("a", 12, &[(1, HERE)]))]);
@@ -286,8 +289,8 @@ fn udp_sockets_are_looked_at_when_their_backends_may_have_left() {
             step("s", proto, 10, None),
         ]);
     }
-    // Sockets that connected before there was a backend, the first one, another one, one that drains and still
-    // serves, one that leaves, one that stops serving, a Service that goes.
+    // In order: no backend while sockets may be connected, the first backend, another one, one that drains and still
+    // serves, one that leaves, one that stops serving, a Service that is deleted.
     let udp = [true, true, false, false, true, true, true];
     assert_eq!(steps, [udp, [false; 7]]);
 
@@ -326,7 +329,7 @@ fn source_ranges_are_there_before_a_frontend_asks_for_them_and_as_long_as_it_doe
     assert_eq!(outline(&plan)[7..], ["+10.96.0.10:80/TCP", "+address 10.96.0.10"]);
     assert_eq!(bench.becomes(&[("s", guarded("s", 10, &[1, 2]))]).ops, Vec::new());
 
-    // Other ranges: whoever is in both is let in all the time.
+    // New ranges: clients in a range of both versions are admitted all the time.
     let plan = bench.becomes(&[("s", guarded("s", 10, &[2, 3]))]);
     assert_eq!(outline(&plan), ["+203.0.3.0/24 for 1", "-203.0.1.0/24 for 1"]);
     let plan = bench.becomes(&[("s", guarded("s", 10, &[]))]);
@@ -336,7 +339,7 @@ fn source_ranges_are_there_before_a_frontend_asks_for_them_and_as_long_as_it_doe
 
     let plan = bench.becomes(&[("s", None)]);
     assert_eq!(outline(&plan)[2..], ["service", "state 0x0", "-203.0.4.0/24 for 1", "-name"]);
-    // Who gets the id next has none of them.
+    // The next owner of the id has none of these ranges.
     bench.becomes(&[("t", web("t", 11, &[(1, HERE)]))]);
     assert_eq!(bench.id("t"), 1);
 }

@@ -1,4 +1,4 @@
-//! What somebody else changes in the maps is noticed, named, and put right by a full plan.
+//! Foreign changes of the maps are noticed, named, and repaired by a full plan.
 
 use proxy_common::abi::Backend;
 
@@ -9,7 +9,7 @@ fn differences(model: &Model, contents: &Contents) -> Vec<Difference> {
     crate::reconcile::drift::differences(model, contents, &filter_words(contents))
 }
 
-/// A foreign hand.
+/// A foreign change.
 type Hand = fn(&mut Contents);
 
 #[test]
@@ -53,7 +53,7 @@ fn whatever_is_changed_is_named_and_mended() {
         let found = differences(&bench.model, &contents);
         let named = |difference: &Difference| difference.map == map && difference.what.contains(what);
         assert!(found.iter().any(named), "{number}: {found:?}");
-        // Nothing else, but for what the same element is about in another map.
+        // Nothing else is reported, except in another map that refers to the same element.
         assert!(
             found.iter().all(|difference| difference.map == map || map == "BACKENDS"),
             "{number}: {found:?}"
@@ -61,7 +61,7 @@ fn whatever_is_changed_is_named_and_mended() {
         if map == "NODE" || map == "SERVICE_CIDRS" {
             continue;
         }
-        // A full plan brings everything back, if under another id.
+        // A full plan restores everything, possibly under another id.
         let mut model = Model::restore(ROOMY, &contents);
         let all = everything(&model, &bench.services);
         let ops = plan(&mut model, &all, true).ops;

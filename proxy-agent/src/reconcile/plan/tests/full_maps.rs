@@ -1,9 +1,9 @@
-//! Each map that is too small: only the Service that does not fit is refused, keeps what it had, and is programmed
-//! as soon as there is room.
+//! Each map is too small once: only the Service that does not fit is refused, keeps its previous state, and is
+//! programmed as soon as there is room.
 
 use super::*;
 
-/// `s` and `t` fit; the second word of `s` does not, until `t` is gone.
+/// Checks that `s` and `t` fit, and that the change of `s` to `more` does not, until `t` is gone.
 #[track_caller]
 fn check(capacity: Capacity, s: Option<Wanted>, t: Option<Wanted>, more: Option<Wanted>, reason: &str) {
     let mut bench = Bench::new(capacity);
@@ -19,13 +19,13 @@ fn check(capacity: Capacity, s: Option<Wanted>, t: Option<Wanted>, more: Option<
     let after = bench.sim.contents();
     let (before, mut after) = (read(&before), read(&after));
     if reason.contains("FRONTENDS") {
-        // What did fit is there.
+        // The frontends that fit are there.
         let kept = |key: &FrontendKey| before.frontends.contains_key(key);
         after.frontends.retain(|key, _| kept(key));
     }
     assert_eq!(after, before, "what it had is what it has");
 
-    // Others still change.
+    // Other Services still change.
     let plan = bench.change(&[("t", None), ("s", more.clone())]);
     assert_eq!(plan.refused.len(), 1, "what others free waits for a grace period");
     bench.model.release(plan.freed);
@@ -47,12 +47,12 @@ fn backends() {
 
 #[test]
 fn slots() {
-    // Three for the old sets, three for the new ones beside them.
+    // Three slots for the old sets, three for the new sets beside them.
     let capacity = Capacity { slots: 7, ..ROOMY };
     let more = web("s", 10, &[(1, REMOTE), (2, REMOTE), (3, REMOTE), (4, REMOTE)]);
     let s = web("s", 10, &[(1, REMOTE)]);
     check(capacity, s.clone(), web("t", 11, &[(2, REMOTE), (3, REMOTE)]), more, "map SLOTS is full: 4 more");
-    // The local set is the one that does not fit: the range for the other one is given back.
+    // The local set does not fit: the range for the cluster set is given back.
     let more = web("s", 10, &[(1, HERE), (2, HERE)]);
     check(capacity, s, web("t", 11, &[(2, REMOTE), (3, REMOTE)]), more, "map SLOTS is full: 2 more");
 }
@@ -70,7 +70,7 @@ fn services() {
 
 #[test]
 fn source_ranges() {
-    // What is not wanted any more still takes its place until the frontends have changed.
+    // An unwanted range takes its place until the frontends have changed.
     let capacity = Capacity { source_ranges: 4, ..ROOMY };
     check(
         capacity,
@@ -92,7 +92,7 @@ fn frontends() {
 
 #[test]
 fn a_full_map_is_not_overfilled_by_what_takes_the_place_of_others() {
-    // In the order of keys the old address comes first, in the order of operations the new one.
+    // The order of keys puts the old address first, the order of operations the new one.
     let mut bench = Bench::new(Capacity { frontends: 2, ..ROOMY });
     bench.becomes(&[("s", web("s", 10, &[(1, HERE)]))]);
     let moved = web("s", 11, &[(1, HERE)]);

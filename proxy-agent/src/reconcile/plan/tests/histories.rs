@@ -1,7 +1,8 @@
 //! Random histories of random Services, with crashes at any operation.
 //!
-//! The same ten thousand each time; `PROPTEST_CASES=1000000 PROPTEST_RNG_SEED=2 cargo test -p proxy-agent histories` tries
-//! others. A failure prints the smallest history that fails, and its seed is kept in `proptest-regressions`.
+//! The same ten thousand histories each time. `PROPTEST_CASES=1000000 PROPTEST_RNG_SEED=2 cargo test -p proxy-agent
+//! histories` tries others. A failure prints the smallest history that fails, and its seed is kept in
+//! `proptest-regressions`.
 
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
@@ -11,10 +12,10 @@ use super::machine::{Grace, Machine, Step};
 use super::*;
 
 const NAMES: [&str; 4] = ["s0", "s1", "s2", "s3"];
-/// Two of one number: a port that is renamed keeps its frontends.
+/// Two ports have the same number, so that a port may be renamed and keep its frontends.
 const PORTS: [(&str, u8, u16); 4] = [("dns", UDP, 53), ("http", TCP, 80), ("web", TCP, 80), ("x", TCP, 81)];
 
-/// A port with frontends that other ports and Services may claim as well.
+/// Generates a port with frontends that other ports and Services may claim, too.
 fn any_port() -> impl Strategy<Value = DesiredPort> {
     let flags = prop::sample::select(vec![
         0,
@@ -77,7 +78,7 @@ fn any_step() -> impl Strategy<Value = Step> {
     let grace = prop::sample::select(vec![Grace::Nothing, Grace::Begins, Grace::Ends]);
     let changes = prop::collection::vec(any_change(), 1..4);
     (changes, crashes, grace).prop_map(|(mut changes, crashes, grace)| {
-        // The last word on a Service is what counts.
+        // The last change of a Service counts.
         changes.reverse();
         changes.sort_by(|(a, _), (b, _)| a.cmp(b));
         changes.dedup_by(|(a, _), (b, _)| a == b);

@@ -1,19 +1,20 @@
-//! Carries a history out, operation by operation, and looks at everything after each one.
+//! Carries a history out, operation by operation, and checks everything after each operation.
 //!
-//! A BPF program that has read a Service keeps what it read until it ends, which a grace period waits for. So what
-//! any frontend has led to since the last grace period must stay readable: the machine remembers all of it.
+//! A BPF program that has read a Service uses what it read until it ends, and a grace period waits for that end.
+//! Everything that any frontend has led to since the last grace period must therefore stay readable: the machine
+//! remembers all of it.
 
 use super::*;
 use crate::reconcile::drift::differences;
 
-/// What a BPF program may hold: a service id and a range (base, length), and the backends in it.
+/// State that a BPF program may hold: a service id and a range (base, length), and the backends in it.
 type Held = BTreeMap<(u32, u32, u32), Vec<(u32, Endpoint)>>;
 
-/// An affinity entry that would count: service id and epoch, backend id and generation.
+/// An affinity entry that counts: service id and epoch, backend id and generation.
 type Memory = (u32, u32, u32, u32);
 
-/// One step: Services that change, where the agent crashes on the way (fractions of the plan at hand; after each it
-/// starts again and plans everything), and what happens to grace periods afterwards.
+/// One step: the changed Services, the points at which the agent crashes (fractions of the plan at hand; after each
+/// crash the agent starts again and plans everything), and the progress of grace periods afterwards.
 #[derive(Clone, Debug)]
 pub(super) struct Step {
     pub(super) changes: Vec<(ObjectKey, Option<Wanted>)>,
@@ -30,15 +31,15 @@ pub(super) enum Grace {
 
 pub(super) struct Machine {
     bench: Bench,
-    /// For each Service port, what it asked for since it was last as it should be.
+    /// Wanted states of each Service port since its last converged state.
     asked: BTreeMap<PortKey, Vec<DesiredPort>>,
-    /// Read before the grace period under way began, and since.
+    /// State read before the current grace period began, and state read since.
     held: [Held; 2],
     waiting: Option<Freed>,
     freed: Freed,
     memories: BTreeMap<Memory, (PortKey, Endpoint)>,
     forgotten: BTreeSet<Memory>,
-    /// Services of which something did not fit, as of their last plan.
+    /// Services of which something did not fit in their last plan.
     pub(super) refused: BTreeSet<ObjectKey>,
 }
 
@@ -89,7 +90,7 @@ impl Machine {
             self.observe();
             full = true;
             plan_for = everything(&self.bench.model, &self.bench.services);
-            // Those that were refused may have gone since, and are named nowhere else.
+            // Refused Services may have been deleted since, and are named nowhere else.
             for key in &self.refused {
                 plan_for.entry(key.clone()).or_insert(None);
             }
@@ -122,7 +123,8 @@ impl Machine {
         self.bench.sim.contents().frontends.iter().map(|(key, _)| *key).collect()
     }
 
-    /// Follows every frontend as a BPF program would. Each leads to a named Service port with two good sets.
+    /// Follows every frontend as a BPF program would. Each frontend must lead to a named Service port with two good
+    /// sets.
     fn observe(&mut self) {
         let contents = self.bench.sim.contents();
         let needed = filter_words(&contents);
@@ -194,7 +196,7 @@ impl Machine {
         }
     }
 
-    /// Whoever has read a range before still finds the backends that it named.
+    /// Checks that a reader of a range still finds the backends that the range named.
     fn readable(&self) {
         let contents = self.bench.sim.contents();
         for ((service, base, _), seen) in self.held.iter().flatten() {
@@ -207,7 +209,7 @@ impl Machine {
         }
     }
 
-    /// Numbers that still wait for a grace period are not written to.
+    /// Checks that no operation writes to a number that still waits for a grace period.
     fn refuse_reuse(&self, op: &Op) {
         let freed = [Some(&self.freed), self.waiting.as_ref()];
         for freed in freed.into_iter().flatten() {
@@ -240,7 +242,8 @@ impl Machine {
         self.bench.sim.contents().names.iter().map(|(id, name)| (parse_name(name).unwrap(), *id)).collect()
     }
 
-    /// All is as it should be, and the agent knows it: whether it has crashed on the way makes no difference.
+    /// Checks that the maps are in the wanted state and that the model matches them, with or without crashes on the
+    /// way.
     fn converged(&mut self, ids_before: &BTreeMap<PortKey, u32>) {
         let contents = self.bench.sim.contents();
         let freed = {
@@ -251,7 +254,7 @@ impl Machine {
         account(&self.bench.model, &freed);
         assert_eq!(contents.names.len(), self.bench.model.ports.len());
 
-        // What the agent knows is what it would read back.
+        // The model is equal to the model that would be read back.
         let mut restored = Model::restore(self.bench.model.capacity, &contents);
         for (key, port) in &mut restored.ports {
             port.claims.clone_from(&self.bench.model.ports[key].claims);
@@ -296,7 +299,7 @@ impl Machine {
         self.remember(&contents);
     }
 
-    /// An affinity entry that has once ceased to count never counts again, and never for anybody else.
+    /// Checks that an affinity entry that has ceased to count never counts again, and never changes its owner.
     fn remember(&mut self, contents: &Contents) {
         let mut memories = BTreeMap::new();
         for (id, name) in &contents.names {
@@ -337,7 +340,7 @@ impl Machine {
         }
     }
 
-    /// Moves into maps of this size, and plans everything as after a crash before the first operation.
+    /// Moves into maps of this size, and plans everything, as after a crash before the first operation.
     pub(super) fn grow(&mut self, capacity: Capacity) {
         let contents = self.bench.sim.contents();
         let mut larger = Simulator::default();
@@ -356,7 +359,7 @@ impl Machine {
         account(&self.bench.model, &Freed::default());
     }
 
-    /// Removes every Service: all numbers come back.
+    /// Removes every Service, and checks that all numbers are free again.
     pub(super) fn clear(&mut self) {
         let keys = everything(&self.bench.model, &self.bench.services).into_keys();
         let changes = keys.map(|key| (key, None)).collect();
@@ -371,7 +374,7 @@ impl Machine {
     }
 }
 
-/// The Services that a step leaves alone, as they lie in the maps.
+/// Contents of the maps for the Services that a step leaves alone.
 struct Bystanders {
     ports: BTreeMap<u32, String>,
     frontends: BTreeMap<FrontendKey, String>,
@@ -380,7 +383,7 @@ struct Bystanders {
 impl Bystanders {
     fn of(bench: &Bench, changes: &[(ObjectKey, Option<Wanted>)], refused: &BTreeSet<ObjectKey>) -> Self {
         let contents = bench.sim.contents();
-        // What was refused is tried again by every full plan.
+        // Every full plan tries refused Services again.
         let changed =
             |key: &ObjectKey| refused.contains(key) || changes.iter().any(|(changed, _)| changed == key);
         let old =

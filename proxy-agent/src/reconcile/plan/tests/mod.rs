@@ -1,7 +1,7 @@
-//! What a plan does to the maps: tables of single changes, and random histories with crashes.
+//! Effects of a plan on the maps: tables of single changes, and random histories with crashes.
 //!
-//! Everything is looked at in the [`Simulator`], which carries out the very operations that the kernel maps get:
-//! the names, sets and verdicts that its contents spell out are compared with what the Services ask for.
+//! All checks read the [`Simulator`], which carries out the same operations that the kernel maps get. The names, sets
+//! and verdicts in its contents are compared with the wanted state of the Services.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -44,10 +44,10 @@ const ROOMY: Capacity =
 type Services = BTreeMap<ObjectKey, Wanted>;
 type Endpoint = (Addr, Be16);
 
-/// What the maps mean, without the numbers in them.
+/// Meaning of the maps, without the numbers in them.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Meaning {
-    /// Who answers at a frontend (nobody in particular at an active clusterIP as such), and its flags.
+    /// Service port behind each frontend (`None` for an active clusterIP as such), and the frontend's flags.
     frontends: BTreeMap<FrontendKey, (Option<PortKey>, u16)>,
     ports: BTreeMap<PortKey, PortMeaning>,
 }
@@ -67,7 +67,7 @@ enum Set {
     Verdict(SlotRange),
 }
 
-/// What the maps mean.
+/// Reads the meaning of the maps.
 #[track_caller]
 fn read(contents: &Contents) -> Meaning {
     let names: BTreeMap<u32, PortKey> = contents
@@ -99,7 +99,7 @@ fn read(contents: &Contents) -> Meaning {
     meaning
 }
 
-/// An element of `SERVICES`: zero where nothing was ever written.
+/// Returns an element of `SERVICES`; zero if it was never written.
 fn element(contents: &Contents, id: u32) -> Service {
     contents.services.get(id as usize).copied().unwrap_or_default()
 }
@@ -117,8 +117,8 @@ fn set(contents: &Contents, range: SlotRange) -> Set {
     Set::Endpoints(slots.iter().map(endpoint).map(|b| (b.addr, b.port)).collect())
 }
 
-/// How good a claim is, the lower the better: a clusterIP, a load balancer's address, an externalIP. nodePorts are only
-/// claimed as such.
+/// Returns the rank of a claim, the lower the better: a clusterIP, a load balancer's address, an externalIP. A
+/// nodePort competes with nodePorts only.
 fn rank(key: &FrontendKey, flags: u16) -> u8 {
     match (flags & frontend::flags::EXTERNAL, flags & frontend::flags::LOAD_BALANCER) {
         _ if key.kind == FrontendKind::NodePort as u8 => 0,
@@ -128,7 +128,8 @@ fn rank(key: &FrontendKey, flags: u16) -> u8 {
     }
 }
 
-/// What the maps ought to mean: worked out from the Services alone, without ids and without an order of events.
+/// Derives the meaning that the maps ought to have from the Services alone, without ids and without an order of
+/// events.
 fn ought(services: &Services) -> Meaning {
     let mut meaning = Meaning::default();
     let mut best: BTreeMap<FrontendKey, (u8, i64, PortKey, u16)> = BTreeMap::new();
@@ -165,7 +166,7 @@ fn ought(services: &Services) -> Meaning {
     meaning
 }
 
-/// Maps and what is known of them, brought from one set of Services to the next.
+/// Maps and the model of them, brought from one set of Services to the next.
 struct Bench {
     model: Model,
     sim: Simulator,
@@ -177,7 +178,7 @@ impl Bench {
         Self { model: Model::new(capacity), sim: Simulator::default(), services: Services::new() }
     }
 
-    /// Plans a change of some Services and carries it out, without giving back what becomes free.
+    /// Plans a change of some Services and carries it out, without releasing the freed numbers.
     fn change(&mut self, changes: &[(&str, Option<Wanted>)]) -> Plan {
         let mut services = BTreeMap::new();
         for (name, wanted) in changes {
@@ -190,7 +191,7 @@ impl Bench {
         self.carry_out(&services, false)
     }
 
-    /// As an agent does that knows nothing but what the maps hold.
+    /// Restarts as an agent that knows only the contents of the maps.
     fn restart(&mut self) -> Plan {
         self.model = Model::restore(self.model.capacity, &self.sim.contents());
         let services = everything(&self.model, &self.services);
@@ -205,7 +206,7 @@ impl Bench {
         plan
     }
 
-    /// Changes something that fits, waits for the grace period, and compares what the maps mean.
+    /// Makes a change that fits, waits for the grace period, and checks the meaning of the maps.
     #[track_caller]
     fn becomes(&mut self, changes: &[(&str, Option<Wanted>)]) -> Plan {
         let mut plan = self.change(changes);
@@ -226,7 +227,7 @@ impl Bench {
         element(&self.sim.contents(), self.id(name))
     }
 
-    /// Id and generation of an endpoint of a Service.
+    /// Returns id and generation of an endpoint of a Service.
     #[track_caller]
     fn backend(&self, name: &str, endpoint: u8) -> (u32, u32) {
         let id = self.id(name);
@@ -240,7 +241,7 @@ impl Bench {
     }
 }
 
-/// Who has to be told anew when a Service becomes this.
+/// Returns the Services whose problems must be reported anew when a Service becomes `wanted`.
 fn concerned(bench: &Bench, name: &str, wanted: Option<Wanted>) -> Vec<String> {
     let service = service(name);
     let wanted = wanted.unwrap_or(Wanted { created: 0, desired: DesiredService::default() });
@@ -250,13 +251,13 @@ fn concerned(bench: &Bench, name: &str, wanted: Option<Wanted>) -> Vec<String> {
     rivals(&bench.model, &service, &part).iter().map(ToString::to_string).collect()
 }
 
-/// What a full plan looks at: every Service there is, and every one that the maps still hold.
+/// Returns the input of a full plan: every existing Service, and every Service that the maps still hold.
 fn everything(model: &Model, services: &Services) -> BTreeMap<ObjectKey, Option<Wanted>> {
     let gone = model.ports.keys().map(|key| (key.service.clone(), None));
     gone.chain(services.iter().map(|(key, wanted)| (key.clone(), Some(wanted.clone())))).collect()
 }
 
-/// Every number is either in use, free, or waiting for a grace period.
+/// Checks that every number is in use, free, or waiting for a grace period.
 #[track_caller]
 fn account(model: &Model, freed: &Freed) {
     let ids = model.ports.len() + model.orphans.len() + freed.services.len();
@@ -305,7 +306,7 @@ fn wanted(created: i64, ports: Vec<DesiredPort>) -> Option<Wanted> {
     Some(Wanted { created, desired: DesiredService { ports, problems: Vec::new() } })
 }
 
-/// A port of the Service `name`, without session affinity.
+/// Returns a port of the Service `name`, without session affinity.
 fn port(name: &str, proto: u8, frontends: &[FrontendKey], backends: &[(u8, u32)]) -> DesiredPort {
     let frontends: BTreeMap<FrontendKey, u16> = frontends.iter().map(|key| (*key, 0)).collect();
     DesiredPort {
@@ -318,12 +319,12 @@ fn port(name: &str, proto: u8, frontends: &[FrontendKey], backends: &[(u8, u32)]
     }
 }
 
-/// A Service with TCP port 80 on one clusterIP.
+/// Returns a Service with TCP port 80 on one clusterIP.
 fn web(name: &str, ip: u8, backends: &[(u8, u32)]) -> Option<Wanted> {
     wanted(1, vec![port(name, TCP, &[exact(ip, 80, TCP), FrontendKey::address(vip(ip))], backends)])
 }
 
-/// The same, for clients from these ranges ([`range`]) only; without any, for everybody.
+/// Returns the same Service, for clients from these ranges ([`range`]) only; without ranges, for everybody.
 fn guarded(name: &str, ip: u8, ranges: &[u8]) -> Option<Wanted> {
     let mut wanted = web(name, ip, &[(1, HERE)]);
     for port in wanted.iter_mut().flat_map(|wanted| &mut wanted.desired.ports).filter(|_| !ranges.is_empty())
@@ -341,7 +342,7 @@ fn range(number: u8) -> Prefix {
     Prefix::new(Addr::v4([203, 0, number, 0]), 24).unwrap()
 }
 
-/// The same, with session affinity.
+/// Returns the Service of [`web`] with session affinity.
 fn sticky(name: &str, ip: u8, backends: &[(u8, u32)], seconds: u32) -> Option<Wanted> {
     let mut wanted = web(name, ip, backends);
     for port in wanted.iter_mut().flat_map(|wanted| &mut wanted.desired.ports) {
@@ -350,7 +351,7 @@ fn sticky(name: &str, ip: u8, backends: &[(u8, u32)], seconds: u32) -> Option<Wa
     wanted
 }
 
-/// What kinds of operations a plan has, in order: `+` adds or replaces, `-` removes.
+/// Returns the kinds of operations of a plan, in order: `+` adds or replaces, `-` removes.
 fn outline(plan: &Plan) -> Vec<String> {
     let sign = |adds: bool| if adds { '+' } else { '-' };
     let one = |op: &Op| match op {

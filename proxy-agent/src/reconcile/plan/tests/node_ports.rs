@@ -1,11 +1,11 @@
-//! Addresses of the node, where what is claimed by address and port would be found before a nodePort.
+//! Addresses of the node, where a frontend by address and port shadows a nodePort.
 
 use proxy_common::abi::frontend::flags::{EXTERNAL, LOAD_BALANCER};
 use proxy_common::abi::local_address::{HOST, NODEPORT};
 
 use super::*;
 
-/// Port 30080 of 10.96.0.1, the node, of everything that `s` may claim.
+/// Port 30080 of 10.96.0.1, an address of the node.
 const HERE_30080: (u8, u16) = (1, 30_080);
 
 fn at(name: &str, (ip, number): (u8, u16), proto: u8, flags: u16) -> Option<Wanted> {
@@ -20,7 +20,8 @@ fn by_node_port(created: i64, number: u16) -> Option<Wanted> {
     wanted(created, vec![port])
 }
 
-/// Plans the addresses of the host with their bits, and then the Services that this concerns, as the agent does. Returns those.
+/// Plans the addresses of the host with their bits, and then the affected Services, as the agent does. Returns these
+/// Services.
 fn node(bench: &mut Bench, addresses: &[(u8, u32)]) -> Vec<String> {
     let addresses = addresses.iter().map(|(number, bits)| (vip(*number), *bits)).collect();
     let (ops, concerned) = plan_node(&mut bench.model, NodeTables { addresses, ..NodeTables::default() });
@@ -37,7 +38,7 @@ fn is_served(bench: &Bench, key: FrontendKey) -> bool {
     served
 }
 
-/// What is said of `s` and of `n`.
+/// Returns the problems of `s` and of `n`.
 fn lost(bench: &Bench) -> [Vec<String>; 2] {
     ["s", "n"].map(|name| lost_claims(&bench.model, &service(name)))
 }
@@ -51,7 +52,7 @@ fn an_external_ip_takes_nobodys_node_port_whoever_comes_first() {
     for external_first in [true, false] {
         let mut bench = Bench::new(ROOMY);
         node(&mut bench, &[(1, HOST | NODEPORT), (2, HOST)]);
-        // The nodePort's Service is the younger one.
+        // The Service with the nodePort is the younger one.
         let mut changes = [("s", at("s", HERE_30080, TCP, 0)), ("n", by_node_port(5, 30_080))];
         if !external_first {
             changes.reverse();
@@ -64,7 +65,7 @@ fn an_external_ip_takes_nobodys_node_port_whoever_comes_first() {
         }
         assert!(!is_served(&bench, key) && is_served(&bench, node_port(30_080, TCP)));
         assert_eq!(lost(&bench), [vec![LOST.to_owned()], Vec::new()]);
-        // The nodePort goes: nobody is in anybody's way.
+        // The nodePort is gone, so the externalIP shadows nothing.
         bench.change(&[("n", by_node_port(5, 30_081))]);
         assert!(is_served(&bench, key));
         assert_eq!(lost(&bench), NOTHING);
@@ -82,7 +83,7 @@ fn only_that_port_at_addresses_that_serve_node_ports() {
     }
 }
 
-/// Both lead to the same Service.
+/// The nodePort and the externalIP lead to the same Service.
 #[test]
 fn ones_own_node_port_takes_nothing() {
     let mut bench = Bench::new(ROOMY);
@@ -122,7 +123,7 @@ fn addresses_of_the_node_come_and_go() {
     }
     assert_eq!(node(&mut bench, &[(9, HOST | NODEPORT)]), ["a/s"]);
     assert!(is_served(&bench, key));
-    // An agent that knows nothing comes to the same.
+    // A restarted agent comes to the same result.
     node(&mut bench, &[(1, HOST | NODEPORT)]);
     let before = bench.sim.contents().frontends;
     bench.restart();

@@ -1,8 +1,9 @@
-//! Large Services are planned in parts, between which others pass.
+//! Large Services are planned in parts, so that other Services can be planned in between.
 
 use super::*;
 
-/// Ports `from` to `to` of Service `s`, each at one address, all with these endpoints; the last says that the address is active.
+/// Returns the ports `numbers` of Service `s`, all at one address and with these endpoints. The last port carries the
+/// frontend of the address as such.
 fn ports(numbers: std::ops::Range<u16>, backends: &[(u8, u32)]) -> Vec<DesiredPort> {
     let last = numbers.end.wrapping_sub(1);
     let one = |number| {
@@ -17,7 +18,7 @@ fn ports(numbers: std::ops::Range<u16>, backends: &[(u8, u32)]) -> Vec<DesiredPo
     numbers.map(one).collect()
 }
 
-/// Brings `s` to these ports, part by part, and looks at the maps after each.
+/// Brings `s` to these ports, part by part, and calls `look` with the meaning of the maps after each part.
 fn becomes(bench: &mut Bench, ports: Vec<DesiredPort>, look: impl Fn(&Meaning)) {
     let service = service("s");
     let gone = ports_beside(&bench.model, &service, &ports);
@@ -52,11 +53,11 @@ fn served(meaning: &Meaning) -> usize {
 fn a_service_comes_changes_and_goes_in_parts() {
     let mut bench = Bench::new(ROOMY);
     bench.becomes(&[("t", web("t", 11, &[(1, HERE)]))]);
-    // Its unused ports are refused when all others are there.
+    // Unused ports of the clusterIP are refused only when all used ports are there.
     becomes(&mut bench, ports(1..6, &[(1, HERE)]), |now| assert_eq!(active(now), served(now) == 1 + 5));
-    // Each port changes alone; none is missing meanwhile.
+    // Each port changes alone, and none is missing meanwhile.
     becomes(&mut bench, ports(1..6, &[(2, REMOTE)]), |now| assert_eq!((active(now), served(now)), (true, 6)));
-    // Ports come and go.
+    // Ports appear and disappear.
     becomes(&mut bench, ports(4..8, &[(2, REMOTE)]), |now| assert!(served(now) >= 5));
     let plan = bench.restart();
     assert_eq!(plan.ops, [], "a plan of all at once makes the same");

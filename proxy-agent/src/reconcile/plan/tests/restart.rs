@@ -1,12 +1,12 @@
-//! What a new agent makes of the maps that the old one left behind.
+//! Restart of an agent on the maps that the old agent left behind.
 
 use proxy_common::abi::{BackendState, FrontendValue};
 
 use super::*;
 use crate::reconcile::model::service_name;
 
-/// A Service with two endpoints, of which the plan to replace one is carried out up to the first operation that
-/// `stop` accepts.
+/// Returns a Service with two endpoints. The plan to replace one of them has been carried out up to the first
+/// operation that `stop` accepts.
 fn interrupted(stop: impl Fn(&Op) -> bool) -> Bench {
     let mut bench = Bench::new(ROOMY);
     bench.becomes(&[("s", web("s", 10, &[(1, HERE), (2, HERE)])), ("t", web("t", 11, &[(3, REMOTE)]))]);
@@ -23,7 +23,7 @@ fn interrupted(stop: impl Fn(&Op) -> bool) -> Bench {
 fn sets_that_are_still_offered_are_not_written_over() {
     let mut bench = interrupted(|op| matches!(op, Op::Service(..)));
     let offered = bench.element("s").cluster;
-    // Another Service wants slots at the same time, and comes first.
+    // Another Service wants slots at the same time, and is planned first.
     let another = web("a", 12, &[(5, REMOTE), (6, REMOTE)]).unwrap();
     bench.services.insert(service("a"), another);
     let plan = bench.restart();
@@ -121,15 +121,15 @@ fn maps_that_do_not_fit_together_are_put_in_order() {
     bench.becomes(&[("s", web("s", 10, &[(1, HERE)])), ("t", web("t", 11, &[(2, REMOTE)]))]);
     let (s, t) = (bench.id("s"), bench.id("t"));
     let damage = [
-        // Two Services over one range, a range that reaches beyond the map, a backend of nobody, a dead one that is
-        // offered, a second id with the same name, a name that says nothing, a frontend that leads to nobody.
+        // Two Services with one range, a range that reaches beyond the map, a backend without a Service, a dead
+        // backend in a set, a second id with the same name, an invalid name, a frontend that leads to no Service.
         Op::Service(s, bench.element("t")),
         Op::Service(40, Service { cluster: SlotRange { base: u32::MAX, len: 9 }, ..bench.element("s") }),
         Op::Name(40, Some(Box::new(service_name(&port("x", TCP, &[], &[]).key)))),
         Op::BackendState(bench.backend("t", 2).0, BackendState { flags: 0, generation: 7 }),
         Op::Name(41, Some(Box::new(service_name(&port("s", TCP, &[], &[]).key)))),
         Op::Name(42, Some(Box::new(bytemuck::Zeroable::zeroed()))),
-        // Ranges of nobody, one at the id that the next Service gets.
+        // Source ranges without a Service, one of them at the id that the next Service gets.
         Op::SourceRange(3, range(1), true),
         Op::SourceRange(41, range(1), true),
         Op::Frontend(exact(9, 9, TCP), Some(FrontendValue::new(&exact(9, 9, TCP), 55, 0))),

@@ -16,10 +16,11 @@ fn connect_from(sim: &Simulator, netns: u64) -> u32 {
     backend_of(&socket)
 }
 
-/// Whether what is remembered of a client counts after `change`: its memory must lead there again and again.
+/// Checks whether the affinity entry of a client counts after `change`: an entry that counts must lead to the same
+/// backend again and again.
 #[track_caller]
 fn check(change: impl Fn(&mut Simulator, u32), hits: bool, counts_stale: bool) {
-    // A wrong memory may lead to the right backend by chance: try many clients.
+    // A wrong entry may lead to the right backend by chance, so many clients are tried.
     let mut moved = 0;
     for netns in 1000..1040 {
         let mut sim = sticky();
@@ -29,7 +30,7 @@ fn check(change: impl Fn(&mut Simulator, u32), hits: bool, counts_stale: bool) {
         moved += u32::from(connect_from(&sim, netns) != first);
         assert_eq!(sim.counted(Counter::AffinityHit) - hits_before, u64::from(hits));
         assert_eq!(sim.counted(Counter::AffinityStale), u64::from(counts_stale));
-        // Whatever it got is what is remembered from here on.
+        // The backend that the client got is remembered from here on.
         let second = connect_from(&sim, netns);
         assert_eq!(connect_from(&sim, netns), second);
     }
@@ -40,7 +41,7 @@ fn check(change: impl Fn(&mut Simulator, u32), hits: bool, counts_stale: bool) {
 fn a_client_returns_to_its_backend_while_all_is_as_it_was() {
     check(|_, _| {}, true, false);
     check(|sim, _| sim.clock.set(sim.clock.get() + u64::from(TIMEOUT) * SECOND - 1), true, false);
-    // What another client or another Service does is nothing to it, nor that its backend drains elsewhere.
+    // Neither another client, nor another backend that drains, nor the loss of `SERVING` ends the affinity.
     check(
         |sim, _| {
             connect_from(sim, 7);
@@ -89,7 +90,7 @@ fn each_connection_starts_the_time_anew_and_only_in_its_own_set() {
         sim.clock.set(sim.clock.get() + u64::from(TIMEOUT) * SECOND - 1);
         assert_eq!(connect_from(&sim, POD_NETNS), first);
     }
-    // The memory of a remote endpoint does not count where only the local one is offered.
+    // The entry of a remote endpoint does not count if only the local endpoint is in the set.
     let remote = (2000..).find(|netns| connect_from(&sim, *netns) != 1).unwrap();
     frontend(&mut sim, exact(vip(10), 80, TCP), 1, POD_LOCAL);
     assert_eq!(connect_from(&sim, remote), 1);
@@ -106,7 +107,7 @@ fn clients_are_told_apart_by_their_namespace_and_only_remembered_where_asked() {
     connect_from(&sim, POD_NETNS);
     let key = AffinityKey { client: AffinityKey::netns_client(POD_NETNS), service: 1 };
     assert!(sim.clients.borrow().is_empty() && sim.new_clients.borrow().is_empty());
-    // The client of a namespace is no address that could connect.
+    // The client id of a namespace is an address that no client can have.
     assert_eq!(key.client.to_ip().to_string(), "100::4d");
 }
 

@@ -2,7 +2,8 @@
 
 use super::*;
 
-/// What connect() to an address must answer and count; unless translated, nothing may have been touched.
+/// Checks the verdict and the counter of connect() to an address. Unless the verdict is `Translated`, the socket must
+/// be unchanged.
 #[track_caller]
 pub(super) fn check<'a>(
     sim: &Simulator,
@@ -42,7 +43,7 @@ fn a_connection_leads_to_a_backend_and_is_remembered_whole() {
     let mut asked = socket.clone();
     assert_eq!(peername(&mut asked, &sim), Translated);
     assert_eq!((asked.addr, asked.port), (vip(10), Be16::new(80)));
-    // A socket that is connected to something else, or that was never ours.
+    // A socket that is connected to something else, or that was never translated.
     for other in [
         SimSocket { addr: pod(9), ..socket.clone() },
         SimSocket { port: Be16::new(1), ..socket.clone() },
@@ -89,18 +90,18 @@ fn whoever_cannot_be_served_is_told_so_or_nothing() {
         (vip(21), 80, Drop, Some(Counter::DropNoLocalEndpoint)),
         (vip(10), 81, Reject, Some(Counter::RejectUnusedPort)),
         (vip(99), 80, Drop, Some(Counter::DropInactiveAddress)),
-        // An address that has frontends but is no active clusterIP, inside and outside of the ServiceCIDR.
+        // An address that has frontends but is no active clusterIP.
         (vip(21), 81, Drop, Some(Counter::DropInactiveAddress)),
         (pod(1), 8080, Pass, None),
     ];
     for (addr, port, verdict, counted) in table {
         check(&sim, socket(addr, port, TCP), verdict, counted);
     }
-    // Of another protocol the port is unused; what is neither TCP, UDP nor SCTP is not looked at.
+    // For another protocol the port is unused. Protocols other than TCP, UDP and SCTP are ignored.
     check(&sim, socket(vip(10), 80, SCTP), Reject, Some(Counter::RejectUnusedPort));
     check(&sim, SimSocket { protocol: 1, ..socket(vip(99), 80, 1) }, Pass, None);
     check(&sim, SimSocket { protocol: 256 + u32::from(UDP), ..socket(vip(10), 80, UDP) }, Pass, None);
-    // Before the ServiceCIDR is known an active clusterIP is one already.
+    // A clusterIP is active even before the ServiceCIDR is known.
     let cidr = Prefix::new(Addr::v4([10, 96, 0, 0]), 16).unwrap();
     sim.apply(&Op::ServiceCidr(cidr, false)).unwrap();
     check(&sim, socket(vip(10), 81, TCP), Reject, Some(Counter::RejectUnusedPort));
@@ -146,14 +147,14 @@ fn node_ports_are_served_on_marked_addresses_only() {
     }
     check(&sim, socket(marked, 31_081, TCP), Pass, None);
     check(&sim, socket(marked, 31_080, UDP), Pass, None);
-    // IPv6 has nodePorts of its own.
+    // IPv6 has its own nodePorts.
     let v6: Addr = "2001:db8:1::10".parse::<std::net::IpAddr>().unwrap().into();
     sim.apply(&Op::LocalAddress(v6, Some(HOST | NODEPORT))).unwrap();
     check(&sim, socket(v6, 31_080, TCP), Pass, None);
     frontend(&mut sim, FrontendKey::node_port(Addr::ZERO, Be16::new(31_080), TCP), 2, 0);
     check(&sim, socket(v6, 31_080, TCP), Reject, Some(Counter::RejectNoEndpoint));
 
-    // An exact frontend on a marked address wins.
+    // An exact frontend on a marked address takes precedence.
     frontend(&mut sim, exact(marked, 31_080, TCP), 2, 0);
     check(&sim, socket(marked, 31_080, TCP), Reject, Some(Counter::RejectNoEndpoint));
 }
@@ -194,7 +195,7 @@ fn open_sockets_whose_cookies_meet_are_both_remembered() {
         (peername(&mut asked, &sim), asked.addr)
     };
     assert_eq!((seen(&first), seen(&second)), ((Translated, vip(10)), (Translated, vip(10))));
-    // The second socket's end leaves the first one alone; the first one's makes room.
+    // The end of the second socket leaves the record of the first. The end of the first socket frees its slot.
     release(TCP.into(), meets, &sim);
     assert_eq!(seen(&first), (Translated, vip(10)));
     release(UDP.into(), 500, &sim);
@@ -218,7 +219,8 @@ fn half_of_another_sockets_record_is_no_record() {
 
 #[test]
 fn a_socket_that_is_connected_anew_shows_what_it_was_until_it_is() {
-    // The kernel leaves a connected UDP socket connected when the next connect() fails, whatever the hook has said.
+    // The kernel leaves a connected UDP socket connected when the next connect() fails, whatever the verdict of the
+    // hook.
     let mut sim = world();
     frontend(&mut sim, exact(vip(30), 80, UDP), 1, DENY_POD);
     let torn = exact(vip(31), 80, UDP);
@@ -285,7 +287,8 @@ fn clients_get_the_set_and_the_refusal_that_is_theirs() {
     assert_eq!(sim.counted(Counter::DropSourceRange), 120);
 }
 
-/// What a pod cannot be told at its socket is left alone, once its packets are judged. The host is told as before.
+/// Verdicts that a pod's socket cannot be given are left to its packets, once these are judged. The host's sockets
+/// get their verdicts as before.
 #[test]
 fn silence_and_source_ranges_are_left_to_the_packets_of_pods() {
     let mut sim = world();
@@ -325,7 +328,8 @@ fn silence_and_source_ranges_are_left_to_the_packets_of_pods() {
     check(&sim, socket(pod(1), 8080, TCP), Pass, None);
 }
 
-/// Where a socket cannot be told why it is refused, the host's go on as they are, and their SYN is answered.
+/// If a socket cannot be given the reason of a refusal, the host's sockets pass unchanged, and the packet edge
+/// answers their SYN.
 #[test]
 fn refusals_of_the_host_are_left_to_packets_where_the_kernel_cannot_tell() {
     let mut sim = world();
@@ -344,7 +348,8 @@ fn refusals_of_the_host_are_left_to_packets_where_the_kernel_cannot_tell() {
         }
         check(&sim, host(vip(10), 80, TCP), Translated, Some(Counter::Connected));
     }
-    // An address that is no clusterIP may have a host of its own; one of the host itself meets no device.
+    // An address that is no clusterIP may belong to a real host. Packets to an address of this host itself meet no
+    // device.
     let outside = Addr::v4([198, 18, 0, 1]);
     frontend(&mut sim, exact(outside, 80, TCP), 2, 0);
     check(&sim, host(outside, 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
@@ -352,7 +357,7 @@ fn refusals_of_the_host_are_left_to_packets_where_the_kernel_cannot_tell() {
     check(&sim, host(vip(20), 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
 }
 
-/// NodeLocal DNSCache listens at the clusterIP of a Service that is left to it, as an address of the host.
+/// NodeLocal DNSCache listens at a clusterIP, which is then an address of the host, while no Service claims it.
 #[test]
 fn an_address_that_the_host_has_is_not_unassigned() {
     let mut sim = world();
@@ -369,7 +374,7 @@ fn an_address_that_the_host_has_is_not_unassigned() {
         }
         sim.apply(&Op::LocalAddress(vip(99), Some(HOST))).unwrap();
     }
-    // That of a Service is its own, with all its ports.
+    // A clusterIP of a Service stays with the Service, with all its ports, even if the host has the address.
     sim.apply(&Op::LocalAddress(vip(10), Some(HOST))).unwrap();
     check(&sim, socket(vip(10), 80, TCP), Translated, Some(Counter::Connected));
     check(&sim, socket(vip(10), 81, TCP), Reject, Some(Counter::RejectUnusedPort));
@@ -387,11 +392,11 @@ fn a_socket_that_is_left_to_packets_forgets_its_record() {
     }
 }
 
-/// Whatever the verdict would be, it is the packet edge's.
+/// Whatever the verdict would be, it is left to the packet edge.
 #[test]
 fn sockets_of_a_pod_that_has_opted_out_are_left_alone() {
     let mut sim = world();
-    // Served, without an endpoint, an unused port.
+    // A served port, a Service without endpoints, an unused port.
     let addresses = [(vip(10), 80), (vip(20), 80), (vip(10), 81)];
     let left = |sim: &Simulator, cgroups: &'static [u64]| {
         let left = addresses.map(|(address, port)| {
@@ -412,16 +417,16 @@ fn sockets_of_a_pod_that_has_opted_out_are_left_alone() {
         assert!(left(&sim, cgroups));
     }
     assert_eq!(sim.counted(Counter::LeftToPackets), 12);
-    // Other pods, and whatever is none of ours.
+    // Other pods, and addresses that belong to no Service.
     for cgroups in [&[][..], &[1, 2, 3]] {
         let other = SimSocket { cgroups, ..socket(vip(10), 80, TCP) };
         check(&sim, other, Translated, Some(Counter::Connected));
     }
     check(&sim, SimSocket { cgroups: &[7], ..socket(pod(1), 8080, TCP) }, Pass, None);
-    // Nobody judges what the host sends.
+    // The packet edge does not judge packets of the host.
     let host = SimSocket { netns: HOST_NETNS, cgroups: &[7], ..socket(vip(10), 80, TCP) };
     check(&sim, host, Translated, Some(Counter::Connected));
-    // Each datagram is asked about, also of a flow that began before.
+    // Each datagram is checked, also in a flow that began before the opt-out.
     let mut datagram = socket(vip(10), 80, UDP);
     assert_eq!(sendmsg(&mut datagram, &sim), Translated);
     let mut datagram = SimSocket { cgroups: &[1, 7], ..socket(vip(10), 80, UDP) };
@@ -430,7 +435,8 @@ fn sockets_of_a_pod_that_has_opted_out_are_left_alone() {
     assert!(!left(&sim, &[1, 7]));
 }
 
-/// The pod with the cgroup 7 has its sandbox in the network namespace 70, that with 8 in 80. Of 9 nothing is known.
+/// The pod with cgroup 7 has its sandbox in network namespace 70, the pod with cgroup 8 in 80. Nothing is known of
+/// cgroup 9.
 #[test]
 fn sockets_of_networks_inside_a_pod_are_left_alone() {
     let mut sim = world();
@@ -461,15 +467,16 @@ fn sockets_of_networks_inside_a_pod_are_left_alone() {
             (70, &[1, 7, 3][..], false),
             (71, &[1, 7, 3], true),
             (71, &[1, 7], true),
-            // An inner cluster's pod.
+            // A pod of an inner cluster.
             (71, &[1, 7, 3, 1, 9], true),
-            // Another pod's namespace is inside none.
+            // Another pod's namespace is not nested in this pod.
             (80, &[1, 7, 3], false),
-            // A pod that has just come, or whose sandbox cannot be told.
+            // A pod that has just appeared, or whose sandbox cannot be found.
             (90, &[1, 9], false),
             (90, &[], false),
             (HOST_NETNS, &[1, 7, 3], false),
-            // In its own namespace only who has opted out is left alone. Without the flag nobody is asked.
+            // In its own namespace a socket is left alone only if its pod has opted out. Without the flag `OPTED_OUT`
+            // this is not checked.
             (70, &[1, 6], everything),
         ] {
             assert_eq!(told(&sim, netns, cgroups), left, "{netns} {cgroups:?} {flags:#x}");

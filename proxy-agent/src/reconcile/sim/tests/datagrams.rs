@@ -15,7 +15,7 @@ fn reply(socket: &SimSocket<'_>, backend: u32) -> UdpFlowKey {
     flow_key(socket, pod(backend), 8080, FlowDirection::Reply)
 }
 
-/// Sends a datagram of `from` to the VIP and says which backend it goes to.
+/// Sends a datagram from `from` to the VIP and returns the backend that it goes to.
 #[track_caller]
 pub(super) fn send(sim: &Simulator, from: &mut SimSocket<'_>) -> u32 {
     let mut socket = from.clone();
@@ -26,7 +26,7 @@ pub(super) fn send(sim: &Simulator, from: &mut SimSocket<'_>) -> u32 {
     backend_of(&socket)
 }
 
-/// Receives a datagram from a backend and says whom the application is told it came from.
+/// Receives a datagram from a backend and returns the source that the application sees.
 pub(super) fn receive(sim: &Simulator, to: &SimSocket<'_>, backend: u32) -> (Addr, u16) {
     let mut socket = SimSocket { addr: pod(backend), port: Be16::new(8080), ..to.clone() };
     let verdict = recvmsg(&mut socket, sim);
@@ -34,7 +34,8 @@ pub(super) fn receive(sim: &Simulator, to: &SimSocket<'_>, backend: u32) -> (Add
     (socket.addr, socket.port.get())
 }
 
-/// Records of sockets that send datagrams to the VIP: the first flow is in the record, any other one in `UDP_FLOWS`.
+/// Records of sockets that send datagrams to the VIP. The first flow of a socket is in its record, every other flow
+/// in `UDP_FLOWS`.
 fn records() -> [Option<SocketRecord>; 4] {
     let record = SocketRecord {
         vip: vip(99),
@@ -52,12 +53,12 @@ fn records() -> [Option<SocketRecord>; 4] {
     ]
 }
 
-/// A socket that has sent datagrams to another VIP.
+/// Returns a socket that has sent datagrams to another VIP.
 fn busy() -> SimSocket<'static> {
     with(records()[1])
 }
 
-/// A socket with this record, connected if that says so.
+/// Returns a socket with this record, connected if the record says so.
 fn with(record: Option<SocketRecord>) -> SimSocket<'static> {
     let connected = record.filter(SocketRecord::is_connected);
     let peer = connected.map_or((Addr::ZERO, Be16::new(0)), |to| (to.backend_addr, to.backend_port));
@@ -116,7 +117,7 @@ fn a_flow_moves_when_its_backend_stops_serving_and_hears_late_answers() {
         let mut socket = with(record);
         let first = send(&sim, &mut socket);
         let old = sim.backend(first).unwrap();
-        // What takes the place of the old backend keeps one of its properties each.
+        // Each replacement of the old backend keeps some of its properties.
         match gone {
             "not serving" => set_backend(&mut sim, first, IN_CLUSTER, 5),
             "another owner" => sim.apply(&Op::Backend(first, Backend { service: 2, ..old })).unwrap(),
@@ -140,7 +141,7 @@ fn a_flow_outlives_the_set_while_its_backend_serves() {
     let mut sim = world();
     let mut socket = socket(vip(10), 80, UDP);
     let first = send(&sim, &mut socket);
-    // It drains: in no set, still serving.
+    // The backend drains: in no set, still serving.
     set_backend(&mut sim, first, SERVING, 5);
     set_service(&mut sim, |service| service.cluster = SlotRange::REJECT);
     assert_eq!(send(&sim, &mut socket), first);
@@ -166,7 +167,7 @@ fn who_sends_is_refused_while_nothing_serves_and_then_reaches_whoever_does() {
             assert_eq!(sendmsg(&mut refused, &sim), answer);
             assert_eq!((&refused, sim.counted(counter)), (from, at));
         }
-        // The first backend that serves again gets it.
+        // The first backend that serves again gets the flow.
         set_backend(&mut sim, first % 3 + 1, SERVING | IN_CLUSTER, 6);
         sim.apply(&Op::Slots(30, vec![first % 3 + 1])).unwrap();
         set_service(&mut sim, |service| service.cluster = SlotRange { base: 30, len: 1 });
@@ -259,7 +260,7 @@ fn of_two_vips_with_one_backend_the_last_one_that_was_asked_answers() {
         assert_eq!(send(&sim, &mut from), 2);
         assert_eq!(receive(&sim, &from, 2), (vip(number), 80));
     }
-    // What evicts the entries of other VIPs leaves the first one.
+    // Eviction of the entries of other VIPs leaves the first flow, which is in the record.
     from.addr = vip(11);
     send(&sim, &mut from);
     assert!(sim.evict_udp_flow(&reply(&from, 2)).is_some());
@@ -274,7 +275,7 @@ fn a_socket_that_is_connected_to_a_pod_has_that_peer_whatever_it_sends() {
     let mut peer = SimSocket { addr: pod(id), port: Be16::new(8080), ..from };
     assert_eq!(peername(&mut peer, &sim), Pass);
     assert_eq!(peer.addr, pod(id));
-    // It is connected after it has sent.
+    // The socket is connected after it has sent.
     assert_eq!(connect(&mut peer, &sim), Pass);
     assert_eq!(peer.record, None);
 }

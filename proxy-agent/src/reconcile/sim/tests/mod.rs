@@ -1,7 +1,7 @@
-//! The datapath against the maps: what sockets of pods and of the host are told, connection by connection and datagram
-//! by datagram.
+//! The datapath against the maps: the verdicts for sockets of pods and of the host, connection by connection and
+//! datagram by datagram.
 //!
-//! One world for all: Service 1 (TCP and UDP port 80 of 10.96.0.10) with the backends 1 to 3 at 10.64.0.1 to
+//! All tests share one world: Service 1 (TCP and UDP port 80 of 10.96.0.10) with the backends 1 to 3 at 10.64.0.1 to
 //! 10.64.0.3, of which 1 is on this node; Service 2 without endpoints; 10.96.0.0/16 is the ServiceCIDR.
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, SERVING};
@@ -90,7 +90,7 @@ fn frontend(sim: &mut Simulator, key: FrontendKey, service: u32, flags: u16) {
     sim.apply(&Op::Frontend(key, Some(FrontendValue::new(&key, service, flags)))).unwrap();
 }
 
-/// A pod's socket that is about to talk to `addr`.
+/// Returns a pod's socket that is about to talk to `addr`.
 fn socket(addr: Addr, port: u16, proto: u8) -> SimSocket<'static> {
     SimSocket {
         addr,
@@ -106,7 +106,7 @@ fn socket(addr: Addr, port: u16, proto: u8) -> SimSocket<'static> {
     }
 }
 
-/// Which backend the socket leads to after a translation.
+/// Returns the backend that the socket leads to after a translation.
 #[track_caller]
 fn backend_of(socket: &SimSocket<'_>) -> u32 {
     assert_eq!(socket.port, Be16::new(8080));
@@ -115,12 +115,12 @@ fn backend_of(socket: &SimSocket<'_>) -> u32 {
     id
 }
 
-/// What is remembered of a socket, wherever that is.
+/// Returns the record of a socket, from the stream records or from the socket storage.
 fn record_of(sim: &Simulator, socket: &SimSocket<'_>) -> Option<SocketRecord> {
     sim.stream(StreamRecord::slot(socket.cookie))?.of(socket.cookie).or(socket.record)
 }
 
-/// Every counter that is not zero.
+/// Returns every counter that is not zero.
 fn counts(sim: &Simulator) -> Vec<(Counter, u64)> {
     Counter::ALL.into_iter().map(|counter| (counter, sim.counted(counter))).filter(|(_, n)| *n > 0).collect()
 }

@@ -1,4 +1,4 @@
-//! UDP sockets that are connected to a VIP while nobody serves, and that the agent leads.
+//! UDP sockets that are connected to a VIP while no backend serves, and that the agent moves.
 
 use proxy_common::abi::socket::{Order, order};
 
@@ -14,13 +14,13 @@ fn connect_of_udp_does_not_fail_for_lack_of_endpoints() {
         for (addr, port, verdict, counter) in [
             (vip(20), 80, Pass, Counter::RejectNoEndpoint),
             (vip(21), 80, Pass, Counter::DropNoLocalEndpoint),
-            // These are no lack of endpoints.
+            // These cases are no lack of endpoints.
             (vip(10), 81, Reject, Counter::RejectUnusedPort),
             (vip(99), 80, Drop, Counter::DropInactiveAddress),
         ] {
             let host = SimSocket { netns: HOST_NETNS, ..socket(addr, port, UDP) };
             check(&sim, host, verdict, Some(counter));
-            // Where nobody judges the packets of pods, they would leave for whoever has the address.
+            // If nobody judges the packets of pods, the packets would leave for any host that has the address.
             let mut pod = socket(addr, port, UDP);
             let served_later = flags != 0 && verdict == Pass;
             assert_eq!(
@@ -32,7 +32,7 @@ fn connect_of_udp_does_not_fail_for_lack_of_endpoints() {
     }
 }
 
-/// A socket that the agent has been told to lead from `peer` to `vip`.
+/// Returns a socket that the agent has an order for: from `peer` to the backend of `vip`.
 fn ordered(vip: Addr, peer: (Addr, u16)) -> SimSocket<'static> {
     let (peer, peer_port) = (peer.0, Be16::new(peer.1));
     let order = Order { vip, vip_port: Be16::new(80), peer, peer_port };
@@ -54,13 +54,15 @@ fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
         service: 1,
         backend,
     };
-    // From a backend that has left, and from the VIP itself, which was not served when the owner connected.
+    // From a backend that has left, and from the VIP itself, which was not served when the owner connected the
+    // socket.
     for (peer, before) in [((pod(9), 8080), Some(record(9))), ((vip(10), 80), None)] {
         let mut socket = SimSocket { record: before, ..ordered(vip(10), peer) };
         assert_eq!(connect(&mut socket, &sim), Translated);
         assert_eq!(socket.record, Some(record(backend_of(&socket))));
     }
-    // To the VIP itself while nobody serves, or when no Service has it any more. Where its packets would not be judged it stays.
+    // To the VIP itself while no backend serves, or when no Service has the VIP any more. A socket stays if its
+    // packets would not be judged.
     for (to, netns, led) in [
         (vip(20), HOST_NETNS, true),
         (vip(20), POD_NETNS, false),
@@ -78,11 +80,11 @@ fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
             assert_eq!(socket, was);
         }
     }
-    // Whether the hooks run for a socket without a record is shown by getpeername().
+    // getpeername() shows whether the hooks run for a socket without a record.
     let mut asked = SimSocket { addr: vip(10), port: Be16::new(80), ..ordered(vip(10), (vip(10), 80)) };
     assert_eq!(peername(&mut asked, &sim), Translated);
     assert_eq!((asked.addr, asked.port), (order::ADDRESS, order::PORT));
-    // Nothing is done where there is no order, or the owner has meanwhile connected the socket elsewhere.
+    // Nothing happens without an order, or if the owner has meanwhile connected the socket elsewhere.
     let led = SimSocket { record: Some(record(9)), ..ordered(vip(10), (pod(9), 8080)) };
     for moved in [
         SimSocket { order: None, ..led.clone() },
@@ -96,11 +98,11 @@ fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
         assert_eq!(connect(&mut socket, &sim), Reject, "{moved:?}");
         assert_eq!(socket, moved);
     }
-    // Who connects a socket takes its order away.
+    // The owner's connect() removes the order.
     let mut owners = SimSocket { addr: vip(10), port: Be16::new(80), ..led.clone() };
     connect(&mut owners, &sim);
     assert_eq!(owners.order, None);
-    // Another protocol knows nothing of it.
+    // Another protocol ignores the order.
     let mut stream = SimSocket { protocol: TCP.into(), ..led };
     assert_eq!(connect(&mut stream, &sim), Pass);
 }

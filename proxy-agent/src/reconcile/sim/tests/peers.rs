@@ -1,9 +1,9 @@
-//! One UDP socket and several peers: backends by their own address, several VIPs, and connections that end or fail.
+//! One UDP socket with several peers: backends by their own address, several VIPs, and connections that end or fail.
 
 use super::datagrams::{FROM_VIP, receive, send};
 use super::*;
 
-/// Receives a datagram from this address and says whom the application is told it came from.
+/// Receives a datagram from this address and returns the source that the application sees.
 fn seen_from(sim: &Simulator, to: &SimSocket<'_>, (addr, port): (Addr, u16)) -> (Addr, u16) {
     let mut socket = SimSocket { addr, port: Be16::new(port), ..to.clone() };
     recvmsg(&mut socket, sim);
@@ -33,13 +33,13 @@ fn who_sends_to_a_backend_itself_sees_its_answers_and_those_of_other_backends_as
         send_itself(&sim, &mut from, ended);
         assert_eq!(receive(&sim, &from, ended), (pod(ended), 8080));
         assert_eq!(receive(&sim, &from, kept), (vip_of_kept, 80));
-        // Asked for by the VIP again, the answers are the VIP's again.
+        // After another request to the VIP, replies come from the VIP again.
         from.addr = if others_first { vip(11) } else { vip(10) };
         let again = send(&sim, &mut from);
         assert_eq!(receive(&sim, &from, again), (from.addr, 80));
         assert_eq!(receive(&sim, &from, kept), (vip_of_kept, 80));
     }
-    // A socket that has asked for nothing else has no record any more.
+    // A socket that has sent to no other VIP has no record any more.
     let sim = world();
     let mut from = socket(vip(10), 80, UDP);
     let id = send(&sim, &mut from);
@@ -63,7 +63,8 @@ fn every_vip_of_a_socket_has_a_backend_of_its_own_while_there_are_enough() {
             backends.insert(send(&sim, &mut from));
         }
         assert_eq!(backends.len(), 3);
-        // There is none for the fourth one, which has the answers then.
+        // No backend is left for the fourth VIP, so it shares one. Replies of that backend then come from the fourth
+        // VIP.
         from.addr = vip(13);
         let id = send(&sim, &mut from);
         assert_eq!(receive(&sim, &from, id), (vip(13), 80));
@@ -102,10 +103,11 @@ fn a_record_counts_while_the_socket_is_connected_where_it_says() {
     first.peer = (first.addr, first.port);
     let id = backend_of(&first);
 
-    // connect(AF_UNSPEC), of which no hook hears: what the pod sends on its own is shown as it is.
+    // connect(AF_UNSPEC), which no hook sees: datagrams that the pod sends on its own are shown with their own
+    // source.
     let mut disconnected = SimSocket { peer: (Addr::ZERO, Be16::new(0)), ..first.clone() };
     assert_eq!(receive(&sim, &disconnected, id), (pod(id), 8080));
-    // It sends like a socket that is not connected.
+    // The socket sends like a socket that is not connected.
     (disconnected.addr, disconnected.port) = (vip(10), Be16::new(80));
     let mut sent = disconnected.clone();
     assert_eq!(sendmsg(&mut sent, &sim), Translated);
@@ -115,7 +117,7 @@ fn a_record_counts_while_the_socket_is_connected_where_it_says() {
         FROM_VIP()
     );
 
-    // A second connect() that fails in the kernel after the hook has let it go: to another VIP, and to another host.
+    // A second connect() that the hook allows and the kernel then fails: to another VIP, and to another host.
     for (addr, verdict) in [(vip(11), Translated), (Addr::v4([192, 0, 2, 77]), Pass)] {
         let mut second = SimSocket { addr, port: Be16::new(80), ..first.clone() };
         assert_eq!(connect(&mut second, &sim), verdict);
@@ -126,7 +128,7 @@ fn a_record_counts_while_the_socket_is_connected_where_it_says() {
         assert_eq!(peername(&mut asked, &sim), Translated);
         assert_eq!((asked.addr, asked.port.get()), FROM_VIP());
         assert_eq!(seen_from(&sim, &second, (pod(id), 8080)), FROM_VIP());
-        // Where it succeeds, what it is connected to now is shown.
+        // If the second connect() succeeds, the new peer is shown.
         second.peer = (second.addr, second.port);
         let shown = if verdict == Translated { (vip(11), 80) } else { (addr, 80) };
         assert_eq!(seen_from(&sim, &second, (second.addr, second.port.get())), shown);

@@ -1,44 +1,47 @@
-//! How much of each namespace is kept: as much as its budget allows, the oldest objects first.
+//! Limits the objects that are kept of each namespace: as many as its budget allows, the oldest first.
 //!
-//! What an object may come to is counted as it arrives: a Service by what its ports make with its addresses and source ranges, a
-//! slice by what its ports make with its endpoints, each up to what one Service may have (beyond that it is not programmed).
-//! Whatever it comes to, it counts for what there is to be kept of it. The objects of a namespace are in by age, up to the
-//! first one that goes beyond the budget: so every node, and an agent that starts anew, has the same ones, a newcomer never
-//! takes an older one's place, and a change costs a look into two trees.
+//! The cost of an object is computed on arrival. A Service costs its ports times its addresses (frontends), and its
+//! ports times its source ranges; a slice costs its ports times its endpoints. Each product counts up to the budget of
+//! one Service, because an object beyond that is not programmed. In frontends and endpoints, an object costs at least
+//! the number of items that are kept of it.
 //!
-//! What is beyond is dropped: its age and cost stay. When there is room again, it is fetched.
+//! The objects of a namespace are admitted by age, up to the first one that exceeds the budget. So every node, and a
+//! restarted agent, admits the same objects; a new object never displaces an older one; and a change costs a lookup in
+//! two trees.
+//!
+//! An object beyond the budget is dropped, except for its age and cost. It is fetched when there is room again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::Kind;
+use super::kind::Kind;
 use crate::reconcile::cluster::{Change, ObjectKey, Service, Slice};
 use crate::reconcile::desired::Budgets;
 use crate::reconcile::shares::Shares;
-use crate::sources::Problem;
+use crate::sources::update::Problem;
 
-/// Objects of a namespace and kind that are named when they are refused; the others are counted.
+/// Number of refused objects of a namespace and kind that are named in problems; the others are counted.
 const NAMED: usize = 20;
-/// Objects that a namespace has fetched at once.
+/// Number of objects that a namespace may have fetched at once.
 const FETCHES: u32 = 50;
-/// It has one more fetched each time this much has passed, on each node: whoever makes room and takes it away again has the
-/// API server do no more than that.
+/// Time after which a namespace may have one more object fetched, on each node. This limits the load on the API server
+/// if somebody makes room and takes it away again and again.
 const PER_FETCH: Duration = Duration::from_secs(1);
 
 /// Frontends, endpoints and source ranges.
 type Cost = [u64; 3];
-/// Age and name.
+/// Creation time and name.
 type Rank = (i64, Arc<str>);
 
-/// All namespaces.
+/// Objects of all namespaces.
 pub(super) struct Tenants {
     budgets: Budgets,
     shares: BTreeMap<(Arc<str>, Kind), Share>,
-    /// Objects that may be kept and are not there, by namespace.
+    /// Objects that may be kept but have yet to be fetched, by namespace.
     missing: BTreeMap<Arc<str>, BTreeSet<(Kind, Arc<str>)>>,
-    /// Those of them that have been asked for.
+    /// Objects that are being fetched.
     asked: BTreeSet<(Kind, ObjectKey)>,
     fetches: Shares,
     changed: bool,
@@ -56,7 +59,8 @@ impl Tenants {
         }
     }
 
-    /// Appends what becomes of a change to `changes`. `created` is the age of its object.
+    /// Applies the budget to a change and appends the resulting changes to `changes`. `created` is the creation time of
+    /// the object.
     pub(super) fn pass(&mut self, change: Change, created: i64, changes: &mut Vec<Change>) {
         let (kind, key, cost) = match &change {
             Change::Service(service) => {
@@ -102,7 +106,7 @@ impl Tenants {
         }
     }
 
-    /// Forgets that an object is missing. True if it was.
+    /// Forgets that an object is missing; returns whether it was.
     fn is_missing_no_more(&mut self, kind: Kind, key: &ObjectKey) -> bool {
         let asked = self.asked.remove(&(kind, key.clone()));
         let Some(of_namespace) = self.missing.get_mut(&key.namespace) else { return asked };
@@ -113,7 +117,7 @@ impl Tenants {
         asked || missing
     }
 
-    /// An object that is to be fetched now.
+    /// Returns an object that is to be fetched now.
     pub(super) fn next_fetch(&mut self, now: Instant) -> Option<(Kind, ObjectKey)> {
         let fetches = &mut self.fetches;
         let (namespace, of_namespace) =
@@ -128,17 +132,17 @@ impl Tenants {
         Some((kind, key))
     }
 
-    /// Whether objects wait to be fetched.
+    /// Returns whether objects wait to be fetched.
     pub(super) fn waits(&self) -> bool {
         !self.missing.is_empty()
     }
 
-    /// Whether what has been fetched is still asked for: nothing has been heard of the object meanwhile.
+    /// Returns whether a fetched object is still wanted: no change has concerned it meanwhile.
     pub(super) fn is_asked_for(&self, kind: Kind, key: &ObjectKey) -> bool {
         self.asked.contains(&(kind, key.clone()))
     }
 
-    /// It could not be fetched, and is asked for again.
+    /// Notes that an object could not be fetched, so that it is requested again.
     pub(super) fn not_fetched(&mut self, kind: Kind, key: &ObjectKey) {
         if self.asked.remove(&(kind, key.clone())) {
             let of_namespace = self.missing.entry(Arc::clone(&key.namespace)).or_default();
@@ -146,12 +150,12 @@ impl Tenants {
         }
     }
 
-    /// Whether the problems may be others than at the last call.
+    /// Returns whether the problems may have changed since the last call.
     pub(super) fn have_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)
     }
 
-    /// What is refused.
+    /// Returns the problems of refused objects.
     pub(super) fn problems(&self) -> Vec<Problem> {
         let beyond = self.shares.iter().filter(|(_, share)| share.refused > 0);
         beyond.flat_map(|((namespace, kind), share)| self.problems_of(namespace, *kind, share)).collect()
@@ -198,15 +202,15 @@ impl Tenants {
 struct Share {
     objects: BTreeMap<Arc<str>, (i64, Cost)>,
     ranks: BTreeSet<Rank>,
-    /// What those that are in come to.
+    /// Total cost of the admitted objects.
     sum: Cost,
-    /// The first one that is not in; nor are those behind it.
+    /// First object that is not admitted; the objects behind it are not admitted either.
     edge: Option<Rank>,
-    /// How many are not in.
+    /// Number of objects that are not admitted.
     refused: usize,
 }
 
-/// Objects that were in and are not any more, and the other way round.
+/// Objects that are no longer admitted (`out`), and objects that are now admitted (`back`).
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Crossed {
     out: Vec<Arc<str>>,
@@ -222,12 +226,12 @@ impl Share {
         self.edge.as_ref().is_none_or(|edge| rank < edge)
     }
 
-    /// Those that are not in, the oldest first.
+    /// Returns the objects that are not admitted, the oldest first.
     fn beyond(&self) -> impl Iterator<Item = &Rank> {
         self.edge.iter().flat_map(|edge| self.ranks.range(edge..))
     }
 
-    /// Replaces an object by one of this age and cost, or by none.
+    /// Replaces an object by one with this age and cost, or removes it.
     fn put(&mut self, name: &Arc<str>, object: Option<(i64, Cost)>, limit: &Cost) -> Crossed {
         if let Some((created, cost)) = self.objects.remove(name) {
             let rank = (created, Arc::clone(name));
@@ -298,7 +302,7 @@ fn limit(budgets: &Budgets) -> Cost {
     [of.frontends, of.endpoints, of.source_ranges].map(u64::from)
 }
 
-/// What a Service may come to.
+/// Returns the cost of a Service.
 fn of_service(service: &Service, budgets: &Budgets) -> Cost {
     let families = service.cluster_ips.iter().flatten().count();
     let (ports, ranges) = (service.ports.len(), service.source_ranges.len());
@@ -315,7 +319,7 @@ fn of_service(service: &Service, budgets: &Budgets) -> Cost {
     at_most(&cost, &limit(budgets))
 }
 
-/// What a slice may come to.
+/// Returns the cost of a slice.
 fn of_slice(slice: &Slice, budgets: &Budgets) -> Cost {
     let (ports, endpoints) = (slice.ports.len(), slice.endpoints.len());
     let hints = slice.endpoints.iter().filter_map(|endpoint| endpoint.hints.as_deref());
@@ -326,7 +330,7 @@ fn of_slice(slice: &Slice, budgets: &Budgets) -> Cost {
     at_most(&cost, &limit(budgets))
 }
 
-/// One object alone is never too much: nothing would ever come behind it.
+/// Limits the cost of one object to the budget: a larger one would keep out all objects behind it for ever.
 fn at_most(cost: &Cost, limit: &Cost) -> Cost {
     std::array::from_fn(|field| cost[field].min(limit[field]))
 }
@@ -339,7 +343,7 @@ fn subtract(sum: &Cost, cost: &Cost) -> Cost {
     std::array::from_fn(|field| sum[field] - cost[field])
 }
 
-/// The field in which both together are more than the limit.
+/// Returns the first field in which both costs together exceed the limit.
 fn beyond(sum: &Cost, cost: &Cost, limit: &Cost) -> Option<usize> {
     add(sum, cost).iter().zip(limit).position(|(asked, may)| asked > may)
 }

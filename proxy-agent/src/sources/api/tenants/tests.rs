@@ -59,12 +59,12 @@ fn slice(name: &str, ports: u16, endpoints: u8) -> Slice {
     }
 }
 
-/// A Service that comes to `cost` frontends, at least three.
+/// Returns a Service that costs `cost` frontends, at least three.
 fn costing(namespace: &str, name: &str, created: i64, cost: u8) -> Service {
     service(namespace, name, created, 1, cost - 3)
 }
 
-/// The names of all that the agent has been told of, and fetches.
+/// The tenants under test, and the names of the objects that the agent has.
 struct Bench {
     tenants: Tenants,
     has: BTreeSet<String>,
@@ -118,7 +118,7 @@ fn objects_count_for_what_they_make_or_for_what_is_kept_of_them() {
     ported.ports[0].node_port = 30_000;
     ported.source_ranges = vec![proxy_common::addr::Prefix::new(Addr::ZERO, 0).unwrap(); 7];
     assert_eq!(of_service(&ported, &large), [101, 0, 70]);
-    // Beyond the budget of a Service it is not programmed, but kept.
+    // A Service beyond the budget of one Service is not programmed, but kept.
     assert_eq!(frontends(service("a", "s", 0, 4, 3)), [9, 0, 0]);
     assert_eq!(frontends(service("a", "s", 0, 100, 100)), [10, 0, 0], "never more than there is");
     assert_eq!(frontends(service("a", "s", 0, 0, 0)), [2, 0, 0], "nothing is for nothing");
@@ -150,18 +150,18 @@ fn the_oldest_are_in_and_others_come_back_when_those_go() {
              Service is not served; remove others, or raise the limit"
         )
     );
-    // Another namespace has its own.
+    // Another namespace has its own budget.
     bench.applied(costing("b", "other", 9, 6));
     assert_eq!(bench.has(), ["a/first", "a/second", "b/other"]);
-    // One that is older than all of them, as a list may bring it, takes the youngest one's place.
+    // A Service that is older than all others, as a list may bring it, displaces the youngest.
     bench.applied(costing("a", "zero", 0, 3));
     assert_eq!(bench.has(), ["a/first", "a/zero", "b/other"]);
     assert_eq!(bench.refused(), ["Service a/second", "Service a/third"]);
-    // One that grows costs the youngest, itself if it is that.
+    // A Service that grows displaces the youngest, possibly itself.
     bench.applied(costing("a", "zero", 0, 6));
     assert_eq!((bench.has(), bench.refused().len()), (vec!["a/zero", "b/other"], 3));
 
-    // What is back is fetched: it is there when it comes.
+    // A Service that is admitted again is fetched, and is there only after it has arrived.
     let now = Instant::now();
     assert_eq!(bench.tenants.next_fetch(now), None);
     bench.gone("a", "zero");
@@ -173,15 +173,15 @@ fn the_oldest_are_in_and_others_come_back_when_those_go() {
     assert!(bench.tenants.is_asked_for(Kind::Services, &key("first")));
     bench.applied(costing("a", "first", 1, 5));
     assert_eq!(bench.has(), ["a/first", "b/other"]);
-    // The other one has gone meanwhile: what has been fetched of it is out of date.
+    // The other Service has gone meanwhile, so its fetched state is out of date.
     bench.gone("a", "second");
     assert!(!bench.tenants.is_asked_for(Kind::Services, &key("second")));
-    // What could not be fetched is asked for again.
+    // A Service that could not be fetched is requested again.
     assert_eq!(bench.tenants.next_fetch(now), Some((Kind::Services, key("third"))));
     bench.tenants.not_fetched(Kind::Services, &key("third"));
     assert!(bench.tenants.waits());
     assert_eq!(bench.tenants.next_fetch(now), Some((Kind::Services, key("third"))));
-    // Its own change brings it, too.
+    // A change of the Service itself brings it, too.
     bench.applied(costing("a", "third", 3, 4));
     assert_eq!((bench.has(), bench.refused()), (vec!["a/first", "a/third", "b/other"], vec![]));
     assert!(!bench.tenants.waits());
@@ -208,7 +208,7 @@ fn so_many_are_named_and_so_many_fetched() {
         "80 more Services are refused, which are not named here"
     );
     assert_eq!(refused[NAMED + 1], "Service b/s");
-    // Whoever makes room and takes it away again.
+    // Somebody makes room and takes it away again.
     let (t0, mut fetched) = (Instant::now(), 0);
     for _ in 0..100 {
         bench.gone("a", "first");
@@ -227,7 +227,7 @@ fn so_many_are_named_and_so_many_fetched() {
 }
 
 proptest! {
-    /// Whatever has come and gone in whatever order, those are in that are in if they come by age.
+    /// The admitted objects are those that would be admitted by age, whatever the order of events.
     #[test]
     fn who_is_in_does_not_depend_on_the_order(
         steps in prop::collection::vec((0..12_usize, 0..4_i64, prop::option::weighted(0.8, 3..9_u8)), 1..80)

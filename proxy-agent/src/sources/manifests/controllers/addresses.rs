@@ -1,37 +1,37 @@
-//! Numbers for Services with selectors that name none: clusterIPs from the ServiceCIDRs, and nodePorts.
+//! Assigns numbers to Services with selectors that do not name them: clusterIPs from the ServiceCIDRs, and nodePorts.
 //!
-//! A Service's number follows from its name. It is another one only if somebody names that number, or the names of two
-//! Services lead to the same one: then the first by name has it. So every node that reads the same files has the same
-//! numbers, and they stay while other Services come and go.
+//! A Service's number is derived from its name. The Service gets another number only if an object names that number, or
+//! if the names of two Services lead to the same number: then the first Service by name has it. So every node that
+//! reads the same files assigns the same numbers, and numbers stay while other Services come and go.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use proxy_common::addr::{Addr, Family, Prefix};
 
-use super::parts::{FamilyPolicy, ServicePart};
 use crate::reconcile::cluster::{ObjectKey, Service, ServicePort, ServiceType};
 use crate::sources::convert::{CLUSTER_IP_MISSING, Findings};
+use crate::sources::manifests::parts::{FamilyPolicy, ServicePart};
 
-/// nodePorts, as Kubernetes gives them unless told otherwise.
+/// Range of nodePorts, the default of Kubernetes.
 const NODE_PORTS: Range<u128> = 30_000..32_768;
-/// The first of them are left to people who choose theirs, as in Kubernetes.
+/// Number of nodePorts at the start of the range that are left to people who choose theirs, as in Kubernetes.
 const NODE_PORTS_BY_HAND: u128 = 86;
-/// As many bits of a range count at most: more addresses than anybody has Services.
+/// Maximum number of host bits of a range that are used: more addresses than anybody has Services.
 const HOST_BITS_MAX: u32 = 32;
 
-/// What a Service was given.
+/// Numbers assigned to a Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(in super::super) struct Given {
     pub(super) cluster_ips: [Option<Addr>; 2],
-    /// By index into [`Service::ports`].
+    /// nodePorts by index into [`Service::ports`].
     pub(super) node_ports: BTreeMap<usize, u16>,
-    /// What it could not be given.
+    /// Sentences about numbers that could not be assigned.
     pub(super) problems: Vec<String>,
 }
 
 impl Given {
-    /// Fills in what `service` lacks.
+    /// Fills in the numbers that `service` lacks.
     pub(super) fn complete(&self, service: &mut Service) {
         for (own, given) in service.cluster_ips.iter_mut().zip(self.cluster_ips) {
             *own = own.or(given);
@@ -44,8 +44,8 @@ impl Given {
     }
 }
 
-/// Numbers for all Services that lack some. `services` are in the order of their names, each with what it is as it was
-/// written if it is served here; `ranges` are in the order in which they count.
+/// Returns numbers for all Services that lack some. `services` are in the order of their names, each with the Service
+/// as written if this proxy serves it. `ranges` are in order of precedence.
 pub(super) fn assign(
     services: &[(&ServicePart, Option<&Service>)],
     ranges: &[Prefix],
@@ -66,7 +66,7 @@ pub(super) fn assign(
         if service.service_type == ServiceType::ExternalName {
             continue;
         }
-        // Without a selector it has no Pods here: it is taken as it is written.
+        // A Service without a selector has no Pods here, so it is taken as written.
         if part.selector.is_empty() {
             if service.cluster_ips == [None; 2] && !missing(part, service, ranges).is_empty() {
                 let given = given.entry(service.key.clone()).or_default();
@@ -85,7 +85,8 @@ pub(super) fn assign(
         preferred: NODE_PORTS.start + NODE_PORTS_BY_HAND,
         end: NODE_PORTS.end,
     };
-    // Who gets the number that its name leads to is settled first: then nobody's second choice takes it from another.
+    // First, every Service gets the number that its name leads to, if that is free. So no Service loses that number to
+    // another one's second choice.
     let mut left = Vec::new();
     for wish in wishes {
         let found = match wish.what {
@@ -119,7 +120,8 @@ pub(super) fn assign(
     given
 }
 
-/// The families in which a Service is to get an address, and whether that is its second one.
+/// Returns the families in which a Service is to get an address, each with whether that is the Service's second
+/// address.
 fn missing(part: &ServicePart, service: &Service, ranges: &[Prefix]) -> Vec<(Family, bool)> {
     let mut families = part.families.clone();
     if families.is_empty() {
@@ -137,13 +139,13 @@ fn missing(part: &ServicePart, service: &Service, ranges: &[Prefix]) -> Vec<(Fam
             FamilyPolicy::RequireDual => *family != only,
         }));
     }
-    // The addresses that it names are those of the first families.
+    // The addresses that a Service names belong to its first families.
     let unnamed = families.into_iter().enumerate().skip(part.named);
     let without = unnamed.filter(|(_, family)| service.cluster_ips[family.index()].is_none());
     without.map(|(place, family)| (family, place > 0)).collect()
 }
 
-/// The ports that are to get a nodePort, with their indices.
+/// Returns the ports that are to get a nodePort, with their indices.
 fn ports_without<'a>(
     part: &ServicePart,
     service: &'a Service,
@@ -163,14 +165,15 @@ struct Wish<'a> {
 
 #[derive(Clone, Copy)]
 enum What {
-    /// Of this family; and whether it is the second one.
+    /// clusterIP of this family, and whether it is the second one of the Service.
     ClusterIp(Family, bool),
-    /// Of the ports with this number, which share one over their protocols, as in Kubernetes.
+    /// nodePort of the ports with this number. Ports that differ only in their protocol share a nodePort, as in
+    /// Kubernetes.
     NodePort(u16),
 }
 
 impl Wish<'_> {
-    /// What the number follows from.
+    /// Returns the text from which the number is derived.
     fn text(&self) -> String {
         let ObjectKey { namespace, name } = &self.service.key;
         match self.what {
@@ -185,7 +188,7 @@ impl Wish<'_> {
                 given.cluster_ips[family.index()] = Some(Addr { bytes: found.to_be_bytes() });
             }
             What::NodePort(number) => {
-                // The pool has no larger number.
+                // The pool has no number above 65535.
                 let node_port = u16::try_from(found).unwrap_or_default();
                 let lacking = |(_, port): &(usize, &ServicePort)| port.port == number && port.node_port == 0;
                 let indices = self.service.ports.iter().enumerate().filter(lacking).map(|(index, _)| index);
@@ -221,7 +224,7 @@ impl Wish<'_> {
     }
 }
 
-/// Numbers that can be given, `first..end`; those from `preferred` on while there are any.
+/// Numbers that can be assigned, `first..end`. Numbers from `preferred` on are used first.
 struct Pool {
     first: u128,
     preferred: u128,
@@ -229,8 +232,9 @@ struct Pool {
 }
 
 impl Pool {
-    /// Without the address of the network, the first one, which a cluster has for the Service `kubernetes`, and the
-    /// broadcast address. The lowest sixteenth, 256 addresses at most, is for people who choose theirs, as in Kubernetes.
+    /// Returns the pool of a prefix, without the network address, the first address (which a cluster uses for the
+    /// Service `kubernetes`), and the broadcast address of IPv4. The lowest sixteenth (at least 16 and at most 256
+    /// addresses) is used last: it is for people who choose theirs, as in Kubernetes.
     fn of_prefix(prefix: Prefix) -> Self {
         let size = 1_u128 << (128 - u32::from(prefix.mapped_len())).min(HOST_BITS_MAX);
         let start = number(prefix.addr());
@@ -242,7 +246,7 @@ impl Pool {
         Self { first, preferred, end: end.max(first) }
     }
 
-    /// The number that a text leads to.
+    /// Returns the number that a text leads to.
     fn home(&self, text: &str) -> Option<u128> {
         // FNV-1a: the same in every version and on every machine.
         let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
@@ -257,10 +261,10 @@ fn number(addr: Addr) -> u128 {
     u128::from_be_bytes(addr.bytes)
 }
 
-/// A set of numbers as ranges, so that the next one that is not in it is found at once.
+/// Set of numbers, kept as ranges so that the next free number is found at once.
 #[derive(Default)]
 struct Taken {
-    /// First and last; there is a gap between any two.
+    /// First and last number of each range; there is a gap between any two ranges.
     ranges: BTreeMap<u128, u128>,
 }
 
@@ -282,7 +286,7 @@ impl Taken {
         }
     }
 
-    /// The lowest one from here on that is not taken.
+    /// Returns the lowest number from here on that is not taken.
     fn next_free(&self, from: u128) -> Option<u128> {
         match self.ranges.range(..=from).next_back() {
             Some((_, last)) if *last >= from => last.checked_add(1),

@@ -1,38 +1,36 @@
-//! What the control plane of a cluster does to Services, for a directory of manifests: addresses and nodePorts where none
-//! are named ([`addresses`]), and slices of the Pods that selectors find ([`slices`]).
+//! Work of a cluster's control plane on Services, done here for a directory of manifests: clusterIPs and nodePorts for
+//! Services that name none ([`addresses`]), and slices of the Pods that selectors match ([`slices`]).
 //!
-//! Both are functions of the objects in force; here is what came of them last, so that only differences are told. Addresses
-//! are given for all Services together. Slices are made namespace by namespace: what changes in one costs no other.
+//! Both are functions of the objects in force. This module keeps their last results, so that only differences are sent.
+//! Numbers are assigned for all Services together. Slices are made by namespace: a change in one namespace costs no
+//! work for the others.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::file::{Id, Kind};
+use super::files::Files;
+use super::id::{Id, Kind};
 use super::object::Object;
-use super::snapshot::Files;
 use crate::reconcile::cluster::{Change, ObjectKey, Service, ServiceType, Slice};
-use crate::sources::Problem;
+use crate::sources::update::Problem;
 
 mod addresses;
-mod labels;
-mod parts;
 mod silences;
 mod slices;
 
 #[cfg(test)]
 mod tests;
 
+use super::labels::Labelled;
+use super::parts::Part;
 use addresses::Given;
-use labels::Labelled;
-pub(super) use labels::Labels;
-pub(super) use parts::{NodePart, Part, PodPart, ServicePart};
 use silences::Written;
 use slices::{ENDPOINTS_MAX, slices_of};
 
-/// The first ServiceCIDR of a cluster, whose first range is of the family that counts where none is asked for.
+/// Name of a cluster's first ServiceCIDR. The family of its first range is the default for Services that ask for none.
 const FIRST_SERVICE_CIDR: &str = "kubernetes";
 
-/// What came of all objects so far.
+/// Results of the controllers for all objects so far.
 #[derive(Debug)]
 pub(super) struct Controllers {
     node_name: String,
@@ -41,7 +39,7 @@ pub(super) struct Controllers {
     namespaces: BTreeMap<Arc<str>, Namespace>,
 }
 
-/// What came of the objects of one namespace.
+/// Results for the objects of one namespace.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Namespace {
     slices: BTreeMap<ObjectKey, Slice>,
@@ -58,14 +56,14 @@ impl Controllers {
         }
     }
 
-    /// Fills in what a Service was given.
+    /// Fills in the clusterIPs and nodePorts that a Service was assigned.
     pub(super) fn complete(&self, service: &mut Service) {
         if let Some(given) = self.given.get(&service.key) {
             given.complete(service);
         }
     }
 
-    /// What all Services are to be given.
+    /// Returns the clusterIPs and nodePorts that all Services are to get.
     pub(super) fn assign(&self, files: &Files) -> BTreeMap<ObjectKey, Given> {
         let mut cidrs: Vec<_> = files.all(Kind::ServiceCidr).collect();
         cidrs.sort_by_key(|(id, _)| &*id.key.name != FIRST_SERVICE_CIDR);
@@ -79,18 +77,19 @@ impl Controllers {
         addresses::assign(&services, &ranges)
     }
 
-    /// The Services that are given something else by `given`.
+    /// Returns the Services for which `given` differs from the present assignment.
     pub(super) fn differing(&self, given: &BTreeMap<ObjectKey, Given>) -> BTreeSet<ObjectKey> {
         let all = self.given.keys().chain(given.keys());
         all.filter(|key| self.given.get(*key) != given.get(*key)).cloned().collect()
     }
 
-    /// Replaces what Services are given.
+    /// Replaces the present assignment.
     pub(super) fn give(&mut self, given: BTreeMap<ObjectKey, Given>) {
         self.given = given;
     }
 
-    /// Makes slices and problems anew where `touched` objects count, and returns what differs.
+    /// Makes slices and problems anew for the namespaces that the `touched` objects affect, and returns the
+    /// differences.
     pub(super) fn follow<'a>(&mut self, files: &Files, touched: impl Iterator<Item = &'a Id>) -> Vec<Change> {
         let (mut nodes, mut namespaces) = (false, BTreeSet::new());
         for id in touched {
@@ -120,7 +119,7 @@ impl Controllers {
         changes
     }
 
-    /// What has to be said of all namespaces.
+    /// Returns the problems of all namespaces.
     pub(super) fn problems(&self) -> impl Iterator<Item = &Problem> {
         self.namespaces.values().flat_map(|namespace| &namespace.problems)
     }
@@ -166,7 +165,7 @@ impl Controllers {
                 result.problems.extend(silences::of_slices(&service, &object.place, slices));
             } else if !part.selector.is_empty() {
                 let found = slices_of(&pods, &service, part, &self.zones, &self.node_name, room);
-                // Who comes behind one that does not fit gets none either, so that refusals cost little.
+                // Services after one that does not fit get no endpoints either, so that refusals cost little.
                 room = if found.is_beyond { 0 } else { room - found.endpoints().max(found.matching) };
                 silences::of_selector(&service, part, &found, &workloads).into_iter().for_each(say);
                 result.slices.extend(found.slices.into_iter().map(|slice| (slice.key.clone(), slice)));
@@ -176,7 +175,7 @@ impl Controllers {
     }
 }
 
-/// The zone of each Node that has one.
+/// Returns the zone of each Node that has one.
 fn zones(files: &Files) -> BTreeMap<Arc<str>, Arc<str>> {
     let zone = |(id, object): (&Id, &Object)| match &object.part {
         Some(Part::Node(node)) => Some((Arc::clone(&id.key.name), node.zone.clone()?)),

@@ -1,28 +1,28 @@
-//! What would go unserved in silence: names that do not match, and selectors that find nothing.
+//! Problems that would otherwise go unnoticed: names that do not match, and selectors that match nothing.
 //!
-//! A control plane makes slices that fit their Service. In files nobody does.
+//! A control plane makes slices that fit their Service. In files, nothing ensures that.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::addr::Family;
 
-use super::labels::Labelled;
-use super::parts::ServicePart;
 use super::slices::{ENDPOINTS_MAX, Found};
 use crate::reconcile::cluster::{Service, Slice};
-use crate::sources::Problem;
 use crate::sources::convert::Findings;
-use crate::sources::manifests::file::Id;
+use crate::sources::manifests::id::Id;
+use crate::sources::manifests::labels::Labelled;
+use crate::sources::manifests::parts::ServicePart;
+use crate::sources::update::Problem;
 use proxy_common::abi::proto_name;
 
-/// A slice that is in a file, after where it is.
+/// Position of a slice in the files, and the slice.
 pub(super) type Written<'a> = (&'a str, &'a Slice);
 
-/// Where slices and their Service do not fit. Nothing is expected of slices without endpoints.
+/// Returns the problems of slices that do not fit their Service. Slices without endpoints are ignored.
 pub(super) fn of_slices(service: &Service, place: &str, slices: &[Written<'_>]) -> Vec<Problem> {
     let ports: BTreeSet<(&str, u8)> = service.ports.iter().map(|port| (&*port.name, port.proto)).collect();
     let mut offered = BTreeSet::new();
-    // An Endpoints object is several slices.
+    // An Endpoints object makes several slices at one place.
     let mut by_place: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
     for (place, slice) in slices.iter().filter(|(_, slice)| !slice.endpoints.is_empty()) {
         let reasons = by_place.entry(place).or_default();
@@ -62,7 +62,8 @@ pub(super) fn of_slices(service: &Service, place: &str, slices: &[Written<'_>]) 
     problems
 }
 
-/// Why the selector of a Service without slices does not lead to endpoints, all in all or for some ports.
+/// Returns the reasons why the selector of a Service without slices leads to no endpoints, for all or some of its
+/// ports.
 pub(super) fn of_selector(
     service: &Service,
     part: &ServicePart,
@@ -108,7 +109,7 @@ pub(super) fn of_selector(
     findings.finish()
 }
 
-/// A port as people name it.
+/// Returns the name of a port for messages.
 fn shown(name: &str, proto: u8) -> String {
     let proto = proto_name(proto);
     if name.is_empty() { format!("the one without a name ({proto})") } else { format!("{name:?} ({proto})") }

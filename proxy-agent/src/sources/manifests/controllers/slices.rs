@@ -1,37 +1,37 @@
-//! Services with selectors, Pods and Nodes to slices, as the EndpointSlice controller of a cluster makes them. Pure.
+//! Makes slices from Services with selectors, Pods and Nodes, as the EndpointSlice controller of a cluster does. Pure.
 //!
-//! Unlike there, a Pod need not have a Node, and a slice may have any number of endpoints.
+//! Unlike in a cluster, a Pod need not have a Node, and a slice may have any number of endpoints.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use proxy_common::addr::Family;
 
-use super::labels::Labelled;
-use super::parts::{Distribution, PodPart, ServicePart};
 use crate::reconcile::cluster::{Endpoint, Hints, ObjectKey, Service, Slice, SlicePort};
+use crate::sources::manifests::labels::Labelled;
+use crate::sources::manifests::parts::{Distribution, PodPart, ServicePart};
 use crate::sources::objects::TargetPort;
 
-/// How many endpoints the Services of one namespace get by their selectors, those of each port counted: a few lines could
-/// ask for the product of all Services and all Pods.
+/// Maximum number of endpoints that the Services of one namespace get by their selectors, counted for each port. A few
+/// lines could ask for the product of all Services and all Pods.
 pub(super) const ENDPOINTS_MAX: usize = 1 << 20;
 
-/// What a selector comes to.
+/// Result of a selector.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Found {
     pub(super) slices: Vec<Slice>,
-    /// How many Pods match.
+    /// Number of Pods that match.
     pub(super) matching: usize,
-    /// How many of them have an address of the Service's families and have not ended.
+    /// Number of matching Pods that have an address of the Service's families and have not ended.
     pub(super) usable: usize,
-    /// The ports that none of these has, by index.
+    /// Indices of the ports that none of the usable Pods has.
     pub(super) portless: Vec<usize>,
-    /// It would be more than there is room for.
+    /// Whether there are more Pods or endpoints than there is room for.
     pub(super) is_beyond: bool,
 }
 
-/// The slices of a Service: one for each family and each set of port numbers. It gets `room` endpoints at most, or none;
-/// then no more Pods are looked at than that.
+/// Makes the slices of a Service: one for each family and each set of port numbers. A Service with more than `room`
+/// endpoints or matching Pods gets none, and its other Pods are not looked at.
 pub(super) fn slices_of(
     pods: &Labelled<'_, &PodPart>,
     service: &Service,
@@ -44,7 +44,7 @@ pub(super) fn slices_of(
     let targets: Vec<_> = service.ports.iter().map(|port| part.target(port)).collect();
     let families: Vec<_> =
         Family::ALL.into_iter().filter(|family| service.cluster_ips[family.index()].is_some()).collect();
-    // By the number of each port; a Pod may lack some.
+    // Pods by the number of each port; a Pod may lack some ports.
     let mut groups: BTreeMap<Vec<Option<u16>>, Vec<&PodPart>> = BTreeMap::new();
     let mut endpoints = 0;
     for pod in pods.selected(&part.selector) {
@@ -109,13 +109,13 @@ pub(super) fn slices_of(
 }
 
 impl Found {
-    /// How many endpoints there are, those of each port counted.
+    /// Returns the number of endpoints, counted for each port.
     pub(super) fn endpoints(&self) -> usize {
         self.slices.iter().map(|slice| slice.ports.len() * slice.endpoints.len()).sum()
     }
 }
 
-/// Where a Pod listens for a port of a Service.
+/// Port of a Pod that a port of a Service leads to.
 enum Target<'a> {
     Number(u16),
     Named(&'a str, u8),
@@ -134,13 +134,13 @@ impl ServicePart {
     fn target(&self, port: &crate::reconcile::cluster::ServicePort) -> Target<'_> {
         match self.targets.get(&(port.name.to_string(), port.proto)) {
             None => Target::Number(port.port),
-            // What is not in range has been left out.
+            // Numbers out of range have been dropped before.
             Some(TargetPort::Number(number)) => Target::Number(u16::try_from(*number).unwrap_or(port.port)),
             Some(TargetPort::Name(name)) => Target::Named(name, port.proto),
         }
     }
 
-    /// What a port asks for by name.
+    /// Returns the name that a port has as its targetPort; empty if the targetPort is a number.
     pub(super) fn target_name(&self, port: &crate::reconcile::cluster::ServicePort) -> &str {
         match self.target(port) {
             Target::Number(_) => "",
@@ -149,7 +149,7 @@ impl ServicePart {
     }
 }
 
-/// For whom an endpoint is meant. Equal hints share memory by `known`.
+/// Returns the topology hints of an endpoint. Equal hints share memory through `known`.
 fn hints_of(
     pod: &PodPart,
     distribution: Distribution,

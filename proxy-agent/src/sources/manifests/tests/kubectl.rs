@@ -1,4 +1,4 @@
-//! Files as people and tools write them, and kubectl takes them.
+//! Tests with files as people and tools write them and kubectl accepts them.
 
 use super::*;
 
@@ -42,7 +42,7 @@ async fn files_that_kubectl_takes() {
         fs::remove_file(followed.path(name)).unwrap();
         followed.expect(&[]).await;
     }
-    // The last of a key that is there twice counts, and that is told.
+    // The last of duplicate keys counts, and a problem says so.
     followed.write("a.yaml", &format!("{}---\n{}kind: Service\n", service("s", 80), service("t", 81)));
     followed.expect(&["s:80", "t:81"]).await;
     followed

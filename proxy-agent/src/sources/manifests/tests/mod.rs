@@ -1,4 +1,4 @@
-//! Real directories, real inotify.
+//! Tests with real directories and real inotify.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,6 +10,8 @@ use tokio::sync::mpsc::{Receiver, channel};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
+use std::ffi::OsStr;
+
 use super::*;
 use crate::config::opt_out::{ANNOTATION, Rules};
 use crate::reconcile::cluster::{Change, Cluster, ObjectKey};
@@ -18,12 +20,13 @@ use crate::sources::Problem;
 mod kubectl;
 mod selectors;
 
-/// Longer than anything takes on a busy machine, shorter than the look round that would hide a missed event.
+/// Deadline that is longer than any step takes on a busy machine, and shorter than the interval of scans, because a
+/// scan would hide a missed event.
 const SOON: Duration = Duration::from_secs(5);
-/// However much a message brings, on however busy a machine.
+/// Deadline for one message of any size on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A directory, the source that follows it, and what that has said so far.
+/// A directory, the source that follows it, and the state that the source has sent so far.
 struct Followed {
     // Dropped first: the source ends before its directory goes.
     source: JoinHandle<Result<(), SourceError>>,
@@ -31,7 +34,7 @@ struct Followed {
     updates: Receiver<Update>,
     cluster: Cluster,
     problems: Vec<Problem>,
-    /// Changes of the message that came last.
+    /// Changes of the last message with changes.
     last: Vec<Change>,
 }
 
@@ -74,7 +77,7 @@ impl Followed {
         fs::write(self.path(name), text).unwrap();
     }
 
-    /// Takes one message in; true when it was the end of the first state.
+    /// Processes one message; returns whether it was the end of the first state.
     async fn take_next(&mut self) -> bool {
         match timeout(PATIENCE, self.updates.recv()).await.expect("no message").expect("the source has ended")
         {
@@ -210,7 +213,7 @@ async fn files_come_change_and_go() {
     assert_eq!(followed.ports(), [""; 0]);
     followed.write("a.yaml", &service("s", 80));
     followed.expect(&["s:80"]).await;
-    // The same size, quickly: time stamps alone might not tell.
+    // Writes of the same size in quick succession: time stamps alone might not show them.
     for port in 81..90 {
         followed.write("a.yaml", &service("s", port));
         followed.expect(&[&format!("s:{port}")]).await;
@@ -263,7 +266,7 @@ async fn a_broken_file_keeps_its_last_good_state() {
     followed.write("a.yaml", &format!("{}---\nkind: [", service("s", 81)));
     followed.expect(&["s:81"]).await;
     followed.expect_problem("a.yaml", "document 2: ").await;
-    // What was in a document that cannot be read now stays; what is in another one does not wait for it.
+    // Objects of a document that cannot be read any more stay; another document takes effect at once.
     let both = format!("{}---\n{}", service("s", 80), service("t", 80));
     followed.write("a.yaml", &both);
     followed.expect(&["s:80", "t:80"]).await;
@@ -339,7 +342,7 @@ async fn hostile_files_are_refused_quickly() {
     followed.expect_problem("latin.yaml", "UTF-8").await;
 }
 
-/// The real ones: a pipe, the kernel's log, a device, and more than any disk has.
+/// Real files: a pipe, the kernel's log, a device, and a file larger than any disk.
 #[tokio::test]
 async fn what_has_no_end_costs_itself() {
     let mut followed = Followed::of(&[("good.yaml", &service("s", 80))]).await;
@@ -392,7 +395,7 @@ async fn a_directory_that_vanishes_keeps_its_state_until_it_is_back() {
     fs::rename(&below, followed.path("old")).unwrap();
     followed.expect_problem("/m", "stays in force").await;
     assert_eq!(followed.ports(), ["s:80"]);
-    // What happens in the directory under its new name is not ours any more.
+    // Changes in the directory under its new name have no effect.
     fs::write(followed.path("old/s.yaml"), service("s", 99)).unwrap();
     let staged = followed.path("staged");
     fs::create_dir(&staged).unwrap();
@@ -400,7 +403,7 @@ async fn a_directory_that_vanishes_keeps_its_state_until_it_is_back() {
     fs::rename(&staged, &below).unwrap();
     followed.expect(&["t:81"]).await;
     followed.expect_no_problem().await;
-    // The new directory is watched, not only looked at.
+    // The new directory is watched, not only scanned.
     fs::write(below.join("t.yaml"), service("t", 82)).unwrap();
     followed.expect(&["t:82"]).await;
 }

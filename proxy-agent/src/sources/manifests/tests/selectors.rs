@@ -1,4 +1,4 @@
-//! What a control plane would do, followed live.
+//! Tests of the controllers, followed live.
 
 use super::*;
 use crate::reconcile::cluster::Slice;
@@ -8,7 +8,7 @@ const WEB: &str = "kind: Service\napiVersion: v1\nmetadata: {name: web, namespac
 const CIDR: &str = "kind: ServiceCIDR\napiVersion: networking.k8s.io/v1\nmetadata: {name: kubernetes}\n\
                     spec: {cidrs: [10.96.0.0/16]}\n";
 
-/// Pod a/`name` that listens on 8080.
+/// Returns Pod a/`name` that listens on 8080.
 fn pod(name: &str, address: &str, more: &str) -> String {
     format!(
         "kind: Pod\napiVersion: v1\nmetadata: {{name: {name}, namespace: a, labels: {{app: web}}}}\nspec:\n  nodeName: n1\n  \
@@ -24,12 +24,12 @@ fn slice_of_web(address: &str) -> String {
     )
 }
 
-/// The slices of Service a/`name`.
+/// Returns the slices of Service a/`name`.
 fn slices(followed: &Followed, name: &str) -> Vec<Slice> {
     followed.cluster.slices(&ObjectKey::new("a", name)).cloned().collect()
 }
 
-/// The endpoints of Service a/web: `10.64.1.11:8080`, and `!` behind it if it is not ready.
+/// Returns the endpoints of Service a/web, such as `10.64.1.11:8080`; a `!` follows if the endpoint is not ready.
 fn endpoints(followed: &Followed) -> Vec<String> {
     let slices = slices(followed, "web");
     let all =
@@ -74,7 +74,7 @@ async fn pods_come_change_and_go() {
     followed.expect_endpoints(&["10.64.1.11:8080!", "10.64.1.12:8080"]).await;
     fs::remove_file(followed.path("p1.yaml")).unwrap();
     followed.expect_endpoints(&["10.64.1.12:8080"]).await;
-    // A Pod of another namespace is nobody of ours, and nothing is said of ours again.
+    // A Pod of another namespace is no endpoint of this Service, and its slices are not sent again.
     followed.write("other.yaml", &pod("p3", "10.64.1.13", "").replace("namespace: a", "namespace: b"));
     followed.write("mark.yaml", &service("z", 80));
     followed.expect(&["web:80", "z:80"]).await;
@@ -144,7 +144,7 @@ async fn addresses_come_from_service_cidrs() {
     };
     let given = node_port(&followed);
     assert!((30_086..32_768).contains(&given), "{given}");
-    // Somebody names this address, and then no more.
+    // Another Service names this address for a while.
     followed.write("z.yaml", &service("z", 80).replace("10.96.0.10", "10.96.238.254"));
     followed.expect_address(Some("10.96.238.255")).await;
     assert_eq!(node_port(&followed), given);
@@ -174,7 +174,7 @@ async fn a_dump_of_a_cluster() {
     followed.expect_no_problem().await;
 }
 
-/// Each directory goes without something in silence, but for what is said.
+/// Each directory has an unserved part that only the expected problem shows.
 #[tokio::test]
 async fn what_is_said_of_selectors() {
     let deployment = "---\nkind: Deployment\napiVersion: apps/v1\nmetadata: {name: web, namespace: a}\nspec:\n  \
@@ -222,7 +222,8 @@ async fn what_is_said_of_selectors() {
         followed.write("a.yaml", &format!("{WEB}---\n{}", pod("p1", "10.64.1.11", "")));
         followed.expect_no_problem().await;
     }
-    // Who is served by nobody lacks no endpoints: headless, an alias, another proxy's, without a selector.
+    // Services that are not served or not meant to have endpoints cause no problem: headless, an alias, another
+    // proxy's, without a selector.
     for (from, to) in [
         ("clusterIP: 10.96.0.10", "clusterIP: None"),
         ("clusterIP: 10.96.0.10", "type: ExternalName"),
@@ -234,7 +235,7 @@ async fn what_is_said_of_selectors() {
     }
 }
 
-/// What a field of a Service or slice is worth is said where the object is.
+/// Problems with fields of a Service or slice name the file.
 #[tokio::test]
 async fn fields_are_named_with_their_file() {
     let web = WEB.replace("selector: {app: web}", "externalIPs: [x]");
@@ -254,6 +255,6 @@ async fn fields_are_named_with_their_file() {
              ignored"
         ]
     );
-    // The agent tells these when the Service is programmed.
+    // The agent reports these problems when it programs the Service.
     assert_eq!(followed.problems, []);
 }

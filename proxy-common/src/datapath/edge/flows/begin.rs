@@ -1,4 +1,4 @@
-//! How a flow begins: under a key of its own, with a backend that has been chosen.
+//! Creation of a flow: under a key of its own, with a backend that has been chosen.
 
 use super::index::{link_vip, remove_from};
 use super::source::random_port;
@@ -9,11 +9,12 @@ use crate::datapath::edge::parse::Tuple;
 use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier, Work};
 use crate::datapath::edge::timeouts;
 
-/// Tuples tried for a new flow: its own, and some with another source port.
+/// Number of tuples tried for a new flow: the client's own, then others with a random source port.
 const TUPLE_TRIES: u32 = 4;
 
-/// Removes what the client's tuple in `work` led to: a record that has expired, and any index entry. Else the entry of an
-/// old flow would hide that of a new one. What the new one is to be beside stays.
+/// Removes the index entries of the client's tuple in `work`, and the expired records that they lead to.
+/// Otherwise the index entry of an old flow would hide that of the new one. With [`Meeting::BESIDE`] the
+/// assured flow stays.
 #[inline(never)]
 fn recycle<T: EdgeTables>(tables: &T, work: &mut Work) {
     if work.meeting != Meeting::BESIDE {
@@ -34,9 +35,10 @@ fn recycle_in<T: EdgeTables>(tables: &T, tier: Tier, work: &mut Work) {
     tables.remove_index(tier, &work.index);
 }
 
-/// Makes the flow from the client of `tuple` that `work` says, with another source port if its own tuple is taken. Its key is
-/// then in `work`. `indexed`: [`find_by_vip`](super::find_by_vip) has found an entry. `None`: every tuple that was tried is
-/// taken, or there is no room.
+/// Creates the flow of the client of `tuple` that `work` describes, with another source port if another flow
+/// has the client's own tuple. Writes the flow's key to `work`. `indexed`:
+/// [`find_by_vip`](super::find_by_vip) has found an entry. Returns `None` if every tuple that was tried is
+/// taken, or a map is full.
 #[inline(never)]
 pub fn create<T: EdgeTables>(
     tables: &T,
@@ -78,29 +80,30 @@ pub fn create<T: EdgeTables>(
     None
 }
 
-/// Tries to make the record of `work` for [`create`]: under the client's own tuple (`own`), or by another source port, which is
-/// then that of its key. False: another flow has the tuple.
+/// Tries to add the record in `work` for [`create`]: under the client's own tuple (`own`), or with a random
+/// source port, which is written to its key. Returns false if another flow has the tuple.
 #[inline(always)]
 pub fn try_tuple<T: EdgeTables>(tables: &T, work: &mut Work, own: bool) -> bool {
     if !own {
         work.key.source_port = random_port(tables);
     }
-    // The backend remembers the closed connection of another client's port; the client knows about its own.
+    // A closed connection is replaced only under the client's own port. The client knows of its own closed
+    // connections; the backend may still remember that of another client.
     match vacate(tables, work, own) {
         Key::TAKEN => false,
-        // It is what the new one is to be beside.
+        // This is the flow that the new one is to be created beside.
         Key::OWN if work.meeting == Meeting::BESIDE => false,
         Key::FREE => {
             work.flow.check = work.key.check();
-            // Somebody may have been faster; else there is no room.
+            // If adding fails, either another packet was faster or the map is full.
             tables.add_flow(Tier::New, &work.key, &work.flow) || !taken(tables, &work.key, &work.flow)
         }
-        // Its index has been evicted while the record lived.
+        // The record of this flow exists; only its index entry was evicted.
         _ => true,
     }
 }
 
-/// Where a new flow goes.
+/// Destination of a new flow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Choice {
@@ -112,20 +115,21 @@ pub struct Choice {
     pub backend: u32,
 }
 
-/// Whether a flow can have a key.
+/// Possible owners of a key.
 struct Key;
 
 impl Key {
-    /// Nobody has it.
+    /// No flow has the key.
     const FREE: u32 = 0;
-    /// The very same flow has it.
+    /// The same flow has the key.
     const OWN: u32 = 1;
-    /// Another one has it.
+    /// Another flow has the key.
     const TAKEN: u32 = 2;
 }
 
-/// Removes what has ended under the key in `work` (`closed`: also what has been closed, unless others use the ends), and says
-/// who has it.
+/// Removes the expired records under the key in `work`, and returns who has the key (see [`Key`]). `closed`:
+/// records of closed connections are removed, too, unless somebody else's connection has the same addresses
+/// and ports.
 #[inline(never)]
 fn vacate<T: EdgeTables>(tables: &T, work: &mut Work, closed: bool) -> u32 {
     let Work { key, flow, now, .. } = work;
@@ -148,7 +152,8 @@ fn vacate<T: EdgeTables>(tables: &T, work: &mut Work, closed: bool) -> u32 {
     Key::FREE
 }
 
-/// Gives a flow the source of its client's closed connection: the backend takes the next one from there at once.
+/// Gives a flow the SNAT source of its client's closed connection: the backend accepts the next connection
+/// from that source at once.
 #[inline(never)]
 fn inherit<C: FlowCell>(cell: &C, flow: &mut Flow) {
     let before = cell.get();
@@ -157,7 +162,7 @@ fn inherit<C: FlowCell>(cell: &C, flow: &mut Flow) {
     }
 }
 
-/// Whether another flow has the key.
+/// Returns whether another flow has the key.
 #[inline(never)]
 fn taken<T: EdgeTables>(tables: &T, key: &FlowKey, flow: &Flow) -> bool {
     let there = match tables.flow(Tier::Assured, key) {

@@ -1,4 +1,4 @@
-//! Index entries: written and removed with their records.
+//! Index entries of flows: written and removed with their records.
 
 use super::{Place, has_snat, snat_index, vip_index};
 use crate::abi::{FlowKey, FlowRef};
@@ -13,14 +13,14 @@ pub(super) fn indexed<T: EdgeTables>(tables: &T, index: &FlowKey) -> Option<Flow
     if target.check == index.check() { Some(target) } else { None }
 }
 
-/// Writes the index entry from the VIP.
+/// Writes the index entry that leads from client and VIP to the record.
 #[inline(never)]
 pub(super) fn link_vip<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) -> bool {
     let (index, target) = vip_index(key, &cell.get());
     tables.put_index(tier, &index, &target)
 }
 
-/// Writes the index entry from our own address, if the flow has one.
+/// Writes the index entry that leads from backend and SNAT source to the record, if the flow has SNAT.
 #[inline(never)]
 pub(super) fn link_snat<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) -> bool {
     let flow = cell.get();
@@ -34,7 +34,7 @@ pub(super) fn link_snat<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, ce
 #[inline(never)]
 pub(super) fn unlink_vip<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, cell: &T::Cell) {
     let (index, _) = vip_index(key, &cell.get());
-    // The client may have begun another flow by the same tuple.
+    // The index entry may belong to another flow that the client has begun with the same tuple.
     let own = tables.index(tier, &index).is_some_and(|target| {
         target.addr == key.destination
             && target.port == key.destination_port
@@ -63,7 +63,8 @@ pub(super) fn remove_from<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, 
     tables.remove_flow(tier, key);
 }
 
-/// Makes the index entry from the VIP again if it has been evicted: of TCP, only the first packet of a client could.
+/// Writes the index entry from the VIP again if it has been evicted. For TCP, only the first packet of a
+/// client could do so otherwise.
 #[inline(never)]
 pub fn keep_vip<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) {
     if place.tier == Tier::New {

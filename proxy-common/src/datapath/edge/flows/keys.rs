@@ -1,11 +1,11 @@
-//! Keys: of records, and of the index entries that lead to them.
+//! Keys of records, and of the index entries that lead to records.
 
 use crate::abi::{Flow, FlowKey, FlowKind, FlowRef, Origin};
 use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::edge::parse::Tuple;
 
-/// A key of any kind.
+/// Returns the key of a tuple.
 #[inline(always)]
 pub fn key(kind: FlowKind, origin: Origin, proto: u8, tuple: &Tuple) -> FlowKey {
     FlowKey {
@@ -21,7 +21,7 @@ pub fn key(kind: FlowKind, origin: Origin, proto: u8, tuple: &Tuple) -> FlowKey 
     }
 }
 
-/// The tuple of packets in the other direction.
+/// Returns the tuple of packets in the other direction.
 #[inline(always)]
 pub fn reversed(tuple: &Tuple) -> Tuple {
     Tuple {
@@ -32,7 +32,7 @@ pub fn reversed(tuple: &Tuple) -> Tuple {
     }
 }
 
-/// The key of the record that an index entry from the VIP leads to.
+/// Returns the key of the record that an index entry from the VIP leads to.
 #[inline(always)]
 pub fn vip_target(index: &FlowKey, target: &FlowRef) -> FlowKey {
     FlowKey {
@@ -48,7 +48,7 @@ pub fn vip_target(index: &FlowKey, target: &FlowRef) -> FlowKey {
     }
 }
 
-/// The key of the record that an index entry from our own address leads to.
+/// Returns the key of the record that an index entry from our SNAT source leads to.
 #[inline(always)]
 pub fn snat_target(index: &FlowKey, target: &FlowRef) -> FlowKey {
     FlowKey {
@@ -64,7 +64,7 @@ pub fn snat_target(index: &FlowKey, target: &FlowRef) -> FlowKey {
     }
 }
 
-/// The index entry of a record from the VIP.
+/// Returns key and value of the index entry that leads from client and VIP to a record.
 #[inline(always)]
 pub fn vip_index(key: &FlowKey, flow: &Flow) -> (FlowKey, FlowRef) {
     let index = FlowKey {
@@ -85,7 +85,7 @@ pub fn vip_index(key: &FlowKey, flow: &Flow) -> (FlowKey, FlowRef) {
     )
 }
 
-/// The index entry of a record from our own address.
+/// Returns key and value of the index entry that leads from backend and SNAT source to a record.
 #[inline(always)]
 pub fn snat_index(key: &FlowKey, snat: &Addr, snat_port: Be16) -> (FlowKey, FlowRef) {
     let index = FlowKey {

@@ -1,12 +1,14 @@
-//! Flows: found by any of their tuples, made once, kept while they live.
+//! Flows: looked up by any of their tuples, created once, kept while they live.
 //!
-//! A flow begins in the maps that evict. It moves to those that never do when its client goes on after an answer: a
-//! live backend answers spoofed requests too, so an answer alone proves nothing. For TCP the client has to acknowledge
-//! what the backend sent. Until then only what answers the client's own SYN counts as an answer: somebody else may have a
-//! connection between the same ends, straight to the backend.
+//! A flow begins in the maps that evict ([`Tier::New`]). It moves to the maps that never evict
+//! ([`Tier::Assured`]) when its client goes on after a reply. A reply alone proves nothing, because a live
+//! backend replies to spoofed requests, too. For TCP the client has to acknowledge what the backend sent.
+//! Until then only a packet that answers the client's own SYN counts as a reply: somebody else may have a
+//! direct connection to the backend between the same addresses and ports.
 //!
-//! A SYN never ends an open flow. Where its backend has gone, or has been silent for too long, or it has been closed in this
-//! moment, perhaps by somebody else, the SYN begins another one beside it, which takes its place when the client proves it.
+//! A SYN never ends an open flow. It begins a second flow beside the open one if the backend has gone or has
+//! been silent for too long, or if the flow was closed a moment ago (perhaps by somebody else). The second
+//! flow takes the place of the first when the client proves it.
 
 mod begin;
 mod index;
@@ -27,22 +29,22 @@ use crate::abi::flow::state::{ASSURED, PROVEN, REPLIED, TAKEN};
 use crate::abi::{Flow, FlowKey, FlowKind, proto};
 use crate::be::Be16;
 
-/// Where a live record is.
+/// Live record, and the map that holds it.
 ///
-/// The tier comes first: BTF cannot describe an `Option` whose tag lies behind something else.
+/// The tier comes first: BTF cannot describe an `Option` whose tag does not come first.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Place<C> {
-    /// The map it is in.
+    /// Map that holds the record.
     pub tier: Tier,
-    /// [`FlowKey::check`] of its key.
+    /// [`FlowKey::check`] of the record's key.
     pub check: u32,
-    /// The record.
+    /// Record in place.
     pub cell: C,
 }
 
 impl<C: FlowCell> Place<C> {
-    /// What the record holds at this moment.
+    /// Returns the current content of the record.
     #[inline(always)]
     pub fn flow(&self) -> Flow {
         self.cell.get()
@@ -55,13 +57,13 @@ impl<C: FlowCell> Place<C> {
     }
 }
 
-/// Whether the backend sees a source of ours.
+/// Returns whether the flow has SNAT, so that the backend sees a source of ours.
 #[inline(always)]
 pub fn has_snat(flow: &Flow) -> bool {
     flow.snat_port != Be16 { bytes: [0; 2] }
 }
 
-/// The live record of a tuple of client and backend.
+/// Returns the live record with `key`, the tuple of client and backend.
 #[inline(never)]
 pub fn record<T: EdgeTables>(tables: &T, key: &FlowKey, now: u64) -> Option<Place<T::Cell>> {
     let check = key.check();
@@ -78,7 +80,7 @@ fn live<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, check: u32, now: u
     if flow.check == check && !timeouts::expired(&flow, key.proto, now) { Some(cell) } else { None }
 }
 
-/// The live record that a request from `tuple.source` to the VIP `tuple.destination` belongs to. Its key is then in
+/// Returns the live record of a request from `tuple.source` to the VIP `tuple.destination`. Writes its key to
 /// `work`.
 #[inline(never)]
 pub fn by_vip<T: EdgeTables>(
@@ -90,8 +92,8 @@ pub fn by_vip<T: EdgeTables>(
     if find_by_vip(tables, proto, tuple, work) { of_vip(tables, tuple, &work.key, work.now) } else { None }
 }
 
-/// The first half of [`by_vip`]: whether the tuple is in the index. Both keys are then in `work`, of the index and of
-/// the record, whatever that may be.
+/// First half of [`by_vip`]: returns whether the tuple has an index entry. Writes the key of the entry and
+/// the key of the record to `work`, without a look at the record.
 #[inline(never)]
 pub fn find_by_vip(tables: &impl EdgeTables, proto: u8, tuple: &Tuple, work: &mut Work) -> bool {
     work.index = key(FlowKind::Vip, work.origin, proto, tuple);
@@ -100,7 +102,7 @@ pub fn find_by_vip(tables: &impl EdgeTables, proto: u8, tuple: &Tuple, work: &mu
     true
 }
 
-/// The second half of [`by_vip`]: the live record with `key`, if it is one of the tuple.
+/// Second half of [`by_vip`]: returns the live record with `key`, if it belongs to the tuple.
 #[inline(never)]
 pub fn of_vip<T: EdgeTables>(tables: &T, tuple: &Tuple, key: &FlowKey, now: u64) -> Option<Place<T::Cell>> {
     let place = record(tables, key, now)?;
@@ -111,7 +113,8 @@ pub fn of_vip<T: EdgeTables>(tables: &T, tuple: &Tuple, key: &FlowKey, now: u64)
     if same { Some(place) } else { None }
 }
 
-/// The live record that a packet from the backend `tuple.source` to our own address belongs to. Its key is then in `work`.
+/// Returns the live record of a reply from the backend `tuple.source` to our SNAT source. Writes its key to
+/// `work`.
 #[inline(never)]
 pub fn by_snat<T: EdgeTables>(
     tables: &T,
@@ -129,9 +132,9 @@ pub fn by_snat<T: EdgeTables>(
     if same { Some(place) } else { None }
 }
 
-/// Whether a packet begins another connection between the ends of a closed one: the client has asked for a VIP before, and
-/// talks to the backend itself this time. (If it asks for a VIP again, its SYN makes the flow anew as it enters.) Such a
-/// connection is nothing of ours, and the record would hide it.
+/// Returns whether a packet begins another connection between the addresses and ports of a closed one. The
+/// client connected to a VIP before, and now connects to the backend itself. (A SYN to a VIP renews the flow
+/// at ingress.) The new connection must not be translated, so the old record must not match it.
 #[inline(always)]
 pub fn is_succeeded(flow: &Flow, parsed: &Parsed, now: u64) -> bool {
     parsed.proto == proto::TCP
@@ -140,8 +143,8 @@ pub fn is_succeeded(flow: &Flow, parsed: &Parsed, now: u64) -> bool {
         && flow.state & REPLIED != 0
 }
 
-/// The same of a packet that is the backend's without doubt. It sends no SYN on a connection that has been proved and that it
-/// knows, so nothing has to be waited for, whoever may have closed the flow.
+/// As [`is_succeeded`], for a packet that is the backend's without doubt. The backend sends no SYN on a
+/// proved connection that it knows, so no quiet time is needed, no matter who closed the flow.
 #[inline(always)]
 pub fn is_succeeded_at_backend(flow: &Flow, parsed: &Parsed) -> bool {
     parsed.proto == proto::TCP
@@ -150,20 +153,22 @@ pub fn is_succeeded_at_backend(flow: &Flow, parsed: &Parsed) -> bool {
         && flow.state & ASSURED != 0
 }
 
-/// Whether somebody else has a connection between the ends of a flow.
+/// Returns whether somebody else has a connection between the addresses and ports of a flow that is not
+/// proved.
 #[inline(always)]
 pub const fn is_taken(flow: &Flow) -> bool {
     flow.state & (TAKEN | ASSURED | PROVEN) == TAKEN
 }
 
-/// Whether two records are of one client and VIP.
+/// Returns whether two records are of the same client port and VIP.
 #[inline(always)]
 fn same_flow(one: &Flow, other: &Flow) -> bool {
     one.vip == other.vip && one.vip_port == other.vip_port && one.client_port == other.client_port
 }
 
-/// Forgets a flow whose client has begun another one. A closed connection stays, without its index: nobody gets its source
-/// while its backend remembers it.
+/// Removes a flow whose client has begun another one. The record of a closed TCP connection stays, without
+/// its index entry from the VIP: no other flow gets its SNAT source while the backend remembers the
+/// connection.
 #[inline(never)]
 pub fn give_way<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) {
     if key.proto == proto::TCP && timeouts::closed(place.flow().state) {
@@ -173,7 +178,7 @@ pub fn give_way<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>
     }
 }
 
-/// Forgets a flow: indexes first.
+/// Removes a flow: its index entries first, then its record.
 #[inline(always)]
 pub fn remove<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) {
     remove_from(tables, place.tier, key, &place.cell);

@@ -1,4 +1,4 @@
-//! What packets of the client and of the backend do to a flow.
+//! Effects of packets of the client and of the backend on a flow.
 
 use super::index::{link_snat, link_vip, remove_from};
 use super::{Place, find_by_vip, give_way, has_snat, is_taken, keeps_source, of_vip, vip_target};
@@ -13,28 +13,29 @@ use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier, Work};
 use crate::datapath::edge::timeouts;
 use crate::datapath::select::remember_assured;
 
-/// How far the first acknowledgement may be ahead of the backend's SYN: what a backend may send before it.
+/// Number of bytes that the client's first acknowledgement may be ahead of the backend's SYN: data that the
+/// backend may send before it.
 const FIRST_WINDOW: u32 = 1 << 17;
-/// How far a client's reset may be ahead of what the backend has acknowledged. Where more was on its way, its
-/// acknowledgements make the client send resets that fit.
+/// Number of bytes that a client's RST may be ahead of what the backend has acknowledged. If more data was in
+/// flight, the acknowledgements of the backend make the client send resets that fit.
 const RESET_WINDOW: u32 = 1 << 16;
-/// The same for a FIN, which is sent once only, behind all that is on its way.
+/// The same for a FIN, which is sent only once, after all data in flight.
 const FIN_WINDOW: u32 = 1 << 22;
 
-/// The numbers of a TCP segment, host order; zero of anything else.
+/// Numbers of a TCP segment, in host order; zero for other protocols.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Numbers {
     /// Sequence number.
     pub seq: u32,
-    /// Acknowledgement number: counts with ACK only.
+    /// Acknowledgement number; valid only with ACK.
     pub ack: u32,
     /// Bytes of data.
     pub data: u32,
 }
 
 impl Numbers {
-    /// Those of a segment; of anything else zero.
+    /// Returns the numbers of a TCP segment, or zeros for other protocols.
     #[inline(always)]
     pub fn of(packet: &impl Packet, parsed: &Parsed) -> Self {
         if parsed.proto == proto::TCP
@@ -53,22 +54,24 @@ impl Numbers {
     }
 }
 
-/// What a TCP packet of the client does to the flow that it meets.
+/// Effect of a client's packet on the flow that it meets.
 pub struct Meeting;
 
 impl Meeting {
-    /// Belongs to it, or to the one that has begun beside it.
+    /// The packet belongs to the flow, or to the second flow that has begun beside it.
     pub const GOES_ON: u32 = 0;
-    /// Begins another one in its place.
+    /// The packet begins a flow in the place of this one.
     pub const REPLACES: u32 = 1;
-    /// Begins another one between other ends: these are somebody else's.
+    /// The packet begins a flow with another source port: somebody else's connection has the addresses and
+    /// ports of this flow.
     pub const AVOIDS: u32 = 2;
-    /// Begins another one beside it.
+    /// The packet begins a second flow beside this one.
     pub const BESIDE: u32 = 3;
 }
 
-/// What a TCP packet of the client (`begins`: a SYN) does to the flow in `place`, with its key in `work`. Where one has begun
-/// beside it and the packet is that one's, both are then that one.
+/// Returns the [`Meeting`] of a TCP packet of the client (`begins`: a SYN) with the flow in `place`, whose
+/// key is in `work`. If a second flow has begun beside this one and the packet belongs to the second flow,
+/// `place` and the key become those of the second flow.
 #[inline(never)]
 pub fn meet<T: EdgeTables>(
     tables: &T,
@@ -87,7 +90,8 @@ pub fn meet<T: EdgeTables>(
                 return if over { Meeting::BESIDE } else { Meeting::GOES_ON };
             }
             if parsed.kind & (tcp::RST | tcp::ACK) == tcp::RST {
-                // The client knows nothing of an answer to somebody's SYN. (Who ends his own connection acknowledges.)
+                // A RST without ACK: the client has received the answer to a SYN that somebody else sent. (A
+                // client that ends its own connection sets ACK.)
                 *place = next;
                 return Meeting::GOES_ON;
             }
@@ -99,7 +103,7 @@ pub fn meet<T: EdgeTables>(
                 return Meeting::GOES_ON;
             }
         }
-        // It is the old one's.
+        // The packet belongs to the old flow.
         find_by_vip(tables, work.index.proto, tuple, work);
     }
     let flow = place.flow();
@@ -126,7 +130,8 @@ pub fn meet<T: EdgeTables>(
     Meeting::BESIDE
 }
 
-/// The flow of the client's tuple that has begun beside an assured one. Its key is then in `work`; else nobody's may be.
+/// Returns the flow of the client's tuple that has begun beside an assured one. Writes its key to `work`. If
+/// there is none, the key in `work` is unspecified.
 #[inline(always)]
 fn successor<T: EdgeTables>(tables: &T, tuple: &Tuple, work: &mut Work) -> Option<Place<T::Cell>> {
     let target = tables.index(Tier::New, &work.index)?;
@@ -134,7 +139,7 @@ fn successor<T: EdgeTables>(tables: &T, tuple: &Tuple, work: &mut Work) -> Optio
     of_vip(tables, tuple, &work.key, work.now)
 }
 
-/// Whether the backend of a flow has left its Service, or another one has its address now.
+/// Returns whether the backend of a flow has left its Service, or its id now stands for another backend.
 #[inline(always)]
 fn is_gone(tables: &impl EdgeTables, key: &FlowKey, flow: &Flow) -> bool {
     tables.backend(flow.backend).is_none_or(|backend| {
@@ -145,8 +150,8 @@ fn is_gone(tables: &impl EdgeTables, key: &FlowKey, flow: &Flow) -> bool {
     })
 }
 
-/// Whether the backend has answered no SYN on an open flow for too long. Notes the first one. (One that is not answered proves
-/// nothing: backends limit how many of them they answer.)
+/// Returns whether the backend has answered no SYN on an open flow for too long. Notes the time of the first
+/// SYN. (One unanswered SYN proves nothing: backends limit how many SYNs they answer.)
 #[inline(always)]
 fn is_silent<C: FlowCell>(place: &Place<C>, flow: &Flow, now: u64) -> bool {
     if flow.state & ASSURED == 0 {
@@ -158,14 +163,14 @@ fn is_silent<C: FlowCell>(place: &Place<C>, flow: &Flow, now: u64) -> bool {
     timeouts::is_silent(flow.syn, syn_time(now))
 }
 
-/// Whether an acknowledgement of the client shows that it has heard the backend.
+/// Returns whether an acknowledgement number shows that the client has received the backend's reply.
 #[inline(always)]
 const fn proves(flow: &Flow, ack: u32) -> bool {
     ack.wrapping_sub(flow.expected) < FIRST_WINDOW
 }
 
-/// A packet of the client: advances the state, notes the way of the answers, and makes the flow safe from eviction once the client has
-/// gone on after an answer.
+/// Updates a flow for a packet of the client: advances the state, notes the device for the replies, and moves
+/// the flow to the maps that never evict once the client has gone on after a reply.
 #[inline(never)]
 pub fn on_request<T: EdgeTables>(tables: &T, place: &Place<T::Cell>, parsed: &Parsed, work: &Work) {
     let Work { key, numbers, now, asked_by, .. } = work;
@@ -174,13 +179,14 @@ pub fn on_request<T: EdgeTables>(tables: &T, place: &Place<T::Cell>, parsed: &Pa
     let mut state = flow.state;
     let (mut proven, mut prolongs, mut leads) = (true, true, true);
     if parsed.proto == proto::TCP {
-        // Anybody can send anything in the name of a client; the backend believes what fits (RFC 5961 §3.2).
+        // A RST or FIN may be forged. The backend believes only one whose sequence number fits (RFC 5961
+        // §3.2).
         let window = if parsed.kind & tcp::RST != 0 { RESET_WINDOW } else { FIN_WINDOW };
         let fits = state & ASSURED == 0 || numbers.seq.wrapping_sub(flow.expected) < window;
         if fits || parsed.kind & (tcp::RST | tcp::FIN) == 0 {
             state = tcp_state(state, parsed.kind, FIN_REQUEST);
         }
-        // What is sent again is behind what the backend has acknowledged.
+        // The window reaches backwards, too: a retransmission is behind what the backend has acknowledged.
         leads = parsed.kind & tcp::RST == 0
             && (state & ASSURED == 0
                 || numbers.seq.wrapping_sub(flow.expected).wrapping_add(FIN_WINDOW) < 2 * FIN_WINDOW);
@@ -197,7 +203,8 @@ pub fn on_request<T: EdgeTables>(tables: &T, place: &Place<T::Cell>, parsed: &Pa
             && parsed.kind & (tcp::SYN | tcp::ACK) == tcp::SYN
             && (flow.expected == 0 || timeouts::is_quiet(&flow, now))
         {
-            // Another SYN within moments is somebody else's: the client sends its own again as it was.
+            // A different SYN shortly afterwards is somebody else's: the client retransmits its own SYN
+            // unchanged.
             place.cell.set_expected(place.check, numbers.seq.wrapping_add(1));
             place.cell.set_syn(place.check, numbers.data as u16);
         }
@@ -211,7 +218,7 @@ pub fn on_request<T: EdgeTables>(tables: &T, place: &Place<T::Cell>, parsed: &Pa
     if state != flow.state {
         place.set_state(state);
     }
-    // One that finds no room tries again with each packet, and is counted once.
+    // A flow that finds no room tries again with each packet, but is counted only once.
     if state & (REPLIED | ASSURED) == REPLIED
         && proven
         && !assure(tables, key, place, numbers.seq)
@@ -222,19 +229,20 @@ pub fn on_request<T: EdgeTables>(tables: &T, place: &Place<T::Cell>, parsed: &Pa
     }
 }
 
-/// Moves a record with its indexes, when its client has gone on with `seq`. False, and nothing changed, if there is no
-/// room.
+/// Moves a record and its index entries to the maps that never evict, when its client has gone on with `seq`.
+/// Returns false, with nothing changed, if there is no room.
 #[inline(never)]
 fn assure<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>, seq: u32) -> bool {
     let mut flow = place.flow();
     if flow.check != place.check || has_snat(&flow) && !keeps_source(tables, key, place) {
-        // Its element is another one's. Or its source is: its backend will not know what comes from a new one.
+        // Another flow has the element, or the SNAT source. The backend would not recognize packets from a
+        // new source.
         return true;
     }
     flow.state = (flow.state | ASSURED) & !PROVEN;
     (flow.expected, flow.syn) = (seq, 0);
     if !tables.add_flow(Tier::Assured, key, &flow) {
-        // Another packet of the flow has been faster; else there is no room.
+        // Either another packet of the flow was faster, or there is no room.
         return tables.flow(Tier::Assured, key).is_some();
     }
     let done = link_vip(tables, Tier::Assured, key, &place.cell)
@@ -247,8 +255,9 @@ fn assure<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>, seq:
     done
 }
 
-/// Whether a packet of the backend is an answer to this client. Until its flow is proved, somebody else may have a connection
-/// between the same ends; then the client's next SYN gets others.
+/// Returns whether a packet of the backend is a reply to this client. Until the flow is proved, somebody else
+/// may have a connection between the same addresses and ports. The client's next SYN then gets another source
+/// port.
 #[inline(always)]
 pub fn is_answer<C: FlowCell>(place: &Place<C>, parsed: &Parsed, numbers: Numbers) -> bool {
     let flow = place.flow();
@@ -260,7 +269,7 @@ pub fn is_answer<C: FlowCell>(place: &Place<C>, parsed: &Parsed, numbers: Number
             && parsed.kind & (tcp::SYN | tcp::RST) != 0
             && numbers.ack.wrapping_sub(flow.expected) <= flow.syn as u32
     } else {
-        // Its SYN once more, or what follows that.
+        // The backend's SYN once more, or data that follows it.
         numbers.seq.wrapping_sub(flow.expected).wrapping_add(1) < FIRST_WINDOW
     };
     if !fits && flow.state & TAKEN == 0 {
@@ -269,9 +278,10 @@ pub fn is_answer<C: FlowCell>(place: &Place<C>, parsed: &Parsed, numbers: Number
     fits
 }
 
-/// Whether a segment with this number, of the client (`request`) or of the backend, can be one of this flow. Until that is proved,
-/// somebody else may have a connection between the same ends, and only the client's SYN is known to be the flow's, then what the
-/// backend has answered.
+/// Returns whether a segment with the sequence number `seq`, of the client (`request`) or of the backend, can
+/// belong to this flow. Until the flow is proved, somebody else may have a connection between the same
+/// addresses and ports. Only the client's SYN is then known to belong to the flow, and after that the
+/// backend's reply.
 #[inline(always)]
 pub const fn has_sent(flow: &Flow, proto: u8, seq: u32, request: bool) -> bool {
     if proto != proto::TCP || flow.state & (ASSURED | PROVEN) != 0 {
@@ -285,7 +295,7 @@ pub const fn has_sent(flow: &Flow, proto: u8, seq: u32, request: bool) -> bool {
     }
 }
 
-/// An answer of the backend, which has entered by the device `by`.
+/// Updates a flow for a reply of the backend, which has entered by the device `by`.
 #[inline(always)]
 pub fn on_reply<C: FlowCell>(place: &Place<C>, parsed: &Parsed, work: &Work, by: u32) {
     let Place { cell, check, .. } = place;
@@ -297,7 +307,8 @@ pub fn on_reply<C: FlowCell>(place: &Place<C>, parsed: &Parsed, work: &Work, by:
         state |= REPLIED;
     } else {
         state = tcp_state(state, parsed.kind, FIN_REPLY);
-        // A reset answers whoever asks, and gives the client nothing that it could prove to have heard.
+        // A reset does not count as a reply: the backend sends it to anybody, and the client cannot prove
+        // that it received it.
         let begins = parsed.kind & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK;
         if begins {
             state |= REPLIED;
@@ -309,7 +320,7 @@ pub fn on_reply<C: FlowCell>(place: &Place<C>, parsed: &Parsed, work: &Work, by:
             if flow.syn != 0 {
                 cell.set_syn(*check, 0);
                 if begins {
-                    // A backend that answers a SYN so has forgotten the connection before.
+                    // A backend that answers a SYN with SYN and ACK has forgotten the previous connection.
                     state &= !(FIN_REQUEST | FIN_REPLY | CLIENT_FIRST);
                 }
             }
@@ -326,7 +337,8 @@ pub fn on_reply<C: FlowCell>(place: &Place<C>, parsed: &Parsed, work: &Work, by:
     }
 }
 
-/// RST and FIN as they are seen. What is sent after a RST shows that it was not believed.
+/// Returns `state` with the RST or FIN of a packet. A packet without RST clears [`RESET`]: it shows that the
+/// RST was not believed.
 #[inline(always)]
 const fn tcp_state(state: u32, flags: u8, fin: u32) -> u32 {
     if flags & tcp::RST != 0 {

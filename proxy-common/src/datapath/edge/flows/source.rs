@@ -1,4 +1,4 @@
-//! Sources of our own: a port of this node for each flow to another one.
+//! SNAT sources: a port of this node for each flow that needs SNAT.
 
 use super::index::indexed;
 use super::{Place, record, snat_index, snat_target};
@@ -8,7 +8,7 @@ use crate::be::Be16;
 use crate::datapath::edge::tables::{EdgeTables, FlowCell as _, Tier, Work};
 use crate::datapath::edge::timeouts;
 
-/// Source ports tried before a flow is given up.
+/// Number of source ports tried before a flow is given up.
 const PORT_TRIES: u32 = 16;
 
 #[inline(always)]
@@ -18,8 +18,8 @@ pub(super) fn random_port(tables: &impl EdgeTables) -> Be16 {
     Be16::new(SNAT_PORTS.start.wrapping_add(offset))
 }
 
-/// Our own source for packets of the flow with the key in `work` to another node, at the address `work.new.source`. False: all
-/// ports that were tried are taken. Afterwards the record holds it.
+/// Finds a SNAT source at the address `work.new.source` for the flow with the key in `work`, and writes it to
+/// the record. Returns false if all ports that were tried are taken.
 #[inline(never)]
 pub fn translate_source<T: EdgeTables>(tables: &T, work: &mut Work, place: &Place<T::Cell>) -> bool {
     for attempt in 0..PORT_TRIES {
@@ -31,9 +31,10 @@ pub fn translate_source<T: EdgeTables>(tables: &T, work: &mut Work, place: &Plac
     false
 }
 
-/// Tries one port for [`translate_source`]: as the source port of `work.new` afterwards. `spare`: only what nobody keeps, and no
-/// frontend of our own address: what that very backend asks for there, from the port that it serves at, would be taken for an
-/// answer. (Frontends are never all that there is: whoever may have externalIPs could claim every port.)
+/// Tries one port for [`translate_source`], and writes it to `work.new.source_port`. `spare`: accepts only a
+/// port that no flow keeps and that no frontend has at our address. A request of the same backend to such a
+/// frontend, from the port that the backend serves at, would be mistaken for a reply. (Without `spare`,
+/// frontends are not excluded: a user who may set externalIPs could claim every port.)
 #[inline(always)]
 pub fn try_source<T: EdgeTables>(tables: &T, work: &mut Work, tier: Tier, spare: bool) -> bool {
     let Work { key, index, new, now, .. } = work;
@@ -57,8 +58,8 @@ pub fn try_source<T: EdgeTables>(tables: &T, work: &mut Work, tier: Tier, spare:
     tables.add_index(tier, index, &target)
 }
 
-/// Whether a flow still has its source: the index entry from there may have been evicted, and is then made again unless
-/// another flow has taken the source, as it may from one that is not assured.
+/// Returns whether a flow still has its SNAT source. Writes the index entry of the source again if it has
+/// been evicted. Another flow may have taken the source of a flow that is not assured.
 #[inline(never)]
 pub fn keeps_source<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) -> bool {
     if place.tier == Tier::Assured {
@@ -72,11 +73,13 @@ pub fn keeps_source<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::C
     }
 }
 
-/// Whether a flow has the source that an index entry stands for, and keeps it. Where free ones have become rare (not
-/// `spare`), only an open connection that is assured does: else a flood would leave none to anybody.
+/// Returns whether the flow that an index entry leads to still has its SNAT source and keeps it. With
+/// `spare`, a flow keeps the source until the backend has forgotten the connection. Without `spare` (free
+/// ports are rare), only an assured open connection keeps it; otherwise a flood would leave no source to
+/// anybody.
 ///
-/// A backend that ends a connection remembers it for a while and refuses another one from there (TIME_WAIT, RFC 9293
-/// §3.6.1), so it costs time to take such a source over.
+/// A backend that ends a connection remembers it for a while, and refuses another connection from the same
+/// source (TIME_WAIT, RFC 9293 §3.6.1). Taking over such a source therefore costs time.
 #[inline(never)]
 fn owned<T: EdgeTables>(tables: &T, index: &FlowKey, target: &FlowRef, spare: bool, now: u64) -> bool {
     let Some(owner) = record(tables, &snat_target(index, target), now) else { return false };

@@ -16,21 +16,21 @@ pub(super) struct Measurements {
     calls: BTreeMap<Call, Calls>,
 }
 
-/// Durations in nanoseconds: by round, then of all rounds.
+/// Durations in nanoseconds: medians by round, then all durations.
 #[derive(Default)]
 struct Calls {
     rounds: Vec<BTreeMap<Target, f64>>,
     all: BTreeMap<Target, Vec<u32>>,
 }
 
-/// What a single call goes to.
+/// Target of a single call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Target {
-    /// The clusterIP, from below the programs.
+    /// The clusterIP, called from a cgroup with the programs.
     Vip,
-    /// The pod, from below the programs: an address that is none of theirs.
+    /// The pod, called from a cgroup with the programs: an address of no Service.
     NotOurs,
-    /// The pod, without programs.
+    /// The pod, called from a cgroup without programs.
     Plain,
     Control,
 }
@@ -48,7 +48,7 @@ impl Target {
 }
 
 impl Measurements {
-    /// Nothing measured.
+    /// Returns an empty set of measurements.
     pub(super) fn new() -> Self {
         Self { rounds: Rounds::new(), calls: BTreeMap::new() }
     }
@@ -78,7 +78,7 @@ impl Measurements {
         let calls = self.calls.entry(call).or_default();
         let mut order = Target::ALL;
         for round in 0..rounds {
-            // Every order of neighbours comes about.
+            // Over the rounds, every order of neighbours occurs.
             order.rotate_left(1);
             order.swap(0, 1 + round % 3);
             let mut medians = BTreeMap::new();
@@ -92,7 +92,7 @@ impl Measurements {
                 };
                 let job = Job::Time { call, server, calls: options.calls };
                 let Answer::Timed { nanos } = pair.ask(&job)? else { bail!("not an answer to {job:?}") };
-                // Caches belong to somebody else at first.
+                // The first tenth is left out: the caches are still filled by others.
                 let warm = nanos.get(nanos.len() / 10..).unwrap_or_default();
                 medians.insert(target, median_of(warm.iter().map(|ns| f64::from(*ns))));
                 calls.all.entry(target).or_default().extend(warm);
@@ -102,12 +102,12 @@ impl Measurements {
         Ok(())
     }
 
-    /// The ratio of a workload's rates, round by round.
+    /// Returns the ratio of a workload's rates, round by round.
     pub(super) fn ratio(&self, workload: Workload) -> Option<Estimate> {
         self.rounds.ratio(workload, Side::Vipr, Side::Plain)
     }
 
-    /// What there is to report, in a world of so many Services.
+    /// Returns the figures to report, for the world called `world`.
     pub(super) fn figures(&self, world: &str) -> Vec<Figure> {
         let mut figures = Vec::new();
         for workload in Workload::ALL {

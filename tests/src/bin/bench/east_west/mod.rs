@@ -1,8 +1,8 @@
 //! `east-west`: connections and datagrams from a pod through a clusterIP, against the same without a proxy.
 //!
 //! Two sets of processes do the same in the same pods. One is below the cgroup to which the agent has attached its
-//! programs and connects to the clusterIP; the other is in a cgroup beside it, where no program runs, and connects to
-//! the pod's own address. A third one, like the second, shows what the machine makes of no difference at all.
+//! programs, and connects to the clusterIP. The other is in a cgroup beside it, where no program runs, and connects to
+//! the pod's own address. A third set equals the second: its ratio to the second shows the machine's noise.
 
 mod measure;
 mod sides;
@@ -23,13 +23,14 @@ use crate::traffic::{Call, Job, Listener, Pair, Workload, share};
 use measure::Measurements;
 use sides::{Ground, Side};
 
-/// Connections per second of the largest world over those of the smallest, both as ratios to no proxy.
+/// Bar for connections per second in the largest world over those in the smallest, both as ratios to no proxy.
 const FLAT: Bar = Bar::AtLeast(0.98);
 
 /// Options of `east-west`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Options {
-    /// Numbers of Services in the cluster. All workloads run with the first, those that open connections with each.
+    /// Numbers of Services in the cluster. Every workload runs with the first number; workloads that open connections
+    /// run with each number.
     #[arg(long, value_delimiter = ',', default_values_t = [10, 1000, 10_000])]
     pub(crate) services: Vec<usize>,
     /// Workloads to run [default: all].
@@ -38,7 +39,8 @@ pub(crate) struct Options {
     /// Rounds of each workload and side.
     #[arg(long, default_value_t = 120)]
     rounds: usize,
-    /// Fresh processes so many times: a process is lucky or unlucky with its memory.
+    /// Blocks, each with fresh processes, that the rounds are divided into: the memory of a process can be lucky or
+    /// unlucky.
     #[arg(long, default_value_t = 6)]
     blocks: usize,
     /// Length of a round in milliseconds.
@@ -47,17 +49,17 @@ pub(crate) struct Options {
     /// Calls of each kind in a round; 0 to time no single calls.
     #[arg(long, default_value_t = 500)]
     calls: u32,
-    /// CPU of the client and CPU of the server. On one and the same nothing but the work itself takes time; on two,
-    /// waking the other one does.
+    /// CPU of the client and CPU of the server. On one CPU only the work itself takes time; on two, waking the other
+    /// one adds to it.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 1])]
     pub(crate) cpus: Vec<usize>,
-    /// The server is a pod of another node.
+    /// Put the server into a pod of another node.
     #[arg(long)]
     pub(crate) remote: bool,
-    /// IPv6 instead of IPv4.
+    /// Use IPv6 instead of IPv4.
     #[arg(long)]
     pub(crate) ipv6: bool,
-    /// Without the third set of processes.
+    /// Leave out the third set of processes.
     #[arg(long)]
     no_control: bool,
 }
@@ -65,7 +67,7 @@ pub(crate) struct Options {
 /// Runs the benchmark.
 ///
 /// # Errors
-/// If the lab or the agent cannot be had, or a connection fails.
+/// If the lab cannot be built, the agent does not start, or a connection fails.
 pub(crate) fn run(options: &Options) -> Result<Report> {
     let mut report = Report::new("east-west", format!("{options:?}"));
     let lab = lab()?;
@@ -109,7 +111,7 @@ fn measure(
     all_workloads: bool,
 ) -> Result<Measurements> {
     let wanted = |workload: &Workload| {
-        // Where the client closes first its ports are soon used up: for a few, by name.
+        // A client that closes first soon uses up its ports: that workload runs only if it is asked for.
         let usual = options.only.is_empty() && *workload != Workload::TcpCrrClient;
         (usual || options.only.contains(workload)) && (all_workloads || workload.connects())
     };
@@ -128,7 +130,7 @@ fn measure(
             measurements.run(ground, &mut pairs, *workload, options, rounds)?;
         }
         for call in Call::ALL.into_iter().filter(|_| options.calls > 0) {
-            // A tenth of the time of a workload, about.
+            // About a tenth of the time of a workload.
             let rounds = share(options.rounds / 2, blocks, block);
             measurements.time(ground, &mut pairs, call, options, rounds)?;
         }
@@ -139,7 +141,7 @@ fn measure(
     Ok(measurements)
 }
 
-/// The comparison is what it says: one side goes through the programs, the other does not.
+/// Proves that one side goes through the programs and the other does not.
 fn prove(ground: &Ground, node: &Node, pairs: &mut BTreeMap<Side, Pair>) -> Result<()> {
     let maps = KernelMaps::open(&PinDir::new(node.pin_dir()), false)?;
     for (side, pair) in pairs {

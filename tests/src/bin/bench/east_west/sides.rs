@@ -1,4 +1,4 @@
-//! Who is compared with whom: pairs of client and server processes that differ in their cgroup and their ports only.
+//! The sides of the comparison: pairs of client and server processes that differ only in their cgroup and their ports.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -18,14 +18,14 @@ pub(super) enum Side {
     Vipr,
     /// In a cgroup without programs; the client connects to the pod.
     Plain,
-    /// As `Plain`: its ratio to that says what the machine makes of nothing.
+    /// Same as `Plain`: its ratio to `Plain` shows the machine's noise.
     Control,
 }
 
 impl Side {
     pub(super) const ALL: [Self; 3] = [Self::Vipr, Self::Plain, Self::Control];
 
-    /// First port of its server. The Service has the same ports.
+    /// Returns the first port of the side's server. The Service has the same ports.
     pub(super) fn base_port(self) -> u16 {
         match self {
             Self::Vipr => 7000,
@@ -35,7 +35,7 @@ impl Side {
     }
 }
 
-/// Where a comparison takes place.
+/// Lab and pods in which a comparison takes place.
 pub(super) struct Ground {
     client: Pod,
     server: Pod,
@@ -72,7 +72,7 @@ impl Ground {
         Pair::start(format!("{side:?}"), &client, &server, self.server_address, side.base_port())
     }
 
-    /// The Service that is measured.
+    /// Returns the Service that is measured.
     pub(super) fn service(&self) -> Measured<'_> {
         Measured {
             name: "target",
@@ -84,13 +84,13 @@ impl Ground {
         }
     }
 
-    /// Where the client of a side connects to for `listener`.
+    /// Returns the address that the client of a side connects to for `listener`.
     pub(super) fn target(&self, side: Side, listener: Listener) -> SocketAddr {
         let address = if side == Side::Vipr { self.vip } else { self.server_address };
         SocketAddr::new(address, listener.port(side.base_port()))
     }
 
-    /// The address of the server itself.
+    /// Returns the address of the server itself.
     pub(super) fn pod(&self, side: Side, listener: Listener) -> SocketAddr {
         SocketAddr::new(self.server_address, listener.port(side.base_port()))
     }

@@ -1,8 +1,8 @@
-//! The least that translating packets costs on this machine: two programs on the first node's device that know the one
-//! backend there is, with no table to look anything up in, no state, and no eye for anything but IPv4 TCP.
+//! The least possible cost of translating packets on this machine: two programs on the first node's device that know
+//! the only backend. They look nothing up in a table, keep no state, and handle only IPv4 TCP.
 //!
-//! A packet that a program changes has to be the kernel's alone, but a sender that may have to send it again keeps it:
-//! the kernel copies its headers first. No translation goes without that, and no network without one pays for it.
+//! A packet that a program changes must not be shared. A sender that may have to send the packet again keeps it, so the
+//! kernel copies its headers first. Every translation pays for that copy, and no network without translation does.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -18,10 +18,11 @@ use crate::traffic::Listener;
 /// The node's device.
 const DEVICE: &str = "eth0";
 
-/// Source, destination, ports: three words, as they lie in a packet.
+/// Source, destination, ports: three words, in network byte order.
 type Words = [u32; 3];
 
-/// One translation: which bits are compared, with what; which bits stay, and what the others become.
+/// One translation: the mask of the bits that are compared, their values, the mask of the bits that stay, and the
+/// values of the other bits.
 type Rule = [Words; 4];
 
 const ALL: u32 = u32::MAX;
@@ -68,7 +69,8 @@ impl Floor {
             [0, ALL, ports(to)],
             [asked, 0, ports([asked_port, 0])],
         ];
-        // To another node and back with an address of this one.
+        // For the backend on another node, the source becomes this node's address on the way out, and is restored on
+        // the way back.
         let leaving =
             [[ALL, ALL, ports(to)], [client, server, ports([0, server_port])], [0, ALL, ALL], [asked, 0, 0]];
         let returning = [
@@ -77,11 +79,11 @@ impl Floor {
             [ALL, 0, ALL],
             [0, client, 0],
         ];
-        // Comparing bits that cannot be so: it never applies.
+        // A rule that never applies: no masked value can equal its values.
         let none = [[0; 3], [ALL; 3], [ALL; 3], [0; 3]];
         let rules: [Rule; 4] = match backend {
             Backend::Local => [none, request, none, answer],
-            // The narrower first: a client may use the nodePort's number itself.
+            // The narrower rule first: a client may use the nodePort's number as its own port.
             Backend::Remote => [returning, request, leaving, answer],
         };
         let mut map: Array<_, Rule> = Array::try_from(map(&mut self.programs, "RULES")?)?;
@@ -92,13 +94,13 @@ impl Floor {
     }
 }
 
-/// Two ports as they lie in a packet.
+/// Returns two ports in network byte order.
 fn ports([source, destination]: [u16; 2]) -> u32 {
     let ([a, b], [c, d]) = (source.to_be_bytes(), destination.to_be_bytes());
     u32::from_ne_bytes([a, b, c, d])
 }
 
-/// Address as it lies in a packet, and port.
+/// Returns the address in network byte order, and the port.
 fn v4(address: SocketAddr) -> Result<(u32, u16)> {
     let SocketAddr::V4(v4) = address else { bail!("{address} is not of IPv4") };
     Ok((u32::from_ne_bytes(Ipv4Addr::octets(v4.ip())), v4.port()))

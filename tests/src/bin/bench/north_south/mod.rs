@@ -1,10 +1,10 @@
-//! `north-south`: a client outside of the cluster through a nodePort, against the same client with the pod's own
-//! address and no proxy.
+//! `north-south`: a client outside the cluster through a nodePort, compared with the same client to the pod's own
+//! address without a proxy.
 //!
-//! Each side has a set of namespaces of its own: in one the agent serves the first node, in the next two nobody does,
-//! in another two programs that know nothing but how to rewrite these very packets, and in the last, where `nft` is
-//! there, an nftables ruleset. The way of the packets is the same in all of them. The second set without a proxy shows
-//! what the machine makes of no difference at all; [`floor`], what any translation of packets costs on it.
+//! Each side has a set of namespaces of its own. In one the agent serves the first node; in the next two nothing
+//! translates; in another, two programs rewrite only the packets of the benchmark; and in the last, if `nft` is
+//! installed, an nftables ruleset translates. Packets take the same path in all of them. The second set without a proxy
+//! shows the machine's noise; [`floor`] shows the cost of any translation of packets on it.
 
 mod floor;
 mod nft;
@@ -28,48 +28,50 @@ use floor::Floor;
 use nft::Nft;
 use sides::{Grounds, Side};
 
-/// Connections per second of the largest world over those of the smallest, both as ratios to no proxy.
+/// Bar for connections per second in the largest world over those in the smallest, both as ratios to no proxy.
 const FLAT: Bar = Bar::AtLeast(0.98);
-/// What is measured if nothing else is asked for. A server that closes first remembers the connection for a minute, and
-/// refuses another one from the same address and port in most cases: no proxy has so many ports of its own that one
-/// client, as fast as here, would not meet them again.
+/// Workloads that are measured by default. A server that closes first remembers the connection for a minute, and in
+/// most cases refuses another one from the same address and port. Without a proxy, the ports do not suffice for one
+/// client as fast as this one.
 const USUAL: [Workload; 3] = [Workload::TcpRr, Workload::TcpStream, Workload::TcpCrrClient];
 
 /// Options of `north-south`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Options {
-    /// Numbers of Services in the cluster. All workloads run with the first, those that open connections with each.
+    /// Numbers of Services in the cluster. Every workload runs with the first number; workloads that open connections
+    /// run with each number.
     #[arg(long, value_delimiter = ',', default_values_t = [10, 1000, 10_000])]
     services: Vec<usize>,
     /// Workloads to run [default: tcp-rr, tcp-stream, tcp-crr-client].
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Workload>,
-    /// Where the pod is [default: both].
+    /// Nodes of the pod [default: both].
     #[arg(long, value_enum, value_delimiter = ',')]
     backends: Vec<Backend>,
     /// Rounds of each workload and side.
     #[arg(long, default_value_t = 120)]
     rounds: usize,
-    /// Fresh processes so many times: a process is lucky or unlucky with its memory.
+    /// Blocks, each with fresh processes, that the rounds are divided into: the memory of a process can be lucky or
+    /// unlucky.
     #[arg(long, default_value_t = 6)]
     blocks: usize,
     /// Length of a round in milliseconds.
     #[arg(long, default_value_t = 50)]
     round_ms: u64,
-    /// CPU of the client and CPU of the server. On one and the same nothing but the work itself takes time; on two,
-    /// waking the other one does.
+    /// CPU of the client and CPU of the server. On one CPU only the work itself takes time; on two, waking the other
+    /// one adds to it.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 1])]
     cpus: Vec<usize>,
-    /// IPv6 instead of IPv4; without nftables and the programs that only rewrite.
+    /// Use IPv6 instead of IPv4; without nftables and the programs that only rewrite.
     #[arg(long)]
     ipv6: bool,
-    /// Without the second set without a proxy.
+    /// Leave out the second set without a proxy.
     #[arg(long)]
     no_control: bool,
-    /// Without the programs that only rewrite.
+    /// Leave out the programs that only rewrite.
     #[arg(long)]
     no_floor: bool,
-    /// Without nftables, also where `nft` is there.
+    /// Leave out nftables, even if `nft` is installed.
     #[arg(long)]
     no_nftables: bool,
 }
@@ -79,7 +81,7 @@ impl Options {
         if self.backends.is_empty() { Backend::ALL.to_vec() } else { self.backends.clone() }
     }
 
-    /// Workloads for one number of Services.
+    /// Workloads for one number of Services: all of them, or only those that open connections.
     fn workloads(&self, all: bool) -> Vec<Workload> {
         let asked = if self.only.is_empty() { USUAL.to_vec() } else { self.only.clone() };
         Workload::ALL
@@ -92,7 +94,7 @@ impl Options {
 /// Runs the benchmark.
 ///
 /// # Errors
-/// If a lab or the agent cannot be had, or a connection fails.
+/// If a lab cannot be built, the agent does not start, or a connection fails.
 pub(crate) fn run(options: &Options) -> Result<Report> {
     let mut report = Report::new("north-south", format!("{options:?}"));
     let nft = match Nft::find() {
@@ -176,7 +178,7 @@ fn measure(
     Ok(measured)
 }
 
-/// The comparison is what it says: one side goes through the programs, the others do not.
+/// Proves that one side goes through the programs and the others do not.
 fn prove(
     grounds: &Grounds,
     floor: &mut Option<Floor>,

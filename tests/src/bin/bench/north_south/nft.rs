@@ -1,5 +1,5 @@
-//! The same Services by nftables, for comparison: a verdict map from address, protocol and port to a chain per Service,
-//! which translates by a random choice among its endpoints; what came for a nodePort is masqueraded.
+//! The same Services in nftables, for comparison: a verdict map from address, protocol and port to a chain per Service,
+//! which translates by a random choice among its endpoints. Connections to a nodePort are masqueraded.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -16,16 +16,17 @@ use crate::traffic::Listener;
 pub(super) struct Nft(());
 
 impl Nft {
-    /// Looks for it in `PATH`.
+    /// Looks for `nft` in `PATH`.
     pub(super) fn find() -> Option<Self> {
         Command::new("nft").arg("--version").output().ok().filter(|output| output.status.success())?;
         Some(Self(()))
     }
 
-    /// Makes the first node of `ground` serve its own Services and so many others, instead of those it served before.
+    /// Makes the first node of `ground` serve its own Services and as many others as `world` has, instead of those it
+    /// served before.
     ///
     /// # Errors
-    /// With what `nft` says, if it refuses the ruleset.
+    /// With the error of `nft`, if it refuses the ruleset.
     pub(super) fn load(&self, ground: &Ground, world: World) -> Result<()> {
         let folder = tempfile::tempdir()?;
         let file = folder.path().join("rules");
@@ -55,7 +56,7 @@ fn ruleset(ground: &Ground, world: World) -> Result<String> {
             let _ = writeln!(node_ports, "{proto} . {node_port} : goto {chain}-external,");
         }
     }
-    // As many as the cluster of the agent has, the measured ones among them.
+    // As many Services as the agent's cluster has, including the measured ones.
     for index in Backend::ALL.len()..world.services {
         let endpoint = |number| format!("{number} : {} . 8080", objects::endpoint(world, index, number));
         let endpoints: Vec<String> = (0..world.endpoints).map(endpoint).collect();

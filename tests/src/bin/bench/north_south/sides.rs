@@ -1,4 +1,4 @@
-//! Who is compared with whom: sets of namespaces that differ only in what translates on the first node.
+//! The sides of the comparison: sets of namespaces that differ only in the translation on the first node.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -14,9 +14,9 @@ use crate::traffic::{Listener, Pair, Spot};
 pub(super) enum Side {
     /// The agent serves the first node; the client connects to its nodePort.
     Vipr,
-    /// Nobody translates; the client connects to the pod.
+    /// Nothing translates; the client connects to the pod.
     Plain,
-    /// As `Plain`: its ratio to that says what the machine makes of nothing.
+    /// Same as `Plain`: its ratio to `Plain` shows the machine's noise.
     Control,
     /// Two programs without any table translate; the client connects to the nodePort.
     Floor,
@@ -32,14 +32,14 @@ pub(super) struct Grounds {
 }
 
 impl Grounds {
-    /// Builds them all.
+    /// Builds the grounds of `sides`.
     pub(super) fn new(sides: &[Side], options: &Options) -> Result<Self> {
         let &[client_cpu, server_cpu] = options.cpus.as_slice() else { bail!("--cpus takes two numbers") };
         let grounds = sides.iter().map(|&side| Ok((side, Ground::new()?))).collect::<Result<_>>()?;
         Ok(Self { grounds, ipv6: options.ipv6, cpus: [client_cpu, server_cpu] })
     }
 
-    /// The ground of a side that was asked for.
+    /// Returns the ground of one of the sides.
     pub(super) fn of(&self, side: Side) -> &Ground {
         &self.grounds[&side]
     }
@@ -54,7 +54,7 @@ impl Grounds {
         Pair::start(name, &client, &server, ground.pod_address(backend, self.ipv6)?, BASE_PORT)
     }
 
-    /// Where the client of each side connects to for `listener`.
+    /// Returns the address that the client of each side connects to for `listener`.
     pub(super) fn targets(
         &self,
         sides: &[Side],

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Result, bail, ensure};
 use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TcpHeader, TransportHeader};
 
-/// Bytes of data in segments that carry some.
+/// Bytes of data in a segment with data.
 const DATA: usize = 64;
 const MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
 const HOPS: u8 = 64;
@@ -25,12 +25,12 @@ pub(super) struct Frame {
 }
 
 impl Frame {
-    /// The first segment of a connection.
+    /// Returns the first segment of a connection.
     pub(super) fn syn(source: SocketAddr, destination: SocketAddr) -> Self {
         Self { source, destination, flags: SYN, seq: 1_000_000, ack: 0 }
     }
 
-    /// What the receiver sends next: a SYN is answered with SYN and ACK, anything else with `flags`.
+    /// Returns the receiver's next segment: SYN and ACK for a SYN, otherwise a segment with `flags`.
     pub(super) fn answer(&self, flags: u8) -> Self {
         let opens = self.flags == SYN;
         let taken = u32::from(self.flags & SYN != 0) + self.data().len() as u32;
@@ -47,10 +47,10 @@ impl Frame {
         if self.flags & PSH != 0 { &[0x2a; DATA] } else { &[] }
     }
 
-    /// The frame, as long as if it had data.
+    /// Returns the frame, as long as if it had data.
     ///
     /// # Errors
-    /// If the addresses are of two families.
+    /// If the addresses are of different families.
     pub(super) fn bytes(&self) -> Result<Vec<u8>> {
         let mut tcp = TcpHeader::new(self.source.port(), self.destination.port(), self.seq, 0xffff);
         (tcp.syn, tcp.psh) = (self.flags & SYN != 0, self.flags & PSH != 0);
@@ -76,7 +76,7 @@ impl Frame {
     /// Reads a frame.
     ///
     /// # Errors
-    /// If it is no TCP segment, or a checksum is wrong.
+    /// If the frame is no TCP segment, or a checksum is wrong.
     pub(super) fn parse(frame: &[u8]) -> Result<Self> {
         let packet = PacketHeaders::from_ethernet_slice(frame)?;
         let Some(TransportHeader::Tcp(tcp)) = packet.transport else { bail!("no TCP header") };

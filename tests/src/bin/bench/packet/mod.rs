@@ -1,8 +1,8 @@
-//! `packet`: how long the programs of the packet edge take for one packet, by the kernel's own test runs.
+//! `packet`: time that the programs of the packet edge take for one packet, by the kernel's own test runs.
 //!
-//! The programs and maps are those of an agent that runs in a lab; each way through them is first walked packet by
-//! packet, then measured. A value is the time of the program alone, over that of a fixed reference program in the same
-//! round, so that it says the same on another machine.
+//! The programs and maps are those of an agent that runs in a lab. Each path through them is first checked packet by
+//! packet, then measured. A value is the time of the program alone over that of a fixed reference program in the same
+//! round, so that values of different machines can be compared.
 
 mod frame;
 mod paths;
@@ -26,7 +26,7 @@ use frame::Frame;
 use paths::{Path, Paths};
 use rig::{Devices, Program, Rig, Wrapper};
 
-/// Instructions that the verifier walks through before it gives up.
+/// Number of instructions after which the verifier gives up.
 const VERIFIER_LIMIT: f64 = 1e6;
 
 /// Options of `packet`.
@@ -35,13 +35,13 @@ pub(crate) struct Options {
     /// Services in the cluster.
     #[arg(long, default_value_t = 1000)]
     services: usize,
-    /// Only ways whose name contains one of these, such as `not ours` or `edge_ingress established v4`.
+    /// Only paths whose name contains one of these, such as `not ours` or `edge_ingress established v4`.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// Rounds; in each, every way is measured once.
+    /// Rounds; in each, every path is measured once.
     #[arg(long, default_value_t = 60)]
     rounds: usize,
-    /// Packets of each way in a round.
+    /// Packets of each path in a round.
     #[arg(long, default_value_t = 50_000)]
     repeat: u32,
     /// CPU to run on.
@@ -52,7 +52,7 @@ pub(crate) struct Options {
 /// Runs the benchmark.
 ///
 /// # Errors
-/// If the lab or the agent cannot be had, or a program does not do with a packet what it should.
+/// If the lab cannot be built, the agent does not start, or a program does not handle a packet as it should.
 pub(crate) fn run(options: &Options) -> Result<Report> {
     let mut report = Report::new("packet", format!("{options:?}"));
     let ground = Ground::new()?;
@@ -79,7 +79,7 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
         paths.retain(wanted);
         let example = reference(&mut rig)?;
         progress(format_args!("{} ways, each walked through once", paths.len()));
-        // New flows last: they push other things out of caches and tables.
+        // New flows last: they evict others from caches and tables.
         let (fresh, same): (Vec<Path>, Vec<Path>) =
             paths.into_iter().partition(|path| path.wrapper == Wrapper::Fresh);
         report.figures.extend(measure(&mut rig, &same, &example, options, &world)?);
@@ -114,7 +114,7 @@ fn reference(rig: &mut Rig) -> Result<Frame> {
     Ok(example)
 }
 
-/// What is measured in one round: each way, and for comparison the reference and what each wrapper costs.
+/// One measurement of a round: a path, the reference for comparison, or the overhead of a wrapper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Run {
     Wrapper(Wrapper),

@@ -1,5 +1,5 @@
-//! The ways that a packet can take through the packet edge: their flows, made by the programs themselves, and the
-//! packets that are measured.
+//! The paths of a packet through the packet edge: their flows, made by the programs themselves, and the packets that
+//! are measured.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -12,19 +12,19 @@ use super::rig::{Devices, GOES_ON, Program, Rig, Wrapper};
 use crate::outside::{Backend, Ground};
 use crate::traffic::Listener;
 
-/// Established flows, against the reference.
+/// Bar for established flows, as a ratio to the reference.
 const ESTABLISHED: f64 = 1.6;
-/// Packets that are none of ours, against the reference.
+/// Bar for packets that belong to no Service, as a ratio to the reference.
 const NOT_OURS: f64 = 0.6;
 
-/// A way through one program.
+/// A path through one program.
 pub(super) struct Path {
     pub(super) name: String,
     pub(super) program: Program,
     pub(super) wrapper: Wrapper,
     pub(super) devices: Devices,
     pub(super) frame: Frame,
-    /// At most so many times what the reference takes.
+    /// Largest allowed ratio to the time of the reference.
     pub(super) bar: Option<f64>,
 }
 
@@ -32,13 +32,13 @@ pub(super) struct Path {
 #[derive(Clone, Copy, Debug)]
 struct Interfaces {
     eth0: u32,
-    /// The pod that serves.
+    /// Index of the server pod's interface.
     server: u32,
-    /// The pod that is a client.
+    /// Index of the client pod's interface.
     inside: u32,
 }
 
-/// Makes the flows of one family and names the ways.
+/// Makes the flows of one family and names the paths.
 pub(super) struct Paths<'a> {
     rig: &'a mut Rig,
     ground: &'a Ground,
@@ -48,10 +48,10 @@ pub(super) struct Paths<'a> {
 }
 
 impl<'a> Paths<'a> {
-    /// All ways of one family, each proved to be what its name says.
+    /// Returns all paths of one family, after checking that each is what its name says.
     ///
     /// # Errors
-    /// If a program does something else with a packet than its way asks for.
+    /// If a program handles a packet differently from its path.
     pub(super) fn of(rig: &'a mut Rig, ground: &'a Ground, ipv6: bool) -> Result<Vec<Path>> {
         let interfaces = interfaces(ground)?;
         let mut paths = Self { rig, ground, ipv6, interfaces, paths: Vec::new() };
@@ -66,7 +66,7 @@ impl<'a> Paths<'a> {
         Ok(SocketAddr::new(self.ground.client_address(self.ipv6)?, 40_000))
     }
 
-    /// Packets between the client and a pod that no Service has.
+    /// Adds packets between the client and a pod that no Service has.
     fn not_ours(&mut self) -> Result<()> {
         let client = self.client()?;
         let pod = SocketAddr::new(self.ground.inside_address(self.ipv6)?, 80);
@@ -86,7 +86,7 @@ impl<'a> Paths<'a> {
         Ok(())
     }
 
-    /// The client outside, a nodePort, and a pod of this node.
+    /// Adds the path of the client outside, a nodePort, and a pod of this node.
     fn local(&mut self) -> Result<()> {
         let client = self.client()?;
         let port = self.ground.node_port(Backend::Local, self.ipv6, Listener::Echo)?;
@@ -113,7 +113,7 @@ impl<'a> Paths<'a> {
         Ok(())
     }
 
-    /// The client outside, a nodePort, and a pod of another node.
+    /// Adds the path of the client outside, a nodePort, and a pod of another node.
     fn remote(&mut self) -> Result<()> {
         let client = self.client()?;
         let port = self.ground.node_port(Backend::Remote, self.ipv6, Listener::Echo)?;
@@ -146,7 +146,7 @@ impl<'a> Paths<'a> {
         Ok(())
     }
 
-    /// A pod whose socket nobody has seen, a clusterIP, and another pod of the node.
+    /// Adds the path of a pod whose socket the socket programs have not seen, a clusterIP, and another pod of the node.
     fn inside(&mut self) -> Result<()> {
         let client = SocketAddr::new(self.ground.inside_address(self.ipv6)?, 40_000);
         let service = self.ground.service(Backend::Local, self.ipv6)?;
@@ -169,7 +169,7 @@ impl<'a> Paths<'a> {
         Ok(())
     }
 
-    /// Feeds a packet to a program, which has to let it go on with these addresses.
+    /// Feeds a packet to a program and checks that it lets the packet go on with these addresses.
     fn step(
         &mut self,
         program: Program,
@@ -194,7 +194,7 @@ impl<'a> Paths<'a> {
     }
 }
 
-/// In a network where every address and port can be a client's.
+/// Returns a network in which every address and port can be a client's.
 fn stranger(ipv6: bool) -> SocketAddr {
     let address =
         if ipv6 { IpAddr::from([0x2001, 0xdb8, 0xaa, 0, 0, 0, 0, 0]) } else { IpAddr::from([198, 18, 0, 0]) };

@@ -16,7 +16,7 @@ use proxy_tests::lab::Netns;
 use super::frame::Frame;
 use crate::programs::{classifier, map, own_programs};
 
-/// `TC_ACT_UNSPEC`: what the programs return for a packet that goes on.
+/// `TC_ACT_UNSPEC`: the programs' verdict for a packet that goes on.
 pub(super) const GOES_ON: i32 = -1;
 
 /// A program that can be measured.
@@ -26,19 +26,19 @@ pub(super) enum Program {
     EdgeEgress,
     PodIngress,
     PodEgress,
-    /// Returns at once.
+    /// Program that returns at once.
     Empty,
-    /// The least that a translation costs.
+    /// Fixed program for comparison: the least that a translation costs.
     Reference,
 }
 
 impl Program {
-    /// Those of the packet edge.
+    /// The programs of the packet edge.
     pub(super) const EDGE: [Self; 4] =
         [Self::EdgeIngress, Self::EdgeEgress, Self::PodIngress, Self::PodEgress];
     const OWN: [Self; 2] = [Self::Empty, Self::Reference];
 
-    /// Its name in the kernel.
+    /// Returns the program's name in the kernel.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::EdgeIngress => "edge_ingress",
@@ -51,7 +51,7 @@ impl Program {
     }
 }
 
-/// Writes the headers of a frame and jumps to the program that is measured.
+/// A program that writes the headers of a frame and jumps to the program that is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Wrapper {
     /// The same headers each time.
@@ -69,17 +69,17 @@ impl Wrapper {
     }
 }
 
-/// Which devices a packet is on and came by: interface indexes.
+/// Interface indexes of the devices that a packet is on and came by.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Devices {
-    /// The one that the program runs on; 0 for the loopback device.
+    /// Index of the device that the program runs on; 0 for the loopback device.
     pub(super) on: u32,
-    /// The one that it entered the host by; 0 for none.
+    /// Index of the device that the packet entered the host by; 0 for none.
     pub(super) entered_by: u32,
 }
 
 impl Devices {
-    /// The beginning of `struct __sk_buff`, as far as it is not zero.
+    /// Returns the beginning of `struct __sk_buff`, up to the last field that is not zero.
     fn context(self) -> [u8; 44] {
         let mut context = [0; 44];
         context[36..40].copy_from_slice(&self.entered_by.to_ne_bytes());
@@ -88,7 +88,7 @@ impl Devices {
     }
 }
 
-/// A program of the agent, as the kernel has it.
+/// A program of the agent, as loaded in the kernel.
 #[derive(Clone, Debug)]
 pub(super) struct Verified {
     pub(super) name: String,
@@ -101,7 +101,7 @@ pub(super) struct Rig {
     measured: ProgramArray<MapData>,
     template: Array<MapData, [u64; 11]>,
     targets: BTreeMap<Program, ProgramFd>,
-    /// The namespace that interface indexes are of.
+    /// Namespace of the interface indexes.
     net: Netns,
     /// Every program that uses the agent's maps.
     pub(super) verified: Vec<Verified>,
@@ -167,10 +167,10 @@ impl Rig {
         Ok(())
     }
 
-    /// Runs a program once; returns its verdict and the frame as it leaves it.
+    /// Runs a program once; returns its verdict and the resulting frame.
     ///
     /// # Errors
-    /// If the kernel refuses, or what comes out is no TCP segment with right checksums.
+    /// If the kernel refuses, or the result is no TCP segment with right checksums.
     pub(super) fn feed(&mut self, program: Program, devices: Devices, frame: &Frame) -> Result<(i32, Frame)> {
         let mut out = vec![0; 4096];
         let run = self.run(program, Wrapper::Same, devices, frame, 1, Some(&mut out));
@@ -197,7 +197,7 @@ impl Rig {
         Ok(nanos)
     }
 
-    /// Verdict, bytes of the frame, nanoseconds.
+    /// Runs a program; returns verdict, length of the resulting frame in bytes, and nanoseconds.
     fn run(
         &mut self,
         program: Program,
@@ -230,13 +230,13 @@ impl Rig {
     }
 }
 
-/// Finds the programs that use the pinned maps; of two with one name, the newer.
+/// Finds the programs that use the pinned maps; of two with the same name, the newer one.
 fn find(pins: &PinDir, targets: &mut BTreeMap<Program, ProgramFd>) -> Result<Vec<Verified>> {
     let pinned = MAPS.iter().map(|spec| MapInfo::from_pin(pins.map(spec.name)));
     let maps: BTreeSet<u32> = pinned.map(|info| Ok(info?.id())).collect::<Result<_>>()?;
     let mut found = BTreeMap::new();
     for info in loaded_programs() {
-        // Programs come and go.
+        // Programs may be unloaded meanwhile.
         let Ok(info) = info else { continue };
         let Ok(Some(ids)) = info.map_ids() else { continue };
         if !ids.iter().any(|id| maps.contains(id)) {

@@ -10,13 +10,13 @@ use super::view::View;
 use crate::objects::World;
 use crate::sys::Count;
 
-/// How long a change may take.
+/// Time limit for a change.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Between two changes, so that what the agent does behind one is not always in the way of the next.
+/// Pause between two changes, so that the agent's work after one does not always delay the next.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// Takes the first endpoint of Services out and in again, one Service after the other; returns how long each change
-/// took to be in the map.
+/// Removes the first endpoint of Services and adds it again, one Service after the other; returns the time that each
+/// change took to reach the map.
 ///
 /// # Errors
 /// If a change does not arrive.
@@ -36,7 +36,7 @@ pub(super) fn single(api: &ApiServer, view: &View, world: World, count: usize) -
     Ok(took)
 }
 
-/// The same, and counts with `counter` what the agent does for each change; returns that.
+/// Does the same as [`single`] and returns the number of events that `counter` counted meanwhile, per change.
 ///
 /// # Errors
 /// If a change does not arrive, or the counter cannot be read.
@@ -47,7 +47,7 @@ pub(super) fn counted(
     count: usize,
     counter: &mut Count,
 ) -> Result<f64> {
-    // What the agent does behind the last change is over by then.
+    // Pause after which the agent's work after the last change is done.
     const SETTLE: Duration = Duration::from_millis(500);
     let before = counter.read()?;
     single(api, view, world, count)?;
@@ -55,7 +55,7 @@ pub(super) fn counted(
     Ok((counter.read()? - before) as f64 / count as f64)
 }
 
-/// Makes new Services behind those of the world; returns how long each took until its clusterIP worked.
+/// Makes new Services after those of the world; returns the time that each took until its clusterIP worked.
 ///
 /// # Errors
 /// If a Service does not arrive.
@@ -83,8 +83,8 @@ pub(super) fn new_services(
     Ok(took)
 }
 
-/// Takes the first endpoint of many Services out at once, then in again; returns how long it took until each was in
-/// the map, both times.
+/// Removes the first endpoint of many Services at once, then adds them again; returns the time that each change took to
+/// reach the map, both times.
 ///
 /// # Errors
 /// If a change does not arrive.
@@ -110,7 +110,7 @@ pub(super) fn burst(api: &ApiServer, view: &View, world: World, count: usize) ->
     Ok(took)
 }
 
-/// From the last event of a slice that the server sent.
+/// Returns the time since the server sent the last event of a slice.
 fn since_sent(api: &ApiServer, arrived: Instant) -> Result<Duration> {
     let sent = api.event_sent(Resource::EndpointSlices).context("no event was sent")?;
     Ok(arrived.saturating_duration_since(sent))

@@ -1,4 +1,5 @@
-//! Changes as clients notice them: from the end of the write to the API server to the first connection that follows it.
+//! Changes as clients notice them: from the end of the write to the API server to the first connection that reflects
+//! it.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,21 +9,22 @@ use proxy_tests::apiserver::ApiServer;
 use proxy_tests::lab::{Lab, Node};
 use serde_json::{Value, json};
 
-/// How long a change may take.
+/// Time limit for a change.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Between two changes.
+/// Pause between two changes.
 const PAUSE: Duration = Duration::from_millis(2);
-/// Between two attempts of a client: it must not take the CPU that the API server runs on.
+/// Pause between two attempts of a client, so that it does not take the CPU that the API server runs on.
 const PACE: Duration = Duration::from_millis(1);
-/// The two endpoints, pods of the node.
+/// Pods of the node that are the two endpoints.
 const PODS: [(&str, &str); 2] = [("front-0", "10.64.1.200"), ("front-1", "10.64.1.201")];
-/// Behind all clusterIPs of the worlds.
+/// First bytes of the clusterIPs here: they follow all clusterIPs of the worlds.
 const FIRST_VIP: [u8; 3] = [10, 111, 200];
 
-/// The pods, and what makes addresses of Services without a Service refuse at once.
+/// Makes the pods, and the ServiceCIDR, which lets the agent refuse connections to clusterIPs without a Service at
+/// once.
 ///
 /// # Errors
-/// If the lab has no room for them.
+/// If the lab cannot add them.
 pub(super) fn prepare(lab: &Lab, node: &Node, api: &ApiServer) -> Result<()> {
     for (name, address) in PODS {
         lab.add_pod(node.name(), name, &[address])?.serve().tcp(8080).start()?;
@@ -34,8 +36,8 @@ pub(super) fn prepare(lab: &Lab, node: &Node, api: &ApiServer) -> Result<()> {
     Ok(())
 }
 
-/// Moves a Service from one pod to the other and back; returns how long each move took until a client of the node, which
-/// connects once a millisecond, had the other one.
+/// Moves a Service from one pod to the other and back; returns the time until a client of the node, which connects once
+/// a millisecond, reached the other pod, for each move.
 ///
 /// # Errors
 /// If a move is not noticed.
@@ -61,11 +63,11 @@ pub(super) fn moved_endpoints(node: &Node, api: &ApiServer, count: usize) -> Res
     Ok(took)
 }
 
-/// Makes Services, each with a client on the node that tries to connect to it before; returns how long each took until
-/// its client could.
+/// Makes Services, each with a client on the node that already tries to connect; returns the time until the client
+/// could connect, for each Service.
 ///
 /// # Errors
-/// If a Service does not come to work.
+/// If a Service does not start to work.
 pub(super) fn new_services(node: &Node, api: &ApiServer, count: usize) -> Result<Vec<Duration>> {
     let mut took = Vec::with_capacity(count);
     for index in 1..=count {

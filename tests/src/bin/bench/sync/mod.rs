@@ -1,7 +1,7 @@
-//! `sync`: how fast the agent programs what the API server says, and what that costs.
+//! `sync`: the speed at which the agent programs the objects of the API server, and the cost of that.
 //!
-//! The API server of the tests runs in this process, the real agent in a lab node, each on a CPU of its own. What
-//! has been programmed is read from the pinned maps, not asked of the agent.
+//! The API server of the tests runs in this process, the real agent in a lab node, each on a CPU of its own. The
+//! programmed state is read from the pinned maps; the agent is not asked.
 
 mod changes;
 mod connections;
@@ -28,9 +28,9 @@ use process::{CpuTime, memory};
 use start::Start;
 use view::View;
 
-/// How long the agent is watched doing nothing.
+/// Time for which the agent is watched while idle.
 const IDLE: Duration = Duration::from_secs(3);
-/// What an agent does behind its readiness (watches, freed memory) is over after this.
+/// Time after which the agent's work after its readiness (watches, freed memory) is done.
 const SETTLE: Duration = Duration::from_millis(500);
 const MIB: f64 = (1 << 20) as f64;
 
@@ -43,16 +43,16 @@ pub(crate) struct Options {
     /// Cold starts in each world.
     #[arg(long, default_value_t = 3)]
     starts: usize,
-    /// Single changes of an endpoint.
+    /// Changes of a single endpoint.
     #[arg(long, default_value_t = 500)]
     changes: usize,
-    /// New Services, and moves of an endpoint that a client looks for.
+    /// New Services, and moves of an endpoint, that a client waits for.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u8).range(2..=200))]
     new_services: u8,
-    /// Lists come in pages, as from an API server that does not stream them.
+    /// Send lists in pages, as an API server that does not stream them.
     #[arg(long)]
     paged: bool,
-    /// Services that change at once, at most.
+    /// Largest number of Services that change at once.
     #[arg(long, default_value_t = 1000)]
     burst: usize,
     /// CPU of the API server and the watching benchmark, and CPU of the agent.
@@ -63,13 +63,13 @@ pub(crate) struct Options {
 /// Runs the benchmark.
 ///
 /// # Errors
-/// If the lab or the agent cannot be had, or something is never programmed.
+/// If the lab cannot be built, the agent does not start, or something is never programmed.
 pub(crate) fn run(options: &Options) -> Result<Report> {
     let mut report = Report::new("sync", format!("{options:?}"));
     let &[server_cpu, agent_cpu] = options.cpus.as_slice() else { bail!("--cpus takes two numbers") };
     ensure!(options.starts > 0, "--starts has to be at least 1");
     for world in &options.worlds {
-        // Threads that are started here stay on this CPU: the API server's too.
+        // Threads that are started here, including the API server's, stay on this CPU.
         cpu::on_cpu(server_cpu, || in_world(*world, options, agent_cpu, &mut report))
             .with_context(|| format!("world {world}"))?;
     }
@@ -80,7 +80,7 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
 fn in_world(world: World, options: &Options, agent_cpu: usize, report: &mut Report) -> Result<()> {
     let lab = Lab::build(LabSpec::three_nodes()?)?;
     let node = lab.node("n1");
-    // The node's loopback is its own: the port is free.
+    // The port is free: the node has a loopback of its own.
     let listener = node.host().net().enter(|| TcpListener::bind("127.0.0.1:6443"))?;
     let api = ApiServer::start_on(listener?)?;
     if options.paged {
@@ -119,7 +119,7 @@ fn in_world(world: World, options: &Options, agent_cpu: usize, report: &mut Repo
 
     let view = View::open(node.pin_dir())?;
     let single = changes::single(&api, &view, world, options.changes / 2 * 2)?;
-    // Both have to hold: the second figure is there for its own bar.
+    // Both bars have to be met: the p99 is a figure of its own for its bar.
     figures.push(latency("endpoint change: p50", &name, &single, 0.5).bar(Bar::AtMost(1.0)));
     figures.push(latency("endpoint change: p99", &name, &single, 0.99).bar(Bar::AtMost(5.0)));
     counted(&api, &view, world, options.changes / 2 * 2, pid, report)?;
@@ -146,7 +146,7 @@ fn in_world(world: World, options: &Options, agent_cpu: usize, report: &mut Repo
     restart(node, &mut agent, &api, world, agent_cpu, figures)
 }
 
-/// What the agent does for one change of an endpoint.
+/// Counts the agent's work for one change of an endpoint.
 fn counted(
     api: &ApiServer,
     view: &View,
@@ -208,7 +208,7 @@ fn cold_starts(starts: &[Start], world: World, report: &mut Report) {
     }
 }
 
-/// Kills the agent and starts it on the maps that it has left.
+/// Kills the agent and starts it with the maps that it left.
 fn restart(
     node: &Node,
     agent: &mut proxy_tests::lab::Agent,

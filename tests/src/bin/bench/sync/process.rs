@@ -1,4 +1,4 @@
-//! What a process costs: memory, CPU time.
+//! Memory and CPU time of a process.
 
 use std::fs;
 use std::path::Path;
@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-/// How often memory is looked at.
+/// Interval at which memory is read.
 const EVERY: Duration = Duration::from_millis(2);
 
-/// A field of /proc/PID/status in bytes.
+/// Returns a field of /proc/PID/status in bytes.
 ///
 /// # Errors
-/// If there is no such process or field.
+/// If the process or the field does not exist.
 pub(super) fn memory(pid: u32, field: &str) -> Result<u64> {
     let path = format!("/proc/{pid}/status");
     let status = fs::read_to_string(&path).with_context(|| path.clone())?;
@@ -33,7 +33,7 @@ pub(super) struct Peak {
 }
 
 impl Peak {
-    /// Begins to look.
+    /// Starts to watch process `pid`.
     pub(super) fn of(pid: u32) -> Self {
         let (bytes, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let (seen, ended) = (Arc::clone(&bytes), Arc::clone(&stop));
@@ -46,7 +46,7 @@ impl Peak {
         Self { bytes, stop, thread: Some(thread) }
     }
 
-    /// The most up to now, bytes.
+    /// Returns the largest value so far, in bytes.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
@@ -56,7 +56,7 @@ impl Drop for Peak {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
-            // It has nothing to panic about.
+            // The thread cannot panic.
             let _ = thread.join();
         }
     }
@@ -70,10 +70,10 @@ pub(super) struct CpuTime {
 }
 
 impl CpuTime {
-    /// Up to now, of everything that ever ran in the cgroup.
+    /// Reads the CPU time so far of every process that ever ran in the cgroup.
     ///
     /// # Errors
-    /// If there is no such cgroup.
+    /// If the cgroup does not exist.
     pub(super) fn of(cgroup: &Path) -> Result<Self> {
         let path = cgroup.join("cpu.stat");
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
@@ -85,7 +85,7 @@ impl CpuTime {
         Ok(Self { user: field("user_usec")?, system: field("system_usec")? })
     }
 
-    /// The time since an earlier reading.
+    /// Returns the time since an earlier reading.
     pub(super) fn since(self, before: Self) -> Self {
         Self {
             user: self.user.saturating_sub(before.user),
@@ -93,7 +93,7 @@ impl CpuTime {
         }
     }
 
-    /// Of both modes.
+    /// Returns the sum of user and system time.
     pub(super) fn total(self) -> Duration {
         self.user + self.system
     }

@@ -1,4 +1,4 @@
-//! Starting the agent: on an empty node, and on what an earlier agent has left.
+//! Starts of the agent: on an empty node, and with the maps of an earlier agent.
 
 use std::path::Path;
 use std::sync::mpsc;
@@ -15,23 +15,23 @@ use crate::cpu;
 use crate::objects::World;
 use crate::sys::Count;
 
-/// How long anything may take.
+/// Time limit of every wait.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// How often `/readyz` is asked.
+/// Interval at which `/readyz` is asked.
 const ASK_EVERY: Duration = Duration::from_millis(5);
 
-/// What a start took. Times count from the start of the process unless said otherwise.
+/// Durations and costs of a start. Times count from the start of the process unless said otherwise.
 pub(super) struct Start {
     pub(super) ready: Duration,
     pub(super) programmed: Duration,
-    /// When the API server had sent the last byte of the last list.
+    /// Time at which the API server had sent the last byte of the last list.
     pub(super) listed: Duration,
     pub(super) cpu: CpuTime,
     /// Peak of RssAnon, bytes.
     pub(super) anonymous: u64,
     /// VmHWM, bytes.
     pub(super) high_water: u64,
-    /// System calls, or why they were not counted.
+    /// Number of system calls, or the reason why they were not counted.
     pub(super) syscalls: Result<u64>,
 }
 

@@ -1,4 +1,4 @@
-//! The maps that the agent writes, watched from outside.
+//! The maps that the agent writes, read from outside.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,25 +17,25 @@ pub(super) struct View {
 }
 
 impl View {
-    /// Opens what is pinned.
+    /// Opens the pinned maps.
     ///
     /// # Errors
-    /// If not everything is there yet.
+    /// If not every map is pinned yet.
     pub(super) fn open(pin_dir: &Path) -> Result<Self> {
         Ok(Self { maps: KernelMaps::open(&PinDir::new(pin_dir), false)? })
     }
 
-    /// The id of Service `index`.
+    /// Returns the id of Service `index`.
     pub(super) fn id(&self, index: usize) -> Result<Option<u32>> {
         Ok(self.maps.frontend(&frontend(index))?.map(|value| value.service))
     }
 
-    /// How many endpoints the Service with this id has.
+    /// Returns the number of endpoints of the Service with this id.
     pub(super) fn endpoints(&self, id: u32) -> usize {
         self.maps.service(id).map_or(0, |service| service.cluster.len as usize)
     }
 
-    /// The time at which every Service of the world is there with all its endpoints.
+    /// Waits until every Service of the world has all its endpoints, and returns that time.
     ///
     /// # Errors
     /// If that does not happen by the deadline, or `alive` fails.
@@ -47,7 +47,7 @@ impl View {
     ) -> Result<Instant> {
         let mut missing = world.services;
         loop {
-            // From the last one down: what was found stays found.
+            // From the last Service down: a Service that was found stays found.
             while missing > 0 && self.id(missing - 1)?.is_some_and(|id| self.endpoints(id) == world.endpoints)
             {
                 missing -= 1;
@@ -63,7 +63,7 @@ impl View {
         }
     }
 
-    /// The time at which the Service with this id has so many endpoints. Watches without a pause.
+    /// Waits, without pauses, until the Service with this id has that number of endpoints, and returns that time.
     ///
     /// # Errors
     /// If that does not happen by the deadline.
@@ -78,7 +78,7 @@ impl View {
         }
     }
 
-    /// Ids of Service ports by their names, and of backends by port and address.
+    /// Returns the ids of Service ports by their names, and of backends by port and address.
     pub(super) fn ids(&self) -> Result<BTreeMap<String, u32>> {
         let contents = self.maps.contents()?;
         let name = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();

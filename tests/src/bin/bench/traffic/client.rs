@@ -1,4 +1,4 @@
-//! The client side: one process that does what standard input says and answers on standard output.
+//! The client side: one process that runs the jobs of standard input and answers on standard output.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -15,13 +15,13 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, connect, se
 use super::wire::{Answer, Call, Job, Workload};
 use crate::cpu;
 
-/// How long an answer may take before it counts as lost (UDP), or as an error (TCP).
+/// Time after which an answer counts as lost (UDP), or as an error (TCP).
 const UDP_PATIENCE: Duration = Duration::from_millis(100);
 const TCP_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of one write of a stream.
 const CHUNK: usize = 64 << 10;
 
-/// How the client is started.
+/// Arguments of the client.
 #[derive(Debug, Args)]
 pub(crate) struct ClientArgs {
     /// CPU to run on.
@@ -90,7 +90,7 @@ fn run(
         (_, Some(Kept::Udp(socket))) => Box::new(|| {
             socket.send_to(&buffer[..1], server)?;
             let from = socket.recv_from(&mut buffer).and_then(|(_, from)| {
-                // The application must see whom it asked.
+                // The application must see the address that it asked.
                 if from == server { Ok(()) } else { Err(io::Error::other(format!("answer from {from}"))) }
             });
             answered(from, &mut lost)
@@ -183,7 +183,7 @@ fn time(call: Call, server: SocketAddr, calls: u32) -> Result<Answer> {
         };
         nanos.push(u32::try_from(took.as_nanos())?);
         if call == Call::TcpConnect {
-            // The server may share this CPU, and has to accept what it is given.
+            // The server may share this CPU, and needs time to accept the connections.
             std::thread::yield_now();
         }
     }

@@ -1,5 +1,5 @@
-//! Traffic between pairs of client and server processes, and rounds of it in turn: what the benchmarks of
-//! connections share.
+//! Traffic between pairs of client and server processes, and rounds of it by turns: shared by the benchmarks of
+//! connections.
 
 mod client;
 mod pair;

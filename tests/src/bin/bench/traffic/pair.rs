@@ -10,16 +10,16 @@ use proxy_tests::lab::{Exec, Place, Proc};
 
 use super::wire::{Answer, Job};
 
-/// Where a process runs.
+/// Place, cgroup and CPU of a process.
 pub(crate) struct Spot<'a> {
     pub(crate) place: &'a Place,
-    /// Usually the place's own.
+    /// Cgroup of the process, usually the place's own.
     pub(crate) cgroup: PathBuf,
     pub(crate) cpu: usize,
 }
 
 impl<'a> Spot<'a> {
-    /// In the cgroup of the place.
+    /// Returns a spot in the place's own cgroup.
     pub(crate) fn new(place: &'a Place, cpu: usize) -> Self {
         Self { place, cgroup: place.cgroup().to_path_buf(), cpu }
     }
@@ -27,7 +27,7 @@ impl<'a> Spot<'a> {
 
 /// A running client and its server.
 pub(crate) struct Pair {
-    /// Which one it is, for error messages.
+    /// Name of the pair, for error messages.
     name: String,
     client: Remote,
     _server: Remote,
@@ -37,7 +37,7 @@ impl Pair {
     /// Starts both processes; the server listens on `address`, on one port for each listener from `base_port` on.
     ///
     /// # Errors
-    /// If a process cannot be started or a port cannot be had.
+    /// If a process cannot be started or a port is not available.
     pub(crate) fn start(
         name: String,
         client: &Spot<'_>,
@@ -55,10 +55,10 @@ impl Pair {
         Ok(Self { name, client, _server: server })
     }
 
-    /// Has the client do something.
+    /// Sends the client a job and returns its answer.
     ///
     /// # Errors
-    /// If it fails at it, or has ended.
+    /// If the client fails at the job, or has ended.
     pub(crate) fn ask(&mut self, job: &Job) -> Result<Answer> {
         let mut text = serde_json::to_string(job)?;
         text.push('\n');
@@ -70,7 +70,7 @@ impl Pair {
     }
 }
 
-/// A process of this very program in a place.
+/// A process of this same program in a place.
 struct Remote {
     stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,

@@ -1,4 +1,4 @@
-//! Short rounds of each side in turn, so that whatever else the machine does meets all alike.
+//! Short rounds of each side in turn, so that other work of the machine affects all sides alike.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -9,7 +9,7 @@ use super::pair::Pair;
 use super::wire::{Answer, Job, Workload};
 use crate::stats::{Estimate, median_of};
 
-/// Not counted at the beginning of a round: caches and socket buffers belong to somebody else at first.
+/// Time that is not counted at the beginning of a round, because caches and socket buffers are still filled by others.
 const WARM_UP_US: u64 = 4_000;
 
 /// Operations per second, by side, of every round of each workload.
@@ -19,12 +19,12 @@ pub(crate) struct Rounds<S> {
 }
 
 impl<S: Copy + Ord> Rounds<S> {
-    /// Nothing measured.
+    /// Returns an empty set of rounds.
     pub(crate) fn new() -> Self {
         Self { rates: BTreeMap::new(), lost: BTreeMap::new() }
     }
 
-    /// Runs `rounds` rounds of a workload; `target` is where the client of a side connects to.
+    /// Runs `rounds` rounds of a workload; `target` returns the address that the client of a side connects to.
     ///
     /// # Errors
     /// If a client fails.
@@ -55,25 +55,26 @@ impl<S: Copy + Ord> Rounds<S> {
         Ok(())
     }
 
-    /// The rate of one side over that of another, round by round; `None` if there is no such round.
+    /// Returns the rate of one side over that of another, round by round; `None` if no round has both.
     pub(crate) fn ratio(&self, workload: Workload, over: S, under: S) -> Option<Estimate> {
         let rounds = self.rates.get(&workload)?.iter();
         let estimate = Estimate::of(rounds.filter_map(|r| Some(r.get(&over)? / r.get(&under)?)));
         (estimate.samples > 0).then_some(estimate)
     }
 
-    /// The median of a side's rates: operations, or for a stream bytes, per second.
+    /// Returns the median of a side's rates: operations per second, or for a stream bytes per second.
     pub(crate) fn rate(&self, workload: Workload, side: S) -> f64 {
         median_of(self.rates.get(&workload).into_iter().flatten().filter_map(|r| r.get(&side).copied()))
     }
 
-    /// Datagrams that were not answered.
+    /// Returns the number of datagrams that were not answered.
     pub(crate) fn lost(&self, workload: Workload) -> u64 {
         self.lost.get(&workload).copied().unwrap_or(0)
     }
 }
 
-/// The sides in the order of one round. Every order comes about equally often: none always follows the same other.
+/// Returns the order of the sides in one round. Every order occurs about equally often, so that no side always follows
+/// the same other one.
 fn order<S: Copy>(sides: &[S], mut round: usize) -> Vec<S> {
     let mut left = sides.to_vec();
     let mut order = Vec::with_capacity(left.len());
@@ -85,7 +86,7 @@ fn order<S: Copy>(sides: &[S], mut round: usize) -> Vec<S> {
     order
 }
 
-/// Block `block`'s part of `rounds`.
+/// Returns block `block`'s part of `rounds`.
 pub(crate) fn share(rounds: usize, blocks: usize, block: usize) -> usize {
     rounds * (block + 1) / blocks - rounds * block / blocks
 }

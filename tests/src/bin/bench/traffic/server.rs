@@ -10,10 +10,10 @@ use clap::Args;
 use super::wire::Listener;
 use crate::cpu;
 
-/// Connections that may wait to be accepted.
+/// Number of connections that may wait to be accepted.
 const BACKLOG: i32 = 4096;
 
-/// How the server is started.
+/// Arguments of the server.
 #[derive(Debug, Args)]
 pub(crate) struct ServerArgs {
     /// CPU to run on.
@@ -22,15 +22,15 @@ pub(crate) struct ServerArgs {
     /// Address to listen on.
     #[arg(long)]
     pub(crate) address: IpAddr,
-    /// First port; one for each listener.
+    /// First port; each listener has a port of its own.
     #[arg(long)]
     pub(crate) port: u16,
 }
 
-/// Listens, says `ready`, and serves until standard input ends.
+/// Listens, prints `ready`, and serves until standard input ends.
 ///
 /// # Errors
-/// If a port cannot be had.
+/// If a port is not available.
 pub(crate) fn server(args: &ServerArgs) -> Result<()> {
     cpu::pin(args.cpu)?;
     for listener in Listener::ALL {
@@ -45,11 +45,11 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
 fn serve(listener: Listener, address: SocketAddr) -> io::Result<()> {
     let tcp = |serve: fn(TcpStream) -> io::Result<()>, threads: bool| {
         let listener = TcpListener::bind(address)?;
-        // The client may be faster than we accept: no connection is to wait for a second SYN.
+        // The client may be faster than the server accepts: no connection must have to wait for a second SYN.
         rustix::net::listen(&listener, BACKLOG)?;
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                // A client that has gone is no concern of the others.
+                // A client that has gone does not affect the others.
                 if threads {
                     thread::spawn(move || drop(serve(stream)));
                 } else {
@@ -77,7 +77,7 @@ fn serve(listener: Listener, address: SocketAddr) -> io::Result<()> {
                 let mut buffer = [0; 2048];
                 loop {
                     if let Ok((len, peer)) = socket.recv_from(&mut buffer) {
-                        // A lost answer is the client's to notice.
+                        // The client notices a lost answer.
                         let _ = socket.send_to(&buffer[..len], peer);
                     }
                 }
@@ -108,7 +108,7 @@ fn echo(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
-/// A server that closes then frees the port numbers of the client at once.
+/// Reads a byte and answers it. If the server closes then, the client's port numbers are free at once.
 fn answer(mut stream: &TcpStream) -> io::Result<()> {
     let mut byte = [0];
     stream.read_exact(&mut byte)?;

@@ -1,11 +1,11 @@
-//! What the benchmark asks its clients, and what they answer: one JSON object per line.
+//! Jobs of the benchmark for its clients, and the clients' answers: one JSON object per line.
 
 use std::net::SocketAddr;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-/// What a client does over and over.
+/// Operation that a client repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
 pub(crate) enum Workload {
     /// Connect, one byte each way, close; the server closes first.
@@ -23,11 +23,11 @@ pub(crate) enum Workload {
 }
 
 impl Workload {
-    /// All, in the order in which they are measured.
+    /// Every workload, in the order in which they are measured.
     pub(crate) const ALL: [Self; 6] =
         [Self::TcpRr, Self::TcpStream, Self::UdpRr, Self::UdpUnconnectedRr, Self::TcpCrr, Self::TcpCrrClient];
 
-    /// Its name on the command line and in reports.
+    /// Returns the workload's name on the command line and in reports.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::TcpCrr => "tcp-crr",
@@ -39,12 +39,12 @@ impl Workload {
         }
     }
 
-    /// Whether every transaction is a connection.
+    /// Returns whether every transaction is a connection.
     pub(crate) fn connects(self) -> bool {
         matches!(self, Self::TcpCrr | Self::TcpCrrClient)
     }
 
-    /// The listener that it needs.
+    /// Returns the listener that the workload needs.
     pub(crate) fn listener(self) -> Listener {
         match self {
             Self::TcpCrr => Listener::AnswerAndClose,
@@ -70,10 +70,10 @@ pub(crate) enum Call {
 }
 
 impl Call {
-    /// All, in the order in which they are measured.
+    /// Every call, in the order in which they are measured.
     pub(crate) const ALL: [Self; 4] = [Self::UdpConnect, Self::TcpConnect, Self::FirstSend, Self::NextSend];
 
-    /// Its name in reports.
+    /// Returns the call's name in reports.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::UdpConnect => "connect-udp",
@@ -83,7 +83,7 @@ impl Call {
         }
     }
 
-    /// The listener that it needs.
+    /// Returns the listener that the call needs.
     pub(crate) fn listener(self) -> Listener {
         match self {
             Self::TcpConnect => Listener::Accept,
@@ -92,27 +92,27 @@ impl Call {
     }
 }
 
-/// What a server listens for, in the order of its ports.
+/// Listener of a server, in the order of the ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Listener {
     /// TCP: sends back every byte.
     Echo,
     /// TCP: reads a byte, answers with one and closes.
     AnswerAndClose,
-    /// TCP: reads a byte, answers with one and closes when the client has.
+    /// TCP: reads a byte, answers with one and closes after the client has closed.
     AnswerAndWait,
     /// TCP: reads and discards.
     Sink,
-    /// TCP: accepts and closes when the client has.
+    /// TCP: accepts, and closes after the client has closed.
     Accept,
     /// UDP: sends back every datagram.
     UdpEcho,
-    /// UDP: never reads. Once its buffer is full the kernel discards what comes.
+    /// UDP: never reads. Once its buffer is full, the kernel discards further datagrams.
     UdpHole,
 }
 
 impl Listener {
-    /// All.
+    /// Every listener.
     pub(crate) const ALL: [Self; 7] = [
         Self::Echo,
         Self::AnswerAndClose,
@@ -123,12 +123,12 @@ impl Listener {
         Self::UdpHole,
     ];
 
-    /// Its port, for a server whose ports begin at `base`.
+    /// Returns the listener's port, for a server whose ports begin at `base`.
     pub(crate) fn port(self, base: u16) -> u16 {
         (base..).zip(Self::ALL).find(|(_, listener)| *listener == self).map_or(base, |(port, _)| port)
     }
 
-    /// Its protocol, as Services name it.
+    /// Returns the listener's protocol, as Services name it.
     pub(crate) fn protocol(self) -> &'static str {
         match self {
             Self::UdpEcho | Self::UdpHole => "UDP",
@@ -137,25 +137,25 @@ impl Listener {
     }
 }
 
-/// What a client is asked to do.
+/// Job for a client.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Job {
-    /// A workload, for some time. Sockets that it keeps open are kept for the next time.
+    /// A workload, for some time. Sockets that it keeps open are kept for the next job.
     Run {
         workload: Workload,
         server: SocketAddr,
-        /// Not counted, at the beginning.
+        /// Time at the beginning that is not counted.
         warm_up_us: u64,
         measure_us: u64,
     },
-    /// So many single calls.
+    /// A number of single calls.
     Time { call: Call, server: SocketAddr, calls: u32 },
 }
 
-/// What it answers.
+/// Answer to a job.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Answer {
-    /// Of [`Job::Run`].
+    /// Result of [`Job::Run`].
     Ran {
         /// Transactions, or bytes of a stream.
         operations: u64,
@@ -163,7 +163,7 @@ pub(crate) enum Answer {
         /// Datagrams that were not answered in time.
         lost: u64,
     },
-    /// Of [`Job::Time`]: nanoseconds of each call.
+    /// Result of [`Job::Time`]: nanoseconds of each call.
     Timed { nanos: Vec<u32> },
     /// The job failed.
     Failed(String),

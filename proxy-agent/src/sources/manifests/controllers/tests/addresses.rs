@@ -1,4 +1,4 @@
-//! Which numbers Services are given.
+//! Tests of the numbers that Services are assigned.
 
 use super::super::addresses::{Given, assign};
 use super::*;
@@ -6,7 +6,8 @@ use crate::config::lenient;
 use crate::sources::convert::CLUSTER_IP_MISSING;
 use proxy_common::addr::Addr;
 
-/// What Services a/NAME with these specs are given, by name, from these ranges. They have a selector if they do not say.
+/// Returns the numbers that Services a/NAME with these specs are assigned from these ranges, by name. A spec without a
+/// selector gets one.
 fn given(services: &[(&str, Value)], ranges: &[&str]) -> BTreeMap<String, Given> {
     let selecting = |spec: &Value| {
         let mut spec = spec.clone();
@@ -29,7 +30,7 @@ fn addresses(given: &Given) -> Vec<String> {
 
 const BOTH: [&str; 2] = ["10.96.0.0/16", "fd00:96::/108"];
 
-/// These are what people have written down somewhere: they must not change with a new version.
+/// People may have written down these numbers, so they must not change with a new version.
 #[test]
 fn the_same_name_has_the_same_numbers() {
     let spec = json!({"type": "NodePort", "ipFamilyPolicy": "RequireDualStack", "ports": [{"port": 80}]});
@@ -137,7 +138,7 @@ fn families() {
     }
 }
 
-/// What somebody names is given to nobody else, and the others keep what they have.
+/// A number that an object names is assigned to no other Service, and the others keep theirs.
 #[test]
 fn others_count_as_little_as_possible() {
     let plain = || json!({"type": "NodePort", "ports": [{"port": 80}]});
@@ -166,7 +167,7 @@ fn others_count_as_little_as_possible() {
     }
     for spec in [
         json!({"clusterIP": "10.9.9.9", "ports": [{"port": 1, "nodePort": port}]}),
-        // Another proxy's is as little free.
+        // The port of a Service that is not served here is not free either.
         json!({"clusterIP": "None", "healthCheckNodePort": port}),
     ] {
         services.push(("zz", spec));
@@ -250,7 +251,7 @@ fn node_ports() {
     );
 }
 
-/// Most of them have to look further than the number that their name leads to.
+/// Many Services cannot have the number that their name leads to.
 #[test]
 fn many_services_in_a_range_that_is_hardly_large_enough() {
     let names: Vec<String> = (0..20_000).map(|i| format!("s{i}")).collect();

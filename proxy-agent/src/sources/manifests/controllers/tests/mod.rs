@@ -1,17 +1,18 @@
-//! Tables: objects as they are written, and what comes of them.
+//! Tests by tables: objects as written, and the results.
 
 use serde_json::{Value, json};
 
-use super::super::file::Kind;
 use super::super::object::{Object, convert};
 use super::*;
 use crate::sources::convert::Converter;
+use crate::sources::manifests::id::Kind;
+use crate::sources::manifests::parts::ServicePart;
 
 mod addresses;
 mod silences;
 mod slices;
 
-/// An object on the node `n1`, and what was said of it.
+/// Returns an object converted on the node `n1`, and the sentences about it.
 fn object(value: Value) -> (Object, Vec<String>) {
     let kind = Kind::ALL.into_iter().find(|kind| value["kind"] == kind.name()).unwrap();
     let converted = convert(kind, value, "", &mut Converter::new("n1")).unwrap();
@@ -24,7 +25,7 @@ fn service_part(object: &Object) -> &ServicePart {
     part
 }
 
-/// Service a/`name` with these fields of its spec.
+/// Returns Service a/`name` with these fields of its spec.
 fn service(name: &str, spec: &Value) -> Value {
     json!({"kind": "Service", "apiVersion": "v1", "metadata": {"name": name, "namespace": "a"}, "spec": spec})
 }

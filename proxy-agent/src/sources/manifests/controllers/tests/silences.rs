@@ -1,4 +1,4 @@
-//! What is said where nothing would be served, by whole directories.
+//! Tests of the problems of slices that do not fit their Service.
 
 use super::super::silences::of_slices;
 use super::*;

@@ -1,9 +1,10 @@
-//! What selectors lead to.
+//! Tests of the slices that selectors lead to.
 
 use super::super::slices::Found;
 use super::*;
+use crate::sources::manifests::labels::Labels;
 
-/// Service `s` at 10.96.0.10, for the Pods labelled `app: s`, with the fields of `spec` in place of its own.
+/// Returns Service `s` at 10.96.0.10, for the Pods labelled `app: s`; the fields of `spec` replace its own.
 fn selecting(spec: &Value) -> Object {
     let mut all = json!({
         "clusterIP": "10.96.0.10", "selector": {"app": "s"}, "ports": [{"name": "web", "port": 80, "targetPort": 8080}],
@@ -16,7 +17,7 @@ fn selecting(spec: &Value) -> Object {
     object
 }
 
-/// A Pod labelled `app: s` with an address, without conditions; `spec` and `status` may say more.
+/// Returns a Pod labelled `app: s` with an address, without conditions; `spec` and `status` may add more.
 fn pod(address: &str, spec: &Value, status: &Value) -> Value {
     let mut status = status.clone();
     if !address.is_empty() {
@@ -41,7 +42,8 @@ fn found_with_room(service: &Object, pods: &[Value], room: usize) -> Found {
     slices_of(&Labelled::new(parts), service.service().unwrap(), service_part(service), &zones, "n1", room)
 }
 
-/// Slices in short: `IPv4 web/TCP:8080 = 10.64.1.11 RS-l`: ready, serving, terminating, local, and hints.
+/// Returns slices in short form, such as `IPv4 web/TCP:8080 = 10.64.1.11 RS-L`: ready, serving, terminating, local, and
+/// hints.
 fn short(found: &Found) -> Vec<String> {
     let port = |port: &crate::reconcile::cluster::SlicePort| {
         format!("{}/{}:{}", port.name, proxy_common::abi::proto_name(port.proto), port.port)
@@ -268,7 +270,7 @@ fn labels() {
         (json!({"app": "s", "v": "2"}), 0),
         (json!({"app": "s", "tier": ""}), 0),
         (json!({"tier": "x"}), 0),
-        // As with the API server, this is none.
+        // As in the API server, an empty selector matches nothing.
         (json!({}), 0),
         (Value::Null, 0),
     ] {
@@ -289,7 +291,8 @@ fn one_that_does_not_fit_gets_none() {
     assert_eq!((beyond.endpoints(), beyond.is_beyond), (0, true));
 }
 
-/// A thousand Services with ten Pods each are looked up by the label that tells them apart, not by the one that all have.
+/// A thousand Services with ten Pods each are looked up by the label that tells them apart, not by the label that all
+/// share.
 #[test]
 fn the_rarest_label_is_looked_at() {
     let labels: Vec<Labels> = (0..10_000)

@@ -1,4 +1,4 @@
-//! What controllers go by, object by object: reduced from the fields that a proxy does not read.
+//! Parts of objects that controllers work with, including fields that a proxy does not read.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,13 +12,13 @@ use crate::sources::convert::{Findings, ZONE_LABEL};
 use crate::sources::objects;
 use crate::sources::objects::TargetPort;
 
-/// Annotations that take the place of `trafficDistribution`, the one that counts first.
+/// Annotations that replace `trafficDistribution`; the first one takes precedence.
 const TOPOLOGY_MODE: [&str; 2] =
     ["service.kubernetes.io/topology-aware-hints", "service.kubernetes.io/topology-mode"];
 
-/// What controllers go by of one object.
+/// Part of one object that controllers work with.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in super::super) enum Part {
+pub(super) enum Part {
     Service(ServicePart),
     Pod(PodPart),
     Node(NodePart),
@@ -41,52 +41,52 @@ pub(super) enum FamilyPolicy {
     RequireDual,
 }
 
-/// What a Service asks for.
+/// Fields of a Service that controllers use.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in super::super) struct ServicePart {
-    /// Empty: none.
+pub(super) struct ServicePart {
+    /// Empty if there is none.
     pub(super) selector: Labels,
-    /// By name and protocol of the port; without an entry it is the Service's own number.
+    /// targetPorts by name and protocol of the Service's port. A port without an entry has its own number as target.
     pub(super) targets: BTreeMap<(String, u8), TargetPort>,
     pub(super) publish_not_ready: bool,
     pub(super) distribution: Distribution,
-    /// `spec.ipFamilies`, each once.
+    /// `spec.ipFamilies` without duplicates.
     pub(super) families: Vec<Family>,
     pub(super) policy: FamilyPolicy,
-    /// How many clusterIPs it names, whether they can be used or not.
+    /// Number of clusterIPs that the Service names, whether they can be used or not.
     pub(super) named: usize,
-    /// Every address that is its own by its own word.
+    /// Addresses that the Service names: clusterIPs, externalIPs, and addresses of load balancers.
     pub(super) addresses: Vec<Addr>,
-    /// Every nodePort likewise.
+    /// nodePorts that the Service names, including `healthCheckNodePort`.
     pub(super) node_ports: Vec<u16>,
-    /// Whether a load balancer's Service wants nodePorts.
+    /// Whether a Service of type LoadBalancer wants nodePorts.
     pub(super) balancer_node_ports: bool,
 }
 
-/// What a Pod can be as an endpoint.
+/// Fields of a Pod that matter for its endpoints.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in super::super) struct PodPart {
+pub(super) struct PodPart {
     pub(super) labels: Labels,
     /// The first address of each family.
     pub(super) addresses: [Option<Addr>; 2],
     pub(super) node: Option<Arc<str>>,
     pub(super) serving: bool,
     pub(super) terminating: bool,
-    /// Its containers have ended for good.
+    /// Whether the containers have ended for good.
     pub(super) finished: bool,
-    /// The named ports of its containers: name, protocol, number. The first of a name and protocol counts.
+    /// Named ports of the containers: name, protocol, number. The first entry with a name and protocol counts.
     pub(super) ports: Vec<(String, u8, u16)>,
 }
 
-/// What is to be known of a Node.
+/// Fields of a Node that controllers use.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in super::super) struct NodePart {
+pub(super) struct NodePart {
     pub(super) zone: Option<Arc<str>>,
 }
 
 impl ServicePart {
-    /// Of a Service that the proxy reads as `object`. What is wrong is told to `findings`.
-    pub(in super::super) fn of(
+    /// Returns the part of a Service that the proxy reads as `object`. Problems are added to `findings`.
+    pub(super) fn of(
         object: &objects::Service,
         request: objects::ServiceRequest,
         findings: &mut Findings,
@@ -99,7 +99,7 @@ impl ServicePart {
                 continue;
             };
             let target = match target {
-                // As if it were absent.
+                // The number 0 and an empty name count as absent.
                 TargetPort::Number(0) => continue,
                 TargetPort::Name(name) if name.is_empty() => continue,
                 TargetPort::Number(number) if lenient::port(number).is_none() => {
@@ -127,7 +127,7 @@ impl ServicePart {
         let addresses = given.chain(ingress).filter_map(|ip| lenient::addr(ip).ok()).collect();
         let node_ports = spec.ports.iter().filter_map(|port| port.node_port);
         let node_ports = node_ports.chain(spec.health_check_node_port).filter_map(lenient::port).collect();
-        // As the proxy takes them.
+        // Counted as the proxy reads them.
         let named = match spec.cluster_ip.as_deref() {
             Some("") => 0,
             Some(_) => spec.cluster_ips.len().max(1),
@@ -166,7 +166,7 @@ fn distribution(value: Option<&str>, meta: &ObjectMeta, findings: &mut Findings)
 }
 
 fn family_policy(value: Option<&str>, families: &[Family], findings: &mut Findings) -> FamilyPolicy {
-    // The API server wants a policy with two families; without one they say it themselves.
+    // The API server demands a policy for two families. Without a policy, two families mean RequireDualStack.
     let default = if families.len() > 1 { FamilyPolicy::RequireDual } else { FamilyPolicy::Single };
     match value.unwrap_or_default() {
         "" => default,
@@ -182,12 +182,8 @@ fn family_policy(value: Option<&str>, families: &[Family], findings: &mut Findin
 }
 
 impl PodPart {
-    /// Of a Pod that the proxy reads as `object`. What is wrong is told to `findings`.
-    pub(in super::super) fn of(
-        object: &objects::Pod,
-        details: objects::PodDetails,
-        findings: &mut Findings,
-    ) -> Self {
+    /// Returns the part of a Pod that the proxy reads as `object`. Problems are added to `findings`.
+    pub(super) fn of(object: &objects::Pod, details: objects::PodDetails, findings: &mut Findings) -> Self {
         let (meta, status) = (&object.metadata, object.status.as_ref());
         let phase = status.and_then(|status| status.phase.as_deref());
         let many = status.iter().flat_map(|status| &status.pod_ips).filter_map(|ip| ip.ip.as_deref());
@@ -195,7 +191,8 @@ impl PodPart {
         let mut addresses = [None; 2];
         for text in many.chain(one).filter(|text| !text.is_empty()) {
             match lenient::addr(text) {
-                // As for endpoints of slices: nobody gets at what only the node itself can reach.
+                // As for endpoints of slices: a Service must not give access to addresses that only the node itself can
+                // reach.
                 Ok(addr) => match lenient::special(addr) {
                     None => drop(addresses[addr.family().index()].get_or_insert(addr)),
                     Some(what) => findings.quoted(
@@ -227,22 +224,22 @@ impl PodPart {
         }
     }
 
-    /// The number of the port that is called so.
+    /// Returns the number of the port with this name and protocol.
     pub(super) fn port(&self, name: &str, proto: u8) -> Option<u16> {
         let found = self.ports.iter().find(|(own, of, _)| own == name && *of == proto);
         found.map(|(.., number)| *number)
     }
 }
 
-/// By the condition Ready. A Pod without any condition is one that somebody wrote: its address is there to be used.
+/// Returns whether the condition Ready is true. A Pod without any condition was written by hand and counts as ready.
 fn is_ready(conditions: &[objects::Condition]) -> bool {
     let ready = conditions.iter().find(|condition| condition.type_.as_deref() == Some("Ready"));
     conditions.is_empty() || ready.is_some_and(|ready| ready.status.as_deref() == Some("True"))
 }
 
 impl NodePart {
-    /// Of a Node.
-    pub(in super::super) fn of(object: &objects::Node) -> Self {
+    /// Returns the part of a Node.
+    pub(super) fn of(object: &objects::Node) -> Self {
         let zone = object.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));
         Self { zone: zone.filter(|zone| !zone.is_empty()).map(|zone| zone.as_str().into()) }
     }

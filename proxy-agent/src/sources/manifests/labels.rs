@@ -1,14 +1,14 @@
-//! Objects by their labels, and what selectors find among them.
+//! Index of objects by their labels, and lookup by selectors.
 
 use std::collections::{BTreeMap, HashMap};
 
-/// Labels, or what a selector wants them to be.
-pub(in super::super) type Labels = BTreeMap<String, String>;
+/// Labels of an object, or the labels that a selector demands.
+pub(super) type Labels = BTreeMap<String, String>;
 
 /// Objects of a namespace with their labels.
 pub(super) struct Labelled<'a, T> {
     objects: Vec<(&'a Labels, T)>,
-    /// Places in `objects`.
+    /// Indices into `objects` by label.
     with: HashMap<(&'a str, &'a str), Vec<usize>>,
 }
 
@@ -24,14 +24,14 @@ impl<'a, T: Copy> Labelled<'a, T> {
         Self { objects, with }
     }
 
-    /// Those that have all labels of a selector, in order; none if it is empty.
+    /// Returns the objects that have all labels of a selector, in order; none if the selector is empty.
     pub(super) fn selected<'s>(&'s self, selector: &'s Labels) -> impl Iterator<Item = T> + use<'s, 'a, T> {
         let objects = self.candidates(selector).iter().filter_map(|place| self.objects.get(*place));
         let has_all = |labels: &Labels| selector.iter().all(|(key, value)| labels.get(key) == Some(value));
         objects.filter(move |(labels, _)| has_all(labels)).map(|(_, object)| *object)
     }
 
-    /// The places of those that have the rarest of the labels of a selector.
+    /// Returns the indices of the objects that have the rarest label of a selector.
     pub(super) fn candidates<'s>(&'s self, selector: &'s Labels) -> &'s [usize] {
         let with = |(key, value): (&'s String, &'s String)| -> &'s [usize] {
             self.with.get(&(key.as_str(), value.as_str())).map_or(&[], Vec::as_slice)

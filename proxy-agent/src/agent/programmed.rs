@@ -1,0 +1,15 @@
+//! Kernel objects that the agent holds once the maps are open.
+
+use crate::bpf::dataplane::Dataplane;
+use crate::host::sockets::{SocketMaps, SocketSweeper};
+use crate::reconcile::model::Model;
+use std::sync::Arc;
+
+/// Kernel objects that have been set up, and the model of the maps.
+pub(super) struct Programmed {
+    pub(super) dataplane: Dataplane,
+    pub(super) model: Model,
+    pub(super) sweeper: Option<(Arc<SocketSweeper>, Arc<SocketMaps>)>,
+    /// Whether the programs are attached. Before that, nobody reads new contents of these maps.
+    pub(super) attached: bool,
+}
