@@ -14,7 +14,8 @@ use proxy_common::abi::{
     SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order, socket::STREAM_SLOTS,
 };
 use proxy_common::addr::Addr;
-use proxy_common::datapath::edge::tables::{EdgeTables, Scratch, Work};
+use proxy_common::datapath::edge::tables::EdgeTables;
+use proxy_common::datapath::edge::work::{Scratch, Work};
 use proxy_common::datapath::tables::{Tables, Tier};
 
 use crate::cell::Cell;

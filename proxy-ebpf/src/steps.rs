@@ -8,8 +8,8 @@
 use core::arch::asm;
 
 use aya_ebpf::bindings::__sk_buff;
-use proxy_common::datapath::edge::parse::Parsed;
-use proxy_common::datapath::edge::tables::Work;
+use proxy_common::datapath::edge::parsed::Parsed;
+use proxy_common::datapath::edge::work::Work;
 use proxy_common::datapath::edge::{flows, judge};
 use proxy_common::datapath::socket;
 use proxy_common::datapath::tables::Tier;

@@ -20,9 +20,10 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::programs::TcContext;
 use proxy_common::addr::{Addr, Family};
 use proxy_common::datapath::edge::packet::{FURTHEST, Packet};
-use proxy_common::datapath::edge::parse::Parsed;
+use proxy_common::datapath::edge::parsed::Parsed;
 use proxy_common::datapath::edge::sctp;
-use proxy_common::datapath::edge::tables::{EdgeTables, Work};
+use proxy_common::datapath::edge::tables::EdgeTables;
+use proxy_common::datapath::edge::work::Work;
 
 use crate::steps;
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use proxy_common::abi::{Counter, FlowKey};
-use proxy_common::datapath::edge::parse::tcp;
+use proxy_common::datapath::edge::parsed::tcp;
 use proxy_tests::floods::{
     Backend, CROWD_ADDRESS, Crowd, Flood, Ground, NODE_ADDRESS, Outcome, Senders, Sent, Way,
 };

@@ -22,7 +22,7 @@ use crate::config::args::{FlowsArgs, Output};
 use crate::host::clock::now;
 use crate::reconcile::desired::PortKey;
 use crate::reconcile::model::{Model, Port};
-use proxy_common::abi::proto_name;
+use proxy_common::abi::proto::name as proto_name;
 
 /// A flow, as printed.
 #[derive(Clone, Debug, PartialEq, Serialize)]

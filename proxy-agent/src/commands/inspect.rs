@@ -29,7 +29,7 @@ use crate::observe::report;
 use crate::observe::report::{State, program_object};
 use crate::reconcile::model::{Model, PortBackend};
 use crate::reconcile::plan::FrontendName;
-use proxy_common::abi::proto_name;
+use proxy_common::abi::proto::name as proto_name;
 
 /// Reason why nothing can be shown.
 #[derive(Debug, thiserror::Error)]

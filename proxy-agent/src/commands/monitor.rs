@@ -25,7 +25,7 @@ use crate::commands::table::line;
 use crate::config::args::{MonitorArgs, Output};
 use crate::host::clock::now;
 use crate::reconcile::model::Model;
-use proxy_common::abi::proto_name;
+use proxy_common::abi::proto::name as proto_name;
 
 /// Interval at which tracing is prolonged.
 const RENEW: Duration = Duration::from_secs(1);

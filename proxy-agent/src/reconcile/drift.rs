@@ -15,7 +15,7 @@ use crate::reconcile::desired::PortKey;
 use crate::reconcile::model::{Model, Port, UNKNOWN, service_name};
 use crate::reconcile::plan::FrontendName;
 use crate::reconcile::store::{Contents, filter_words};
-use proxy_common::abi::proto_name;
+use proxy_common::abi::proto::name as proto_name;
 
 /// One element that differs from its wanted state.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]

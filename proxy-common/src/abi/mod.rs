@@ -15,6 +15,7 @@ pub mod flow;
 pub mod frontend;
 #[cfg(feature = "user")]
 mod pod;
+pub mod proto;
 pub mod service;
 pub mod socket;
 
@@ -31,30 +32,6 @@ pub use socket::{FlowDirection, Order, SocketRecord, StreamRecord, UdpFlow, UdpF
 
 /// Version of everything in this module. Maps are pinned below `<pin-dir>/v<ABI_VERSION>/`.
 pub const ABI_VERSION: u32 = 3;
-
-/// IP protocol numbers (RFC 9293, RFC 768, RFC 9260) as map keys hold them.
-pub mod proto {
-    /// Transmission Control Protocol.
-    pub const TCP: u8 = 6;
-    /// User Datagram Protocol.
-    pub const UDP: u8 = 17;
-    /// Stream Control Transmission Protocol.
-    pub const SCTP: u8 = 132;
-    /// Internet Control Message Protocol (RFC 792).
-    pub const ICMP: u8 = 1;
-    /// ICMP for IPv6 (RFC 4443).
-    pub const ICMPV6: u8 = 58;
-}
-
-/// Name of a transport protocol as Kubernetes writes it.
-pub const fn proto_name(proto: u8) -> &'static str {
-    match proto {
-        proto::TCP => "TCP",
-        proto::UDP => "UDP",
-        proto::SCTP => "SCTP",
-        _ => "?",
-    }
-}
 
 /// `NODE`: one element, facts about this node that the socket edge needs. Each word is stored and loaded separately.
 #[repr(C)]

@@ -77,7 +77,8 @@ const _: () = assert!(size_of::<Order>() == 36);
 
 /// Address and port that the agent connects a socket to, so that the socket edge carries out its order.
 pub mod order {
-    use super::{Addr, Be16};
+    use crate::addr::Addr;
+    use crate::be::Be16;
 
     /// The IPv4 dummy address (RFC 7600): never a real destination. An IPv6 socket takes its IPv4-mapped form.
     pub const ADDRESS: Addr = Addr::v4([192, 0, 0, 8]);

@@ -111,9 +111,7 @@ pub trait Socket {
     fn cgroup(&self, level: i32) -> u64;
     /// Calls [`super::socket::is_of_opt_out`]. In the kernel this is a function of its own, which is verified
     /// once and not on each path to it.
-    fn is_of_opt_out(&self, tables: &impl Tables, inside: bool) -> bool {
-        super::socket::is_of_opt_out(|level| self.cgroup(level), tables, inside)
-    }
+    fn is_of_opt_out(&self, tables: &impl Tables, inside: bool) -> bool;
     /// Replaces the peer address. `addr` is of the family that the hook is for, or IPv4-mapped.
     fn rewrite(&mut self, addr: Addr, port: Be16);
     /// `SOCKETS`: this socket's record.

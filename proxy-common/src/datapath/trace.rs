@@ -1,11 +1,11 @@
 //! Trace events for users who watch. Without a watcher, tracing costs one read of `TRACE`.
 
-use super::edge::parse::{Parsed, Tuple};
 use super::tables::{Socket, Tables};
 use crate::abi::event::{PACKET, place};
 use crate::abi::{Counter, Event};
 use crate::addr::Addr;
 use crate::be::Be16;
+use crate::datapath::edge::parsed::{Parsed, Tuple};
 
 /// Returns whether anybody watches.
 #[inline(always)]

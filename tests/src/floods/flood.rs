@@ -23,7 +23,7 @@ pub struct Flood {
     pub target: SocketAddrV4,
     /// Source addresses, which are invented.
     pub senders: Senders,
-    /// Bits of [`proxy_common::datapath::edge::parse::tcp`]. Sequence numbers are random, acknowledgement numbers zero.
+    /// Bits of [`proxy_common::datapath::edge::parsed::tcp`]. Sequence numbers are random, acknowledgement numbers zero.
     pub flags: u8,
     /// Number of packets.
     pub packets: u64,
@@ -163,7 +163,7 @@ impl Template {
 
 #[cfg(test)]
 mod tests {
-    use proxy_common::datapath::edge::parse::tcp;
+    use proxy_common::datapath::edge::parsed::tcp;
 
     use super::*;
 

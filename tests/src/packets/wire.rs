@@ -10,7 +10,7 @@ use etherparse::{
     UdpHeader, UdpSlice,
 };
 use proxy_common::abi::proto::{ICMP, ICMPV6, SCTP, TCP, UDP};
-use proxy_common::datapath::edge::parse::tcp;
+use proxy_common::datapath::edge::parsed::tcp;
 
 /// Bytes of an Ethernet header.
 pub const ETHERNET: usize = 14;

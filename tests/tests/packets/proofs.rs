@@ -8,10 +8,12 @@ use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::{ASKED, ASSURED, FIN_REPLY, PROVEN, REPLIED, RESET, TAKEN};
 use proxy_common::abi::{BackendState, Counter, Device, Flow, FlowKey, device};
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::flows::{Numbers, on_request, record as find};
-use proxy_common::datapath::edge::parse::Parsed;
+use proxy_common::datapath::edge::flows::{on_request, record as find};
 use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
-use proxy_common::datapath::edge::tables::{EdgeTables as _, FlowCell as _, Tier, Work};
+use proxy_common::datapath::edge::parsed::Parsed;
+use proxy_common::datapath::edge::tables::{EdgeTables as _, FlowCell as _, Tier};
+use proxy_common::datapath::edge::work::Numbers;
+use proxy_common::datapath::edge::work::Work;
 use proxy_common::datapath::tables::Tables as _;
 use proxy_tests::packets::{Body, NEAR, NIC, Net, OVERLAY, POD, Packet, World};
 

@@ -19,7 +19,7 @@ use crate::commands::inspect::{FrontendView, endpoint, frontend_view};
 use crate::observe::reasons::EndpointReasons;
 use crate::reconcile::model::{Model, PortBackend};
 use crate::reconcile::sim::Simulator;
-use proxy_common::abi::proto_name;
+use proxy_common::abi::proto::name as proto_name;
 
 /// Kind of owner of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -118,7 +118,7 @@ fn distinct_ports<'s>(ports: &'s [ServicePort], problems: &mut Vec<String>) -> V
     // Each with the protocol: numbers, names and nodePorts of the ports kept so far.
     let (mut numbers, mut names, mut node_ports) = (HashSet::new(), HashSet::new(), HashSet::new());
     for (index, port) in ports.iter().enumerate() {
-        let proto = proxy_common::abi::proto_name(port.proto);
+        let proto = proxy_common::abi::proto::name(port.proto);
         if numbers.contains(&(port.proto, port.port)) {
             problems.push(format!(
                 "spec.ports[{index}]: an earlier entry has {proto} port {} already; this entry is not served",

@@ -93,7 +93,7 @@ pub struct FrontendName<'a>(pub &'a FrontendKey);
 impl std::fmt::Display for FrontendName<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let FrontendKey { addr, port, proto, kind } = self.0;
-        let proto = proxy_common::abi::proto_name(*proto);
+        let proto = proxy_common::abi::proto::name(*proto);
         if *kind == FrontendKind::Address as u8 {
             write!(f, "address {addr}")
         } else if *kind == FrontendKind::NodePort as u8 {

@@ -5,7 +5,8 @@ use std::rc::Rc;
 
 use proxy_common::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts};
 use proxy_common::addr::Addr;
-use proxy_common::datapath::edge::tables::{EdgeTables, Scratch, Tier};
+use proxy_common::datapath::edge::tables::{EdgeTables, Tier};
+use proxy_common::datapath::edge::work::Scratch;
 use proxy_common::datapath::edge::{self, Edge, Verdict};
 
 use super::Simulator;

@@ -13,26 +13,14 @@
 
 use super::flows;
 use super::packet::Packet;
-use super::parse::Parsed;
-use super::tables::{EdgeTables, Work};
+use super::tables::EdgeTables;
 use crate::abi::flow::state::DIRECT;
 use crate::abi::{FilterBit, FlowKind, proto};
 use crate::addr::Family;
 use crate::be::Be16;
+use crate::datapath::edge::parsed::Parsed;
+use crate::datapath::edge::work::Work;
 use crate::datapath::lookup;
-
-/// Values of [`Work::beside`].
-pub struct Beside;
-
-impl Beside {
-    /// The packet needs no direct flow.
-    pub const NOTHING: u32 = 0;
-    /// The packet is to a backend itself, and a flow has its addresses and ports, or had them when the direct
-    /// flow began.
-    pub const MEETS: u32 = 1;
-    /// The packet begins a direct flow.
-    pub const BEGINS: u32 = 2;
-}
 
 /// Returns whether a packet that enters may be a datagram to a backend itself, or an ICMP error about a reply
 /// to one. Only its addresses and protocol have been read.

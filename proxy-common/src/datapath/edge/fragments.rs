@@ -1,10 +1,10 @@
 //! Fragments: only the first fragment of a packet has the ports, which are kept for the later ones.
 
-use super::Verdict;
-use super::parse::{Parsed, Tuple};
 use super::tables::EdgeTables;
+use super::verdict::Verdict;
 use crate::abi::{Counter, FilterBit, FragmentKey, FragmentPorts, Origin, local_address};
 use crate::addr::Addr;
+use crate::datapath::edge::parsed::{Parsed, Tuple};
 
 /// Decides on a later fragment that has come before its first one. Its ports are not known, so it is dropped
 /// if its destination may be a frontend. Fragments to the host's own addresses go on: the host reassembles

@@ -9,16 +9,18 @@
 //! | a reply, from the client's side | ingress, to the VIP | the reply as the backend sent it |
 //! | a reply, on to another node | egress | the reply as that node sent it |
 
-use super::Verdict;
 use super::checksum;
 use super::flows;
 use super::packet::Packet;
-use super::parse::{self, Parsed, Part, Tuple};
+use super::parse;
 use super::rewrite;
-use super::tables::{EdgeTables, Work};
+use super::tables::EdgeTables;
+use super::verdict::Verdict;
 use crate::abi::proto::{ICMP, ICMPV6};
 use crate::abi::{Counter, FlowKind};
-use crate::addr::{Addr, Family};
+use crate::addr::Family;
+use crate::datapath::edge::parsed::{Parsed, Part, Tuple};
+use crate::datapath::edge::work::{Edit, Work};
 
 const REDIRECT_V4: u8 = 5;
 const REDIRECT_V6: u8 = 137;
@@ -42,14 +44,6 @@ pub const fn is_error(parsed: &Parsed) -> bool {
         ICMPV6 => parsed.kind < 128 || parsed.kind == REDIRECT_V6,
         _ => false,
     }
-}
-
-/// New addresses of the error, and new tuple of the packet that it quotes.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Edit {
-    source: Addr,
-    destination: Addr,
-    quoted: Tuple,
 }
 
 /// Handles an ICMP error that enters.

@@ -1,63 +1,19 @@
 //! Decides whether a packet is served, and how it is refused if it is not.
 
-use super::direct::Beside;
 use super::packet::Packet;
-use super::parse::Parsed;
-use super::tables::{EdgeTables, Work};
-use super::{Choice, Verdict, refuse};
+use super::refuse;
+use super::tables::EdgeTables;
+use super::verdict::Verdict;
 use crate::abi::device::flags::{NEAR, POD, POD_BRIDGE};
 use crate::abi::frontend::flags::SOURCE_RANGES;
 use crate::abi::{Counter, Origin, local_address};
 use crate::addr::Addr;
 use crate::be::Be16;
+use crate::datapath::edge::parsed::Parsed;
+use crate::datapath::edge::work::{Beside, Choice, How, Refusal, Work};
 use crate::datapath::lookup::{self, Target};
 use crate::datapath::select::{Client, Selection, select};
 use crate::datapath::trace::{self, At};
-
-/// Decision on a packet that is not translated. Both fields always hold a value: the verifier refuses to copy
-/// memory that was never written, such as the absent payload of an enum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
-pub struct Refusal {
-    pub(super) how: How,
-    pub(super) why: Counter,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub(super) enum How {
-    /// The packet is translated.
-    Not,
-    /// The packet is none of ours and goes on.
-    Pass,
-    /// The packet is dropped without an answer.
-    Drop,
-    /// The sender is told that nobody serves the packet.
-    Reject,
-}
-
-impl Refusal {
-    /// No refusal. Nothing is counted.
-    pub(super) const NOT: Self = Self { how: How::Not, why: Counter::Flow };
-    /// The packet is none of ours. Nothing is counted.
-    pub(super) const PASS: Self = Self { how: How::Pass, why: Counter::Flow };
-
-    #[inline(always)]
-    pub(super) const fn drop(why: Counter) -> Self {
-        Self { how: How::Drop, why }
-    }
-
-    #[inline(always)]
-    pub(super) const fn reject(why: Counter) -> Self {
-        Self { how: How::Reject, why }
-    }
-}
-
-impl Default for Refusal {
-    fn default() -> Self {
-        Self::NOT
-    }
-}
 
 /// Chooses a backend for a new flow. Writes the destination of the flow, or the refusal, to `work`.
 #[inline(always)]

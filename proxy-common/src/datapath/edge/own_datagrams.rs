@@ -7,14 +7,16 @@
 //! flow of a Service has precedence: its client keeps it, and no datagram is remembered beside it.
 
 use super::packet::Packet;
-use super::parse::{Parsed, Part};
-use super::tables::{EdgeTables, FlowCell as _, Tier, Work};
+use super::tables::{EdgeTables, FlowCell as _, Tier};
+use super::verdict::Edge;
 use super::whence::is_from_outside;
-use super::{Edge, flows, timeouts};
+use super::{flows, timeouts};
 use crate::abi::flow::state::REPLIED;
 use crate::abi::{FilterBit, Flow, FlowKind, local_address, proto};
 use crate::addr::Family;
 use crate::be::Be16;
+use crate::datapath::edge::parsed::{Parsed, Part};
+use crate::datapath::edge::work::Work;
 use crate::datapath::lookup::{self, Target};
 
 /// Returns whether a packet that leaves may be a datagram from the port of a frontend. Only its addresses and

@@ -3,8 +3,9 @@
 //! Offsets count from the first byte the program sees (the MAC header, where there is one). Every load and store is
 //! checked on its own: no reference into packet memory ever exists.
 
-use super::parse::Parsed;
-use super::tables::{EdgeTables, Work};
+use super::parsed::Parsed;
+use super::tables::EdgeTables;
+use super::work::Work;
 use crate::addr::{Addr, Family};
 
 /// Largest offset that bytes are loaded from. No header that matters lies behind it, and the verifier wants a
@@ -54,16 +55,9 @@ pub trait Packet {
     fn fix_checksum(&mut self, offset: u32, pseudo: u32, covered: u32, zero_is_none: bool) -> bool;
     /// Calls [`super::sctp::moved_on`]. In the kernel this is a function of its own, which is verified once
     /// and not on each path to it.
-    fn sctp_moved_on(&self, change: u32, bytes: u32) -> u32 {
-        super::sctp::moved_on(change, bytes)
-    }
+    fn sctp_moved_on(&self, change: u32, bytes: u32) -> u32;
     /// Calls [`super::judge::choose`], likewise.
-    fn choose(&self, tables: &impl EdgeTables, parsed: &Parsed, work: &mut Work)
-    where
-        Self: Sized,
-    {
-        super::judge::choose(self, tables, parsed, work);
-    }
+    fn choose(&self, tables: &impl EdgeTables, parsed: &Parsed, work: &mut Work);
     /// Makes room for `bytes` between the MAC and the IP header.
     fn insert_before_ip(&mut self, bytes: u32) -> bool;
     /// Cuts or extends the packet to `len` bytes.

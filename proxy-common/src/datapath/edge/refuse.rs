@@ -1,14 +1,14 @@
 //! Refusals in the place of a backend: a TCP reset (RFC 9293 §3.5.2), or an ICMP error "port unreachable"
 //! (RFC 792, RFC 4443), from the address that the sender asked for.
 
-use super::Verdict;
 use super::checksum;
 use super::icmp::is_error;
 use super::packet::Packet;
-use super::parse::{Parsed, Part, tcp};
 use super::rewrite;
+use super::verdict::Verdict;
 use crate::abi::proto::{ICMP, ICMPV6, TCP};
 use crate::addr::{Addr, Family};
+use crate::datapath::edge::parsed::{Parsed, Part, tcp};
 
 /// Bytes of an IP header without options or extensions, and the eight bytes of an ICMP header.
 const IPV4_HEADER: u32 = 20;

@@ -2,11 +2,11 @@
 
 use super::checksum;
 use super::packet::Packet;
-use super::parse::{Parsed, Part, Tuple};
 use super::sctp;
 use crate::abi::proto::{SCTP, TCP, UDP};
 use crate::addr::{Addr, Family};
 use crate::be::Be16;
+use crate::datapath::edge::parsed::{Parsed, Part, Tuple};
 
 /// Returns the offset of the transport checksum, and whether a zero there means that there is no checksum
 /// (RFC 768).

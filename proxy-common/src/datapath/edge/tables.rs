@@ -1,61 +1,11 @@
 //! Data that the packet edge reads and writes, in addition to [`Tables`].
 
-use super::flows::{self, Choice, Numbers};
-use super::icmp::Edit;
-use super::judge::Refusal;
-use super::parse::{Parsed, Tuple};
-use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, Origin};
+use super::work::Work;
+use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts};
 use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::tables::Tables;
 pub use crate::datapath::tables::Tier;
-
-/// Intermediate results on the way to a packet's flow.
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
-pub struct Work {
-    /// Key of the flow's record.
-    pub key: FlowKey,
-    /// Key of the flow's index entry from the VIP.
-    pub index: FlowKey,
-    /// Destination of a new flow.
-    pub to: Choice,
-    /// Refusal of a new flow.
-    pub refusal: Refusal,
-    /// Record of a new flow.
-    pub flow: Flow,
-    /// Tuple that the packet is translated to.
-    pub new: Tuple,
-    /// Changes to an ICMP error.
-    pub edit: Edit,
-    /// Time when the packet came, in nanoseconds of the monotonic clock.
-    pub now: u64,
-    /// Origin of the flows that the packet can belong to.
-    pub origin: Origin,
-    /// For a packet that enters: index of the external device, 0 if the packet is a pod's. For a packet that
-    /// leaves: index of the device by which the client's requests enter, 0 if that does not matter.
-    pub asked_by: u32,
-    /// TCP numbers of the packet.
-    pub numbers: Numbers,
-    /// Whether the packet is to a backend itself: a value of [`super::direct::Beside`].
-    pub beside: u32,
-    /// Effect of the packet on the flow that it meets: a value of [`super::flows::Meeting`]. The verifier
-    /// does not know the value here; otherwise it would follow each value on its own.
-    pub meeting: u32,
-}
-
-/// Memory for one packet, too large for the 512 bytes of stack that a BPF program has. The rest that another
-/// packet has left in it does not matter.
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
-pub struct Scratch {
-    /// The packet's headers.
-    pub parsed: Parsed,
-    /// The headers that an ICMP error quotes.
-    pub quote: Parsed,
-    /// The packet's flow.
-    pub work: Work,
-}
 
 /// Record in place. The kernel may give its element to another flow while it is in use. Every store therefore
 /// names the [`Flow::check`] of its record, and leaves another flow's record alone.
@@ -112,19 +62,9 @@ pub trait EdgeTables: Tables {
     fn count_packet(&self, service: u32, request: bool, bytes: u32);
     /// Counts a new flow in `SERVICE_COUNTERS`.
     fn count_connection(&self, service: u32);
-    /// Calls [`flows::try_source`]. In the kernel this is a function of its own, which is verified once and
-    /// not on each path to it.
-    fn try_source(&self, work: &mut Work, tier: Tier, spare: bool) -> bool
-    where
-        Self: Sized,
-    {
-        flows::try_source(self, work, tier, spare)
-    }
-    /// Calls [`flows::try_tuple`], likewise.
-    fn try_tuple(&self, work: &mut Work, own: bool) -> bool
-    where
-        Self: Sized,
-    {
-        flows::try_tuple(self, work, own)
-    }
+    /// Calls [`super::flows::try_source`]. In the kernel this is a function of its own, which is verified once
+    /// and not on each path to it.
+    fn try_source(&self, work: &mut Work, tier: Tier, spare: bool) -> bool;
+    /// Calls [`super::flows::try_tuple`], likewise.
+    fn try_tuple(&self, work: &mut Work, own: bool) -> bool;
 }

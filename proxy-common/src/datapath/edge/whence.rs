@@ -3,10 +3,10 @@
 
 use super::flows;
 use super::packet::Packet;
-use super::parse::Parsed;
 use super::tables::{EdgeTables, FlowCell as _};
 use crate::abi::device::flags::{POD, POD_BRIDGE};
 use crate::abi::flow::state::REPLIED;
+use crate::datapath::edge::parsed::Parsed;
 
 /// Returns whether a packet that leaves has entered this host from outside. If the network stack sees the
 /// packet entering by a device without our programs, it may have come through a device below that one.

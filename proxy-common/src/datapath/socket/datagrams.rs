@@ -8,7 +8,9 @@
 //! does not show which of two VIPs with the same backend it is for. So the second VIP gets another backend if
 //! there is one; otherwise all replies come from the VIP that was asked last.
 
-use super::{Caller, Verdict, holds, protocol, target, translate_back};
+use super::caller::{Caller, protocol, target};
+use super::record::{holds, translate_back};
+use super::verdict::Verdict;
 use crate::abi::backend::flags::SERVING;
 use crate::abi::{Backend, Counter, FlowDirection, FrontendValue, SocketRecord, UdpFlow, UdpFlowKey, socket};
 use crate::addr::Addr;

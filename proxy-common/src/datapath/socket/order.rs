@@ -12,7 +12,10 @@
 //! has no opt-out. So the agent itself gives no order to sockets of pods that have opted out. Sockets of
 //! networks inside pods have records only if they are older than the agent's knowledge of the pod.
 
-use super::{Caller, Verdict, holds, lead, protocol};
+use super::caller::{Caller, protocol};
+use super::lead::lead;
+use super::record::holds;
+use super::verdict::Verdict;
 use crate::abi::socket::Order;
 use crate::abi::socket::order::{ADDRESS, PORT};
 use crate::datapath::tables::{Socket, Tables};

@@ -13,7 +13,7 @@ use crate::sources::manifests::id::Id;
 use crate::sources::manifests::labels::Labelled;
 use crate::sources::manifests::parts::ServicePart;
 use crate::sources::update::Problem;
-use proxy_common::abi::proto_name;
+use proxy_common::abi::proto::name as proto_name;
 
 /// Position of a slice in the files, and the slice.
 pub(super) type Written<'a> = (&'a str, &'a Slice);

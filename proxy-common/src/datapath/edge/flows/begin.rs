@@ -1,13 +1,15 @@
 //! Creation of a flow: under a key of its own, with a backend that has been chosen.
 
 use super::index::{link_vip, remove_from};
+use super::keys::vip_target;
+use super::place::{Place, is_taken, record, same_flow};
 use super::source::random_port;
-use super::{Meeting, Place, is_taken, record, same_flow, vip_target};
 use crate::abi::flow::state::ASSURED;
 use crate::abi::{Flow, FlowKey, FlowKind};
-use crate::datapath::edge::parse::Tuple;
-use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier, Work};
+use crate::datapath::edge::parsed::Tuple;
+use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier};
 use crate::datapath::edge::timeouts;
+use crate::datapath::edge::work::{Meeting, Work};
 
 /// Number of tuples tried for a new flow: the client's own, then others with a random source port.
 const TUPLE_TRIES: u32 = 4;
@@ -101,18 +103,6 @@ pub fn try_tuple<T: EdgeTables>(tables: &T, work: &mut Work, own: bool) -> bool 
         // The record of this flow exists; only its index entry was evicted.
         _ => true,
     }
-}
-
-/// Destination of a new flow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct Choice {
-    /// IP protocol number.
-    pub proto: u8,
-    /// Service id.
-    pub service: u32,
-    /// Backend id.
-    pub backend: u32,
 }
 
 /// Possible owners of a key.

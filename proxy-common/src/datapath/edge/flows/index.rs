@@ -1,17 +1,10 @@
 //! Index entries of flows: written and removed with their records.
 
-use super::{Place, has_snat, snat_index, vip_index};
-use crate::abi::{FlowKey, FlowRef};
+use super::keys::{snat_index, vip_index};
+use super::place::{Place, has_snat, indexed};
+use crate::abi::{FlowKey, proto};
 use crate::datapath::edge::tables::{EdgeTables, FlowCell as _, Tier};
-
-#[inline(always)]
-pub(super) fn indexed<T: EdgeTables>(tables: &T, index: &FlowKey) -> Option<FlowRef> {
-    let target = match tables.index(Tier::Assured, index) {
-        Some(target) => target,
-        None => tables.index(Tier::New, index)?,
-    };
-    if target.check == index.check() { Some(target) } else { None }
-}
+use crate::datapath::edge::timeouts;
 
 /// Writes the index entry that leads from client and VIP to the record.
 #[inline(never)]
@@ -73,4 +66,22 @@ pub fn keep_vip<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>
             tables.add_index(Tier::New, &index, &target);
         }
     }
+}
+
+/// Removes a flow whose client has begun another one. The record of a closed TCP connection stays, without
+/// its index entry from the VIP: no other flow gets its SNAT source while the backend remembers the
+/// connection.
+#[inline(never)]
+pub fn give_way<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) {
+    if key.proto == proto::TCP && timeouts::closed(place.flow().state) {
+        unlink_vip(tables, place.tier, key, &place.cell);
+    } else {
+        remove(tables, key, place);
+    }
+}
+
+/// Removes a flow: its index entries first, then its record.
+#[inline(always)]
+pub fn remove<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::Cell>) {
+    remove_from(tables, place.tier, key, &place.cell);
 }

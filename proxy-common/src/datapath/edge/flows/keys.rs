@@ -3,7 +3,7 @@
 use crate::abi::{Flow, FlowKey, FlowKind, FlowRef, Origin};
 use crate::addr::Addr;
 use crate::be::Be16;
-use crate::datapath::edge::parse::Tuple;
+use crate::datapath::edge::parsed::Tuple;
 
 /// Returns the key of a tuple.
 #[inline(always)]

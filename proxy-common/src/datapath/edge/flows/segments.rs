@@ -1,16 +1,19 @@
 //! Effects of packets of the client and of the backend on a flow.
 
-use super::index::{link_snat, link_vip, remove_from};
-use super::{Place, find_by_vip, give_way, has_snat, is_taken, keeps_source, of_vip, vip_target};
+use super::index::{give_way, link_snat, link_vip, remove_from};
+use super::keys::vip_target;
+use super::place::{Place, find_by_vip, has_snat, is_taken, of_vip};
+use super::source::keeps_source;
 use crate::abi::flow::state::{
     ASKED, ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, PROVEN, REPLIED, RESET, SUCCEEDED, TAKEN,
 };
 use crate::abi::flow::syn_time;
 use crate::abi::{Counter, Flow, FlowKey, proto};
 use crate::datapath::edge::packet::Packet;
-use crate::datapath::edge::parse::{Parsed, Tuple, tcp};
-use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier, Work};
+use crate::datapath::edge::parsed::{Parsed, Tuple, tcp};
+use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier};
 use crate::datapath::edge::timeouts;
+use crate::datapath::edge::work::{Meeting, Numbers, Work};
 use crate::datapath::select::remember_assured;
 
 /// Number of bytes that the client's first acknowledgement may be ahead of the backend's SYN: data that the
@@ -21,18 +24,6 @@ const FIRST_WINDOW: u32 = 1 << 17;
 const RESET_WINDOW: u32 = 1 << 16;
 /// The same for a FIN, which is sent only once, after all data in flight.
 const FIN_WINDOW: u32 = 1 << 22;
-
-/// Numbers of a TCP segment, in host order; zero for other protocols.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct Numbers {
-    /// Sequence number.
-    pub seq: u32,
-    /// Acknowledgement number; valid only with ACK.
-    pub ack: u32,
-    /// Bytes of data.
-    pub data: u32,
-}
 
 impl Numbers {
     /// Returns the numbers of a TCP segment, or zeros for other protocols.
@@ -52,21 +43,6 @@ impl Numbers {
             Self::default()
         }
     }
-}
-
-/// Effect of a client's packet on the flow that it meets.
-pub struct Meeting;
-
-impl Meeting {
-    /// The packet belongs to the flow, or to the second flow that has begun beside it.
-    pub const GOES_ON: u32 = 0;
-    /// The packet begins a flow in the place of this one.
-    pub const REPLACES: u32 = 1;
-    /// The packet begins a flow with another source port: somebody else's connection has the addresses and
-    /// ports of this flow.
-    pub const AVOIDS: u32 = 2;
-    /// The packet begins a second flow beside this one.
-    pub const BESIDE: u32 = 3;
 }
 
 /// Returns the [`Meeting`] of a TCP packet of the client (`begins`: a SYN) with the flow in `place`, whose

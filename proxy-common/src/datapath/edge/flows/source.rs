@@ -1,12 +1,13 @@
 //! SNAT sources: a port of this node for each flow that needs SNAT.
 
-use super::index::indexed;
-use super::{Place, record, snat_index, snat_target};
+use super::keys::{snat_index, snat_target};
+use super::place::{Place, indexed, record};
 use crate::abi::flow::SNAT_PORTS;
 use crate::abi::{FlowKey, FlowRef, FrontendKey};
 use crate::be::Be16;
-use crate::datapath::edge::tables::{EdgeTables, FlowCell as _, Tier, Work};
+use crate::datapath::edge::tables::{EdgeTables, FlowCell as _, Tier};
 use crate::datapath::edge::timeouts;
+use crate::datapath::edge::work::Work;
 
 /// Number of source ports tried before a flow is given up.
 const PORT_TRIES: u32 = 16;

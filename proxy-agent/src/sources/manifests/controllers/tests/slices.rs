@@ -46,7 +46,7 @@ fn found_with_room(service: &Object, pods: &[Value], room: usize) -> Found {
 /// hints.
 fn short(found: &Found) -> Vec<String> {
     let port = |port: &crate::reconcile::cluster::SlicePort| {
-        format!("{}/{}:{}", port.name, proxy_common::abi::proto_name(port.proto), port.port)
+        format!("{}/{}:{}", port.name, proxy_common::abi::proto::name(port.proto), port.port)
     };
     let endpoint = |endpoint: &crate::reconcile::cluster::Endpoint| {
         let flags = [
