@@ -7,8 +7,10 @@
 
 mod cell;
 mod maps;
+mod skb;
 mod sock;
 mod steps;
+mod tables;
 mod tc;
 
 use aya_ebpf::Global;
@@ -20,8 +22,8 @@ use proxy_common::datapath::edge::{self, Edge};
 use proxy_common::datapath::socket::{self, Verdict};
 
 use crate::maps::Maps;
+use crate::skb::{Front, Skb};
 use crate::sock::SockAddr;
-use crate::tc::{Front, Skb};
 
 /// Whether the kernel lets these programs choose the errno (`bpf_set_retval`). Set by the loader; the verifier removes
 /// the branch if the value is 0.

@@ -8,7 +8,6 @@ use core::ptr::{addr_of, addr_of_mut};
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_sock;
 use aya_ebpf::btf_maps::SkStorage;
-use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
 use proxy_common::abi::{SocketRecord, socket::Order};
@@ -120,7 +119,7 @@ impl<const V6: bool> Socket for SockAddr<V6> {
 
     #[inline(always)]
     fn cgroup(&self, level: i32) -> u64 {
-        ancestor(level)
+        steps::ancestor(level)
     }
 
     #[inline(always)]
@@ -203,14 +202,6 @@ impl<const V6: bool> Socket for SockAddr<V6> {
     fn drop_record(&mut self) {
         self.forget(&SOCKETS);
     }
-}
-
-/// Returns the id of the calling process's ancestor cgroup at this level below the root; 0 if the process's own cgroup
-/// is higher.
-#[inline(always)]
-pub(crate) fn ancestor(level: i32) -> u64 {
-    // SAFETY: a helper without preconditions (5.7).
-    unsafe { bpf_get_current_ancestor_cgroup_id(level) }
 }
 
 /// Returns protocol and cookie of a socket that is being closed.

@@ -8,6 +8,7 @@
 use core::arch::asm;
 
 use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
 use proxy_common::datapath::edge::parsed::Parsed;
 use proxy_common::datapath::edge::work::Work;
 use proxy_common::datapath::edge::{flows, judge};
@@ -15,8 +16,7 @@ use proxy_common::datapath::socket;
 use proxy_common::datapath::tables::Tier;
 
 use crate::maps::{DEVICES, Maps, SCRATCH};
-use crate::sock::ancestor;
-use crate::tc::Skb;
+use crate::skb::Skb;
 
 /// Marks the packet's memory as used by a global function: the compiler must not keep values in registers that the
 /// function changes.
@@ -119,4 +119,12 @@ pub(crate) fn device_flags(ifindex: u32) -> u32 {
 extern "C" fn vipr_device_flags(ifindex: u32) -> u32 {
     // SAFETY: copied at once; elements are replaced only when a device's own addresses change.
     unsafe { DEVICES.get(ifindex) }.map_or(0, |device| device.flags)
+}
+
+/// Returns the id of the calling process's ancestor cgroup at this level below the root; 0 if the process's own cgroup
+/// is higher.
+#[inline(always)]
+pub(crate) fn ancestor(level: i32) -> u64 {
+    // SAFETY: a helper without preconditions (5.7).
+    unsafe { bpf_get_current_ancestor_cgroup_id(level) }
 }

@@ -5,7 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 
 use super::wire::{Body, ETHERNET, Packet, Seen, Trouble, fragments, read};
 use super::world::{BARE, NEAR, NIC, Net, OVERLAY, POD, World};

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
-use proxy_common::datapath::edge::parse::tcp::SYN;
+use proxy_common::datapath::edge::parsed::tcp::SYN;
 use proxy_tests::lab::{Place, Proto};
 use proxy_tests::packets::Packet;
 use proxy_tests::scenarios::until;

@@ -17,7 +17,7 @@ use fastrand::Rng;
 use proxy_common::abi::proto::UDP;
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
-use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_tests::floods::{Crowd, Way, allow_open_files};
 use proxy_tests::lab::{Place, Proto};
 use proxy_tests::packets::{Body, Packet, Trouble};

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result};
-use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_tests::lab::Proto;
 use proxy_tests::packets::Packet;
 use proxy_tests::scenarios::until;

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use proxy_common::datapath::edge::parse::tcp::SYN;
+use proxy_common::datapath::edge::parsed::tcp::SYN;
 use proxy_tests::floods::allow_open_files;
 use proxy_tests::lab::Place;
 use proxy_tests::packets::Packet;

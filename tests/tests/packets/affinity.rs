@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 use proxy_common::abi::flow::state::ASSURED;
-use proxy_common::datapath::edge::parse::tcp::{ACK, RST, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, RST, SYN};
 use proxy_common::datapath::tables::Tables as _;
 use proxy_tests::packets::{NIC, Net, Packet, World};
 

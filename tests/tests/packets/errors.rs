@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use proxy_common::abi::Counter;
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::{ACK, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, SYN};
 use proxy_tests::packets::{Body, ETHERNET, NIC, Net, OVERLAY, POD, Packet, Trouble, World, read};
 
 use super::{answer, counts, open, passes, seen, translated, world};

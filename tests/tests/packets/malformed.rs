@@ -2,7 +2,7 @@
 
 use proxy_common::abi::Counter;
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::{PSH, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{PSH, SYN};
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_tests::packets::{Body, ETHERNET, NIC, Net, OVERLAY, Packet};
 

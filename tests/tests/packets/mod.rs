@@ -24,7 +24,7 @@ use proxy_common::abi::Counter;
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::{Flow, FlowKey};
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::{ACK, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, SYN};
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_tests::packets::{Body, NIC, Net, OVERLAY, Packet, Seen, World, read};
 

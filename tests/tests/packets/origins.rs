@@ -2,7 +2,7 @@
 
 use proxy_common::abi::{Counter, Flow, FlowKey, Origin};
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_tests::packets::{BARE, NEAR, NIC, Net, OVERLAY, POD, Packet, Trouble, World};
 

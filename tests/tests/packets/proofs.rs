@@ -9,8 +9,8 @@ use proxy_common::abi::flow::state::{ASKED, ASSURED, FIN_REPLY, PROVEN, REPLIED,
 use proxy_common::abi::{BackendState, Counter, Device, Flow, FlowKey, device};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::{on_request, record as find};
-use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::parsed::Parsed;
+use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::{EdgeTables as _, FlowCell as _, Tier};
 use proxy_common::datapath::edge::work::Numbers;
 use proxy_common::datapath::edge::work::Work;

@@ -9,7 +9,7 @@ use proxy_common::abi::{Counter, Device, FlowKind, device};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::{snat_index, vip_index};
-use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_common::datapath::edge::timeouts::closed;
 use proxy_tests::packets::{NIC, Net, OVERLAY, POD, Packet, Trouble};

@@ -7,7 +7,7 @@ use proxy_common::abi::node::HOST_IN_PACKETS;
 use proxy_common::abi::{Counter, FrontendKey, Service, SlotRange};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_common::datapath::tables::Tables as _;
 use proxy_tests::packets::{Body, ETHERNET, NEAR, NIC, Net, OVERLAY, POD, Packet, Trouble, fragments};

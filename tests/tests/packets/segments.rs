@@ -3,7 +3,7 @@
 use proxy_common::abi::Counter;
 use proxy_common::abi::flow::state::{ASKED, ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_tests::packets::{NIC, Net, OVERLAY, Packet, World};
 

@@ -7,7 +7,7 @@ use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, SERVING};
 use proxy_common::abi::{BackendState, Counter, Origin, Service, SlotRange};
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::{ACK, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, SYN};
 use proxy_common::datapath::tables::Tables as _;
 use proxy_tests::packets::{NEAR, NIC, Net, OVERLAY, POD, Packet, World};
 

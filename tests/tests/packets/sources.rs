@@ -12,7 +12,7 @@ use proxy_common::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef, FrontendKey, 
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::flows::snat_index;
-use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::{EdgeTables as _, FlowCell as _, Tier};
 use proxy_tests::packets::{NIC, Net, OVERLAY, Packet, Trouble, World};
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use proxy_common::abi::Counter;
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::{ACK, PSH, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, PSH, SYN};
 use proxy_tests::packets::{BARE, Body, NIC, Net, OVERLAY, POD, Packet, read};
 
 use super::{answer, counts, establish, open, seen, translated, world};

@@ -3,7 +3,7 @@
 
 use proxy_common::abi::{Counter, FlowKey, FlowKind};
 use proxy_common::datapath::edge::Verdict;
-use proxy_common::datapath::edge::parse::tcp::{ACK, PSH, RST, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_tests::packets::{BARE, Body, NIC, Net, OVERLAY, POD, Packet, Seen, Trouble, World};
 

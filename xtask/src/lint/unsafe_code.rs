@@ -16,8 +16,10 @@ const ALLOWED: &[&str] = &[
     "proxy-ebpf/src/cell.rs",
     "proxy-ebpf/src/main.rs",
     "proxy-ebpf/src/maps.rs",
+    "proxy-ebpf/src/skb.rs",
     "proxy-ebpf/src/sock.rs",
     "proxy-ebpf/src/steps.rs",
+    "proxy-ebpf/src/tables.rs",
     "proxy-ebpf/src/tc.rs",
     // The benchmark's own programs.
     "proxy-ebpf/src/bench.rs",

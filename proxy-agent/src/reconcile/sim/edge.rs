@@ -7,7 +7,8 @@ use proxy_common::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPor
 use proxy_common::addr::Addr;
 use proxy_common::datapath::edge::tables::{EdgeTables, Tier};
 use proxy_common::datapath::edge::work::Scratch;
-use proxy_common::datapath::edge::{self, Edge, Verdict};
+use proxy_common::datapath::edge::work::Work;
+use proxy_common::datapath::edge::{self, Edge, Verdict, flows};
 
 use super::Simulator;
 use super::edge_maps::{Record, slot};
@@ -105,5 +106,13 @@ impl EdgeTables for Simulator {
 
     fn count_connection(&self, service: u32) {
         self.edge.counters.borrow_mut().entry(service).or_default().connections += 1;
+    }
+
+    fn try_source(&self, work: &mut Work, tier: Tier, spare: bool) -> bool {
+        flows::try_source(self, work, tier, spare)
+    }
+
+    fn try_tuple(&self, work: &mut Work, own: bool) -> bool {
+        flows::try_tuple(self, work, own)
     }
 }

@@ -1,8 +1,11 @@
 //! A packet on the host: the operations that the TC shell performs on an skb, on a vector of bytes.
 
 use proxy_common::addr::{Addr, Family};
-use proxy_common::datapath::edge::checksum;
 use proxy_common::datapath::edge::packet::{FURTHEST, Packet};
+use proxy_common::datapath::edge::parsed::Parsed;
+use proxy_common::datapath::edge::tables::EdgeTables;
+use proxy_common::datapath::edge::work::Work;
+use proxy_common::datapath::edge::{checksum, judge, sctp};
 
 const MAC_HEADER: usize = 14;
 
@@ -120,5 +123,13 @@ impl Packet for Frame {
     fn resize(&mut self, len: u32) -> bool {
         self.bytes.resize(len as usize, 0);
         true
+    }
+
+    fn sctp_moved_on(&self, change: u32, bytes: u32) -> u32 {
+        sctp::moved_on(change, bytes)
+    }
+
+    fn choose(&self, tables: &impl EdgeTables, parsed: &Parsed, work: &mut Work) {
+        judge::choose(self, tables, parsed, work);
     }
 }

@@ -13,6 +13,7 @@ use proxy_common::abi::{
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
+use proxy_common::datapath::socket;
 use proxy_common::datapath::tables::{Socket, Tables, Tier};
 
 use crate::reconcile::store::{Contents, MapStore, Op, StoreError, filter_bits};
@@ -366,5 +367,9 @@ impl Socket for SimSocket<'_> {
 
     fn drop_order(&mut self) {
         self.order = None;
+    }
+
+    fn is_of_opt_out(&self, tables: &impl Tables, inside: bool) -> bool {
+        socket::is_of_opt_out(|level| self.cgroup(level), tables, inside)
     }
 }

@@ -44,6 +44,12 @@ pub(super) fn target(
     proto: u8,
 ) -> Result<(FrontendValue, Node), Verdict> {
     let found = lookup::find(tables, &addr, port, proto);
+    // The verifier refuses a register that was never written, such as the absent payload of an enum.
+    let frontend = if let Target::Frontend(frontend) = found {
+        frontend
+    } else {
+        FrontendValue { service: 0, flags: 0, check: 0 }
+    };
     if let Target::Other = found {
         return Err(Verdict::Pass);
     }
@@ -56,7 +62,7 @@ pub(super) fn target(
         return Err(Verdict::Pass);
     }
     match found {
-        Target::Frontend(frontend) => {
+        Target::Frontend(_) => {
             if frontend.flags & PROBE != 0 {
                 tables.learn_host_netns(socket.netns());
                 return Ok((frontend, tables.node()));

@@ -7,7 +7,7 @@ use fastrand::Rng;
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
-use proxy_common::datapath::edge::parse::tcp::{ACK, FIN, PSH, RST, SYN};
+use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_tests::packets::{Body, Net, Packet, Trouble};
 
