@@ -9,6 +9,8 @@
 //!
 //! A module imports only modules that stand above it in this list (`cargo xtask lint` checks that):
 
+#![warn(unreachable_pub)]
+
 pub mod reconcile;
 
 pub mod host;

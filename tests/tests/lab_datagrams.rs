@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, Map, MapData};
 use proxy_agent::bpf::pins::PinDir;
 use proxy_common::abi::StreamRecord;
+use proxy_common::abi::maps;
 use proxy_common::abi::socket::STREAM_SLOTS;
 use proxy_tests::lab::{Agent, Attempt, Held, Lab, LabSpec, NodeSpec, Place, Proto, Summary};
 use proxy_tests::scenarios::{PortView, until};
@@ -334,7 +335,7 @@ fn no_socket_leaves_anything_behind() -> Result<()> {
     world.serve(&["L1"])?;
     let pins = PinDir::new(world.lab.node("n1").pin_dir());
     let taken = || -> Result<usize> {
-        let map = Map::Array(MapData::from_pin(pins.map("STREAMS"))?);
+        let map = Map::Array(MapData::from_pin(pins.map(maps::STREAMS))?);
         let streams: Array<_, StreamRecord> = map.try_into()?;
         let mut taken = 0;
         for slot in 0..STREAM_SLOTS {

@@ -19,6 +19,7 @@ use proxy_agent::reconcile::desired::PortKey;
 use proxy_agent::reconcile::model::service_name;
 use proxy_agent::reconcile::store::{Capacity, MapStore as _, Op};
 use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
+use proxy_common::abi::maps;
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
     Backend, BackendState, FilterBit, Flow, FlowKey, FlowKind, FlowRef, Origin, ServiceCounters, backend,
@@ -265,7 +266,7 @@ fn a_table_keeps_its_size_and_its_flows() -> Result<()> {
         assert_eq!(keys(&maps)?, keys_of(&[flow]));
         assert_eq!(maps.flows.capacity()?, u64::from(FLOW_ENTRIES));
     }
-    std::fs::remove_file(pins.map("FLOWS"))?;
+    std::fs::remove_file(pins.map(maps::FLOWS))?;
     Dataplane::open(pins.clone(), Sizes { least: CAPACITY, want: CAPACITY, flows: 10 }, drop)?;
     assert_eq!(FlowMaps::open(&pins)?.flows.capacity()?, 10);
     Ok(())
@@ -395,7 +396,7 @@ fn what_passed_for_a_service_is_shown_and_forgotten_with_it() -> Result<()> {
     };
     bench.maps().apply(&Op::Name(3, Some(name("s"))))?;
     assert_eq!(bench.maps().service_counters(3)?, ServiceCounters::default());
-    let counters = Map::PerCpuArray(MapData::from_pin(bench.pins.map("SERVICE_COUNTERS"))?);
+    let counters = Map::PerCpuArray(MapData::from_pin(bench.pins.map(maps::SERVICE_COUNTERS))?);
     let mut counters = PerCpuArray::<_, ServiceCounters>::try_from(counters)?;
     let cpus = counters.get(&3, 0)?.len() as u64;
     let cpu = |cpu: u64| ServiceCounters {
@@ -454,10 +455,10 @@ fn tries_hold_what_was_put_into_them() -> Result<()> {
     assert_eq!(contents.source_ranges.into_iter().collect::<BTreeSet<_>>(), ranges);
     assert_eq!((contents.pod_sources, contents.service_cidrs), (vec![pods], vec![cidr]));
     let usage = bench.maps().usage()?;
-    assert!(usage.contains(&("SOURCE_RANGES", 7, 64)), "{usage:?}");
+    assert!(usage.contains(&(maps::SOURCE_RANGES, 7, 64)), "{usage:?}");
 
     // As a BPF program looks it up: the id with a whole address.
-    let trie = Map::LpmTrie(MapData::from_pin(bench.pins.map("SOURCE_RANGES"))?);
+    let trie = Map::LpmTrie(MapData::from_pin(bench.pins.map(maps::SOURCE_RANGES))?);
     let trie = LpmTrie::<_, [u8; 20], u32>::try_from(trie)?;
     let admits = |id: u32, client: &str| -> Result<bool> {
         let client: Addr = client.parse::<std::net::IpAddr>()?.into();
@@ -540,7 +541,7 @@ fn new_maps_know_what_older_flows_lead_to() -> Result<()> {
     world.agent(NODE).start_ready()?;
     assert!(has()?);
     world.agent(NODE).kill9()?;
-    std::fs::remove_file(pins.map("FRONTENDS"))?;
+    std::fs::remove_file(pins.map(maps::FRONTENDS))?;
     world.agent(NODE).start_ready()?;
     assert!(has()?);
     Ok(())

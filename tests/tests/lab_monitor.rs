@@ -10,6 +10,7 @@ use aya::maps::{Array, Map, MapData};
 use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::host::clock::now;
 use proxy_common::abi::Trace;
+use proxy_common::abi::maps;
 use proxy_tests::lab::Proc;
 use proxy_tests::scenarios::{NODE, OUTSIDE_ADDRESS, World};
 use rustix::process::Signal;
@@ -53,7 +54,7 @@ fn wait(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
 /// What the datapath has been asked to tell.
 fn trace(world: &World) -> Result<Trace> {
     let pins = PinDir::new(world.lab().node(NODE).pin_dir());
-    let map = Array::<_, Trace>::try_from(Map::Array(MapData::from_pin(pins.map("TRACE"))?))?;
+    let map = Array::<_, Trace>::try_from(Map::Array(MapData::from_pin(pins.map(maps::TRACE))?))?;
     Ok(map.get(&0, 0)?)
 }
 

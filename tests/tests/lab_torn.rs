@@ -27,6 +27,7 @@ use proxy_agent::reconcile::plan::{Wanted, plan};
 use proxy_agent::reconcile::store::{Capacity, MapStore as _, Op};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, SERVING};
 use proxy_common::abi::frontend::flags::EXTERNAL;
+use proxy_common::abi::maps;
 use proxy_common::abi::proto::UDP;
 use proxy_common::abi::{Affinity, Counter, FrontendKey, FrontendValue, Service, SlotRange, SocketRecord};
 use proxy_common::addr::{Addr, Family, Prefix};
@@ -354,7 +355,7 @@ fn stay_on(which: usize) -> Result<()> {
 }
 
 fn connect_until(end: Instant, pins: &Path, ids: &BTreeMap<String, u32>) -> Result<Seen> {
-    let map = MapData::from_pin(PinDir::new(pins).map("SOCKETS"))?;
+    let map = MapData::from_pin(PinDir::new(pins).map(maps::SOCKETS))?;
     let storage: SkStorage<_, SocketRecord> = Map::SkStorage(map).try_into()?;
     let mut seen = Seen::default();
     let mut random = 1_u64;

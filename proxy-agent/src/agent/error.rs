@@ -13,7 +13,7 @@ use crate::sources::SourceError;
 
 /// Reason why the agent ends other than by a signal.
 #[derive(Debug, thiserror::Error)]
-pub enum AgentError {
+pub(crate) enum AgentError {
     /// The dataplane cannot be set up.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),

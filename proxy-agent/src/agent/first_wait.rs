@@ -8,24 +8,24 @@ use std::time::{Duration, Instant};
 use crate::reconcile::cluster::Node;
 
 /// Time that the Node's IPs are waited for.
-pub const FOR_IPS: Duration = Duration::from_secs(30);
+pub(crate) const FOR_IPS: Duration = Duration::from_secs(30);
 /// Time that the Node's podCIDRs are waited for, where pods are recognized by them.
-pub const FOR_POD_CIDRS: Duration = Duration::from_secs(5 * 60);
+pub(crate) const FOR_POD_CIDRS: Duration = Duration::from_secs(5 * 60);
 
 /// Facts that a start needs of the Node, and the start of the wait.
 #[derive(Clone, Copy, Debug)]
-pub struct Patience {
+pub(crate) struct Patience {
     /// Time when the wait began.
-    pub since: Instant,
+    pub(crate) since: Instant,
     /// Whether to wait for the Node's IPs; the start does without them after the time.
-    pub ips: bool,
+    pub(crate) ips: bool,
     /// Whether to wait for the Node's podCIDRs; the start cannot do without them.
-    pub pod_cidrs: bool,
+    pub(crate) pod_cidrs: bool,
 }
 
 /// Decision about the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// Start: everything that a start needs, or can have, is there.
     Start,
     /// Something is missing: decide again at this time.
@@ -41,7 +41,7 @@ pub enum Verdict {
 
 impl Patience {
     /// Returns the decision at `now`, if this is all that is known of the Node.
-    pub fn judge(&self, node: &Node, now: Instant) -> Verdict {
+    pub(crate) fn judge(&self, node: &Node, now: Instant) -> Verdict {
         let (ips_until, pod_cidrs_until) = (self.since + FOR_IPS, self.since + FOR_POD_CIDRS);
         if self.ips && node.primary.is_none() && now < ips_until {
             let reason = "the Node has not appeared with an IP";

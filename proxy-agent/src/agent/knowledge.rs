@@ -23,7 +23,7 @@ pub struct Knowledge {
     /// Objects as the source has told them.
     pub cluster: Cluster,
     /// The facts of this node.
-    pub context: Context,
+    pub(crate) context: Context,
     /// The addresses of this host, with the device of each.
     addresses: HostAddresses,
 }
@@ -56,7 +56,7 @@ impl Knowledge {
 
     /// Recognizes pods by the Node's podCIDRs from here on. Returns false if none of them is of a family that this host
     /// has.
-    pub fn take_pod_cidrs(&mut self, families: &[Family]) -> bool {
+    pub(crate) fn take_pod_cidrs(&mut self, families: &[Family]) -> bool {
         for &family in families {
             let mut cidrs = self.cluster.node().pod_cidrs.iter();
             self.context.cluster_cidr[family.index()] = cidrs.find(|cidr| cidr.family() == family).copied();
@@ -74,7 +74,7 @@ impl Knowledge {
     }
 
     /// Returns the clusterIPs of a Service that are also addresses of this host, with their devices.
-    pub fn held_by_host(&self, key: &ObjectKey) -> Vec<(Addr, u32)> {
+    pub(crate) fn held_by_host(&self, key: &ObjectKey) -> Vec<(Addr, u32)> {
         let addrs = self.cluster.service(key).into_iter().flat_map(|service| service.cluster_ips);
         addrs.flatten().filter_map(|addr| Some((addr, *self.addresses.get(&addr)?))).collect()
     }
@@ -87,7 +87,7 @@ impl Knowledge {
     }
 
     /// Returns a function that computes the same from what is known now, on any thread.
-    pub fn work_out(&self, key: &ObjectKey) -> impl FnOnce() -> Option<Wanted> + Send + use<> {
+    pub(crate) fn work_out(&self, key: &ObjectKey) -> impl FnOnce() -> Option<Wanted> + Send + use<> {
         let service = self.cluster.service(key).cloned();
         let slices: Vec<Slice> = self.cluster.slices(key).cloned().collect();
         let context = self.context.clone();
@@ -121,5 +121,5 @@ pub struct NodePlan {
     /// Services that have to be planned again.
     pub concerned: BTreeSet<ObjectKey>,
     /// Problems of what there is no room for.
-    pub problems: Vec<String>,
+    pub(crate) problems: Vec<String>,
 }

@@ -45,7 +45,7 @@ use crate::reconcile::plan::Wanted;
 use crate::sources::{SourceError, Update, api, manifests};
 
 mod error;
-pub mod first_wait;
+pub(crate) mod first_wait;
 pub mod flows;
 pub mod knowledge;
 mod news;
@@ -55,10 +55,10 @@ mod queue;
 mod room;
 mod sizes;
 mod sweeping;
-pub mod telemetry;
+pub(crate) mod telemetry;
 mod telling;
 
-pub use error::AgentError;
+pub(crate) use error::AgentError;
 use programmed::Programmed;
 use queue::Queue;
 
@@ -77,7 +77,7 @@ const QUEUE: usize = 16;
 /// # Errors
 ///
 /// [`AgentError`]; the dataplane stays as it is.
-pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), AgentError> {
+pub(crate) async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), AgentError> {
     config.pins.create().map_err(DataplaneError::from)?;
     let _lock = config.pins.lock().map_err(DataplaneError::from)?;
 

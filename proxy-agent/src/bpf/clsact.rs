@@ -230,7 +230,7 @@ pub(super) fn make_clsact(
 /// # Errors
 ///
 /// Returns the kernel's error.
-pub fn detach(pins: &PinDir, device: u32) -> io::Result<()> {
+pub(crate) fn detach(pins: &PinDir, device: u32) -> io::Result<()> {
     let control = TrafficControl::open()?;
     for direction in Direction::ALL {
         let own = own_filter(direction);

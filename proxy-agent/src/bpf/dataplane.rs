@@ -3,6 +3,7 @@
 //! Everything is pinned: the dataplane outlives the agent. A restart replaces the programs one by one, each in one
 //! step, on the same maps; no connection notices.
 
+use proxy_common::abi::maps;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd as _;
@@ -17,7 +18,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use super::load::{Refused, chain, describe, log_level, reason, timed};
 use super::maps::{GrowError, KernelMaps};
-use super::pins::{Found, MAPS, PinDir, PinError};
+use super::pins::{Found, PinDir, PinError};
 use super::sys;
 use crate::bpf::pins::OpenError;
 use crate::host::cgroups::{CONTAINERS_MAX, PODS_MAX};
@@ -140,11 +141,11 @@ pub struct Dataplane {
     /// Whether the maps existed already, with the elements that an earlier agent had written.
     pub resumed: bool,
     /// Verified instructions per program, if the kernel reports them (5.16).
-    pub verified: Vec<(&'static str, Option<u32>)>,
+    pub(crate) verified: Vec<(&'static str, Option<u32>)>,
     /// Programs that are not attached.
-    pub refused: Refused,
+    pub(crate) refused: Refused,
     /// Whether the kernel lets programs choose the errno of a refusal (5.18).
-    pub set_retval: bool,
+    pub(crate) set_retval: bool,
     pins: PinDir,
     programs: Ebpf,
 }
@@ -183,7 +184,7 @@ impl Dataplane {
         let mut loader = EbpfLoader::new();
         loader.btf(None).verifier_log_level(log_level());
         loader.override_global("HAS_SET_RETVAL", &has_set_retval, true);
-        let maps: Vec<(&str, PathBuf, u32)> = MAPS
+        let maps: Vec<(&str, PathBuf, u32)> = maps::ALL
             .iter()
             .map(|spec| (spec.name, larger.map(spec.name), entries(spec.name, sizes.want, sizes.flows)))
             .collect();
@@ -281,7 +282,7 @@ impl Dataplane {
 
     /// Returns the programs that `cgroup` does not run any more: somebody has detached or replaced them, or the cgroup
     /// has been removed and made again.
-    pub fn detached(&self, cgroup: &Path) -> Vec<&'static str> {
+    pub(crate) fn detached(&self, cgroup: &Path) -> Vec<&'static str> {
         let cgroup_id = std::fs::metadata(cgroup).ok().map(|dir| dir.ino());
         let own = |name| Some(self.programs.program(name)?.info().ok()?.id());
         let runs = |name: &&'static str| {
@@ -297,7 +298,7 @@ impl Dataplane {
     /// # Errors
     ///
     /// [`DataplaneError::Open`] when a pin is gone.
-    pub fn sockets(&self) -> Result<SocketMaps, DataplaneError> {
+    pub(crate) fn sockets(&self) -> Result<SocketMaps, DataplaneError> {
         let open = |name| {
             let path = self.pins.map(name);
             let map =
@@ -305,7 +306,11 @@ impl Dataplane {
             let fd = map.fd().as_fd().try_clone_to_owned();
             fd.map_err(|source| OpenError::Mmap { path, source })
         };
-        Ok(SocketMaps { records: open("SOCKETS")?, orders: open("ORDERS")?, streams: open("STREAMS")? })
+        Ok(SocketMaps {
+            records: open(maps::SOCKETS)?,
+            orders: open(maps::ORDERS)?,
+            streams: open(maps::STREAMS)?,
+        })
     }
 }
 
@@ -364,24 +369,24 @@ fn attach(program: &mut Program, cgroup: &File) -> Result<FdLink, Box<dyn std::e
 /// Returns the number of elements that a map should have; 0 if the object decides.
 fn entries(map: &str, want: Capacity, flows: u32) -> u32 {
     match map {
-        "FRONTENDS" => want.frontends,
-        "SERVICES" | "NAMES" | "SERVICE_COUNTERS" => want.services,
-        "SLOTS" => want.slots,
-        "BACKENDS" => want.backends,
-        "AFFINITY" | "NEW_AFFINITY" => AFFINITY_ENTRIES,
-        "UDP_FLOWS" => UDP_FLOW_ENTRIES,
-        "FLOWS" => flows,
-        "NEW_FLOWS" => NEW_FLOW_ENTRIES,
+        maps::FRONTENDS => want.frontends,
+        maps::SERVICES | maps::NAMES | maps::SERVICE_COUNTERS => want.services,
+        maps::SLOTS => want.slots,
+        maps::BACKENDS => want.backends,
+        maps::AFFINITY | maps::NEW_AFFINITY => AFFINITY_ENTRIES,
+        maps::UDP_FLOWS => UDP_FLOW_ENTRIES,
+        maps::FLOWS => flows,
+        maps::NEW_FLOWS => NEW_FLOW_ENTRIES,
         // A flow has one or two index entries.
-        "FLOW_INDEX" => flows.saturating_mul(2),
-        "NEW_FLOW_INDEX" => 2 * NEW_FLOW_ENTRIES,
-        "FRAGMENTS" => FRAGMENT_ENTRIES,
-        "SOURCE_RANGES" => want.source_ranges,
-        "POD_SOURCES" | "SERVICE_CIDRS" => PREFIX_ENTRIES,
-        "DEVICES" => DEVICE_ENTRIES,
-        "LOCAL_ADDRESSES" => LOCAL_ADDRESS_ENTRIES,
-        "OPT_OUT" => OPT_OUT_ENTRIES,
-        "SANDBOXES" => SANDBOX_ENTRIES,
+        maps::FLOW_INDEX => flows.saturating_mul(2),
+        maps::NEW_FLOW_INDEX => 2 * NEW_FLOW_ENTRIES,
+        maps::FRAGMENTS => FRAGMENT_ENTRIES,
+        maps::SOURCE_RANGES => want.source_ranges,
+        maps::POD_SOURCES | maps::SERVICE_CIDRS => PREFIX_ENTRIES,
+        maps::DEVICES => DEVICE_ENTRIES,
+        maps::LOCAL_ADDRESSES => LOCAL_ADDRESS_ENTRIES,
+        maps::OPT_OUT => OPT_OUT_ENTRIES,
+        maps::SANDBOXES => SANDBOX_ENTRIES,
         _ => 0,
     }
 }

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 /// Direction of packets, seen from the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Direction {
+pub(crate) enum Direction {
     /// Out of the host.
     Egress,
     /// Into the host.
@@ -21,7 +21,7 @@ pub enum Direction {
 impl Direction {
     /// Both directions, in the order in which programs are attached: the reply direction first, so that no request is
     /// translated whose reply would not be.
-    pub const ALL: [Self; 2] = [Self::Egress, Self::Ingress];
+    pub(crate) const ALL: [Self; 2] = [Self::Egress, Self::Ingress];
 
     pub(super) const fn attach_type(self) -> TcAttachType {
         match self {
@@ -33,7 +33,7 @@ impl Direction {
 
 /// Reason why a program is not attached to a device.
 #[derive(Debug, thiserror::Error)]
-pub enum AttachError {
+pub(crate) enum AttachError {
     /// aya or the kernel refused.
     #[error("{program}: {}", reason(source))]
     Program {
@@ -96,11 +96,11 @@ pub enum AttachError {
 
 /// A device to attach to.
 #[derive(Clone, Copy, Debug)]
-pub struct Device<'a> {
+pub(crate) struct Device<'a> {
     /// Interface index.
-    pub index: u32,
+    pub(crate) index: u32,
     /// Interface name.
-    pub name: &'a str,
+    pub(crate) name: &'a str,
 }
 
 /// Reason why the object or its maps cannot be used.

@@ -3,6 +3,7 @@
 use std::io;
 
 use aya::maps::{HashMap, IterableMap as _, Map, MapData, MapError};
+use proxy_common::abi::maps;
 use proxy_common::abi::{Flow, FlowKey, FlowRef};
 
 use super::pins::OpenError;
@@ -35,10 +36,10 @@ impl FlowMaps {
     /// [`OpenError`] names the pin.
     pub fn open(pins: &PinDir) -> Result<Self, OpenError> {
         Ok(Self {
-            flows: Table::open(pins, "FLOWS")?,
-            index: Table::open(pins, "FLOW_INDEX")?,
-            new_flows: Table::open(pins, "NEW_FLOWS")?,
-            new_index: Table::open(pins, "NEW_FLOW_INDEX")?,
+            flows: Table::open(pins, maps::FLOWS)?,
+            index: Table::open(pins, maps::FLOW_INDEX)?,
+            new_flows: Table::open(pins, maps::NEW_FLOWS)?,
+            new_index: Table::open(pins, maps::NEW_FLOW_INDEX)?,
         })
     }
 }
@@ -60,7 +61,7 @@ impl<V: Element, K: Element> Table<V, K> {
     /// # Errors
     ///
     /// [`OpenError`] names the pin.
-    pub fn open(pins: &PinDir, name: &str) -> Result<Self, OpenError> {
+    pub(crate) fn open(pins: &PinDir, name: &str) -> Result<Self, OpenError> {
         let path = pins.map(name);
         let map = MapData::from_pin(&path).and_then(|map| HashMap::try_from(Map::HashMap(map)));
         Ok(Self { map: map.map_err(|source| OpenError::Pin { path, source })? })
@@ -71,7 +72,7 @@ impl<V: Element, K: Element> Table<V, K> {
     /// # Errors
     ///
     /// Returns the kernel's error.
-    pub fn get(&self, key: &K) -> Result<Option<V>, MapError> {
+    pub(crate) fn get(&self, key: &K) -> Result<Option<V>, MapError> {
         match self.map.get(key, 0) {
             Ok(value) => Ok(Some(value)),
             Err(MapError::KeyNotFound) => Ok(None),
@@ -140,7 +141,7 @@ impl<V: Element, K: Element> Table<V, K> {
 /// # Errors
 ///
 /// Returns the kernel's error.
-pub fn count<V: Element, K: Element>(map: &MapData) -> io::Result<u64> {
+pub(crate) fn count<V: Element, K: Element>(map: &MapData) -> io::Result<u64> {
     let (mut walk, mut count) = (Walk::<V, K>::default(), 0);
     while let Some(elements) = walk.step_on(map)? {
         count += elements.count() as u64;
@@ -151,7 +152,7 @@ pub fn count<V: Element, K: Element>(map: &MapData) -> io::Result<u64> {
 /// A walk over a table, some elements at a time. It meets every element that is there from its beginning to its end. It
 /// may or may not meet an element that comes or goes meanwhile.
 #[derive(Debug)]
-pub struct Walk<V, K = FlowKey> {
+pub(crate) struct Walk<V, K = FlowKey> {
     next: Next,
     keys: Vec<K>,
     values: Vec<V>,
@@ -176,7 +177,7 @@ impl<V: Element, K: Element> Walk<V, K> {
     /// # Errors
     ///
     /// Returns the kernel's error.
-    pub fn step(
+    pub(crate) fn step(
         &mut self,
         table: &Table<V, K>,
     ) -> io::Result<Option<impl Iterator<Item = (K, V)> + use<'_, V, K>>> {

@@ -10,7 +10,7 @@ use aya::programs::ProgramError;
 const LAST_LINES: usize = 3;
 
 /// Programs that the kernel has refused, each with the reason and the loss.
-pub type Refused = BTreeMap<&'static str, String>;
+pub(crate) type Refused = BTreeMap<&'static str, String>;
 
 /// Returns the level of the verifier's log. The verdict is a few lines. The log of the whole verification is megabytes,
 /// and the program would be verified again and again, with a larger buffer each time.
@@ -85,7 +85,7 @@ fn lost(program: &str) -> &'static str {
 }
 
 /// Returns an error with its causes on one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

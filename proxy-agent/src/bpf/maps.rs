@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 use aya::maps::{
     HashMap, IterableMap as _, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie,
 };
+use proxy_common::abi::maps;
 use proxy_common::abi::{
     Backend, Counter, Device, FilterBit, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Service,
     ServiceCounters, ServiceName, SourceRangeKey,
@@ -83,36 +84,38 @@ impl KernelMaps {
             let mapping = Mapping::new(std::os::fd::AsFd::as_fd(&map.fd()), len, value_size, writable);
             mapping.map_err(|source| OpenError::Mmap { path: pins.map(name), source })
         };
-        let services = mapping("SERVICES", size_of::<Service>())?;
-        let slots = mapping("SLOTS", size_of::<u32>())?;
-        let backends = mapping("BACKENDS", size_of::<Backend>())?;
-        let (frontends, source_ranges) = (data("FRONTENDS")?, data("SOURCE_RANGES")?);
+        let services = mapping(maps::SERVICES, size_of::<Service>())?;
+        let slots = mapping(maps::SLOTS, size_of::<u32>())?;
+        let backends = mapping(maps::BACKENDS, size_of::<Backend>())?;
+        let (frontends, source_ranges) = (data(maps::FRONTENDS)?, data(maps::SOURCE_RANGES)?);
         let capacity = Capacity {
-            frontends: frontends.info().map_err(bad("FRONTENDS"))?.max_entries(),
+            frontends: frontends.info().map_err(bad(maps::FRONTENDS))?.max_entries(),
             services: services.len(),
             slots: slots.len(),
             backends: backends.len(),
-            source_ranges: source_ranges.info().map_err(bad("SOURCE_RANGES"))?.max_entries(),
+            source_ranges: source_ranges.info().map_err(bad(maps::SOURCE_RANGES))?.max_entries(),
         };
-        let service_counters = Map::PerCpuArray(data("SERVICE_COUNTERS")?);
+        let service_counters = Map::PerCpuArray(data(maps::SERVICE_COUNTERS)?);
         Ok(Self {
-            frontends: typed(Map::HashMap(frontends)).map_err(bad("FRONTENDS"))?,
-            names: typed(Map::HashMap(data("NAMES")?)).map_err(bad("NAMES"))?,
-            source_ranges: typed(Map::LpmTrie(source_ranges)).map_err(bad("SOURCE_RANGES"))?,
-            local_addresses: typed(Map::HashMap(data("LOCAL_ADDRESSES")?)).map_err(bad("LOCAL_ADDRESSES"))?,
-            service_cidrs: typed(Map::LpmTrie(data("SERVICE_CIDRS")?)).map_err(bad("SERVICE_CIDRS"))?,
-            pod_sources: typed(Map::LpmTrie(data("POD_SOURCES")?)).map_err(bad("POD_SOURCES"))?,
-            opt_out: typed(Map::HashMap(data("OPT_OUT")?)).map_err(bad("OPT_OUT"))?,
-            sandboxes: typed(Map::HashMap(data("SANDBOXES")?)).map_err(bad("SANDBOXES"))?,
-            counters: typed(Map::PerCpuArray(data("COUNTERS")?)).map_err(bad("COUNTERS"))?,
-            service_counters: typed(service_counters).map_err(bad("SERVICE_COUNTERS"))?,
+            frontends: typed(Map::HashMap(frontends)).map_err(bad(maps::FRONTENDS))?,
+            names: typed(Map::HashMap(data(maps::NAMES)?)).map_err(bad(maps::NAMES))?,
+            source_ranges: typed(Map::LpmTrie(source_ranges)).map_err(bad(maps::SOURCE_RANGES))?,
+            local_addresses: typed(Map::HashMap(data(maps::LOCAL_ADDRESSES)?))
+                .map_err(bad(maps::LOCAL_ADDRESSES))?,
+            service_cidrs: typed(Map::LpmTrie(data(maps::SERVICE_CIDRS)?))
+                .map_err(bad(maps::SERVICE_CIDRS))?,
+            pod_sources: typed(Map::LpmTrie(data(maps::POD_SOURCES)?)).map_err(bad(maps::POD_SOURCES))?,
+            opt_out: typed(Map::HashMap(data(maps::OPT_OUT)?)).map_err(bad(maps::OPT_OUT))?,
+            sandboxes: typed(Map::HashMap(data(maps::SANDBOXES)?)).map_err(bad(maps::SANDBOXES))?,
+            counters: typed(Map::PerCpuArray(data(maps::COUNTERS)?)).map_err(bad(maps::COUNTERS))?,
+            service_counters: typed(service_counters).map_err(bad(maps::SERVICE_COUNTERS))?,
             flow_maps: FlowMaps::open(pins)?,
-            devices: Table::open(pins, "DEVICES")?,
-            filter: mapping("FILTER", size_of::<u64>())?,
+            devices: Table::open(pins, maps::DEVICES)?,
+            filter: mapping(maps::FILTER, size_of::<u64>())?,
             services,
             slots,
             backends,
-            node: mapping("NODE", size_of::<proxy_common::abi::Node>())?,
+            node: mapping(maps::NODE, size_of::<proxy_common::abi::Node>())?,
             capacity,
         })
     }
@@ -123,7 +126,7 @@ impl KernelMaps {
     }
 
     /// Returns the cookie of the host's network namespace; 0 while it is unknown.
-    pub fn host_netns(&self) -> u64 {
+    pub(crate) fn host_netns(&self) -> u64 {
         self.node.word(0, 0).map_or(0, |word| word.load(Acquire))
     }
 
@@ -132,12 +135,12 @@ impl KernelMaps {
     /// # Errors
     ///
     /// Never fails: the map has room for the cookie.
-    pub fn set_host_netns(&self, cookie: u64) -> Result<(), StoreError> {
-        store("NODE", &self.node, 0, 0, cookie)
+    pub(crate) fn set_host_netns(&self, cookie: u64) -> Result<(), StoreError> {
+        store(maps::NODE, &self.node, 0, 0, cookie)
     }
 
     /// Returns bits of [`proxy_common::abi::node`].
-    pub fn node_flags(&self) -> u64 {
+    pub(crate) fn node_flags(&self) -> u64 {
         self.node.word(0, 1).map_or(0, |word| word.load(Acquire))
     }
 
@@ -187,19 +190,23 @@ impl KernelMaps {
         let capacity = |map: &MapData| Ok::<u64, MapError>(map.info()?.max_entries().into());
         let devices = self.devices.count().map_err(MapError::IoError)?;
         Ok(vec![
-            ("FRONTENDS", frontends, self.capacity.frontends.into()),
-            ("SERVICES", services, self.capacity.services.into()),
-            ("SLOTS", self.slots_in_use(), self.capacity.slots.into()),
-            ("BACKENDS", backends, self.capacity.backends.into()),
-            ("SOURCE_RANGES", source_ranges, self.capacity.source_ranges.into()),
+            (maps::FRONTENDS, frontends, self.capacity.frontends.into()),
+            (maps::SERVICES, services, self.capacity.services.into()),
+            (maps::SLOTS, self.slots_in_use(), self.capacity.slots.into()),
+            (maps::BACKENDS, backends, self.capacity.backends.into()),
+            (maps::SOURCE_RANGES, source_ranges, self.capacity.source_ranges.into()),
             (
-                "LOCAL_ADDRESSES",
+                maps::LOCAL_ADDRESSES,
                 self.local_addresses.keys().count() as u64,
                 capacity(self.local_addresses.map())?,
             ),
-            ("SERVICE_CIDRS", self.service_cidrs.keys().count() as u64, capacity(self.service_cidrs.map())?),
-            ("POD_SOURCES", self.pod_sources.keys().count() as u64, capacity(self.pod_sources.map())?),
-            ("DEVICES", devices, self.devices.capacity()?),
+            (
+                maps::SERVICE_CIDRS,
+                self.service_cidrs.keys().count() as u64,
+                capacity(self.service_cidrs.map())?,
+            ),
+            (maps::POD_SOURCES, self.pod_sources.keys().count() as u64, capacity(self.pod_sources.map())?),
+            (maps::DEVICES, devices, self.devices.capacity()?),
         ])
     }
 
@@ -235,7 +242,7 @@ impl KernelMaps {
     }
 
     /// Returns an element of `BACKENDS`.
-    pub fn backend(&self, id: u32) -> Option<Backend> {
+    pub(crate) fn backend(&self, id: u32) -> Option<Backend> {
         load::<4>(&self.backends, id).map(bytemuck::cast)
     }
 
@@ -275,10 +282,10 @@ impl KernelMaps {
     /// # Errors
     ///
     /// [`GrowError`].
-    pub fn copy_from(&mut self, old: &Self, maps: &BTreeSet<&str>) -> Result<(), GrowError> {
+    pub(crate) fn copy_from(&mut self, old: &Self, maps: &BTreeSet<&str>) -> Result<(), GrowError> {
         let contents = old.contents()?;
         contents.elements().filter(|op| maps.contains(op.map())).try_for_each(|op| self.apply(&op))?;
-        if maps.contains("SERVICE_COUNTERS") {
+        if maps.contains(maps::SERVICE_COUNTERS) {
             for (id, _) in &contents.names {
                 let counted = old.service_counters.get(id, 0)?;
                 self.service_counters.set(*id, counted, 0)?;
@@ -295,7 +302,9 @@ impl KernelMaps {
     /// [`StoreError::Range`] if the map is too small, [`StoreError::Map`] if the flows cannot be walked.
     pub fn refresh_filter(&self, contents: &Contents) -> Result<(), StoreError> {
         let mut words = filter_words(contents);
-        for (map, table) in [("FLOWS", &self.flow_maps.flows), ("NEW_FLOWS", &self.flow_maps.new_flows)] {
+        for (map, table) in
+            [(maps::FLOWS, &self.flow_maps.flows), (maps::NEW_FLOWS, &self.flow_maps.new_flows)]
+        {
             let mark = |(key, _): (FlowKey, Flow)| {
                 if key.kind != FlowKind::Record as u8 {
                     return;
@@ -308,7 +317,7 @@ impl KernelMaps {
             };
             table.for_each(mark).map_err(|source| StoreError::Map { map, source })?;
         }
-        (0..).zip(words).try_for_each(|(word, bits)| store("FILTER", &self.filter, word, 0, bits))
+        (0..).zip(words).try_for_each(|(word, bits)| store(maps::FILTER, &self.filter, word, 0, bits))
     }
 }
 
@@ -316,7 +325,7 @@ impl MapStore for KernelMaps {
     fn apply(&mut self, op: &Op) -> Result<(), StoreError> {
         for bit in filter_bits(op) {
             let word = self.filter.word(bit.word, 0).map_or(0, |word| word.load(Acquire));
-            store("FILTER", &self.filter, bit.word, 0, word | bit.mask)?;
+            store(maps::FILTER, &self.filter, bit.word, 0, word | bit.mask)?;
         }
         match op {
             Op::Name(id, Some(name)) => {
@@ -325,60 +334,63 @@ impl MapStore for KernelMaps {
                     cpus.and_then(|cpus| PerCpuValues::try_from(vec![ServiceCounters::default(); cpus]));
                 zero.map_err(MapError::from)
                     .and_then(|zero| self.service_counters.set(*id, zero, 0))
-                    .map_err(failed("SERVICE_COUNTERS"))?;
-                self.names.insert(id, **name, 0).map_err(failed("NAMES"))
+                    .map_err(failed(maps::SERVICE_COUNTERS))?;
+                self.names.insert(id, **name, 0).map_err(failed(maps::NAMES))
             }
-            Op::Name(id, None) => absent_is_fine(self.names.remove(id)).map_err(failed("NAMES")),
+            Op::Name(id, None) => absent_is_fine(self.names.remove(id)).map_err(failed(maps::NAMES)),
             Op::Backend(id, backend) => {
                 let [a, b, c, state] = bytemuck::cast::<Backend, [u64; 4]>(*backend);
                 // The state makes the element valid, so it comes last.
                 [(0, a), (1, b), (2, c), (3, state)]
                     .into_iter()
-                    .try_for_each(|(word, value)| store("BACKENDS", &self.backends, *id, word, value))
+                    .try_for_each(|(word, value)| store(maps::BACKENDS, &self.backends, *id, word, value))
             }
-            Op::BackendState(id, state) => store("BACKENDS", &self.backends, *id, 3, bytemuck::cast(*state)),
+            Op::BackendState(id, state) => {
+                store(maps::BACKENDS, &self.backends, *id, 3, bytemuck::cast(*state))
+            }
             Op::Slots(base, ids) => (*base..)
                 .zip(ids)
-                .try_for_each(|(slot, id)| store("SLOTS", &self.slots, slot, 0, u64::from(*id))),
+                .try_for_each(|(slot, id)| store(maps::SLOTS, &self.slots, slot, 0, u64::from(*id))),
             Op::Service(id, service) => {
                 let [cluster, local, affinity] = bytemuck::cast::<Service, [u64; 3]>(*service);
                 [(2, affinity), (1, local), (0, cluster)]
                     .into_iter()
-                    .try_for_each(|(word, value)| store("SERVICES", &self.services, *id, word, value))
+                    .try_for_each(|(word, value)| store(maps::SERVICES, &self.services, *id, word, value))
             }
             Op::Frontend(key, Some(value)) => {
-                self.frontends.insert(key, value, 0).map_err(failed("FRONTENDS"))
+                self.frontends.insert(key, value, 0).map_err(failed(maps::FRONTENDS))
             }
             Op::Frontend(key, None) => {
-                absent_is_fine(self.frontends.remove(key)).map_err(failed("FRONTENDS"))
+                absent_is_fine(self.frontends.remove(key)).map_err(failed(maps::FRONTENDS))
             }
             Op::LocalAddress(addr, Some(bits)) => {
-                self.local_addresses.insert(addr, bits, 0).map_err(failed("LOCAL_ADDRESSES"))
+                self.local_addresses.insert(addr, bits, 0).map_err(failed(maps::LOCAL_ADDRESSES))
             }
             Op::LocalAddress(addr, None) => {
-                absent_is_fine(self.local_addresses.remove(addr)).map_err(failed("LOCAL_ADDRESSES"))
+                absent_is_fine(self.local_addresses.remove(addr)).map_err(failed(maps::LOCAL_ADDRESSES))
             }
             Op::SourceRange(service, range, present) => {
                 put(&mut self.source_ranges, &source_range_key(*service, *range), *present)
-                    .map_err(failed("SOURCE_RANGES"))
+                    .map_err(failed(maps::SOURCE_RANGES))
             }
-            Op::ServiceCidr(cidr, present) => {
-                put(&mut self.service_cidrs, &prefix_key(*cidr), *present).map_err(failed("SERVICE_CIDRS"))
-            }
+            Op::ServiceCidr(cidr, present) => put(&mut self.service_cidrs, &prefix_key(*cidr), *present)
+                .map_err(failed(maps::SERVICE_CIDRS)),
             Op::PodSource(pods, present) => {
-                put(&mut self.pod_sources, &prefix_key(*pods), *present).map_err(failed("POD_SOURCES"))
+                put(&mut self.pod_sources, &prefix_key(*pods), *present).map_err(failed(maps::POD_SOURCES))
             }
-            Op::OptOut(cgroup, Some(what)) => self.opt_out.insert(cgroup, what, 0).map_err(failed("OPT_OUT")),
+            Op::OptOut(cgroup, Some(what)) => {
+                self.opt_out.insert(cgroup, what, 0).map_err(failed(maps::OPT_OUT))
+            }
             Op::OptOut(cgroup, None) => {
-                absent_is_fine(self.opt_out.remove(cgroup)).map_err(failed("OPT_OUT"))
+                absent_is_fine(self.opt_out.remove(cgroup)).map_err(failed(maps::OPT_OUT))
             }
             Op::Sandbox(netns, Some(cgroup)) => {
-                self.sandboxes.insert(netns, cgroup, 0).map_err(failed("SANDBOXES"))
+                self.sandboxes.insert(netns, cgroup, 0).map_err(failed(maps::SANDBOXES))
             }
             Op::Sandbox(netns, None) => {
-                absent_is_fine(self.sandboxes.remove(netns)).map_err(failed("SANDBOXES"))
+                absent_is_fine(self.sandboxes.remove(netns)).map_err(failed(maps::SANDBOXES))
             }
-            Op::NodeFlags(flags) => store("NODE", &self.node, 0, 1, *flags),
+            Op::NodeFlags(flags) => store(maps::NODE, &self.node, 0, 1, *flags),
         }
     }
 }

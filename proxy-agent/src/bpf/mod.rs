@@ -10,7 +10,7 @@ mod bpf_fs;
 
 pub mod pins;
 
-pub mod notes;
+pub(crate) mod notes;
 
 pub mod maps;
 
@@ -18,19 +18,19 @@ pub mod flow_maps;
 
 mod load;
 
-pub use load::{Refused, chain};
+pub(crate) use load::{Refused, chain};
 
 pub mod dataplane;
 
-pub mod device;
+pub(crate) mod device;
 
-pub mod self_test;
+pub(crate) mod self_test;
 
-pub mod clsact;
+pub(crate) mod clsact;
 
 pub mod tc;
 
-pub mod others;
+pub(crate) mod others;
 
 #[cfg(feature = "debug-log")]
 mod debug_log;

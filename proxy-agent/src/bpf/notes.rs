@@ -17,7 +17,7 @@ use super::pins::{PinDir, PinError};
 
 /// Something that the agent has made.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Note {
+pub(crate) enum Note {
     /// The clsact queueing discipline of the device with this index has been added.
     Clsact(u32),
     /// These ports have been reserved.
@@ -49,11 +49,11 @@ impl Note {
 
 /// The notes of a pin directory.
 #[derive(Clone, Debug)]
-pub struct Notes(PathBuf);
+pub(crate) struct Notes(PathBuf);
 
 impl Notes {
     /// Returns the notes of `pins`.
-    pub fn of(pins: &PinDir) -> Self {
+    pub(crate) fn of(pins: &PinDir) -> Self {
         Self(pins.notes())
     }
 
@@ -62,7 +62,7 @@ impl Notes {
     /// # Errors
     ///
     /// [`PinError::File`].
-    pub fn add(&self, note: &Note) -> Result<bool, PinError> {
+    pub(crate) fn add(&self, note: &Note) -> Result<bool, PinError> {
         let path = self.of_note(note);
         let made = std::fs::create_dir_all(&self.0).and_then(|()| std::fs::create_dir(&path));
         match made {
@@ -77,7 +77,7 @@ impl Notes {
     /// # Errors
     ///
     /// [`PinError::File`].
-    pub fn remove(&self, note: &Note) -> Result<(), PinError> {
+    pub(crate) fn remove(&self, note: &Note) -> Result<(), PinError> {
         let path = self.of_note(note);
         match std::fs::remove_dir(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(PinError::File { path, source }),
@@ -86,7 +86,7 @@ impl Notes {
     }
 
     /// Returns whether the note exists.
-    pub fn has(&self, note: &Note) -> bool {
+    pub(crate) fn has(&self, note: &Note) -> bool {
         self.of_note(note).is_dir()
     }
 
@@ -95,7 +95,7 @@ impl Notes {
     /// # Errors
     ///
     /// [`PinError::File`].
-    pub fn all(&self) -> Result<Vec<Note>, PinError> {
+    pub(crate) fn all(&self) -> Result<Vec<Note>, PinError> {
         let failed = |source| PinError::File { path: self.0.clone(), source };
         let entries = match std::fs::read_dir(&self.0) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -109,7 +109,7 @@ impl Notes {
     }
 
     /// Returns the directory of the notes.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 

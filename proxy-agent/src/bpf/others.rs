@@ -19,7 +19,7 @@ use crate::bpf::device::Direction;
 /// Side of our program on which packets meet another program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Side {
+pub(crate) enum Side {
     /// Before our program.
     Ahead,
     /// After our program.
@@ -29,13 +29,13 @@ pub enum Side {
 /// A program or filter of others that packets meet on a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Other {
+pub(crate) struct Other {
     /// Direction in which packets meet it.
-    pub direction: Direction,
+    pub(crate) direction: Direction,
     /// Side of our program.
-    pub side: Side,
+    pub(crate) side: Side,
     /// Name of the program or filter: `TCX program 12`, or `u32 filter, pref 10`.
-    pub what: String,
+    pub(crate) what: String,
 }
 
 impl fmt::Display for Other {
@@ -53,7 +53,7 @@ impl fmt::Display for Other {
 }
 
 /// Search for programs and filters of others on devices.
-pub struct Looking {
+pub(crate) struct Looking {
     control: TrafficControl,
     /// Devices that can have filters.
     filtered: BTreeSet<u32>,
@@ -65,7 +65,7 @@ impl Looking {
     /// # Errors
     ///
     /// Returns the kernel's error.
-    pub fn begin() -> io::Result<Self> {
+    pub(crate) fn begin() -> io::Result<Self> {
         let control = TrafficControl::open()?;
         let filtered = control.devices()?;
         Ok(Self { control, filtered })
@@ -77,7 +77,7 @@ impl Looking {
     /// # Errors
     ///
     /// Returns the kernel's error.
-    pub fn others(&self, pins: &PinDir, device: u32, pair: Pair) -> io::Result<Vec<Other>> {
+    pub(crate) fn others(&self, pins: &PinDir, device: u32, pair: Pair) -> io::Result<Vec<Other>> {
         let mut others = Vec::new();
         for direction in Direction::ALL {
             let mut met = self.met(pins, device, pair, direction)?;

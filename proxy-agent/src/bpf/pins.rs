@@ -15,8 +15,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use aya::maps::{MapError, MapInfo, MapType};
-use proxy_common::abi::{self, ABI_VERSION};
-use proxy_common::addr::Addr;
+use proxy_common::abi::ABI_VERSION;
+use proxy_common::abi::maps::{self, Map, MapKind};
 
 use super::bpf_fs::{self, BPF_FS};
 
@@ -58,65 +58,18 @@ pub enum PinError {
     Locked(PathBuf),
 }
 
-/// A map as this version of the agent knows it.
-#[derive(Debug)]
-pub struct MapSpec {
-    /// Name of the map and of its pin.
-    pub name: &'static str,
-    /// Type of the map.
-    pub map_type: MapType,
-    /// Size of a key in bytes.
-    pub key: usize,
-    /// Size of a value in bytes.
-    pub value: usize,
-    /// Whether the map can be kept while the others are replaced, because its contents refer to none of them.
-    pub independent: bool,
+/// Returns the kernel's name for the type of a map.
+const fn map_type(map: &Map) -> MapType {
+    match map.kind {
+        MapKind::MmapableArray | MapKind::Array => MapType::Array,
+        MapKind::PerCpuArray => MapType::PerCpuArray,
+        MapKind::Hash => MapType::Hash,
+        MapKind::LruHash => MapType::LruHash,
+        MapKind::LpmTrie => MapType::LpmTrie,
+        MapKind::SocketStorage => MapType::SkStorage,
+        MapKind::RingBuffer => MapType::RingBuf,
+    }
 }
-
-const fn spec<K, V>(name: &'static str, map_type: MapType, independent: bool) -> MapSpec {
-    MapSpec { name, map_type, key: size_of::<K>(), value: size_of::<V>(), independent }
-}
-
-/// All maps. `docs/maps.md` describes their contents.
-pub const MAPS: [MapSpec; 29] = [
-    spec::<u32, u64>("FILTER", MapType::Array, false),
-    spec::<abi::FrontendKey, abi::FrontendValue>("FRONTENDS", MapType::Hash, false),
-    spec::<u32, abi::Service>("SERVICES", MapType::Array, false),
-    spec::<u32, u32>("SLOTS", MapType::Array, false),
-    spec::<u32, abi::Backend>("BACKENDS", MapType::Array, false),
-    spec::<u32, abi::ServiceName>("NAMES", MapType::Hash, false),
-    spec::<abi::AffinityKey, abi::AffinityValue>("AFFINITY", MapType::LruHash, false),
-    spec::<abi::AffinityKey, abi::AffinityValue>("NEW_AFFINITY", MapType::LruHash, false),
-    // A backend id in this map is used only together with the address beside it.
-    spec::<abi::UdpFlowKey, abi::UdpFlow>("UDP_FLOWS", MapType::LruHash, true),
-    spec::<u32, abi::Node>("NODE", MapType::Array, true),
-    spec::<Addr, u32>("LOCAL_ADDRESSES", MapType::Hash, false),
-    spec::<abi::PrefixKey, u32>("SERVICE_CIDRS", MapType::LpmTrie, false),
-    spec::<u64, u32>("OPT_OUT", MapType::Hash, true),
-    spec::<u64, u64>("SANDBOXES", MapType::Hash, true),
-    spec::<u32, abi::StreamRecord>("STREAMS", MapType::Array, true),
-    spec::<i32, abi::SocketRecord>("SOCKETS", MapType::SkStorage, true),
-    spec::<i32, abi::socket::Order>("ORDERS", MapType::SkStorage, true),
-    spec::<abi::SourceRangeKey, u32>("SOURCE_RANGES", MapType::LpmTrie, false),
-    spec::<abi::PrefixKey, u32>("POD_SOURCES", MapType::LpmTrie, false),
-    spec::<u32, abi::Device>("DEVICES", MapType::Hash, true),
-    // Flows carry addresses; a flow's backend id is used only together with them.
-    spec::<abi::FlowKey, abi::Flow>("FLOWS", MapType::Hash, true),
-    spec::<abi::FlowKey, abi::FlowRef>("FLOW_INDEX", MapType::Hash, true),
-    spec::<abi::FlowKey, abi::Flow>("NEW_FLOWS", MapType::LruHash, true),
-    spec::<abi::FlowKey, abi::FlowRef>("NEW_FLOW_INDEX", MapType::LruHash, true),
-    spec::<abi::FragmentKey, abi::FragmentPorts>("FRAGMENTS", MapType::LruHash, true),
-    spec::<u32, abi::ServiceCounters>("SERVICE_COUNTERS", MapType::PerCpuArray, false),
-    spec::<u32, u64>("COUNTERS", MapType::PerCpuArray, true),
-    spec::<u32, abi::Trace>("TRACE", MapType::Array, true),
-    // A ring buffer holds no elements.
-    spec::<(), ()>("EVENTS", MapType::RingBuf, true),
-];
-
-/// Maps whose size follows the cluster. They grow while Services are served: a larger map gets the same elements at the
-/// same numbers, then takes over the pin.
-const GROWING: [&str; 7] =
-    ["FRONTENDS", "SERVICES", "NAMES", "SERVICE_COUNTERS", "SLOTS", "BACKENDS", "SOURCE_RANGES"];
 
 /// A pin directory.
 #[derive(Clone, Debug)]
@@ -128,11 +81,11 @@ pub struct PinDir {
 
 /// State of this version's pinned maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+pub(crate) struct Found {
     /// The maps that hold Services are there and are kept.
-    pub resumed: bool,
+    pub(crate) resumed: bool,
     /// Kept maps that are too small.
-    pub too_small: BTreeSet<&'static str>,
+    pub(crate) too_small: BTreeSet<&'static str>,
 }
 
 /// Reason why the pinned maps cannot be opened.
@@ -163,12 +116,12 @@ impl PinDir {
     }
 
     /// Returns the path of the directory.
-    pub fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &Path {
         &self.root
     }
 
     /// Returns the directory in which the maps of this ABI version are pinned.
-    pub fn maps(&self) -> PathBuf {
+    pub(crate) fn maps(&self) -> PathBuf {
         self.root.join(format!("v{ABI_VERSION}"))
     }
 
@@ -182,7 +135,7 @@ impl PinDir {
     }
 
     /// Returns the same directory, with larger maps beside these maps, to take their place.
-    pub fn with_larger(&self, maps: BTreeSet<&'static str>) -> Self {
+    pub(crate) fn with_larger(&self, maps: BTreeSet<&'static str>) -> Self {
         Self { root: self.root.clone(), larger: maps }
     }
 
@@ -192,7 +145,7 @@ impl PinDir {
     /// # Errors
     ///
     /// [`PinError::File`] names the larger map that could not take its place.
-    pub fn replace_by_larger(self) -> Result<Self, PinError> {
+    pub(crate) fn replace_by_larger(self) -> Result<Self, PinError> {
         let settled = Self::new(&self.root);
         for name in &self.larger {
             let from = self.map(name);
@@ -203,7 +156,7 @@ impl PinDir {
     }
 
     /// Returns the directory in which links are pinned.
-    pub fn links(&self) -> PathBuf {
+    pub(crate) fn links(&self) -> PathBuf {
         self.root.join("links")
     }
 
@@ -239,7 +192,7 @@ impl PinDir {
     /// # Errors
     ///
     /// [`PinError::Locked`] when another process has it.
-    pub fn lock(&self) -> Result<OwnedFd, PinError> {
+    pub(crate) fn lock(&self) -> Result<OwnedFd, PinError> {
         lock(&self.root)
     }
 
@@ -248,7 +201,7 @@ impl PinDir {
     /// # Errors
     ///
     /// [`PinError::Locked`] when another process has the lock.
-    pub fn lock_maps(&self) -> Result<OwnedFd, PinError> {
+    pub(crate) fn lock_maps(&self) -> Result<OwnedFd, PinError> {
         lock(&self.maps())
     }
 
@@ -259,9 +212,9 @@ impl PinDir {
     /// # Errors
     ///
     /// [`PinError::File`] when a pin cannot be removed.
-    pub fn drop_unusable(&self, entries: impl Fn(&str) -> u32) -> Result<Found, PinError> {
+    pub(crate) fn drop_unusable(&self, entries: impl Fn(&str) -> u32) -> Result<Found, PinError> {
         let (mut keep, mut too_small) = (true, BTreeSet::new());
-        for spec in &MAPS {
+        for spec in maps::ALL {
             let unfinished = self.maps().join(format!("{}{LARGER}", spec.name));
             if unfinished.exists() {
                 remove(&unfinished)?;
@@ -269,7 +222,7 @@ impl PinDir {
             let pin = self.map(spec.name);
             let info = MapInfo::from_pin(&pin).ok().filter(|info| fits(spec, info));
             let large_enough = info.as_ref().is_some_and(|info| info.max_entries() >= entries(spec.name));
-            let grows = GROWING.contains(&spec.name);
+            let grows = spec.grows;
             if info.is_some() && !large_enough && grows {
                 too_small.insert(spec.name);
             }
@@ -278,12 +231,12 @@ impl PinDir {
                 remove(&pin)?;
             }
             // An earlier version of the agent had no such map, but has left the other maps as they should be.
-            let is_new = spec.name == "NEW_AFFINITY" && !pin.exists();
+            let is_new = spec.name == maps::NEW_AFFINITY && !pin.exists();
             keep &= usable || spec.independent || is_new;
         }
         if !keep {
             too_small.clear();
-            for spec in MAPS.iter().filter(|spec| !spec.independent) {
+            for spec in maps::ALL.iter().filter(|spec| !spec.independent) {
                 let pin = self.map(spec.name);
                 if pin.exists() {
                     tracing::info!(map = spec.name, "replacing a pinned map of another layout or size");
@@ -300,7 +253,7 @@ impl PinDir {
     /// # Errors
     ///
     /// [`PinError::File`] when a pin cannot be removed.
-    pub fn drop_other_versions(&self) -> Result<(), PinError> {
+    pub(crate) fn drop_other_versions(&self) -> Result<(), PinError> {
         for dir in entries(&self.root)? {
             let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             let version = name.strip_prefix('v').and_then(|version| version.parse::<u32>().ok());
@@ -317,12 +270,12 @@ impl PinDir {
     /// # Errors
     ///
     /// [`PinError::File`] when this process may not know.
-    pub fn is_there(&self) -> Result<bool, PinError> {
+    pub(crate) fn is_there(&self) -> Result<bool, PinError> {
         self.root.try_exists().map_err(|source| PinError::File { path: self.root.clone(), source })
     }
 
     /// Returns the directory of the notes ([`super::notes`]).
-    pub fn notes(&self) -> PathBuf {
+    pub(crate) fn notes(&self) -> PathBuf {
         self.root.join("made")
     }
 
@@ -331,7 +284,7 @@ impl PinDir {
     /// # Errors
     ///
     /// [`PinError::File`] when a pin cannot be removed.
-    pub fn remove(&self) -> Result<(), PinError> {
+    pub(crate) fn remove(&self) -> Result<(), PinError> {
         self.remove_pins()?;
         if self.root.exists() { remove_tree(&self.root) } else { Ok(()) }
     }
@@ -341,7 +294,7 @@ impl PinDir {
     /// # Errors
     ///
     /// [`PinError::File`] when a pin cannot be removed.
-    pub fn remove_pins(&self) -> Result<(), PinError> {
+    pub(crate) fn remove_pins(&self) -> Result<(), PinError> {
         // Links are removed first: no program may run on after its maps have lost their names.
         let links = self.links();
         if links.exists() {
@@ -356,10 +309,12 @@ impl PinDir {
 }
 
 /// Returns whether a pinned map has the layout of `spec`.
-fn fits(spec: &MapSpec, info: &MapInfo) -> bool {
-    info.map_type().is_ok_and(|map_type| map_type == spec.map_type)
+fn fits(spec: &Map, info: &MapInfo) -> bool {
+    // A ring buffer has neither keys nor values.
+    let value = if spec.kind == MapKind::RingBuffer { 0 } else { spec.value };
+    info.map_type().is_ok_and(|found| found == map_type(spec))
         && info.key_size() as usize == spec.key
-        && info.value_size() as usize == spec.value
+        && info.value_size() as usize == value
 }
 
 fn lock(path: &Path) -> Result<OwnedFd, PinError> {

@@ -32,7 +32,7 @@ const OWN_CGROUP: &str = "/proc/self/cgroup";
 
 /// Reason why the self-test failed.
 #[derive(Debug, thiserror::Error)]
-pub enum SelfTestError {
+pub(crate) enum SelfTestError {
     /// The probe frontend could not be written.
     #[error("self-test: {0}")]
     Store(#[from] StoreError),
@@ -65,7 +65,7 @@ pub enum SelfTestError {
 
 /// Processes that are served by programs attached to a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reach {
+pub(crate) enum Reach {
     /// Every process of the host: the cgroup is the root of the hierarchy.
     Host,
     /// Processes in and below this cgroup, with its id. This process is not the only one.
@@ -80,7 +80,7 @@ pub enum Reach {
 /// # Errors
 ///
 /// [`SelfTestError::OwnCgroup`]; [`SelfTestError::Cgroup`] if the cgroup cannot be read.
-pub fn reach(cgroup: &Path) -> Result<Reach, SelfTestError> {
+pub(crate) fn reach(cgroup: &Path) -> Result<Reach, SelfTestError> {
     use std::os::unix::fs::MetadataExt as _;
     let failed = |path: &Path, source| SelfTestError::Cgroup { path: path.to_path_buf(), source };
     // The id of a cgroup is its inode number; the root always has the first one.
@@ -110,7 +110,7 @@ pub fn reach(cgroup: &Path) -> Result<Reach, SelfTestError> {
 /// # Errors
 ///
 /// [`SelfTestError`] says what to check.
-pub fn run(maps: &mut impl MapStore) -> Result<(), SelfTestError> {
+pub(crate) fn run(maps: &mut impl MapStore) -> Result<(), SelfTestError> {
     let receiver = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).map_err(SelfTestError::Socket)?;
     let to = receiver.local_addr().map_err(SelfTestError::Socket)?;
     let key = FrontendKey::exact(Addr::from(PROBE_ADDR), Be16::new(to.port()), proto::UDP);
@@ -147,7 +147,7 @@ pub fn run(maps: &mut impl MapStore) -> Result<(), SelfTestError> {
 /// # Errors
 ///
 /// [`SelfTestError::Store`].
-pub fn settle(maps: &KernelMaps) -> Result<(), SelfTestError> {
+pub(crate) fn settle(maps: &KernelMaps) -> Result<(), SelfTestError> {
     // Programs that have seen the probe's frontend may still write the namespace.
     let _ = sys::grace_period();
     let learned = maps.host_netns();

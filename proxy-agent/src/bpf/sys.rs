@@ -16,7 +16,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 /// A BPF array map's values in this process's memory (`BPF_F_MMAPABLE`, kernel 5.5).
 #[derive(Debug)]
-pub struct Mapping {
+pub(crate) struct Mapping {
     start: NonNull<AtomicU64>,
     words: usize,
     stride: usize,
@@ -33,7 +33,7 @@ impl Mapping {
     /// # Errors
     ///
     /// Returns the error of mmap(2): EINVAL when the map is not mmapable, EPERM when it is read-only.
-    pub fn new(map: BorrowedFd<'_>, len: u32, value_size: usize, writable: bool) -> io::Result<Self> {
+    pub(crate) fn new(map: BorrowedFd<'_>, len: u32, value_size: usize, writable: bool) -> io::Result<Self> {
         // The kernel rounds elements up to 8 bytes and the whole up to pages.
         let stride = value_size.div_ceil(8);
         let words = stride * len as usize;
@@ -48,7 +48,7 @@ impl Mapping {
 
     /// Returns word `word` of element `index`; `None` outside of the map. Writing to a mapping that was made read-only
     /// ends the process.
-    pub fn word(&self, index: u32, word: usize) -> Option<&AtomicU64> {
+    pub(crate) fn word(&self, index: u32, word: usize) -> Option<&AtomicU64> {
         let at = (index as usize).checked_mul(self.stride)?.checked_add(word)?;
         if word >= self.stride || at >= self.words {
             return None;
@@ -60,13 +60,8 @@ impl Mapping {
     }
 
     /// Returns the number of elements.
-    pub fn len(&self) -> u32 {
+    pub(crate) fn len(&self) -> u32 {
         u32::try_from(self.words / self.stride).unwrap_or(u32::MAX)
-    }
-
-    /// Returns whether there is no element.
-    pub fn is_empty(&self) -> bool {
-        self.words == 0
     }
 }
 
@@ -83,18 +78,18 @@ pub struct CgroupLinkInfo {
     /// Id of the cgroup (its inode number); 0 when the cgroup is gone.
     pub cgroup_id: u64,
     /// Attach type: `enum bpf_attach_type`.
-    pub attach_type: u32,
+    pub(crate) attach_type: u32,
     /// Id of the program that the link runs.
-    pub program_id: u32,
+    pub(crate) program_id: u32,
 }
 
 /// The kernel's facts about a link to a network device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TcxLinkInfo {
+pub(crate) struct TcxLinkInfo {
     /// Id of the program that the link runs.
-    pub program_id: u32,
+    pub(crate) program_id: u32,
     /// Interface index; 0 when the device is gone.
-    pub device: u32,
+    pub(crate) device: u32,
 }
 
 fn bpf(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
@@ -128,7 +123,7 @@ pub fn open_link(path: &Path) -> io::Result<OwnedFd> {
 /// # Errors
 ///
 /// Returns the error of bpf(2): EINVAL when the program is of another type.
-pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = zeroed_attr();
     // SAFETY: writes the member of the union that BPF_LINK_UPDATE reads.
     let update = unsafe { &mut attr.link_update };
@@ -156,7 +151,7 @@ pub fn cgroup_link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
 /// # Errors
 ///
 /// Returns the error of bpf(2); InvalidInput when the link is of another kind.
-pub fn tcx_link_info(link: BorrowedFd<'_>) -> io::Result<TcxLinkInfo> {
+pub(crate) fn tcx_link_info(link: BorrowedFd<'_>) -> io::Result<TcxLinkInfo> {
     let info = link_info(link)?;
     if info.type_ != bpf_link_type::BPF_LINK_TYPE_TCX as u32 {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a TCX link"));
@@ -173,7 +168,7 @@ pub fn tcx_link_info(link: BorrowedFd<'_>) -> io::Result<TcxLinkInfo> {
 /// # Errors
 ///
 /// Returns the error of bpf(2): EINVAL on kernels without TCX, ENODEV when the device is gone.
-pub fn tcx_programs(device: u32, ingress: bool) -> io::Result<Vec<u32>> {
+pub(crate) fn tcx_programs(device: u32, ingress: bool) -> io::Result<Vec<u32>> {
     // BPF_MPROG_MAX: the kernel allows no more.
     let mut ids = [0_u32; 64];
     let side = if ingress { bpf_attach_type::BPF_TCX_INGRESS } else { bpf_attach_type::BPF_TCX_EGRESS };
@@ -211,7 +206,7 @@ fn link_info(link: BorrowedFd<'_>) -> io::Result<bpf_link_info> {
 ///
 /// Returns the error of bpf(2): ENOSPC when more elements share a bucket than fit. EINVAL for a map that is no hash of
 /// `K` to `V`.
-pub fn lookup_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
+pub(crate) fn lookup_batch<K: bytemuck::Pod, V: bytemuck::Pod>(
     map: &MapData,
     from: Option<u32>,
     keys: &mut [K],

@@ -23,12 +23,13 @@ use super::device::{AttachError, Device, Direction, LoadError};
 use super::load::chain;
 use super::load::{Refused, describe, log_level, timed};
 use super::notes::Notes;
-use super::pins::{MAPS, PinDir};
+use super::pins::PinDir;
 use super::sys;
+use proxy_common::abi::maps;
 
 /// A pair of programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pair {
+pub(crate) enum Pair {
     /// `edge_ingress` and `edge_egress`.
     Edge,
     /// `pod_ingress` and `pod_egress`.
@@ -37,7 +38,7 @@ pub enum Pair {
 
 impl Pair {
     /// Returns the name of the program for a direction.
-    pub const fn program(self, direction: Direction) -> &'static str {
+    pub(crate) const fn program(self, direction: Direction) -> &'static str {
         match (self, direction) {
             (Self::Edge, Direction::Ingress) => "edge_ingress",
             (Self::Edge, Direction::Egress) => "edge_egress",
@@ -52,7 +53,7 @@ pub const PROGRAMS: [&str; 4] = ["edge_ingress", "edge_egress", "pod_ingress", "
 
 /// Mechanism by which programs are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mechanism {
+pub(crate) enum Mechanism {
     /// Links (kernel 6.6).
     Tcx,
     /// Filters of a clsact queueing discipline.
@@ -61,7 +62,7 @@ pub enum Mechanism {
 
 impl Mechanism {
     /// Returns the mechanism in one word.
-    pub const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Tcx => "tcx",
             Self::Clsact => "clsact",
@@ -69,7 +70,7 @@ impl Mechanism {
     }
 
     /// Returns the mechanism of the running kernel.
-    pub fn of_kernel() -> Self {
+    pub(crate) fn of_kernel() -> Self {
         match sys::tcx_programs(LOOPBACK, true) {
             Ok(_) => Self::Tcx,
             Err(error) => {
@@ -122,7 +123,7 @@ impl TcPrograms {
             .override_global("L3_DEVICE", &l3, true)
             .override_global("COARSE_CLOCK", &coarse, true)
             .override_global("KEEPS_OUTER_HEADERS", &outer_headers, true);
-        let paths = MAPS.map(|spec| (spec.name, pins.map(spec.name)));
+        let paths: Vec<_> = maps::ALL.iter().map(|map| (map.name, pins.map(map.name))).collect();
         for (name, path) in &paths {
             loader.map_pin_path(name, path.as_path());
         }
@@ -164,7 +165,7 @@ impl TcPrograms {
     /// # Errors
     ///
     /// [`AttachError::Refused`].
-    pub fn check(&self, pair: Pair) -> Result<(), AttachError> {
+    pub(crate) fn check(&self, pair: Pair) -> Result<(), AttachError> {
         let programs = Direction::ALL.map(|direction| pair.program(direction));
         let refused = |program| Some((program, self.refused.get(program)?));
         match programs.into_iter().find_map(refused) {
@@ -195,7 +196,7 @@ impl TcPrograms {
     /// # Errors
     ///
     /// [`AttachError`]; the former attachment stays.
-    pub fn attach_tcx(
+    pub(crate) fn attach_tcx(
         &mut self,
         pins: &PinDir,
         device: &Device<'_>,
@@ -237,7 +238,7 @@ impl TcPrograms {
     /// # Errors
     ///
     /// [`AttachError`]; the former attachment stays.
-    pub fn overtake_tcx(
+    pub(crate) fn overtake_tcx(
         &mut self,
         pins: &PinDir,
         device: &Device<'_>,
@@ -289,7 +290,7 @@ impl TcPrograms {
     /// # Errors
     ///
     /// [`AttachError`]; the former attachment stays.
-    pub fn attach_clsact(
+    pub(crate) fn attach_clsact(
         &mut self,
         pins: &PinDir,
         device: &Device<'_>,
@@ -323,7 +324,7 @@ impl TcPrograms {
 /// # Errors
 ///
 /// Returns the error of reading the directory.
-pub fn remove_links(pins: &PinDir, keep: impl Fn(&str, u32) -> bool) -> io::Result<()> {
+pub(crate) fn remove_links(pins: &PinDir, keep: impl Fn(&str, u32) -> bool) -> io::Result<()> {
     for entry in std::fs::read_dir(pins.links())? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();

@@ -24,7 +24,7 @@ use crate::observe::report;
 
 /// Reason why something stays.
 #[derive(Debug, thiserror::Error)]
-pub enum CleanupError {
+pub(crate) enum CleanupError {
     /// The pin directory cannot be used, or an agent uses it.
     #[error(transparent)]
     Pins(#[from] PinError),
@@ -52,7 +52,7 @@ pub enum CleanupError {
 /// # Errors
 ///
 /// [`CleanupError`].
-pub fn run(pins: &PinDir, state: &Path) -> Result<(), CleanupError> {
+pub(crate) fn run(pins: &PinDir, state: &Path) -> Result<(), CleanupError> {
     let pinned = pins.is_there()?;
     // Without the directory there is no lock either: somebody has removed it, maybe under a running agent.
     if !pinned && UnixStream::connect(reasons::socket(state)).is_ok() {

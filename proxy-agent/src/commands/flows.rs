@@ -104,7 +104,7 @@ pub fn print_flows(views: &[FlowView], output: Output, out: &mut impl Write) -> 
 /// # Errors
 ///
 /// The kernel's error for a map that cannot be walked.
-pub fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::Result<Vec<FlowView>> {
+pub(crate) fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::Result<Vec<FlowView>> {
     let ports: BTreeMap<u32, (&PortKey, &Port)> =
         model.ports.iter().map(|(key, port)| (port.id, (&**key, port))).collect();
     let mut records: BTreeMap<FlowKey, Flow> = BTreeMap::new();

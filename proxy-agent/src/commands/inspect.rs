@@ -12,6 +12,7 @@ use std::path::Path;
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
 use proxy_common::abi::frontend::{FrontendKind, flags};
+use proxy_common::abi::maps;
 use proxy_common::abi::node::{HOST_IN_PACKETS, PODS_IN_PACKETS};
 use proxy_common::abi::{ABI_VERSION, Counter, FrontendKey, FrontendValue, ServiceCounters};
 use serde::Serialize;
@@ -255,8 +256,8 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
     let maps = KernelMaps::open(&pins, false)?;
     let counter = |counter: Counter| Ok((counter.name(), maps.counter(counter)?));
     let (mut usage, flows) = (maps.usage()?, maps.flow_maps());
-    usage.push(("FLOWS", flows.flows.count()?, flows.flows.capacity()?));
-    usage.push(("NEW_FLOWS", flows.new_flows.count()?, flows.new_flows.capacity()?));
+    usage.push((maps::FLOWS, flows.flows.count()?, flows.flows.capacity()?));
+    usage.push((maps::NEW_FLOWS, flows.new_flows.count()?, flows.new_flows.capacity()?));
     let agent = report::read(&state_file(&args.pins.run_dir, &args.pins.pin_dir)).ok();
     let view = StatusView {
         abi_version: ABI_VERSION,

@@ -20,7 +20,7 @@ use crate::host::Host;
 use crate::host::process;
 use crate::{agent, devices};
 
-pub mod cleanup;
+pub(crate) mod cleanup;
 
 pub mod explain;
 
@@ -28,7 +28,7 @@ pub mod flows;
 
 pub mod inspect;
 
-pub mod monitor;
+pub(crate) mod monitor;
 
 pub mod table;
 

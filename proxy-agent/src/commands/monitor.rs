@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use aya::maps::{Array, Map, MapData, RingBuf};
 use k8s_openapi::jiff::Timestamp;
 use proxy_common::abi::event::{PACKET, place};
+use proxy_common::abi::maps;
 use proxy_common::abi::{Counter, Event, Trace};
 use proxy_common::addr::Addr;
 use serde::Serialize;
@@ -37,7 +38,7 @@ const LOOK: Duration = Duration::from_millis(20);
 
 /// Reason why nothing can be watched.
 #[derive(Debug, thiserror::Error)]
-pub enum MonitorError {
+pub(crate) enum MonitorError {
     /// The maps cannot be opened, read or written, or standard output is gone.
     #[error(transparent)]
     Inspect(#[from] InspectError),
@@ -66,27 +67,27 @@ through_inspect!(aya::maps::MapError, io::Error, OpenError);
 /// A decision, as printed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct EventView {
+pub(crate) struct EventView {
     /// Time of the decision.
-    pub time: Timestamp,
+    pub(crate) time: Timestamp,
     /// `socket`, or the device's name, or its index if the device has gone.
-    pub at: String,
+    pub(crate) at: String,
     /// `in` to the host or `out` of it; none at sockets.
-    pub direction: Option<&'static str>,
+    pub(crate) direction: Option<&'static str>,
     /// TCP, UDP or SCTP.
-    pub protocol: &'static str,
+    pub(crate) protocol: &'static str,
     /// Source of the packet; none at sockets.
-    pub source: Option<SocketAddr>,
+    pub(crate) source: Option<SocketAddr>,
     /// Destination of the packet, or the one that the application asked for.
-    pub destination: SocketAddr,
+    pub(crate) destination: SocketAddr,
     /// New source; none if the source stays.
-    pub new_source: Option<SocketAddr>,
+    pub(crate) new_source: Option<SocketAddr>,
     /// New destination; none if the destination stays.
-    pub new_destination: Option<SocketAddr>,
+    pub(crate) new_destination: Option<SocketAddr>,
     /// Namespace, name and port of the Service; none if the event belongs to no Service, or to an unknown one.
-    pub service: Option<String>,
+    pub(crate) service: Option<String>,
     /// `packet`, or the name of the counter that the event counts for.
-    pub what: &'static str,
+    pub(crate) what: &'static str,
 }
 
 /// Prints every decision until `stop` is ready.
@@ -94,7 +95,7 @@ pub struct EventView {
 /// # Errors
 ///
 /// [`MonitorError`].
-pub async fn run(
+pub(crate) async fn run(
     args: &MonitorArgs,
     stop: impl Future<Output = ()>,
     out: &mut impl Write,
@@ -118,8 +119,8 @@ pub async fn run(
         let path = pins.map(name);
         MapData::from_pin(&path).map_err(|source| OpenError::Pin { path, source })
     };
-    let mut trace = Array::<_, Trace>::try_from(Map::Array(open("TRACE")?))?;
-    let mut ring = RingBuf::try_from(Map::RingBuf(open("EVENTS")?))?;
+    let mut trace = Array::<_, Trace>::try_from(Map::Array(open(maps::TRACE)?))?;
+    let mut ring = RingBuf::try_from(Map::RingBuf(open(maps::EVENTS)?))?;
     // Events that somebody else has left are old.
     while ring.next().is_some() {}
 

@@ -35,7 +35,7 @@ const SETTLE: Duration = Duration::from_secs(1);
 
 /// Reason why nothing can be compared.
 #[derive(Debug, thiserror::Error)]
-pub enum VerifyError {
+pub(crate) enum VerifyError {
     /// The source, the host's addresses or the Node cannot be read.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -66,7 +66,7 @@ pub struct Findings {
 /// # Errors
 ///
 /// [`VerifyError`].
-pub async fn run(config: &Config) -> Result<Findings, VerifyError> {
+pub(crate) async fn run(config: &Config) -> Result<Findings, VerifyError> {
     let maps = KernelMaps::open(&config.pins, false)?;
     let addresses = watch_addresses().await.map_err(AgentError::from)?;
     let server = connect(config).map_err(AgentError::from)?;

@@ -140,13 +140,13 @@ pub struct FlowsArgs {
 pub struct MonitorArgs {
     /// Options of every inspection command. In JSON each event is a line, in YAML a document.
     #[command(flatten)]
-    pub inspect: Inspect,
+    pub(crate) inspect: Inspect,
     /// Only events of this Service. A refusal before the Service is known belongs to no Service.
     #[arg(long, value_name = "NAMESPACE/NAME")]
-    pub service: Option<String>,
+    pub(crate) service: Option<String>,
     /// Also one in N packets of ongoing flows; 1 for every packet.
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    pub sample: u32,
+    pub(crate) sample: u32,
 }
 
 /// Options of `verify`.
@@ -154,10 +154,10 @@ pub struct MonitorArgs {
 pub struct VerifyArgs {
     /// Options of `run`.
     #[command(flatten)]
-    pub run: RunArgs,
+    pub(crate) run: RunArgs,
     /// Output format.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    pub output: Output,
+    pub(crate) output: Output,
 }
 
 /// Options of `explain`.
@@ -165,43 +165,43 @@ pub struct VerifyArgs {
 pub struct ExplainArgs {
     /// Options of every inspection command.
     #[command(flatten)]
-    pub inspect: Inspect,
+    pub(crate) inspect: Inspect,
     /// Client: an address (of this host, of a pod, or of a machine outside) or a Pod. Without it: every kind of
     /// client.
     #[arg(long, value_name = "ADDRESS|NAMESPACE/POD", value_parser = client)]
-    pub from: Option<ClientName>,
+    pub(crate) from: Option<ClientName>,
     /// Source in which that Pod is looked up.
     #[command(flatten, next_help_heading = "Where the Pod of --from is looked up")]
-    pub source: SourceArgs,
+    pub(crate) source: SourceArgs,
     /// Protocol of the connection.
     #[arg(ignore_case = true)]
-    pub protocol: Protocol,
+    pub(crate) protocol: Protocol,
     /// Destination of the connection: `10.96.0.10:53`, `[fd00::10]:53`.
     #[arg(value_name = "ADDRESS:PORT")]
-    pub target: SocketAddr,
+    pub(crate) target: SocketAddr,
 }
 
 /// Source in which objects are looked up, with the same flags as for `run`.
 #[derive(Args, Clone, Debug, Default)]
-pub struct SourceArgs {
+pub(crate) struct SourceArgs {
     /// Directory of Kubernetes manifests that include the Pod's status.
     #[arg(long, value_name = "DIR")]
-    pub manifests: Option<PathBuf>,
+    pub(crate) manifests: Option<PathBuf>,
     /// kube-proxy's configuration file, for the kubeconfig that it names.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["manifests", "kubeconfig"])]
-    pub config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
     /// Kubeconfig file of a user who may read pods. Without any of these options: the cluster that this process runs
     /// in as a pod.
     #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
-    pub kubeconfig: Option<PathBuf>,
+    pub(crate) kubeconfig: Option<PathBuf>,
     /// URL of the Kubernetes API server, in place of the one in the kubeconfig.
     #[arg(long, value_name = "URL")]
-    pub master: Option<String>,
+    pub(crate) master: Option<String>,
 }
 
 /// Client of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ClientName {
+pub(crate) enum ClientName {
     /// Client with this address.
     Address(IpAddr),
     /// Pod with this name.
@@ -227,7 +227,7 @@ fn client(text: &str) -> Result<ClientName, String> {
 
 /// Protocols of Service ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Protocol {
+pub(crate) enum Protocol {
     /// TCP.
     Tcp,
     /// UDP.
@@ -256,7 +256,7 @@ pub struct RunArgs {
     ///
     /// The agent reads Services, EndpointSlices, Endpoints, this Node and ServiceCIDRs.
     #[arg(long, value_name = "DIR", help_heading = "Cluster")]
-    pub manifests: Option<PathBuf>,
+    pub(crate) manifests: Option<PathBuf>,
     /// Flags of kube-proxy.
     #[command(flatten)]
     pub kube_proxy: Flags,
@@ -272,7 +272,7 @@ pub struct RunArgs {
         default_value = "auto",
         help_heading = "Devices"
     )]
-    pub devices: Vec<String>,
+    pub(crate) devices: Vec<String>,
     /// The host's side of pods, for pods whose sockets are not seen (such as VMs): prefixes of interface names
     /// separated by commas, `auto` or `none`.
     ///
@@ -284,7 +284,7 @@ pub struct RunArgs {
         default_value = "auto",
         help_heading = "Devices"
     )]
-    pub pod_interfaces: Vec<String>,
+    pub(crate) pod_interfaces: Vec<String>,
     /// Pods of this node whose sockets are left alone, so that their packets are served instead: `annotation` (Pods
     /// annotated `vipr.dev/socket-edge: "off"`), `runtime-class=NAME`, or, for processes outside of Pods,
     /// `cgroup=PATH` below the root of the hierarchy. Several rules are separated by commas [default: none].
@@ -292,15 +292,15 @@ pub struct RunArgs {
     /// Meant for service meshes that must see the requested address, and for clusters in containers of this node.
     /// Needs the pods' interfaces and, for the first two rules, the permission to list and watch pods.
     #[arg(long, value_name = "RULES", value_delimiter = ',', help_heading = "Devices")]
-    pub socket_opt_out: Vec<String>,
+    pub(crate) socket_opt_out: Vec<String>,
     /// Attach to devices by clsact filters even if the kernel has TCX. On the way out they run behind the filters of
     /// others.
     #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true")]
     #[arg(action = clap::ArgAction::Set, help_heading = "Devices")]
-    pub no_tcx: bool,
+    pub(crate) no_tcx: bool,
     /// cgroup v2 directory whose processes are served [default: the root of the mounted hierarchy].
     #[arg(long, value_name = "DIR", help_heading = "Process")]
-    pub cgroup_path: Option<PathBuf>,
+    pub(crate) cgroup_path: Option<PathBuf>,
     /// Number of connections and UDP flows of outside clients that are certain to be kept. More are served, but a
     /// flood may evict them.
     ///
@@ -308,51 +308,51 @@ pub struct RunArgs {
     /// `proxy-agent cleanup` or a reboot.
     #[arg(long, value_name = "NUMBER", default_value_t = FLOW_ENTRIES, help_heading = "Devices")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(FLOW_ENTRIES_MAX)))]
-    pub flow_table_size: u32,
+    pub(crate) flow_table_size: u32,
     /// Limits for tenants.
     #[command(flatten, next_help_heading = "Tenants")]
-    pub tenants: Tenants,
+    pub(crate) tenants: Tenants,
     /// Directories of the pins and of the agent's state.
     #[command(flatten, next_help_heading = "Process")]
-    pub pins: Pins,
+    pub(crate) pins: Pins,
 }
 
 /// Limits that protect tenants from each other.
 #[derive(Args, Clone, Copy, Debug)]
-pub struct Tenants {
+pub(crate) struct Tenants {
     /// Maximal number of frontends of one Service: its ports times its addresses, of both families. A Service above
     /// the limit is not served, and is named in `status`.
     #[arg(long, value_name = "NUMBER", default_value_t = Budget::DEFAULT.frontends, value_parser = budget())]
-    pub max_service_frontends: u32,
+    pub(crate) max_service_frontends: u32,
     /// Maximal number of endpoints of one Service as its slices name them, counted for each of its ports.
     #[arg(long, value_name = "NUMBER", default_value_t = Budget::DEFAULT.endpoints, value_parser = budget())]
-    pub max_service_endpoints: u32,
+    pub(crate) max_service_endpoints: u32,
     /// Maximal number of loadBalancerSourceRanges of one Service, counted for each of its ports.
     #[arg(long, value_name = "NUMBER", default_value_t = Budget::DEFAULT.source_ranges, value_parser = budget())]
-    pub max_service_source_ranges: u32,
+    pub(crate) max_service_source_ranges: u32,
     /// Maximal number of frontends of one namespace. Its oldest Services are served, the others are named in
     /// `status`. Has no effect with --manifests.
     #[arg(long, value_name = "NUMBER", default_value_t = Budgets::DEFAULT.namespace.frontends, value_parser = budget())]
-    pub max_namespace_frontends: u32,
+    pub(crate) max_namespace_frontends: u32,
     /// Maximal number of endpoints of one namespace, counted for each port. Above the limit only its oldest
     /// EndpointSlices count.
     #[arg(long, value_name = "NUMBER", default_value_t = Budgets::DEFAULT.namespace.endpoints, value_parser = budget())]
-    pub max_namespace_endpoints: u32,
+    pub(crate) max_namespace_endpoints: u32,
     /// Maximal number of loadBalancerSourceRanges of one namespace, counted for each port.
     #[arg(long, value_name = "NUMBER", default_value_t = Budgets::DEFAULT.namespace.source_ranges, value_parser = budget())]
-    pub max_namespace_source_ranges: u32,
+    pub(crate) max_namespace_source_ranges: u32,
     /// Do not serve externalIPs and load-balancer addresses that are addresses of this host.
     ///
     /// Not for load balancers that assign their addresses to hosts, as kube-vip and keepalived do.
     #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true")]
     #[arg(action = clap::ArgAction::Set)]
-    pub protect_node_addresses: bool,
+    pub(crate) protect_node_addresses: bool,
 }
 
 impl Tenants {
     /// Returns the limits for a Service and for a namespace. Each limit of a namespace is at least that of one
     /// Service.
-    pub fn budgets(&self) -> Budgets {
+    pub(crate) fn budgets(&self) -> Budgets {
         let service = Budget {
             frontends: self.max_service_frontends,
             endpoints: self.max_service_endpoints,

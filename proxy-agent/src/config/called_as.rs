@@ -27,7 +27,7 @@ const RUNNER_FLAGS: [(&str, bool); 6] = [
 /// # Errors
 ///
 /// A message about the part of the command line that is for go-runner.
-pub fn command_line(mut args: Vec<OsString>) -> Result<Vec<OsString>, String> {
+pub(crate) fn command_line(mut args: Vec<OsString>) -> Result<Vec<OsString>, String> {
     if is_called(&args, &["go-runner", "kube-log-runner"]) {
         args = after_runner(args)?;
     }

@@ -5,7 +5,7 @@ use crate::config::kube_proxy::Invalid;
 
 /// Value of `--devices` or `--pod-interfaces`: selection by the state of the network, or by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Selection {
+pub(crate) enum Selection {
     /// Chosen from links, addresses and routes.
     #[default]
     Auto,
@@ -15,20 +15,20 @@ pub enum Selection {
 
 /// An interface name, or a prefix of interface names.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pattern {
+pub(crate) struct Pattern {
     text: String,
     prefix: bool,
 }
 
 /// Settings of the packet edge.
 #[derive(Clone, Debug)]
-pub struct Devices {
+pub(crate) struct Devices {
     /// Settings from the flags.
-    pub settings: Settings,
+    pub(crate) settings: Settings,
     /// Whether clsact filters are attached even if the kernel has TCX.
-    pub no_tcx: bool,
+    pub(crate) no_tcx: bool,
     /// Directory in which links and `DEVICES` are pinned.
-    pub pins: PinDir,
+    pub(crate) pins: PinDir,
 }
 
 /// A flag that cannot be used.
@@ -54,7 +54,7 @@ pub enum SettingsError {
 
 /// `--detect-local-mode`: definition of the traffic of local pods.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum DetectLocal {
+pub(crate) enum DetectLocal {
     /// Traffic from `--cluster-cidr`.
     #[default]
     ClusterCidr,
@@ -68,13 +68,13 @@ pub enum DetectLocal {
 
 /// Settings of the three flags.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// `--devices`: devices that lead to clients and to other nodes.
-    pub devices: Selection,
+    pub(crate) devices: Selection,
     /// `--pod-interfaces`: the host's side of pods.
-    pub pods: Selection,
+    pub(crate) pods: Selection,
     /// Detect-local.
-    pub detect_local: DetectLocal,
+    pub(crate) detect_local: DetectLocal,
 }
 
 impl Selection {
@@ -83,7 +83,11 @@ impl Selection {
     /// # Errors
     ///
     /// [`SettingsError`] names the flag and the value.
-    pub fn parse(flag: &'static str, values: &[String], prefixes: bool) -> Result<Self, SettingsError> {
+    pub(crate) fn parse(
+        flag: &'static str,
+        values: &[String],
+        prefixes: bool,
+    ) -> Result<Self, SettingsError> {
         let values: Vec<&str> = values.iter().map(|value| value.trim()).filter(|v| !v.is_empty()).collect();
         for word in ["auto", "none"] {
             if values.contains(&word) && values.len() > 1 {
@@ -101,17 +105,17 @@ impl Selection {
     }
 
     /// Returns whether the selection is `none`.
-    pub fn is_none(&self) -> bool {
+    pub(crate) fn is_none(&self) -> bool {
         *self == Self::Named(Vec::new())
     }
 
     /// Returns whether a pattern matches `name`.
-    pub fn names(&self, name: &str) -> bool {
+    pub(crate) fn names(&self, name: &str) -> bool {
         self.patterns().iter().any(|pattern| pattern.matches(name))
     }
 
     /// Returns the selected names, without prefixes, that no interface in `names` has.
-    pub fn missing<'a>(
+    pub(crate) fn missing<'a>(
         &'a self,
         names: impl Iterator<Item = &'a str> + Clone,
     ) -> impl Iterator<Item = &'a str> {
@@ -152,7 +156,7 @@ impl DetectLocal {
     /// # Errors
     ///
     /// The mode is unknown, or the name that it needs is empty.
-    pub fn parse(mode: &str, bridge: &str, prefix: &str) -> Result<Self, Invalid> {
+    pub(crate) fn parse(mode: &str, bridge: &str, prefix: &str) -> Result<Self, Invalid> {
         const MODES: &str = "must be ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix";
         let named = |field, name: &str| match name.trim() {
             "" => Err(Invalid::new(field, name, format!("must be a name with detectLocalMode {mode}"))),
@@ -168,7 +172,7 @@ impl DetectLocal {
     }
 
     /// Returns whether pods are recognized by the interface that their packets enter through, not by their addresses.
-    pub fn by_interface(&self) -> bool {
+    pub(crate) fn by_interface(&self) -> bool {
         match self {
             Self::ClusterCidr | Self::NodeCidr => false,
             Self::Bridge(_) | Self::NamePrefix(_) => true,
@@ -176,7 +180,7 @@ impl DetectLocal {
     }
 
     /// Returns whether packets that the network stack sees entering through `name` are traffic of local pods.
-    pub fn names(&self, name: &str) -> bool {
+    pub(crate) fn names(&self, name: &str) -> bool {
         match self {
             Self::ClusterCidr | Self::NodeCidr => false,
             Self::Bridge(bridge) => name == bridge,

@@ -21,9 +21,9 @@ use crate::reconcile::desired::Budgets;
 
 pub mod args;
 
-pub mod called_as;
+pub(crate) mod called_as;
 
-pub mod devices;
+pub(crate) mod devices;
 
 pub mod kube_proxy;
 
@@ -49,7 +49,7 @@ pub(crate) struct Gate {
 
 /// Source of the objects.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     /// A directory of manifests.
     Manifests(PathBuf),
     /// A Kubernetes API server. Without both fields, the server of the cluster that this process runs in as a pod.
@@ -85,7 +85,7 @@ impl Source {
     /// # Errors
     ///
     /// The configuration file cannot be used, or the server's URL is invalid.
-    pub fn of(args: &SourceArgs) -> Result<Self, ConfigError> {
+    pub(crate) fn of(args: &SourceArgs) -> Result<Self, ConfigError> {
         let of_file = match &args.config {
             None => None,
             Some(path) => ConfigFile::read(path)?.decode()?.0.client_connection.kubeconfig,
@@ -99,11 +99,11 @@ impl Source {
 #[derive(Clone, Debug)]
 pub struct Raw {
     /// kube-proxy's part, with every default.
-    pub configuration: KubeProxyConfiguration,
+    pub(crate) configuration: KubeProxyConfiguration,
     /// The file that the settings come from, if there is one.
-    pub file: Option<ConfigFile>,
+    pub(crate) file: Option<ConfigFile>,
     /// Ignored settings, with the reasons: sentences for the log.
-    pub notes: Vec<String>,
+    pub(crate) notes: Vec<String>,
 }
 
 impl Raw {
@@ -142,50 +142,48 @@ impl Raw {
 #[derive(Clone, Debug)]
 pub struct Config {
     /// This node's name.
-    pub node_name: Arc<str>,
+    pub(crate) node_name: Arc<str>,
     /// Source of the objects.
-    pub source: Source,
+    pub(crate) source: Source,
     /// The cgroup whose processes are served.
-    pub cgroup: PathBuf,
+    pub(crate) cgroup: PathBuf,
     /// Pin directory.
-    pub pins: PinDir,
+    pub(crate) pins: PinDir,
     /// File with the state that `status` shows in addition to the maps.
-    pub state_file: PathBuf,
+    pub(crate) state_file: PathBuf,
     /// Pod CIDR of each family. (With detect-local by the Node's podCIDRs the agent learns them from the Node.)
-    pub cluster_cidr: [Option<Prefix>; 2],
+    pub(crate) cluster_cidr: [Option<Prefix>; 2],
     /// Addresses that serve nodePorts.
     pub nodeport_addresses: NodePortAddresses,
     /// Devices of the packet edge, and the way to attach to them.
-    pub devices: devices::Devices,
+    pub(crate) devices: devices::Devices,
     /// Rules for the Pods that are left to the packet edge.
     pub opt_out: opt_out::Rules,
     /// Number of elements of `FLOWS` if the map has to be created.
-    pub flow_table_size: u32,
+    pub(crate) flow_table_size: u32,
     /// Whether externalIPs are served (feature gate `AllowServiceExternalIPs`).
-    pub allow_external_ips: bool,
+    pub(crate) allow_external_ips: bool,
     /// Whether externalIPs and load-balancer addresses that are addresses of this host are not served.
-    pub protect_node_addresses: bool,
+    pub(crate) protect_node_addresses: bool,
     /// Limits for a Service and for a namespace.
     pub budgets: Budgets,
     /// This node's primary IP, if it replaces the Node's.
-    pub bind_address: Option<Addr>,
+    pub(crate) bind_address: Option<Addr>,
     /// The families that this host can serve.
-    pub families: Vec<Family>,
+    pub(crate) families: Vec<Family>,
     /// Address of the health server.
     pub healthz: Option<SocketAddr>,
     /// Address of the metrics server.
     pub metrics: Option<SocketAddr>,
     /// Reaction when the address of one of the two servers cannot be bound.
-    pub on_bind_failure: OnBindFailure,
+    pub(crate) on_bind_failure: OnBindFailure,
     /// Longest time until a failed change is tried again. The agent is unhealthy when a change has waited twice as
     /// long.
-    pub sync_period: Duration,
-    /// Whether kube-proxy would masquerade all traffic to clusterIPs.
-    pub masquerade_all: bool,
+    pub(crate) sync_period: Duration,
     /// `oom_score_adj` of this process.
-    pub oom_score_adj: i32,
+    pub(crate) oom_score_adj: i32,
     /// The configuration file, which must not change while the agent runs.
-    pub file: Option<ConfigFile>,
+    pub(crate) file: Option<ConfigFile>,
     /// kube-proxy's part with every default, as `/configz` shows it.
     pub effective: KubeProxyConfiguration,
     /// Messages for the user about the configuration: sentences for the log.
@@ -299,7 +297,6 @@ impl Config {
                 Some(false) | None => OnBindFailure::Retry(BIND_RETRY),
             },
             sync_period: given.sync_periods().period.to_std(),
-            masquerade_all: given.masquerade_all(),
             oom_score_adj: given.oom_score_adj.unwrap_or_default(),
             file,
             effective: given,
@@ -325,7 +322,7 @@ fn or_wrong<T: Default>(result: Result<T, Invalid>, wrong: &mut Vec<Invalid>) ->
 }
 
 /// Returns the state file that belongs to a pin directory.
-pub fn state_file(run_dir: &Path, pin_dir: &Path) -> PathBuf {
+pub(crate) fn state_file(run_dir: &Path, pin_dir: &Path) -> PathBuf {
     let name = pin_dir.to_string_lossy().trim_matches('/').replace('/', "-");
     run_dir.join(format!("{name}.json"))
 }

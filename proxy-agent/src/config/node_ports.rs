@@ -52,7 +52,7 @@ impl NodePortAddresses {
 
     /// Returns whether nodePorts are served on every address of `family` (loopback excepted). `node_ips` are the
     /// node's own IPs, indexed by [`Family::index`].
-    pub fn matches_all(&self, family: Family, node_ips: &[Option<Addr>; 2]) -> bool {
+    pub(crate) fn matches_all(&self, family: Family, node_ips: &[Option<Addr>; 2]) -> bool {
         match self {
             Self::Primary => known(family, node_ips).is_none(),
             Self::Prefixes(prefixes) => {
@@ -63,7 +63,7 @@ impl NodePortAddresses {
     }
 
     /// Returns whether nodePorts are served on `addr`, if it is an address of this host.
-    pub fn serves(&self, addr: Addr, node_ips: &[Option<Addr>; 2]) -> bool {
+    pub(crate) fn serves(&self, addr: Addr, node_ips: &[Option<Addr>; 2]) -> bool {
         let family = addr.family();
         !addr.is_loopback()
             && (self.matches_all(family, node_ips)
@@ -78,7 +78,7 @@ impl NodePortAddresses {
     /// unspecified address. The node's own IP is returned even if this host does not have it: listening there then
     /// fails, and the failure is reported. Link-local addresses are left out, because they mean nothing without an
     /// interface.
-    pub fn listen_on(
+    pub(crate) fn listen_on(
         &self,
         family: Family,
         node_ips: &[Option<Addr>; 2],
@@ -105,7 +105,7 @@ impl NodePortAddresses {
 
     /// Returns one sentence for each effect of the setting that its author may not expect. A family in which the host
     /// has no address that others could reach is skipped.
-    pub fn warnings(&self, node_ips: &[Option<Addr>; 2], host: &BTreeSet<Addr>) -> Vec<String> {
+    pub(crate) fn warnings(&self, node_ips: &[Option<Addr>; 2], host: &BTreeSet<Addr>) -> Vec<String> {
         let mut warnings = Vec::new();
         let in_use = |family: &Family| {
             host.iter().any(|addr| addr.family() == *family && !addr.is_loopback() && !is_link_local(*addr))

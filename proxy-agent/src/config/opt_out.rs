@@ -47,17 +47,21 @@ impl Rules {
     }
 
     /// Returns whether no rule is about Pods, so that Pods need not be known.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         !self.annotation && self.runtime_classes.is_empty()
     }
 
     /// Returns the cgroups that opt out, by their paths below the root.
-    pub fn cgroups(&self) -> &BTreeSet<String> {
+    pub(crate) fn cgroups(&self) -> &BTreeSet<String> {
         &self.cgroups
     }
 
     /// Returns whether a Pod with these annotations and this runtime class opts out.
-    pub fn hold(&self, annotations: Option<&BTreeMap<String, String>>, runtime_class: Option<&str>) -> bool {
+    pub(crate) fn hold(
+        &self,
+        annotations: Option<&BTreeMap<String, String>>,
+        runtime_class: Option<&str>,
+    ) -> bool {
         let annotated = || annotations?.get(ANNOTATION).map(|value| value == OFF);
         let sandboxed = || runtime_class.map(|class| self.runtime_classes.contains(class));
         self.annotation && annotated().unwrap_or(false) || sandboxed().unwrap_or(false)

@@ -10,11 +10,11 @@ pub const HEALTH_PORT: u16 = 10256;
 pub const METRICS_PORT: u16 = 10249;
 
 /// Pause between attempts to bind.
-pub const BIND_RETRY: Duration = Duration::from_secs(5);
+pub(crate) const BIND_RETRY: Duration = Duration::from_secs(5);
 
 /// Reaction when the address cannot be bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnBindFailure {
+pub(crate) enum OnBindFailure {
     /// Log and try again after this time, for ever.
     Retry(Duration),
     /// Return the error (`bindAddressHardFail`).
@@ -24,7 +24,7 @@ pub enum OnBindFailure {
 /// A text that is not the address of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("must be IP:port, an IP address, or empty (which switches the server off)")]
-pub struct NotAnAddress;
+pub(crate) struct NotAnAddress;
 
 /// Parses a bind address: `IP:port`, or an IP alone, which gets `default_port`. Returns `None` for an empty text: no
 /// server.
@@ -32,7 +32,7 @@ pub struct NotAnAddress;
 /// # Errors
 ///
 /// [`NotAnAddress`]; port 0 counts as no port.
-pub fn bind_address(value: &str, default_port: u16) -> Result<Option<SocketAddr>, NotAnAddress> {
+pub(crate) fn bind_address(value: &str, default_port: u16) -> Result<Option<SocketAddr>, NotAnAddress> {
     if value.is_empty() {
         return Ok(None);
     }

@@ -160,7 +160,7 @@ fn beside_a_file_few_flags_count() {
     assert_eq!(raw.configuration.logging.format.as_deref(), Some("json"));
     let config = Config::resolve(&args, raw, &host()).unwrap();
     assert_eq!(config.cluster_cidr[0].unwrap().to_string(), "10.0.0.0/8");
-    assert!(config.healthz.is_some() && !config.masquerade_all);
+    assert!(config.healthz.is_some());
     assert_ne!(config.devices.settings.devices, Selection::Auto);
     let master = Some(Uri::from_static("https://192.0.2.1:6443"));
     assert_eq!(config.source, Source::Kubernetes { kubeconfig: None, master });
@@ -224,12 +224,9 @@ fn a_host_without_ipv6() {
 #[test]
 fn the_section_of_the_mode_counts() {
     let fields = "iptables: {syncPeriod: 1m, masqueradeAll: true}\nnftables: {syncPeriod: 2m}\nipvs: {syncPeriod: 3m}\n";
-    for (mode, minutes, masquerade_all) in
-        [("", 1, true), ("iptables", 1, true), ("nftables", 2, false), ("ipvs", 3, true)]
-    {
+    for (mode, minutes) in [("", 1), ("iptables", 1), ("nftables", 2), ("ipvs", 3)] {
         let (_dir, config) = file(&format!("{fields}mode: '{mode}'\n"));
         let config = resolve(&[&config]).unwrap();
         assert_eq!(config.sync_period, Duration::from_secs(60 * minutes), "{mode}");
-        assert_eq!(config.masquerade_all, masquerade_all, "{mode}");
     }
 }

@@ -9,6 +9,7 @@ use std::time::Instant;
 use aya::maps::{HashMap, Map, MapData, MapError};
 use proxy_common::abi;
 use proxy_common::abi::device::flags::{NEAR, POD, POD_BRIDGE};
+use proxy_common::abi::maps;
 use proxy_common::addr::Addr;
 
 use super::choice::{Choice, Choices, Role};
@@ -28,7 +29,7 @@ const PATIENCE: u32 = 3;
 
 /// Reason why the packet edge cannot be set up at all.
 #[derive(Debug, thiserror::Error)]
-pub enum AttacherError {
+pub(crate) enum AttacherError {
     /// Failure of the BPF object or its maps.
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -39,7 +40,7 @@ pub enum AttacherError {
 
 /// The programs and what they are attached to.
 #[derive(Debug)]
-pub struct Attacher {
+pub(crate) struct Attacher {
     pins: PinDir,
     mechanism: Mechanism,
     l2: TcPrograms,
@@ -54,14 +55,14 @@ pub struct Attacher {
 
 /// Result of a pass for a device.
 #[derive(Debug)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// Mechanism by which the programs are attached; on failure, the reason why they are not (or not as they should
     /// be).
-    pub attached: Result<Mechanism, String>,
+    pub(crate) attached: Result<Mechanism, String>,
     /// Whether the failure keeps a starting node from being ready.
-    pub holds: bool,
+    pub(crate) holds: bool,
     /// Programs and filters of others on the device.
-    pub others: Vec<Other>,
+    pub(crate) others: Vec<Other>,
 }
 
 impl Attacher {
@@ -71,7 +72,7 @@ impl Attacher {
     /// # Errors
     ///
     /// [`AttacherError`].
-    pub fn new(
+    pub(crate) fn new(
         pins: PinDir,
         mechanism: Mechanism,
         present: BTreeMap<u32, String>,
@@ -87,7 +88,7 @@ impl Attacher {
         mechanism: Mechanism,
         present: BTreeMap<u32, String>,
     ) -> Result<Self, AttacherError> {
-        let path = pins.map("DEVICES");
+        let path = pins.map(maps::DEVICES);
         let failed = |source| OpenError::Pin { path: path.clone(), source };
         let devices = MapData::from_pin(&path).map_err(failed)?;
         let devices = HashMap::try_from(Map::HashMap(devices)).map_err(failed)?;
@@ -95,19 +96,23 @@ impl Attacher {
     }
 
     /// Returns the number of verified instructions per program, where the kernel tells.
-    pub fn verified(&self) -> Vec<(&'static str, Option<u32>)> {
+    pub(crate) fn verified(&self) -> Vec<(&'static str, Option<u32>)> {
         self.l2.verified()
     }
 
     /// Returns the programs that the kernel has refused.
-    pub fn refused(&self) -> Refused {
+    pub(crate) fn refused(&self) -> Refused {
         let mut refused = self.l2.refused();
         refused.extend(self.l3.iter().flat_map(TcPrograms::refused));
         refused
     }
 
     /// Attaches the programs to the chosen devices, external ones first, and detaches them from all others.
-    pub fn apply(&mut self, choices: &Choices, sources: &BTreeMap<u32, Sources>) -> BTreeMap<u32, Outcome> {
+    pub(crate) fn apply(
+        &mut self,
+        choices: &Choices,
+        sources: &BTreeMap<u32, Sources>,
+    ) -> BTreeMap<u32, Outcome> {
         let start = Instant::now();
         if choices.values().any(|choice| choice.layer == Layer::L2) {
             self.l2.load(&PROGRAMS);

@@ -24,15 +24,15 @@ use crate::bpf::pins::PinDir;
 use crate::bpf::tc::Mechanism;
 use crate::host::FollowError;
 
-pub mod snapshot;
+pub(crate) mod snapshot;
 
-pub mod choice;
+pub(crate) mod choice;
 
-pub mod sources;
+pub(crate) mod sources;
 
-pub mod attach;
+pub(crate) mod attach;
 
-pub mod reserved_ports;
+pub(crate) mod reserved_ports;
 
 mod ipsec;
 mod strict;
@@ -67,61 +67,61 @@ const AHEAD_ON_INGRESS: &str = "others are ahead of ours on the way in (OTHERS i
 #[serde(rename_all = "camelCase")]
 pub struct DeviceState {
     /// Interface index.
-    pub index: u32,
+    pub(crate) index: u32,
     /// Interface name.
-    pub name: String,
+    pub(crate) name: String,
     /// `external` or `pod`.
-    pub role: String,
+    pub(crate) role: String,
     /// Reason for the choice.
-    pub reason: String,
+    pub(crate) reason: String,
     /// `tcx` or `clsact`; empty while the programs are not attached.
-    pub attached: String,
+    pub(crate) attached: String,
     /// Programs and filters of others on the device, except those behind ours on ingress, where they should be.
     #[serde(default)]
-    pub others: Vec<Other>,
+    pub(crate) others: Vec<Other>,
     /// Source addresses of packets to other nodes, at most one for each family.
-    pub sources: Vec<String>,
+    pub(crate) sources: Vec<String>,
     /// Whether everything that enters counts as traffic of local pods.
-    pub near: bool,
+    pub(crate) near: bool,
     /// Whether packets start with the IP header.
-    pub l3: bool,
+    pub(crate) l3: bool,
 }
 
 impl DeviceState {
     /// Returns whether the programs are attached.
-    pub fn is_attached(&self) -> bool {
+    pub(crate) fn is_attached(&self) -> bool {
         !self.attached.is_empty()
     }
 
     /// Returns whether the device is the host's side of a pod and the programs are attached.
-    pub fn is_attached_pod(&self) -> bool {
+    pub(crate) fn is_attached_pod(&self) -> bool {
         self.is_attached() && self.role == Role::Pod.name()
     }
 }
 
 /// State of the packet edge.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct State {
+pub(crate) struct State {
     /// Number of passes so far; 0 while nothing has been attached.
-    pub passes: u64,
+    pub(crate) passes: u64,
     /// The devices, by index.
-    pub devices: Vec<DeviceState>,
+    pub(crate) devices: Vec<DeviceState>,
     /// Problems by device or flag.
-    pub problems: BTreeMap<String, Vec<String>>,
+    pub(crate) problems: BTreeMap<String, Vec<String>>,
     /// Reason why clients outside this node, or all pods of it, are not served as they should be. It keeps a starting
     /// node from being ready.
-    pub holds: Option<String>,
+    pub(crate) holds: Option<String>,
     /// Number of verified instructions per program, where the kernel tells.
-    pub verified: Vec<(&'static str, Option<u32>)>,
+    pub(crate) verified: Vec<(&'static str, Option<u32>)>,
     /// Programs that the kernel has refused.
-    pub refused: Refused,
+    pub(crate) refused: Refused,
     /// Destinations of the routes that lead past the programs of external devices.
-    pub elsewhere: Vec<Prefix>,
+    pub(crate) elsewhere: Vec<Prefix>,
 }
 
 /// The task, which ends when this is dropped. Attached programs stay.
 #[derive(Debug)]
-pub struct Edge {
+pub(crate) struct Edge {
     facts: watch::Sender<Facts>,
     datagram_ports: watch::Sender<DatagramPorts>,
     state: watch::Receiver<State>,
@@ -134,7 +134,7 @@ impl Edge {
     /// # Errors
     ///
     /// When the network cannot be read.
-    pub async fn start(config: Devices, facts: Facts) -> Result<Self, FollowError> {
+    pub(crate) async fn start(config: Devices, facts: Facts) -> Result<Self, FollowError> {
         let network = watch_network().await?;
         let (connection, handle, _) = rtnetlink::new_connection()
             .map_err(|source| FollowError::Open { what: "this host's routes", source })?;
@@ -149,13 +149,13 @@ impl Edge {
     }
 
     /// Replaces the facts and the datagram ports.
-    pub fn tell(&self, facts: &Facts, datagram_ports: &DatagramPorts) {
+    pub(crate) fn tell(&self, facts: &Facts, datagram_ports: &DatagramPorts) {
         replace(&self.facts, facts);
         replace(&self.datagram_ports, datagram_ports);
     }
 
     /// Waits for the next pass, and returns the state after it.
-    pub async fn changed(&mut self) -> State {
+    pub(crate) async fn changed(&mut self) -> State {
         match self.state.changed().await {
             Ok(()) => self.state.borrow_and_update().clone(),
             // The task ends only by a panic, which has been printed.
@@ -369,7 +369,7 @@ fn wrong_places(others: &[Other]) -> Vec<String> {
 /// # Errors
 ///
 /// When the devices cannot be listed.
-pub async fn remove_filters(pins: &PinDir) -> Result<Vec<(String, std::io::Error)>, FollowError> {
+pub(crate) async fn remove_filters(pins: &PinDir) -> Result<Vec<(String, std::io::Error)>, FollowError> {
     let what = "this host's devices";
     let (connection, handle, _) =
         rtnetlink::new_connection().map_err(|source| FollowError::Open { what, source })?;

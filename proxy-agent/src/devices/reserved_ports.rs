@@ -25,11 +25,11 @@ const LONGEST: usize = 1 << 18;
 
 /// nodePorts of UDP and SCTP; absent until the first list has been programmed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DatagramPorts(Option<BTreeSet<u16>>);
+pub(crate) struct DatagramPorts(Option<BTreeSet<u16>>);
 
 impl DatagramPorts {
     /// Takes in what has been programmed: `ops` just now, `frontends` altogether.
-    pub fn programmed(&mut self, ops: &[Op], frontends: &BTreeMap<FrontendKey, FrontendValue>) {
+    pub(crate) fn programmed(&mut self, ops: &[Op], frontends: &BTreeMap<FrontendKey, FrontendValue>) {
         let is_one = |key: &FrontendKey| {
             key.kind == FrontendKind::NodePort as u8 && matches!(key.proto, proto::UDP | proto::SCTP)
         };
@@ -50,7 +50,7 @@ impl DatagramPorts {
 const REST: Duration = Duration::from_secs(1);
 
 /// Keeps `ports` reserved as they come and go.
-pub async fn follow(notes: Notes, mut ports: watch::Receiver<DatagramPorts>) {
+pub(crate) async fn follow(notes: Notes, mut ports: watch::Receiver<DatagramPorts>) {
     loop {
         let (notes, DatagramPorts(known)) = (notes.clone(), ports.borrow_and_update().clone());
         // `keep` reads and writes files. An error here is a panic, which has been printed.
@@ -65,7 +65,7 @@ pub async fn follow(notes: Notes, mut ports: watch::Receiver<DatagramPorts>) {
 /// Reserves [`SNAT_PORTS`] and `others`, and takes back ports that were added and are not wanted any more; without
 /// `others`, takes back nothing. Does nothing where the setting cannot be written (a read-only `/proc/sys`): the
 /// kernel's own range of ephemeral ports does not overlap with either unless somebody has changed it.
-pub fn keep(notes: &Notes, others: Option<&BTreeSet<u16>>) {
+pub(crate) fn keep(notes: &Notes, others: Option<&BTreeSet<u16>>) {
     let wanted = SNAT_PORTS.chain(others.into_iter().flatten().copied()).collect();
     let kept = add(notes, &wanted).and_then(|added| {
         let removed = if others.is_some() { remove_others(notes, &wanted)? } else { Vec::new() };
@@ -132,7 +132,7 @@ fn remove_others(notes: &Notes, wanted: &BTreeSet<u16>) -> io::Result<Vec<RangeI
 /// # Errors
 ///
 /// The kernel's error; the ports then stay reserved.
-pub fn release(ports: &RangeInclusive<u16>) -> io::Result<()> {
+pub(crate) fn release(ports: &RangeInclusive<u16>) -> io::Result<()> {
     let mut reserved = read()?;
     let before = reserved.len();
     reserved.retain(|port| !ports.contains(port));

@@ -32,38 +32,38 @@ const SETTLE: Duration = Duration::from_millis(50);
 
 /// Links by interface index, and their addresses, routes and rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Snapshot {
+pub(crate) struct Snapshot {
     /// The links of the network namespace.
-    pub links: BTreeMap<u32, Link>,
+    pub(crate) links: BTreeMap<u32, Link>,
     /// Addresses that hosts can be reached by: neither link-local nor loopback, in the kernel's order.
-    pub addresses: Vec<Address>,
+    pub(crate) addresses: Vec<Address>,
     /// Unicast routes of every table, except those to link-local prefixes.
-    pub routes: Vec<Route>,
+    pub(crate) routes: Vec<Route>,
     /// Tables, other than the common ones, by which IPv4 rules route packets from certain sources that this host does
     /// not have itself.
-    pub tables_by_source: BTreeSet<u32>,
+    pub(crate) tables_by_source: BTreeSet<u32>,
 }
 
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Link {
+pub(crate) struct Link {
     /// Interface name.
-    pub name: String,
+    pub(crate) name: String,
     /// Kind of the link.
-    pub kind: Kind,
+    pub(crate) kind: Kind,
     /// The kernel's name of the kind, such as `vxlan`; empty for hardware.
-    pub kind_name: String,
+    pub(crate) kind_name: String,
     /// Header that its packets start with.
-    pub layer: Layer,
+    pub(crate) layer: Layer,
     /// Whether it is administratively up.
-    pub up: bool,
+    pub(crate) up: bool,
     /// Index of the bridge, bond or VRF that it is a port of.
-    pub master: Option<u32>,
+    pub(crate) master: Option<u32>,
 }
 
 /// Kinds of links, as far as they matter here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// Hardware, bonds, VLANs and whatever else carries addresses.
     Plain,
     /// Devices by which pods are attached: veth, tap, netkit.
@@ -82,7 +82,7 @@ pub enum Kind {
 
 /// Header that the packets of a device start with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Layer {
+pub(crate) enum Layer {
     /// A MAC header.
     L2,
     /// The IP header.
@@ -91,35 +91,35 @@ pub enum Layer {
 
 /// An address of this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Address {
+pub(crate) struct Address {
     /// Interface index.
-    pub device: u32,
+    pub(crate) device: u32,
     /// The address.
-    pub addr: Addr,
+    pub(crate) addr: Addr,
     /// Whether the prefix is that address alone (/32, /128).
-    pub single: bool,
+    pub(crate) single: bool,
     /// Whether packets may be sent from it: not tentative, not deprecated.
-    pub usable: bool,
+    pub(crate) usable: bool,
 }
 
 /// One next hop of a route. A route with several next hops becomes several of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Route {
+pub(crate) struct Route {
     /// Interface index.
-    pub device: u32,
+    pub(crate) device: u32,
     /// Id of the routing table that it is in.
-    pub table: u32,
+    pub(crate) table: u32,
     /// Destination of the route.
-    pub destination: Prefix,
+    pub(crate) destination: Prefix,
     /// Whether the route leads through another host.
-    pub gateway: bool,
+    pub(crate) gateway: bool,
     /// Source that the route asks for.
-    pub source: Option<Addr>,
+    pub(crate) source: Option<Addr>,
 }
 
 impl Snapshot {
     /// Returns the addresses of a device.
-    pub fn addresses_of(&self, device: u32) -> impl Iterator<Item = &Address> {
+    pub(crate) fn addresses_of(&self, device: u32) -> impl Iterator<Item = &Address> {
         self.addresses.iter().filter(move |address| address.device == device)
     }
 
@@ -129,7 +129,7 @@ impl Snapshot {
     }
 
     /// Returns the routes through a device.
-    pub fn routes_of(&self, device: u32) -> impl Iterator<Item = &Route> {
+    pub(crate) fn routes_of(&self, device: u32) -> impl Iterator<Item = &Route> {
         self.routes.iter().filter(move |route| route.device == device)
     }
 }
@@ -139,7 +139,7 @@ impl Snapshot {
 /// # Errors
 ///
 /// When they cannot be read for the first time.
-pub async fn watch_network() -> Result<watch::Receiver<Snapshot>, FollowError> {
+pub(crate) async fn watch_network() -> Result<watch::Receiver<Snapshot>, FollowError> {
     let groups = &[
         MulticastGroup::Link,
         MulticastGroup::Ipv4Ifaddr,

@@ -14,21 +14,21 @@ use super::snapshot::{Kind, Route, Snapshot, ask_source, is_link_local};
 
 /// Facts that the agent knows and the network does not tell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Facts {
+pub(crate) struct Facts {
     /// Number of times that larger maps have replaced others. The programs have to use the maps that are pinned now.
-    pub maps: u64,
+    pub(crate) maps: u64,
     /// The node's own IPs, by [`Family::index`].
-    pub node_ips: [Option<Addr>; 2],
+    pub(crate) node_ips: [Option<Addr>; 2],
     /// A backend on another node, by [`Family::index`].
-    pub remote: [Option<Addr>; 2],
+    pub(crate) remote: [Option<Addr>; 2],
 }
 
 /// Source address for each family ([`Family::index`]); [`Addr::ZERO`] where there is none.
-pub type Sources = [Addr; 2];
+pub(crate) type Sources = [Addr; 2];
 
 /// Returns the sources of every chosen device. For external devices the kernel is asked how it routes to a backend, or
 /// to what lies behind a gateway of the device.
-pub async fn resolve(
+pub(crate) async fn resolve(
     handle: &Handle,
     snapshot: &Snapshot,
     choices: &Choices,

@@ -24,7 +24,7 @@ const DUMP_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Bytes of notifications that may wait. The kernel caps the number at `net.core.rmem_max`.
-pub const RECEIVE_BUFFER: usize = 256 * 1024;
+pub(crate) const RECEIVE_BUFFER: usize = 256 * 1024;
 
 /// Reason why a value cannot be followed.
 #[derive(Debug, thiserror::Error)]
@@ -55,16 +55,16 @@ pub enum FollowError {
 
 /// A value to follow, and how to follow it.
 #[derive(Clone, Copy, Debug)]
-pub struct Subject {
+pub(crate) struct Subject {
     /// Name of the value in messages: "this host's addresses".
-    pub what: &'static str,
+    pub(crate) what: &'static str,
     /// Groups whose notifications are changes of the value.
-    pub groups: &'static [MulticastGroup],
+    pub(crate) groups: &'static [MulticastGroup],
     /// Delay between a notification and the dump: one dump then covers a whole burst. Zero if a change must be read at
     /// once.
-    pub settle: Duration,
+    pub(crate) settle: Duration,
     /// Bytes of notifications that may wait.
-    pub receive_buffer: usize,
+    pub(crate) receive_buffer: usize,
 }
 
 /// Follows the value that `dump` reads in the calling thread's network namespace, at once and after each change.
@@ -73,7 +73,7 @@ pub struct Subject {
 /// # Errors
 ///
 /// Returns an error if the value cannot be read for the first time.
-pub async fn follow<T, D, F>(subject: Subject, dump: D) -> Result<watch::Receiver<T>, FollowError>
+pub(crate) async fn follow<T, D, F>(subject: Subject, dump: D) -> Result<watch::Receiver<T>, FollowError>
 where
     T: PartialEq + Send + Sync + 'static,
     D: Fn(Handle) -> F + Send + Sync + 'static,

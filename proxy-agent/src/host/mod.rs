@@ -1,29 +1,29 @@
 //! This host, as reported by its kernel and `/proc`: addresses, cgroups and network namespaces of pods, sockets, and
 //! this process.
 
-pub mod addresses;
+pub(crate) mod addresses;
 
-pub mod cgroups;
+pub(crate) mod cgroups;
 
 pub mod clock;
 
-pub mod facts;
+pub(crate) mod facts;
 
-pub mod follow;
+pub(crate) mod follow;
 
-pub mod named_file;
+pub(crate) mod named_file;
 
-pub mod netlink;
+pub(crate) mod netlink;
 
-pub mod process;
+pub(crate) mod process;
 
-pub mod sockets;
+pub(crate) mod sockets;
 
-pub mod sys;
+pub(crate) mod sys;
 
 #[cfg(test)]
-pub(crate) mod testing;
+pub mod testing;
 
 pub use addresses::{HostAddresses, watch_addresses};
 pub use facts::{Host, HostError};
-pub use follow::FollowError;
+pub(crate) use follow::FollowError;

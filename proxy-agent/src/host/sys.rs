@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 /// # Errors
 ///
 /// Returns the error of setsockopt(2): EINVAL when the socket does not share its address.
-pub fn spread_by_source(socket: BorrowedFd<'_>, sockets: u32) -> io::Result<()> {
+pub(crate) fn spread_by_source(socket: BorrowedFd<'_>, sockets: u32) -> io::Result<()> {
     // In an IPv4 header the source is at offset 12. In an IPv6 header the source begins at 8, and its /64 ends at 16.
     const SOURCE: u32 = libc::SKF_NET_OFF.cast_unsigned() + 12;
     let instruction = |code: u32, k| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
@@ -34,7 +34,7 @@ pub fn spread_by_source(socket: BorrowedFd<'_>, sockets: u32) -> io::Result<()> 
 }
 
 /// Returns the cookie of the calling thread's network namespace, as BPF programs see it; `None` before kernel 5.14.
-pub fn netns_cookie() -> Option<u64> {
+pub(crate) fn netns_cookie() -> Option<u64> {
     // The unspecified address can be bound even if loopback is down and the namespace has no other address.
     let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0)).ok()?;
     let mut cookie = 0_u64;

@@ -1,15 +1,15 @@
 //! Output for people, probes, scrapers and load balancers.
 
-pub mod events;
+pub(crate) mod events;
 
-pub mod health;
+pub(crate) mod health;
 
-pub mod http;
+pub(crate) mod http;
 
-pub mod metrics;
+pub(crate) mod metrics;
 
-pub mod probe;
+pub(crate) mod probe;
 
-pub mod reasons;
+pub(crate) mod reasons;
 
 pub mod report;

@@ -2,7 +2,7 @@
 
 /// Question of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Probe {
+pub(crate) enum Probe {
     /// May load balancers send traffic here?
     Healthz,
     /// Does the agent make progress?

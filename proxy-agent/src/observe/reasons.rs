@@ -22,36 +22,36 @@ use crate::reconcile::desired::{Context, PortKey, Standing, desired_service, sta
 /// One port of a Service in one family.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct PortReasons {
+pub(crate) struct PortReasons {
     /// Port name; empty when unnamed.
-    pub port: String,
+    pub(crate) port: String,
     /// IP protocol number.
-    pub proto: u8,
+    pub(crate) proto: u8,
     /// `IPv4` or `IPv6`.
-    pub family: String,
+    pub(crate) family: String,
     /// All endpoints, including those that no client gets.
-    pub endpoints: Vec<EndpointReasons>,
+    pub(crate) endpoints: Vec<EndpointReasons>,
 }
 
 /// An endpoint, and the reasons why sets do not contain it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct EndpointReasons {
+pub(crate) struct EndpointReasons {
     /// Address and port.
-    pub endpoint: SocketAddr,
+    pub(crate) endpoint: SocketAddr,
     /// Condition `serving`.
-    pub serving: bool,
+    pub(crate) serving: bool,
     /// Whether it is on this node.
-    pub on_this_node: bool,
+    pub(crate) on_this_node: bool,
     /// Reason why it is not in the cluster set; none if it is.
-    pub not_in_cluster: Option<String>,
+    pub(crate) not_in_cluster: Option<String>,
     /// Reason why it is not in the local set; none if it is.
-    pub not_in_local: Option<String>,
+    pub(crate) not_in_local: Option<String>,
 }
 
 impl PortReasons {
     /// Returns whether this is about the port `key`.
-    pub fn is_of(&self, key: &PortKey) -> bool {
+    pub(crate) fn is_of(&self, key: &PortKey) -> bool {
         *self.port == *key.port_name && self.proto == key.proto && self.family == key.family.to_string()
     }
 }
@@ -72,7 +72,7 @@ impl From<&Standing> for EndpointReasons {
 }
 
 /// Returns the answer about a Service.
-pub fn of_service<'a>(
+pub(crate) fn of_service<'a>(
     service: &Service,
     slices: impl Iterator<Item = &'a Slice> + Clone,
     context: &Context,
@@ -90,11 +90,11 @@ pub fn of_service<'a>(
 
 /// A question on its way to the task that has the objects.
 #[derive(Debug)]
-pub struct Asked {
+pub(crate) struct Asked {
     /// Service that the question is about.
-    pub service: ObjectKey,
+    pub(crate) service: ObjectKey,
     /// Channel for the answer, which is empty where there is no such Service.
-    pub reply: oneshot::Sender<Vec<PortReasons>>,
+    pub(crate) reply: oneshot::Sender<Vec<PortReasons>>,
 }
 
 /// Longest question in bytes: a name has up to 63 characters, and so has a namespace.
@@ -103,12 +103,12 @@ const QUESTION_MAX: u64 = 256;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Returns the socket of the agent whose state file is `state_file`.
-pub fn socket(state_file: &Path) -> PathBuf {
+pub(crate) fn socket(state_file: &Path) -> PathBuf {
     state_file.with_extension("sock")
 }
 
 /// Answers on `path` until the receiver is gone. A failure is logged: only `explain` misses the answers.
-pub async fn serve(path: PathBuf, asked: mpsc::Sender<Asked>) {
+pub(crate) async fn serve(path: PathBuf, asked: mpsc::Sender<Asked>) {
     let listener = match listen(&path) {
         Ok(listener) => listener,
         Err(error) => {
@@ -158,7 +158,7 @@ async fn answer(stream: tokio::net::UnixStream, asked: mpsc::Sender<Asked>) -> i
 /// # Errors
 ///
 /// When no agent answers there.
-pub fn ask(path: &Path, service: &ObjectKey) -> io::Result<Vec<PortReasons>> {
+pub(crate) fn ask(path: &Path, service: &ObjectKey) -> io::Result<Vec<PortReasons>> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;

@@ -79,7 +79,7 @@ type Told = BTreeMap<(String, Teller), Vec<String>>;
 
 /// The problems, and the file that shows them.
 #[derive(Debug)]
-pub struct Report {
+pub(crate) struct Report {
     path: PathBuf,
     /// State of the file. Its problems are those of the last write.
     state: State,
@@ -94,7 +94,7 @@ pub struct Report {
 
 impl Report {
     /// Makes a report that is written to `path`. Problems of Services are also told to `events`.
-    pub fn new(path: PathBuf, state: State, events: Events) -> Self {
+    pub(crate) fn new(path: PathBuf, state: State, events: Events) -> Self {
         Self {
             path,
             state,
@@ -107,7 +107,7 @@ impl Report {
     }
 
     /// Notes the number of verified instructions of each program.
-    pub fn verified(&mut self, programs: &[(&'static str, Option<u32>)]) {
+    pub(crate) fn verified(&mut self, programs: &[(&'static str, Option<u32>)]) {
         let known = programs.iter().filter_map(|(name, count)| Some(((*name).to_owned(), (*count)?)));
         for (name, count) in known {
             self.changed |= self.state.verified_instructions.insert(name, count) != Some(count);
@@ -115,13 +115,13 @@ impl Report {
     }
 
     /// Notes whether the kernel lets the programs say why a socket is refused.
-    pub fn reasons_for_sockets(&mut self, there: bool) {
+    pub(crate) fn reasons_for_sockets(&mut self, there: bool) {
         self.changed |= self.state.reasons_for_sockets != there;
         self.state.reasons_for_sockets = there;
     }
 
     /// Notes which processes are served, and logs it if some are not.
-    pub fn reach(&mut self, reach: Reach) {
+    pub(crate) fn reach(&mut self, reach: Reach) {
         let below = match reach {
             Reach::Host => None,
             Reach::Below(id) => Some(id),
@@ -137,14 +137,14 @@ impl Report {
     }
 
     /// Replaces what the kernel has refused of `programs`.
-    pub fn refused(&mut self, programs: &[&str], refused: &Refused) {
+    pub(crate) fn refused(&mut self, programs: &[&str], refused: &Refused) {
         for program in programs {
             self.set(program_object(program), refused.get(program).cloned().into_iter().collect());
         }
     }
 
     /// Replaces the node's IPs.
-    pub fn node_ips(&mut self, ips: &NodeIps) {
+    pub(crate) fn node_ips(&mut self, ips: &NodeIps) {
         let mut families = Family::ALL;
         families.sort_by_key(|family| *family != ips.primary());
         self.changed |=
@@ -152,7 +152,7 @@ impl Report {
     }
 
     /// Replaces the problems of the source.
-    pub fn source(&mut self, problems: Vec<Problem>) {
+    pub(crate) fn source(&mut self, problems: Vec<Problem>) {
         let mut by_object: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for problem in problems {
             by_object.entry(problem.object).or_default().push(problem.reason);
@@ -161,13 +161,13 @@ impl Report {
     }
 
     /// Replaces the pods whose sockets are left alone, and the problems of pods that opt out.
-    pub fn opted_out(&mut self, pods: Vec<String>, problems: BTreeMap<String, Vec<String>>) {
+    pub(crate) fn opted_out(&mut self, pods: Vec<String>, problems: BTreeMap<String, Vec<String>>) {
         self.changed |= replace(&mut self.state.opted_out, pods);
         self.replace(Teller::OptOut, problems);
     }
 
     /// Replaces what is known of devices.
-    pub fn edge(&mut self, state: devices::State) {
+    pub(crate) fn edge(&mut self, state: devices::State) {
         self.verified(&state.verified);
         self.refused(&tc::PROGRAMS, &state.refused);
         self.changed |= replace(&mut self.state.devices, state.devices);
@@ -175,24 +175,24 @@ impl Report {
     }
 
     /// Replaces the problems of the servers of healthCheckNodePorts.
-    pub fn check_ports(&mut self, failures: Failures) {
+    pub(crate) fn check_ports(&mut self, failures: Failures) {
         let by_object = failures.into_iter().map(|(service, reasons)| (object(&service), reasons));
         self.replace(Teller::CheckPorts, by_object.collect());
     }
 
     /// Replaces the problems of a Service as it is programmed.
-    pub fn service(&mut self, service: &ObjectKey, reasons: Vec<String>) {
+    pub(crate) fn service(&mut self, service: &ObjectKey, reasons: Vec<String>) {
         self.set(object(service), reasons);
     }
 
     /// Returns the Services that had problems when they were programmed.
-    pub fn services(&self) -> Vec<ObjectKey> {
+    pub(crate) fn services(&self) -> Vec<ObjectKey> {
         let told = self.told.keys().filter(|(_, teller)| *teller == Teller::Programming);
         told.filter_map(|(object, _)| service_of(object)).collect()
     }
 
     /// Replaces the problems of another object.
-    pub fn set(&mut self, object: String, reasons: Vec<String>) {
+    pub(crate) fn set(&mut self, object: String, reasons: Vec<String>) {
         self.tell((object, Teller::Programming), reasons);
     }
 
@@ -264,12 +264,12 @@ impl Report {
     }
 
     /// Returns the number of objects with problems.
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.objects
     }
 
     /// Writes the file if anything has changed. A failure is logged: the dataplane does not depend on it.
-    pub fn write(&mut self) {
+    pub(crate) fn write(&mut self) {
         if !self.changed {
             return;
         }
@@ -329,7 +329,7 @@ fn shown(told: &Told) -> BTreeMap<String, Vec<String>> {
 /// # Errors
 ///
 /// When there is none, or it is not one of ours.
-pub fn read(path: &Path) -> std::io::Result<State> {
+pub(crate) fn read(path: &Path) -> std::io::Result<State> {
     Ok(serde_json::from_slice(&std::fs::read(path)?)?)
 }
 
@@ -343,7 +343,7 @@ fn note(reasons: &[&str]) -> Option<String> {
 }
 
 /// Returns the object by which problems name a BPF program.
-pub fn program_object(program: &str) -> String {
+pub(crate) fn program_object(program: &str) -> String {
     format!("BPF program {program}")
 }
 
@@ -360,7 +360,7 @@ fn service_of(object: &str) -> Option<ObjectKey> {
 
 /// Returns the path of the new file, which replaces the old one once it is complete. An agent that dies before that
 /// leaves it behind.
-pub fn beside(path: &Path) -> PathBuf {
+pub(crate) fn beside(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
 

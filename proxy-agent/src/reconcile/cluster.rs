@@ -13,7 +13,7 @@ use proxy_common::addr::{Addr, Family, Prefix};
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectKey {
     /// Namespace.
-    pub namespace: Arc<str>,
+    pub(crate) namespace: Arc<str>,
     /// Name.
     pub name: Arc<str>,
 }
@@ -39,7 +39,7 @@ impl fmt::Debug for ObjectKey {
 
 /// `spec.type`, as far as it matters: it decides ExternalName, and whether a policy has a meaning (semantics).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ServiceType {
+pub(crate) enum ServiceType {
     /// Reachable inside the cluster only (unless it has externalIPs).
     ClusterIp,
     /// Reachable on a port of every node, too.
@@ -52,7 +52,7 @@ pub enum ServiceType {
 
 /// `internalTrafficPolicy` or `externalTrafficPolicy`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum TrafficPolicy {
+pub(crate) enum TrafficPolicy {
     /// Endpoints of the whole cluster.
     #[default]
     Cluster,
@@ -64,13 +64,13 @@ pub enum TrafficPolicy {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePort {
     /// Name; empty when unnamed.
-    pub name: Arc<str>,
+    pub(crate) name: Arc<str>,
     /// IP protocol number ([`proxy_common::abi::proto`]).
-    pub proto: u8,
+    pub(crate) proto: u8,
     /// The port of clusterIP, externalIPs and load-balancer addresses.
     pub port: u16,
     /// nodePort; 0 for none.
-    pub node_port: u16,
+    pub(crate) node_port: u16,
 }
 
 /// A Service to proxy. Sources also deliver Services in which [`crate::reconcile::desired`] finds nothing to proxy.
@@ -82,65 +82,65 @@ pub struct Service {
     /// a frontend that two Services claim.
     pub created: i64,
     /// `spec.type`.
-    pub service_type: ServiceType,
+    pub(crate) service_type: ServiceType,
     /// The clusterIP of each family (index: [`Family::index`]), resolved from `ipFamilies`, `clusterIPs` and
     /// `clusterIP`. If both are `None`, the Service is headless or has no clusterIP yet, and is not proxied.
-    pub cluster_ips: [Option<Addr>; 2],
+    pub(crate) cluster_ips: [Option<Addr>; 2],
     /// `spec.ports`.
     pub ports: Vec<ServicePort>,
     /// `spec.externalIPs`, both families.
-    pub external_ips: Vec<Addr>,
+    pub(crate) external_ips: Vec<Addr>,
     /// `status.loadBalancer.ingress[].ip` where `ipMode` is not `Proxy`, both families.
-    pub load_balancer_ips: Vec<Addr>,
+    pub(crate) load_balancer_ips: Vec<Addr>,
     /// `spec.internalTrafficPolicy`.
-    pub internal_policy: TrafficPolicy,
+    pub(crate) internal_policy: TrafficPolicy,
     /// `spec.externalTrafficPolicy`.
-    pub external_policy: TrafficPolicy,
+    pub(crate) external_policy: TrafficPolicy,
     /// `sessionAffinity: ClientIP` timeout in seconds; `None` without affinity.
-    pub affinity_seconds: Option<u32>,
+    pub(crate) affinity_seconds: Option<u32>,
     /// `spec.loadBalancerSourceRanges`, both families, the valid ones.
     pub source_ranges: Vec<Prefix>,
     /// `spec.healthCheckNodePort`; 0 for none.
-    pub health_check_node_port: u16,
+    pub(crate) health_check_node_port: u16,
     /// Errors in the object, one for each field. The bad fields were skipped, the rest is served.
-    pub problems: Vec<String>,
+    pub(crate) problems: Vec<String>,
 }
 
 /// One usable entry of a slice's `ports[]`: it has a name (maybe empty) and a number.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SlicePort {
+pub(crate) struct SlicePort {
     /// Name; matches [`ServicePort::name`].
-    pub name: Arc<str>,
+    pub(crate) name: Arc<str>,
     /// IP protocol number.
-    pub proto: u8,
+    pub(crate) proto: u8,
     /// Port number on the endpoint.
-    pub port: u16,
+    pub(crate) port: u16,
 }
 
 /// Topology hints of an endpoint that is hinted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Hints {
+pub(crate) struct Hints {
     /// `hints.forZones[].name`.
-    pub zones: Vec<Arc<str>>,
+    pub(crate) zones: Vec<Arc<str>>,
     /// `hints.forNodes[].name`.
-    pub nodes: Vec<Arc<str>>,
+    pub(crate) nodes: Vec<Arc<str>>,
 }
 
 /// One endpoint of a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     /// `addresses[0]`.
-    pub addr: Addr,
+    pub(crate) addr: Addr,
     /// `conditions.ready`; nil counts as true.
-    pub ready: bool,
+    pub(crate) ready: bool,
     /// `conditions.serving`; nil counts as true.
-    pub serving: bool,
+    pub(crate) serving: bool,
     /// `conditions.terminating`; nil counts as false.
-    pub terminating: bool,
+    pub(crate) terminating: bool,
     /// Whether `nodeName` is this node's name.
     pub local: bool,
     /// Topology hints; `None` when the endpoint has none. Equal hints are shared between slices.
-    pub hints: Option<Arc<Hints>>,
+    pub(crate) hints: Option<Arc<Hints>>,
 }
 
 /// An EndpointSlice (or the older Endpoints object, split by address family).
@@ -149,17 +149,17 @@ pub struct Slice {
     /// Namespace and name of the slice.
     pub key: ObjectKey,
     /// The Service that the slice belongs to (label `kubernetes.io/service-name`, same namespace).
-    pub service: ObjectKey,
+    pub(crate) service: ObjectKey,
     /// `addressType`.
-    pub family: Family,
+    pub(crate) family: Family,
     /// Usable ports.
-    pub ports: Vec<SlicePort>,
+    pub(crate) ports: Vec<SlicePort>,
     /// Usable endpoints.
     pub endpoints: Vec<Endpoint>,
     /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, nanoseconds since 1970.
-    pub trigger_time: Option<i64>,
+    pub(crate) trigger_time: Option<i64>,
     /// Errors in the object, one for each field.
-    pub problems: Vec<String>,
+    pub(crate) problems: Vec<String>,
 }
 
 /// This node, as its Node object describes it.
@@ -170,12 +170,12 @@ pub struct Node {
     /// The node's IP of each family (index: [`Family::index`]): InternalIPs before ExternalIPs.
     pub ips: [Option<Addr>; 2],
     /// The family of the first address, which is the node's primary family.
-    pub primary: Option<Family>,
+    pub(crate) primary: Option<Family>,
     /// `spec.podCIDRs`, the valid ones.
-    pub pod_cidrs: Vec<Prefix>,
+    pub(crate) pod_cidrs: Vec<Prefix>,
     /// Load balancers must not send traffic to this node: the Node is being deleted, or the cluster autoscaler is
     /// about to delete it (taint `ToBeDeletedByClusterAutoscaler`).
-    pub leaving: bool,
+    pub(crate) leaving: bool,
 }
 
 /// A Pod of this node whose sockets the socket edge leaves alone.
@@ -184,9 +184,9 @@ pub struct Pod {
     /// Namespace and name.
     pub key: ObjectKey,
     /// The uid that names the Pod's cgroup. For a static Pod it differs from the uid of its mirror Pod.
-    pub uid: Arc<str>,
+    pub(crate) uid: Arc<str>,
     /// `spec.hostNetwork`.
-    pub host_network: bool,
+    pub(crate) host_network: bool,
 }
 
 /// One change that a source delivers. A deletion carries the key of the deleted object.
@@ -359,14 +359,14 @@ impl Cluster {
     }
 
     /// Marks every Service that has source ranges: whether they contain this host depends on its addresses.
-    pub fn touch_with_source_ranges(&mut self) {
+    pub(crate) fn touch_with_source_ranges(&mut self) {
         let ranged = self.services.values().filter(|service| !service.source_ranges.is_empty());
         self.dirty.extend(ranged.map(|service| service.key.clone()));
     }
 
     /// Marks every Service that has one of these addresses: its problems depend on whether this host has the address,
     /// too.
-    pub fn touch_at(&mut self, addresses: &BTreeSet<Addr>) {
+    pub(crate) fn touch_at(&mut self, addresses: &BTreeSet<Addr>) {
         let has = |service: &&Service| {
             let from_outside = service.external_ips.iter().chain(&service.load_balancer_ips);
             service.cluster_ips.iter().flatten().chain(from_outside).any(|addr| addresses.contains(addr))
@@ -397,7 +397,7 @@ impl Cluster {
     }
 
     /// Returns a quick upper estimate of the cost to program a Service: its frontends, endpoints and source ranges.
-    pub fn weight(&self, key: &ObjectKey) -> usize {
+    pub(crate) fn weight(&self, key: &ObjectKey) -> usize {
         let of_service = |service: &Service| {
             let addresses = 4 + service.external_ips.len() + service.load_balancer_ips.len();
             service.ports.len() * (addresses + service.source_ranges.len())

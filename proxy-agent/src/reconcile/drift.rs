@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
+use proxy_common::abi::maps;
 use proxy_common::abi::{Backend, FrontendKey, FrontendKind, SlotRange};
 use proxy_common::addr::Prefix;
 use serde::Serialize;
@@ -44,29 +45,31 @@ pub fn differences(model: &Model, contents: &Contents, filter: &[u64]) -> Vec<Di
     all.frontends(model, contents);
     all.services(model, contents);
     all.backends(model, contents);
-    all.set("SOURCE_RANGES", &model.source_ranges, &contents.source_ranges, |all, (id, range)| {
+    all.set(maps::SOURCE_RANGES, &model.source_ranges, &contents.source_ranges, |all, (id, range)| {
         format!("{} from {range}", all.port(*id))
     });
-    all.entries("LOCAL_ADDRESSES", &model.local_addresses, &contents.local_addresses, |_, addr| {
+    all.entries(maps::LOCAL_ADDRESSES, &model.local_addresses, &contents.local_addresses, |_, addr| {
         addr.to_string()
     });
-    all.set("SERVICE_CIDRS", &model.service_cidrs, &contents.service_cidrs, |_, prefix| prefix.to_string());
-    all.set("POD_SOURCES", &model.pod_sources, &contents.pod_sources, |_, prefix: &Prefix| {
+    all.set(maps::SERVICE_CIDRS, &model.service_cidrs, &contents.service_cidrs, |_, prefix| {
         prefix.to_string()
     });
-    all.entries("OPT_OUT", &model.opt_out, &contents.opt_out, |_, cgroup| format!("cgroup {cgroup}"));
-    all.entries("SANDBOXES", &model.sandboxes, &contents.sandboxes, |_, netns| {
+    all.set(maps::POD_SOURCES, &model.pod_sources, &contents.pod_sources, |_, prefix: &Prefix| {
+        prefix.to_string()
+    });
+    all.entries(maps::OPT_OUT, &model.opt_out, &contents.opt_out, |_, cgroup| format!("cgroup {cgroup}"));
+    all.entries(maps::SANDBOXES, &model.sandboxes, &contents.sandboxes, |_, netns| {
         format!("network namespace {netns}")
     });
     if model.node_flags != contents.node_flags {
         let what = format!("is {:#x} in place of {:#x}", contents.node_flags, model.node_flags);
-        all.note("NODE", "flags".to_owned(), what);
+        all.note(maps::NODE, "flags".to_owned(), what);
     }
     let have = filter.iter().copied().chain(std::iter::repeat(0));
     let missing: u32 =
         filter_words(contents).into_iter().zip(have).map(|(need, have)| (need & !have).count_ones()).sum();
     if missing > 0 {
-        all.note("FILTER", format!("{missing} bits"), "are not set: packets may be missed".to_owned());
+        all.note(maps::FILTER, format!("{missing} bits"), "are not set: packets may be missed".to_owned());
     }
     all.found
 }
@@ -128,12 +131,12 @@ impl Differences<'_> {
                 None => FrontendName(key).to_string(),
             }
         };
-        self.entries("FRONTENDS", &model.frontends, &contents.frontends, name);
+        self.entries(maps::FRONTENDS, &model.frontends, &contents.frontends, name);
     }
 
     fn services(&mut self, model: &Model, contents: &Contents) {
         let names = model.ports.iter().map(|(key, port)| (port.id, service_name(key))).collect();
-        self.entries("NAMES", &names, &contents.names, |all, id| all.port(*id));
+        self.entries(maps::NAMES, &names, &contents.names, |all, id| all.port(*id));
         // Sets that a crash broke and that could not be rewritten for lack of room are reported elsewhere.
         let whole = |port: &Port| {
             port.replaced.is_empty() && ![port.service.cluster, port.service.local].contains(&UNKNOWN)
@@ -141,14 +144,14 @@ impl Differences<'_> {
         for (key, port) in model.ports.iter().filter(|(_, port)| whole(port)) {
             let found = contents.services.get(port.id as usize);
             if found != Some(&port.service) {
-                self.note("SERVICES", port_name(key), "has other sets or another affinity".to_owned());
+                self.note(maps::SERVICES, port_name(key), "has other sets or another affinity".to_owned());
             }
             for (range, set) in [(port.service.cluster, IN_CLUSTER), (port.service.local, IN_LOCAL)] {
                 if !range.is_empty()
                     && slots(contents, range).is_none_or(|slots| !slots.iter().copied().eq(port.members(set)))
                 {
                     let which = if set == IN_CLUSTER { "cluster" } else { "local" };
-                    self.note("SLOTS", port_name(key), format!("the {which} set names other backends"));
+                    self.note(maps::SLOTS, port_name(key), format!("the {which} set names other backends"));
                 }
             }
         }
@@ -168,13 +171,17 @@ impl Differences<'_> {
             };
             let endpoint = std::net::SocketAddr::new(found.addr.to_ip(), found.port.get());
             self.note(
-                "BACKENDS",
+                maps::BACKENDS,
                 format!("{id} ({endpoint}) of {}", self.port(found.service)),
                 what.to_owned(),
             );
         }
         for (id, backend) in wanted {
-            self.note("BACKENDS", format!("{id} of {}", self.port(backend.service)), "is missing".to_owned());
+            self.note(
+                maps::BACKENDS,
+                format!("{id} of {}", self.port(backend.service)),
+                "is missing".to_owned(),
+            );
         }
     }
 }

@@ -19,12 +19,13 @@ pub struct IdPool {
 
 impl IdPool {
     /// Creates a pool in which all of `1..capacity` are free and were never used.
-    pub fn new(capacity: u32) -> Self {
+    #[cfg(test)]
+    pub(crate) fn new(capacity: u32) -> Self {
         Self { capacity, next: 1, free: BTreeMap::new() }
     }
 
     /// Creates a pool in which `used` are taken. `stamp` returns the stamp of a number's last use.
-    pub fn restore(capacity: u32, used: &BTreeSet<u32>, stamp: impl Fn(u32) -> u32) -> Self {
+    pub(crate) fn restore(capacity: u32, used: &BTreeSet<u32>, stamp: impl Fn(u32) -> u32) -> Self {
         let stamped = (1..capacity).rev().find(|id| used.contains(id) || stamp(*id) != 0);
         let next = stamped.map_or(1, |id| id + 1);
         let free = (1..next).filter(|id| !used.contains(id)).map(|id| (id, stamp(id))).collect();
@@ -32,7 +33,7 @@ impl IdPool {
     }
 
     /// Takes the lowest free number. Returns it with the stamp for this use, or `None` when all are taken.
-    pub fn take(&mut self) -> Option<(u32, u32)> {
+    pub(crate) fn take(&mut self) -> Option<(u32, u32)> {
         if let Some((id, stamp)) = self.free.pop_first() {
             return Some((id, stamp.wrapping_add(1)));
         }
@@ -45,7 +46,7 @@ impl IdPool {
     }
 
     /// Gives a number back with its last stamp.
-    pub fn give_back(&mut self, id: u32, stamp: u32) {
+    pub(crate) fn give_back(&mut self, id: u32, stamp: u32) {
         self.free.insert(id, stamp);
     }
 
@@ -65,7 +66,8 @@ pub struct SlotPool {
 
 impl SlotPool {
     /// Creates a pool in which all of `1..capacity` are free.
-    pub fn new(capacity: u32) -> Self {
+    #[cfg(test)]
+    pub(crate) fn new(capacity: u32) -> Self {
         let mut pool = Self { by_base: BTreeMap::new(), by_len: BTreeSet::new(), available: 0 };
         pool.insert(1, capacity.saturating_sub(1));
         pool
@@ -73,7 +75,7 @@ impl SlotPool {
 
     /// Creates a pool in which the ranges of `used` are taken. Returns `Err` with the first range that overlaps
     /// another one or does not fit.
-    pub fn restore(capacity: u32, mut used: Vec<SlotRange>) -> Result<Self, SlotRange> {
+    pub(crate) fn restore(capacity: u32, mut used: Vec<SlotRange>) -> Result<Self, SlotRange> {
         let mut pool = Self { by_base: BTreeMap::new(), by_len: BTreeSet::new(), available: 0 };
         used.sort_by_key(|range| range.base);
         let mut next = 1;
@@ -98,7 +100,7 @@ impl SlotPool {
     }
 
     /// Gives a range back.
-    pub fn give_back(&mut self, range: SlotRange) {
+    pub(crate) fn give_back(&mut self, range: SlotRange) {
         let SlotRange { mut base, mut len } = range;
         if let Some((&before, &before_len)) = self.by_base.range(..base).next_back()
             && before + before_len == base

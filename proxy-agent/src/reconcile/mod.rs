@@ -10,18 +10,18 @@ pub mod desired;
 
 pub mod drift;
 
-pub mod ids;
+pub(crate) mod ids;
 
 pub mod model;
 
-pub mod node_ips;
+pub(crate) mod node_ips;
 
 pub mod plan;
 
-pub mod shares;
+pub(crate) mod shares;
 
 pub mod sim;
 
-pub mod stale;
+pub(crate) mod stale;
 
 pub mod store;

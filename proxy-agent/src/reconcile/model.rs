@@ -21,18 +21,18 @@ use crate::reconcile::store::{Capacity, Contents};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortBackend {
     /// Address that the endpoint listens on.
-    pub addr: Addr,
+    pub(crate) addr: Addr,
     /// Port that the endpoint listens on.
-    pub port: Be16,
+    pub(crate) port: Be16,
     /// Index into `BACKENDS`.
     pub id: u32,
     /// Flags and generation.
-    pub state: BackendState,
+    pub(crate) state: BackendState,
 }
 
 impl PortBackend {
     /// Returns the element of `BACKENDS`.
-    pub fn element(&self, service: u32) -> Backend {
+    pub(crate) fn element(&self, service: u32) -> Backend {
         Backend { addr: self.addr, port: self.port, pad: [0; 2], service, state: self.state }
     }
 }
@@ -43,38 +43,38 @@ pub struct Port {
     /// Index into `SERVICES`.
     pub id: u32,
     /// The element of `SERVICES`.
-    pub service: Service,
+    pub(crate) service: Service,
     /// Backends, sorted by address and port.
     pub backends: Vec<PortBackend>,
     /// Ranges that the kernel's element names and that do not hold what they should, after a crash. BPF programs read
     /// them until the element has been rewritten.
-    pub replaced: Vec<SlotRange>,
+    pub(crate) replaced: Vec<SlotRange>,
     /// Frontends that the Service port claims, by key, with the flags that it wants. Empty after a restart until the
     /// source has delivered the Service.
-    pub claims: Vec<(FrontendKey, u16)>,
+    pub(crate) claims: Vec<(FrontendKey, u16)>,
 }
 
 impl Port {
     /// Returns every slot range that BPF programs may read.
-    pub fn ranges(&self) -> impl Iterator<Item = SlotRange> {
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = SlotRange> {
         let sets = [self.service.cluster, self.service.local].into_iter().filter(|range| !range.is_empty());
         sets.chain(self.replaced.iter().copied())
     }
 
     /// Returns the ids of the backends in a set, in slot order.
-    pub fn members(&self, set: u32) -> impl Iterator<Item = u32> {
+    pub(crate) fn members(&self, set: u32) -> impl Iterator<Item = u32> {
         members(&self.backends, set)
     }
 }
 
 /// Returns the ids of the backends that carry the flag of a set, in slot order.
-pub fn members(backends: &[PortBackend], set: u32) -> impl Iterator<Item = u32> {
+pub(crate) fn members(backends: &[PortBackend], set: u32) -> impl Iterator<Item = u32> {
     backends.iter().filter(move |b| b.state.flags & set != 0).map(|b| b.id)
 }
 
 /// Reason why a Service has an address, best first: the more parties had a say in it, the better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Title {
+pub(crate) enum Title {
     /// The API server allocated the address to this Service alone.
     ClusterIp,
     /// A load balancer allocated the address.
@@ -87,7 +87,7 @@ pub enum Title {
 
 impl Title {
     /// Returns the title of a frontend with this key and these flags.
-    pub const fn of(key: &FrontendKey, flags: u16) -> Self {
+    pub(crate) const fn of(key: &FrontendKey, flags: u16) -> Self {
         if key.kind == FrontendKind::NodePort as u8 {
             Self::NodePort
         } else if flags & EXTERNAL == 0 {
@@ -100,7 +100,7 @@ impl Title {
     }
 
     /// Returns the title in the words of the API.
-    pub const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::ClusterIp => "clusterIP",
             Self::LoadBalancer => "load-balancer address",
@@ -113,32 +113,32 @@ impl Title {
 /// A Service port's claim to a frontend. The best title wins. Between equal titles the oldest Service wins, and
 /// between equal ages the first name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Claim {
+pub(crate) struct Claim {
     /// Reason for the claim.
-    pub title: Title,
+    pub(crate) title: Title,
     /// Creation time of the Service, seconds since 1970.
-    pub created: i64,
+    pub(crate) created: i64,
     /// Service port that claims the frontend.
-    pub port: Arc<PortKey>,
+    pub(crate) port: Arc<PortKey>,
 }
 
 /// Numbers that nothing refers to any more, but that a BPF program may still hold: free after a grace period.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Freed {
     /// Service ids with their last affinity epoch.
-    pub services: Vec<(u32, u32)>,
+    pub(crate) services: Vec<(u32, u32)>,
     /// Backend ids with their last generation.
-    pub backends: Vec<(u32, u32)>,
+    pub(crate) backends: Vec<(u32, u32)>,
     /// Slot ranges.
-    pub ranges: Vec<SlotRange>,
+    pub(crate) ranges: Vec<SlotRange>,
     /// Whether elements of `FRONTENDS` or `SOURCE_RANGES` have been removed. Their room needs no grace period, and a
     /// Service that was refused may now fit.
-    pub room: bool,
+    pub(crate) room: bool,
 }
 
 impl Freed {
     /// Returns whether there is no number to give back and no new room.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.services.is_empty() && self.backends.is_empty() && self.ranges.is_empty() && !self.room
     }
 
@@ -157,39 +157,39 @@ pub struct Model {
     /// Service ports, by name.
     pub ports: BTreeMap<Arc<PortKey>, Port>,
     /// Claims to each frontend, the winner first.
-    pub claims: BTreeMap<FrontendKey, Vec<Claim>>,
+    pub(crate) claims: BTreeMap<FrontendKey, Vec<Claim>>,
     /// Claimed frontends at addresses that serve nodePorts, by protocol and port. Each of them may shadow a nodePort.
-    pub beside_node_ports: BTreeSet<(u8, Be16, Addr)>,
+    pub(crate) beside_node_ports: BTreeSet<(u8, Be16, Addr)>,
     /// Claimed frontends whose holder may differ from `frontends`: there was no room, or addresses of the node
     /// appeared or disappeared. The Services that claim them are planned again.
-    pub unsettled: BTreeSet<FrontendKey>,
+    pub(crate) unsettled: BTreeSet<FrontendKey>,
     /// `FRONTENDS`.
     pub frontends: BTreeMap<FrontendKey, FrontendValue>,
     /// `SOURCE_RANGES`: service ids with their prefixes.
-    pub source_ranges: BTreeSet<(u32, Prefix)>,
+    pub(crate) source_ranges: BTreeSet<(u32, Prefix)>,
     /// `LOCAL_ADDRESSES`.
-    pub local_addresses: BTreeMap<Addr, u32>,
+    pub(crate) local_addresses: BTreeMap<Addr, u32>,
     /// `SERVICE_CIDRS`.
-    pub service_cidrs: BTreeSet<Prefix>,
+    pub(crate) service_cidrs: BTreeSet<Prefix>,
     /// `POD_SOURCES`.
-    pub pod_sources: BTreeSet<Prefix>,
+    pub(crate) pod_sources: BTreeSet<Prefix>,
     /// `OPT_OUT`: ids of cgroups, with the part of each cgroup that the socket edge leaves alone.
-    pub opt_out: BTreeMap<u64, u32>,
+    pub(crate) opt_out: BTreeMap<u64, u32>,
     /// `SANDBOXES`: cookies of network namespaces, with the cgroups of their pods.
-    pub sandboxes: BTreeMap<u64, u64>,
+    pub(crate) sandboxes: BTreeMap<u64, u64>,
     /// `NODE`: the flags.
-    pub node_flags: u64,
+    pub(crate) node_flags: u64,
     /// Sizes of the maps.
-    pub capacity: Capacity,
+    pub(crate) capacity: Capacity,
     /// Free service ids.
-    pub service_ids: IdPool,
+    pub(crate) service_ids: IdPool,
     /// Free backend ids.
     pub backend_ids: IdPool,
     /// Free slots.
     pub slots: SlotPool,
     /// Service ids (with their epochs) that the maps hold and that no Service port has: cleared by the next full
     /// plan.
-    pub orphans: Vec<(u32, u32)>,
+    pub(crate) orphans: Vec<(u32, u32)>,
 }
 
 impl Model {
@@ -275,12 +275,15 @@ impl Model {
     }
 
     /// Returns the names of a Service's ports, in order.
-    pub fn ports_of<'a>(&'a self, service: &ObjectKey) -> impl Iterator<Item = &'a Arc<PortKey>> + use<'a> {
+    pub(crate) fn ports_of<'a>(
+        &'a self,
+        service: &ObjectKey,
+    ) -> impl Iterator<Item = &'a Arc<PortKey>> + use<'a> {
         self.of_service(service).map(|(key, _)| key)
     }
 
     /// Returns the ports of a Service, by name.
-    pub fn of_service<'a>(
+    pub(crate) fn of_service<'a>(
         &'a self,
         service: &ObjectKey,
     ) -> impl Iterator<Item = (&'a Arc<PortKey>, &'a Port)> + use<'a> {
@@ -291,14 +294,14 @@ impl Model {
     }
 
     /// Returns the addresses that serve nodePorts.
-    pub fn node_port_addresses(&self) -> BTreeSet<Addr> {
+    pub(crate) fn node_port_addresses(&self) -> BTreeSet<Addr> {
         let serving = self.local_addresses.iter().filter(|(_, bits)| *bits & NODEPORT != 0);
         serving.map(|(addr, _)| *addr).collect()
     }
 
     /// Replaces the addresses of this host. Returns the Services that claim frontends at addresses where nodePorts
     /// have become or ceased to be served.
-    pub fn take_local_addresses(&mut self, addresses: BTreeMap<Addr, u32>) -> BTreeSet<ObjectKey> {
+    pub(crate) fn take_local_addresses(&mut self, addresses: BTreeMap<Addr, u32>) -> BTreeSet<ObjectKey> {
         let before = self.node_port_addresses();
         self.local_addresses = addresses;
         let after = self.node_port_addresses();
@@ -322,7 +325,7 @@ impl Model {
     }
 
     /// Adds a claim.
-    pub fn claim(&mut self, frontend: FrontendKey, claim: Claim) {
+    pub(crate) fn claim(&mut self, frontend: FrontendKey, claim: Claim) {
         if self.beside_node_port(&frontend).is_some() {
             self.beside_node_ports.insert((frontend.proto, frontend.port, frontend.addr));
         }
@@ -335,7 +338,7 @@ impl Model {
     }
 
     /// Removes the claim of a Service port.
-    pub fn disclaim(&mut self, frontend: &FrontendKey, port: &PortKey) {
+    pub(crate) fn disclaim(&mut self, frontend: &FrontendKey, port: &PortKey) {
         let Some(claims) = self.claims.get_mut(frontend) else { return };
         claims.retain(|claim| *claim.port != *port);
         if claims.is_empty() {
@@ -348,7 +351,7 @@ impl Model {
     /// would shadow, if another Service has that nodePort by a better title. At an address that serves nodePorts, an
     /// externalIP therefore ranks below the nodePort, and every other title ranks above it: the lookup by address and
     /// port comes first.
-    pub fn holder(&self, frontend: &FrontendKey) -> Option<&Claim> {
+    pub(crate) fn holder(&self, frontend: &FrontendKey) -> Option<&Claim> {
         let first = self.claims.get(frontend)?.first()?;
         let node_port = self.beside_node_port(frontend).and_then(|key| self.claims.get(&key)?.first());
         let better =
@@ -358,14 +361,14 @@ impl Model {
 
     /// Returns the nodePort that a frontend by address and port would shadow, or `None` if its address serves no
     /// nodePorts.
-    pub fn beside_node_port(&self, frontend: &FrontendKey) -> Option<FrontendKey> {
+    pub(crate) fn beside_node_port(&self, frontend: &FrontendKey) -> Option<FrontendKey> {
         let bits = self.local_addresses.get(&frontend.addr)?;
         let beside = frontend.kind == FrontendKind::Exact as u8 && bits & NODEPORT != 0;
         beside.then(|| FrontendKey::node_port(frontend.addr.unspecified(), frontend.port, frontend.proto))
     }
 
     /// Returns the claimed frontends that would shadow a nodePort.
-    pub fn in_the_way_of(&self, node_port: &FrontendKey) -> impl Iterator<Item = FrontendKey> {
+    pub(crate) fn in_the_way_of(&self, node_port: &FrontendKey) -> impl Iterator<Item = FrontendKey> {
         let FrontendKey { addr, port, proto, kind } = *node_port;
         let here = (kind == FrontendKind::NodePort as u8).then_some((proto, port, Addr::ZERO));
         let places = here.into_iter().flat_map(|from| self.beside_node_ports.range(from..));
@@ -376,7 +379,7 @@ impl Model {
     }
 
     /// Returns the prefixes that `SOURCE_RANGES` holds for a service id, in order.
-    pub fn source_ranges_of(&self, service: u32) -> impl Iterator<Item = Prefix> {
+    pub(crate) fn source_ranges_of(&self, service: u32) -> impl Iterator<Item = Prefix> {
         // The lowest of all prefixes.
         let from = Prefix::new(Addr::ZERO, 0).map(|prefix| (service, prefix));
         let ranges = from.into_iter().flat_map(|from| self.source_ranges.range(from..));
@@ -384,7 +387,7 @@ impl Model {
     }
 
     /// Returns whether less than an eighth is free in any map whose size follows the cluster.
-    pub fn is_tight(&self) -> bool {
+    pub(crate) fn is_tight(&self) -> bool {
         let left =
             |capacity: u32, used: usize| capacity.saturating_sub(u32::try_from(used).unwrap_or(u32::MAX));
         let Capacity { frontends, services, slots, backends, source_ranges } = self.capacity;
@@ -414,7 +417,7 @@ impl Model {
 }
 
 /// A range that differs from every real range: it makes the next plan write the set anew.
-pub const UNKNOWN: SlotRange = SlotRange { base: 0, len: 0 };
+pub(crate) const UNKNOWN: SlotRange = SlotRange { base: 0, len: 0 };
 
 /// Returns `range` if `SLOTS` holds there the backends that carry the flag of `set`, else [`UNKNOWN`].
 fn intact(contents: &Contents, port: &Port, range: SlotRange, set: u32) -> SlotRange {
@@ -445,7 +448,7 @@ pub fn service_name(key: &PortKey) -> ServiceName {
 }
 
 /// Parses what [`service_name`] writes. Returns `None` for any other value.
-pub fn parse_name(name: &ServiceName) -> Option<PortKey> {
+pub(crate) fn parse_name(name: &ServiceName) -> Option<PortKey> {
     let family = match name.family {
         4 => Family::V4,
         6 => Family::V6,

@@ -20,7 +20,7 @@ pub struct NodeIps {
 impl NodeIps {
     /// Derives the IPs of the node that `node` describes. `bind_address`, a specific address, replaces the IP of its
     /// family.
-    pub fn derive(node: &Node, bind_address: Option<Addr>) -> Self {
+    pub(crate) fn derive(node: &Node, bind_address: Option<Addr>) -> Self {
         let [v4, v6] = node.ips;
         let mut ips = [v4.unwrap_or(Ipv4Addr::LOCALHOST.into()), v6.unwrap_or(Ipv6Addr::LOCALHOST.into())];
         let mut primary = node.primary.unwrap_or(Family::V4);
@@ -32,17 +32,17 @@ impl NodeIps {
     }
 
     /// Returns the family of the node's primary IP.
-    pub fn primary(&self) -> Family {
+    pub(crate) fn primary(&self) -> Family {
         self.primary
     }
 
     /// Returns the IP of `family`; loopback if the family has none.
-    pub fn of(&self, family: Family) -> Addr {
+    pub(crate) fn of(&self, family: Family) -> Addr {
         self.ips[family.index()]
     }
 
     /// Returns the IPs by [`Family::index`]; `None` for a family without one.
-    pub fn known(&self) -> [Option<Addr>; 2] {
+    pub(crate) fn known(&self) -> [Option<Addr>; 2] {
         self.ips.map(|ip| Some(ip).filter(|ip| !ip.is_loopback()))
     }
 }

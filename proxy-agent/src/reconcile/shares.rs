@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 /// Returns the tenant of an object, which is named as problems name it: the namespace of `Service a/s`, the file of
 /// `x.yaml, document 2`, or an empty string for objects of the node.
-pub fn tenant_of(object: &str) -> &str {
+pub(crate) fn tenant_of(object: &str) -> &str {
     if let Some((file, _)) = object.split_once(", document ") {
         return file;
     }
@@ -25,13 +25,13 @@ pub fn tenant_of(object: &str) -> &str {
 
 /// Returns the pause after work that tenants can cause and that took `took`: nine times as long, so that the work
 /// takes a tenth of the time, but at least one second and at most 60 seconds.
-pub fn rest_after(took: Duration) -> Duration {
+pub(crate) fn rest_after(took: Duration) -> Duration {
     (took * 9).clamp(Duration::from_secs(1), Duration::from_secs(60))
 }
 
 /// A bucket of tokens for each tenant.
 #[derive(Debug)]
-pub struct Shares {
+pub(crate) struct Shares {
     burst: u32,
     period: Duration,
     tenants: BTreeMap<Arc<str>, Bucket>,
@@ -52,13 +52,13 @@ impl Shares {
     const FORGET_AT: usize = 64;
 
     /// Gives each tenant `burst` tokens at once, and one more whenever `period` has passed.
-    pub const fn new(burst: u32, period: Duration) -> Self {
+    pub(crate) const fn new(burst: u32, period: Duration) -> Self {
         Self { burst, period, tenants: BTreeMap::new(), forget_at: Self::FORGET_AT }
     }
 
     /// Takes a token of a tenant. Returns `None` if it has none left, else the number of refusals since its last
     /// token.
-    pub fn take(&mut self, tenant: &str, now: Instant) -> Option<u64> {
+    pub(crate) fn take(&mut self, tenant: &str, now: Instant) -> Option<u64> {
         let (burst, period) = (self.burst, self.period);
         if !self.tenants.contains_key(tenant) {
             self.forget(now);

@@ -13,7 +13,7 @@ use crate::reconcile::model::Model;
 
 /// The serving backends behind every UDP frontend, at one moment.
 #[derive(Debug, Default)]
-pub struct Serving {
+pub(crate) struct Serving {
     frontends: BTreeMap<FrontendKey, u32>,
     backends: BTreeMap<u32, BTreeSet<(Addr, Be16)>>,
     /// Addresses that serve nodePorts.
@@ -22,18 +22,18 @@ pub struct Serving {
 
 /// A connected UDP socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Connected {
+pub(crate) struct Connected {
     /// Peer of the socket in the kernel.
-    pub peer: (Addr, Be16),
+    pub(crate) peer: (Addr, Be16),
     /// Record of the socket edge, if it is about `peer`.
-    pub record: Option<SocketRecord>,
+    pub(crate) record: Option<SocketRecord>,
     /// Whether the socket is in the host's network namespace.
-    pub of_host: bool,
+    pub(crate) of_host: bool,
 }
 
 impl Serving {
     /// Builds the index from the UDP part of `model`.
-    pub fn of(model: &Model) -> Self {
+    pub(crate) fn of(model: &Model) -> Self {
         let udp = model.frontends.iter().filter(|(key, _)| key.proto == proto::UDP);
         let serving = |port: &crate::reconcile::model::Port| {
             let serving = port.backends.iter().filter(|b| b.state.flags & SERVING != 0);
@@ -54,7 +54,7 @@ impl Serving {
     /// Service has the VIP. A socket of the host may be connected to a VIP itself, because no backend served or
     /// because the socket is older than the Service or the agent. It is moved to a backend. Datagrams of pods to a
     /// VIP itself are served as packets.
-    pub fn order(&self, socket: &Connected) -> Option<Order> {
+    pub(crate) fn order(&self, socket: &Connected) -> Option<Order> {
         let (peer, peer_port) = socket.peer;
         match socket.record {
             Some(SocketRecord { vip, vip_port, backend_addr, backend_port, .. }) => {

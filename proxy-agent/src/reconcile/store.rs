@@ -4,6 +4,7 @@
 //! them out on kernel maps, [`crate::reconcile::sim`] on ordered maps. `FILTER` follows from the other maps, so
 //! stores maintain it themselves, and no plan mentions it.
 
+use proxy_common::abi::maps;
 use proxy_common::abi::{
     Backend, BackendState, FILTER_WORDS, FilterBit, FrontendKey, FrontendKind, FrontendValue, Service,
     ServiceName, proto,
@@ -45,20 +46,20 @@ pub enum Op {
 
 impl Op {
     /// Returns the name of the map that the operation writes to.
-    pub const fn map(&self) -> &'static str {
+    pub(crate) const fn map(&self) -> &'static str {
         match self {
-            Self::Name(..) => "NAMES",
-            Self::Backend(..) | Self::BackendState(..) => "BACKENDS",
-            Self::Slots(..) => "SLOTS",
-            Self::Service(..) => "SERVICES",
-            Self::SourceRange(..) => "SOURCE_RANGES",
-            Self::Frontend(..) => "FRONTENDS",
-            Self::LocalAddress(..) => "LOCAL_ADDRESSES",
-            Self::ServiceCidr(..) => "SERVICE_CIDRS",
-            Self::PodSource(..) => "POD_SOURCES",
-            Self::OptOut(..) => "OPT_OUT",
-            Self::Sandbox(..) => "SANDBOXES",
-            Self::NodeFlags(..) => "NODE",
+            Self::Name(..) => maps::NAMES,
+            Self::Backend(..) | Self::BackendState(..) => maps::BACKENDS,
+            Self::Slots(..) => maps::SLOTS,
+            Self::Service(..) => maps::SERVICES,
+            Self::SourceRange(..) => maps::SOURCE_RANGES,
+            Self::Frontend(..) => maps::FRONTENDS,
+            Self::LocalAddress(..) => maps::LOCAL_ADDRESSES,
+            Self::ServiceCidr(..) => maps::SERVICE_CIDRS,
+            Self::PodSource(..) => maps::POD_SOURCES,
+            Self::OptOut(..) => maps::OPT_OUT,
+            Self::Sandbox(..) => maps::SANDBOXES,
+            Self::NodeFlags(..) => maps::NODE,
         }
     }
 }
@@ -97,7 +98,7 @@ pub trait MapStore {
 }
 
 /// Returns the bits of `FILTER` that have to be set before `op` is carried out.
-pub fn filter_bits(op: &Op) -> Vec<FilterBit> {
+pub(crate) fn filter_bits(op: &Op) -> Vec<FilterBit> {
     match op {
         Op::Frontend(key, Some(_)) => frontend_bits(key).collect(),
         Op::LocalAddress(addr, Some(bits)) => address_bit(addr, *bits).into_iter().collect(),
@@ -135,7 +136,7 @@ pub fn filter_words(contents: &Contents) -> Vec<u64> {
 }
 
 /// Returns the bits of a backend: its address for replies, and its port for requests that reach it past its Service.
-pub fn backend_bits(addr: &Addr, port: Be16) -> [FilterBit; 2] {
+pub(crate) fn backend_bits(addr: &Addr, port: Be16) -> [FilterBit; 2] {
     [FilterBit::of_backend(addr), FilterBit::of_backend_port(port)]
 }
 
@@ -171,7 +172,7 @@ pub struct Capacity {
 
 impl Capacity {
     /// Returns whether no size is larger than in `other`.
-    pub const fn fits_into(&self, other: Self) -> bool {
+    pub(crate) const fn fits_into(&self, other: Self) -> bool {
         self.frontends <= other.frontends
             && self.services <= other.services
             && self.slots <= other.slots
@@ -196,7 +197,7 @@ pub struct Contents {
     /// `SOURCE_RANGES`: service ids with their prefixes.
     pub source_ranges: Vec<(u32, Prefix)>,
     /// `LOCAL_ADDRESSES`.
-    pub local_addresses: Vec<(Addr, u32)>,
+    pub(crate) local_addresses: Vec<(Addr, u32)>,
     /// `SERVICE_CIDRS`.
     pub service_cidrs: Vec<Prefix>,
     /// `POD_SOURCES`.
@@ -206,13 +207,13 @@ pub struct Contents {
     /// `SANDBOXES`.
     pub sandboxes: Vec<(u64, u64)>,
     /// `NODE`: the flags.
-    pub node_flags: u64,
+    pub(crate) node_flags: u64,
 }
 
 impl Contents {
     /// Returns the writes of all elements of the maps whose size follows the cluster. Their order is not safe for
     /// maps in use.
-    pub fn elements(&self) -> impl Iterator<Item = Op> {
+    pub(crate) fn elements(&self) -> impl Iterator<Item = Op> {
         let names = self.names.iter().map(|(id, name)| Op::Name(*id, Some(Box::new(*name))));
         let used = |backend: &&Backend| **backend != Backend::default();
         let backends = (0..).zip(&self.backends).filter(move |(_, backend)| used(backend));

@@ -13,6 +13,7 @@ pub mod event;
 pub mod filter;
 pub mod flow;
 pub mod frontend;
+pub mod maps;
 #[cfg(feature = "user")]
 mod pod;
 pub mod proto;

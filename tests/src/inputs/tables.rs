@@ -1,5 +1,6 @@
 //! Output of the commands for people and for programs, with names of any content.
 
+use proxy_common::abi::maps;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -146,7 +147,7 @@ fn status(words: &mut Words<'_>) -> StatusView {
         abi_version: words.number(),
         agent_running: words.flag(),
         programs: BTreeMap::from([("connect4", words.flag()), ("edge_ingress", words.flag())]),
-        maps: BTreeMap::from([("SERVICES", (words.large(), words.large()))]),
+        maps: BTreeMap::from([(maps::SERVICES, (words.large(), words.large()))]),
         counters: BTreeMap::from([("drop_full", words.large())]),
         host_netns: words.large(),
         pods_in_packets: words.flag(),
@@ -158,7 +159,7 @@ fn status(words: &mut Words<'_>) -> StatusView {
 
 fn findings(words: &mut Words<'_>) -> Findings {
     let difference =
-        |words: &mut Words<'_>| Difference { map: "NAMES", object: words.text(), what: words.text() };
+        |words: &mut Words<'_>| Difference { map: maps::NAMES, object: words.text(), what: words.text() };
     Findings {
         services: 7,
         differences: words.some(difference),

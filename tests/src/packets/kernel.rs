@@ -8,9 +8,10 @@ use aya::maps::{HashMap, Map, MapData, MapInfo};
 use aya::programs::{ProgramFd, loaded_programs};
 use proxy_agent::bpf::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
 use proxy_agent::bpf::flow_maps::{FlowMaps, Table};
-use proxy_agent::bpf::pins::{MAPS, PinDir};
+use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::bpf::tc::{PROGRAMS, TcPrograms};
 use proxy_agent::reconcile::store::{Capacity, MapStore as _};
+use proxy_common::abi::maps;
 use proxy_common::abi::{
     Counter, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, ServiceCounters,
 };
@@ -123,7 +124,7 @@ impl Kernel {
         for op in Net::ALL.into_iter().flat_map(Net::ops) {
             dataplane.maps.apply(&op)?;
         }
-        let mut devices: HashMap<_, u32, Device> = HashMap::try_from(open(&pins, "DEVICES")?)?;
+        let mut devices: HashMap<_, u32, Device> = HashMap::try_from(open(&pins, maps::DEVICES)?)?;
         for (index, device) in Net::devices() {
             devices.insert(index, device, 0)?;
         }
@@ -131,7 +132,7 @@ impl Kernel {
         let links = [NIC, OVERLAY, POD, BARE, NEAR]
             .map(|index| format!("link add d{index} index {index} type bridge\n"));
         net.ip(&links.concat())?;
-        let (flows, fragments) = (FlowMaps::open(&pins)?, HashMap::try_from(open(&pins, "FRAGMENTS")?)?);
+        let (flows, fragments) = (FlowMaps::open(&pins)?, HashMap::try_from(open(&pins, maps::FRAGMENTS)?)?);
         Ok(Self { programs, flows, fragments, dataplane, verified, net, _lab: lab })
     }
 
@@ -237,7 +238,7 @@ impl Kernel {
 
 fn open(pins: &PinDir, name: &str) -> Result<Map> {
     let data = MapData::from_pin(pins.map(name)).with_context(|| format!("the map {name}"))?;
-    Ok(if name == "FRAGMENTS" { Map::LruHashMap(data) } else { Map::HashMap(data) })
+    Ok(if name == maps::FRAGMENTS { Map::LruHashMap(data) } else { Map::HashMap(data) })
 }
 
 fn all<V: aya::Pod + bytemuck::Pod>(table: &Table<V>) -> Result<BTreeMap<FlowKey, V>> {
@@ -248,7 +249,7 @@ fn all<V: aya::Pod + bytemuck::Pod>(table: &Table<V>) -> Result<BTreeMap<FlowKey
 
 /// Returns the programs that use the pinned maps.
 fn descriptors(pins: &PinDir) -> Result<BTreeMap<String, ProgramFd>> {
-    let pinned = MAPS.iter().map(|spec| MapInfo::from_pin(pins.map(spec.name)));
+    let pinned = maps::ALL.iter().map(|spec| MapInfo::from_pin(pins.map(spec.name)));
     let maps: BTreeSet<u32> = pinned.map(|info| Ok(info?.id())).collect::<Result<_>>()?;
     let mut found = BTreeMap::new();
     for info in loaded_programs() {

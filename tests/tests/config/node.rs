@@ -1,5 +1,6 @@
 //! What the running agent takes from the Node.
 
+use proxy_common::abi::maps;
 use std::collections::BTreeMap;
 use std::thread;
 use std::time::Instant;
@@ -130,7 +131,7 @@ fn p234_the_name_of_the_node() -> Result<()> {
 fn pod_sources(setting: &Setting) -> Result<Vec<String>> {
     let pins = proxy_agent::bpf::pins::PinDir::new(setting.node().pin_dir());
     let mut command = setting.node().host().command("bpftool");
-    command.args(["-j", "map", "dump", "pinned"]).arg(pins.map("POD_SOURCES"));
+    command.args(["-j", "map", "dump", "pinned"]).arg(pins.map(maps::POD_SOURCES));
     let elements: Vec<Value> = serde_json::from_str(&command.text()?)?;
     Ok(elements.iter().map(|element| element["key"].to_string()).collect())
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_common::abi::ABI_VERSION;
+use proxy_common::abi::maps;
 use proxy_tests::apiserver::{ApiServer, Resource};
 use proxy_tests::lab::Agent;
 use proxy_tests::scenarios::{Loops, NODE, World, endpoint, served};
@@ -72,7 +73,15 @@ pub(super) fn cluster(world: &World) -> Result<(ApiServer, Agent)> {
 /// The elements of the maps that say who serves what, as bpftool prints them.
 fn dumps(world: &World) -> Result<BTreeMap<&'static str, Vec<Value>>> {
     let mut dumps = BTreeMap::new();
-    for map in ["FRONTENDS", "SERVICES", "SLOTS", "BACKENDS", "NAMES", "LOCAL_ADDRESSES", "SERVICE_CIDRS"] {
+    for map in [
+        maps::FRONTENDS,
+        maps::SERVICES,
+        maps::SLOTS,
+        maps::BACKENDS,
+        maps::NAMES,
+        maps::LOCAL_ADDRESSES,
+        maps::SERVICE_CIDRS,
+    ] {
         let pin = world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}")).join(map);
         let mut command = world.host().command("bpftool");
         command.args(["-j", "map", "dump", "pinned"]).arg(pin);
@@ -114,7 +123,7 @@ fn a_directory_and_the_api_make_the_same_maps() -> Result<()> {
         server.delete(&slice)?;
     }
     let found = verify_with(&world, "--kubeconfig", &kubeconfig)?;
-    ensure!(found.iter().any(|(map, _)| map == "SERVICES"), "{found:?}");
+    ensure!(found.iter().any(|(map, _)| map == maps::SERVICES), "{found:?}");
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_common::abi::ABI_VERSION;
+use proxy_common::abi::maps;
 use proxy_tests::scenarios::{NODE, World, until};
 use serde_json::Value;
 
@@ -80,12 +81,15 @@ fn elements_that_are_removed_or_changed_are_named_and_come_back() -> Result<()> 
 
     // Every frontend, while no agent runs: `verify` needs none.
     world.agent(NODE).kill9()?;
-    let frontends = keys(&world, "FRONTENDS")?;
+    let frontends = keys(&world, maps::FRONTENDS)?;
     for key in &frontends {
-        bpftool(&world, "FRONTENDS", &format!("delete {{}} key {key}"))?;
+        bpftool(&world, maps::FRONTENDS, &format!("delete {{}} key {key}"))?;
     }
     let found = verify(&world)?;
-    ensure!(found.len() == frontends.len() && found.iter().all(|(map, _)| map == "FRONTENDS"), "{found:?}");
+    ensure!(
+        found.len() == frontends.len() && found.iter().all(|(map, _)| map == maps::FRONTENDS),
+        "{found:?}"
+    );
     ensure!(
         found.iter().any(|(_, object)| object.contains(KUBIA_VIP) && object.contains("kubia")),
         "{found:?}"
@@ -95,21 +99,23 @@ fn elements_that_are_removed_or_changed_are_named_and_come_back() -> Result<()> 
     assert_eq!(numbers(&world, NODE)?, before);
 
     // One at a time, under a running agent.
-    for (map, what) in [("FRONTENDS", "delete"), ("NAMES", "delete"), ("LOCAL_ADDRESSES", "delete")] {
+    for (map, what) in
+        [(maps::FRONTENDS, "delete"), (maps::NAMES, "delete"), (maps::LOCAL_ADDRESSES, "delete")]
+    {
         let key = keys(&world, map)?.swap_remove(0);
         bpftool(&world, map, &format!("{what} {{}} key {key}"))?;
         until(map, || Ok((drift(&mut world, map)? > 0).then_some(())))?;
         until("healed", || Ok(keys(&world, map)?.contains(&key).then_some(())))?;
     }
     // Arrays have no elements to delete: a slot that names nobody.
-    bpftool(&world, "SLOTS", "update {} key 1 0 0 0 value 255 255 0 0")?;
-    until("SLOTS", || Ok((drift(&mut world, "SLOTS")? > 0).then_some(())))?;
+    bpftool(&world, maps::SLOTS, "update {} key 1 0 0 0 value 255 255 0 0")?;
+    until(maps::SLOTS, || Ok((drift(&mut world, maps::SLOTS)? > 0).then_some(())))?;
     until("verified", || Ok(verify(&world)?.is_empty().then_some(())))?;
     let attempts = world.client().connect(KUBIA_VIP).http().times(20).run()?;
     ensure!(attempts.iter().all(|attempt| attempt.ok), "{attempts:?}");
     // Healing is no drift.
     let sum = |world: &mut World| {
-        ["FRONTENDS", "NAMES", "SLOTS", "LOCAL_ADDRESSES"]
+        [maps::FRONTENDS, maps::NAMES, maps::SLOTS, maps::LOCAL_ADDRESSES]
             .map(|map| drift(world, map))
             .into_iter()
             .sum::<Result<u64>>()

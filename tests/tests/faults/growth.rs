@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use proxy_common::abi::ABI_VERSION;
+use proxy_common::abi::maps;
 use proxy_tests::lab::{Place, Proto, Summary};
 use proxy_tests::scenarios::{Loops, NODE, World, endpoint, served, until};
 use serde_json::{Value, json};
@@ -109,7 +110,7 @@ fn remembered(world: &World) -> Result<Vec<Vec<String>>> {
 /// Waits for larger maps, and for the many in them.
 fn all_fit(world: &World, services: u32) -> Result<()> {
     let enough = u64::from(2 * services + services / 2);
-    until("larger maps", || Ok((room(world, "SERVICES")? >= enough).then_some(())))?;
+    until("larger maps", || Ok((room(world, maps::SERVICES)? >= enough).then_some(())))?;
     let service = |number: u32| format!("default/many-{number}");
     (0..services)
         .step_by(500)
@@ -158,7 +159,7 @@ fn maps_grow_while_clients_go_on() -> Result<()> {
     let world = world()?;
     let (before, remembered_before) = (ids(&world)?, remembered(&world)?);
     ensure!(remembered_before.iter().all(|servers| servers.len() == 1), "{remembered_before:?}");
-    let small = room(&world, "SERVICES")?;
+    let small = room(&world, maps::SERVICES)?;
     ensure!(
         (2 * FEW + 1..2 * MANY).contains(&u32::try_from(small)?),
         "{small}: the test needs other numbers"
@@ -244,7 +245,7 @@ fn maps_that_cannot_grow_refuse_what_does_not_fit_and_nothing_else() -> Result<(
     // When some have gone there is room for the others, in the maps as they are.
     world.manifests().write("many.yaml", &many(MANY - FEW..MANY))?;
     world.wait_problems(NODE, |problems| problems.keys().all(|object| object == "maps"))?;
-    ensure!(room(&world, "SERVICES")? < u64::from(2 * MANY), "the maps have grown");
+    ensure!(room(&world, maps::SERVICES)? < u64::from(2 * MANY), "the maps have grown");
     let service = |number: u32| format!("default/many-{number}");
     (MANY - FEW..MANY).step_by(100).try_for_each(|number| {
         world.wait_ports(NODE, &service(number), |ports| ports.len() == 2).map(drop)
@@ -271,8 +272,8 @@ fn an_agent_that_is_killed_while_maps_grow_leaves_nothing_half_done() -> Result<
     world.manifests().write("many.yaml", &many(0..MANY))?;
     // Reading the manifests takes most of the time; each start gets a little further.
     let mut delay = 0;
-    let small = room(&world, "SERVICES")?;
-    while room(&world, "SERVICES")? == small {
+    let small = room(&world, maps::SERVICES)?;
+    while room(&world, maps::SERVICES)? == small {
         // A busy machine takes longer for all of it.
         delay += 100 + delay / 5;
         ensure!(delay < 10_000, "the maps do not grow");

@@ -9,9 +9,10 @@ use aya::maps::{HashMap, Map, MapData};
 use bytemuck::Zeroable;
 use proxy_agent::bpf::flow_maps::FlowMaps;
 use proxy_agent::bpf::maps::KernelMaps;
-use proxy_agent::bpf::pins::{MAPS, PinDir};
+use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::host::clock::now;
 use proxy_agent::reconcile::store::{MapStore as _, Op};
+use proxy_common::abi::maps;
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
     ABI_VERSION, AffinityKey, AffinityValue, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts,
@@ -64,7 +65,7 @@ fn all_answered(loops: Loops) -> Result<()> {
 fn maps_of_another_layout_are_replaced_while_clients_go_on() -> Result<()> {
     let mut world = World::start(&[KUBIA, "s14-dns.yaml"])?;
     let mut loops = Loops::start(&world, &[KUBIA_VIP])?;
-    for map in &MAPS {
+    for map in maps::ALL {
         let right = layout(&world, map.name)?;
         world.agent(NODE).kill9()?;
         put_map(&world, &format!("v{ABI_VERSION}"), map.name, "type array key 4 value 12 entries 3")?;
@@ -83,13 +84,13 @@ fn maps_of_another_layout_are_replaced_while_clients_go_on() -> Result<()> {
 #[test]
 fn maps_that_are_too_small_are_replaced_while_clients_go_on() -> Result<()> {
     let mut world = World::start(&[KUBIA])?;
-    let right = layout(&world, "FRONTENDS")?;
+    let right = layout(&world, maps::FRONTENDS)?;
     let loops = Loops::start(&world, &[KUBIA_VIP])?;
     world.agent(NODE).kill9()?;
-    put_map(&world, &format!("v{ABI_VERSION}"), "FRONTENDS", "type hash key 20 value 8 entries 1")?;
-    assert_ne!(layout(&world, "FRONTENDS")?, right);
+    put_map(&world, &format!("v{ABI_VERSION}"), maps::FRONTENDS, "type hash key 20 value 8 entries 1")?;
+    assert_ne!(layout(&world, maps::FRONTENDS)?, right);
     world.agent(NODE).start_ready()?;
-    assert_eq!(layout(&world, "FRONTENDS")?, right);
+    assert_eq!(layout(&world, maps::FRONTENDS)?, right);
     // And with the right maps nothing is replaced.
     let before = numbers(&world, NODE)?;
     world.agent(NODE).kill9()?;
@@ -106,7 +107,7 @@ fn maps_of_another_version_are_removed_when_nobody_needs_them() -> Result<()> {
     let before = numbers(&world, NODE)?;
     // An older version, and a newer one that was taken back.
     for version in ["v0", "v999"] {
-        put_map(&world, version, "FRONTENDS", "type hash key 24 value 16 entries 64")?;
+        put_map(&world, version, maps::FRONTENDS, "type hash key 24 value 16 entries 64")?;
     }
     // What is not ours is not touched.
     put_map(&world, "version-of-somebody", "MAP", "type array key 4 value 4 entries 1")?;
@@ -157,14 +158,14 @@ fn something_for_the_packet_edge(pins: &PinDir) -> Result<()> {
     }
     let open = |name: &str| Ok::<_, anyhow::Error>(Map::HashMap(MapData::from_pin(pins.map(name))?));
     let fragment = FragmentKey { proto: UDP, ..Zeroable::zeroed() };
-    let mut fragments = HashMap::<_, FragmentKey, FragmentPorts>::try_from(open("FRAGMENTS")?)?;
+    let mut fragments = HashMap::<_, FragmentKey, FragmentPorts>::try_from(open(maps::FRAGMENTS)?)?;
     fragments.insert(fragment, FragmentPorts::default(), 0)?;
-    let mut clients = HashMap::<_, AffinityKey, AffinityValue>::try_from(open("NEW_AFFINITY")?)?;
+    let mut clients = HashMap::<_, AffinityKey, AffinityValue>::try_from(open(maps::NEW_AFFINITY)?)?;
     clients.insert(AffinityKey::zeroed(), AffinityValue::zeroed(), 0)?;
     // No device has such a number.
-    let mut datagrams = HashMap::<_, UdpFlowKey, UdpFlow>::try_from(open("UDP_FLOWS")?)?;
+    let mut datagrams = HashMap::<_, UdpFlowKey, UdpFlow>::try_from(open(maps::UDP_FLOWS)?)?;
     datagrams.insert(UdpFlowKey::zeroed(), UdpFlow::zeroed(), 0)?;
-    let mut devices = HashMap::<_, u32, Device>::try_from(open("DEVICES")?)?;
+    let mut devices = HashMap::<_, u32, Device>::try_from(open(maps::DEVICES)?)?;
     Ok(devices.insert(u32::MAX, Device::default(), 0)?)
 }
 
@@ -179,20 +180,20 @@ fn bpftool_shows_every_map_with_field_names() -> Result<()> {
     // It would take out what is not its own.
     world.agent(NODE).kill9()?;
     something_for_the_packet_edge(&PinDir::new(world.lab().node(NODE).pin_dir()))?;
-    for map in &MAPS {
+    for map in maps::ALL {
         let fields: &[&str] = match map.name {
-            "FRONTENDS" => &["addr", "port", "proto", "kind", "service", "flags", "check"],
-            "SERVICES" => &["cluster", "local", "base", "len", "affinity", "seconds", "epoch"],
-            "BACKENDS" => &["addr", "port", "service", "state", "flags", "generation"],
-            "NAMES" => &["namespace", "name", "port_name", "proto", "family"],
-            "AFFINITY" | "NEW_AFFINITY" => {
+            maps::FRONTENDS => &["addr", "port", "proto", "kind", "service", "flags", "check"],
+            maps::SERVICES => &["cluster", "local", "base", "len", "affinity", "seconds", "epoch"],
+            maps::BACKENDS => &["addr", "port", "service", "state", "flags", "generation"],
+            maps::NAMES => &["namespace", "name", "port_name", "proto", "family"],
+            maps::AFFINITY | maps::NEW_AFFINITY => {
                 &["client", "service", "backend", "generation", "epoch", "last_seen"]
             }
-            "UDP_FLOWS" => &["cookie", "addr", "port", "direction", "backend", "check"],
-            "STREAMS" => &["cookie", "record", "vip", "backend_addr", "service", "check"],
-            "NODE" => &["host_netns", "flags"],
-            "DEVICES" => &["snat_v4", "snat_v6", "flags"],
-            "FLOWS" | "NEW_FLOWS" => &[
+            maps::UDP_FLOWS => &["cookie", "addr", "port", "direction", "backend", "check"],
+            maps::STREAMS => &["cookie", "record", "vip", "backend_addr", "service", "check"],
+            maps::NODE => &["host_netns", "flags"],
+            maps::DEVICES => &["snat_v4", "snat_v6", "flags"],
+            maps::FLOWS | maps::NEW_FLOWS => &[
                 "source",
                 "destination_port",
                 "proto",
@@ -205,19 +206,24 @@ fn bpftool_shows_every_map_with_field_names() -> Result<()> {
                 "state",
                 "last_seen",
             ],
-            "FLOW_INDEX" | "NEW_FLOW_INDEX" => &["destination", "source_port", "addr", "port", "check"],
-            "FRAGMENTS" => &["source", "destination", "id", "proto", "egress"],
-            "SERVICE_COUNTERS" => &["connections", "request_packets", "reply_bytes"],
-            // bpftool's own names for the key of a trie.
-            "SERVICE_CIDRS" | "POD_SOURCES" => &["prefix_len", "bytes"],
-            "SOURCE_RANGES" => &["prefix_len", "service", "addr"],
-            // Plain numbers, and addresses.
-            "FILTER" | "SLOTS" | "LOCAL_ADDRESSES" | "COUNTERS" | "OPT_OUT" | "SANDBOXES" => {
-                &["key", "value"]
+            maps::FLOW_INDEX | maps::NEW_FLOW_INDEX => {
+                &["destination", "source_port", "addr", "port", "check"]
             }
-            "TRACE" => &["until", "service", "sample"],
+            maps::FRAGMENTS => &["source", "destination", "id", "proto", "egress"],
+            maps::SERVICE_COUNTERS => &["connections", "request_packets", "reply_bytes"],
+            // bpftool's own names for the key of a trie.
+            maps::SERVICE_CIDRS | maps::POD_SOURCES => &["prefix_len", "bytes"],
+            maps::SOURCE_RANGES => &["prefix_len", "service", "addr"],
+            // Plain numbers, and addresses.
+            maps::FILTER
+            | maps::SLOTS
+            | maps::LOCAL_ADDRESSES
+            | maps::COUNTERS
+            | maps::OPT_OUT
+            | maps::SANDBOXES => &["key", "value"],
+            maps::TRACE => &["until", "service", "sample"],
             // The kernel shows socket storage by socket only, and a ring buffer to its reader.
-            "SOCKETS" | "ORDERS" | "EVENTS" => continue,
+            maps::SOCKETS | maps::ORDERS | maps::EVENTS => continue,
             other => anyhow::bail!("what does {other} hold?"),
         };
         let pin = world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}")).join(map.name);

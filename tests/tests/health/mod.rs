@@ -8,6 +8,7 @@ mod probes;
 mod scrape;
 mod sync;
 
+use proxy_common::abi::maps;
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::TcpListener;
@@ -88,7 +89,7 @@ impl Stage {
     fn freeze_frontends(&self) -> Result<()> {
         let pins = proxy_agent::bpf::pins::PinDir::new(self.node().pin_dir());
         let mut command = self.host().command("bpftool");
-        command.args(["map", "freeze", "pinned"]).arg(pins.map("FRONTENDS"));
+        command.args(["map", "freeze", "pinned"]).arg(pins.map(maps::FRONTENDS));
         command.text().map(drop)
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
 use proxy_common::abi::Counter;
+use proxy_common::abi::maps;
 use proxy_tests::apiserver::{Resource, Verb};
 use proxy_tests::lab::HttpAnswer;
 use proxy_tests::scenarios::until;
@@ -130,34 +131,34 @@ fn maps_verdicts_and_sweeps_are_counted() -> Result<()> {
         Ok(samples.keys().filter_map(|sample| Some(sample.split('"').nth(1)?.to_owned())).collect())
     };
     let mut all: BTreeSet<String> = [
-        "FRONTENDS",
-        "SERVICES",
-        "SLOTS",
-        "BACKENDS",
-        "SOURCE_RANGES",
-        "LOCAL_ADDRESSES",
-        "SERVICE_CIDRS",
-        "POD_SOURCES",
-        "DEVICES",
-        "FLOWS",
-        "FLOW_INDEX",
-        "NEW_FLOWS",
-        "NEW_FLOW_INDEX",
-        "AFFINITY",
-        "NEW_AFFINITY",
-        "UDP_FLOWS",
-        "FRAGMENTS",
-        "STREAMS",
+        maps::FRONTENDS,
+        maps::SERVICES,
+        maps::SLOTS,
+        maps::BACKENDS,
+        maps::SOURCE_RANGES,
+        maps::LOCAL_ADDRESSES,
+        maps::SERVICE_CIDRS,
+        maps::POD_SOURCES,
+        maps::DEVICES,
+        maps::FLOWS,
+        maps::FLOW_INDEX,
+        maps::NEW_FLOWS,
+        maps::NEW_FLOW_INDEX,
+        maps::AFFINITY,
+        maps::NEW_AFFINITY,
+        maps::UDP_FLOWS,
+        maps::FRAGMENTS,
+        maps::STREAMS,
     ]
     .map(str::to_owned)
     .into();
     assert_eq!(maps("capacity")?, all);
-    all.remove("STREAMS");
+    all.remove(maps::STREAMS);
     assert_eq!(maps("entries")?, all);
     let entries = |map: &str| sample(&agent, &format!("vipr_map_entries{{map=\"{map}\"}}"));
     // The set of the cluster and that of this node.
-    assert_eq!((entries("SERVICES")?, entries("SLOTS")?), (1.0, 2.0));
-    assert!(entries("DEVICES")? >= 2.0 && entries("LOCAL_ADDRESSES")? >= 4.0);
+    assert_eq!((entries(maps::SERVICES)?, entries(maps::SLOTS)?), (1.0, 2.0));
+    assert!(entries(maps::DEVICES)? >= 2.0 && entries(maps::LOCAL_ADDRESSES)? >= 4.0);
     assert_eq!(samples(&agent, "vipr_verdicts_total")?.len(), Counter::ALL.len());
 
     let connected = "vipr_verdicts_total{verdict=\"connected\"}";

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{HashMap, Map, MapData};
 use proxy_agent::bpf::flow_maps::FlowMaps;
 use proxy_agent::bpf::pins::PinDir;
+use proxy_common::abi::maps;
 use proxy_common::abi::{Flow, FlowKey, FlowKind, UdpFlow, UdpFlowKey};
 use proxy_tests::lab::{Agent, Held, Lab, LabSpec, Netns, Node, NodeSpec, Place, Proto};
 use serde_json::{Value, json};
@@ -245,7 +246,7 @@ impl World {
 
     /// How many entries `UDP_FLOWS` has on the first node.
     pub(super) fn datagrams(&self) -> Result<usize> {
-        let pin = PinDir::new(self.lab.node("n1").pin_dir()).map("UDP_FLOWS");
+        let pin = PinDir::new(self.lab.node("n1").pin_dir()).map(maps::UDP_FLOWS);
         let map = HashMap::<_, UdpFlowKey, UdpFlow>::try_from(Map::HashMap(MapData::from_pin(pin)?))?;
         Ok(map.keys().filter(Result::is_ok).count())
     }

@@ -20,6 +20,8 @@ mod stack;
 
 mod unsafe_code;
 
+mod words;
+
 /// Arguments of `lint`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -42,6 +44,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     checks.run("manifests", manifests::check);
     checks.run("unsafe code", unsafe_code::check);
     checks.run("house", house::check);
+    checks.run("words", words::check);
     checks.run("licences, bans and sources of dependencies", || cargo_deny(&["licenses", "bans", "sources"]));
     if args.advisories {
         checks.run("known vulnerabilities", || cargo_deny(&["advisories"]));

@@ -34,6 +34,10 @@ const ALLOWED: &[&str] = &[
 /// Directory in which every file called `sys.rs` may contain `unsafe`: each has the raw system calls of one test tool.
 const ALLOWED_SYS: &str = "tests/src";
 
+/// The document that lists these files for people, and the comment in front of its list.
+const DOCUMENT: &str = "ARCHITECTURE.md";
+const MARK: &str = "<!-- unsafe files -->";
+
 fn is_allowed(file: &Path) -> bool {
     ALLOWED.iter().any(|allowed| file == Path::new(allowed))
         || file.starts_with(ALLOWED_SYS) && file.file_name().is_some_and(|name| name == "sys.rs")
@@ -60,7 +64,17 @@ pub(super) fn check() -> Result<()> {
         }
     }
     ensure!(found.is_empty(), "`unsafe` outside the files meant for it: {}", found.join(", "));
+    let document = fs::read_to_string(workspace::root().join(DOCUMENT)).context(DOCUMENT)?;
+    let tools = format!("{ALLOWED_SYS}/**/sys.rs");
+    let allowed: Vec<&str> = ALLOWED.iter().copied().chain([tools.as_str()]).collect();
+    ensure!(documented(&document) == allowed, "the list in {DOCUMENT} should be:\n{}", allowed.join("\n"));
     Ok(())
+}
+
+/// Returns the files that the document lists, in the block of text behind [`MARK`].
+fn documented(document: &str) -> Vec<&str> {
+    let block = document.split_once(MARK).map_or("", |(_, after)| after);
+    block.lines().skip(2).take_while(|line| !line.starts_with("```")).collect()
 }
 
 /// Returns the numbers of the lines with the keyword `unsafe`, not counting comments and literals.
@@ -85,6 +99,13 @@ mod tests {
         assert!(is_allowed(Path::new("tests/src/lab/sys.rs")));
         assert!(!is_allowed(Path::new("proxy-agent/src/devices/sys.rs")));
         assert!(!is_allowed(Path::new("tests/src/lab/netns.rs")));
+    }
+
+    #[test]
+    fn the_documents_list_is_read() {
+        let document = "a\n<!-- unsafe files -->\n```text\nb.rs\nc.rs\n```\nd.rs\n";
+        assert_eq!(documented(document), ["b.rs", "c.rs"]);
+        assert!(documented("no list").is_empty());
     }
 
     #[test]

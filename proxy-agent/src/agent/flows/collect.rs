@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aya::maps::MapError;
+use proxy_common::abi::maps;
 use proxy_common::abi::{Flow, FlowKey, FlowKind, FlowRef};
 use proxy_common::datapath::edge::flows::{has_snat, snat_index, snat_target, vip_index, vip_target};
 use proxy_common::datapath::edge::timeouts::expired;
@@ -135,8 +136,8 @@ pub async fn keep_collecting(pins: PinDir, metrics: Arc<Metrics>, counts: Counts
     loop {
         match collect(&pins).await {
             Ok(collected) => {
-                counts.set("FLOWS", collected.records - collected.expired);
-                counts.set("FLOW_INDEX", collected.index_entries - collected.dangling);
+                counts.set(maps::FLOWS, collected.records - collected.expired);
+                counts.set(maps::FLOW_INDEX, collected.index_entries - collected.dangling);
                 metrics.flows_collected(collected.expired);
                 tracing::debug!(?collected, "expired flows collected");
                 if let Err(error) = count_others(&pins, &counts).await {

@@ -7,6 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use proxy_common::abi::maps;
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, UdpFlow, UdpFlowKey,
 };
@@ -33,14 +34,14 @@ pub enum CollectError {
 
 /// The maps that are counted.
 const MAPS: [&str; 8] = [
-    "FLOWS",
-    "FLOW_INDEX",
-    "NEW_FLOWS",
-    "NEW_FLOW_INDEX",
-    "AFFINITY",
-    "NEW_AFFINITY",
-    "UDP_FLOWS",
-    "FRAGMENTS",
+    maps::FLOWS,
+    maps::FLOW_INDEX,
+    maps::NEW_FLOWS,
+    maps::NEW_FLOW_INDEX,
+    maps::AFFINITY,
+    maps::NEW_AFFINITY,
+    maps::UDP_FLOWS,
+    maps::FRAGMENTS,
 ];
 
 /// The numbers. Cheap to clone.
@@ -49,7 +50,7 @@ pub struct Counts(Arc<[AtomicU64; MAPS.len()]>);
 
 impl Counts {
     /// Returns the number of elements of each map; 0 before the first look.
-    pub fn get(&self) -> impl Iterator<Item = (&'static str, u64)> {
+    pub(crate) fn get(&self) -> impl Iterator<Item = (&'static str, u64)> {
         MAPS.into_iter().zip(&*self.0).map(|(map, count)| (map, count.load(Ordering::Relaxed)))
     }
 
@@ -84,12 +85,12 @@ impl Other {
 
     pub(super) const fn name(self) -> &'static str {
         match self {
-            Self::NewFlows => "NEW_FLOWS",
-            Self::NewFlowIndex => "NEW_FLOW_INDEX",
-            Self::Affinity => "AFFINITY",
-            Self::NewAffinity => "NEW_AFFINITY",
-            Self::UdpFlows => "UDP_FLOWS",
-            Self::Fragments => "FRAGMENTS",
+            Self::NewFlows => maps::NEW_FLOWS,
+            Self::NewFlowIndex => maps::NEW_FLOW_INDEX,
+            Self::Affinity => maps::AFFINITY,
+            Self::NewAffinity => maps::NEW_AFFINITY,
+            Self::UdpFlows => maps::UDP_FLOWS,
+            Self::Fragments => maps::FRAGMENTS,
         }
     }
 
@@ -117,7 +118,7 @@ mod tests {
         for (number, map) in MAPS.iter().enumerate() {
             counts.set(map, number as u64 + 1);
         }
-        counts.set("SERVICES", 99);
+        counts.set(maps::SERVICES, 99);
         assert!(counts.get().eq(MAPS.into_iter().zip(1..)));
         assert!(Other::ALL.iter().all(|other| MAPS.contains(&other.name())));
     }

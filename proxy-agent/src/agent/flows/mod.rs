@@ -9,4 +9,4 @@ mod collect;
 mod counts;
 
 pub use self::collect::{Collected, Collection, keep_collecting};
-pub use self::counts::{CollectError, Counts};
+pub(crate) use self::counts::Counts;

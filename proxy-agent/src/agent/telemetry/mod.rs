@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use aya::maps::MapInfo;
 use proxy_common::abi::backend::flags::IN_LOCAL;
 use proxy_common::abi::frontend::flags::{EXTERNAL, FAR_LOCAL};
+use proxy_common::abi::maps;
 use proxy_common::abi::{Counter, FrontendKind, SlotRange};
 use proxy_common::addr::Family;
 
@@ -26,7 +27,7 @@ type Remote = [[usize; 2]; 2];
 
 /// Measurements between the arrival of a change and the end of its sync.
 #[derive(Debug)]
-pub struct Telemetry {
+pub(crate) struct Telemetry {
     metrics: Arc<Metrics>,
     families: Vec<Family>,
     /// Numbers of changes that wait: of slices, of Services.
@@ -50,7 +51,7 @@ struct Running {
 
 /// A change on its way into the cluster's state.
 #[derive(Clone, Copy, Debug)]
-pub struct Arrival {
+pub(crate) struct Arrival {
     kind: Option<Kind>,
     trigger_time: Option<(Family, i64)>,
 }
@@ -63,7 +64,7 @@ enum Kind {
 
 impl Arrival {
     /// Returns the arrival of `change`.
-    pub fn of(change: &Change) -> Self {
+    pub(crate) fn of(change: &Change) -> Self {
         let (kind, trigger_time) = match change {
             Change::Service(_) | Change::ServiceGone(_) => (Some(Kind::Service), None),
             Change::Slice(slice) => (Some(Kind::Slice), slice.trigger_time.map(|time| (slice.family, time))),
@@ -80,7 +81,7 @@ impl Arrival {
 
 impl Telemetry {
     /// Makes the telemetry of an agent that serves these families.
-    pub fn new(metrics: Arc<Metrics>, families: Vec<Family>) -> Self {
+    pub(crate) fn new(metrics: Arc<Metrics>, families: Vec<Family>) -> Self {
         let sync = Running {
             started: Instant::now(),
             full: false,
@@ -100,7 +101,7 @@ impl Telemetry {
 
     /// Notes that a change has arrived and touched `scope`. In the first list (`first_list`) trigger times do not
     /// count: nobody waits for what was there before the start.
-    pub fn arrived(&mut self, arrival: Arrival, scope: Scope, first_list: bool) {
+    pub(crate) fn arrived(&mut self, arrival: Arrival, scope: Scope, first_list: bool) {
         match arrival.kind {
             Some(Kind::Slice) => self.metrics.endpoint_change(),
             Some(Kind::Service) => self.metrics.service_change(),
@@ -129,7 +130,7 @@ impl Telemetry {
     }
 
     /// Notes that a sync begins. A `full` sync tells of every Service.
-    pub fn sync_begins(&mut self, full: bool) {
+    pub(crate) fn sync_begins(&mut self, full: bool) {
         if full {
             self.remote.clear();
         }
@@ -142,7 +143,11 @@ impl Telemetry {
     /// # Errors
     ///
     /// Those of `write`.
-    pub fn writing<E>(&mut self, ops: &[Op], write: impl FnOnce(&[Op]) -> Result<(), E>) -> Result<(), E> {
+    pub(crate) fn writing<E>(
+        &mut self,
+        ops: &[Op],
+        write: impl FnOnce(&[Op]) -> Result<(), E>,
+    ) -> Result<(), E> {
         let start = Instant::now();
         let result = write(ops);
         self.sync.writing += start.elapsed();
@@ -153,7 +158,7 @@ impl Telemetry {
     }
 
     /// Notes the desired state of a Service; `None` if it is gone.
-    pub fn desired(&mut self, service: &ObjectKey, desired: Option<&DesiredService>) {
+    pub(crate) fn desired(&mut self, service: &ObjectKey, desired: Option<&DesiredService>) {
         match desired.map(remote) {
             None | Some([[0, 0], [0, 0]]) => self.remote.remove(service),
             Some(remote) => self.remote.insert(service.clone(), remote),
@@ -161,7 +166,7 @@ impl Telemetry {
     }
 
     /// Notes that the sync has ended. Returns the time that it took.
-    pub fn sync_ended(&mut self, ok: bool) -> Duration {
+    pub(crate) fn sync_ended(&mut self, ok: bool) -> Duration {
         let Running { started, full, writing, operations } = &mut self.sync;
         let took = started.elapsed();
         self.metrics.synced(&self.families, SyncResult { full: *full, ok, took });
@@ -226,7 +231,7 @@ fn remote(desired: &DesiredService) -> Remote {
 }
 
 /// Returns the readers for scrapes. They open the maps for each scrape, because the agent may replace the maps.
-pub fn readers(pins: &PinDir, counts: Counts) -> Readers {
+pub(crate) fn readers(pins: &PinDir, counts: Counts) -> Readers {
     let (for_counters, pins) = (pins.clone(), pins.clone());
     Readers {
         verdicts: Box::new(move || {
@@ -246,7 +251,7 @@ pub fn readers(pins: &PinDir, counts: Counts) -> Readers {
                 maps.push(MapUsage { map, entries: Some(entries), capacity: capacity(map)? });
             }
             // Elements of STREAMS are found by number, so it is unknown which are in use.
-            maps.push(MapUsage { map: "STREAMS", entries: None, capacity: capacity("STREAMS")? });
+            maps.push(MapUsage { map: maps::STREAMS, entries: None, capacity: capacity(maps::STREAMS)? });
             Ok(maps)
         }),
     }

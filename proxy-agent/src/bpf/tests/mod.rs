@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 
 use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
+use proxy_common::abi::maps;
 use proxy_common::abi::{
     Affinity, Backend, BackendState, FrontendKey, FrontendValue, Service, ServiceCounters, SlotRange, proto,
 };
@@ -24,8 +25,15 @@ use crate::reconcile::store::{Capacity, Contents, MapStore as _, Op};
 
 const SMALL: Capacity = Capacity { frontends: 4, services: 4, slots: 8, backends: 4, source_ranges: 4 };
 const LARGE: Capacity = Capacity { frontends: 64, services: 32, slots: 80, backends: 48, source_ranges: 40 };
-const GROWING: [&str; 7] =
-    ["NAMES", "SERVICE_COUNTERS", "SERVICES", "BACKENDS", "SLOTS", "SOURCE_RANGES", "FRONTENDS"];
+const GROWING: [&str; 7] = [
+    maps::NAMES,
+    maps::SERVICE_COUNTERS,
+    maps::SERVICES,
+    maps::BACKENDS,
+    maps::SLOTS,
+    maps::SOURCE_RANGES,
+    maps::FRONTENDS,
+];
 
 /// A pin directory that is removed when it is dropped.
 struct Pins(PinDir);
@@ -77,7 +85,7 @@ fn fill(maps: &mut KernelMaps) {
 
 /// Counts a connection on each CPU, as the programs do.
 fn count(pins: &PinDir) {
-    let map = Map::PerCpuArray(MapData::from_pin(pins.map("SERVICE_COUNTERS")).unwrap());
+    let map = Map::PerCpuArray(MapData::from_pin(pins.map(maps::SERVICE_COUNTERS)).unwrap());
     let mut counters = PerCpuArray::<_, ServiceCounters>::try_from(map).unwrap();
     let one = ServiceCounters { connections: 1, ..ServiceCounters::default() };
     let cpus = aya::util::nr_cpus().unwrap();
@@ -169,7 +177,7 @@ fn a_map_that_is_new_costs_no_other() {
     pins.create().unwrap();
     let pins = Pins(pins);
     assert!(!open(&pins.0, SMALL).resumed);
-    for (map, resumed) in [("NEW_AFFINITY", true), ("AFFINITY", false)] {
+    for (map, resumed) in [(maps::NEW_AFFINITY, true), (maps::AFFINITY, false)] {
         std::fs::remove_file(pins.0.map(map)).unwrap();
         assert_eq!(open(&pins.0, SMALL).resumed, resumed, "{map}");
         assert!(pins.0.map(map).exists());

@@ -22,7 +22,7 @@ use crate::reconcile::sim::{SimSocket, Simulator};
 /// Kind of client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Client {
+pub(crate) enum Client {
     /// A process of this host, at its socket.
     Host,
     /// A pod of this node, at its socket.
@@ -38,7 +38,7 @@ pub enum Client {
 
 impl Client {
     /// Returns the kind in words.
-    pub const fn words(self) -> &'static str {
+    pub(crate) const fn words(self) -> &'static str {
         match self {
             Self::Host => "process of this host",
             Self::Pod => "pod of this node",
@@ -52,7 +52,7 @@ impl Client {
 /// Answer to a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// One of the backends answers.
     Served,
     /// Connection refused.
@@ -69,7 +69,7 @@ pub enum Verdict {
 
 impl Verdict {
     /// Returns the answer as the client sees it.
-    pub const fn words(self) -> &'static str {
+    pub(crate) const fn words(self) -> &'static str {
         match self {
             Self::Served => "served",
             Self::Refused => "refused",
@@ -86,18 +86,18 @@ impl Verdict {
 #[serde(rename_all = "camelCase")]
 pub struct Answer {
     /// Kind of client.
-    pub client: Client,
+    pub(crate) client: Client,
     /// The answer.
-    pub verdict: Verdict,
+    pub(crate) verdict: Verdict,
     /// Reason, as a counter of `proxy-agent status`; none where nothing is counted.
-    pub counter: Option<&'static str>,
+    pub(crate) counter: Option<&'static str>,
     /// Reason in words.
-    pub reason: &'static str,
+    pub(crate) reason: &'static str,
     /// Backends that the client may get, in order: one at random, unless one is remembered.
-    pub backends: Vec<SocketAddr>,
+    pub(crate) backends: Vec<SocketAddr>,
     /// Backend that session affinity remembers for the client. (Unknown for a pod's socket, which is remembered by its
     /// network namespace and not by its address.)
-    pub remembered: Option<SocketAddr>,
+    pub(crate) remembered: Option<SocketAddr>,
 }
 
 /// Number of backends that are looked for one by one, at most.
@@ -118,7 +118,7 @@ const fn documentation_v6() -> Addr {
 /// Returns the answers to every kind of client that `question` may be about. `among` is the number of backends of the
 /// Service port. `maps` holds what the agent has written, and also `AFFINITY` and `NEW_AFFINITY` of the client,
 /// `DEVICES` and the clock.
-pub fn answers(maps: &Simulator, question: &Question, target: Target, among: usize) -> Vec<Answer> {
+pub(crate) fn answers(maps: &Simulator, question: &Question, target: Target, among: usize) -> Vec<Answer> {
     let remembered = (maps.clients.borrow().clone(), maps.new_clients.borrow().clone());
     let mut answers = Vec::new();
     for client in clients(maps, question, target) {
@@ -337,7 +337,7 @@ const fn reason(counter: Counter) -> &'static str {
 }
 
 /// Returns the addresses by which session affinity knows a client: at its socket, and in packets.
-pub fn identities(maps: &Simulator, question: &Question) -> Vec<Addr> {
+pub(crate) fn identities(maps: &Simulator, question: &Question) -> Vec<Addr> {
     let host = AffinityKey::netns_client(maps.host_netns.get());
     [host].into_iter().chain(question.from).collect()
 }

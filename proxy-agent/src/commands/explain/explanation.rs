@@ -117,7 +117,7 @@ pub struct BackendView {
 
 impl ServiceView {
     /// Adds the agent's knowledge of the endpoints.
-    pub fn learn(&mut self, endpoints: &[EndpointReasons]) {
+    pub(crate) fn learn(&mut self, endpoints: &[EndpointReasons]) {
         self.agent_answered = true;
         for known in endpoints {
             let reason = match (&known.not_in_cluster, &known.not_in_local) {

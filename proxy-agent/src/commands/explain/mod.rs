@@ -5,15 +5,15 @@
 //! puts the result into words. The command works while no agent runs; an agent that runs adds the reasons that the maps
 //! do not hold ([`crate::observe::reasons`]).
 
-pub mod clients;
+pub(crate) mod clients;
 
 mod explanation;
 
-pub mod pod;
+pub(crate) mod pod;
 
 mod print;
 
-pub mod question;
+pub(crate) mod question;
 
 #[cfg(test)]
 mod tests;

@@ -90,15 +90,15 @@ fn todo(addresses: &[IpAddr]) -> &'static str {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientPod {
     /// Namespace and name.
-    pub key: ObjectKey,
+    pub(crate) key: ObjectKey,
     /// `spec.nodeName`.
-    pub node: Option<String>,
+    pub(crate) node: Option<String>,
     /// `spec.hostNetwork`: its sockets are the node's.
-    pub host_network: bool,
+    pub(crate) host_network: bool,
     /// `status.podIPs`; for a Pod in the node's network, also the node's addresses.
-    pub addresses: Vec<IpAddr>,
+    pub(crate) addresses: Vec<IpAddr>,
     /// Uid that names its cgroup.
-    pub uid: Option<String>,
+    pub(crate) uid: Option<String>,
 }
 
 /// A Pod, as printed.
@@ -123,7 +123,7 @@ impl ClientPod {
     /// # Errors
     ///
     /// [`PodError`].
-    pub async fn look_up(source: &Source, key: &ObjectKey) -> Result<Self, PodError> {
+    pub(crate) async fn look_up(source: &Source, key: &ObjectKey) -> Result<Self, PodError> {
         let (pod, mut place) = (key.clone(), source.to_string());
         let failed = |source| PodError::Source { pod: key.clone(), source };
         let object = match source {
@@ -156,7 +156,7 @@ impl ClientPod {
     }
 
     /// Takes the facts from an object.
-    pub fn of(key: &ObjectKey, object: &objects::Pod) -> Self {
+    pub(crate) fn of(key: &ObjectKey, object: &objects::Pod) -> Self {
         let (spec, status) = (object.spec.as_ref(), object.status.as_ref());
         let host_network = spec.and_then(|spec| spec.host_network).unwrap_or(false);
         let listed =
@@ -189,7 +189,7 @@ impl ClientPod {
     /// # Errors
     ///
     /// [`PodError::Address`].
-    pub fn address(&self, family: Family) -> Result<Addr, PodError> {
+    pub(crate) fn address(&self, family: Family) -> Result<Addr, PodError> {
         let mut addresses = self.addresses.iter().map(|ip| Addr::from(*ip));
         addresses.find(|address| address.family() == family).ok_or_else(|| PodError::Address {
             pod: self.key.clone(),
@@ -200,12 +200,12 @@ impl ClientPod {
 
     /// Returns the id of its cgroup below the root `root` of the hierarchy, if it is on this node and has a cgroup of
     /// its own.
-    pub fn cgroup(&self, root: &Path) -> Option<u64> {
+    pub(crate) fn cgroup(&self, root: &Path) -> Option<u64> {
         cgroups::look(root).pods.get(self.uid.as_ref()?).map(|pod| pod.id)
     }
 
     /// Returns the Pod as printed. `cgroup` is its own, `opted_out` are the cgroups of the Pods that have opted out.
-    pub fn view(&self, cgroup: Option<u64>, opted_out: &[u64]) -> PodView {
+    pub(crate) fn view(&self, cgroup: Option<u64>, opted_out: &[u64]) -> PodView {
         let opted_out = match cgroup {
             // Packets from the node's network are never judged.
             _ if self.host_network || opted_out.is_empty() => Some(false),
@@ -224,7 +224,7 @@ impl ClientPod {
 
 impl PodView {
     /// Returns a description in words.
-    pub fn words(&self) -> String {
+    pub(crate) fn words(&self) -> String {
         let place = self.node.as_ref().map_or(String::new(), |node| format!(" on node {node}"));
         let sockets = match (self.host_network, self.opted_out) {
             (true, _) => "; in that node's network: a process of it",

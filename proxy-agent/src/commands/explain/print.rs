@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use aya::maps::{HashMap, Map, MapData, MapError};
+use proxy_common::abi::maps;
 use proxy_common::abi::{AffinityKey, AffinityValue, Device, opt_out, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
@@ -133,12 +134,12 @@ fn read(pins: &PinDir, question: &Question) -> Result<(Simulator, Model), Inspec
     let maps = Simulator::of(&contents, &kernel.filter());
     maps.host_netns.set(kernel.host_netns());
     maps.clock.set(now());
-    let devices: HashMap<MapData, u32, Device> = open(pins, "DEVICES", Map::HashMap)?;
+    let devices: HashMap<MapData, u32, Device> = open(pins, maps::DEVICES, Map::HashMap)?;
     maps.edge.devices.replace(devices.iter().collect::<Result<_, _>>()?);
 
     let model = Model::restore(kernel.capacity(), &contents);
     if let Target::Frontend(value) = lookup::find(&maps, &question.addr, question.port, question.proto) {
-        for (tier, name) in [(Tier::Assured, "AFFINITY"), (Tier::New, "NEW_AFFINITY")] {
+        for (tier, name) in [(Tier::Assured, maps::AFFINITY), (Tier::New, maps::NEW_AFFINITY)] {
             let affinity: HashMap<MapData, AffinityKey, AffinityValue> = open(pins, name, Map::LruHashMap)?;
             for client in clients::identities(&maps, question) {
                 let key = AffinityKey { client, service: value.service };

@@ -25,7 +25,7 @@ const SYN: u8 = 0x02;
 
 impl Question {
     /// Returns the first packet of the connection from `source`, with its MAC header. The checksums are not filled in.
-    pub fn packet(&self, source: Addr, source_port: u16) -> Vec<u8> {
+    pub(crate) fn packet(&self, source: Addr, source_port: u16) -> Vec<u8> {
         let mut segment = [source_port.to_be_bytes(), self.port.bytes].concat();
         segment.extend_from_slice(match self.proto {
             // Sequence number 1, five words of header, a window.

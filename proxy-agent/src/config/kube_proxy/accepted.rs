@@ -10,116 +10,116 @@ use super::duration::GoDuration;
 /// The flags.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Accepted from kube-proxy, without effect")]
-pub struct Accepted {
+pub(crate) struct Accepted {
     /// Proxy mode: iptables, ipvs or nftables.
     #[arg(long, value_name = "MODE", hide_short_help = true)]
-    pub proxy_mode: Option<String>,
+    pub(crate) proxy_mode: Option<String>,
     /// Masquerade all traffic to clusterIPs.
     #[arg(long, value_name = "BOOL", hide_short_help = true, value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub masquerade_all: Option<bool>,
+    pub(crate) masquerade_all: Option<bool>,
     /// Bit of the packet mark.
     #[arg(long, value_name = "BIT", hide_short_help = true, allow_negative_numbers = true)]
-    pub iptables_masquerade_bit: Option<i32>,
+    pub(crate) iptables_masquerade_bit: Option<i32>,
     /// nodePorts on 127.0.0.1.
     #[arg(long, value_name = "BOOL", hide_short_help = true, value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub iptables_localhost_nodeports: Option<bool>,
+    pub(crate) iptables_localhost_nodeports: Option<bool>,
     /// Pause between syncs: changes are programmed at once.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
-    pub iptables_min_sync_period: Option<GoDuration>,
+    pub(crate) iptables_min_sync_period: Option<GoDuration>,
     /// As --iptables-sync-period, with --proxy-mode ipvs.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
-    pub ipvs_sync_period: Option<GoDuration>,
+    pub(crate) ipvs_sync_period: Option<GoDuration>,
     /// Pause between syncs.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
-    pub ipvs_min_sync_period: Option<GoDuration>,
+    pub(crate) ipvs_min_sync_period: Option<GoDuration>,
     /// IPVS scheduler.
     #[arg(long, value_name = "NAME", hide_short_help = true)]
-    pub ipvs_scheduler: Option<String>,
+    pub(crate) ipvs_scheduler: Option<String>,
     /// CIDRs of IPVS virtual servers that kube-proxy leaves alone.
     #[arg(long, value_name = "CIDRS", hide_short_help = true, value_delimiter = ',')]
-    pub ipvs_exclude_cidrs: Vec<String>,
+    pub(crate) ipvs_exclude_cidrs: Vec<String>,
     /// arp_ignore and arp_announce for IPVS.
     #[arg(long, value_name = "BOOL", hide_short_help = true, value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub ipvs_strict_arp: Option<bool>,
+    pub(crate) ipvs_strict_arp: Option<bool>,
     /// IPVS timeout.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
-    pub ipvs_tcp_timeout: Option<GoDuration>,
+    pub(crate) ipvs_tcp_timeout: Option<GoDuration>,
     /// IPVS timeout.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
-    pub ipvs_tcpfin_timeout: Option<GoDuration>,
+    pub(crate) ipvs_tcpfin_timeout: Option<GoDuration>,
     /// IPVS timeout.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
-    pub ipvs_udp_timeout: Option<GoDuration>,
+    pub(crate) ipvs_udp_timeout: Option<GoDuration>,
     /// Size of the conntrack table.
     #[arg(long, value_name = "COUNT", hide_short_help = true, allow_negative_numbers = true)]
-    pub conntrack_max_per_core: Option<i32>,
+    pub(crate) conntrack_max_per_core: Option<i32>,
     /// Size of the conntrack table.
     #[arg(long, value_name = "COUNT", hide_short_help = true, allow_negative_numbers = true)]
-    pub conntrack_min: Option<i32>,
+    pub(crate) conntrack_min: Option<i32>,
     /// Conntrack timeout.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
-    pub conntrack_tcp_timeout_established: Option<GoDuration>,
+    pub(crate) conntrack_tcp_timeout_established: Option<GoDuration>,
     /// Conntrack timeout.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
-    pub conntrack_tcp_timeout_close_wait: Option<GoDuration>,
+    pub(crate) conntrack_tcp_timeout_close_wait: Option<GoDuration>,
     /// nf_conntrack_tcp_be_liberal.
     #[arg(long, value_name = "BOOL", hide_short_help = true, value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub conntrack_tcp_be_liberal: Option<bool>,
+    pub(crate) conntrack_tcp_be_liberal: Option<bool>,
     /// Conntrack timeout.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
-    pub conntrack_udp_timeout: Option<GoDuration>,
+    pub(crate) conntrack_udp_timeout: Option<GoDuration>,
     /// Conntrack timeout.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
-    pub conntrack_udp_timeout_stream: Option<GoDuration>,
+    pub(crate) conntrack_udp_timeout_stream: Option<GoDuration>,
     /// Requests per second: everything is watched, nothing is polled.
     #[arg(long, value_name = "QPS", hide_short_help = true, allow_negative_numbers = true)]
-    pub kube_api_qps: Option<f32>,
+    pub(crate) kube_api_qps: Option<f32>,
     /// Requests at once.
     #[arg(long, value_name = "COUNT", hide_short_help = true, allow_negative_numbers = true)]
-    pub kube_api_burst: Option<i32>,
+    pub(crate) kube_api_burst: Option<i32>,
     /// Encoding of requests: the agent uses JSON.
     #[arg(long, value_name = "TYPE", hide_short_help = true)]
-    pub kube_api_content_type: Option<String>,
+    pub(crate) kube_api_content_type: Option<String>,
     /// Resync with the API server.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
-    pub config_sync_period: Option<GoDuration>,
+    pub(crate) config_sync_period: Option<GoDuration>,
     /// Go's profiler.
     #[arg(long, value_name = "BOOL", hide_short_help = true, value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub profiling: Option<bool>,
+    pub(crate) profiling: Option<bool>,
     /// Metrics that a release of Kubernetes has hidden.
     #[arg(long, value_name = "VERSION", hide_short_help = true)]
-    pub show_hidden_metrics_for_version: Option<String>,
+    pub(crate) show_hidden_metrics_for_version: Option<String>,
     /// Verbosity by source file.
     #[arg(long, value_name = "PATTERNS", hide_short_help = true)]
-    pub vmodule: Option<String>,
+    pub(crate) vmodule: Option<String>,
     /// Pause between flushes of the log.
     #[arg(long, value_name = "DURATION", hide_short_help = true)]
-    pub log_flush_frequency: Option<GoDuration>,
+    pub(crate) log_flush_frequency: Option<GoDuration>,
     /// Separate streams for errors and for other messages.
     #[arg(long, value_name = "BOOL", hide_short_help = true, value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub log_text_split_stream: Option<bool>,
+    pub(crate) log_text_split_stream: Option<bool>,
     /// Size of the buffer for the log.
     #[arg(long, value_name = "BYTES", hide_short_help = true)]
-    pub log_text_info_buffer_size: Option<String>,
+    pub(crate) log_text_info_buffer_size: Option<String>,
     /// As --log-text-split-stream.
     #[arg(long, value_name = "BOOL", hide_short_help = true, value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub log_json_split_stream: Option<bool>,
+    pub(crate) log_json_split_stream: Option<bool>,
     /// As --log-text-info-buffer-size.
     #[arg(long, value_name = "BYTES", hide_short_help = true)]
-    pub log_json_info_buffer_size: Option<String>,
+    pub(crate) log_json_info_buffer_size: Option<String>,
     /// Files that contain the boot id of the machine.
     #[arg(long, value_name = "FILES", hide_short_help = true)]
-    pub boot_id_file: Option<String>,
+    pub(crate) boot_id_file: Option<String>,
     /// Files that contain the id of the machine.
     #[arg(long, value_name = "FILES", hide_short_help = true)]
-    pub machine_id_file: Option<String>,
+    pub(crate) machine_id_file: Option<String>,
 }
 
 impl Accepted {

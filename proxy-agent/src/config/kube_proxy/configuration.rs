@@ -14,9 +14,9 @@ use super::duration::GoDuration;
 use crate::config::servers::{HEALTH_PORT, METRICS_PORT, bind_address};
 
 /// `apiVersion` of the file.
-pub const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
+pub(crate) const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 /// `kind` of the file.
-pub const KIND: &str = "KubeProxyConfiguration";
+pub(crate) const KIND: &str = "KubeProxyConfiguration";
 
 /// The file. `docs/configuration.md` explains the meaning of each field here, and a test checks that it is complete.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -147,13 +147,13 @@ pub(crate) struct Conntrack {
 
 /// Sync periods in the section of a proxy mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SyncPeriods {
+pub(crate) struct SyncPeriods {
     /// Name of the section.
-    pub section: &'static str,
+    pub(crate) section: &'static str,
     /// `syncPeriod`.
-    pub period: GoDuration,
+    pub(crate) period: GoDuration,
     /// `minSyncPeriod`.
-    pub min: GoDuration,
+    pub(crate) min: GoDuration,
 }
 
 impl KubeProxyConfiguration {
@@ -178,7 +178,7 @@ impl KubeProxyConfiguration {
     /// Fills in every default that kube-proxy has, and adds a port to a bind address without one. `nodePortAddresses`
     /// has no default: the code that resolves it defines its meaning while unset.
     #[must_use]
-    pub fn with_defaults(mut self) -> Self {
+    pub(crate) fn with_defaults(mut self) -> Self {
         let seconds = GoDuration::from_secs;
         fill(&mut self.api_version, API_VERSION);
         fill(&mut self.kind, KIND);
@@ -267,33 +267,23 @@ impl KubeProxyConfiguration {
     }
 
     /// Returns the verbosity of the log, as set by `-v`.
-    pub fn verbosity(&self) -> u32 {
+    pub(crate) fn verbosity(&self) -> u32 {
         self.logging.verbosity.unwrap_or_default()
     }
 
     /// Returns whether the log is JSON, not text.
-    pub fn logs_json(&self) -> bool {
+    pub(crate) fn logs_json(&self) -> bool {
         self.logging.format.as_deref() == Some("json")
     }
 
     /// Returns the sync periods in the section of the proxy mode. An empty mode means iptables.
-    pub fn sync_periods(&self) -> SyncPeriods {
+    pub(crate) fn sync_periods(&self) -> SyncPeriods {
         let (section, period, min) = match self.mode.as_deref() {
             Some("ipvs") => ("ipvs", self.ipvs.sync_period, self.ipvs.min_sync_period),
             Some("nftables") => ("nftables", self.nftables.sync_period, self.nftables.min_sync_period),
             _ => ("iptables", self.iptables.sync_period, self.iptables.min_sync_period),
         };
         SyncPeriods { section, period: period.unwrap_or_default(), min: min.unwrap_or_default() }
-    }
-
-    /// Returns whether the section of the proxy mode asks to masquerade all traffic to clusterIPs. ipvs has no such
-    /// field and uses that of iptables.
-    pub fn masquerade_all(&self) -> bool {
-        let all = match self.mode.as_deref() {
-            Some("nftables") => self.nftables.masquerade_all,
-            _ => self.iptables.masquerade_all,
-        };
-        all.unwrap_or_default()
     }
 }
 

@@ -35,15 +35,15 @@ const UNITS: [(&str, u64); 8] = [
 
 impl GoDuration {
     /// No time.
-    pub const ZERO: Self = Self(0);
+    pub(crate) const ZERO: Self = Self(0);
 
     /// Returns a duration of whole seconds.
-    pub const fn from_secs(seconds: i32) -> Self {
+    pub(crate) const fn from_secs(seconds: i32) -> Self {
         Self(seconds as i64 * 1_000_000_000)
     }
 
     /// Converts to the type of the standard library. A negative duration becomes zero.
-    pub fn to_std(self) -> Duration {
+    pub(crate) fn to_std(self) -> Duration {
         Duration::from_nanos(u64::try_from(self.0).unwrap_or(0))
     }
 }

@@ -8,13 +8,13 @@ use super::configuration::KubeProxyConfiguration;
 
 /// A field of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Field {
+pub(crate) struct Field {
     /// Path of the field in the file.
-    pub path: &'static str,
+    pub(crate) path: &'static str,
     /// Flag that sets the field, without the dashes; empty if there is none.
-    pub flag: &'static str,
+    pub(crate) flag: &'static str,
     /// Whether the field has an effect in the agent.
-    pub effect: bool,
+    pub(crate) effect: bool,
 }
 
 const fn used(path: &'static str, flag: &'static str) -> Field {
@@ -26,7 +26,7 @@ const fn unused(path: &'static str, flag: &'static str) -> Field {
 }
 
 /// All fields.
-pub const FIELDS: &[Field] = &[
+pub(crate) const FIELDS: &[Field] = &[
     used("apiVersion", ""),
     used("kind", ""),
     used("clientConnection.kubeconfig", "kubeconfig"),
@@ -89,12 +89,12 @@ pub const FIELDS: &[Field] = &[
 ];
 
 /// Returns the flag that sets the field at `path`; empty if there is none.
-pub fn flag_of(path: &str) -> &'static str {
+pub(crate) fn flag_of(path: &str) -> &'static str {
     FIELDS.iter().find(|field| field.path == path).map_or("", |field| field.flag)
 }
 
 /// Returns the value of each field of [`FIELDS`], in that order; null for fields that are not given.
-pub fn values(configuration: &KubeProxyConfiguration) -> Vec<(&'static Field, Value)> {
+pub(crate) fn values(configuration: &KubeProxyConfiguration) -> Vec<(&'static Field, Value)> {
     let whole = serde_json::to_value(configuration).unwrap_or_default();
     let value = |field: &Field| {
         let steps = field.path.split('.');
@@ -105,7 +105,7 @@ pub fn values(configuration: &KubeProxyConfiguration) -> Vec<(&'static Field, Va
 
 /// Returns the settings of `configuration` (with defaults) that differ from the default and have no effect, each as
 /// `field=value`. Fields that consist of named parts (feature gates) are handled in [`crate::config`].
-pub fn without_effect(configuration: &KubeProxyConfiguration) -> Vec<String> {
+pub(crate) fn without_effect(configuration: &KubeProxyConfiguration) -> Vec<String> {
     let defaults = values(&KubeProxyConfiguration::default().with_defaults());
     let given = values(configuration).into_iter().zip(defaults);
     let idle =
@@ -114,7 +114,7 @@ pub fn without_effect(configuration: &KubeProxyConfiguration) -> Vec<String> {
 }
 
 /// Returns the flags of the fields that `configuration` (without defaults) gives, with the dashes.
-pub fn flags_given(configuration: &KubeProxyConfiguration) -> Vec<String> {
+pub(crate) fn flags_given(configuration: &KubeProxyConfiguration) -> Vec<String> {
     let given =
         values(configuration).into_iter().filter(|(field, value)| !field.flag.is_empty() && !value.is_null());
     let mut flags: Vec<String> = given.map(|(field, _)| format!("--{}", field.flag)).collect();
@@ -124,7 +124,7 @@ pub fn flags_given(configuration: &KubeProxyConfiguration) -> Vec<String> {
 }
 
 /// Returns a value as it would be written in the file; text without quotes.
-pub fn plain(value: &Value) -> String {
+pub(crate) fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 

@@ -55,9 +55,9 @@ pub enum FileError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigFile {
     /// Path of the file.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// All bytes of the file.
-    pub content: Vec<u8>,
+    pub(crate) content: Vec<u8>,
 }
 
 /// Maximal number of YAML nodes that aliases may expand to: a hundred times the number in the largest file with every

@@ -26,24 +26,24 @@ pub struct Flags {
     /// Write the configuration, with all defaults, to this file and exit.
     #[arg(long, value_name = "FILE", help_heading = "Configuration file")]
     #[arg(value_parser = path())]
-    pub write_config_to: Option<PathBuf>,
+    pub(crate) write_config_to: Option<PathBuf>,
     /// Do what `proxy-agent cleanup` does, and exit.
     #[arg(long, value_name = "BOOL", help_heading = "Instead of running", value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub cleanup: Option<bool>,
+    pub(crate) cleanup: Option<bool>,
     /// Do the work that needs full root (a BPF file system, sysctls), and exit.
     #[arg(long, value_name = "BOOL", help_heading = "Instead of running", value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub init_only: Option<bool>,
+    pub(crate) init_only: Option<bool>,
 
     /// Kubeconfig file of the cluster to watch. Without it, --master and --manifests: the cluster that this process
     /// runs in as a pod.
     #[arg(long, value_name = "FILE", help_heading = "Cluster", conflicts_with = "manifests")]
     #[arg(value_parser = path())]
-    pub kubeconfig: Option<PathBuf>,
+    pub(crate) kubeconfig: Option<PathBuf>,
     /// URL of the Kubernetes API server, in place of the one in the kubeconfig.
     #[arg(long, value_name = "URL", help_heading = "Cluster")]
-    pub master: Option<String>,
+    pub(crate) master: Option<String>,
     /// Name of this node, if it is not the host name. Trimmed and lower-cased.
     #[arg(long, value_name = "NAME", help_heading = "Cluster")]
     pub hostname_override: Option<String>,
@@ -52,7 +52,7 @@ pub struct Flags {
     /// The gate AllowServiceExternalIPs (default true) is known. Other gates have no meaning here and are named in
     /// the log.
     #[arg(long, value_name = "GATES", help_heading = "Cluster", value_delimiter = ',', value_parser = gate)]
-    pub feature_gates: Vec<(String, bool)>,
+    pub(crate) feature_gates: Vec<(String, bool)>,
 
     /// Pod addresses of the cluster: one CIDR, or one of each family, separated by a comma.
     ///
@@ -63,56 +63,56 @@ pub struct Flags {
     /// Definition of the traffic of local pods: ClusterCIDR (from --cluster-cidr), NodeCIDR (from the Node's
     /// podCIDRs), BridgeInterface or InterfaceNamePrefix [default: ClusterCIDR].
     #[arg(long, value_name = "MODE", help_heading = "Services")]
-    pub detect_local_mode: Option<String>,
+    pub(crate) detect_local_mode: Option<String>,
     /// With --detect-local-mode BridgeInterface: the bridge that pods are behind.
     #[arg(long, value_name = "NAME", help_heading = "Services")]
-    pub pod_bridge_interface: Option<String>,
+    pub(crate) pod_bridge_interface: Option<String>,
     /// With --detect-local-mode InterfaceNamePrefix: prefix of the names of pods' interfaces on the host.
     #[arg(long, value_name = "PREFIX", help_heading = "Services")]
-    pub pod_interface_name_prefix: Option<String>,
+    pub(crate) pod_interface_name_prefix: Option<String>,
     /// Addresses of this node that serve nodePorts: CIDRs separated by commas, or `primary` for the Node's own
     /// addresses [default: primary].
     #[arg(long, value_name = "CIDRS", help_heading = "Services", value_delimiter = ',')]
-    pub nodeport_addresses: Vec<String>,
+    pub(crate) nodeport_addresses: Vec<String>,
     /// This node's primary IP, in place of the Node's. Nothing is bound to it.
     #[arg(long, value_name = "IP", help_heading = "Services")]
-    pub bind_address: Option<String>,
+    pub(crate) bind_address: Option<String>,
     /// A failed change is tried again after a second, or after this time if it is shorter. /livez fails when a change
     /// has waited for twice this time [default: 30s].
     #[arg(long, value_name = "DURATION", help_heading = "Services")]
-    pub iptables_sync_period: Option<GoDuration>,
+    pub(crate) iptables_sync_period: Option<GoDuration>,
 
     /// Address of /healthz, /livez and /readyz; empty for none [default: 0.0.0.0:10256].
     #[arg(long, value_name = "ADDR:PORT", help_heading = "Servers")]
-    pub healthz_bind_address: Option<String>,
+    pub(crate) healthz_bind_address: Option<String>,
     /// Address of /metrics, /configz and /proxyMode; empty for none [default: 127.0.0.1:10249].
     #[arg(long, value_name = "ADDR:PORT", help_heading = "Servers")]
-    pub metrics_bind_address: Option<String>,
+    pub(crate) metrics_bind_address: Option<String>,
     /// End when a server's address cannot be bound, instead of trying again.
     #[arg(long, value_name = "BOOL", help_heading = "Servers", value_parser = go_bool)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub bind_address_hard_fail: Option<bool>,
+    pub(crate) bind_address_hard_fail: Option<bool>,
     /// Deprecated: port of the health server, 0 for none. Use --healthz-bind-address.
     #[arg(long, value_name = "PORT", help_heading = "Servers", hide_short_help = true)]
-    pub healthz_port: Option<u16>,
+    pub(crate) healthz_port: Option<u16>,
     /// Deprecated: port of the metrics server, 0 for none. Use --metrics-bind-address.
     #[arg(long, value_name = "PORT", help_heading = "Servers", hide_short_help = true)]
-    pub metrics_port: Option<u16>,
+    pub(crate) metrics_port: Option<u16>,
 
     /// OOM score adjustment of this process, -1000 (never ended when memory runs out) to 1000 [default: -999].
     #[arg(long, value_name = "SCORE", help_heading = "Process", allow_negative_numbers = true)]
-    pub oom_score_adj: Option<i32>,
+    pub(crate) oom_score_adj: Option<i32>,
     /// Verbosity of the log on stderr: 0 is normal, 4 and more adds decisions, 6 and more everything.
     #[arg(short, long = "v", value_name = "LEVEL", help_heading = "Process")]
     #[arg(num_args = 0..=1, default_missing_value = "4")]
-    pub verbosity: Option<u32>,
+    pub(crate) verbosity: Option<u32>,
     /// Format of the log: text or json [default: text].
     #[arg(long, value_name = "FORMAT", help_heading = "Process")]
-    pub logging_format: Option<String>,
+    pub(crate) logging_format: Option<String>,
 
     /// Flags without effect.
     #[command(flatten)]
-    pub accepted: Accepted,
+    pub(crate) accepted: Accepted,
 }
 
 impl Flags {
@@ -122,19 +122,19 @@ impl Flags {
     }
 
     /// Returns the path to write the configuration to, if one is given.
-    pub fn write_config_to(&self) -> Option<&Path> {
+    pub(crate) fn write_config_to(&self) -> Option<&Path> {
         self.write_config_to.as_deref().filter(|path| !path.as_os_str().is_empty())
     }
 
     /// Returns sentences about deprecated flags that are given.
-    pub fn deprecated(&self) -> Vec<String> {
+    pub(crate) fn deprecated(&self) -> Vec<String> {
         let ports = [("healthz", self.healthz_port), ("metrics", self.metrics_port)];
         let given = ports.into_iter().filter(|(_, port)| port.is_some());
         given.map(|(name, _)| format!("--{name}-port is deprecated; use --{name}-bind-address")).collect()
     }
 
     /// Converts the flags to the type of the file.
-    pub fn to_configuration(&self) -> KubeProxyConfiguration {
+    pub(crate) fn to_configuration(&self) -> KubeProxyConfiguration {
         let mut configuration = KubeProxyConfiguration {
             hostname_override: self.hostname_override.clone(),
             bind_address: self.bind_address.clone(),

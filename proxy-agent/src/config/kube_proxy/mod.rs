@@ -8,27 +8,27 @@
 //! With a file, kube-proxy ignores its flags, except the flags that [`crate::config::Raw::load`] takes. Nothing here
 //! looks at the host.
 
-pub mod duration;
+pub(crate) mod duration;
 
-pub mod configuration;
+pub(crate) mod configuration;
 
-pub mod file;
+pub(crate) mod file;
 
-pub mod flags;
+pub(crate) mod flags;
 
-pub mod accepted;
+pub(crate) mod accepted;
 
-pub mod fields;
+pub(crate) mod fields;
 
-pub mod validate;
+pub(crate) mod validate;
 
-pub mod watch;
+pub(crate) mod watch;
 
 pub use configuration::KubeProxyConfiguration;
 pub use duration::GoDuration;
 pub use file::{ConfigFile, FileError};
-pub use flags::Flags;
-pub use validate::{Invalid, validate};
+pub(crate) use flags::Flags;
+pub(crate) use validate::{Invalid, validate};
 
 #[cfg(test)]
 mod tests;

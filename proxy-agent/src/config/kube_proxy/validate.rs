@@ -17,16 +17,16 @@ use crate::config::lenient;
 #[error("{}: `{value}` {reason}", named(.field))]
 pub struct Invalid {
     /// Path of the field in the file.
-    pub field: &'static str,
+    pub(crate) field: &'static str,
     /// The value, or the part of it that is wrong.
-    pub value: String,
+    pub(crate) value: String,
     /// Reason of the error, to be read after the value: `must be …`.
-    pub reason: String,
+    pub(crate) reason: String,
 }
 
 impl Invalid {
     /// Creates the error that `value` of `field` is invalid for `reason`.
-    pub fn new(field: &'static str, value: impl fmt::Display, reason: impl Into<String>) -> Self {
+    pub(crate) fn new(field: &'static str, value: impl fmt::Display, reason: impl Into<String>) -> Self {
         Self { field, value: value.to_string(), reason: reason.into() }
     }
 }
@@ -40,7 +40,7 @@ fn named(field: &str) -> String {
 }
 
 /// Returns every error in `configuration`, which has its defaults.
-pub fn validate(configuration: &KubeProxyConfiguration) -> Vec<Invalid> {
+pub(crate) fn validate(configuration: &KubeProxyConfiguration) -> Vec<Invalid> {
     let mut all = Findings::default();
     let c = configuration;
     let mode = c.mode.as_deref().unwrap_or_default();

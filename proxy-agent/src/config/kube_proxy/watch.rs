@@ -19,7 +19,7 @@ use crate::host::named_file;
 /// # Errors
 ///
 /// The kernel gives no inotify instance or watch.
-pub async fn changed(file: &ConfigFile) -> io::Result<()> {
+pub(crate) async fn changed(file: &ConfigFile) -> io::Result<()> {
     let mut events = Inotify::init()?.into_event_stream(vec![0; 4096])?;
     let directory = match file.path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,

@@ -12,7 +12,7 @@ use crate::config::devices::{DetectLocal, Selection, Settings};
 
 /// Role of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Role {
+pub(crate) enum Role {
     /// Leads to clients and to other nodes.
     External,
     /// Leads to pods of this node.
@@ -21,7 +21,7 @@ pub enum Role {
 
 impl Role {
     /// Returns the role in one word.
-    pub const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::External => "external",
             Self::Pod => "pod",
@@ -31,29 +31,29 @@ impl Role {
 
 /// A device that carries Service traffic.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Choice {
+pub(crate) struct Choice {
     /// Interface name.
-    pub name: String,
+    pub(crate) name: String,
     /// Role of the device.
-    pub role: Role,
+    pub(crate) role: Role,
     /// Header that its packets start with.
-    pub layer: Layer,
+    pub(crate) layer: Layer,
     /// Whether everything that enters is traffic of local pods (detect-local by interface).
-    pub near: bool,
+    pub(crate) near: bool,
     /// Index of the bridge or bond that takes over incoming packets: the network stack sees them enter through that
     /// device.
-    pub owner: Option<u32>,
+    pub(crate) owner: Option<u32>,
     /// Reason for the choice.
-    pub reason: String,
+    pub(crate) reason: String,
 }
 
 /// The chosen devices by interface index.
-pub type Choices = BTreeMap<u32, Choice>;
+pub(crate) type Choices = BTreeMap<u32, Choice>;
 
 /// Chooses devices. `before` are the devices chosen so far: a device that goes down or loses its last address keeps its
 /// role, so that packets are translated from the moment it is back. A device that is up and has an address is judged by
 /// the snapshot alone.
-pub fn choose(snapshot: &Snapshot, settings: &Settings, before: &Choices) -> Choices {
+pub(crate) fn choose(snapshot: &Snapshot, settings: &Settings, before: &Choices) -> Choices {
     let view = View { snapshot, settings };
     let chosen = snapshot.links.iter().filter_map(|(&index, link)| {
         let (role, reason) =
@@ -66,7 +66,7 @@ pub fn choose(snapshot: &Snapshot, settings: &Settings, before: &Choices) -> Cho
 }
 
 /// Returns the problems of flags that name a missing device, or one that cannot be used.
-pub fn problems(snapshot: &Snapshot, settings: &Settings) -> Vec<String> {
+pub(crate) fn problems(snapshot: &Snapshot, settings: &Settings) -> Vec<String> {
     let names = snapshot.links.values().map(|link| link.name.as_str());
     let missing = settings.devices.missing(names).map(|name| format!("there is no device `{name}`"));
     let loopback = snapshot

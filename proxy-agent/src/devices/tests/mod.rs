@@ -8,6 +8,7 @@ use aya::maps::{HashMap, Map, MapData};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{SchedClassifier, TcAttachType};
 use proxy_common::abi;
+use proxy_common::abi::maps;
 use proxy_common::addr::Addr;
 
 use super::*;
@@ -79,7 +80,7 @@ impl Node {
 
     /// Returns the entry of a device in `DEVICES`.
     fn device(&self, name: &str) -> Option<abi::Device> {
-        let data = MapData::from_pin(self.config.pins.map("DEVICES")).unwrap();
+        let data = MapData::from_pin(self.config.pins.map(maps::DEVICES)).unwrap();
         let devices: HashMap<_, u32, abi::Device> = Map::HashMap(data).try_into().unwrap();
         devices.get(&index(name)?, 0).ok()
     }

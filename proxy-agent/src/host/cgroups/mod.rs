@@ -22,8 +22,8 @@ mod tree;
 mod way_out;
 
 use sandboxes::Sandboxes;
-pub use sandboxes::{CONTAINERS_MAX, PODS_MAX};
-pub use tree::{Tree, is_below, look};
+pub(crate) use sandboxes::{CONTAINERS_MAX, PODS_MAX};
+pub(crate) use tree::{Tree, is_below, look};
 
 use crate::reconcile::plan::Sandbox;
 
@@ -40,18 +40,18 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Result of a look at the tree.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Found {
+pub(crate) struct Found {
     /// Wanted pods, by the uid that kubelet names their cgroups by.
-    pub pods: BTreeMap<Arc<str>, Place>,
+    pub(crate) pods: BTreeMap<Arc<str>, Place>,
     /// Ids of the existing cgroups that opt out by their paths.
-    pub cgroups: BTreeMap<String, u64>,
+    pub(crate) cgroups: BTreeMap<String, u64>,
     /// Pods whose network namespace is known, by the ids of their cgroups.
-    pub sandboxes: BTreeMap<u64, Sandbox>,
+    pub(crate) sandboxes: BTreeMap<u64, Sandbox>,
 }
 
 /// Place of a pod's cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub(crate) enum Place {
     /// The pod has a cgroup with this id.
     Cgroup(u64),
     /// The pod has no cgroup, perhaps because it has only just come.
@@ -62,7 +62,7 @@ pub enum Place {
 
 /// Handle of the task that finds cgroups.
 #[derive(Debug)]
-pub struct Follower {
+pub(crate) struct Follower {
     wanted: watch::Sender<BTreeSet<Arc<str>>>,
     found: watch::Receiver<Found>,
 }
@@ -70,7 +70,7 @@ pub struct Follower {
 impl Follower {
     /// Starts the task with nothing wanted, below the root `root` of the cgroup hierarchy. `cgroups` are paths below
     /// it.
-    pub fn start(root: PathBuf, cgroups: BTreeSet<String>) -> Self {
+    pub(crate) fn start(root: PathBuf, cgroups: BTreeSet<String>) -> Self {
         let (wanted, wanted_here) = watch::channel(BTreeSet::new());
         let (found_here, found) = watch::channel(Found::default());
         let events = Inotify::init().and_then(|events| events.into_event_stream(vec![0; 4096]));
@@ -87,7 +87,7 @@ impl Follower {
     }
 
     /// Sets the pods to look for, by uid.
-    pub fn want(&self, uids: BTreeSet<Arc<str>>) {
+    pub(crate) fn want(&self, uids: BTreeSet<Arc<str>>) {
         self.wanted.send_if_modified(|wanted| {
             let changed = *wanted != uids;
             *wanted = uids;
@@ -96,7 +96,7 @@ impl Follower {
     }
 
     /// Waits until the findings differ from those of the last call.
-    pub async fn changed(&mut self) -> Found {
+    pub(crate) async fn changed(&mut self) -> Found {
         if self.found.changed().await.is_err() {
             // The task has panicked, and the panic has been printed. The last findings stay in force.
             std::future::pending().await

@@ -30,9 +30,9 @@ use crate::host::sys;
 use crate::reconcile::plan::Sandbox;
 
 /// Number of pods whose sandboxes are looked for.
-pub const PODS_MAX: usize = 1024;
+pub(crate) const PODS_MAX: usize = 1024;
 /// Number of containers of a pod that are listed, the oldest first.
-pub const CONTAINERS_MAX: usize = 16;
+pub(crate) const CONTAINERS_MAX: usize = 16;
 /// Depth below a pod's cgroup to which its processes are looked for: containers have cgroups of their own, and make
 /// more.
 const DEPTH_MAX: u32 = 3;

@@ -15,24 +15,24 @@ const DEPTH_MAX: usize = 8;
 
 /// Result of a look at the tree.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Tree {
+pub(crate) struct Tree {
     /// The cgroup of each pod, by uid.
-    pub pods: BTreeMap<String, Pod>,
+    pub(crate) pods: BTreeMap<String, Pod>,
     /// The directories that the cgroups of pods appear in.
-    pub parents: Vec<PathBuf>,
+    pub(crate) parents: Vec<PathBuf>,
 }
 
 /// A pod's cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pod {
+pub(crate) struct Pod {
     /// Id of the cgroup: its inode number (5.5).
-    pub id: u64,
+    pub(crate) id: u64,
     /// Directory of the cgroup.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
 }
 
 /// Looks at the tree below `root`. Directories that cannot be read are left out: cgroups may vanish at any time.
-pub fn look(root: &Path) -> Tree {
+pub(crate) fn look(root: &Path) -> Tree {
     let mut tree = Tree::default();
     descend(root, false, 0, &mut tree);
     tree
@@ -80,7 +80,7 @@ fn uid(name: &str) -> Option<String> {
 
 /// Returns whether a process is in the cgroup of one of these pods, or below. `file` is the contents of its
 /// `/proc/<pid>/cgroup`. A process that names a cgroup of its own like a pod's only affects itself.
-pub fn is_below(file: &str, pods: &BTreeSet<Arc<str>>) -> bool {
+pub(crate) fn is_below(file: &str, pods: &BTreeSet<Arc<str>>) -> bool {
     let of_v2 = file.lines().find_map(|line| line.strip_prefix("0::"));
     of_v2.is_some_and(|path| path.split('/').filter_map(uid).any(|uid| pods.contains(uid.as_str())))
 }

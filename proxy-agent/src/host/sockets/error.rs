@@ -7,7 +7,7 @@ use aya::maps::MapError;
 
 /// Reason why sockets cannot be listed, led or destroyed.
 #[derive(Debug, thiserror::Error)]
-pub enum SocketsError {
+pub(crate) enum SocketsError {
     /// The kernel refuses SOCK_DESTROY.
     #[error(
         "this kernel is built without CONFIG_INET_DIAG_DESTROY: UDP sockets connected to a Service stay connected \

@@ -6,13 +6,13 @@ use aya::maps::{Map, MapData, MapError};
 
 /// Maps about sockets that the socket edge and the agent share.
 #[derive(Debug)]
-pub struct SocketMaps {
+pub(crate) struct SocketMaps {
     /// `SOCKETS`.
-    pub records: OwnedFd,
+    pub(crate) records: OwnedFd,
     /// `ORDERS`.
-    pub orders: OwnedFd,
+    pub(crate) orders: OwnedFd,
     /// `STREAMS`.
-    pub streams: OwnedFd,
+    pub(crate) streams: OwnedFd,
 }
 
 pub(super) fn map(fd: &OwnedFd) -> Result<Map, MapError> {

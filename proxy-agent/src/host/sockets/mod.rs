@@ -42,10 +42,10 @@ use proxy_common::addr::Addr;
 use rustix::net::sockopt::socket_cookie;
 
 use self::diag::{Diag, cookie};
-pub use self::error::SocketsError;
+pub(crate) use self::error::SocketsError;
 use self::held::{Fate, Held};
-pub use self::maps::SocketMaps;
-pub use self::namespaces::Places;
+pub(crate) use self::maps::SocketMaps;
+pub(crate) use self::namespaces::Places;
 use self::namespaces::apart;
 use crate::reconcile::stale::Connected;
 
@@ -54,31 +54,31 @@ const ERRORS: usize = 16;
 
 /// Results of one sweep.
 #[derive(Debug, Default)]
-pub struct Report {
+pub(crate) struct Report {
     /// Number of network namespaces examined.
-    pub namespaces: usize,
+    pub(crate) namespaces: usize,
     /// Number of connected UDP sockets seen, ours or not.
-    pub examined: usize,
+    pub(crate) examined: usize,
     /// Number of these sockets that have no visible owner: closed meanwhile, or owned by a process that the agent
     /// cannot see. They are left alone.
-    pub ownerless: usize,
+    pub(crate) ownerless: usize,
     /// Number of processes whose namespace or sockets may not be examined (CAP_SYS_PTRACE is needed).
-    pub hidden: usize,
+    pub(crate) hidden: usize,
     /// Number of sockets led to the backend that their VIP leads to now.
-    pub led: usize,
+    pub(crate) led: usize,
     /// Number of sockets destroyed, because they could not be led.
-    pub destroyed: usize,
+    pub(crate) destroyed: usize,
     /// Number of sockets led or destroyed, by [`proxy_common::addr::Family::index`] of the peer.
-    pub by_family: [usize; 2],
+    pub(crate) by_family: [usize; 2],
     /// CPU time of the sweep.
-    pub cpu: Duration,
+    pub(crate) cpu: Duration,
     /// Failures in parts of the sweep; the rest was done.
-    pub errors: Vec<SocketsError>,
+    pub(crate) errors: Vec<SocketsError>,
 }
 
 /// Finds sockets, and leads or destroys them. Made once, after a check that the kernel can destroy sockets.
 #[derive(Debug)]
-pub struct SocketSweeper {
+pub(crate) struct SocketSweeper {
     places: Places,
     left: left::Left,
 }
@@ -90,7 +90,7 @@ impl SocketSweeper {
     ///
     /// [`SocketsError::NoDestroy`] says what will not work on this kernel; other errors say which permission or
     /// facility is missing.
-    pub fn new(places: Places) -> Result<Self, SocketsError> {
+    pub(crate) fn new(places: Places) -> Result<Self, SocketsError> {
         Diag::open()?.probe()?;
         Ok(Self { places, left: left::Left::default() })
     }
@@ -102,7 +102,7 @@ impl SocketSweeper {
     /// # Errors
     ///
     /// Returns an error if nothing could be done at all. Failures in single namespaces are in [`Report::errors`].
-    pub fn follow(
+    pub(crate) fn follow(
         &self,
         storage: &SocketMaps,
         order: impl Fn(&Connected) -> Option<Order> + Sync,
@@ -118,7 +118,7 @@ impl SocketSweeper {
     /// # Errors
     ///
     /// Returns an error if a namespace cannot be examined. Then nothing is freed.
-    pub fn free_streams(
+    pub(crate) fn free_streams(
         &self,
         maps: &SocketMaps,
         may_be_judged: impl Fn(&SocketRecord) -> bool + Send,

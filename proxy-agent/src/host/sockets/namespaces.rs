@@ -18,13 +18,13 @@ const NSFS_MAGIC: i64 = 0x6e73_6673;
 
 /// Places in which network namespaces are looked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Places {
+pub(crate) struct Places {
     /// The procfs of our own pid namespace, which has to be the host's. The network namespace of each process is in
     /// `<pid>/ns/net`, its descriptors are in `<pid>/fd`. (Threads that left the namespace of their process are not
     /// examined.)
-    pub proc: PathBuf,
+    pub(crate) proc: PathBuf,
     /// Directories whose entries are namespaces. A directory that does not exist is skipped.
-    pub named: Vec<PathBuf>,
+    pub(crate) named: Vec<PathBuf>,
 }
 
 impl Default for Places {
@@ -42,10 +42,10 @@ impl Default for Places {
 /// An open namespace: it exists at least as long as this value.
 #[derive(Debug)]
 pub(super) struct Namespace {
-    pub path: PathBuf,
-    pub fd: File,
+    pub(crate) path: PathBuf,
+    pub(crate) fd: File,
     /// Whether this is the namespace that the agent runs in, which is the host's.
-    pub of_host: bool,
+    pub(crate) of_host: bool,
 }
 
 impl Namespace {
@@ -63,9 +63,9 @@ impl Namespace {
 #[derive(Debug)]
 pub(super) struct Namespaces {
     /// The namespaces, each once, however many paths lead to it.
-    pub namespaces: Vec<Namespace>,
+    pub(crate) namespaces: Vec<Namespace>,
     /// Number of processes whose namespace may not be opened.
-    pub hidden: usize,
+    pub(crate) hidden: usize,
 }
 
 pub(super) fn find(places: &Places) -> Result<Namespaces, SocketsError> {

@@ -14,7 +14,7 @@ pub(super) enum Regarding {
 
 /// An Event that a user should see.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Event {
+pub(crate) struct Event {
     pub(super) regarding: Regarding,
     pub(super) warning: bool,
     pub(super) reason: &'static str,
@@ -24,14 +24,14 @@ pub struct Event {
 
 impl Event {
     /// Returns the Event of an agent that starts.
-    pub fn starting() -> Self {
+    pub(crate) fn starting() -> Self {
         let note = concat!("proxy-agent ", env!("CARGO_PKG_VERSION")).to_owned();
         Self { regarding: Regarding::Node, warning: false, reason: "Starting", action: "Start", note }
     }
 
     /// Returns the Event of an agent that ends because one of its servers cannot serve. (The reason for the health
     /// server is kube-proxy's.)
-    pub fn cannot_serve(error: &HttpError) -> Self {
+    pub(crate) fn cannot_serve(error: &HttpError) -> Self {
         let reason = match error.server() {
             crate::observe::health::SERVER => "FailedToStartProxierHealthcheck",
             _ => "FailedToStartMetricsServer",
@@ -40,12 +40,12 @@ impl Event {
     }
 
     /// Returns the Event of a port for load balancers' health checks that cannot be opened.
-    pub fn check_port_failed(service: ObjectKey, note: String) -> Self {
+    pub(crate) fn check_port_failed(service: ObjectKey, note: String) -> Self {
         Self::about(service, "FailedToStartServiceHealthcheck", "Listen", note)
     }
 
     /// Returns the Event of a Service that cannot be served as it, or one of its slices, is written.
-    pub fn problem(service: ObjectKey, note: String) -> Self {
+    pub(crate) fn problem(service: ObjectKey, note: String) -> Self {
         Self::about(service, "ServiceProblem", "Program", note)
     }
 

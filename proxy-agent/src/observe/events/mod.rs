@@ -20,7 +20,7 @@ use kube::{Api, Client, Resource as _};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{sleep, timeout};
 
-pub use self::event::Event;
+pub(crate) use self::event::Event;
 use self::event::Regarding;
 use self::line::{Line, Next, Verdict};
 use crate::observe::metrics::{EventFate, Metrics};
@@ -57,16 +57,16 @@ impl Desk {
 
 /// Handle by which Events are handed over. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Events(Option<Arc<Desk>>);
+pub(crate) struct Events(Option<Arc<Desk>>);
 
 impl Events {
     /// Returns a handle that drops every Event, for an agent without an API.
-    pub fn nowhere() -> Self {
+    pub(crate) fn nowhere() -> Self {
         Self(None)
     }
 
     /// Returns a handle that writes Events of the node of this name. Needs a runtime.
-    pub fn to_api(client: Client, node: Arc<str>, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn to_api(client: Client, node: Arc<str>, metrics: Arc<Metrics>) -> Self {
         let line = Mutex::new(Line::new(Instant::now()));
         let desk = Arc::new(Desk { line, came: Notify::new(), metrics });
         tokio::spawn(write_all(client, node, Arc::clone(&desk)));
@@ -74,12 +74,12 @@ impl Events {
     }
 
     /// Hands an Event over. When too many wait, it is dropped and counted.
-    pub fn tell(&self, event: Event) {
+    pub(crate) fn tell(&self, event: Event) {
         self.hand_over(event, None);
     }
 
     /// Hands an Event over and waits until it is written, for at most `patience`.
-    pub async fn tell_and_wait(&self, event: Event, patience: Duration) {
+    pub(crate) async fn tell_and_wait(&self, event: Event, patience: Duration) {
         let (done, written) = oneshot::channel();
         self.hand_over(event, Some(done));
         // The sender is dropped at once when there is no API.

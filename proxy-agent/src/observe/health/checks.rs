@@ -15,17 +15,17 @@ use crate::reconcile::cluster::{ObjectKey, Service, ServiceType, Slice, TrafficP
 
 /// Facts that a Service's `healthCheckNodePort` tells in one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Check {
+pub(crate) struct Check {
     /// The port.
-    pub port: u16,
+    pub(crate) port: u16,
     /// Number of addresses of this node that serve the Service and are ready, over all its ports.
-    pub endpoints: usize,
+    pub(crate) endpoints: usize,
 }
 
 /// Returns the check of `service` in `family`; `None` if there is none. `slices` are all slices of the Service.
 ///
 /// Terminating endpoints do not count, though they may still carry traffic: load balancers are to stop sending it.
-pub fn check<'a>(
+pub(crate) fn check<'a>(
     service: &Service,
     slices: impl Iterator<Item = &'a Slice>,
     family: Family,
@@ -45,7 +45,7 @@ pub fn check<'a>(
 }
 
 /// Returns the answer to a check of `service`: kube-proxy's body, to the byte.
-pub fn answer(service: &ObjectKey, endpoints: usize, healthy: bool) -> Answer {
+pub(crate) fn answer(service: &ObjectKey, endpoints: usize, healthy: bool) -> Answer {
     let mut body = Vec::new();
     let mut json = serde_json::Serializer::with_formatter(&mut body, PrettyFormatter::with_indent(b"\t"));
     // Serializing strings, a number and a boolean into memory cannot fail.

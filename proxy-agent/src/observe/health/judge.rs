@@ -10,15 +10,15 @@ use serde::Serialize;
 
 /// Progress of the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HealthState {
+pub(crate) struct HealthState {
     /// State of each family, by [`Family::index`].
     families: [FamilyState; 2],
     /// Age of the oldest waiting change from which a family is unhealthy.
-    pub stuck_after: Duration,
+    pub(crate) stuck_after: Duration,
     /// Whether load balancers may send traffic to this node.
-    pub node_eligible: bool,
+    pub(crate) node_eligible: bool,
     /// Reason why `/readyz` says no, if it does.
-    pub waiting_for: Option<String>,
+    pub(crate) waiting_for: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,7 +30,7 @@ struct FamilyState {
 impl HealthState {
     /// Makes the state of an agent that starts: no Node seen, nothing programmed. Changes should be programmed within
     /// `sync_period`.
-    pub fn new(sync_period: Duration) -> Self {
+    pub(crate) fn new(sync_period: Duration) -> Self {
         Self {
             stuck_after: 2 * sync_period,
             families: <[FamilyState; 2]>::default(),
@@ -40,17 +40,17 @@ impl HealthState {
     }
 
     /// Notes that a change waits since `now`, unless an older one does.
-    pub fn queued(&mut self, family: Family, now: Instant) {
+    pub(crate) fn queued(&mut self, family: Family, now: Instant) {
         self.of(family).oldest_queued.get_or_insert(now);
     }
 
     /// Notes that nothing waits any more.
-    pub fn updated(&mut self, family: Family, now: Timestamp) {
+    pub(crate) fn updated(&mut self, family: Family, now: Timestamp) {
         *self.of(family) = FamilyState { oldest_queued: None, last_updated: Some(now) };
     }
 
     /// Returns whether no judged family is stuck.
-    pub fn healthy(&self, now: Instant) -> bool {
+    pub(crate) fn healthy(&self, now: Instant) -> bool {
         self.families.iter().all(|family| family.healthy(now, self.stuck_after))
     }
 
@@ -74,22 +74,22 @@ impl FamilyState {
 
 /// Moment of an answer, on the monotonic clock and on the wall clock.
 #[derive(Clone, Copy, Debug)]
-pub struct Now {
+pub(crate) struct Now {
     /// Monotonic time, for judgements.
-    pub instant: Instant,
+    pub(crate) instant: Instant,
     /// Wall-clock time, as shown in answers.
-    pub time: Timestamp,
+    pub(crate) time: Timestamp,
 }
 
 /// The answer to a probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
+pub(crate) struct Answer {
     /// Whether the status is 200 rather than 503.
-    pub ok: bool,
+    pub(crate) ok: bool,
     /// The body's Content-Type.
-    pub content_type: &'static str,
+    pub(crate) content_type: &'static str,
     /// The body.
-    pub body: String,
+    pub(crate) body: String,
 }
 
 /// kube-proxy's body, with its fields in the same order.
@@ -113,7 +113,7 @@ struct FamilyBody {
 }
 
 /// Answers a probe.
-pub fn judge(state: &HealthState, probe: Probe, now: Now) -> Answer {
+pub(crate) fn judge(state: &HealthState, probe: Probe, now: Now) -> Answer {
     let healthy = state.healthy(now.instant);
     match probe {
         Probe::Healthz => {

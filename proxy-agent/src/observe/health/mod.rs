@@ -7,8 +7,8 @@
 //! Services with a `healthCheckNodePort` have servers of their own: [`check_ports`]. [`checks`] decides the answers of
 //! these servers.
 
-pub mod check_ports;
-pub mod checks;
+pub(crate) mod check_ports;
+pub(crate) mod checks;
 mod judge;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,57 +22,57 @@ use axum::routing::any;
 use k8s_openapi::jiff::Timestamp;
 use proxy_common::addr::Family;
 
-pub use self::judge::{Answer, HealthState, Now, judge};
+pub(crate) use self::judge::{Answer, HealthState, Now, judge};
 use crate::observe::metrics::Metrics;
 use crate::observe::probe::Probe;
 
 /// Name of the health server in logs and errors.
-pub const SERVER: &str = "health";
+pub(crate) const SERVER: &str = "health";
 
 /// State behind the probes, shared by all tasks that report to it. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Health(Arc<Mutex<HealthState>>);
+pub(crate) struct Health(Arc<Mutex<HealthState>>);
 
 impl Health {
     /// Makes the state of an agent that starts. A change that waits for twice `sync_period` has waited too long.
-    pub fn new(sync_period: Duration) -> Self {
+    pub(crate) fn new(sync_period: Duration) -> Self {
         Self(Arc::new(Mutex::new(HealthState::new(sync_period))))
     }
 
     /// Notes that a change of this family waits to be programmed.
-    pub fn queued(&self, family: Family) {
+    pub(crate) fn queued(&self, family: Family) {
         self.state().queued(family, Instant::now());
     }
 
     /// Notes that all waiting changes of this family have been programmed. The first call, at the start of the sync
     /// loop, makes the family judged from then on.
-    pub fn updated(&self, family: Family) {
+    pub(crate) fn updated(&self, family: Family) {
         self.state().updated(family, wall_clock());
     }
 
     /// Sets what still has to happen before `/readyz` says yes, as a clause: "the first list has not arrived yet".
-    pub fn waiting_for(&self, reason: impl Into<String>) {
+    pub(crate) fn waiting_for(&self, reason: impl Into<String>) {
         self.state().waiting_for = Some(reason.into());
     }
 
     /// Notes that the first full list is programmed: `/readyz` says yes from now on.
-    pub fn programmed(&self) {
+    pub(crate) fn programmed(&self) {
         self.state().waiting_for = None;
     }
 
     /// Sets whether this node may get traffic from load balancers: its Node object has been seen, is not being deleted
     /// and has no taint `ToBeDeletedByClusterAutoscaler`. A source without Nodes sets `true` once.
-    pub fn node(&self, eligible: bool) {
+    pub(crate) fn node(&self, eligible: bool) {
         self.state().node_eligible = eligible;
     }
 
     /// Returns whether the sync loop keeps up (`serviceProxyHealthy` of healthCheckNodePorts).
-    pub fn healthy(&self) -> bool {
+    pub(crate) fn healthy(&self) -> bool {
         self.state().healthy(Instant::now())
     }
 
     /// Returns the answer to a probe at this moment.
-    pub fn answer(&self, probe: Probe) -> Answer {
+    pub(crate) fn answer(&self, probe: Probe) -> Answer {
         judge(&self.state(), probe, Now { instant: Instant::now(), time: wall_clock() })
     }
 
@@ -91,7 +91,7 @@ fn wall_clock() -> Timestamp {
 }
 
 /// Returns the router of the probes, for any method. Answers are counted in `metrics`.
-pub fn router(health: Health, metrics: Arc<Metrics>) -> Router {
+pub(crate) fn router(health: Health, metrics: Arc<Metrics>) -> Router {
     type Shared = State<(Health, Arc<Metrics>)>;
     Router::new()
         .route("/healthz", any(|State(shared): Shared| async move { respond(&shared, Probe::Healthz) }))

@@ -21,12 +21,12 @@ mod room;
 
 mod thread;
 
-pub use room::{Room, Seat};
-pub use thread::ServerThread;
+pub(crate) use room::{Room, Seat};
+pub(crate) use thread::ServerThread;
 
 /// Reason why a server does not serve.
 #[derive(Debug, thiserror::Error)]
-pub enum HttpError {
+pub(crate) enum HttpError {
     /// The address cannot be bound.
     #[error("cannot listen on {address} for {server}: {source}")]
     Bind {
@@ -41,7 +41,7 @@ pub enum HttpError {
 
 impl HttpError {
     /// Returns the name of the server.
-    pub fn server(&self) -> &'static str {
+    pub(crate) fn server(&self) -> &'static str {
         match self {
             Self::Bind { server, .. } => server,
         }
@@ -51,13 +51,13 @@ impl HttpError {
 /// Limits of what clients may take. A connection costs a file descriptor, and some of the servers are open to the
 /// world.
 #[derive(Clone, Debug)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Places for simultaneous connections. Servers may share them.
-    pub room: Room,
+    pub(crate) room: Room,
     /// Time limit for the head of the request. A connection carries one request.
-    pub silence: Duration,
+    pub(crate) silence: Duration,
     /// Time limit for a connection, which then ends after the answer that it owes.
-    pub lifetime: Duration,
+    pub(crate) lifetime: Duration,
 }
 
 impl Default for Limits {
@@ -78,7 +78,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// # Errors
 ///
 /// When binding fails and [`OnBindFailure::Fail`] is asked for.
-pub async fn serve(
+pub(crate) async fn serve(
     server: &'static str,
     address: SocketAddr,
     router: Router,
@@ -106,7 +106,12 @@ pub async fn serve(
 
 /// Serves the clients of `listener` until `stop` is ready. Then the listener closes, and open connections end after the
 /// answer that they owe.
-pub async fn serve_on(listener: TcpListener, router: Router, limits: Limits, stop: impl Future<Output = ()>) {
+pub(crate) async fn serve_on(
+    listener: TcpListener,
+    router: Router,
+    limits: Limits,
+    stop: impl Future<Output = ()>,
+) {
     // Every connection notices when this is dropped at the end.
     let (_open, end) = watch::channel(());
     let port = listener.local_addr().map_or(0, |address| address.port());

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 /// Places for connections. Servers may share them. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Room(Arc<Mutex<Guests>>);
+pub(crate) struct Room(Arc<Mutex<Guests>>);
 
 #[derive(Debug)]
 struct Guests {
@@ -38,16 +38,16 @@ struct Guest {
 
 /// A place, held until this is dropped.
 #[derive(Debug)]
-pub struct Seat {
+pub(crate) struct Seat {
     room: Room,
     id: u64,
     /// Ready when the place has been given to another connection.
-    pub gone: oneshot::Receiver<()>,
+    pub(crate) gone: oneshot::Receiver<()>,
 }
 
 impl Room {
     /// Makes a room with this many places, and at least one.
-    pub fn new(places: usize) -> Self {
+    pub(crate) fn new(places: usize) -> Self {
         let places = places.max(1);
         Self(Arc::new(Mutex::new(Guests { places, next: 0, here: BTreeMap::new(), ports: BTreeMap::new() })))
     }
@@ -55,7 +55,7 @@ impl Room {
     /// Returns a place for a connection from `source` to a server on `port`. When all places are taken, the port with
     /// the most connections gives one up: the oldest connection of the source that has the most there. A request takes
     /// milliseconds, so that connection has sent none, or does not read the answer.
-    pub fn enter(&self, port: u16, source: IpAddr) -> Seat {
+    pub(crate) fn enter(&self, port: u16, source: IpAddr) -> Seat {
         let mut guests = self.guests();
         if guests.here.len() >= guests.places
             && let Some(id) = guests.most_dispensable()

@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 
 /// A thread with a runtime, which ends with all of its tasks when this is dropped.
 #[derive(Debug)]
-pub struct ServerThread {
+pub(crate) struct ServerThread {
     handle: Handle,
     _stop: oneshot::Sender<()>,
 }
@@ -18,7 +18,7 @@ impl ServerThread {
     /// # Errors
     ///
     /// The kernel's error: no more threads, or no more files.
-    pub fn start(name: &str) -> io::Result<Self> {
+    pub(crate) fn start(name: &str) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
@@ -31,7 +31,7 @@ impl ServerThread {
     }
 
     /// Returns the handle that spawns tasks on the thread.
-    pub fn handle(&self) -> &Handle {
+    pub(crate) fn handle(&self) -> &Handle {
         &self.handle
     }
 }

@@ -10,7 +10,7 @@ use proxy_common::addr::Family;
 
 /// One of a Service's two traffic policies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum PolicyKind {
+pub(crate) enum PolicyKind {
     /// `internalTrafficPolicy`.
     Internal,
     /// `externalTrafficPolicy`.
@@ -19,12 +19,12 @@ pub enum PolicyKind {
 
 impl PolicyKind {
     /// Both policies.
-    pub const ALL: [Self; 2] = [Self::Internal, Self::External];
+    pub(crate) const ALL: [Self; 2] = [Self::Internal, Self::External];
 }
 
 /// Fate of an Event for the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum EventFate {
+pub(crate) enum EventFate {
     /// The API server has it.
     Written,
     /// The API server refused it, or did not answer.
@@ -39,7 +39,7 @@ impl EventFate {
 
 /// Part of the time between the arrival of a change and the end of its sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Stage {
+pub(crate) enum Stage {
     /// From the arrival of the oldest change to the start of the sync.
     Wait,
     /// From there until the operations on the maps are known.

@@ -10,7 +10,7 @@ mod labels;
 mod own;
 mod process;
 mod scrape;
-pub mod serve;
+pub(crate) mod serve;
 mod slis;
 
 #[cfg(test)]
@@ -29,16 +29,16 @@ use proxy_common::addr::Family;
 
 use self::kubeproxy::KubeProxy;
 use self::labels::{ByCode, ByFate, ByFeature, ByMap, ByPolicy, ByStage, FamilyLabel, register};
-pub use self::labels::{EventFate, PolicyKind, Stage};
+pub(crate) use self::labels::{EventFate, PolicyKind, Stage};
 use self::own::Own;
-pub use self::scrape::{MapUsage, ReadError, Readers};
+pub(crate) use self::scrape::{MapUsage, ReadError, Readers};
 use self::slis::{ByCheck, Slis};
 use crate::host::sockets::Report;
 use crate::observe::probe::Probe;
 use crate::sources::api::requests;
 
 /// Name of the metrics server in logs and errors.
-pub const SERVER: &str = "metrics";
+pub(crate) const SERVER: &str = "metrics";
 
 /// All metrics, and the registry that prints them.
 #[derive(Debug)]
@@ -52,18 +52,18 @@ pub struct Metrics {
 
 /// Result of a sync.
 #[derive(Clone, Copy, Debug)]
-pub struct SyncResult {
+pub(crate) struct SyncResult {
     /// Whether it looked at everything, not only at changes.
-    pub full: bool,
+    pub(crate) full: bool,
     /// Whether everything is programmed.
-    pub ok: bool,
+    pub(crate) ok: bool,
     /// Time from its start to its end.
-    pub took: Duration,
+    pub(crate) took: Duration,
 }
 
 impl Metrics {
     /// Makes all metrics, at zero. `readers` are called at each scrape.
-    pub fn new(readers: Readers) -> Self {
+    pub(crate) fn new(readers: Readers) -> Self {
         let mut registry = Registry::default();
         let kubeproxy = KubeProxy::new(registry.sub_registry_with_prefix("kubeproxy"));
         let vipr = registry.sub_registry_with_prefix("vipr");
@@ -77,12 +77,12 @@ impl Metrics {
     }
 
     /// Notes that a sync was asked for.
-    pub fn sync_queued(&self, family: Family) {
+    pub(crate) fn sync_queued(&self, family: Family) {
         self.kubeproxy.sync_last_queued.get_or_create(&family.into()).set(now());
     }
 
     /// Notes that a sync of these families ended.
-    pub fn synced(&self, families: &[Family], sync: SyncResult) {
+    pub(crate) fn synced(&self, families: &[Family], sync: SyncResult) {
         let of_its_kind = match sync.full {
             true => &self.kubeproxy.full_sync_duration,
             false => &self.kubeproxy.partial_sync_duration,
@@ -101,19 +101,19 @@ impl Metrics {
     }
 
     /// Notes the time that changes have spent in a stage.
-    pub fn stage(&self, stage: Stage, took: Duration) {
+    pub(crate) fn stage(&self, stage: Stage, took: Duration) {
         self.own.programming.get_or_create(&ByStage { stage }).observe(took.as_secs_f64());
     }
 
     /// Counts operations on maps that were carried out, by map.
-    pub fn map_operations(&self, by_map: &BTreeMap<&'static str, u64>) {
+    pub(crate) fn map_operations(&self, by_map: &BTreeMap<&'static str, u64>) {
         for (&map, &count) in by_map {
             self.own.operations.get_or_create(&ByMap { map }).inc_by(count);
         }
     }
 
     /// Counts elements of these maps that were not what had been written.
-    pub fn drifted(&self, maps: impl Iterator<Item = &'static str>) {
+    pub(crate) fn drifted(&self, maps: impl Iterator<Item = &'static str>) {
         for map in maps {
             self.own.drift.get_or_create(&ByMap { map }).inc();
         }
@@ -121,44 +121,44 @@ impl Metrics {
 
     /// Notes the time from the trigger time of an applied slice change until it reached the kernel maps. Not for the
     /// first list, and not for deletions.
-    pub fn network_programmed(&self, family: Family, after: Duration) {
+    pub(crate) fn network_programmed(&self, family: Family, after: Duration) {
         self.kubeproxy.network_programming.get_or_create(&family.into()).observe(after.as_secs_f64());
     }
 
     /// Counts a slice change that arrived.
-    pub fn endpoint_change(&self) {
+    pub(crate) fn endpoint_change(&self) {
         self.kubeproxy.endpoint_changes.inc();
     }
 
     /// Counts a Service change that arrived.
-    pub fn service_change(&self) {
+    pub(crate) fn service_change(&self) {
         self.kubeproxy.service_changes.inc();
     }
 
     /// Sets the numbers of changes of slices and of Services that wait.
-    pub fn pending(&self, endpoint_changes: usize, service_changes: usize) {
+    pub(crate) fn pending(&self, endpoint_changes: usize, service_changes: usize) {
         self.kubeproxy.endpoint_changes_pending.set(gauge(endpoint_changes));
         self.kubeproxy.service_changes_pending.set(gauge(service_changes));
     }
 
     /// Sets the number of service ports that have a Local policy and endpoints, but no endpoint on this node.
-    pub fn no_local_endpoints(&self, policy: PolicyKind, family: Family, service_ports: usize) {
+    pub(crate) fn no_local_endpoints(&self, policy: PolicyKind, family: Family, service_ports: usize) {
         let labels = ByPolicy { traffic_policy: policy, ip_family: FamilyLabel(family) };
         self.kubeproxy.no_local_endpoints.get_or_create(&labels).set(gauge(service_ports));
     }
 
     /// Sets whether a feature gate of kube-proxy is on.
-    pub fn feature(&self, name: &'static str, stage: &'static str, enabled: bool) {
+    pub(crate) fn feature(&self, name: &'static str, stage: &'static str, enabled: bool) {
         self.features.get_or_create(&ByFeature { name, stage }).set(i64::from(enabled));
     }
 
     /// Notes that the metrics server was asked whether it is there.
-    pub fn pinged(&self) {
+    pub(crate) fn pinged(&self) {
         self.slis.answered(ByCheck { name: "ping", r#type: "healthz" }, true);
     }
 
     /// Counts a probe that was answered with this HTTP status.
-    pub fn probed(&self, probe: Probe, code: u16) {
+    pub(crate) fn probed(&self, probe: Probe, code: u16) {
         let r#type = match probe {
             Probe::Healthz => "healthz",
             Probe::Livez => "livez",
@@ -173,7 +173,7 @@ impl Metrics {
     }
 
     /// Notes a sweep over the sockets of these families, which led some elsewhere or ended them.
-    pub fn swept(&self, families: &[Family], took: Duration, report: &Report) {
+    pub(crate) fn swept(&self, families: &[Family], took: Duration, report: &Report) {
         for &family in families {
             self.kubeproxy.sweep_duration.get_or_create(&family.into()).observe(took.as_secs_f64());
             let moved = report.by_family.get(family.index()).copied().unwrap_or_default() as u64;
@@ -184,32 +184,32 @@ impl Metrics {
     }
 
     /// Counts places of `STREAMS` that were freed.
-    pub fn streams_freed(&self, count: usize) {
+    pub(crate) fn streams_freed(&self, count: usize) {
         self.own.streams_freed.inc_by(count as u64);
     }
 
     /// Counts expired flows that were removed.
-    pub fn flows_collected(&self, count: u64) {
+    pub(crate) fn flows_collected(&self, count: u64) {
         self.own.flows_collected.inc_by(count);
     }
 
     /// Sets the number of objects or files that cannot be used.
-    pub fn problems(&self, count: usize) {
+    pub(crate) fn problems(&self, count: usize) {
         self.own.problems.set(gauge(count));
     }
 
     /// Counts an Event, by its fate.
-    pub fn event(&self, result: EventFate) {
+    pub(crate) fn event(&self, result: EventFate) {
         self.own.events.get_or_create(&ByFate { result }).inc();
     }
 
     /// Returns all metrics as OpenMetrics text.
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         printed(&self.registry)
     }
 
     /// Returns the answers to probes in the same format.
-    pub fn slis(&self) -> String {
+    pub(crate) fn slis(&self) -> String {
         printed(&self.slis.registry)
     }
 }

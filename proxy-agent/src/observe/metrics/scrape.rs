@@ -11,29 +11,29 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 /// Reason why a reader could not read.
-pub type ReadError = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type ReadError = Box<dyn std::error::Error + Send + Sync>;
 
 type Read<T> = Box<dyn Fn() -> Result<Vec<T>, ReadError> + Send + Sync>;
 type Failures = Labelled<[(&'static str, &'static str); 1], Counter>;
 
 /// Usage of a map.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MapUsage {
+pub(crate) struct MapUsage {
     /// The map's name.
-    pub map: &'static str,
+    pub(crate) map: &'static str,
     /// Number of elements in use; `None` where it cannot be told.
-    pub entries: Option<u64>,
+    pub(crate) entries: Option<u64>,
     /// Number of elements that the map can hold.
-    pub capacity: u64,
+    pub(crate) capacity: u64,
 }
 
 /// Readers that run at each scrape, on a thread beside the sync loop. The failure of a reader is logged and counted,
 /// and its metrics are missing from that scrape.
-pub struct Readers {
+pub(crate) struct Readers {
     /// The datapath's counters, by [`proxy_common::abi::Counter::name`], summed over CPUs.
-    pub verdicts: Read<(&'static str, u64)>,
+    pub(crate) verdicts: Read<(&'static str, u64)>,
     /// Usage of the maps.
-    pub maps: Read<MapUsage>,
+    pub(crate) maps: Read<MapUsage>,
 }
 
 impl Default for Readers {

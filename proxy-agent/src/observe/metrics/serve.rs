@@ -25,7 +25,7 @@ const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Returns the router of `/metrics` and of what kube-proxy serves beside it: `/metrics/slis`, `/healthz`, `/proxyMode`
 /// and `/configz`, which shows the configuration with all defaults.
-pub fn router(metrics: Arc<Metrics>, configuration: &KubeProxyConfiguration) -> Router {
+pub(crate) fn router(metrics: Arc<Metrics>, configuration: &KubeProxyConfiguration) -> Router {
     let Gate { name, stage } = EXTERNAL_IPS_GATE;
     metrics.feature(name, stage, allows_external_ips(configuration));
     let (readings, slis) = (Readings::default(), Readings::default());

@@ -1,3 +1,4 @@
+use proxy_common::abi::maps;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -185,14 +186,14 @@ fn maps_are_read_at_each_scrape() {
         },
         maps: Box::new(|| {
             Ok(vec![
-                MapUsage { map: "FRONTENDS", entries: Some(12), capacity: 1024 },
-                MapUsage { map: "STREAMS", entries: None, capacity: 65536 },
+                MapUsage { map: maps::FRONTENDS, entries: Some(12), capacity: 1024 },
+                MapUsage { map: maps::STREAMS, entries: None, capacity: 65536 },
             ])
         }),
     };
     let metrics = Metrics::new(readers);
-    metrics.map_operations(&BTreeMap::from([("FRONTENDS", 3)]));
-    metrics.map_operations(&BTreeMap::from([("FRONTENDS", 2)]));
+    metrics.map_operations(&BTreeMap::from([(maps::FRONTENDS, 3)]));
+    metrics.map_operations(&BTreeMap::from([(maps::FRONTENDS, 2)]));
     metrics.event(EventFate::Written);
     metrics.flows_collected(3);
     metrics.problems(1);

@@ -22,7 +22,7 @@ impl Budget {
     /// A Kubernetes object has at most 1.5 MiB (etcd), so at most some 16 000 ports. All of them may have a clusterIP
     /// and a load-balancer address of both families, which makes 64 000 frontends. 10 000 endpoints may have six
     /// ports in both families, and six ports may admit 10 000 source ranges.
-    pub const DEFAULT: Self = Self { frontends: 1 << 16, endpoints: 1 << 17, source_ranges: 1 << 16 };
+    pub(crate) const DEFAULT: Self = Self { frontends: 1 << 16, endpoints: 1 << 17, source_ranges: 1 << 16 };
 }
 
 impl Default for Budget {
@@ -44,7 +44,7 @@ impl Budgets {
     /// 10 000 Services of one namespace may each have four ports at six addresses, nodePorts included, and
     /// twenty-five endpoints, with four ports or with topology hints. In addition, one Service may have 100 000
     /// endpoints.
-    pub const DEFAULT: Self = Self {
+    pub(crate) const DEFAULT: Self = Self {
         service: Budget::DEFAULT,
         namespace: Budget { frontends: 1 << 18, endpoints: 1 << 20, source_ranges: 1 << 18 },
     };

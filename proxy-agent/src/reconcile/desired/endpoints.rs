@@ -73,21 +73,21 @@ pub(super) fn select(port: &ServicePort, slices: &ByPort<'_>, context: &Context)
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Standing {
     /// Address of the endpoint.
-    pub addr: Addr,
+    pub(crate) addr: Addr,
     /// Port of the endpoint.
-    pub port: u16,
+    pub(crate) port: u16,
     /// Condition `ready`.
-    pub ready: bool,
+    pub(crate) ready: bool,
     /// Condition `serving`.
-    pub serving: bool,
+    pub(crate) serving: bool,
     /// Condition `terminating`.
-    pub terminating: bool,
+    pub(crate) terminating: bool,
     /// Whether the endpoint is on this node.
-    pub on_this_node: bool,
+    pub(crate) on_this_node: bool,
     /// `Ok` in the cluster set, else the reason why not.
-    pub cluster: Result<(), Reason>,
+    pub(crate) cluster: Result<(), Reason>,
     /// `Ok` in the local set, else the reason why not.
-    pub local: Result<(), Reason>,
+    pub(crate) local: Result<(), Reason>,
 }
 
 impl Standing {
@@ -116,7 +116,7 @@ pub enum Reason {
 
 impl Reason {
     /// Returns the reason in words.
-    pub const fn words(self) -> &'static str {
+    pub(crate) const fn words(self) -> &'static str {
         match self {
             Self::NotReady => "not ready",
             Self::OthersReady => "terminating while others are ready",

@@ -97,7 +97,7 @@ pub fn desired_service<'a>(
 
 /// Returns every endpoint of each port of `desired`, with the reasons for its place in the sets that
 /// [`desired_service`] has built.
-pub fn standings<'a>(
+pub(crate) fn standings<'a>(
     desired: &DesiredService,
     slices: impl Iterator<Item = &'a Slice> + Clone,
     context: &Context,

@@ -14,9 +14,9 @@ use crate::reconcile::store::Op;
 pub struct Sandbox {
     /// Cookie of the network namespace. `None` if it is nested inside another one, so that none of its sockets is
     /// translated.
-    pub netns: Option<u64>,
+    pub(crate) netns: Option<u64>,
     /// Ids of the containers' cgroups. Containers of another sandbox of the same pod have other cgroups.
-    pub containers: BTreeSet<u64>,
+    pub(crate) containers: BTreeSet<u64>,
 }
 
 /// Sockets that the socket edge leaves alone, as far as known. For a field that is `None`, the state that an earlier

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, SERVING};
 use proxy_common::abi::frontend::FrontendKind;
+use proxy_common::abi::maps;
 use proxy_common::abi::{Affinity, BackendState, FrontendKey, FrontendValue, Service, SlotRange, proto};
 use proxy_common::addr::{Addr, Prefix};
 
@@ -34,8 +35,8 @@ mod tests;
 
 pub use left::{LeftAlone, Sandbox, meets_edges, plan_left};
 pub use node::{LOCAL_ADDRESS_ENTRIES, NodeTables, PREFIX_ENTRIES, plan_node};
-pub use part::{Part, REASONS};
-pub use rivals::{FrontendName, LostClaims, rivals};
+pub(crate) use part::{Part, REASONS};
+pub(crate) use rivals::{FrontendName, LostClaims, rivals};
 
 /// Desired state of one Service. `Option<Wanted>` is `None` when the Service is gone.
 #[derive(Clone, Debug)]
@@ -57,7 +58,7 @@ pub struct Plan {
     /// state.
     pub refused: BTreeMap<ObjectKey, Vec<String>>,
     /// Whether connected UDP sockets may no longer be where their VIP leads.
-    pub udp_stale: bool,
+    pub(crate) udp_stale: bool,
 }
 
 impl Plan {
@@ -75,7 +76,7 @@ impl Plan {
     "map {map} is full: {need} more needed, {available} free, and it could not be made larger; `proxy-agent status` \
      says why"
 )]
-pub struct Full {
+pub(crate) struct Full {
     map: &'static str,
     need: usize,
     available: u32,
@@ -121,7 +122,7 @@ pub fn plan(model: &mut Model, services: &BTreeMap<ObjectKey, Option<Wanted>>, f
 
 /// Plans the change of a part of a Service, as [`plan`] does. All parts, in the order of their keys and with the
 /// removed ports last, lead to the same state as one [`plan`] of the whole Service.
-pub fn plan_part(model: &mut Model, service: &ObjectKey, part: &Part<'_>) -> Plan {
+pub(crate) fn plan_part(model: &mut Model, service: &ObjectKey, part: &Part<'_>) -> Plan {
     let mut plan = Plan::default();
     let (mut touched, mut dead) = (BTreeSet::new(), Vec::new());
     change_service(model, service, part, &mut plan, &mut touched, &mut dead);
@@ -130,7 +131,7 @@ pub fn plan_part(model: &mut Model, service: &ObjectKey, part: &Part<'_>) -> Pla
 }
 
 /// Returns the ports of a Service that the model has and that are not among `ports`, which are sorted.
-pub fn ports_beside(model: &Model, service: &ObjectKey, ports: &[DesiredPort]) -> Vec<Arc<PortKey>> {
+pub(crate) fn ports_beside(model: &Model, service: &ObjectKey, ports: &[DesiredPort]) -> Vec<Arc<PortKey>> {
     let mut wanted = ports.iter().map(|port| &port.key).peekable();
     let is_gone = |key: &&Arc<PortKey>| {
         while wanted.next_if(|wanted| **wanted < ***key).is_some() {}
@@ -201,14 +202,14 @@ fn change_port(
             |d: &&crate::reconcile::desired::DesiredBackend| find(&before.backends, d.addr, d.port).is_some();
         needed -= desired.backends.iter().filter(has).count();
     }
-    check("BACKENDS", needed, model.backend_ids.available())?;
+    check(maps::BACKENDS, needed, model.backend_ids.available())?;
     let has = |range: &&Prefix| {
         known.as_ref().is_some_and(|(_, before)| model.source_ranges.contains(&(before.id, **range)))
     };
     let needed = desired.source_ranges.len() - desired.source_ranges.iter().filter(has).count();
     // Unwanted source ranges make no room yet, because they are removed last.
     let used = u32::try_from(model.source_ranges.len()).unwrap_or(u32::MAX);
-    check("SOURCE_RANGES", needed, model.capacity.source_ranges.saturating_sub(used))?;
+    check(maps::SOURCE_RANGES, needed, model.capacity.source_ranges.saturating_sub(used))?;
 
     // Every check that can fail comes before anything is taken.
     let wants = |set: u32| desired.backends.iter().filter(|b| b.flags & set != 0).count();
@@ -224,7 +225,7 @@ fn change_port(
         None => {
             let Some((id, epoch)) = model.service_ids.take() else {
                 give_up(model);
-                return Err(Full { map: "SERVICES", need: 1, available: 0 });
+                return Err(Full { map: maps::SERVICES, need: 1, available: 0 });
             };
             let affinity = Affinity { seconds: 0, epoch };
             let service = Service { cluster: SlotRange::REJECT, local: SlotRange::REJECT, affinity };
@@ -437,7 +438,7 @@ fn frontends(model: &mut Model, mut touched: BTreeSet<FrontendKey>, plan: &mut P
             Some(value) if has == Some(value) => {}
             Some(value) => {
                 if has.is_none() && room == 0 {
-                    let full = Full { map: "FRONTENDS", need: 1, available: 0 };
+                    let full = Full { map: maps::FRONTENDS, need: 1, available: 0 };
                     if let Some(claim) = model.claims.get(key).and_then(|claims| claims.first()) {
                         plan.refuse(
                             &claim.port.service,
@@ -474,7 +475,7 @@ fn range_for(model: &mut Model, len: usize) -> Result<Option<SlotRange>, Full> {
         return Ok(None);
     }
     let taken = u32::try_from(len).ok().and_then(|len| model.slots.take(len));
-    taken.map(Some).ok_or_else(|| Full { map: "SLOTS", need: len, available: model.slots.available() })
+    taken.map(Some).ok_or_else(|| Full { map: maps::SLOTS, need: len, available: model.slots.available() })
 }
 
 fn check(map: &'static str, need: usize, available: u32) -> Result<(), Full> {

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::local_address::NODEPORT;
+use proxy_common::abi::maps;
 use proxy_common::addr::{Addr, Prefix};
 
 use crate::reconcile::cluster::ObjectKey;
@@ -29,7 +30,7 @@ pub struct NodeTables {
 impl NodeTables {
     /// Leaves out the elements that do not fit: of the addresses, first those that serve no nodePorts. Returns
     /// sentences about the consequences.
-    pub fn fit(&mut self) -> Vec<String> {
+    pub(crate) fn fit(&mut self) -> Vec<String> {
         let Self { addresses, service_cidrs, pod_sources } = self;
         let mut problems = Vec::new();
         let mut too_many = |map, what, found: usize, room: u32, cost| {
@@ -40,7 +41,7 @@ impl NodeTables {
             spare
         };
         let mut spare = too_many(
-            "LOCAL_ADDRESSES",
+            maps::LOCAL_ADDRESSES,
             "addresses of this host",
             addresses.len(),
             LOCAL_ADDRESS_ENTRIES,
@@ -54,13 +55,13 @@ impl NodeTables {
         (0..spare).for_each(|_| _ = addresses.pop_last());
         for (map, what, prefixes, cost) in [
             (
-                "SERVICE_CIDRS",
+                maps::SERVICE_CIDRS,
                 "prefixes of ServiceCIDRs",
                 service_cidrs,
                 "unused addresses of the others are not dropped",
             ),
             (
-                "POD_SOURCES",
+                maps::POD_SOURCES,
                 "prefixes of pods",
                 pod_sources,
                 "who comes from the others counts as a client outside of the cluster",

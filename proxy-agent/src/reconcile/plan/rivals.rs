@@ -14,7 +14,7 @@ use crate::reconcile::model::{Model, Title};
 /// Returns the other Services that claim a frontend which `part` claims or is about to claim, or a frontend that
 /// shadows it or is shadowed by it. The holder of such a frontend may change, and with it the problems to report for
 /// these Services.
-pub fn rivals(model: &Model, service: &ObjectKey, part: &Part<'_>) -> BTreeSet<ObjectKey> {
+pub(crate) fn rivals(model: &Model, service: &ObjectKey, part: &Part<'_>) -> BTreeSet<ObjectKey> {
     let mut rivals = BTreeSet::new();
     let mut claimed = |frontends: &[(FrontendKey, u16)]| {
         for (frontend, _) in frontends {
@@ -40,7 +40,7 @@ pub fn rivals(model: &Model, service: &ObjectKey, part: &Part<'_>) -> BTreeSet<O
 
 /// Frontends that a Service claims and another Service holds, by a better title or because it is older.
 #[derive(Debug, Default)]
-pub struct LostClaims {
+pub(crate) struct LostClaims {
     sentences: Vec<String>,
     /// Number of frontends beyond [`REASONS`].
     more: usize,
@@ -48,7 +48,12 @@ pub struct LostClaims {
 
 impl LostClaims {
     /// Adds the lost frontends of these ports of `service`.
-    pub fn look<'a>(&mut self, model: &Model, service: &ObjectKey, ports: impl Iterator<Item = &'a PortKey>) {
+    pub(crate) fn look<'a>(
+        &mut self,
+        model: &Model,
+        service: &ObjectKey,
+        ports: impl Iterator<Item = &'a PortKey>,
+    ) {
         let claimed = ports.filter_map(|key| model.ports.get(key)).flat_map(|port| &port.claims);
         for (frontend, flags) in claimed {
             let title = Title::of(frontend, *flags);
@@ -77,7 +82,7 @@ impl LostClaims {
     }
 
     /// Returns a sentence for each lost frontend, in order, up to the limit, and one for the number of the others.
-    pub fn into_sentences(mut self) -> Vec<String> {
+    pub(crate) fn into_sentences(mut self) -> Vec<String> {
         self.sentences.sort();
         if self.more > 0 {
             self.sentences
@@ -88,7 +93,7 @@ impl LostClaims {
 }
 
 /// A frontend in the notation of users.
-pub struct FrontendName<'a>(pub &'a FrontendKey);
+pub(crate) struct FrontendName<'a>(pub(crate) &'a FrontendKey);
 
 impl std::fmt::Display for FrontendName<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

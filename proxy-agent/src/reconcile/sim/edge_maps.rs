@@ -24,7 +24,7 @@ pub struct EdgeMaps {
 
 /// A record in place. It may outlive its entry in the map, as in the kernel.
 #[derive(Clone, Debug)]
-pub struct Record(pub(super) Rc<Cell<Flow>>);
+pub struct Record(pub Rc<Cell<Flow>>);
 
 pub(super) const fn slot(tier: Tier) -> usize {
     match tier {

@@ -20,9 +20,9 @@ use crate::reconcile::store::{Contents, MapStore, Op, StoreError, filter_bits};
 
 pub mod frame;
 
-pub mod edge;
+pub(crate) mod edge;
 
-pub mod edge_maps;
+pub(crate) mod edge_maps;
 
 #[cfg(test)]
 mod tests;
@@ -60,11 +60,11 @@ pub struct Simulator {
     /// Cookie of the host's network namespace.
     pub host_netns: Cell<u64>,
     /// `TRACE`: the events that observers want.
-    pub trace: Cell<Trace>,
+    pub(crate) trace: Cell<Trace>,
     /// Events that the datapath has reported.
-    pub events: RefCell<Vec<Event>>,
+    pub(crate) events: RefCell<Vec<Event>>,
     /// Number of entries of `UDP_FLOWS` that can still be written; `None` for any number.
-    pub udp_flow_room: Cell<Option<u32>>,
+    pub(crate) udp_flow_room: Cell<Option<u32>>,
 }
 
 impl Simulator {
@@ -114,7 +114,7 @@ impl Simulator {
     }
 
     /// Removes an entry of `UDP_FLOWS`, as the LRU may at any time.
-    pub fn evict_udp_flow(&self, key: &UdpFlowKey) -> Option<UdpFlow> {
+    pub(crate) fn evict_udp_flow(&self, key: &UdpFlowKey) -> Option<UdpFlow> {
         self.udp_flows.borrow_mut().remove(key)
     }
 

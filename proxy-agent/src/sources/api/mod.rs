@@ -25,7 +25,6 @@ use crate::sources::error::SourceError;
 use crate::sources::update::Update;
 use complaints::Complaints;
 use intake::Intake;
-pub use kubeconfig::Wrong;
 use token::TokenFile;
 
 mod complaints;
@@ -36,7 +35,7 @@ pub mod kubeconfig;
 mod pace;
 mod received;
 mod renewed;
-pub mod requests;
+pub(crate) mod requests;
 mod tenants;
 mod token;
 mod unusable;

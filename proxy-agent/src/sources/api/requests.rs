@@ -139,13 +139,13 @@ impl ByVerb {
 
 /// Layer that counts requests.
 #[derive(Clone, Debug)]
-pub struct CountRequests {
+pub(crate) struct CountRequests {
     host: Arc<str>,
 }
 
 impl CountRequests {
     /// Creates the layer for a client of `server`.
-    pub fn of(server: &Uri) -> Self {
+    pub(crate) fn of(server: &Uri) -> Self {
         Self { host: server.authority().map_or("", |authority| authority.as_str()).into() }
     }
 }
@@ -160,7 +160,7 @@ impl<S> Layer<S> for CountRequests {
 
 /// A service whose requests are counted.
 #[derive(Clone, Debug)]
-pub struct Counted<S> {
+pub(crate) struct Counted<S> {
     inner: S,
     host: Arc<str>,
 }
@@ -203,7 +203,7 @@ fn is_watch(uri: &Uri) -> bool {
 
 /// Body of an answer. When it is dropped, the number of bytes that were read is recorded.
 #[derive(Debug)]
-pub struct Measured<R> {
+pub(crate) struct Measured<R> {
     inner: R,
     bytes: u64,
     /// `None` for a watch, which ends at an arbitrary point.

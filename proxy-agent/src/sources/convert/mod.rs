@@ -65,7 +65,7 @@ pub struct ServiceCidr {
     /// Valid prefixes of `spec.cidrs`.
     pub prefixes: Vec<Prefix>,
     /// Sentences about fields that cannot be used.
-    pub problems: Vec<String>,
+    pub(crate) problems: Vec<String>,
 }
 
 impl Converter {
@@ -75,7 +75,7 @@ impl Converter {
     }
 
     /// Sets the rules by which Pods opt out of the socket edge. Without rules, no Pod opts out.
-    pub fn with_opt_out(self, opt_out: Rules) -> Self {
+    pub(crate) fn with_opt_out(self, opt_out: Rules) -> Self {
         Self { opt_out, ..self }
     }
 
@@ -111,7 +111,7 @@ impl Converter {
     ///
     /// # Errors
     /// The object has no usable name or uid.
-    pub fn pod(&mut self, object: &objects::Pod) -> Result<Option<Pod>, Problem> {
+    pub(crate) fn pod(&mut self, object: &objects::Pod) -> Result<Option<Pod>, Problem> {
         let (meta, spec) = (&object.metadata, object.spec.as_ref());
         let phase = object.status.as_ref().and_then(|status| status.phase.as_deref());
         let class = spec.and_then(|spec| spec.runtime_class_name.as_deref());
@@ -167,13 +167,13 @@ impl Converter {
 }
 
 /// Returns the identifier in the name of a Pod's cgroup: the Pod's uid, or for a static Pod the digest of its file.
-pub fn cgroup_uid(meta: &ObjectMeta) -> Option<&str> {
+pub(crate) fn cgroup_uid(meta: &ObjectMeta) -> Option<&str> {
     let hash = meta.annotations.as_ref().and_then(|annotations| annotations.get(CONFIG_HASH));
     hash.or(meta.uid.as_ref()).map(String::as_str).filter(|uid| !uid.is_empty())
 }
 
 /// Returns namespace and name without checks, to look up an object that is gone.
-pub fn key_of(meta: &ObjectMeta) -> ObjectKey {
+pub(crate) fn key_of(meta: &ObjectMeta) -> ObjectKey {
     ObjectKey::new(meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
 }
 

@@ -68,7 +68,7 @@ impl Converter {
     ///
     /// # Errors
     /// The object has no usable namespace or name.
-    pub fn endpoints(&mut self, object: &objects::Endpoints) -> Result<Vec<Slice>, Problem> {
+    pub(crate) fn endpoints(&mut self, object: &objects::Endpoints) -> Result<Vec<Slice>, Problem> {
         let key = self.key("Endpoints", &object.metadata, LABEL_MAX)?;
         let mut slices = Vec::new();
         for (i, subset) in object.subsets.iter().enumerate() {

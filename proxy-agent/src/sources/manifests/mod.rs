@@ -49,7 +49,7 @@ mod tests;
 ///
 /// # Errors
 /// The directory cannot be read at the start, or there is no inotify. Nothing has been sent then.
-pub async fn run(
+pub(crate) async fn run(
     directory: PathBuf,
     node_name: &str,
     opt_out: &Rules,
@@ -96,7 +96,7 @@ pub async fn run(
 ///
 /// # Errors
 /// The directory cannot be read.
-pub fn pod(directory: &Path, key: &ObjectKey) -> Result<(Option<Pod>, Vec<Problem>), SourceError> {
+pub(crate) fn pod(directory: &Path, key: &ObjectKey) -> Result<(Option<Pod>, Vec<Problem>), SourceError> {
     let names = || -> io::Result<BTreeSet<OsString>> {
         let entries = fs::read_dir(directory)?.map(|entry| entry.map(|entry| entry.file_name()));
         entries.filter(|name| name.as_ref().map_or(true, |name| is_manifest(name))).collect()

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_common::abi::ABI_VERSION;
+use proxy_common::abi::maps;
 use proxy_tests::lab::{Attempt, Held, Place, Proto, Summary};
 use proxy_tests::scenarios::{
     CLIENT, CLIENT_ADDRESS, Loops, NODE, OUTSIDE, OUTSIDE_ADDRESS, World, endpoint, evenly, refusal,
@@ -303,7 +304,7 @@ fn looking_inside(world: &mut World, stage: &mut Stage) -> Result<()> {
     stage.line("");
     stage.say("The same with the kernel's own tool. The frontend names a Service by its number:");
     let pins = world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}"));
-    let frontends = pins.join("FRONTENDS");
+    let frontends = pins.join(maps::FRONTENDS);
     stage.command("node-a", &format!("bpftool map dump pinned {}", frontends.display()));
     let mut dump = world.host().command("bpftool");
     dump.args(["map", "dump", "pinned"]).arg(frontends);
@@ -318,12 +319,12 @@ fn looking_inside(world: &mut World, stage: &mut Stage) -> Result<()> {
     let id = ports.first().context("default/kubia is not there")?.id;
     let key: Vec<String> = id.to_le_bytes().iter().map(u8::to_string).collect();
     let mut lookup = world.host().command("bpftool");
-    lookup.args(["map", "lookup", "pinned"]).arg(pins.join("SERVICES")).arg("key").args(&key);
+    lookup.args(["map", "lookup", "pinned"]).arg(pins.join(maps::SERVICES)).arg("key").args(&key);
     stage.line("");
     stage.say("And the Service names a range of slots, for clients of the cluster and for those who want local pods:");
     stage.command(
         "node-a",
-        &format!("bpftool map lookup pinned {} key {}", pins.join("SERVICES").display(), key.join(" ")),
+        &format!("bpftool map lookup pinned {} key {}", pins.join(maps::SERVICES).display(), key.join(" ")),
     );
     let service = lookup.text()?;
     stage.output(&service);

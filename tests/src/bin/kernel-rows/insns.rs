@@ -1,6 +1,7 @@
 //! Programs in the kernel: those that use the node's maps, and the number of instructions that the verifier processed,
 //! for kernels that do not report it.
 
+use proxy_common::abi::maps;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
@@ -26,7 +27,7 @@ pub(super) fn names(pins: &Path) -> Result<BTreeSet<String>> {
 
 /// Returns the id of the pinned map that every program uses.
 pub(super) fn trace(pins: &Path) -> Result<u32> {
-    Ok(MapInfo::from_pin(PinDir::new(pins).map("TRACE"))?.id())
+    Ok(MapInfo::from_pin(PinDir::new(pins).map(maps::TRACE))?.id())
 }
 
 /// Returns the names of the programs that use a map.

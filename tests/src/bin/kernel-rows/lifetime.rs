@@ -9,9 +9,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::EbpfLoader;
 use proxy_agent::bpf::dataplane::OBJECT;
-use proxy_agent::bpf::pins::{MAPS, PinDir};
+use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::reconcile::plan::{LOCAL_ADDRESS_ENTRIES, PREFIX_ENTRIES};
 use proxy_common::abi::ABI_VERSION;
+use proxy_common::abi::maps;
 use proxy_tests::lab::{Attempt, Flow, Held, Place, Proto};
 use serde_json::{Value, json};
 
@@ -31,7 +32,7 @@ pub(super) const ROWS: &[Row] = &[
 ];
 
 /// Maps on which no others depend: with another layout, only their contents are lost.
-const OTHER_LAYOUT: [&str; 3] = ["FLOWS", "NODE", "DEVICES"];
+const OTHER_LAYOUT: [&str; 3] = [maps::FLOWS, maps::NODE, maps::DEVICES];
 
 /// Pins a new map, made by bpftool, at the place of one of Vipr's maps.
 fn put_map(world: &World, version: &str, name: &str, layout: &str) -> Result<()> {
@@ -81,21 +82,24 @@ fn small_maps(pins: &PinDir) -> Result<()> {
     pins.create()?;
     let mut loader = EbpfLoader::new();
     loader.btf(None);
-    let paths: Vec<_> =
-        MAPS.iter().filter(|spec| !spec.independent).map(|spec| (spec.name, pins.map(spec.name))).collect();
+    let paths: Vec<_> = maps::ALL
+        .iter()
+        .filter(|spec| !spec.independent)
+        .map(|spec| (spec.name, pins.map(spec.name)))
+        .collect();
     for (name, path) in &paths {
         loader.map_pin_path(name, path.as_path());
     }
     for (name, entries) in [
-        ("SERVICES", FEW),
-        ("NAMES", FEW),
-        ("SERVICE_COUNTERS", FEW),
+        (maps::SERVICES, FEW),
+        (maps::NAMES, FEW),
+        (maps::SERVICE_COUNTERS, FEW),
         // These maps do not grow.
-        ("AFFINITY", 65_536),
-        ("NEW_AFFINITY", 65_536),
-        ("LOCAL_ADDRESSES", LOCAL_ADDRESS_ENTRIES),
-        ("SERVICE_CIDRS", PREFIX_ENTRIES),
-        ("POD_SOURCES", PREFIX_ENTRIES),
+        (maps::AFFINITY, 65_536),
+        (maps::NEW_AFFINITY, 65_536),
+        (maps::LOCAL_ADDRESSES, LOCAL_ADDRESS_ENTRIES),
+        (maps::SERVICE_CIDRS, PREFIX_ENTRIES),
+        (maps::POD_SOURCES, PREFIX_ENTRIES),
     ] {
         loader.map_max_entries(name, entries);
     }
@@ -105,7 +109,7 @@ fn small_maps(pins: &PinDir) -> Result<()> {
 fn after_other_layouts(world: &World) -> Result<String> {
     let own = format!("v{ABI_VERSION}");
     for version in ["v0", "v999"] {
-        put_map(world, version, "FRONTENDS", "type hash key 24 value 16 entries 64")?;
+        put_map(world, version, maps::FRONTENDS, "type hash key 24 value 16 entries 64")?;
     }
     small_maps(&PinDir::new(world.node().pin_dir()))?;
     for name in OTHER_LAYOUT {
@@ -117,7 +121,7 @@ fn after_other_layouts(world: &World) -> Result<String> {
         ensure!(layout != [4, 12, 3], "{name} is as it was found: {layout:?}");
     }
     let [services, frontends] =
-        [layout(world, "SERVICES")?, layout(world, "FRONTENDS")?].map(|layout| layout[2]);
+        [layout(world, maps::SERVICES)?, layout(world, maps::FRONTENDS)?].map(|layout| layout[2]);
     ensure!(services == u64::from(FEW), "SERVICES was large enough, and has room for {services} now");
     ensure!(frontends > u64::from(FEW), "FRONTENDS was too small, and has room for {frontends}");
     Ok("of other versions: gone; of another layout, or too small: replaced; large enough: kept".to_owned())
@@ -254,14 +258,14 @@ fn many(ports: u64) -> Vec<Value> {
 /// Checks more Service ports than the maps can hold: the maps are made larger while clients go on.
 fn growth(world: &World) -> Result<Outcome> {
     devices::remove_l3(world.host());
-    let [.., small] = layout(world, "SERVICES")?;
+    let [.., small] = layout(world, maps::SERVICES)?;
     let (before, kept) = (numbers(world)?, remembered(&world.pod("P"))?);
     let mut clients = Clients::new(world)?;
     let objects = many(small);
     let last = objects[objects.len() - 2]["spec"]["clusterIP"].as_str().context("a clusterIP")?.to_owned();
     world.write("many", &objects)?;
     let look = || {
-        let [.., room] = layout(world, "SERVICES")?;
+        let [.., room] = layout(world, maps::SERVICES)?;
         Ok((room > small).then_some(room))
     };
     let large = until("larger maps", look)?;

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, Map, MapData};
 use proxy_agent::bpf::pins::PinDir;
 use proxy_common::abi::Trace;
+use proxy_common::abi::maps;
 use proxy_tests::lab::{Place, Proto};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -50,7 +51,7 @@ fn monitor(world: &World) -> Result<Outcome> {
     command.args(["-o", "json", "--sample", "1"]).stdout(Stdio::piped());
     let mut monitor = command.spawn()?;
     let pins = PinDir::new(world.node().pin_dir());
-    let trace = Array::<_, Trace>::try_from(Map::Array(MapData::from_pin(pins.map("TRACE"))?))?;
+    let trace = Array::<_, Trace>::try_from(Map::Array(MapData::from_pin(pins.map(maps::TRACE))?))?;
     until("the monitor", || Ok((trace.get(&0, 0)?.until != 0).then_some(())))?;
     provoke(world)?;
     // The monitor looks for events a few times a second.

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_common::abi::ABI_VERSION;
+use proxy_common::abi::maps;
 use serde_json::Value;
 
 use super::kernel;
@@ -53,7 +54,7 @@ fn verify(world: &World) -> Result<Outcome> {
     let seen = bpftool(&[&["delete", "key"], &key[..]].concat()).and_then(|_| differences(world));
     rustix::process::kill_process(agent, rustix::process::Signal::CONT)?;
     let seen = seen?;
-    ensure!(seen == ["FRONTENDS"], "one frontend is missing: {seen:?}");
+    ensure!(seen == [maps::FRONTENDS], "one frontend is missing: {seen:?}");
     until("the frontend is put back", || Ok(differences(world)?.is_empty().then_some(())))?;
     right("nothing differs; a frontend that is removed is named and put back")
 }

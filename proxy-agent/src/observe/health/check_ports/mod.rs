@@ -29,7 +29,7 @@ use crate::reconcile::cluster::ObjectKey;
 const BACKLOG: u32 = 128;
 
 /// Problems of each Service's port, in sentences.
-pub type Failures = BTreeMap<ObjectKey, Vec<String>>;
+pub(crate) type Failures = BTreeMap<ObjectKey, Vec<String>>;
 
 /// Servers that are wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,14 +42,14 @@ struct Wanted {
 
 /// The sync loop's handle. The servers close when it is dropped.
 #[derive(Debug)]
-pub struct CheckPorts {
+pub(crate) struct CheckPorts {
     wanted: watch::Sender<Wanted>,
     failures: watch::Receiver<Failures>,
 }
 
 impl CheckPorts {
     /// Starts the task, without servers yet. They will run on `runtime`.
-    pub fn start(health: Health, runtime: &Handle) -> Self {
+    pub(crate) fn start(health: Health, runtime: &Handle) -> Self {
         let (wanted, orders) = watch::channel(Wanted::default());
         let (told, failures) = watch::channel(Failures::new());
         runtime.spawn(keep(health, orders, told));
@@ -57,7 +57,7 @@ impl CheckPorts {
     }
 
     /// Listens on these addresses, by [`proxy_common::addr::Family::index`], instead of the earlier ones.
-    pub fn listen_on(&self, addresses: [Vec<IpAddr>; 2]) {
+    pub(crate) fn listen_on(&self, addresses: [Vec<IpAddr>; 2]) {
         self.wanted.send_if_modified(|wanted| {
             let changed = wanted.listen_on != addresses;
             wanted.listen_on = addresses;
@@ -67,7 +67,7 @@ impl CheckPorts {
 
     /// Replaces the checks of these Services, each by [`proxy_common::addr::Family::index`]; `None` where there is
     /// none.
-    pub fn services(&self, checks: impl Iterator<Item = (ObjectKey, [Option<Check>; 2])>) {
+    pub(crate) fn services(&self, checks: impl Iterator<Item = (ObjectKey, [Option<Check>; 2])>) {
         self.wanted.send_if_modified(|wanted| {
             let mut changed = false;
             for (service, checks) in checks {
@@ -82,12 +82,12 @@ impl CheckPorts {
     }
 
     /// Returns the Services that have a check in some family.
-    pub fn known(&self) -> Vec<ObjectKey> {
+    pub(crate) fn known(&self) -> Vec<ObjectKey> {
         self.wanted.borrow().services.keys().cloned().collect()
     }
 
     /// Waits until the failures change, and returns them.
-    pub async fn failures(&mut self) -> Failures {
+    pub(crate) async fn failures(&mut self) -> Failures {
         match self.failures.changed().await {
             Ok(()) => self.failures.borrow_and_update().clone(),
             // Only a panic ends the task, and that has been printed.

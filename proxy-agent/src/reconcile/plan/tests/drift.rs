@@ -1,6 +1,7 @@
 //! Foreign changes of the maps are noticed, named, and repaired by a full plan.
 
 use proxy_common::abi::Backend;
+use proxy_common::abi::maps;
 
 use super::*;
 use crate::reconcile::drift::Difference;
@@ -26,26 +27,30 @@ fn whatever_is_changed_is_named_and_mended() {
     for kept in [0, last] {
         let found = crate::reconcile::drift::differences(&bench.model, &good, &filter[..kept]);
         assert!(
-            matches!(&found[..], [one] if one.map == "FILTER" && one.what.contains("not set")),
+            matches!(&found[..], [one] if one.map == maps::FILTER && one.what.contains("not set")),
             "{found:?}"
         );
     }
 
     let hands: [(Hand, &str, &str); 14] = [
-        (|c| c.frontends.truncate(1), "FRONTENDS", "is missing"),
-        (|c| c.frontends[0].1.flags ^= 1, "FRONTENDS", "another value"),
-        (|c| c.frontends.push((exact(9, 9, UDP), c.frontends[0].1)), "FRONTENDS", "should not be there"),
-        (|c| c.names.truncate(1), "NAMES", "is missing"),
-        (|c| c.names[0].1.proto = UDP, "NAMES", "another value"),
-        (|c| c.names.push((77, c.names[0].1)), "NAMES", "should not be there"),
-        (|c| c.services.last_mut().unwrap().affinity.seconds = 7, "SERVICES", "another affinity"),
-        (|c| *c.slots.last_mut().unwrap() ^= 1, "SLOTS", "other backends"),
-        (|c| c.backends.last_mut().unwrap().addr = vip(99), "BACKENDS", "another address"),
-        (|c| *c.backends.last_mut().unwrap() = Backend::default(), "BACKENDS", "another address or state"),
-        (|c| c.backends.truncate(1), "BACKENDS", "is missing"),
-        (|c| c.source_ranges.clear(), "SOURCE_RANGES", "is missing"),
-        (|c| c.service_cidrs.push(range(1)), "SERVICE_CIDRS", "should not be there"),
-        (|c| c.node_flags = 1, "NODE", "0x1"),
+        (|c| c.frontends.truncate(1), maps::FRONTENDS, "is missing"),
+        (|c| c.frontends[0].1.flags ^= 1, maps::FRONTENDS, "another value"),
+        (|c| c.frontends.push((exact(9, 9, UDP), c.frontends[0].1)), maps::FRONTENDS, "should not be there"),
+        (|c| c.names.truncate(1), maps::NAMES, "is missing"),
+        (|c| c.names[0].1.proto = UDP, maps::NAMES, "another value"),
+        (|c| c.names.push((77, c.names[0].1)), maps::NAMES, "should not be there"),
+        (|c| c.services.last_mut().unwrap().affinity.seconds = 7, maps::SERVICES, "another affinity"),
+        (|c| *c.slots.last_mut().unwrap() ^= 1, maps::SLOTS, "other backends"),
+        (|c| c.backends.last_mut().unwrap().addr = vip(99), maps::BACKENDS, "another address"),
+        (
+            |c| *c.backends.last_mut().unwrap() = Backend::default(),
+            maps::BACKENDS,
+            "another address or state",
+        ),
+        (|c| c.backends.truncate(1), maps::BACKENDS, "is missing"),
+        (|c| c.source_ranges.clear(), maps::SOURCE_RANGES, "is missing"),
+        (|c| c.service_cidrs.push(range(1)), maps::SERVICE_CIDRS, "should not be there"),
+        (|c| c.node_flags = 1, maps::NODE, "0x1"),
     ];
     for (number, (hand, map, what)) in hands.into_iter().enumerate() {
         let mut contents = good.clone();
@@ -55,10 +60,10 @@ fn whatever_is_changed_is_named_and_mended() {
         assert!(found.iter().any(named), "{number}: {found:?}");
         // Nothing else is reported, except in another map that refers to the same element.
         assert!(
-            found.iter().all(|difference| difference.map == map || map == "BACKENDS"),
+            found.iter().all(|difference| difference.map == map || map == maps::BACKENDS),
             "{number}: {found:?}"
         );
-        if map == "NODE" || map == "SERVICE_CIDRS" {
+        if map == maps::NODE || map == maps::SERVICE_CIDRS {
             continue;
         }
         // A full plan restores everything, possibly under another id.

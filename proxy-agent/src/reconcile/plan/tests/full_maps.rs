@@ -2,6 +2,7 @@
 //! programmed as soon as there is room.
 
 use super::*;
+use proxy_common::abi::maps;
 
 /// Checks that `s` and `t` fit, and that the change of `s` to `more` does not, until `t` is gone.
 #[track_caller]
@@ -18,7 +19,7 @@ fn check(capacity: Capacity, s: Option<Wanted>, t: Option<Wanted>, more: Option<
     account(&bench.model, &plan.freed);
     let after = bench.sim.contents();
     let (before, mut after) = (read(&before), read(&after));
-    if reason.contains("FRONTENDS") {
+    if reason.contains(maps::FRONTENDS) {
         // The frontends that fit are there.
         let kept = |key: &FrontendKey| before.frontends.contains_key(key);
         after.frontends.retain(|key, _| kept(key));

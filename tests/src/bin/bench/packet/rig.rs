@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, HashMap, MapData, MapInfo, ProgramArray};
 use aya::programs::{ProgramFd, TestRun as _, loaded_programs};
 use aya::{Ebpf, TestRunOptions};
-use proxy_agent::bpf::pins::{MAPS, PinDir};
+use proxy_agent::bpf::pins::PinDir;
+use proxy_common::abi::maps;
 use proxy_common::abi::{
     Backend, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Origin, Service, SlotRange, proto,
 };
@@ -232,7 +233,7 @@ impl Rig {
 
 /// Finds the programs that use the pinned maps; of two with the same name, the newer one.
 fn find(pins: &PinDir, targets: &mut BTreeMap<Program, ProgramFd>) -> Result<Vec<Verified>> {
-    let pinned = MAPS.iter().map(|spec| MapInfo::from_pin(pins.map(spec.name)));
+    let pinned = maps::ALL.iter().map(|spec| MapInfo::from_pin(pins.map(spec.name)));
     let maps: BTreeSet<u32> = pinned.map(|info| Ok(info?.id())).collect::<Result<_>>()?;
     let mut found = BTreeMap::new();
     for info in loaded_programs() {
