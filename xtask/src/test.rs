@@ -1,15 +1,14 @@
 //! `test`: the test rings by name.
 //!
-//! - `unit` needs no privileges: unit and property tests of every crate, doc tests, and the integration tests whose
-//!   name starts with nothing of what follows.
-//! - `equivalence` needs root: the integration tests whose name starts with `equivalence`, which run the real BPF
-//!   programs and the same code on the host on the same packets.
-//! - `lab` needs root: the integration tests whose name starts with `lab`, which load the real BPF programs and
-//!   build nodes, pods and clients from network namespaces.
-//!
+//! - `unit` needs no privileges: unit and property tests of every crate, doc tests, and every suite (an integration test of
+//!   `tests/`, which is a directory of it) that is not named below.
+//! - `equivalence` needs root: the suite `kernel`, which runs the real BPF programs and the same code on the host on the
+//!   same packets.
+//! - `lab` needs root: the suite `lab`, which loads the real BPF programs and builds nodes, pods and clients from network
+//!   namespaces.
 //! - `kernels` is [`crate::kernels`]: other kernels, booted in QEMU. It is not part of all.
 //!
-//! A new test file is picked up by its name alone. All rings build the same packages with the same features, so that
+//! A new file of tests belongs to the suite whose directory it is in. All rings build the same packages with the same features, so that
 //! going from one to another rebuilds no dependency; and in the dev profile, because building for release takes longer
 //! than the tests themselves.
 
@@ -144,12 +143,10 @@ fn select(packages: &[Package], ring: Ring) -> Selection {
 
 /// The ring of an integration test.
 fn ring_of(test: &str) -> Ring {
-    if test.starts_with("lab") {
-        Ring::Lab
-    } else if test.starts_with("equivalence") {
-        Ring::Equivalence
-    } else {
-        Ring::Unit
+    match test {
+        "lab" => Ring::Lab,
+        "kernel" => Ring::Equivalence,
+        _ => Ring::Unit,
     }
 }
 
@@ -280,7 +277,7 @@ mod tests {
         let packages = [
             package("proxy-ebpf", &[]),
             package("proxy-common", &[]),
-            package("proxy-tests", &["apiserver", "equivalence", "lab_socket", "pure_cases"]),
+            package("proxy-tests", &["api", "deploy", "kernel", "lab", "pure"]),
         ];
         let check = |ring, tests: &[&str]| {
             let selection = select(&packages, ring);
@@ -290,11 +287,11 @@ mod tests {
             );
             assert_eq!(selection.tests, strings(tests));
         };
-        check(Ring::Unit, &["--test", "apiserver", "--test", "pure_cases"]);
-        check(Ring::Equivalence, &["--test", "equivalence"]);
-        check(Ring::Lab, &["--test", "lab_socket"]);
+        check(Ring::Unit, &["--test", "api", "--test", "deploy", "--test", "pure"]);
+        check(Ring::Equivalence, &["--test", "kernel"]);
+        check(Ring::Lab, &["--test", "lab"]);
         let all =
-            ["--test", "apiserver", "--test", "equivalence", "--test", "lab_socket", "--test", "pure_cases"];
+            ["--test", "api", "--test", "deploy", "--test", "kernel", "--test", "lab", "--test", "pure"];
         check(Ring::All, &all);
     }
 
