@@ -1,4 +1,4 @@
-//! Whose address endpoints see: kube-proxy's answer is in the table, Vipr's is [`seen`].
+//! The address that endpoints see: kube-proxy's answer is in the table, Vipr's is [`seen`].
 //!
 //! kube-proxy rewrites sources by what the client is and what it asked for. Vipr rewrites a source where the reply
 //! would not come back through the node that has translated the destination, and only there. `docs/masquerade.md` says

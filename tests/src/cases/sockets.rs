@@ -1,4 +1,4 @@
-//! Where the socket edge does something else than the table says, if no packet edge follows, and why.
+//! Deviations of the socket edge from the table where no packet edge follows, with their reasons.
 
 use super::checks::parse;
 use super::{Case, Check, Connect};

@@ -50,7 +50,7 @@ impl Check {
             // The kernels that tests run on seldom have SCTP.
             Self::Connect(connect) | Self::Open(_, connect) if connect.dest.proto == Proto::Sctp => false,
             Self::Connect(connect) => pods == Pods::Seen || connect.sender.is_pod_of_this_node(),
-            // What becomes of flows is a matter of packets.
+            // Flows are a matter of packets.
             Self::Open(_, connect) => (pods == Pods::Unseen) == connect.sender.is_pod_of_this_node(),
             Self::Say(..) => false,
             Self::Frontends(..) | Self::ClusterSet(..) | Self::AffinitySeconds(..) => pods == Pods::Seen,

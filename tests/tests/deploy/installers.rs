@@ -1,4 +1,4 @@
-//! How installers run kube-proxy, and what the image, the patch in `deploy/in-place` and `deploy/from-kube-proxy.md` make of it.
+//! Installers, as they run kube-proxy, and what the image, the patch in `deploy/in-place` and `deploy/from-kube-proxy.md` make of it.
 //!
 //! The pods are short forms in our own words of what an installer writes: how kube-proxy is started, what is mounted and what
 //! the container may do. Beside each is where that can be read.

@@ -1,4 +1,4 @@
-//! What `proxy-agent explain` says of a connection is what a real client then sees.
+//! `proxy-agent explain`: its word about a connection is what a real client then sees.
 
 use std::collections::BTreeSet;
 use std::fs;

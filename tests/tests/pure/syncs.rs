@@ -1,4 +1,4 @@
-//! How much a sync touches.
+//! Syncs, and how much each of them touches.
 
 use std::collections::BTreeSet;
 

@@ -1,4 +1,4 @@
-//! How often a server is asked that is away, fails or sends everybody off.
+//! Requests to a server, and how often one is asked that is away, fails or sends everybody off.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! What the running agent takes from the Node.
+//! The Node, and what the running agent takes from it.
 
 use std::collections::BTreeMap;
 use std::thread;

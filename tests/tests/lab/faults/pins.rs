@@ -1,5 +1,5 @@
-//! What an agent finds pinned: maps of another layout, of another size, of another version. And what anybody finds
-//! who looks at them with bpftool.
+//! Maps that an agent finds pinned: of another layout, of another size, of another version. And what anybody finds who
+//! looks at them with bpftool.
 
 use std::fs;
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! What a scrape of the running agent gets.
+//! Scrapes of the running agent.
 
 use std::collections::BTreeSet;
 

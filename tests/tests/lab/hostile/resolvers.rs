@@ -1,4 +1,4 @@
-//! What one pod can have the node remember of its sockets.
+//! Memory that one pod can have the node spend on its sockets.
 
 use std::time::Duration;
 

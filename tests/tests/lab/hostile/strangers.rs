@@ -1,4 +1,4 @@
-//! Who connects to the node's open ports and says nothing, or never ends.
+//! Strangers who connect to the node's open ports and say nothing, or never end.
 
 use std::collections::VecDeque;
 use std::io::{Read as _, Write as _};

@@ -1,4 +1,4 @@
-//! What anybody can have the agent do, over and over.
+//! Work that anybody can have the agent do, over and over.
 
 use std::time::{Duration, Instant};
 

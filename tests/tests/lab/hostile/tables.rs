@@ -1,4 +1,4 @@
-//! What a host or a cluster has more of than anybody has thought of.
+//! Things of which a host or a cluster has more than anybody has thought of.
 
 use std::fmt::Write as _;
 use std::fs;

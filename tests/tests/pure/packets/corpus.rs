@@ -1,4 +1,4 @@
-//! What the fuzzers have found worth keeping, once more (`fuzz/corpus`).
+//! Packets that the fuzzers have found worth keeping, once more (`fuzz/corpus`).
 
 use proxy_tests::corpus::replay;
 use proxy_tests::packets::fuzz;

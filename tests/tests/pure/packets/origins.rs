@@ -1,4 +1,4 @@
-//! Who can reach a flow: a pod writes whose address it likes into its packets, but they come through its own interface.
+//! Flows, and those who can reach them: a pod writes whose address it likes into its packets, but they come through its own interface.
 
 use proxy_common::abi::{Counter, Flow, FlowKey, Origin};
 use proxy_common::datapath::edge::Verdict;

@@ -1,5 +1,5 @@
-//! What counts as an answer, and what a SYN does to a flow that is open: somebody else may have a connection between the same
-//! ends, or the backend may have gone.
+//! Packets that count as answers, and SYNs that meet an open flow: somebody else may have a connection between the same ends,
+//! or the backend may have gone.
 
 use std::net::SocketAddr;
 

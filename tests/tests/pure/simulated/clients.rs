@@ -1,4 +1,4 @@
-//! Who connects: sockets of this node, which meet the real socket edge, and packets from elsewhere.
+//! Clients: sockets of this node, which meet the real socket edge, and packets from elsewhere.
 //!
 //! Of packets everything is judged that comes before their translation: whose address it is ([`lookup::find`]), the set
 //! that a far or near client gets, the pick, affinity by the client's address ([`select`]). Source ranges of packets are

@@ -1,4 +1,4 @@
-//! What an attacker sends: any packet between any ends, most of them those of others. It knows everything about them but the
+//! Packets of an attacker: any packet between any ends, most of them those of others. It knows everything about them but the
 //! numbers of their TCP connections.
 
 use std::net::{IpAddr, SocketAddr};
