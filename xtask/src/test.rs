@@ -1,22 +1,21 @@
 //! `test`: the test rings by name.
 //!
-//! - `unit` needs no privileges: unit and property tests of every crate, doc tests, and the integration tests that
-//!   belong to none of the rings below.
-//! - `equivalence` needs root: the integration tests whose name starts with `equivalence`, which run the same packets
-//!   through the real BPF programs and through the same code on the host.
-//! - `lab` needs root: the integration tests whose name starts with `lab`, which load the real BPF programs and
-//!   build nodes, pods and clients from network namespaces.
+//! - `unit` needs no privileges: unit and property tests of every crate, doc tests, and every suite (an integration test of
+//!   `tests/`, which is a directory of it) that is not named below.
+//! - `equivalence` needs root: the suite `kernel`, which runs the real BPF programs and the same code on the host on the
+//!   same packets.
+//! - `lab` needs root: the suite `lab`, which loads the real BPF programs and builds nodes, pods and clients from network
+//!   namespaces.
+//! - `kernels` is [`crate::kernels`]: other kernels, booted in QEMU. It is not part of all.
 //!
-//! - `kernels` is [`crate::kernels`]: other kernels, booted in QEMU. It is not part of `all`.
-//!
-//! A new test file is assigned to a ring by its name alone. All rings build the same packages with the same features,
-//! so that a change of ring rebuilds no dependency. All use the dev profile, because a build for release takes longer
-//! than the tests.
+//! A new file of tests belongs to the suite whose directory it is in. All rings build the same packages with the same
+//! features, so that going from one to another rebuilds no dependency; and in the dev profile, because building for
+//! release takes longer than the tests themselves.
 
 use std::env;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -62,8 +61,11 @@ enum Ring {
 const OF_THE_USER: [&str; 5] =
     ["KUBECONFIG", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT", "HTTPS_PROXY", "https_proxy"];
 
+/// The suite of the ring of the same name.
+const LAB: &str = "lab";
+
 /// The tests to run, as options of cargo.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Selection {
     /// Options that name the packages; the same for every ring.
     packages: Vec<String>,
@@ -145,12 +147,10 @@ fn select(packages: &[Package], ring: Ring) -> Selection {
 
 /// Returns the ring of an integration test.
 fn ring_of(test: &str) -> Ring {
-    if test.starts_with("lab") {
-        Ring::Lab
-    } else if test.starts_with("equivalence") {
-        Ring::Equivalence
-    } else {
-        Ring::Unit
+    match test {
+        LAB => Ring::Lab,
+        "kernel" => Ring::Equivalence,
+        _ => Ring::Unit,
     }
 }
 
@@ -206,29 +206,55 @@ fn with_nextest(selection: &Selection, filters: &[String], no_capture: bool) -> 
 /// Runs the tests with `cargo test`, which reports per test program and succeeds when no test ran: its output is
 /// counted.
 fn with_cargo_test(selection: &Selection, filters: &[String], no_capture: bool) -> Result<()> {
-    let mut cargo = test_command(&["test"], selection);
-    cargo.arg("--").args(filters);
-    if no_capture {
-        cargo.args(["--nocapture", "--test-threads=1"]);
-    }
     say("running the tests with cargo test");
+    let mut total = Total::default();
+    let mut failed = None;
+    for (selection, arguments) in goes(selection, filters) {
+        let mut cargo = test_command(&["test"], &selection);
+        cargo.arg("--").args(arguments);
+        if no_capture {
+            cargo.args(["--nocapture", "--test-threads=1"]);
+        }
+        let status = counted(&mut cargo, &mut total)?;
+        if !status.success() {
+            failed = Some(status);
+        }
+    }
+    writeln!(std::io::stdout(), "tests: {} passed, {} failed", total.passed, total.failed)
+        .context("cannot write the result")?;
+    if let Some(status) = failed {
+        bail!("cargo test failed: {status}");
+    }
+    ensure!(total.passed + total.failed > 0, "no test ran: none matches {filters:?}");
+    Ok(())
+}
+
+/// Runs of `cargo test`, each with the arguments of its test programs. A whole lab has a second one, for the floods alone:
+/// they want the machine for themselves.
+fn goes(selection: &Selection, filters: &[String]) -> Vec<(Selection, Vec<String>)> {
+    const FLOODS: &str = "floods::";
+    if !filters.is_empty() || !selection.tests.iter().any(|test| test == LAB) {
+        return vec![(selection.clone(), filters.to_vec())];
+    }
+    let floods = Selection {
+        packages: selection.packages.clone(),
+        tests: vec!["--test".to_owned(), LAB.to_owned()],
+        unit: false,
+    };
+    vec![(selection.clone(), vec!["--skip".to_owned(), FLOODS.to_owned()]), (floods, vec![FLOODS.to_owned()])]
+}
+
+/// Runs `cargo test`, shows its output and adds up what it counts.
+fn counted(cargo: &mut Command, total: &mut Total) -> Result<ExitStatus> {
     let mut child = cargo.stdout(Stdio::piped()).spawn().context("cannot start cargo test")?;
     let stdout = child.stdout.take().context("cargo test has no output")?;
-    let mut total = Total::default();
     let mut shown = std::io::stdout().lock();
     for line in BufReader::new(stdout).lines() {
         let line = line.context("cannot read the output of cargo test")?;
         total.add(&line);
         writeln!(shown, "{line}").context("cannot write the output of cargo test")?;
     }
-    let status = child.wait().context("cannot wait for cargo test")?;
-    writeln!(shown, "tests: {} passed, {} failed", total.passed, total.failed)
-        .context("cannot write the result")?;
-    ensure!(status.success(), "cargo test failed: {status}");
-    if total.passed + total.failed == 0 {
-        bail!("no test ran: none matches {filters:?}");
-    }
-    Ok(())
+    child.wait().context("cannot wait for cargo test")
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -282,7 +308,7 @@ mod tests {
         let packages = [
             package("proxy-ebpf", &[]),
             package("proxy-common", &[]),
-            package("proxy-tests", &["apiserver", "equivalence", "lab_socket", "pure_cases"]),
+            package("proxy-tests", &["api", "deploy", "kernel", "lab", "pure"]),
         ];
         let check = |ring, tests: &[&str]| {
             let selection = select(&packages, ring);
@@ -292,12 +318,28 @@ mod tests {
             );
             assert_eq!(selection.tests, strings(tests));
         };
-        check(Ring::Unit, &["--test", "apiserver", "--test", "pure_cases"]);
-        check(Ring::Equivalence, &["--test", "equivalence"]);
-        check(Ring::Lab, &["--test", "lab_socket"]);
+        check(Ring::Unit, &["--test", "api", "--test", "deploy", "--test", "pure"]);
+        check(Ring::Equivalence, &["--test", "kernel"]);
+        check(Ring::Lab, &["--test", "lab"]);
         let all =
-            ["--test", "apiserver", "--test", "equivalence", "--test", "lab_socket", "--test", "pure_cases"];
+            ["--test", "api", "--test", "deploy", "--test", "kernel", "--test", "lab", "--test", "pure"];
         check(Ring::All, &all);
+    }
+
+    #[test]
+    fn floods_have_the_machine_for_themselves() {
+        let selection =
+            |tests: &[&str], unit| Selection { packages: Vec::new(), tests: strings(tests), unit };
+        let check = |selection: &Selection, filters: &[&str], want: &[(Selection, &[&str])]| {
+            let want: Vec<_> = want.iter().map(|(part, words)| (part.clone(), strings(words))).collect();
+            assert_eq!(goes(selection, &strings(filters)), want);
+        };
+        let all = selection(&["--test", "lab", "--test", "pure"], true);
+        let alone = (selection(&["--test", "lab"], false), ["floods::"].as_slice());
+        check(&all, &[], &[(all.clone(), &["--skip", "floods::"]), alone]);
+        check(&all, &["p080"], &[(all.clone(), &["p080"])]);
+        let pure = selection(&["--test", "pure"], true);
+        check(&pure, &[], &[(pure.clone(), &[])]);
     }
 
     #[test]

@@ -24,10 +24,12 @@ use proxy_common::addr::Family;
 use serde_json::Value;
 
 mod checks;
+mod falsified;
 pub mod masquerade;
 mod objects;
 mod smoke;
 mod sockets;
+mod suites;
 
 mod affinity;
 mod eligibility;
@@ -40,7 +42,9 @@ mod source_ranges;
 mod sources;
 mod topology;
 
+pub use falsified::falsified;
 pub use smoke::{at_the_node, not_allowed, smoke};
+pub use suites::{Pods, lab_tests, pure_tests};
 
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! How much a sync touches.
+//! Syncs, and how much each of them touches.
 
 use std::collections::BTreeSet;
 
@@ -10,8 +10,8 @@ use proxy_common::addr::Addr;
 use proxy_tests::cases::{Config, Dest, Proto, Sender};
 use serde_json::{Value, json};
 
-use super::agent::Agent;
-use super::clients::{self, Fate, Way};
+use crate::simulated::agent::Agent;
+use crate::simulated::clients::{self, Fate, Way};
 
 /// A Service with one port, and its slice.
 fn service(name: &str, address: &str, endpoints: &[&str]) -> [Value; 2] {

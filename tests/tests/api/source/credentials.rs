@@ -1,0 +1,237 @@
+//! Credentials that change, and what stands between us and the server.
+
+use std::sync::{Arc, Mutex};
+
+use proxy_tests::apiserver::client::kubeconfig;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rustls::RootCertStore;
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::server::WebPkiClientVerifier;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, copy, copy_bidirectional, sink};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+
+use super::*;
+
+/// Certificates of an authority: its own, and one with its key for a client.
+struct Authority {
+    pem: String,
+    client: [String; 2],
+    acceptor: TlsAcceptor,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let of = |names: &[&str]| {
+            CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap()
+        };
+        let (key, mut params) = (KeyPair::generate().unwrap(), of(&[]));
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let own = params.self_signed(&key).unwrap();
+        let issuer = Issuer::new(params, key);
+        let sign = |names: &[&str]| {
+            let key = KeyPair::generate().unwrap();
+            (of(names).signed_by(&key, &issuer).unwrap(), key)
+        };
+        let mut roots = RootCertStore::empty();
+        roots.add(own.der().clone()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+            .build()
+            .unwrap();
+        let (server, key) = sign(&["127.0.0.1"]);
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_client_cert_verifier(clients)
+            .with_single_cert(vec![server.der().clone()], key)
+            .unwrap();
+        let (client, key) = sign(&["client"]);
+        Self {
+            pem: own.pem(),
+            client: [client.pem(), key.serialize_pem()],
+            acceptor: TlsAcceptor::from(Arc::new(config)),
+        }
+    }
+}
+
+impl Authority {
+    /// A server's certificate that nobody else has signed, with no client.
+    fn self_signed(is_ca: IsCa) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        params.is_ca = is_ca;
+        let own = params.self_signed(&key).unwrap();
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let config =
+            rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+                .with_safe_default_protocol_versions()
+                .unwrap()
+                .with_no_client_auth()
+                .with_single_cert(vec![own.der().clone()], key)
+                .unwrap();
+        Self { pem: own.pem(), client: Default::default(), acceptor: TlsAcceptor::from(Arc::new(config)) }
+    }
+}
+
+/// A source by a kubeconfig with this server and authority.
+fn watched(folder: &TempDir, port: u16, authority: &str) -> Watched {
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("ca"), authority).unwrap();
+    let cluster = format!("https://127.0.0.1:{port}\n    certificate-authority: ca");
+    std::fs::write(path("kubeconfig"), kubeconfig(&cluster, None)).unwrap();
+    Watched::of(Server::configured(Some(&path("kubeconfig")), None).unwrap())
+}
+
+#[tokio::test]
+async fn a_server_that_has_signed_its_own_certificate() {
+    let server = ApiServer::start().unwrap();
+    let (own, authority) = (
+        Authority::self_signed(IsCa::ExplicitNoCa),
+        Authority::self_signed(IsCa::Ca(BasicConstraints::Unconstrained)),
+    );
+    let front = Front::of(&server, &own).await;
+    let folders = [(); 3].map(|()| TempDir::new().unwrap());
+    let mut known = watched(&folders[0], front.port, &own.pem);
+    known.until("synced", |watched| watched.synced == 1).await;
+
+    let said = |wanted: &'static str| {
+        move |watched: &Watched| watched.problems.iter().any(|problem| problem.reason.contains(wanted))
+    };
+    let mut stranger = watched(&folders[1], front.port, &authority.pem);
+    stranger.until("a reason", said("certificate is not of the authority that is in use")).await;
+    front.change(&authority);
+    let mut refused = watched(&folders[2], front.port, &authority.pem);
+    refused.until("a reason", said("give it one with basicConstraints CA:FALSE")).await;
+}
+
+/// As a server does that has a key of the curve P-521 alone.
+#[tokio::test]
+async fn a_server_with_a_key_of_an_unknown_kind() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            // A record of TLS 1.2: alert, fatal, handshake_failure (RFC 5246, 7.2).
+            stream.write_all(&[21, 3, 3, 0, 2, 2, 40]).await.unwrap();
+            // A reset would be faster than the alert.
+            tokio::spawn(async move { copy(&mut stream, &mut sink()).await });
+        }
+    });
+    let folder = TempDir::new().unwrap();
+    let mut watched = watched(&folder, port, &Authority::new().pem);
+    let said =
+        |watched: &Watched| watched.problems.iter().any(|problem| problem.reason.contains("P-521 is not"));
+    watched.until("a reason", said).await;
+}
+
+/// Ends the TLS of a server that has none, with whatever certificates are in force. Connections end with them.
+struct Front {
+    port: u16,
+    acceptor: Arc<Mutex<TlsAcceptor>>,
+    connections: Arc<Mutex<JoinSet<()>>>,
+}
+
+impl Front {
+    async fn of(server: &ApiServer, authority: &Authority) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let acceptor = Arc::new(Mutex::new(authority.acceptor.clone()));
+        let connections = Arc::new(Mutex::new(JoinSet::new()));
+        let (current, running, to) = (Arc::clone(&acceptor), Arc::clone(&connections), authority_of(server));
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (acceptor, to) = (current.lock().unwrap().clone(), to.clone());
+                running.lock().unwrap().spawn(async move {
+                    if let (Ok(mut outer), Ok(mut inner)) =
+                        (acceptor.accept(stream).await, TcpStream::connect(to).await)
+                    {
+                        // However it ends.
+                        let _ = copy_bidirectional(&mut outer, &mut inner).await;
+                    }
+                });
+            }
+        });
+        Self { port, acceptor, connections }
+    }
+
+    fn change(&self, authority: &Authority) {
+        *self.acceptor.lock().unwrap() = authority.acceptor.clone();
+        *self.connections.lock().unwrap() = JoinSet::new();
+    }
+}
+
+fn authority_of(server: &ApiServer) -> String {
+    server.url().trim_start_matches("http://").trim_end_matches('/').to_owned()
+}
+
+#[tokio::test]
+async fn renewed_certificates_are_used_at_once() {
+    let (server, first, second) = (ApiServer::start().unwrap(), Authority::new(), Authority::new());
+    let front = Front::of(&server, &first).await;
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let write = |authority: &Authority| {
+        std::fs::write(path("ca"), &authority.pem).unwrap();
+        for (name, text) in ["certificate", "key"].into_iter().zip(&authority.client) {
+            std::fs::write(path(name), text).unwrap();
+        }
+    };
+    write(&first);
+    // Without a scheme: it speaks of certificates.
+    let cluster = format!("127.0.0.1:{}\n    certificate-authority: ca", front.port);
+    let text = kubeconfig(&cluster, None)
+        .replace("user: {}", "user: { client-certificate: certificate, client-key: key }");
+    std::fs::write(path("kubeconfig"), text).unwrap();
+    let mut watched = Watched::of(Server::configured(Some(&path("kubeconfig")), None).unwrap());
+    watched.until("synced", |watched| watched.synced == 1).await;
+
+    front.change(&second);
+    server.compact();
+    server.apply(service("s", 80)).unwrap();
+    // What cannot be used is not, and costs nothing.
+    std::fs::write(path("key"), "half of a").unwrap();
+    watched.settle().await;
+    assert!(watched.cluster.service(&proxy_agent::reconcile::cluster::ObjectKey::new("a", "s")).is_none());
+    write(&second);
+    watched.until_services(&["s:80"]).await;
+    watched.until("nothing is wrong", |watched| watched.problems.is_empty()).await;
+}
+
+/// By `proxy-url`.
+#[tokio::test]
+async fn through_a_proxy() {
+    let server = ApiServer::start().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = listener.local_addr().unwrap();
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let told = Arc::clone(&asked);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let told = Arc::clone(&told);
+            tokio::spawn(async move {
+                let (mut client, mut request) = (BufReader::new(stream), String::new());
+                while client.read_line(&mut request).await.is_ok_and(|read| read > 2) {}
+                let to = request.split(' ').nth(1).unwrap_or_default().to_owned();
+                let mut server = TcpStream::connect(&to).await.unwrap();
+                told.lock().unwrap().push(request.lines().next().unwrap_or_default().to_owned());
+                client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+                let _ = copy_bidirectional(&mut client, &mut server).await;
+            });
+        }
+    });
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("kubeconfig");
+    let cluster = format!("{}\n    proxy-url: http://{proxy}", server.url());
+    std::fs::write(&path, kubeconfig(&cluster, None)).unwrap();
+    let mut watched = Watched::of(Server::configured(Some(&path), None).unwrap());
+    watched.until("synced", |watched| watched.synced == 1).await;
+    let asked = asked.lock().unwrap().clone();
+    assert!(!asked.is_empty());
+    assert!(
+        asked.iter().all(|line| *line == format!("CONNECT {} HTTP/1.1", authority_of(&server))),
+        "{asked:?}"
+    );
+}

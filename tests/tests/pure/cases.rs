@@ -1,0 +1,56 @@
+//! Every behaviour case without a kernel.
+//!
+//! Objects become JSON and go the way of the agent: conversion, cluster, desired state, plan, single map operations.
+//! A step is told to the running agent as its difference to the step before. The maps are ordered maps, and on them
+//! runs the very code that the BPF programs are made of.
+//!
+//! - Senders on this node (P, P6, L1, many pods, H) are sockets at the socket edge, told apart by their network namespaces.
+//!   UDP is asked twice: connected, and by sendmsg(). Every case is run twice: once what pods' sockets leave alone is
+//!   judged as packets, once nobody is there to do that. [`Case::on_sockets`] tells what comes out differently then.
+//! - Senders elsewhere (Q, X, Y, X6) are packets: which Service port, which set, which verdict is checked.
+//! - Source addresses (`keep`, `masq`) are not checked here: nothing has an address before a kernel gives it one.
+//! - Time is the simulator's own; pauses cost nothing.
+
+use anyhow::{Context as _, Result};
+use proxy_tests::cases::{self, falsified};
+
+use crate::simulated;
+
+/// Defines one test per name, and the list of the names.
+macro_rules! tests {
+    ($($name:ident)*) => {
+        const NAMES: &[&str] = &[$(stringify!($name)),*];
+        $(
+            #[test]
+            fn $name() -> Result<()> {
+                run(stringify!($name))
+            }
+        )*
+    };
+}
+
+fn run(name: &str) -> Result<()> {
+    let case = cases::all().into_iter().find(|case| case.test_name() == name);
+    let case = case.context("no case of the table has this name")?;
+    simulated::check(&case, true).context("with packets of pods")?;
+    simulated::check(&case.on_sockets(), false).context("without packets of pods")
+}
+
+#[test]
+fn every_case_with_anything_to_check_has_its_test() {
+    assert_eq!(NAMES, cases::pure_tests());
+}
+
+#[test]
+fn every_wrong_expectation_is_noticed() {
+    for case in cases::all() {
+        for (case, in_packets) in [(case.clone(), true), (case.on_sockets(), false)] {
+            for (wrong, check) in falsified(&case).into_iter().filter(|(_, check)| check.is_pure()) {
+                assert!(simulated::check(&wrong, in_packets).is_err(), "{} passes with {check:?}", wrong.id);
+            }
+        }
+    }
+}
+
+// Written by `build.rs` from the table.
+include!(concat!(env!("OUT_DIR"), "/pure_cases.rs"));
