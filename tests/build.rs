@@ -1,7 +1,8 @@
-//! Writes the tests of the table of cases, one for each case and suite, so that each has a name that a filter can give.
+//! Writes the tests of the table of cases, one for each case and suite, so that each has a name that a filter can
+//! select.
 //!
-//! The table itself is part of this program. So a test has the name that [`cases::Case::test_name`] gives, and a case that
-//! a suite cannot check has no test there.
+//! The table itself is part of this program. So a test has the name that [`cases::Case::test_name`] returns, and a
+//! case that a suite cannot check has no test there.
 
 use std::path::Path;
 use std::{env, fs, io};
@@ -20,7 +21,7 @@ fn main() -> io::Result<()> {
     write("lab_cases.rs", &[seen, unseen].concat())
 }
 
-/// A call of the macro `tests`, which each suite with cases has.
+/// Returns a call of the macro `tests`, which each suite with cases defines.
 fn tests(head: &str, names: &[String]) -> String {
     format!("tests! {{\n{head}{}\n}}\n", names.join("\n"))
 }

@@ -1,4 +1,4 @@
-//! A file that names an API server and who asks it.
+//! A kubeconfig: a file that names an API server and its user.
 
 #![no_main]
 

@@ -1,5 +1,5 @@
-//! A file in a directory of manifests, and what is programmed for it. A thread that has read a file may still be ending when leaks are
-//! looked for: `-detect_leaks=0`.
+//! A file in a directory of manifests, and the operations that it leads to. Run with `-detect_leaks=0`: a thread that
+//! has read a file may still be ending when leaks are searched for.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! What an API server sends, and what is programmed for it.
+//! Answers of an API server, and the operations that they lead to.
 
 #![no_main]
 

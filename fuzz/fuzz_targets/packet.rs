@@ -1,4 +1,4 @@
-//! One packet, of which every bit may be anything.
+//! One packet of arbitrary bits.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! Whatever names there are, in what the commands print.
+//! Arbitrary names in the output of the commands.
 
 #![no_main]
 

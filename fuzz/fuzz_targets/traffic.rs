@@ -1,4 +1,4 @@
-//! Clients, pods and routers, and what they send to each other through a node.
+//! Clients, pods and routers, and the packets that they send to each other through a node.
 
 #![no_main]
 

@@ -1,8 +1,8 @@
-//! Cases with a check made wrong, by which a runner shows that it notices.
+//! Cases with one check made wrong, by which a runner shows that it notices a wrong result.
 
 use super::{Case, Check, Connect, Expect, Frontend, Proto};
 
-/// The cases that differ from `case` by one check, which is wrong, each with that check.
+/// Returns copies of `case` that each have one wrong check, each with that check.
 pub fn falsified(case: &Case) -> Vec<(Case, Check)> {
     let mut all = Vec::new();
     for (number, step) in case.steps.iter().enumerate() {
@@ -29,7 +29,7 @@ fn falsify(check: &mut Check) {
             }
             Expect::Reject => *expect = Expect::Drop,
             Expect::Drop => *expect = Expect::Pass,
-            // One client alone would not miss an endpoint.
+            // A single client would not miss an endpoint.
             Expect::Sticky(..) | Expect::Pass => *expect = Expect::Reject,
         },
         Check::Frontends(_, frontends) => {

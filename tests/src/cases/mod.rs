@@ -49,7 +49,7 @@ pub use suites::{Pods, lab_tests, pure_tests};
 #[cfg(test)]
 mod tests;
 
-/// The node under test.
+/// Name of the node under test.
 pub const NODE: &str = "n1";
 
 /// Returns every case, by id.

@@ -33,7 +33,7 @@ fn node(name: &str) -> Value {
     json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": name } })
 }
 
-/// In the order of the alphabet.
+/// Returns Services in alphabetical order.
 fn services(count: usize) -> impl Iterator<Item = Value> {
     (0..count).map(|i| service(&format!("s{i:05}"), &format!("10.96.{}.{}", i / 250, i % 250 + 1)))
 }
@@ -46,7 +46,7 @@ async fn watch(server: &ApiServer, config: Config) -> Watcher {
     Box::pin(watcher(Api::<Service>::all(connect(server).await), config))
 }
 
-/// The next thing a watcher has to say, in short; errors by their status code (0 if they have none).
+/// Returns the next event of a watcher, in short; errors by their status code (0 if they have none).
 async fn next(watcher: &mut Watcher) -> String {
     let item = tokio::time::timeout(PATIENCE, watcher.next()).await.expect("the watcher is stuck").unwrap();
     let cluster_ip = |s: Service| format!("{} {}", s.name_any(), s.spec.unwrap().cluster_ip.unwrap());
@@ -71,14 +71,14 @@ async fn expect(watcher: &mut Watcher, want: &[&str]) {
     }
 }
 
-/// Nothing comes for a moment.
+/// Checks that no event comes for 200 ms.
 async fn expect_silence(watcher: &mut Watcher) {
     if let Ok(item) = tokio::time::timeout(Duration::from_millis(200), watcher.next()).await {
         panic!("unexpected: {item:?}");
     }
 }
 
-/// Polls the watcher, which must have nothing to say, until `condition` holds.
+/// Polls the watcher, which must not have an event, until `condition` holds.
 async fn silent_until(watcher: &mut Watcher, condition: impl Fn() -> bool) {
     let mut holds = pin!(until(condition));
     tokio::select! {
@@ -96,7 +96,7 @@ async fn until(condition: impl Fn() -> bool) {
     }
 }
 
-/// The watcher says `want`, after nothing but failures to connect.
+/// Waits for the event `want`, after nothing but failures to connect.
 async fn retry_until(watcher: &mut Watcher, want: &str) {
     let start = Instant::now();
     loop {
@@ -110,7 +110,7 @@ async fn retry_until(watcher: &mut Watcher, want: &str) {
     }
 }
 
-/// A watcher that has delivered its initial list and is watching.
+/// Returns a watcher that has delivered its initial list and is watching.
 async fn watching(server: &ApiServer, config: Config, initial: &[&str]) -> Watcher {
     let mut watcher = watch(server, config).await;
     expect(&mut watcher, &["init"]).await;
@@ -136,7 +136,7 @@ async fn a_watcher_sees_what_happens() {
         let mut watcher = watching(&server, config, &["init a 10.96.0.1"]).await;
         server.apply(service("b", "10.96.0.2")).unwrap();
         server.apply(service("b", "10.96.0.3")).unwrap();
-        // Nothing changes, so nobody hears of it.
+        // The object is unchanged, so no event is sent.
         server.apply(service("b", "10.96.0.3")).unwrap();
         assert!(server.delete(&service("b", "")).unwrap());
         assert!(!server.delete(&service("b", "")).unwrap());
@@ -263,7 +263,7 @@ async fn a_selector_turns_changes_into_additions_and_deletions() {
     expect(&mut watcher, &want).await;
     expect_silence(&mut watcher).await;
 
-    // The events by their types, and the deletion at the revision of the change.
+    // The types of the events, and the deletion at the revision of the change.
     let api = Api::<Service>::all(connect(&server).await);
     let from = server.revision();
     server.apply(service("a", "10.96.0.1")).unwrap();
@@ -331,7 +331,7 @@ async fn what_is_too_old_is_gone() {
     server.compact();
     server.apply(service("b", "10.96.0.2")).unwrap();
     server.cut_watches(Cut::Broken);
-    // Whether the event or the cut comes first, nothing is missed: the watch that resumes is up to date or expired.
+    // Whether the event or the cut comes first, no event is missed: the watch that resumes is up to date or expired.
     let mut seen = vec![next(&mut watcher).await];
     while !seen.last().unwrap().ends_with("b 10.96.0.2") {
         seen.push(next(&mut watcher).await);
@@ -430,7 +430,7 @@ async fn requests_fail_as_often_as_asked() {
     server.apply(service("a", "10.96.0.1")).unwrap();
     expect(&mut watcher, &["error 403", "apply a 10.96.0.1"]).await;
 
-    // kube retries what the server says is temporary.
+    // kube retries errors that the server says are temporary.
     let api = Api::<Service>::namespaced(connect(&server).await, "shop");
     assert_eq!(api.get("a").await.unwrap().name_any(), "a");
     assert_eq!(server.count(Verb::Get, Resource::Services), 2);
@@ -469,7 +469,7 @@ async fn lists_and_events_are_held_back() {
     server.apply(service("b", "10.96.0.3")).unwrap();
     server.send_bookmarks();
     expect_silence(&mut watcher).await;
-    // A bookmark must not have claimed what was held.
+    // A bookmark must not have covered the events that were held.
     server.cut_watches(Cut::Clean);
     silent_until(&mut watcher, || server.open_watches(Resource::Services) == 1).await;
     server.release_events(Resource::Services);
@@ -491,7 +491,7 @@ async fn events_are_doubled_shuffled_and_lost() {
     server.delete(&service("a", "")).unwrap();
     expect(&mut watcher, &["delete a 10.96.0.3", "apply b 10.96.0.4", "apply a 10.96.0.3"]).await;
 
-    // So that the watch does not resume in the middle of the shuffled events.
+    // Keeps the watch from resuming in the middle of the shuffled events.
     server.send_bookmarks();
     server.apply_silently(service("c", "10.96.0.5")).unwrap();
     assert!(server.delete_silently(Resource::Services, "shop", "b"));

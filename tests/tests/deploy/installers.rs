@@ -1,7 +1,8 @@
-//! Installers, as they run kube-proxy, and what the image, the patch in `deploy/in-place` and `deploy/from-kube-proxy.md` make of it.
+//! Installers: the way that each runs kube-proxy, and what the image, the patch in `deploy/in-place` and
+//! `deploy/from-kube-proxy.md` make of it.
 //!
-//! The pods are short forms in our own words of what an installer writes: how kube-proxy is started, what is mounted and what
-//! the container may do. Beside each is where that can be read.
+//! The pods are short forms, in our own words, of an installer's manifests: how kube-proxy is started, what is
+//! mounted and what the container may do. The comment beside each pod gives its source.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -15,28 +16,28 @@ use proxy_agent::config::args::{Cli, Command};
 use proxy_tests::deployment::{directory, patched, strictly};
 use serde_json::{Value, json};
 
-/// How Vipr takes the place of kube-proxy.
+/// Ways in which Vipr takes the place of kube-proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     /// By the patch of its DaemonSet.
     Patch,
     /// By settings of the installer, which mounts more into its pod.
     Settings,
-    /// Switched off, and `deploy/base` in its place.
+    /// kube-proxy is switched off, and `deploy/base` takes its place.
     Off,
-    /// It cannot be switched off: `deploy/beside-kube-proxy`.
+    /// kube-proxy cannot be switched off: `deploy/beside-kube-proxy`.
     Beside,
 }
 
 struct Installer {
-    /// The heading in from-kube-proxy.md.
+    /// Heading in from-kube-proxy.md.
     name: &'static str,
     way: Way,
     /// kube-proxy's container and the pod's volumes.
     pod: &'static str,
-    /// What kube-proxy is configured by: its file, or the pods' addresses by flag. `None`: a shell is to start it.
+    /// Configuration that kube-proxy is given: its file, or the pods' addresses by flag. `None` if a shell starts it.
     takes: Option<&'static str>,
-    /// What from-kube-proxy.md has to say below the heading.
+    /// Text that from-kube-proxy.md must contain below the heading.
     said: &'static [&'static str],
 }
 
@@ -112,7 +113,8 @@ containers:
         takes: Some("10.42.0.0/16"),
         said: &["disable-kube-proxy: true", "/etc/rancher/k3s/config.yaml"],
     },
-    // rancher/rke2, pkg/podtemplate/{spec,podtemplate}.go and pkg/executor/staticpod at 6ce1a8019e9d; the arguments are k3s'.
+    // rancher/rke2, pkg/podtemplate/{spec,podtemplate}.go and pkg/executor/staticpod at 6ce1a8019e9d.
+    // The arguments are k3s'.
     Installer {
         name: "RKE2",
         way: Way::Settings,
@@ -221,7 +223,7 @@ containers:
         takes: None,
         said: &["\"deployKubeProxy\":false", "adm policy add-scc-to-user privileged"],
     },
-    // kubernetes/kubernetes, component-base/logs/kube-log-runner: where a manifest names it as its README does.
+    // kubernetes/kubernetes, component-base/logs/kube-log-runner: a manifest that names it as its README does.
     Installer {
         name: "Others",
         way: Way::Off,
@@ -246,7 +248,7 @@ impl Installer {
         serde_saphyr::from_str(self.pod).context(self.name)
     }
 
-    /// What the container runtime starts.
+    /// Returns the command line that the container runtime starts.
     fn line(&self) -> Result<Vec<OsString>> {
         let pod = self.pod()?;
         let of = |field: &str| pod["containers"][0][field].as_array().cloned().unwrap_or_default();
@@ -254,7 +256,7 @@ impl Installer {
         words.map(|word| Ok(word.as_str().context("a word")?.replace("$(NODE_NAME)", "n1").into())).collect()
     }
 
-    /// The part of from-kube-proxy.md below the heading.
+    /// Returns the part of from-kube-proxy.md below the heading.
     fn section(&self) -> Result<String> {
         let text = fs::read_to_string(directory().join("from-kube-proxy.md"))?;
         let (_, rest) = text.split_once(&format!("\n### {}\n", self.name)).context(self.name)?;
@@ -272,7 +274,7 @@ fn each_command_line_is_taken_as_it_is() -> Result<()> {
         let flags = &args.kube_proxy;
         let file = flags.config().map(|path| path.display().to_string());
         assert_eq!(file.or_else(|| flags.cluster_cidr.clone()).as_deref(), Some(want), "{}", installer.name);
-        // What names the node, where the manifest does.
+        // Name of the node, if the manifest gives it.
         if installer.pod.contains("hostname-override") {
             assert_eq!(flags.hostname_override.as_deref(), Some("n1"), "{}", installer.name);
         }
@@ -311,7 +313,7 @@ fn daemon_set(pod: Value) -> Value {
     })
 }
 
-/// Where in the container a directory of the host is, and whether what is mounted there is mounted on the host.
+/// Returns the path in the container of a directory of the host, and whether mounts made there reach the host.
 fn mounted(pod: &PodSpec, host: &str) -> Option<(String, bool)> {
     let on_host = |volume: &&k8s_openapi::api::core::v1::Volume| {
         volume.host_path.as_ref().is_some_and(|source| source.path == host)
@@ -338,7 +340,7 @@ fn the_patch_makes_pods_whose_pins_last() -> Result<()> {
         for (dir, is_shared) in [("/sys/fs/bpf", true), ("/sys/fs/cgroup", false), ("/run/vipr", false)] {
             assert_eq!(mounted(&after, dir), Some((dir.to_owned(), is_shared)), "{}", installer.name);
         }
-        // What was there is there, and nothing is twice.
+        // The mounts of before are still there, and none is there twice.
         let mounts: Vec<String> = after.containers[0]
             .volume_mounts
             .iter()
@@ -395,7 +397,7 @@ fn rke2_mounts_what_its_settings_say() -> Result<()> {
     for dir in ["/sys/fs/bpf", "/run/vipr"] {
         assert_eq!(mounted(&pod, dir), Some((dir.to_owned(), false)));
     }
-    // No mount propagation is to be had, so the host has to have mounted the file system itself.
+    // There is no mount propagation, so the host must have mounted the file system itself.
     assert!(section.contains("stat -fc %T /sys/fs/bpf"), "{section}");
     Ok(())
 }

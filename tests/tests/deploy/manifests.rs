@@ -1,4 +1,4 @@
-//! The manifests in `deploy/`: nothing in them that Kubernetes, kustomize or the agent does not know.
+//! The manifests in `deploy/`: every field and flag in them is one that Kubernetes, kustomize or the agent knows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -76,10 +76,10 @@ fn the_daemon_set_runs_everywhere_and_is_asked_how_it_is() -> Result<()> {
     let healthz = IntOrString::Int(i32::from(proxy_agent::config::servers::HEALTH_PORT));
     assert_eq!(probe(&agent.liveness_probe), Some(("/livez".to_owned(), healthz.clone())));
     assert_eq!(probe(&agent.readiness_probe), Some(("/readyz".to_owned(), healthz)));
-    // The scheduler would keep it from every node whose kube-proxy names them too.
+    // With ports listed here, the scheduler would keep the pod from every node whose kube-proxy lists the same ports.
     assert!(agent.ports.is_none(), "{:?}", agent.ports);
 
-    // Selected are the pods of its template; they are this account, which has this role.
+    // The selector matches the pods of the template; they have this account, and the account has this role.
     let spec = &deployment.daemon_set.spec;
     let labels = spec.template.metadata.clone().unwrap_or_default().labels.unwrap_or_default();
     let selected = spec.selector.match_labels.clone().unwrap_or_default();
@@ -91,7 +91,8 @@ fn the_daemon_set_runs_everywhere_and_is_asked_how_it_is() -> Result<()> {
     assert_eq!(subjects.len(), 1);
     assert_eq!(Some(&subjects[0].name), account.name.as_ref());
     assert_eq!(subjects[0].namespace.as_deref(), kustomization("base")?["namespace"].as_str());
-    // kustomize takes the subject for this account, and gives it another namespace too, only if the account says it.
+    // kustomize takes the subject for this account, and changes the namespace of both, only if the subject names the
+    // account's namespace.
     assert_eq!(subjects[0].namespace, account.namespace);
     Ok(())
 }
@@ -110,13 +111,13 @@ fn every_container_says_what_it_asks_for_and_which_system_calls_it_may_make() ->
         assert_eq!(profile.type_, want, "{}", container.name);
         assert_eq!(requests(container).keys().collect::<Vec<_>>(), ["cpu", "memory"], "{}", container.name);
     }
-    // A pod is placed by what its largest container asks for: the first one must not make it larger.
+    // The scheduler counts the largest container's requests: the init container must not make the pod larger.
     let init = pod.init_containers.as_ref().and_then(|all| all.first()).context("an init container")?;
     assert_eq!(requests(init)["cpu"], requests(agent)["cpu"]);
     Ok(())
 }
 
-/// The patches of a component on the DaemonSet, which stays one that Kubernetes knows.
+/// Returns the DaemonSet with the patches of a component, and checks that Kubernetes knows every field.
 fn with_component(name: &str) -> Result<DaemonSet> {
     let component = kustomization(name)?;
     assert_eq!(component["kind"], "Component", "{name}");
@@ -181,14 +182,15 @@ fn beside_kube_proxy_the_probes_ask_at_the_port_that_the_configuration_can_name(
     Ok(())
 }
 
-/// The target that Prometheus makes of a pod's container by the monitor's rules, as relabelling is documented.
+/// Returns the target that Prometheus makes of a pod's container by the monitor's rules, as relabelling is
+/// documented.
 fn relabelled(monitor: &Value, labels: &[(&str, &str)]) -> Result<Option<BTreeMap<String, String>>> {
     let mut labels: BTreeMap<String, String> =
         labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     for rule in monitor["spec"]["podMetricsEndpoints"][0]["relabelings"].as_array().context("rules")? {
         let source =
             rule["sourceLabels"][0].as_str().map_or("", |name| labels.get(name).map_or("", String::as_str));
-        // Of the patterns that there are, what each is for.
+        // Each pattern of the rules, and its meaning.
         let matches = match rule["regex"].as_str() {
             None => true,
             Some("false") => source == "false",

@@ -1,8 +1,8 @@
 //! The packet edge's programs in the kernel against the same pipeline on the host: the same maps, the same packets,
 //! compared byte for byte, verdict for verdict and map for map.
 //!
-//! Source ports are drawn at random: the host takes the one that the kernel has drawn. Every other decision follows from
-//! the packets, since all Services here have one backend.
+//! Source ports are drawn at random, so the host takes the port that the kernel has drawn. Every other decision
+//! follows from the packets, since all Services here have one backend.
 
 use std::collections::BTreeMap;
 
@@ -21,12 +21,12 @@ use proxy_tests::packets::kernel::{Action, Flows, Form, Kernel, Ran, VERIFIER_LI
 use proxy_tests::packets::random::{Step, Traffic, check};
 use proxy_tests::packets::{ETHERNET, NIC, Net, OVERLAY, Packet, Trouble, World, read};
 
-/// Packets that are sent in all.
+/// Number of packets in all.
 const PACKETS: usize = 12_000;
-/// Bytes that decide about the packets of one sequence.
+/// Number of random bytes that decide the packets of one sequence.
 const DECISIONS: usize = 3_000;
 
-/// What has to happen now and then in so many packets.
+/// Counters that must be counted now and then in so many packets.
 const COUNTED: [Counter; 13] = [
     Counter::Flow,
     Counter::IcmpError,
@@ -59,8 +59,8 @@ fn host_and_kernel_do_the_same() -> Result<()> {
     compare(Form::Plain)
 }
 
-/// As packets come from network cards that have summed them up. The kernel itself tells when the sum is wrong
-/// afterwards.
+/// Packets as they come from network cards that have computed the sum (`CHECKSUM_COMPLETE`). The kernel reports a
+/// wrong sum afterwards.
 #[test]
 fn host_and_kernel_do_the_same_with_sums() -> Result<()> {
     compare(Form::Summed)
@@ -77,7 +77,7 @@ fn compare(form: Form) -> Result<()> {
             seed += 1;
         }
         println!("{packets} packets in {} sequences: {tally:?}", seed - 1);
-        // A generator that makes nothing but noise would compare nothing.
+        // A generator that makes only noise would compare nothing.
         let families = ["v4", "v6"];
         let verdicts = ["Pass", "Translated", "Drop", "Reply"];
         for what in verdicts.iter().flat_map(|verdict| families.map(|family| format!("{verdict} {family}"))) {
@@ -92,7 +92,7 @@ fn compare(form: Form) -> Result<()> {
     })
 }
 
-/// Datagrams that are sent, or were received, at one go stay in one piece within the kernel. So does their refusal.
+/// Datagrams that are sent, or were received, together stay in one piece within the kernel. So does their refusal.
 #[test]
 fn a_train_of_datagrams_is_refused() -> Result<()> {
     Kernel::new()?.inside(|kernel| {
@@ -107,7 +107,7 @@ fn a_train_of_datagrams_is_refused() -> Result<()> {
     })
 }
 
-/// As all are that have not been used for long, on a machine that has just started.
+/// On a machine that has just started, every flow that has not been used for long is older than the machine.
 #[test]
 fn flows_may_be_older_than_the_machine() -> Result<()> {
     Kernel::new()?.inside(|kernel| {
@@ -124,7 +124,7 @@ fn flows_may_be_older_than_the_machine() -> Result<()> {
                 let lives = !expired(flow, UDP, now());
                 let ran = kernel.packet(OVERLAY, true, &routed, Form::Plain)?;
                 let Ran::Done(Action::GoesOn, sent) = ran else { bail!("{net:?}: {ran:?}") };
-                // An expired one is as good as none.
+                // An expired flow counts as none.
                 ensure!((sent != routed) == lives, "{net:?}, {seconds} s: lives: {lives}, {flow:?}");
             }
         }
@@ -134,7 +134,7 @@ fn flows_may_be_older_than_the_machine() -> Result<()> {
 
 type Tally = BTreeMap<String, usize>;
 
-/// One sequence of packets from empty flow maps. Returns how many they were.
+/// Runs one sequence of packets on empty flow maps. Returns the number of packets.
 fn sequence(kernel: &mut Kernel, seed: u64, form: Form, tally: &mut Tally) -> Result<usize> {
     kernel.forget()?;
     let counted = kernel.counts()?;
@@ -181,13 +181,13 @@ fn one(kernel: &Kernel, world: &World, step: &Step, form: Form) -> Result<(Verdi
             ensure!(action == Action::of(verdict), "{verdict:?} on the host, {action:?} in the kernel");
             let mut host = host.clone();
             if verdict == Verdict::Reply {
-                // The way back is the kernel's own matter.
+                // The kernel itself decides the way back.
                 host[..12].rotate_left(6);
             }
             ensure!(host == bytes, "{verdict:?}, on the host\n{host:02x?}, in the kernel\n{bytes:02x?}");
         }
-        // The kernel does not keep the sum when a packet gets another end: when the quote in an ICMP error is not
-        // exactly the packet that it is about.
+        // The kernel does not keep the sum when a packet gets another end. That happens when the quotation in an ICMP
+        // error is not exactly the packet that it is about.
         Ran::WrongSum => {
             let seen = read(&host)?;
             let own = if seen.source.is_ipv6() { 48 } else { 28 };
@@ -218,7 +218,7 @@ fn host_flows(world: &World) -> Flows {
     }
 }
 
-/// The clocks differ.
+/// Removes the times, because the clocks differ.
 fn timeless(mut flows: Flows) -> Flows {
     for flow in flows.records.iter_mut().flat_map(|records| records.values_mut()) {
         flow.last_seen = 0;
@@ -229,7 +229,7 @@ fn timeless(mut flows: Flows) -> Flows {
     flows
 }
 
-/// What makes the host draw the port that the kernel has drawn, if it has.
+/// Returns the random number by which the host draws the port that the kernel has drawn, if the kernel has drawn one.
 fn drawn(before: &Flows, after: &Flows) -> Option<u32> {
     let known = |key| before.records.iter().find_map(|records| records.get(key));
     let none = Flow::default();
@@ -247,14 +247,14 @@ fn drawn(before: &Flows, after: &Flows) -> Option<u32> {
         .map(random_for)
 }
 
-/// The least of the random numbers that lead to a port.
+/// Returns the smallest random number that leads to a port.
 fn random_for(port: Be16) -> u32 {
     let count = u64::from(SNAT_PORTS.end - SNAT_PORTS.start);
     let offset = u64::from(port.get().saturating_sub(SNAT_PORTS.start));
     u32::try_from((offset << 32).div_ceil(count)).unwrap_or(u32::MAX)
 }
 
-/// Pseudo-random bytes (xorshift64*): the same for the same seed.
+/// Returns pseudo-random bytes (xorshift64*), the same for the same seed.
 fn noise(seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     std::iter::repeat_with(|| {

@@ -1,4 +1,4 @@
-//! The suite `kernel`: the BPF programs as the kernel runs them (`BPF_PROG_TEST_RUN`). It sees the kernel's verifier, maps and
-//! bytes of packets, but neither devices nor sockets, and needs root.
+//! The suite `kernel`: the BPF programs as the kernel runs them (`BPF_PROG_TEST_RUN`). It sees the kernel's verifier,
+//! maps and packet bytes, but neither devices nor sockets, and needs root.
 
 mod equivalence;

@@ -1,19 +1,19 @@
 //! The behaviour cases with the agent itself, its BPF programs and real sockets in the lab.
 //!
-//! Every case gets a lab of its own. The objects of a step are one manifest file that replaces the one before, and the
-//! checks begin when the agent has programmed it. Endpoints are real servers, and everybody else whose address a
-//! client asks for serves there, too: see the module `live::world`.
+//! Every case gets a lab of its own. The objects of a step are one manifest file that replaces the previous one, and
+//! the checks begin when the agent has programmed it. Endpoints are real servers. Every other owner of an address
+//! that a client asks for serves there, too: see the module `live::world`.
 //!
-//! The host and pods of the node under test meet the socket edge, which leaves to the packet edge what it cannot tell a
-//! pod; the pod Q of another node and everybody outside meet the packet edge at the node's devices. Every check of a pod runs a second time, in a test whose name ends in
-//! `_packets`: there the pods are in no cgroup of the node, so that their packets meet the packet edge. UDP is tried with
-//! connected and with unconnected sockets.
+//! The host and pods of the node under test meet the socket edge, which leaves to the packet edge the results that it
+//! cannot tell a pod. The pod Q of another node and clients outside meet the packet edge at the node's devices. Every
+//! check of a pod runs a second time, in a test whose name ends in `_packets`: there the pods are in no cgroup of the
+//! node, so that their packets meet the packet edge. UDP is tried with connected and with unconnected sockets.
 //!
-//! - Endpoints: the one that answers tells its name and its own address; getpeername and the source of datagrams are
-//!   what the client asked for.
-//! - `keep` and `masq`: the server sees whom [`cases::masquerade::seen`] says.
-//! - REJECT: ECONNREFUSED. At a socket, from the call that names the destination. A server listens at the destination, so
-//!   it is not the kernel that refuses.
+//! - Endpoints: the endpoint that answers tells its name and its own address. The client must see the address that it
+//!   asked for in getpeername and as the source of datagrams.
+//! - `keep` and `masq`: the server sees the source address that [`cases::masquerade::seen`] returns.
+//! - REJECT: ECONNREFUSED. At a socket, the call that names the destination returns it. A server listens at the
+//!   destination, so the kernel itself does not refuse.
 //! - DROP: silence; at a socket of the host EHOSTUNREACH (EPERM before 5.18).
 //! - PASS: the real owner of the destination answers.
 //!
@@ -26,7 +26,7 @@ use proxy_tests::lab::network::PodLinks;
 
 use crate::live;
 
-/// Cases without a test here, and why.
+/// Cases without a test here, each with the reason.
 const LEFT_OUT: [(&str, &str); 1] = [("P178", "SCTP")];
 
 /// Defines one test per name, and the list of the names.
@@ -69,7 +69,7 @@ fn cases_without_a_check_that_can_run_are_left_out() {
     assert_eq!(idle.map(|case| case.id).collect::<Vec<_>>(), LEFT_OUT.map(|(id, _)| id));
 }
 
-/// Every check of a case made wrong, one at a time.
+/// Checks that each wrong check of a case is noticed, one at a time.
 fn is_noticed(id: &str, pods: Pods) -> Result<()> {
     let all = cases::all();
     let case = all.iter().find(|case| case.id == id).context("no such case")?;
@@ -81,7 +81,7 @@ fn is_noticed(id: &str, pods: Pods) -> Result<()> {
     Ok(())
 }
 
-/// One check of each kind, by pods whose sockets are seen, by others, and from outside.
+/// One check of each kind, by pods whose sockets are seen, by other pods, and from outside.
 mod a_wrong_expectation_is_noticed {
     use super::*;
 

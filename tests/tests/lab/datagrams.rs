@@ -1,7 +1,8 @@
-//! Sockets follow their Service, and leave nothing behind: nobody who has connected or sent by UDP notices when its backends change.
+//! Sockets follow their Service, and leave nothing behind: a client that has connected or sent by UDP does not notice
+//! when the backends change.
 //!
-//! Two nodes of both families, with a pod that serves on each. Clients are the host, a pod whose socket is seen, a pod whose packets are
-//! translated at its interface, and a machine outside.
+//! The lab has two nodes of both families, with a pod that serves on each. Clients are the host, a pod whose socket
+//! is seen, a pod whose packets are translated at its interface, and a machine outside.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,12 +20,12 @@ use proxy_tests::scenarios::{PortView, until};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// How long an answer may take on a busy machine.
+/// Time that an answer may take on a busy machine.
 const ANSWER: Duration = Duration::from_secs(5);
-/// How long a socket may take to follow.
+/// Time that a socket may take to follow.
 const PATIENCE: Duration = Duration::from_secs(20);
 const VIPS: [&str; 2] = ["10.96.0.5", "fd00:96::5"];
-/// Name and addresses of the pods that serve, on either node.
+/// Names and addresses of the pods that serve, one on each node.
 const SERVERS: [(&str, [&str; 2]); 2] =
     [("L1", ["10.64.1.11", "fd00:64:0:1::11"]), ("R1", ["10.64.2.21", "fd00:64:0:2::21"])];
 
@@ -143,7 +144,7 @@ impl World {
         Ok(all.into_iter().filter(|port| port.service() == "d/log" && port.protocol == "UDP").collect())
     }
 
-    /// Who asks, and by which address of the Service.
+    /// Returns the clients, each with an address of the Service.
     fn clients(&self) -> Vec<(Place, String)> {
         let pod = |name: &str| Place::clone(&self.lab.pod(name));
         let inside = [pod("seen"), pod("unseen"), self.lab.node("n1").host().clone()];
@@ -155,7 +156,7 @@ impl World {
     }
 }
 
-/// Sockets that are connected to the Service, with whose they are.
+/// Sockets that are connected to the Service, each with its owner.
 struct Sockets(Vec<(String, Held)>);
 
 impl Sockets {
@@ -169,21 +170,22 @@ impl Sockets {
         Ok(Self(world.clients().into_iter().map(open).collect::<Result<_>>()?))
     }
 
-    /// Each of them is answered by this server, and keeps its own address and the peer that it asked for.
+    /// Checks that this server answers each socket, and that the socket keeps its own address and the peer that it
+    /// asked for.
     fn reach(&mut self, server: &str, when: &str) -> Result<()> {
         for (who, held) in &mut self.0 {
             let reached = held.say_until(PATIENCE, |answer| answer.server.as_deref() == Some(server));
             let answer = reached.with_context(|| format!("{who}, {when}"))?;
             let (local, peer) = (held.opened().local, held.opened().peername);
             ensure!(answer.local == local && answer.peername == peer, "{who}, {when}: {answer:?}");
-            // None goes back.
+            // No socket goes back.
             let again = held.say("again")?;
             ensure!(again.server.as_deref() == Some(server), "{who}, {when}: {again:?}");
         }
         Ok(())
     }
 
-    /// Nobody answers them, and none fails in a way that a program would not expect. `told`: they are refused.
+    /// Checks that nobody answers the sockets, and that none fails in an unexpected way. `told`: they are refused.
     fn reach_nobody(&mut self, told: bool, when: &str) -> Result<()> {
         let nobody = |answer: &Attempt| {
             let error = answer.error.as_deref();
@@ -235,7 +237,7 @@ fn a_connected_socket_follows_its_service() -> Result<()> {
     Ok(())
 }
 
-/// `VIPR_CHANGES` says how often the backend is replaced.
+/// The variable `VIPR_CHANGES` gives the number of times that the backend is replaced.
 #[test]
 fn datagrams_go_to_the_backend_that_there_is() -> Result<()> {
     let changes: usize = std::env::var("VIPR_CHANGES").map_or(Ok(6), |text| text.parse())?;
@@ -263,7 +265,7 @@ fn datagrams_go_to_the_backend_that_there_is() -> Result<()> {
             std::thread::sleep(Duration::from_millis(50));
         }
         for (who, load) in &mut loads {
-            // The one that is on its way.
+            // The first datagram may be on its way during the change.
             let before = load.so_far()?.len() + 1;
             load.wait_for(3)?;
             let after = load.so_far()?.get(before..).unwrap_or_default();
@@ -276,7 +278,7 @@ fn datagrams_go_to_the_backend_that_there_is() -> Result<()> {
     for (who, load) in loads {
         let attempts = load.stop()?;
         let summary = Summary::of(&attempts);
-        // What a backend answers after the socket has moved on is lost, once for each change.
+        // A reply of a backend that arrives after the socket has moved on is lost, once for each change.
         let lost = summary.by_error.get("ETIMEDOUT").copied().unwrap_or_default();
         let failed = summary.total - summary.ok - lost;
         ensure!(failed == 0 && lost <= changes, "{who}: {summary:?}");
@@ -286,10 +288,10 @@ fn datagrams_go_to_the_backend_that_there_is() -> Result<()> {
     Ok(())
 }
 
-/// A program connects its socket to the Service and elsewhere, again and again, while the agent leads such sockets to another backend.
-/// Where it connects last, it stays, or the socket is destroyed, and no connect() fails. That nothing steps in between the agent's steps
-/// takes more luck than a test has: `sim::tests::orders` goes through them one by one. `VIPR_CHANGES` says how often the backend is
-/// replaced.
+/// A program connects its socket to the Service and elsewhere, again and again, while the agent moves such sockets to
+/// another backend. The socket stays where it was connected last, or is destroyed, and no connect() fails. This test
+/// cannot hit every moment between the agent's steps; `sim::tests::orders` runs through all of them. The variable
+/// `VIPR_CHANGES` gives the number of times that the backend is replaced.
 #[test]
 fn a_socket_that_its_owner_connects_elsewhere_is_not_led_away() -> Result<()> {
     let changes: usize = std::env::var("VIPR_CHANGES").map_or(Ok(6), |text| text.parse())?;
@@ -328,7 +330,7 @@ fn a_socket_that_its_owner_connects_elsewhere_is_not_led_away() -> Result<()> {
     Ok(())
 }
 
-/// No hook hears of the end of MPTCP's subflows, nor of the kernel's own sockets.
+/// No hook reports the end of MPTCP's subflows, nor that of the kernel's own sockets.
 #[test]
 fn no_socket_leaves_anything_behind() -> Result<()> {
     let world = World::start()?;
@@ -358,7 +360,7 @@ fn no_socket_leaves_anything_behind() -> Result<()> {
     until("what 300 subflows have left is freed", || Ok((taken()? <= before).then_some(())))
         .with_context(|| format!("{left}, {}", world.agent.log()))?;
     println!("{before} before, {left} after 300 connections of MPTCP");
-    // Who is still connected is still known.
+    // Connections that are still open are still known.
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(taken()?, before);
     for held in &mut open {
@@ -368,8 +370,9 @@ fn no_socket_leaves_anything_behind() -> Result<()> {
     Ok(())
 }
 
-/// Who asks somebody from the port of a nodePort is answered: a process of the host that is bound to it, and a pod whose packets
-/// the node sends by its own address. Neither is a client of the Service, which goes on beside them.
+/// Answers are received for datagrams sent from the port of a nodePort by a process of the host that is bound to it,
+/// and by a pod whose packets the node sends from its own address. Neither is a client of the Service, which goes on
+/// to serve beside them.
 #[test]
 fn who_asks_from_a_node_port_is_answered() -> Result<()> {
     let world = World::start()?;
@@ -385,8 +388,8 @@ fn who_asks_from_a_node_port_is_answered() -> Result<()> {
     until("a reserved nodePort", || Ok(host.net().enter(reserved)??.contains("30514").then_some(())))?;
     let pod = world.lab.pod("seen");
     let (v4, v6) = ("192.0.2.10:30514", "[2001:db8:1::10]:30514");
-    // Connection tracking has one place for a source and who is asked by it, so the pod asks another port. (By IPv6 it could write the
-    // node's address itself: its datagrams are not told from such.)
+    // Connection tracking has one entry for a source and its destination, so the pod asks another port. (By IPv6 the
+    // pod could write the node's address itself; its datagrams are not told from such ones.)
     for (place, own, bound, target, server) in [
         (host, v4, v4, "203.0.113.7:5300", "client"),
         (host, v4, v4, "10.64.1.51:8080", "unseen"),
@@ -411,7 +414,7 @@ fn who_asks_from_a_node_port_is_answered() -> Result<()> {
             ensure!(service.ok && service.server.as_deref() == Some("R1"), "{own}: {service:?}");
         }
     }
-    // Each is shown: who is asked, from where.
+    // Each question is shown, with its destination and source.
     let flows = world.agent.tool("flows", &[])?;
     let own = flows.as_array().into_iter().flatten().filter(|flow| flow["state"] == "own");
     let shown: BTreeSet<_> = own.map(|flow| [&flow["client"], &flow["vip"]].map(Value::as_str)).collect();

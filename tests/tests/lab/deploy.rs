@@ -1,5 +1,5 @@
-//! The pod that `deploy/base` makes, with the DaemonSet's own arguments, mounts and capabilities, against an API server
-//! that enforces the ClusterRole: it works, and nothing of what it is given can be left out.
+//! The pod of `deploy/base`, with the DaemonSet's own arguments, mounts and capabilities, against an API server that
+//! enforces the ClusterRole. It works, and none of its rights can be left out.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -18,11 +18,11 @@ use tempfile::TempDir;
 
 const VIP: &str = "10.96.0.10";
 const TOKEN: &str = "a-token";
-/// The URL of the server needs none, but the kubeconfig names a file.
+/// CA file that the kubeconfig names, although the server's URL needs none.
 const CA: &str = include_str!("deploy-ca.crt");
 const HEALTH: &str = "127.0.0.1:10256";
 
-/// A lab, an API server in it with a Service of two pods, and what the DaemonSet mounts.
+/// A lab, an API server in it with a Service of two pods, and the files that the DaemonSet mounts.
 struct Setting {
     deployment: Deployment,
     server: ApiServer,
@@ -41,7 +41,7 @@ impl Setting {
         let (lab, dir) = (Lab::cases()?, tempfile::tempdir()?);
         let listener = lab.node("n1").host().net().enter(|| TcpListener::bind("127.0.0.1:6443"))??;
         let server = ApiServer::start_on(listener)?;
-        // One that does not stream lists: there it takes the right to list.
+        // Does not stream lists, so the right to list is needed.
         server.offer_streams(Streams::Refused);
         server.apply(lab.node("n1").object())?;
         server.apply(json!({
@@ -62,7 +62,7 @@ impl Setting {
         Ok(setting)
     }
 
-    /// What is mounted from elsewhere, with the addresses of the lab filled in.
+    /// Writes the files that are mounted from elsewhere, with the addresses of the lab filled in.
     fn write_files(&self) -> Result<()> {
         let node = self.node();
         for dir in
@@ -91,7 +91,7 @@ impl Setting {
         self.lab.node("n1")
     }
 
-    /// Starts the pod, as often as is asked for.
+    /// Starts the pod with these capabilities. It may be called again.
     fn start(&self, capabilities: &BTreeSet<String>) -> Result<Running> {
         let sources = BTreeMap::from([
             ("config", self.path("config")),
@@ -120,7 +120,7 @@ impl Setting {
         })
     }
 
-    /// A client in a pod, and one outside.
+    /// Checks that a client in a pod and a client outside are served.
     fn is_served(&self) -> Result<()> {
         let attempt = self.lab.pod("P").connect(format!("{VIP}:80")).one()?;
         ensure!(attempt.ok, "a pod: {attempt:?}");
@@ -129,7 +129,8 @@ impl Setting {
         Ok(())
     }
 
-    /// Opens a UDP socket to the Service, and lets the pod vanish that it got; with its name.
+    /// Opens a UDP socket to the Service, and removes the pod that answered from the Service. Returns the socket and
+    /// the pod's name.
     fn backend_that_leaves(&self) -> Result<(Held, String)> {
         let mut held = self.lab.pod("P").hold(format!("{VIP}:514")).udp().open()?;
         let answer = held.say("hello")?;
@@ -151,8 +152,8 @@ impl Running {
         Ok(fs::read_to_string(&self.log)?)
     }
 
-    /// What somebody should look at. The lab's nodes are not at the root of the cgroups, and what the kubelet does for
-    /// `oomScoreAdj` not every root may do.
+    /// Returns the warnings and errors in the log. Two are expected in the lab: its nodes are not at the root of the
+    /// cgroups, and not every root may set `oomScoreAdj` as the kubelet does.
     fn complaints(&self) -> Result<Vec<String>> {
         let log = self.log()?;
         let expected = ["not the root of the cgroup", "oomScoreAdj cannot be set"];
@@ -192,7 +193,7 @@ fn the_pod_of_the_daemon_set_works_and_asks_for_no_more_than_it_may() -> Result<
 
     let mut pod = setting.start(&setting.deployment.capabilities()?)?;
     setting.wait_ready(&mut pod)?;
-    // All of this is done under the filter that the DaemonSet asks for.
+    // All of this runs under the seccomp filter that the DaemonSet asks for.
     let status = fs::read_to_string(format!("/proc/{}/status", pod.process.id()))?;
     assert!(status.contains("\nSeccomp:\t2\n"), "{status}");
     setting.is_served()?;
@@ -204,8 +205,8 @@ fn the_pod_of_the_daemon_set_works_and_asks_for_no_more_than_it_may() -> Result<
         Ok(setting.metric("vipr_sockets_led_total")?.filter(|count| count == "1").map(drop))
     })?;
 
-    // Every request is granted, and everything that is granted is made use of. Events come when there is something to
-    // tell.
+    // Every request is granted, and every right that is granted is used. Events are created only when there is
+    // something to report.
     let rules = setting.deployment.cluster_role.rules.clone().unwrap_or_default();
     let requests: BTreeSet<(Verb, Resource)> =
         setting.server.requests().iter().map(|request| (request.verb, request.resource)).collect();
@@ -222,7 +223,7 @@ fn the_pod_of_the_daemon_set_works_and_asks_for_no_more_than_it_may() -> Result<
     assert_eq!(pod.process.terminate(Duration::from_secs(10))?.code(), Some(0));
     setting.is_served()?;
 
-    // The way back: the same pod with other arguments. Only its init container may write sysctls.
+    // The way back is the same pod with other arguments. Only its init container may write sysctls.
     let mut take_back = setting.node().host().command(binary::proxy_agent()?);
     take_back.arg("cleanup").arg(&pins);
     take_back.text()?;
@@ -237,7 +238,7 @@ fn the_pod_of_the_daemon_set_works_and_asks_for_no_more_than_it_may() -> Result<
     Ok(())
 }
 
-/// The agent must refuse to go on without them, and say why.
+/// Checks that the agent ends with an error that contains `why` if it has only these capabilities.
 fn ends_without(capabilities: &[&str], why: &str) -> Result<()> {
     let setting = Setting::new()?;
     let mut pod = setting.start(&set(capabilities))?;
@@ -263,7 +264,7 @@ fn without_perfmon() -> Result<()> {
     ends_without(&["BPF", "NET_ADMIN"], "prohibited for !root")
 }
 
-/// Everything works but what one capability less costs: a socket stays connected to a pod that is gone.
+/// Checks that a missing capability costs only one thing: a socket stays connected to a pod that is gone.
 fn serves_but_keeps_sockets(capabilities: &[&str]) -> Result<()> {
     let setting = Setting::new()?;
     let mut pod = setting.start(&set(capabilities))?;
@@ -300,8 +301,8 @@ fn the_capabilities_are_these() -> Result<()> {
     Ok(())
 }
 
-/// A container of the image, by whatever name it starts the program, privileged as kube-proxy's is. What it may change of the
-/// host is in `dir`.
+/// Returns a container of the image that starts the program under `name`, privileged as kube-proxy's is. The
+/// container's changes to the host go to `dir`.
 fn of_kube_proxy(lab: &Lab, dir: &TempDir, name: &str) -> Result<Exec> {
     let program = binary::proxy_agent()?;
     let mut container = Container::new(program)?;

@@ -1,4 +1,4 @@
-//! Which devices the agent takes for external and for pods', in clusters of several shapes, and that it follows them.
+//! The devices that the agent treats as external and as pods', in clusters of several shapes, and their changes.
 
 use std::time::Duration;
 
@@ -50,7 +50,7 @@ impl Setting {
         until("the devices", look).with_context(|| format!("want {want:?}, got {:?}", seen()))
     }
 
-    /// Names of the programs on a device, ingress and egress.
+    /// Returns the names of the programs on a device, ingress and egress.
     fn programs(&self, device: &str) -> Result<Vec<String>> {
         self.node().host().net().enter(|| {
             let mut names = Vec::new();
@@ -63,7 +63,7 @@ impl Setting {
     }
 }
 
-/// What is attached, from `status`.
+/// Returns the attached devices of `status`, one line each.
 fn devices(status: &Value) -> Result<Vec<String>> {
     let all = status["agent"]["devices"].as_array().context("status tells no devices")?;
     let mut lines = Vec::new();
@@ -88,7 +88,7 @@ fn routed_pods_are_followed_as_they_come_and_go() -> Result<()> {
     let setting = Setting::new(Network::default(), &[])?;
     let of_pod = |name: &str| setting.lab.pod(name).host_device().to_owned();
     let names = ["P", "L1", "L2", "V1"].map(of_pod);
-    // What their host routes ask for: a pod has an address of each family, of IPv4, or of IPv6.
+    // Sources that the pods' host routes give: a pod has an address of each family, of IPv4, or of IPv6.
     let (v4, v6): (&str, &str) = ("192.0.2.10", "2001:db8:1::10");
     let sources: [&[&str]; 4] = [&[v4, v6], &[v4], &[v4], &[v6]];
     let pods = names.iter().zip(sources).map(|(name, sources)| (name.as_str(), "pod", sources));
@@ -105,7 +105,7 @@ fn routed_pods_are_followed_as_they_come_and_go() -> Result<()> {
     setting.wait(&want)
 }
 
-/// The agent looks at each link again, though nothing has happened to the device.
+/// The agent checks each link periodically, even without an event of the device.
 #[test]
 fn programs_that_somebody_detaches_come_back() -> Result<()> {
     let setting = Setting::new(Network::default(), &[("devices", "eth0"), ("pod-interfaces", "none")])?;
@@ -193,7 +193,7 @@ fn a_name_that_no_device_has_is_a_problem() -> Result<()> {
     Ok(())
 }
 
-/// Where filters are to be attached, a queueing discipline of the kind `ingress` has no place for those on the way out.
+/// A queueing discipline of the kind `ingress` has no place for filters on the way out.
 #[test]
 fn a_node_is_not_ready_before_its_external_devices_are_attached() -> Result<()> {
     let lab = Lab::build(LabSpec::cases()?)?;
@@ -218,23 +218,23 @@ fn a_node_is_not_ready_before_its_external_devices_are_attached() -> Result<()> 
     for device in ["eth1", &pod] {
         ensure!(problems[format!("device {device}")].is_array(), "{device}: {problems}");
     }
-    // What is attached serves meanwhile.
+    // The attached devices serve meanwhile.
     ensure!(devices(&status)?.iter().any(|line| line.starts_with("eth0 external")), "{status}");
     assert_eq!(agent.get("/readyz")?.0, 503);
 
-    // One pod's interface keeps nobody waiting: it may be about to go.
+    // A pod's interface does not delay readiness: it may be about to go.
     tc("delete", "eth1")?;
     agent.wait_ready(Duration::from_secs(60))?;
     let status = agent.tool("status", &[])?;
     ensure!(status["agent"]["problems"][format!("device {pod}")].is_array(), "{status}");
-    // Once ready, a node stays so.
+    // A node that has been ready stays so.
     tc("delete", &pod)?;
     host.net().ip("link delete eth1")?;
     assert_eq!(agent.get("/readyz")?.0, 200);
     Ok(())
 }
 
-/// What another program has made is there before, beside and after what the agent has made, which dies without a word.
+/// Objects of another program are there before, beside and after the agent's own, although the agent is killed.
 #[test]
 fn cleanup_takes_back_what_was_made_and_nothing_else() -> Result<()> {
     let lab = Lab::build(LabSpec::cases()?)?;
@@ -277,7 +277,7 @@ fn cleanup_takes_back_what_was_made_and_nothing_else() -> Result<()> {
     agent.kill9()?;
     let state = std::fs::read_dir(node.run_dir())?.next().context("a state file")??.path();
     std::fs::write(state.with_extension("new"), "half of a st")?;
-    // Nothing is half done by who has no rights at all; what takes a capability keeps its note.
+    // Without any rights, nothing is half done. A task that needs a capability keeps its note.
     let nobody = ["--reuid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"];
     says(&cleanup(&nobody)?, "Permission denied")?;
     assert!(node.pin_dir().join("links").exists());
@@ -302,18 +302,19 @@ fn cleanup_takes_back_what_was_made_and_nothing_else() -> Result<()> {
     Ok(())
 }
 
-/// A filter that returns `verdict` for packets with a source in `prefix` (`ADDRESS/LENGTH`), and passes on everything else.
+/// Returns a filter that returns `verdict` for packets with a source in `prefix` (`ADDRESS/LENGTH`), and passes on
+/// everything else.
 fn policy(prefix: &str, verdict: u32) -> Result<String> {
     let (address, length) = prefix.split_once('/').context("no prefix")?;
     let address = u32::from(address.parse::<std::net::Ipv4Addr>()?);
     let mask = u32::MAX << (32 - length.parse::<u32>()?);
-    // The source of an IPv4 header is at 12; what begins at SKF_NET_OFF begins with the IP header.
+    // The source of an IPv4 header is at offset 12; offsets from SKF_NET_OFF count from the IP header.
     let source = (-0x100000_i32 + 12).cast_unsigned();
     let pass_on = u32::MAX;
     Ok(format!("5,32 0 0 {source},84 0 0 {mask},21 0 1 {address},6 0 0 {verdict},6 0 0 {pass_on}"))
 }
 
-/// A world with a nodePort, and somebody else's rules on the device that clients outside come by.
+/// A world with a nodePort, and rules of others on the device that clients outside come by.
 struct Ruled {
     world: World,
 }
@@ -337,16 +338,16 @@ impl Ruled {
         tc.text().map(drop)
     }
 
-    /// Whether a client outside is served.
+    /// Returns whether a client outside is served.
     fn is_served(&self) -> Result<bool> {
         let outside = self.world.outside();
         let attempt = outside.connect(Self::NODE_PORT).http();
         Ok(attempt.timeout(Duration::from_secs(5)).one()?.ok)
     }
 
-    /// Waits until `status` tells of these things of others on `eth0`, and a problem of `object` or none.
+    /// Waits until `status` shows these programs of others on `eth0`, and a problem of `object` or none.
     fn wait(&self, others: &[&str], object: &str, is_problem: bool) -> Result<()> {
-        // A change of the network has the agent look at once.
+        // After a change of the network, the agent looks at once.
         self.world.host().net().ip("link add type veth\n")?;
         let look = || -> Result<(Vec<String>, bool)> {
             let status = self.world.tool(NODE, "status")?;
@@ -369,8 +370,9 @@ impl Ruled {
 const OK: u32 = 0;
 const SHOT: u32 = 2;
 
-/// TCX programs run ahead of all filters. On the way out those see Services' addresses, which `status` tells as long as it
-/// is so. By `--no-tcx` ours are behind them, unless they accept packets in a way that no other filter gets them.
+/// TCX programs run before all filters. On the way out, filters of others see Services' addresses, and `status` says
+/// so as long as that is so. With `--no-tcx`, our filters are behind the others, unless the others accept packets in
+/// a way that no later filter gets them.
 #[test]
 fn what_filters_of_others_see_on_the_way_out() -> Result<()> {
     let mut ruled = Ruled { world: World::start(&["s08-nodeport.yaml"])? };
@@ -411,8 +413,8 @@ fn what_filters_of_others_see_on_the_way_out() -> Result<()> {
     Ok(())
 }
 
-/// Answers meet the kernel's policies before they are translated: those for pods' addresses hold, those for the Service's
-/// do not.
+/// Replies meet the kernel's policies before their translation: policies for pods' addresses apply, policies for the
+/// Service's do not.
 #[test]
 fn what_ipsec_policies_match() -> Result<()> {
     let ruled = Ruled { world: World::start(&["s08-nodeport.yaml"])? };

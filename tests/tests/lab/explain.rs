@@ -1,4 +1,4 @@
-//! `proxy-agent explain`: its word about a connection is what a real client then sees.
+//! `proxy-agent explain`: its statement about a connection is compared with the experience of a real client.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,12 +13,12 @@ use proxy_tests::scenarios::{denial, until};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// Often enough that each of three backends is met.
+/// Number of connections, enough to reach each of three backends.
 const TIMES: usize = 40;
-/// Silence is waited for so long.
+/// Time after which silence counts.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// A lab whose Services are each in another state, and an agent on `n1`.
+/// A lab with Services that are each in another state, and an agent on `n1`.
 struct World {
     agent: Agent,
     lab: Lab,
@@ -105,17 +105,17 @@ impl World {
         Ok(Self { agent, lab, dir })
     }
 
-    /// The path of a file or directory of this world.
+    /// Returns the path of a file or directory of this world.
     fn path(&self, name: &str) -> String {
         self.dir.path().join(name).display().to_string()
     }
 
-    /// What is said of a connection to the Service `cart` from `from`.
+    /// Returns the explanation of a connection from `from` to the Service `cart`.
     fn cart(&self, from: &str, more: &[&str]) -> Result<Value> {
         self.agent.tool("explain", &[&["--from", from, "tcp", "10.96.0.10:80"], more].concat())
     }
 
-    /// The client of that name and its address.
+    /// Returns the client of that name and its address.
     fn client(&self, name: &str) -> (Place, String) {
         let place = match name {
             "n1" => self.lab.node(name).host().clone(),
@@ -126,12 +126,12 @@ impl World {
         (place, address)
     }
 
-    /// What is said that the client sees: a verdict, and the servers that it may meet.
+    /// Returns the outcome that `explain` foretells the client: a verdict, and the servers that it may reach.
     fn said(&self, from: &str, proto: &str, target: &str) -> Result<(String, BTreeSet<String>)> {
         self.said_of(from, &[], proto, target)
     }
 
-    /// The same of a Pod that is looked up in `place`.
+    /// Returns the same for a Pod that is looked up in `place`.
     fn said_of(
         &self,
         from: &str,
@@ -152,7 +152,7 @@ impl World {
         Ok((verdict, servers))
     }
 
-    /// What it really sees, in the same words.
+    /// Returns the outcome that the client really sees, in the same words.
     fn seen(&self, place: &Place, proto: &str, target: &str) -> Result<(String, BTreeSet<String>)> {
         let connect = place.connect(target).timeout(PATIENCE);
         let connect = if proto == "udp" { connect.udp() } else { connect };
@@ -189,7 +189,7 @@ fn server_of(endpoint: &str) -> Option<String> {
 fn a_client_sees_what_was_explained() -> Result<()> {
     let world = World::new()?;
     for (client, proto, target, verdict, servers) in [
-        // Served, by every kind of client.
+        // Served, from every kind of client.
         ("P", "tcp", "10.96.0.10:80", "served", &["L1", "L2", "R1"][..]),
         ("n1", "tcp", "10.96.0.10:80", "served", &["L1", "L2", "R1"]),
         ("X", "tcp", "10.96.0.10:80", "served", &["L1", "L2", "R1"]),
@@ -197,16 +197,16 @@ fn a_client_sees_what_was_explained() -> Result<()> {
         // A nodePort with a Local policy: near clients need no local endpoint.
         ("X", "tcp", "192.0.2.10:30080", "served", &["L1", "L2"]),
         ("P", "tcp", "192.0.2.10:30080", "served", &["L1", "L2", "R1"]),
-        // An address that is no nodePort address, a port that is nobody's, a port of the host.
+        // An address that is no nodePort address, a port that nobody has, a port of the host.
         ("P", "tcp", "198.51.100.10:30080", "not-ours", &[]),
         ("X", "tcp", "192.0.2.10:9", "not-ours", &[]),
         ("P", "tcp", "10.96.0.10:81", "refused", &[]),
         ("X", "tcp", "10.96.0.10:81", "refused", &[]),
-        // Nobody there.
+        // No endpoint at all.
         ("P", "tcp", "10.96.0.20:80", "refused", &[]),
         ("n1", "udp", "10.96.0.20:80", "refused", &[]),
         ("X", "udp", "10.96.0.20:80", "refused", &[]),
-        // Nobody here.
+        // No endpoint on this node.
         ("P", "tcp", "10.96.0.40:80", "dropped", &[]),
         ("n1", "tcp", "10.96.0.40:80", "denied", &[]),
         ("X", "tcp", "10.96.0.40:80", "dropped", &[]),
@@ -218,10 +218,10 @@ fn a_client_sees_what_was_explained() -> Result<()> {
         ("Y", "tcp", "198.18.0.50:80", "dropped", &[]),
         ("P", "tcp", "198.18.0.50:80", "dropped", &[]),
         ("n1", "tcp", "198.18.0.50:80", "denied", &[]),
-        // Terminating only, and terminating beside a ready one.
+        // Only a terminating endpoint, and a terminating one beside a ready one.
         ("P", "tcp", "10.96.0.60:80", "served", &["L2"]),
         ("P", "tcp", "10.96.0.70:80", "served", &["L1"]),
-        // Nothing of ours.
+        // An address that is not of a Service.
         ("P", "tcp", "10.64.1.11:8080", "not-ours", &[]),
     ] {
         let (place, address) = world.client(client);
@@ -252,7 +252,7 @@ fn who_is_remembered_is_told() -> Result<()> {
     Ok(())
 }
 
-/// Its endpoints with the reasons, and whether an agent has told them.
+/// Returns the endpoints of the Service with their reasons, and whether an agent has given them.
 fn reasons(world: &World) -> Result<(bool, Vec<(String, String)>)> {
     let explanation = world.agent.tool("explain", &["tcp", "10.96.0.70:80"])?;
     let service = &explanation["service"];
@@ -301,7 +301,7 @@ fn it_works_without_an_agent_and_refuses_what_cannot_be() -> Result<()> {
     Ok(())
 }
 
-/// A Pod in namespace `shop`.
+/// Returns a Pod in namespace `shop`.
 fn pod(name: &str, node: &str, host_network: bool, addresses: &[&str]) -> Value {
     let ips: Vec<Value> = addresses.iter().map(|ip| json!({ "ip": ip })).collect();
     json!({
@@ -361,7 +361,7 @@ fn a_client_may_be_the_name_of_a_pod() -> Result<()> {
             .collect();
         assert_eq!(kinds, [&json!("host")]);
     }
-    // What is said of it by name is what it sees.
+    // The explanation of a client given by name is true.
     let (place, _) = world.client("P");
     let said = world.said_of("shop/client", &["--kubeconfig", &kubeconfig], "tcp", "10.96.0.10:80")?;
     assert_eq!(world.seen(&place, "tcp", "10.96.0.10:80")?, said);
@@ -407,7 +407,7 @@ fn a_pod_that_has_opted_out_is_told_of_its_packets() -> Result<()> {
     assert_eq!((&packets["client"], &packets["verdict"]), (&json!("pod-packets"), &json!("served")));
     let said = world.said_of("shop/client", &place, "tcp", "10.96.0.10:80")?;
     assert_eq!(world.seen(&inside, "tcp", "10.96.0.10:80")?, said);
-    // Whose address it is does not tell.
+    // The address alone does not show whether its pod has opted out.
     let note = world.cart("10.64.1.50", &[])?["clientNote"].clone();
     assert!(note.as_str().is_some_and(|note| note.contains("opted out of the socket edge (1)")), "{note}");
     Ok(())

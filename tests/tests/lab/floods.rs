@@ -1,7 +1,8 @@
-//! The packet edge under floods and with full tables: what is established stays, and what is turned away is counted.
+//! The packet edge under floods and with full tables: established flows stay, and refused ones are counted.
 //!
-//! Connections are real ones, of a client outside through a nodePort, and carry data all the time. Floods are SYNs from
-//! invented addresses, as fast as this machine sends them, to a pod that listens and answers them into a black hole.
+//! Connections are real ones, of a client outside through a nodePort, and carry data all the time. Floods are SYNs
+//! from invented addresses, as fast as this machine sends them. The pod that they go to listens, and answers them
+//! into a black hole.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -16,14 +17,14 @@ use proxy_tests::floods::{
 };
 use proxy_tests::scenarios::until;
 
-/// Packets of a flood that counts: thirty times what the table of new flows holds.
+/// Packets of a flood that counts: thirty times the room of the table of new flows.
 const PACKETS: u64 = 2_000_000;
-/// Connections that have to live.
+/// Connections that must survive.
 const CONNECTIONS: usize = 1000;
-/// Clients that come while there is a flood.
+/// Clients that come during a flood.
 const LATE: usize = 50;
 
-/// Where tests are threads of one process, they take turns: each wants the whole machine.
+/// Takes a turn: tests that are threads of one process would each want the whole machine.
 fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
@@ -46,7 +47,7 @@ impl Scene {
         Ok(scene)
     }
 
-    /// Every connection carries data.
+    /// Checks that every connection carries data.
     fn unharmed(&self) -> Result<Outcome> {
         self.crowd.go_on(1)?;
         let outcome = self.crowd.outcome();
@@ -54,14 +55,14 @@ impl Scene {
         Ok(outcome)
     }
 
-    /// The flows that are never evicted.
+    /// Returns the flows that are never evicted.
     fn assured(&self) -> Result<BTreeSet<FlowKey>> {
         let mut keys = BTreeSet::new();
         self.ground.maps()?.flow_maps().flows.for_each(|(key, _)| _ = keys.insert(key))?;
         Ok(keys)
     }
 
-    /// Sends a flood, with `meanwhile` beside it, and looks whether it has arrived and what it has done.
+    /// Sends a flood, with `meanwhile` beside it. Returns its result, after a check that it has arrived.
     fn flood(&mut self, flood: Flood, meanwhile: impl FnOnce(&mut Ground) -> Result<()>) -> Result<Flooded> {
         let assured = self.assured()?;
         let before = Counts::read(&self.ground)?;
@@ -81,7 +82,7 @@ impl Scene {
     }
 }
 
-/// What the datapath says.
+/// Counters of the datapath.
 #[derive(Clone, Copy, Debug)]
 struct Counts {
     /// Flows that were begun, those of them that got no source port, and those for which there was no room at all.
@@ -90,7 +91,7 @@ struct Counts {
     no_room: u64,
     /// Packets of the pods to their clients.
     answers: u64,
-    /// Elements of `NEW_FLOWS`, and how many there can be.
+    /// Elements of `NEW_FLOWS`, and its capacity.
     new: u64,
     new_capacity: u64,
 }
@@ -110,7 +111,7 @@ impl Counts {
     }
 }
 
-/// What a flood has done.
+/// Result of a flood.
 struct Flooded {
     sent: Sent,
     outcome: Outcome,
@@ -131,13 +132,14 @@ impl Flooded {
         self.after.flows - self.before.flows
     }
 
-    /// The packets have reached the datapath and the pod, and have pushed each other out of the table of new flows.
+    /// Checks that the packets have reached the datapath and the pod, and have evicted each other from the table of
+    /// new flows.
     fn arrived(&self) {
         let Self { sent, before, after, .. } = self;
         assert!(self.begun() >= sent.packets / 100 * 99, "{self}");
         // The pod does not answer all: its own queue overflows now and then.
         assert!(after.answers - before.answers >= sent.packets / 2, "{self}");
-        // Each CPU keeps a few elements in stock.
+        // Each CPU keeps a few free elements.
         assert!(after.new >= after.new_capacity / 100 * 95, "{self}");
         assert!(self.begun() - after.new >= 10 * after.new_capacity, "{self}");
         assert_eq!(after.no_room, 0, "{self}");
@@ -166,8 +168,8 @@ fn a_flood_breaks_no_established_connection_while_no_agent_runs() -> Result<()> 
     Ok(())
 }
 
-/// Each flow to another node needs a port of ours as its source, of which there are fewer than new flows. Meanwhile the
-/// agent dies and another one takes over, and clients come.
+/// Each flow to another node needs a port of ours as its source, and there are fewer ports than new flows. Meanwhile
+/// the agent is killed and another one takes over, and clients come.
 #[test]
 fn a_flood_towards_another_node_leaves_ports_to_clients() -> Result<()> {
     let _turn = alone();
@@ -186,7 +188,7 @@ fn a_flood_towards_another_node_leaves_ports_to_clients() -> Result<()> {
     Ok(())
 }
 
-/// Packets that pretend to come from the node itself, by all of its ports. They must not be taken for its own
+/// Packets that pretend to come from the node itself, by all of its ports. They must not be taken for the node's own
 /// connections to the pod, which look the same between the edges.
 #[test]
 fn nobody_comes_with_the_nodes_own_address() -> Result<()> {
@@ -205,8 +207,8 @@ fn nobody_comes_with_the_nodes_own_address() -> Result<()> {
     Ok(())
 }
 
-/// Resets by every port of the client's address, with sequence numbers by chance. The backend does not believe them; who
-/// says nothing for a while must not lose the flow by them.
+/// Resets by every port of the client's address, with random sequence numbers. The backend ignores them. A connection
+/// that is silent for a while must not lose its flow by them.
 #[test]
 fn resets_in_the_name_of_a_client_end_nothing() -> Result<()> {
     let _turn = alone();
@@ -220,12 +222,12 @@ fn resets_in_the_name_of_a_client_end_nothing() -> Result<()> {
     eprintln!("{:.0}/s", resets.send(&ground.attacker())?.rate());
     crowd.go_on(0)?;
     let outcome = crowd.outcome();
-    // One in 65536 fits by chance.
+    // One of 65536 resets fits by chance.
     assert!(outcome.alive >= CONNECTIONS - 3, "{outcome:?}");
     Ok(())
 }
 
-/// A node with room for as many flows as there are [`CONNECTIONS`].
+/// Returns a node with room for [`CONNECTIONS`] flows.
 fn small() -> Result<Ground> {
     Ground::new(&[("flow-table-size", &CONNECTIONS.to_string())])
 }
@@ -234,8 +236,8 @@ fn open(ground: &Ground, way: Way, count: usize) -> Result<Crowd> {
     Crowd::open(&ground.client(), Ground::target(Backend::Local), way, count)
 }
 
-/// Everybody is served; as many as there is room for are safe from eviction, and the others are counted. Returns how many
-/// those are.
+/// Checks that every connection is served, that as many as there is room for are safe from eviction, and that the
+/// others are counted. Returns the number of the others.
 fn served_and_counted(ground: &Ground, crowds: &[&Crowd]) -> Result<u64> {
     let mut opened = 0;
     for crowd in crowds {
@@ -247,7 +249,7 @@ fn served_and_counted(ground: &Ground, crowds: &[&Crowd]) -> Result<u64> {
     let maps = ground.maps()?;
     let (safe, others) = (maps.flow_maps().flows.count()?, maps.flow_maps().new_flows.count()?);
     eprintln!("{opened} flows: {safe} safe, {others} not");
-    // CPUs may take the last place at the same time.
+    // Several CPUs may take the last place at the same time.
     let room = CONNECTIONS as u64;
     assert!((room..room + 8).contains(&safe), "{safe} flows in the table");
     assert_eq!(safe + others, opened);
@@ -266,7 +268,7 @@ fn connections_beyond_the_table_are_served_and_counted() -> Result<()> {
     served_and_counted(&ground, &[&first, &second])?;
     let late = open(&ground, Way::Tcp, CONNECTIONS / 20)?;
     let others = served_and_counted(&ground, &[&first, &second, &late])?;
-    // When some have ended, and the agent has collected them, there is room for all.
+    // When some connections have ended, and the agent has collected their flows, there is room for all.
     first.end()?;
     let left = second.outcome().alive + late.outcome().alive;
     until("room for all", || {

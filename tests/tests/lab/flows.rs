@@ -1,5 +1,5 @@
-//! The maps of the packet edge in a real kernel, as the agent writes, reads and clears them. Flows are put there by the
-//! test, in every state that the datapath knows.
+//! The maps of the packet edge in a real kernel, as the agent writes, reads and clears them. The test itself writes
+//! the flows, in every state that the datapath knows.
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -37,7 +37,7 @@ const CAPACITY: Capacity =
     Capacity { frontends: 16, services: 8, slots: 16, backends: 16, source_ranges: 64 };
 const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 
-/// A node with maps of its own and nobody who uses them.
+/// A node with its own maps, which nothing else uses.
 struct Bench {
     dataplane: Dataplane,
     pins: PinDir,
@@ -72,7 +72,8 @@ impl Bench {
 const POD: Origin = Origin::pod(7);
 const OUTSIDE: Origin = Origin::OUTSIDE;
 
-/// A record: its client is 203.0.113.7 with this port, and the backend sees another one if the flow is from outside.
+/// Returns a record of the client 203.0.113.7 with this port. The backend sees another source if the flow is from
+/// outside.
 fn record(origin: Origin, proto: u8, client_port: u16, state: u32, last_seen: u64) -> (FlowKey, Flow) {
     let key = FlowKey {
         source: Addr::v4([203, 0, 113, 7]),
@@ -108,7 +109,7 @@ fn indexes((key, flow): &(FlowKey, Flow)) -> Vec<(FlowKey, FlowRef)> {
     [vip_index(key, flow)].into_iter().chain(snat).collect()
 }
 
-/// Writes records with their indexes where flows go that are not evicted.
+/// Writes records with their index entries into the maps that are not evicted.
 fn put(maps: &mut FlowMaps, records: &[(FlowKey, Flow)]) -> Result<()> {
     for record in records {
         maps.flows.add(&record.0, &record.1)?;
@@ -119,7 +120,7 @@ fn put(maps: &mut FlowMaps, records: &[(FlowKey, Flow)]) -> Result<()> {
     Ok(())
 }
 
-/// The keys of both maps.
+/// Returns the keys of both maps.
 fn keys(maps: &FlowMaps) -> Result<(BTreeSet<FlowKey>, BTreeSet<FlowKey>)> {
     let (mut records, mut index) = (BTreeSet::new(), BTreeSet::new());
     maps.flows.for_each(|(key, _)| assert!(records.insert(key), "{key:?} was met twice"))?;
@@ -155,7 +156,7 @@ fn what_has_expired_is_collected_and_nothing_else() -> Result<()> {
     ];
     let closed = (OUTSIDE, FIN_REQUEST | FIN_REPLY | ASSURED);
     let (mut live, mut dead) = (Vec::new(), Vec::new());
-    // Enough for several steps of the walk.
+    // Enough flows for several steps of the walk.
     for number in 0..1500 {
         for (proto, state) in states.iter().chain([&closed]).flat_map(|state| [(TCP, *state), (UDP, *state)])
         {
@@ -169,7 +170,7 @@ fn what_has_expired_is_collected_and_nothing_else() -> Result<()> {
     put(&mut maps, &live)?;
     put(&mut maps, &dead)?;
 
-    // The client has another flow by the tuple of one that has expired: another backend, and its index entry.
+    // The client has another flow by the tuple of an expired one: another backend, and the index entry.
     let (old, flow) = dead[0];
     let other = FlowKey { destination: Addr::v4([10, 64, 2, 22]), ..old };
     let other = (other, Flow { check: other.check(), last_seen: late, ..flow });
@@ -178,7 +179,7 @@ fn what_has_expired_is_collected_and_nothing_else() -> Result<()> {
     maps.index.remove(&index)?;
     maps.index.add(&index, &target)?;
     live.push(other);
-    // One whose record has gone, and one whose record is among those that can be evicted.
+    // An entry whose record has gone, and an entry whose record is among the evictable ones.
     let (gone, evictable) = (record(OUTSIDE, TCP, 60_001, 0, late), record(OUTSIDE, TCP, 60_002, 0, late));
     for (index, target) in indexes(&gone).into_iter().chain(indexes(&evictable)) {
         maps.index.add(&index, &target)?;
@@ -210,8 +211,8 @@ fn flows_that_come_and_go_meanwhile_are_let_alone() -> Result<()> {
     let steady: Vec<_> = (1..=5000).map(|port| record(OUTSIDE, TCP, port, ASSURED, late)).collect();
     put(&mut maps, &steady)?;
     let mut writer = bench.flows()?;
-    // Records come with their index, live or expired, and some go by themselves: beside the walk, elements move into
-    // and out of its buckets all the time.
+    // Records are added with their index entries, live or expired, and some are removed: during the walk, elements
+    // move into and out of its buckets all the time.
     let writing = thread::spawn(move || -> Result<Vec<(FlowKey, Flow)>> {
         let mut stay = Vec::new();
         for port in 10_000..40_000 {
@@ -237,7 +238,7 @@ fn flows_that_come_and_go_meanwhile_are_let_alone() -> Result<()> {
         dangling += collected.dangling;
         passes += 1;
         // A record that is written expired may be collected before its index entries are written, which then dangle.
-        // Otherwise records come before their index and go after it.
+        // Otherwise a record is written before its entries and removed after them.
         assert!(
             dangling <= 2 * expired,
             "{dangling} entries without a record, {expired} records have expired"
@@ -328,13 +329,13 @@ fn flows_are_shown_in_words() -> Result<()> {
             flow(OUTSIDE, 1001, REPLIED | ASSURED, 5, &as_it_is),
             flow(POD, 1002, ASSURED | FIN_REPLY, 0, &as_it_is),
             flow(POD, 1003, ASSURED | FIN_REPLY | FIN_REQUEST, 0, &as_it_is),
-            // Where two flows would have met, one has got another port.
+            // If two flows would have met, one has got another port.
             flow(POD, 1004, ASSURED, 0, &|key, _| key.source_port = Be16::new(12_345)),
-            // The Service that it began with is gone, and the id is another's.
+            // The Service that the flow began with is gone, and another Service has its id.
             flow(POD, 1005, ASSURED, 0, &|key, flow| {
                 (key.destination, flow.vip) = (Addr::v4([10, 64, 9, 9]), Addr::v4([10, 96, 0, 99]));
             }),
-            // Its backend has left the Service.
+            // The flow's backend has left the Service.
             flow(POD, 1006, ASSURED, 0, &|key, _| key.destination = Addr::v4([10, 64, 9, 9])),
         ],
     )?;
@@ -416,7 +417,7 @@ fn what_passed_for_a_service_is_shown_and_forgotten_with_it() -> Result<()> {
         reply_bytes: 5 * cpus,
     };
     assert_eq!(bench.maps().service_counters(3)?, sum);
-    // The name goes, and what was counted stays to be read; the next one starts from nothing.
+    // The name is removed, and the counters can still be read; the next Service starts from zero.
     bench.maps().apply(&Op::Name(3, None))?;
     assert_eq!(bench.maps().service_counters(3)?, sum);
     bench.maps().apply(&Op::Name(3, Some(name("t"))))?;
@@ -457,7 +458,7 @@ fn tries_hold_what_was_put_into_them() -> Result<()> {
     let usage = bench.maps().usage()?;
     assert!(usage.contains(&(maps::SOURCE_RANGES, 7, 64)), "{usage:?}");
 
-    // As a BPF program looks it up: the id with a whole address.
+    // A lookup as a BPF program makes it: the id with a whole address.
     let trie = Map::LpmTrie(MapData::from_pin(bench.pins.map(maps::SOURCE_RANGES))?);
     let trie = LpmTrie::<_, [u8; 20], u32>::try_from(trie)?;
     let admits = |id: u32, client: &str| -> Result<bool> {
@@ -483,7 +484,7 @@ fn tries_hold_what_was_put_into_them() -> Result<()> {
         assert_eq!(admits(id, client)?, want, "{id} from {client}");
     }
 
-    // Removing is done when it is done, also if somebody else did it.
+    // Removing succeeds also if the element is already gone.
     for _ in 0..2 {
         bench.maps().apply(&Op::SourceRange(1, prefix("203.0.113.0/24")?, false))?;
         bench.maps().apply(&Op::PodSource(pods, false))?;
@@ -503,7 +504,7 @@ fn the_filter_keeps_what_flows_lead_to() -> Result<()> {
         let backend = Backend { addr, port: Be16::new(8080), pad: [0; 2], service: 1, state };
         bench.maps().apply(&Op::Backend(number.into(), backend))?;
     }
-    // All but the first leave their Service; the second and a fourth still have flows.
+    // All backends but the first leave their Service; the second and a fourth still have flows.
     for number in 2..=3 {
         bench.maps().apply(&Op::BackendState(number, BackendState { flags: 0, generation: 1 }))?;
     }
@@ -535,7 +536,7 @@ fn new_maps_know_what_older_flows_lead_to() -> Result<()> {
     let has = || -> Result<bool> {
         Ok(KernelMaps::open(&pins, false)?.filter().get(word as usize).is_some_and(|bits| bits & mask != 0))
     };
-    // Nobody has told the filter yet; a new agent does, whether it takes the maps over or has to replace them.
+    // Nothing has told the filter yet. A new agent does, whether it takes the maps over or replaces them.
     assert!(!has()?);
     world.agent(NODE).kill9()?;
     world.agent(NODE).start_ready()?;

@@ -1,4 +1,4 @@
-//! The lab itself: routing, servers, clients, confinement, and that nothing of it stays.
+//! The lab itself: routing, servers, clients, confinement, and the removal of everything in the end.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use proxy_tests::lab::{Attempt, Lab, LabSpec, Place, Proto, Summary};
 
-/// One attempt from `client` to `target` has to be answered by `server`, which has to see the address `seen`.
+/// Checks that one attempt from `client` to `target` is answered by `server`, which sees the address `seen`.
 #[track_caller]
 fn check(client: &Place, target: &str, proto: Proto, server: &str, seen: &str) -> Result<Attempt> {
     let attempt = client.connect(target).proto(proto).one()?;
@@ -24,7 +24,7 @@ fn check(client: &Place, target: &str, proto: Proto, server: &str, seen: &str) -
 
 #[test]
 fn the_standard_world_is_up_at_once() -> Result<()> {
-    // The fastest of some: other tests run beside this one.
+    // The fastest of some builds counts, because other tests run at the same time.
     let mut best = Duration::MAX;
     for _ in 0..5 {
         let start = Instant::now();
@@ -85,7 +85,7 @@ fn curl_understands_the_http_server() -> Result<()> {
     let lab = Lab::cases()?;
     lab.pod("L1").serve().name("kubia-gzwli").http(8080).start()?;
     let mut curl = lab.pod("P").command("curl");
-    // Twice by one connection.
+    // Two requests on one connection.
     curl.args([
         "--silent",
         "--show-error",
@@ -120,7 +120,7 @@ fn failures_have_their_names() -> Result<()> {
         }
     }
 
-    // Silence: the endpoint's namespace discards what comes.
+    // Silence: the endpoint's namespace discards its replies.
     lab.pod("L1").net().ip("route add blackhole 10.64.1.50/32")?;
     for proto in [Proto::Tcp, Proto::Udp, Proto::UdpUnconnected, Proto::Ping] {
         let attempt = p.connect("10.64.1.11:8080").proto(proto).timeout(patience).one()?;
@@ -129,7 +129,7 @@ fn failures_have_their_names() -> Result<()> {
         assert!(elapsed >= patience && elapsed < patience * 4, "{proto:?} took {elapsed:?}");
     }
 
-    // What no node serves comes back from the hub, so that it differs from a dropped packet.
+    // An address that no node serves is answered by the hub, so that it differs from a dropped packet.
     for (client, target) in [(&*p, "198.18.5.5:80"), (&x, "198.18.5.5:80"), (&x, "[2001:db8:99::9]:80")] {
         let attempt = client.connect(target).one()?;
         assert_eq!(why(attempt), (false, "ENETUNREACH".to_owned(), "connect".to_owned()), "{target}");
@@ -284,7 +284,7 @@ fn processes_are_where_they_belong() -> Result<()> {
 #[test]
 fn pods_come_and_go() -> Result<()> {
     let lab = Lab::build(LabSpec::three_nodes()?.pod("n1", "P", &["10.64.1.50"])?)?;
-    // Once inside of the node's prefix, once outside of all prefixes.
+    // Once inside the node's prefix, once outside all prefixes.
     for (name, address) in [("kubia-7nog1", "10.64.2.7"), ("db", "172.16.2.44")] {
         let pod = lab.add_pod("n2", name, &[address])?;
         pod.serve().tcp(8080).start()?;
@@ -318,7 +318,7 @@ fn outside_traffic_for_services_follows_the_chosen_node() -> Result<()> {
     Ok(())
 }
 
-/// Every directory that the lab of `lab` has in the kernel.
+/// Returns every directory that the lab `lab` has in the kernel.
 fn traces(lab: &Lab) -> Result<Vec<PathBuf>> {
     let node = lab.node("n1");
     let cgroup = node.cgroup().parent().context("no parent")?.to_path_buf();
@@ -345,7 +345,7 @@ fn two_labs_beside_each_other_leave_nothing() -> Result<()> {
     for (lab, name) in [(&first, "one"), (&second, "two")] {
         lab.pod("L1").serve().name(name).tcp(8080).start()?;
     }
-    // The same addresses, other pods.
+    // The same addresses belong to other pods.
     for (lab, name) in [(&first, "one"), (&second, "two")] {
         check(&lab.pod("P"), "10.64.1.11:8080", Proto::Tcp, name, "10.64.1.50")?;
     }
@@ -399,7 +399,7 @@ fn a_panic_cleans_up() -> Result<()> {
     Ok(())
 }
 
-/// Not a test of its own: the process that [`a_killed_process_is_swept_up`] kills.
+/// The process that [`a_killed_process_is_swept_up`] kills; not a test of its own.
 #[test]
 #[ignore = "run by a_killed_process_is_swept_up"]
 fn victim() -> Result<()> {
@@ -431,7 +431,7 @@ fn a_killed_process_is_swept_up() -> Result<()> {
     let (server, paths) = line.split_once(' ').context("the victim names nothing")?;
     let paths: Vec<_> = paths.split(' ').map(PathBuf::from).collect();
 
-    // Its children die at once and by themselves; what the kernel keeps goes with the next lab.
+    // The children die at once and by themselves; the next lab removes the rest from the kernel.
     let deadline = Instant::now() + Duration::from_secs(5);
     while is_alive(server.parse()?) {
         ensure!(Instant::now() < deadline, "the server {server} outlives its lab");

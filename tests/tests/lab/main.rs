@@ -1,5 +1,5 @@
-//! The suite `lab`: the agent itself in nodes, pods and clients made of network namespaces. It sees what users of a cluster
-//! see, which is the fate of real connections, and what operators see: the agent's answers, its files and its log. It needs
+//! The suite `lab`: the agent itself in nodes, pods and clients made of network namespaces. It sees the outcomes of
+//! real connections, as users of a cluster do, and the agent's answers, files and log, as operators do. It needs
 //! root.
 
 mod cases;

@@ -1,4 +1,4 @@
-//! `proxy-agent monitor` tells what is decided while it runs, and costs nothing afterwards.
+//! `proxy-agent monitor` prints the datapath's decisions while it runs, and costs nothing afterwards.
 
 use std::io::Read as _;
 use std::process::Stdio;
@@ -18,7 +18,7 @@ use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A monitor that runs.
+/// A running monitor.
 struct Monitor(Proc);
 
 impl Monitor {
@@ -26,12 +26,12 @@ impl Monitor {
         let mut command = world.command(NODE, "monitor")?;
         command.args(["-o", "json"]).args(args).stdout(Stdio::piped());
         let monitor = Self(command.spawn()?);
-        // One that was killed may have left its word, which is over.
+        // A killed monitor may have left its request, which has expired.
         wait("nobody watches", || Ok(trace(world)?.until > now()))?;
         Ok(monitor)
     }
 
-    /// Ends it, and returns what it has told.
+    /// Ends the monitor, and returns its events.
     fn end(mut self) -> Result<Vec<Value>> {
         self.0.signal(Signal::INT)?;
         let mut text = String::new();
@@ -51,14 +51,14 @@ fn wait(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     Ok(())
 }
 
-/// What the datapath has been asked to tell.
+/// Returns the trace that the datapath has been asked for.
 fn trace(world: &World) -> Result<Trace> {
     let pins = PinDir::new(world.lab().node(NODE).pin_dir());
     let map = Array::<_, Trace>::try_from(Map::Array(MapData::from_pin(pins.map(maps::TRACE))?))?;
     Ok(map.get(&0, 0)?)
 }
 
-/// Events of which each of `fields` is so.
+/// Returns the events that have these values of `fields`.
 fn of<'a>(events: &'a [Value], fields: &[(&str, &str)]) -> Vec<&'a Value> {
     let is_so = |event: &&Value| fields.iter().all(|(name, want)| event[*name] == *want);
     events.iter().filter(is_so).collect()
@@ -88,7 +88,7 @@ fn what_is_decided_is_told_while_somebody_watches() -> Result<()> {
     assert!(flow["source"].as_str().is_some_and(|source| source.starts_with(OUTSIDE_ADDRESS)), "{flow}");
     assert_eq!((&flow["direction"], &flow["protocol"]), (&"in".into(), &"TCP".into()), "{flow}");
     let backend = flow["newDestination"].as_str().context("translated")?;
-    // Answers come from there, and seem to come from the nodePort.
+    // Replies come from the backend, and leave with the nodePort as source.
     let answers = of(&events, &[("what", "packet"), ("source", backend), ("newSource", node_port)]);
     assert!(answers.len() > 2 && answers.iter().all(|answer| answer["direction"] == "out"), "{}", told());
     let connected = of(&events, &[("what", "connected"), ("at", "socket"), ("destination", vip)]);
@@ -96,7 +96,7 @@ fn what_is_decided_is_told_while_somebody_watches() -> Result<()> {
     let refused = of(&events, &[("what", "reject_no_endpoint"), ("destination", nobody)]);
     assert!(refused.len() == 1 && refused[0]["newDestination"].is_null(), "{}", told());
 
-    // Without anybody who watches, and of other Services, nothing is told.
+    // Without a monitor, no events are sent; with a filter, none of other Services.
     assert_eq!(trace(&world)?, Trace::default());
     world.outside().connect(node_port).http().times(1).run()?;
     let monitor = Monitor::start(&world, &["--service", service])?;
@@ -111,7 +111,7 @@ fn what_is_decided_is_told_while_somebody_watches() -> Result<()> {
 fn a_monitor_that_is_killed_leaves_nothing_on() -> Result<()> {
     let world = World::start(&["s08-nodeport.yaml"])?;
     Monitor::start(&world, &[])?.0.kill9();
-    // The word is there still, and is over.
+    // The request is still there, and has expired.
     let until = trace(&world)?.until;
     wait("it does not end", || Ok(now() > until))?;
     world.client().connect("10.111.254.223:80").http().times(1).run()?;

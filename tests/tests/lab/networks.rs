@@ -1,5 +1,5 @@
 //! The lab's networks of other shapes, and the rules that they may have: pods, nodes and clients reach each other as
-//! such a network lets them, before there is any proxy.
+//! such a network allows, without any proxy.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use proxy_tests::lab::network::{Network, NodeLinks, PodLinks, Rules};
 use proxy_tests::lab::{Lab, LabSpec, Place, Proto};
 
-/// Who sees whom: `client` reaches `server` at `target` and is seen as `seen`.
+/// Checks that `client` reaches `server` at `target` and is seen as `seen`.
 #[track_caller]
 fn reaches(client: &Place, target: &str, server: &str, seen: &str) -> Result<()> {
     for proto in [Proto::Tcp, Proto::Udp] {
@@ -19,7 +19,7 @@ fn reaches(client: &Place, target: &str, server: &str, seen: &str) -> Result<()>
     Ok(())
 }
 
-/// Silence, or a kernel that knows no way.
+/// Checks that there is no answer, or that a kernel knows no route.
 fn does_not_reach(client: &Place, target: &str) -> Result<()> {
     let attempt = client.connect(target).timeout(Duration::from_millis(300)).one()?;
     let error = attempt.error.as_deref().unwrap_or("answered");
@@ -38,7 +38,7 @@ fn lab(network: Network) -> Result<Lab> {
     Ok(lab)
 }
 
-/// Pods reach pods of their own node and of another by their own addresses.
+/// Checks that pods reach pods of their own node and of another by their own addresses.
 fn pods_reach_pods(lab: &Lab) -> Result<()> {
     let p = lab.pod("P");
     reaches(&p, "10.64.1.11:8080", "L1", "10.64.1.50")?;
@@ -70,7 +70,7 @@ fn an_overlay() -> Result<()> {
         let n1 = lab.node("n1").host();
         reaches(n1, "10.64.2.21:8080", "R1", "10.64.1.254")?;
         reaches(n1, "[fd00:64:0:2::21]:8080", "V2", "fd00:64:0:1::fe")?;
-        // Nobody outside knows of pods.
+        // The network outside has no route to pods.
         does_not_reach(&lab.client("X"), "10.64.1.11:8080")?;
     }
     Ok(())
@@ -129,7 +129,7 @@ fn a_second_device() -> Result<()> {
     let rules = Rules { strict_rp_filter: true, ..Rules::default() };
     let lab = Lab::build(spec.network(Network { nodes: NodeLinks::Eth1, rules, ..Network::default() }))?;
     lab.through_eth1("Y", "n1")?;
-    // An address that n1 passes on, so that one can see which way it came.
+    // An address that n1 forwards, so that the server sees which way the packet came.
     let elsewhere = lab.add_client("elsewhere", &["198.18.5.5"])?;
     for place in [&elsewhere, &lab.pod("R1")] {
         place.serve().tcp(8080).udp(8080).start()?;

@@ -1,5 +1,5 @@
-//! kube-proxy's rules (what of them moves packets) and Vipr on one node, one after the other: what becomes of open
-//! connections, which `deploy/from-kube-proxy.md` tells.
+//! kube-proxy's rules (those that move packets) and Vipr on one node, one after the other: the fate of open
+//! connections, as `deploy/from-kube-proxy.md` describes it.
 
 use std::fs;
 use std::time::Duration;
@@ -11,8 +11,8 @@ use tempfile::TempDir;
 
 const VIP: &str = "10.96.0.10:80";
 const NODE_PORT: &str = "192.0.2.10:30080";
-/// As kube-proxy does it: destinations are translated in the kernel's connection table, and clients from outside are
-/// hidden.
+/// Rules like kube-proxy's: destinations are translated by the kernel's connection tracking, and the addresses of
+/// clients outside are masqueraded.
 const RULES: &str = "table ip rules {
   chain translate {
     ip daddr 10.96.0.10 tcp dport 80 dnat to 10.64.1.11:8080
@@ -22,7 +22,7 @@ const RULES: &str = "table ip rules {
   chain out { type nat hook output priority -100; jump translate; }
   chain post { type nat hook postrouting priority srcnat; ct status dnat oifname eth0 masquerade; }
 }";
-/// A table as iptables makes it, with a rule such as CNIs have it: somebody else translates, too.
+/// A table as iptables makes it, with a rule such as CNIs have, so that there is another translation.
 const OTHERS: &str = "table ip nat {
   chain PREROUTING { type nat hook prerouting priority dstnat; }
   chain INPUT { type nat hook input priority 100; }
@@ -70,7 +70,7 @@ impl World {
         Ok(agent)
     }
 
-    /// Connections of a pod and of a client outside.
+    /// Opens connections of a pod and of a client outside.
     fn open(&self) -> Result<[Held; 2]> {
         let held = [self.lab.pod("P").hold(VIP).open()?, self.lab.client("X").hold(NODE_PORT).open()?];
         for held in &held {
@@ -87,7 +87,7 @@ impl World {
     }
 }
 
-/// Whether a connection is still there.
+/// Returns whether a connection still works.
 fn lives(held: &mut Held) -> Result<bool> {
     let answer = held.say("still there?")?;
     Ok(answer.ok)
@@ -101,7 +101,7 @@ fn connections_outlive_the_swap() -> Result<()> {
     let [mut pod, mut outside] = world.open()?;
     let mut agent = world.agent()?;
     assert_eq!((lives(&mut pod)?, lives(&mut outside)?), (true, true), "with both");
-    // New ones are Vipr's: the pod is connected to its backend directly.
+    // New connections are Vipr's: the pod is connected to its backend directly.
     let [mut new_pod, mut new_outside] = world.open()?;
     world.nft("delete table ip rules")?;
     assert_eq!((lives(&mut new_pod)?, lives(&mut new_outside)?), (true, true), "new ones");
@@ -110,7 +110,7 @@ fn connections_outlive_the_swap() -> Result<()> {
     Ok(())
 }
 
-/// The kernel follows connections, and translates them, for as long as there is any rule that asks for it.
+/// The kernel tracks and translates connections as long as there is any rule that needs it.
 #[test]
 fn where_nobody_else_translates_old_connections_end_with_the_rules() -> Result<()> {
     let world = World::new()?;
@@ -136,7 +136,7 @@ fn on_the_way_back_pods_keep_their_connections_and_clients_outside_lose_theirs()
     agent.terminate().context("SIGTERM")?;
     assert_eq!((lives(&mut pod)?, lives(&mut outside)?), (true, true), "without an agent");
     world.cleanup()?;
-    // The kernel detaches a little later.
+    // The kernel detaches the programs a little later.
     outside.say_until(Duration::from_secs(5), |answer| !answer.ok)?;
     assert!(lives(&mut pod)?, "after cleanup");
     let [mut pod, mut outside] = world.open()?;

@@ -1,9 +1,9 @@
-//! A little of everything ([`proxy_tests::cases::smoke`]) on networks of other shapes than that of the cases, and beside
-//! rules that others have put into the kernel. Each test runs with pods whose sockets are seen, and with pods whose
+//! A few checks of everything ([`proxy_tests::cases::smoke`]) on networks of other shapes than that of the cases, and
+//! beside rules of other programs in the kernel. Each test runs with pods whose sockets are seen, and with pods whose
 //! packets are.
 //!
-//! Bridged packets meet netfilter (`bridge-nf-call-iptables`), as on every node of a cluster: without it the kernel's
-//! connection tracking sees one direction only of what two pods of one bridge say to each other.
+//! Bridged packets meet netfilter (`bridge-nf-call-iptables`), as on every node of a cluster. Otherwise the kernel's
+//! connection tracking would see only one direction of a connection between two pods of one bridge.
 
 use std::cell::RefCell;
 use std::fmt::Write as _;
@@ -25,10 +25,10 @@ use tempfile::TempDir;
 
 use crate::live;
 
-/// X by both families.
+/// Addresses of X, one of each family.
 const X: [&str; 2] = ["203.0.113.7", "2001:db8:ff::7"];
 
-/// The smoke cases on the nodes, pods and clients of the cases.
+/// Runs the smoke cases on the nodes, pods and clients of the cases.
 fn run(network: Network) -> Result<()> {
     run_on(LabSpec::cases()?.network(network), |_| Ok(()))
 }
@@ -43,7 +43,7 @@ fn run_on(spec: LabSpec, prepare: impl Fn(&Lab) -> Result<()>) -> Result<()> {
     Ok(())
 }
 
-/// Each node has one address, which is a Service's.
+/// Each node has one address, which also belongs to a Service.
 #[test]
 fn services_at_the_address_of_the_node() -> Result<()> {
     for pods in [Pods::Seen, Pods::Unseen] {
@@ -116,13 +116,13 @@ fn an_overlay_between_nodes_with_everything() -> Result<()> {
     run(overlay(PodLinks::Routed, Rules::all(&X)))
 }
 
-/// As flannel makes it.
+/// The network as flannel makes it.
 #[test]
 fn an_overlay_between_bridges_with_everything() -> Result<()> {
     run(overlay(PodLinks::Bridged, Rules::all(&X)))
 }
 
-/// n1 to n3 have a second device each, by which nodes reach each other's pods.
+/// Returns the lab of the cases with a second device on n1 to n3, by which nodes reach each other's pods.
 fn two_devices(rules: Rules) -> Result<LabSpec> {
     let mut spec = LabSpec::cases()?;
     for (node, number) in spec.nodes.iter_mut().zip([10, 20, 30]) {
@@ -145,8 +145,9 @@ fn two_devices_and_a_client_through_the_second() -> Result<()> {
     run_on(two_devices(Rules::all(&X))?, through)
 }
 
-/// What pods send leaves by `eth1` of their node, whoever has asked them: as on EKS, where pods have addresses of a second device, and
-/// rules by which they leave. That network passes on no address that is not its own.
+/// Makes every packet of pods leave by `eth1` of their node, also replies to clients that came by `eth0`. On EKS,
+/// pods likewise have addresses of a second device, and rules by which their packets leave. That network passes on no
+/// address that is not its own.
 fn pods_by_eth1(lab: &Lab) -> Result<()> {
     by_eth1(lab)?;
     lab.hub().nft(
@@ -183,7 +184,8 @@ fn by_eth1(lab: &Lab) -> Result<()> {
 fn pods_that_are_routed_by_a_second_device() -> Result<()> {
     for rules in [
         Rules::default(),
-        // As AWS' CNI has it, connections to others than pods get the node's address. What conntrack finds invalid is dropped.
+        // As with AWS' CNI, connections to others than pods get the node's address. Packets that conntrack finds
+        // invalid are dropped.
         Rules { masquerade: true, forward_drop: true, ..Rules::default() },
     ] {
         let spec = two_devices(rules)?;
@@ -197,7 +199,7 @@ fn pods_that_are_routed_by_a_second_device() -> Result<()> {
 const FRONTENDS: [(&str, &str, &str); 2] =
     [("IPv4", "198.18.5.5", "10.64.1.50"), ("IPv6", "2001:db8:5::5", "fd00:64:0:1::50")];
 
-/// A Service at [`FRONTENDS`], port 80.
+/// Returns a Service at [`FRONTENDS`], port 80.
 fn at_frontends() -> Vec<Value> {
     let slices = FRONTENDS.map(|(family, _, pod)| {
         json!({
@@ -222,12 +224,12 @@ fn at_frontends() -> Vec<Value> {
     [service].into_iter().chain(slices).collect()
 }
 
-/// Packets that a device of n1 has sent.
+/// Returns the number of packets that a device of n1 has sent.
 fn sent(lab: &Lab, device: &str) -> Result<u64> {
     lab.node("n1").host().packets(device).map(|[_, sent]| sent)
 }
 
-/// Drops what passes the network between the nodes to or from (`end`) the client.
+/// Drops packets on the network between the nodes that come from or go to (`end`) the client.
 fn cut(lab: &Lab, end: &str) -> Result<()> {
     let [v4, v6] = X;
     lab.hub().nft(&format!(
@@ -248,7 +250,7 @@ fn mend(lab: &Lab, end: &str) -> Result<()> {
 /// A client that is connected to a Service at [`FRONTENDS`] by `eth0` of n1, whose pod is routed by `eth1`.
 struct Connected {
     held: Held,
-    // It runs in the lab.
+    // Dropped before the lab, in which it runs.
     _agent: Agent,
     lab: Lab,
     _manifests: TempDir,
@@ -282,7 +284,8 @@ impl Connected {
         Ok(())
     }
 
-    /// The client asks; once the answer has been lost, and sent again, something happens. Then it gets the answer.
+    /// Lets the client ask. Once the answer has been lost, and sent again, `what` is called. Then the client must get
+    /// the answer.
     fn is_answered_after(&mut self, what: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
         let Self { held, lab, .. } = self;
         cut(lab, "daddr")?;
@@ -305,13 +308,14 @@ fn at_each_frontend(test: impl Fn(SocketAddr) -> Result<()>) -> Result<()> {
     Ok(())
 }
 
-/// A connection goes on when the uplink by which its client has come is withdrawn while the server sends, and returns to it.
+/// A connection goes on when the client's uplink is withdrawn while the server sends. Later the connection returns to
+/// that uplink.
 #[test]
 fn an_uplink_that_is_withdrawn() -> Result<()> {
     at_each_frontend(|target| {
         let mut connected = Connected::open(target)?;
         connected.is_answered_after(|lab| {
-            // Of the client nothing more is heard until the answer has come.
+            // No packets of the client arrive until the answer has come.
             cut(lab, "saddr")?;
             lab.node("n1").host().net().ip("link set eth0 down")?;
             mend(lab, "daddr")
@@ -329,8 +333,8 @@ fn an_uplink_that_is_withdrawn() -> Result<()> {
     })
 }
 
-/// The network leads a client in by the other uplink, while the one before stays up but leads nowhere. What the client sends once more,
-/// because it has not heard that it has arrived, leads the answers to where it comes from.
+/// The network leads the client in by the other uplink, while the first uplink stays up but leads nowhere. The client
+/// repeats its data, which has not been acknowledged, and the replies then follow the new way.
 #[test]
 fn a_client_that_comes_by_another_uplink() -> Result<()> {
     at_each_frontend(|target| {
@@ -352,7 +356,8 @@ fn a_client_that_comes_by_another_uplink() -> Result<()> {
     })
 }
 
-/// The kernel drops what a client sends to a pod whose answers are routed by another device; whoever runs the node is told.
+/// With strict rp_filter, the kernel drops packets of a client to a pod whose replies are routed by another device.
+/// `status` reports that.
 #[test]
 fn a_filter_before_pods_of_another_device_is_told() -> Result<()> {
     let spec = two_devices(Rules { strict_rp_filter: true, ..Rules::default() })?;
@@ -369,7 +374,7 @@ fn a_filter_before_pods_of_another_device_is_told() -> Result<()> {
     by_eth1(&lab)?;
     let problem = until("the problem", told)?;
     ensure!(problem.contains("net/ipv4/conf/eth0/rp_filter=2"), "{problem}");
-    // A device that is loose counts as such, whatever all are. The rules tell that something has changed.
+    // The loose setting of one device overrides the setting of all. The new rule makes the agent look again.
     lab.node("n1").host().net().sysctl("net/ipv4/conf/eth0/rp_filter", "2")?;
     lab.node("n1").host().net().ip("rule add from 10.64.9.9 lookup 9")?;
     until("its end", || Ok(told()?.is_none().then_some(())))
@@ -430,9 +435,9 @@ impl Outer {
     }
 }
 
-/// A clusterIP of both.
+/// A clusterIP of both clusters.
 const CLUSTER_IP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10));
-/// The cgroups of the pods in which the nodes run.
+/// Cgroups of the pods in which the nodes run.
 const OUTER_PODS: [&str; 3] = [
     "kubepods/burstable/pod3f2b7c1e-0001-4a5b-8c9d-000000000001",
     "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod3f2b7c1e_0002_4a5b_8c9d_000000000002.slice",
@@ -447,7 +452,7 @@ fn a_cluster_in_pods_of_another() -> Result<()> {
     spec.nodes = spec.nodes.into_iter().zip(OUTER_PODS).map(in_pods).collect();
     let mut case = smoke();
     for step in &mut case.steps {
-        // Who is outside of both asks the outer one.
+        // A client outside of both clusters asks the outer one.
         step.checks.retain(|check| match check {
             Check::Connect(connect) => connect.sender != Sender::X || connect.dest.addr.ip() != CLUSTER_IP,
             Check::Open(..) | Check::Say(..) | Check::Frontends(..) | Check::ClusterSet(..) => true,
@@ -465,7 +470,7 @@ fn a_cluster_in_pods_of_another() -> Result<()> {
     Ok(())
 }
 
-/// Pods of other nodes are by `eth0`; the client's requests come by `eth1`.
+/// Pods of other nodes are reached by `eth0`; the client's requests come by `eth1`.
 #[test]
 fn a_client_through_a_device_that_nobody_else_uses() -> Result<()> {
     run_on(LabSpec::cases()?, |lab| lab.through_eth1("X", "n1"))

@@ -1,9 +1,9 @@
-//! Readers beside writers in a real kernel: sockets connect while the maps are rewritten as fast as that goes.
+//! Readers beside writers in a real kernel: sockets connect while the maps are rewritten as fast as possible.
 //!
-//! The kernel's hash reuses elements without waiting for readers, and numbers of the arrays come back all the time.
-//! Whatever a connect() reads in between, it has to end at a backend of the very Service that has the address, at
-//! the first try. The client is this test once more, in a process of its own in the node's cgroup; it looks at the
-//! record that the programs have left in its sockets' storage.
+//! The kernel's hash reuses elements without waiting for readers, and numbers of the arrays are reused all the time.
+//! Whatever a connect() reads in between, it must end at a backend of the Service that has the address, at the first
+//! try. The client is this test run once more, in a process of its own in the node's cgroup. It reads the record that
+//! the programs have left in its sockets' storage.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -36,23 +36,24 @@ use proxy_tests::lab::{Lab, LabSpec, NodeSpec};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity, set_current_timer_slack};
 
 const TIME: Duration = Duration::from_secs(4);
-/// Where the client finds the pins; what makes it the client.
+/// Variable with the client's path to the pins; it makes the process the client.
 const CLIENT: &str = "VIPR_TORN_CLIENT";
 /// Ranges that the steady Service's set is written to, one after the other.
 const RING: u32 = 8192;
-/// They do nothing but sleep for a moment: their timers interrupt the reader between any two of its loads, for long
-/// enough that a writer on another CPU can take away and reuse what the reader is about to look at.
+/// Number of threads that only sleep for a moment. Their timers interrupt the reader between any two of its loads,
+/// for long enough that a writer on another CPU can free and reuse the element that the reader is about to read.
 const SLEEPERS: usize = 3;
 
-/// Its set changes all the time; its frontend stays.
+/// VIP whose set changes all the time, and whose frontend stays.
 const STEADY: Vip = Vip { addr: Ipv4Addr::new(10, 96, 0, 1), services: &["steady"] };
-/// Its frontend belongs to one Service or another, and is replaced all the time.
+/// VIP whose frontend is replaced all the time, and belongs to one of two Services.
 const MOVING: Vip = Vip { addr: Ipv4Addr::new(10, 96, 0, 2), services: &["left", "right"] };
-/// Thousands of frontends that come, change and go, at an address that can be reached without them.
+/// Number of frontends that are added, changed and removed, at an address that can be reached without them.
 const DECOYS: u16 = 3000;
 const DECOY: Ipv4Addr = Ipv4Addr::new(127, 97, 0, 1);
 
-/// The backends of each Service: four addresses below a prefix, each on one port. Those of `steady` are of either set.
+/// Backends of each Service: four addresses below a prefix, each on one port. Those of `steady` belong to one of two
+/// sets.
 const SETS: [(&str, [u8; 2], u16); 5] = [
     ("steady", [127, 1], 8001),
     ("steady", [127, 2], 8002),
@@ -61,7 +62,7 @@ const SETS: [(&str, [u8; 2], u16); 5] = [
     ("decoy", [127, 9], 8009),
 ];
 
-/// Small enough, but for the ring, for every number to come back many times.
+/// Capacity so small, except for the ring, that every number is reused many times.
 const CAPACITY: Capacity =
     Capacity { frontends: 4096, services: 8, slots: 64 + 4 * RING, backends: 64, source_ranges: 64 };
 
@@ -87,7 +88,7 @@ fn no_reader_is_misled_by_a_writer() -> Result<()> {
     let mut writer = Writer::new(&mut dataplane.maps)?;
     dataplane.attach(node.cgroup())?;
 
-    // On a busy machine a grace period may take seconds, and without them there are no new numbers.
+    // On a busy machine a grace period may take seconds, and without grace periods no number is reused.
     for _ in 0..3 {
         let mut client = node.host().command(std::env::current_exe()?);
         client
@@ -111,18 +112,18 @@ fn no_reader_is_misled_by_a_writer() -> Result<()> {
 /// Changes the maps by the agent's own plans, and the decoys by single operations.
 struct Writer {
     model: Model,
-    /// The steady Service: its id, its backends and the range that it has.
+    /// The steady Service: its id, its backends and its current range.
     steady: (u32, Vec<u32>, SlotRange),
-    /// Ranges of the ring: those that nobody can be reading, those that wait for the grace period under way, and those
+    /// Ranges of the ring: those that no reader can have, those that wait for the current grace period, and those
     /// that were left since it began.
     ring: Vec<SlotRange>,
     ring_waiting: Vec<SlotRange>,
     left: Vec<SlotRange>,
     freed: Freed,
-    /// A grace period is waited for beside the writer, as in the agent.
+    /// Numbers that wait for a grace period, which runs beside the writer, as in the agent.
     waiting: Option<Freed>,
     grace: (Sender<()>, Receiver<io::Result<Duration>>),
-    /// Decoys and plans take turns of their own.
+    /// Counters for the turns of decoys and plans.
     turn: u16,
     round: u16,
     ops: u64,
@@ -179,14 +180,14 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Id and backends of a Service.
+    /// Returns the id and backends of a Service.
     fn port(&self, name: &str) -> Result<(u32, Vec<u32>)> {
         let mut ports = self.model.ports.iter().filter(|(key, _)| &*key.service.name == name);
         let (_, port) = ports.next().context("an unknown Service")?;
         Ok((port.id, port.backends.iter().map(|backend| backend.id).collect()))
     }
 
-    /// The steady Service gets its other set, in another range, as long as there are ranges.
+    /// Gives the steady Service its other set, in another range, as long as there are ranges.
     fn flip(&mut self, maps: &mut KernelMaps) -> Result<()> {
         while let Some(next) = self.ring.pop() {
             let (id, backends, range) = &mut self.steady;
@@ -223,10 +224,11 @@ impl Writer {
         (0..64).try_for_each(|_| self.carry_out(maps, &ops))
     }
 
-    /// The moving frontend gets its other owner, and the owners an endpoint more or less: whatever one of them frees,
-    /// the other one could take.
+    /// Gives the moving frontend to its other owner, and adds or removes an endpoint of each owner. A number that one
+    /// owner frees could go to the other.
     fn plan(&mut self) -> Vec<Op> {
-        // Two sets of four, beside the old ones; else they come back with the next grace period.
+        // The plan needs room for two sets of four, beside the old ones, whose numbers return with the next grace
+        // period.
         if self.model.slots.available().min(self.model.backend_ids.available()) < 8 {
             return Vec::new();
         }
@@ -244,7 +246,7 @@ impl Writer {
         plan.ops
     }
 
-    /// Gives numbers back whose grace period is over, and begins the next one.
+    /// Gives back numbers whose grace period is over, and begins the next grace period.
     fn wait_beside(&mut self, maps: &mut KernelMaps) -> Result<()> {
         match (&self.waiting, self.grace.1.try_recv()) {
             (Some(_), Ok(done)) => {
@@ -263,7 +265,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Another Service gets the ranges and gives them back: whoever still read them would be sent there.
+    /// Gives the ranges to another Service for a moment: a reader that still had them would be sent to that Service.
     fn reuse(&mut self, maps: &mut KernelMaps) -> Result<()> {
         let (_, decoys) = self.port("decoy")?;
         for range in std::mem::take(&mut self.ring_waiting) {
@@ -273,7 +275,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Whether every number has been used several times.
+    /// Returns whether every number has been used several times.
     fn has_done_enough(&self) -> bool {
         self.graces >= 4 && self.backends > 2 * u64::from(CAPACITY.backends)
     }
@@ -300,7 +302,7 @@ impl std::fmt::Display for Writer {
     }
 }
 
-/// What the client saw.
+/// Results of the client.
 #[derive(Debug, Default)]
 struct Seen {
     connects: u64,
@@ -316,7 +318,7 @@ fn client(pins: &Path) -> Result<()> {
         let maps = KernelMaps::open(&PinDir::new(pins), false)?;
         ids(&Model::restore(maps.capacity(), &maps.contents()?))
     };
-    // All of the client on one CPU, the writer on another one (if there is one).
+    // The client's threads are on one CPU, the writer on another (if there is one).
     stay_on(1)?;
     let end = Instant::now() + TIME;
     let seen = thread::scope(|scope| {
@@ -344,7 +346,7 @@ fn client(pins: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Keeps this thread and those that it starts on one CPU of those that it may use.
+/// Binds this thread, and those that it starts, to one of the CPUs that it may use.
 fn stay_on(which: usize) -> Result<()> {
     let allowed = sched_getaffinity(None)?;
     let cpus: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect();
@@ -386,9 +388,9 @@ fn connect_until(end: Instant, pins: &Path, ids: &BTreeMap<String, u32>) -> Resu
                     seen.backends.insert((record.backend_addr, record.backend_port));
                 }
                 (Ok(()), Some(record)) => seen.wrong.push(format!("{to}: {record:?}")),
-                // A decoy that is not there just now is an address like any other.
+                // A decoy that does not exist at the moment is an address like any other.
                 (Ok(()), None) if decoy => seen.decoys_missed += 1,
-                // After a failure the record is that of the connection before.
+                // After a failure, the record belongs to the previous connection.
                 (result, _) => seen.failed.push(format!("{to}: {result:?}")),
             }
         }
@@ -396,7 +398,7 @@ fn connect_until(end: Instant, pins: &Path, ids: &BTreeMap<String, u32>) -> Resu
     Ok(seen)
 }
 
-/// Whether a record is whole and names a backend of one of `services`.
+/// Returns whether a record is whole and names a backend of one of `services`.
 fn belongs(record: &SocketRecord, services: &[&str], ids: &BTreeMap<String, u32>) -> bool {
     let [a, b, c, d] = record.backend_addr.v4_octets();
     SETS.iter().any(|(service, prefix, port)| {
@@ -425,7 +427,7 @@ fn decoy_key(number: u16) -> FrontendKey {
     key(DECOY, 1000 + number)
 }
 
-/// The Service `name` with `size` backends of set number `set`, and `frontends`.
+/// Returns the Service `name` with `size` backends of set number `set`, and `frontends`.
 fn wanted_service(name: &str, set: usize, size: u8, frontends: &[FrontendKey]) -> Wanted {
     let (_, [a, b], port) = SETS[set];
     let backend = |d| DesiredBackend {

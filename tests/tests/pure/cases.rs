@@ -1,13 +1,14 @@
 //! Every behaviour case without a kernel.
 //!
-//! Objects become JSON and go the way of the agent: conversion, cluster, desired state, plan, single map operations.
-//! A step is told to the running agent as its difference to the step before. The maps are ordered maps, and on them
-//! runs the very code that the BPF programs are made of.
+//! Objects become JSON and pass through the same stages as in the agent: conversion, cluster, desired state, plan,
+//! single map operations. Each step is told to the running agent as its difference from the step before. The maps are
+//! ordered maps. They are read by the same code that the BPF programs are made of.
 //!
-//! - Senders on this node (P, P6, L1, many pods, H) are sockets at the socket edge, told apart by their network namespaces.
-//!   UDP is asked twice: connected, and by sendmsg(). Every case is run twice: once what pods' sockets leave alone is
-//!   judged as packets, once nobody is there to do that. [`Case::on_sockets`] tells what comes out differently then.
-//! - Senders elsewhere (Q, X, Y, X6) are packets: which Service port, which set, which verdict is checked.
+//! - Senders on this node (P, P6, L1, many pods, H) are sockets at the socket edge, told apart by their network
+//!   namespaces. UDP is tried twice: connected, and by sendmsg(). Every case is run twice: with a packet
+//!   edge for the packets that pods' sockets leave alone, and without one. [`Case::on_sockets`] gives the results
+//!   that differ in the second run.
+//! - Senders elsewhere (Q, X, Y, X6) are packets: the Service port, the set and the verdict are checked.
 //! - Source addresses (`keep`, `masq`) are not checked here: nothing has an address before a kernel gives it one.
 //! - Time is the simulator's own; pauses cost nothing.
 

@@ -1,4 +1,4 @@
-//! Inputs that a person or a cluster can write: those that the fuzzers have found worth keeping (`fuzz/corpus`), once more.
+//! Inputs that a person or a cluster can write: runs those that the fuzzers have found worth keeping (`fuzz/corpus`).
 
 use proxy_tests::corpus::replay;
 use proxy_tests::inputs;

@@ -1,5 +1,5 @@
-//! The suite `pure`: the agent's decisions and the datapath's, compiled for the host, on values. It sees no kernel, no socket
-//! and no clock, and needs no privileges.
+//! The suite `pure`: the decisions of the agent and of the datapath, compiled for the host and run on values. It sees
+//! no kernel, no socket and no clock, and needs no privileges.
 
 mod cases;
 mod inputs;

@@ -1,4 +1,4 @@
-//! Syncs, and how much each of them touches.
+//! Syncs: the objects that each of them touches.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::simulated::agent::Agent;
 use crate::simulated::clients::{self, Fate, Way};
 
-/// A Service with one port, and its slice.
+/// Returns a Service with one port, and its slice.
 fn service(name: &str, address: &str, endpoints: &[&str]) -> [Value; 2] {
     let endpoint = |address: &&str| json!({"addresses": [address], "conditions": {"ready": true}});
     [
@@ -41,14 +41,14 @@ fn node(labels: &Value) -> Value {
     })
 }
 
-/// The id of the Service port behind port 80 of `address`.
+/// Returns the id of the Service port behind port 80 of `address`.
 fn id(contents: &Contents, address: &str) -> Option<u32> {
     let address: Addr = address.parse::<std::net::IpAddr>().ok()?.into();
     let web = contents.frontends.iter().find(|(key, _)| key.addr == address && key.port.get() == 80);
     web.map(|(_, value)| value.service)
 }
 
-/// The Service port whose objects `op` writes, in maps with these contents before it.
+/// Returns the Service port whose objects `op` writes, in maps with these contents before it.
 fn owner(contents: &Contents, op: &Op) -> Option<u32> {
     let backend = |id: u32| contents.backends.get(id as usize).map(|backend| backend.service);
     match op {
@@ -66,7 +66,7 @@ fn owner(contents: &Contents, op: &Op) -> Option<u32> {
     }
 }
 
-/// `ops` write objects of the Service port `only` and nothing else.
+/// Checks that `ops` write objects of the Service port `only` and nothing else.
 fn concern(ops: &[Op], before: &Contents, after: &Contents, only: u32) {
     let owners: BTreeSet<Option<u32>> = ops.iter().map(|op| owner(before, op)).collect();
     assert_eq!(owners, [Some(only)].into(), "{ops:?}");

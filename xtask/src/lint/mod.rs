@@ -69,7 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     checks.finish()
 }
 
-/// What has been checked and what failed.
+/// Checks that have run, and those that failed.
 #[derive(Default)]
 struct Checks {
     filters: Vec<String>,
@@ -108,7 +108,7 @@ fn cargo_deny(checks: &[&str]) -> Result<()> {
     )
 }
 
-/// Only here does clippy see the code behind `cfg(target_arch = "bpf")`.
+/// Runs clippy for the BPF target: the code behind `cfg(target_arch = "bpf")` is compiled only there.
 fn ebpf_clippy() -> Result<()> {
     let (toolchain, _) = setup::build(setup::quiet)?;
     if !toolchain.has_clippy() {

@@ -37,6 +37,7 @@ impl KubeProxy {
     /// Registers all of them. The encoder appends `_total` to the name of a counter, and nothing to that of a gauge.
     pub(super) fn new(registry: &mut Registry) -> Self {
         let sync = || Durations::new_with_constructor(Buckets::Sync);
+        let (sweep_duration, swept) = Self::sweeps(registry);
         let metrics = Self {
             sync_duration: register(
                 registry,
@@ -104,27 +105,38 @@ impl KubeProxy {
                 "Service ports with a Local traffic policy that have endpoints, but none on this node",
                 Labelled::default(),
             ),
-            sweep_duration: register(
-                registry,
-                "conntrack_reconciler_sync_duration_seconds",
-                "Time of a sweep for UDP sockets whose backend has left; one sweep looks at both families",
-                sync(),
-            ),
-            swept: register(
-                registry,
-                "conntrack_reconciler_deleted_entries",
-                "Connected UDP sockets that were ended because their backend had left, by the family of the backend",
-                Labelled::default(),
-            ),
+            sweep_duration,
+            swept,
             healthz: register(registry, "proxy_healthz", "Answers of /healthz", Labelled::default()),
             livez: register(registry, "proxy_livez", "Answers of /livez", Labelled::default()),
         };
-        // A rate over answers needs the zero before the first one.
-        for family in [&metrics.healthz, &metrics.livez] {
+        metrics.answer_from_zero();
+        metrics
+    }
+
+    /// Makes the counters of answers appear with zero: a rate needs the zero before the first answer.
+    fn answer_from_zero(&self) {
+        for family in [&self.healthz, &self.livez] {
             for code in [200, 503] {
                 drop(family.get_or_create(&ByCode { code }));
             }
         }
-        metrics
+    }
+
+    /// Registers the metrics of sweeps for UDP sockets, by the names that kube-proxy has for its connection tracking.
+    fn sweeps(registry: &mut Registry) -> (Durations, Labelled<ByFamily, Counter>) {
+        let duration = register(
+            registry,
+            "conntrack_reconciler_sync_duration_seconds",
+            "Time of a sweep for UDP sockets whose backend has left; one sweep looks at both families",
+            Durations::new_with_constructor(Buckets::Sync),
+        );
+        let swept = register(
+            registry,
+            "conntrack_reconciler_deleted_entries",
+            "Connected UDP sockets that were ended because their backend had left, by the family of the backend",
+            Labelled::default(),
+        );
+        (duration, swept)
     }
 }

@@ -14,20 +14,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, SERVING};
 use proxy_common::abi::frontend::FrontendKind;
 use proxy_common::abi::maps;
-use proxy_common::abi::{Affinity, BackendState, FrontendKey, FrontendValue, Service, SlotRange, proto};
-use proxy_common::addr::{Addr, Prefix};
+use proxy_common::abi::{FrontendKey, FrontendValue, proto};
 
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::desired::{DesiredPort, DesiredService, PortKey};
-use crate::reconcile::model::{Claim, Freed, Model, Port, PortBackend, Title, members, service_name};
+use crate::reconcile::model::{Claim, Model, Title};
 use crate::reconcile::store::Op;
 
 mod left;
 mod node;
+mod operations;
 mod part;
+mod port;
 mod rivals;
 
 #[cfg(test)]
@@ -35,7 +35,10 @@ mod tests;
 
 pub use left::{LeftAlone, Sandbox, meets_edges, plan_left};
 pub use node::{LOCAL_ADDRESS_ENTRIES, NodeTables, PREFIX_ENTRIES, plan_node};
+pub(crate) use operations::Full;
+pub use operations::Plan;
 pub(crate) use part::{Part, REASONS};
+use port::{change_port, remove_port};
 pub(crate) use rivals::{FrontendName, LostClaims, rivals};
 
 /// Desired state of one Service. `Option<Wanted>` is `None` when the Service is gone.
@@ -45,41 +48,6 @@ pub struct Wanted {
     pub created: i64,
     /// State to program.
     pub desired: DesiredService,
-}
-
-/// Operations in order, and the numbers that they free.
-#[derive(Debug, Default)]
-pub struct Plan {
-    /// Operations, to be carried out from first to last.
-    pub ops: Vec<Op>,
-    /// Numbers to give back after a grace period.
-    pub freed: Freed,
-    /// Services of which something could not be planned, with the reasons. Their refused parts keep their previous
-    /// state.
-    pub refused: BTreeMap<ObjectKey, Vec<String>>,
-    /// Whether connected UDP sockets may no longer be where their VIP leads.
-    pub(crate) udp_stale: bool,
-}
-
-impl Plan {
-    fn refuse(&mut self, service: &ObjectKey, reason: std::fmt::Arguments<'_>) {
-        let reasons = self.refused.entry(service.clone()).or_default();
-        if reasons.len() < REASONS {
-            reasons.push(reason.to_string());
-        }
-    }
-}
-
-/// A map that is too small for a Service port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "map {map} is full: {need} more needed, {available} free, and it could not be made larger; `proxy-agent status` \
-     says why"
-)]
-pub(crate) struct Full {
-    map: &'static str,
-    need: usize,
-    available: u32,
 }
 
 /// Plans the change of `services` and advances `model` to the state after it.
@@ -179,189 +147,6 @@ fn forget_stray_ranges(model: &mut Model, plan: &mut Plan) {
     let live: BTreeSet<u32> = model.ports.values().map(|port| port.id).collect();
     let strays = model.source_ranges.extract_if(.., |(id, _)| !live.contains(id));
     plan.ops.extend(strays.map(|(id, range)| Op::SourceRange(id, range, false)));
-}
-
-/// Brings the backends, sets and affinity of one Service port to the desired state.
-fn change_port(
-    model: &mut Model,
-    desired: &DesiredPort,
-    plan: &mut Plan,
-    dead: &mut Vec<Op>,
-) -> Result<Arc<PortKey>, Full> {
-    let known = model.ports.get_key_value(&desired.key).map(|(key, port)| (Arc::clone(key), port.clone()));
-    let fresh = known.is_none();
-    if let Some((key, before)) = &known
-        && unchanged(before, desired)
-        && model.source_ranges_of(before.id).eq(desired.source_ranges.iter().copied())
-    {
-        return Ok(Arc::clone(key));
-    }
-    let mut needed = desired.backends.len();
-    if let Some((_, before)) = &known {
-        let has =
-            |d: &&crate::reconcile::desired::DesiredBackend| find(&before.backends, d.addr, d.port).is_some();
-        needed -= desired.backends.iter().filter(has).count();
-    }
-    check(maps::BACKENDS, needed, model.backend_ids.available())?;
-    let has = |range: &&Prefix| {
-        known.as_ref().is_some_and(|(_, before)| model.source_ranges.contains(&(before.id, **range)))
-    };
-    let needed = desired.source_ranges.len() - desired.source_ranges.iter().filter(has).count();
-    // Unwanted source ranges make no room yet, because they are removed last.
-    let used = u32::try_from(model.source_ranges.len()).unwrap_or(u32::MAX);
-    check(maps::SOURCE_RANGES, needed, model.capacity.source_ranges.saturating_sub(used))?;
-
-    // Every check that can fail comes before anything is taken.
-    let wants = |set: u32| desired.backends.iter().filter(|b| b.flags & set != 0).count();
-    let cluster_range = range_for(model, wants(IN_CLUSTER))?;
-    let local_range = range_for(model, wants(IN_LOCAL)).inspect_err(|_| {
-        cluster_range.into_iter().for_each(|range| model.slots.give_back(range));
-    })?;
-    let give_up = |model: &mut Model| {
-        cluster_range.into_iter().chain(local_range).for_each(|range| model.slots.give_back(range));
-    };
-    let (key, before) = match known {
-        Some(known) => known,
-        None => {
-            let Some((id, epoch)) = model.service_ids.take() else {
-                give_up(model);
-                return Err(Full { map: maps::SERVICES, need: 1, available: 0 });
-            };
-            let affinity = Affinity { seconds: 0, epoch };
-            let service = Service { cluster: SlotRange::REJECT, local: SlotRange::REJECT, affinity };
-            let key = Arc::new(desired.key.clone());
-            plan.ops.push(Op::Name(id, Some(Box::new(service_name(&key)))));
-            (key, Port { id, service, backends: Vec::new(), replaced: Vec::new(), claims: Vec::new() })
-        }
-    };
-
-    change_ranges(model, before.id, &desired.source_ranges, plan, dead);
-
-    let mut backends: Vec<PortBackend> = Vec::with_capacity(desired.backends.len());
-    for wanted in &desired.backends {
-        let old = find(&before.backends, wanted.addr, wanted.port);
-        let (id, state) = match old {
-            Some(old) => {
-                // The endpoint enters a set again: clients remembered for it are not sent back (semantics: affinity).
-                let enters = old.state.flags & IN_SETS == 0 && wanted.flags & IN_SETS != 0;
-                let generation = old.state.generation.wrapping_add(u32::from(enters));
-                // Until the flip the old set is still in use, so the bits of both sets count.
-                let both = BackendState { flags: old.state.flags | wanted.flags, generation };
-                if both != old.state {
-                    plan.ops.push(Op::BackendState(old.id, both));
-                }
-                let state = BackendState { flags: wanted.flags, generation };
-                if state != both {
-                    dead.push(Op::BackendState(old.id, state));
-                }
-                (old.id, state)
-            }
-            None => {
-                let Some((id, generation)) = model.backend_ids.take() else { continue };
-                (id, BackendState { flags: wanted.flags, generation })
-            }
-        };
-        let backend = PortBackend { addr: wanted.addr, port: wanted.port, id, state };
-        if old.is_none() {
-            plan.ops.push(Op::Backend(id, backend.element(before.id)));
-        }
-        backends.push(backend);
-    }
-    for old in &before.backends {
-        let new = find(&backends, old.addr, old.port);
-        if new.is_none() {
-            bury(old, plan, dead);
-        }
-        let serves = new.is_some_and(|new| new.state.flags & SERVING != 0);
-        plan.udp_stale |= key.proto == proto::UDP && old.state.flags & SERVING != 0 && !serves;
-    }
-    // While no backend serves, sockets lead to the VIP itself. The first backend that serves ends that.
-    let any_serves = |backends: &[PortBackend]| backends.iter().any(|b| b.state.flags & SERVING != 0);
-    plan.udp_stale |= key.proto == proto::UDP && !any_serves(&before.backends) && any_serves(&backends);
-
-    let mut set = |range: Option<SlotRange>, empty: SlotRange, flag: u32, old: SlotRange| {
-        let same = before.members(flag).eq(members(&backends, flag)) && !fresh;
-        if same && (if old.is_empty() { old == empty } else { range.is_some() }) {
-            range.into_iter().for_each(|range| model.slots.give_back(range));
-            return old;
-        }
-        if !old.is_empty() {
-            plan.freed.ranges.push(old);
-        }
-        let Some(range) = range else { return empty };
-        plan.ops.push(Op::Slots(range.base, members(&backends, flag).collect()));
-        range
-    };
-    let old = before.service;
-    let cluster = set(cluster_range, SlotRange::REJECT, IN_CLUSTER, old.cluster);
-    let local = set(local_range, desired.empty_local, IN_LOCAL, old.local);
-    let starts = old.affinity.seconds == 0 && desired.affinity_seconds != 0;
-    let affinity = Affinity {
-        seconds: desired.affinity_seconds,
-        epoch: old.affinity.epoch.wrapping_add(u32::from(starts)),
-    };
-    let service = Service { cluster, local, affinity };
-    if fresh || service != old {
-        plan.ops.push(Op::Service(before.id, service));
-    }
-    // Broken sets have just been rewritten.
-    plan.freed.ranges.extend(before.replaced);
-    let port = Port { id: before.id, service, backends, replaced: Vec::new(), claims: before.claims };
-    model.ports.insert(Arc::clone(&key), port);
-    Ok(key)
-}
-
-const IN_SETS: u32 = IN_CLUSTER | IN_LOCAL;
-
-/// Brings the source ranges of a service id to the desired ones, which are sorted: additions at once, removals at the
-/// end.
-fn change_ranges(model: &mut Model, id: u32, desired: &[Prefix], plan: &mut Plan, dead: &mut Vec<Op>) {
-    let stale: Vec<Prefix> =
-        model.source_ranges_of(id).filter(|range| desired.binary_search(range).is_err()).collect();
-    dead.extend(stale.into_iter().map(|range| Op::SourceRange(id, range, false)));
-    for range in desired {
-        if model.source_ranges.insert((id, *range)) {
-            plan.ops.push(Op::SourceRange(id, *range, true));
-        }
-    }
-}
-
-/// Returns whether the kernel already holds exactly the desired state (frontends aside).
-fn unchanged(port: &Port, desired: &DesiredPort) -> bool {
-    let whole = |range: SlotRange, set: u32, empty: SlotRange| {
-        if port.members(set).next().is_some() { !range.is_empty() } else { range == empty }
-    };
-    port.service.affinity.seconds == desired.affinity_seconds
-        && whole(port.service.cluster, IN_CLUSTER, SlotRange::REJECT)
-        && whole(port.service.local, IN_LOCAL, desired.empty_local)
-        && port.backends.len() == desired.backends.len()
-        && port.backends.iter().zip(&desired.backends).all(|(have, want)| {
-            have.addr == want.addr && have.port == want.port && have.state.flags == want.flags
-        })
-}
-
-/// Removes a Service port that no longer claims any frontend.
-fn remove_port(model: &mut Model, key: &Arc<PortKey>, plan: &mut Plan, dead: &mut Vec<Op>) {
-    let Some(port) = model.ports.remove(key) else { return };
-    let epoch = port.service.affinity.epoch;
-    let affinity = Affinity { seconds: 0, epoch };
-    let service = Service { cluster: SlotRange::REJECT, local: SlotRange::REJECT, affinity };
-    dead.push(Op::Service(port.id, service));
-    for backend in &port.backends {
-        bury(backend, plan, dead);
-    }
-    dead.extend(model.source_ranges_of(port.id).map(|range| Op::SourceRange(port.id, range, false)));
-    // The name goes last: by the name a new agent finds the remains of the Service.
-    dead.push(Op::Name(port.id, None));
-    plan.freed.services.push((port.id, epoch));
-    plan.freed.ranges.extend(port.ranges());
-}
-
-/// Marks a backend dead. Its address stays readable until the grace period is over.
-fn bury(backend: &PortBackend, plan: &mut Plan, dead: &mut Vec<Op>) {
-    let generation = backend.state.generation;
-    dead.push(Op::BackendState(backend.id, BackendState { flags: 0, generation }));
-    plan.freed.backends.push((backend.id, generation));
 }
 
 /// Replaces the claims of a Service port, and adds every affected frontend to `touched`.
@@ -468,23 +253,6 @@ fn frontends(model: &mut Model, mut touched: BTreeSet<FrontendKey>, plan: &mut P
     plan.ops.extend(appear.into_iter().map(|(key, value)| Op::Frontend(key, Some(value))));
     plan.freed.room |= !vanish.is_empty();
     plan.ops.extend(vanish.into_iter().map(|key| Op::Frontend(key, None)));
-}
-
-fn range_for(model: &mut Model, len: usize) -> Result<Option<SlotRange>, Full> {
-    if len == 0 {
-        return Ok(None);
-    }
-    let taken = u32::try_from(len).ok().and_then(|len| model.slots.take(len));
-    taken.map(Some).ok_or_else(|| Full { map: maps::SLOTS, need: len, available: model.slots.available() })
-}
-
-fn check(map: &'static str, need: usize, available: u32) -> Result<(), Full> {
-    if need > available as usize { Err(Full { map, need, available }) } else { Ok(()) }
-}
-
-fn find(backends: &[PortBackend], addr: Addr, port: proxy_common::be::Be16) -> Option<&PortBackend> {
-    let at = backends.binary_search_by_key(&(addr, port), |b| (b.addr, b.port)).ok()?;
-    backends.get(at)
 }
 
 fn find_claim(claims: &[(FrontendKey, u16)], key: &FrontendKey) -> Option<u16> {

@@ -143,6 +143,29 @@ fn weight(change: &Change) -> usize {
     }
 }
 
+/// Returns what the agent is to be told: changes, the list of problems if it is another one, and once that the first
+/// full list is there.
+fn messages(
+    changes: Vec<Change>,
+    intake: &mut Intake,
+    complaints: &mut Complaints,
+    synced: &mut bool,
+) -> Vec<Update> {
+    let mut messages = Vec::new();
+    if !changes.is_empty() {
+        messages.push(Update::Changes(changes));
+    }
+    if complaints.have_changed() | intake.tenants.have_changed() | intake.unusable.have_changed() {
+        let problems = complaints.problems().into_iter().chain(intake.tenants.problems());
+        messages.push(Update::Problems(problems.chain(intake.unusable.problems()).collect()));
+    }
+    if !*synced && intake.is_complete() {
+        messages.push(Update::Synced);
+        *synced = true;
+    }
+    messages
+}
+
 /// Sends updates from the API server until the receiver is dropped. `node_name` is the name of this node in lower case,
 /// `opt_out` selects the Pods that matter, `budgets` limits the objects kept of each namespace.
 pub async fn run(
@@ -209,18 +232,7 @@ pub async fn run(
                 }
             }
         }
-        let mut messages = Vec::new();
-        if !changes.is_empty() {
-            messages.push(Update::Changes(changes));
-        }
-        if complaints.have_changed() | intake.tenants.have_changed() | intake.unusable.have_changed() {
-            let problems = complaints.problems().into_iter().chain(intake.tenants.problems());
-            messages.push(Update::Problems(problems.chain(intake.unusable.problems()).collect()));
-        }
-        if !synced && intake.is_complete() {
-            messages.push(Update::Synced);
-            synced = true;
-        }
+        let messages = messages(changes, &mut intake, &mut complaints, &mut synced);
         for message in messages {
             if updates.send(message).await.is_err() {
                 return;

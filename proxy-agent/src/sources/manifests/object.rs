@@ -72,58 +72,33 @@ pub(super) fn convert(
 ) -> Result<Converted, String> {
     let refused = |problem: Problem| problem.reason;
     let mut converted = Converted::default();
-    let Converted { changes, part, said } = &mut converted;
     match kind {
-        Kind::Service => {
-            let request = fields::<objects::ServiceRequest>(&value);
-            let object = typed::<objects::Service>(kind, value)?;
-            changes.extend(converter.service(&object).map_err(refused)?.map(Change::Service));
-            let mut findings = Findings::default();
-            let request = request.unwrap_or_else(|error| {
-                findings.sentence(format_args!("{error}; its selector has no effect"));
-                objects::ServiceRequest::default()
-            });
-            *part = Some(Part::Service(ServicePart::of(&object, request, &mut findings)));
-            said.extend(findings.finish());
-        }
+        Kind::Service => converted = service(value, converter)?,
         Kind::EndpointSlice => {
             let object = typed::<objects::EndpointSlice>(kind, value)?;
             let slice = converter.slice(&object).map_err(refused)?;
             if slice.is_none() && is_of_no_service(&object.metadata) {
-                said.push(format!("label {SERVICE_NAME_LABEL} is missing, so it belongs to no Service"));
+                converted
+                    .said
+                    .push(format!("label {SERVICE_NAME_LABEL} is missing, so it belongs to no Service"));
             }
-            changes.extend(slice.map(Change::Slice));
+            converted.changes.extend(slice.map(Change::Slice));
         }
         Kind::Endpoints => {
             let slices = converter.endpoints(&typed::<objects::Endpoints>(kind, value)?).map_err(refused)?;
-            changes.extend(slices.into_iter().map(Change::Slice));
+            converted.changes.extend(slices.into_iter().map(Change::Slice));
         }
         Kind::Node => {
             let object = typed::<objects::Node>(kind, value)?;
-            *part = Some(Part::Node(NodePart::of(&object)));
-            changes.extend(converter.node(&object).map(Change::Node));
+            converted.part = Some(Part::Node(NodePart::of(&object)));
+            converted.changes.extend(converter.node(&object).map(Change::Node));
         }
-        Kind::Pod => {
-            let details = fields::<objects::PodDetails>(&value);
-            let object = typed::<Pod>(kind, value)?;
-            match converter.pod(&object) {
-                Ok(pod) => changes.extend(pod.map(Change::Pod)),
-                Err(problem) => said.push(problem.reason),
-            }
-            match details {
-                Ok(details) => {
-                    let mut findings = Findings::default();
-                    *part = Some(Part::Pod(PodPart::of(&object, details, &mut findings)));
-                    said.extend(findings.finish());
-                }
-                Err(error) => said.push(format!("{error}; it is no endpoint of any Service")),
-            }
-        }
+        Kind::Pod => converted = pod(value, converter)?,
         Kind::ServiceCidr => {
             let cidr =
                 converter.service_cidr(&typed::<objects::ServiceCidr>(kind, value)?).map_err(refused)?;
-            changes.push(Change::ServiceCidr(cidr.name, cidr.prefixes));
-            said.extend(cidr.problems);
+            converted.changes.push(Change::ServiceCidr(cidr.name, cidr.prefixes));
+            converted.said.extend(cidr.problems);
         }
         Kind::Deployment
         | Kind::ReplicaSet
@@ -131,10 +106,10 @@ pub(super) fn convert(
         | Kind::DaemonSet
         | Kind::ReplicationController => {
             // Nothing is served from a workload, so its errors do not matter.
-            *part = fields(&value).ok().map(|object| Part::Workload(template(object)));
+            converted.part = fields(&value).ok().map(|object| Part::Workload(template(object)));
         }
     }
-    for change in changes {
+    for change in &mut converted.changes {
         let problems = match change {
             Change::Service(service) => &mut service.problems,
             Change::Slice(slice) => &mut slice.problems,
@@ -149,6 +124,41 @@ pub(super) fn convert(
         // The controllers may still assign an address.
         problems.retain(|problem| problem != CLUSTER_IP_MISSING);
         problems.iter_mut().for_each(|problem| problem.insert_str(0, &format!("{place}: ")));
+    }
+    Ok(converted)
+}
+
+/// Converts a Service, and reads what its author asks of the control plane.
+fn service(value: Value, converter: &mut Converter) -> Result<Converted, String> {
+    let request = fields::<objects::ServiceRequest>(&value);
+    let object = typed::<objects::Service>(Kind::Service, value)?;
+    let service = converter.service(&object).map_err(|problem| problem.reason)?;
+    let mut findings = Findings::default();
+    let request = request.unwrap_or_else(|error| {
+        findings.sentence(format_args!("{error}; its selector has no effect"));
+        objects::ServiceRequest::default()
+    });
+    let part = Part::Service(ServicePart::of(&object, request, &mut findings));
+    let changes = service.map(Change::Service).into_iter().collect();
+    Ok(Converted { changes, part: Some(part), said: findings.finish() })
+}
+
+/// Converts a Pod, which may be an endpoint, and may opt out.
+fn pod(value: Value, converter: &mut Converter) -> Result<Converted, String> {
+    let details = fields::<objects::PodDetails>(&value);
+    let object = typed::<Pod>(Kind::Pod, value)?;
+    let mut converted = Converted::default();
+    match converter.pod(&object) {
+        Ok(pod) => converted.changes.extend(pod.map(Change::Pod)),
+        Err(problem) => converted.said.push(problem.reason),
+    }
+    match details {
+        Ok(details) => {
+            let mut findings = Findings::default();
+            converted.part = Some(Part::Pod(PodPart::of(&object, details, &mut findings)));
+            converted.said.extend(findings.finish());
+        }
+        Err(error) => converted.said.push(format!("{error}; it is no endpoint of any Service")),
     }
     Ok(converted)
 }

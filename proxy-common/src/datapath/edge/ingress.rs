@@ -1,7 +1,7 @@
 //! The way of a packet that enters through a device.
 
 use super::finish::finish;
-use super::flows::{self};
+use super::flows::{self, Place};
 use super::fragments::{remember_ports, restore_ports, stray_fragment};
 use super::judge::{find, malformed, nobodys, turn_away};
 use super::packet::Packet;
@@ -86,13 +86,7 @@ fn entering<T: EdgeTables>(
     let indexed = flows::find_by_vip(tables, parsed.proto, tuple, work);
     let mut place = if indexed { flows::of_vip(tables, tuple, &work.key, now) } else { None };
     work.meeting = match &mut place {
-        Some(place) => match parsed.proto {
-            proto::TCP if begins || place.flow().state & flow::state::SUCCEEDED != 0 => {
-                flows::meet(tables, parsed, begins, work, place)
-            }
-            proto::UDP if !serves(tables, &work.key, &place.flow()) => Meeting::REPLACES,
-            _ => Meeting::GOES_ON,
-        },
+        Some(place) => meeting(tables, parsed, work, place),
         None => Meeting::REPLACES,
     };
     if work.meeting != Meeting::GOES_ON {
@@ -147,6 +141,18 @@ fn entering<T: EdgeTables>(
     };
     trace::translated(tables, parsed, &work.new, service, entry(packet), work.meeting != Meeting::GOES_ON);
     finish(packet, tables, parsed, work)
+}
+
+/// Returns the [`Meeting`] of a packet with the flow that its tuple has.
+#[inline(always)]
+fn meeting<T: EdgeTables>(tables: &T, parsed: &Parsed, work: &mut Work, place: &mut Place<T::Cell>) -> u32 {
+    match parsed.proto {
+        proto::TCP if parsed.begins() || place.flow().state & flow::state::SUCCEEDED != 0 => {
+            flows::meet(tables, parsed, parsed.begins(), work, place)
+        }
+        proto::UDP if !serves(tables, &work.key, &place.flow()) => Meeting::REPLACES,
+        _ => Meeting::GOES_ON,
+    }
 }
 
 /// Returns the trace position of a packet that enters.

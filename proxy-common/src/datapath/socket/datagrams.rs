@@ -35,8 +35,7 @@ pub fn sendmsg(socket: &mut impl Socket, tables: &impl Tables) -> Verdict {
         }
     };
     if socket.peer() == (vip, vip_port) {
-        // The socket is connected to the VIP itself, and the kernel accepts datagrams only from its peer. So
-        // this datagram goes on like those of send().
+        // The socket is connected to the VIP itself, so the datagram goes on like those of send().
         return Verdict::Pass;
     }
     let record = socket.record().filter(|record| !record.is_connected() || holds(socket, record));

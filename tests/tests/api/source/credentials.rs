@@ -1,4 +1,4 @@
-//! Credentials that change, and what stands between us and the server.
+//! Credentials that change, and proxies and TLS between the agent and the server.
 
 use std::sync::{Arc, Mutex};
 
@@ -14,7 +14,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::*;
 
-/// Certificates of an authority: its own, and one with its key for a client.
+/// Certificates of an authority: its own, and a client's with its key.
 struct Authority {
     pem: String,
     client: [String; 2],
@@ -58,7 +58,7 @@ impl Authority {
 }
 
 impl Authority {
-    /// A server's certificate that nobody else has signed, with no client.
+    /// Returns a server's certificate that is signed by itself, without a client.
     fn self_signed(is_ca: IsCa) -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
@@ -76,7 +76,7 @@ impl Authority {
     }
 }
 
-/// A source by a kubeconfig with this server and authority.
+/// Returns a source configured by a kubeconfig with this server and authority.
 fn watched(folder: &TempDir, port: u16, authority: &str) -> Watched {
     let path = |name: &str| folder.path().join(name);
     std::fs::write(path("ca"), authority).unwrap();
@@ -107,7 +107,7 @@ async fn a_server_that_has_signed_its_own_certificate() {
     refused.until("a reason", said("give it one with basicConstraints CA:FALSE")).await;
 }
 
-/// As a server does that has a key of the curve P-521 alone.
+/// Alert of a server that has only a key of the curve P-521.
 #[tokio::test]
 async fn a_server_with_a_key_of_an_unknown_kind() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -116,7 +116,7 @@ async fn a_server_with_a_key_of_an_unknown_kind() {
         while let Ok((mut stream, _)) = listener.accept().await {
             // A record of TLS 1.2: alert, fatal, handshake_failure (RFC 5246, 7.2).
             stream.write_all(&[21, 3, 3, 0, 2, 2, 40]).await.unwrap();
-            // A reset would be faster than the alert.
+            // Drains the stream first: a reset would overtake the alert.
             tokio::spawn(async move { copy(&mut stream, &mut sink()).await });
         }
     });
@@ -127,7 +127,7 @@ async fn a_server_with_a_key_of_an_unknown_kind() {
     watched.until("a reason", said).await;
 }
 
-/// Ends the TLS of a server that has none, with whatever certificates are in force. Connections end with them.
+/// TLS in front of a server that has none, with the certificates that are in force. Connections end when they change.
 struct Front {
     port: u16,
     acceptor: Arc<Mutex<TlsAcceptor>>,
@@ -148,7 +148,7 @@ impl Front {
                     if let (Ok(mut outer), Ok(mut inner)) =
                         (acceptor.accept(stream).await, TcpStream::connect(to).await)
                     {
-                        // However it ends.
+                        // The way in which it ends does not matter.
                         let _ = copy_bidirectional(&mut outer, &mut inner).await;
                     }
                 });
@@ -180,7 +180,7 @@ async fn renewed_certificates_are_used_at_once() {
         }
     };
     write(&first);
-    // Without a scheme: it speaks of certificates.
+    // Without a scheme, it is https: the kubeconfig has certificates.
     let cluster = format!("127.0.0.1:{}\n    certificate-authority: ca", front.port);
     let text = kubeconfig(&cluster, None)
         .replace("user: {}", "user: { client-certificate: certificate, client-key: key }");
@@ -191,7 +191,7 @@ async fn renewed_certificates_are_used_at_once() {
     front.change(&second);
     server.compact();
     server.apply(service("s", 80)).unwrap();
-    // What cannot be used is not, and costs nothing.
+    // A key that cannot be used is ignored, and does no harm.
     std::fs::write(path("key"), "half of a").unwrap();
     watched.settle().await;
     assert!(watched.cluster.service(&proxy_agent::reconcile::cluster::ObjectKey::new("a", "s")).is_none());
@@ -200,7 +200,7 @@ async fn renewed_certificates_are_used_at_once() {
     watched.until("nothing is wrong", |watched| watched.problems.is_empty()).await;
 }
 
-/// By `proxy-url`.
+/// Through the proxy of `proxy-url`.
 #[tokio::test]
 async fn through_a_proxy() {
     let server = ApiServer::start().unwrap();

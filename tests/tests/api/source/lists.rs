@@ -1,4 +1,4 @@
-//! Lists that are streamed or come in pages, and what may be in them that makes no sense.
+//! Lists that are streamed or come in pages, and invalid objects in them.
 
 use std::time::Duration;
 
@@ -7,14 +7,14 @@ use tokio::time::Instant;
 
 use super::{WATCHED, Watched, servers, service, until, wait_for_watches};
 
-/// The requests for lists of a resource, pages included.
+/// Returns the requests for lists of a resource, pages included.
 fn lists(server: &ApiServer, resource: Resource) -> Vec<Request> {
     let requests = server.requests().into_iter();
     let of_list = |request: &Request| request.is_list() || request.verb == Verb::List;
     requests.filter(|request| request.resource == resource && of_list(request)).collect()
 }
 
-/// Has everything listed again.
+/// Makes the agent list everything again.
 async fn list_again(server: &ApiServer) {
     wait_for_watches(server).await;
     server.forget_requests();
@@ -60,7 +60,8 @@ async fn a_server_without_streams_is_asked_for_them_once() {
             let verbs: Vec<Verb> = lists(&server, resource).iter().map(|list| list.verb).collect();
             assert_eq!(verbs, [Verb::Watch, Verb::List], "{resource}");
         }
-        // Neither it nor its successors are asked again, and what went silently goes with the next list.
+        // Neither this server nor its successors are asked for streams again. Objects that were deleted silently
+        // leave with the next list.
         server.offer_streams(Streams::Offered);
         wait_for_watches(&server).await;
         server.apply_silently(service("t", 80)).unwrap();
@@ -103,7 +104,7 @@ async fn a_list_that_is_never_answered() {
     assert_eq!(watched.services(), ["s:80"]);
 }
 
-/// What no Service looks like; the first would be one of the name that is given.
+/// Returns objects that are not valid Services. The first two have the given name.
 fn nonsense(name: &str) -> [String; 5] {
     let named = |rest: &str| format!(r#"{{"metadata":{{"namespace":"a","name":"{name}"}},{rest}}}"#);
     [
@@ -137,7 +138,7 @@ async fn nonsense_in_a_list_costs_itself() {
         assert_eq!(told_of("Service without a name: "), 1, "{:?}", told(&watched));
         let reason = "spec.ports[0].port: invalid type: string \"http\", expected a JSON number";
         assert_eq!(told_of(&format!("Service a/u: {reason}")), 1, "{:?}", told(&watched));
-        // What was known of an object stays while it makes no sense, also through a list.
+        // The state known of an object stays while the object is invalid, also through a list.
         server.remove_nonsense(Resource::Services);
         wait_for_watches(&server).await;
         server.add_nonsense(Resource::Services, &nonsense("t")[1]);
@@ -168,7 +169,7 @@ async fn nonsense_on_a_watch_costs_a_list_at_most() {
     watched.until_services(&["s:80", "t:81"]).await;
     assert_eq!(server.lists(Resource::Services), 1, "everything was told that can be understood");
 
-    // It may have been anything: something was missed.
+    // The line may have been any event, so one was missed.
     for line in ["nonsense", r#"{"type":"ADDED"}"#, r#"{"type":"UNHEARD OF","object":{}}"#] {
         wait_for_watches(&server).await;
         let lists = server.lists(Resource::Services);

@@ -1,5 +1,5 @@
-//! The agent's watch of the Kubernetes API, against a server that misbehaves on request: how lists come, how often a server
-//! is asked that does not answer, and how much of a namespace is kept.
+//! The agent's watch of the Kubernetes API, against a server that misbehaves on request: forms of lists, requests to
+//! a server that does not answer, and the part of a namespace that is kept.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, its steps included")]
 
@@ -23,15 +23,15 @@ use tokio::sync::mpsc::{Receiver, channel, error::TryRecvError};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
-/// Longer than a few retries take.
+/// Time longer than a few retries.
 const SOON: Duration = Duration::from_secs(20);
-/// Long enough for what must not happen to happen.
+/// Time in which an unwanted event would have happened.
 const A_WHILE: Duration = Duration::from_millis(500);
 
 const WATCHED: [Resource; 4] =
     [Resource::Services, Resource::EndpointSlices, Resource::Nodes, Resource::ServiceCidrs];
 
-/// A server of each kind: one that streams lists, and one that has them in pages only.
+/// Returns a server of each kind: one that streams lists, and one that has them in pages only.
 fn servers() -> [ApiServer; 2] {
     [Streams::Offered, Streams::Refused].map(|streams| {
         let server = ApiServer::start().unwrap();
@@ -40,7 +40,7 @@ fn servers() -> [ApiServer; 2] {
     })
 }
 
-/// A source and what it has said so far.
+/// A source and its messages so far.
 struct Watched {
     source: JoinHandle<()>,
     updates: Receiver<Update>,
@@ -114,7 +114,7 @@ impl Watched {
         self.until(&format!("{want:?}"), |watched| watched.services() == want).await;
     }
 
-    /// Takes in what comes within a while.
+    /// Takes in the messages of a while.
     async fn settle(&mut self) {
         tokio::time::sleep(A_WHILE).await;
         loop {
@@ -126,7 +126,7 @@ impl Watched {
         }
     }
 
-    /// `name:port` of each Service.
+    /// Returns `name:port` of each Service.
     fn services(&self) -> Vec<String> {
         let services = self.cluster.services();
         services.map(|service| format!("{}:{}", service.key.name, service.ports[0].port)).collect()
@@ -169,7 +169,7 @@ fn service_cidr(cidr: &str) -> Value {
     })
 }
 
-/// Without blocking: the source runs on this thread too.
+/// Waits until `done` holds, without blocking: the source runs on this thread, too.
 async fn until(what: &str, done: impl Fn() -> bool) {
     let deadline = Instant::now() + SOON;
     while !done() {
@@ -211,14 +211,14 @@ async fn everything_is_listed_then_watched() {
     watched.until("slice gone", |watched| watched.cluster.slices(&key).count() == 0).await;
     server.delete(&service("t", 82)).unwrap();
     watched.until_services(&["s:81"]).await;
-    // A Service that another proxy takes over leaves; one that is given back returns.
+    // A Service that another proxy takes over is removed; a Service that is given back returns.
     let mut taken = service("s", 81);
     taken["metadata"]["labels"] = json!({ "service.kubernetes.io/service-proxy-name": "" });
     server.apply(taken).unwrap();
     watched.until_services(&[]).await;
     server.apply(service("s", 83)).unwrap();
     watched.until_services(&["s:83"]).await;
-    // This Node's object going changes nothing.
+    // The deletion of this Node's object changes nothing.
     server.delete(&node("n1", "zc")).unwrap();
     watched.settle().await;
     assert_eq!(watched.cluster.node().zone.as_deref(), Some("zc"));
@@ -234,7 +234,7 @@ async fn p054_p055_p056_p057_slices_that_are_for_a_proxy() {
     names["endpoints"] = json!([{ "addresses": ["db.example"] }]);
     let mut nobodys = slice("x-1", "s");
     nobodys["metadata"]["labels"] = json!({});
-    // Before the Service.
+    // The slices come before the Service.
     server.apply_all([of_s.clone(), names, nobodys]).unwrap();
     let mut watched = Watched::synced(&server).await;
     server.apply(service("s", 80)).unwrap();
@@ -300,7 +300,7 @@ async fn what_a_new_list_lacks_is_gone_but_only_at_its_end() {
         server.expire_watches_by_http(by_http);
         let mut watched = Watched::synced(&server).await;
         wait_for_watches(&server).await;
-        // The watches end, and while nobody watches one object goes and history is forgotten: 410.
+        // The watches end. While there is no watch, one object is deleted and history is forgotten: 410.
         server.hold_further_pages(Resource::Services);
         server.delete_silently(Resource::Services, "a", "s0000");
         server.apply_silently(service("s0001", 81)).unwrap();
@@ -330,7 +330,7 @@ async fn a_failed_list_prunes_nothing() {
         server.compact();
         server.forget_requests();
         server.cut_watches(Cut::Broken);
-        // The new list breaks off behind its beginning.
+        // The new list breaks off after its beginning.
         until("a list", || server.lists(Resource::Services) == 1).await;
         watched.settle().await;
         server.fail(None, Some(Resource::Services), 500, 1);
@@ -426,7 +426,7 @@ async fn service_cidrs_are_optional() {
         let mut watched = Watched::synced(&server).await;
         assert_eq!((watched.services(), watched.service_cidrs()), (vec!["s:80".to_owned()], vec![]));
         tokio::time::sleep(2 * A_WHILE).await;
-        // A server that does not know them is not asked again soon; permission may come any moment.
+        // A server that does not know ServiceCIDRs is not asked again soon; permission may be given at any moment.
         assert_eq!(watched.problems.len(), usize::from(status == 403));
         if status == 404 {
             tokio::time::sleep(4 * A_WHILE).await;
@@ -477,7 +477,7 @@ async fn pods_are_watched_only_if_they_may_opt_out() {
         server.requests().into_iter().filter(|request| request.resource == Resource::Pods).collect();
     assert!(!requests.is_empty() && requests.iter().all(of_this_node), "{requests:?}");
 
-    // Whoever may not read them goes without.
+    // An agent that may not read Pods works without them.
     server.fail(None, Some(Resource::Pods), 403, usize::MAX);
     let mut watched = Watched::with_opt_out(api().await, rules);
     watched.until("synced", |watched| watched.synced == 1 && !watched.problems.is_empty()).await;
@@ -518,7 +518,7 @@ async fn another_server_than_the_kubeconfigs() {
     }
 }
 
-/// kubelet replaces the file long before the old token is refused, but a clock that was set back must not matter.
+/// kubelet replaces the file long before the old token is refused. A clock that was set back must not matter.
 #[tokio::test]
 async fn a_new_token_is_used_at_once() {
     let server = ApiServer::start().unwrap();

@@ -1,4 +1,4 @@
-//! Requests to a server, and how often one is asked that is away, fails or sends everybody off.
+//! Frequency of requests to a server that is away, fails or refuses everybody.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{SOON, WATCHED, Watched, service, wait_for_watches};
 
-/// How long the servers are unwilling.
+/// Time during which the servers are unwilling.
 const TIME: Duration = Duration::from_secs(12);
-/// What a pause may be longer than it was drawn, on a busy machine.
+/// Excess of a pause over the time drawn for it, on a busy machine.
 const SLACK: Duration = Duration::from_millis(700);
 
-/// Pauses behind the first, second, … failure are at random from the upper half of 0.8 s, 1.6 s, …
+/// Checks that the pauses after the first, second, … failure are at random from the upper half of 0.8 s, 1.6 s, …
 fn assert_paced(times: &[std::time::Instant], asked_for: Duration, what: &str) {
     let pauses: Vec<Duration> = times.windows(2).map(|pair| pair[1] - pair[0]).collect();
     assert!((3..=5).contains(&pauses.len()), "{what}: {pauses:?}");
@@ -42,7 +42,8 @@ async fn is_asked_less_and_less(what: &str, asked_for: u32, unwilling: impl Fn(&
     }
     firsts.sort();
     assert!(firsts[3] - firsts[0] > Duration::from_millis(1), "{what}: in step: {firsts:?}");
-    // It is said at once, and over as soon as the server is found willing: at most one more pause.
+    // The problem is reported at once, and is over as soon as the server is found willing, after one more pause at
+    // most.
     watched.until("reported", |watched| watched.problems.len() == WATCHED.len()).await;
     server.stop_failing();
     watched.until("synced", |watched| watched.synced == 1 && watched.problems.is_empty()).await;
@@ -52,7 +53,7 @@ async fn is_asked_less_and_less(what: &str, asked_for: u32, unwilling: impl Fn(&
 async fn an_unwilling_server_is_asked_less_and_less() {
     let fails = |code: u16| move |server: &ApiServer| server.fail(None, None, code, usize::MAX);
     let asks = |code: u16| move |server: &ApiServer| server.fail_and_ask_for(1, code, usize::MAX);
-    // Side by side: it is the waiting that takes time.
+    // In parallel, because waiting takes the time.
     tokio::join!(
         is_asked_less_and_less("500", 0, fails(500)),
         is_asked_less_and_less("429", 0, fails(429)),
@@ -64,7 +65,7 @@ async fn an_unwilling_server_is_asked_less_and_less() {
 
 #[tokio::test]
 async fn a_server_that_is_away_is_looked_for_less_and_less() {
-    // Something takes the connections and drops them.
+    // A listener that accepts the connections and drops them.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let watched = Watched::of(Server::configured(None, Some(&url.parse().unwrap())).unwrap());

@@ -1,4 +1,4 @@
-//! Of a namespace that has more than its budget, the oldest objects are passed on.
+//! Budgets of a namespace: if it has more objects than its budget, the oldest are passed on.
 
 use proxy_agent::config::opt_out::Rules;
 use proxy_agent::reconcile::desired::{Budget, Budgets};
@@ -24,7 +24,7 @@ async fn watched(server: &ApiServer) -> Watched {
     watched
 }
 
-/// An object that was made in this second.
+/// Returns an object that was made in this second.
 fn made(mut object: Value, second: u8) -> Value {
     object["metadata"]["creationTimestamp"] = format!("2026-01-01T00:00:{second:02}Z").into();
     object
@@ -37,7 +37,7 @@ fn refused(watched: &Watched) -> Vec<&str> {
 #[tokio::test]
 async fn the_oldest_objects_of_a_namespace_are_passed_on_and_the_next_ones_fetched_when_there_is_room() {
     for server in servers() {
-        // By name the other way round than by age.
+        // The order of the names is the reverse of the order by age.
         for (name, port, second) in [("z", 1, 1), ("y", 2, 2), ("x", 3, 3), ("w", 4, 4)] {
             server.apply(made(service(name, port), second)).unwrap();
         }
@@ -53,7 +53,7 @@ async fn the_oldest_objects_of_a_namespace_are_passed_on_and_the_next_ones_fetch
         assert_eq!(slices(&watched), ["b", "c"]);
         assert_eq!(refused(&watched), ["Service a/x", "Service a/w", "EndpointSlice a/a"]);
 
-        // What is refused changes, and is fetched as it is then.
+        // A refused object changes, and is later fetched as it is then.
         server.apply(made(service("x", 33), 3)).unwrap();
         watched.settle().await;
         server.forget_requests();
@@ -64,13 +64,13 @@ async fn the_oldest_objects_of_a_namespace_are_passed_on_and_the_next_ones_fetch
         assert!(fetched.len() == 1 && fetched[0].contains("metadata.name%3Dx"), "{fetched:?}");
         watched.until("told", |watched| refused(watched) == ["Service a/w", "EndpointSlice a/a"]).await;
 
-        // One that comes after them takes nobody's place, in a new list neither.
+        // A younger object takes nobody's place, not even in a new list.
         server.apply(made(service("a", 5), 5)).unwrap();
         server.compact();
         server.cut_watches(Cut::Clean);
         watched.settle().await;
         assert_eq!(watched.services(), ["x:33", "y:2"]);
-        // And what goes while it is refused never comes.
+        // An object that is deleted while it is refused never appears.
         assert!(server.delete_named(Resource::Services, "a", "w"));
         assert!(server.delete_named(Resource::Services, "a", "x"));
         watched.until_services(&["a:5", "y:2"]).await;

@@ -1,4 +1,4 @@
-//! kube-proxy's configuration, by file and by flags, as the running agent takes it.
+//! kube-proxy's configuration, by file and by flags, as the running agent applies it.
 
 use std::thread;
 
@@ -33,11 +33,11 @@ fn p235_an_empty_file() -> Result<()> {
     assert_eq!(setting.get("192.0.2.10:10256", "/livez")?.0, 200);
     assert!(setting.get("192.0.2.10:10249", "/configz").is_err(), "metrics are for this host only");
     let log = agent.log();
-    // To be less than other processes takes a capability that a container may lack.
+    // A lower score than that of other processes needs a capability that a container may lack.
     let pid = agent.id().context("it runs")?;
     let score = fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?;
     ensure!(score.trim() == "-999" || log.contains("oomScoreAdj cannot be set score=-999"), "{score}: {log}");
-    // The lab's flags for what the file is to say, but not those that kube-proxy does not have.
+    // The log names the lab's flags that the file overrides, but not the flags that kube-proxy does not have.
     let ignored = "--cluster-cidr, --healthz-bind-address, --metrics-bind-address: ignored";
     ensure!(log.contains(ignored) && !log.contains("without effect"), "{log}");
     Ok(())
@@ -59,7 +59,8 @@ fn p236_an_ipv6_bind_address() -> Result<()> {
     Ok(())
 }
 
-/// The agent must not start with these fields in its file, nor with this flag: it names both and the value.
+/// Checks that the agent refuses these fields in its file, and these flags, with an error that contains all of
+/// `words`, and does nothing before.
 fn refused(fields: &str, flags: &[&str], words: &[&str]) -> Result<()> {
     let setting = Setting::new()?;
     let config = format!("--config={}", setting.config(fields)?.display());

@@ -1,6 +1,6 @@
-//! kube-proxy's configuration, by file and by flags, and the Node, as the running agent takes them.
+//! kube-proxy's configuration, by file and by flags, and the Node, as the running agent applies them.
 //!
-//! The stage of these tests is nodes, files, and an agent on `n1`.
+//! These tests have in common a lab of nodes, files, and an agent on `n1`.
 
 mod files;
 mod node;
@@ -17,7 +17,7 @@ use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// However busy the machine is.
+/// Long enough for a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A lab without Services, and a directory for files. Agents run on `n1`.
@@ -45,7 +45,7 @@ impl Setting {
         self.node().agent()
     }
 
-    /// An agent that reads manifests.
+    /// Returns an agent that reads manifests.
     fn with_manifests(&self) -> Result<Agent> {
         Ok(self.agent()?.manifests(&self.dir.path().join("manifests")))
     }
@@ -65,7 +65,7 @@ impl Setting {
         Ok(path)
     }
 
-    /// An API server that the node reaches, and its kubeconfig.
+    /// Starts an API server that the node reaches, and writes its kubeconfig.
     fn api_server(&self) -> Result<(ApiServer, PathBuf)> {
         let listener = self.node().host().net().enter(|| TcpListener::bind("127.0.0.1:6443"))??;
         let server = ApiServer::start_on(listener)?;
@@ -74,12 +74,12 @@ impl Setting {
         Ok((server, kubeconfig))
     }
 
-    /// The answer of a server on the node.
+    /// Returns the answer of a server on the node.
     fn get(&self, address: &str, path: &str) -> Result<(u16, String)> {
         self.node().host().http_get(address.parse()?, path)
     }
 
-    /// What `/configz` shows.
+    /// Returns the configuration that `/configz` shows.
     fn configz(&self, address: &str) -> Result<Value> {
         let (status, body) = self.get(address, "/configz")?;
         ensure!(status == 200, "{status}: {body}");
@@ -100,7 +100,7 @@ fn wait_ips(agent: &Agent, want: &[&str]) -> Result<()> {
     })
 }
 
-/// Waits for an answer of `/readyz` that has `text`.
+/// Waits for an answer of `/readyz` that contains `text`.
 fn wait_not_ready(agent: &Agent, text: &str) -> Result<()> {
     until(text, || {
         let answer = agent.get("/readyz").ok();
@@ -108,7 +108,7 @@ fn wait_not_ready(agent: &Agent, text: &str) -> Result<()> {
     })
 }
 
-/// Waits for the end of `agent`, which has to be an error with these words.
+/// Waits for the end of `agent`, and checks that it is an error with these words.
 fn ends_with(mut agent: Agent, words: &[&str]) -> Result<()> {
     let status = agent.wait_end(PATIENCE)?;
     let log = agent.quiet().log();

@@ -1,4 +1,4 @@
-//! The Node, and what the running agent takes from it.
+//! The Node, and the settings that the running agent takes from it.
 
 use proxy_common::abi::maps;
 use std::collections::BTreeMap;
@@ -9,7 +9,7 @@ use proxy_tests::apiserver::Resource;
 
 use super::*;
 
-/// A dual-stack Service with a nodePort, and its endpoints L1 and V1.
+/// Returns a dual-stack Service with a nodePort, and its endpoints L1 and V1.
 fn node_port_31080() -> Vec<Value> {
     let slice = |family: &str, address: &str| {
         json!({
@@ -33,8 +33,8 @@ fn node_port_31080() -> Vec<Value> {
     vec![service, slice("IPv4", "10.64.1.11"), slice("IPv6", "fd00:64:0:1::11")]
 }
 
-/// The agent takes these IPs, the primary one first, from a Node with these addresses; there and nowhere else it serves
-/// nodePorts.
+/// Checks that the agent takes these IPs, the primary one first, from a Node with these addresses, and serves
+/// nodePorts there and nowhere else.
 fn node_ips_are(addresses: &[(&str, &str)], bind_address: &str, want: &[&str]) -> Result<()> {
     let setting = Setting::within(LabSpec::cases()?)?;
     for pod in ["L1", "V1"] {
@@ -64,7 +64,7 @@ fn p230_internal_ips_come_first() -> Result<()> {
     node_ips_are(&node, "0.0.0.0", &["192.0.2.10", "2001:db8:1::10"])
 }
 
-/// The same Node for two rows.
+/// Addresses of the Node of two rows.
 const IPV6_FIRST: [(&str, &str); 2] = [("InternalIP", "2001:db8:1::10"), ("InternalIP", "192.0.2.10")];
 
 #[test]
@@ -88,12 +88,12 @@ fn p233_a_node_that_is_absent() -> Result<()> {
     agent.wait_ready(2 * PATIENCE)?;
     ensure!(start.elapsed().as_secs() >= 29, "ready after {:?}", start.elapsed());
     wait_ips(&agent, &["127.0.0.1", "::1"])?;
-    // When it comes, it counts.
+    // The agent follows the Node when it appears.
     server.apply(setting.node().object())?;
     wait_ips(&agent, &["192.0.2.10", "2001:db8:1::10"])?;
     ensure!(agent.log().contains("the node's IPs have changed"), "not told");
 
-    // A start that knows the Node works with its IPs from the beginning.
+    // A start that knows the Node uses its IPs from the beginning.
     agent.kill9()?;
     let before = agent.log().len();
     agent.start()?;
@@ -118,7 +118,7 @@ fn p234_the_name_of_the_node() -> Result<()> {
     assert_eq!(agent.tool("status", &[])?["agent"]["node"], "node-a");
     agent.terminate()?;
 
-    // The flag wins over the file, and a bind address over the Node.
+    // The flag overrides the file, and a bind address overrides the Node.
     let config = setting.config("hostnameOverride: other\nbindAddress: 2001:db8:2::10\n")?;
     let mut agent = agent.flag("config", config.display());
     start(&mut agent)?;
@@ -127,7 +127,7 @@ fn p234_the_name_of_the_node() -> Result<()> {
     Ok(())
 }
 
-/// The keys of `POD_SOURCES`.
+/// Returns the keys of `POD_SOURCES`.
 fn pod_sources(setting: &Setting) -> Result<Vec<String>> {
     let pins = proxy_agent::bpf::pins::PinDir::new(setting.node().pin_dir());
     let mut command = setting.node().host().command("bpftool");
@@ -150,7 +150,7 @@ fn p242_pod_cidrs_that_change() -> Result<()> {
     agent.wait_ready(PATIENCE)?;
     assert_eq!(pod_sources(&setting)?.len(), 2);
 
-    // Anything else of the Node may change.
+    // Any other field of the Node may change.
     object["metadata"]["labels"]["topology.kubernetes.io/zone"] = "zb".into();
     object["status"]["addresses"][0]["address"] = "192.0.2.11".into();
     setting.write(&object)?;
@@ -163,7 +163,7 @@ fn p242_pod_cidrs_that_change() -> Result<()> {
     Ok(())
 }
 
-/// Samples of a metric, by line.
+/// Returns the samples of a metric, by line.
 fn samples(agent: &Agent, name: &str) -> Result<BTreeMap<String, String>> {
     let text = agent.metrics()?;
     let lines = text.lines().filter(|line| line.starts_with(name)).filter_map(|line| line.split_once(' '));
@@ -188,7 +188,7 @@ fn p243_of_the_labels_only_the_zone_counts() -> Result<()> {
         "ports": [{"name": "web", "port": 8080, "protocol": "TCP"}],
         "endpoints": [endpoint("10.64.1.11", "za"), endpoint("10.64.2.21", "zb")],
     }))?;
-    // The server by its address alone: it asks for no credentials.
+    // The server is given by its address alone, because it asks for no credentials.
     let mut agent = setting.agent()?.flag("master", server.url()).flag("iptables-sync-period", "1s");
     start(&mut agent)?;
     let endpoints = || -> Result<Value> { Ok(agent.tool("services", &[])?[0]["cluster"].clone()) };
@@ -206,7 +206,7 @@ fn p243_of_the_labels_only_the_zone_counts() -> Result<()> {
         let since = Instant::now();
         server.apply(node.clone())?;
         until("the event", || Ok(server.event_sent(Resource::Nodes).filter(|sent| *sent > since)))?;
-        // Long enough for a sync that must not be.
+        // Long enough for an unwanted sync.
         thread::sleep(Duration::from_millis(300));
         Ok(())
     };
@@ -214,7 +214,7 @@ fn p243_of_the_labels_only_the_zone_counts() -> Result<()> {
     node["metadata"]["labels"]["kubernetes.io/hostname"] = "renamed".into();
     apply(&node)?;
     assert_eq!(syncs()?, before);
-    // Nothing waits: after twice the sync period it would be too long.
+    // Nothing waits to be programmed; after twice the sync period, the probe would fail.
     thread::sleep(Duration::from_millis(2200));
     assert_eq!(agent.get("/livez")?.0, 200);
     assert_eq!(syncs()?, before);
@@ -234,7 +234,7 @@ fn p243_of_the_labels_only_the_zone_counts() -> Result<()> {
         assert_eq!(after, before + 1.0, "{family}");
     }
 
-    // Without the label there is no zone, and nothing is filtered; a Node that is gone changes nothing.
+    // Without the label there is no zone, and no endpoint is filtered. The deletion of the Node changes nothing.
     node["metadata"]["labels"] = json!({});
     apply(&node)?;
     until("every endpoint", || Ok((endpoints()?.as_array().map(Vec::len) == Some(2)).then_some(())))?;

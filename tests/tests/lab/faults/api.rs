@@ -1,4 +1,4 @@
-//! The API server instead of a directory, and everything that it can do to its clients.
+//! The API server instead of a directory, with every fault that it can cause for its clients.
 
 use std::collections::BTreeMap;
 use std::net::TcpListener;
@@ -15,13 +15,13 @@ use serde_json::{Value, json};
 use super::drift::verify_with;
 use super::{KUBIA, KUBIA_VIP, numbers};
 
-/// The Service that changes.
+/// The changing Service.
 pub(super) const READY: &str = "s13-readiness.yaml";
 pub(super) const READY_VIP: &str = "10.97.97.97:80";
 const READY_SERVICE: &str = "default/service-clusterip";
 
-/// What the agents of a cluster are given: the objects of all files; for each Endpoints object the EndpointSlice that a
-/// controller of the cluster makes of it.
+/// Returns the objects that the agents of a cluster are given: the objects of all files, and for each Endpoints
+/// object the EndpointSlice that a controller of the cluster makes of it.
 fn objects(world: &World) -> Result<Vec<Value>> {
     let mut objects = world.manifests().all()?;
     for object in &mut objects {
@@ -59,7 +59,8 @@ fn mirrored(endpoints: &Value) -> Result<Value> {
     }))
 }
 
-/// An API server on the loopback device of [`NODE`] with the objects of a world, and an agent of the node for it.
+/// Starts an API server on the loopback device of [`NODE`] with the objects of a world, and returns it with an agent
+/// of the node for it.
 pub(super) fn cluster(world: &World) -> Result<(ApiServer, Agent)> {
     let listener = world.host().net().enter(|| TcpListener::bind("127.0.0.1:6443"))??;
     let server = ApiServer::start_on(listener)?;
@@ -70,7 +71,7 @@ pub(super) fn cluster(world: &World) -> Result<(ApiServer, Agent)> {
     Ok((server, agent))
 }
 
-/// The elements of the maps that say who serves what, as bpftool prints them.
+/// Returns the elements of the maps that decide which backends serve a Service, as bpftool prints them.
 fn dumps(world: &World) -> Result<BTreeMap<&'static str, Vec<Value>>> {
     let mut dumps = BTreeMap::new();
     for map in [
@@ -86,7 +87,7 @@ fn dumps(world: &World) -> Result<BTreeMap<&'static str, Vec<Value>>> {
         let mut command = world.host().command("bpftool");
         command.args(["-j", "map", "dump", "pinned"]).arg(pin);
         let mut elements: Vec<Value> = serde_json::from_str(&command.text()?)?;
-        // The order in a hash is by a number that each map draws for itself.
+        // Each map draws the number that decides the order in its hash.
         elements.sort_by_cached_key(|element| element["key"].to_string());
         dumps.insert(map, elements);
     }
@@ -96,7 +97,7 @@ fn dumps(world: &World) -> Result<BTreeMap<&'static str, Vec<Value>>> {
 #[test]
 fn a_directory_and_the_api_make_the_same_maps() -> Result<()> {
     let mut world = World::new(&[])?;
-    // Its Services get from the agent what an API server would have given them.
+    // The agent gives these Services the slices that an API server would have given them.
     std::fs::remove_file(world.manifests().dir().join("s23-selectors.yaml"))?;
     world.start_agent(NODE)?;
     let from_files = (numbers(&world, NODE)?, dumps(&world)?);
@@ -117,7 +118,7 @@ fn a_directory_and_the_api_make_the_same_maps() -> Result<()> {
         assert!(from_api.1[map] == *elements, "{map} differs");
     }
 
-    // What the server has and no agent has programmed.
+    // Objects of the server that no agent has programmed.
     world.take_agent(NODE)?.kill9()?;
     for slice in server.list(Resource::EndpointSlices) {
         server.delete(&slice)?;
@@ -158,7 +159,7 @@ fn the_api_server_is_away_when_the_agent_starts() -> Result<()> {
     agent.wait_ready(Duration::from_secs(60))?;
     served(KUBIA_VIP, &world.client().connect(KUBIA_VIP).http().times(10).run()?)?;
 
-    // What was programmed once serves on through a start without the server.
+    // State that was programmed once serves on through a start without the server.
     let before = numbers(&world, NODE)?;
     let mut loops = Loops::start(&world, &[KUBIA_VIP])?;
     server.go_away();
@@ -174,7 +175,7 @@ fn the_api_server_is_away_when_the_agent_starts() -> Result<()> {
     loops.none_failed().map(drop)
 }
 
-/// The slice of [`READY_SERVICE`] with the pods of these numbers.
+/// Returns the slice of [`READY_SERVICE`] with the pods of these numbers.
 pub(super) fn slice(world: &World, pods: &[usize]) -> Result<Value> {
     let all = [("node-a", "172.16.1.42"), ("node-b", "172.16.2.44"), ("node-b", "172.16.3.46")];
     let mut slice = world.manifests().objects(READY)?.remove(1);
@@ -187,7 +188,7 @@ pub(super) fn slice(world: &World, pods: &[usize]) -> Result<Value> {
     Ok(slice)
 }
 
-/// Waits until the node has the pods of these numbers.
+/// Waits until the node serves the pods of these numbers.
 pub(super) fn wait_for(world: &World, pods: &[usize]) -> Result<()> {
     let all = ["172.16.1.42:80", "172.16.2.44:80", "172.16.3.46:80"];
     world.wait_endpoints(NODE, READY_SERVICE, &pods.iter().map(|&pod| all[pod]).collect::<Vec<_>>())

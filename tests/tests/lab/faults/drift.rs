@@ -1,4 +1,4 @@
-//! Somebody else writes to the maps: `verify` names it, and the agent puts it right.
+//! Another program writes to the maps: `verify` names the difference, and the agent corrects it.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{KUBIA, KUBIA_VIP, numbers};
 
-/// A world whose agent compares once a second.
+/// Returns a world whose agent compares once a second.
 fn world() -> Result<World> {
     let mut world = World::new(&[KUBIA, "s14-dns.yaml"])?;
     let manifests = world.manifests().dir().to_path_buf();
@@ -21,12 +21,12 @@ fn world() -> Result<World> {
     Ok(world)
 }
 
-/// What `verify` finds: the maps and objects of the differences. It ends with 1 if there are any.
+/// Returns the maps and objects of the differences that `verify` finds. It exits with 1 if there are any.
 fn verify(world: &World) -> Result<Vec<(String, String)>> {
     verify_with(world, "--manifests", world.manifests().dir())
 }
 
-/// The same, with another source.
+/// Returns the same, with another source.
 pub(super) fn verify_with(world: &World, flag: &str, source: &Path) -> Result<Vec<(String, String)>> {
     let node = world.lab().node(NODE);
     let mut command = world.command(NODE, "verify")?;
@@ -43,7 +43,7 @@ pub(super) fn verify_with(world: &World, flag: &str, source: &Path) -> Result<Ve
     Ok(differences.iter().map(|one| (text(one, "map"), text(one, "object"))).collect())
 }
 
-/// Runs `bpftool map WORDS` on a map; `{}` in it stands for the pin.
+/// Runs `bpftool map WORDS` on a map. The word `{}` stands for the pin.
 fn bpftool(world: &World, map: &str, words: &str) -> Result<String> {
     let pin = world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}")).join(map);
     let mut command = world.host().command("bpftool");
@@ -57,7 +57,7 @@ fn bpftool(world: &World, map: &str, words: &str) -> Result<String> {
     command.text().context("the lab needs bpftool")
 }
 
-/// The keys of a hash map as bpftool takes them.
+/// Returns the keys of a hash map in bpftool's form.
 fn keys(world: &World, map: &str) -> Result<Vec<String>> {
     let dump: Value = serde_json::from_str(&bpftool(world, map, "dump {}")?)?;
     let bytes = |element: &Value| {
@@ -79,7 +79,7 @@ fn elements_that_are_removed_or_changed_are_named_and_come_back() -> Result<()> 
     assert_eq!(verify(&world)?, [], "nothing has been touched");
     let before = numbers(&world, NODE)?;
 
-    // Every frontend, while no agent runs: `verify` needs none.
+    // Every frontend is deleted while no agent runs: `verify` needs none.
     world.agent(NODE).kill9()?;
     let frontends = keys(&world, maps::FRONTENDS)?;
     for key in &frontends {
@@ -98,7 +98,7 @@ fn elements_that_are_removed_or_changed_are_named_and_come_back() -> Result<()> 
     assert_eq!(verify(&world)?, []);
     assert_eq!(numbers(&world, NODE)?, before);
 
-    // One at a time, under a running agent.
+    // One element at a time, under a running agent.
     for (map, what) in
         [(maps::FRONTENDS, "delete"), (maps::NAMES, "delete"), (maps::LOCAL_ADDRESSES, "delete")]
     {
@@ -107,13 +107,13 @@ fn elements_that_are_removed_or_changed_are_named_and_come_back() -> Result<()> 
         until(map, || Ok((drift(&mut world, map)? > 0).then_some(())))?;
         until("healed", || Ok(keys(&world, map)?.contains(&key).then_some(())))?;
     }
-    // Arrays have no elements to delete: a slot that names nobody.
+    // Arrays have no elements to delete, so a slot gets a backend that does not exist.
     bpftool(&world, maps::SLOTS, "update {} key 1 0 0 0 value 255 255 0 0")?;
     until(maps::SLOTS, || Ok((drift(&mut world, maps::SLOTS)? > 0).then_some(())))?;
     until("verified", || Ok(verify(&world)?.is_empty().then_some(())))?;
     let attempts = world.client().connect(KUBIA_VIP).http().times(20).run()?;
     ensure!(attempts.iter().all(|attempt| attempt.ok), "{attempts:?}");
-    // Healing is no drift.
+    // Corrections do not count as drift.
     let sum = |world: &mut World| {
         [maps::FRONTENDS, maps::NAMES, maps::SLOTS, maps::LOCAL_ADDRESSES]
             .map(|map| drift(world, map))
@@ -146,7 +146,7 @@ fn programs_that_are_detached_are_attached_again() -> Result<()> {
         );
     }
     until("attached", || Ok((attached(&world)? == all).then_some(())))?;
-    // Both may have been found at once.
+    // Both may have been found in one comparison.
     ensure!((1..=2).contains(&drift(&mut world, "links")?));
     let attempts = world.client().connect(KUBIA_VIP).http().times(20).run()?;
     ensure!(attempts.iter().all(|attempt| attempt.ok), "{attempts:?}");

@@ -1,4 +1,4 @@
-//! More Services than the maps were made for: they grow, and nobody who is served notices.
+//! More Services than the maps were made for: the maps grow, and connections of clients go on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -22,17 +22,17 @@ const STICKY_VIP: &str = "10.111.249.154:80";
 const REDIS_VIP: &str = "10.96.65.65:6379";
 const NODE_PORT: &str = "192.168.1.11:30123";
 const FILES: [&str; 5] = [KUBIA, STICKY, "s08-nodeport.yaml", "s12-redis.yaml", "s14-dns.yaml"];
-/// Of the maps that a small cluster gets, `SERVICES` has the least room, 8192: twice as many ports as these are almost that,
-/// or more.
+/// Numbers of Services whose ports, two each, nearly fill `SERVICES` (`FEW`), or exceed it (`MANY`). Of the maps that
+/// a small cluster gets, `SERVICES` has the least room, 8192.
 const FEW: u32 = 3_700;
 const MANY: u32 = 4_500;
-/// Too many for what those few have made of it.
+/// Number of Services for which the maps that have grown once are too small.
 const MORE: u32 = 8_000;
 
-/// Under this name `status` counts the objects of the namespace that it does not name.
+/// Name under which `status` counts the objects of the namespace that it does not name.
 const REST: &str = "all of default";
 
-/// A world whose agent tries once a second what it has to try again.
+/// Returns a world whose agent retries once a second.
 fn world() -> Result<World> {
     let mut world = World::new(&FILES)?;
     let manifests = world.manifests().dir().to_path_buf();
@@ -43,7 +43,7 @@ fn world() -> Result<World> {
     Ok(world)
 }
 
-/// Services with two ports and without endpoints.
+/// Returns Services with two ports and without endpoints.
 fn many(services: Range<u32>) -> String {
     let mut text = String::new();
     for number in services {
@@ -60,7 +60,7 @@ fn pin(world: &World, map: &str) -> PathBuf {
     world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}")).join(map)
 }
 
-/// How many elements a map has room for.
+/// Returns the number of elements that a map has room for.
 fn room(world: &World, map: &str) -> Result<u64> {
     let mut command = world.host().command("bpftool");
     command.args(["-j", "map", "show", "pinned"]).arg(pin(world, map));
@@ -68,7 +68,7 @@ fn room(world: &World, map: &str) -> Result<u64> {
     shown["max_entries"].as_u64().context("max_entries")
 }
 
-/// The Service ports that there were before the many, each with its number; what they have carried aside.
+/// Returns the Service ports that were there before the many, each with its number, without their traffic.
 fn ids(world: &World) -> Result<Vec<Value>> {
     let Value::Array(mut services) = world.tool(NODE, "services")? else { bail!("no list of Services") };
     services.retain(|service| !["many-", "later-"].iter().any(|new| service.to_string().contains(new)));
@@ -78,7 +78,7 @@ fn ids(world: &World) -> Result<Vec<Value>> {
     Ok(services)
 }
 
-/// Connections that came to the nodePort.
+/// Returns the number of connections to the nodePort.
 fn counted(world: &World) -> Result<u64> {
     let services = world.tool(NODE, "services")?;
     let mut services = services.as_array().context("services")?.iter();
@@ -86,7 +86,7 @@ fn counted(world: &World) -> Result<u64> {
     counted.and_then(|service| service["traffic"]["connections"].as_u64()).context("kubia-nodeport")
 }
 
-/// Clients in a pod, on the node and outside, over TCP and UDP.
+/// Starts clients in a pod, on the node and outside, over TCP and UDP.
 fn loops(world: &World) -> Result<Loops> {
     let mut loops = Loops::start(world, &[KUBIA_VIP])?;
     loops.add(NODE_PORT, world.outside().connect(NODE_PORT).http())?;
@@ -97,7 +97,7 @@ fn loops(world: &World) -> Result<Loops> {
     Ok(loops)
 }
 
-/// Whom the Service with session affinity gives to a pod and to the node.
+/// Returns the backends that the Service with session affinity gives to a pod and to the node.
 fn remembered(world: &World) -> Result<Vec<Vec<String>>> {
     let clients = world.clients();
     let servers = clients.iter().map(|place| {
@@ -107,7 +107,7 @@ fn remembered(world: &World) -> Result<Vec<Vec<String>>> {
     servers.collect()
 }
 
-/// Waits for larger maps, and for the many in them.
+/// Waits for larger maps, and for the many Services in them.
 fn all_fit(world: &World, services: u32) -> Result<()> {
     let enough = u64::from(2 * services + services / 2);
     until("larger maps", || Ok((room(world, maps::SERVICES)? >= enough).then_some(())))?;
@@ -117,8 +117,8 @@ fn all_fit(world: &World, services: u32) -> Result<()> {
         .try_for_each(|number| world.wait_ports(NODE, &service(number), |ports| ports.len() == 2).map(drop))
 }
 
-/// A Service that comes after the growth is served: at the sockets, and in the packets from outside. The maps as they were
-/// never hear of it.
+/// Checks that a Service created after the growth is served, at the sockets and for packets from outside. The former
+/// maps never get it.
 fn a_later_one_is_served(world: &World, number: u16) -> Result<()> {
     let name = format!("later-{number}");
     let (vip, node_port) = (format!("10.110.0.{}", number + 1), 30_900 + number);
@@ -169,7 +169,7 @@ fn maps_grow_while_clients_go_on() -> Result<()> {
     loops.next(100)?;
     let counted_before = counted(&world)?;
 
-    // Before they are full, and because of what does not fit.
+    // The maps grow before they are full, and again because a Service does not fit.
     for (number, services) in [FEW, MORE].into_iter().enumerate() {
         world.manifests().write("many.yaml", &many(0..services))?;
         all_fit(&world, services)?;
@@ -191,15 +191,15 @@ fn maps_grow_while_clients_go_on() -> Result<()> {
     loops.none_failed().map(drop)
 }
 
-/// How many of the many Services are refused.
+/// Returns how many of the many Services are refused.
 fn refused(problems: &BTreeMap<String, Vec<String>>) -> usize {
     let named = problems.keys().filter(|object| object.starts_with("Service default/many-")).count();
-    // Of one namespace so many are named; the others are counted.
+    // Only so many objects of a namespace are named; the others are counted.
     let counted = problems.get(REST).into_iter().flatten().flat_map(|reason| reason.split(' '));
     named + counted.filter_map(|word| word.parse::<usize>().ok()).sum::<usize>()
 }
 
-/// How many Services were planned together, each time.
+/// Returns the numbers of Services that were planned together, in order.
 fn planned(log: &str) -> Vec<usize> {
     let services =
         log.lines().filter_map(|line| line.split_once("programming services=")?.1.split(' ').next());
@@ -210,12 +210,12 @@ fn planned(log: &str) -> Vec<usize> {
 fn maps_that_cannot_grow_refuse_what_does_not_fit_and_nothing_else() -> Result<()> {
     let mut world = world()?;
     let before = ids(&world)?;
-    // Something that no agent removes lies where a larger map would be pinned.
+    // An obstacle that no agent removes is at the place where a larger map would be pinned.
     let obstacle = pin(&world, "SERVICES-larger");
     fs::create_dir(&obstacle)?;
     let mut loops = loops(&world)?;
     world.manifests().write("many.yaml", &many(0..MANY))?;
-    // Each Service has two ports; changes are programmed in parts, and what is refused is named part by part.
+    // Each Service has two ports. Changes are programmed in parts, and the refused Services are named part by part.
     let problems = world.wait_problems(NODE, |problems| {
         problems.get("maps").is_some_and(|reasons| reasons.concat().contains("SERVICES-larger"))
             && problems.values().flatten().any(|reason| reason.contains("map SERVICES is full"))
@@ -226,7 +226,7 @@ fn maps_that_cannot_grow_refuse_what_does_not_fit_and_nothing_else() -> Result<(
     assert_eq!(ids(&world)?, before);
     loops.next(100)?;
 
-    // Somebody else's change is no reason to plan those that are refused, once all of them have been told so.
+    // After each refused Service has been reported, a change of another Service does not plan the refused ones again.
     let mut log = 0;
     until("an agent that is idle", || {
         let now = planned(&world.agent(NODE).log()).len();
@@ -242,7 +242,7 @@ fn maps_that_cannot_grow_refuse_what_does_not_fit_and_nothing_else() -> Result<(
     let planned = planned(&world.agent(NODE).log()).split_off(log);
     ensure!(!planned.is_empty() && planned.iter().all(|services| *services == 1), "{planned:?}");
 
-    // When some have gone there is room for the others, in the maps as they are.
+    // When some Services have gone, the others fit into the maps as they are.
     world.manifests().write("many.yaml", &many(MANY - FEW..MANY))?;
     world.wait_problems(NODE, |problems| problems.keys().all(|object| object == "maps"))?;
     ensure!(room(&world, maps::SERVICES)? < u64::from(2 * MANY), "the maps have grown");
@@ -250,11 +250,11 @@ fn maps_that_cannot_grow_refuse_what_does_not_fit_and_nothing_else() -> Result<(
     (MANY - FEW..MANY).step_by(100).try_for_each(|number| {
         world.wait_ports(NODE, &service(number), |ports| ports.len() == 2).map(drop)
     })?;
-    // And the others of the others have none now.
+    // Now the remaining ones have no room.
     world.manifests().write("many.yaml", &many(0..MANY))?;
     world.wait_problems(NODE, |problems| (400..=900).contains(&refused(problems)))?;
 
-    // With the next try it goes well.
+    // The next try succeeds.
     fs::remove_dir(&obstacle)?;
     all_fit(&world, MANY)?;
     world.wait_problems(NODE, |problems| problems.is_empty())?;
@@ -270,11 +270,11 @@ fn an_agent_that_is_killed_while_maps_grow_leaves_nothing_half_done() -> Result<
     let mut loops = loops(&world)?;
     world.agent(NODE).kill9()?;
     world.manifests().write("many.yaml", &many(0..MANY))?;
-    // Reading the manifests takes most of the time; each start gets a little further.
+    // Reading the manifests takes most of the time, so each start gets a little further.
     let mut delay = 0;
     let small = room(&world, maps::SERVICES)?;
     while room(&world, maps::SERVICES)? == small {
-        // A busy machine takes longer for all of it.
+        // On a busy machine, every part takes longer.
         delay += 100 + delay / 5;
         ensure!(delay < 10_000, "the maps do not grow");
         world.agent(NODE).start()?;

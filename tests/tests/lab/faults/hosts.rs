@@ -1,4 +1,4 @@
-//! A host that lacks something: the agent says what, and what to do.
+//! A host that lacks something: the agent names what it lacks, and the remedy.
 
 use std::path::Path;
 
@@ -36,7 +36,7 @@ fn a_pin_directory_that_is_not_on_a_bpf_file_system() -> Result<()> {
     Ok(())
 }
 
-/// Runs the agent through a program that takes rights away from it.
+/// Runs the agent through a program that takes rights away from it, and returns its log.
 fn without_rights(world: &World, wrapper: &[&str]) -> Result<String> {
     let mut command = world.host().command("timeout");
     command.args(["30", "setpriv"]).args(wrapper).arg(binary::proxy_agent()?).arg("run");
@@ -61,7 +61,7 @@ fn missing_capabilities() -> Result<()> {
     let world = World::new(&[KUBIA])?;
     let root = without_rights(&world, &["--bounding-set=-all", "--inh-caps=-all"])?;
     says(&root, &["run as root", "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"])?;
-    // Everything of an ordinary user is refused, the pin directory first.
+    // An ordinary user is refused everything, the pin directory first.
     let mut executable = world.host().command("setpriv");
     executable
         .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
@@ -93,6 +93,6 @@ fn a_kubeconfig_that_cannot_be_used() -> Result<()> {
     says(&end_of(world.new_agent(NODE)?.kubeconfig(&file))?, &["kubeconfig", &file.display().to_string()])?;
     std::fs::write(&file, "clusters: 7\n")?;
     says(&end_of(world.new_agent(NODE)?.kubeconfig(&file))?, &["kubeconfig", &file.display().to_string()])?;
-    // Neither a cluster nor a directory, outside of a pod.
+    // Neither a cluster nor a directory is given, outside a pod.
     says(&end_of(world.new_agent(NODE)?)?, &["--kubeconfig"])
 }

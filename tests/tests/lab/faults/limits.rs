@@ -1,4 +1,4 @@
-//! More than anybody should have.
+//! Services and endpoints in numbers beyond any usual cluster.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use super::{KUBIA, KUBIA_VIP};
 
 const MANY: u32 = 10_000;
-/// The Kubernetes API allows no more endpoints in one slice.
+/// Number of endpoints that the Kubernetes API allows in one slice.
 const PER_SLICE: u32 = 1000;
 
-/// One Service with `count` endpoints, 172.20.0.1 and those that follow, as a controller would slice them.
+/// Returns one Service with `count` endpoints, from 172.20.0.1 on, in slices as a controller makes them.
 fn crowd(count: u32) -> Vec<Value> {
     let mut objects = vec![json!({
         "apiVersion": "v1",
@@ -51,10 +51,10 @@ fn reached(attempts: &[Attempt]) -> BTreeSet<String> {
 fn ten_thousand_endpoints_of_one_service() -> Result<()> {
     let (file, vip) = ("crowd.yaml", "10.96.20.20:80");
     let world = World::start(&[KUBIA])?;
-    // One pod answers for all of them: the whole prefix is its own.
+    // One pod answers for all endpoints: the whole prefix is its own.
     let pod = world.lab().add_pod(NODE, "crowd", &["172.16.1.20"])?;
     pod.net().ip("route add local 172.20.0.0/16 dev lo")?;
-    // By way of its address: the kernel has one small table of neighbours for all namespaces.
+    // The route goes by the pod's address, because the kernel has one small neighbour table for all namespaces.
     let route = format!("route add 172.20.0.0/16 via 172.16.1.20 dev {} onlink", pod.host_device());
     world.host().net().ip(&route)?;
     pod.serve().at("http", "0.0.0.0:8080").start()?;
@@ -66,7 +66,7 @@ fn ten_thousand_endpoints_of_one_service() -> Result<()> {
     })?;
     let attempts = world.client().connect(vip).http().times(2000).run()?;
     served(vip, &attempts)?;
-    // 2000 draws out of 10000 hit some 1813 different ones.
+    // 2000 draws out of 10000 hit about 1813 different endpoints.
     let distinct = reached(&attempts).len();
     assert!((1700..1920).contains(&distinct), "{distinct} of {MANY} endpoints were reached");
 

@@ -1,4 +1,4 @@
-//! Files and objects that are wrong: each costs only itself, and is named.
+//! Wrong files and objects: each affects only itself, and is named.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,14 +9,14 @@ use serde_json::{Value, json};
 
 use super::{KUBIA, KUBIA_VIP};
 
-/// What is wrong by object, one of them with all of these words.
+/// Reports whether the problems, by object, contain one line with all of these words.
 fn named(problems: &BTreeMap<String, Vec<String>>, words: &[&str]) -> bool {
     let mut lines =
         problems.iter().flat_map(|(object, reasons)| reasons.iter().map(move |r| format!("{object}: {r}")));
     lines.any(|line| words.iter().all(|word| line.contains(word)))
 }
 
-/// A Service with one port, and its slice with one pod on port 8080.
+/// Returns a Service with one port, and its slice with one pod on port 8080.
 fn service(name: &str, cluster_ip: &str, pod: Value) -> [Value; 2] {
     [
         json!({
@@ -44,19 +44,19 @@ fn a_broken_file_is_named_and_keeps_its_last_good_state() -> Result<()> {
     let mut loops = Loops::start(&world, &[KUBIA_VIP])?;
 
     let broken = [
-        // The second document, the slice, is no YAML any more.
+        // The second document, the slice, is no longer valid YAML.
         (good.replace("addressType: IPv4", "addressType: [IPv4"), vec![KUBIA, "document 2"]),
-        // One field of the Service is of another type.
+        // One field of the Service has the wrong type.
         (
             good.replace("port: 80\n", "port: eighty\n"),
             vec![KUBIA, "document 1", "Service", "spec.ports[0].port"],
         ),
-        // One field of the slice.
+        // One field of the slice has the wrong type.
         (
             good.replace("port: 8080\n", "port: {}\n"),
             vec![KUBIA, "document 2", "EndpointSlice", "ports[0].port"],
         ),
-        // No document at all.
+        // The file has no document at all.
         ("\u{1}".to_owned(), vec![KUBIA, "document 1"]),
     ];
     for (ready, (text, words)) in [false, true].into_iter().cycle().zip(broken) {
@@ -64,7 +64,7 @@ fn a_broken_file_is_named_and_keeps_its_last_good_state() -> Result<()> {
         world.manifests().write(KUBIA, &text)?;
         let words: Vec<&str> = words.into_iter().chain(["last good state"]).collect();
         world.wait_problems(NODE, |problems| named(problems, &words))?;
-        // Everything else goes on.
+        // Everything else continues.
         world.manifests().set_ready(other, "172.16.2.44", ready)?;
         let count = if ready { 3 } else { 2 };
         world.wait_ports(NODE, "default/service-clusterip", |ports| ports[0].cluster.len() == count)?;
@@ -176,7 +176,7 @@ fn a_directory_that_vanishes_is_waited_for() -> Result<()> {
     loops.next(20)?;
     fs::rename(&away, dir)?;
     world.wait_problems(NODE, BTreeMap::is_empty)?;
-    // And it is followed again.
+    // The file is followed again.
     world.manifests().set_endpoints(KUBIA, vec![endpoint("kubia-gzwli", "node-b", "172.16.2.5")])?;
     world.wait_endpoints(NODE, "default/kubia", &["172.16.2.5:8080"])?;
     loops.none_failed().map(drop)

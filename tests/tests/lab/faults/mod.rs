@@ -1,5 +1,5 @@
-//! Faults on a node, by where they come from, and that nothing is lost by them: clients go on connecting while the agent is
-//! killed, maps are replaced, files are broken and the API server is away, and not one of their connections fails.
+//! Faults on a node, by their source. Clients go on connecting while the agent is killed, maps are replaced, files
+//! are broken and the API server is away, and none of their connections fails.
 
 mod api;
 mod drift;
@@ -16,18 +16,18 @@ use proxy_tests::lab::Agent;
 use proxy_tests::scenarios::World;
 use serde_json::Value;
 
-/// The Service that clients use while something else goes wrong.
+/// The Service that clients use during a fault.
 const KUBIA: &str = "s01-clusterip.yaml";
 const KUBIA_VIP: &str = "10.111.249.153:80";
 
-/// Everything that must not change while nothing changes: which Service and which backend has which number.
+/// Returns the number of each Service and backend, which must not change while no object changes.
 fn numbers(world: &World, node: &str) -> Result<(Value, Value)> {
     Ok((world.tool(node, "services")?, world.tool(node, "backends")?))
 }
 
-/// Waits for the end of an agent that cannot run, and returns what it said.
+/// Waits for the end of an agent that cannot run, and returns its log.
 fn end_of(agent: Agent) -> Result<String> {
-    // Not the address of another agent on that node.
+    // Another agent on that node has the default address.
     let mut agent = agent.flag("healthz-bind-address", "127.0.0.1:20256");
     agent.start()?;
     let ended = agent.wait_ready(std::time::Duration::from_secs(30));
@@ -37,7 +37,7 @@ fn end_of(agent: Agent) -> Result<String> {
     Ok(log)
 }
 
-/// A log ends with an error that has all of these words.
+/// Checks that a log ends with an error that has all of these words.
 fn says(log: &str, words: &[&str]) -> Result<()> {
     let error: Vec<&str> = log.lines().skip_while(|line| !line.starts_with("error: ")).collect();
     let error = error.join("\n");

@@ -1,5 +1,5 @@
-//! Maps that an agent finds pinned: of another layout, of another size, of another version. And what anybody finds who
-//! looks at them with bpftool.
+//! Maps that an agent finds pinned: of another layout, of another size, of another version; and the contents of the
+//! maps as bpftool shows them.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -24,14 +24,14 @@ use proxy_tests::scenarios::{Loops, NODE, World, served};
 
 use super::{KUBIA, KUBIA_VIP, numbers};
 
-/// Runs bpftool with words separated by spaces, and a path last.
+/// Runs bpftool with words separated by spaces, the path, and more words.
 fn bpftool(world: &World, words: &str, path: &std::path::Path, more: &str) -> Result<String> {
     let mut command = world.host().command("bpftool");
     command.args(words.split(' ')).arg(path).args(more.split_whitespace());
     command.text().context("the lab needs bpftool")
 }
 
-/// Pins a new map of bpftool's making where a map of ours should be.
+/// Pins a new map made by bpftool in the place of one of our maps.
 fn put_map(world: &World, version: &str, name: &str, layout: &str) -> Result<()> {
     let dir = world.lab().node(NODE).pin_dir().join(version);
     fs::create_dir_all(&dir)?;
@@ -42,7 +42,7 @@ fn put_map(world: &World, version: &str, name: &str, layout: &str) -> Result<()>
     bpftool(world, "map create", &pin, &format!("{layout} name {name}")).map(drop)
 }
 
-/// The layout of the map that is pinned there.
+/// Returns the layout of the map that is pinned there.
 fn layout(world: &World, name: &str) -> Result<String> {
     let pin = world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}")).join(name);
     let shown = bpftool(world, "map show pinned", &pin, "")?;
@@ -51,8 +51,8 @@ fn layout(world: &World, name: &str) -> Result<String> {
     Ok(format!("{key} {value} {entries}"))
 }
 
-/// Whatever clients get while the agent starts on maps that it has to replace, they get it from somebody. What
-/// getpeername() says may be wrong for a moment: new programs look into a new table.
+/// Checks that every connection is answered by some server while the agent starts on maps that it has to replace. The
+/// address that getpeername() returns may be wrong for a moment: new programs read a new table.
 fn all_answered(loops: Loops) -> Result<()> {
     for (target, attempts) in loops.stop()? {
         let summary = Summary::of(&attempts);
@@ -91,7 +91,7 @@ fn maps_that_are_too_small_are_replaced_while_clients_go_on() -> Result<()> {
     assert_ne!(layout(&world, maps::FRONTENDS)?, right);
     world.agent(NODE).start_ready()?;
     assert_eq!(layout(&world, maps::FRONTENDS)?, right);
-    // And with the right maps nothing is replaced.
+    // With the right maps, nothing is replaced.
     let before = numbers(&world, NODE)?;
     world.agent(NODE).kill9()?;
     world.agent(NODE).start_ready()?;
@@ -105,18 +105,18 @@ fn maps_of_another_version_are_removed_when_nobody_needs_them() -> Result<()> {
     let loops = Loops::start(&world, &[KUBIA_VIP])?;
     world.agent(NODE).kill9()?;
     let before = numbers(&world, NODE)?;
-    // An older version, and a newer one that was taken back.
+    // An older version, and a newer version that was rolled back.
     for version in ["v0", "v999"] {
         put_map(&world, version, maps::FRONTENDS, "type hash key 24 value 16 entries 64")?;
     }
-    // What is not ours is not touched.
+    // Pins of others are not touched.
     put_map(&world, "version-of-somebody", "MAP", "type array key 4 value 4 entries 1")?;
     world.agent(NODE).start_ready()?;
     let mut left: Vec<String> = fs::read_dir(world.lab().node(NODE).pin_dir())?
         .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
         .collect::<Result<_>>()?;
     left.sort();
-    // In `made` is noted what was made outside of here.
+    // The file `made` notes changes outside the pin directory.
     assert_eq!(left, ["links", "made", &format!("v{ABI_VERSION}"), "version-of-somebody"]);
     assert_eq!(numbers(&world, NODE)?, before);
     loops.none_failed().map(drop)
@@ -127,7 +127,8 @@ fn a_link_that_is_missing_is_made_again() -> Result<()> {
     let mut world = World::start(&[KUBIA])?;
     world.agent(NODE).kill9()?;
     fs::remove_file(world.lab().node(NODE).pin_dir().join("links/connect4"))?;
-    // The kernel detaches some time after the pin is gone. What a pod sends is translated at its interface even then.
+    // The kernel detaches the program some time after the pin is gone. Packets of a pod are translated at its
+    // interface even then.
     let deadline = Instant::now() + Duration::from_secs(10);
     while world.host().connect(KUBIA_VIP).http().one()?.ok {
         ensure!(Instant::now() < deadline, "connect4 still runs");
@@ -162,7 +163,7 @@ fn something_for_the_packet_edge(pins: &PinDir) -> Result<()> {
     fragments.insert(fragment, FragmentPorts::default(), 0)?;
     let mut clients = HashMap::<_, AffinityKey, AffinityValue>::try_from(open(maps::NEW_AFFINITY)?)?;
     clients.insert(AffinityKey::zeroed(), AffinityValue::zeroed(), 0)?;
-    // No device has such a number.
+    // No device has this number.
     let mut datagrams = HashMap::<_, UdpFlowKey, UdpFlow>::try_from(open(maps::UDP_FLOWS)?)?;
     datagrams.insert(UdpFlowKey::zeroed(), UdpFlow::zeroed(), 0)?;
     let mut devices = HashMap::<_, u32, Device>::try_from(open(maps::DEVICES)?)?;
@@ -172,12 +173,12 @@ fn something_for_the_packet_edge(pins: &PinDir) -> Result<()> {
 #[test]
 fn bpftool_shows_every_map_with_field_names() -> Result<()> {
     let mut world = World::start(&[])?;
-    // Something in every table.
+    // Every table gets an element.
     for (target, sticky) in [(KUBIA_VIP, false), ("10.111.249.154:80", true)] {
         let attempts = world.client().connect(target).http().times(5).run()?;
         assert!(served(target, &attempts)?.by_server.len() == 1 || !sticky);
     }
-    // It would take out what is not its own.
+    // A running agent would remove these elements.
     world.agent(NODE).kill9()?;
     something_for_the_packet_edge(&PinDir::new(world.lab().node(NODE).pin_dir()))?;
     for map in maps::ALL {
@@ -211,10 +212,10 @@ fn bpftool_shows_every_map_with_field_names() -> Result<()> {
             }
             maps::FRAGMENTS => &["source", "destination", "id", "proto", "egress"],
             maps::SERVICE_COUNTERS => &["connections", "request_packets", "reply_bytes"],
-            // bpftool's own names for the key of a trie.
+            // Names that bpftool itself gives the key of a trie.
             maps::SERVICE_CIDRS | maps::POD_SOURCES => &["prefix_len", "bytes"],
             maps::SOURCE_RANGES => &["prefix_len", "service", "addr"],
-            // Plain numbers, and addresses.
+            // Plain numbers and addresses.
             maps::FILTER
             | maps::SLOTS
             | maps::LOCAL_ADDRESSES
@@ -222,7 +223,7 @@ fn bpftool_shows_every_map_with_field_names() -> Result<()> {
             | maps::OPT_OUT
             | maps::SANDBOXES => &["key", "value"],
             maps::TRACE => &["until", "service", "sample"],
-            // The kernel shows socket storage by socket only, and a ring buffer to its reader.
+            // The kernel shows socket storage by socket only, and a ring buffer only to its reader.
             maps::SOCKETS | maps::ORDERS | maps::EVENTS => continue,
             other => anyhow::bail!("what does {other} hold?"),
         };

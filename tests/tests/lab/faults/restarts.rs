@@ -1,4 +1,4 @@
-//! The agent dies, ends, starts again, and meets another one.
+//! The agent is killed, ends, starts again, and meets a second agent.
 
 use std::thread;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use super::{KUBIA, KUBIA_VIP, end_of, numbers, says};
 
 const DNS: &str = "10.96.0.10:53";
 
-/// Loops over TCP and, with sockets that stay, UDP.
+/// Starts loops over TCP and, with sockets that stay, UDP.
 fn loops(world: &World) -> Result<Loops> {
     let mut loops = Loops::start(world, &[KUBIA_VIP])?;
     for place in world.clients() {
@@ -63,12 +63,12 @@ fn an_agent_that_is_killed_while_it_programs_leaves_nothing_half_done() -> Resul
     let mut loops = Loops::start(&world, &[KUBIA_VIP, vip])?;
     let pods = ["172.16.1.101", "172.16.2.102", "172.16.1.103"];
     for round in 0..12 {
-        // Each time another one of the three is missing.
+        // In each round, another one of the three is missing.
         let left = (0..3)
             .filter(|index| *index != round % 3)
             .map(|index| endpoint(&format!("kubia-scaled-{:02}", index + 1), "node-a", pods[index]));
         world.manifests().set_endpoints(file, left.collect())?;
-        // inotify takes some milliseconds: somewhere around the programming.
+        // inotify takes some milliseconds, so this is about the time of the programming.
         thread::sleep(Duration::from_millis(round as u64));
         world.agent(NODE).kill9()?;
         loops.go_on()?;
@@ -130,7 +130,7 @@ fn cleanup_removes_everything() -> Result<()> {
     let mut held = world.client().hold("10.96.65.65:6379").proto(Proto::Redis).open()?;
     served(KUBIA_VIP, &world.client().connect(KUBIA_VIP).http().times(10).run()?)?;
 
-    // Not under the feet of a running agent.
+    // Cleanup is refused while an agent runs.
     let refused = world.command(NODE, "cleanup")?.output()?;
     assert!(!refused.status.success());
     says(&String::from_utf8_lossy(&refused.stderr), &["another agent is running"])?;
@@ -153,10 +153,10 @@ fn cleanup_removes_everything() -> Result<()> {
     for place in world.clients() {
         assert!(!place.connect(KUBIA_VIP).http().one()?.ok, "nobody translates any more");
     }
-    // A connection that was made before is a connection to the pod.
+    // A connection made before is a connection to the pod itself.
     assert_eq!(held.say("PING")?.text.as_deref(), Some("PONG"));
 
-    // Nothing to do is no failure; and the node can be served again.
+    // A cleanup without work succeeds, and the node can be served again.
     world.command(NODE, "cleanup")?.text()?;
     world.start_agent(NODE)?;
     served(KUBIA_VIP, &world.client().connect(KUBIA_VIP).http().times(10).run()?)?;
@@ -177,7 +177,7 @@ fn a_second_agent_on_the_same_pins_is_refused() -> Result<()> {
     loops.go_on()?;
     assert_eq!(numbers(&world, NODE)?, before);
     assert!(matches!(world.agent(NODE).get("/readyz"), Ok((200, _))));
-    // The first one still follows its files.
+    // The first agent still follows its files.
     world.manifests().patch_service(KUBIA, &json!({ "sessionAffinity": "ClientIP" }))?;
     world.wait_ports(NODE, "default/kubia", |ports| ports.iter().all(|port| port.affinity_seconds > 0))?;
     loops.none_failed().map(drop)
@@ -192,7 +192,7 @@ fn another_cgroup_path_takes_over() -> Result<()> {
     for round in 0..4 {
         let cgroup = if round % 2 == 0 { &host_only } else { &everybody };
         let agent = world.new_agent(NODE)?.manifests(world.manifests().dir()).flag("cgroup-path", cgroup);
-        // The packet edge would serve the pod all the same.
+        // The packet edge would serve the pod as well.
         let agent = agent.flag("devices", "none").flag("pod-interfaces", "none");
         world.adopt(NODE, agent).start_ready()?;
         if round == 0 {

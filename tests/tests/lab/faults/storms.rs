@@ -1,5 +1,5 @@
-//! One cluster, one agent, and everything that an API server can do to its clients, one after the other: Services that
-//! nobody touches serve on with the same map elements, and the one that changes is right after each.
+//! One cluster and one agent meet every fault of an API server, one after the other. After each fault, untouched
+//! Services still have the same map elements, and the changing Service is right.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -20,14 +20,14 @@ use super::api::{READY, READY_VIP, cluster, slice, wait_for};
 use super::drift::verify_with;
 use super::{KUBIA, KUBIA_VIP};
 
-/// Services beside those of the examples, so that lists have further pages and bursts are large.
+/// Number of Services beside those of the examples, so that lists have further pages and bursts are large.
 const FILLING: u16 = 3000;
-/// For what the agent does at its own pace: the longest pause behind a failure is half a minute.
+/// Time for what the agent does at its own pace: the longest pause after a failure is half a minute.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// So long without the server that every pause has reached its limit.
+/// Length of an outage after which every pause has reached its limit.
 const OUTAGE: Duration = Duration::from_secs(130);
-/// After which the agent has noticed that it is back, and caught up: that longest pause, and then some for a debug build
-/// on a busy machine.
+/// Time in which the agent notices the server's return and catches up: the longest pause, and some more for a debug
+/// build on a busy machine.
 const BACK: Duration = Duration::from_secs(45);
 
 /// A cluster under attack.
@@ -36,9 +36,9 @@ struct Storm {
     server: ApiServer,
     kubeconfig: PathBuf,
     loops: Loops,
-    /// Elements of Services that nobody touches.
+    /// Elements of the untouched Services.
     untouched: Vec<String>,
-    /// How often the changing Service has changed.
+    /// Number of changes of the changing Service.
     changes: usize,
 }
 
@@ -58,7 +58,7 @@ impl Storm {
         Ok(Self { world, server, kubeconfig, loops, untouched, changes: 0 })
     }
 
-    /// Changes the Service that changes, and says who has to be behind it.
+    /// Changes the changing Service, and returns the pods that must be behind it.
     fn change(&mut self) -> Result<&'static [usize]> {
         const PODS: [&[usize]; 5] = [&[0, 1], &[1, 2], &[2], &[0, 1, 2], &[0]];
         self.changes += 1;
@@ -67,13 +67,13 @@ impl Storm {
         Ok(pods)
     }
 
-    /// Waits until the agent is told of every change as it happens.
+    /// Waits until the agent watches every kind.
     fn is_watching(&self) -> Result<()> {
         let kinds = [Resource::Services, Resource::EndpointSlices, Resource::Nodes, Resource::ServiceCidrs];
         kinds.iter().try_for_each(|kind| self.server.wait_for_watches(*kind, 1, PATIENCE))
     }
 
-    /// Does something to the server, changes a Service and sees whether all is well.
+    /// Applies a fault to the server, changes a Service and checks that all is well.
     fn meets(&mut self, what: &str, fault: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         self.is_watching()?;
         let began = Instant::now();
@@ -104,7 +104,7 @@ impl Storm {
         well(self).with_context(|| format!("behind {what}"))
     }
 
-    /// Has everything listed again by a server that has forgotten its history; `meanwhile` is what happens in between.
+    /// Makes the server forget its history, so that the agent lists everything again.
     fn forgets(&self) {
         self.server.forget_requests();
         self.server.compact();
@@ -115,7 +115,7 @@ impl Storm {
         soon("a list", || Ok(self.server.lists(resource) > 0))
     }
 
-    /// How many of the filling Services have a frontend.
+    /// Returns how many of the filling Services have a frontend.
     fn programmed(&self) -> Result<usize> {
         let maps = maps(&self.world)?;
         let there = |index: &u16| Ok(maps.frontend(&frontend(*index))?.is_some());
@@ -124,7 +124,7 @@ impl Storm {
             .try_fold(0, |sum, there: Result<bool>| Ok(sum + usize::from(there?)))
     }
 
-    /// Changes all filling slices at once; returns how long it took until all were programmed.
+    /// Changes all filling slices at once. Returns the time until all were programmed.
     fn burst(&self, endpoints: u8) -> Result<Duration> {
         let maps = maps(&self.world)?;
         self.server.hold_events(Resource::EndpointSlices);
@@ -158,7 +158,7 @@ fn maps(world: &World) -> Result<KernelMaps> {
     Ok(KernelMaps::open(&PinDir::new(world.lab().node(NODE).pin_dir()), false)?)
 }
 
-/// All elements of the maps that belong to the Service which nobody touches.
+/// Returns all elements of the maps that belong to the untouched Service.
 fn elements(world: &World) -> Result<Vec<String>> {
     let contents = maps(world)?.contents()?;
     let named = contents
@@ -168,7 +168,7 @@ fn elements(world: &World) -> Result<Vec<String>> {
     let ids: BTreeSet<u32> = named.map(|(id, _)| *id).collect();
     let mut elements = Vec::new();
     let mut frontends: Vec<_> = contents.frontends.iter().filter(|(_, f)| ids.contains(&f.service)).collect();
-    // The order in a hash is by a number that each map draws for itself.
+    // Each map draws the number that decides the order in its hash.
     frontends.sort_by_key(|(key, _)| format!("{key:?}"));
     elements.extend(frontends.iter().map(|frontend| format!("{frontend:?}")));
     for id in ids {
@@ -216,7 +216,7 @@ fn filling_slice(index: u16, endpoints: u8) -> Value {
     })
 }
 
-/// Every fault, one after the other.
+/// Runs every fault, one after the other.
 fn all_faults(streams: Streams) -> Result<()> {
     let mut storm = Storm::start(streams)?;
     storm.is_well("the start")?;
@@ -235,7 +235,7 @@ fn all_faults(streams: Streams) -> Result<()> {
     storm.loops.none_failed().map(drop)
 }
 
-/// Watches and connections that break.
+/// Breaks watches and connections.
 fn connections(storm: &mut Storm) -> Result<()> {
     for cut in [Cut::Clean, Cut::Broken, Cut::WithinNextEvent] {
         storm.meets(&format!("watches that end: {cut:?}"), |storm| {
@@ -262,7 +262,7 @@ fn connections(storm: &mut Storm) -> Result<()> {
     })
 }
 
-/// HTTP answers and events that say no.
+/// Sends HTTP answers and events that refuse.
 fn answers(storm: &mut Storm) -> Result<()> {
     for by_http in [false, true] {
         storm.meets(&format!("410, by HTTP: {by_http}"), |storm| {
@@ -290,7 +290,7 @@ fn answers(storm: &mut Storm) -> Result<()> {
     Ok(())
 }
 
-/// Events that come twice, in the wrong order, or make no sense.
+/// Sends events twice, in the wrong order, or with nonsense.
 fn events(storm: &mut Storm) -> Result<()> {
     storm.meets("events that come twice", |storm| {
         storm.server.duplicate_events(Resource::EndpointSlices, 3);
@@ -308,7 +308,7 @@ fn events(storm: &mut Storm) -> Result<()> {
         let webapp = storm.server.get(Resource::Services, "default", "webapp").context("an example")?;
         storm.server.delete(&webapp)?;
         storm.server.apply(webapp)?;
-        // The deletion came last. The next that is heard of the Service is the truth.
+        // The deletion came last. The next event of the Service is the truth.
         storm.world.wait_ports(NODE, "default/webapp", <[_]>::is_empty)?;
         storm.server.touch(Resource::Services, "default", "webapp")?;
         Ok(())
@@ -328,7 +328,7 @@ fn events(storm: &mut Storm) -> Result<()> {
     })
 }
 
-/// Lists that are slow, stop in the middle, or lack what is gone.
+/// Sends lists that are slow, break off in the middle, or lack deleted objects.
 fn lists(storm: &mut Storm) -> Result<()> {
     storm.meets("a list without what is gone", |storm| {
         storm.server.go_away();
@@ -364,7 +364,7 @@ fn lists(storm: &mut Storm) -> Result<()> {
         storm.wait_for_list(Resource::Services)?;
         storm.loops.next(200)?;
         ensure!(storm.programmed()? == usize::from(FILLING), "gone before the end of the list");
-        // And breaks off there.
+        // The list breaks off there.
         storm.server.cut_connections();
         storm.loops.next(200)?;
         ensure!(storm.programmed()? == usize::from(FILLING), "gone by a list that broke off");
@@ -375,7 +375,7 @@ fn lists(storm: &mut Storm) -> Result<()> {
     })
 }
 
-/// Lists that are slow or stop in the middle while the agent starts on what it has left.
+/// Sends lists that are slow or break off in the middle while the agent starts on maps of an earlier run.
 fn starts(storm: &mut Storm) -> Result<()> {
     for (resource, all) in [
         (Resource::EndpointSlices, true),

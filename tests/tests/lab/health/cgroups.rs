@@ -1,4 +1,4 @@
-//! Ready means that others than the agent are served, wherever in the cgroups it sees itself.
+//! Readiness of agents in different cgroup namespaces: a ready agent serves other cgroups than its own.
 
 use anyhow::ensure;
 use proxy_tests::lab::binary;
@@ -8,8 +8,8 @@ use super::*;
 const VIP: &str = "10.96.0.10:80";
 
 impl Stage {
-    /// Starts the agent in a cgroup namespace of its own, as container runtimes make one, with `cgroup` as `--cgroup-path`.
-    /// Before that the namespace has a mount of its own at `DIR/own`, in which its root is the agent's cgroup.
+    /// Starts the agent in a cgroup namespace of its own, as container runtimes make one, with `cgroup` as
+    /// `--cgroup-path`. The namespace already has its own mount at `DIR/own`, whose root is the agent's cgroup.
     fn start_in_cgroup_namespace(&self, cgroup: &str) -> Result<proxy_tests::lab::Proc> {
         let own = self.dir.path().join("own");
         fs::create_dir_all(&own)?;
@@ -47,7 +47,7 @@ fn an_agent_that_would_serve_its_own_container_alone_says_so_and_ends() -> Resul
     stage.lab.pod("L1").serve().tcp(8080).start()?;
     stage.write(&[service("open", "10.96.0.10", &json!({})), slice("open", "IPv4", &["L1"])])?;
 
-    // An agent that sees the host's cgroups, though it is in a namespace of its own.
+    // An agent in its own cgroup namespace that sees the host's cgroups.
     let served = stage.node().cgroup().display().to_string();
     let agent = stage.start_in_cgroup_namespace(&served)?;
     until("ready", || Ok(stage.is_ready().then_some(()))).with_context(|| stage.log().unwrap_or_default())?;
@@ -60,8 +60,8 @@ fn an_agent_that_would_serve_its_own_container_alone_says_so_and_ends() -> Resul
     ensure!(line.contains(&format!("{served} (id ")) && line.contains("not the root"), "{line}");
     agent.terminate(Duration::from_secs(10))?;
 
-    // The next one has been given no mount of the host's. It never says that it is ready, and the pod is still served by what
-    // the first one has left.
+    // The second agent has no mount of the host's cgroups. It never becomes ready, and the programs of the first
+    // agent still serve the pod.
     let own = stage.dir.path().join("own").display().to_string();
     let mut agent = stage.start_in_cgroup_namespace(&own)?;
     let status = until("the end", || {

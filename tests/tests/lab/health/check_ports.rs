@@ -1,4 +1,4 @@
-//! `healthCheckNodePort` as load balancers ask for it.
+//! `healthCheckNodePort`, as load balancers query it.
 
 use std::net::SocketAddr;
 
@@ -13,7 +13,7 @@ use super::*;
 const PORT: &str = "192.0.2.10:32000";
 const WEIGHT: &str = "x-load-balancing-endpoint-weight";
 
-/// S-H: a load-balanced Service with eTP Local and healthCheckNodePort 32000, and these fields besides.
+/// Returns S-H: a load-balanced Service with eTP Local and healthCheckNodePort 32000, and these fields besides.
 fn s_h(more: &Value) -> Value {
     let mut spec = json!({
         "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000,
@@ -31,7 +31,7 @@ fn ask(place: &Place, address: &str) -> Result<HttpAnswer> {
     place.http(address.parse::<SocketAddr>()?, "/", &[])
 }
 
-/// The answer with this status, once it comes.
+/// Waits for an answer with this status.
 fn wait(place: &Place, address: &str, status: u16) -> Result<HttpAnswer> {
     until(&format!("{status} from {address}"), || {
         Ok(ask(place, address).ok().filter(|answer| answer.status == status))
@@ -49,7 +49,7 @@ fn wait_refused(place: &Place, address: &str) -> Result<()> {
     until(&format!("a refusal of {address}"), || Ok(is_refused(place, address).then_some(())))
 }
 
-/// The answer counts `endpoints`, in body and header.
+/// Checks that the answer counts `endpoints`, in body and header.
 fn tells(answer: &HttpAnswer, endpoints: usize, healthy: bool) -> Result<()> {
     let body: Value = serde_json::from_str(&answer.body)?;
     let want = json!({
@@ -73,12 +73,12 @@ fn p190_p191_who_has_endpoints_says_so() -> Result<()> {
     start(&mut agent)?;
     let x = stage.lab.client("X");
     tells(&wait(&x, PORT, 200)?, 1, true)?;
-    // From wherever one asks; each family counts for itself.
+    // The answer is the same from everywhere; each family counts for itself.
     for place in [stage.host(), &*stage.lab.pod("P"), stage.lab.node("n2").host()] {
         tells(&ask(place, PORT)?, 1, true)?;
     }
     tells(&wait(&x, "[2001:db8:1::10]:32000", 503)?, 0, true)?;
-    // Only on the addresses that serve nodePorts.
+    // Other addresses of the node do not listen.
     for other in ["198.51.100.10:32000", "[2001:db8:2::10]:32000"] {
         ensure!(is_refused(&x, other), "{other}");
     }
@@ -97,7 +97,7 @@ fn p190_every_address_that_serves_node_ports() -> Result<()> {
     for address in [PORT, "198.51.100.10:32000"] {
         tells(&wait(&stage.lab.client("X"), address, 200)?, 1, true)?;
     }
-    // An address that comes is listened on, one that goes is not.
+    // A new address is listened on, a removed address is not.
     stage.host().net().ip("address add 192.0.2.99/24 dev eth0")?;
     tells(&wait(stage.host(), "192.0.2.99:32000", 200)?, 1, true)?;
     agent.terminate()?;
@@ -140,7 +140,8 @@ fn p193_an_address_counts_once() -> Result<()> {
     tells(&wait(&stage.lab.client("X"), PORT, 200)?, 1, true)
 }
 
-/// As a node without endpoints says: no load balancer is to send anything to where the Service is not served.
+/// The answer is that of a node without endpoints, so that no load balancer sends traffic to a Service that is not
+/// served.
 #[test]
 fn a_service_beyond_its_budget_has_no_endpoints() -> Result<()> {
     let stage = Stage::new()?;
@@ -153,7 +154,7 @@ fn a_service_beyond_its_budget_has_no_endpoints() -> Result<()> {
     stage.write(&[s_h(&json!({})), slice("s", "IPv4", &["L1", "L2"])])?;
     tells(&wait(&x, PORT, 503)?, 0, true)?;
     ensure!(problems(&agent, "Service a/s")?.concat().contains("--max-service-endpoints"));
-    // So it is for an agent that starts with it.
+    // The answer is the same of an agent that starts with such a Service.
     agent.kill9()?;
     start(&mut agent)?;
     tells(&wait(&x, PORT, 503)?, 0, true)?;
@@ -166,7 +167,7 @@ fn p194_p199_an_agent_that_is_stuck_says_no() -> Result<()> {
     let stage = Stage::new()?;
     let objects = [s_h(&json!({})), slice("s", "IPv4", &["L1"])];
     stage.write(&objects)?;
-    // Twice the period is too long.
+    // A probe fails after twice the period.
     let mut agent =
         stage.with_manifests()?.flag("iptables-sync-period", "1s").flag("iptables-min-sync-period", "1s");
     start(&mut agent)?;
@@ -203,7 +204,7 @@ fn p195_a_policy_that_changes_and_a_service_that_goes() -> Result<()> {
         stage.write(&[s_h(&json!({})), slice.clone()])?;
     }
     wait(&x, PORT, 200)?;
-    // A process of the host may have the port, as any other that nobody serves.
+    // A process of the host may have the port, like any other port that is not served.
     stage.write(&[])?;
     wait_refused(&x, PORT)?;
     stage.host().serve().http(32000).start()?;
@@ -222,7 +223,7 @@ fn p196_a_service_without_a_load_balancer_has_none() -> Result<()> {
     let mut agent = stage.with_manifests()?;
     start(&mut agent)?;
     let x = stage.lab.client("X");
-    // Opened with those of all others, if it were to be.
+    // If this port were to be opened, it would be open together with the others.
     wait(&x, "192.0.2.10:32001", 503)?;
     ensure!(is_refused(&x, PORT));
     Ok(())
@@ -236,12 +237,12 @@ fn p197_a_port_that_moves() -> Result<()> {
     start(&mut agent)?;
     let x = stage.lab.client("X");
     tells(&wait(&x, PORT, 200)?, 1, true)?;
-    // The port of a Service cannot be changed: another Service takes its place.
+    // The port of a Service cannot be changed, so another Service takes its place.
     assert!(server.delete(&s_h(&json!({})))?);
     server.apply(s_h(&json!({"healthCheckNodePort": 32001})))?;
     tells(&wait(&x, "192.0.2.10:32001", 200)?, 1, true)?;
     wait_refused(&x, PORT)?;
-    // Or its object is overwritten, as by a file.
+    // Or the object is overwritten, as by a file.
     server.apply(s_h(&json!({})))?;
     tells(&wait(&x, PORT, 200)?, 1, true)?;
     wait_refused(&x, "192.0.2.10:32001")
@@ -275,7 +276,7 @@ fn a_port_that_is_taken_costs_only_itself() -> Result<()> {
         server.get(proxy_tests::apiserver::Resource::Services, "a", "s").unwrap()["metadata"]["uid"].clone();
     assert_eq!((&event["regarding"]["name"], &event["regarding"]["uid"]), (&json!("s"), &uid));
 
-    // Nothing else of the Service suffers.
+    // The rest of the Service is not affected.
     stage.lab.pod("L1").serve().tcp(8080).start()?;
     ensure!(x.connect("198.18.5.5:80").one()?.ok);
     drop(agent);

@@ -1,4 +1,4 @@
-//! Events as `kubectl describe` finds them.
+//! Events, as `kubectl describe` shows them.
 
 use std::net::Ipv4Addr;
 
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::*;
 
-/// The Events with this reason.
+/// Returns the Events with this reason.
 fn with_reason(server: &ApiServer, reason: &str) -> Vec<Value> {
     server.recorded_events().into_iter().filter(|event| event["reason"] == reason).collect()
 }
@@ -43,7 +43,7 @@ fn a_start_and_a_service_with_a_problem() -> Result<()> {
     let [problem] = &problems(&agent, "Service a/s")?[..] else { unreachable!("one") };
     assert_eq!(event["note"], json!(problem));
 
-    // Not again at each sync, nor when the problem comes back soon; another problem is another Event.
+    // The Event is not repeated at each sync, nor when the problem soon returns; another problem is another Event.
     for port in 81..91 {
         let ports = json!([{"name": "web", "port": port, "protocol": "TCP"}]);
         let fields = if port % 2 == 0 {
@@ -73,19 +73,20 @@ fn a_service_that_does_not_fit() -> Result<()> {
     let (server, mut agent) = stage.with_api()?;
     server.apply_all([service("t", "10.96.0.20", &json!({})), slice("t", "IPv4", &["L1"])])?;
     start(&mut agent)?;
-    // More addresses than `FRONTENDS` has room for, and something lies where a larger one would be pinned.
+    // The Service has more addresses than `FRONTENDS` has room for, and an obstacle is at the place where a larger
+    // map would be pinned.
     fs::create_dir(stage.node().pin_dir().join(format!("v{ABI_VERSION}/FRONTENDS-larger")))?;
     let capacity = sample(&agent, "vipr_map_capacity{map=\"FRONTENDS\"}")? as u32;
     let address = |number| Ipv4Addr::from(u32::from(Ipv4Addr::new(198, 18, 0, 1)) + number).to_string();
     let addresses: Vec<String> = (0..capacity + 10).map(address).collect();
     server.apply(service("s", "10.96.0.10", &json!({"externalIPs": addresses})))?;
-    // One for all that is refused.
+    // One Event covers all refused addresses.
     let [event] = &wait(&server, "ServiceProblem", 1)?[..] else { unreachable!("one") };
     assert_eq!(event["regarding"]["name"], "s", "{event}");
     let note = event["note"].as_str().unwrap_or_default();
     ensure!(note.contains("FRONTENDS is full") && note.contains("more: `proxy-agent status`"), "{note}");
     ensure!(problems(&agent, "Service a/s")?.len() > 10);
-    // The others are served.
+    // Other Services are served.
     ensure!(problems(&agent, "Service a/t")?.is_empty());
     ensure!(stage.lab.pod("P").connect("10.96.0.20:80").one()?.ok);
     Ok(())
@@ -99,7 +100,7 @@ fn an_address_that_cannot_be_bound() -> Result<()> {
         ("metrics-bind-address", "FailedToStartMetricsServer"),
     ] {
         let (server, agent) = stage.with_api()?;
-        // The API server's own.
+        // The address is the API server's own.
         let mut agent = agent.flag(flag, "127.0.0.1:6443").flag("bind-address-hard-fail", "true");
         agent.start()?;
         assert_eq!(agent.wait_end(PATIENCE)?.code(), Some(1));
@@ -117,7 +118,7 @@ fn an_address_that_cannot_be_bound() -> Result<()> {
     Ok(())
 }
 
-/// A namespace full of Services with problems, and then another one's first.
+/// A namespace is full of Services with problems, and then another namespace has its first problem.
 #[test]
 fn a_namespace_does_not_silence_another() -> Result<()> {
     let stage = Stage::new()?;
@@ -154,7 +155,7 @@ fn a_namespace_does_not_silence_another() -> Result<()> {
 fn nobody_waits_for_events() -> Result<()> {
     let stage = Stage::new()?;
     let (server, mut agent) = stage.with_api()?;
-    // Forbidden: told once, and that is all.
+    // Creating Events is forbidden: that is logged once, and has no other effect.
     server.fail(Some(Verb::Create), Some(Resource::Events), 403, 1000);
     server.apply_all((0..100).map(|n| {
         service(&format!("s{n}"), &format!("10.96.1.{n}"), &json!({"externalIPs": ["nonsense"]}))

@@ -1,6 +1,6 @@
-//! The running agent as probes, load balancers, scrapes and readers of Events get to see it.
+//! The running agent, as probes, load balancers, scrapes and readers of Events see it.
 //!
-//! The stage of these tests is the world of the behaviour cases with an agent on `n1`, which reads either a file of
+//! These tests have in common the world of the behaviour cases with an agent on `n1`, which reads either a file of
 //! manifests or an API server.
 
 mod cgroups;
@@ -23,9 +23,9 @@ use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// However busy the machine is.
+/// Long enough for a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The endpoints of the behaviour cases: name, address and node.
+/// Endpoints of the behaviour cases: name, address and node.
 const ENDPOINTS: [(&str, &str, &str); 4] = [
     ("L1", "10.64.1.11", "n1"),
     ("L2", "10.64.1.12", "n1"),
@@ -58,12 +58,12 @@ impl Stage {
         self.node().agent()
     }
 
-    /// An agent that reads what [`Stage::write`] has written.
+    /// Returns an agent that reads the objects written by [`Stage::write`].
     fn with_manifests(&self) -> Result<Agent> {
         Ok(self.agent()?.manifests(&self.dir.path().join("manifests")))
     }
 
-    /// Makes these objects, beside the Node, all that there are.
+    /// Replaces all objects, except the Node, by these.
     fn write(&self, objects: &[Value]) -> Result<()> {
         self.write_with_node(self.node().object(), objects)
     }
@@ -76,7 +76,7 @@ impl Stage {
         Ok(fs::rename(new, self.dir.path().join("manifests/objects.json"))?)
     }
 
-    /// An API server that the node reaches, with its Node, and an agent of it.
+    /// Starts an API server that the node reaches, with its Node, and returns it with an agent for it.
     fn with_api(&self) -> Result<(ApiServer, Agent)> {
         let listener = self.host().net().enter(|| TcpListener::bind("127.0.0.1:6443"))??;
         let server = ApiServer::start_on(listener)?;
@@ -87,7 +87,7 @@ impl Stage {
         Ok((server, agent))
     }
 
-    /// Lets no element of `FRONTENDS` be written any more: whatever is to be programmed fails.
+    /// Makes `FRONTENDS` read-only: every programming fails.
     fn freeze_frontends(&self) -> Result<()> {
         let pins = proxy_agent::bpf::pins::PinDir::new(self.node().pin_dir());
         let mut command = self.host().command("bpftool");
@@ -101,7 +101,7 @@ fn start(agent: &mut Agent) -> Result<()> {
     agent.wait_ready(PATIENCE)
 }
 
-/// A ClusterIP Service in namespace `a` with port `web` 80, and these fields of its spec besides.
+/// Returns a ClusterIP Service in namespace `a` with port `web` 80, and these fields of its spec besides.
 fn service(name: &str, cluster_ip: &str, spec: &Value) -> Value {
     let mut object = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "a", "name": name},
@@ -116,7 +116,8 @@ fn service(name: &str, cluster_ip: &str, spec: &Value) -> Value {
     object
 }
 
-/// The slice of a Service with endpoints of [`ENDPOINTS`], each with an optional state: `L1`, `L2/nr`, `R1/st`.
+/// Returns the slice of a Service with endpoints of [`ENDPOINTS`], each with an optional state: `L1`, `L2/nr`,
+/// `R1/st`.
 fn slice(service: &str, family: &str, endpoints: &[&str]) -> Value {
     let endpoint = |text: &&str| {
         let (name, state) = text.split_once('/').unwrap_or((text, "ready"));
@@ -143,19 +144,19 @@ fn slice(service: &str, family: &str, endpoints: &[&str]) -> Value {
     })
 }
 
-/// Samples of the agent's metrics whose names start with `name`, by name and labels.
+/// Returns the samples of the agent's metrics whose names start with `name`, by name and labels.
 fn samples(agent: &Agent, name: &str) -> Result<BTreeMap<String, f64>> {
     let text = agent.metrics()?;
     let lines = text.lines().filter(|line| line.starts_with(name)).filter_map(|line| line.rsplit_once(' '));
     lines.map(|(name, value)| Ok((name.to_owned(), value.parse().context(value.to_owned())?))).collect()
 }
 
-/// A sample by its name and labels; 0 while there is none.
+/// Returns a sample by its name and labels; 0 while there is none.
 fn sample(agent: &Agent, name: &str) -> Result<f64> {
     Ok(samples(agent, name)?.remove(name).unwrap_or_default())
 }
 
-/// Waits until a sample has a value.
+/// Waits until a sample fulfils `done`, and returns it.
 fn wait_sample(agent: &Agent, name: &str, done: impl Fn(f64) -> bool) -> Result<f64> {
     let mut last = f64::NAN;
     let found = until(name, || {
@@ -165,7 +166,7 @@ fn wait_sample(agent: &Agent, name: &str, done: impl Fn(f64) -> bool) -> Result<
     found.with_context(|| format!("{name} is {last}"))
 }
 
-/// The problems of an object as `status` shows them.
+/// Returns the problems of an object as `status` shows them.
 fn problems(agent: &Agent, object: &str) -> Result<Vec<String>> {
     let status = agent.tool("status", &[])?;
     let problems = &status["agent"]["problems"][object];

@@ -16,7 +16,7 @@ fn wait(agent: &Agent, healthz: u16, livez: u16) -> Result<[Value; 2]> {
     })
 }
 
-/// Whatever the answer is, it has kube-proxy's headers, and says when it was given and when the last update was.
+/// Checks kube-proxy's headers and the times of the answer and of the last update, which every answer has.
 fn has_its_form(stage: &Stage, path: &str, status: u16) -> Result<()> {
     let answer = stage.host().http("127.0.0.1:10256".parse()?, path, &[])?;
     assert_eq!(answer.status, status, "{answer:?}");

@@ -32,7 +32,7 @@ fn either_text_format_is_served() -> Result<()> {
         Some("application/openmetrics-text; version=1.0.0; charset=utf-8")
     );
     ensure!(open.body.ends_with("\n# EOF\n") && !plain.body.contains("# EOF"), "the end");
-    // The same samples, and each described just before it comes.
+    // Both forms have the same samples, each described just before it.
     let names = |text: &str| -> BTreeSet<String> {
         let samples = text.lines().filter(|line| !line.starts_with('#'));
         samples.filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned())).collect()
@@ -74,13 +74,13 @@ fn what_every_component_of_kubernetes_has() -> Result<()> {
             ),
         )
     };
-    // Four lists that go on as watches; the Event of the start.
+    // Four lists that continue as watches; the Event of the start.
     until("lists and watches", || Ok((requests("200", "GET")? >= 4.0).then_some(())))?;
     until("an Event", || Ok((requests("201", "POST")? >= 1.0).then_some(())))?;
     assert_eq!(requests("500", "GET")?, 1.0);
     let took = "rest_client_request_duration_seconds_count{verb=\"GET\",host=\"127.0.0.1:6443\"}";
     assert!(sample(&agent, took)? >= 5.0);
-    // A watch has no size, a question none to speak of; what an Event says has both.
+    // A watch has no size, and the body of a GET is almost empty; the request and response of an Event have a size.
     for (direction, verb) in [("request", "GET"), ("request", "POST"), ("response", "POST")] {
         let sum =
             format!("rest_client_{direction}_size_bytes_sum{{verb=\"{verb}\",host=\"127.0.0.1:6443\"}}");
@@ -156,7 +156,7 @@ fn maps_verdicts_and_sweeps_are_counted() -> Result<()> {
     all.remove(maps::STREAMS);
     assert_eq!(maps("entries")?, all);
     let entries = |map: &str| sample(&agent, &format!("vipr_map_entries{{map=\"{map}\"}}"));
-    // The set of the cluster and that of this node.
+    // The set of the cluster and the set of this node.
     assert_eq!((entries(maps::SERVICES)?, entries(maps::SLOTS)?), (1.0, 2.0));
     assert!(entries(maps::DEVICES)? >= 2.0 && entries(maps::LOCAL_ADDRESSES)? >= 4.0);
     assert_eq!(samples(&agent, "vipr_verdicts_total")?.len(), Counter::ALL.len());
@@ -170,7 +170,7 @@ fn maps_verdicts_and_sweeps_are_counted() -> Result<()> {
     assert_eq!(sample(&agent, connected)?, before + 1.0);
     // Counted every few seconds.
     wait_sample(&agent, "vipr_map_entries{map=\"AFFINITY\"}", |entries| entries > 0.0)?;
-    // The first VIP of a socket is in its own storage.
+    // The first VIP of a socket is in the socket's own storage.
     assert_eq!(sample(&agent, "vipr_map_entries{map=\"UDP_FLOWS\"}")?, 0.0);
 
     let deleted = "kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family=\"IPv4\"}";

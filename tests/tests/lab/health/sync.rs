@@ -1,4 +1,4 @@
-//! When the agent syncs, how much of it, and what its metrics tell of that.
+//! Syncs of the agent: their times, their extent, and the metrics of them.
 
 use std::thread;
 use std::time::{Instant, SystemTime};
@@ -20,15 +20,15 @@ use serde_json::{Value, json};
 use super::*;
 
 const CIP: &str = "10.96.0.10:80";
-/// Long enough for what must not happen to happen.
+/// Time in which an unwanted event would have happened.
 const A_WHILE: Duration = Duration::from_millis(400);
 
-/// How many syncs there were: `full_`, `partial_`, or all of them.
+/// Returns the number of syncs: `full_`, `partial_`, or all of them.
 fn syncs(agent: &Agent, kind: &str) -> Result<f64> {
     sample(agent, &format!("kubeproxy_sync_{kind}proxy_rules_duration_seconds_count{{ip_family=\"IPv4\"}}"))
 }
 
-/// Waits until nothing is programmed any more.
+/// Waits until no more syncs are counted.
 fn settle(agent: &Agent) -> Result<()> {
     until("the end of syncs", || {
         let before = syncs(agent, "")?;
@@ -37,12 +37,12 @@ fn settle(agent: &Agent) -> Result<()> {
     })
 }
 
-/// Service `s` with this port, in namespace `a`.
+/// Returns Service `s` with this port, in namespace `a`.
 fn with_port(port: u16) -> Value {
     service("s", "10.96.0.10", &json!({"ports": [{"name": "web", "port": port, "protocol": "TCP"}]}))
 }
 
-/// The names of the Services that are programmed.
+/// Returns the names of the Services that are programmed.
 fn programmed(agent: &Agent) -> Result<Vec<String>> {
     let services = agent.tool("services", &[])?;
     let names = services.as_array().into_iter().flatten();
@@ -54,7 +54,7 @@ fn wait_port(stage: &Stage, port: u16) -> Result<()> {
     until(&target, || Ok(stage.lab.pod("P").connect(&target).one()?.ok.then_some(())))
 }
 
-/// An API server with Service `s` and endpoint L1, which serves, and an agent that is ready and quiet.
+/// Returns an API server with Service `s` and endpoint L1, which serves, and an agent that is ready and quiet.
 fn with_s(stage: &Stage) -> Result<(ApiServer, Agent)> {
     stage.lab.pod("L1").serve().tcp(8080).start()?;
     let (server, mut agent) = stage.with_api()?;
@@ -78,14 +78,14 @@ fn p210_p211_the_first_sync_waits_for_every_list() -> Result<()> {
         until("the list of Services", || Ok((server.lists(Resource::Services) > 0).then_some(())))?;
         thread::sleep(A_WHILE);
         assert_eq!(syncs(&agent, "")?, 0.0);
-        // Nothing is programmed, or what was before stays in force.
+        // Either nothing is programmed, or the earlier state stays in force.
         assert_eq!(p.connect(CIP).one()?.ok, restart);
         assert!(matches!(agent.get("/readyz"), Ok((503, _))));
 
         let released = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64();
         server.release_list(Resource::EndpointSlices);
         let last = "kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family=\"IPv4\"}";
-        // Not the one of the packet edge, which is ready some seconds later.
+        // Only the first sync: the packet edge is ready some seconds later.
         let first = until("the first sync", || Ok(Some(sample(&agent, last)?).filter(|time| *time > 0.0)))?;
         let after = first - released;
         ensure!((0.0..10.0).contains(&after), "not at once, but after {after} s; a period has 30 s");
@@ -97,7 +97,7 @@ fn p210_p211_the_first_sync_waits_for_every_list() -> Result<()> {
     Ok(())
 }
 
-/// There is no pause between syncs: a change waits for none, and no change is lost in a burst.
+/// There is no pause between syncs: a change does not wait, and no change is lost in a burst.
 #[test]
 fn p212_changes_are_programmed_at_once() -> Result<()> {
     let stage = Stage::new()?;
@@ -127,7 +127,7 @@ fn p212_changes_are_programmed_at_once() -> Result<()> {
     Ok(())
 }
 
-/// Fills `FRONTENDS` with what belongs to nobody, until nothing more fits.
+/// Fills `FRONTENDS` with elements of no Service, until no more fit.
 fn fill_frontends(stage: &Stage) -> Result<u32> {
     let mut maps = KernelMaps::open(&PinDir::new(stage.node().pin_dir()), true)?;
     for number in 0..=maps.capacity().frontends {
@@ -150,13 +150,13 @@ fn p213_a_sync_that_fails_is_made_again_in_full() -> Result<()> {
     let start = Instant::now();
     server.apply_all([service("t", "10.96.0.20", &json!({})), slice("t", "IPv4", &["L1"])])?;
     until("t", || Ok(stage.lab.pod("P").connect("10.96.0.20:80").one()?.ok.then_some(())))?;
-    // A second later, or a period if that is shorter.
+    // One second later, or one period later if that is shorter.
     ensure!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     settle(&agent)?;
     assert_eq!(sample(&agent, "vipr_sync_failures_total")? - failures, 1.0);
     assert_eq!(syncs(&agent, "full_")? - full, 1.0);
     assert!(sample(&agent, "vipr_map_entries{map=\"FRONTENDS\"}")? < 100.0, "what nobody knows is gone");
-    // Success ends it.
+    // Success ends the retries.
     thread::sleep(Duration::from_secs(2));
     assert_eq!(syncs(&agent, "full_")? - full, 1.0);
     assert_eq!(agent.get("/livez")?.0, 200);
@@ -176,7 +176,7 @@ fn p214_what_comes_and_goes_together_is_not_programmed() -> Result<()> {
     let mut t = service("t", "10.96.0.20", &json!({}));
     let revision = server.apply_silently(t.clone())?;
     assert!(server.delete_silently(Resource::Services, "a", "t"));
-    // Both events are in one chunk, which waits in the agent's socket: it has no chance to program in between.
+    // Both events are in one chunk, which waits in the agent's socket, so the agent cannot program in between.
     let events = [("ADDED", revision), ("DELETED", revision + 1)].map(|(event, revision)| {
         t["metadata"]["resourceVersion"] = revision.to_string().into();
         format!(r#"{{"type":"{event}","object":{t}}}"#)
@@ -205,7 +205,7 @@ fn p215_p216_what_changes_nothing_causes_no_sync() -> Result<()> {
     until("both", || Ok((seen("service")? > services && seen("endpoint")? > slices).then_some(())))?;
     settle(&agent)?;
     assert_eq!(syncs(&agent, "")?, before);
-    // Whereas this does.
+    // In contrast, this change does.
     server.apply(with_port(81))?;
     wait_port(&stage, 81)?;
     assert_eq!(syncs(&agent, "")?, before + 1.0);
@@ -224,7 +224,7 @@ fn p054_a_slice_of_host_names_is_not_counted() -> Result<()> {
         server.apply(names.clone())?;
     }
     assert!(server.delete(&names)?);
-    // What comes after it on the same watch.
+    // A later event of the same watch.
     server.apply(slice("s", "IPv4", &["L1", "R1"]))?;
     wait_sample(&agent, seen, |total| total > before)?;
     assert_eq!(sample(&agent, seen)?, before + 1.0);
@@ -261,7 +261,7 @@ fn p218_p219_how_long_a_change_took() -> Result<()> {
     let (server, agent) = with_s(&stage)?;
     let name =
         |part: &str| format!("kubeproxy_network_programming_duration_seconds_{part}{{ip_family=\"IPv4\"}}");
-    // Nobody waited for what was there before.
+    // Endpoints that were there at the start add no sample.
     assert_eq!(sample(&agent, &name("count"))?, 0.0);
     let mut changed = slice("s", "IPv4", &["L1", "R1"]);
     let since = Timestamp::try_from(SystemTime::now() - Duration::from_secs(2))?;

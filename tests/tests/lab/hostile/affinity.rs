@@ -1,4 +1,5 @@
-//! Whoever forges many clients has the map of clients forget others: those of whom as little is known.
+//! Session affinity under a flood of forged clients: the flood evicts only clients that have shown no more than the
+//! forged ones.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -12,13 +13,13 @@ use serde_json::{Value, json};
 
 use super::world::{HERE, Service, THERE, World, served};
 
-/// More clients than either map of them holds.
+/// Number of forged clients, more than either map of clients holds.
 const FORGED: u32 = 100_000;
-/// How often each of them comes: who comes once is the first to be evicted.
+/// Number of times that each of them comes: a client that comes once is the first to be evicted.
 const TIMES: u16 = 3;
 
-/// Services with a pod on each node, which remember their clients: of a client that is forgotten, half of them would give it to
-/// the same pod by chance.
+/// Services with a pod on each node and session affinity. If a client were forgotten, half of these Services would
+/// give it the same pod by chance.
 const STICKY: [&str; 8] = ["s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7"];
 
 fn sticky() -> impl Iterator<Item = Service> {
@@ -38,7 +39,7 @@ fn objects(sticky: Service) -> Vec<Value> {
     objects
 }
 
-/// A client that nobody is, of the family of a target.
+/// Returns a client address that nobody has, of the family of a target.
 fn nobody(number: u32, port: u16, target: SocketAddr) -> SocketAddr {
     let ip: IpAddr = match target {
         SocketAddr::V4(_) => Ipv4Addr::from(u32::from(Ipv4Addr::new(100, 64, 0, 0)) + number).into(),
@@ -47,7 +48,7 @@ fn nobody(number: u32, port: u16, target: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, port)
 }
 
-/// Who answers so many connections.
+/// Returns the servers that answer so many connections.
 fn servers(place: &Place, proto: Proto, target: SocketAddr) -> Result<BTreeSet<String>> {
     let attempts = place.connect(target).proto(proto).times(3).run()?;
     attempts
@@ -56,7 +57,8 @@ fn servers(place: &Place, proto: Proto, target: SocketAddr) -> Result<BTreeSet<S
         .collect()
 }
 
-/// Who answers a client's connections, and its datagrams, each at one Service after the other. One socket sends two.
+/// Returns the servers that answer a client's connections and its datagrams, at one Service after the other. One
+/// socket sends two datagrams.
 fn asked(client: &Place, v6: bool) -> Result<Vec<(Proto, BTreeSet<String>)>> {
     let mut all = Vec::new();
     for service in sticky() {
@@ -70,7 +72,7 @@ fn asked(client: &Place, v6: bool) -> Result<Vec<(Proto, BTreeSet<String>)>> {
     Ok(all)
 }
 
-/// By a connection, and by a datagram that was answered before another one, the client has shown that it is there.
+/// The client has proved itself by a connection, and by a datagram sent after an answer.
 #[test]
 fn h024_a_flood_of_clients_has_nobody_forgotten() -> Result<()> {
     let world = World::start()?;

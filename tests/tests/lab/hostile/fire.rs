@@ -1,8 +1,8 @@
-//! Real connections under fire: a pod with NET_RAW, or somebody outside, sends packets in the names of all ends of them, as fast
-//! as its kernel takes them, while they go on and new ones are made.
+//! Real connections under fire: a pod with NET_RAW, or a sender outside, sends packets in the names of all their
+//! ends, as fast as its kernel takes them, while the connections go on and new ones are made.
 //!
-//! `VIPR_FUZZ_SECONDS` is how long that goes on, with an agent and without one; `VIPR_VICTIMS` how many connections there are;
-//! `VIPR_SEED` chooses the packets. The bar of docs/security.md:
+//! Variables: `VIPR_FUZZ_SECONDS` is the time of each run, with an agent and without one; `VIPR_VICTIMS` is the number
+//! of connections; `VIPR_SEED` chooses the packets. The bar of docs/security.md:
 //! `VIPR_FUZZ_SECONDS=60 VIPR_VICTIMS=1000 cargo xtask test lab h021 --no-capture`.
 
 use std::collections::BTreeMap;
@@ -25,13 +25,13 @@ use proxy_tests::packets::{Body, Packet, Trouble};
 use super::histories::asked_for;
 use super::world::{HERE, NODE, THERE, Victim, World};
 
-/// Different packets of one phase.
+/// Number of different packets of one phase.
 const PACKETS: usize = 20_000;
-/// A new connection has so long: a SYN that is lost twice costs three seconds.
+/// Time for a new connection: a SYN that is lost twice costs three seconds.
 const CONNECT: Duration = Duration::from_secs(10);
-/// A resolver asks again after so long, and so often.
+/// Time after which a resolver asks again, and the number of its tries.
 const RESOLVER: (Duration, u32) = (Duration::from_secs(1), 5);
-/// From one new connection to the next.
+/// Pause between two new connections.
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// The ends of one conversation.
@@ -39,12 +39,12 @@ struct Ends {
     client: SocketAddr,
     pod: SocketAddr,
     vip: SocketAddr,
-    /// Our own, if the pod sees one.
+    /// Our own source, if the pod sees one.
     own: Option<SocketAddr>,
     udp: bool,
 }
 
-/// Those of all conversations.
+/// Returns the ends of all conversations.
 fn ends(world: &World, victims: &[Victim]) -> Result<Vec<Ends>> {
     let at = |addr: Addr, port: Be16| SocketAddr::new(IpAddr::from(addr.bytes).to_canonical(), port.get());
     let mut all = Vec::new();
@@ -64,14 +64,14 @@ fn ends(world: &World, victims: &[Victim]) -> Result<Vec<Ends>> {
     Ok(all)
 }
 
-/// A packet in somebody's name.
+/// Returns a packet in the name of one of the ends.
 fn forged(all: &[Ends], random: &mut Rng) -> Packet {
     let ends = &all[random.usize(..all.len())];
     let Ends { client, pod, vip, udp, .. } = *ends;
     let own = ends.own.unwrap_or(client);
     let v6 = client.is_ipv6();
     let node = NODE[usize::from(v6)].parse().unwrap_or(client.ip());
-    // Another port of the same client, which may be the next one that it uses.
+    // Another port of the same client, which may be the next one that the client uses.
     let another = SocketAddr::new(client.ip(), random.u16(32_768..61_000));
     let ours = SocketAddr::new(node, random.u16(10_000..30_000));
     let (from, to) = match random.u8(..12) {
@@ -91,23 +91,23 @@ fn forged(all: &[Ends], random: &mut Rng) -> Packet {
     let data = if flags & PSH == 0 { Vec::new() } else { b"forged".to_vec() };
     let segment = Body::Tcp { flags, seq: random.u32(..), ack: random.u32(..), data };
     let datagram = Body::Udp { data: b"forged".to_vec(), checksum: true };
-    // Of the other protocol sometimes.
+    // Some packets have the other protocol.
     let packet = Packet::new(from, to, if udp == (random.u8(..8) > 0) { datagram } else { segment });
     if random.u8(..10) > 0 {
         return packet;
     }
-    // A datagram has no number: a kernel believes whoever says that its port is unreachable, or that it was too large, also
-    // without any proxy.
+    // A datagram has no sequence number. Even without a proxy, a kernel believes an error from anybody that the port
+    // is unreachable, or that the datagram was too large.
     let troubles = [Trouble::TimeExceeded, Trouble::TooBig, Trouble::PortUnreachable];
     let known = if matches!(packet.body, Body::Udp { .. }) { 1 } else { 3 };
     Packet::error(pod.ip(), troubles[random.usize(..known)], &packet.bytes(), if v6 { 548 } else { 28 })
 }
 
-/// What became of those who came.
+/// Results of the clients' visits.
 #[derive(Debug, Default)]
 struct Visits {
     served: u64,
-    /// Why others were not.
+    /// Reasons of failures, with their numbers.
     failed: BTreeMap<String, u64>,
     /// Datagrams that had to be sent again.
     again: u64,
@@ -124,7 +124,7 @@ impl Visits {
         }
     }
 
-    /// New connections and questions from `place`, one after the other, until `stop`.
+    /// Makes new connections and sends questions from `place`, one after the other, until `stop`.
     fn make(place: &Place, stop: &AtomicBool) -> Result<Self> {
         let outside = place.name() == "client";
         let mut targets = Vec::new();
@@ -168,7 +168,7 @@ impl Visits {
                 socket.set_read_timeout(Some(left))?;
                 match socket.recv(&mut heard) {
                     Ok(length) if heard[..length] == *b"question" => return Ok(()),
-                    // Somebody else's words.
+                    // The answer to another datagram.
                     Ok(_) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(error) => return Err(error),
@@ -188,7 +188,8 @@ fn connect(target: SocketAddr) -> io::Result<()> {
     if heard == *b"question" { Ok(()) } else { Err(io::Error::other("another answer")) }
 }
 
-/// Lets everybody come for so long, with somebody who forges beside them if there are packets. Returns how many have been sent.
+/// Runs visitors for this time, with an attacker beside them if there are packets. Returns the visits, and the number
+/// of packets sent.
 fn phase(world: &World, attacker: &Place, packets: &[Packet], time: Duration) -> Result<(Visits, u64)> {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -229,7 +230,8 @@ fn h022_connections_under_fire_from_outside() -> Result<()> {
     under_fire(World::forger)
 }
 
-/// Holds connections, and makes new ones, while `attacker` forges and while nobody does, with an agent and without one.
+/// Holds connections, and makes new ones, with and without forged packets of `attacker`, with an agent and without
+/// one.
 fn under_fire(attacker: fn(&World) -> Place) -> Result<()> {
     allow_open_files()?;
     let seed = asked_for("VIPR_SEED").unwrap_or(21);
@@ -239,7 +241,7 @@ fn under_fire(attacker: fn(&World) -> Place) -> Result<()> {
     let world = World::start()?;
     let attacker = attacker(&world);
     let mut victims = world.hold()?;
-    // Nobody reads from a socket that is only held: what is forged in the name of its peer fills it.
+    // Nobody reads from a UDP socket that is only held, so forged datagrams in the name of its peer fill it.
     victims.retain(|victim| victim.proto == Proto::Tcp);
     let mut crowds = Vec::new();
     for place in [world.victim(), world.client()] {

@@ -1,4 +1,4 @@
-//! A pod with NET_RAW writes another one's address into its packets.
+//! A pod with NET_RAW writes another pod's address into its packets.
 
 use std::net::SocketAddr;
 
@@ -10,7 +10,7 @@ use proxy_tests::scenarios::until;
 
 use super::world::{HERE, THERE, Victim, World, served, served_after_flood};
 
-/// What can be sent in the name of `victim` to `to`.
+/// Returns the packets that can be sent to `to` in the name of `victim`.
 fn in_the_name_of(victim: &Victim, to: SocketAddr) -> Vec<Packet> {
     if victim.proto == Proto::Udp {
         return vec![Packet::udp(victim.local, to, b"forged")];
@@ -19,7 +19,7 @@ fn in_the_name_of(victim: &Victim, to: SocketAddr) -> Vec<Packet> {
     [SYN, ACK, PSH | ACK, FIN | ACK, RST, RST | ACK].map(segment).into()
 }
 
-/// Every connection goes on, and new ones can be made.
+/// Checks that every connection goes on, and that new ones can be made.
 fn nobody_notices(world: &World, victims: &mut [Victim], when: &str) -> Result<()> {
     victims.iter_mut().try_for_each(|victim| victim.goes_on(when))?;
     for place in [world.victim(), world.client()] {
@@ -32,7 +32,8 @@ fn nobody_notices(world: &World, victims: &mut [Victim], when: &str) -> Result<(
     Ok(())
 }
 
-/// In the name of each connection's client its attacker asks every address of the Services that lead to the same pod.
+/// The attacker sends requests in the name of each connection's client, to every address of the Services that lead to
+/// the same pod.
 #[test]
 fn h001_requests_in_the_name_of_others() -> Result<()> {
     let world = World::start()?;
@@ -62,7 +63,8 @@ fn h001_requests_in_the_name_of_others() -> Result<()> {
     Ok(())
 }
 
-/// The kernel's own routes tell whose an address is: another pod's is not served at all, its owner's is.
+/// The kernel's own routes show the owner of an address: a packet from another pod's address is dropped, a packet of
+/// the owner is served.
 #[test]
 fn h003_the_address_of_another_pod() -> Result<()> {
     let world = World::start()?;
@@ -84,7 +86,7 @@ fn h003_the_address_of_another_pod() -> Result<()> {
     Ok(())
 }
 
-/// Datagrams and SYNs from every port of both victims: what they ask themselves is answered, each time.
+/// Datagrams and SYNs from every port of both victims. The victims' own requests are answered, each time.
 #[test]
 fn h002_all_ports_of_others() -> Result<()> {
     let world = World::start()?;
@@ -97,7 +99,7 @@ fn h002_all_ports_of_others() -> Result<()> {
             for service in [HERE, THERE] {
                 for to in [service.cluster_ip(v6)?, service.node_port(v6)?] {
                     let from = |port| SocketAddr::new(own, port);
-                    // Linux' ephemeral range.
+                    // The ephemeral range of Linux.
                     attacker.send_raw((32_768..=60_999).map(|port| Packet::udp(from(port), to, b"?")))?;
                     attacker
                         .send_raw((32_768..=60_999).map(|port| Packet::tcp(from(port), to, SYN, 1, 0)))?;
@@ -115,8 +117,8 @@ fn h002_all_ports_of_others() -> Result<()> {
     nobody_notices(&world, &mut victims, "after all")
 }
 
-/// Somebody outside sends packets in the name of a pod of this node, by the port that the pod itself talks by: what the pod
-/// sends to the same backend has nothing to do with them.
+/// A sender outside sends packets in the name of a pod of this node, from the port that the pod itself uses. The
+/// pod's own packets to the same backend do not belong to that flow.
 #[test]
 fn h004_in_the_name_of_a_pod_from_outside() -> Result<()> {
     let world = World::start()?;
@@ -141,7 +143,8 @@ fn h004_in_the_name_of_a_pod_from_outside() -> Result<()> {
     Ok(())
 }
 
-/// By the port of one socket a client asks a Service, then its pod, and so on: each answers for itself.
+/// By the port of one socket, a client sends to a Service, then to its pod, and so on: each answers from its own
+/// address.
 #[test]
 fn h002_a_client_talks_to_a_service_and_to_its_pod_by_one_port() -> Result<()> {
     let world = World::start()?;

@@ -1,6 +1,6 @@
-//! Tenants who do not trust each other: whatever one of them sends, the others' connections go on.
+//! Tenants that do not trust each other: the packets and objects of one do not harm the connections of the others.
 //!
-//! Each test is an attack, or a burden that somebody puts on the node, with victims that must not notice it.
+//! Each test is an attack on the node, or a load, with victims that must not notice it.
 
 mod affinity;
 mod fire;

@@ -1,4 +1,5 @@
-//! Somebody outside, or a pod of another node, writes the address of a pod of this node or of another client into its packets.
+//! A sender outside, or a pod of another node, writes the address of a pod of this node or of another client into its
+//! packets.
 
 use std::net::SocketAddr;
 
@@ -9,8 +10,8 @@ use proxy_tests::packets::Packet;
 
 use super::world::{Victim, World, served};
 
-/// What is sent in the name of `victim` to an address of its Service. A datagram in the name of a client outside begins a flow
-/// of that client, which docs/security.md concedes.
+/// Returns the packets that are sent in the name of `victim` to an address of its Service. A datagram in the name of
+/// a client outside begins a flow of that client, which docs/security.md concedes.
 fn in_the_name_of(world: &World, victim: &Victim, to: SocketAddr) -> Vec<Packet> {
     let of_pod = world.victim().addresses().contains(&victim.local.ip());
     if victim.proto == Proto::Udp {

@@ -1,4 +1,4 @@
-//! Memory that one pod can have the node spend on its sockets.
+//! Node memory that one pod can use up by its sockets.
 
 use std::time::Duration;
 
@@ -7,11 +7,11 @@ use proxy_tests::lab::{HEAR, Proto, SEND_ONLY, Summary};
 
 use super::world::{HERE, World};
 
-/// Sockets that ask.
+/// Number of sockets that ask.
 const SOCKETS: usize = 5_000;
 
-/// Sockets that ask one VIP each take no room that others have, however many they are. An answer that somebody has not read
-/// meanwhile comes from whom it has asked.
+/// Sockets that each ask one VIP take no room from others, however many they are. An answer that is read late still
+/// comes from the address that was asked.
 #[test]
 fn h023_sockets_of_a_pod_take_no_room_of_others() -> Result<()> {
     let world = World::start()?;

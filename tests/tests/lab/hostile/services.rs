@@ -11,13 +11,13 @@ use serde_json::{Value, json};
 
 use super::world::{HEALTH_PORT, HERE, NODE, World, served};
 
-/// A kubelet gives a probe one second.
+/// Time that a kubelet gives a probe.
 const PROBE: Duration = Duration::from_secs(1);
-/// Ports of a Service that is as large as it may be.
+/// Number of ports of a Service of the largest size.
 const PORTS: u16 = 16_000;
 const MIB: u64 = 1 << 20;
 
-/// A Service of so many ports, from 1 on, at so many externalIPs, all served by the pod of [`HERE`].
+/// Returns a Service of so many ports, from 1 on, at so many externalIPs, all served by the pod of [`HERE`].
 fn large(name: &str, number: u8, ports: u16, external_ips: u32) -> [Value; 2] {
     let port = |number| json!({ "name": format!("p{number}"), "protocol": "TCP", "port": number });
     let slice_port = |number| json!({ "name": format!("p{number}"), "protocol": "TCP", "port": 8080 });
@@ -41,7 +41,7 @@ fn large(name: &str, number: u8, ports: u16, external_ips: u32) -> [Value; 2] {
     [service, slice]
 }
 
-/// The most memory that the agent has had.
+/// Returns the peak of the agent's memory.
 fn peak(world: &World) -> Result<u64> {
     let pid = world.agent().id().context("the agent has ended")?;
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
@@ -49,22 +49,22 @@ fn peak(world: &World) -> Result<u64> {
     Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? << 10)
 }
 
-/// Whether a connection is there at once.
+/// Returns whether a connection is made at once.
 fn is_served(place: &Place, to: SocketAddr) -> Result<bool> {
     Ok(place.connect(to).proto(Proto::Tcp).timeout(Duration::from_millis(200)).one()?.ok)
 }
 
-/// A port of a large Service.
+/// Returns the address of a port of a large Service.
 fn at(number: u8, port: u16) -> SocketAddr {
     (Ipv4Addr::new(10, 96, 0, number), port).into()
 }
 
-/// 63 KiB that made a million frontends, 438 MiB and 18 seconds.
+/// An object of 63 KiB that once made a million frontends, 438 MiB and 18 seconds.
 #[test]
 fn h009_a_service_beyond_its_budget_costs_itself() -> Result<()> {
     let world = World::start()?;
     let before = peak(&world)?;
-    // It is served while it is lawful.
+    // The Service is served while it is within its budget.
     let lawful = large("bomb", 31, 1_000, 10);
     world.write("bomb", &lawful)?;
     let client = world.victim();
@@ -95,7 +95,7 @@ fn h009_a_service_beyond_its_budget_costs_itself() -> Result<()> {
     until("nothing is said", || Ok(world.problems("bomb")?.is_empty().then_some(())))
 }
 
-/// A change of one Service passes between the parts of large ones.
+/// A change of one Service is programmed between the parts of large ones.
 #[test]
 fn h009_others_pass_while_large_services_are_programmed() -> Result<()> {
     let world = World::start()?;
@@ -118,7 +118,7 @@ fn h009_others_pass_while_large_services_are_programmed() -> Result<()> {
     world.write("large", &all(true, &[])?)?;
     until("all of the large ones", || Ok(is_served(&host, at(34, 9_999))?.then_some(())))?;
 
-    // Every port changes, and there are two more: of its ports, a Service's first and last by name.
+    // Every port changes, and there are two more, which are the first and the last of the Service by name.
     world.write("large", &all(false, &[("a", 20_001), ("z", 20_002)])?)?;
     until("the first one changes", || Ok(is_served(&host, at(31, 20_001))?.then_some(())))?;
     let late = HERE.named("late", 11);
@@ -128,13 +128,13 @@ fn h009_others_pass_while_large_services_are_programmed() -> Result<()> {
     for number in numbers.clone() {
         until("all of the large ones", || Ok(is_served(&host, at(number, 20_002))?.then_some(())))?;
     }
-    // All of them at once go the same way.
+    // The removal of all at once goes the same way.
     world.write("large", &[])?;
     until("they are gone", || Ok((!is_served(&host, at(34, 20_002))?).then_some(())))?;
     served(&host, Proto::Tcp, late.cluster_ip(false)?)
 }
 
-/// How long the agent has planned, by its own account.
+/// Returns how long the agent has planned, by its own account.
 fn planned(world: &World) -> Result<f64> {
     let metrics = world.agent().metrics()?;
     let name = "vipr_programming_duration_seconds_sum{stage=\"plan\"} ";
@@ -150,7 +150,7 @@ fn h009_probes_are_answered_while_a_long_plan_runs() -> Result<()> {
     let large: Vec<Value> =
         (31..37).flat_map(|number| large(&format!("large-{number}"), number, PORTS, 3)).collect();
     world.write("large", &large)?;
-    // At its start an agent plans all at once.
+    // At its start, an agent plans everything at once.
     world.agent().start()?;
     let to: SocketAddr = format!("{}:{HEALTH_PORT}", NODE[0]).parse()?;
     let host = world.host().clone();

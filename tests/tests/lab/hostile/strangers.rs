@@ -1,4 +1,4 @@
-//! Strangers who connect to the node's open ports and say nothing, or never end.
+//! Strangers that connect to the node's open ports and send nothing, or never end.
 
 use std::collections::VecDeque;
 use std::io::{Read as _, Write as _};
@@ -16,17 +16,17 @@ use rustix::net::sockopt::{set_socket_linger, set_socket_recv_buffer_size};
 
 use super::world::{HEALTH_PORT, NODE, World};
 
-/// More than any room of the agent has places.
+/// Number of connections, more than any limit of the agent.
 const CONNECTIONS: usize = 1_400;
-/// A kubelet gives a probe one second.
+/// Time that a kubelet gives a probe.
 const PROBE: Duration = Duration::from_secs(1);
 
-/// Connections from `place` that have sent `head` and do nothing more.
+/// Opens connections from `place` that send `head` and do nothing more.
 fn silent(place: &Place, to: SocketAddr, head: &[u8]) -> Result<Vec<TcpStream>> {
     place.net().enter(|| {
         let connect = |_| {
             let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(10))?;
-            // Whoever has been thrown out in the meantime need not be told.
+            // The connection may have been closed in the meantime.
             let _ = stream.write_all(head);
             Ok(stream)
         };
@@ -34,7 +34,7 @@ fn silent(place: &Place, to: SocketAddr, head: &[u8]) -> Result<Vec<TcpStream>> 
     })?
 }
 
-/// One probe, as a kubelet sends it. Returns how long it took.
+/// Sends one probe, as a kubelet does. Returns the time that it took.
 fn probe(place: &Place, to: SocketAddr, path: &str) -> Result<Duration> {
     let start = Instant::now();
     let answer = place.net().enter(|| -> Result<String> {
@@ -42,7 +42,7 @@ fn probe(place: &Place, to: SocketAddr, path: &str) -> Result<Duration> {
         stream.set_read_timeout(Some(PROBE))?;
         stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: n1\r\n\r\n").as_bytes())?;
         let mut answer = String::new();
-        // The server ends it: there is no second request.
+        // The server closes the connection, because there is no second request.
         stream.read_to_string(&mut answer)?;
         Ok(answer)
     })??;
@@ -63,7 +63,7 @@ fn h010_probes_are_answered_beside_the_silent() -> Result<()> {
         for path in ["/livez", "/readyz", "/healthz"] {
             for _ in 0..10 {
                 probe(&kubelet, to, path)?;
-                // From where the crowd is, too.
+                // Probes from the crowd's own place are answered, too.
                 probe(&stranger, to, path)?;
             }
         }
@@ -72,20 +72,21 @@ fn h010_probes_are_answered_beside_the_silent() -> Result<()> {
     Ok(())
 }
 
-/// As many come as can in the time of the test, but no more; and no fewer than these.
+/// Largest and smallest number of connections in the time of the test.
 const CHURNED: usize = 100_000;
 const CHURNED_LEAST: usize = 10_000;
-/// Those that are open at the same time.
+/// Number of connections that are open at the same time.
 const OPEN: usize = 12_000;
-/// 99 of 100 probes. A tenth of a second where nothing else runs on the machine, and the attackers not either.
+/// Time for 99 of 100 probes. On a machine where nothing else runs, not even the attackers, it is a tenth of a
+/// second.
 const RULE: Duration = Duration::from_millis(250);
-/// The test's own end of it: two CPUs keep two of them busy.
+/// Number of the attackers' threads: two CPUs keep two threads busy.
 const THREADS: usize = 2;
-/// For however slow a machine.
+/// Time limit, for however slow a machine.
 const AT_MOST: Duration = Duration::from_secs(12);
 
-/// What strangers say: nothing, half of something, everything without ever reading the answer, nonsense, and what never
-/// ends.
+/// Returns requests of strangers: nothing, half a request, a whole request whose answer is never read, nonsense, and
+/// a request that never ends.
 fn nonsense() -> Vec<Vec<u8>> {
     let get = b"GET /livez HTTP/1.1\r\nHost: n1\r\n";
     let with = |rest: &[u8]| [get, rest].concat();
@@ -96,13 +97,13 @@ fn nonsense() -> Vec<Vec<u8>> {
         with(b"\r\n"),
         // Many requests at once.
         with(b"\r\n").repeat(50),
-        // A body that never comes, or never ends.
+        // Bodies that never come, or never end.
         with(b"Content-Length: 18446744073709551615\r\n\r\nx"),
         with(b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n"),
         with(b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n"),
         with(b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\n"),
         with(b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AA\r\n\r\n"),
-        // A head without an end.
+        // Heads without an end.
         with(&b"X: y\r\n".repeat(20_000)),
         with(&b"X".repeat(9_000)),
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
@@ -113,18 +114,18 @@ fn nonsense() -> Vec<Vec<u8>> {
     ]
 }
 
-/// Connections come and go as fast as they can, until so many have been or `until`.
+/// Makes and closes connections as fast as possible, until so many have been made or `until`.
 fn churn(to: SocketAddr, made: &AtomicUsize, until: Instant) -> Result<()> {
     let nonsense = nonsense();
     let mut open = VecDeque::new();
     while made.fetch_add(1, Ordering::Relaxed) < CHURNED && Instant::now() < until {
         let Ok(mut stream) = TcpStream::connect_timeout(&to, PROBE) else { continue };
-        // What is thrown out is gone at once: there are only so many ports.
+        // A connection that is thrown out is gone at once: the number of ports is limited.
         set_socket_linger(&stream, Some(Duration::ZERO))?;
         set_socket_recv_buffer_size(&stream, 2_048)?;
         stream.set_nonblocking(true)?;
         let said = nonsense.get(made.load(Ordering::Relaxed) % nonsense.len()).context("something to say")?;
-        // It does not all fit, or nobody listens any more.
+        // The request may not fit, or nobody may listen any more.
         let _ = stream.write(said);
         open.push_back(stream);
         if open.len() > OPEN / THREADS {
@@ -134,7 +135,7 @@ fn churn(to: SocketAddr, made: &AtomicUsize, until: Instant) -> Result<()> {
     Ok(())
 }
 
-/// Whoever probes has an answer at once as a rule, and within a second always.
+/// Probes are answered at once as a rule, and always within a second.
 #[test]
 fn h011_probes_are_answered_beside_those_who_come_and_go() -> Result<()> {
     allow_open_files()?;
@@ -146,7 +147,7 @@ fn h011_probes_are_answered_beside_those_who_come_and_go() -> Result<()> {
     let mut times = thread::scope(|scope| -> Result<Vec<Duration>> {
         let churning: Vec<_> =
             (0..THREADS).map(|_| scope.spawn(|| stranger.net().enter(|| churn(to, &made, until))?)).collect();
-        // Half-open ones, from nowhere.
+        // Half-open connections, from forged addresses.
         let half_open = scope.spawn(|| -> Result<()> {
             for round in 0..u16::MAX {
                 if over.load(Ordering::Relaxed) {

@@ -1,4 +1,4 @@
-//! Work that anybody can have the agent do, over and over.
+//! Work that anybody can make the agent do, over and over.
 
 use std::time::{Duration, Instant};
 
@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use super::world::{HERE, THERE, World};
 
-/// How long backends come and go.
+/// Time during which backends come and go.
 const FLAPPING: Duration = Duration::from_secs(4);
 
-/// Sweeps so far.
+/// Returns the number of sweeps so far.
 fn sweeps(world: &World) -> Result<f64> {
     let metrics = world.agent().metrics()?;
     let name = "kubeproxy_conntrack_reconciler_sync_duration_seconds_count{ip_family=\"IPv4\"}";
@@ -19,7 +19,7 @@ fn sweeps(world: &World) -> Result<f64> {
     Ok(sample.trim().parse()?)
 }
 
-/// A Service whose one backend is this pod.
+/// Returns a Service whose one backend is this pod.
 fn led_by(pod: &str) -> Result<Vec<Value>> {
     let mut objects = HERE.named("flapping", 13).objects();
     let slice = objects.get_mut(1).context("a slice")?;
@@ -27,8 +27,8 @@ fn led_by(pod: &str) -> Result<Vec<Value>> {
     Ok(objects)
 }
 
-/// The UDP backend of a Service comes and goes as fast as somebody can write. The host's processes are looked through now
-/// and then, and a socket whose backend has left in between does not wait for the next change.
+/// The UDP backend of a Service comes and goes as fast as the manifest can be written. The host's processes are
+/// searched only now and then. A socket whose backend has left in between does not wait for the next change.
 #[test]
 fn h013_sweeps_rest() -> Result<()> {
     let world = World::start()?;

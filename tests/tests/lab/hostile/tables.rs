@@ -1,4 +1,4 @@
-//! Things of which a host or a cluster has more than anybody has thought of.
+//! Hosts and clusters with very many addresses and ServiceCIDRs.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -10,11 +10,11 @@ use serde_json::{Value, json};
 
 use super::world::{HERE, Service, World, served};
 
-/// As many as kube-proxy gives a node in its IPVS mode, one for each Service of a large cluster.
+/// Number of addresses, as many as kube-proxy gives a node in its IPVS mode: one for each Service of a large cluster.
 const ADDRESSES: u32 = 10_000;
 const SERVICE_CIDRS: u32 = 300;
 
-/// A Service that comes now is served.
+/// Checks that a Service created now is served.
 fn a_change_arrives(world: &World, service: Service) -> Result<()> {
     world.write(service.name, &service.objects())?;
     let victim = world.victim();
@@ -49,7 +49,7 @@ fn h012_ten_thousand_addresses_and_three_hundred_service_cidrs() -> Result<()> {
         .collect();
     world.write("cidrs", &cidrs)?;
     a_change_arrives(&world, HERE.named("late", 11))?;
-    // An agent that finds all of it.
+    // A new agent that finds all of this.
     world.agent().kill9()?;
     world.agent().start_ready()?;
     a_change_arrives(&world, HERE.named("later", 12))

@@ -1,4 +1,4 @@
-//! A namespace that has as much as it can of everything, beside one that has little. The source is an API server.
+//! A namespace that has as much as possible of everything, beside one that has little. The source is an API server.
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -20,11 +20,11 @@ use tempfile::TempDir;
 
 use super::world::{HEALTH_PORT, NODE};
 
-/// A kubelet gives a probe one second.
+/// Time that a kubelet gives a probe.
 const PROBE: Duration = Duration::from_secs(1);
-/// How long the worst Service comes and goes.
+/// Time during which the worst Service comes and goes.
 const RUN: Duration = Duration::from_secs(10);
-/// However busy the machine is.
+/// Long enough for a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
 
@@ -60,9 +60,10 @@ impl Stage {
         self.lab.node("n1")
     }
 
-    /// How many endpoints there are behind a port of the Service of this number; `None` while there is no such frontend.
+    /// Returns the number of endpoints behind a port of the Service of this number; `None` while there is no such
+    /// frontend.
     fn endpoints(&self, number: u16, port: u16) -> Result<Option<u32>> {
-        // They may have grown.
+        // The maps may have grown.
         let maps = KernelMaps::open(&PinDir::new(self.node().pin_dir()), false)?;
         let key = FrontendKey::exact(Addr::from(cluster_ip(number)), Be16::new(port), proto::TCP);
         let frontend = maps.frontend(&key)?;
@@ -86,13 +87,14 @@ impl Stage {
         Ok(())
     }
 
-    /// What `status` says, by object.
+    /// Returns the problems of `status`, by object.
     fn problems(&self) -> Result<serde_json::Map<String, Value>> {
         let status = self.agent.tool("status", &[])?;
         Ok(status["agent"]["problems"].as_object().context("status tells problems")?.clone())
     }
 
-    /// How often the loop has planned and written, and how often that took no more than 128 ms: nothing else happens on it.
+    /// Returns how often the loop has planned and written, and how often that took no more than 128 ms. The loop does
+    /// nothing else.
     fn turns(&self) -> Result<[u64; 2]> {
         let metrics = self.agent.metrics()?;
         let count = |le: &str| -> Result<u64> {
@@ -105,7 +107,7 @@ impl Stage {
         Ok([count("+Inf")?, count("0.128")?])
     }
 
-    /// The most memory that the agent has had.
+    /// Returns the peak of the agent's memory.
     fn peak(&self) -> Result<u64> {
         let pid = self.agent.id().context("the agent has ended")?;
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
@@ -119,10 +121,10 @@ fn cluster_ip(number: u16) -> std::net::IpAddr {
     Ipv4Addr::new(10, 97, high, low).into()
 }
 
-/// What a Service and its slice look like.
+/// Shape of a Service and its slice.
 #[derive(Clone, Copy)]
 struct Shape {
-    /// Tells its addresses from those of others.
+    /// Number that distinguishes its addresses from those of others.
     number: u16,
     ports: u16,
     external_ips: u8,
@@ -133,7 +135,7 @@ impl Shape {
     fn objects(self, namespace: &str, name: &str) -> [Value; 2] {
         let Self { number, ports, external_ips, endpoints } = self;
         let [high, low] = number.to_be_bytes();
-        // As old as their number says.
+        // The number gives the age.
         let created = format!("2026-01-01T{:02}:{:02}:{:02}Z", number / 3600, number / 60 % 60, number % 60);
         let metadata =
             |name: &str| json!({ "namespace": namespace, "name": name, "creationTimestamp": created });
@@ -166,10 +168,10 @@ impl Shape {
     }
 }
 
-/// As many frontends and endpoints as a Service may have.
+/// A Service with as many frontends and endpoints as allowed.
 const WORST: Shape = Shape { number: 2, ports: 16_000, external_ips: 3, endpoints: 8 };
 
-/// Median, p90, p99 and maximum.
+/// Returns the median, p90, p99 and maximum.
 fn spread(times: &mut [Duration]) -> Result<String> {
     times.sort_unstable();
     let at = |percent: usize| times.get((times.len() * percent / 100).min(times.len().saturating_sub(1)));
@@ -178,8 +180,8 @@ fn spread(times: &mut [Duration]) -> Result<String> {
     Ok(format!("{} times, p50 {p50:?}, p90 {p90:?}, p99 {p99:?}, max {max:?}", times.len()))
 }
 
-/// The worst Service is made and removed, over and over, while a small one changes and a kubelet probes. It prints how long
-/// those take, which is what tells one agent from another; its bound of seconds is a guard only.
+/// The worst Service is made and removed, over and over, while a small one changes and a kubelet probes. The test
+/// prints the times of the changes and probes, by which agents can be compared; its limit of seconds is only a guard.
 #[test]
 fn h014_an_innocent_passes_while_the_worst_service_comes_and_goes() -> Result<()> {
     let stage = Stage::start(&[])?;
@@ -193,7 +195,7 @@ fn h014_an_innocent_passes_while_the_worst_service_comes_and_goes() -> Result<()
         ensure!(stage.server.delete(&service)? && stage.server.delete(&slice)?);
         stage.wait_endpoints(WORST.number, last, None)
     };
-    // The maps have grown by then.
+    // The maps have grown before the measurement.
     come()?;
     go()?;
 
@@ -257,9 +259,9 @@ fn h014_an_innocent_passes_while_the_worst_service_comes_and_goes() -> Result<()
     Ok(())
 }
 
-/// Forty Services of one namespace that are lawful each, of which the budget of the namespace has room for ten, and slices of
-/// which it has room for eight. `VIPR_TENANT=1000` makes a thousand of each as large as an object may be instead, with the
-/// budgets that agents have unless they are told others, and prints what they cost.
+/// Forty Services of one namespace that are each within their budget. The budget of the namespace has room for ten of
+/// them, and for the slices of eight. With `VIPR_TENANT=1000`, the test instead makes a thousand Services and slices,
+/// each as large as an object may be, with the default budgets, and prints their cost.
 #[test]
 fn h015_a_namespace_has_its_share() -> Result<()> {
     let count = std::env::var("VIPR_TENANT").ok().map(|text| text.parse::<u16>()).transpose()?;
@@ -272,7 +274,7 @@ fn h015_a_namespace_has_its_share() -> Result<()> {
     let before = stage.peak()?;
     let shape = |number| Shape { number, ports: 2_000, external_ips: 2, endpoints: 8 };
     let name = |number: u16| format!("s{number}");
-    // The youngest first: what comes first is not what stays.
+    // The youngest come first: the order of arrival does not decide which ones stay.
     for number in (100..100 + MANY).rev() {
         stage.server.apply_all(shape(number).objects("greedy", &name(number)))?;
     }
@@ -299,12 +301,12 @@ fn h015_a_namespace_has_its_share() -> Result<()> {
     let took = stage.peak()? - before;
     eprintln!("{} MiB more", took / MIB);
     ensure!(took < 96 * MIB, "{} MiB", took / MIB);
-    // Another one has what it wants.
+    // Another namespace gets everything that it asks for.
     let [_, slice] = Shape { number: 1, ports: 1, external_ips: 0, endpoints: 3 }.objects("innocent", "s");
     stage.server.apply(slice)?;
     stage.wait_endpoints(1, 1, Some(3))?;
 
-    // An agent that starts anew has the same ones; and what goes makes room for those behind it.
+    // A new agent keeps the same ones, and removed ones make room for the next.
     let mut stage = stage;
     stage.agent.kill9()?;
     stage.agent.start_ready()?;
@@ -329,14 +331,14 @@ fn h015_a_namespace_has_its_share() -> Result<()> {
     })
 }
 
-/// What the agent may have of memory, whatever one namespace holds.
+/// Most memory that the agent may use, whatever one namespace holds.
 const MOST: u64 = 512 * MIB;
 
 fn as_large_as_may_be(count: u16) -> Result<()> {
     let stage = Stage::start(&[])?;
     let before = stage.peak()?;
     for number in 100..100 + count {
-        // As many endpoints as a slice may have, with a hundred ports; and as many ports as an object has room for.
+        // As many endpoints as a slice may have, with a hundred ports; and as many ports as fit into an object.
         let shape = match number % 2 {
             0 => Shape { number, ports: 100, external_ips: 200, endpoints: 1_000 },
             _ => Shape { number, ports: 16_000, external_ips: 3, endpoints: 8 },

@@ -1,4 +1,4 @@
-//! Services that claim what is another one's: nodePorts, and ports of the node's own processes.
+//! Services that claim addresses and ports of others: nodePorts, and ports of the node's own processes.
 
 use std::net::SocketAddr;
 
@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 
 use super::world::{HERE, NODE, World, served};
 
-/// Where a kubelet listens.
+/// Port of a kubelet.
 const KUBELET: u16 = 10_250;
 
-/// A Service that claims these addresses at a port, older than all others, and serves nobody.
+/// Returns a Service that claims these addresses at a port, is older than all others, and has no endpoints.
 fn thief(name: &str, number: u16, port: u16, load_balancer: bool) -> Value {
     let (v4, v6) = (format!("10.96.0.{number}"), format!("fd00:96::{number}"));
     let ingress: Vec<Value> = NODE.iter().map(|ip| json!({ "ip": ip })).collect();
@@ -33,7 +33,7 @@ fn at_node(v6: bool, port: u16) -> Result<SocketAddr> {
     text.parse().context(text)
 }
 
-/// The agent has looked at a Service, and this is what it says of it.
+/// Waits until `status` tells exactly `want` of a Service.
 fn told(world: &World, service: &str, want: &[String]) -> Result<()> {
     let mut last = Vec::new();
     let found = until(service, || {
@@ -54,7 +54,7 @@ fn h011_an_external_ip_takes_nobodys_node_port() -> Result<()> {
         served(&world.client(), Proto::Tcp, HERE.node_port(v6)?)?;
         served(&world.victim(), Proto::Tcp, HERE.node_port(v6)?)?;
     }
-    // What a load balancer has given goes before, and that is said of whoever loses by it.
+    // An address given by a load balancer goes first, and the Service that loses it is told so.
     world.write("thief", &[thief("thief", 21, number, true)])?;
     let lost = |ip: &str| {
         format!("{ip}:{number}/TCP is not served: Service h/thief has it as its load-balancer address")
@@ -74,7 +74,7 @@ fn h011_ports_of_the_host_are_the_hosts_where_that_is_asked_for() -> Result<()> 
         for (number, load_balancer) in [(21, false), (22, true)] {
             let name = format!("thief-{number}");
             world.write(&name, &[thief(&name, number, KUBELET, load_balancer)])?;
-            // Programmed, as its clusterIP shows.
+            // The Service is programmed when its clusterIP is shown.
             let cluster_ip = format!("10.96.0.{number}:{KUBELET}");
             until("the thief is programmed", || {
                 let services = world.agent().tool("services", &[])?.to_string();

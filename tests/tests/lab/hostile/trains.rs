@@ -1,4 +1,4 @@
-//! BIG TCP: the kernel hands on trains of segments that are longer than the length fields of their headers can tell.
+//! BIG TCP: the kernel passes on trains of segments that are longer than the length fields of their headers can tell.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -13,14 +13,14 @@ use serde_json::Value;
 
 use super::world::World;
 
-/// What every device takes in one piece.
+/// Bytes that every device takes in one piece.
 const TRAIN: u32 = 192 << 10;
-/// What is sent in each direction.
+/// Bytes that are sent in each direction.
 const BYTES: usize = 16 << 20;
-/// Hardly ever is the machine so busy.
+/// Long enough for a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Lets the devices of a namespace take trains of [`TRAIN`].
+/// Makes the devices of a namespace take trains of [`TRAIN`].
 fn take_trains(net: &Netns) -> Result<()> {
     let set = || -> Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -29,7 +29,7 @@ fn take_trains(net: &Netns) -> Result<()> {
             tokio::spawn(connection);
             for entry in fs::read_dir("/proc/thread-self/net/dev_snmp6")? {
                 let name = entry?.file_name().to_string_lossy().into_owned();
-                // The second network's bridge has no ports, and takes over no limit from them.
+                // The second network's bridge has no ports, and takes no limit from them.
                 if ["lo", "lan1"].contains(&name.as_str()) {
                     continue;
                 }
@@ -49,7 +49,7 @@ fn take_trains(net: &Netns) -> Result<()> {
     net.enter(set)?
 }
 
-/// Sends a long line to a server, and gets it back.
+/// Sends a long line to a server, and receives it back.
 fn transfer(place: &Place, target: SocketAddr) -> Result<()> {
     let line: Vec<u8> = (0..BYTES).map(|n| b'a' + (n * n % 251 % 26) as u8).chain(*b"\n").collect();
     let exchange = || -> Result<()> {
@@ -67,7 +67,7 @@ fn transfer(place: &Place, target: SocketAddr) -> Result<()> {
     place.net().enter(exchange)?
 }
 
-/// The mean length of the packets that a place has sent.
+/// Returns the mean length of the packets that a place has sent.
 fn mean_length(place: &Place) -> Result<u64> {
     let mut ip = place.command("ip");
     ip.args(["-json", "-statistics", "link", "show", "eth0"]);
@@ -83,13 +83,13 @@ fn h030_trains_longer_than_a_length_field() -> Result<()> {
         take_trains(&net)?;
     }
     for place in [world.client(), world.victim()] {
-        // The kernel itself counts eight bytes more for each IPv6 segment of a train when it forwards one.
+        // When the kernel itself forwards a train of IPv6, it counts eight bytes more for each segment.
         place.net().ip("link set eth0 mtu 1480")?;
         for (service, target) in world.targets(&place)? {
             transfer(&place, target)
                 .with_context(|| format!("{} to {target}, {}", place.name(), service.name))?;
         }
-        // Acknowledgements of the downloads are in it.
+        // The mean includes the acknowledgements of the downloads.
         let length = mean_length(&place)?;
         ensure!(length > 65_535, "{} has sent packets of {length} bytes: no trains", place.name());
     }

@@ -1,5 +1,5 @@
-//! Two nodes of both families. On the first are the attacker, a pod that serves, and a pod whose connections are served in
-//! packets; on the second another pod that serves. A client is outside.
+//! Two nodes of both families. On the first are the attacker, a pod that serves, and a pod whose connections are
+//! served as packets. On the second is another pod that serves. A client is outside.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -17,10 +17,10 @@ use proxy_tests::lab::{Agent, Held, Lab, LabSpec, Netns, Node, NodeSpec, Place, 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// How long an answer may take: several retransmissions.
+/// Time that an answer may take: several retransmissions.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// A Service: its number is the last one of its clusterIP, and of its nodePort.
+/// A Service. Its number is the last part of its clusterIP, and is added to its nodePort.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Service {
     /// Name.
@@ -30,17 +30,17 @@ pub(super) struct Service {
     pod: [&'static str; 2],
 }
 
-/// Served by a pod of the attacker's node.
+/// Service with a pod of the attacker's node.
 pub(super) const HERE: Service =
     Service { name: "here", number: 1, node: "n1", pod: ["10.64.1.11", "fd00:64:0:1::11"] };
-/// Served by a pod of another one.
+/// Service with a pod of another node.
 pub(super) const THERE: Service =
     Service { name: "there", number: 2, node: "n2", pod: ["10.64.2.21", "fd00:64:0:2::21"] };
 
-/// Where the agent answers probes.
+/// Port at which the agent answers probes.
 pub(super) const HEALTH_PORT: u16 = 10_256;
 
-/// Where pods say again what they hear.
+/// Port at which pods send back the data that they receive.
 const ECHO_PORT: u16 = 8007;
 
 /// Addresses of the client outside.
@@ -54,23 +54,23 @@ impl Service {
         text.parse().context(text)
     }
 
-    /// Another one with the same pod.
+    /// Returns another Service with the same pod.
     pub(super) const fn named(self, name: &'static str, number: u16) -> Self {
         Self { name, number, ..self }
     }
 
-    /// Its clusterIP.
+    /// Returns the clusterIP.
     pub(super) fn cluster_ip(self, v6: bool) -> Result<SocketAddr> {
         let ip = if v6 { format!("fd00:96::{}", self.number) } else { format!("10.96.0.{}", self.number) };
         Self::at(v6, &ip, 80)
     }
 
-    /// Its nodePort on the attacker's node.
+    /// Returns the nodePort on the attacker's node.
     pub(super) fn node_port(self, v6: bool) -> Result<SocketAddr> {
         Self::at(v6, NODE[usize::from(v6)], 30_080 + self.number)
     }
 
-    /// Where it says again what it hears, for a client outside or inside of the cluster.
+    /// Returns the echo address of the Service, for a client outside or inside the cluster.
     pub(super) fn echo(self, v6: bool, outside: bool) -> Result<SocketAddr> {
         let (mut at, port) =
             if outside { (self.node_port(v6)?, 30_190 + self.number) } else { (self.cluster_ip(v6)?, 7) };
@@ -78,17 +78,17 @@ impl Service {
         Ok(at)
     }
 
-    /// Its pod's address.
+    /// Returns the pod's address.
     pub(super) const fn address(self, v6: bool) -> &'static str {
         self.pod[v6 as usize]
     }
 
-    /// Its pod.
+    /// Returns the pod's address and port.
     pub(super) fn endpoint(self, v6: bool) -> Result<SocketAddr> {
         Self::at(v6, self.address(v6), 8080)
     }
 
-    /// It and its slices.
+    /// Returns the Service and its slices.
     pub(super) fn objects(self) -> Vec<Value> {
         let kinds = [("tcp", "TCP", 80, 30_080, 8080), ("udp", "UDP", 80, 30_080, 8080)];
         let echoes = [("echo-tcp", "TCP", 7, 30_190, ECHO_PORT), ("echo-udp", "UDP", 7, 30_190, ECHO_PORT)];
@@ -131,7 +131,7 @@ impl Service {
     }
 }
 
-/// The nodes, their pods, and the agent of the first.
+/// The nodes, their pods, and the agent of the first node.
 pub(super) struct World {
     // Dropped first: it runs in the lab.
     agent: Mutex<Agent>,
@@ -140,12 +140,12 @@ pub(super) struct World {
 }
 
 impl World {
-    /// A world that is served.
+    /// Starts a world whose agent is ready.
     pub(super) fn start() -> Result<Self> {
         Self::start_with(&[])
     }
 
-    /// The same, with more flags of the agent.
+    /// Does the same, with more flags of the agent.
     pub(super) fn start_with(flags: &[(&str, &str)]) -> Result<Self> {
         let pods = ["10.64.1.0/24", "fd00:64:0:1::/64"];
         let n1 = NodeSpec::new("n1", &NODE, &pods)?;
@@ -202,29 +202,29 @@ impl World {
         Ok(fs::rename(&next, self.dir.path().join("manifests").join(name).with_extension("json"))?)
     }
 
-    /// What `status` says of a Service.
+    /// Returns the problems that `status` tells of a Service.
     pub(super) fn problems(&self, service: &str) -> Result<Vec<String>> {
         let status = self.agent().tool("status", &[])?;
         let problems = &status["agent"]["problems"][format!("Service h/{service}")];
         Ok(if problems.is_null() { Vec::new() } else { serde_json::from_value(problems.clone())? })
     }
 
-    /// A directory for whatever a test needs.
+    /// Returns a directory for files of a test.
     pub(super) fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// The agent.
+    /// Returns the agent.
     pub(super) fn agent(&self) -> MutexGuard<'_, Agent> {
         self.agent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The first node's host.
+    /// Returns the first node's host.
     pub(super) fn host(&self) -> &Place {
         self.lab.node("n1").host()
     }
 
-    /// Every network namespace.
+    /// Returns every network namespace.
     pub(super) fn nets(&self) -> Vec<Netns> {
         let places = self.lab.nodes().iter().map(Node::host).cloned();
         let places = places
@@ -233,7 +233,8 @@ impl World {
         places.map(|place| place.net().clone()).chain([self.lab.hub().clone()]).collect()
     }
 
-    /// The tuples of the flows that the first node serves: client, backend, what the client talks to, and our own source.
+    /// Returns the flows that the first node serves: client, backend, the VIP that the client talks to, and our own
+    /// source.
     pub(super) fn flows(&self) -> Result<Vec<(FlowKey, Flow)>> {
         let maps = FlowMaps::open(&PinDir::new(self.lab.node("n1").pin_dir()))?;
         let mut flows = Vec::new();
@@ -244,39 +245,39 @@ impl World {
         Ok(flows)
     }
 
-    /// How many entries `UDP_FLOWS` has on the first node.
+    /// Returns the number of entries that `UDP_FLOWS` has on the first node.
     pub(super) fn datagrams(&self) -> Result<usize> {
         let pin = PinDir::new(self.lab.node("n1").pin_dir()).map(maps::UDP_FLOWS);
         let map = HashMap::<_, UdpFlowKey, UdpFlow>::try_from(Map::HashMap(MapData::from_pin(pin)?))?;
         Ok(map.keys().filter(Result::is_ok).count())
     }
 
-    /// The pod that harms others.
+    /// Returns the pod that attacks others.
     pub(super) fn attacker(&self) -> Place {
         Place::clone(&self.lab.pod("attacker"))
     }
 
-    /// Somebody outside who does the same.
+    /// Returns the attacker outside.
     pub(super) fn forger(&self) -> Place {
         Place::clone(&self.lab.client("forger"))
     }
 
-    /// A pod whose packets are translated at its interface.
+    /// Returns a pod whose packets are translated at its interface.
     pub(super) fn victim(&self) -> Place {
         Place::clone(&self.lab.pod("victim"))
     }
 
-    /// The client outside.
+    /// Returns the client outside.
     pub(super) fn client(&self) -> Place {
         Place::clone(&self.lab.client("client"))
     }
 
-    /// A pod of the other node.
+    /// Returns a pod of the other node.
     pub(super) fn elsewhere(&self) -> Place {
         Place::clone(&self.lab.pod("R1"))
     }
 
-    /// What a place talks to: pods by themselves, and Services.
+    /// Returns the targets of a place: pods by themselves, and Services.
     pub(super) fn targets(&self, place: &Place) -> Result<Vec<(Service, SocketAddr)>> {
         let mut targets = Vec::new();
         for v6 in [false, true] {
@@ -291,7 +292,7 @@ impl World {
         Ok(targets)
     }
 
-    /// Connections of every kind from both victims, that stay.
+    /// Opens connections of every kind from both victims, and holds them.
     pub(super) fn hold(&self) -> Result<Vec<Victim>> {
         let mut all = Vec::new();
         for place in [self.victim(), self.client()] {
@@ -312,14 +313,14 @@ impl World {
     }
 }
 
-/// A connection that nobody may break.
+/// A connection that must not break.
 pub(super) struct Victim {
     who: String,
-    /// Who answers.
+    /// Service that answers.
     pub(super) service: Service,
-    /// What it is connected to.
+    /// Destination of the connection.
     pub(super) target: SocketAddr,
-    /// How.
+    /// Protocol of the connection.
     pub(super) proto: Proto,
     /// The client's end.
     pub(super) local: SocketAddr,
@@ -327,7 +328,7 @@ pub(super) struct Victim {
 }
 
 impl Victim {
-    /// It carries data.
+    /// Checks that the connection carries data.
     pub(super) fn goes_on(&mut self, when: &str) -> Result<()> {
         let Self { who, target, proto, local, held, .. } = self;
         let said = held.say(when)?;
@@ -339,13 +340,13 @@ impl Victim {
     }
 }
 
-/// A new connection or datagram is answered.
+/// Checks that a new connection or datagram is answered.
 pub(super) fn served(place: &Place, proto: Proto, target: SocketAddr) -> Result<()> {
     served_of(1, place, proto, target)
 }
 
-/// A new connection is answered behind a flood, and one of several datagrams by the same socket: what is flooded throws away what
-/// its queues do not hold, whoever has sent it. TCP sends again by itself.
+/// Checks that a new connection is answered after a flood, and one of several datagrams of one socket. A flooded
+/// receiver drops everything that its queues do not hold, from any sender. TCP itself sends again.
 pub(super) fn served_after_flood(place: &Place, proto: Proto, target: SocketAddr) -> Result<()> {
     let datagram = matches!(proto, Proto::Udp | Proto::UdpUnconnected);
     served_of(if datagram { 5 } else { 1 }, place, proto, target)

@@ -2,16 +2,16 @@
 
 use super::*;
 
-/// Addresses that no machine has: whoever asks them hears so at once.
+/// Addresses that no machine has: a client that asks them gets an error at once.
 const NOBODYS: &str = "route add unreachable 198.18.9.0/24\n-6 route add unreachable 2001:db8:9::/64\n";
 const NODE_PORT: u16 = 31_053;
-/// The clusterIPs of kube-dns, and the endpoints there.
+/// ClusterIPs of kube-dns, each with its endpoint.
 const DNS: [(&str, &str); 2] = [("10.96.0.53:80", "L1"), ("[fd00:96::53]:80", "V1")];
-/// Nothing that is served has this port.
+/// Addresses with a port that no Service has.
 const OTHER_PORT: [&str; 2] = ["10.96.0.53:9253", "[fd00:96::53]:9253"];
 const HOST_ADDRESSES: &str = "addresses of this host";
 
-/// kube-dns, of both families and by a nodePort; with a label it is another proxy's.
+/// Returns kube-dns, of both families and with a nodePort. With a label, it belongs to another proxy.
 fn dns(label: Option<&str>) -> Vec<Value> {
     let port = |protocol: &str| json!({ "name": protocol.to_lowercase(), "protocol": protocol, "port": 80, "nodePort": NODE_PORT });
     let mut service = json!({
@@ -51,7 +51,7 @@ fn setting(flags: &[(&str, &str)]) -> Result<Setting> {
     Ok(setting)
 }
 
-/// A listener of the host's own at the nodePort, on every address that it has or will have.
+/// Starts the host's own listener at the nodePort, on every address that the host has or will have.
 fn listen(setting: &Setting) -> Result<()> {
     setting.host().serve().name("own").at("tcp", format!("[::]:{NODE_PORT}")).start()?;
     for loopback in ["127.0.0.1", "[::1]"] {
@@ -61,8 +61,8 @@ fn listen(setting: &Setting) -> Result<()> {
     Ok(())
 }
 
-/// What somebody who asks all the time hears from the moment on in which the host has the address. Returns how long it is not
-/// served, though the host's own listener answers, and how many answers that were.
+/// Asks all the time while the host gets the address. Returns how long the address is not served, though the host's
+/// own listener answers, and how many answers that were.
 fn appears(setting: &Setting, target: &str, lines: &str, server: &str) -> Result<(Duration, usize)> {
     let mut asking = setting.host().connect(target).start()?;
     asking.wait_for(5)?;
@@ -80,8 +80,8 @@ fn appears(setting: &Setting, target: &str, lines: &str, server: &str) -> Result
     Ok((Duration::from_micros(unserved), own.map_or(0, |own| served - own)))
 }
 
-/// Until an address is known to serve nodePorts, a listener of the host's own answers there. That lasts as long as it takes
-/// to hear of it, and nobody waits for more news: it was 50 ms and more, always.
+/// Until the agent knows that an address serves nodePorts, the host's own listener answers there. That lasts until
+/// the agent has received the kernel's event, without a delay for further events. It once always took 50 ms and more.
 #[test]
 fn node_ports_are_served_as_soon_as_the_kernel_tells_of_an_address() -> Result<()> {
     const ROUNDS: usize = 20;
@@ -128,8 +128,8 @@ fn node_ports_are_served_as_soon_as_the_kernel_tells_of_an_address() -> Result<(
     Ok(())
 }
 
-/// An IPv6 address is nobody's until the kernel has looked for duplicates. One that is ours is served from the first
-/// connection on; one that another machine has stays that machine's.
+/// An IPv6 address belongs to nobody until the kernel has looked for duplicates. An address of our own is served from
+/// the first connection on. An address that another machine has stays with that machine.
 #[test]
 fn an_address_that_is_probed_for_duplicates_is_served_from_the_first_connection_on() -> Result<()> {
     let setting = setting(&[("nodeport-addresses", "0.0.0.0/0,::/0"), ("pod-interfaces", "none")])?;
@@ -154,7 +154,7 @@ fn an_address_that_is_probed_for_duplicates_is_served_from_the_first_connection_
     })
 }
 
-/// Everybody is answered by these, of IPv4 and IPv6.
+/// Checks that these servers, of IPv4 and IPv6, answer every client.
 fn everybody_hears(setting: &Setting, servers: [&str; 2]) -> Result<()> {
     let (pod, unseen) = (setting.lab.pod("P"), setting.lab.pod("U"));
     for place in [&*pod, &*unseen, setting.host()] {
@@ -174,8 +174,9 @@ fn soon(what: &str, check: impl Fn() -> Result<()>) -> Result<()> {
     .with_context(|| format!("{last:?}"))
 }
 
-/// NodeLocal DNSCache takes the clusterIP of kube-dns. As long as that Service is ours it is asked for nothing, and `status` says
-/// so. Labelled it is nobody's here, and its address is the host's own, whenever it comes.
+/// NodeLocal DNSCache takes the clusterIP of kube-dns. As long as we serve that Service, the cache gets no requests,
+/// and `status` says so. With the label, the Service is left alone, and its address belongs to the host, whenever it
+/// is added.
 #[test]
 fn who_takes_a_cluster_ip_is_reached_once_the_service_is_left_to_it() -> Result<()> {
     let mut setting = setting(&[])?;
@@ -197,7 +198,7 @@ fn who_takes_a_cluster_ip_is_reached_once_the_service_is_left_to_it() -> Result<
     for target in DNS.map(|(target, _)| target).into_iter().chain(OTHER_PORT) {
         listening = listening.at("tcp", target).at("udp", target);
     }
-    // It runs on.
+    // The listener keeps running.
     listening.start()?;
     setting.wait_problem(HOST_ADDRESSES, |problem| {
         let text = problem.to_string();
@@ -223,7 +224,7 @@ fn who_takes_a_cluster_ip_is_reached_once_the_service_is_left_to_it() -> Result<
     setting.wait_problem(HOST_ADDRESSES, Value::is_null)?;
     answered(setting.host(), OTHER_PORT[0], "local")?;
 
-    // The address goes, and comes to another device; and an agent starts that finds it there.
+    // The address is removed, and added to another device; then a new agent starts and finds it there.
     addresses("delete", "nodelocaldns")?;
     let nobody = |place: &Place| -> Result<()> {
         for (target, _) in DNS {

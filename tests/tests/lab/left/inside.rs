@@ -1,4 +1,4 @@
-//! Networks inside pods: a cluster in a pod, containers that a pod runs.
+//! Networks inside pods: a cluster in a pod, and containers that a pod runs.
 
 use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::PinDir;
@@ -6,26 +6,26 @@ use proxy_tests::lab::{Netns, Pod, Proc, Role};
 
 use super::*;
 
-/// The cgroups of two pods, and a container in each.
+/// Cgroups of two pods.
 const PODS: [&str; 2] = [
     "kubepods/burstable/pod3f2b7c1e-0001-4a5b-8c9d-000000000001",
     "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod3f2b7c1e_0002_4a5b_8c9d_000000000002.slice",
 ];
 
-/// What a runtime starts first in a pod: it keeps the namespaces, and does nothing.
+/// Starts the first process that a runtime starts in a pod: it keeps the namespaces, and does nothing.
 fn pause(pod: &Pod, cgroup: &str, container: &str) -> Result<Proc> {
     run(&pod.in_cgroup(&format!("{cgroup}/{container}"))?)
 }
 
-/// A process in a mount namespace of its own, as every container's.
+/// Starts a process in a mount namespace of its own, like that of every container.
 fn run(place: &Place) -> Result<Proc> {
     let mut command = place.command("unshare");
     command.args(["--mount", "sleep", "infinity"]);
     command.spawn()
 }
 
-/// A network inside the pod, whose packets leave by the pod's interface, from the pod's address. The container `container` of the pod has
-/// made it.
+/// Makes a network inside the pod, by the container `container`. Its packets leave by the pod's interface, from the
+/// pod's address.
 fn network_inside(pod: &Pod, cgroup: &str, container: &str) -> Result<Place> {
     let inner = Netns::new(Role::Leaf)?;
     pod.net().ip(&format!(
@@ -67,7 +67,7 @@ fn what_is_inside_a_pod_is_served_at_the_pods_interface() -> Result<()> {
     let left = setting.counter("left_to_packets")?;
     setting.served(&inside, OPEN, true)?;
     ensure!(setting.counter("left_to_packets")? >= left + 3);
-    // Not what is in the pod itself, nor in other pods, nor in a container deeper below.
+    // Connections of the pod itself, of other pods, and of a container in a deeper cgroup are not left alone.
     let deeper = p.in_cgroup(&format!("{}/app/kubelet/kubepods/podaaaa-01/inner", PODS[0]))?;
     for place in [&own, &deeper, &*p, &*setting.lab.pod("L2"), setting.host()] {
         setting.served(place, OPEN, false)?;
@@ -82,7 +82,7 @@ fn what_is_inside_a_pod_is_served_at_the_pods_interface() -> Result<()> {
         setting.served(&own, OPEN, false).context("another agent")?;
     }
 
-    // Without its sandbox nothing is known of the pod, and with a new one everything again.
+    // Without its sandbox, nothing is known of the pod. With a new sandbox, everything is known again.
     drop(first);
     wait_known(&setting, 0)?;
     for place in [&own, &inside] {
@@ -93,7 +93,7 @@ fn what_is_inside_a_pod_is_served_at_the_pods_interface() -> Result<()> {
     setting.served(&inside, OPEN, true)?;
     setting.served(&own, OPEN, false)?;
 
-    // So does one that is made while no agent runs: its containers are others, and nothing is known of them.
+    // The same holds for a sandbox made while no agent runs: its containers are new, and nothing is known of them.
     setting.agent.kill9()?;
     drop(second);
     let net = Netns::new(Role::Leaf)?;
@@ -110,7 +110,7 @@ fn what_is_inside_a_pod_is_served_at_the_pods_interface() -> Result<()> {
     setting.served(&inside, OPEN, false).context("nobody would judge its packets")
 }
 
-/// The fault itself: a Service of a cluster inside the pod has the address of one outside.
+/// The original fault: a Service of a cluster inside the pod has the address of a Service outside.
 #[test]
 fn a_cluster_inside_a_pod_answers_at_its_own_addresses() -> Result<()> {
     let setting = Setting::new(LabSpec::cases()?, &[])?;
@@ -125,14 +125,15 @@ fn a_cluster_inside_a_pod_answers_at_its_own_addresses() -> Result<()> {
     answered(&p.in_cgroup(&format!("{}/app", PODS[0]))?, OPEN, "L1").map(drop)
 }
 
-/// A pod beside the others whose interface has no end on this host, as with macvlan, ipvlan or SR-IOV: nobody could serve its packets.
+/// A pod whose interface has no end on this host, as with macvlan, ipvlan or SR-IOV, beside other pods. Its packets
+/// cannot be served by the packet edge.
 #[test]
 fn a_pod_whose_interface_is_not_on_the_host_is_served() -> Result<()> {
     let setting = Setting::new(LabSpec::cases()?, &[])?;
     let _other = pause(&setting.lab.pod("P"), PODS[0], "pause")?;
     wait_known(&setting, 1)?;
     let (net, l1) = (Netns::new(Role::Leaf)?, setting.lab.pod("L1"));
-    // A macvlan above a device that is not here either.
+    // A macvlan on a device that is not on this host either.
     l1.net().ip(&format!(
         "link add near type veth peer name base\naddress add 172.31.0.1/24 dev near\nlink set near up\nlink set base up\n\
          link add link base name mv0 type macvlan mode private\nlink set mv0 netns {} name eth0",
@@ -144,14 +145,14 @@ fn a_pod_whose_interface_is_not_on_the_host_is_served() -> Result<()> {
     setting.served(&pod, OPEN, false).context("before anything is known of it")?;
     let sandbox = setting.lab.pod("L2").in_cgroup(&format!("{}/pause", PODS[1]))?;
     let _pause = run(&sandbox.with_net("pause", &net, &[])?)?;
-    // As soon as its first process runs, and ever after.
+    // The pod is served as soon as its first process runs, and from then on.
     setting.served(&pod, OPEN, false)?;
     wait_known(&setting, 2)?;
     setting.served(&pod, OPEN, false)
 }
 
-/// A cluster in a container that is no pod of this one (kind, k3d): its pods have cgroups as ours, and networks that lead into the
-/// container's.
+/// A cluster in a container that is no pod of this cluster (kind, k3d): its pods have cgroups like ours, and networks
+/// that lead into the container's network.
 #[test]
 fn a_pod_of_a_cluster_inside_a_container_is_left_to_packets() -> Result<()> {
     const POD: &str = "docker/4fa6/kubelet/kubepods/burstable/pod3f2b7c1e-0003-4a5b-8c9d-000000000003";
@@ -162,7 +163,7 @@ fn a_pod_of_a_cluster_inside_a_container_is_left_to_packets() -> Result<()> {
     let pause = container.in_cgroup(&format!("{POD}/pause"))?;
     let _pause = run(&pause.with_net("pause", inside.net(), &[])?)?;
     until("the way out is known", || Ok(setting.served(&inside, OPEN, true).is_ok().then_some(())))?;
-    // As packets it is the container's. Who has no network inside is served as before.
+    // Their packets come from the container. Clients without a network inside are served as before.
     for place in [&*container, &*setting.lab.pod("L2"), setting.host()] {
         setting.served(place, OPEN, false)?;
     }
@@ -175,7 +176,7 @@ fn a_pod_of_a_cluster_inside_a_container_is_left_to_packets() -> Result<()> {
     Ok(())
 }
 
-/// However many networks a pod makes, it is one entry, and its own.
+/// A pod with many networks takes one entry, and no entry of another pod.
 #[test]
 fn a_pod_with_many_networks_hurts_nobody() -> Result<()> {
     let setting = Setting::new(LabSpec::cases()?, &[])?;

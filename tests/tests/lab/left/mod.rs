@@ -1,9 +1,9 @@
-//! Connections that the socket edge leaves to the packet edge: refusals that a pod's socket cannot be told, and pods that
-//! opt out.
+//! Connections that the socket edge leaves to the packet edge: refusals that a pod's socket cannot be told, and pods
+//! that opt out.
 //!
-//! The lab that these tests have in common: the nodes, pods and clients of the cases, with an agent on `n1` that reads a
-//! directory, and a machine outside that has the addresses of Services. A client that is answered by that one was not
-//! served.
+//! These tests have a lab in common: the nodes, pods and clients of the cases, with an agent on `n1` that reads a
+//! directory, and a machine outside that has the addresses of Services. A client that the machine outside answers was
+//! not served.
 
 mod addresses;
 mod inside;
@@ -20,19 +20,19 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const NODE: &str = "n1";
-/// A Service that everybody may use.
+/// A Service that every client may use.
 const OPEN: &str = "10.96.0.10:80";
 /// A load-balancer address for P alone.
 const GUARDED: &str = "198.18.5.5:80";
-/// A Service without an endpoint on this node, which its internal policy asks for.
+/// A Service without an endpoint on this node, with internal traffic policy Local.
 const ABSENT: &str = "10.96.0.12:80";
 /// An address for Services that no Service has.
 const INACTIVE: &str = "10.96.77.77:80";
 /// The machine outside.
 const ELSEWHERE: &str = "elsewhere";
-/// How long silence has to last.
+/// Time that silence has to last.
 const SILENCE: Duration = Duration::from_millis(500);
-/// How long an answer may take on a busy machine.
+/// Time that an answer may take on a busy machine.
 const ANSWER: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -108,12 +108,12 @@ impl Setting {
         self.agent.tool("status", &[])
     }
 
-    /// What is wrong with an object; `null` for nothing.
+    /// Returns the problem of an object; `null` for none.
     fn problem(&self, object: &str) -> Result<Value> {
         Ok(self.status()?["agent"]["problems"][object].clone())
     }
 
-    /// Waits until what is wrong with an object is as it should be.
+    /// Waits until the problem of an object fulfils `done`.
     fn wait_problem(&self, object: &str, done: impl Fn(&Value) -> bool) -> Result<()> {
         let look = || Ok(done(&self.problem(object)?).then_some(()));
         until(object, look).with_context(|| format!("{:?}", self.status().map(|s| s["agent"].clone())))
@@ -123,7 +123,7 @@ impl Setting {
         self.status()?["counters"][name].as_u64().with_context(|| format!("no counter {name}"))
     }
 
-    /// Whether the packet edge has translated this.
+    /// Returns whether the packet edge has translated this attempt.
     fn has_flow(&self, target: &str, (way, attempt): &(Proto, Attempt)) -> Result<bool> {
         let client = attempt.peer.context("no client")?.to_string();
         let protocol = if *way == Proto::Tcp { "TCP" } else { "UDP" };
@@ -134,7 +134,7 @@ impl Setting {
             .any(|flow| flow["client"] == client && flow["protocol"] == protocol && flow["vip"] == target))
     }
 
-    /// L1 answers, as after a translation by the packet edge or by the socket edge.
+    /// Checks that L1 answers, after a translation by the packet edge (`in_packets`) or by the socket edge.
     fn served(&self, place: &Place, target: &str, in_packets: bool) -> Result<()> {
         for one in answered(place, target, "L1")? {
             ensure!(self.has_flow(target, &one)? == in_packets, "{} to {target}: {one:?}", place.name());
@@ -143,7 +143,8 @@ impl Setting {
     }
 }
 
-/// A Service `a/NAME` with port 80 by TCP and UDP, and its one endpoint L1; `node` is where its slice says that is.
+/// Returns a Service `a/NAME` with port 80 by TCP and UDP, and its one endpoint L1. `node` is the node that its slice
+/// names.
 fn service(name: &str, mut spec: Value, node: &str) -> [Value; 2] {
     let port = |protocol: &str, number| json!({ "name": protocol.to_lowercase(), "protocol": protocol, "port": number });
     spec["clusterIPs"] = json!([spec["clusterIP"]]);
@@ -171,16 +172,16 @@ fn service(name: &str, mut spec: Value, node: &str) -> [Value; 2] {
     [service, slice]
 }
 
-/// Every way to talk to somebody.
+/// All kinds of sockets.
 const WAYS: [Proto; 3] = [Proto::Tcp, Proto::Udp, Proto::UdpUnconnected];
 
-/// One connection or datagram.
+/// Makes one connection, or sends one datagram.
 fn ask(place: &Place, target: &str, way: Proto, patience: Duration) -> Result<Attempt> {
     place.connect(target).proto(way).timeout(patience).one()
 }
 
-/// The call that names the destination fails. For lack of an endpoint on this node, connect() of the host's UDP sockets does not; their
-/// datagrams are refused.
+/// Checks that the call that names the destination fails. Without an endpoint on this node, connect() of the host's
+/// UDP sockets succeeds, and their datagrams are refused.
 fn denied(place: &Place, target: &str) -> Result<()> {
     for way in WAYS {
         let attempt = ask(place, target, way, ANSWER)?;
@@ -200,7 +201,7 @@ fn denied(place: &Place, target: &str) -> Result<()> {
     Ok(())
 }
 
-/// Nobody answers.
+/// Checks that nobody answers.
 fn unheard(place: &Place, target: &str) -> Result<()> {
     for way in WAYS {
         let attempt = ask(place, target, way, SILENCE)?;
@@ -212,7 +213,7 @@ fn unheard(place: &Place, target: &str) -> Result<()> {
     Ok(())
 }
 
-/// `server` answers, and the client sees what it asked for.
+/// Checks that `server` answers, and that the client sees the address that it asked for.
 fn answered(place: &Place, target: &str, server: &str) -> Result<Vec<(Proto, Attempt)>> {
     let mut attempts = Vec::new();
     for way in WAYS {

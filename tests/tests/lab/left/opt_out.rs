@@ -4,14 +4,14 @@ use super::*;
 
 const FLAGS: &[(&str, &str)] = &[("socket-opt-out", "annotation,runtime-class=sandbox")];
 const UID: [&str; 2] = ["3f2b7c1e-0001-4a5b-8c9d-000000000001", "3f2b7c1e-0002-4a5b-8c9d-000000000002"];
-/// Where kubelet puts containers of the two, with either cgroup driver.
+/// Cgroups of containers of the two pods, as kubelet makes them with either cgroup driver.
 const CGROUPS: [&str; 2] = [
     "kubepods/burstable/pod3f2b7c1e-0001-4a5b-8c9d-000000000001/0123abcd",
     "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/\
      kubelet-kubepods-besteffort-pod3f2b7c1e_0002_4a5b_8c9d_000000000002.slice/cri-containerd-0123abcd.scope",
 ];
 
-/// A Pod of this node.
+/// Returns a Pod of this node.
 fn pod(name: &str, uid: &str, annotation: Option<&str>, mut spec: Value) -> Value {
     let annotations = annotation.map(|value| json!({ "vipr.dev/socket-edge": value }));
     spec["nodeName"] = json!(NODE);
@@ -21,7 +21,7 @@ fn pod(name: &str, uid: &str, annotation: Option<&str>, mut spec: Value) -> Valu
     })
 }
 
-/// `p` by its annotation, `sandboxed` by its runtime class.
+/// Returns the Pods: `p` opts out by its annotation, `sandboxed` by its runtime class.
 fn pods(annotation: &str) -> [Value; 2] {
     [
         pod("p", UID[0], Some(annotation), json!({})),
@@ -29,13 +29,13 @@ fn pods(annotation: &str) -> [Value; 2] {
     ]
 }
 
-/// Waits until just these sockets are left alone.
+/// Waits until the sockets of exactly these pods are left alone.
 fn wait_opted_out(setting: &Setting, pods: &[&str]) -> Result<()> {
     let look = || Ok((setting.status()?["agent"]["opted_out"] == json!(pods)).then_some(()));
     until("the pods that have opted out", look).with_context(|| format!("{pods:?}"))
 }
 
-/// The verdicts are those of every pod, and come as packets.
+/// Checks that the verdicts are those of every pod, and that the packet edge gives them.
 fn in_packets(setting: &Setting, place: &Place) -> Result<()> {
     setting.served(place, OPEN, true)?;
     for target in [ABSENT, INACTIVE] {
@@ -44,7 +44,7 @@ fn in_packets(setting: &Setting, place: &Place) -> Result<()> {
     for way in [Proto::Tcp, Proto::Udp] {
         let attempt = ask(place, "10.96.0.10:81", way, ANSWER)?;
         ensure!(attempt.error.as_deref() == Some("ECONNREFUSED"), "{attempt:?}");
-        // It was sent, and an answer came: a socket would have been refused before.
+        // The datagram was sent before the refusal: a socket would have been refused at connect().
         ensure!(way == Proto::Tcp || attempt.stage.as_deref() != Some("connect"), "{attempt:?}");
     }
     Ok(())
@@ -55,7 +55,7 @@ fn pods_opt_out_and_in_while_they_run() -> Result<()> {
     let mut setting = Setting::new(LabSpec::cases()?, FLAGS)?;
     let [p, l2] = [setting.lab.pod("P"), setting.lab.pod("L2")];
     setting.write("pods", &pods("off"))?;
-    // As on a node: the object comes first, then the cgroup, then what runs in it.
+    // The order is that of a node: first the object, then the cgroup, then a process in it.
     let inside = [p.in_cgroup(CGROUPS[0])?, l2.in_cgroup(CGROUPS[1])?];
     wait_opted_out(&setting, &["a/p", "a/sandboxed"])?;
     let before = setting.counter("left_to_packets")?;
@@ -63,7 +63,7 @@ fn pods_opt_out_and_in_while_they_run() -> Result<()> {
         in_packets(&setting, place)?;
     }
     ensure!(setting.counter("left_to_packets")? >= before + 16);
-    // Whoever is in no such cgroup is served as ever, from the same namespaces.
+    // Processes outside these cgroups are served as before, from the same namespaces.
     for place in [&*p, &*l2, setting.host()] {
         setting.served(place, OPEN, false)?;
     }
@@ -111,7 +111,7 @@ fn who_cannot_opt_out_is_named_and_served() -> Result<()> {
     setting.served(&inside, OPEN, false)
 }
 
-/// Containers that are no Pods opt out by their cgroup, also one that comes after the agent.
+/// Containers that are no Pods opt out by their cgroup, even one that is made after the agent's start.
 #[test]
 fn a_cgroup_opts_out_by_its_path() -> Result<()> {
     const DOCKER: &[(&str, &str)] =
@@ -141,7 +141,8 @@ fn a_cgroup_opts_out_by_its_path() -> Result<()> {
     setting.served(&inside, OPEN, false)
 }
 
-/// A socket that was connected before its pod opted out stays where it is; that of another pod follows the Service.
+/// A socket that was connected before its pod opted out keeps its backend. The socket of another pod follows the
+/// Service.
 #[test]
 fn the_sockets_of_who_has_opted_out_are_not_led() -> Result<()> {
     let setting = Setting::new(LabSpec::cases()?, FLAGS)?;
@@ -163,7 +164,7 @@ fn the_sockets_of_who_has_opted_out_are_not_led() -> Result<()> {
     }
     setting.write("services", &objects)?;
     led.say_until(PATIENCE, |answer| answer.server.as_deref() == Some("R1"))?;
-    // The same sweep has met both.
+    // The same sweep has seen both sockets.
     let answer = left.say("after")?;
     ensure!(answer.ok && answer.server.as_deref() == Some("L1"), "{answer:?}");
     Ok(())

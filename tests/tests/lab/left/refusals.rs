@@ -1,10 +1,10 @@
-//! Silence and source ranges, with and without interfaces of pods.
+//! Silence and source ranges, with and without programs on the interfaces of pods.
 
 use super::*;
 
 const NONE: &[(&str, &str)] = &[("pod-interfaces", "none")];
 
-/// What each client is told where nobody has the interfaces of pods.
+/// Checks the answers that each client gets where no program is attached to the interfaces of pods.
 fn at_sockets(setting: &Setting) -> Result<()> {
     let (p, l2) = (setting.lab.pod("P"), setting.lab.pod("L2"));
     for place in [&*p, &*l2, setting.host()] {
@@ -19,7 +19,7 @@ fn at_sockets(setting: &Setting) -> Result<()> {
     Ok(())
 }
 
-/// What they are told where the packet edge has them.
+/// Checks the answers that each client gets where the packet edge is attached to the interfaces of pods.
 fn in_packets(setting: &Setting) -> Result<()> {
     let (p, l2) = (setting.lab.pod("P"), setting.lab.pod("L2"));
     setting.served(&p, GUARDED, true)?;
@@ -70,7 +70,7 @@ fn the_last_interface_of_a_pod_takes_the_packet_edge_along() -> Result<()> {
     setting.start(&[("pod-interfaces", attached.host_device())])?;
     unheard(&attached, INACTIVE)?;
 
-    // Whoever is not attached is not heard either, as long as nobody outside may be meant.
+    // Packets of a pod whose interface is not attached are dropped as well, if no host outside can be meant.
     let before = (setting.counter("drop_inactive_address")?, setting.counter("drop_no_flow")?);
     unheard(other, INACTIVE)?;
     unheard(other, ABSENT)?;
@@ -83,8 +83,8 @@ fn the_last_interface_of_a_pod_takes_the_packet_edge_along() -> Result<()> {
     denied(other, INACTIVE)
 }
 
-/// NodeLocal DNSCache listens at the clusterIP of a Service that is left to it (`service.kubernetes.io/service-proxy-name`), as an
-/// address of the host.
+/// NodeLocal DNSCache listens at the clusterIP of a Service that is left to it
+/// (`service.kubernetes.io/service-proxy-name`), as an address of the host.
 #[test]
 fn an_address_that_the_host_has_is_reached() -> Result<()> {
     let mut setting = Setting::new(LabSpec::cases()?, NONE)?;
@@ -95,7 +95,7 @@ fn an_address_that_the_host_has_is_reached() -> Result<()> {
         ensure!(reached(&pod).is_none() && reached(host).is_none());
         host.net().ip("address add 10.96.77.77/32 dev lo")?;
         if flags == NONE {
-            // It runs on.
+            // The server keeps running.
             host.serve().at("tcp", INACTIVE).at("udp", INACTIVE).start()?;
         }
         until("the pod", || Ok(reached(&pod)))?;
@@ -107,8 +107,9 @@ fn an_address_that_the_host_has_is_reached() -> Result<()> {
     Ok(())
 }
 
-/// A pod has used a port towards a VIP, in packets, and uses it towards the backend next, which is what its sockets do for
-/// another VIP. The kernel may give it the port at once; both sides have closed the connection before.
+/// A pod has used a port towards a VIP, by packets, and then uses the port towards the backend itself, as its sockets
+/// do for another VIP. The kernel may give the pod that port at once, because both sides have closed the first
+/// connection.
 #[test]
 fn a_port_serves_in_packets_and_at_sockets_by_turns() -> Result<()> {
     let mut setting = Setting::new(LabSpec::cases()?, NONE)?;
@@ -122,7 +123,7 @@ fn a_port_serves_in_packets_and_at_sockets_by_turns() -> Result<()> {
         }
     }
     let again = syns_sent_again(&pod)?;
-    // A busy machine may be that late, too.
+    // A busy machine alone may cause so many.
     ensure!(again <= 3, "{again} SYNs were sent again");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Real connections, and what each of them must be like.
+//! Real connections, and the checks of each of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -12,18 +12,18 @@ use proxy_tests::scenarios::denial;
 
 use super::world::World;
 
-/// Connections for each endpoint that they may go to, where the case names no number and there are several.
+/// Connections for each endpoint that they may go to, if the case gives no number and there are several endpoints.
 const PER_TARGET: usize = 100;
-/// How far each endpoint's share of them may be off: more than six standard deviations.
+/// Deviation allowed in each endpoint's share of them: more than six standard deviations.
 const UNEVEN: usize = PER_TARGET / 2;
-/// The same where all fates are alike.
+/// Number of connections if all outcomes are alike.
 const SOME: usize = 10;
-/// How long silence has to last.
+/// Time that silence has to last.
 const SILENCE: Duration = Duration::from_millis(500);
-/// How long a client tries for the endpoint that it wants.
+/// Time during which a client tries for the endpoint that it wants.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Makes the connections of a check, by every kind of socket that there is for its protocol.
+/// Makes the connections of a check, by every kind of socket for its protocol.
 pub(super) fn check(world: &World, connect: &Connect) -> Result<()> {
     let edge = world.edge(connect.sender);
     for &way in ways(connect, edge) {
@@ -50,7 +50,7 @@ pub(super) struct Kept {
     connect: Connect,
 }
 
-/// Opens sockets until one is on an endpoint of the check; sends one datagram by it, or whatever else ends it.
+/// Opens sockets until one is connected to an endpoint of the check. A UDP socket sends one datagram to find out.
 pub(super) fn open(world: &World, connect: &Connect) -> Result<Kept> {
     let way = match connect.dest.proto {
         Proto::Udp => lab::Proto::Udp,
@@ -64,7 +64,7 @@ pub(super) fn open(world: &World, connect: &Connect) -> Result<Kept> {
         let first = if way == lab::Proto::Udp { kept.held.say("first")? } else { kept.held.opened().clone() };
         match kept.judge(world, &first, &connect.expect) {
             Ok(()) => return Ok(kept),
-            // Another endpoint, by chance.
+            // The socket got another endpoint, by chance.
             Err(_) if first.ok && Instant::now() < deadline => {}
             Err(error) => return Err(error),
         }
@@ -72,11 +72,11 @@ pub(super) fn open(world: &World, connect: &Connect) -> Result<Kept> {
 }
 
 impl Kept {
-    /// Sends something, and compares what becomes of it.
+    /// Sends data, and compares the outcome.
     pub(super) fn say(&mut self, world: &World, expect: &Expect) -> Result<()> {
         let mut attempt = self.held.say("are you there?")?;
         if self.connect.dest.proto == Proto::Tcp && attempt.ok {
-            // A stream stays what it was.
+            // A TCP connection keeps its endpoint.
             let opened = self.held.opened();
             attempt.server.clone_from(&opened.server);
             (attempt.peer, attempt.endpoint) = (opened.peer, opened.endpoint);
@@ -94,12 +94,12 @@ impl Kept {
     }
 }
 
-/// The kinds of sockets to try.
+/// Returns the kinds of sockets to try.
 fn ways(connect: &Connect, edge: Edge) -> &'static [lab::Proto] {
     use lab::Proto as Way;
     match connect.dest.proto {
         Proto::Tcp => &[Way::Tcp],
-        // Nobody tells an unconnected socket of an ICMP error.
+        // An unconnected socket is not told of an ICMP error.
         Proto::Udp if edge != Edge::Socket && connect.expect == Expect::Reject => &[Way::Udp],
         Proto::Udp => &[Way::Udp, Way::UdpUnconnected],
         Proto::Sctp => &[],
@@ -112,7 +112,7 @@ fn attempts(place: &Place, connect: &Connect, who: &Client<'_>) -> Result<Vec<At
     let client = place.connect(connect.dest.addr).proto(who.way);
     match (&connect.expect, connect.pace) {
         (Expect::Drop, _) if !who.is_host() => client.timeout(SILENCE).times(2).run(),
-        // With long pauses, until every endpoint was reached; in time, as the case says.
+        // With pauses: until every endpoint was reached, with at most as many connections as the case says.
         (Expect::Spread(targets, _), Some(Pace { connections, pause })) if !pause.is_zero() => {
             let mut flow = client.pace(pause).start()?;
             for _ in 0..connections {
@@ -135,7 +135,7 @@ fn attempts(place: &Place, connect: &Connect, who: &Client<'_>) -> Result<Vec<At
     }
 }
 
-/// Looks at every attempt by itself; counts which endpoint answered.
+/// Checks every attempt by itself. Returns the number of answers by endpoint.
 fn judge(
     client: &Client<'_>,
     connect: &Connect,
@@ -151,7 +151,7 @@ fn judge(
     Ok(servers)
 }
 
-/// Who has made an attempt, and how.
+/// Client of an attempt, and its way.
 struct Client<'a> {
     world: &'a World,
     sender: Sender,
@@ -162,7 +162,7 @@ struct Client<'a> {
 }
 
 impl Client<'_> {
-    /// Whether an attempt ended as it should.
+    /// Returns whether an attempt ended as expected.
     fn fine(&self, dest: Dest, expect: &Expect, attempt: &Attempt) -> bool {
         match expect {
             Expect::Spread(targets, _) | Expect::Sticky(targets, _) => {
@@ -179,7 +179,7 @@ impl Client<'_> {
         }
     }
 
-    /// The endpoint sees the client, or the node, as [`masquerade::seen`] says.
+    /// Returns whether the endpoint sees the client, or the node, as [`masquerade::seen`] says.
     fn seen_as_it_should(&self, attempt: &Attempt, endpoint: &Endpoint) -> bool {
         match masquerade::seen(endpoint, self.sender, self.edge) {
             Seen::Client => seen_as(attempt, self.own),
@@ -187,7 +187,7 @@ impl Client<'_> {
         }
     }
 
-    /// The client sees what it asked for.
+    /// Returns whether the client sees the address that it asked for.
     fn sees(&self, attempt: &Attempt, dest: Dest) -> bool {
         let asked = Some(dest.addr);
         let peer = if self.way == lab::Proto::UdpUnconnected { attempt.from } else { attempt.peername };
@@ -195,8 +195,9 @@ impl Client<'_> {
         attempt.ok && peer == asked && answer == asked
     }
 
-    /// At a socket, the call that names the destination has failed, not a later one. connect() of UDP does not for lack of endpoints, and a
-    /// datagram's sender hears of it with the next call.
+    /// Returns whether the attempt was refused. At a socket, the call that names the destination fails, not a later
+    /// one. For lack of endpoints, connect() of UDP succeeds, and the next call reports the refusal to a datagram's
+    /// sender.
     fn refused(&self, attempt: &Attempt) -> bool {
         let stages: &[&str] = match (self.edge, self.way) {
             (Edge::Socket, lab::Proto::UdpUnconnected) => &["send"],
@@ -208,11 +209,12 @@ impl Client<'_> {
         failed(attempt, stages, "ECONNREFUSED")
     }
 
-    /// The host is told. Of a pod's socket the address is left alone, and its packets vanish.
+    /// Returns whether the attempt was dropped. The host's call fails. A pod's socket leaves the address alone, and
+    /// the pod's packets are dropped.
     fn dropped(&self, attempt: &Attempt) -> bool {
         match (self.is_host(), self.way) {
             (true, lab::Proto::UdpUnconnected) => failed(attempt, &["send"], denial()),
-            // For lack of endpoints, as a packet.
+            // For lack of endpoints, the refusal comes as a packet.
             (true, lab::Proto::Udp) => {
                 failed(attempt, &["connect"], denial()) || failed(attempt, &["send", "recv"], "ECONNREFUSED")
             }
@@ -241,7 +243,7 @@ fn failed(attempt: &Attempt, stages: &[&str], error: &str) -> bool {
     attempt.error.as_deref() == Some(error) && stages.contains(&stage)
 }
 
-/// Every endpoint was reached, and about equally often.
+/// Checks that every endpoint was reached, about equally often.
 fn spread(connect: &Connect, clients: usize, servers: &BTreeMap<SocketAddr, usize>) -> Result<()> {
     let targets = match &connect.expect {
         Expect::Spread(targets, _) => targets,

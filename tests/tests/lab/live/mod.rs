@@ -16,11 +16,11 @@ use connections::Kept;
 use proxy::Proxy;
 use world::World;
 
-/// By how much the pauses of a case are shortened. Affinity timeouts become two seconds, and pauses stay well apart
-/// from them on a busy machine.
+/// Divisor of the pauses of a case. Affinity timeouts become two seconds, and the pauses still differ clearly from
+/// them on a busy machine.
 const FASTER: u32 = 5;
 
-/// Runs the steps of a case, one after the other, with one and the same agent, in a lab made from `spec`, which has the
+/// Runs the steps of a case, one after the other, with the same agent, in a lab made from `spec`, which has the
 /// nodes, pods and clients of [`LabSpec::cases`]. `prepare` gets the lab before there is an agent.
 pub(crate) fn check(
     case: Case,

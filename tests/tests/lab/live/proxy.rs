@@ -1,4 +1,4 @@
-//! The agent of a case: what it reads, and how to know that it has done everything.
+//! The agent of a case: its input, and the sign that it has done everything.
 
 use std::fs;
 use std::thread;
@@ -14,7 +14,7 @@ use super::world::World;
 
 /// Namespace of [`marker`], which no case uses.
 const MARKER: &str = "marker";
-/// How long the agent may take to be ready, or a step to be programmed, while other tests keep the machine busy.
+/// Time that the agent may take to be ready, or a step to be programmed, while other tests keep the machine busy.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An agent that reads a directory, which holds the objects of the current step.
@@ -67,8 +67,9 @@ impl Proxy {
         self.wait_for(step)
     }
 
-    /// The agent reports what is wrong with a Service when everything that arrived with it is in the maps. (That the
-    /// marker's own frontend is there would say less: it appears in the midst of a plan.)
+    /// Waits until the agent reports the problem of the marker of this step. The report comes when everything that
+    /// arrived with the marker is in the maps. (The marker's own frontend would prove less: it appears in the middle
+    /// of a plan.)
     fn wait_for(&self, step: usize) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -85,7 +86,7 @@ impl Proxy {
         }
     }
 
-    /// What `proxy-agent services` shows, without the marker.
+    /// Returns the Services that `proxy-agent services` shows, without the marker.
     pub(super) fn services(&self) -> Result<Vec<Value>> {
         let Value::Array(services) = self.agent.tool("services", &[])? else { bail!("not a list") };
         Ok(services.into_iter().filter(|service| service["namespace"] != MARKER).collect())
@@ -93,7 +94,7 @@ impl Proxy {
 }
 
 impl Proxy {
-    /// What the datapath has counted, for messages.
+    /// Returns the datapath's counters, for messages.
     pub(super) fn counters(&self) -> String {
         match self.agent.tool("status", &[]) {
             Ok(status) => format!("the datapath's counters: {}", status["counters"]),
@@ -102,7 +103,7 @@ impl Proxy {
     }
 }
 
-/// A Service of which one field cannot be used, and which says so with the number of the step.
+/// Returns a Service with one invalid field, whose problem contains the number of the step.
 fn marker(step: usize) -> Value {
     json!({
         "apiVersion": "v1",

@@ -1,4 +1,4 @@
-//! The lab of a case: its endpoints serve, and so does somebody at every other place that a client asks for.
+//! The lab of a case: its endpoints serve, and so does the owner of every other address that a client asks for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -8,23 +8,23 @@ use proxy_tests::cases::masquerade::Edge;
 use proxy_tests::cases::{Case, Check, Connect, Dest, ENDPOINTS, NODE, Pods, Proto, Sender};
 use proxy_tests::lab::{Lab, LabSpec, LeafSpec, Node, Place, Serve};
 
-/// An outside machine that has every address which is nobody else's.
+/// An outside machine that has every address that is nobody else's.
 const ELSEWHERE: &str = "elsewhere";
-/// What n2 sends to n1, if the pod Q is there: the clusterIPs, the externalIPs and load-balancer addresses.
+/// Networks that n2 sends to n1, if the pod Q is there: the clusterIPs, the externalIPs and load-balancer addresses.
 const TO_SERVICES: [&str; 2] = ["10.96.0.0/16", "198.18.0.0/15"];
 
 /// Nodes, pods and clients of a case, with all servers running.
 ///
-/// Whatever the proxy does not touch reaches the real owner of the destination: a node's own server, or a machine
-/// outside the cluster that has the address of the Service. So a connection that should have been translated, refused
-/// or dropped, and was not, is answered by somebody whom the check does not expect.
+/// Connections that the proxy does not touch reach the real owner of the destination: a node's own server, or a
+/// machine outside the cluster that has the address of the Service. So a connection that should have been translated,
+/// refused or dropped, and was not, is answered by a server that the check does not expect.
 pub(super) struct World {
     lab: Lab,
     pods: Pods,
 }
 
 impl World {
-    /// The lab that `spec` describes, and what the case needs beside.
+    /// Builds the lab that `spec` describes, and everything else that the case needs.
     pub(super) fn build(case: &Case, mut spec: LabSpec, pods: Pods) -> Result<Self> {
         let connects: Vec<&Connect> = case
             .steps
@@ -66,7 +66,7 @@ impl World {
         Ok(world)
     }
 
-    /// The endpoints listen on every port that a slice mentions.
+    /// Starts the endpoints' servers on every port that a slice mentions.
     fn serve_endpoints(&self, case: &Case) -> Result<()> {
         let listening: Vec<_> =
             case.listening().into_iter().filter_map(|(proto, port)| Some((kind(proto)?, port))).collect();
@@ -82,7 +82,7 @@ impl World {
         Ok(())
     }
 
-    /// So do the owners of what clients ask for.
+    /// Starts the servers of the owners of the clients' destinations.
     fn serve_owners(&self, owners: Vec<(Owner, Dest)>) -> Result<()> {
         let mut servers = BTreeMap::<Owner, BTreeSet<(&str, SocketAddr)>>::new();
         for (owner, dest) in owners {
@@ -102,22 +102,22 @@ impl World {
         Ok(())
     }
 
-    /// The node under test.
+    /// Returns the node under test.
     pub(super) fn node(&self) -> &Node {
         self.lab.node(NODE)
     }
 
-    /// The lab.
+    /// Returns the lab.
     pub(super) fn lab(&self) -> &Lab {
         &self.lab
     }
 
-    /// Where the node meets a sender.
+    /// Returns the edge at which the node translates a sender.
     pub(super) fn edge(&self, sender: Sender) -> Edge {
         sender.edge(self.pods == Pods::Seen)
     }
 
-    /// The places of a sender, each with its own addresses.
+    /// Returns the places of a sender, each with its own addresses.
     pub(super) fn clients(&self, sender: Sender) -> Vec<(Place, Vec<IpAddr>)> {
         let pod = |name: &str, address| (Place::clone(&self.lab.pod(name)), vec![address]);
         let addresses = sender.addresses().into_iter();
@@ -142,7 +142,7 @@ impl World {
     }
 }
 
-/// Who really has an address.
+/// Real owner of an address.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Owner {
     /// An endpoint, which serves anyway.
@@ -171,7 +171,7 @@ fn connect(check: &Check) -> Option<&Connect> {
     }
 }
 
-/// The lab's word for a server; the kernel itself answers ping.
+/// Returns the lab's name for a kind of server; the kernel itself answers ping.
 fn kind(proto: Proto) -> Option<&'static str> {
     match proto {
         Proto::Tcp => Some("tcp"),

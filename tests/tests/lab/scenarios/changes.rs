@@ -26,7 +26,7 @@ fn s09_patched_to_sticky_sessions_while_it_serves() -> Result<()> {
         for summary in &sticky {
             at_most(1, summary)?;
         }
-        // Both ways into the Service have one memory of a client.
+        // The clusterIP and the nodePort of the Service have the same memory of a client.
         for ways in sticky.chunks(2) {
             assert_eq!(ways[0].servers(), ways[1].servers());
         }
@@ -114,7 +114,7 @@ fn s17_no_endpoint_is_a_refusal() -> Result<()> {
             assert_eq!((failure(&attempt), attempt.stage.as_deref()), (refusal(), Some("connect")));
         }
     }
-    // With the first pod it is served.
+    // With its first pod, the Service is served.
     world.add_pod(NODE, "webapp-1", "172.16.1.17", ("http", 8080))?;
     world.manifests().change(file, |objects| {
         objects.push(json!({

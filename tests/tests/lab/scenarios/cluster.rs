@@ -1,4 +1,4 @@
-//! S14, S15: what every cluster has, DNS and the API server.
+//! S14, S15: Services of every cluster, DNS and the API server.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -29,7 +29,7 @@ fn s14_dns_over_udp_and_tcp() -> Result<()> {
     Ok(())
 }
 
-/// A resolver with a connected socket to that pod.
+/// Returns a resolver's socket that is connected to that pod.
 fn resolver(place: &Place, pod: &str) -> Result<Held> {
     until(&format!("a connection to {pod}"), || {
         let mut held = place.hold(DNS).udp().open()?;
@@ -48,7 +48,7 @@ fn s14_a_dns_pod_that_has_gone_is_not_asked_again() -> Result<()> {
     for place in world.clients() {
         orphans.push(resolver(&place, gone)?);
         others.push(resolver(&place, left)?);
-        // Sockets that are never connected and never replaced, one of them on each pod sooner or later.
+        // Sockets that are never connected and never replaced; sooner or later, one of them is on each pod.
         for _ in 0..4 {
             loops.add(DNS, place.connect(DNS).udp_unconnected().per_socket(usize::MAX))?;
         }
@@ -60,7 +60,7 @@ fn s14_a_dns_pod_that_has_gone_is_not_asked_again() -> Result<()> {
         ports.iter().all(|port| port.cluster.iter().all(|e| e.ip() == IpAddr::from([172, 16, 2, 53])))
     })?;
     for orphan in &mut orphans {
-        // It would be answered still: the pod runs. Its socket is led to the other one all the same.
+        // The old pod still runs and would answer. Its socket is moved to the other pod anyway.
         orphan.say_until(Duration::from_secs(30), |answer| answer.server.as_deref() == Some(left))?;
     }
     for summary in loops.next(20)? {

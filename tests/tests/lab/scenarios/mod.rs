@@ -1,7 +1,7 @@
 //! Every example does what its comments say: the real agent on the manifests of `examples/`, real servers, and real
 //! clients in a pod, on the node and outside. Live changes are changes of the files.
 //!
-//! The scenarios stand here by what they are about.
+//! The modules group the scenarios by subject.
 
 mod changes;
 mod cluster;
@@ -23,7 +23,7 @@ fn failure(attempt: &Attempt) -> &str {
     attempt.error.as_deref().unwrap_or("answered")
 }
 
-/// How a client finds out that an address for Services has none: the host is told, a pod waits.
+/// Returns the error at an address for Services that has none: the host is told, a pod waits.
 fn failure_without_service(place: &Place) -> &'static str {
     if place.name() == CLIENT { "ETIMEDOUT" } else { denial() }
 }

@@ -1,4 +1,4 @@
-//! S08, S10, S11: clients outside; S16: what nobody serves.
+//! S08, S10, S11: clients outside; S16: addresses and ports that are not served.
 
 use std::time::Duration;
 
@@ -32,13 +32,13 @@ fn s08_a_port_on_every_node() -> Result<()> {
     Ok(())
 }
 
-/// The node that each pod of [`KUBIA`] is on.
+/// Returns the node of a pod of [`KUBIA`].
 fn node_of(pod: &str) -> &'static str {
     if pod == KUBIA[0] { "node-a" } else { "node-b" }
 }
 
-/// All pods of [`KUBIA`] answer a client outside. Those of the node that it came to see its own address, those of the
-/// other node that node's.
+/// Checks that all pods of [`KUBIA`] answer a client outside. The pods of the node that the client came to must see
+/// its own address, the pods of the other node the first node's address.
 fn from_outside(world: &World, target: &str, node: &str) -> Result<()> {
     let attempts = world.outside().connect(target).http().times(MANY).run()?;
     evenly(&served(target, &attempts)?, &KUBIA)?;
@@ -52,8 +52,8 @@ fn from_outside(world: &World, target: &str, node: &str) -> Result<()> {
     Ok(())
 }
 
-/// A client that uses its ports over and over. The pods end the connections and remember where each came from: a SYN from
-/// there by another port of the client is not answered, and is sent again a second later.
+/// A client uses its ports over and over. The pods close the connections and remember each source: a SYN from a
+/// remembered source for another port of the client would not be answered, and would be sent again a second later.
 #[test]
 fn s08_no_connection_comes_from_where_a_pod_remembers_another() -> Result<()> {
     let (world, target) = (World::start(&["s08-nodeport.yaml"])?, "192.168.1.11:30123");
@@ -62,7 +62,7 @@ fn s08_no_connection_comes_from_where_a_pod_remembers_another() -> Result<()> {
     let attempts = outside.connect(target).http().times(6_000).run()?;
     evenly(&served(target, &attempts)?, &KUBIA)?;
     let again = syns_sent_again(&outside)?;
-    // A busy machine may be that late, too.
+    // A busy machine alone may cause so many.
     ensure!(again <= 3, "{again} SYNs were sent again");
     Ok(())
 }
@@ -98,7 +98,7 @@ fn s11_a_pod_sees_its_client_outside() -> Result<()> {
     let target = "192.168.1.11:30124";
     let silent = outside.connect(target).http().timeout(Duration::from_millis(500)).times(2).run()?;
     assert!(silent.iter().all(|attempt| failure(attempt) == "ETIMEDOUT"), "{silent:?}");
-    // Inside of the node without a pod it is served all the same.
+    // Inside the cluster, the address of the node without a pod serves as well.
     for place in world.clients() {
         evenly(&served(target, &place.connect(target).http().times(MANY).run()?)?, &pods)?;
     }

@@ -15,7 +15,7 @@ const VIP: &str = "10.97.68.130:80";
 const PODS: [&str; 2] = ["webapp-wmtjx", "webapp-x7qzl"];
 const BOTH: [&str; 2] = ["172.16.1.23:8080", "172.16.2.23:9080"];
 
-/// Whether nothing is said of the file.
+/// Returns whether there is no problem of the file.
 fn is_fine(problems: &BTreeMap<String, Vec<String>>) -> bool {
     !problems.keys().any(|object| object.starts_with(FILE))
 }
@@ -107,7 +107,7 @@ fn s23_what_goes_without_endpoints_is_named() -> Result<()> {
                 && reasons.iter().any(|told| told.contains(reason))
         })
     };
-    // As after `kubectl create deployment`, seen from the file that was applied.
+    // Like the result of `kubectl create deployment`, as seen from the applied file.
     world.manifests().change(FILE, |objects| {
         objects.retain(|object| object["kind"] != "Pod");
         objects.push(json!({

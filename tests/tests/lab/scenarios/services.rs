@@ -1,4 +1,4 @@
-//! S01-S07: what a Service is.
+//! S01-S07: the kinds of Services.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::thread;
@@ -75,7 +75,7 @@ fn s03_two_ports() -> Result<()> {
             let ports: BTreeSet<_> = attempts.iter().map(|a| a.endpoint.map(|e| e.port())).collect();
             assert_eq!(ports, BTreeSet::from([Some(target_port)]), "{vip}");
         }
-        // The target ports are no ports of the Service.
+        // The target ports are not ports of the Service.
         let attempt = place.connect("10.111.249.155:8080").one()?;
         assert_eq!(failure(&attempt), refusal(), "{attempt:?}");
     }
@@ -142,7 +142,7 @@ fn s07_headless() -> Result<()> {
     assert_eq!(world.ports(NODE, "default/none-linuxea")?, []);
     assert_eq!(world.problems(NODE)?, BTreeMap::new());
     for place in world.clients() {
-        // As DNS has it: the pods' own addresses, which nobody translates.
+        // The pods' own addresses, as DNS returns them, which are not translated.
         for (address, pod) in ["172.16.1.42:80", "172.16.2.44:80", "172.16.3.46:80"].into_iter().zip(LINUXEA)
         {
             let attempts = place.connect(address).http().times(10).run()?;

@@ -1,4 +1,5 @@
-//! Session affinity of packets: whom a flood of forged clients can have forgotten, and whom not.
+//! Session affinity of packets: the clients that a flood of forged clients can make the datapath forget, and those
+//! that it cannot.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -12,7 +13,7 @@ use proxy_tests::packets::{NIC, Net, Packet, World};
 
 use super::{answer, open, record, reply, seen, translated, world};
 
-/// Connections that show a pick at random among three.
+/// Number of connections that shows a random pick among three.
 const MANY: u16 = 30;
 
 fn sticky(net: Net) -> World {
@@ -23,7 +24,7 @@ fn sticky(net: Net) -> World {
     world
 }
 
-/// The backends of so many connections of a client.
+/// Returns the backends of so many connections of a client.
 fn backends(world: &World, net: Net, client: SocketAddr) -> BTreeSet<SocketAddr> {
     (0..MANY)
         .map(|number| {
@@ -34,8 +35,8 @@ fn backends(world: &World, net: Net, client: SocketAddr) -> BTreeSet<SocketAddr>
         .collect()
 }
 
-/// A client that has gone on after an answer is remembered where nobody's forged packets are, by TCP and UDP; before that, among
-/// them.
+/// A client that has sent another packet after the reply is remembered apart from forged clients, by TCP and UDP.
+/// Before that, it is remembered among them.
 #[test]
 fn who_has_shown_to_be_there_is_not_forgotten() {
     for net in Net::ALL {
@@ -57,12 +58,12 @@ fn who_has_shown_to_be_there_is_not_forgotten() {
             }
             assert_eq!(known(), (1, 1));
 
-            // The flood.
+            // The flood has evicted every new client.
             world.sim.new_clients.borrow_mut().clear();
             assert_eq!(backends(&world, net, client), BTreeSet::from([backend]));
-            // What is forged in its name is remembered nowhere else.
+            // The forged packets have left no other trace of the client.
             assert_eq!(known(), (1, 0));
-            // Of whom nothing is known, the memory may go.
+            // A client that is not known may be forgotten.
             let stranger = net.stranger();
             assert_eq!(backends(&world, net, stranger).len(), 1);
             assert_eq!(known(), (1, 1));
@@ -70,7 +71,8 @@ fn who_has_shown_to_be_there_is_not_forgotten() {
     }
 }
 
-/// A client that ends its connection before it has gone on is not there; nor is one whose Service has no session affinity.
+/// A client that resets its connection before it has acknowledged the reply is not remembered as proven; nor is a
+/// client of a Service without session affinity.
 #[test]
 fn nobody_else_is_remembered() {
     for net in Net::ALL {
@@ -86,8 +88,8 @@ fn nobody_else_is_remembered() {
     }
 }
 
-/// A client is remembered at the backend of its connection, or not at all: another one may have got its number meanwhile, or it
-/// may have left every set.
+/// A client is remembered at the backend of its connection, or not at all: another backend may have got the same
+/// number meanwhile, or the backend may have left every set.
 #[test]
 fn nobody_is_remembered_elsewhere() {
     for net in Net::ALL {

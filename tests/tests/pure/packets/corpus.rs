@@ -1,4 +1,4 @@
-//! Packets that the fuzzers have found worth keeping, once more (`fuzz/corpus`).
+//! Runs the packets that the fuzzers have found worth keeping (`fuzz/corpus`).
 
 use proxy_tests::corpus::replay;
 use proxy_tests::packets::fuzz;

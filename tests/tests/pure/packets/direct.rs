@@ -1,4 +1,4 @@
-//! Datagrams of a client to a Service and to the Service's backend itself, by one port.
+//! Datagrams that one client port sends both to a Service and to the Service's backend itself.
 
 use std::net::SocketAddr;
 
@@ -14,7 +14,7 @@ use proxy_tests::packets::{Body, ETHERNET, NIC, Net, OVERLAY, POD, Packet, Troub
 
 use super::{counts, passes, seen, translated, world};
 
-/// The way of a packet of the client to a backend. Returns it as the backend sees it.
+/// Takes a packet of the client to a backend. Returns it as the backend sees it.
 #[track_caller]
 fn ask(world: &World, net: Net, pod: SocketAddr, request: &[u8]) -> Vec<u8> {
     let (_, routed) = world.enter(NIC, request.to_vec());
@@ -27,7 +27,7 @@ fn ask(world: &World, net: Net, pod: SocketAddr, request: &[u8]) -> Vec<u8> {
     sent
 }
 
-/// The way of what a backend sends back. Returns it as the client sees it.
+/// Takes a reply of a backend to the client. Returns it as the client sees it.
 #[track_caller]
 fn answered(world: &World, net: Net, pod: SocketAddr, reply: &[u8]) -> Vec<u8> {
     let by = if pod == net.local() { POD } else { OVERLAY };
@@ -35,7 +35,7 @@ fn answered(world: &World, net: Net, pod: SocketAddr, reply: &[u8]) -> Vec<u8> {
     world.leave_from(by, NIC, routed).1
 }
 
-/// Both ways of a request to `to`. Returns the source that the backend sees.
+/// Takes a request to `to` and its reply. Returns the source that the backend sees.
 #[track_caller]
 fn talk(world: &World, net: Net, pod: SocketAddr, request: &Packet) -> SocketAddr {
     let source = seen(&ask(world, net, pod, &request.bytes())).source;
@@ -53,7 +53,7 @@ fn who_talks_to_a_service_and_to_its_pod_by_one_port_is_answered_by_each() {
                 let (world, client) = (world(), net.client());
                 let to = |destination| Packet::udp(client, destination, b"a question");
                 if !vip_first {
-                    // Nothing is between these ends, so nothing is done.
+                    // No flow exists between these ends, so the packets are left alone.
                     passes(|bytes| world.enter(NIC, bytes), &to(pod).bytes());
                     assert_eq!(talk(&world, net, pod, &to(pod)), client);
                     assert_eq!(counts(&world), []);
@@ -66,7 +66,8 @@ fn who_talks_to_a_service_and_to_its_pod_by_one_port_is_answered_by_each() {
                     assert_eq!(talk(&world, net, pod, &to(vip)), by_service);
                 }
                 assert_eq!(counts(&world), [(Counter::Flow, 2)]);
-                // By another port, or by somebody else's. (An association of SCTP cannot change its port.)
+                // Requests from another port, or from another client. (An association of SCTP cannot change its
+                // port.)
                 for other in [SocketAddr::new(client.ip(), 4_999), net.stranger()] {
                     let request = Packet::udp(other, pod, b"?");
                     passes(|bytes| world.enter(NIC, bytes), &request.bytes());
@@ -86,7 +87,7 @@ fn what_is_sent_to_the_pod_keeps_its_port_while_it_goes_on() {
         talk(&world, net, pod, &Packet::udp(client, vip, b"?"));
         let request = Packet::udp(client, pod, b"?");
         let direct = talk(&world, net, pod, &request);
-        // That of the Service ends meanwhile.
+        // The flow of the Service ends meanwhile.
         for _ in 0..10 {
             world.pass(100);
             assert_eq!(talk(&world, net, pod, &request), direct);
@@ -97,7 +98,7 @@ fn what_is_sent_to_the_pod_keeps_its_port_while_it_goes_on() {
     }
 }
 
-/// The flow of a pod's own client is the pod's: what others send by its address and port has none.
+/// A flow of clients outside does not affect a pod: its packets from the same address and port belong to no flow.
 #[test]
 fn a_flow_of_another_origin_is_no_reason() {
     for net in Net::ALL {
@@ -128,7 +129,7 @@ fn fragments_and_errors_belong_to_either() {
         let error = Packet::error(pod.ip(), Trouble::PortUnreachable, &sent, 548);
         is_about(&translated(world.leave_from(POD, NIC, error.bytes())), client, &asked);
 
-        // About an answer: the pod knows its client by the other port.
+        // An error about a reply: the pod knows its client by the other port.
         let answer = Packet::udp(pod, direct, b"!");
         let heard = answered(&world, net, pod, &answer.bytes());
         let error = Packet::error(net.router(), Trouble::TooBig, &heard, 548);
@@ -146,7 +147,7 @@ fn is_about(error: &[u8], to: SocketAddr, sent: &Packet) {
     assert_eq!(shown.payload, sent[ETHERNET..][..shown.payload.len()], "the quote is not what was sent");
 }
 
-/// The flow of the Service stays until it expires when its backend has gone; the pod may well be there.
+/// The flow of the Service stays until it expires after its backend has left; the pod may still exist.
 #[test]
 fn a_backend_that_has_left_its_service_is_talked_to() {
     for net in Net::ALL {
@@ -164,7 +165,7 @@ fn a_backend_that_has_left_its_service_is_talked_to() {
     }
 }
 
-/// Pods on the host's network have the address that an externalIP has, too, and the port.
+/// A pod on the host's network can have the same address and port as an externalIP.
 #[test]
 fn a_service_at_its_backends_own_address_is_one() {
     for net in Net::ALL {
@@ -178,7 +179,7 @@ fn a_service_at_its_backends_own_address_is_one() {
         let key = FrontendKey::exact(addr, port, UDP);
         let value = FrontendValue::new(&key, value.service, value.flags);
         world.sim.apply(&Op::Frontend(key, Some(value))).unwrap();
-        // What was sent to the pod itself is the Service's now, and follows it.
+        // The flow to the pod itself now belongs to the Service, and follows the Service's backends.
         let direct = |world: &World| {
             let flows = world.sim.edge.records(Tier::New).into_iter();
             flows

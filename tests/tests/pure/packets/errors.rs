@@ -1,4 +1,4 @@
-//! ICMP errors: whoever gets one finds in it what it had sent itself, byte for byte.
+//! ICMP errors: the receiver of an error finds in it its own packet, byte for byte.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -9,12 +9,12 @@ use proxy_tests::packets::{Body, ETHERNET, NIC, Net, OVERLAY, POD, Packet, Troub
 
 use super::{answer, counts, open, passes, seen, translated, world};
 
-/// How much routers quote: as little as RFC 792 allows, and everything.
+/// Numbers of bytes that routers quote: as few as RFC 792 allows, and everything.
 fn quotes(net: Net) -> [usize; 3] {
     if net.v6 { [48, 60, 1200] } else { [28, 40, 548] }
 }
 
-/// The first packets of flows over either protocol, plain and with options or extension headers.
+/// Returns the first packets of flows over either protocol, plain and with options or extension headers.
 fn requests(net: Net, vip: SocketAddr) -> Vec<Packet> {
     let client = net.client();
     let plain =
@@ -31,12 +31,12 @@ fn headers(packet: &Packet) -> usize {
     }
 }
 
-/// The error of `trouble` about `frame`, with at least the headers and eight bytes of `packet`.
+/// Returns the error of `trouble` about `frame`, with at least the headers and eight bytes of `packet`.
 fn error(from: IpAddr, trouble: Trouble, packet: &Packet, frame: &[u8], most: usize) -> Packet {
     Packet::error(from, trouble, frame, most.max(headers(packet) + 8))
 }
 
-/// Checks an error as it reached whom it is for: about what they had sent, from where.
+/// Checks an error as its receiver sees it: its sender, and the receiver's own packet that it quotes.
 #[track_caller]
 fn is_about(bytes: &[u8], trouble: Trouble, from: IpAddr, to: IpAddr, sent: &[u8]) {
     let seen = seen(bytes);
@@ -67,8 +67,8 @@ fn about_a_request_on_its_way_to_another_node() {
     }
 }
 
-/// Somebody has begun a flow in the name of a client that has a connection straight to the backend. What routers say of that
-/// connection reaches its ends as it is.
+/// A flow has been begun in the name of a client that has a connection straight to the backend. Errors of routers
+/// about that connection reach its ends unchanged.
 #[test]
 fn about_another_connection_between_the_same_ends() {
     for net in Net::ALL {
@@ -103,7 +103,7 @@ fn about_another_connection_between_the_same_ends() {
     }
 }
 
-/// The header that it quotes tells no length (BIG TCP).
+/// The header that the error quotes has the length 0 (BIG TCP).
 #[test]
 fn about_a_train_that_is_longer_than_its_header_can_tell() {
     for net in Net::ALL {
@@ -142,7 +142,7 @@ fn about_a_request_to_a_pod_of_this_node() {
     }
 }
 
-/// An answer that has reached the client's network, with what was sent by the backend and what came of it.
+/// Sends a reply to the client's network. Returns it as the backend sent it, and as it arrived.
 fn answered(
     world: &World,
     request: &Packet,
@@ -178,7 +178,7 @@ fn about_an_answer_from_another_node() {
                     let routed = translated(world.enter(NIC, error.bytes()));
                     assert_eq!(seen(&routed).destination.ip(), net.remote(1).ip());
                     let back = translated(world.leave(OVERLAY, routed));
-                    // Who sent it does not matter; that it comes from us lets it through.
+                    // Any sender is accepted: the error comes from an address of ours, which lets it through.
                     is_about(&back, trouble, own.ip(), net.remote(1).ip(), &sent);
                 }
             }
@@ -223,7 +223,7 @@ fn about_a_pods_request_to_itself() {
     }
 }
 
-/// Every kind of error with every packet.
+/// Returns every kind of error with every packet.
 fn each(packets: Vec<Packet>) -> Vec<(Trouble, Packet)> {
     let with = |packet: &Packet| Trouble::TRANSLATED.map(|trouble| (trouble, packet.clone()));
     packets.iter().flat_map(with).collect()
@@ -262,7 +262,7 @@ fn errors_about_other_packets_stay_as_they_are() {
             passes(|bytes| world.leave(NIC, bytes), &error);
             assert!(!why.is_empty());
         }
-        // Of a flow of ours, but for somebody who has not sent it.
+        // An error about a flow of ours, to a host that has not sent the packet.
         let mut error = Packet::error(net.router(), Trouble::TooBig, &sent, 548);
         error.destination = SocketAddr::new(net.node(), 0);
         passes(|bytes| world.enter(OVERLAY, bytes), &error.bytes());
@@ -270,7 +270,7 @@ fn errors_about_other_packets_stay_as_they_are() {
     }
 }
 
-/// Only what the packet says it has is the error's; what lies behind it is not covered by its checksum.
+/// Only the bytes that the packet's length covers belong to the error; bytes behind them are not in its checksum.
 #[test]
 fn bytes_behind_the_packet_are_left_alone() {
     for net in Net::ALL {
@@ -289,7 +289,7 @@ fn bytes_behind_the_packet_are_left_alone() {
     }
 }
 
-/// An error whose own length leaves no room for the headers that it seems to quote.
+/// The error's own length leaves no room for the headers that it seems to quote.
 #[test]
 fn a_quote_ends_with_the_packet() {
     for net in Net::ALL {

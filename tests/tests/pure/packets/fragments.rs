@@ -18,7 +18,7 @@ fn large() -> Vec<u8> {
     (0..2000_u16).map(|n| n as u8).collect()
 }
 
-/// What the two fragments of a packet become, for comparison: the translated packet in fragments.
+/// Returns the two fragments of a translated packet, to compare with.
 fn both(packet: &Packet, id: u16) -> [Vec<u8>; 2] {
     fragments(&packet.bytes(), FIRST, id)
 }
@@ -39,7 +39,7 @@ fn all_fragments_go_where_the_first_one_goes() {
                 routed.push(bytes);
             }
             let sent: Vec<_> = routed.into_iter().map(|bytes| world.leave(OVERLAY, bytes)).collect();
-            // The port is in the first one only.
+            // Only the first fragment has the port.
             let source = sent_from(&sent[0].1, net);
             assert_eq!(*own.get_or_insert(source), source);
             let wanted = both(&request.between(source, pod), id);
@@ -111,7 +111,7 @@ fn fragments_of_others_stay_as_they_are() {
                 passes(|bytes| world.leave(device, bytes), &later);
             }
         }
-        // Out of order, too, where nobody else is asked.
+        // Later fragments without a first one pass, too, if the destination shares no bit with a Service.
         for (id, destination) in (11..).zip([beside, node, net.client(), net.remote(2)]) {
             let [_, later] = both(&Packet::udp(net.stranger(), destination, &large()), id);
             passes(|bytes| world.enter(NIC, bytes), &later);
@@ -120,7 +120,8 @@ fn fragments_of_others_stay_as_they_are() {
     }
 }
 
-/// The filter has a bit for each address of a Service, which others share by chance: not to the loss of pods.
+/// The filter has a bit for each address of a Service, and pods' addresses may share a bit by chance. Their fragments
+/// still pass.
 #[test]
 fn fragments_to_pods_pass_out_of_order() {
     for net in Net::ALL {
@@ -149,7 +150,7 @@ fn fragments_to_pods_pass_out_of_order() {
     }
 }
 
-/// In a later fragment of a large ping, data stands where the type would be.
+/// In a later fragment of a large ping, data is at the place of the ICMP type.
 #[test]
 fn a_fragment_of_an_echo_is_no_error() {
     for net in Net::ALL {
@@ -182,7 +183,7 @@ fn a_fragment_that_is_everything_is_a_whole_packet() {
     let request = Packet::udp(net.client(), net.there(), &large()[..1000]);
     let atomic = |packet: &Packet| {
         let [mut first, _] = fragments(&packet.bytes(), 1008, 5);
-        // No more fragments.
+        // Clears the flag for more fragments.
         first[14 + 40 + 3] &= !1;
         first
     };
@@ -198,7 +199,7 @@ fn the_ports_have_to_be_in_the_first_fragment() {
     for net in Net::ALL {
         let world = world();
         let segment = Packet::tcp(net.client(), net.there(), 0x02, 1, 0);
-        // Eight or sixteen bytes of a TCP header hide its flags from whoever has to judge by them.
+        // The first eight or sixteen bytes of a TCP header do not contain its flags, which the decision needs.
         for first in [8, 16] {
             let [first, _] = fragments(&segment.bytes(), first, 7);
             assert_eq!(world.enter(NIC, first).0, Verdict::Drop);

@@ -1,4 +1,4 @@
-//! Packets that are not what they say: truncated, with wrong lengths, or of nobody's making.
+//! Malformed packets: truncated, with wrong lengths, or at random.
 
 use proxy_common::abi::Counter;
 use proxy_common::datapath::edge::Verdict;
@@ -44,7 +44,7 @@ fn truncated_packets_make_no_flow() {
     }
 }
 
-/// The length that the IP header tells is what counts, up to what is there.
+/// The length in the IP header counts, up to the bytes that are there.
 #[test]
 fn lengths_that_lie() {
     for net in Net::ALL {
@@ -60,7 +60,7 @@ fn lengths_that_lie() {
                 let mut bytes = whole.clone();
                 bytes[at..at + 2].copy_from_slice(&(length as u16).to_be_bytes());
                 if !net.v6 {
-                    // The header's own checksum is the stack's to verify.
+                    // The stack verifies the header's own checksum.
                     bytes[ETHERNET + 10] ^= 0;
                 }
                 let (verdict, after) = world.enter(NIC, bytes);
@@ -72,7 +72,7 @@ fn lengths_that_lie() {
     }
 }
 
-/// A train of segments is longer than the field for its length can tell: that is zero then (BIG TCP).
+/// A train of segments is too long for the length field, which is then zero (BIG TCP).
 #[test]
 fn a_length_of_zero_stands_for_more_than_64_kib() {
     const LONG: usize = 200_000;
@@ -141,14 +141,14 @@ fn ip_headers_of_impossible_length_or_version() {
         match (first >> 4, first & 15) {
             (4, 5) => assert_eq!(verdict, Verdict::Translated),
             (4, 0..5) => assert_eq!(verdict, Verdict::Drop),
-            // Some of what was data is an option then.
+            // The larger header takes some of the data as options.
             (4, _) => {}
             _ => assert_eq!((verdict, after), (Verdict::Pass, bytes)),
         }
     }
 }
 
-/// Each extension header can lead anywhere; too many of them are not followed.
+/// A chain of extension headers can have any length; more than six of them are not followed.
 #[test]
 fn endless_extension_headers() {
     let net = Net { v6: true };
@@ -174,7 +174,7 @@ fn endless_extension_headers() {
     }
 }
 
-/// A packet to a host that is not ours is never judged, however broken.
+/// A packet to an address that is not of a Service is never judged, however broken it is.
 #[test]
 fn what_is_broken_and_not_ours_passes() {
     for net in Net::ALL {

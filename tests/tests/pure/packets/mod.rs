@@ -1,7 +1,8 @@
 //! The packet edge on the host: single packets through the pipeline, against ordered maps.
 //!
-//! Each packet that comes out is compared with one that was written for the purpose, byte for byte, or read with every
-//! checksum verified. The functions here, packets on their way through [`World`], are common to all of them.
+//! Each packet that comes out is compared with one that was written for the purpose, byte for byte, or read with
+//! every checksum verified. The functions in this file, which take packets through [`World`], are common to all of
+//! these tests.
 
 mod affinity;
 mod corpus;
@@ -35,7 +36,7 @@ fn world() -> World {
     World::new().unwrap()
 }
 
-/// What came of a packet that has to be translated; its checksums are right.
+/// Returns the packet after translation, and checks its checksums. Panics if the packet was not translated.
 #[track_caller]
 fn translated((verdict, bytes): (Verdict, Vec<u8>)) -> Vec<u8> {
     assert_eq!(verdict, Verdict::Translated, "{bytes:02x?}");
@@ -45,7 +46,7 @@ fn translated((verdict, bytes): (Verdict, Vec<u8>)) -> Vec<u8> {
     bytes
 }
 
-/// What was sent in the place of a packet.
+/// Returns the reply that was sent in place of a packet.
 #[track_caller]
 fn replied((verdict, bytes): (Verdict, Vec<u8>)) -> Seen {
     assert_eq!(verdict, Verdict::Reply, "{bytes:02x?}");
@@ -57,20 +58,21 @@ fn seen(bytes: &[u8]) -> Seen {
     read(bytes).unwrap()
 }
 
-/// A packet goes on as it came.
+/// Checks that a packet goes on unchanged.
 #[track_caller]
 fn passes(send: impl FnOnce(Vec<u8>) -> (Verdict, Vec<u8>), bytes: &[u8]) {
     let (verdict, after) = send(bytes.to_vec());
     assert_eq!((verdict, after.as_slice()), (Verdict::Pass, bytes));
 }
 
-/// Every counter that is not zero.
+/// Returns every counter that is not zero.
 fn counts(world: &World) -> Vec<(Counter, u64)> {
     let count = |counter| (counter, world.sim.counted(counter));
     Counter::ALL.into_iter().map(count).filter(|(_, count)| *count > 0).collect()
 }
 
-/// A client's first packet on its way to a backend on another node: as the backend sees it, and from where.
+/// Sends a client's first packet to a backend on another node. Returns it as the backend sees it, and its source
+/// there.
 #[track_caller]
 fn open(world: &World, request: &Packet) -> (Vec<u8>, SocketAddr) {
     let routed = translated(world.enter(NIC, request.bytes()));
@@ -80,15 +82,15 @@ fn open(world: &World, request: &Packet) -> (Vec<u8>, SocketAddr) {
     (sent, source)
 }
 
-/// An answer on its way back from another node to the client: as the client sees it.
+/// Sends a reply from another node to the client. Returns it as the client sees it.
 #[track_caller]
 fn answer(world: &World, reply: &Packet) -> Vec<u8> {
     let routed = translated(world.enter(OVERLAY, reply.bytes()));
     translated(world.leave(NIC, routed))
 }
 
-/// A TCP connection to `vip`, whose backend on another node has answered, and which its client has confirmed. Returns
-/// the source that the backend sees.
+/// Makes a TCP connection to `vip`, whose backend on another node has replied, and which its client has confirmed.
+/// Returns the source that the backend sees.
 #[track_caller]
 fn establish(world: &World, net: Net, vip: SocketAddr) -> SocketAddr {
     let (client, backend) = (net.client(), net.remote(1));
@@ -98,7 +100,7 @@ fn establish(world: &World, net: Net, vip: SocketAddr) -> SocketAddr {
     own
 }
 
-/// The only record, and where it is.
+/// Returns the only record, and its place.
 #[track_caller]
 fn record(world: &World) -> (Tier, FlowKey, Flow) {
     let records = |tier| world.sim.edge.records(tier).into_iter().map(move |(key, flow)| (tier, key, flow));

@@ -1,4 +1,4 @@
-//! Flows, and those who can reach them: a pod writes whose address it likes into its packets, but they come through its own interface.
+//! Origins of flows: a pod can write any source address into its packets, but they come through its own interface.
 
 use proxy_common::abi::{Counter, Flow, FlowKey, Origin};
 use proxy_common::datapath::edge::Verdict;
@@ -8,13 +8,14 @@ use proxy_tests::packets::{BARE, NEAR, NIC, Net, OVERLAY, POD, Packet, Trouble, 
 
 use super::{answer, counts, establish, open, passes, record, seen, translated, world};
 
-/// Every record of an origin, in both tiers.
+/// Returns every record of an origin, in both tiers.
 fn of(world: &World, origin: Origin) -> Vec<(FlowKey, Flow)> {
     let records = |tier| world.sim.edge.records(tier);
     [Tier::Assured, Tier::New].into_iter().flat_map(records).filter(|(key, _)| key.origin == origin).collect()
 }
 
-/// What a pod sends in the name of a client: enters by its interface, and goes on to the other node if its backend is there.
+/// Sends a packet of a pod in the name of a client: it enters by the pod's interface, and goes on to the other node
+/// if its backend is there.
 fn forge(world: &World, device: u32, packet: &Packet) {
     let (verdict, bytes) = world.enter(device, packet.bytes());
     if verdict == Verdict::Translated && Net::ALL.iter().any(|net| seen(&bytes).destination == net.remote(1))
@@ -23,7 +24,8 @@ fn forge(world: &World, device: u32, packet: &Packet) {
     }
 }
 
-/// The client talks to a pod of this node itself, by its own address; another pod asks a VIP in the client's name.
+/// The client talks to a pod of this node itself, by the pod's own address; another pod sends a request to a VIP in
+/// the client's name.
 #[test]
 fn a_forged_request_captures_no_connection_to_a_pod() {
     for net in Net::ALL {
@@ -45,13 +47,13 @@ fn a_forged_request_captures_no_connection_to_a_pod() {
     }
 }
 
-/// A request as its backend has got it.
+/// Returns a request as its backend receives it.
 fn reply_to(request: &Packet, pod: std::net::SocketAddr) -> Vec<u8> {
     let client = seen(&request.bytes()).source;
     request.between(client, pod).bytes()
 }
 
-/// Whatever a pod sends in the name of a client outside, that client's flow is neither found, prolonged, ended nor moved.
+/// Packets that a pod sends in the name of a client outside neither find, prolong, end nor move that client's flow.
 #[test]
 fn nothing_forged_touches_a_clients_flow() {
     for net in Net::ALL {
@@ -72,7 +74,7 @@ fn nothing_forged_touches_a_clients_flow() {
             for flags in [SYN, ACK, PSH | ACK, FIN | ACK, RST, RST | ACK] {
                 for seq in [1001, 2, 9000] {
                     forge(&world, POD, &Packet::tcp(client, vip, flags, seq, 5001));
-                    // In the name of the backend, to whom it has sent its packets.
+                    // In the name of the backend, to the source that the backend sees.
                     forge(&world, POD, &Packet::tcp(pod, own, flags, 5001, seq));
                 }
             }
@@ -90,7 +92,7 @@ fn nothing_forged_touches_a_clients_flow() {
     }
 }
 
-/// A pod has begun a flow in the name of a client outside: that client's own gets a source of ours all the same.
+/// A pod has begun a flow in the name of a client outside. That client's own flow still gets a source of ours.
 #[test]
 fn a_forged_flow_leaves_the_client_its_source() {
     for net in Net::ALL {
@@ -108,7 +110,7 @@ fn a_forged_flow_leaves_the_client_its_source() {
     }
 }
 
-/// A pod fills the tuples between another pod and a backend: the other one has its own.
+/// A pod fills the tuples between another pod and a backend. The other pod's flows have their own origin.
 #[test]
 fn a_flood_in_a_pods_name_takes_nothing_from_it() {
     for net in Net::ALL {
@@ -121,7 +123,7 @@ fn a_flood_in_a_pods_name_takes_nothing_from_it() {
         for port in [1, 1000, 2000] {
             let source = std::net::SocketAddr::new(victim.ip(), port);
             let routed = translated(world.enter(POD, Packet::udp(source, vip, b"?").bytes()));
-            // Its own port: nobody else has it.
+            // The pod keeps its own port: no other flow of its origin has it.
             assert_eq!(seen(&routed).source, source);
             let reply = Packet::udp(net.local(), source, b"!").bytes();
             assert_eq!(seen(&translated(world.leave(POD, reply))).source, vip);
@@ -129,7 +131,7 @@ fn a_flood_in_a_pods_name_takes_nothing_from_it() {
     }
 }
 
-/// The source that a pod has towards itself is nobody else's.
+/// The source that a pod has towards itself (hairpin) is valid only from that pod.
 #[test]
 fn only_the_pod_itself_answers_itself() {
     for net in Net::ALL {
@@ -162,7 +164,7 @@ fn external_devices_are_one_origin() {
     }
 }
 
-/// A source to which the kernel's routes lead by another pod's interface is not served, and nothing is remembered.
+/// A source that the kernel's routes place behind another pod's interface is not served, and no record is made.
 #[test]
 fn a_source_that_cannot_be_behind_the_interface_is_dropped() {
     for net in Net::ALL {
@@ -182,9 +184,9 @@ fn a_source_that_cannot_be_behind_the_interface_is_dropped() {
                 } else {
                     translated(world.enter(POD, request.bytes()));
                 }
-                // Who comes from outside may come by any device.
+                // A client outside may come by any device.
                 translated(world.enter(OVERLAY, request.bytes()));
-                // What is nothing of ours is nobody's to judge here.
+                // A packet that concerns no Service is not judged here.
                 let other = Packet::udp(net.client(), net.remote(1), b"?");
                 passes(|bytes| world.enter(POD, bytes), &other.bytes());
             }

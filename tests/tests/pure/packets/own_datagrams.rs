@@ -1,4 +1,5 @@
-//! Answers to what this host, or a pod behind its address, has asked from the address and port of a frontend.
+//! Answers to datagrams that this host, or a pod behind its address, has sent from the address and port of a
+//! frontend.
 
 use std::net::SocketAddr;
 
@@ -13,32 +14,32 @@ use super::{answer, open, passes, translated, world};
 /// The host itself, as the device that a packet has entered by.
 const HOST: u32 = 0;
 
-/// A datagram, by each protocol whose answers cannot be told from requests.
+/// Returns a datagram of each protocol whose answers cannot be told from requests.
 fn datagrams(from: SocketAddr, to: SocketAddr) -> [Packet; 3] {
     let udp = Packet::udp(from, to, b"?");
     [udp.clone(), udp.extended(), Packet::new(from, to, Body::Sctp(vec![0, 0, 0, 8, 1, 2, 3, 4]))]
 }
 
-/// How many questions are remembered.
+/// Returns the number of questions that are remembered.
 fn remembered(world: &World) -> usize {
     let records = world.sim.edge.records(Tier::New);
     records.into_iter().filter(|(key, _)| key.kind == FlowKind::OwnDatagram as u8).count()
 }
 
-/// The host, or for a pod, asks somebody from the nodePort; whoever has been asked is heard, and nobody else.
+/// The host, for itself or for a pod, sends a question from the nodePort. Only the answer of its receiver passes.
 #[test]
 fn who_asks_gets_the_answer() {
     for net in Net::ALL {
         let (own, asked) = (net.node_port(), net.stranger());
         for (by, device) in [(HOST, NIC), (POD, NIC), (POD, OVERLAY), (HOST, OVERLAY), (HOST, POD)] {
-            // A pod can write the node's address of IPv6 itself.
+            // For IPv6, a pod can write the node's address itself.
             if by == POD && own.is_ipv6() {
                 continue;
             }
             for question in datagrams(own, asked) {
                 let world = world();
                 let answer = question.between(asked, own).bytes();
-                // Until somebody asks it is a request.
+                // Without a question, the answer is a request to the Service.
                 let (verdict, _) = super::world().enter(device, answer.clone());
                 assert_eq!(verdict, Verdict::Translated, "{question:?}");
                 for _ in 0..2 {
@@ -50,7 +51,7 @@ fn who_asks_gets_the_answer() {
                 for stranger in [other, net.client()] {
                     translated(world.enter(device, question.between(stranger, own).bytes()));
                 }
-                // One who has been asked is a client of another port's.
+                // The receiver of the question is still a client of another frontend.
                 let (_, elsewhere) = world.enter(device, question.between(asked, net.there()).bytes());
                 assert_ne!(elsewhere, question.between(asked, net.there()).bytes());
             }
@@ -58,7 +59,7 @@ fn who_asks_gets_the_answer() {
     }
 }
 
-/// A question is remembered as long as a UDP flow without an answer, and each one anew.
+/// A question is remembered as long as a UDP flow without a reply, and every further question renews it.
 #[test]
 fn a_question_is_forgotten_after_two_minutes() {
     for net in Net::ALL {
@@ -70,14 +71,14 @@ fn a_question_is_forgotten_after_two_minutes() {
             world.pass(119);
             passes(|bytes| world.enter(NIC, bytes), &answer);
         }
-        // An answer is no question.
+        // An answer does not renew it.
         world.pass(2);
         translated(world.enter(NIC, answer));
     }
 }
 
-/// Nothing is remembered of what is no question of this host's: neither by a source that is not its own, nor by a port that no
-/// frontend has, nor of what comes from outside, nor of TCP.
+/// No question is remembered if its source is not this host's own, if no frontend has its port, if it comes from
+/// outside, or if it is TCP.
 #[test]
 fn what_is_nobodys_question_is_not_remembered() {
     for net in Net::ALL {
@@ -100,8 +101,8 @@ fn what_is_nobodys_question_is_not_remembered() {
     }
 }
 
-/// A client keeps the Service that it talks to, whatever is asked from its nodePort meanwhile: by a pod, perhaps, that wants to
-/// have what others send.
+/// A client keeps the Service that it talks to when a question is sent to it from the nodePort meanwhile. The
+/// question may come from a pod that wants to receive others' datagrams.
 #[test]
 fn a_flow_comes_before_a_question() {
     for net in Net::ALL {
@@ -116,7 +117,7 @@ fn a_flow_comes_before_a_question() {
             claim();
             assert_eq!(remembered(&world), 0);
             assert_eq!(open(&world, &request).0, sent);
-            // Nor does it go to whoever claims it when its backend goes.
+            // After the backend has left, the client's datagrams still do not go to the process that claimed them.
             for (id, backend) in world.sim.contents().backends.iter().enumerate() {
                 if backend.addr == net.remote(1).ip().into() {
                     let state = BackendState { flags: 0, ..backend.state };
@@ -129,8 +130,8 @@ fn a_flow_comes_before_a_question() {
     }
 }
 
-/// An answer that came before its question, or that an agent before this one took for a request, has begun a flow to a backend that
-/// says nothing. It ends when the host asks; a pod cannot end anybody's.
+/// An answer that came before its question, or that an earlier agent took for a request, has begun a flow to a
+/// backend that does not reply. That flow ends when the host asks. A question of a pod ends no flow.
 #[test]
 fn what_was_taken_for_a_request_is_an_answer_again() {
     for net in Net::ALL {
@@ -145,7 +146,7 @@ fn what_was_taken_for_a_request_is_an_answer_again() {
     }
 }
 
-/// A pod that writes the node's address into a packet to another pod makes nothing of that one's requests an answer.
+/// A pod writes the node's address into a packet to another pod. The other pod's requests do not become answers.
 #[test]
 fn no_pod_claims_the_requests_of_another() {
     for net in Net::ALL {
@@ -158,7 +159,7 @@ fn no_pod_claims_the_requests_of_another() {
     }
 }
 
-/// What one pod is asked, no other pod and nobody outside can answer.
+/// If one pod has been asked, no other pod and nobody outside can answer.
 #[test]
 fn an_answer_comes_from_where_the_question_went() {
     for net in Net::ALL {
@@ -186,7 +187,7 @@ fn whatever_comes_back_passes() {
             let error = Packet::error(net.router(), trouble, &question.bytes(), 548);
             passes(|bytes| world.enter(NIC, bytes), &error.bytes());
         }
-        // A question in fragments is one as well.
+        // A question in fragments is remembered, too.
         let world = self::world();
         let question = Packet::udp(net.node_port(), net.stranger(), &[7; 2000]);
         for fragment in fragments(&question.bytes(), 1024, 7) {

@@ -1,4 +1,4 @@
-//! Properties of all packets, at random.
+//! Properties that hold for all packets, tested at random.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -7,7 +7,7 @@ use proxy_common::datapath::edge::Verdict;
 use proxy_tests::packets::random::{Step, Traffic, check};
 use proxy_tests::packets::{BARE, ETHERNET, NEAR, NIC, OVERLAY, POD, World};
 
-/// The same cases in every run.
+/// Returns the configuration: the same cases in every run.
 fn config(cases: u32) -> Config {
     Config {
         cases,
@@ -26,7 +26,7 @@ fn send(world: &World, step: &Step) -> (Verdict, Vec<u8>) {
 proptest! {
     #![proptest_config(config(400))]
 
-    /// Whatever clients, pods and routers send, in whatever order.
+    /// Clients, pods and routers send anything, in any order.
     #[test]
     fn traffic_is_translated_consistently(decisions in vec(any::<u8>(), 0..2500)) {
         let world = World::new().unwrap();
@@ -46,7 +46,7 @@ proptest! {
 proptest! {
     #![proptest_config(config(20_000))]
 
-    /// Not even a header is certain.
+    /// Not even the headers are valid.
     #[test]
     fn noise_does_no_harm(
         device in prop::sample::select(vec![NIC, OVERLAY, POD, BARE, NEAR]),
@@ -69,7 +69,7 @@ proptest! {
     }
 }
 
-/// Every record is reached from its VIP, and from its source of ours if it has one.
+/// Checks that every record is reached from its VIP, and from its source of ours if it has one.
 fn entries_lead_to_records(world: &World) -> Result<(), TestCaseError> {
     use proxy_common::datapath::edge::flows::{has_snat, snat_index, vip_index};
     use proxy_common::datapath::edge::tables::Tier;

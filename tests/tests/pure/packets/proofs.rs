@@ -1,5 +1,5 @@
-//! Packets that count as answers, and SYNs that meet an open flow: somebody else may have a connection between the same ends,
-//! or the backend may have gone.
+//! Packets that count as replies, and SYNs that meet an open flow: another connection may exist between the same
+//! ends, or the backend may have gone.
 
 use std::net::SocketAddr;
 
@@ -24,13 +24,13 @@ fn records(world: &World) -> Vec<(Tier, FlowKey, Flow)> {
     of(Tier::Assured).chain(of(Tier::New)).collect()
 }
 
-/// A client's SYN with so many bytes of data to the pod of this node, which enters. Returns the source that the pod sees.
+/// Sends a client's SYN with so many bytes of data to the pod of this node. Returns the source that the pod sees.
 fn knock(world: &World, net: Net, seq: u32, data: usize) -> SocketAddr {
     let body = Body::Tcp { flags: SYN, seq, ack: 0, data: vec![7; data] };
     seen(&translated(world.enter(NIC, Packet::new(net.client(), net.here(), body).bytes()))).source
 }
 
-/// Whether what the pod of this node sends leaves as an answer of the Service.
+/// Returns whether a packet of the pod of this node leaves as a reply of the Service.
 fn is_answer(world: &World, packet: &Packet) -> bool {
     let (verdict, bytes) = world.leave_from(POD, NIC, packet.bytes());
     if verdict == Verdict::Pass {
@@ -82,7 +82,7 @@ fn until_the_client_goes_on_only_what_follows_in_sequence_is_an_answer() {
         let client = knock(&world, net, 1000, 0);
         let segment = |flags, seq| Packet::tcp(pod, client, flags, seq, 1001);
         assert!(is_answer(&world, &segment(SYN | ACK, 5000)));
-        // Its SYN once more; and what a backend sends that speaks first.
+        // The backend's SYN once more, and data of a backend that speaks first.
         for (flags, seq) in [(SYN | ACK, 5000), (PSH | ACK, 5001), (PSH | ACK, 5001 + 1460)] {
             assert!(is_answer(&world, &segment(flags, seq)), "{flags:#x} {seq}");
             assert_eq!(knock(&world, net, 1000, 0), client, "a SYN that is sent again changes nothing");
@@ -90,14 +90,14 @@ fn until_the_client_goes_on_only_what_follows_in_sequence_is_an_answer() {
         for seq in [4999, 5001 + (1 << 17), 0x8000_0000] {
             assert!(!is_answer(&world, &segment(PSH | ACK, seq)), "{seq}");
         }
-        // The client's acknowledgement ends all doubt.
+        // After the client's acknowledgement, every packet of the backend is a reply.
         let ack = Packet::tcp(client, net.here(), ACK, 1001, 5001);
         translated(world.enter(NIC, ack.bytes()));
         assert!(is_answer(&world, &segment(PSH | ACK, 0x8000_0000)));
     }
 }
 
-/// Somebody outside asks a VIP in the name of a client that is connected to the very pod.
+/// A sender outside sends to a VIP in the name of a client that is connected to the same pod.
 #[test]
 fn the_ends_of_another_connection_are_avoided() {
     for net in Net::ALL {
@@ -108,7 +108,7 @@ fn the_ends_of_another_connection_are_avoided() {
         {
             assert!(!is_answer(&world, &Packet::tcp(net.local(), client, flags, seq, ack)));
         }
-        // The client itself comes by the same port: as from a source port of ours it reaches the pod.
+        // The client itself connects by the same port: it reaches the pod from a source port of ours.
         let other = knock(&world, net, 9000, 0);
         assert!(other.ip() == client.ip() && SNAT_PORTS.contains(&other.port()), "{other}");
         assert_eq!(knock(&world, net, 9000, 0), other, "and stays there");
@@ -122,7 +122,7 @@ fn the_ends_of_another_connection_are_avoided() {
     }
 }
 
-/// Makes a backend of [`Net::spread`] one of no set, and of no slice.
+/// Removes a backend of [`Net::spread`] from every set and slice.
 fn leave_service(world: &mut World, net: Net, pod: SocketAddr) {
     let number = (1..4).find(|&number| net.remote(number) == pod).unwrap();
     let id = net.spread_id() + u32::from(number) - 1;
@@ -136,7 +136,7 @@ fn leave_service(world: &mut World, net: Net, pod: SocketAddr) {
     world.sim.apply(&Op::Service(id, proxy_common::abi::Service { cluster, ..service })).unwrap();
 }
 
-/// A connection to [`Net::spread`]. Returns its pod, and the source that this sees.
+/// Makes a connection to [`Net::spread`]. Returns its pod, and the source that the pod sees.
 fn connect(world: &World, net: Net) -> (SocketAddr, SocketAddr) {
     let (client, vip) = (net.client(), net.spread());
     let (sent, own) = open(world, &Packet::tcp(client, vip, SYN, 1000, 0));
@@ -260,7 +260,7 @@ fn only_the_backend_prolongs_a_connection() {
     }
 }
 
-/// Data, FIN and RST in the name of a client whose numbers nobody can know from outside.
+/// Data, FIN and RST in the name of a client, whose sequence numbers nobody outside can know.
 #[test]
 fn what_does_not_fit_shortens_no_life() {
     for net in Net::ALL {
@@ -277,8 +277,8 @@ fn what_does_not_fit_shortens_no_life() {
     }
 }
 
-/// An acknowledgement in a backend's name makes the client's FIN one that does not fit: the flow stays half closed. The next
-/// connection from the client's port lives as long as any other one.
+/// After a forged acknowledgement in the backend's name, the client's FIN does not fit, and the flow stays half
+/// closed. The next connection from the client's port lives as long as any other.
 #[test]
 fn a_connection_that_follows_a_half_closed_one_lives_on() {
     for net in Net::ALL {
@@ -288,7 +288,7 @@ fn a_connection_that_follows_a_half_closed_one_lives_on() {
         answer(&world, &Packet::tcp(net.remote(1), own, ACK, 0, 0x9000_0000));
         open(&world, &Packet::tcp(client, vip, FIN | ACK, 1001, 5002));
         assert_eq!(record(&world).2.state, REPLIED | ASSURED | FIN_REPLY);
-        // Only after a SYN of the client.
+        // A SYN-ACK counts only after a SYN of the client.
         answer(&world, &Packet::tcp(net.remote(1), own, SYN | ACK, 7000, 0x9000_0000));
         assert_eq!(record(&world).2.state, REPLIED | ASSURED | FIN_REPLY);
         world.pass(1);
@@ -301,8 +301,8 @@ fn a_connection_that_follows_a_half_closed_one_lives_on() {
     }
 }
 
-/// A packet outside in the name of a pod of this node, or of the host, begins a flow of clients outside; what the pod or the
-/// host itself sends to the same backend is none of it.
+/// A packet from outside in the name of a pod of this node, or of the host, begins a flow of clients outside. Packets
+/// of the pod or the host itself to the same backend do not belong to that flow.
 #[test]
 fn what_has_not_entered_from_outside_is_no_flow_from_there() {
     const BRIDGE: u32 = 9;
@@ -319,13 +319,13 @@ fn what_has_not_entered_from_outside_is_no_flow_from_there() {
             let routed = translated(world.enter(NIC, forged.bytes()));
             let direct = forged.between(own, net.remote(1)).bytes();
             assert_eq!(routed, direct);
-            // Before and after the forged one has got a source of ours.
+            // Before and after the forged flow has got a source of ours.
             for _ in 0..2 {
                 for entered in [POD, NEAR, BRIDGE, 0] {
                     let (verdict, after) = world.leave_from(entered, OVERLAY, direct.clone());
                     assert_eq!((verdict, &after), (Verdict::Pass, &direct), "entered by {entered}");
                 }
-                // By an external device, or by what is stacked on one.
+                // Entered by an external device, or by a device stacked on one.
                 for entered in [NIC, OVERLAY, 77] {
                     translated(world.leave_from(entered, OVERLAY, direct.clone()));
                 }
@@ -334,7 +334,8 @@ fn what_has_not_entered_from_outside_is_no_flow_from_there() {
     }
 }
 
-/// Where the kernel's routes tell that a pod of this node has the address, nothing from outside in its name begins a flow.
+/// If the kernel's routes show that a pod of this node has the address, no packet from outside with that source
+/// begins a flow.
 #[test]
 fn the_address_of_a_pod_of_this_node_is_not_outside() {
     const BRIDGE: u32 = 9;
@@ -374,7 +375,7 @@ fn answers_come_from_where_the_backend_is() {
             }
         }
         assert_eq!(record(&world), before);
-        // Its interface has been made anew: the kernel's routes say so.
+        // The backend's interface has been made anew, and the kernel's routes lead to the new one.
         world.route_back.set(NEAR);
         let data = Packet::tcp(pod, client, PSH | ACK, 5001, 1001);
         translated(world.leave_from(NEAR, NIC, data.bytes()));
@@ -394,7 +395,7 @@ fn answers_come_from_where_the_backend_is() {
     }
 }
 
-/// The kernel gives the element of a record to another flow while a packet of the first is on its way.
+/// The kernel gives the element of a record to another flow while a packet of the first flow is in progress.
 #[test]
 fn nothing_is_written_into_the_element_of_another_flow() {
     for net in Net::ALL {
@@ -434,8 +435,8 @@ fn who_is_slower_finds_the_flow_assured() {
     }
 }
 
-/// A connection that carries data in this moment is not ended by whoever closes it in the names of its ends and then begins
-/// another one, by the same VIP or by another one with the same backend.
+/// A connection that carries data now is not ended by forged ends in the names of both sides and a forged new
+/// connection, by the same VIP or by another VIP with the same backend.
 #[test]
 fn a_busy_connection_outlives_a_forged_end_and_a_forged_beginning() {
     for net in Net::ALL {
@@ -452,11 +453,11 @@ fn a_busy_connection_outlives_a_forged_end_and_a_forged_beginning() {
                 assert_eq!(source, own, "{ends:?}");
                 answer(&world, &Packet::tcp(net.remote(1), own, PSH | ACK, 5001, 1023));
                 assert_eq!(records(&world).len(), 2);
-                // Nothing has come for a while: the end was one.
+                // Without data for a while, the end counts.
                 open(&world, &Packet::tcp(client, net.there(), RST, 1023, 0));
                 world.pass(1);
                 let (_, source) = open(&world, &Packet::tcp(client, net.there(), SYN, 9500, 0));
-                // Only in its place does another one have its source.
+                // Another flow has the source only if it replaces the old one.
                 let stays = records(&world).iter().any(|(_, _, flow)| flow.state & ASSURED != 0);
                 assert_ne!(source == own, stays, "{ends:?}");
             }

@@ -1,4 +1,4 @@
-//! Records and index entries: full maps, evictions, expiry, and tuples that meet.
+//! Records and index entries: full maps, evictions, expiry, and tuples that collide.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -27,7 +27,7 @@ fn a_flow_works_without_room_for_it() {
         assert_eq!(source, own);
         answer(&world, &Packet::tcp(net.remote(1), own, ACK, 5001, 1022));
         assert_eq!(world.sim.counted(Counter::FlowsFull), 1, "not with each packet");
-        // As soon as there is room, it moves, however far it has come by then.
+        // As soon as there is room, the record moves, however far the connection has advanced by then.
         world.sim.edge.room[0].set(None);
         open(&world, &Packet::tcp(net.client(), vip, ACK, 1022, 5001 + (1 << 20)));
         let (tier, _, flow) = record(&world);
@@ -68,15 +68,15 @@ fn what_is_evicted_is_made_again() {
             let (_, own) = open(&world, &request);
             let (_, key, flow) = record(&world);
             let evict = |index| world.sim.edge.evict_index(&index).unwrap();
-            // The index entry from the VIP: the record is found again, with its source.
+            // The index entry of the VIP: the record is found again, with its source.
             evict(vip_index(&key, &flow).0);
             assert_eq!(open(&world, &request).1, own);
             assert_eq!(record(&world).1, key);
-            // An answer restores it, too.
+            // A reply restores the entry, too.
             evict(vip_index(&key, &flow).0);
             answer(&world, &reply(&request, pod, own));
             assert_eq!(world.sim.edge.entries(Tier::New).len(), 2);
-            // The entry from our own address: one answer is lost, the next request puts it right.
+            // The index entry of our own address: one reply is lost, and the next request restores the entry.
             evict(snat_index(&key, &flow.snat, flow.snat_port).0);
             passes(|bytes| world.enter(OVERLAY, bytes), &reply(&request, pod, own).bytes());
             let (_, source) = open(&world, &request);
@@ -90,7 +90,7 @@ fn what_is_evicted_is_made_again() {
 #[test]
 fn who_has_talked_through_a_vip_can_talk_to_the_pod_itself() {
     for net in Net::ALL {
-        // The backend says that it knows nothing of the one before; a client's SYN could be anybody's.
+        // The old connection ends by the backend's word: a client's SYN could be forged.
         for (endings, vip, rest) in [
             (FIN, net.there(), 1),
             (RST, net.there(), 1),
@@ -122,7 +122,7 @@ fn who_has_talked_through_a_vip_can_talk_to_the_pod_itself() {
             if endings == FIN {
                 reply(FIN | ACK);
                 request(ACK);
-                // Late segments are still its own.
+                // Late segments still belong to the old connection.
                 reply(ACK);
             }
 
@@ -137,13 +137,13 @@ fn who_has_talked_through_a_vip_can_talk_to_the_pod_itself() {
                 passes(leave, &answer);
             }
             assert_eq!(world.sim.edge.records(Tier::Assured), []);
-            // And through the VIP again.
+            // The VIP serves the client again.
             request(SYN);
         }
     }
 }
 
-/// Whoever forges the name of a backend on another node, from outside, ends no connection by a reset and a SYN.
+/// A sender outside that forges the name of a backend on another node ends no connection by a reset and a SYN.
 #[test]
 fn a_syn_that_may_be_anybodys_ends_no_record() {
     for net in Net::ALL {
@@ -158,7 +158,7 @@ fn a_syn_that_may_be_anybodys_ends_no_record() {
     }
 }
 
-/// Pods of one bridge can send in each other's names, so a SYN from there is no proof either.
+/// Pods of one bridge can send in each other's names, so a SYN from the bridge proves nothing either.
 #[test]
 fn a_syn_of_a_bridge_ends_no_record() {
     const BRIDGE: u32 = 9;
@@ -181,7 +181,7 @@ fn a_syn_of_a_bridge_ends_no_record() {
     }
 }
 
-/// A reset that was not believed ends nothing.
+/// A reset that the backend itself contradicts ends nothing.
 #[test]
 fn an_answer_after_a_false_reset_is_translated() {
     for net in Net::ALL {
@@ -210,11 +210,11 @@ fn an_entry_without_its_record_leads_nowhere() {
     }
 }
 
-/// Neither the agent nor anybody else has removed what has expired.
+/// Nobody has removed the expired records, not even the agent.
 #[test]
 fn expired_flows_are_recycled() {
     for net in Net::ALL {
-        // Three backends: the new flow may have another one than the old.
+        // With three backends, the new flow may have another one than the old.
         let (world, vip, client) = (world(), net.spread(), net.client());
         for round in 0..12 {
             let syn = Packet::tcp(client, vip, SYN, 1000, 0);
@@ -258,7 +258,7 @@ fn expired_datagram_flows_are_recycled() {
     }
 }
 
-/// A closed flow gives its tuple away, and with it what it had: nothing of the new one is lost.
+/// A closed flow gives up its tuple; the new flow on that tuple loses nothing.
 #[test]
 fn another_flow_on_the_tuple_of_a_closed_one() {
     for net in Net::ALL {
@@ -270,7 +270,7 @@ fn another_flow_on_the_tuple_of_a_closed_one() {
             answer(&world, &Packet::tcp(pod, own, SYN | ACK, 5000, 2));
             open(&world, &Packet::tcp(client, vip, ACK, 2, 5001));
             answer(&world, &Packet::tcp(pod, own, RST, 5001, 0));
-            // What stays of the closed ones is where each came from.
+            // Of each closed flow, only its source is kept.
             let kept = world.sim.edge.records(Tier::Assured);
             let sources: BTreeSet<_> = kept.iter().map(|(_, flow)| flow.snat_port.get()).collect();
             assert_eq!(sources.len(), kept.len());
@@ -299,7 +299,7 @@ fn two_vips_with_one_backend_and_one_client_port() {
                 sources.push((request, vip, own));
             }
         }
-        // Each answer finds the VIP that was asked, and the client's own port.
+        // Each reply reaches the client's own port, from the VIP that was asked.
         for (request, vip, own) in sources {
             let reply = reply(&request, pod, own);
             assert_eq!(answer(&world, &reply), reply.between(vip, client).bytes());
@@ -307,7 +307,7 @@ fn two_vips_with_one_backend_and_one_client_port() {
     }
 }
 
-/// The same at a pod of this node, where nothing else changes the source, and in ICMP errors.
+/// The same with a pod of this node, where nothing else changes the source, and with ICMP errors.
 #[test]
 fn two_vips_with_one_backend_on_this_node() {
     use proxy_agent::reconcile::store::{MapStore as _, Op};
@@ -335,7 +335,7 @@ fn two_vips_with_one_backend_on_this_node() {
     }
 }
 
-/// The index of a flow is of its kind: a pod's tuple that looks like another's index leads nowhere.
+/// An index entry belongs to one kind of flow: a pod's tuple that looks like another kind's entry finds nothing.
 #[test]
 fn kinds_of_entries_do_not_mix() {
     for net in Net::ALL {
@@ -343,7 +343,7 @@ fn kinds_of_entries_do_not_mix() {
         let (_, own) = open(&world, &Packet::udp(net.client(), net.there(), b"?"));
         let kinds: BTreeSet<_> = world.sim.edge.entries(Tier::New).iter().map(|(key, _)| key.kind).collect();
         assert_eq!(kinds, [FlowKind::Vip as u8, FlowKind::Snat as u8].into());
-        // From the backend to the client directly, as if it were an answer to our own address.
+        // From the backend to the client directly, like a reply to our own address.
         let direct = Packet::udp(net.remote(1), SocketAddr::new(net.client().ip(), own.port()), b"!").bytes();
         assert_eq!(world.leave(NIC, direct.clone()), (Verdict::Pass, direct));
         let at_pod = Packet::udp(net.client(), net.remote(1), b"?").bytes();

@@ -1,4 +1,4 @@
-//! Refusals: who is told what, by whom, and who is told nothing.
+//! Refusals: their form, their sender and receiver, and the packets that are dropped in silence.
 
 use std::net::SocketAddr;
 
@@ -14,7 +14,7 @@ use proxy_tests::packets::{Body, ETHERNET, NEAR, NIC, Net, OVERLAY, POD, Packet,
 
 use super::{counts, passes, replied, seen, world};
 
-/// An unused port of an address that a Service has.
+/// Returns an unused port of an address that a Service has.
 fn unused(net: Net) -> SocketAddr {
     SocketAddr::new(net.here().ip(), 81)
 }
@@ -54,11 +54,11 @@ fn a_reset_fits_the_segment() {
             (SYN | FIN, 0, (RST | ACK, 0, 1002)),
             (0, 9, (RST | ACK, 0, 1009)),
         ] {
-            // Whatever it is, no port of that address is used.
+            // Any segment is refused: no port of that address is used.
             let world = world();
             let body = Body::Tcp { flags, seq: 1000, ack: 7000, data: vec![1; data] };
             let segment = Packet::new(net.client(), unused(net), body);
-            // Without a flow it could be somebody else's on the way in; nobody's on the way out.
+            // A segment without a flow may belong to another host on the way in, but to nobody on the way out.
             let told = replied(world.leave(NIC, segment.bytes()));
             assert_eq!(told.tcp, Some(reset), "{flags:#x} with {data} bytes");
             assert_eq!((told.source, told.destination), (unused(net), net.client()));
@@ -79,7 +79,7 @@ fn a_datagram_to_nobody_is_refused() {
                     assert_eq!((told.source.ip(), told.destination.ip()), (vip.ip(), net.client().ip()));
                     assert_eq!(told.icmp, Some(Trouble::PortUnreachable.numbers(net.v6)));
                     assert_eq!(told.hops, 64);
-                    // Enough for whoever sent it to find its socket: all IP headers and that of UDP.
+                    // Enough for the sender to find its socket: all IP headers and the UDP header.
                     let headers =
                         if net.v6 { 40 } else { 20 } + if extended { if net.v6 { 24 } else { 8 } } else { 0 };
                     assert_eq!(told.payload, bytes[ETHERNET..][..headers + 8]);
@@ -99,7 +99,7 @@ fn a_ping_of_a_cluster_ip_is_refused() {
         assert_eq!(told.icmp, Some(Trouble::PortUnreachable.numbers(net.v6)));
         assert_eq!(told.payload, ping[ETHERNET..][..told.payload.len()]);
         assert_eq!(counts(&world), [(Counter::RejectUnusedPort, 1)]);
-        // Other addresses of Services have hosts of their own.
+        // The other addresses of Services have hosts of their own.
         for vip in [net.ranged(), SocketAddr::new(net.node(), 0), net.client()] {
             let ping = Packet::new(net.stranger(), vip, Body::Ping).bytes();
             passes(|bytes| world.enter(NIC, bytes), &ping);
@@ -147,13 +147,14 @@ fn an_inactive_address_is_silent() {
             let world = world();
             assert_eq!(world.leave(NIC, packet.bytes()).0, Verdict::Drop);
         }
-        // Pods are not our concern on the way to one.
+        // A packet on its way to a pod is not judged.
         let world = world();
         passes(|bytes| world.leave(POD, bytes), &Packet::udp(client, address, b"?").bytes());
     }
 }
 
-/// What enters where nobody looks is judged as it leaves; translated it would not find back.
+/// A packet that entered by a device without the packet edge is only judged as it leaves. It is not translated,
+/// because the reply would not find its way back.
 #[test]
 fn leaving_packets_are_judged_only() {
     for net in Net::ALL {
@@ -182,9 +183,10 @@ fn leaving_packets_are_judged_only() {
     }
 }
 
-/// What the host begins past its sockets, or by UDP while nobody serves, is refused. Where its sockets cannot be told why they are
-/// refused, so is a SYN to an address that no Service has. What others have begun is not, nor what goes on with a connection: whoever may
-/// claim the address of another host for a Service does not end the host's connections there.
+/// Flows that the host begins without its sockets being seen are refused, and UDP flows while there is no endpoint.
+/// If the host's sockets cannot be told the reason of a refusal (`HOST_IN_PACKETS`), a SYN to an address without a
+/// Service is refused as well. Flows that others have begun, and later packets of a connection, are not refused: a
+/// Service that claims the address of another host does not end the host's connections there.
 #[test]
 fn what_the_host_begins_is_answered() {
     for net in Net::ALL {
@@ -218,7 +220,7 @@ fn what_the_host_begins_is_answered() {
                 }
             }
         }
-        // Without an endpoint, too.
+        // The same without an endpoint.
         let mut world = world();
         world.sim.apply(&Op::NodeFlags(HOST_IN_PACKETS)).unwrap();
         let id = world.sim.frontend(&FrontendKey::exact(
@@ -245,8 +247,8 @@ fn what_the_host_begins_is_answered() {
     }
 }
 
-/// What the host sends itself never enters by a device. A flow of what pretends to would be that of one of the host's own
-/// connections to the backend.
+/// A packet of the host itself never enters by a device. A packet with its source address that does would join the
+/// flow of one of the host's own connections to the backend.
 #[test]
 fn nobody_comes_with_an_address_of_this_host() {
     for net in Net::ALL {
@@ -263,14 +265,15 @@ fn nobody_comes_with_an_address_of_this_host() {
                     }
                 }
             }
-            // Whatever else it is, it is the kernel's to judge.
+            // Packets to ports that are not of a Service are left to the kernel.
             let other = Packet::tcp(own, SocketAddr::new(net.node(), 22), SYN, 1, 0);
             passes(|bytes| world().enter(NIC, bytes), &other.bytes());
         }
     }
 }
 
-/// Whom an ICMP error must not be sent to: everybody (RFC 1122 §3.2.2, RFC 4443 §2.4).
+/// Addresses that no ICMP error may be sent to: groups, broadcast, unspecified and loopback addresses (RFC 1122
+/// §3.2.2, RFC 4443 §2.4).
 #[test]
 fn a_group_is_not_answered() {
     for (v6, groups) in [

@@ -1,4 +1,4 @@
-//! TCP: which segments begin a flow, which end one, and when it is safe from eviction.
+//! TCP segments: those that begin a flow, those that end one, and those that make it safe from eviction.
 
 use proxy_common::abi::Counter;
 use proxy_common::abi::flow::state::{ASKED, ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
@@ -24,7 +24,7 @@ fn only_a_syn_begins_a_flow() {
                 let segment = Packet::tcp(net.client(), vip, flags, 1, 1).bytes();
                 passes(|bytes| world.enter(NIC, bytes), &segment);
                 assert_eq!(counts(&world), [], "{flags:#x}");
-                // Nobody out there can know what becomes of it.
+                // On the way out to a clusterIP, the segment is dropped: no host outside has that address.
                 let (verdict, _) = world.leave(NIC, segment);
                 let inside = vip != net.ranged();
                 assert_eq!(verdict, if inside { Verdict::Drop } else { Verdict::Pass });
@@ -45,7 +45,7 @@ fn a_flow_is_assured_when_its_client_acknowledges_the_answer() {
         assert_eq!(state(&world), (Tier::New, 0));
         answer(&world, &Packet::tcp(net.remote(1), own, SYN | ACK, 5000, 1001));
         assert_eq!(state(&world), (Tier::New, REPLIED));
-        // As somebody would guess who has sent the SYN in the name of another.
+        // Guesses of a sender that has sent the SYN in the name of another.
         for guess in [0, 1, 5000, 5001 + (1 << 17), 5001 + (1 << 20), 0x8000_0000] {
             open(&world, &Packet::tcp(client, vip, ACK, 1001, guess));
             assert_eq!(state(&world), (Tier::New, REPLIED), "{guess}");
@@ -57,7 +57,7 @@ fn a_flow_is_assured_when_its_client_acknowledges_the_answer() {
         assert_eq!(world.sim.edge.records(Tier::New), []);
         assert_eq!(world.sim.edge.entries(Tier::New), []);
         assert_eq!(world.sim.edge.entries(Tier::Assured).len(), 2);
-        // And goes on as before.
+        // The connection goes on as before.
         let (_, source) = open(&world, &Packet::tcp(client, vip, PSH | ACK, 1001, 5001));
         assert_eq!(source, own);
         answer(&world, &Packet::tcp(net.remote(1), own, PSH | ACK, 5001, 1022));
@@ -106,7 +106,7 @@ fn a_syn_begins_anew_when_both_sides_have_finished() {
         assert_eq!(state(&world).1, half_closed | ASKED, "half closed is not closed");
         answer(&world, &Packet::tcp(pod, own, FIN | ACK, 5001, 1002));
         assert_eq!(state(&world).1, half_closed | FIN_REPLY);
-        // The last acknowledgement still finds its way.
+        // The last acknowledgement still reaches the backend.
         let (_, source) = open(&world, &Packet::tcp(client, vip, ACK, 1002, 5002));
         assert_eq!(source, own);
         world.pass(1);
@@ -131,7 +131,7 @@ fn a_reset_ends_a_flow_unless_it_goes_on() {
                 }
                 assert_eq!(state(&world), (Tier::Assured, REPLIED | ASSURED | RESET));
             };
-            // One that nobody believes: the other side goes on.
+            // A reset that its receiver ignores: the other side goes on.
             reset();
             answer(&world, &Packet::tcp(pod, own, PSH | ACK, 5001, 1001));
             assert_eq!(state(&world).1, REPLIED | ASSURED);
@@ -145,8 +145,8 @@ fn a_reset_ends_a_flow_unless_it_goes_on() {
     }
 }
 
-/// A reset that anybody could have sent in the name of the client ends nothing: neither by time, nor with a SYN behind
-/// it.
+/// A reset that anybody could have sent in the name of the client ends nothing, neither by itself after some time,
+/// nor together with a SYN behind it.
 #[test]
 fn a_reset_that_does_not_fit_ends_nothing() {
     for net in Net::ALL {
@@ -164,7 +164,8 @@ fn a_reset_that_does_not_fit_ends_nothing() {
                 }
             }
         };
-        // Before the backend has said anything, and after; what others say in the name of the client moves nothing.
+        // Before and after the backend has acknowledged anything. Forged data in the name of the client changes
+        // nothing.
         blind(1001);
         said(&world, 1001);
         blind(1023);
@@ -176,7 +177,7 @@ fn a_reset_that_does_not_fit_ends_nothing() {
         world.pass(3_600);
         assert_eq!(open(&world, &Packet::tcp(client, vip, ACK, 1023, 5001)).1, own);
         assert_eq!(counts(&world), [(Counter::Flow, 1)]);
-        // What is on its way, and has not been acknowledged, may be before it.
+        // Data that is on its way, and has not been acknowledged, may precede the RST.
         open(&world, &Packet::tcp(client, vip, RST, 1023 + 60_000, 0));
         assert_eq!(state(&world).1, REPLIED | ASSURED | RESET);
     }
@@ -224,7 +225,7 @@ fn idle_flows_live_as_long_as_they_should() {
     }
 }
 
-/// TCP keeps its backend to the end, whatever becomes of the endpoint or the Service.
+/// A TCP connection keeps its backend to the end, even after the endpoint or the Service is gone.
 #[test]
 fn a_connection_outlives_its_service() {
     use proxy_agent::reconcile::store::{MapStore as _, Op};

@@ -1,4 +1,4 @@
-//! Which backend: source ranges, the sets of near and far clients, and datagram flows that move.
+//! Selection of a backend: source ranges, the sets of near and far clients, and datagram flows that move.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -24,13 +24,13 @@ fn source_ranges_let_some_clients_in() {
                 assert_eq!(world.enter(NIC, packet.bytes()).0, verdict);
                 let dropped = u64::from(verdict == Verdict::Drop);
                 assert_eq!(world.sim.counted(Counter::DropSourceRange), dropped);
-                // The ranges are the load balancer's: nodePort and clusterIP are open.
+                // The ranges apply to the load-balancer address alone: nodePort and clusterIP are open.
                 for vip in [net.node_port(), net.there()] {
                     translated(world.enter(NIC, Packet { destination: vip, ..packet.clone() }.bytes()));
                 }
             }
         }
-        // Pods are no exception.
+        // The ranges apply to pods, too.
         let world = world();
         let pod = SocketAddr::new(net.local().ip(), 41_000);
         assert_eq!(world.enter(POD, Packet::tcp(pod, net.ranged(), SYN, 1, 0).bytes()).0, Verdict::Drop);
@@ -78,7 +78,7 @@ fn near_and_far_clients_have_sets_of_their_own() {
     }
 }
 
-/// Only who comes from outside needs a source of ours on the way to another node.
+/// Only a client outside needs a source of ours on the way to another node.
 #[test]
 fn the_device_tells_who_comes_from_outside() {
     for net in Net::ALL {
@@ -146,7 +146,7 @@ fn a_datagram_flow_moves_when_its_backend_does_not_serve_any_more() {
         }
         let reply = Packet::udp(second, source, b"!");
         assert_eq!(answer(&world, &reply), reply.between(vip, client).bytes());
-        // What the old one still sends is nobody's.
+        // A late reply of the old backend belongs to no flow.
         let stale = Packet::udp(first, own, b"late").bytes();
         assert_eq!(world.enter(OVERLAY, stale.clone()), (Verdict::Pass, stale));
         assert_eq!((world.sim.counted(Counter::Flow), world.sim.counted(Counter::UdpRepick)), (1, 1));
@@ -164,12 +164,12 @@ fn a_datagram_is_refused_while_nothing_serves_and_its_flow_goes_to_whoever_does(
                 state_of_backend(&mut world, net, net.remote(number), 0);
             }
             set_of(&mut world, net, nothing);
-            // The address of the backend before may be another pod's by now.
+            // The address of the former backend may belong to another pod by now.
             let verdict = if nothing == SlotRange::REJECT { Verdict::Reply } else { Verdict::Drop };
             for source in [client, SocketAddr::new(client.ip(), 40_001)] {
                 assert_eq!(world.enter(NIC, Packet { source, ..request.clone() }.bytes()).0, verdict);
             }
-            // When something serves again, the flow goes there.
+            // When a backend serves again, the flow goes there.
             state_of_backend(&mut world, net, net.remote(2), SERVING | IN_CLUSTER);
             world.sim.apply(&Op::Slots(60, vec![net.spread_id() + 1])).unwrap();
             set_of(&mut world, net, SlotRange { base: 60, len: 1 });
@@ -195,7 +195,8 @@ fn a_datagram_flow_ends_with_its_service() {
     }
 }
 
-/// Connections stay where they are, whatever serves; what a SYN begins goes to what serves now.
+/// An open connection stays with its backend, even one that has left the Service; a new SYN goes to a backend that
+/// serves now.
 #[test]
 fn a_connection_stays_with_its_backend() {
     for net in Net::ALL {

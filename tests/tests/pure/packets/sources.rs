@@ -1,4 +1,4 @@
-//! Sources of our own: which one a flow has, for how long, and whose it is afterwards.
+//! Sources of our own: the choice of a flow's source, how long the flow keeps it, and who gets it afterwards.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -18,7 +18,7 @@ use proxy_tests::packets::{NIC, Net, OVERLAY, Packet, Trouble, World};
 
 use super::{answer, establish, open, record, replied, reply, seen, translated, world};
 
-/// The source of a flow may be somebody else's by the time that it is missed.
+/// The source of a flow may belong to another flow by the time that the loss of its index entry is noticed.
 #[test]
 fn a_source_that_has_been_given_away_is_replaced() {
     for net in Net::ALL {
@@ -36,7 +36,7 @@ fn a_source_that_has_been_given_away_is_replaced() {
     }
 }
 
-/// A world in which every source port towards the usual backend is in use by a flow that lives, in `tier`.
+/// Returns a world in which every source port towards the usual backend is used by a live flow, in `tier`.
 fn few_ports(net: Net, proto: u8, tier: Tier) -> World {
     let world = world();
     let (client, backend) = (net.stranger(), net.remote(1));
@@ -69,14 +69,14 @@ fn few_ports(net: Net, proto: u8, tier: Tier) -> World {
     world
 }
 
-/// A flood leaves ports to others: those of flows that have proved nothing are taken.
+/// During a flood, a new flow takes the port of a flow that has proved nothing.
 #[test]
 fn a_source_port_is_taken_from_whoever_has_proved_nothing() {
     for net in Net::ALL {
         let world = few_ports(net, 6, Tier::New);
         let own = establish(&world, net, net.there());
         assert_eq!(world.sim.counted(Counter::RejectNoPort), 0);
-        // Whoever had it gets another one with its next packet, and takes none from what is established.
+        // The former owner of a port gets another one with its next packet, and takes none from an established flow.
         for number in 0..200 {
             let loser = SocketAddr::new(net.stranger().ip(), SNAT_PORTS.start + number);
             let (_, source) = open(&world, &Packet::tcp(loser, net.there(), SYN, 1, 0));
@@ -90,7 +90,7 @@ fn a_source_port_is_taken_from_whoever_has_proved_nothing() {
     }
 }
 
-/// An address of the node that is a Service's, too, gives sources all the same.
+/// An address of the node that also belongs to a Service still gives sources.
 #[test]
 fn frontends_of_our_own_address_are_no_sources() {
     for net in Net::ALL {
@@ -114,7 +114,8 @@ fn frontends_of_our_own_address_are_no_sources() {
             let source = ask(&world, number);
             assert_ne!(source.port() % 4, SNAT_PORTS.start % 4, "{source} is a frontend");
         }
-        // Nobody can claim so many that none is left. A request from elsewhere to the same port is still one.
+        // Even if frontends claim every port, one is still given. A request from elsewhere to that port is still a
+        // request.
         for port in SNAT_PORTS {
             claim(&mut world, FrontendKey::exact(own, Be16::new(port), UDP));
         }
@@ -123,7 +124,7 @@ fn frontends_of_our_own_address_are_no_sources() {
     }
 }
 
-/// A client that goes on when its source is another's gets nothing that belongs to that one.
+/// A client that goes on after its source was given to another flow gets nothing that belongs to the other flow.
 #[test]
 fn a_source_that_was_given_away_is_not_taken_back() {
     for net in Net::ALL {
@@ -141,7 +142,7 @@ fn a_source_that_was_given_away_is_not_taken_back() {
             assert_eq!((record(&world).0, world.sim.index(tier, &index)), (Tier::New, Some(other)));
             let sent = translated(world.leave(OVERLAY, routed));
             assert_ne!(seen(&sent).source, own);
-            // As it was.
+            // Restores the source.
             let (snat, port) = (flow.snat, flow.snat_port);
             world.sim.flow(Tier::New, &key).unwrap().set_snat(key.check(), snat, port);
         }
@@ -149,7 +150,8 @@ fn a_source_that_was_given_away_is_not_taken_back() {
     }
 }
 
-/// Who ends a connection first remembers it: the source of one that its client has ended is free for another soon.
+/// The end that closes a connection first remembers it (TIME_WAIT): the source of a connection that its client has
+/// closed is soon free for another.
 #[test]
 fn a_source_is_free_again_once_the_backend_has_forgotten_it() {
     use proxy_common::datapath::edge::timeouts::{closed, forgotten};
@@ -178,8 +180,8 @@ fn a_source_is_free_again_once_the_backend_has_forgotten_it() {
     }
 }
 
-/// A backend that has ended a connection remembers its source. Nobody else gets that one, and the client's next connection
-/// by the same port has it again.
+/// A backend that has ended a connection remembers its source. No other client gets that source, and the client's
+/// next connection by the same port has it again.
 #[test]
 fn a_port_of_a_client_has_one_source_with_each_backend() {
     for net in Net::ALL {
@@ -225,7 +227,7 @@ fn without_a_free_source_port_the_client_is_told() {
                 assert_eq!(told.payload, request.bytes()[14..][..told.payload.len()]);
             }
             assert_eq!(world.sim.counted(Counter::RejectNoPort), 1);
-            // Nothing of it stays, and when ports are free again it works.
+            // Nothing of the refused flow stays, and the client is served when ports are free again.
             assert!(
                 world
                     .sim

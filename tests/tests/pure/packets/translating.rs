@@ -1,4 +1,4 @@
-//! Requests and answers: each form of a packet on its way, byte for byte.
+//! Requests and replies: each form of a packet on its way, byte for byte.
 
 use std::net::SocketAddr;
 
@@ -9,7 +9,7 @@ use proxy_tests::packets::{BARE, Body, NIC, Net, OVERLAY, POD, Packet, read};
 
 use super::{answer, counts, establish, open, seen, translated, world};
 
-/// First packets of each kind from the client to an address.
+/// Returns first packets of each kind from the client to an address.
 fn requests(client: SocketAddr, vip: SocketAddr) -> Vec<Packet> {
     let mut packets = vec![
         Packet::tcp(client, vip, SYN, 1000, 0),
@@ -27,7 +27,7 @@ fn requests(client: SocketAddr, vip: SocketAddr) -> Vec<Packet> {
     packets
 }
 
-/// An answer to a first packet.
+/// Returns a reply to a first packet.
 fn reply(request: &Packet) -> Packet {
     let body = match &request.body {
         Body::Tcp { .. } => Body::Tcp { flags: SYN | ACK, seq: 5000, ack: 1001, data: Vec::new() },
@@ -96,7 +96,7 @@ fn later_packets_take_the_same_way() {
     }
 }
 
-/// An answer may come back through another device than the request left by.
+/// A reply may come back through another device than the request left by.
 #[test]
 fn answers_are_known_by_their_tuple() {
     for net in Net::ALL {
@@ -164,7 +164,7 @@ fn a_node_port_is_served_on_the_nodes_address() {
         assert_eq!(sent, request.between(own, pod).bytes());
         let reply = Packet::tcp(pod, own, SYN | ACK, 1, 1001);
         assert_eq!(answer(&world, &reply), reply.between(vip, client).bytes());
-        // The overlay's address serves none.
+        // The overlay's address serves no nodePort.
         let other = SocketAddr::new(net.overlay(), vip.port());
         let request = Packet::tcp(client, other, SYN, 1000, 0).bytes();
         assert_eq!(world.enter(NIC, request.clone()), (Verdict::Pass, request));

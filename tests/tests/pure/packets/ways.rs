@@ -1,5 +1,5 @@
-//! By which device answers leave a node that has several: that of the client's last request, whatever routing makes of the backend's
-//! address.
+//! The device by which replies leave a node that has several: that of the client's last request, wherever the route
+//! of the backend's packets leads.
 
 use proxy_common::abi::{Counter, FlowKey, FlowKind};
 use proxy_common::datapath::edge::Verdict;
@@ -9,14 +9,14 @@ use proxy_tests::packets::{BARE, Body, NIC, Net, OVERLAY, POD, Packet, Seen, Tro
 
 use super::{counts, passes, seen, translated, world};
 
-/// A node with two ways to every client.
+/// Returns a node with two ways to every client.
 fn two_ways() -> World {
     let world = world();
     world.ways.replace(vec![NIC, BARE]);
     world
 }
 
-/// An answer that routing has chosen `device` for: by which one it leaves, and as what.
+/// Sends a reply that routing has chosen `device` for. Returns the device by which it leaves, and its form there.
 #[track_caller]
 fn leaves(world: &World, entered_by: u32, device: u32, packet: &Packet) -> (u32, Seen) {
     let (verdict, bytes) = world.leave_from(entered_by, device, packet.bytes());
@@ -37,7 +37,7 @@ fn answers_leave_by_the_device_of_the_last_request() {
         ] {
             let world = two_ways();
             for asked_by in [NIC, BARE, BARE, NIC] {
-                // A SYN that is sent again within moments may be anybody's, but its way counts.
+                // A SYN that is repeated within moments may be forged, but the way that it came by counts.
                 translated(world.enter(asked_by, request.bytes()));
                 for routed in [NIC, BARE] {
                     let (device, answer) = leaves(&world, POD, routed, &reply);
@@ -62,7 +62,7 @@ fn answers_from_other_nodes_do_so_too() {
     }
 }
 
-/// The device is down, or leads elsewhere: then the kernel's route counts, as for anything else.
+/// If the device is down, or leads elsewhere, the kernel's route counts, as for any other packet.
 #[test]
 fn answers_whose_way_is_gone_leave_as_they_are_routed() {
     for net in Net::ALL {
@@ -77,7 +77,7 @@ fn answers_whose_way_is_gone_leave_as_they_are_routed() {
     }
 }
 
-/// Who does not know where a connection is cannot lead its answers to another device.
+/// A sender that does not know the sequence numbers of a connection cannot lead its replies to another device.
 #[test]
 fn what_does_not_fit_a_connection_leads_nothing_away() {
     for net in Net::ALL {
@@ -92,7 +92,7 @@ fn what_does_not_fit_a_connection_leads_nothing_away() {
             (BARE, RST, 1001, NIC),
             (BARE, PSH | ACK, 1001, BARE),
             (NIC, ACK, 0x9000_0000, BARE),
-            // A keepalive, and what is sent again because its acknowledgement has been lost.
+            // A keepalive, and a retransmission whose acknowledgement has been lost.
             (NIC, ACK, 1000, NIC),
             (BARE, PSH | ACK, 900, BARE),
         ] {
@@ -115,8 +115,8 @@ fn errors_about_requests_go_where_answers_go() {
     }
 }
 
-/// The programs of the other device see the answer once more: it is no datagram of this host itself, whose answer would be nobody's
-/// request.
+/// The programs of the other device see the reply once more. It must not count as a datagram of this host, whose
+/// answer would then not be a request.
 #[test]
 fn answers_that_leave_elsewhere_are_nothing_of_the_host() {
     for net in Net::ALL {

@@ -1,5 +1,5 @@
-//! The agent without a kernel: what `proxy_agent::agent` does with each change of its source, on [`Simulator`]'s maps
-//! and without waiting.
+//! The agent without a kernel: the work of `proxy_agent::agent` for each change of its source, on [`Simulator`]'s
+//! maps and without waiting.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -27,12 +27,12 @@ use serde_json::Value;
 use super::clients::{HOST_NETNS, number_of};
 use super::show;
 
-/// Node under test, and every address that it has.
+/// The node under test, and its addresses.
 const NODE: &str = "n1";
 const ADDRESSES: [&str; 6] =
     ["192.0.2.10", "2001:db8:1::10", "198.51.100.10", "2001:db8:2::10", "127.0.0.1", "::1"];
 
-/// Room for all that a test has.
+/// Room for everything that a test has.
 const CAPACITY: Capacity =
     Capacity { frontends: 2048, services: 1024, slots: 4096, backends: 2048, source_ranges: 64 };
 
@@ -52,12 +52,12 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    /// The first agent of a node. `pods_in_packets`: whether it is attached to the interfaces of pods.
+    /// Starts the first agent of a node. `pods_in_packets`: whether it is attached to the interfaces of pods.
     pub(crate) fn new(config: &Config, pods_in_packets: bool) -> Result<Self> {
         Self::over(&Contents::default(), config, pods_in_packets)
     }
 
-    /// One that finds these maps.
+    /// Starts an agent that finds these maps.
     pub(crate) fn over(found: &Contents, config: &Config, pods_in_packets: bool) -> Result<Self> {
         let mut cluster_cidr = [None; 2];
         for text in &config.cluster_cidr {
@@ -96,8 +96,8 @@ impl Agent {
         Ok(agent)
     }
 
-    /// Makes `objects` the whole state of the cluster: what differs from the state before is told to the cluster, and
-    /// what that touches is programmed. Returns how.
+    /// Makes `objects` the whole state of the cluster: tells the cluster the difference from the state before, and
+    /// programs what it affects. Returns the operations.
     pub(crate) fn take_in(&mut self, objects: &[Value]) -> Result<Vec<Op>> {
         let mut after = BTreeMap::new();
         for object in objects {
@@ -117,7 +117,7 @@ impl Agent {
     }
 
     fn convert(&mut self, object: &Value) -> Result<Vec<Change>> {
-        // Through text, as everything that a real agent reads.
+        // Goes through text, like everything that a real agent reads.
         let text = serde_json::to_string(object)?;
         let refused = |problem: proxy_agent::sources::Problem| anyhow::anyhow!("{}", problem.reason);
         let change = match object["kind"].as_str() {
@@ -164,7 +164,7 @@ impl Agent {
         let mut wanted: BTreeMap<ObjectKey, Option<Wanted>> =
             dirty.into_iter().map(|key| (key.clone(), self.wanted(&key))).collect();
         if self.first {
-            // Services of another run are named nowhere else.
+            // Services of an earlier run are named only by the maps.
             for port in self.model.ports.keys() {
                 wanted.entry(port.service.clone()).or_insert(None);
             }
@@ -172,7 +172,7 @@ impl Agent {
         let Plan { ops, freed, refused, .. } = plan(&mut self.model, &wanted, self.first);
         ensure!(refused.is_empty(), "refused: {refused:?}");
         self.carry_out(&ops)?;
-        // Nobody reads the maps meanwhile: the grace period is over.
+        // Nobody reads the maps meanwhile, so the grace period is over.
         self.model.release(freed);
         self.first = false;
         all.extend(ops);
@@ -189,24 +189,25 @@ impl Agent {
         Ok(ops.iter().try_for_each(|op| self.maps.apply(op))?)
     }
 
-    /// What has been programmed.
+    /// Returns the maps that have been programmed.
     pub(crate) fn maps(&self) -> &Simulator {
         &self.maps
     }
 
-    /// Whether packets from `source`, which come from other machines, are near: from a pod, or from this host.
+    /// Returns whether packets from `source`, which come from other machines, are near: from a pod, or from this
+    /// host.
     pub(crate) fn is_near(&self, source: Addr) -> bool {
         let by_source = self.context.cluster_cidr[source.family().index()];
         let pods = by_source.filter(|_| !self.context.pods_by_interface);
         pods.is_some_and(|pods| pods.contains(source)) || self.context.host_addresses.contains(&source)
     }
 
-    /// Whether packets of a pod of this node are near.
+    /// Returns whether packets of a pod of this node are near.
     pub(crate) fn is_near_pod(&self, source: Addr) -> bool {
         self.context.pods_by_interface || self.is_near(source)
     }
 
-    /// The Service port behind a frontend.
+    /// Returns the Service port behind a frontend.
     pub(crate) fn service_behind(&self, dest: &Dest) -> Result<abi::Service> {
         let (addr, port) = (dest.addr.ip().into(), abi_port(dest));
         match lookup::find(&self.maps, &addr, port, number_of(dest)) {
@@ -220,7 +221,7 @@ impl Agent {
         }
     }
 
-    /// The Service object that has the Service port `id`.
+    /// Returns the Service object that has the Service port `id`.
     pub(crate) fn object_of(&self, id: u32) -> Option<&cluster::Service> {
         let (key, _) = self.model.ports.iter().find(|(_, port)| port.id == id)?;
         self.cluster.service(&key.service)
@@ -233,7 +234,7 @@ impl Agent {
     }
 }
 
-/// A destination's port as maps have it.
+/// Returns a destination's port in the form of the maps.
 pub(crate) fn abi_port(dest: &Dest) -> proxy_common::be::Be16 {
     proxy_common::be::Be16::new(dest.addr.port())
 }
@@ -243,7 +244,7 @@ fn id(object: &Value) -> Id {
     (text("/kind"), text("/metadata/namespace"), text("/metadata/name"))
 }
 
-/// What must be said for `before` to become `after`, object by object.
+/// Returns the changes that turn `before` into `after`, object by object.
 fn difference(before: &BTreeMap<Id, Vec<Change>>, after: &BTreeMap<Id, Vec<Change>>) -> Vec<Change> {
     let no_changes = Vec::new();
     let mut changes = Vec::new();

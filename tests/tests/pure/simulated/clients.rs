@@ -1,9 +1,10 @@
 //! Clients: sockets of this node, which meet the real socket edge, and packets from elsewhere.
 //!
-//! Of packets everything is judged that comes before their translation: whose address it is ([`lookup::find`]), the set
-//! that a far or near client gets, the pick, affinity by the client's address ([`select`]). Source ranges of packets are
-//! compared here, as the packet edge does by a table that is filled from the same Service; that the frontend tells it to
-//! look there is checked. What a pod's socket leaves alone goes on as a packet, where those of pods are judged.
+//! For packets, every decision before their translation is checked: the owner of the address ([`lookup::find`]), the
+//! set for a far or near client, the pick, and affinity by the client's address ([`select`]). Source ranges of
+//! packets are compared here. The packet edge does the same by a table that is filled from the same Service; the test
+//! checks that the frontend says to look there. A connection that a pod's socket leaves alone goes on as a packet, if
+//! packets of pods are judged.
 
 use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
@@ -27,20 +28,20 @@ use super::show;
 /// Cookie of the host's network namespace. Those of pods follow.
 pub(crate) const HOST_NETNS: u64 = 1;
 
-/// How a connection ends.
+/// Outcome of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Fate {
     /// At an endpoint.
     To(SocketAddr),
     /// Refused.
     Reject,
-    /// In silence; at a socket where nobody judges packets, with an error.
+    /// In silence; at a socket without a packet edge behind it, with an error.
     Drop,
-    /// Where the client wanted to go.
+    /// At the destination that the client named.
     Pass,
 }
 
-/// How a socket is used.
+/// Use of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     /// connect().
@@ -52,13 +53,13 @@ pub(crate) enum Way {
 /// One client.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Client {
-    /// A process in the network namespace with this cookie; `pod` is its address, if that is a pod's.
+    /// A process in the network namespace with this cookie. `pod` is its address, if it is in a pod.
     Socket { netns: u64, pod: Option<IpAddr> },
     /// A machine with this address.
     Packets { source: IpAddr, origin: Origin },
 }
 
-/// The clients that `sender` stands for.
+/// Returns the clients that `sender` stands for.
 pub(crate) fn of(sender: Sender, agent: &Agent) -> Vec<Client> {
     let pods = |first: u64| {
         let pods = (first..).zip(sender.addresses());
@@ -81,7 +82,7 @@ pub(crate) fn of(sender: Sender, agent: &Agent) -> Vec<Client> {
 }
 
 impl Client {
-    /// A new connection (or the first datagram of a new socket).
+    /// Makes a new connection (or sends the first datagram of a new socket).
     pub(crate) fn connect(&self, agent: &Agent, dest: &Dest, way: Way) -> Result<Fate> {
         match *self {
             Self::Socket { netns, pod } => match (at_socket(agent, netns, dest, way)?, pod) {
@@ -89,7 +90,7 @@ impl Client {
                     let origin = if agent.is_near_pod(pod.into()) { Origin::Near } else { Origin::Far };
                     as_packet(agent, pod.into(), origin, dest)
                 }
-                // connect() of UDP tells nobody that he is not served: what he sends is refused where it leaves.
+                // connect() of UDP reports no refusal: the datagrams are refused where they leave.
                 (Fate::Pass, _) if way == Way::Connect && dest.proto == Proto::Udp => {
                     at_socket(agent, netns, dest, Way::Datagram)
                 }
@@ -137,7 +138,7 @@ fn at_socket(agent: &Agent, netns: u64, dest: &Dest, way: Way) -> Result<Fate> {
     })
 }
 
-/// The application sees what it asked for.
+/// Checks that the application sees the destination that it asked for.
 fn back(agent: &Agent, mut socket: SimSocket<'_>, way: Way, asked: (Addr, Be16)) -> Result<()> {
     let seen = match way {
         Way::Connect => socket::peername(&mut socket, agent.maps()),
@@ -173,7 +174,7 @@ fn in_range(agent: &Agent, frontend: FrontendValue, source: Addr) -> bool {
     frontend.flags & SOURCE_RANGES == 0 || ranges.iter().any(|range| range.contains(source))
 }
 
-/// IP protocol number.
+/// Returns the IP protocol number.
 pub(crate) fn number_of(dest: &Dest) -> u8 {
     match dest.proto {
         Proto::Tcp => proto::TCP,
@@ -184,7 +185,7 @@ pub(crate) fn number_of(dest: &Dest) -> u8 {
     }
 }
 
-/// The reverse of [`number_of`] for what a Service can have.
+/// Returns the protocol of a number, if a Service can have it: the reverse of [`number_of`].
 pub(crate) fn proto_of(number: u8) -> Option<Proto> {
     [(proto::TCP, Proto::Tcp), (proto::UDP, Proto::Udp), (proto::SCTP, Proto::Sctp)]
         .into_iter()

@@ -1,4 +1,5 @@
-//! Runs a case without a kernel: the agent's own decisions on ordinary maps, and the datapath's on what they hold.
+//! Runs a case without a kernel: the agent's own decisions on ordinary maps, and the datapath's decisions on their
+//! contents.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -15,15 +16,15 @@ pub(crate) mod clients;
 use agent::Agent;
 use clients::{Fate, Way};
 
-/// Connections for each endpoint that they may go to, where the case names no number.
+/// Connections for each endpoint that they may go to, if the case gives no number.
 const PER_TARGET: usize = 300;
-/// How far each endpoint's share of them may be off.
+/// Deviation that is allowed in each endpoint's share of them.
 const UNEVEN: usize = PER_TARGET / 4;
-/// The same where all fates are alike.
+/// Number of connections if all outcomes are alike.
 const SOME: usize = 20;
 
-/// Runs the steps of a case, one after the other, on one and the same agent. `pods_in_packets`: what pods' sockets leave
-/// alone is judged as packets.
+/// Runs the steps of a case, one after the other, on the same agent. `pods_in_packets`: whether connections that
+/// pods' sockets leave alone are judged as packets.
 pub(crate) fn check(case: &Case, pods_in_packets: bool) -> Result<()> {
     let mut agent = Agent::new(&case.config, pods_in_packets)?;
     for (number, step) in case.steps.iter().enumerate() {
@@ -45,7 +46,7 @@ fn look(agent: &Agent, check: &Check) -> Result<()> {
             ways.iter()
                 .try_for_each(|way| connections(agent, connect, *way).with_context(|| format!("by {way:?}")))
         }
-        // A flow is a matter of packets, or of a real socket.
+        // Flows need packets, or a real socket.
         Check::Open(..) | Check::Say(..) => Ok(()),
         Check::Frontends(family, want) => {
             let got = frontends(agent, *family)?;
@@ -65,7 +66,7 @@ fn look(agent: &Agent, check: &Check) -> Result<()> {
     }
 }
 
-/// Every frontend of a family.
+/// Returns every frontend of a family.
 fn frontends(agent: &Agent, family: Family) -> Result<BTreeSet<Frontend>> {
     let contents = agent.maps().contents();
     let keys = contents.frontends.iter().map(|(key, _)| key);
@@ -81,7 +82,7 @@ fn frontends(agent: &Agent, family: Family) -> Result<BTreeSet<Frontend>> {
         .collect()
 }
 
-/// Makes connections, and compares what becomes of them.
+/// Makes connections, and compares their outcomes.
 fn connections(agent: &Agent, connect: &Connect, way: Way) -> Result<()> {
     let targets = match &connect.expect {
         Expect::Spread(targets, _) | Expect::Sticky(targets, _) => targets.len(),
@@ -109,7 +110,7 @@ fn connections(agent: &Agent, connect: &Connect, way: Way) -> Result<()> {
     let want = match &connect.expect {
         Expect::Spread(targets, _) => endpoints(targets),
         Expect::Sticky(targets, _) => {
-            // One client alone finds one of them only.
+            // A single client reaches only one of them.
             let want = endpoints(targets);
             if got.len() == 1 && got.is_subset(&want) && connect.sender.addresses().len() == 1 {
                 got.clone()
@@ -133,7 +134,7 @@ fn endpoints(targets: &BTreeSet<Target>) -> BTreeSet<Fate> {
     targets.iter().map(|target| Fate::To(SocketAddr::new(target.endpoint.ip, target.port))).collect()
 }
 
-/// The name of a destination in messages.
+/// Returns the name of a destination, for messages.
 fn show(dest: &Dest) -> String {
     format!("{}/{:?}", dest.addr, dest.proto)
 }

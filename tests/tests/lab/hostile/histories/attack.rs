@@ -1,5 +1,5 @@
-//! Packets of an attacker: any packet between any ends, most of them those of others. It knows everything about them but the
-//! numbers of their TCP connections.
+//! Packets of an attacker: any packet between any ends, most of them the ends of others. The attacker knows
+//! everything about the ends but the sequence numbers of their TCP connections.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -14,12 +14,12 @@ use proxy_tests::packets::{Body, Net, Packet, Trouble};
 use super::node::{At, Setup, Who, backends, evil};
 use super::stage::{Forged, Line, Stage};
 
-/// Numbers that none of the honest ends is near to: theirs begin with 4 and 6.
+/// Sequence numbers far from those of all honest ends, which begin with 4 and 6.
 const NUMBERS: [u32; 5] = [0, 1, 0x9000_0000, 0xb000_0001, 0xffff_ffff];
 const FLAGS: [u8; 12] =
     [SYN, SYN, SYN, SYN, ACK, PSH | ACK, FIN | ACK, FIN | ACK, RST, RST | ACK, SYN | ACK, SYN | ACK];
 
-/// Every VIP of a family.
+/// Returns every VIP of a family.
 pub(super) fn vips(net: Net) -> [SocketAddr; 8] {
     [
         net.here(),
@@ -37,12 +37,12 @@ fn one<T: Copy>(random: &mut Rng, of: &[T]) -> T {
     of[random.usize(..of.len())]
 }
 
-/// Ends that mean something to somebody.
+/// Addresses and ports that are in use.
 struct Ends {
     clients: Vec<SocketAddr>,
     targets: Vec<SocketAddr>,
     pods: Vec<SocketAddr>,
-    /// Our own, as backends on other nodes see them, and those of flows that have met another one.
+    /// Our own sources, as backends on other nodes see them, and the sources of flows that have met another flow.
     sources: Vec<SocketAddr>,
     others: Vec<SocketAddr>,
 }
@@ -74,7 +74,7 @@ impl Ends {
         }
     }
 
-    /// One of them, by how much each kind matters.
+    /// Returns one of them, weighted by the shares of the kinds in per cent.
     fn one(&self, random: &mut Rng, [clients, targets, pods, sources]: [u8; 4]) -> SocketAddr {
         let mut number = random.u8(..100);
         for (share, ends) in
@@ -104,12 +104,12 @@ fn segment(random: &mut Rng, source: SocketAddr, destination: SocketAddr) -> Pac
     Packet::new(source, destination, Body::Tcp { flags, seq, ack, data })
 }
 
-/// One packet.
+/// Returns one forged packet.
 pub(super) fn forge(stage: &Stage, net: Net, random: &mut Rng) -> Forged {
     let ends = Ends::of(stage, net, random);
     let from = random_from(random);
     let (source, destination) = match random.u8(..3) {
-        // As a server's, or as a client's.
+        // From a server's end, or from a client's end.
         0 => (ends.one(random, [0, 40, 40, 5]), ends.one(random, [60, 0, 0, 30])),
         _ => (ends.one(random, [60, 5, 10, 15]), ends.one(random, [5, 55, 20, 10])),
     };
@@ -127,7 +127,8 @@ pub(super) fn forge(stage: &Stage, net: Net, random: &mut Rng) -> Forged {
     Forged { from, packet: Packet::error(teller.ip(), one(random, &trouble), &plain.bytes(), quote) }
 }
 
-/// Some segments between the very ends of one connection, in both directions: together they do what one does not.
+/// Returns some segments between the ends of one connection, in both directions. Several segments together may do
+/// harm that one alone does not.
 pub(super) fn salvo(stage: &Stage, net: Net, random: &mut Rng) -> Vec<Forged> {
     let lines: Vec<_> = stage.lines.iter().filter(|line| !line.who.is_hostile() && !line.udp).collect();
     if lines.is_empty() {
@@ -154,8 +155,8 @@ pub(super) fn salvo(stage: &Stage, net: Net, random: &mut Rng) -> Vec<Forged> {
         .collect()
 }
 
-/// Whether two conversations would meet in one tuple between the edges: a client's own port towards the same pod, once by a
-/// VIP and once by the pod's own address.
+/// Returns whether two conversations would have the same tuple between the edges: a client's own port towards the
+/// same pod, once by a VIP and once by the pod's own address.
 pub(super) fn meet(net: Net, one: &Line, other: &Line) -> bool {
     let same = (one.who, one.port, one.udp) == (other.who, other.port, other.udp);
     let pods = backends(net, other.target);
@@ -164,7 +165,7 @@ pub(super) fn meet(net: Net, one: &Line, other: &Line) -> bool {
         || (direct(one) || direct(other)) && backends(net, one.target).iter().any(|pod| pods.contains(pod)))
 }
 
-/// What docs/security.md says is not withstood, and why this packet is of that kind.
+/// Returns why this packet is of a kind that docs/security.md says is not withstood.
 pub(super) fn conceded(stage: &Stage, setup: Setup, forged: &Forged) -> Option<&'static str> {
     let net = setup.net;
     let Forged { from, packet } = forged;
@@ -177,8 +178,8 @@ pub(super) fn conceded(stage: &Stage, setup: Setup, forged: &Forged) -> Option<&
             continue;
         }
         let pods = backends(net, line.target);
-        // "Clients outside are one origin": the first packet of a flow in the name of one of them, to another address of
-        // the very pod that its own connection leads to.
+        // "Clients outside are one origin": the first packet of a flow in the name of such a client, to another
+        // address of the same pod that the client's own connection leads to.
         if outside(*from)
             && outside(line.who.at())
             && source == stage.local(line)
@@ -200,7 +201,8 @@ pub(super) fn conceded(stage: &Stage, setup: Setup, forged: &Forged) -> Option<&
     None
 }
 
-/// What should be withstood and is not yet: each goes from here when it is.
+/// Returns why this packet is of a kind that should be withstood and is not yet. Each kind is removed from here when
+/// it is.
 pub(super) fn unmended(
     stage: &Stage,
     setup: Setup,
@@ -210,7 +212,8 @@ pub(super) fn unmended(
     let net = setup.net;
     let Forged { from, packet } = forged;
     let source = packet.source;
-    // A flow of a pod of this node that has begun outside takes what that pod itself sends to the same backend.
+    // A flow in the name of a pod of this node that has begun outside captures the pod's own packets to the same
+    // backend.
     if *from != Who::Attacker.at()
         && Who::of(net, source.ip()).is_some_and(|who| matches!(who.at(), At::Pod(_)))
     {
@@ -220,11 +223,11 @@ pub(super) fn unmended(
     let honest = || stage.lines.iter().filter(|line| !line.who.is_hostile() && !line.udp);
     let of_client = honest().any(|line| source == stage.local(line));
     let of_backend = |source| honest().any(|line| backends(net, line.target).contains(&source));
-    // Resets and FINs of a backend count whatever their numbers are: a SYN of anybody then ends the flow at once.
+    // Resets and FINs of a backend count with any sequence number: a SYN from anybody then ends the flow at once.
     if has(packet, RST | FIN) && of_backend(source) {
         return Some("the end in a backend's name, with any number");
     }
-    // What is acknowledged in the name of a backend says what data, a FIN or a reset of the client has to follow.
+    // A forged acknowledgement in the name of a backend fixes which data, FIN or reset of the client may follow.
     let moved = |forged: &&&Forged| has(&forged.packet, ACK) && of_backend(forged.packet.source);
     (has(packet, PSH | FIN | RST) && of_client && before.iter().any(|forged| moved(&forged)))
         .then_some("what follows a forged acknowledgement")

@@ -1,12 +1,12 @@
-//! Hostile histories: honest conversations with somebody in between who sends whatever he likes in everybody's name. The
-//! datapath is the one that the node runs, compiled for the host; the other ends are modelled number by number.
+//! Hostile histories: honest conversations, and an attacker who sends any packets in everybody's name. The datapath
+//! is the one that the node runs, compiled for the host; the other ends are modelled with exact sequence numbers.
 //!
-//! A history is made at random, step by step, and kept; when it fails it is played again without the attacker, and if that
-//! goes well the steps that do not matter are left out one by one.
+//! A history is made at random, step by step, and kept. If it fails, it is played again without the attacker. If it
+//! then succeeds, the steps that do not matter are left out one by one.
 //!
-//! `VIPR_SEED` is the number of the first history, `VIPR_FUZZ_SECONDS` for how long there are further ones. A failure names its own
-//! seed, by which it comes first. What docs/security.md concedes is never sent (`conceded`), what is to be mended only with
-//! `VIPR_UNMENDED` set (`unmended`).
+//! Variables: `VIPR_SEED` is the number of the first history, `VIPR_FUZZ_SECONDS` the time for further ones. A
+//! failure names its own seed, with which it comes first. Packets that docs/security.md concedes are never sent
+//! (`conceded`). Packets whose harm is yet to be mended are sent only if `VIPR_UNMENDED` is set (`unmended`).
 
 mod attack;
 mod node;
@@ -25,20 +25,20 @@ use attack::{conceded, forge, meet, salvo, unmended, vips};
 use node::{Setup, Who};
 use stage::{Act, Forged, Harm, Line, Stage};
 
-/// Seconds that each history may let pass at a time: some shorter, some longer than each lifetime of a flow.
+/// Seconds that a history may let pass at a time: some shorter, some longer than each lifetime of a flow.
 const PAUSES: [u64; 11] = [1, 3, 9, 12, 61, 100, 125, 250, 310, 1_000, 3_700];
 
-/// Whether what should be withstood and is not yet is sent as well: whoever mends it wants to see it fail.
+/// Whether packets that should be withstood and are not yet are sent as well, for the developer who mends that.
 static ALSO_UNMENDED: LazyLock<bool> = LazyLock::new(|| env::var_os("VIPR_UNMENDED").is_some());
 
 /// One step of a history.
 #[derive(Clone, Debug)]
 enum Step {
-    /// Seconds pass.
+    /// Lets seconds pass.
     Pause(u64),
-    /// On a line.
+    /// Acts on a line.
     Act(usize, Act),
-    /// An attack, between the packets of the step before it if there is one.
+    /// Sends an attack; between the packets of the step before it, if the flag is set.
     Attack(Forged, bool),
 }
 
@@ -50,7 +50,7 @@ struct History {
 }
 
 impl History {
-    /// Who talks with whom.
+    /// Draws the conversations at random.
     fn random(random: &mut Rng) -> Self {
         let net = Net { v6: random.bool() };
         let routed = random.bool();
@@ -66,7 +66,7 @@ impl History {
         Self { setup, lines, steps: Vec::new() }
     }
 
-    /// Plays it, with or without the attacker.
+    /// Plays the history, with or without the attacker.
     fn play(&self, hostile: bool) -> Result<Stage, Harm> {
         let mut stage = Stage::new(self.setup, &self.lines).unwrap_or_else(|error| unreachable!("{error}"));
         let mut steps = self.steps.iter().peekable();
@@ -94,7 +94,7 @@ impl History {
                 if is_hostile && !hostile {
                     return Ok(());
                 }
-                // Nobody is owed anything who attacks; steps that have lost what was before them mean nothing.
+                // The act of an attacker need not succeed. A step without the steps that it depends on is skipped.
                 let possible = self.lines[*line].udp || *act == Act::Open || stage.is_open(*line);
                 if possible {
                     let done = stage.act(*line, *act);
@@ -105,7 +105,7 @@ impl History {
         Ok(())
     }
 
-    /// Goes on by some steps at random, until there are `count` or one fails.
+    /// Adds steps at random, until there are `count` or one fails.
     fn go_on(&mut self, random: &mut Rng, count: usize) -> Result<Stage, Harm> {
         let net = self.setup.net;
         let mut stage = Stage::new(self.setup, &self.lines).unwrap_or_else(|error| unreachable!("{error}"));
@@ -141,7 +141,7 @@ impl History {
         Ok(stage)
     }
 
-    /// Whether a packet does what is known to do harm.
+    /// Returns whether a packet is known to do harm.
     fn is_left_out(&self, stage: &Stage, forged: &Forged) -> bool {
         let attacks = self.steps.iter().filter_map(|step| match step {
             Step::Attack(forged, _) => Some(forged),
@@ -152,7 +152,7 @@ impl History {
         conceded(stage, self.setup, forged).or_else(unmended).is_some()
     }
 
-    /// What is left when every step is gone without which it fails all the same.
+    /// Removes every step without which the history still fails.
     fn shrunk(mut self) -> (Self, Harm) {
         let fails = |history: &Self| match (history.play(true), history.play(false)) {
             (Err(harm), Ok(_)) => Some(harm),
@@ -175,7 +175,7 @@ impl History {
     }
 }
 
-/// A conversation at random.
+/// Returns a conversation at random.
 fn line(net: Net, random: &mut Rng) -> Line {
     let clients = [
         Who::Client,
@@ -191,12 +191,12 @@ fn line(net: Net, random: &mut Rng) -> Line {
     ];
     let who = clients[random.usize(..clients.len())];
     let mut targets: Vec<_> = vips(net).into();
-    // Where there is nobody for strangers.
+    // Targets that do not serve strangers are left out.
     targets.retain(|target| *target != net.policy() && *target != net.ranged() || who == Who::Client);
     targets.retain(|target| *target != net.policy());
     targets.retain(|target| who.is_hostile() || *target != node::evil(net));
     match who {
-        // Sockets of the node itself are told the pod's address.
+        // Sockets of the node itself are given the pod's address.
         Who::Host => targets = vec![net.local(), net.remote(1)],
         Who::Victim => targets.extend([net.local(), net.remote(1)]),
         Who::Client | Who::Neighbour => targets.push(net.local()),
@@ -206,7 +206,7 @@ fn line(net: Net, random: &mut Rng) -> Line {
     Line { who, port: 40_000 + random.u16(..2), target, udp: random.u8(..3) == 0 }
 }
 
-/// Something honest.
+/// Returns an honest act.
 fn act(stage: &Stage, random: &mut Rng) -> Step {
     let line = random.usize(..stage.lines.len());
     let act = match random.u8(..20) {
@@ -220,12 +220,12 @@ fn act(stage: &Stage, random: &mut Rng) -> Step {
     Step::Act(line, act)
 }
 
-/// A number from the environment.
+/// Returns a number from the environment.
 pub(super) fn asked_for(variable: &str) -> Option<u64> {
     env::var(variable).ok().and_then(|text| text.parse().ok())
 }
 
-/// A history as people read it.
+/// The history in readable form.
 impl fmt::Display for History {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Setup { net, routed, strict, .. } = self.setup;
@@ -249,7 +249,7 @@ impl fmt::Display for History {
     }
 }
 
-/// What honest ends say to each other arrives, however many packets in their names are in between.
+/// Data between honest ends arrives, however many packets in their names are in between.
 #[test]
 fn h020_hostile_histories() {
     let seed = asked_for("VIPR_SEED").unwrap_or(20);

@@ -1,5 +1,5 @@
-//! The node under attack: the datapath as it is compiled for the host, between the devices of a node that routes as Linux
-//! does, and who is behind each of them.
+//! The node under attack: the datapath as compiled for the host, between the devices of a node that routes as Linux
+//! does, and the participants behind each device.
 
 use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
@@ -20,34 +20,35 @@ use proxy_tests::packets::{NIC, Net, OVERLAY, POD, World};
 const VICTIM: u32 = 10;
 /// The host's side of the attacker's interface.
 const ATTACKER: u32 = 11;
-/// The bridge of nodes whose pods are not routed one by one. No program of ours is on it.
+/// The bridge of nodes whose pods are not routed one by one. It has no program of ours.
 const BRIDGE: u32 = 99;
 /// Ids of the Service that the attacker serves, and of its backend.
 const EVIL_ID: u32 = 50;
-/// An answer of the datapath may meet another one; nothing lawful goes round more often.
+/// Number of times that a packet may go round: an answer of the datapath may meet another answer, and no lawful
+/// packet goes round more often.
 const ROUNDS: usize = 4;
 
-/// Where somebody is.
+/// Place of a participant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum At {
     /// A pod behind an interface of the node.
     Pod(u32),
     /// Another node, or a pod of it.
     Beside,
-    /// Outside of the cluster.
+    /// Outside the cluster.
     Outside,
     /// The node itself.
     Host,
 }
 
-/// Who takes part. Their order is that of [`Who::ALL`].
+/// Participants. Their order is that of [`Who::ALL`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Who {
     /// Outside, and allowed to use every Service.
     Client,
-    /// Outside as well.
+    /// Outside, and not allowed to use every Service.
     Stranger,
-    /// A pod of the node that is a client in packets.
+    /// A pod of the node that is a client by packets.
     Victim,
     /// A pod of the node that serves.
     Local,
@@ -59,12 +60,12 @@ pub(super) enum Who {
     Host,
     /// A pod of the node, with NET_RAW. It serves, too.
     Attacker,
-    /// Somebody outside who writes what they like into their packets.
+    /// A sender outside that writes any source into its packets.
     Forger,
 }
 
 impl Who {
-    /// Everybody.
+    /// All participants.
     pub(super) const ALL: [Self; 11] = [
         Self::Client,
         Self::Stranger,
@@ -79,7 +80,7 @@ impl Who {
         Self::Forger,
     ];
 
-    /// Where they are.
+    /// Returns the place of a participant.
     pub(super) const fn at(self) -> At {
         match self {
             Self::Client | Self::Stranger | Self::Forger => At::Outside,
@@ -91,12 +92,12 @@ impl Who {
         }
     }
 
-    /// Whether nobody owes them anything.
+    /// Returns whether the participant is an attacker, whose connections need not work.
     pub(super) const fn is_hostile(self) -> bool {
         matches!(self, Self::Attacker | Self::Forger)
     }
 
-    /// Their address.
+    /// Returns the participant's address.
     pub(super) fn ip(self, net: Net) -> IpAddr {
         let other = |v4: &str, v6: &str| {
             let text = if net.v6 { v6 } else { v4 };
@@ -115,7 +116,7 @@ impl Who {
         }
     }
 
-    /// Who has an address; nobody else is there.
+    /// Returns the participant that has an address, if any.
     pub(super) fn of(net: Net, ip: IpAddr) -> Option<Self> {
         if ip == net.overlay() {
             return Some(Self::Host);
@@ -124,12 +125,12 @@ impl Who {
     }
 }
 
-/// The Service whose pod is the attacker's.
+/// Returns the Service whose pod is the attacker's.
 pub(super) fn evil(net: Net) -> SocketAddr {
     SocketAddr::new(if net.v6 { "fd00:10:96::3c" } else { "10.96.0.60" }.parse().unwrap_or(net.node()), 80)
 }
 
-/// The pods behind a VIP; a pod itself for its own address.
+/// Returns the pods behind a VIP, or the pod itself for its own address.
 pub(super) fn backends(net: Net, target: SocketAddr) -> Vec<SocketAddr> {
     if target == net.here() {
         vec![net.local()]
@@ -144,16 +145,17 @@ pub(super) fn backends(net: Net, target: SocketAddr) -> Vec<SocketAddr> {
     }
 }
 
-/// How a node is set up.
+/// Setup of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Setup {
     /// Family.
     pub(super) net: Net,
-    /// Whether each pod has a route of its own, or all are behind a bridge.
+    /// Whether each pod has a route of its own; otherwise all are behind a bridge.
     pub(super) routed: bool,
-    /// Whether the kernel drops what has come by another device than the way back.
+    /// Whether the kernel drops packets that came by another device than the way back (strict rp_filter).
     pub(super) strict: bool,
-    /// Whether no time passes but what ends wait for each other: what only shortens the life of a silent flow does no harm.
+    /// Whether no time passes except the waiting of the ends. A packet that only shortens the life of a silent flow
+    /// then does no harm.
     pub(super) swift: bool,
 }
 
@@ -162,12 +164,12 @@ pub(super) struct Node {
     /// The maps.
     pub(super) sim: Simulator,
     setup: Setup,
-    /// Packets that the datapath has looked at.
+    /// Number of packets that the datapath has seen.
     pub(super) packets: Cell<u64>,
 }
 
 impl Node {
-    /// A node without any flow.
+    /// Returns a node without any flow.
     pub(super) fn new(setup: Setup) -> Result<Self, StoreError> {
         let World { mut sim, .. } = World::new()?;
         let net = setup.net;
@@ -200,12 +202,12 @@ impl Node {
         self.sim.clock.set(self.sim.clock.get() + milliseconds * 1_000_000);
     }
 
-    /// Milliseconds since the node was made.
+    /// Returns the milliseconds since the node was made.
     pub(super) fn now(&self) -> u64 {
         self.sim.clock.get() / 1_000_000
     }
 
-    /// Where the kernel's routes lead.
+    /// Returns the place that the kernel's routes lead to.
     fn route(&self, ip: IpAddr) -> At {
         Who::of(self.setup.net, ip).map_or(At::Outside, Who::at)
     }
@@ -223,7 +225,7 @@ impl Node {
         if matches!(device, POD | VICTIM | ATTACKER) { Edge::Pod } else { Edge::External }
     }
 
-    /// The device that the kernel names for the way to an address.
+    /// Returns the device that the kernel names for the way to an address.
     fn way_back(&self, ip: IpAddr) -> u32 {
         let at = self.route(ip);
         if matches!(at, At::Pod(_)) && !self.setup.routed { BRIDGE } else { Self::device(at) }
@@ -237,7 +239,7 @@ impl Node {
         (verdict, frame.bytes)
     }
 
-    /// A packet comes from somewhere: where it is afterwards, and what it is then; nowhere if it was dropped.
+    /// Takes a packet through the node. Returns its place and its bytes afterwards; `None` if it was dropped.
     pub(super) fn forward(&self, from: At, bytes: Vec<u8>) -> Option<(At, Vec<u8>)> {
         let (mut from, mut bytes) = (from, bytes);
         for _ in 0..ROUNDS {
@@ -250,8 +252,8 @@ impl Node {
                 }
                 let (source, _) = ends(&bytes)?;
                 let back = self.route(source);
-                // The kernel takes no IPv4 packet of its own from a device, and with strict rp_filter none whose answer would
-                // leave by another one.
+                // The kernel takes no IPv4 packet with its own source address from a device. With strict rp_filter,
+                // it takes none whose reply would leave by another device.
                 if !self.setup.net.v6 && (back == At::Host || self.setup.strict && back != from) {
                     return None;
                 }
@@ -262,7 +264,7 @@ impl Node {
             }
             match self.leave(to, device, bytes) {
                 Ok(out) => return Some(out),
-                // It goes back into the host, as if it had come by that device.
+                // The reply goes back into the host, as if it had come by that device.
                 Err(Some(back)) => (from, bytes) = (to, back),
                 Err(None) => return None,
             }
@@ -270,7 +272,8 @@ impl Node {
         None
     }
 
-    /// A packet leaves. Else what the datapath gives back to the host in its place, if anything.
+    /// Lets a packet leave. If it does not, returns the packet that the datapath gives back to the host in its place,
+    /// if any.
     fn leave(&self, to: At, entered_by: u32, bytes: Vec<u8>) -> Result<(At, Vec<u8>), Option<Vec<u8>>> {
         match self.run(Self::device(to), entered_by, true, bytes) {
             (Verdict::Pass | Verdict::Translated | Verdict::Elsewhere, out) => Ok((to, out)),
@@ -279,24 +282,24 @@ impl Node {
         }
     }
 
-    /// A packet of somebody: who gets it, and what they get.
+    /// Carries a packet. Returns its receiver, and the bytes that it gets.
     pub(super) fn carry(&self, from: At, bytes: Vec<u8>) -> Option<(Who, Vec<u8>)> {
         let net = self.setup.net;
         let (_, to) = ends(&bytes)?;
         let near = |ip| Who::of(net, ip).map(Who::at);
-        // Whoever is not behind this node reaches each other without it.
+        // Participants that are not behind this node reach each other without it.
         let is_past = |at| matches!(at, At::Beside | At::Outside);
         if is_past(from) && near(to).is_some_and(is_past) {
             return Who::of(net, to).map(|who| (who, bytes));
         }
         let (at, bytes) = self.forward(from, bytes)?;
         let who = Who::of(net, ends(&bytes)?.1)?;
-        // A pod does not take what is for somebody else.
+        // A pod takes no packet for another address.
         (who.at() == at).then_some((who, bytes))
     }
 }
 
-/// Source and destination of an IP packet.
+/// Returns the source and destination of an IP packet.
 pub(super) fn ends(bytes: &[u8]) -> Option<(IpAddr, IpAddr)> {
     let v4 = |at: usize| -> Option<IpAddr> { Some(<[u8; 4]>::try_from(bytes.get(at..at + 4)?).ok()?.into()) };
     let v6 =

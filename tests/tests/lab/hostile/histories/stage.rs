@@ -1,4 +1,4 @@
-//! Everybody who takes part in a history, with what they hold, and the packets between them.
+//! All participants of a history, with their sockets, and the packets between them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -10,14 +10,14 @@ use proxy_tests::packets::{ETHERNET, Packet, Seen, Trouble, read};
 use super::node::{At, Node, Setup, Who};
 use super::tcp::{BYE, End, Server, State, closed_port};
 
-/// Where every server listens.
+/// Port of every server.
 const SERVES: u16 = 8080;
-/// Milliseconds before each time that a packet is sent.
+/// Milliseconds before each try of a packet.
 const PATIENCE: [u64; 4] = [0, 1_000, 2_000, 4_000];
-/// More packets than any exchange has: whoever goes on then, goes on for ever.
+/// Number of packets that no exchange reaches, except an endless one.
 const HOPS: usize = 300;
 
-/// A conversation: who holds it by which port, and with what.
+/// A conversation: its client with the port, its target and protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Line {
     pub(super) who: Who,
@@ -26,22 +26,22 @@ pub(super) struct Line {
     pub(super) udp: bool,
 }
 
-/// One packet that somebody makes up.
+/// One forged packet.
 #[derive(Clone, Debug)]
 pub(super) struct Forged {
-    /// Where it enters the node.
+    /// Place where it enters the node.
     pub(super) from: At,
     pub(super) packet: Packet,
 }
 
-/// What is done on a line.
+/// Events of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Act {
-    /// A new connection.
+    /// Opens a new connection.
     Open,
-    /// Some bytes, which have to come back. Over UDP: a question, which has to be answered.
+    /// Sends some bytes, which must come back. Over UDP: sends a question, which must be answered.
     Say,
-    /// The same, after which the server closes.
+    /// Does the same, after which the server closes.
     Bye,
     /// The client closes.
     Close,
@@ -49,16 +49,16 @@ pub(super) enum Act {
     Abort,
 }
 
-/// Why a history fails.
+/// Reason why a history fails.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Harm {
-    /// Whom it has happened to.
+    /// Line that it has happened to.
     pub(super) line: Line,
     pub(super) act: Act,
     pub(super) what: String,
 }
 
-/// Everybody.
+/// All participants and the packets between them.
 pub(super) struct Stage {
     pub(super) node: Node,
     setup: Setup,
@@ -66,21 +66,21 @@ pub(super) struct Stage {
     pub(super) lines: Vec<Line>,
     /// The clients' ends of TCP, by line.
     pub(super) ends: Vec<Option<End>>,
-    /// What a UDP client waits for, by line.
+    /// Data that a UDP client waits for, by line.
     asked: Vec<Option<Vec<u8>>>,
     /// Number of the next question or connection.
     number: u32,
     wire: VecDeque<(At, Vec<u8>, bool)>,
-    /// What is to be sent between the packets of the next act.
+    /// Packets to be sent between the packets of the next act.
     pub(super) between: VecDeque<Forged>,
-    /// A packet that nobody could read.
+    /// The error about a packet that could not be read.
     broken: Option<String>,
-    /// Packets that had to be sent once more.
+    /// Number of packets that had to be sent once more.
     pub(super) again: u64,
 }
 
 impl Stage {
-    /// A node with these lines, on which nothing has been said.
+    /// Returns a node with these lines, without any traffic.
     pub(super) fn new(setup: Setup, lines: &[Line]) -> Result<Self, StoreError> {
         Ok(Self {
             node: Node::new(setup)?,
@@ -97,17 +97,17 @@ impl Stage {
         })
     }
 
-    /// A client's end of a line.
+    /// Returns the client's end of a line.
     pub(super) fn local(&self, line: &Line) -> SocketAddr {
         SocketAddr::new(line.who.ip(self.setup.net), line.port)
     }
 
-    /// Whether a connection is there.
+    /// Returns whether the line's connection is open.
     pub(super) fn is_open(&self, line: usize) -> bool {
         self.ends[line].as_ref().is_some_and(|end| end.state == State::Open)
     }
 
-    /// Sends what somebody makes up, and everything that follows from it.
+    /// Sends a forged packet, and everything that follows from it.
     pub(super) fn attack(&mut self, forged: &Forged) {
         self.wire.push_back((forged.from, forged.packet.bytes(), true));
         self.settle();
@@ -132,7 +132,7 @@ impl Stage {
         self.wire.clear();
     }
 
-    /// A packet has come to a host: what that answers.
+    /// Gives a packet to a host. Returns the host's answers.
     fn arrives(&mut self, who: Who, bytes: &[u8], forged: bool) -> Vec<Packet> {
         let seen = match read(bytes) {
             Ok(seen) => seen,
@@ -175,7 +175,8 @@ impl Stage {
         }
     }
 
-    /// An ICMP error has come. Linux believes one about a SYN whose number fits, and any about a datagram.
+    /// Handles an ICMP error. Linux believes an error about a SYN if its sequence number fits, and any error about a
+    /// datagram.
     fn error(&mut self, who: Who, seen: &Seen, forged: bool) {
         let unreachable = Trouble::PortUnreachable.numbers(self.setup.net.v6);
         let quoted = quoted(&seen.payload);
@@ -187,7 +188,7 @@ impl Stage {
             if line.who != who || self.local(&line) != source || line.target != target {
                 continue;
             }
-            // Nothing in a datagram tells that it is forged; nor does it without any proxy.
+            // Nothing in a datagram shows that the error is forged, with or without a proxy.
             if line.udp && proto == UDP && !forged && self.asked[index].is_some() {
                 self.broken = Some(format!("{line:?} is told that nobody is there"));
             }
@@ -202,7 +203,7 @@ impl Stage {
         }
     }
 
-    /// Does something on a line, as often as a host would.
+    /// Acts on a line, with as many tries as a host makes.
     pub(super) fn act(&mut self, index: usize, act: Act) -> Result<(), Harm> {
         let line = self.lines[index];
         let (from, to) = (self.local(&line), line.target);
@@ -222,12 +223,12 @@ impl Stage {
             (Act::Say | Act::Bye | Act::Close | Act::Abort, None) => {}
         }
         if let Some(last) = last {
-            // Whether the other end hears of it is the next connection's matter.
+            // The next connection shows whether the other end has received it.
             self.send(line.who, &last);
             self.settle();
             return Ok(());
         }
-        // Whoever is owed nothing tries once.
+        // An attacker has one try.
         let tries = if line.who.is_hostile() { 1 } else { PATIENCE.len() };
         for (tries, pause) in PATIENCE.into_iter().take(tries).enumerate() {
             self.node.pass(pause);
@@ -256,7 +257,7 @@ impl Stage {
     }
 }
 
-/// What an ICMP error quotes: source, destination, protocol, and the first bytes behind the ports.
+/// Returns the quotation in an ICMP error: source, destination, protocol, and the first four bytes behind the ports.
 fn quoted(quote: &[u8]) -> Option<(SocketAddr, SocketAddr, u8, u32)> {
     let frame = |ethertype: [u8; 2]| [&[0; ETHERNET - 2][..], &ethertype, quote].concat();
     let (ends, proto, at) = match quote.first()? >> 4 {

@@ -1,5 +1,5 @@
-//! TCP at both ends, as far as it decides whether a connection lives: RFC 9293 with RFC 5961, in Linux' order. Every segment
-//! has its exact numbers. Nothing gets lost but what the node drops, so there is no window and no reordering.
+//! TCP at both ends, as far as it decides whether a connection lives: RFC 9293 with RFC 5961, in Linux' order. Every
+//! segment has its exact sequence numbers. Only the node drops packets, so there is no window and no reordering.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -7,35 +7,35 @@ use std::net::SocketAddr;
 use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_tests::packets::{Body, Packet, Seen};
 
-/// What both ends take from beyond the next byte.
+/// Number of bytes that both ends accept beyond the next one.
 const WINDOW: u32 = 1 << 16;
 /// Milliseconds that a server waits for the third packet, and in TIME_WAIT.
 const WAIT: u64 = 60_000;
-/// Milliseconds between two answers to what does not fit (Linux: `tcp_invalid_ratelimit`).
+/// Milliseconds between two answers to segments that do not fit (Linux: `tcp_invalid_ratelimit`).
 const RATE: u64 = 500;
-/// What makes a server close first.
+/// Data that makes a server close first.
 pub(super) const BYE: &[u8] = b"bye";
 
-/// How far an end is.
+/// State of an end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// Client: SYN is sent.
+    /// Client: the SYN is sent.
     SynSent,
-    /// Server: SYN and ACK are sent.
+    /// Server: the SYN and ACK are sent.
     SynReceived,
-    /// Data may go.
+    /// Data may be sent.
     Open,
-    /// FIN is sent first.
+    /// This end has sent its FIN first.
     FinWait,
-    /// FIN is sent after the other one's.
+    /// This end has sent its FIN after the other end's.
     LastAck,
-    /// Both are sent, and this end's was the first.
+    /// Both FINs are sent, and this end's was the first.
     TimeWait,
-    /// There is nothing.
+    /// There is no connection.
     Closed,
-    /// The other end, or somebody in its name, has ended it.
+    /// The other end, or somebody in its name, has reset the connection.
     Reset,
-    /// Nobody listens, it has been told.
+    /// The peer has refused the connection: nobody listens.
     Refused,
 }
 
@@ -43,12 +43,12 @@ pub(super) enum State {
 #[derive(Clone, Debug)]
 pub(super) struct End {
     pub(super) state: State,
-    /// The next byte to be sent, and the next one to come.
+    /// Next byte to be sent, and next byte to be received.
     pub(super) next: u32,
     pub(super) wanted: u32,
-    /// What has been sent last, until it is acknowledged.
+    /// Data sent last, until it is acknowledged.
     unheard: Vec<u8>,
-    /// What has come since the last [`End::say`].
+    /// Data received since the last [`End::say`].
     pub(super) heard: Vec<u8>,
     since: u64,
     quiet_until: u64,
@@ -58,12 +58,12 @@ fn segment(from: SocketAddr, to: SocketAddr, flags: u8, seq: u32, ack: u32, data
     Packet::new(from, to, Body::Tcp { flags, seq, ack, data: data.to_vec() })
 }
 
-/// Whether `number` is not before `from`.
+/// Returns whether `number` is not before `from`.
 const fn at_or_after(number: u32, from: u32) -> bool {
     number.wrapping_sub(from) < 1 << 31
 }
 
-/// What a host without a socket answers.
+/// Returns the answer of a host without a socket.
 pub(super) fn closed_port(seen: &Seen) -> Option<Packet> {
     let (flags, seq, ack) = seen.tcp?;
     let (from, to) = (seen.destination, seen.source);
@@ -81,30 +81,30 @@ impl End {
         Self { state, next, wanted, unheard: Vec::new(), heard: Vec::new(), since: now, quiet_until: 0 }
     }
 
-    /// A client that is about to send SYN with this number.
+    /// Returns a client that is about to send a SYN with this number.
     pub(super) fn client(number: u32, now: u64) -> Self {
         Self::new(State::SynSent, number, 0, now)
     }
 
-    /// The client's SYN, for the first time or again.
+    /// Returns the client's SYN, for the first time or again.
     pub(super) fn syn(&self, from: SocketAddr, to: SocketAddr) -> Packet {
         segment(from, to, SYN, self.next.wrapping_sub(1), 0, &[])
     }
 
-    /// Data, to be sent now and by [`End::again`].
+    /// Sets the data that [`End::again`] sends, now and later.
     pub(super) fn say(&mut self, data: &[u8]) {
         self.heard.clear();
         self.unheard = data.to_vec();
         self.next = self.next.wrapping_add(data.len() as u32);
     }
 
-    /// What has been said last.
+    /// Returns the last data once more.
     pub(super) fn again(&self, from: SocketAddr, to: SocketAddr) -> Packet {
         let seq = self.next.wrapping_sub(self.unheard.len() as u32);
         segment(from, to, PSH | ACK, seq, self.wanted, &self.unheard)
     }
 
-    /// Nothing more will be said.
+    /// Ends the connection. Returns the FIN.
     pub(super) fn finish(&mut self, from: SocketAddr, to: SocketAddr) -> Packet {
         let seq = self.next;
         self.next = seq.wrapping_add(1);
@@ -112,7 +112,7 @@ impl End {
         segment(from, to, FIN | ACK, seq, self.wanted, &[])
     }
 
-    /// An end by force.
+    /// Aborts the connection. Returns the reset.
     pub(super) fn abort(&mut self, from: SocketAddr, to: SocketAddr) -> Packet {
         self.state = State::Closed;
         segment(from, to, RST | ACK, self.next, self.wanted, &[])
@@ -122,7 +122,7 @@ impl End {
         segment(from, to, ACK, self.next, self.wanted, &[])
     }
 
-    /// What answers a segment that does not fit.
+    /// Returns the answer to a segment that does not fit.
     fn protest(&mut self, from: SocketAddr, to: SocketAddr, now: u64) -> Vec<Packet> {
         if now < self.quiet_until {
             return Vec::new();
@@ -131,7 +131,7 @@ impl End {
         vec![self.plain(from, to)]
     }
 
-    /// A client's segment arrives.
+    /// Handles a segment that reaches a client. Returns the answers.
     pub(super) fn client_hears(&mut self, seen: &Seen, now: u64) -> Vec<Packet> {
         let Some((flags, seq, ack)) = seen.tcp else { return Vec::new() };
         let (from, to) = (seen.destination, seen.source);
@@ -154,7 +154,8 @@ impl End {
         Vec::new()
     }
 
-    /// What both ends do once there is a connection. A server (`echoes`) says again what it hears.
+    /// Handles a segment, at either end, once there is a connection. A server (`echoes`) sends back the data that it
+    /// receives.
     fn hears(&mut self, seen: &Seen, now: u64, echoes: bool) -> Vec<Packet> {
         let Some((flags, seq, ack)) = seen.tcp else { return Vec::new() };
         let (from, to) = (seen.destination, seen.source);
@@ -181,7 +182,7 @@ impl End {
             }
             return self.protest(from, to, now);
         }
-        // Of what has not been sent, or long ago.
+        // The acknowledged data has not been sent, or was sent long ago.
         if self.next.wrapping_sub(ack) > WINDOW {
             return self.protest(from, to, now);
         }
@@ -230,16 +231,16 @@ impl End {
     }
 }
 
-/// What listens at one host.
+/// Sockets that listen at one host.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Server {
-    /// By its own end and its peer's.
+    /// Connections by the server's own end and the peer's.
     ends: BTreeMap<(SocketAddr, SocketAddr), End>,
     accepted: u32,
 }
 
 impl Server {
-    /// A segment arrives at the port where it listens.
+    /// Handles a segment that reaches the server's port. Returns the answers.
     pub(super) fn hears(&mut self, seen: &Seen, now: u64) -> Vec<Packet> {
         let Some((flags, seq, ack)) = seen.tcp else { return Vec::new() };
         let key = (seen.destination, seen.source);
@@ -248,7 +249,7 @@ impl Server {
         if let Some(end) = self.ends.get(&key) {
             let waits = matches!(end.state, State::SynReceived | State::TimeWait);
             let over = waits && now >= end.since + WAIT
-                // A new connection may begin where the old one has ended, with higher numbers (RFC 6191).
+                // A new connection may begin where the old one has ended, with higher sequence numbers (RFC 6191).
                 || begins && end.state == State::TimeWait && seq.wrapping_sub(end.wanted).wrapping_sub(1) < 1 << 31;
             if over || matches!(end.state, State::Closed | State::Reset) {
                 self.ends.remove(&key);
