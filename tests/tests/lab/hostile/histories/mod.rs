@@ -192,7 +192,7 @@ fn line(net: Net, random: &mut Rng) -> Line {
     let who = clients[random.usize(..clients.len())];
     let mut targets: Vec<_> = vips(net).into();
     // Targets that do not serve strangers are left out.
-    targets.retain(|target| *target != net.policy() && *target != net.ranged() || who == Who::Client);
+    targets.retain(|target| *target != net.ranged() || who == Who::Client);
     targets.retain(|target| *target != net.policy());
     targets.retain(|target| who.is_hostile() || *target != node::evil(net));
     match who {
