@@ -388,26 +388,32 @@ impl Agent {
                 retry = Some(until);
                 continue;
             }
-            retry = match self.sync().await {
-                Ok(()) => {
-                    self.tell_edge().await?;
-                    None
-                }
-                Err(AgentError::SelfTest(SelfTestError::Store(error))) => Some(self.failed(&error)),
-                Err(AgentError::ReadBack(error)) => Some(self.failed(&error)),
-                Err(error) => return Err(error),
-            };
-            // A client that waits for readiness may look at `status` next.
-            self.report.write();
-            self.metrics.problems(self.report.count());
-            if retry.is_none()
-                && let Some(devices) = self.announce.take()
-            {
-                tracing::info!(devices, "ready");
-                self.ready = true;
-                self.health.programmed();
-            }
+            retry = self.turn().await?;
         }
+    }
+
+    /// Programs what has changed, and tells what came of it. Returns the time of the next attempt after a failure.
+    async fn turn(&mut self) -> Result<Option<Instant>, AgentError> {
+        let retry = match self.sync().await {
+            Ok(()) => {
+                self.tell_edge().await?;
+                None
+            }
+            Err(AgentError::SelfTest(SelfTestError::Store(error))) => Some(self.failed(&error)),
+            Err(AgentError::ReadBack(error)) => Some(self.failed(&error)),
+            Err(error) => return Err(error),
+        };
+        // A client that waits for readiness may look at `status` next.
+        self.report.write();
+        self.metrics.problems(self.report.count());
+        if retry.is_none()
+            && let Some(devices) = self.announce.take()
+        {
+            tracing::info!(devices, "ready");
+            self.ready = true;
+            self.health.programmed();
+        }
+        Ok(retry)
     }
 
     fn failed(&mut self, error: &dyn std::error::Error) -> Instant {

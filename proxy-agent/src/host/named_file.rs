@@ -5,6 +5,8 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags};
+
 /// Size of the largest file that is read, in bytes: a bundle of certificates has some hundred KiB.
 const MOST: u64 = 16 << 20;
 
@@ -13,9 +15,23 @@ const MOST: u64 = 16 << 20;
 /// # Errors
 /// The file cannot be read, is larger than 16 MiB, or has no end.
 pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
+    bounded(File::open(path)?)
+}
+
+/// Returns what the file has now: a pipe without data is empty, and nothing waits for its writer. For a file that is read
+/// again and again, on a thread that others need.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn read_now(path: &Path) -> io::Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    bounded(File::from(rustix::fs::open(path, flags, Mode::empty())?))
+}
+
+fn bounded(file: File) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     // One byte more than the bound shows that the file is larger.
-    let read = File::open(path)?.take(MOST + 1).read_to_end(&mut bytes)?;
+    let read = file.take(MOST + 1).read_to_end(&mut bytes)?;
     if read as u64 > MOST {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, "has more than 16 MiB, or no end"));
     }
@@ -42,8 +58,11 @@ mod tests {
         // `check` does not read from a pipe, which would then be empty for its later reader.
         let directory = tempfile::tempdir().unwrap();
         let pipe = directory.path().join("pipe");
-        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, Mode::RUSR).unwrap();
         assert!(check(&pipe).is_ok() && check(Path::new("/dev/zero")).is_err());
+        // Nobody writes into this pipe.
+        assert_eq!(read_now(&pipe).unwrap(), b"");
+        assert!(read_now(Path::new("/dev/zero")).is_err());
         let file = tempfile::NamedTempFile::new().unwrap();
         for (size, fits) in [(MOST, true), (MOST + 1, false)] {
             file.as_file().set_len(size).unwrap();

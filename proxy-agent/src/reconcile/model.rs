@@ -201,52 +201,8 @@ impl Model {
     /// Builds the model from the contents of the maps. Leaves out whatever is inconsistent, so that the next full
     /// plan writes it anew.
     pub fn restore(capacity: Capacity, contents: &Contents) -> Self {
-        let mut ports: BTreeMap<Arc<PortKey>, Port> = BTreeMap::new();
-        let mut orphans = Vec::new();
-        let mut by_service: BTreeMap<u32, Vec<PortBackend>> = BTreeMap::new();
-        for (id, b) in (0..).zip(&contents.backends).skip(1) {
-            if b.state.flags != 0 {
-                let backend = PortBackend { addr: b.addr, port: b.port, id, state: b.state };
-                by_service.entry(b.service).or_default().push(backend);
-            }
-        }
-        let mut names = contents.names.clone();
-        names.sort_by_key(|(id, _)| *id);
-        for (id, name) in &names {
-            // The name is written first, so a crash may have left nothing else.
-            let service = contents.services.get(*id as usize).copied().unwrap_or_default();
-            let Some(key) = parse_name(name).filter(|key| !ports.contains_key(key)) else {
-                orphans.push((*id, service.affinity.epoch));
-                continue;
-            };
-            let mut backends = by_service.remove(id).unwrap_or_default();
-            backends.sort_by_key(|b| (b.addr, b.port, b.id));
-            backends.dedup_by_key(|b| (b.addr, b.port));
-            let mut port = Port { id: *id, service, backends, replaced: Vec::new(), claims: Vec::new() };
-            port.service.cluster = intact(contents, &port, service.cluster, IN_CLUSTER);
-            port.service.local = intact(contents, &port, service.local, IN_LOCAL);
-            let pairs = [(service.cluster, port.service.cluster), (service.local, port.service.local)];
-            let replaced = pairs.into_iter().filter(|(names, keeps)| names != keeps && !names.is_empty());
-            port.replaced = replaced.map(|(names, _)| names).collect();
-            ports.insert(Arc::new(key), port);
-        }
-
-        let slots = loop {
-            let ranges = ports.values().flat_map(Port::ranges);
-            match SlotPool::restore(capacity.slots, ranges.collect()) {
-                Ok(pool) => break pool,
-                Err(bad) => {
-                    for port in ports.values_mut() {
-                        for range in [&mut port.service.cluster, &mut port.service.local] {
-                            if *range == bad {
-                                *range = UNKNOWN;
-                            }
-                        }
-                        port.replaced.retain(|range| *range != bad);
-                    }
-                }
-            }
-        };
+        let (mut ports, orphans) = restore_ports(contents);
+        let slots = restore_slots(capacity, &mut ports);
         let used = ports.values().map(|p| p.id).chain(orphans.iter().map(|(id, _)| *id)).collect();
         let epoch = |id: u32| contents.services.get(id as usize).map_or(0, |s| s.affinity.epoch);
         let service_ids = IdPool::restore(capacity.services, &used, epoch);
@@ -418,6 +374,60 @@ impl Model {
 
 /// A range that differs from every real range: it makes the next plan write the set anew.
 pub(crate) const UNKNOWN: SlotRange = SlotRange { base: 0, len: 0 };
+
+/// Returns the Service ports that have a name of their own, and ids with epochs of names that nothing else belongs to.
+fn restore_ports(contents: &Contents) -> (BTreeMap<Arc<PortKey>, Port>, Vec<(u32, u32)>) {
+    let mut ports: BTreeMap<Arc<PortKey>, Port> = BTreeMap::new();
+    let mut orphans = Vec::new();
+    let mut by_service: BTreeMap<u32, Vec<PortBackend>> = BTreeMap::new();
+    for (id, b) in (0..).zip(&contents.backends).skip(1) {
+        if b.state.flags != 0 {
+            let backend = PortBackend { addr: b.addr, port: b.port, id, state: b.state };
+            by_service.entry(b.service).or_default().push(backend);
+        }
+    }
+    let mut names = contents.names.clone();
+    names.sort_by_key(|(id, _)| *id);
+    for (id, name) in &names {
+        // The name is written first, so a crash may have left nothing else.
+        let service = contents.services.get(*id as usize).copied().unwrap_or_default();
+        let Some(key) = parse_name(name).filter(|key| !ports.contains_key(key)) else {
+            orphans.push((*id, service.affinity.epoch));
+            continue;
+        };
+        let mut backends = by_service.remove(id).unwrap_or_default();
+        backends.sort_by_key(|b| (b.addr, b.port, b.id));
+        backends.dedup_by_key(|b| (b.addr, b.port));
+        let mut port = Port { id: *id, service, backends, replaced: Vec::new(), claims: Vec::new() };
+        port.service.cluster = intact(contents, &port, service.cluster, IN_CLUSTER);
+        port.service.local = intact(contents, &port, service.local, IN_LOCAL);
+        let pairs = [(service.cluster, port.service.cluster), (service.local, port.service.local)];
+        let replaced = pairs.into_iter().filter(|(names, keeps)| names != keeps && !names.is_empty());
+        port.replaced = replaced.map(|(names, _)| names).collect();
+        ports.insert(Arc::new(key), port);
+    }
+    (ports, orphans)
+}
+
+/// Returns the slots that no set has. Sets that overlap another one, or do not fit, become unknown.
+fn restore_slots(capacity: Capacity, ports: &mut BTreeMap<Arc<PortKey>, Port>) -> SlotPool {
+    loop {
+        let ranges = ports.values().flat_map(Port::ranges);
+        match SlotPool::restore(capacity.slots, ranges.collect()) {
+            Ok(pool) => return pool,
+            Err(bad) => {
+                for port in ports.values_mut() {
+                    for range in [&mut port.service.cluster, &mut port.service.local] {
+                        if *range == bad {
+                            *range = UNKNOWN;
+                        }
+                    }
+                    port.replaced.retain(|range| *range != bad);
+                }
+            }
+        }
+    }
+}
 
 /// Returns `range` if `SLOTS` holds there the backends that carry the flag of `set`, else [`UNKNOWN`].
 fn intact(contents: &Contents, port: &Port, range: SlotRange, set: u32) -> SlotRange {

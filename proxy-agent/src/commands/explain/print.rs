@@ -1,7 +1,7 @@
 //! `proxy-agent explain`: reads the pinned maps, and puts the explanation into words.
 
 use std::io::{self, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use aya::maps::{HashMap, Map, MapData, MapError};
@@ -13,7 +13,7 @@ use proxy_common::datapath::lookup::{self, Target};
 use proxy_common::datapath::tables::{Tables as _, Tier};
 
 use super::clients;
-use super::explanation::{Explanation, explain};
+use super::explanation::{Explanation, ServiceView, explain};
 use super::pod::{ClientPod, PodError};
 use super::question::Question;
 use crate::bpf::maps::KernelMaps;
@@ -187,46 +187,7 @@ pub fn words(explanation: &Explanation, out: &mut impl Write) -> io::Result<()> 
         line(out, format_args!("frontend:  {} (flags: {flags})", frontend.name))?;
     }
     if let Some(service) = service {
-        let port = if service.port.is_empty() {
-            "unnamed port".to_owned()
-        } else {
-            format!("port {}", service.port)
-        };
-        line(
-            out,
-            format_args!("service:   {}/{}, {port} (id {})", service.namespace, service.name, service.id),
-        )?;
-        match service.affinity_seconds {
-            0 => writeln!(out, "affinity:  none")?,
-            seconds => writeln!(out, "affinity:  by client, {seconds}s")?,
-        }
-        if !service.source_ranges.is_empty() {
-            let ranges = service.source_ranges.join(" ");
-            let client = match (from, service.client_in_source_ranges) {
-                (Some(from), Some(true)) => format!("; {from} is in them"),
-                (Some(from), _) => format!("; {from} is not in them"),
-                (None, _) => "; packets are judged by their source: ask with --from".to_owned(),
-            };
-            line(out, format_args!("sources:   {ranges}{client}"))?;
-        }
-        let yes = |set: bool| if set { "yes" } else { "-" }.to_owned();
-        writeln!(out, "backends:  {}", if service.backends.is_empty() { "none" } else { "" })?;
-        let rows = service.backends.iter().map(|backend| {
-            [
-                format!("  {}", backend.endpoint),
-                yes(backend.in_cluster),
-                yes(backend.in_local),
-                yes(backend.serving),
-                yes(backend.on_this_node),
-                backend.reason.clone(),
-            ]
-        });
-        if !service.backends.is_empty() {
-            table(["  ENDPOINT", "CLUSTER", "LOCAL", "SERVING", "HERE", "WHY"], rows, out)?;
-        }
-        if !service.agent_answered {
-            writeln!(out, "  (no agent answers: endpoints that do not serve are not known)")?;
-        }
+        service_words(service, *from, out)?;
     }
     writeln!(out, "clients:")?;
     let rows = clients.iter().map(|answer| {
@@ -245,4 +206,43 @@ pub fn words(explanation: &Explanation, out: &mut impl Write) -> io::Result<()> 
         ]
     });
     table(["  CLIENT", "VERDICT", "BACKENDS OR REASON"], rows, out)
+}
+
+/// Prints a Service port with its backends. `from` is the client's address.
+fn service_words(service: &ServiceView, from: Option<IpAddr>, out: &mut impl Write) -> io::Result<()> {
+    let port =
+        if service.port.is_empty() { "unnamed port".to_owned() } else { format!("port {}", service.port) };
+    line(out, format_args!("service:   {}/{}, {port} (id {})", service.namespace, service.name, service.id))?;
+    match service.affinity_seconds {
+        0 => writeln!(out, "affinity:  none")?,
+        seconds => writeln!(out, "affinity:  by client, {seconds}s")?,
+    }
+    if !service.source_ranges.is_empty() {
+        let ranges = service.source_ranges.join(" ");
+        let client = match (from, service.client_in_source_ranges) {
+            (Some(from), Some(true)) => format!("; {from} is in them"),
+            (Some(from), _) => format!("; {from} is not in them"),
+            (None, _) => "; packets are judged by their source: ask with --from".to_owned(),
+        };
+        line(out, format_args!("sources:   {ranges}{client}"))?;
+    }
+    let yes = |set: bool| if set { "yes" } else { "-" }.to_owned();
+    writeln!(out, "backends:  {}", if service.backends.is_empty() { "none" } else { "" })?;
+    let rows = service.backends.iter().map(|backend| {
+        [
+            format!("  {}", backend.endpoint),
+            yes(backend.in_cluster),
+            yes(backend.in_local),
+            yes(backend.serving),
+            yes(backend.on_this_node),
+            backend.reason.clone(),
+        ]
+    });
+    if !service.backends.is_empty() {
+        table(["  ENDPOINT", "CLUSTER", "LOCAL", "SERVING", "HERE", "WHY"], rows, out)?;
+    }
+    if !service.agent_answered {
+        writeln!(out, "  (no agent answers: endpoints that do not serve are not known)")?;
+    }
+    Ok(())
 }

@@ -213,6 +213,25 @@ impl KubeProxyConfiguration {
         fill(&mut logging.flush_frequency, Value::from("5s"));
         zero(&mut logging.verbosity);
 
+        self.fill_sections_of_modes();
+
+        zero(&mut self.detect_local.bridge_interface);
+        zero(&mut self.detect_local.interface_name_prefix);
+
+        let conntrack = &mut self.conntrack;
+        fill(&mut conntrack.max_per_core, 32 * 1024);
+        fill(&mut conntrack.min, 128 * 1024);
+        fill(&mut conntrack.tcp_established_timeout, seconds(24 * 3600));
+        fill(&mut conntrack.tcp_close_wait_timeout, seconds(3600));
+        zero(&mut conntrack.tcp_be_liberal);
+        zero(&mut conntrack.udp_timeout);
+        zero(&mut conntrack.udp_stream_timeout);
+        self
+    }
+
+    /// Fills the sections of the proxy modes with their defaults.
+    fn fill_sections_of_modes(&mut self) {
+        let seconds = GoDuration::from_secs;
         let iptables = &mut self.iptables;
         fill(&mut iptables.masquerade_bit, 14);
         zero(&mut iptables.masquerade_all);
@@ -242,19 +261,6 @@ impl KubeProxyConfiguration {
         }
         zero(&mut windows.enable_dsr);
         zero(&mut windows.forward_health_check_vip);
-
-        zero(&mut self.detect_local.bridge_interface);
-        zero(&mut self.detect_local.interface_name_prefix);
-
-        let conntrack = &mut self.conntrack;
-        fill(&mut conntrack.max_per_core, 32 * 1024);
-        fill(&mut conntrack.min, 128 * 1024);
-        fill(&mut conntrack.tcp_established_timeout, seconds(24 * 3600));
-        fill(&mut conntrack.tcp_close_wait_timeout, seconds(3600));
-        zero(&mut conntrack.tcp_be_liberal);
-        zero(&mut conntrack.udp_timeout);
-        zero(&mut conntrack.udp_stream_timeout);
-        self
     }
 
     /// Returns the configuration as a file.

@@ -38,6 +38,8 @@ impl KubeProxy {
     pub(super) fn new(registry: &mut Registry) -> Self {
         let sync = || Durations::new_with_constructor(Buckets::Sync);
         let (sweep_duration, swept) = Self::sweeps(registry);
+        let [(endpoint_changes, endpoint_changes_pending), (service_changes, service_changes_pending)] =
+            Self::changes(registry);
         let metrics = Self {
             sync_duration: register(
                 registry,
@@ -75,30 +77,10 @@ impl KubeProxy {
                 "Time from a change of a Service's pods to the kernel maps, by the trigger time of the EndpointSlice",
                 Durations::new_with_constructor(Buckets::NetworkProgramming),
             ),
-            endpoint_changes: register(
-                registry,
-                "sync_proxy_rules_endpoint_changes",
-                "EndpointSlice changes seen",
-                Counter::default(),
-            ),
-            endpoint_changes_pending: register(
-                registry,
-                "sync_proxy_rules_endpoint_changes_pending",
-                "EndpointSlice changes that wait to be programmed",
-                Gauge::default(),
-            ),
-            service_changes: register(
-                registry,
-                "sync_proxy_rules_service_changes",
-                "Service changes seen; kube-proxy counts each once per family",
-                Counter::default(),
-            ),
-            service_changes_pending: register(
-                registry,
-                "sync_proxy_rules_service_changes_pending",
-                "Service changes that wait to be programmed",
-                Gauge::default(),
-            ),
+            endpoint_changes,
+            endpoint_changes_pending,
+            service_changes,
+            service_changes_pending,
             no_local_endpoints: register(
                 registry,
                 "sync_proxy_rules_no_local_endpoints_total",
@@ -121,6 +103,26 @@ impl KubeProxy {
                 drop(family.get_or_create(&ByCode { code }));
             }
         }
+    }
+
+    /// Registers the counters of changes seen and the gauges of changes that wait: of EndpointSlices, then of Services.
+    fn changes(registry: &mut Registry) -> [(Counter, Gauge); 2] {
+        [
+            (
+                "sync_proxy_rules_endpoint_changes",
+                "EndpointSlice changes seen",
+                "EndpointSlice changes that wait to be programmed",
+            ),
+            (
+                "sync_proxy_rules_service_changes",
+                "Service changes seen; kube-proxy counts each once per family",
+                "Service changes that wait to be programmed",
+            ),
+        ]
+        .map(|(name, seen, pending)| {
+            let count = register(registry, name, seen, Counter::default());
+            (count, register(registry, &format!("{name}_pending"), pending, Gauge::default()))
+        })
     }
 
     /// Registers the metrics of sweeps for UDP sockets, by the names that kube-proxy has for its connection tracking.

@@ -26,6 +26,7 @@ pub(super) struct Own {
 
 impl Own {
     pub(super) fn new(registry: &mut Registry) -> Self {
+        let [sockets_led, sockets_destroyed] = Self::sockets(registry);
         let metrics = Self {
             sync_failures: register(
                 registry,
@@ -47,18 +48,8 @@ impl Own {
                 "Elements of BPF maps that somebody else had changed, and programs that somebody else had detached (`links`); they have been written anew and attached again",
                 Labelled::default(),
             ),
-            sockets_led: register(
-                registry,
-                "sockets_led",
-                "Connected UDP sockets that were connected to where their Service leads now",
-                Counter::default(),
-            ),
-            sockets_destroyed: register(
-                registry,
-                "sockets_destroyed",
-                "Connected UDP sockets that were ended because their backend had left and they could not be led to another one",
-                Counter::default(),
-            ),
+            sockets_led,
+            sockets_destroyed,
             streams_freed: register(
                 registry,
                 "streams_freed",
@@ -86,12 +77,32 @@ impl Own {
         };
         let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("build", "The agent that runs", version);
+        metrics.begin_at_zero();
+        metrics
+    }
+
+    /// Registers the counters of sweeps for connected UDP sockets: led, destroyed.
+    fn sockets(registry: &mut Registry) -> [Counter; 2] {
+        [
+            (
+                "sockets_led",
+                "Connected UDP sockets that were connected to where their Service leads now",
+            ),
+            (
+                "sockets_destroyed",
+                "Connected UDP sockets that were ended because their backend had left and they could not be led to another one",
+            ),
+        ]
+        .map(|(name, help)| register(registry, name, help, Counter::default()))
+    }
+
+    /// Makes all labels appear with zero: a rate needs the zero before the first count.
+    fn begin_at_zero(&self) {
         for result in EventFate::ALL {
-            drop(metrics.events.get_or_create(&ByFate { result }));
+            drop(self.events.get_or_create(&ByFate { result }));
         }
         for stage in Stage::ALL {
-            drop(metrics.programming.get_or_create(&ByStage { stage }));
+            drop(self.programming.get_or_create(&ByStage { stage }));
         }
-        metrics
     }
 }

@@ -58,7 +58,7 @@ impl<S: Service<Request<B>>, B> Service<Request<B>> for WithToken<S> {
 
 impl TokenFile {
     fn read(&self) -> Option<HeaderValue> {
-        let token = named_file::read(self.file.as_ref()?).unwrap_or_default();
+        let token = named_file::read_now(self.file.as_ref()?).unwrap_or_default();
         let token = String::from_utf8(token).unwrap_or_default();
         let token = match (token.trim(), &self.instead) {
             ("", Some(instead)) => instead.expose_secret(),

@@ -145,30 +145,9 @@ impl Reader<'_> {
         }
         let known = Kind::ALL.into_iter().find(|kind| {
             let (name, group, _) = kind.names();
-            name == kind_name && api_version.strip_prefix(group).is_some_and(|version| !version.contains('/'))
+            name == kind_name && is_of_group(api_version, group)
         });
-        let Some(kind) = known else {
-            let meant = Kind::ALL.into_iter().map(Kind::names).find(|(name, group, _)| {
-                name.eq_ignore_ascii_case(kind_name)
-                    && api_version.strip_prefix(group).is_some_and(|version| !version.contains('/'))
-            });
-            let meant = meant.map(|(name, ..)| name);
-            if let Some(meant) = meant.filter(|meant| *meant != kind_name) {
-                return self.problem(
-                    at,
-                    None,
-                    &format!("kind {kind_name:?} is none; {meant} may be meant; the object is ignored"),
-                );
-            }
-            tracing::debug!(
-                file = self.shown,
-                document = at.document,
-                kind = kind_name,
-                api_version,
-                "not read"
-            );
-            return;
-        };
+        let Some(kind) = known else { return self.unknown(kind_name, api_version, at) };
         let (name, group, version) = kind.names();
         let is_workload = Kind::WORKLOADS.contains(&kind);
         if !is_workload && api_version.strip_prefix(group) != Some(version) {
@@ -201,6 +180,19 @@ impl Reader<'_> {
         }
     }
 
+    /// Leaves an object of an unknown kind. It is a problem only if the kind is a known one with other capitals.
+    fn unknown(&mut self, kind_name: &str, api_version: &str, at: &At) {
+        let meant = Kind::ALL
+            .into_iter()
+            .map(Kind::names)
+            .find(|(name, group, _)| name.eq_ignore_ascii_case(kind_name) && is_of_group(api_version, group));
+        if let Some((meant, ..)) = meant.filter(|(meant, ..)| *meant != kind_name) {
+            let reason = format!("kind {kind_name:?} is none; {meant} may be meant; the object is ignored");
+            return self.problem(at, None, &reason);
+        }
+        tracing::debug!(file = self.shown, document = at.document, kind = kind_name, api_version, "not read");
+    }
+
     fn problem(&mut self, at: &At, object: Option<&str>, reason: &str) {
         let object = self.place(at, object);
         self.parsed.problems.push(Problem { object, reason: reason.to_owned() });
@@ -219,6 +211,11 @@ impl Reader<'_> {
         }
         place
     }
+}
+
+/// Returns whether an `apiVersion` is of a group, which ends with a slash unless it is empty.
+fn is_of_group(api_version: &str, group: &str) -> bool {
+    api_version.strip_prefix(group).is_some_and(|version| !version.contains('/'))
 }
 
 /// Returns kind, namespace and name of an object that may otherwise be broken.

@@ -61,25 +61,7 @@ pub(super) fn assign(
         let of_family = ranges.iter().filter(|prefix| prefix.family() == family);
         of_family.map(|prefix| Pool::of_prefix(*prefix)).collect::<Vec<_>>()
     });
-    let mut wishes = Vec::new();
-    for (part, service) in services.iter().filter_map(|(part, service)| Some((*part, (*service)?))) {
-        if service.service_type == ServiceType::ExternalName {
-            continue;
-        }
-        // A Service without a selector has no Pods here, so it is taken as written.
-        if part.selector.is_empty() {
-            if service.cluster_ips == [None; 2] && !missing(part, service, ranges).is_empty() {
-                let given = given.entry(service.key.clone()).or_default();
-                given.problems.push(CLUSTER_IP_MISSING.to_owned());
-            }
-            continue;
-        }
-        for (family, is_second) in missing(part, service, ranges) {
-            wishes.push(Wish { service, what: What::ClusterIp(family, is_second) });
-        }
-        let numbers: BTreeSet<u16> = ports_without(part, service).map(|(_, port)| port.port).collect();
-        wishes.extend(numbers.into_iter().map(|port| Wish { service, what: What::NodePort(port) }));
-    }
+    let wishes = wishes(services, ranges, &mut given);
     let node_ports = Pool {
         first: NODE_PORTS.start,
         preferred: NODE_PORTS.start + NODE_PORTS_BY_HAND,
@@ -118,6 +100,34 @@ pub(super) fn assign(
         given.entry(key).or_default().problems = findings.finish();
     }
     given
+}
+
+/// Returns the numbers that Services lack. A Service without a selector is taken as written, with a problem in `given`.
+fn wishes<'a>(
+    services: &[(&'a ServicePart, Option<&'a Service>)],
+    ranges: &[Prefix],
+    given: &mut BTreeMap<ObjectKey, Given>,
+) -> Vec<Wish<'a>> {
+    let mut wishes = Vec::new();
+    for (part, service) in services.iter().filter_map(|(part, service)| Some((*part, (*service)?))) {
+        if service.service_type == ServiceType::ExternalName {
+            continue;
+        }
+        // A Service without a selector has no Pods here, so it is taken as written.
+        if part.selector.is_empty() {
+            if service.cluster_ips == [None; 2] && !missing(part, service, ranges).is_empty() {
+                let given = given.entry(service.key.clone()).or_default();
+                given.problems.push(CLUSTER_IP_MISSING.to_owned());
+            }
+            continue;
+        }
+        for (family, is_second) in missing(part, service, ranges) {
+            wishes.push(Wish { service, what: What::ClusterIp(family, is_second) });
+        }
+        let numbers: BTreeSet<u16> = ports_without(part, service).map(|(_, port)| port.port).collect();
+        wishes.extend(numbers.into_iter().map(|port| Wish { service, what: What::NodePort(port) }));
+    }
+    wishes
 }
 
 /// Returns the families in which a Service is to get an address, each with whether that is the Service's second
