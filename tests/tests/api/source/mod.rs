@@ -486,65 +486,6 @@ async fn pods_are_watched_only_if_they_may_opt_out() {
 }
 
 #[tokio::test]
-async fn configurations_that_cannot_work_are_refused() {
-    let folder = TempDir::new().unwrap();
-    let broken = folder.path().join("broken");
-    std::fs::write(&broken, "clusters: 7").unwrap();
-    for path in [folder.path().join("none"), broken] {
-        let Err(error) = Server::configured(Some(&path), None) else {
-            panic!("{} was accepted", path.display())
-        };
-        assert!(matches!(error, SourceError::Kubeconfig { .. }), "{error}");
-        assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
-    }
-    // The tests do not run in a pod.
-    let Err(error) = Server::configured(None, None) else { panic!("there is no ServiceAccount") };
-    assert!(matches!(error, SourceError::InCluster { .. }), "{error}");
-}
-
-#[tokio::test]
-async fn another_server_than_the_kubeconfigs() {
-    let server = ApiServer::start().unwrap();
-    let master = server.url().parse().unwrap();
-    let folder = TempDir::new().unwrap();
-    let kubeconfig = folder.path().join("kubeconfig");
-    std::fs::write(&kubeconfig, proxy_tests::apiserver::client::kubeconfig("http://127.0.0.1:1", None))
-        .unwrap();
-    for kubeconfig in [Some(kubeconfig.as_path()), None] {
-        let api = Server::configured(kubeconfig, Some(&master)).unwrap();
-        assert_eq!(api.url.trim_end_matches('/'), server.url());
-        let mut watched = Watched::of(api);
-        watched.until("synced", |watched| watched.synced == 1).await;
-    }
-}
-
-/// kubelet replaces the file long before the old token is refused. A clock that was set back must not matter.
-#[tokio::test]
-async fn a_new_token_is_used_at_once() {
-    let server = ApiServer::start().unwrap();
-    let all = json!({ "apiGroups": ["*"], "resources": ["*"], "verbs": ["*"] });
-    let rules = [serde_json::from_value(all).unwrap()];
-    server.restrict("first", &rules);
-    let folder = TempDir::new().unwrap();
-    let [kubeconfig, token] = ["kubeconfig", "token"].map(|name| folder.path().join(name));
-    let text = proxy_tests::apiserver::client::kubeconfig(&server.url(), None);
-    let user = format!("{{ tokenFile: {} }}", token.display());
-    assert_eq!(text.matches("user: {}").count(), 1, "{text}");
-    std::fs::write(&kubeconfig, text.replace("user: {}", &format!("user: {user}"))).unwrap();
-    std::fs::write(&token, "first\n").unwrap();
-    let mut watched = Watched::of(Server::configured(Some(&kubeconfig), None).unwrap());
-    watched.until("synced", |watched| watched.synced == 1).await;
-
-    std::fs::write(&token, "second\n").unwrap();
-    server.restrict("second", &rules);
-    server.compact();
-    server.cut_watches(Cut::Clean);
-    server.apply(service("s", 80)).unwrap();
-    watched.until_services(&["s:80"]).await;
-    assert_eq!(watched.problems, []);
-}
-
-#[tokio::test]
 async fn ends_with_its_receiver() {
     let server = ApiServer::start().unwrap();
     let mut watched = Watched::synced(&server).await;

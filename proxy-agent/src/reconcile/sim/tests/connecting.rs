@@ -2,8 +2,7 @@
 
 use super::*;
 
-/// Checks the verdict and the counter of connect() to an address. Unless the verdict is `Translated`, the socket must
-/// be unchanged.
+/// Checks verdict and counter of connect(). The socket stays unchanged unless the verdict is `Translated`.
 #[track_caller]
 pub(super) fn check<'a>(
     sim: &Simulator,
