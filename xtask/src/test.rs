@@ -1,6 +1,6 @@
 //! `test`: the test rings by name.
 //!
-//! - `unit` needs no privileges: unit and property tests of every crate, doc tests, and every suite (an integration test of
+//! - `unit` needs no root, but for a few tests that make network namespaces: unit and property tests of every crate, doc tests, and every suite (an integration test of
 //!   `tests/`, which is a directory of it) that is not named below.
 //! - `equivalence` needs root: the suite `kernel`, which runs the real BPF programs and the same code on the host on the
 //!   same packets.
@@ -157,7 +157,7 @@ fn ring_of(test: &str) -> Ring {
 /// Checks what the lab and the equivalence tests need, once for all of them, so that no test has to skip itself. They
 /// change the machine's kernel.
 fn check_lab() -> Result<()> {
-    let only_unit = "`cargo xtask test unit` runs the tests that need no privileges";
+    let only_unit = "`cargo xtask test unit` runs the tests that need no BPF programs and no lab";
     ensure!(
         is_root(),
         "these tests load BPF programs and create network namespaces: run as root; {only_unit}"

@@ -1,4 +1,4 @@
-//! Connected UDP sockets that are not where their VIP leads (semantics: kube-proxy's UDP conntrack cleanup).
+//! Connected UDP sockets that are not where their VIP leads. kube-proxy does this by removing UDP entries of conntrack.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,4 +1,5 @@
-//! The house of the code: rooms import downward, files do not import each other in circles, and the pure parts stay pure.
+//! The house of the code: a room imports only rooms above it, files do not import each other in circles, and the pure
+//! parts stay pure.
 //!
 //! The agent's rooms are the modules of `proxy-agent/src/lib.rs`: each imports only rooms that stand above it there.
 //! Tests may import what they like.

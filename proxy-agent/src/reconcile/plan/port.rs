@@ -141,7 +141,7 @@ fn place_backends(
 /// Changes the flags of a backend that stays. Until the flip the old set is still in use, so the bits of both sets
 /// count until then.
 fn change_state(old: &PortBackend, flags: u32, plan: &mut Plan, dead: &mut Vec<Op>) -> BackendState {
-    // The endpoint enters a set again: clients remembered for it are not sent back (semantics: affinity).
+    // The endpoint enters a set again: clients remembered for it are not sent back (cases P160 to P169).
     let enters = old.state.flags & IN_SETS == 0 && flags & IN_SETS != 0;
     let generation = old.state.generation.wrapping_add(u32::from(enters));
     let both = BackendState { flags: old.state.flags | flags, generation };

@@ -38,8 +38,8 @@ pub struct Work {
     pub meeting: u32,
 }
 
-/// Memory for one packet, too large for the 512 bytes of stack that a BPF program has. The rest that another
-/// packet has left in it does not matter.
+/// Memory for one packet, too large for the 512 bytes of stack that a BPF program has. Data that an
+/// earlier packet has left in it does not matter.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Scratch {
