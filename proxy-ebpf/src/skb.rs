@@ -9,7 +9,7 @@ use aya_ebpf::programs::TcContext;
 #[cfg(target_arch = "bpf")]
 use core::arch::asm;
 use core::ptr::addr_of;
-use proxy_common::datapath::edge::packet::Packet;
+use proxy_common::datapath::edge::packet::Packet as _;
 use proxy_common::datapath::edge::parsed::Parsed;
 
 pub(crate) const MAC_HEADER: u32 = 14;

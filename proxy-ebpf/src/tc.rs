@@ -12,7 +12,6 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::generated::{
     bpf_fib_lookup, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
 };
-#[cfg(target_arch = "bpf")]
 use core::mem::{MaybeUninit, offset_of};
 use core::ptr::addr_of;
 use proxy_common::addr::{Addr, Family};

@@ -229,19 +229,20 @@ fn with_cargo_test(selection: &Selection, filters: &[String], no_capture: bool) 
     Ok(())
 }
 
-/// Runs of `cargo test`, each with the arguments of its test programs. A whole lab has a second one, for the floods alone:
-/// they want the machine for themselves.
+/// Runs of `cargo test`, each with the arguments of its test programs. A whole lab has two of its own, the second one for
+/// the floods alone: they want the machine for themselves.
 fn goes(selection: &Selection, filters: &[String]) -> Vec<(Selection, Vec<String>)> {
     const FLOODS: &str = "floods::";
     if !filters.is_empty() || !selection.tests.iter().any(|test| test == LAB) {
         return vec![(selection.clone(), filters.to_vec())];
     }
-    let floods = Selection {
-        packages: selection.packages.clone(),
-        tests: vec!["--test".to_owned(), LAB.to_owned()],
-        unit: false,
-    };
-    vec![(selection.clone(), vec!["--skip".to_owned(), FLOODS.to_owned()]), (floods, vec![FLOODS.to_owned()])]
+    let option = |test: &str| ["--test".to_owned(), test.to_owned()];
+    let others = selection.tests.chunks(2).filter(|pair| *pair != option(LAB)).flatten().cloned().collect();
+    let others = Selection { tests: others, ..selection.clone() };
+    let lab = Selection { tests: option(LAB).into(), unit: false, ..selection.clone() };
+    let first = (others.unit || !others.tests.is_empty()).then_some((others, Vec::new()));
+    let without = (lab.clone(), vec!["--skip".to_owned(), FLOODS.to_owned()]);
+    first.into_iter().chain([without, (lab, vec![FLOODS.to_owned()])]).collect()
 }
 
 /// Runs `cargo test`, shows its output and adds up what it counts.
@@ -335,10 +336,13 @@ mod tests {
             assert_eq!(goes(selection, &strings(filters)), want);
         };
         let all = selection(&["--test", "lab", "--test", "pure"], true);
-        let alone = (selection(&["--test", "lab"], false), ["floods::"].as_slice());
-        check(&all, &[], &[(all.clone(), &["--skip", "floods::"]), alone]);
-        check(&all, &["p080"], &[(all.clone(), &["p080"])]);
         let pure = selection(&["--test", "pure"], true);
+        let lab = selection(&["--test", "lab"], false);
+        let (rest, floods) =
+            ((lab.clone(), ["--skip", "floods::"].as_slice()), (lab.clone(), ["floods::"].as_slice()));
+        check(&all, &[], &[(pure.clone(), &[]), rest.clone(), floods.clone()]);
+        check(&lab, &[], &[rest, floods]);
+        check(&all, &["p080"], &[(all.clone(), &["p080"])]);
         check(&pure, &[], &[(pure.clone(), &[])]);
     }
 

@@ -18,8 +18,8 @@ pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
     bounded(File::open(path)?)
 }
 
-/// Returns what the file has now: a pipe without data is empty, and nothing waits for its writer. For a file that is read
-/// again and again, on a thread that others need.
+/// Returns what the file has now, and waits for nobody: a pipe whose writer has written nothing is empty. For a file that
+/// is read again and again, on a thread that others need.
 ///
 /// # Errors
 /// As [`read`].
@@ -31,8 +31,12 @@ pub(crate) fn read_now(path: &Path) -> io::Result<Vec<u8>> {
 fn bounded(file: File) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     // One byte more than the bound shows that the file is larger.
-    let read = file.take(MOST + 1).read_to_end(&mut bytes)?;
-    if read as u64 > MOST {
+    match file.take(MOST + 1).read_to_end(&mut bytes) {
+        // The writer of a pipe has not closed it yet. What has come so far is in `bytes`.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+        read => drop(read?),
+    }
+    if bytes.len() as u64 > MOST {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, "has more than 16 MiB, or no end"));
     }
     Ok(bytes)
@@ -49,6 +53,9 @@ pub(crate) fn check(path: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[test]
@@ -60,8 +67,13 @@ mod tests {
         let pipe = directory.path().join("pipe");
         rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, Mode::RUSR).unwrap();
         assert!(check(&pipe).is_ok() && check(Path::new("/dev/zero")).is_err());
-        // Nobody writes into this pipe.
+        // Nobody has opened this pipe for writing; then somebody has, and does not close it.
         assert_eq!(read_now(&pipe).unwrap(), b"");
+        fs::set_permissions(&pipe, fs::Permissions::from_mode(0o600)).unwrap();
+        let mut writer = File::options().read(true).write(true).open(&pipe).unwrap();
+        assert_eq!(read_now(&pipe).unwrap(), b"");
+        writer.write_all(b"token").unwrap();
+        assert_eq!(read_now(&pipe).unwrap(), b"token");
         assert!(read_now(Path::new("/dev/zero")).is_err());
         let file = tempfile::NamedTempFile::new().unwrap();
         for (size, fits) in [(MOST, true), (MOST + 1, false)] {

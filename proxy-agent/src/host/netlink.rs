@@ -1,17 +1,12 @@
 //! Blocking netlink: a request, and the answers to it.
 
 use std::io;
-use std::time::Duration;
 
 use rtnetlink::packet_core::{
     NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
     NetlinkSerializable,
 };
 use rtnetlink::sys::{Socket, SocketAddr};
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
-
-/// Longest wait for an answer. The kernel answers at once, unless somebody holds the lock of all devices.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A netlink socket to the network namespace in which it was opened.
 pub(crate) struct Netlink(Socket);
@@ -20,7 +15,6 @@ impl Netlink {
     /// Opens a socket of a protocol, in the network namespace of the calling thread.
     pub(crate) fn open(protocol: isize) -> io::Result<Self> {
         let mut socket = Socket::new(protocol)?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
         Ok(Self(socket))

@@ -375,8 +375,10 @@ impl Model {
 /// A range that differs from every real range: it makes the next plan write the set anew.
 pub(crate) const UNKNOWN: SlotRange = SlotRange { base: 0, len: 0 };
 
+type Ports = BTreeMap<Arc<PortKey>, Port>;
+
 /// Returns the Service ports that have a name of their own, and ids with epochs of names that nothing else belongs to.
-fn restore_ports(contents: &Contents) -> (BTreeMap<Arc<PortKey>, Port>, Vec<(u32, u32)>) {
+fn restore_ports(contents: &Contents) -> (Ports, Vec<(u32, u32)>) {
     let mut ports: BTreeMap<Arc<PortKey>, Port> = BTreeMap::new();
     let mut orphans = Vec::new();
     let mut by_service: BTreeMap<u32, Vec<PortBackend>> = BTreeMap::new();
@@ -410,7 +412,7 @@ fn restore_ports(contents: &Contents) -> (BTreeMap<Arc<PortKey>, Port>, Vec<(u32
 }
 
 /// Returns the slots that no set has. Sets that overlap another one, or do not fit, become unknown.
-fn restore_slots(capacity: Capacity, ports: &mut BTreeMap<Arc<PortKey>, Port>) -> SlotPool {
+fn restore_slots(capacity: Capacity, ports: &mut Ports) -> SlotPool {
     loop {
         let ranges = ports.values().flat_map(Port::ranges);
         match SlotPool::restore(capacity.slots, ranges.collect()) {

@@ -1,8 +1,8 @@
 //! The catalogue of maps: every map with its name, layout, growth, writers and readers, once.
 //!
 //! The agent makes, checks and grows the maps by this table, code names maps by its constants, and the table in
-//! `docs/maps.md` is printed from it. `proxy-ebpf/src/maps.rs` declares the same maps for the programs; the agent
-//! refuses an object that differs.
+//! `docs/maps.md` is printed from it. `proxy-ebpf/src/maps.rs` declares the same maps for the programs; a test compares the
+//! object with the catalogue.
 
 use crate::abi::socket::{Order, SocketRecord, StreamRecord, UdpFlow, UdpFlowKey};
 use crate::abi::{

@@ -60,6 +60,8 @@ fn run_case(case: Case, pods: Pods) -> Result<()> {
 fn every_case_has_its_tests() {
     assert_eq!(SEEN, cases::lab_tests(Pods::Seen));
     assert_eq!(UNSEEN, cases::lab_tests(Pods::Unseen));
+    // A mistake about what can be checked would make tests vanish.
+    assert_eq!([SEEN.len(), UNSEEN.len()], [149, 143]);
 }
 
 #[test]

@@ -40,6 +40,8 @@ fn run(name: &str) -> Result<()> {
 #[test]
 fn every_case_with_anything_to_check_has_its_test() {
     assert_eq!(NAMES, cases::pure_tests());
+    // A mistake about what can be checked would make tests vanish.
+    assert_eq!(NAMES.len(), 142);
 }
 
 #[test]

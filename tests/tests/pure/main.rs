@@ -2,6 +2,7 @@
 //! no kernel, no socket and no clock, and needs no privileges.
 
 mod cases;
+mod catalogue;
 mod inputs;
 #[cfg(test)]
 mod packets;

@@ -6,7 +6,7 @@
 //! 1. names, new source ranges, new backends and new slot ranges are written, then the Services flip to them;
 //! 2. frontends appear or move (one replacement each), then frontends vanish;
 //! 3. unwanted source ranges are removed, and elements that nothing refers to are marked dead; their numbers are free
-//!    after a grace period ([`Freed`]).
+//!    after a grace period ([`crate::reconcile::model::Freed`]).
 //!
 //! A frontend with source ranges therefore never has fewer of them than its Service wants or wanted, and a service id
 //! that is reused has no source ranges of its last owner.

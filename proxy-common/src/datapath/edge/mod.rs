@@ -1,13 +1,13 @@
 //! The packet edge: translates packets of clients outside this node, and of pods whose sockets the socket
 //! edge does not see.
 //!
-//! Each client has one edge: the device that its packets enter by. [`ingress`] applies DNAT to a request when
-//! it enters, and [`egress`] applies reverse NAT to the reply when it leaves by that device. Between the two,
+//! Each client has one edge: the device that its packets enter by. [`ingress()`] applies DNAT to a request when
+//! it enters, and [`egress()`] applies reverse NAT to the reply when it leaves by that device. Between the two,
 //! the kernel and its packet filters see the addresses of the real client and of the real backend. When a
-//! request of an outside client leaves for a backend on another node, [`egress`] applies SNAT to an address
+//! request of an outside client leaves for a backend on another node, [`egress()`] applies SNAT to an address
 //! of this node, so that the reply comes back here.
 //!
-//! The key of a flow includes its [`Origin`]: the pod's interface, or all external devices together. A pod
+//! The key of a flow includes its [`Origin`](crate::abi::Origin): the pod's interface, or all external devices together. A pod
 //! that forges another client's source address therefore begins a flow of its own, and no reply to that
 //! client belongs to this flow.
 //!

@@ -1,7 +1,7 @@
 //! Flows: looked up by any of their tuples, created once, kept while they live.
 //!
-//! A flow begins in the maps that evict ([`Tier::New`]). It moves to the maps that never evict
-//! ([`Tier::Assured`]) when its client goes on after a reply. A reply alone proves nothing, because a live
+//! A flow begins in the maps that evict ([`Tier::New`](super::tables::Tier::New)). It moves to the maps that never evict
+//! ([`Tier::Assured`](super::tables::Tier::Assured)) when its client goes on after a reply. A reply alone proves nothing, because a live
 //! backend replies to spoofed requests, too. For TCP the client has to acknowledge what the backend sent.
 //! Until then only a packet that answers the client's own SYN counts as a reply: somebody else may have a
 //! direct connection to the backend between the same addresses and ports.
