@@ -14,6 +14,8 @@ mod workspace;
 
 mod process;
 
+mod rings;
+
 mod toolchain;
 
 mod target;

@@ -13,7 +13,8 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum;
 
-use crate::kernels::{KEYRING, Machine};
+use crate::kernels::apt::KEYRING;
+use crate::kernels::machine::Machine;
 use crate::plan::{Compiler, DEBIAN_RUST, Plan};
 use crate::process::{output, run as run_command, say};
 use crate::target::Target;

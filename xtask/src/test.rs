@@ -14,17 +14,16 @@
 
 use std::env;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::build_ebpf;
 use crate::kernels;
 use crate::process::{run as run_command, say};
+use crate::rings::{LAB, Ring, Selection, build, select};
 use crate::setup::{self, Part, mounted};
-use crate::workspace::{self, Package, find_program, is_root};
+use crate::workspace::{self, find_program, is_root};
 
 /// Arguments of `test`.
 #[derive(clap::Args)]
@@ -48,32 +47,10 @@ enum Other {
     Kernels(kernels::Args),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ring {
-    Unit,
-    Equivalence,
-    Lab,
-    All,
-}
-
 /// Environment variables by which a Kubernetes client finds its API server by default. The tests have servers of their
 /// own.
 const OF_THE_USER: [&str; 5] =
     ["KUBECONFIG", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT", "HTTPS_PROXY", "https_proxy"];
-
-/// The suite of the ring of the same name.
-const LAB: &str = "lab";
-
-/// The tests to run, as options of cargo.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Selection {
-    /// Options that name the packages; the same for every ring.
-    packages: Vec<String>,
-    /// Options that name every integration test of the ring.
-    tests: Vec<String>,
-    /// Whether unit tests and doc tests are selected.
-    unit: bool,
-}
 
 /// Builds and runs a ring.
 ///
@@ -101,23 +78,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// Builds the packages of the rings, and returns the directory of the agent and of the programs of crate `tests`.
-///
-/// # Errors
-/// When a build fails.
-pub(crate) fn development_programs() -> Result<PathBuf> {
-    build(&select(&workspace::packages()?, Ring::All))?;
-    Ok(workspace::target_dir().join("debug"))
-}
-
-fn build(selection: &Selection) -> Result<()> {
-    build_ebpf::run(&build_ebpf::Args { debug_log: false })?;
-    let mut agent = workspace::cargo();
-    // The test programs are built by the same command: a build of the agent alone would select other features.
-    agent.arg("build").args(&selection.packages).args(["--bin", "proxy-agent"]).args(&selection.tests);
-    run_command(&mut agent)
-}
-
 /// Splits a leading ring name off the arguments.
 fn split(args: &[String]) -> (Ring, &[String]) {
     let ring = match args.first().map(String::as_str) {
@@ -128,30 +88,6 @@ fn split(args: &[String]) -> (Ring, &[String]) {
         _ => return (Ring::All, args),
     };
     (ring, &args[1..])
-}
-
-fn select(packages: &[Package], ring: Ring) -> Selection {
-    // The programs themselves run only in the kernel.
-    let packages = || packages.iter().filter(|package| package.name != "proxy-ebpf");
-    let in_ring = |name: &&String| ring == Ring::All || ring == ring_of(name);
-    let option = |option: &str, value: &str| [option.to_owned(), value.to_owned()];
-    Selection {
-        packages: packages().flat_map(|package| option("--package", &package.name)).collect(),
-        tests: packages()
-            .flat_map(|package| package.tests.iter().filter(in_ring))
-            .flat_map(|test| option("--test", test))
-            .collect(),
-        unit: matches!(ring, Ring::Unit | Ring::All),
-    }
-}
-
-/// Returns the ring of an integration test.
-fn ring_of(test: &str) -> Ring {
-    match test {
-        LAB => Ring::Lab,
-        "kernel" => Ring::Equivalence,
-        _ => Ring::Unit,
-    }
 }
 
 /// Checks what the lab and the equivalence tests need, once for all of them, so that no test has to skip itself. They
@@ -282,6 +218,7 @@ impl Total {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::workspace::Package;
 
     fn strings(words: &[&str]) -> Vec<String> {
         words.iter().map(|&word| word.to_owned()).collect()

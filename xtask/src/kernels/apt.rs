@@ -33,7 +33,7 @@ impl Apt {
     /// # Errors
     /// When the directory cannot be written, or there are no lists at all.
     pub(super) fn update(suite: &'static str, machine: Machine) -> Result<Self> {
-        let dir = super::dir().join(machine.name()).join(suite);
+        let dir = super::machine::dir().join(machine.name()).join(suite);
         let apt = Self { suite, machine, dir };
         for part in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(apt.dir.join(part))

@@ -1,7 +1,9 @@
 //! The kernels and machines of the ring, and the names that Debian, Rust and QEMU give them.
 
+use crate::workspace;
 use std::env;
 use std::fmt;
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
@@ -138,4 +140,9 @@ impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
     }
+}
+
+/// Returns the directory of packages, initramfs and logs.
+pub(super) fn dir() -> PathBuf {
+    workspace::target_dir().join("kernels")
 }

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-mod apt;
+pub(crate) mod apt;
 
 mod boot;
 
@@ -21,7 +21,7 @@ mod budget;
 
 mod initramfs;
 
-mod machine;
+pub(crate) mod machine;
 
 mod report;
 
@@ -29,17 +29,15 @@ mod rows;
 
 mod verdict;
 
-pub(crate) use apt::KEYRING;
-pub(crate) use machine::Machine;
+use machine::Machine;
 
 use crate::process::say;
 use crate::target::Target;
-use crate::workspace;
-use crate::{build, setup, test};
+use crate::{build, rings, setup};
 use apt::Apt;
 use budget::Budget;
 use initramfs::{Image, Programs};
-use machine::{Arch, Kernel};
+use machine::{Arch, Kernel, dir};
 use report::Outcome;
 use rows::LIFETIME;
 use verdict::{Console, SECTIONS};
@@ -62,11 +60,6 @@ pub(crate) struct Args {
     /// after a full run README's table.
     #[arg(long)]
     bless: bool,
-}
-
-/// Returns the directory of packages, initramfs and logs.
-fn dir() -> PathBuf {
-    workspace::target_dir().join("kernels")
 }
 
 /// One kernel on one machine, ready to be started.
@@ -171,7 +164,7 @@ fn split(args: &[String]) -> (Vec<Kernel>, &[String]) {
 /// Builds the programs that run in the kernel.
 fn programs(machine: Machine, dev: bool) -> Result<Programs> {
     Ok(if dev {
-        Programs { dir: test::development_programs()?, dynamic: true }
+        Programs { dir: rings::development_programs()?, dynamic: true }
     } else {
         Programs {
             dir: build::release(&Target::new(Some(machine.name()))?, build::Programs::Tool("kernel-rows"))?,
