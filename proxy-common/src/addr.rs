@@ -90,10 +90,7 @@ impl Addr {
     /// Returns `0.0.0.0` or `::`, in the family of this address.
     #[inline(always)]
     pub fn unspecified(&self) -> Self {
-        match self.family() {
-            Family::V4 => Self::v4([0; 4]),
-            Family::V6 => Self::ZERO,
-        }
+        Self::unspecified_of(self.family())
     }
 
     /// Returns `0.0.0.0` or `::`: the address in the keys of nodePorts.

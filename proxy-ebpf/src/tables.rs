@@ -1,10 +1,9 @@
 //! The maps as the datapath reads and writes them.
 
-use crate::cell::Cell;
-use crate::steps;
+use core::ptr::read_volatile;
+
 use aya_ebpf::btf_maps::lpm_trie;
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
-use core::ptr::read_volatile;
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, Counter, Device, Event, Flow, FlowKey, FlowRef, FragmentKey,
     FragmentPorts, FrontendKey, FrontendValue, Node, Service, StreamRecord, Trace, UdpFlow, UdpFlowKey,
@@ -14,12 +13,14 @@ use proxy_common::datapath::edge::tables::EdgeTables;
 use proxy_common::datapath::edge::work::Work;
 use proxy_common::datapath::tables::{Tables, Tier};
 
+use crate::cell::Cell;
 use crate::maps::{
     AFFINITY, BACKENDS, BPF_ANY, BPF_NOEXIST, COARSE_CLOCK, COUNTERS, DEVICES, EVENTS, FILTER, FLOW_INDEX,
     FLOWS, FRAGMENTS, FRONTENDS, LOCAL_ADDRESSES, Maps, NEW_AFFINITY, NEW_FLOW_INDEX, NEW_FLOWS, NODE,
     OPT_OUT, POD_SOURCES, SANDBOXES, SERVICE_CIDRS, SERVICE_COUNTERS, SERVICES, SLOTS, SOURCE_RANGES,
     STREAMS, SourceRange, TRACE, UDP_FLOWS,
 };
+use crate::steps;
 
 /// Loads a value of one or more aligned 64-bit words word by word, each exactly once: the agent stores whole words.
 macro_rules! load_words {

@@ -3,8 +3,9 @@
 //! Bytes are read from the packet's linear part if they are there, otherwise by helper. They are written by helpers,
 //! which keep the kernel's own record of the checksum (`CHECKSUM_COMPLETE`, `CHECKSUM_PARTIAL`) right.
 
-use crate::skb::{MAC_HEADER, Skb, get, opaque, read_bytes};
-use crate::steps;
+use core::mem::{MaybeUninit, offset_of};
+use core::ptr::addr_of;
+
 use aya_ebpf::bindings::{
     BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT,
     bpf_fib_lookup as FibLookup, bpf_redir_neigh as Neighbour,
@@ -12,14 +13,15 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::generated::{
     bpf_fib_lookup, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
 };
-use core::mem::{MaybeUninit, offset_of};
-use core::ptr::addr_of;
 use proxy_common::addr::{Addr, Family};
 use proxy_common::datapath::edge::packet::{FURTHEST, Packet};
 use proxy_common::datapath::edge::parsed::Parsed;
 use proxy_common::datapath::edge::sctp;
 use proxy_common::datapath::edge::tables::EdgeTables;
 use proxy_common::datapath::edge::work::Work;
+
+use crate::skb::{MAC_HEADER, Skb, get, opaque, read_bytes};
+use crate::steps;
 
 /// `BPF_ADJ_ROOM_MAC` of linux/bpf.h.
 const ADJ_ROOM_MAC: u32 = 1;

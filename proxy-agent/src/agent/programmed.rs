@@ -1,9 +1,10 @@
 //! Kernel objects that the agent holds once the maps are open.
 
+use std::sync::Arc;
+
 use crate::bpf::dataplane::Dataplane;
 use crate::host::sockets::{SocketMaps, SocketSweeper};
 use crate::reconcile::model::Model;
-use std::sync::Arc;
 
 /// Kernel objects that have been set up, and the model of the maps.
 pub(super) struct Programmed {

@@ -3,7 +3,6 @@
 //! Everything is pinned: the dataplane outlives the agent. A restart replaces the programs one by one, each in one
 //! step, on the same maps; no connection notices.
 
-use proxy_common::abi::maps;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd as _;
@@ -15,6 +14,7 @@ use aya::programs::links::FdLink;
 use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, ProgramType};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
+use proxy_common::abi::maps;
 
 use super::load::{Refused, chain, describe, log_level, reason, timed};
 use super::maps::{GrowError, KernelMaps};

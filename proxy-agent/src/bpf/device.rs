@@ -1,12 +1,14 @@
 //! A device to attach programs to, in one direction, and the reasons why that fails.
 
-use super::load::reason;
-use crate::bpf::chain;
+use std::io;
+use std::path::PathBuf;
+
 use aya::EbpfError;
 use aya::programs::{ProgramError, TcAttachType};
 use serde::{Deserialize, Serialize};
-use std::io;
-use std::path::PathBuf;
+
+use super::load::reason;
+use crate::bpf::chain;
 
 /// Direction of packets, seen from the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -16,6 +16,7 @@ use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError
 use aya::programs::{Program, ProgramError, ProgramType, SchedClassifier};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
+use proxy_common::abi::maps;
 
 use super::clsact::{HANDLE, make_clsact, priority};
 use super::dataplane::{OBJECT, kernel};
@@ -25,7 +26,6 @@ use super::load::{Refused, describe, log_level, timed};
 use super::notes::Notes;
 use super::pins::PinDir;
 use super::sys;
-use proxy_common::abi::maps;
 
 /// A pair of programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

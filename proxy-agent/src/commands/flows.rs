@@ -5,6 +5,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 
 use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
+use proxy_common::abi::proto;
 use proxy_common::abi::{Flow, FlowKey, FlowKind, FrontendKey, Origin};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
@@ -22,7 +23,6 @@ use crate::config::args::{FlowsArgs, Output};
 use crate::host::clock::now;
 use crate::reconcile::desired::PortKey;
 use crate::reconcile::model::{Model, Port};
-use proxy_common::abi::proto::name as proto_name;
 
 /// A flow, as printed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -121,7 +121,7 @@ pub(crate) fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::R
             FlowView {
                 service: owner.map(|(owner, _)| owner.service.to_string()),
                 port: owner.map(|(owner, _)| owner.port_name.to_string()).unwrap_or_default(),
-                protocol: proto_name(key.proto),
+                protocol: proto::name(key.proto),
                 client: address(key.source, flow.client_port),
                 vip: address(flow.vip, flow.vip_port),
                 backend: address(key.destination, key.destination_port),
@@ -146,7 +146,7 @@ fn own_datagram(key: &FlowKey, flow: &Flow, now: u64) -> FlowView {
     FlowView {
         service: None,
         port: String::new(),
-        protocol: proto_name(key.proto),
+        protocol: proto::name(key.proto),
         client: address(key.source, key.source_port),
         vip: host,
         backend: host,

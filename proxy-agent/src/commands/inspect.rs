@@ -14,6 +14,7 @@ use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERV
 use proxy_common::abi::frontend::{FrontendKind, flags};
 use proxy_common::abi::maps;
 use proxy_common::abi::node::{HOST_IN_PACKETS, PODS_IN_PACKETS};
+use proxy_common::abi::proto;
 use proxy_common::abi::{ABI_VERSION, Counter, FrontendKey, FrontendValue, ServiceCounters};
 use serde::Serialize;
 
@@ -30,7 +31,6 @@ use crate::observe::report;
 use crate::observe::report::{State, program_object};
 use crate::reconcile::model::{Model, PortBackend};
 use crate::reconcile::plan::FrontendName;
-use proxy_common::abi::proto::name as proto_name;
 
 /// Reason why nothing can be shown.
 #[derive(Debug, thiserror::Error)]
@@ -383,7 +383,7 @@ pub fn service_views(model: &Model) -> Vec<ServiceView> {
             namespace: key.service.namespace.to_string(),
             name: key.service.name.to_string(),
             port: key.port_name.to_string(),
-            protocol: proto_name(key.proto),
+            protocol: proto::name(key.proto),
             family: key.family.to_string(),
             id: port.id,
             frontends: frontends.remove(&port.id).unwrap_or_default(),
@@ -405,7 +405,7 @@ pub fn backend_views(model: &Model) -> Vec<BackendView> {
             id: backend.id,
             service: key.service.to_string(),
             port: key.port_name.to_string(),
-            protocol: proto_name(key.proto),
+            protocol: proto::name(key.proto),
             endpoint: endpoint(backend),
             flags: names(
                 backend.state.flags,

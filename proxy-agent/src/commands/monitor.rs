@@ -13,6 +13,7 @@ use aya::maps::{Array, Map, MapData, RingBuf};
 use k8s_openapi::jiff::Timestamp;
 use proxy_common::abi::event::{PACKET, place};
 use proxy_common::abi::maps;
+use proxy_common::abi::proto;
 use proxy_common::abi::{Counter, Event, Trace};
 use proxy_common::addr::Addr;
 use serde::Serialize;
@@ -26,7 +27,6 @@ use crate::commands::table::line;
 use crate::config::args::{MonitorArgs, Output};
 use crate::host::clock::now;
 use crate::reconcile::model::Model;
-use proxy_common::abi::proto::name as proto_name;
 
 /// Interval at which tracing is prolonged.
 const RENEW: Duration = Duration::from_secs(1);
@@ -241,7 +241,7 @@ fn view(event: &Event, names: &Names, clock: Clock) -> EventView {
             place::EGRESS => Some("out"),
             _ => None,
         },
-        protocol: proto_name(event.proto),
+        protocol: proto::name(event.proto),
         source: (!at_socket).then_some(source),
         destination,
         new_source: (!at_socket && new_source != source).then_some(new_source),

@@ -8,6 +8,7 @@ use std::fmt;
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 use proxy_common::abi::maps;
+use proxy_common::abi::proto;
 use proxy_common::abi::{Backend, FrontendKey, FrontendKind, SlotRange};
 use proxy_common::addr::Prefix;
 use serde::Serialize;
@@ -16,7 +17,6 @@ use crate::reconcile::desired::PortKey;
 use crate::reconcile::model::{Model, Port, UNKNOWN, service_name};
 use crate::reconcile::plan::FrontendName;
 use crate::reconcile::store::{Contents, filter_words};
-use proxy_common::abi::proto::name as proto_name;
 
 /// One element that differs from its wanted state.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -192,7 +192,7 @@ fn slots(contents: &Contents, range: SlotRange) -> Option<&[u32]> {
 }
 
 fn port_name(key: &PortKey) -> String {
-    let (service, protocol) = (&key.service, proto_name(key.proto));
+    let (service, protocol) = (&key.service, proto::name(key.proto));
     match &*key.port_name {
         "" => format!("{service} {protocol} {}", key.family),
         name => format!("{service} {name}/{protocol} {}", key.family),

@@ -1,12 +1,13 @@
 //! The kernels and machines of the ring, and the names that Debian, Rust and QEMU give them.
 
-use crate::workspace;
 use std::env;
 use std::fmt;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
+
+use crate::workspace;
 
 /// A kernel of the ring, named by its first two numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

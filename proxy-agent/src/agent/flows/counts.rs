@@ -1,18 +1,18 @@
 //! Number of elements in the maps that the programs fill, as of the last look, for readers that cannot take the time to
 //! count.
 
-use crate::bpf::pins::OpenError;
-use aya::maps::MapError;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use aya::maps::MapError;
 use proxy_common::abi::maps;
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, UdpFlow, UdpFlowKey,
 };
 
 use crate::bpf::flow_maps::{Element, Table};
+use crate::bpf::pins::OpenError;
 use crate::bpf::pins::PinDir;
 
 /// Reason why a collection ended early. The next one starts afresh.

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use proxy_common::abi::FrontendKey;
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
 use proxy_common::abi::frontend::flags::SOURCE_RANGES;
+use proxy_common::abi::proto;
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::tables::EdgeTables as _;
@@ -19,7 +20,6 @@ use crate::commands::inspect::{FrontendView, endpoint, frontend_view};
 use crate::observe::reasons::EndpointReasons;
 use crate::reconcile::model::{Model, PortBackend};
 use crate::reconcile::sim::Simulator;
-use proxy_common::abi::proto::name as proto_name;
 
 /// Kind of owner of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -156,7 +156,7 @@ pub fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanat
     };
     let mut explanation = Explanation {
         target: SocketAddr::new(addr.to_ip(), port.get()),
-        protocol: proto_name(proto),
+        protocol: proto::name(proto),
         from: from.map(Addr::to_ip),
         pod: None,
         client_note: None,
@@ -204,7 +204,7 @@ fn note(maps: &Simulator, model: &Model, question: &Question, owner: Owner) -> O
     match owner {
         Owner::UnusedPort => {
             let exact = model.frontends.keys().filter(|key| key.addr == addr && key.port != Be16::default());
-            let ports = exact.map(|key| format!("{}/{}", key.port.get(), proto_name(key.proto)));
+            let ports = exact.map(|key| format!("{}/{}", key.port.get(), proto::name(key.proto)));
             Some(format!("it has {}", ports.collect::<Vec<_>>().join(" ")))
         }
         Owner::Other => {

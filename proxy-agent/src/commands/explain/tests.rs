@@ -2,8 +2,11 @@
 //! drains. Service 2 has no backend, 3 has session affinity, and 4 is Local without an endpoint here. Pods are
 //! 10.64.0.0/16, the node is 192.0.2.10.
 
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use proxy_common::abi::FrontendKey;
+use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
 use proxy_common::abi::frontend::flags::{
     DENY_HOST, DENY_POD, EXTERNAL, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL, SOURCE_RANGES,
 };
@@ -15,17 +18,12 @@ use proxy_common::abi::{
     Affinity, AffinityKey, AffinityValue, Backend, BackendState, Device, FrontendValue, Service, SlotRange,
     device::flags::NEAR,
 };
+use proxy_common::addr::Addr;
 use proxy_common::addr::{Family, Prefix};
+use proxy_common::be::Be16;
 
 use super::clients::Verdict;
 use super::print::{client_note, words};
-use std::net::{IpAddr, SocketAddr};
-
-use proxy_common::abi::FrontendKey;
-use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
-use proxy_common::addr::Addr;
-use proxy_common::be::Be16;
-
 use super::*;
 use crate::commands::inspect::print_data;
 use crate::observe::reasons;

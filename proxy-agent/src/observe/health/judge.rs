@@ -1,12 +1,13 @@
 //! Answers to the probes: pure.
 
-use crate::observe::probe::Probe;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::jiff::Timestamp;
 use proxy_common::addr::Family;
 use serde::Serialize;
+
+use crate::observe::probe::Probe;
 
 /// Progress of the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,7 @@
-use proxy_common::abi::maps;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use proxy_common::abi::maps;
 
 use super::serve::router;
 use super::*;

@@ -1,10 +1,12 @@
 //! Facts about the node and its configuration.
 
-use super::budget::Budget;
-use crate::reconcile::cluster::Node;
-use proxy_common::addr::{Addr, Prefix};
 use std::collections::BTreeSet;
 use std::sync::Arc;
+
+use proxy_common::addr::{Addr, Prefix};
+
+use super::budget::Budget;
+use crate::reconcile::cluster::Node;
 
 /// Facts about this node and its configuration that endpoint selection and frontends depend on.
 #[derive(Clone, Debug, Default)]

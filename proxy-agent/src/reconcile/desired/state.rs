@@ -1,10 +1,12 @@
 //! The state to program, as values.
 
-use crate::reconcile::cluster::ObjectKey;
+use std::sync::Arc;
+
 use proxy_common::abi::{FrontendKey, SlotRange};
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
-use std::sync::Arc;
+
+use crate::reconcile::cluster::ObjectKey;
 
 /// A Service port in one family: the unit that gets an id in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -1,7 +1,8 @@
 //! A part of the change of one Service.
 
-use crate::reconcile::desired::{DesiredPort, PortKey};
 use std::sync::Arc;
+
+use crate::reconcile::desired::{DesiredPort, PortKey};
 
 /// Maximal number of reasons reported for one Service.
 pub(crate) const REASONS: usize = 16;

@@ -11,10 +11,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::http::Uri;
+use complaints::Complaints;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt as _, StreamExt as _};
+use intake::Intake;
 use kube::client::ClientBuilder;
 use kube::{Client, Config};
+use token::TokenFile;
 use tokio::sync::mpsc::Sender;
 
 use crate::config::opt_out::Rules;
@@ -23,9 +26,6 @@ use crate::reconcile::desired::Budgets;
 use crate::sources::api::requests::CountRequests;
 use crate::sources::error::SourceError;
 use crate::sources::update::Update;
-use complaints::Complaints;
-use intake::Intake;
-use token::TokenFile;
 
 mod complaints;
 mod follow;

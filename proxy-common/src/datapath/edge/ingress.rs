@@ -12,7 +12,7 @@ use super::verdict::{Edge, Verdict};
 use super::work::{Beside, Choice, How, Meeting, Numbers, Refusal, Scratch, Work};
 use super::{direct, icmp, own_datagrams};
 use crate::abi::{Counter, Flow, FlowKey, backend::flags::SERVING, flow, proto};
-use crate::datapath::lookup::{self};
+use crate::datapath::lookup;
 use crate::datapath::trace::{self, At};
 
 /// Handles a packet that enters through a device.

@@ -1,8 +1,9 @@
 //! Each map is too small once: only the Service that does not fit is refused, keeps its previous state, and is
 //! programmed as soon as there is room.
 
-use super::*;
 use proxy_common::abi::maps;
+
+use super::*;
 
 /// Checks that `s` and `t` fit, and that the change of `s` to `more` does not, until `t` is gone.
 #[track_caller]

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use proxy_common::abi::proto;
 use proxy_common::addr::Family;
 
 use super::slices::{ENDPOINTS_MAX, Found};
@@ -13,7 +14,6 @@ use crate::sources::manifests::id::Id;
 use crate::sources::manifests::labels::Labelled;
 use crate::sources::manifests::parts::ServicePart;
 use crate::sources::update::Problem;
-use proxy_common::abi::proto::name as proto_name;
 
 /// Position of a slice in the files, and the slice.
 pub(super) type Written<'a> = (&'a str, &'a Slice);
@@ -111,6 +111,6 @@ pub(super) fn of_selector(
 
 /// Returns the name of a port for messages.
 fn shown(name: &str, proto: u8) -> String {
-    let proto = proto_name(proto);
+    let proto = proto::name(proto);
     if name.is_empty() { format!("the one without a name ({proto})") } else { format!("{name:?} ({proto})") }
 }

@@ -1,5 +1,6 @@
 //! Tests with real directories and real inotify.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -9,8 +10,6 @@ use tempfile::TempDir;
 use tokio::sync::mpsc::{Receiver, channel};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
-
-use std::ffi::OsStr;
 
 use super::*;
 use crate::config::opt_out::{ANNOTATION, Rules};

@@ -1,10 +1,11 @@
 //! Tests of the numbers that Services are assigned.
 
+use proxy_common::addr::Addr;
+
 use super::super::addresses::{Given, assign};
 use super::*;
 use crate::config::lenient;
 use crate::sources::convert::CLUSTER_IP_MISSING;
-use proxy_common::addr::Addr;
 
 /// Returns the numbers that Services a/NAME with these specs are assigned from these ranges, by name. A spec without a
 /// selector gets one.
