@@ -367,11 +367,13 @@ impl Cluster {
     /// Marks every Service that has one of these addresses: its problems depend on whether this host has the address,
     /// too.
     pub(crate) fn touch_at(&mut self, addresses: &BTreeSet<Addr>) {
-        let has = |service: &&Service| {
+        if addresses.is_empty() {
+            return;
+        }
+        let concerned = self.services.values().filter(|service| {
             let from_outside = service.external_ips.iter().chain(&service.load_balancer_ips);
             service.cluster_ips.iter().flatten().chain(from_outside).any(|addr| addresses.contains(addr))
-        };
-        let concerned = self.services.values().filter(|service| !addresses.is_empty() && has(service));
+        });
         self.dirty.extend(concerned.map(|service| service.key.clone()));
     }
 
@@ -398,12 +400,12 @@ impl Cluster {
 
     /// Returns a quick upper estimate of the cost to program a Service: its frontends, endpoints and source ranges.
     pub(crate) fn weight(&self, key: &ObjectKey) -> usize {
-        let of_service = |service: &Service| {
+        let endpoints = self.slices(key).map(|slice| slice.ports.len() * slice.endpoints.len());
+        let of_service = self.service(key).map_or(0, |service| {
             let addresses = 4 + service.external_ips.len() + service.load_balancer_ips.len();
             service.ports.len() * (addresses + service.source_ranges.len())
-        };
-        let endpoints = self.slices(key).map(|slice| slice.ports.len() * slice.endpoints.len());
-        self.service(key).map_or(0, of_service) + endpoints.sum::<usize>()
+        });
+        of_service + endpoints.sum::<usize>()
     }
 
     /// Returns the slices of a Service, by name.

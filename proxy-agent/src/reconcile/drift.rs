@@ -9,12 +9,12 @@ use std::fmt;
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 use proxy_common::abi::maps;
 use proxy_common::abi::proto;
-use proxy_common::abi::{Backend, FrontendKey, FrontendKind, SlotRange};
+use proxy_common::abi::{Backend, FrontendKind, SlotRange};
 use proxy_common::addr::Prefix;
 use serde::Serialize;
 
 use crate::reconcile::desired::PortKey;
-use crate::reconcile::model::{Model, Port, UNKNOWN, service_name};
+use crate::reconcile::model::{Model, UNKNOWN, service_name};
 use crate::reconcile::plan::FrontendName;
 use crate::reconcile::store::{Contents, filter_words};
 
@@ -124,24 +124,23 @@ impl Differences<'_> {
     }
 
     fn frontends(&mut self, model: &Model, contents: &Contents) {
-        let name = |all: &Self, key: &FrontendKey| {
+        self.entries(maps::FRONTENDS, &model.frontends, &contents.frontends, |all, key| {
             let owner = model.frontends.get(key).filter(|_| key.kind != FrontendKind::Address as u8);
             match owner {
                 Some(value) => format!("{} of {}", FrontendName(key), all.port(value.service)),
                 None => FrontendName(key).to_string(),
             }
-        };
-        self.entries(maps::FRONTENDS, &model.frontends, &contents.frontends, name);
+        });
     }
 
     fn services(&mut self, model: &Model, contents: &Contents) {
         let names = model.ports.iter().map(|(key, port)| (port.id, service_name(key))).collect();
         self.entries(maps::NAMES, &names, &contents.names, |all, id| all.port(*id));
         // Sets that a crash broke and that could not be rewritten for lack of room are reported elsewhere.
-        let whole = |port: &Port| {
-            port.replaced.is_empty() && ![port.service.cluster, port.service.local].contains(&UNKNOWN)
-        };
-        for (key, port) in model.ports.iter().filter(|(_, port)| whole(port)) {
+        for (key, port) in &model.ports {
+            if !port.replaced.is_empty() || [port.service.cluster, port.service.local].contains(&UNKNOWN) {
+                continue;
+            }
             let found = contents.services.get(port.id as usize);
             if found != Some(&port.service) {
                 self.note(maps::SERVICES, port_name(key), "has other sets or another affinity".to_owned());
@@ -158,10 +157,13 @@ impl Differences<'_> {
     }
 
     fn backends(&mut self, model: &Model, contents: &Contents) {
-        let elements = |port: &Port| {
-            port.backends.iter().map(|backend| (backend.id, backend.element(port.id))).collect::<Vec<_>>()
-        };
-        let mut wanted: BTreeMap<u32, Backend> = model.ports.values().flat_map(elements).collect();
+        let mut wanted: BTreeMap<u32, Backend> = model
+            .ports
+            .values()
+            .flat_map(|port| {
+                port.backends.iter().map(|backend| (backend.id, backend.element(port.id))).collect::<Vec<_>>()
+            })
+            .collect();
         for (id, found) in (0..).zip(&contents.backends) {
             let what = match wanted.remove(&id) {
                 Some(backend) if backend == *found => continue,

@@ -204,11 +204,13 @@ impl Model {
         let (mut ports, orphans) = restore_ports(contents);
         let slots = restore_slots(capacity, &mut ports);
         let used = ports.values().map(|p| p.id).chain(orphans.iter().map(|(id, _)| *id)).collect();
-        let epoch = |id: u32| contents.services.get(id as usize).map_or(0, |s| s.affinity.epoch);
-        let service_ids = IdPool::restore(capacity.services, &used, epoch);
+        let service_ids = IdPool::restore(capacity.services, &used, |id| {
+            contents.services.get(id as usize).map_or(0, |s| s.affinity.epoch)
+        });
         let used = ports.values().flat_map(|p| p.backends.iter().map(|b| b.id)).collect();
-        let generation = |id: u32| contents.backends.get(id as usize).map_or(0, |b| b.state.generation);
-        let backend_ids = IdPool::restore(capacity.backends, &used, generation);
+        let backend_ids = IdPool::restore(capacity.backends, &used, |id| {
+            contents.backends.get(id as usize).map_or(0, |b| b.state.generation)
+        });
         Self {
             ports,
             claims: BTreeMap::new(),

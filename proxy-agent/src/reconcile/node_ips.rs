@@ -62,8 +62,8 @@ mod tests {
         let object = json!({"metadata": {"name": "n1"}, "status": {"addresses": addresses}});
         let object: objects::Node = serde_json::from_value(object).unwrap();
         let node = Converter::new("n1").node(&object).unwrap();
-        let addr = |text: &str| text.parse::<std::net::IpAddr>().unwrap().into();
-        let ips = NodeIps::derive(&node, bind_address.map(addr));
+        let bind_address = bind_address.map(|text| text.parse::<std::net::IpAddr>().unwrap().into());
+        let ips = NodeIps::derive(&node, bind_address);
         assert_eq!(Family::ALL.map(|family| ips.of(family).to_string()), want);
         assert_eq!(ips.primary(), primary);
     }

@@ -128,8 +128,6 @@ mod tests {
     fn one_tenant_takes_nothing_from_another() {
         let (t0, period) = (Instant::now(), Duration::from_secs(10));
         let mut shares = Shares::new(3, period);
-        let got =
-            |shares: &mut Shares, tenant, now| (0..100).filter_map(|_| shares.take(tenant, now)).count();
         assert_eq!(got(&mut shares, "a", t0), 3);
         assert_eq!(got(&mut shares, "b", t0), 3);
         assert_eq!(got(&mut shares, "a", t0 + period - Duration::from_millis(1)), 0);
@@ -137,6 +135,10 @@ mod tests {
         assert_eq!(shares.take("a", t0 + period), Some(197));
         assert_eq!(shares.take("a", t0 + 3 * period), Some(0));
         assert_eq!(got(&mut shares, "a", t0 + 1000 * period), 3);
+    }
+
+    fn got(shares: &mut Shares, tenant: &str, now: Instant) -> usize {
+        (0..100).filter_map(|_| shares.take(tenant, now)).count()
     }
 
     #[test]

@@ -35,15 +35,16 @@ impl Serving {
     /// Builds the index from the UDP part of `model`.
     pub(crate) fn of(model: &Model) -> Self {
         let udp = model.frontends.iter().filter(|(key, _)| key.proto == proto::UDP);
-        let serving = |port: &crate::reconcile::model::Port| {
-            let serving = port.backends.iter().filter(|b| b.state.flags & SERVING != 0);
-            serving.map(|b| (b.addr, b.port)).collect()
-        };
         let ports = model.ports.iter().filter(|(key, _)| key.proto == proto::UDP);
         let addresses = model.local_addresses.iter().filter(|(_, bits)| *bits & NODEPORT != 0);
         Self {
             frontends: udp.map(|(key, value)| (*key, value.service)).collect(),
-            backends: ports.map(|(_, port)| (port.id, serving(port))).collect(),
+            backends: ports
+                .map(|(_, port)| {
+                    let serving = port.backends.iter().filter(|b| b.state.flags & SERVING != 0);
+                    (port.id, serving.map(|b| (b.addr, b.port)).collect())
+                })
+                .collect(),
             node_ports_at: addresses.map(|(addr, _)| *addr).collect(),
         }
     }
@@ -77,11 +78,11 @@ impl Serving {
     /// Returns the backends that serve a VIP; `None` if no Service has the VIP.
     fn serving(&self, (addr, port): (Addr, Be16)) -> Option<&BTreeSet<(Addr, Be16)>> {
         let exact = self.frontends.get(&FrontendKey::exact(addr, port, proto::UDP));
-        let node_port = || {
+        let service = exact.or_else(|| {
             let key = FrontendKey::node_port(addr.unspecified(), port, proto::UDP);
             self.node_ports_at.contains(&addr).then(|| self.frontends.get(&key)).flatten()
-        };
-        self.backends.get(exact.or_else(node_port)?)
+        });
+        self.backends.get(service?)
     }
 }
 
@@ -98,11 +99,14 @@ mod tests {
 
     /// Service 1 at 10.0.0.1 and nodePort 30053 with the backend 10.0.1.1; Service 2 at 10.0.0.2 without backends.
     fn serving() -> Serving {
-        let exact = |last| FrontendKey::exact(at(0, last).0, at(0, last).1, proto::UDP);
+        let [first, second] = [1, 2].map(|last| {
+            let (addr, port) = at(0, last);
+            FrontendKey::exact(addr, port, proto::UDP)
+        });
         let (here, port) = HERE();
         let node_port = FrontendKey::node_port(here.unspecified(), port, proto::UDP);
         Serving {
-            frontends: [(exact(1), 1), (exact(2), 2), (node_port, 1)].into(),
+            frontends: [(first, 1), (second, 2), (node_port, 1)].into(),
             backends: [(1, [at(1, 1)].into()), (2, BTreeSet::new())].into(),
             node_ports_at: [here].into(),
         }

@@ -215,8 +215,7 @@ impl Contents {
     /// maps in use.
     pub(crate) fn elements(&self) -> impl Iterator<Item = Op> {
         let names = self.names.iter().map(|(id, name)| Op::Name(*id, Some(Box::new(*name))));
-        let used = |backend: &&Backend| **backend != Backend::default();
-        let backends = (0..).zip(&self.backends).filter(move |(_, backend)| used(backend));
+        let backends = (0..).zip(&self.backends).filter(|(_, backend)| **backend != Backend::default());
         let backends = backends.map(|(id, backend)| Op::Backend(id, *backend));
         let services = (0..).zip(&self.services).map(|(id, service)| Op::Service(id, *service));
         let ranges = self.source_ranges.iter().map(|(id, range)| Op::SourceRange(*id, *range, true));

@@ -139,30 +139,32 @@ pub(super) fn judge(port: (u8, &str), slices: &ByPort<'_>, context: &Context) ->
     let any_local_ready = ready().any(|endpoint| endpoint.local);
     let topology = Topology::choose(ready(), context);
 
-    let standing = |entry: &Entry<'_>| {
-        let &Entry { endpoint, port } = entry;
-        let &Endpoint { addr, ready, serving, terminating, local, .. } = endpoint;
-        let fit = |others_ready: bool| match (ready, terminating, serving) {
-            (true, ..) => Ok(()),
-            (false, true, true) if !others_ready => Ok(()),
-            (false, true, true) => Err(Reason::OthersReady),
-            (false, true, false) => Err(Reason::ServesNoMore),
-            (false, false, _) => Err(Reason::NotReady),
-        };
-        let hinted = if ready { topology.judge(endpoint) } else { Ok(()) };
-        let here = if local { Ok(()) } else { Err(Reason::NotOnThisNode) };
-        Standing {
-            addr,
-            port,
-            ready,
-            serving,
-            terminating,
-            on_this_node: local,
-            cluster: fit(any_ready).and(hinted),
-            local: here.and_then(|()| fit(any_local_ready)),
-        }
-    };
-    found.iter().map(standing).collect()
+    found
+        .iter()
+        .map(|entry| {
+            let &Entry { endpoint, port } = entry;
+            let &Endpoint { addr, ready, serving, terminating, local, .. } = endpoint;
+            let fit = |others_ready: bool| match (ready, terminating, serving) {
+                (true, ..) => Ok(()),
+                (false, true, true) if !others_ready => Ok(()),
+                (false, true, true) => Err(Reason::OthersReady),
+                (false, true, false) => Err(Reason::ServesNoMore),
+                (false, false, _) => Err(Reason::NotReady),
+            };
+            let hinted = if ready { topology.judge(endpoint) } else { Ok(()) };
+            let here = if local { Ok(()) } else { Err(Reason::NotOnThisNode) };
+            Standing {
+                addr,
+                port,
+                ready,
+                serving,
+                terminating,
+                on_this_node: local,
+                cluster: fit(any_ready).and(hinted),
+                local: here.and_then(|()| fit(any_local_ready)),
+            }
+        })
+        .collect()
 }
 
 const fn bit(set: bool, bit: u32) -> u32 {

@@ -86,11 +86,12 @@ impl OfFamily {
 
     /// Returns the frontends of `port`, by key. `node_port` 0 means that the port has no nodePort.
     pub(super) fn of_port(&self, port: &ServicePort, node_port: u16) -> Vec<(FrontendKey, u16)> {
-        let exact = |(addr, flags): (&Addr, &u16)| {
-            (FrontendKey::exact(*addr, Be16::new(port.port), port.proto), *flags)
-        };
         let mut frontends = Vec::with_capacity(self.addresses.len() + 1);
-        frontends.extend(self.addresses.iter().map(exact));
+        frontends.extend(
+            self.addresses
+                .iter()
+                .map(|(addr, flags)| (FrontendKey::exact(*addr, Be16::new(port.port), port.proto), *flags)),
+        );
         if node_port != 0 {
             frontends.push((
                 FrontendKey::node_port(Addr::unspecified_of(self.family), Be16::new(node_port), port.proto),
@@ -116,11 +117,10 @@ fn external_ips(
     }
     let others = in_family(&service.external_ips, family).filter(|addr| *addr != cluster_ip);
     let why_not = |addr: &Addr| {
-        let among_cluster_ips = || {
+        on_this_node(addr, context).or_else(|| {
             let cidr = context.service_cidrs.iter().find(|cidr| cidr.contains(*addr))?;
             Some(format!("it is in the ServiceCIDR {cidr}, whose addresses are clusterIPs only"))
-        };
-        on_this_node(addr, context).or_else(among_cluster_ips)
+        })
     };
     admitted("spec.externalIPs", others, why_not, problems)
 }

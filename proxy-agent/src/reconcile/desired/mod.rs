@@ -104,11 +104,14 @@ pub(crate) fn standings<'a>(
 ) -> Vec<Vec<Standing>> {
     let by_port = Family::ALL
         .map(|family| endpoints::ByPort::new(slices.clone().filter(move |slice| slice.family == family)));
-    let of_port = |port: &DesiredPort| {
-        let PortKey { proto, port_name, family, .. } = &port.key;
-        endpoints::judge((*proto, port_name), &by_port[family.index()], context)
-    };
-    desired.ports.iter().map(of_port).collect()
+    desired
+        .ports
+        .iter()
+        .map(|port| {
+            let PortKey { proto, port_name, family, .. } = &port.key;
+            endpoints::judge((*proto, port_name), &by_port[family.index()], context)
+        })
+        .collect()
 }
 
 /// Returns the ports that do not contradict an earlier one, each with the nodePort that it may have (0 for none). The

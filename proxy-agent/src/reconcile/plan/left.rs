@@ -88,9 +88,9 @@ pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
 /// Returns whether all packets that this host sends to a clusterIP meet the packet edge: no prefix of `elsewhere`, to
 /// which routes lead past the packet edge, overlaps a ServiceCIDR.
 pub fn meets_edges(model: &Model, elsewhere: &[Prefix]) -> bool {
-    let is_concerned =
-        |prefix: &Prefix| model.service_cidrs.iter().any(|cidr| cidr.covers(prefix) || prefix.covers(cidr));
-    !elsewhere.iter().any(is_concerned)
+    !elsewhere
+        .iter()
+        .any(|prefix| model.service_cidrs.iter().any(|cidr| cidr.covers(prefix) || prefix.covers(cidr)))
 }
 
 #[cfg(test)]
@@ -129,15 +129,21 @@ mod tests {
         }
     }
 
+    fn opted_out(cgroup: u64) -> Op {
+        Op::OptOut(cgroup, Some(EVERYTHING))
+    }
+
+    fn opted_in(cgroup: u64) -> Op {
+        Op::OptOut(cgroup, None)
+    }
+
     #[test]
     fn who_has_opted_out_is_left_to_packets_if_there_are_any() {
         use Op::NodeFlags;
-        let begins = |cgroup| Op::OptOut(cgroup, Some(EVERYTHING));
-        let ends = |cgroup| Op::OptOut(cgroup, None);
         for (found, opted_out, pods_in_packets, want) in [
-            (&[][..], Some(&[1, 2][..]), Some(true), vec![begins(1), begins(2), NodeFlags(BOTH)]),
-            (&[1, 2], Some(&[2, 3]), Some(true), vec![begins(3), ends(1)]),
-            (&[1], Some(&[]), Some(true), vec![NodeFlags(PODS_IN_PACKETS), ends(1)]),
+            (&[][..], Some(&[1, 2][..]), Some(true), vec![opted_out(1), opted_out(2), NodeFlags(BOTH)]),
+            (&[1, 2], Some(&[2, 3]), Some(true), vec![opted_out(3), opted_in(1)]),
+            (&[1], Some(&[]), Some(true), vec![NodeFlags(PODS_IN_PACKETS), opted_in(1)]),
             (&[1], None, Some(true), vec![]),
             (&[1], None, None, vec![]),
             (&[1], Some(&[1]), Some(false), vec![NodeFlags(0)]),
@@ -198,17 +204,19 @@ mod tests {
             let mut model = model(flags, opt_out, netns);
             let opted_out: BTreeSet<u64> = opted_out.iter().copied().collect();
             // Each sandbox has one container, with the number of its pod's cgroup.
-            let sandbox = |&(cgroup, netns)| {
-                (
-                    cgroup,
-                    super::Sandbox {
-                        netns: Some(netns).filter(|netns| *netns != 0),
-                        containers: [cgroup].into(),
-                    },
-                )
-            };
-            let sandboxes: Option<BTreeMap<u64, super::Sandbox>> =
-                sandboxes.map(|all| all.iter().map(sandbox).collect());
+            let sandboxes: Option<BTreeMap<u64, super::Sandbox>> = sandboxes.map(|all| {
+                all.iter()
+                    .map(|&(cgroup, netns)| {
+                        (
+                            cgroup,
+                            super::Sandbox {
+                                netns: Some(netns).filter(|netns| *netns != 0),
+                                containers: [cgroup].into(),
+                            },
+                        )
+                    })
+                    .collect()
+            });
             let wanted = LeftAlone {
                 pods_in_packets: Some(pods),
                 host_in_packets: None,
@@ -234,8 +242,6 @@ mod tests {
             assert_eq!(model.node_flags, want, "{found} {host:?}");
         }
 
-        let prefix =
-            |text: &str, len| Prefix::new(text.parse::<std::net::IpAddr>().unwrap().into(), len).unwrap();
         let contents = Contents {
             service_cidrs: vec![prefix("10.96.0.0", 16), prefix("fd00:96::", 112)],
             ..Contents::default()
@@ -257,5 +263,9 @@ mod tests {
             assert_eq!(meets_edges(&model, &[prefix(elsewhere, len)]), want, "{elsewhere}/{len}");
         }
         assert!(meets_edges(&model, &[]));
+    }
+
+    fn prefix(text: &str, len: u8) -> Prefix {
+        Prefix::new(text.parse::<std::net::IpAddr>().unwrap().into(), len).unwrap()
     }
 }

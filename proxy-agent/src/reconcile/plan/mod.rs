@@ -101,11 +101,14 @@ pub(crate) fn plan_part(model: &mut Model, service: &ObjectKey, part: &Part<'_>)
 /// Returns the ports of a Service that the model has and that are not among `ports`, which are sorted.
 pub(crate) fn ports_beside(model: &Model, service: &ObjectKey, ports: &[DesiredPort]) -> Vec<Arc<PortKey>> {
     let mut wanted = ports.iter().map(|port| &port.key).peekable();
-    let is_gone = |key: &&Arc<PortKey>| {
-        while wanted.next_if(|wanted| **wanted < ***key).is_some() {}
-        wanted.peek().is_none_or(|wanted| **wanted != ***key)
-    };
-    model.ports_of(service).filter(is_gone).cloned().collect()
+    model
+        .ports_of(service)
+        .filter(|key| {
+            while wanted.next_if(|wanted| **wanted < ***key).is_some() {}
+            wanted.peek().is_none_or(|wanted| **wanted != ***key)
+        })
+        .cloned()
+        .collect()
 }
 
 fn change_service(
@@ -164,13 +167,13 @@ fn claim(
     };
     let Some(port) = model.ports.get_mut(key) else { return };
     // Same frontends and same creation time: nothing has changed.
-    let known = |(frontend, flags): &(FrontendKey, u16)| {
+    let known = frontends.first().is_none_or(|(frontend, flags)| {
         let claims = model.claims.get(frontend).map_or(&[][..], Vec::as_slice);
         claims.binary_search(&claim_of(frontend, *flags)).is_ok()
-    };
-    if port.claims == frontends && frontends.first().is_none_or(known) {
-        let unsettled = |(frontend, _): &&(FrontendKey, u16)| model.unsettled.contains(frontend);
-        touched.extend(frontends.iter().filter(unsettled).map(|(frontend, _)| *frontend));
+    });
+    if known && port.claims == frontends {
+        let frontends = frontends.iter().map(|(frontend, _)| *frontend);
+        touched.extend(frontends.filter(|frontend| model.unsettled.contains(frontend)));
         return;
     }
     touched.extend(port.claims.iter().chain(frontends).map(|(frontend, _)| *frontend));
@@ -190,12 +193,15 @@ fn keep_claims(model: &mut Model, desired: &DesiredPort, created: i64, touched: 
     if !port.claims.is_empty() {
         return;
     }
-    let has = |(key, _): &(FrontendKey, u16)| {
-        let value = model.frontends.get(key)?;
-        let ours = value.service == port.id || key.kind == FrontendKind::Address as u8;
-        ours.then_some((*key, value.flags))
-    };
-    let kept: Vec<_> = desired.frontends.iter().filter_map(has).collect();
+    let kept: Vec<_> = desired
+        .frontends
+        .iter()
+        .filter_map(|(key, _)| {
+            let value = model.frontends.get(key)?;
+            let ours = value.service == port.id || key.kind == FrontendKind::Address as u8;
+            ours.then_some((*key, value.flags))
+        })
+        .collect();
     let key = Arc::clone(key);
     claim(model, &key, created, &kept, touched);
 }

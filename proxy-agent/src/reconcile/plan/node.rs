@@ -129,7 +129,6 @@ mod tests {
     fn what_does_not_fit_is_left_out_and_named() {
         let mut tables = hosts(0..LOCAL_ADDRESS_ENTRIES + 3);
         tables.addresses.insert(addr(0), HOST | NODEPORT);
-        let prefix = |number: u32| Prefix::new(addr(number << 8), 24).unwrap();
         tables.service_cidrs = (0..PREFIX_ENTRIES + 1).map(prefix).collect();
         tables.pod_sources = (0..PREFIX_ENTRIES + 2).map(prefix).collect();
         let problems = tables.fit();
@@ -146,6 +145,10 @@ mod tests {
         all.addresses.values_mut().for_each(|bits| *bits |= NODEPORT);
         assert_eq!(all.fit().len(), 1);
         assert_eq!(all.addresses.len(), LOCAL_ADDRESS_ENTRIES as usize);
+    }
+
+    fn prefix(number: u32) -> Prefix {
+        Prefix::new(addr(number << 8), 24).unwrap()
     }
 
     /// No prefix of the operations holds more elements than there is room for.

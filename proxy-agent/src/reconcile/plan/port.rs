@@ -58,13 +58,17 @@ pub(super) fn change_port(
 
 /// Checks that the backends and source ranges that are new have room.
 fn check_room(model: &Model, before: Option<&Port>, desired: &DesiredPort) -> Result<(), Full> {
-    let is_new = |wanted: &&DesiredBackend| {
-        before.is_none_or(|before| find(&before.backends, wanted.addr, wanted.port).is_none())
-    };
-    check(maps::BACKENDS, desired.backends.iter().filter(is_new).count(), model.backend_ids.available())?;
-    let is_new =
-        |range: &&Prefix| before.is_none_or(|before| !model.source_ranges.contains(&(before.id, **range)));
-    let needed = desired.source_ranges.iter().filter(is_new).count();
+    let needed = desired
+        .backends
+        .iter()
+        .filter(|wanted| before.is_none_or(|old| find(&old.backends, wanted.addr, wanted.port).is_none()))
+        .count();
+    check(maps::BACKENDS, needed, model.backend_ids.available())?;
+    let needed = desired
+        .source_ranges
+        .iter()
+        .filter(|range| before.is_none_or(|old| !model.source_ranges.contains(&(old.id, **range))))
+        .count();
     // Unwanted source ranges make no room yet, because they are removed last.
     let used = u32::try_from(model.source_ranges.len()).unwrap_or(u32::MAX);
     check(maps::SOURCE_RANGES, needed, model.capacity.source_ranges.saturating_sub(used))
@@ -79,9 +83,10 @@ struct Reserved {
 impl Reserved {
     /// Takes slots for both sets, or for none of them.
     fn take(model: &mut Model, desired: &DesiredPort) -> Result<Self, Full> {
-        let wants = |set: u32| desired.backends.iter().filter(|backend| backend.flags & set != 0).count();
-        let cluster = range_for(model, wants(IN_CLUSTER))?;
-        match range_for(model, wants(IN_LOCAL)) {
+        let [in_cluster, in_local] = [IN_CLUSTER, IN_LOCAL]
+            .map(|set| desired.backends.iter().filter(|backend| backend.flags & set != 0).count());
+        let cluster = range_for(model, in_cluster)?;
+        match range_for(model, in_local) {
             Ok(local) => Ok(Self { cluster, local }),
             Err(full) => {
                 Self { cluster, local: None }.give_back(model);
@@ -158,9 +163,12 @@ fn change_state(old: &PortBackend, flags: u32, plan: &mut Plan, dead: &mut Vec<O
 /// Returns whether connected UDP sockets have to be led elsewhere: the backend of some has stopped to serve, or the
 /// first backend serves. (While no backend serves, sockets lead to the VIP itself.)
 fn strands_sockets(before: &[PortBackend], after: &[PortBackend]) -> bool {
-    let serves = |backend: &PortBackend| backend.state.flags & SERVING != 0;
-    let is_stranded = |old: &PortBackend| serves(old) && !find(after, old.addr, old.port).is_some_and(serves);
-    before.iter().any(is_stranded) || !before.iter().any(serves) && after.iter().any(serves)
+    before.iter().any(|old| serves(old) && !find(after, old.addr, old.port).is_some_and(serves))
+        || !before.iter().any(serves) && after.iter().any(serves)
+}
+
+fn serves(backend: &PortBackend) -> bool {
+    backend.state.flags & SERVING != 0
 }
 
 /// A Service port before and after a change of its backends.

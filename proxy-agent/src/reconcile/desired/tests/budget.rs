@@ -5,14 +5,10 @@ use super::*;
 /// Returns the Service with this number of ports, each in one slice with L1 and R1.
 fn of_ports(number: u16) -> World {
     s("L1, R1").with(|w| {
-        let name = |number: u16| -> Arc<str> { format!("p{number}").into() };
-        let numbers = 1..=number;
-        w.service.ports = numbers
-            .clone()
-            .map(|port| ServicePort { name: name(port), proto: proto::TCP, port, node_port: 0 })
+        w.slices[0].ports = (1..=number)
+            .map(|port| SlicePort { name: format!("p{port}").into(), proto: proto::TCP, port })
             .collect();
-        w.slices[0].ports =
-            numbers.map(|port| SlicePort { name: name(port), proto: proto::TCP, port }).collect();
+        w.service.ports = ports_of_slice(&w.slices[0]);
     })
 }
 
@@ -44,11 +40,10 @@ fn frontends_are_ports_at_addresses_and_node_ports() {
     });
     let made = world.desired().ports.iter().map(|port| port.frontends.len()).sum::<usize>();
     assert_eq!(made, 17 + 2, "and each clusterIP as such");
-    let budget = |frontends| Budget { frontends, ..Budget::DEFAULT };
     wants(
         world,
-        budget(17),
-        budget(16),
+        Budget { frontends: 17, ..Budget::DEFAULT },
+        Budget { frontends: 16, ..Budget::DEFAULT },
         "spec.ports at spec.clusterIPs, spec.externalIPs and status.loadBalancer make 17 frontends, more than the 16 of \
          --max-service-frontends: the Service is not served",
     );
@@ -58,11 +53,10 @@ fn frontends_are_ports_at_addresses_and_node_ports() {
 fn endpoints_are_those_of_all_ports_as_slices_name_them() {
     // An endpoint in two slices is one endpoint, but work for both.
     let world = of_ports(3).with(|w| w.slices.push(slice("s2", "p2 TCP 2, other TCP 7", "L1")));
-    let budget = |endpoints| Budget { endpoints, ..Budget::DEFAULT };
     wants(
         world,
-        budget(7),
-        budget(6),
+        Budget { endpoints: 7, ..Budget::DEFAULT },
+        Budget { endpoints: 6, ..Budget::DEFAULT },
         "spec.ports in its EndpointSlices make 7 endpoints, more than the 6 of --max-service-endpoints: the Service is not \
          served",
     );
@@ -73,11 +67,10 @@ fn source_ranges_are_those_of_all_ports() {
     let world = of_ports(3).source_ranges(&["203.0.113.0/25", "10.64.0.0/12"]).with(|w| {
         w.service.load_balancer_ips = vec![addr("198.18.5.5")];
     });
-    let budget = |source_ranges| Budget { source_ranges, ..Budget::DEFAULT };
     wants(
         world,
-        budget(6),
-        budget(5),
+        Budget { source_ranges: 6, ..Budget::DEFAULT },
+        Budget { source_ranges: 5, ..Budget::DEFAULT },
         "spec.ports with spec.loadBalancerSourceRanges make 6 source ranges, more than the 5 of --max-service-source-ranges: \
          the Service is not served",
     );
@@ -97,24 +90,15 @@ fn large_services_are_served() {
         w.service.ports = ports_of_slice(&w.slices[0]);
         for (index, slice) in (0_u32..).zip(&mut w.slices) {
             let template = slice.endpoints[0].clone();
-            let address = |number: u32| Addr::v4((0x0a40_0000 + index * 1_000 + number).to_be_bytes());
-            slice.endpoints =
-                (0..1_000).map(|number| Endpoint { addr: address(number), ..template.clone() }).collect();
+            slice.endpoints = (0x0a40_0000 + index * 1_000..)
+                .take(1_000)
+                .map(|bits: u32| Endpoint { addr: Addr::v4(bits.to_be_bytes()), ..template.clone() })
+                .collect();
         }
     });
     let desired = endpoints.desired();
     assert_eq!(desired.ports.iter().map(|port| port.backends.len()).collect::<Vec<_>>(), [10_000; 3]);
     assert_eq!(desired.problems, [""; 0]);
-}
-
-fn ports_of_slice(slice: &Slice) -> Vec<ServicePort> {
-    let port = |port: &SlicePort| ServicePort {
-        name: Arc::clone(&port.name),
-        proto: port.proto,
-        port: port.port,
-        node_port: 0,
-    };
-    slice.ports.iter().map(port).collect()
 }
 
 /// Before the limit, a Service of 63 KiB made a million frontends, 438 MiB, in 18 seconds.

@@ -198,11 +198,12 @@ fn p153_p155_p156_who_the_source_ranges_let_in() {
     s_lb("L1").source_ranges(&pieces).check("P>VIP = L1");
     s_lb("L1").source_ranges(&pieces[..3]).check("P>VIP = DROP");
     s_lb("L1").source_ranges(&["10.64.0.0/13", "10.80.0.0/12"]).check("P>VIP = DROP");
-    let four_pods = |ranges: &[&str]| {
-        s_lb("L1").source_ranges(ranges).with(|w| w.context.cluster_cidr[0] = Some(prefix("10.64.1.0/30")))
-    };
     four_pods(&["10.64.1.2/31", "10.64.1.0/31"]).check("P>VIP = L1");
     four_pods(&["10.64.1.2/31", "10.64.1.0/32"]).check("P>VIP = DROP");
+}
+
+fn four_pods(ranges: &[&str]) -> World {
+    s_lb("L1").source_ranges(ranges).with(|w| w.context.cluster_cidr[0] = Some(prefix("10.64.1.0/30")))
 }
 
 #[test]
@@ -225,60 +226,69 @@ fn source_ranges_without_detect_local_or_a_node_address() {
 
 #[test]
 fn p150_to_p158_the_packet_edge_gets_the_ranges_and_may_get_the_address_itself() {
-    let ranges = |world: &World, family: Family| -> Vec<String> {
-        let desired = world.desired();
-        let ports: Vec<_> = desired.ports.iter().filter(|port| port.key.family == family).collect();
-        assert!(ports.windows(2).all(|pair| pair[0].source_ranges == pair[1].source_ranges), "{desired:#?}");
-        ports[0].source_ranges.iter().map(|range| range.to_string()).collect()
-    };
-    let check = |world: &World, want: &[&str]| assert_eq!(ranges(world, Family::V4), want);
     // Sorted, without duplicates, and of the family only.
     let three =
         s_lb("L1").source_ranges(&["203.0.113.0/25", "198.51.100.0/24", "2001:db8::/32", "203.0.113.9/25"]);
-    check(&three, &["198.51.100.0/24", "203.0.113.0/25"]);
+    check_ranges(&three, &["198.51.100.0/24", "203.0.113.0/25"]);
     let two_ports = three.with(|w| w.service.ports = ports("web TCP 80, adm TCP 443"));
-    check(&two_ports, &["198.51.100.0/24", "203.0.113.0/25"]);
-    check(&two_ports.with(|w| w.service.load_balancer_ips.clear()), &[]);
+    check_ranges(&two_ports, &["198.51.100.0/24", "203.0.113.0/25"]);
+    check_ranges(&two_ports.with(|w| w.service.load_balancer_ips.clear()), &[]);
     // Without a filter there are no ranges to look up.
-    check(&s_lb("L1"), &[]);
-    check(&s_lb("L1").source_ranges(&["203.0.113.0/25", "0.0.0.0/0"]), &[]);
-    check(&s_lb("L1").source_ranges(&["2001:db8::/32"]), &[]);
+    check_ranges(&s_lb("L1"), &[]);
+    check_ranges(&s_lb("L1").source_ranges(&["203.0.113.0/25", "0.0.0.0/0"]), &[]);
+    check_ranges(&s_lb("L1").source_ranges(&["2001:db8::/32"]), &[]);
 
     // The node's primary address is in a range: the host may use the Service's own addresses as source.
     let vips = ["198.18.5.5", "198.18.5.7", "2001:db8:5::5"].map(addr).to_vec();
     let world = dual_stack("L1").source_ranges(&["192.0.2.0/24", "2001:db8:2::/48"]);
     let world = world.with(|w| w.service.load_balancer_ips = vips);
-    check(&world, &["192.0.2.0/24", "198.18.5.5/32", "198.18.5.7/32"]);
-    assert_eq!(ranges(&world, Family::V6), ["2001:db8:2::/48"], "each family by itself");
+    check_ranges(&world, &["192.0.2.0/24", "198.18.5.5/32", "198.18.5.7/32"]);
+    assert_eq!(ranges_of(&world, Family::V6), ["2001:db8:2::/48"], "each family by itself");
     let world = world.source_ranges(&["2001:db8:1::/48"]);
-    assert_eq!(ranges(&world, Family::V6), ["2001:db8:1::/48", "2001:db8:5::5/128"]);
+    assert_eq!(ranges_of(&world, Family::V6), ["2001:db8:1::/48", "2001:db8:5::5/128"]);
     // Neither a secondary address of the host counts, nor an unknown one.
     let secondary = s_lb("L1").source_ranges(&["192.0.3.0/24"]);
-    check(&secondary.with(|w| w.context.host_addresses.extend([addr("192.0.3.10")])), &["192.0.3.0/24"]);
+    check_ranges(
+        &secondary.with(|w| w.context.host_addresses.extend([addr("192.0.3.10")])),
+        &["192.0.3.0/24"],
+    );
     let unknown = s_lb("L1").source_ranges(&["192.0.2.0/24"]).with(|w| w.context.node.ips = [None, None]);
-    check(&unknown, &["192.0.2.0/24"]);
+    check_ranges(&unknown, &["192.0.2.0/24"]);
+}
+
+fn check_ranges(world: &World, want: &[&str]) {
+    assert_eq!(ranges_of(world, Family::V4), want);
+}
+
+/// Returns the source ranges of the ports of a family, which are the same for all of them.
+fn ranges_of(world: &World, family: Family) -> Vec<String> {
+    let desired = world.desired();
+    let ports: Vec<_> = desired.ports.iter().filter(|port| port.key.family == family).collect();
+    assert!(ports.windows(2).all(|pair| pair[0].source_ranges == pair[1].source_ranges), "{desired:#?}");
+    ports[0].source_ranges.iter().map(|range| range.to_string()).collect()
 }
 
 #[test]
 fn one_address_in_two_roles_is_one_frontend() {
     let vip = addr("198.18.5.5");
-    let flags = |world: &World, ip| {
-        let desired = world.desired();
-        let key = FrontendKey::exact(ip, Be16::new(80), proto::TCP);
-        let found: Vec<u16> =
-            desired.ports[0].frontends.iter().filter(|(k, _)| *k == key).map(|&(_, flags)| flags).collect();
-        assert_eq!(found.len(), 1, "{desired:#?}");
-        found[0]
-    };
     let both = s_lb("L1").source_ranges(&["203.0.113.0/25"]).with(|w| w.service.external_ips.push(vip));
     let filter = frontend::SOURCE_RANGES | frontend::DENY_HOST | frontend::DENY_POD;
-    assert_eq!(flags(&both, vip), frontend::EXTERNAL | frontend::LOAD_BALANCER | filter);
-    assert_eq!(flags(&both, addr("198.18.9.9")), frontend::EXTERNAL);
+    assert_eq!(flags_at(&both, vip), frontend::EXTERNAL | frontend::LOAD_BALANCER | filter);
+    assert_eq!(flags_at(&both, addr("198.18.9.9")), frontend::EXTERNAL);
     let open = both.source_ranges(&["203.0.113.0/25", "0.0.0.0/0"]);
-    assert_eq!(flags(&open, vip), frontend::EXTERNAL | frontend::LOAD_BALANCER);
+    assert_eq!(flags_at(&open, vip), frontend::EXTERNAL | frontend::LOAD_BALANCER);
     let cluster_ip = addr("10.96.0.10");
     let same = s_lb("L1").internal_local().with(|w| w.service.external_ips.push(cluster_ip));
-    assert_eq!(flags(&same, cluster_ip), frontend::NEAR_LOCAL | frontend::FAR_LOCAL | frontend::POD_LOCAL);
+    assert_eq!(flags_at(&same, cluster_ip), frontend::NEAR_LOCAL | frontend::FAR_LOCAL | frontend::POD_LOCAL);
+}
+
+fn flags_at(world: &World, ip: Addr) -> u16 {
+    let desired = world.desired();
+    let key = FrontendKey::exact(ip, Be16::new(80), proto::TCP);
+    let found: Vec<u16> =
+        desired.ports[0].frontends.iter().filter(|(k, _)| *k == key).map(|&(_, flags)| flags).collect();
+    assert_eq!(found.len(), 1, "{desired:#?}");
+    found[0]
 }
 
 #[test]

@@ -45,16 +45,31 @@ fn prefix(text: &str) -> Prefix {
 /// Parses ports such as `web TCP 80 31080`: name (`-` for none), protocol, port, and optionally nodePort, separated
 /// by commas.
 fn ports(text: &str) -> Vec<ServicePort> {
-    let port = |text: &str| {
-        let words: Vec<&str> = text.split_whitespace().collect();
-        ServicePort {
-            name: words[0].trim_matches('-').into(),
-            proto: protocol(words[1]),
-            port: words[2].parse().unwrap(),
-            node_port: words.get(3).map_or(0, |number| number.parse().unwrap()),
-        }
-    };
-    text.split(',').map(port).collect()
+    text.split(',')
+        .map(|text| {
+            let words: Vec<&str> = text.split_whitespace().collect();
+            ServicePort {
+                name: words[0].trim_matches('-').into(),
+                proto: protocol(words[1]),
+                port: words[2].parse().unwrap(),
+                node_port: words.get(3).map_or(0, |number| number.parse().unwrap()),
+            }
+        })
+        .collect()
+}
+
+/// Returns ports of a Service with the names and protocols of a slice.
+fn ports_of_slice(slice: &Slice) -> Vec<ServicePort> {
+    slice
+        .ports
+        .iter()
+        .map(|port| ServicePort {
+            name: Arc::clone(&port.name),
+            proto: port.proto,
+            port: port.port,
+            node_port: 0,
+        })
+        .collect()
 }
 
 fn protocol(text: &str) -> u8 {
@@ -70,12 +85,11 @@ fn protocol(text: &str) -> u8 {
 /// `/nr`, `/st`, `/t`, `/sn`.
 fn slice(name: &str, ports_text: &str, endpoints: &str) -> Slice {
     let mut depth = 0;
-    let split_outside_parentheses = |c: char| {
-        depth += i32::from(c == '(') - i32::from(c == ')');
-        c == ',' && depth == 0
-    };
     let endpoints: Vec<Endpoint> = endpoints
-        .split(split_outside_parentheses)
+        .split(|c| {
+            depth += i32::from(c == '(') - i32::from(c == ')');
+            c == ',' && depth == 0
+        })
         .map(str::trim)
         .filter(|text| !text.is_empty())
         .map(endpoint)

@@ -8,12 +8,11 @@ use super::*;
 /// so that slices may contradict each other about them.
 fn any_endpoint() -> impl Strategy<Value = Endpoint> {
     (0..12_u8, any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(id, ready, serving, terminating)| {
-        let zone = |name: &str| Hints { zones: vec![name.into()], nodes: Vec::new() };
         let hints = match id % 6 {
             0 => None,
-            1 => Some(zone("zb")),
+            1 => Some(Hints { zones: vec!["zb".into()], nodes: Vec::new() }),
             2 => Some(Hints { zones: vec!["za".into()], nodes: vec!["n1".into()] }),
-            _ => Some(zone("za")),
+            _ => Some(Hints { zones: vec!["za".into()], nodes: Vec::new() }),
         };
         let addr = match id % 4 {
             3 => addr(&format!("fd00:64::{id}")),
@@ -57,14 +56,14 @@ proptest! {
                 let used = backend::IN_CLUSTER | backend::IN_LOCAL | backend::SERVING;
                 prop_assert!(b.flags & used != 0);
             }
-            let any = |bit| port.backends.iter().any(|b| b.flags & bit != 0);
+            let flags = port.backends.iter().fold(0, |flags, b| flags | b.flags);
+            let [in_cluster, in_local] = [backend::IN_CLUSTER, backend::IN_LOCAL].map(|bit| flags & bit != 0);
             // An empty local set is silent if, and only if, another node could answer.
-            prop_assert_eq!(any(backend::IN_CLUSTER), port.empty_local == SlotRange::DROP);
-            let of_family = |s: &&Slice| s.family == port.key.family;
-            let sure = |e: &&Endpoint| e.ready && !e.terminating;
-            let mut ready = world.slices.iter().filter(of_family).flat_map(|s| &s.endpoints).filter(sure);
-            prop_assert!(ready.clone().count() == 0 || any(backend::IN_CLUSTER));
-            prop_assert!(!ready.any(|e| e.local) || any(backend::IN_LOCAL));
+            prop_assert_eq!(in_cluster, port.empty_local == SlotRange::DROP);
+            let of_family = world.slices.iter().filter(|s| s.family == port.key.family);
+            let mut ready = of_family.flat_map(|s| &s.endpoints).filter(|e| e.ready && !e.terminating);
+            prop_assert!(ready.clone().count() == 0 || in_cluster);
+            prop_assert!(!ready.any(|e| e.local) || in_local);
         }
     }
 
@@ -72,13 +71,10 @@ proptest! {
     /// only: for other contradictions the order decides, upstream as well.
     #[test]
     fn the_order_of_slices_does_not_matter(slices in any_slices(), seed in any::<usize>()) {
-        let settled = |mut slice: Slice| {
-            for endpoint in &mut slice.endpoints {
-                (endpoint.serving, endpoint.terminating) = (true, false);
-            }
-            slice
-        };
-        let slices: Vec<Slice> = slices.into_iter().map(settled).collect();
+        let mut slices = slices;
+        for endpoint in slices.iter_mut().flat_map(|slice| &mut slice.endpoints) {
+            (endpoint.serving, endpoint.terminating) = (true, false);
+        }
         let mut turned = slices.clone();
         if !turned.is_empty() {
             let middle = seed % turned.len();

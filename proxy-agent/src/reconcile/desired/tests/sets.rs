@@ -41,10 +41,13 @@ fn p047_p048_p049_ports_are_joined_by_name_and_protocol() {
 
 #[test]
 fn p050_p051_one_name_may_have_several_numbers() {
-    let two = |a, b| s_with(vec![slice("s1", "web TCP 8080", a), slice("s2", "web TCP 9090", b)]);
     two("L1", "L2").check("P>CIP = L1, L2:9090");
     two("L1", "L1").check("P>CIP = L1, L1:9090");
     assert_eq!(two("L1", "L1").desired().ports[0].backends.len(), 2);
+}
+
+fn two(a: &str, b: &str) -> World {
+    s_with(vec![slice("s1", "web TCP 8080", a), slice("s2", "web TCP 9090", b)])
 }
 
 #[test]
@@ -54,8 +57,12 @@ fn p062_an_endpoint_without_a_node_is_not_local() {
 
 #[test]
 fn p063_a_published_terminating_endpoint_counts_as_ready() {
-    let published = |e: &mut Endpoint| (e.ready, e.serving, e.terminating) = (true, false, true);
-    s("L1").with(|w| published(&mut w.slices[0].endpoints[0])).check("P>CIP = L1");
+    s("L1")
+        .with(|w| {
+            let endpoint = &mut w.slices[0].endpoints[0];
+            (endpoint.ready, endpoint.serving, endpoint.terminating) = (true, false, true);
+        })
+        .check("P>CIP = L1");
 }
 
 #[test]
@@ -170,33 +177,33 @@ fn p110_p111_hints_narrow_the_cluster_set_only() {
 
 #[test]
 fn p114_the_zone_of_the_node_decides() {
-    let world =
-        |zone: &str| s("L1 z(za), R1 z(zb), R2 z(za)").with(|w| w.context.node.zone = Some(zone.into()));
-    world("zb").check("P>CIP = R1");
-    world("zc").check("P>CIP = L1, R1, R2");
+    for (zone, want) in [("zb", "P>CIP = R1"), ("zc", "P>CIP = L1, R1, R2")] {
+        s("L1 z(za), R1 z(zb), R2 z(za)").with(|w| w.context.node.zone = Some(zone.into())).check(want);
+    }
 }
 
 #[test]
 fn an_endpoint_in_no_set_is_kept_while_it_serves() {
-    let flags = |world: World| -> Vec<(Addr, u32)> {
-        world.desired().ports[0].backends.iter().map(|b| (b.addr, b.flags)).collect()
-    };
     // UDP flows to a terminating endpoint go on, so its state must stay visible.
     assert_eq!(
-        flags(s("L1/st, L2/t, R1")),
+        flags_of_backends(s("L1/st, L2/t, R1")),
         [
             (addr("10.64.1.11"), backend::IN_LOCAL | backend::SERVING | backend::ON_THIS_NODE),
             (addr("10.64.2.21"), backend::IN_CLUSTER | backend::SERVING),
         ]
     );
     assert_eq!(
-        flags(s("L1 z(zb), R1/sn, R2 z(za)")),
+        flags_of_backends(s("L1 z(zb), R1/sn, R2 z(za)")),
         [
             (addr("10.64.1.11"), backend::IN_LOCAL | backend::SERVING | backend::ON_THIS_NODE),
             (addr("10.64.2.21"), backend::SERVING),
             (addr("10.64.3.31"), backend::IN_CLUSTER | backend::SERVING),
         ]
     );
+}
+
+fn flags_of_backends(world: World) -> Vec<(Addr, u32)> {
+    world.desired().ports[0].backends.iter().map(|b| (b.addr, b.flags)).collect()
 }
 
 /// Returns the CPU time of this thread, which excludes other work of the machine.
@@ -209,36 +216,25 @@ fn cpu_time() -> std::time::Duration {
 /// not delay all others. (Once each port searched all ports of all slices, which cost sixty-four times the time.)
 #[test]
 fn the_work_grows_with_the_ports_and_not_with_their_square() {
-    let took = |ports: u16| {
-        let mut world = s("L1");
-        let name = |number: u16| format!("p{number}").into();
-        world.service.ports = (0..ports)
-            .map(|number| ServicePort {
-                name: name(number),
-                proto: proto::TCP,
-                port: number + 1,
-                node_port: 0,
-            })
-            .collect();
-        let template = world.slices.remove(0);
-        world.slices = (0..8)
-            .map(|_| {
-                let ports = (0..ports)
-                    .map(|number| SlicePort { name: name(number), proto: proto::TCP, port: number + 1 })
-                    .collect();
-                Slice { ports, ..template.clone() }
-            })
-            .collect();
-        let times = (0..3).map(|_| {
-            let start = cpu_time();
-            assert_eq!(
-                world.desired().ports.iter().filter(|port| !port.backends.is_empty()).count(),
-                usize::from(ports)
-            );
-            cpu_time() - start
-        });
-        times.min().unwrap()
-    };
-    let (few, many) = (took(1_000), took(8_000));
+    let (few, many) = (time_of(1_000), time_of(8_000));
     assert!(many < few * 24, "{few:?} became {many:?}");
+}
+
+/// Returns the least CPU time of three for eight slices with this number of ports.
+fn time_of(ports: u16) -> std::time::Duration {
+    let mut world = s("L1");
+    world.slices[0].ports = (0..ports)
+        .map(|number| SlicePort { name: format!("p{number}").into(), proto: proto::TCP, port: number + 1 })
+        .collect();
+    world.service.ports = ports_of_slice(&world.slices[0]);
+    world.slices = vec![world.slices.remove(0); 8];
+    let times = (0..3).map(|_| {
+        let start = cpu_time();
+        assert_eq!(
+            world.desired().ports.iter().filter(|port| !port.backends.is_empty()).count(),
+            usize::from(ports)
+        );
+        cpu_time() - start
+    });
+    times.min().unwrap()
 }

@@ -126,24 +126,25 @@ fn a_port_moves_to_another_service_and_to_another_name() {
 #[test]
 fn a_node_port_is_taken_over_without_a_gap_and_the_type_changes_nothing_else() {
     let mut bench = Bench::new(ROOMY);
-    let with = |name: &str, ip: u8| {
-        let frontends = [exact(ip, 80, TCP), FrontendKey::address(vip(ip)), node_port(31_080, TCP)];
-        let mut port = port(name, TCP, &frontends, &[(ip, HERE)]);
-        port.frontends
-            .iter_mut()
-            .filter(|(key, _)| *key == frontends[2])
-            .for_each(|(_, flags)| *flags = EXTERNAL);
-        wanted(1, vec![port])
-    };
-    bench.becomes(&[("s", with("s", 10))]);
-    let plan = bench.becomes(&[("s", None), ("t", with("t", 11))]);
+    bench.becomes(&[("s", with_node_port("s", 10))]);
+    let plan = bench.becomes(&[("s", None), ("t", with_node_port("t", 11))]);
     let frontends: Vec<String> = outline(&plan).into_iter().filter(|op| op.contains("31080")).collect();
     assert_eq!(frontends, ["+nodePort 31080/TCP (IPv4)"]);
 
     let plan = bench.becomes(&[("t", web("t", 11, &[(11, HERE)]))]);
     assert_eq!(outline(&plan), ["-nodePort 31080/TCP (IPv4)"]);
-    let plan = bench.becomes(&[("t", with("t", 11))]);
+    let plan = bench.becomes(&[("t", with_node_port("t", 11))]);
     assert_eq!(outline(&plan), ["+nodePort 31080/TCP (IPv4)"]);
+}
+
+fn with_node_port(name: &str, ip: u8) -> Option<Wanted> {
+    let frontends = [exact(ip, 80, TCP), FrontendKey::address(vip(ip)), node_port(31_080, TCP)];
+    let mut port = port(name, TCP, &frontends, &[(ip, HERE)]);
+    port.frontends
+        .iter_mut()
+        .filter(|(key, _)| *key == frontends[2])
+        .for_each(|(_, flags)| *flags = EXTERNAL);
+    wanted(1, vec![port])
 }
 
 #[test]
@@ -199,11 +200,6 @@ fn an_endpoint_that_returns_has_a_new_generation() {
 fn the_best_title_gets_a_frontend_and_age_counts_among_equals_only() {
     use proxy_common::abi::frontend::flags::{EXTERNAL, LOAD_BALANCER};
     let key = exact(10, 80, TCP);
-    let claims = |name: &str, created, flags| {
-        let mut port = port(name, TCP, &[key], &[(1, HERE)]);
-        port.frontends = vec![(key, flags)];
-        wanted(created, vec![port])
-    };
     let titles = [("external", EXTERNAL), ("balancer", EXTERNAL | LOAD_BALANCER), ("cluster", 0)];
     let titles: Vec<(&str, i64, u16)> =
         titles.iter().zip(1..).map(|((name, flags), age)| (*name, age, *flags)).collect();
@@ -212,7 +208,9 @@ fn the_best_title_gets_a_frontend_and_age_counts_among_equals_only() {
         let mut bench = Bench::new(ROOMY);
         for index in order {
             let (name, created, flags) = titles[index];
-            bench.becomes(&[(name, claims(name, created, flags))]);
+            let mut port = port(name, TCP, &[key], &[(1, HERE)]);
+            port.frontends = vec![(key, flags)];
+            bench.becomes(&[(name, wanted(created, vec![port]))]);
         }
         for (place, (name, ..)) in titles.iter().enumerate().rev() {
             assert_eq!(bench.model.frontends[&key].service, bench.id(name), "{order:?}");
@@ -230,27 +228,22 @@ fn the_best_title_gets_a_frontend_and_age_counts_among_equals_only() {
 #[test]
 fn the_oldest_service_gets_a_frontend_and_the_next_one_inherits_it() {
     let mut bench = Bench::new(ROOMY);
-    let claims =
-        |name: &str, created| wanted(created, vec![port(name, TCP, &[exact(10, 80, TCP)], &[(1, HERE)])]);
-    let owner = |bench: &Bench| bench.model.frontends[&exact(10, 80, TCP)].service;
     bench.becomes(&[("m", claims("m", 5))]);
     bench.becomes(&[("z", claims("z", 3))]);
     assert_eq!(owner(&bench), bench.id("z"), "older");
     bench.becomes(&[("a", claims("a", 3))]);
     assert_eq!(owner(&bench), bench.id("a"), "as old, and first by name");
-    let lost = |bench: &Bench, name: &str| lost_claims(&bench.model, &service(name));
     assert_eq!(
-        lost(&bench, "m"),
+        lost_claims(&bench.model, &service("m")),
         ["10.96.0.10:80/TCP is not served: Service a/a has it and is older".to_owned()]
     );
-    assert_eq!(lost(&bench, "a"), Vec::<String>::new());
+    assert_eq!(lost_claims(&bench.model, &service("a")), Vec::<String>::new());
     // A change of one of these Services concerns the others. A newcomer concerns all of them, and nobody if it claims
     // another frontend.
-    let concerned = |name: &str, wanted| concerned(&bench, name, wanted);
-    assert_eq!(concerned("a", None), ["a/m", "a/z"]);
-    assert_eq!(concerned("new", claims("new", 1)), ["a/a", "a/m", "a/z"]);
+    assert_eq!(concerned(&bench, "a", None), ["a/m", "a/z"]);
+    assert_eq!(concerned(&bench, "new", claims("new", 1)), ["a/a", "a/m", "a/z"]);
     let elsewhere = wanted(1, vec![port("new", TCP, &[exact(11, 80, TCP)], &[(1, HERE)])]);
-    assert_eq!(concerned("new", elsewhere), Vec::<String>::new());
+    assert_eq!(concerned(&bench, "new", elsewhere), Vec::<String>::new());
 
     // Each step is one replacement; the frontend never vanishes.
     for (gone, heir) in [("a", "z"), ("z", "m")] {
@@ -267,6 +260,14 @@ fn the_oldest_service_gets_a_frontend_and_the_next_one_inherits_it() {
     bench.becomes(&[("a", claims("a", 1))]);
     bench.becomes(&[("a", claims("a", 9))]);
     assert_eq!(owner(&bench), bench.id("m"));
+}
+
+fn owner(bench: &Bench) -> u32 {
+    bench.model.frontends[&exact(10, 80, TCP)].service
+}
+
+fn claims(name: &str, created: i64) -> Option<Wanted> {
+    wanted(created, vec![port(name, TCP, &[exact(10, 80, TCP)], &[(1, HERE)])])
 }
 
 #[test]
@@ -295,8 +296,9 @@ fn udp_sockets_are_looked_at_when_their_backends_may_have_left() {
     assert_eq!(steps, [udp, [false; 7]]);
 
     let mut bench = Bench::new(ROOMY);
-    let at = |name, ip| wanted(1, vec![port(name, UDP, &[exact(ip, 53, UDP)], &[(ip, REMOTE)])]);
-    bench.becomes(&[("s", at("s", 10)), ("t", at("t", 11))]);
+    let [s, t] = [("s", 10), ("t", 11)]
+        .map(|(name, ip)| wanted(1, vec![port(name, UDP, &[exact(ip, 53, UDP)], &[(ip, REMOTE)])]));
+    bench.becomes(&[("s", s), ("t", t)]);
     let both = wanted(0, vec![port("t", UDP, &[exact(10, 53, UDP), exact(11, 53, UDP)], &[(11, REMOTE)])]);
     assert!(bench.becomes(&[("t", both)]).udp_stale, "a frontend has another owner");
 }
@@ -304,10 +306,11 @@ fn udp_sockets_are_looked_at_when_their_backends_may_have_left() {
 #[test]
 fn node_tables_gain_before_they_lose() {
     let mut model = Model::new(ROOMY);
-    let cidr = |number: u8| Prefix::new(Addr::v4([10, number, 0, 0]), 16).unwrap();
     let mut node = |addresses: &[(u8, u32)], cidrs: &[u8], pods: &[u8]| {
         let addresses = addresses.iter().map(|(number, bits)| (vip(*number), *bits)).collect();
-        let [cidrs, pods] = [cidrs, pods].map(|numbers| numbers.iter().map(|number| cidr(*number)).collect());
+        let [cidrs, pods] = [cidrs, pods].map(|numbers| {
+            numbers.iter().map(|number| Prefix::new(Addr::v4([10, *number, 0, 0]), 16).unwrap()).collect()
+        });
         let wanted = NodeTables { addresses, service_cidrs: cidrs, pod_sources: pods };
         outline(&Plan { ops: plan_node(&mut model, wanted).0, ..Plan::default() })
     };
@@ -361,9 +364,9 @@ fn room_in_a_hash_is_told_of_without_numbers_to_give_back() {
 fn so_many_lost_frontends_are_named_and_the_others_counted() {
     let mut bench = Bench::new(ROOMY);
     let keys: Vec<_> = (10..30).map(|byte| exact(byte, 80, TCP)).collect();
-    let claims = |name: &str, created| wanted(created, vec![port(name, TCP, &keys, &[(1, HERE)])]);
-    bench.becomes(&[("old", claims("old", 1))]);
-    bench.becomes(&[("young", claims("young", 2))]);
+    for (name, created) in [("old", 1), ("young", 2)] {
+        bench.becomes(&[(name, wanted(created, vec![port(name, TCP, &keys, &[(1, HERE)])]))]);
+    }
     let lost = lost_claims(&bench.model, &service("young"));
     assert_eq!(lost.len(), 17, "{lost:?}");
     assert_eq!(lost[0], "10.96.0.10:80/TCP is not served: Service a/old has it and is older");

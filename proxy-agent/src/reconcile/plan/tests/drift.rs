@@ -56,8 +56,10 @@ fn whatever_is_changed_is_named_and_mended() {
         let mut contents = good.clone();
         hand(&mut contents);
         let found = differences(&bench.model, &contents);
-        let named = |difference: &Difference| difference.map == map && difference.what.contains(what);
-        assert!(found.iter().any(named), "{number}: {found:?}");
+        assert!(
+            found.iter().any(|difference| difference.map == map && difference.what.contains(what)),
+            "{number}: {found:?}"
+        );
         // Nothing else is reported, except in another map that refers to the same element.
         assert!(
             found.iter().all(|difference| difference.map == map || map == maps::BACKENDS),

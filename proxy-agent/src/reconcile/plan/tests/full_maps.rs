@@ -22,8 +22,7 @@ fn check(capacity: Capacity, s: Option<Wanted>, t: Option<Wanted>, more: Option<
     let (before, mut after) = (read(&before), read(&after));
     if reason.contains(maps::FRONTENDS) {
         // The frontends that fit are there.
-        let kept = |key: &FrontendKey| before.frontends.contains_key(key);
-        after.frontends.retain(|key, _| kept(key));
+        after.frontends.retain(|key, _| before.frontends.contains_key(key));
     }
     assert_eq!(after, before, "what it had is what it has");
 
@@ -62,12 +61,10 @@ fn slots() {
 #[test]
 fn services() {
     let capacity = Capacity { services: 3, ..ROOMY };
-    let ports = |udp: bool| {
-        let tcp = port("s", TCP, &[exact(10, 80, TCP)], &[(1, HERE)]);
-        let second = port("s", UDP, &[exact(10, 80, UDP)], &[(1, HERE)]);
-        wanted(1, [tcp].into_iter().chain(udp.then_some(second)).collect())
-    };
-    check(capacity, ports(false), web("t", 11, &[(2, REMOTE)]), ports(true), "map SERVICES is full");
+    let tcp = port("s", TCP, &[exact(10, 80, TCP)], &[(1, HERE)]);
+    let udp = port("s", UDP, &[exact(10, 80, UDP)], &[(1, HERE)]);
+    let (one, both) = (wanted(1, vec![tcp.clone()]), wanted(1, vec![tcp, udp]));
+    check(capacity, one, web("t", 11, &[(2, REMOTE)]), both, "map SERVICES is full");
 }
 
 #[test]

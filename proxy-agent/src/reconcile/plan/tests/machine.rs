@@ -159,11 +159,11 @@ impl Machine {
                 value.flags
             );
             let ranges = ranges_of(&contents, value.service);
-            let all_there = |asked: &DesiredPort| {
+            let filtered = asked.iter().any(|asked| {
                 let claims = asked.frontends.contains(&(*key, value.flags));
                 claims && asked.source_ranges.iter().all(|range| ranges.contains(range))
-            };
-            assert!(asked.iter().any(all_there), "{key:?} leads to {port:?} without its ranges: {ranges:?}");
+            });
+            assert!(filtered, "{key:?} leads to {port:?} without its ranges: {ranges:?}");
             let service = element(&contents, value.service);
             for (range, bit) in [(service.cluster, IN_CLUSTER), (service.local, IN_LOCAL)] {
                 if range.is_empty() {
@@ -182,12 +182,8 @@ impl Machine {
                     seen.push((id, (backend.addr, backend.port)));
                 }
                 let members: Vec<Endpoint> = seen.iter().map(|(_, endpoint)| *endpoint).collect();
-                let wanted = |asked: &DesiredPort| {
-                    let members = asked.backends.iter().filter(|b| b.flags & bit != 0);
-                    members.map(|b| (b.addr, b.port)).collect::<Vec<_>>()
-                };
                 assert!(
-                    asked.iter().any(|asked| wanted(asked) == members),
+                    asked.iter().any(|asked| members_of(&asked.backends, bit) == members),
                     "{port:?} never asked for {members:?}"
                 );
                 let [_, held] = &mut self.held;
@@ -407,13 +403,14 @@ impl Bystanders {
 
     fn port(contents: &Contents, id: u32) -> String {
         let service = element(contents, id);
-        let slots = |range: SlotRange| {
-            if range.is_empty() { &[] } else { &contents.slots[range.base as usize..][..range.len as usize] }
-        };
         let backends: Vec<_> = (0..).zip(&contents.backends).filter(|(_, b)| b.service == id).collect();
         let live: Vec<(u32, _)> = backends.into_iter().filter(|(_, b)| b.state.flags != 0).collect();
         let ranges = ranges_of(contents, id);
-        format!("{service:?} {:?} {:?} {live:?} {ranges:?}", slots(service.cluster), slots(service.local))
+        format!(
+            "{service:?} {:?} {:?} {live:?} {ranges:?}",
+            slots(contents, service.cluster),
+            slots(contents, service.local)
+        )
     }
 
     fn are_untouched(&self, contents: &Contents) {
@@ -427,4 +424,8 @@ impl Bystanders {
             assert_eq!(now.as_ref(), Some(value), "frontend {key:?}, which nobody changed");
         }
     }
+}
+
+fn slots(contents: &Contents, range: SlotRange) -> &[u32] {
+    if range.is_empty() { &[] } else { &contents.slots[range.base as usize..][..range.len as usize] }
 }

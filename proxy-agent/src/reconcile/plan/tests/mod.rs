@@ -113,8 +113,18 @@ fn set(contents: &Contents, range: SlotRange) -> Set {
         return Set::Verdict(range);
     }
     let slots = &contents.slots[range.base as usize..][..range.len as usize];
-    let endpoint = |id: &u32| contents.backends[*id as usize];
-    Set::Endpoints(slots.iter().map(endpoint).map(|b| (b.addr, b.port)).collect())
+    let backends = slots.iter().map(|id| contents.backends[*id as usize]);
+    Set::Endpoints(backends.map(|b| (b.addr, b.port)).collect())
+}
+
+/// Returns the set of this bit; `empty` is the verdict of a set without members.
+fn set_of(port: &DesiredPort, bit: u32, empty: SlotRange) -> Set {
+    let members = members_of(&port.backends, bit);
+    if members.is_empty() { Set::Verdict(empty) } else { Set::Endpoints(members) }
+}
+
+fn members_of(backends: &[DesiredBackend], bit: u32) -> Vec<Endpoint> {
+    backends.iter().filter(|b| b.flags & bit != 0).map(|b| (b.addr, b.port)).collect()
 }
 
 /// Returns the rank of a claim, the lower the better: a clusterIP, a load balancer's address, an externalIP. A
@@ -142,16 +152,11 @@ fn ought(services: &Services) -> Meaning {
                     *holder = claim;
                 }
             }
-            let set = |bit: u32, empty: SlotRange| {
-                let members = port.backends.iter().filter(|b| b.flags & bit != 0);
-                let members: Vec<Endpoint> = members.map(|b| (b.addr, b.port)).collect();
-                if members.is_empty() { Set::Verdict(empty) } else { Set::Endpoints(members) }
-            };
             meaning.ports.insert(
                 port.key.clone(),
                 PortMeaning {
-                    cluster: set(IN_CLUSTER, SlotRange::REJECT),
-                    local: set(IN_LOCAL, port.empty_local),
+                    cluster: set_of(port, IN_CLUSTER, SlotRange::REJECT),
+                    local: set_of(port, IN_LOCAL, port.empty_local),
                     affinity_seconds: port.affinity_seconds,
                     flags: port.backends.iter().map(|b| ((b.addr, b.port), b.flags)).collect(),
                     source_ranges: port.source_ranges.iter().copied().collect(),
@@ -287,11 +292,12 @@ fn endpoint(number: u8) -> Endpoint {
 }
 
 fn endpoints(list: &[(u8, u32)]) -> Vec<DesiredBackend> {
-    let backend = |&(number, flags): &(u8, u32)| {
-        let (addr, port) = endpoint(number);
-        DesiredBackend { addr, port, flags }
-    };
-    list.iter().map(backend).collect()
+    list.iter()
+        .map(|&(number, flags)| {
+            let (addr, port) = endpoint(number);
+            DesiredBackend { addr, port, flags }
+        })
+        .collect()
 }
 
 fn exact(number: u8, port: u16, proto: u8) -> FrontendKey {
@@ -353,23 +359,28 @@ fn sticky(name: &str, ip: u8, backends: &[(u8, u32)], seconds: u32) -> Option<Wa
 
 /// Returns the kinds of operations of a plan, in order: `+` adds or replaces, `-` removes.
 fn outline(plan: &Plan) -> Vec<String> {
-    let sign = |adds: bool| if adds { '+' } else { '-' };
-    let one = |op: &Op| match op {
-        Op::Name(_, name) => format!("{}name", sign(name.is_some())),
-        Op::Backend(..) => "backend".to_owned(),
-        Op::BackendState(_, state) => format!("state {:#x}", state.flags),
-        Op::Slots(_, ids) => format!("{} slots", ids.len()),
-        Op::Service(..) => "service".to_owned(),
-        Op::Frontend(key, value) => format!("{}{}", sign(value.is_some()), FrontendName(key)),
-        Op::SourceRange(id, range, add) => format!("{}{range} for {id}", sign(*add)),
-        Op::LocalAddress(addr, bits) => format!("{}{addr}", sign(bits.is_some())),
-        Op::ServiceCidr(cidr, add) => format!("{}{cidr}", sign(*add)),
-        Op::PodSource(pods, add) => format!("{}pods {pods}", sign(*add)),
-        Op::OptOut(cgroup, what) => format!("{}cgroup {cgroup}", sign(what.is_some())),
-        Op::Sandbox(netns, cgroup) => format!("{}sandbox {netns}", sign(cgroup.is_some())),
-        Op::NodeFlags(flags) => format!("flags {flags}"),
-    };
-    plan.ops.iter().map(one).collect()
+    plan.ops
+        .iter()
+        .map(|op| match op {
+            Op::Name(_, name) => format!("{}name", sign(name.is_some())),
+            Op::Backend(..) => "backend".to_owned(),
+            Op::BackendState(_, state) => format!("state {:#x}", state.flags),
+            Op::Slots(_, ids) => format!("{} slots", ids.len()),
+            Op::Service(..) => "service".to_owned(),
+            Op::Frontend(key, value) => format!("{}{}", sign(value.is_some()), FrontendName(key)),
+            Op::SourceRange(id, range, add) => format!("{}{range} for {id}", sign(*add)),
+            Op::LocalAddress(addr, bits) => format!("{}{addr}", sign(bits.is_some())),
+            Op::ServiceCidr(cidr, add) => format!("{}{cidr}", sign(*add)),
+            Op::PodSource(pods, add) => format!("{}pods {pods}", sign(*add)),
+            Op::OptOut(cgroup, what) => format!("{}cgroup {cgroup}", sign(what.is_some())),
+            Op::Sandbox(netns, cgroup) => format!("{}sandbox {netns}", sign(cgroup.is_some())),
+            Op::NodeFlags(flags) => format!("flags {flags}"),
+        })
+        .collect()
+}
+
+fn sign(adds: bool) -> char {
+    if adds { '+' } else { '-' }
 }
 
 fn lost_claims(model: &Model, service: &ObjectKey) -> Vec<String> {

@@ -6,16 +6,17 @@ use super::*;
 /// frontend of the address as such.
 fn ports(numbers: std::ops::Range<u16>, backends: &[(u8, u32)]) -> Vec<DesiredPort> {
     let last = numbers.end.wrapping_sub(1);
-    let one = |number| {
-        let mut port = port("s", TCP, &[exact(10, number, TCP)], backends);
-        port.key.port_name = format!("p{number}").into();
-        if number == last {
-            port.frontends.push((FrontendKey::address(vip(10)), 0));
-            port.frontends.sort_unstable();
-        }
-        port
-    };
-    numbers.map(one).collect()
+    numbers
+        .map(|number| {
+            let mut port = port("s", TCP, &[exact(10, number, TCP)], backends);
+            port.key.port_name = format!("p{number}").into();
+            if number == last {
+                port.frontends.push((FrontendKey::address(vip(10)), 0));
+                port.frontends.sort_unstable();
+            }
+            port
+        })
+        .collect()
 }
 
 /// Brings `s` to these ports, part by part, and calls `look` with the meaning of the maps after each part.

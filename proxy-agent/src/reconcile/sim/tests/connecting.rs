@@ -2,29 +2,6 @@
 
 use super::*;
 
-/// Checks verdict and counter of connect(). The socket stays unchanged unless the verdict is `Translated`.
-#[track_caller]
-pub(super) fn check<'a>(
-    sim: &Simulator,
-    mut socket: SimSocket<'a>,
-    verdict: Verdict,
-    counted: Option<Counter>,
-) -> SimSocket<'a> {
-    let before = (socket.clone(), counts(sim));
-    assert_eq!(connect(&mut socket, sim), verdict, "{before:?}");
-    let more: Vec<_> = Counter::ALL
-        .into_iter()
-        .filter(|counter| {
-            sim.counted(*counter) != before.1.iter().find(|(c, _)| c == counter).map_or(0, |(_, n)| *n)
-        })
-        .collect();
-    assert_eq!(more, counted.into_iter().collect::<Vec<_>>(), "{before:?}");
-    if verdict != Translated {
-        assert_eq!(socket, before.0);
-    }
-    socket
-}
-
 #[test]
 fn a_connection_leads_to_a_backend_and_is_remembered_whole() {
     let sim = world();
@@ -74,8 +51,8 @@ fn every_backend_of_the_set_is_as_likely() {
         }
         assert_eq!(seen.len(), len as usize);
         let expected = f64::from(draws) / f64::from(len);
-        let square = |count: &u32| (f64::from(*count) - expected).powi(2) / expected;
-        let statistic: f64 = seen.values().map(square).sum();
+        let statistic: f64 =
+            seen.values().map(|count| (f64::from(*count) - expected).powi(2) / expected).sum();
         assert!(statistic < bound, "{statistic} for {seen:?}");
     }
 }
@@ -184,25 +161,30 @@ fn a_socket_that_goes_elsewhere_forgets_its_record() {
 #[test]
 fn open_sockets_whose_cookies_meet_are_both_remembered() {
     let sim = world();
-    let with = |cookie: u64, number| SimSocket { cookie, ..socket(vip(number), 80, TCP) };
-    let first = check(&sim, with(500, 10), Translated, Some(Counter::Connected));
+    let first = check(&sim, with_cookie(500, 10), Translated, Some(Counter::Connected));
     let meets = 500 + u64::from(STREAM_SLOTS);
-    let second = check(&sim, with(meets, 10), Translated, Some(Counter::Connected));
+    let second = check(&sim, with_cookie(meets, 10), Translated, Some(Counter::Connected));
     assert_eq!((first.record.is_some(), second.record.is_some()), (false, true));
-    let seen = |socket: &SimSocket<'_>| {
-        let mut asked = socket.clone();
-        (peername(&mut asked, &sim), asked.addr)
-    };
-    assert_eq!((seen(&first), seen(&second)), ((Translated, vip(10)), (Translated, vip(10))));
+    assert_eq!((seen(&sim, &first), seen(&sim, &second)), ((Translated, vip(10)), (Translated, vip(10))));
     // The end of the second socket leaves the record of the first. The end of the first socket frees its slot.
     release(TCP.into(), meets, &sim);
-    assert_eq!(seen(&first), (Translated, vip(10)));
+    assert_eq!(seen(&sim, &first), (Translated, vip(10)));
     release(UDP.into(), 500, &sim);
-    assert_eq!(seen(&first), (Translated, vip(10)));
+    assert_eq!(seen(&sim, &first), (Translated, vip(10)));
     release(TCP.into(), 500, &sim);
-    assert_eq!(seen(&first).0, Pass);
-    let third = check(&sim, with(meets + u64::from(STREAM_SLOTS), 10), Translated, Some(Counter::Connected));
+    assert_eq!(seen(&sim, &first).0, Pass);
+    let third =
+        check(&sim, with_cookie(meets + u64::from(STREAM_SLOTS), 10), Translated, Some(Counter::Connected));
     assert!(third.record.is_none());
+}
+
+fn seen(sim: &Simulator, socket: &SimSocket<'_>) -> (Verdict, Addr) {
+    let mut asked = socket.clone();
+    (peername(&mut asked, sim), asked.addr)
+}
+
+fn with_cookie(cookie: u64, number: u8) -> SimSocket<'static> {
+    SimSocket { cookie, ..socket(vip(number), 80, TCP) }
 }
 
 #[test]
@@ -262,20 +244,9 @@ fn a_connection_that_cannot_be_remembered_fails_untouched() {
 #[test]
 fn clients_get_the_set_and_the_refusal_that_is_theirs() {
     let mut sim = world();
-    let host = |socket: SimSocket<'static>| SimSocket { netns: HOST_NETNS, ..socket };
     let mut verdicts = |flags: u16| {
         frontend(&mut sim, exact(vip(10), 80, TCP), 1, flags);
-        let connected = |from: SimSocket<'static>| {
-            let mut ids = BTreeSet::new();
-            for _ in 0..60 {
-                let mut socket = from.clone();
-                let verdict = connect(&mut socket, &sim);
-                assert!([Translated, Drop].contains(&verdict), "{verdict:?}");
-                ids.insert(if verdict == Translated { backend_of(&socket) } else { 0 });
-            }
-            ids.into_iter().collect::<Vec<_>>()
-        };
-        (connected(host(socket(vip(10), 80, TCP))), connected(socket(vip(10), 80, TCP)))
+        (backends_of(&sim, &host(vip(10), 80, TCP)), backends_of(&sim, &socket(vip(10), 80, TCP)))
     };
     let (all, local, refused) = (vec![1, 2, 3], vec![1], vec![0]);
     assert_eq!(verdicts(0), (all.clone(), all.clone()));
@@ -284,6 +255,18 @@ fn clients_get_the_set_and_the_refusal_that_is_theirs() {
     assert_eq!(verdicts(DENY_HOST | POD_LOCAL), (refused.clone(), local));
     assert_eq!(verdicts(DENY_POD), (all, refused));
     assert_eq!(sim.counted(Counter::DropSourceRange), 120);
+}
+
+/// Returns the backends that sixty such sockets get, with 0 for a refusal.
+fn backends_of(sim: &Simulator, from: &SimSocket<'static>) -> Vec<u32> {
+    let mut ids = BTreeSet::new();
+    for _ in 0..60 {
+        let mut socket = from.clone();
+        let verdict = connect(&mut socket, sim);
+        assert!([Translated, Drop].contains(&verdict), "{verdict:?}");
+        ids.insert(if verdict == Translated { backend_of(&socket) } else { 0 });
+    }
+    ids.into_iter().collect::<Vec<_>>()
 }
 
 /// Verdicts that a pod's socket cannot be given are left to its packets, once these are judged. The host's sockets
@@ -332,7 +315,6 @@ fn silence_and_source_ranges_are_left_to_the_packets_of_pods() {
 #[test]
 fn refusals_of_the_host_are_left_to_packets_where_the_kernel_cannot_tell() {
     let mut sim = world();
-    let host = |address, port, proto| SimSocket { netns: HOST_NETNS, ..socket(address, port, proto) };
     let refused = [
         (vip(20), 80, Reject, Counter::RejectNoEndpoint),
         (vip(10), 81, Reject, Counter::RejectUnusedPort),
@@ -354,6 +336,11 @@ fn refusals_of_the_host_are_left_to_packets_where_the_kernel_cannot_tell() {
     check(&sim, host(outside, 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
     sim.apply(&Op::LocalAddress(vip(20), Some(HOST))).unwrap();
     check(&sim, host(vip(20), 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
+}
+
+/// Returns a socket of the host's network namespace.
+fn host(address: Addr, port: u16, proto: u8) -> SimSocket<'static> {
+    SimSocket { netns: HOST_NETNS, ..socket(address, port, proto) }
 }
 
 /// NodeLocal DNSCache listens at a clusterIP, which is then an address of the host, while no Service claims it.
@@ -389,100 +376,6 @@ fn a_socket_that_is_left_to_packets_forgets_its_record() {
         assert_eq!(connect(&mut socket, &sim), Pass);
         assert_eq!((socket.addr, record_of(&sim, &socket)), (vip(99), None));
     }
-}
-
-/// Whatever the verdict would be, it is left to the packet edge.
-#[test]
-fn sockets_of_a_pod_that_has_opted_out_are_left_alone() {
-    let mut sim = world();
-    // A served port, a Service without endpoints, an unused port.
-    let addresses = [(vip(10), 80), (vip(20), 80), (vip(10), 81)];
-    let left = |sim: &Simulator, cgroups: &'static [u64]| {
-        let left = addresses.map(|(address, port)| {
-            let before = SimSocket { cgroups, ..socket(address, port, TCP) };
-            let mut after = before.clone();
-            (connect(&mut after, sim), after == before) == (Pass, true)
-        });
-        assert!(left.iter().all(|other| *other == left[0]), "{cgroups:?}: {left:?}");
-        left[0]
-    };
-    sim.apply(&Op::OptOut(7, Some(EVERYTHING))).unwrap();
-    sim.apply(&Op::NodeFlags(PODS_IN_PACKETS)).unwrap();
-    assert_eq!(connect(&mut SimSocket { cgroups: &[1, 7], ..socket(vip(10), 80, TCP) }, &sim), Translated);
-    sim.apply(&Op::NodeFlags(PODS_IN_PACKETS | OPTED_OUT)).unwrap();
-    let deep: [u64; 16] = [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 7];
-    let deep: &'static [u64] = Vec::leak(deep.to_vec());
-    for cgroups in [&[7][..], &[1, 7], &[1, 2, 7, 3], deep] {
-        assert!(left(&sim, cgroups));
-    }
-    assert_eq!(sim.counted(Counter::LeftToPackets), 12);
-    // Other pods, and addresses that belong to no Service.
-    for cgroups in [&[][..], &[1, 2, 3]] {
-        let other = SimSocket { cgroups, ..socket(vip(10), 80, TCP) };
-        check(&sim, other, Translated, Some(Counter::Connected));
-    }
-    check(&sim, SimSocket { cgroups: &[7], ..socket(pod(1), 8080, TCP) }, Pass, None);
-    // The packet edge does not judge packets of the host.
-    let host = SimSocket { netns: HOST_NETNS, cgroups: &[7], ..socket(vip(10), 80, TCP) };
-    check(&sim, host, Translated, Some(Counter::Connected));
-    // Each datagram is checked, also in a flow that began before the opt-out.
-    let mut datagram = socket(vip(10), 80, UDP);
-    assert_eq!(sendmsg(&mut datagram, &sim), Translated);
-    let mut datagram = SimSocket { cgroups: &[1, 7], ..socket(vip(10), 80, UDP) };
-    assert_eq!((sendmsg(&mut datagram, &sim), datagram.addr), (Pass, vip(10)));
-    sim.apply(&Op::OptOut(7, None)).unwrap();
-    assert!(!left(&sim, &[1, 7]));
-}
-
-/// The pod with cgroup 7 has its sandbox in network namespace 70, the pod with cgroup 8 in 80. Nothing is known of
-/// cgroup 9.
-#[test]
-fn sockets_of_networks_inside_a_pod_are_left_alone() {
-    let mut sim = world();
-    for (netns, cgroup) in [(70, 7), (80, 8)] {
-        sim.apply(&Op::Sandbox(netns, Some(cgroup))).unwrap();
-        sim.apply(&Op::OptOut(cgroup, Some(INSIDE))).unwrap();
-    }
-    sim.apply(&Op::OptOut(6, Some(EVERYTHING))).unwrap();
-    let told = |sim: &Simulator, netns, cgroups: &'static [u64]| {
-        let asked = [(vip(10), 80), (vip(20), 80), (vip(10), 81), (vip(77), 80)].map(|(address, port)| {
-            let mut socket = SimSocket { netns, cgroups, ..socket(address, port, TCP) };
-            (connect(&mut socket, sim), socket.addr == address)
-        });
-        let datagram = sendmsg(&mut SimSocket { netns, cgroups, ..socket(vip(10), 80, UDP) }, sim);
-        let left = asked == [(Pass, true); 4];
-        assert_eq!(
-            (left, asked[0].0 == Pass),
-            (asked[0].0 == Pass, datagram == Pass),
-            "{asked:?} {datagram:?}"
-        );
-        left
-    };
-    sim.apply(&Op::NodeFlags(PODS_IN_PACKETS)).unwrap();
-    assert!(!told(&sim, 71, &[1, 7]), "while nobody is known");
-    for (flags, everything) in [(SANDBOXES_KNOWN, false), (SANDBOXES_KNOWN | OPTED_OUT, true)] {
-        sim.apply(&Op::NodeFlags(PODS_IN_PACKETS | flags)).unwrap();
-        for (netns, cgroups, left) in [
-            (70, &[1, 7, 3][..], false),
-            (71, &[1, 7, 3], true),
-            (71, &[1, 7], true),
-            // A pod of an inner cluster.
-            (71, &[1, 7, 3, 1, 9], true),
-            // Another pod's namespace is not nested in this pod.
-            (80, &[1, 7, 3], false),
-            // A pod that has just appeared, or whose sandbox cannot be found.
-            (90, &[1, 9], false),
-            (90, &[], false),
-            (HOST_NETNS, &[1, 7, 3], false),
-            // In its own namespace a socket is left alone only if its pod has opted out. Without the flag `OPTED_OUT`
-            // this is not checked.
-            (70, &[1, 6], everything),
-        ] {
-            assert_eq!(told(&sim, netns, cgroups), left, "{netns} {cgroups:?} {flags:#x}");
-        }
-    }
-    sim.apply(&Op::OptOut(7, None)).unwrap();
-    assert!(!told(&sim, 71, &[1, 7]), "nothing is known any more");
 }
 
 #[test]

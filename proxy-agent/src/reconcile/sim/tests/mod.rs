@@ -19,6 +19,7 @@ use super::*;
 mod affinity;
 mod connecting;
 mod datagrams;
+mod left;
 mod orders;
 mod peers;
 
@@ -123,4 +124,27 @@ fn record_of(sim: &Simulator, socket: &SimSocket<'_>) -> Option<SocketRecord> {
 /// Returns every counter that is not zero.
 fn counts(sim: &Simulator) -> Vec<(Counter, u64)> {
     Counter::ALL.into_iter().map(|counter| (counter, sim.counted(counter))).filter(|(_, n)| *n > 0).collect()
+}
+
+/// Checks verdict and counter of connect(). The socket stays unchanged unless the verdict is `Translated`.
+#[track_caller]
+fn check<'a>(
+    sim: &Simulator,
+    mut socket: SimSocket<'a>,
+    verdict: Verdict,
+    counted: Option<Counter>,
+) -> SimSocket<'a> {
+    let before = (socket.clone(), counts(sim));
+    assert_eq!(connect(&mut socket, sim), verdict, "{before:?}");
+    let more: Vec<_> = Counter::ALL
+        .into_iter()
+        .filter(|counter| {
+            sim.counted(*counter) != before.1.iter().find(|(c, _)| c == counter).map_or(0, |(_, n)| *n)
+        })
+        .collect();
+    assert_eq!(more, counted.into_iter().collect::<Vec<_>>(), "{before:?}");
+    if verdict != Translated {
+        assert_eq!(socket, before.0);
+    }
+    socket
 }

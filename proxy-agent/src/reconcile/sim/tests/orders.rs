@@ -2,7 +2,6 @@
 
 use proxy_common::abi::socket::{Order, order};
 
-use super::connecting::check;
 use super::*;
 
 #[test]
@@ -46,14 +45,6 @@ fn ordered(vip: Addr, peer: (Addr, u16)) -> SimSocket<'static> {
 #[test]
 fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
     let sim = world();
-    let record = |backend: u32| SocketRecord {
-        vip: vip(10),
-        vip_port: Be16::new(80),
-        backend_addr: pod(backend),
-        backend_port: Be16::new(8080),
-        service: 1,
-        backend,
-    };
     // From a backend that has left, and from the VIP itself, which was not served when the owner connected the
     // socket.
     for (peer, before) in [((pod(9), 8080), Some(record(9))), ((vip(10), 80), None)] {
@@ -105,4 +96,15 @@ fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
     // Another protocol ignores the order.
     let mut stream = SimSocket { protocol: TCP.into(), ..led };
     assert_eq!(connect(&mut stream, &sim), Pass);
+}
+
+fn record(backend: u32) -> SocketRecord {
+    SocketRecord {
+        vip: vip(10),
+        vip_port: Be16::new(80),
+        backend_addr: pod(backend),
+        backend_port: Be16::new(8080),
+        service: 1,
+        backend,
+    }
 }
