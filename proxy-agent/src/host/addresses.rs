@@ -40,11 +40,12 @@ async fn watch_with_buffer(receive_buffer: usize) -> Result<watch::Receiver<Host
 
 async fn dump(handle: Handle) -> Result<HostAddresses, rtnetlink::Error> {
     let messages = handle.address().get().execute();
-    let collect = |mut addresses: HostAddresses, message| {
-        addresses.extend(own(&message));
-        std::future::ready(Ok(addresses))
-    };
-    messages.try_fold(HostAddresses::new(), collect).await
+    messages
+        .try_fold(HostAddresses::new(), |mut addresses, message| {
+            addresses.extend(own(&message));
+            std::future::ready(Ok(addresses))
+        })
+        .await
 }
 
 /// Returns an address that this host may use, and its device.
@@ -175,17 +176,18 @@ mod tests {
 
     #[test]
     fn an_address_that_another_machine_has_is_not_ours() {
-        let message = |flags| {
-            let mut message = AddressMessage::default();
-            (message.header.index, message.header.flags) = (7, flags);
-            message.attributes.push(AddressAttribute::Address("2001:db8::10".parse().unwrap()));
-            message
-        };
         let tentative = AddressHeaderFlags::Tentative;
         let ours = Some((addr("2001:db8::10"), 7));
         assert_eq!(own(&message(AddressHeaderFlags::Permanent)), ours);
         assert_eq!(own(&message(tentative)), ours);
         assert_eq!(own(&message(tentative | AddressHeaderFlags::Dadfailed)), None);
+    }
+
+    fn message(flags: AddressHeaderFlags) -> AddressMessage {
+        let mut message = AddressMessage::default();
+        (message.header.index, message.header.flags) = (7, flags);
+        message.attributes.push(AddressAttribute::Address("2001:db8::10".parse().unwrap()));
+        message
     }
 
     #[test]
@@ -214,7 +216,6 @@ mod tests {
         in_new_netns(|| {
             block_on(async {
                 let addresses = watch_addresses().await.unwrap();
-                let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
                 assert!(tasks() > 0);
                 drop(addresses);
                 tokio::time::timeout(Duration::from_secs(5), async {
@@ -226,5 +227,9 @@ mod tests {
                 .unwrap();
             });
         });
+    }
+
+    fn tasks() -> usize {
+        tokio::runtime::Handle::current().metrics().num_alive_tasks()
     }
 }

@@ -104,9 +104,11 @@ mod tests {
                       32 30 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
         let unified = "31 30 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n\
                        40 30 0:27 /sub /mnt/other/cgroup rw - cgroup2 cgroup2 rw\n";
-        let root = |mounts| mount_points(mounts, "cgroup2").min_by_key(|path| path.as_os_str().len());
-        assert_eq!(root(hybrid), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(root(unified), Some("/sys/fs/cgroup".into()));
-        assert_eq!(root(""), None);
+        for (mounts, want) in
+            [(hybrid, Some("/sys/fs/cgroup/unified")), (unified, Some("/sys/fs/cgroup")), ("", None)]
+        {
+            let root = mount_points(mounts, "cgroup2").min_by_key(|path| path.as_os_str().len());
+            assert_eq!(root, want.map(Into::into));
+        }
     }
 }

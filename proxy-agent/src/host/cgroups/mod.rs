@@ -216,8 +216,10 @@ impl Looker {
 
     /// Returns the ids of the cgroups that opt out by their paths.
     fn cgroups(&self) -> BTreeMap<String, u64> {
-        let id = |path: &str| std::fs::metadata(self.root.join(path)).ok().filter(std::fs::Metadata::is_dir);
-        let found = self.cgroups.iter().filter_map(|path| Some((path.clone(), id(path)?.ino())));
+        let found = self.cgroups.iter().filter_map(|path| {
+            let directory = std::fs::metadata(self.root.join(path)).ok().filter(std::fs::Metadata::is_dir)?;
+            Some((path.clone(), directory.ino()))
+        });
         found.collect()
     }
 }

@@ -279,12 +279,11 @@ fn way_out(namespace: &File, host: &File) -> Option<(Option<bool>, u64)> {
 
 /// Runs `look` in a network namespace, on a thread that ends afterwards.
 fn within<T: Send>(namespace: &File, look: impl FnOnce() -> Option<T> + Send) -> Option<T> {
-    let inside = || {
-        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).ok()?;
-        look()
-    };
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("sandboxes".to_owned()).spawn_scoped(scope, inside);
+        let thread = std::thread::Builder::new().name("sandboxes".to_owned()).spawn_scoped(scope, || {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).ok()?;
+            look()
+        });
         thread.ok()?.join().ok()?
     })
 }

@@ -37,12 +37,14 @@ impl Diag {
     /// Calls `each` for every TCP socket of both families that has begun to connect and is not closed: sockets of
     /// processes, the kernel's own, and subflows of MPTCP.
     pub(super) fn list_tcp(&self, each: impl FnMut(InetResponseHeader)) -> Result<(), SocketsError> {
-        let request = |family, socket_id| InetRequest {
-            protocol: libc::IPPROTO_TCP as u8,
-            states: StateFlags::all() - StateFlags::LISTEN - StateFlags::TIME_WAIT,
-            ..request(family, socket_id)
-        };
-        self.list_by(request, each)
+        self.list_by(
+            |family, socket_id| InetRequest {
+                protocol: libc::IPPROTO_TCP as u8,
+                states: StateFlags::all() - StateFlags::LISTEN - StateFlags::TIME_WAIT,
+                ..request(family, socket_id)
+            },
+            each,
+        )
     }
 
     fn list_by(

@@ -156,14 +156,14 @@ fn source_to(addr: Addr, port: Be16) -> io::Result<IpAddr> {
 /// Returns whether replies to `address` find the way back as well as replies to the kernel's choice. (Another address
 /// of the same reach is kept, as NAT keeps it: a bridge's instead of the uplink's, for instance.)
 fn leads_as_far(address: IpAddr, kernels: IpAddr) -> bool {
-    let reach = |address: IpAddr| {
+    let [own, other] = [address, kernels].map(|address| {
         let link_local = match address {
             IpAddr::V4(address) => address.is_link_local(),
             IpAddr::V6(address) => address.is_unicast_link_local(),
         };
         (address.is_loopback(), link_local)
-    };
-    address == kernels || reach(address) == reach(kernels)
+    });
+    address == kernels || own == other
 }
 
 #[cfg(test)]

@@ -149,7 +149,6 @@ fn sweep_here(places: &Places, treat: &Treat<'_>) -> Result<Report, SocketsError
     let mut diags = Vec::new();
     let mut candidates = BTreeMap::new();
     for namespace in found.namespaces {
-        let name = || namespace.path.display().to_string();
         if let Err(error) = namespace.enter() {
             report.errors.push(error);
             continue;
@@ -166,7 +165,8 @@ fn sweep_here(places: &Places, treat: &Treat<'_>) -> Result<Report, SocketsError
             Ok(diag) => diags.push((diag, namespace)),
             Err(error) => {
                 candidates.retain(|_, candidate| candidate.diag < diags.len());
-                report.errors.push(SocketsError::Within { name: name(), source: Box::new(error) });
+                let name = namespace.path.display().to_string();
+                report.errors.push(SocketsError::Within { name, source: Box::new(error) });
             }
         }
     }

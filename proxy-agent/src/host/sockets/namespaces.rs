@@ -106,10 +106,9 @@ fn identity(file: &File) -> Option<(u64, u64)> {
 
 /// Returns the directories of processes in a procfs.
 pub(super) fn processes(proc: &Path) -> std::io::Result<impl Iterator<Item = PathBuf>> {
-    let is_pid = |path: &PathBuf| {
+    Ok(entries(proc)?.into_iter().filter(|path| {
         path.file_name().is_some_and(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit))
-    };
-    Ok(entries(proc)?.into_iter().filter(is_pid))
+    }))
 }
 
 fn entries(dir: &Path) -> std::io::Result<BTreeSet<PathBuf>> {
@@ -121,12 +120,13 @@ fn entries(dir: &Path) -> std::io::Result<BTreeSet<PathBuf>> {
 pub(super) fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> Result<(T, Duration), SocketsError> {
     std::thread::scope(|scope| {
         let builder = std::thread::Builder::new().name("sockets".to_owned());
-        let work = || {
-            let done = work();
-            let cpu = Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default();
-            (done, cpu)
-        };
-        let thread = builder.spawn_scoped(scope, work).map_err(SocketsError::Thread)?;
+        let thread = builder
+            .spawn_scoped(scope, || {
+                let done = work();
+                let cpu = Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default();
+                (done, cpu)
+            })
+            .map_err(SocketsError::Thread)?;
         Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
 }

@@ -2,6 +2,7 @@
 //! here by its peer.
 
 use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
@@ -57,13 +58,16 @@ fn is_destroyed(socket: &UdpSocket) -> bool {
 /// Dooms sockets connected to `destination`, and checks that the copy is the right socket.
 fn to(destination: &str) -> impl Fn(&Held<'_>) -> Result<Fate, SocketsError> + Sync {
     let destination: SocketAddr = destination.parse().unwrap();
-    let canonical = |addr: SocketAddr| (Addr::from(addr.ip()), addr.port());
     move |Held { id, copy, .. }| {
         let seen = SocketAddr::new(id.destination_address, id.destination_port);
         let copy = UdpSocket::from(copy.try_clone().unwrap());
         assert_eq!(canonical(copy.peer_addr().unwrap()), canonical(seen));
         Ok(if canonical(seen) == canonical(destination) { Fate::Doomed } else { Fate::Left })
     }
+}
+
+fn canonical(addr: SocketAddr) -> (Addr, u16) {
+    (Addr::from(addr.ip()), addr.port())
 }
 
 #[test]
@@ -114,12 +118,15 @@ fn the_caller_stays_in_its_namespace() {
     in_new_netns(|| {
         show_as_process(root.path(), 1);
         in_new_netns(|| {
-            let here = || std::fs::read_link("/proc/thread-self/ns/net").unwrap();
-            let before = here();
+            let before = own_namespace();
             assert_eq!(sweep(&places, &|_| Ok(Fate::Left)).unwrap().namespaces, 1);
-            assert_eq!(here(), before);
+            assert_eq!(own_namespace(), before);
         });
     });
+}
+
+fn own_namespace() -> PathBuf {
+    std::fs::read_link("/proc/thread-self/ns/net").unwrap()
 }
 
 #[test]
@@ -176,11 +183,14 @@ fn a_socket_that_cannot_be_judged_is_left_alone() {
 fn a_descriptor_that_is_no_map_is_an_error() {
     let root = TempDir::new().unwrap();
     let sweeper = SocketSweeper::new(places(&root)).unwrap();
-    let null = || std::fs::File::open("/dev/null").unwrap().into();
     let error = sweeper
         .follow(&SocketMaps { records: null(), orders: null(), streams: null() }, |_| None, &BTreeSet::new())
         .unwrap_err();
     assert!(matches!(error, SocketsError::Storage(_)), "{error}");
+}
+
+fn null() -> OwnedFd {
+    std::fs::File::open("/dev/null").unwrap().into()
 }
 
 #[test]
