@@ -50,12 +50,11 @@ fn is_shared(mounts: &str, path: &Path) -> bool {
 /// Returns whether this process's mount namespace is a container's. The host's mount namespace is that of process 1,
 /// and on a host this process is never process 1.
 fn in_container() -> bool {
-    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
     // Set in every pod, also in a pod whose first process is a shell or an init of its own.
     let in_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
     // A mount namespace that this process may not read is another one than its own.
-    let of_first = namespace("1");
-    in_pod || std::process::id() == 1 || of_first.is_none() || of_first != namespace("self")
+    let [of_first, own] = ["1", "self"].map(|process| fs::read_link(format!("/proc/{process}/ns/mnt")).ok());
+    in_pod || std::process::id() == 1 || of_first.is_none() || of_first != own
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -284,13 +284,18 @@ impl Dataplane {
     /// has been removed and made again.
     pub(crate) fn detached(&self, cgroup: &Path) -> Vec<&'static str> {
         let cgroup_id = std::fs::metadata(cgroup).ok().map(|dir| dir.ino());
-        let own = |name| Some(self.programs.program(name)?.info().ok()?.id());
-        let runs = |name: &&'static str| {
-            let link =
-                sys::open_link(&self.pins.link(name)).and_then(|link| sys::cgroup_link_info(link.as_fd()));
-            link.is_ok_and(|link| Some(link.cgroup_id) == cgroup_id && Some(link.program_id) == own(name))
-        };
-        PROGRAMS.into_iter().filter(|name| !self.refused.contains_key(name) && !runs(name)).collect()
+        PROGRAMS
+            .into_iter()
+            .filter(|name| !self.refused.contains_key(name) && !self.is_attached(name, cgroup_id))
+            .collect()
+    }
+
+    /// Returns whether the link of `program` is at this cgroup and runs the program that was loaded here.
+    fn is_attached(&self, program: &str, cgroup_id: Option<u64>) -> bool {
+        let link =
+            sys::open_link(&self.pins.link(program)).and_then(|link| sys::cgroup_link_info(link.as_fd()));
+        let own = self.programs.program(program).and_then(|program| Some(program.info().ok()?.id()));
+        link.is_ok_and(|link| Some(link.cgroup_id) == cgroup_id && Some(link.program_id) == own)
     }
 
     /// Returns the maps about sockets.
@@ -299,18 +304,19 @@ impl Dataplane {
     ///
     /// [`DataplaneError::Open`] when a pin is gone.
     pub(crate) fn sockets(&self) -> Result<SocketMaps, DataplaneError> {
-        let open = |name| {
-            let path = self.pins.map(name);
-            let map =
-                MapData::from_pin(&path).map_err(|source| OpenError::Pin { path: path.clone(), source })?;
-            let fd = map.fd().as_fd().try_clone_to_owned();
-            fd.map_err(|source| OpenError::Mmap { path, source })
-        };
         Ok(SocketMaps {
-            records: open(maps::SOCKETS)?,
-            orders: open(maps::ORDERS)?,
-            streams: open(maps::STREAMS)?,
+            records: self.descriptor(maps::SOCKETS)?,
+            orders: self.descriptor(maps::ORDERS)?,
+            streams: self.descriptor(maps::STREAMS)?,
         })
+    }
+
+    /// Opens a pinned map.
+    fn descriptor(&self, name: &str) -> Result<OwnedFd, OpenError> {
+        let path = self.pins.map(name);
+        let map = MapData::from_pin(&path).map_err(|source| OpenError::Pin { path: path.clone(), source })?;
+        let fd = map.fd().as_fd().try_clone_to_owned();
+        fd.map_err(|source| OpenError::Mmap { path, source })
     }
 }
 

@@ -50,8 +50,11 @@ pub(super) fn reason(error: &ProgramError) -> String {
 /// Returns the last lines of the verifier's log, without its statistics.
 fn verdict(log: &str) -> String {
     const STATISTICS: [&str; 3] = ["processed ", "verification time ", "stack depth "];
-    let told = |line: &&str| !line.is_empty() && !STATISTICS.iter().any(|word| line.starts_with(word));
-    let mut lines: Vec<_> = log.lines().map(str::trim).filter(told).collect();
+    let mut lines: Vec<_> = log
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !STATISTICS.iter().any(|word| line.starts_with(word)))
+        .collect();
     let last = lines.split_off(lines.len().saturating_sub(LAST_LINES));
     if last.is_empty() { "without a reason".to_owned() } else { last.join("; ") }
 }

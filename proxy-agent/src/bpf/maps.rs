@@ -9,8 +9,8 @@ use aya::maps::{
 };
 use proxy_common::abi::maps;
 use proxy_common::abi::{
-    Backend, Counter, Device, FilterBit, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Service,
-    ServiceCounters, ServiceName, SourceRangeKey,
+    Backend, Counter, Device, FilterBit, FlowKind, FrontendKey, FrontendValue, Service, ServiceCounters,
+    ServiceName, SourceRangeKey,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 
@@ -184,10 +184,10 @@ impl KernelMaps {
         let frontends =
             count::<FrontendValue, FrontendKey>(self.frontends.map()).map_err(MapError::IoError)?;
         let services = count::<ServiceName, u32>(self.names.map()).map_err(MapError::IoError)?;
-        let used = |id: &u32| self.backend(*id).is_some_and(|backend| backend.state.flags != 0);
-        let backends = (0..self.capacity.backends).filter(used).count() as u64;
+        let backends = (0..self.capacity.backends)
+            .filter(|id| self.backend(*id).is_some_and(|backend| backend.state.flags != 0))
+            .count() as u64;
         let source_ranges = self.source_ranges.keys().count() as u64;
-        let capacity = |map: &MapData| Ok::<u64, MapError>(map.info()?.max_entries().into());
         let devices = self.devices.count().map_err(MapError::IoError)?;
         Ok(vec![
             (maps::FRONTENDS, frontends, self.capacity.frontends.into()),
@@ -252,12 +252,6 @@ impl KernelMaps {
     ///
     /// Returns the kernel's error about a hash map that it cannot walk.
     pub fn contents(&self) -> Result<Contents, MapError> {
-        let prefixes = |trie: &LpmTrie<MapData, Addr, u32>| {
-            let keys = trie.keys().collect::<Result<Vec<_>, _>>()?;
-            Ok::<_, MapError>(
-                keys.into_iter().filter_map(|key| prefix(key.data(), key.prefix_len())).collect(),
-            )
-        };
         let ranges = self.source_ranges.keys().collect::<Result<Vec<_>, _>>()?;
         Ok(Contents {
             names: self.names.iter().collect::<Result<_, _>>()?,
@@ -274,6 +268,15 @@ impl KernelMaps {
             node_flags: self.node_flags(),
         })
     }
+}
+
+fn prefixes(trie: &LpmTrie<MapData, Addr, u32>) -> Result<Vec<Prefix>, MapError> {
+    let keys = trie.keys().collect::<Result<Vec<_>, _>>()?;
+    Ok(keys.into_iter().filter_map(|key| prefix(key.data(), key.prefix_len())).collect())
+}
+
+fn capacity(map: &MapData) -> Result<u64, MapError> {
+    Ok(map.info()?.max_entries().into())
 }
 
 impl KernelMaps {
@@ -305,17 +308,18 @@ impl KernelMaps {
         for (map, table) in
             [(maps::FLOWS, &self.flow_maps.flows), (maps::NEW_FLOWS, &self.flow_maps.new_flows)]
         {
-            let mark = |(key, _): (FlowKey, Flow)| {
-                if key.kind != FlowKind::Record as u8 {
-                    return;
-                }
-                for FilterBit { word, mask } in backend_bits(&key.destination, key.destination_port) {
-                    if let Some(word) = words.get_mut(word as usize) {
-                        *word |= mask;
+            table
+                .for_each(|(key, _)| {
+                    if key.kind != FlowKind::Record as u8 {
+                        return;
                     }
-                }
-            };
-            table.for_each(mark).map_err(|source| StoreError::Map { map, source })?;
+                    for FilterBit { word, mask } in backend_bits(&key.destination, key.destination_port) {
+                        if let Some(word) = words.get_mut(word as usize) {
+                            *word |= mask;
+                        }
+                    }
+                })
+                .map_err(|source| StoreError::Map { map, source })?;
         }
         (0..).zip(words).try_for_each(|(word, bits)| store(maps::FILTER, &self.filter, word, 0, bits))
     }
@@ -448,9 +452,10 @@ fn load<const N: usize>(mapping: &Mapping, index: u32) -> Option<[u64; N]> {
 
 /// Returns all elements up to the last one that is not zero.
 fn array<T>(mapping: &Mapping, get: impl Fn(u32) -> Option<T>) -> Vec<T> {
-    let used =
-        |index: &u32| (0..).map_while(|word| mapping.word(*index, word)).any(|word| word.load(Acquire) != 0);
-    let len = (0..mapping.len()).rev().find(used).map_or(0, |last| last + 1);
+    let len = (0..mapping.len())
+        .rev()
+        .find(|index| (0..).map_while(|word| mapping.word(*index, word)).any(|word| word.load(Acquire) != 0))
+        .map_or(0, |last| last + 1);
     (0..len).map_while(get).collect()
 }
 

@@ -161,7 +161,6 @@ pub(crate) fn settle(maps: &KernelMaps) -> Result<(), SelfTestError> {
 }
 
 fn exchange(receiver: &UdpSocket, to: SocketAddr) -> Result<(), SelfTestError> {
-    let not_translated = |error: io::Error| SelfTestError::NotTranslated(error.to_string());
     let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).map_err(SelfTestError::Socket)?;
     receiver.set_read_timeout(Some(TIMEOUT)).map_err(SelfTestError::Socket)?;
     // The kernel refuses to route a packet from a loopback source to the probe address, so nothing can leave the host.
@@ -175,4 +174,8 @@ fn exchange(receiver: &UdpSocket, to: SocketAddr) -> Result<(), SelfTestError> {
     } else {
         Err(SelfTestError::NotTranslated("something else arrived".to_owned()))
     }
+}
+
+fn not_translated(error: io::Error) -> SelfTestError {
+    SelfTestError::NotTranslated(error.to_string())
 }

@@ -135,12 +135,11 @@ impl TcPrograms {
     pub fn load(&mut self, names: &[&'static str]) {
         self.refused.retain(|_, (when, _)| when.elapsed() < RELOAD);
         let refused = std::thread::scope(|scope| {
-            let wanted = |name: &str| {
-                let known = names.iter().copied().find(|known| *known == name)?;
-                (!self.refused.contains_key(known)).then_some(known)
-            };
-            let programs = self.programs.programs_mut();
-            let programs = programs.filter_map(|(name, program)| Some((wanted(name)?, program)));
+            let wanted = names.iter().filter(|name| !self.refused.contains_key(**name));
+            let programs = self.programs.programs_mut().filter_map(|(found, program)| {
+                let name = *wanted.clone().find(|name| **name == found)?;
+                Some((name, program))
+            });
             let loading: Vec<_> = programs
                 .map(|(name, program)| (name, scope.spawn(move || loaded(name, program).map(drop))))
                 .collect();
@@ -167,8 +166,7 @@ impl TcPrograms {
     /// [`AttachError::Refused`].
     pub(crate) fn check(&self, pair: Pair) -> Result<(), AttachError> {
         let programs = Direction::ALL.map(|direction| pair.program(direction));
-        let refused = |program| Some((program, self.refused.get(program)?));
-        match programs.into_iter().find_map(refused) {
+        match programs.into_iter().find_map(|program| Some((program, self.refused.get(program)?))) {
             Some((program, (_, reason))) => Err(AttachError::Refused { program, reason: reason.clone() }),
             None => Ok(()),
         }
@@ -176,18 +174,19 @@ impl TcPrograms {
 
     /// Returns the number of verified instructions of each loaded program, if the kernel reports it (5.16).
     pub fn verified(&self) -> Vec<(&'static str, Option<u32>)> {
-        let count = |name| {
-            let program: &SchedClassifier = self.programs.program(name)?.try_into().ok()?;
-            Some((name, program.info().ok()?.verified_instruction_count()))
-        };
-        PROGRAMS.into_iter().filter_map(count).collect()
+        PROGRAMS
+            .into_iter()
+            .filter_map(|name| {
+                let program: &SchedClassifier = self.programs.program(name)?.try_into().ok()?;
+                Some((name, program.info().ok()?.verified_instruction_count()))
+            })
+            .collect()
     }
 
     /// Returns the program id that a link reports if it runs `program`.
     fn id(&mut self, program: &'static str) -> Result<u32, AttachError> {
-        let failed = |source| AttachError::Program { program, source };
-        let classifier = classifier(&mut self.programs, program).map_err(failed)?;
-        Ok(classifier.info().map_err(failed)?.id())
+        let classifier = classifier(&mut self.programs, program).map_err(failed(program))?;
+        Ok(classifier.info().map_err(failed(program))?.id())
     }
 
     /// Makes the pinned link of `program` to `device` run the loaded program, or makes the link. Returns whether
@@ -208,11 +207,9 @@ impl TcPrograms {
         match device_link(&pin)? {
             Some((link, info)) if info.device == device.index => {
                 if info.program_id != own {
-                    let failed = |source| AttachError::Program { program, source };
-                    let classifier = classifier(&mut self.programs, program).map_err(failed)?;
-                    let fd = classifier.fd().map_err(failed)?;
-                    sys::update_link(link.as_fd(), fd.as_fd())
-                        .map_err(|source| AttachError::Pin { path: pin.clone(), source })?;
+                    let classifier = classifier(&mut self.programs, program).map_err(failed(program))?;
+                    let fd = classifier.fd().map_err(failed(program))?;
+                    sys::update_link(link.as_fd(), fd.as_fd()).map_err(|error| not_pinned(&pin, error))?;
                     tracing::debug!(device = device.name, program, "program replaced in place");
                 }
             }
@@ -249,7 +246,7 @@ impl TcPrograms {
         let beside = link_pin(pins, &format!("{program}-new"), device.index);
         remove_pin(&beside)?;
         self.new_link(device, program, direction, &beside)?;
-        std::fs::rename(&beside, &pin).map_err(|source| AttachError::Pin { path: pin, source })
+        std::fs::rename(&beside, &pin).map_err(|error| not_pinned(&pin, error))
     }
 
     fn new_link(
@@ -259,22 +256,18 @@ impl TcPrograms {
         direction: Direction,
         pin: &Path,
     ) -> Result<(), AttachError> {
-        let failed = |source| AttachError::Program { program, source };
         let order = match direction {
             Direction::Ingress => LinkOrder::first(),
             Direction::Egress => LinkOrder::last(),
         };
-        let classifier = classifier(&mut self.programs, program).map_err(failed)?;
+        let classifier = classifier(&mut self.programs, program).map_err(failed(program))?;
         let id = classifier
             .attach_with_options(device.name, direction.attach_type(), TcAttachOptions::TcxOrder(order))
-            .map_err(failed)?;
-        let link = classifier.take_link(id).map_err(failed)?;
-        let pinned = |error: Box<dyn std::error::Error>| AttachError::Pin {
-            path: pin.to_path_buf(),
-            source: io::Error::other(chain(&*error)),
-        };
-        let link = FdLink::try_from(link).map_err(|error| pinned(error.into()))?;
-        link.pin(pin).map_err(|error| pinned(error.into()))?;
+            .map_err(failed(program))?;
+        let link = classifier.take_link(id).map_err(failed(program))?;
+        let link =
+            FdLink::try_from(link).map_err(|error| not_pinned(pin, io::Error::other(chain(&error))))?;
+        link.pin(pin).map_err(|error| not_pinned(pin, io::Error::other(chain(&error))))?;
         // aya attaches by name, and the name may have led to another device.
         match device_link(pin)? {
             Some((_, info)) if info.device == device.index => Ok(()),
@@ -297,10 +290,10 @@ impl TcPrograms {
         program: &'static str,
         direction: Direction,
     ) -> Result<(), AttachError> {
-        let failed = |source| AttachError::Program { program, source };
         let attach_type = direction.attach_type();
-        let classifier = classifier(&mut self.programs, program).map_err(failed)?;
-        let there = filter(device.name, direction).map_err(|error| failed(TcError::from(error).into()))?;
+        let classifier = classifier(&mut self.programs, program).map_err(failed(program))?;
+        let there =
+            filter(device.name, direction).map_err(|error| failed(program)(TcError::from(error).into()))?;
         let id = match classifier.attach_to_link(there) {
             Ok(id) => id,
             // There is no filter of ours yet.
@@ -309,11 +302,11 @@ impl TcPrograms {
                 let options = NlOptions { priority: priority(direction), handle: HANDLE, classid: None };
                 classifier
                     .attach_with_options(device.name, attach_type, TcAttachOptions::Netlink(options))
-                    .map_err(failed)?
+                    .map_err(failed(program))?
             }
         };
         // Dropping the link would remove the filter, which has to outlive this process.
-        std::mem::forget(classifier.take_link(id).map_err(failed)?);
+        std::mem::forget(classifier.take_link(id).map_err(failed(program))?);
         Ok(())
     }
 }
@@ -352,22 +345,27 @@ pub(super) fn link_pin(pins: &PinDir, program: &str, index: u32) -> PathBuf {
 pub(super) fn device_link(
     pin: &Path,
 ) -> Result<Option<(std::os::fd::OwnedFd, sys::TcxLinkInfo)>, AttachError> {
-    let failed = |source| AttachError::Pin { path: pin.to_path_buf(), source };
     match sys::open_link(pin) {
         Ok(link) => {
-            let info = sys::tcx_link_info(link.as_fd()).map_err(failed)?;
+            let info = sys::tcx_link_info(link.as_fd()).map_err(|error| not_pinned(pin, error))?;
             Ok(Some((link, info)))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(failed(error)),
+        Err(error) => Err(not_pinned(pin, error)),
     }
+}
+
+fn not_pinned(pin: &Path, source: io::Error) -> AttachError {
+    AttachError::Pin { path: pin.to_path_buf(), source }
+}
+
+fn failed(program: &'static str) -> impl FnOnce(ProgramError) -> AttachError {
+    move |source| AttachError::Program { program, source }
 }
 
 fn remove_pin(pin: &Path) -> Result<(), AttachError> {
     match std::fs::remove_file(pin) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(AttachError::Pin { path: pin.to_path_buf(), source })
-        }
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(not_pinned(pin, error)),
         _ => Ok(()),
     }
 }

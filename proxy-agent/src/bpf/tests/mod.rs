@@ -3,7 +3,7 @@
 mod refusals;
 
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
 use proxy_common::abi::maps;
@@ -53,7 +53,6 @@ fn open(pins: &PinDir, capacity: Capacity) -> Dataplane {
 
 /// Writes an element into each of the maps, at its highest number.
 fn fill(maps: &mut KernelMaps) {
-    let addr = |last: u8| Addr::from(Ipv4Addr::new(192, 0, 2, last));
     let port = PortKey {
         service: ObjectKey::new("default", "kubia"),
         port_name: "".into(),
@@ -81,6 +80,10 @@ fn fill(maps: &mut KernelMaps) {
     ] {
         maps.apply(&op).unwrap();
     }
+}
+
+fn addr(last: u8) -> Addr {
+    Addr::from(Ipv4Addr::new(192, 0, 2, last))
 }
 
 /// Counts a connection on each CPU, as the programs do.
@@ -114,21 +117,19 @@ fn larger_maps_hold_the_same_wherever_a_growth_was_cut_short() {
     let connections = small.maps.service_counters(3).unwrap().connections;
     assert!(connections > 0);
     let before = small.maps.contents().unwrap();
-    let ids =
-        |contents: &Contents| [contents.names.len(), contents.frontends.len(), contents.source_ranges.len()];
-    assert_eq!((ids(&before), before.backends.len(), before.slots.len()), ([1, 1, 1], 4, 8));
-    let kept = |name: &str| pins.root().join(format!("{name}-kept"));
-    GROWING.iter().for_each(|name| pin_again(&pins.map(name), &kept(name)));
+    let elements = [before.names.len(), before.frontends.len(), before.source_ranges.len()];
+    assert_eq!((elements, before.backends.len(), before.slots.len()), ([1, 1, 1], 4, 8));
+    GROWING.iter().for_each(|name| pin_again(&pins.map(name), &kept(pins, name)));
 
     for replaced in 0..=GROWING.len() {
         // The earlier agent died after it had replaced this many maps, while it filled the next one.
         for (number, name) in GROWING.iter().enumerate() {
             if number >= replaced {
-                pin_again(&kept(name), &pins.map(name));
+                pin_again(&kept(pins, name), &pins.map(name));
             }
         }
         if let Some(next) = GROWING.get(replaced) {
-            pin_again(&kept(next), &pins.maps().join(format!("{next}-larger")));
+            pin_again(&kept(pins, next), &pins.maps().join(format!("{next}-larger")));
         }
         let large = open(pins, LARGE);
         assert!(large.resumed);
@@ -148,10 +149,17 @@ fn larger_maps_hold_the_same_wherever_a_growth_was_cut_short() {
         );
     }
     // Maps that are large enough are kept.
-    let id = |name: &str| MapData::from_pin(pins.map(name)).unwrap().info().unwrap().id();
-    let before = GROWING.map(id);
+    let before = ids(pins);
     open(pins, SMALL);
-    assert_eq!(GROWING.map(id), before);
+    assert_eq!(ids(pins), before);
+}
+
+fn kept(pins: &PinDir, name: &str) -> PathBuf {
+    pins.root().join(format!("{name}-kept"))
+}
+
+fn ids(pins: &PinDir) -> [u32; GROWING.len()] {
+    GROWING.map(|name| MapData::from_pin(pins.map(name)).unwrap().info().unwrap().id())
 }
 
 /// A pod that finds the probe's port in time makes the socket edge learn the pod's network namespace, but that is

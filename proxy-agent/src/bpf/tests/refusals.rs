@@ -78,13 +78,21 @@ fn what_is_refused_is_detached() {
     let served = cgroup();
     let mut whole = Dataplane::open(pins.0.clone(), SIZES, drop).unwrap();
     whole.attach(&served.0).unwrap();
-    let there = |program: &str| pins.0.link(program).exists();
-    assert!(there("sendmsg6") && there("connect6"));
+    assert!(is_pinned(&pins, "sendmsg6") && is_pinned(&pins, "connect6"));
     let object = broken(&["sendmsg6"]);
     let mut broken =
         Dataplane::open_object(bytemuck::cast_slice(&object), pins.0.clone(), SIZES, drop).unwrap();
     broken.attach(&served.0).unwrap();
-    assert!(!there("sendmsg6") && !there("recvmsg6") && there("connect6") && there("sendmsg4"));
+    assert!(
+        !is_pinned(&pins, "sendmsg6")
+            && !is_pinned(&pins, "recvmsg6")
+            && is_pinned(&pins, "connect6")
+            && is_pinned(&pins, "sendmsg4")
+    );
+}
+
+fn is_pinned(pins: &Pins, program: &str) -> bool {
+    pins.0.link(program).exists()
 }
 
 #[test]
@@ -147,20 +155,6 @@ fn a_device_whose_programs_are_refused_runs_none() {
             link add cali1 type veth peer name pod1\n\
             link set eth0 up\n\
             link set cali1 up\n");
-        let index = |name: &str| {
-            let mut ip = std::process::Command::new("ip");
-            let output = ip.args(["-o", "link", "show", "dev", name]).output().unwrap();
-            let text = String::from_utf8(output.stdout).unwrap();
-            text.split_once(':').unwrap().0.parse::<u32>().unwrap()
-        };
-        let choice = |name: &str, role| Choice {
-            name: name.to_owned(),
-            role,
-            layer: Layer::L2,
-            near: false,
-            owner: None,
-            reason: String::new(),
-        };
         let (edge, pod) = (index("eth0"), index("cali1"));
         let choices =
             BTreeMap::from([(edge, choice("eth0", Role::External)), (pod, choice("cali1", Role::Pod))]);
@@ -196,6 +190,17 @@ fn a_device_whose_programs_are_refused_runs_none() {
             assert_eq!(["eth0", "cali1"].map(ours), [0, 2], "{mechanism:?}");
         }
     });
+}
+
+fn choice(name: &str, role: Role) -> Choice {
+    Choice { name: name.to_owned(), role, layer: Layer::L2, near: false, owner: None, reason: String::new() }
+}
+
+fn index(name: &str) -> u32 {
+    let mut ip = std::process::Command::new("ip");
+    let output = ip.args(["-o", "link", "show", "dev", name]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.split_once(':').unwrap().0.parse::<u32>().unwrap()
 }
 
 /// Returns the number of our programs that a device runs, by links and by filters.
