@@ -50,9 +50,9 @@ impl Cli {
             }
         }
         // kube-proxy has no commands.
-        let about_all =
-            |first: &OsString| ["-h", "--help", "-V", "--version"].iter().any(|flag| first == flag);
-        if args.get(1).is_some_and(|first| first.to_string_lossy().starts_with('-') && !about_all(first)) {
+        const ABOUT_ALL: [&str; 4] = ["-h", "--help", "-V", "--version"];
+        let first = args.get(1).map(|first| first.to_string_lossy());
+        if first.is_some_and(|first| first.starts_with('-') && !ABOUT_ALL.contains(&&*first)) {
             args.insert(1, "run".into());
         }
         Self::try_parse_from(args)
@@ -212,17 +212,17 @@ fn client(text: &str) -> Result<ClientName, String> {
     if let Ok(address) = text.parse() {
         return Ok(ClientName::Address(address));
     }
-    let legal = |name: &str, more: &str| {
-        let of_a_name =
-            |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || more.contains(c);
-        !name.is_empty() && name.chars().all(of_a_name)
-    };
     match text.split_once('/') {
-        Some((namespace, name)) if legal(namespace, "") && legal(name, ".") => {
+        Some((namespace, name)) if is_name(namespace, "") && is_name(name, ".") => {
             Ok(ClientName::Pod(ObjectKey::new(namespace, name)))
         }
         _ => Err("must be an address, or NAMESPACE/POD".to_owned()),
     }
+}
+
+fn is_name(text: &str, more: &str) -> bool {
+    !text.is_empty()
+        && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || more.contains(c))
 }
 
 /// Protocols of Service ports.
@@ -377,10 +377,9 @@ mod tests {
 
     #[test]
     fn clients_are_addresses_or_pods() {
-        let address = |text: &str| ClientName::Address(text.parse().unwrap());
         for (text, want) in [
-            ("10.64.1.50", Some(address("10.64.1.50"))),
-            ("fd00:64::50", Some(address("fd00:64::50"))),
+            ("10.64.1.50", Some(ClientName::Address("10.64.1.50".parse().unwrap()))),
+            ("fd00:64::50", Some(ClientName::Address("fd00:64::50".parse().unwrap()))),
             ("shop/cart-1", Some(ClientName::Pod(ObjectKey::new("shop", "cart-1")))),
             ("kube-system/etcd.n1", Some(ClientName::Pod(ObjectKey::new("kube-system", "etcd.n1")))),
             ("cart-1", None),
@@ -401,19 +400,21 @@ mod tests {
         });
         let line = ["proxy-agent", "run"].into_iter().map(str::to_owned).chain(flags).map(OsString::from);
         let Command::Run(args) = Cli::from_command_line(line).unwrap().command else { panic!("not run") };
-        let budget = |tens: u32| Budget { frontends: 7 * tens, endpoints: 8 * tens, source_ranges: 9 * tens };
-        assert_eq!(args.tenants.budgets(), Budgets { service: budget(1), namespace: budget(10) });
+        let service = Budget { frontends: 7, endpoints: 8, source_ranges: 9 };
+        let namespace = Budget { frontends: 70, endpoints: 80, source_ranges: 90 };
+        assert_eq!(args.tenants.budgets(), Budgets { service, namespace });
     }
 
     #[test]
     fn a_pod_is_looked_up_in_one_place() {
-        let line = |more: &[&str]| {
-            let line = ["proxy-agent", "explain", "--from", "shop/cart-1", "tcp", "10.96.0.10:80"];
-            Cli::from_command_line(line.iter().chain(more).map(OsString::from))
-        };
-        assert!(line(&["--kubeconfig", "f", "--master", "https://192.0.2.1:6443"]).is_ok());
+        assert!(explain(&["--kubeconfig", "f", "--master", "https://192.0.2.1:6443"]).is_ok());
         for more in [["--kubeconfig", "f", "--manifests", "d"], ["--config", "f", "--kubeconfig", "g"]] {
-            assert!(line(&more).is_err(), "{more:?}");
+            assert!(explain(&more).is_err(), "{more:?}");
         }
+    }
+
+    fn explain(more: &[&str]) -> Result<Cli, clap::Error> {
+        let line = ["proxy-agent", "explain", "--from", "shop/cart-1", "tcp", "10.96.0.10:80"];
+        Cli::from_command_line(line.iter().chain(more).map(OsString::from))
     }
 }

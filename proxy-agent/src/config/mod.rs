@@ -373,21 +373,23 @@ fn cluster_cidr(given: &str) -> Result<[Option<Prefix>; 2], Invalid> {
 
 /// Returns notes about IPv6 settings on a host without IPv6.
 fn of_no_use(given: &KubeProxyConfiguration) -> Vec<String> {
-    let listed = |text: &Option<String>| -> Vec<String> {
-        text.iter().flat_map(|text| text.split(',')).map(|text| text.trim().to_owned()).collect()
-    };
     let settings = [
-        ("clusterCIDR", listed(&given.cluster_cidr)),
-        ("healthzBindAddress", listed(&given.healthz_bind_address)),
-        ("metricsBindAddress", listed(&given.metrics_bind_address)),
+        ("clusterCIDR", listed(given.cluster_cidr.as_ref())),
+        ("healthzBindAddress", listed(given.healthz_bind_address.as_ref())),
+        ("metricsBindAddress", listed(given.metrics_bind_address.as_ref())),
         ("nodePortAddresses", given.node_port_addresses.clone().unwrap_or_default()),
     ];
-    let note = |field, value: String| Invalid::new(field, value, NO_IPV6).to_string();
-    let is_v6 = |value: &String| value.matches(':').count() > 1;
     settings
         .into_iter()
-        .flat_map(|(field, values)| values.into_iter().filter(is_v6).map(move |value| note(field, value)))
+        .flat_map(|(field, values)| {
+            let of_ipv6 = values.into_iter().filter(|value| value.matches(':').count() > 1);
+            of_ipv6.map(move |value| Invalid::new(field, value, NO_IPV6).to_string())
+        })
         .collect()
+}
+
+fn listed(text: Option<&String>) -> Vec<String> {
+    text.into_iter().flat_map(|text| text.split(',')).map(|text| text.trim().to_owned()).collect()
 }
 
 /// Returns one sentence about all settings that are valid but have no meaning here.

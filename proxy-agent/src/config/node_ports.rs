@@ -107,10 +107,11 @@ impl NodePortAddresses {
     /// has no address that others could reach is skipped.
     pub(crate) fn warnings(&self, node_ips: &[Option<Addr>; 2], host: &BTreeSet<Addr>) -> Vec<String> {
         let mut warnings = Vec::new();
-        let in_use = |family: &Family| {
-            host.iter().any(|addr| addr.family() == *family && !addr.is_loopback() && !is_link_local(*addr))
-        };
-        for family in Family::ALL.into_iter().filter(in_use) {
+        for family in Family::ALL {
+            let mut reachable = host.iter().filter(|addr| !addr.is_loopback() && !is_link_local(**addr));
+            if !reachable.any(|addr| addr.family() == family) {
+                continue;
+            }
             let every =
                 format!("nodePorts are served on every {family} address of this host except loopback");
             match self {
@@ -143,8 +144,9 @@ pub fn local_addresses(
     node_ips: &[Option<Addr>; 2],
     host: &BTreeSet<Addr>,
 ) -> BTreeMap<Addr, u32> {
-    let bits = |addr: Addr| if setting.serves(addr, node_ips) { HOST | NODEPORT } else { HOST };
-    host.iter().map(|&addr| (addr, bits(addr))).collect()
+    host.iter()
+        .map(|&addr| (addr, if setting.serves(addr, node_ips) { HOST | NODEPORT } else { HOST }))
+        .collect()
 }
 
 fn is_link_local(addr: Addr) -> bool {
@@ -256,19 +258,20 @@ mod tests {
     #[test]
     fn p190_servers_listen_where_node_ports_are_served() {
         let host: BTreeSet<Addr> = OF_N1.into_iter().chain(["fe80::1"]).map(addr).collect();
-        let check = |setting: &[&str], ips, want: [&[&str]; 2]| {
+        let both = node_ips(Some(ETH0), Some(ETH0_V6));
+        for (setting, ips, want) in [
+            (&["primary"][..], both, [&[ETH0][..], &[ETH0_V6]]),
+            (&[], node_ips(Some("192.0.2.20"), None), [&["192.0.2.20"], &["::"]]),
+            (&["0.0.0.0/0", "2001:db8::/32"], both, [&["0.0.0.0"], &[ETH0_V6, ETH1_V6]]),
+            (&["198.51.100.0/24", "fe80::/10"], both, [&[ETH1], &[]]),
+        ] {
             let setting = NodePortAddresses::parse(setting).unwrap();
             for (family, want) in Family::ALL.into_iter().zip(want) {
                 let got: Vec<String> =
                     setting.listen_on(family, &ips, &host).iter().map(IpAddr::to_string).collect();
                 assert_eq!(got, want, "{setting:?} {family}");
             }
-        };
-        let both = node_ips(Some(ETH0), Some(ETH0_V6));
-        check(&["primary"], both, [&[ETH0], &[ETH0_V6]]);
-        check(&[], node_ips(Some("192.0.2.20"), None), [&["192.0.2.20"], &["::"]]);
-        check(&["0.0.0.0/0", "2001:db8::/32"], both, [&["0.0.0.0"], &[ETH0_V6, ETH1_V6]]);
-        check(&["198.51.100.0/24", "fe80::/10"], both, [&[ETH1], &[]]);
+        }
     }
 
     #[test]

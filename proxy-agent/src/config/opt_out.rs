@@ -62,9 +62,9 @@ impl Rules {
         annotations: Option<&BTreeMap<String, String>>,
         runtime_class: Option<&str>,
     ) -> bool {
-        let annotated = || annotations?.get(ANNOTATION).map(|value| value == OFF);
-        let sandboxed = || runtime_class.map(|class| self.runtime_classes.contains(class));
-        self.annotation && annotated().unwrap_or(false) || sandboxed().unwrap_or(false)
+        let annotated = annotations.and_then(|all| all.get(ANNOTATION)).is_some_and(|value| value == OFF);
+        let sandboxed = runtime_class.is_some_and(|class| self.runtime_classes.contains(class));
+        self.annotation && annotated || sandboxed
     }
 }
 
@@ -82,8 +82,6 @@ mod tests {
 
     #[test]
     fn rules() {
-        let parse = |text: &str| Rules::parse(&text.split(',').map(str::to_owned).collect::<Vec<_>>());
-        let annotations = |value: &str| BTreeMap::from([(ANNOTATION.to_owned(), value.to_owned())]);
         for (rules, annotation, class, opts_out) in [
             ("", "off", "gvisor", false),
             ("annotation", "off", "", true),
@@ -95,7 +93,8 @@ mod tests {
         ] {
             let parsed = parse(rules).unwrap();
             assert_eq!(parsed.is_empty(), rules.is_empty());
-            assert_eq!(parsed.hold(Some(&annotations(annotation)), Some(class)), opts_out, "{rules}");
+            let annotations = BTreeMap::from([(ANNOTATION.to_owned(), annotation.to_owned())]);
+            assert_eq!(parsed.hold(Some(&annotations), Some(class)), opts_out, "{rules}");
             assert!(!parsed.hold(None, None));
         }
         for wrong in [
@@ -116,6 +115,10 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    fn parse(text: &str) -> Result<Rules, RuleError> {
+        Rules::parse(&text.split(',').map(str::to_owned).collect::<Vec<_>>())
     }
 
     #[test]

@@ -36,11 +36,11 @@ pub(crate) fn bind_address(value: &str, default_port: u16) -> Result<Option<Sock
     if value.is_empty() {
         return Ok(None);
     }
-    let bare = || {
+    let address = value.parse::<SocketAddr>().ok().or_else(|| {
         let ip = value.strip_prefix('[').and_then(|v| v.strip_suffix(']')).unwrap_or(value);
         Some(SocketAddr::new(ip.parse::<IpAddr>().ok()?, default_port))
-    };
-    match value.parse::<SocketAddr>().ok().or_else(bare) {
+    });
+    match address {
         Some(address) if address.port() != 0 => Ok(Some(address)),
         _ => Err(NotAnAddress),
     }

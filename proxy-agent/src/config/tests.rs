@@ -42,25 +42,24 @@ fn file(fields: &str) -> (tempfile::TempDir, String) {
 
 #[test]
 fn p234_the_node_name_is_trimmed_and_lower_cased() {
-    let name = |args: &[&str]| resolve(args).map(|config| config.node_name.to_string());
-    assert_eq!(name(&["--hostname-override=  Node-A "]).unwrap(), "node-a");
-    assert_eq!(name(&[]).unwrap(), "n1");
-    assert_eq!(name(&["--hostname-override="]).unwrap(), "n1");
-    assert!(matches!(name(&["--hostname-override=  "]), Err(ConfigError::NoName)));
+    assert_eq!(node_name(&["--hostname-override=  Node-A "]).unwrap(), "node-a");
+    assert_eq!(node_name(&[]).unwrap(), "n1");
+    assert_eq!(node_name(&["--hostname-override="]).unwrap(), "n1");
+    assert!(matches!(node_name(&["--hostname-override=  "]), Err(ConfigError::NoName)));
     let nameless = Host { name: String::new(), ..host() };
     assert!(matches!(resolve_on(&nameless, &[]), Err(ConfigError::NoName)));
     let (_dir, config) = file("hostnameOverride: Node-B\n");
-    assert_eq!(name(&[&config]).unwrap(), "node-b");
-    assert_eq!(name(&[&config, "--hostname-override=Node-A"]).unwrap(), "node-a");
-    assert_eq!(name(&[&config, "--hostname-override="]).unwrap(), "node-b");
+    assert_eq!(node_name(&[&config]).unwrap(), "node-b");
+    assert_eq!(node_name(&[&config, "--hostname-override=Node-A"]).unwrap(), "node-a");
+    assert_eq!(node_name(&[&config, "--hostname-override="]).unwrap(), "node-b");
+}
+
+fn node_name(args: &[&str]) -> Result<String, ConfigError> {
+    resolve(args).map(|config| config.node_name.to_string())
 }
 
 #[test]
 fn p235_p236_servers() {
-    let servers = |args: &[&str]| {
-        let config = resolve(args).unwrap();
-        [config.healthz, config.metrics].map(|address| address.map_or(String::new(), |a| a.to_string()))
-    };
     let (_dir, empty) = file("");
     assert_eq!(servers(&[&empty]), ["0.0.0.0:10256", "127.0.0.1:10249"]);
     assert_eq!(servers(&["--bind-address=::"]), ["[::]:10256", "[::1]:10249"]);
@@ -75,6 +74,11 @@ fn p235_p236_servers() {
         "{error}"
     );
     assert!(error.contains("metricsBindAddress (--metrics-bind-address): `localhost:1`"), "{error}");
+}
+
+fn servers(args: &[&str]) -> [String; 2] {
+    let config = resolve(args).unwrap();
+    [config.healthz, config.metrics].map(|address| address.map_or(String::new(), |a| a.to_string()))
 }
 
 #[test]
@@ -100,12 +104,11 @@ fn p237_p240_what_cannot_be_used_names_field_and_flag() {
 
 #[test]
 fn p241_cluster_cidrs_are_one_or_a_dual_stack_pair() {
-    let cidrs = |text: &str| resolve(&[&format!("--cluster-cidr={text}")]).map(|config| config.cluster_cidr);
-    assert_eq!(cidrs("").unwrap(), [None, None]);
-    let pair = cidrs("fd00:64::/48, 10.64.0.0/12").unwrap();
+    assert_eq!(cluster_cidr("").unwrap(), [None, None]);
+    let pair = cluster_cidr("fd00:64::/48, 10.64.0.0/12").unwrap();
     assert_eq!(pair.map(|cidr| cidr.unwrap().to_string()), ["10.64.0.0/12", "fd00:64::/48"]);
     for text in ["10.64.0.0/12,10.80.0.0/12", "10.64.0.0/33", "pods", "10.0.0.0/8,fd00::/8,fe00::/8"] {
-        let error = cidrs(text).unwrap_err().to_string();
+        let error = cluster_cidr(text).unwrap_err().to_string();
         assert!(
             error.starts_with(&format!("clusterCIDR (--cluster-cidr): `{text}` must be one CIDR")),
             "{error}"
@@ -113,12 +116,16 @@ fn p241_cluster_cidrs_are_one_or_a_dual_stack_pair() {
     }
 }
 
+fn cluster_cidr(text: &str) -> Result<[Option<Prefix>; 2], ConfigError> {
+    resolve(&[&format!("--cluster-cidr={text}")]).map(|config| config.cluster_cidr)
+}
+
 #[test]
 fn p022_feature_gates_are_names_with_a_truth_value() {
-    let allowed = |gates: &str| resolve(&[&format!("--feature-gates={gates}")]).unwrap();
     assert!(resolve(&[]).unwrap().allow_external_ips);
-    assert!(!allowed("AllowServiceExternalIPs=false").allow_external_ips);
-    let last = allowed("Other=false,AllowServiceExternalIPs=false,AllowServiceExternalIPs=true");
+    assert!(!resolve(&["--feature-gates=AllowServiceExternalIPs=false"]).unwrap().allow_external_ips);
+    let gates = "--feature-gates=Other=false,AllowServiceExternalIPs=false,AllowServiceExternalIPs=true";
+    let last = resolve(&[gates]).unwrap();
     assert!(last.allow_external_ips);
     assert_eq!(last.notes, ["settings of kube-proxy without effect here: featureGates.Other=false"]);
     let (_dir, config) = file("featureGates: {AllowServiceExternalIPs: false}\n");
@@ -179,7 +186,6 @@ fn beside_a_file_few_flags_count() {
 
 #[test]
 fn sources() {
-    let source = |args: &[&str]| resolve(args).unwrap().source.to_string();
     let (_dir, config) = file("clientConnection: {kubeconfig: /k}\n");
     assert_eq!(source(&[&config]), "Kubernetes API (/k)");
     assert_eq!(source(&[&config, "--manifests=/m"]), "manifests in /m");
@@ -191,10 +197,13 @@ fn sources() {
     );
 }
 
+fn source(args: &[&str]) -> String {
+    resolve(args).unwrap().source.to_string()
+}
+
 #[test]
 fn a_host_without_ipv6() {
     let v4_only = Host { ipv6: false, ..host() };
-    let families = |host: &Host, args: &[&str]| resolve_on(host, args).map(|config| config.families);
     assert_eq!(families(&host(), &[]).unwrap(), Family::ALL);
     assert_eq!(families(&v4_only, &[]).unwrap(), [Family::V4]);
     for args in [&["--cluster-cidr=fd00::/8"][..], &["--bind-address=fd00::1"]] {
@@ -219,6 +228,10 @@ fn a_host_without_ipv6() {
         assert!(matches!(&notes[..], [note] if note.starts_with(noted)), "{args:?}: {notes:?}");
         assert_eq!(resolve(args).unwrap().notes, [""; 0]);
     }
+}
+
+fn families(host: &Host, args: &[&str]) -> Result<Vec<Family>, ConfigError> {
+    resolve_on(host, args).map(|config| config.families)
 }
 
 #[test]

@@ -96,11 +96,14 @@ pub(crate) fn flag_of(path: &str) -> &'static str {
 /// Returns the value of each field of [`FIELDS`], in that order; null for fields that are not given.
 pub(crate) fn values(configuration: &KubeProxyConfiguration) -> Vec<(&'static Field, Value)> {
     let whole = serde_json::to_value(configuration).unwrap_or_default();
-    let value = |field: &Field| {
-        let steps = field.path.split('.');
-        steps.fold(&whole, |value, step| value.get(step).unwrap_or(&Value::Null)).clone()
-    };
-    FIELDS.iter().map(|field| (field, value(field))).collect()
+    FIELDS
+        .iter()
+        .map(|field| {
+            let steps = field.path.split('.');
+            let value = steps.fold(&whole, |value, step| value.get(step).unwrap_or(&Value::Null));
+            (field, value.clone())
+        })
+        .collect()
 }
 
 /// Returns the settings of `configuration` (with defaults) that differ from the default and have no effect, each as

@@ -84,12 +84,7 @@ impl ConfigFile {
     ///
     /// [`FileError`] names the file and the field.
     pub fn decode(&self) -> Result<(KubeProxyConfiguration, Vec<String>), FileError> {
-        let path = || self.path.clone();
         let mut ignored = Vec::new();
-        let syntax = |error: YamlError| FileError::Syntax {
-            path: path(),
-            reason: error.without_snippet().to_string(),
-        };
         let strict = self.yaml(DuplicateKeyPolicy::Error);
         let twice = strict.as_ref().err().map(YamlError::without_snippet);
         let mut value = if let Some(YamlError::DuplicateMappingKey { key, location }) = twice {
@@ -99,20 +94,29 @@ impl ConfigFile {
         } else {
             strict
         }
-        .map_err(syntax)?;
+        .map_err(|error| FileError::Syntax {
+            path: self.path.clone(),
+            reason: error.without_snippet().to_string(),
+        })?;
         tidy(&mut value);
         for (field, must) in [("apiVersion", API_VERSION), ("kind", KIND)] {
             let value = value.get(field).and_then(Value::as_str).unwrap_or_default();
             if value != must {
-                return Err(FileError::Kind { path: path(), field, value: value.to_owned(), must });
+                return Err(FileError::Kind {
+                    path: self.path.clone(),
+                    field,
+                    value: value.to_owned(),
+                    must,
+                });
             }
         }
-        let unknown = |field: serde_ignored::Path<'_>| ignored.push(format!("there is no field `{field}`"));
         let mut track = serde_path_to_error::Track::new();
         let deserializer = serde_path_to_error::Deserializer::new(value, &mut track);
-        let decoded = serde_ignored::deserialize(deserializer, unknown);
+        let decoded = serde_ignored::deserialize(deserializer, |field| {
+            ignored.push(format!("there is no field `{field}`"))
+        });
         let mut configuration: KubeProxyConfiguration = decoded.map_err(|error| FileError::Field {
-            path: path(),
+            path: self.path.clone(),
             field: track.path().to_string(),
             reason: error.to_string(),
         })?;

@@ -28,13 +28,21 @@ fn rows() -> Vec<Row> {
             without_effect = title == "Without effect";
         }
         let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
-        let code = |cell: &'static str| cell.trim_matches('`');
         if let [flag, fields, default, text] = cells[..]
             && (flag == NONE || flag.starts_with("`--"))
         {
             assert!(text.ends_with('.'), "a sentence: {line}");
-            let fields = fields.split(", ").filter(|field| *field != NONE).map(code).collect();
-            rows.push(Row { flag: code(flag).trim_start_matches('-'), fields, default, without_effect });
+            let fields = fields
+                .split(", ")
+                .filter(|field| *field != NONE)
+                .map(|cell| cell.trim_matches('`'))
+                .collect();
+            rows.push(Row {
+                flag: flag.trim_matches('`').trim_start_matches('-'),
+                fields,
+                default,
+                without_effect,
+            });
         }
     }
     rows
