@@ -247,7 +247,7 @@ impl Attacher {
     }
 
     fn detach_others(&mut self, choices: &Choices) {
-        let wanted = |program: &str, index| {
+        let removed = remove_links(&self.pins, |program, index| {
             self.mechanism == Mechanism::Tcx
                 && choices.get(&index).is_some_and(|choice| {
                     let pair = match choice.role {
@@ -256,8 +256,8 @@ impl Attacher {
                     };
                     Direction::ALL.iter().any(|direction| pair.program(*direction) == program)
                 })
-        };
-        if let Err(error) = remove_links(&self.pins, wanted) {
+        });
+        if let Err(error) = removed {
             tracing::warn!(%error, path = %self.pins.links().display(), "links that are not needed any more stay");
         }
         for (index, name) in std::mem::take(&mut self.filtered) {
@@ -337,15 +337,15 @@ mod tests {
     #[test]
     fn what_keeps_a_node_from_being_ready() {
         let program = "edge_ingress";
-        let refused = || AttachError::Refused { program, reason: "no such helper".to_owned() };
-        let gone = || AttachError::Order { program, source: std::io::Error::from_raw_os_error(libc::ENODEV) };
-        let full = || DeviceError::Map(MapError::OutOfBounds { index: 1, max_entries: 1 });
+        let refused = AttachError::Refused { program, reason: "no such helper".to_owned() };
+        let gone = AttachError::Order { program, source: std::io::Error::from_raw_os_error(libc::ENODEV) };
+        let full = DeviceError::Map(MapError::OutOfBounds { index: 1, max_entries: 1 });
         for (error, external, pod) in [
-            (DeviceError::from(refused()), true, true),
-            (gone().into(), true, false),
+            (DeviceError::from(refused), true, true),
+            (gone.into(), true, false),
             (AttachError::Moved { program }.into(), true, false),
             (AttachError::Rival { program }.into(), false, false),
-            (full(), true, false),
+            (full, true, false),
         ] {
             assert_eq!([Role::External, Role::Pod].map(|role| error.holds(role)), [external, pod], "{error}");
         }

@@ -103,14 +103,15 @@ mod tests {
     fn the_family_is_looked_for_before_it_is_asked() {
         let head =
             "sk               Eth Pid        Groups   Rmem     Wmem     Dump  Locks    Drops    Inode\n";
-        let socket = |family| {
-            format!(
-                "000000008a1f6c5e {family:<3} 0          00000000 0        0        0     2        0        4\n"
-            )
-        };
         assert!(!is_registered(head));
         assert!(!is_registered(&[head, &socket(0), &socket(16)].concat()));
         assert!(is_registered(&[head, &socket(0), &socket(6)].concat()));
+    }
+
+    fn socket(family: u8) -> String {
+        format!(
+            "000000008a1f6c5e {family:<3} 0          00000000 0        0        0     2        0        4\n"
+        )
     }
 
     #[test]
@@ -122,11 +123,6 @@ mod tests {
                 return;
             }
             assert!(!has_policies().unwrap());
-            let policy = |verb: &str, direction: &str, more: &str| {
-                ip(&format!(
-                    "xfrm policy {verb} src 192.0.2.0/24 dst 198.51.100.0/24 dir {direction} {more}\n"
-                ));
-            };
             for direction in ["in", "out", "fwd"] {
                 policy("add", direction, "");
                 assert!(has_policies().unwrap(), "{direction}");
@@ -144,5 +140,9 @@ mod tests {
             policy("add", "in", "");
             assert!(has_policies().unwrap());
         });
+    }
+
+    fn policy(verb: &str, direction: &str, more: &str) {
+        ip(&format!("xfrm policy {verb} src 192.0.2.0/24 dst 198.51.100.0/24 dir {direction} {more}\n"));
     }
 }

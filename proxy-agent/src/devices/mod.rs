@@ -198,9 +198,9 @@ impl Worker {
             let sources = resolve(&self.handle, &snapshot, &choices, &facts).await;
             let present = names(&snapshot);
             let (config, wanted, given) = (self.config.clone(), choices.clone(), sources.clone());
-            let work = move || pass(attacher, &config, present, &wanted, &given);
             let start = Instant::now();
-            let outcomes = match tokio::task::spawn_blocking(work).await {
+            let work = tokio::task::spawn_blocking(move || pass(attacher, &config, present, &wanted, &given));
+            let outcomes = match work.await {
                 Ok(Ok(Pass { attacher: back, outcomes, ipsec })) => {
                     state.verified = back.verified();
                     state.refused = back.refused();
@@ -342,25 +342,24 @@ fn describe(
 
 /// Returns the destinations of the routes that lead past the programs of external devices.
 fn elsewhere(snapshot: &Snapshot, choices: &Choices, outcomes: &BTreeMap<u32, Outcome>) -> Vec<Prefix> {
-    let is_edge = |device: u32| {
-        choices.get(&device).is_some_and(|choice| choice.role == Role::External)
-            && outcomes.get(&device).is_some_and(|outcome| outcome.attached.is_ok())
-    };
-    let routes = snapshot.routes.iter().filter(|route| !is_edge(route.device));
+    let routes = snapshot.routes.iter().filter(|route| {
+        let role = choices.get(&route.device).map(|choice| choice.role);
+        let attached = outcomes.get(&route.device).is_some_and(|outcome| outcome.attached.is_ok());
+        !(role == Some(Role::External) && attached)
+    });
     routes.map(|route| route.destination).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// Returns the problems that follow when others see Services where they should see pods.
 fn wrong_places(others: &[Other]) -> Vec<String> {
-    let mut problems = Vec::new();
-    let mut tell = |direction, side, reason: &str| {
-        if others.iter().any(|other| (other.direction, other.side) == (direction, side)) {
-            problems.push(reason.to_owned());
-        }
-    };
-    tell(Direction::Egress, Side::Behind, BEHIND_ON_EGRESS);
-    tell(Direction::Ingress, Side::Ahead, AHEAD_ON_INGRESS);
-    problems
+    let wrong = [
+        (Direction::Egress, Side::Behind, BEHIND_ON_EGRESS),
+        (Direction::Ingress, Side::Ahead, AHEAD_ON_INGRESS),
+    ];
+    let met = wrong.into_iter().filter(|&(direction, side, _)| {
+        others.iter().any(|other| (other.direction, other.side) == (direction, side))
+    });
+    met.map(|(.., problem)| problem.to_owned()).collect()
 }
 
 /// Removes all our clsact filters in the calling thread's network namespace, and the queueing disciplines that we made
@@ -377,8 +376,10 @@ pub(crate) async fn remove_filters(pins: &PinDir) -> Result<Vec<(String, std::io
     let snapshot = snapshot::dump(handle).await;
     connection.abort();
     let devices = names(&snapshot.map_err(|source| FollowError::Dump { what, source })?);
-    let stay = |(index, name)| Some((name, crate::bpf::clsact::detach(pins, index).err()?));
-    Ok(devices.into_iter().filter_map(stay).collect())
+    Ok(devices
+        .into_iter()
+        .filter_map(|(index, name)| Some((name, crate::bpf::clsact::detach(pins, index).err()?)))
+        .collect())
 }
 
 #[cfg(test)]

@@ -30,20 +30,20 @@ pub(crate) struct DatagramPorts(Option<BTreeSet<u16>>);
 impl DatagramPorts {
     /// Takes in what has been programmed: `ops` just now, `frontends` altogether.
     pub(crate) fn programmed(&mut self, ops: &[Op], frontends: &BTreeMap<FrontendKey, FrontendValue>) {
-        let is_one = |key: &FrontendKey| {
-            key.kind == FrontendKind::NodePort as u8 && matches!(key.proto, proto::UDP | proto::SCTP)
-        };
-        let changes = |op: &Op| matches!(op, Op::Frontend(key, _) if is_one(key));
-        if self.0.is_some() && !ops.iter().any(changes) {
+        if self.0.is_some() && !ops.iter().any(|op| matches!(op, Op::Frontend(key, _) if is_one(key))) {
             return;
         }
-        let of_family = |any: Addr| {
-            let at = |port, proto| FrontendKey::node_port(any, Be16::new(port), proto);
-            frontends.range(at(0, 0)..=at(u16::MAX, u8::MAX))
-        };
-        let all = [Addr::v4([0; 4]), Addr::ZERO].into_iter().flat_map(of_family);
+        let all = [Addr::v4([0; 4]), Addr::ZERO].into_iter().flat_map(|any| {
+            let (first, last) = (Be16::new(0), Be16::new(u16::MAX));
+            frontends
+                .range(FrontendKey::node_port(any, first, 0)..=FrontendKey::node_port(any, last, u8::MAX))
+        });
         self.0 = Some(all.filter(|(key, _)| is_one(key)).map(|(key, _)| key.port.get()).collect());
     }
+}
+
+fn is_one(key: &FrontendKey) -> bool {
+    key.kind == FrontendKind::NodePort as u8 && matches!(key.proto, proto::UDP | proto::SCTP)
 }
 
 /// Shortest time between two changes.

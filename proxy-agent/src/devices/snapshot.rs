@@ -288,8 +288,13 @@ fn routes_in(message: &RouteMessage) -> Vec<Route> {
         && table != LOCAL_TABLE
         && !header.flags.contains(RouteFlags::Cloned)
         && !is_link_local(destination.addr());
-    let route = |(device, gateway)| Route { device, table, destination, gateway, source };
-    if counts { hops.into_iter().map(route).collect() } else { Vec::new() }
+    if counts {
+        hops.into_iter()
+            .map(|(device, gateway)| Route { device, table, destination, gateway, source })
+            .collect()
+    } else {
+        Vec::new()
+    }
 }
 
 /// Returns the source and the table of a rule that selects packets by source and at most by destination, unless the
@@ -318,9 +323,9 @@ fn table_by_source(message: &RuleMessage) -> Option<(Prefix, u32)> {
 }
 
 fn is_gateway(attributes: &[RouteAttribute]) -> bool {
-    let names_a_host =
-        |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::Gateway(_) | RouteAttribute::Via(_));
-    attributes.iter().any(names_a_host)
+    attributes
+        .iter()
+        .any(|attribute| matches!(attribute, RouteAttribute::Gateway(_) | RouteAttribute::Via(_)))
 }
 
 fn addr(address: &RouteAddress) -> Option<Addr> {

@@ -10,7 +10,7 @@ use proxy_common::addr::{Addr, Family};
 use rtnetlink::Handle;
 
 use super::choice::{Choices, Role};
-use super::snapshot::{Kind, Route, Snapshot, ask_source, is_link_local};
+use super::snapshot::{Kind, Snapshot, ask_source, is_link_local};
 
 /// Facts that the agent knows and the network does not tell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -67,10 +67,15 @@ fn destinations(
     facts: &Facts,
 ) -> impl Iterator<Item = Addr> {
     let overlay = snapshot.links.get(&device).is_some_and(|link| link.kind == Kind::Overlay);
-    let to_others = |route: &&Route| {
-        route.destination.family() == family && !route.destination.matches_all() && (route.gateway || overlay)
-    };
-    let beyond = snapshot.routes_of(device).filter(to_others).map(|route| inside(route.destination)).min();
+    let beyond = snapshot
+        .routes_of(device)
+        .filter(|route| {
+            route.destination.family() == family
+                && !route.destination.matches_all()
+                && (route.gateway || overlay)
+        })
+        .map(|route| inside(route.destination))
+        .min();
     beyond.into_iter().chain(facts.remote.get(family.index()).copied().flatten())
 }
 
@@ -91,15 +96,19 @@ fn pick(
     facts: &Facts,
     asked: impl Iterator<Item = Addr>,
 ) -> Addr {
-    let serves = |addr: &Addr| {
-        addr.family() == family
-            && !is_link_local(*addr)
-            && snapshot.addresses.iter().any(|known| known.addr == *addr && known.usable)
-    };
     let routed = snapshot.routes_of(device).filter(|_| role == Role::Pod).filter_map(|route| route.source);
     let master = snapshot.links.get(&device).and_then(|link| link.master);
     let owned = std::iter::once(device).chain(master);
     let owned = owned.flat_map(|device| snapshot.addresses_of(device)).map(|address| address.addr);
     let node = facts.node_ips.iter().copied().flatten();
-    asked.chain(routed).chain(owned).chain(node).find(serves).unwrap_or(Addr::ZERO)
+    asked
+        .chain(routed)
+        .chain(owned)
+        .chain(node)
+        .find(|addr| {
+            addr.family() == family
+                && !is_link_local(*addr)
+                && snapshot.addresses.iter().any(|known| known.addr == *addr && known.usable)
+        })
+        .unwrap_or(Addr::ZERO)
 }

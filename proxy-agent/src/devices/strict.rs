@@ -49,9 +49,9 @@ fn routed_elsewhere<'a>(snapshot: &'a Snapshot, choices: &'a Choices) -> BTreeMa
 /// Returns whether the kernel filters strictly on a device: the larger one of its own value and that of all devices
 /// counts.
 fn is_strict(name: &str) -> bool {
-    let value = |of: &str| -> u32 {
+    let values = ["all", name].map(|of| {
         let text = fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{of}/rp_filter"));
         text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
-    };
-    value("all").max(value(name)) == STRICT
+    });
+    values.into_iter().max() == Some(STRICT)
 }

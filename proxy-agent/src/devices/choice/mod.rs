@@ -116,8 +116,9 @@ impl View<'_> {
             return None;
         }
         if let Some((master, bridge)) = self.master(link) {
-            let reason = || format!("port of {}, which carries pods", bridge.name);
-            return self.is_pod_bridge(master, bridge).then(reason);
+            return self
+                .is_pod_bridge(master, bridge)
+                .then(|| format!("port of {}, which carries pods", bridge.name));
         }
         if let DetectLocal::NamePrefix(_) = self.settings.detect_local
             && self.settings.detect_local.names(&link.name)

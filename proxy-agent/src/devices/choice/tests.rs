@@ -6,7 +6,6 @@ use proxy_common::addr::Prefix;
 
 use super::super::snapshot::{Address, Route};
 use super::*;
-use crate::config::devices::SettingsError;
 
 /// A node's network, written down device by device: each address and route belongs to the device before it.
 #[derive(Clone, Default)]
@@ -89,19 +88,19 @@ fn parse(text: &str) -> (IpAddr, u8) {
 }
 
 fn settings(devices: &str, pods: &str) -> Settings {
-    let parse = |flag, text: &str, prefixes| -> Result<Selection, SettingsError> {
-        Selection::parse(flag, &text.split(',').map(str::to_owned).collect::<Vec<_>>(), prefixes)
-    };
+    let [devices, pods] = [devices, pods].map(|text| text.split(',').map(str::to_owned).collect::<Vec<_>>());
     Settings {
-        devices: parse("--devices", devices, false).unwrap(),
-        pods: parse("--pod-interfaces", pods, true).unwrap(),
+        devices: Selection::parse("--devices", &devices, false).unwrap(),
+        pods: Selection::parse("--pod-interfaces", &pods, true).unwrap(),
         detect_local: DetectLocal::ClusterCidr,
     }
 }
 
 fn lines(choices: &Choices) -> Vec<String> {
-    let line = |choice: &Choice| format!("{} {}: {}", choice.name, choice.role.name(), choice.reason);
-    choices.values().map(line).collect()
+    choices
+        .values()
+        .map(|choice| format!("{} {}: {}", choice.name, choice.role.name(), choice.reason))
+        .collect()
 }
 
 fn check_with(net: &Net, settings: &Settings, want: &[&str]) {
@@ -248,10 +247,13 @@ fn flags_beat_what_the_network_looks_like() {
 
 #[test]
 fn names_without_a_device_are_told() {
-    let problems = |devices| problems(&Net::host().0, &settings(devices, "auto"));
-    assert_eq!(problems("eth0,eth7,wg+"), ["there is no device `eth7`"]);
-    assert_eq!(problems("lo"), ["`lo` is the loopback device: no client's packets pass it"]);
-    assert_eq!(problems("auto"), [""; 0]);
+    for (devices, want) in [
+        ("eth0,eth7,wg+", &["there is no device `eth7`"][..]),
+        ("lo", &["`lo` is the loopback device: no client's packets pass it"]),
+        ("auto", &[]),
+    ] {
+        assert_eq!(problems(&Net::host().0, &settings(devices, "auto")), want);
+    }
 }
 
 #[test]

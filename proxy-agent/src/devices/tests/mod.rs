@@ -180,16 +180,20 @@ fn devices_are_followed_as_they_come_and_go() {
         let gone = index("cali1").unwrap();
         ip("link del cali1\n");
         // A pass that runs while the device goes still lists it.
-        let has_gone = |state: &State| state.devices.iter().all(|device| device.name != "cali1");
-        until(&mut edge, "a pod that goes", has_gone).await;
+        until(&mut edge, "a pod that goes", |state| {
+            state.devices.iter().all(|device| device.name != "cali1")
+        })
+        .await;
         let pins = node.links();
         assert!(pins.iter().all(|pin| !pin.ends_with(&format!("-{gone}"))), "{pins:?}");
         assert_eq!(pins.len(), 6, "{pins:?}");
 
         // A device that is down and without addresses keeps its programs.
         ip("link set eth0 down\naddress flush dev eth0\n");
-        let kept = |state: &State| state.devices.iter().any(|device| device.reason == "kept (down)");
-        until(&mut edge, "a device that goes down", kept).await;
+        until(&mut edge, "a device that goes down", |state| {
+            state.devices.iter().any(|device| device.reason == "kept (down)")
+        })
+        .await;
         assert_eq!(programs("eth0"), [["edge_ingress"], ["edge_egress"]]);
     });
 }

@@ -48,13 +48,11 @@ fn filters_of_others_are_told_while_they_see_services() {
 /// Our programs are clsact filters here, and filters of others are on either side of them.
 #[test]
 fn filters_of_others_beside_filters_of_ours() {
-    const CONTINUE: &str = "protocol all bpf da bytecode 1,6 0 0 4294967295";
-    let continues = |place: &str| tc(&format!("filter add dev eth0 {place} {CONTINUE}"));
     Node::run(async |mut node| {
         node.config.no_tcx = true;
         tc("qdisc add dev eth0 clsact");
         // Of the filters with one priority, the kernel asks the newest first.
-        continues("egress pref 65535");
+        add_continuing("egress pref 65535");
         let mut edge = node.start().await;
         let state = until(&mut edge, "the first pass", |state| state.passes == 1).await;
         assert_eq!(others(&state), [("eth0", "bpf filter, pref 65535 behind on egress".to_owned())]);
@@ -62,15 +60,20 @@ fn filters_of_others_beside_filters_of_ours() {
 
         // This removes our filter as well.
         tc("filter del dev eth0 egress pref 65535");
-        continues("egress pref 10");
-        continues("ingress pref 1");
-        continues("ingress pref 2");
+        add_continuing("egress pref 10");
+        add_continuing("ingress pref 1");
+        add_continuing("ingress pref 2");
         add_pod(2);
         let state = until(&mut edge, "a pass", |state| attached(state).len() == 3).await;
         let told = ["bpf filter, pref 10 ahead on egress", "bpf filter, pref 1 ahead on ingress"];
         assert_eq!(others(&state), told.map(|other| ("eth0", other.to_owned())));
         assert_eq!(state.problems["device eth0"], [AHEAD_ON_INGRESS]);
     });
+}
+
+/// Adds a filter that lets other filters decide.
+fn add_continuing(place: &str) {
+    tc(&format!("filter add dev eth0 {place} protocol all bpf da bytecode 1,6 0 0 4294967295"));
 }
 
 #[test]
