@@ -96,11 +96,13 @@ impl Complaints {
 
     /// Returns all problems.
     pub(super) fn problems(&self) -> Vec<Problem> {
-        let problem = |(kind, reason): (&Kind, &String)| Problem {
-            object: format!("API server {}, {}", self.url, kind.resource().0),
-            reason: format!("{reason}; what was known stays in force"),
-        };
-        self.problems.iter().map(problem).collect()
+        self.problems
+            .iter()
+            .map(|(kind, reason)| Problem {
+                object: format!("API server {}, {}", self.url, kind.resource().0),
+                reason: format!("{reason}; what was known stays in force"),
+            })
+            .collect()
     }
 
     fn explain(&self, kind: Kind, error: &Error) -> String {
@@ -180,11 +182,7 @@ mod tests {
     #[test]
     fn watches_that_fail_for_long_are_a_problem() {
         let (mut complaints, kind) = (Complaints::new("https://a".to_owned()), Kind::Services);
-        let refused = || kube::Error::Api(Status { code: 401, ..Status::default() }.boxed());
         let start = Instant::now();
-        let told = |complaints: &Complaints| {
-            complaints.problems().into_iter().map(|problem| problem.reason).collect::<Vec<_>>()
-        };
         for (seconds, problems) in [(0, 0), (29, 0), (30, 1), (40, 1)] {
             complaints.note(kind, &Error::Watch(refused()), start + Duration::from_secs(seconds));
             assert_eq!(told(&complaints).len(), problems, "after {seconds} s");
@@ -200,5 +198,13 @@ mod tests {
         // Without a list nothing is known, so the failure of a list is a problem at once.
         complaints.note(kind, &Error::List(refused()), start + Duration::from_secs(323));
         assert_eq!(told(&complaints).len(), 1);
+    }
+
+    fn told(complaints: &Complaints) -> Vec<String> {
+        complaints.problems().into_iter().map(|problem| problem.reason).collect::<Vec<_>>()
+    }
+
+    fn refused() -> kube::Error {
+        kube::Error::Api(Status { code: 401, ..Status::default() }.boxed())
     }
 }

@@ -83,36 +83,43 @@ impl Intake {
         let Self { converter, unusable, .. } = self;
         match event {
             KindEvent::Service(event) => {
-                let convert = |object: &_| Ok(converter.service(object)?.map(Change::Service));
-                self.services.take(event, key_of, convert, changes, unusable);
+                self.services.take(event, changes, unusable, key_of, |object| {
+                    Ok(converter.service(object)?.map(Change::Service))
+                });
             }
             KindEvent::Slice(event) => {
-                let convert = |object: &_| Ok(converter.slice(object)?.map(Change::Slice));
-                self.slices.take(event, key_of, convert, changes, unusable);
+                self.slices.take(event, changes, unusable, key_of, |object| {
+                    Ok(converter.slice(object)?.map(Change::Slice))
+                });
             }
             KindEvent::Node(event) => {
-                let convert = |object: &_| Ok(converter.node(object).map(Change::Node));
-                self.node.take(event, |_| (), convert, changes, unusable);
-            }
-            KindEvent::ServiceCidr(event) => {
-                let convert = |object: &_| {
-                    let cidr = converter.service_cidr(object)?;
-                    for problem in cidr.problems {
-                        tracing::warn!(service_cidr = &*cidr.name, problem);
-                    }
-                    Ok(Some(Change::ServiceCidr(cidr.name, cidr.prefixes)))
-                };
-                self.service_cidrs.take(
+                self.node.take(
                     event,
-                    |meta| meta.name.as_deref().unwrap_or_default().into(),
-                    convert,
                     changes,
                     unusable,
+                    |_| (),
+                    |object| Ok(converter.node(object).map(Change::Node)),
+                );
+            }
+            KindEvent::ServiceCidr(event) => {
+                self.service_cidrs.take(
+                    event,
+                    changes,
+                    unusable,
+                    |meta| meta.name.as_deref().unwrap_or_default().into(),
+                    |object| {
+                        let cidr = converter.service_cidr(object)?;
+                        for problem in cidr.problems {
+                            tracing::warn!(service_cidr = &*cidr.name, problem);
+                        }
+                        Ok(Some(Change::ServiceCidr(cidr.name, cidr.prefixes)))
+                    },
                 );
             }
             KindEvent::Pod(event) => {
-                let convert = |object: &_| Ok(converter.pod(object)?.map(Change::Pod));
-                self.pods.take(event, key_of, convert, changes, unusable);
+                self.pods.take(event, changes, unusable, key_of, |object| {
+                    Ok(converter.pod(object)?.map(Change::Pod))
+                });
             }
         }
     }
@@ -171,10 +178,10 @@ impl<K: Ord + Clone> Known<K> {
     fn take<O: Resource<DynamicType = ()>>(
         &mut self,
         event: Event<Received<O>>,
-        key: impl FnOnce(&ObjectMeta) -> K,
-        convert: impl FnOnce(&O) -> Result<Option<Change>, Problem>,
         changes: &mut Vec<Change>,
         unusable: &mut Unusable,
+        key: impl FnOnce(&ObjectMeta) -> K,
+        convert: impl FnOnce(&O) -> Result<Option<Change>, Problem>,
     ) {
         match event {
             Event::ListBegins => {
@@ -241,12 +248,12 @@ impl<K: Ord + Clone> Known<K> {
 /// Returns the name of an object in problems.
 fn named<O: Resource<DynamicType = ()>>(meta: &ObjectMeta) -> String {
     // The name of an invalid object may be too long.
-    let cut =
-        |name: &Option<String>| name.iter().flat_map(|name| name.chars().take(NAME_MAX)).collect::<String>();
-    let (kind, name) = (O::kind(&()), cut(&meta.name));
+    let [namespace, name] = [&meta.namespace, &meta.name]
+        .map(|name| name.iter().flat_map(|name| name.chars().take(NAME_MAX)).collect::<String>());
+    let kind = O::kind(&());
     match &meta.namespace {
         _ if name.is_empty() => format!("{kind} without a name"),
-        Some(_) => format!("{kind} {}/{name}", cut(&meta.namespace)),
+        Some(_) => format!("{kind} {namespace}/{name}"),
         None => format!("{kind} {name}"),
     }
 }

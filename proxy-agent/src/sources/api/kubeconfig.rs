@@ -156,20 +156,15 @@ pub fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
 /// Returns the proxy for a server from the environment: `HTTPS_PROXY` or `HTTP_PROXY`, unless `NO_PROXY` excludes the
 /// server. As in Go, `localhost` and loopback addresses are never behind a proxy.
 pub(super) fn proxy(server: &Uri, env: impl Fn(&str) -> Option<String>) -> Result<Option<Uri>, Wrong> {
-    let first = |names: [&'static str; 2]| {
-        let mut found =
-            names.into_iter().filter_map(|name| Some((name, env(name).filter(|value| !value.is_empty())?)));
-        found.next()
-    };
     let names = if server.scheme_str() == Some("https") {
         ["HTTPS_PROXY", "https_proxy"]
     } else {
         ["HTTP_PROXY", "http_proxy"]
     };
-    let Some((name, value)) = first(names) else { return Ok(None) };
+    let Some((name, value)) = first_of(names, &env) else { return Ok(None) };
     let host = server.host().unwrap_or_default().trim_matches(['[', ']']);
     let is_loopback = host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    let no = first(["NO_PROXY", "no_proxy"]).map_or(String::new(), |(_, value)| value);
+    let no = first_of(["NO_PROXY", "no_proxy"], &env).map_or(String::new(), |(_, value)| value);
     let none = no.split(',').any(|pattern| pattern.trim() == "*");
     let port = server.port_u16().unwrap_or(if server.scheme_str() == Some("https") { 443 } else { 80 });
     let no: Vec<&str> = no.split(',').filter_map(|pattern| without_port(pattern.trim(), port)).collect();
@@ -180,11 +175,18 @@ pub(super) fn proxy(server: &Uri, env: impl Fn(&str) -> Option<String>) -> Resul
     let with_scheme = if value.contains("://") { value } else { format!("http://{value}") };
     let proxy: Result<Uri, InvalidUri> = with_scheme.trim().parse();
     // The URL may contain a password, so the error does not quote it.
-    let wrong = |error| Wrong::Field {
+    proxy.map(Some).map_err(|error| Wrong::Field {
         field: format!("the environment variable {name}"),
         reason: format!("is no URL: {error}"),
-    };
-    proxy.map(Some).map_err(wrong)
+    })
+}
+
+/// Returns the first of two variables that has a value, with the value.
+fn first_of(
+    names: [&'static str; 2],
+    env: impl Fn(&str) -> Option<String>,
+) -> Option<(&'static str, String)> {
+    names.into_iter().find_map(|name| Some((name, env(name).filter(|value| !value.is_empty())?)))
 }
 
 /// Returns a pattern of `NO_PROXY` without its port and its `*`; `None` if the pattern is for another port.
@@ -260,13 +262,10 @@ fn authority(cluster: &Cluster) -> Result<Authority, (&'static str, String)> {
 
 /// Normalizes credentials: removes white space around tokens and within data, and drops empty tokens and file names.
 fn credentials(mut auth: AuthInfo) -> AuthInfo {
-    let secret = |secret: SecretString, clean: fn(&str) -> String| -> SecretString {
-        clean(secret.expose_secret()).into()
-    };
-    let token = auth.token.map(|token| secret(token, |token| token.trim().to_owned()));
+    let token = auth.token.map(|token| SecretString::from(token.expose_secret().trim()));
     auth.token = token.filter(|token| !token.expose_secret().is_empty());
     auth.token_file = auth.token_file.filter(|path| !path.is_empty());
-    auth.client_key_data = auth.client_key_data.map(|data| secret(data, unwrapped));
+    auth.client_key_data = auth.client_key_data.map(|data| unwrapped(data.expose_secret()).into());
     auth.client_certificate_data = auth.client_certificate_data.as_deref().map(unwrapped);
     auth
 }
@@ -347,14 +346,14 @@ mod tests {
             let read = super::read(&path).unwrap();
             let authority = read.clusters[0].cluster.clone().unwrap().certificate_authority;
             assert_eq!(authority.unwrap(), format!("{here}/ca/a"));
-            let user = |number: usize| read.auth_infos[number].auth_info.clone().unwrap();
-            assert_eq!(user(0).client_certificate.as_deref(), Some("/b"));
+            let users = read.auth_infos.into_iter().map(|user| user.auth_info.unwrap()).collect::<Vec<_>>();
+            assert_eq!(users[0].client_certificate.as_deref(), Some("/b"));
             assert_eq!(
-                (user(0).client_key, user(0).token_file),
-                (Some(format!("{here}/../c")), Some(String::new()))
+                (&users[0].client_key, &users[0].token_file),
+                (&Some(format!("{here}/../c")), &Some(String::new()))
             );
-            let command = |number| user(number).exec.unwrap().command.unwrap();
-            assert_eq!((command(1), command(2)), ("d".to_owned(), format!("{here}/./e")));
+            let commands = [1, 2].map(|number| users[number].exec.clone().unwrap().command.unwrap());
+            assert_eq!(commands, ["d".to_owned(), format!("{here}/./e")]);
         }
         std::fs::write(&path, b"current-context: \xe9\n").unwrap();
         assert!(super::read(&path).is_err());
@@ -380,10 +379,6 @@ mod tests {
 
     #[test]
     fn tokens_as_they_are_written() {
-        let token = |user: &str| {
-            let auth = with("{server: a}", user).unwrap().auth_info;
-            (auth.token.map(|token| token.expose_secret().to_owned()), auth.token_file)
-        };
         assert_eq!(token("{token: \"abc\\n\"}"), (Some("abc".to_owned()), None));
         assert_eq!(token("{token: '', tokenFile: ''}"), (None, None));
         let error = with("{server: a}", "{token: \"a\\nb\"}").map(|config| config.cluster_url).unwrap_err();
@@ -412,6 +407,11 @@ mod tests {
         assert_eq!(told.unwrap().server.as_deref(), Some("https://a"));
     }
 
+    fn token(user: &str) -> (Option<String>, Option<String>) {
+        let auth = with("{server: a}", user).unwrap().auth_info;
+        (auth.token.map(|token| token.expose_secret().to_owned()), auth.token_file)
+    }
+
     #[test]
     fn proxies_of_the_environment() {
         for (server, variables, want) in [
@@ -436,15 +436,19 @@ mod tests {
             ("https://[::1]:6443", "HTTPS_PROXY=http://proxy", ""),
             ("https://localhost:6443", "HTTPS_PROXY=http://proxy", ""),
         ] {
-            let env = |name: &str| {
-                let value = |variable: &str| Some(variable.strip_prefix(name)?.strip_prefix('=')?.to_owned());
-                variables.split(' ').find_map(value)
-            };
-            let found = proxy(&server.parse().unwrap(), env).unwrap();
+            let found = proxy(&server.parse().unwrap(), |name| {
+                variables
+                    .split(' ')
+                    .find_map(|variable| Some(variable.strip_prefix(name)?.strip_prefix('=')?.to_owned()))
+            })
+            .unwrap();
             assert_eq!(found.map_or(String::new(), |uri| uri.to_string()), want, "{server} {variables}");
         }
-        let env = |name: &str| (name == "HTTPS_PROXY").then(|| "http://u:secret@ b".to_owned());
-        let error = proxy(&"https://a".parse().unwrap(), env).unwrap_err().to_string();
+        let error = proxy(&"https://a".parse().unwrap(), |name| {
+            (name == "HTTPS_PROXY").then(|| "http://u:secret@ b".to_owned())
+        })
+        .unwrap_err()
+        .to_string();
         assert!(error.starts_with("the environment variable HTTPS_PROXY: is no URL"), "{error}");
         assert!(!error.contains("secret"), "{error}");
     }

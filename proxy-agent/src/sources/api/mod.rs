@@ -71,19 +71,21 @@ impl Server {
     /// # Errors
     /// The configuration cannot be read or used.
     pub fn configured(kubeconfig: Option<&Path>, master: Option<&Uri>) -> Result<Self, SourceError> {
-        let files = |kubeconfig: Option<&Path>, config: &Config| {
-            kubeconfig.map(Path::to_owned).into_iter().chain(kubeconfig::files(config)).collect::<Vec<_>>()
-        };
         let config = read(kubeconfig, master)?;
         let (url, first) = (config.cluster_url.to_string(), files(kubeconfig, &config));
         let (kubeconfig, master) = (kubeconfig.map(Path::to_owned), master.cloned());
-        let make = move || {
+        let connect = Box::new(move || {
             let config = read(kubeconfig.as_deref(), master.as_ref())?;
             let files = files(kubeconfig.as_deref(), &config);
             Ok((connect(config)?, files))
-        };
-        Ok(Self { client: renewed::client(&first, Box::new(make))?, url })
+        });
+        Ok(Self { client: renewed::client(&first, connect)?, url })
     }
+}
+
+/// Returns the files that the connection depends on.
+fn files(kubeconfig: Option<&Path>, config: &Config) -> Vec<PathBuf> {
+    kubeconfig.map(Path::to_owned).into_iter().chain(kubeconfig::files(config)).collect()
 }
 
 /// Reads the address of the API server and the credentials for it.

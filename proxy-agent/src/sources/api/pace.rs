@@ -52,26 +52,27 @@ mod tests {
     #[test]
     fn pauses_double_up_to_a_ceiling_and_differ() {
         let start = Instant::now();
-        let paused = || {
-            let mut pace = Pace::default();
-            let mut now = start;
-            let pauses = std::iter::from_fn(|| {
-                let pause = pace.pause(now);
-                now += pause;
-                Some(pause)
-            });
-            pauses.take(12).collect::<Vec<_>>()
-        };
-        let pauses = paused();
+        let pauses = paused(start);
         for (index, pause) in (0_u32..).zip(&pauses) {
             let span = (FIRST * 2_u32.pow(index)).min(LONGEST);
             assert!((span / 2..=span).contains(pause), "{index}: {pauses:?}");
         }
-        assert_ne!(pauses, paused());
+        assert_ne!(pauses, paused(start));
         // The draws differ and are spread over the range.
         let draws: Vec<Duration> = (0..100).map(|_| between(FIRST, 2 * FIRST)).collect();
         assert!(draws.iter().any(|draw| *draw < FIRST * 5 / 4), "{draws:?}");
         assert!(draws.iter().any(|draw| *draw > FIRST * 7 / 4), "{draws:?}");
+    }
+
+    fn paused(start: Instant) -> Vec<Duration> {
+        let mut pace = Pace::default();
+        let mut now = start;
+        let pauses = std::iter::from_fn(|| {
+            let pause = pace.pause(now);
+            now += pause;
+            Some(pause)
+        });
+        pauses.take(12).collect::<Vec<_>>()
     }
 
     #[test]

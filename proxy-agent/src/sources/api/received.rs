@@ -31,13 +31,9 @@ pub(super) struct Nonsense {
 impl Nonsense {
     fn new<K: DeserializeOwned>(text: &str, error: &serde_json::Error) -> Self {
         let object: Value = serde_json::from_str(text).unwrap_or_default();
-        let field = |name: &str| object["metadata"][name].as_str().map(str::to_owned);
-        let meta = ObjectMeta {
-            namespace: field("namespace"),
-            name: field("name"),
-            resource_version: field("resourceVersion"),
-            ..ObjectMeta::default()
-        };
+        let [namespace, name, resource_version] = ["namespace", "name", "resourceVersion"]
+            .map(|field| object["metadata"][field].as_str().map(str::to_owned));
+        let meta = ObjectMeta { namespace, name, resource_version, ..ObjectMeta::default() };
         // The second attempt gives the path of the field.
         let told = serde_path_to_error::deserialize::<_, K>(&mut serde_json::Deserializer::from_str(text));
         Self { meta, reason: told.map_or_else(|told| told.to_string(), |_| error.to_string()) }
@@ -126,15 +122,16 @@ mod tests {
 
     #[test]
     fn events_hold_them_too() {
-        let event = |object: &str| {
-            let event = format!(r#"{{"type":"ADDED","object":{object}}}"#);
-            match serde_json::from_str::<WatchEvent<Received<Service>>>(&event) {
-                Ok(WatchEvent::Added(received)) => describe(&received),
-                other => panic!("{other:?}"),
-            }
-        };
-        assert_eq!(event(GOOD), r#"good Some("1"): fine"#);
-        assert!(event(BAD).starts_with(r#"bad Some("2"): "#));
-        assert!(event("null").starts_with(" None: "));
+        assert_eq!(added(GOOD), r#"good Some("1"): fine"#);
+        assert!(added(BAD).starts_with(r#"bad Some("2"): "#));
+        assert!(added("null").starts_with(" None: "));
+    }
+
+    fn added(object: &str) -> String {
+        let event = format!(r#"{{"type":"ADDED","object":{object}}}"#);
+        match serde_json::from_str::<WatchEvent<Received<Service>>>(&event) {
+            Ok(WatchEvent::Added(received)) => describe(&received),
+            other => panic!("{other:?}"),
+        }
     }
 }

@@ -2,7 +2,7 @@
 //! agent runs.
 
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -73,9 +73,11 @@ impl Current {
 }
 
 fn stamps(files: &[PathBuf]) -> Vec<Stamp> {
-    let stamp = |path: &Path| {
-        let file = std::fs::metadata(path).ok()?;
-        Some((file.ino(), file.len(), file.modified().ok()?))
-    };
-    files.iter().map(|path| stamp(path)).collect()
+    files
+        .iter()
+        .map(|path| {
+            let file = std::fs::metadata(path).ok()?;
+            Some((file.ino(), file.len(), file.modified().ok()?))
+        })
+        .collect()
 }

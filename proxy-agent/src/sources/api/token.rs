@@ -78,16 +78,17 @@ mod tests {
     #[test]
     fn a_token_counts_while_the_file_has_none() {
         let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
-        let of = |instead: Option<&str>| {
-            let file = Some(Arc::new(path.to_path_buf()));
-            TokenFile { file, instead: instead.map(Into::into) }.read()
-        };
         for (content, alone, beside) in [("", None, "Bearer b"), ("a\n", Some("Bearer a"), "Bearer a")] {
             std::fs::write(&path, content).unwrap();
-            assert_eq!(of(None).as_ref().map(|value| value.to_str().unwrap()), alone);
-            assert_eq!(of(Some("b")).unwrap(), beside);
+            assert_eq!(read(&path, None).as_ref().map(|value| value.to_str().unwrap()), alone);
+            assert_eq!(read(&path, Some("b")).unwrap(), beside);
         }
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(of(Some("b")).unwrap(), "Bearer b");
+        assert_eq!(read(&path, Some("b")).unwrap(), "Bearer b");
+    }
+
+    fn read(path: &std::path::Path, instead: Option<&str>) -> Option<HeaderValue> {
+        let file = Some(Arc::new(path.to_path_buf()));
+        TokenFile { file, instead: instead.map(Into::into) }.read()
     }
 }

@@ -82,14 +82,8 @@ mod tests {
     #[test]
     fn some_are_named_and_the_rest_is_counted() {
         let mut unusable = Unusable::default();
-        let note = |unusable: &mut Unusable, number: usize, list| {
-            unusable
-                .note(Problem { object: format!("Service a/s{number:03}"), reason: "why".to_owned() }, list);
-        };
         (0..NAMED + 2).for_each(|number| note(&mut unusable, number, 1));
         unusable.note(Problem { object: "EndpointSlice b/s".to_owned(), reason: "why".to_owned() }, 1);
-        let told =
-            |unusable: &Unusable| unusable.problems().map(|problem| problem.object).collect::<Vec<_>>();
         assert_eq!(told(&unusable).len(), NAMED + 2);
         assert_eq!(told(&unusable)[NAMED..], ["Namespace a", "EndpointSlice b/s"]);
         assert!(unusable.have_changed() && !unusable.have_changed());
@@ -99,5 +93,13 @@ mod tests {
         unusable.list_ends("Service", 2);
         assert_eq!(told(&unusable), ["Service a/s001", "EndpointSlice b/s"]);
         assert!(unusable.have_changed());
+    }
+
+    fn told(unusable: &Unusable) -> Vec<String> {
+        unusable.problems().map(|problem| problem.object).collect::<Vec<_>>()
+    }
+
+    fn note(unusable: &mut Unusable, number: usize, list: u64) {
+        unusable.note(Problem { object: format!("Service a/s{number:03}"), reason: "why".to_owned() }, list);
     }
 }

@@ -21,14 +21,14 @@ pub(super) type Item = (Kind, Result<KindEvent, Error>);
 
 /// Returns the stream of all kinds; `pods` includes this node's Pods.
 pub(super) fn all(client: &Client, node_name: &str, pods: bool) -> SelectAll<BoxStream<'static, Item>> {
-    let fields = |fields: String| Selection { fields: Some(fields), ..Selection::default() };
     let services = Selection {
         labels: Some("!service.kubernetes.io/service-proxy-name"),
-        ..fields("spec.clusterIP!=None".to_owned())
+        fields: Some("spec.clusterIP!=None".to_owned()),
+        ..Selection::default()
     };
     let slices = Selection { labels: Some("!service.kubernetes.io/headless"), ..Selection::default() };
-    let node = fields(format!("metadata.name={node_name}"));
-    let of_node = fields(format!("spec.nodeName={node_name}"));
+    let [node, of_node] = [format!("metadata.name={node_name}"), format!("spec.nodeName={node_name}")]
+        .map(|fields| Selection { fields: Some(fields), ..Selection::default() });
     let told = Arc::new(Once::new());
     let mut kinds = vec![
         of_kind(client, Kind::Services, services, &told, KindEvent::Service),

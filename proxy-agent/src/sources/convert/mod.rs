@@ -180,13 +180,11 @@ pub(crate) fn key_of(meta: &ObjectMeta) -> ObjectKey {
 /// Returns `podCIDRs`, or the older `podCIDR` if only that is set.
 fn pod_cidrs(object: &objects::Node) -> Vec<Prefix> {
     let Some(spec) = &object.spec else { return Vec::new() };
-    let many = spec.pod_cidrs.iter().filter(|text| !text.is_empty());
-    let one = spec.pod_cidr.iter().filter(|text| !text.is_empty());
-    let parse = |text: &String| lenient::prefix(text).ok();
-    match many.clone().next() {
-        Some(_) => many.filter_map(parse).collect(),
-        None => one.filter_map(parse).collect(),
+    let mut given: Vec<_> = spec.pod_cidrs.iter().filter(|text| !text.is_empty()).collect();
+    if given.is_empty() {
+        given.extend(spec.pod_cidr.iter().filter(|text| !text.is_empty()));
     }
+    given.into_iter().filter_map(|text| lenient::prefix(text).ok()).collect()
 }
 
 /// Returns whether a slice is meant for a proxy but does not name its Service.

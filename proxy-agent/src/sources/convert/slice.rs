@@ -160,26 +160,16 @@ impl Converter {
     }
 
     fn hints(&mut self, hints: &objects::EndpointHints) -> Option<Arc<Hints>> {
-        let mut names = |given: &[objects::Named]| -> Vec<_> {
-            given.iter().filter_map(|named| Some(self.shared.string(named.name.as_deref()?))).collect()
-        };
-        let (zones, nodes) = (names(&hints.for_zones), names(&hints.for_nodes));
+        let [zones, nodes] = [&hints.for_zones, &hints.for_nodes].map(|given| {
+            let names = given.iter().filter_map(|named| named.name.as_deref());
+            names.map(|name| self.shared.string(name)).collect::<Vec<_>>()
+        });
         (!zones.is_empty() || !nodes.is_empty()).then(|| self.shared.hints(Hints { zones, nodes }))
     }
 }
 
 /// Returns a slice with the addresses of one family in a subset, without metadata.
 fn slice_of_subset(subset: &objects::EndpointSubset, family: Family) -> objects::EndpointSlice {
-    let endpoint = |address: &objects::EndpointAddress, ready| objects::Endpoint {
-        addresses: address.ip.iter().cloned().collect(),
-        conditions: Some(objects::EndpointConditions {
-            ready: Some(ready),
-            serving: Some(ready),
-            terminating: Some(false),
-        }),
-        node_name: address.node_name.clone(),
-        ..objects::Endpoint::default()
-    };
     let ready = subset.addresses.iter().map(|address| (address, true));
     let not_ready = subset.not_ready_addresses.iter().map(|address| (address, false));
     let endpoints = ready
@@ -187,17 +177,29 @@ fn slice_of_subset(subset: &objects::EndpointSubset, family: Family) -> objects:
         .filter(|(address, _)| {
             address.ip.as_ref().is_some_and(|ip| ip.contains(':')) == (family == Family::V6)
         })
-        .map(|(address, ready)| endpoint(address, ready))
+        .map(|(address, ready)| objects::Endpoint {
+            addresses: address.ip.iter().cloned().collect(),
+            conditions: Some(objects::EndpointConditions {
+                ready: Some(ready),
+                serving: Some(ready),
+                terminating: Some(false),
+            }),
+            node_name: address.node_name.clone(),
+            ..objects::Endpoint::default()
+        })
         .collect();
-    let port = |port: &objects::EndpointPort| objects::EndpointPort {
-        name: Some(port.name.clone().unwrap_or_default()),
-        port: port.port,
-        protocol: port.protocol.clone(),
-    };
     objects::EndpointSlice {
         address_type: Some(family.to_string()),
         endpoints,
-        ports: subset.ports.iter().map(port).collect(),
+        ports: subset
+            .ports
+            .iter()
+            .map(|port| objects::EndpointPort {
+                name: Some(port.name.clone().unwrap_or_default()),
+                port: port.port,
+                protocol: port.protocol.clone(),
+            })
+            .collect(),
         metadata: ObjectMeta::default(),
     }
 }

@@ -81,12 +81,13 @@ impl Bytes {
         }
         let (sender, receiver) = mpsc::channel();
         let (owned, until) = (path.to_owned(), Instant::now() + patience);
-        let work = move || {
-            // The receiver may have stopped waiting.
-            let _ = sender.send(read(&owned, until));
-        };
-        let reader =
-            std::thread::Builder::new().name("manifest".to_owned()).spawn(work).map_err(FileError::Io)?;
+        let reader = std::thread::Builder::new()
+            .name("manifest".to_owned())
+            .spawn(move || {
+                // The receiver may have stopped waiting.
+                let _ = sender.send(read(&owned, until));
+            })
+            .map_err(FileError::Io)?;
         // The reader checks the time itself between pieces, so the wait is a little longer.
         let result = receiver.recv_timeout(patience + patience / 4).unwrap_or(Err(FileError::Slow));
         if matches!(result, Err(FileError::Slow)) {
@@ -218,11 +219,10 @@ mod tests {
         let mut bytes = Bytes::default();
         let (stuck, patience) = (Path::new("stuck.yaml"), Duration::from_millis(40));
         let (release, released) = mpsc::channel::<()>();
-        let blocked = move |_: &Path, _: Instant| {
+        let result = bytes.read_with(stuck, patience, move |_, _| {
             let _ = released.recv();
             Ok(Vec::new())
-        };
-        let result = bytes.read_with(stuck, patience, blocked);
+        });
         assert!(matches!(result, Err(FileError::Slow)), "{result:?}");
         for _ in 0..100 {
             let result = bytes.read_with(stuck, patience, |_, _| panic!("a second thread"));

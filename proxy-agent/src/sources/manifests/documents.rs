@@ -180,10 +180,6 @@ impl Reading<'_> {
 /// the number of lines above it. Comments and directives before a document belong to its piece; pieces with nothing
 /// else are left out.
 fn pieces(text: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
-    let is_line = |line: &[u8], marker: &[u8; 3]| {
-        line.strip_prefix(marker).is_some_and(|rest| rest.first().is_none_or(u8::is_ascii_whitespace))
-    };
-    let is_aside = |line: &[u8]| matches!(line.trim_ascii_start(), [] | [b'#' | b'%', ..]);
     let (mut rest, mut above) = (text, 0);
     std::iter::from_fn(move || {
         while !rest.is_empty() {
@@ -199,7 +195,7 @@ fn pieces(text: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
                 }
                 // Content may follow the dashes on the same line.
                 let text = if begins { line.get(3..).unwrap_or_default() } else { line };
-                content |= !is_aside(text);
+                content |= !matches!(text.trim_ascii_start(), [] | [b'#' | b'%', ..]);
                 begun |= begins || content;
             }
             let (piece, behind) = rest.split_at(at);
@@ -211,6 +207,10 @@ fn pieces(text: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
         }
         None
     })
+}
+
+fn is_line(line: &[u8], marker: &[u8; 3]) -> bool {
+    line.strip_prefix(marker).is_some_and(|rest| rest.first().is_none_or(u8::is_ascii_whitespace))
 }
 
 /// Returns the parser's message, reworded for people who do not know the parser. `above` is the number of lines before

@@ -69,13 +69,10 @@ pub(super) fn read(
 /// The file cannot be read, is not YAML (JSON), or the Pod is invalid.
 pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<Pod>, FileError> {
     let id = Id { kind: Kind::Pod, key: key.clone() };
-    let is_it = |value: &Value| {
-        text(value, "kind") == "Pod" && text(value, "apiVersion") == "v1" && id_of(Kind::Pod, value) == id
-    };
     let mut found = None;
-    let text = Bytes::default().read(path)?;
+    let bytes = Bytes::default().read(path)?;
     let mut unreadable = None;
-    documents(path, &text, &mut |document, at| {
+    documents(path, &bytes, &mut |document, at| {
         let mut value = match document {
             Ok(document) => document.value,
             Err(message) => {
@@ -87,9 +84,12 @@ pub(super) fn pod(path: &Path, key: &ObjectKey) -> Result<Option<Pod>, FileError
             Some(Value::Array(items)) => items,
             _ => vec![value],
         };
-        if let Some(value) = items.into_iter().find(is_it).filter(|_| found.is_none()) {
-            let syntax = |message| FileError::Syntax { document: at.document, message };
-            found = Some(typed::<Pod>(Kind::Pod, value).map_err(syntax));
+        let it = items.into_iter().find(|value| {
+            text(value, "kind") == "Pod" && text(value, "apiVersion") == "v1" && id_of(Kind::Pod, value) == id
+        });
+        if let (Some(value), None) = (it, &found) {
+            let pod = typed::<Pod>(Kind::Pod, value);
+            found = Some(pod.map_err(|message| FileError::Syntax { document: at.document, message }));
         }
     });
     match (found, unreadable) {

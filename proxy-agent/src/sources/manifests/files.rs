@@ -55,8 +55,8 @@ impl Files {
         kind: Kind,
         namespace: &'a str,
     ) -> impl Iterator<Item = (&'a Id, &'a Object)> {
-        let is_in = move |id: &Id| id.kind == kind && &*id.key.namespace == namespace;
-        self.from(kind, namespace).take_while(move |(id, _)| is_in(id))
+        self.from(kind, namespace)
+            .take_while(move |(id, _)| id.kind == kind && &*id.key.namespace == namespace)
     }
 
     fn from(&self, kind: Kind, namespace: &str) -> impl Iterator<Item = (&Id, &Object)> + use<'_> {

@@ -27,15 +27,17 @@ impl<'a, T: Copy> Labelled<'a, T> {
     /// Returns the objects that have all labels of a selector, in order; none if the selector is empty.
     pub(super) fn selected<'s>(&'s self, selector: &'s Labels) -> impl Iterator<Item = T> + use<'s, 'a, T> {
         let objects = self.candidates(selector).iter().filter_map(|place| self.objects.get(*place));
-        let has_all = |labels: &Labels| selector.iter().all(|(key, value)| labels.get(key) == Some(value));
-        objects.filter(move |(labels, _)| has_all(labels)).map(|(_, object)| *object)
+        objects
+            .filter(|(labels, _)| selector.iter().all(|(key, value)| labels.get(key) == Some(value)))
+            .map(|(_, object)| *object)
     }
 
     /// Returns the indices of the objects that have the rarest label of a selector.
     pub(super) fn candidates<'s>(&'s self, selector: &'s Labels) -> &'s [usize] {
-        let with = |(key, value): (&'s String, &'s String)| -> &'s [usize] {
-            self.with.get(&(key.as_str(), value.as_str())).map_or(&[], Vec::as_slice)
-        };
-        selector.iter().map(with).min_by_key(|places| places.len()).unwrap_or_default()
+        selector
+            .iter()
+            .map(|(key, value)| self.with.get(&(key.as_str(), value.as_str())).map_or(&[][..], Vec::as_slice))
+            .min_by_key(|places| places.len())
+            .unwrap_or_default()
     }
 }

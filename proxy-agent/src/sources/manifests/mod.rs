@@ -97,13 +97,10 @@ pub(crate) async fn run(
 /// # Errors
 /// The directory cannot be read.
 pub(crate) fn pod(directory: &Path, key: &ObjectKey) -> Result<(Option<Pod>, Vec<Problem>), SourceError> {
-    let names = || -> io::Result<BTreeSet<OsString>> {
-        let entries = fs::read_dir(directory)?.map(|entry| entry.map(|entry| entry.file_name()));
-        entries.filter(|name| name.as_ref().map_or(true, |name| is_manifest(name))).collect()
-    };
-    let failed = |source| SourceError::Directory { path: directory.to_owned(), source };
+    let names = manifest_names(directory)
+        .map_err(|source| SourceError::Directory { path: directory.to_owned(), source })?;
     let mut unreadable = Vec::new();
-    for name in names().map_err(failed)? {
+    for name in names {
         match file::pod(&directory.join(&name), key) {
             Ok(None) => {}
             Ok(found) => return Ok((found, unreadable)),
@@ -112,4 +109,9 @@ pub(crate) fn pod(directory: &Path, key: &ObjectKey) -> Result<(Option<Pod>, Vec
         }
     }
     Ok((None, unreadable))
+}
+
+fn manifest_names(directory: &Path) -> io::Result<BTreeSet<OsString>> {
+    let entries = fs::read_dir(directory)?.map(|entry| entry.map(|entry| entry.file_name()));
+    entries.filter(|name| name.as_ref().map_or(true, |name| is_manifest(name))).collect()
 }

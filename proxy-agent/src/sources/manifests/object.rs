@@ -15,7 +15,6 @@ use crate::sources::convert::{
 };
 use crate::sources::objects;
 use crate::sources::objects::Pod;
-use crate::sources::update::Problem;
 
 /// Converted object of a file.
 #[derive(Clone, Debug, Default)]
@@ -70,13 +69,12 @@ pub(super) fn convert(
     place: &str,
     converter: &mut Converter,
 ) -> Result<Converted, String> {
-    let refused = |problem: Problem| problem.reason;
     let mut converted = Converted::default();
     match kind {
         Kind::Service => converted = service(value, converter)?,
         Kind::EndpointSlice => {
             let object = typed::<objects::EndpointSlice>(kind, value)?;
-            let slice = converter.slice(&object).map_err(refused)?;
+            let slice = converter.slice(&object).map_err(|problem| problem.reason)?;
             if slice.is_none() && is_of_no_service(&object.metadata) {
                 converted
                     .said
@@ -85,7 +83,9 @@ pub(super) fn convert(
             converted.changes.extend(slice.map(Change::Slice));
         }
         Kind::Endpoints => {
-            let slices = converter.endpoints(&typed::<objects::Endpoints>(kind, value)?).map_err(refused)?;
+            let slices = converter
+                .endpoints(&typed::<objects::Endpoints>(kind, value)?)
+                .map_err(|problem| problem.reason)?;
             converted.changes.extend(slices.into_iter().map(Change::Slice));
         }
         Kind::Node => {
@@ -95,8 +95,9 @@ pub(super) fn convert(
         }
         Kind::Pod => converted = pod(value, converter)?,
         Kind::ServiceCidr => {
-            let cidr =
-                converter.service_cidr(&typed::<objects::ServiceCidr>(kind, value)?).map_err(refused)?;
+            let cidr = converter
+                .service_cidr(&typed::<objects::ServiceCidr>(kind, value)?)
+                .map_err(|problem| problem.reason)?;
             converted.changes.push(Change::ServiceCidr(cidr.name, cidr.prefixes));
             converted.said.extend(cidr.problems);
         }

@@ -149,8 +149,11 @@ impl ServicePart {
 }
 
 fn distribution(value: Option<&str>, meta: &ObjectMeta, findings: &mut Findings) -> Distribution {
-    let annotation = |name: &&str| meta.annotations.as_ref().and_then(|all| all.get(*name));
-    if TOPOLOGY_MODE.iter().find_map(annotation).is_some_and(|mode| mode == "Auto" || mode == "auto") {
+    if TOPOLOGY_MODE
+        .iter()
+        .find_map(|name| meta.annotations.as_ref().and_then(|all| all.get(*name)))
+        .is_some_and(|mode| mode == "Auto" || mode == "auto")
+    {
         return Distribution::Anywhere;
     }
     match value.unwrap_or_default() {
@@ -208,11 +211,6 @@ impl PodPart {
         let sidecars = spec.init_containers.into_iter();
         let sidecars = sidecars.filter(|container| container.restart_policy.as_deref() == Some("Always"));
         let declared = spec.containers.into_iter().chain(sidecars).flat_map(|container| container.ports);
-        let port = |port: objects::ContainerPort| {
-            let name = port.name.filter(|name| !name.is_empty())?;
-            let number = lenient::port(port.container_port.unwrap_or_default())?;
-            Some((name, lenient::protocol(port.protocol.as_deref())?, number))
-        };
         Self {
             labels: meta.labels.clone().unwrap_or_default(),
             addresses,
@@ -220,7 +218,13 @@ impl PodPart {
             serving: is_ready(&details.status.unwrap_or_default().conditions),
             terminating: meta.deletion_timestamp.is_some(),
             finished: matches!(phase, Some("Succeeded" | "Failed")),
-            ports: declared.filter_map(port).collect(),
+            ports: declared
+                .filter_map(|port| {
+                    let name = port.name.filter(|name| !name.is_empty())?;
+                    let number = lenient::port(port.container_port.unwrap_or_default())?;
+                    Some((name, lenient::protocol(port.protocol.as_deref())?, number))
+                })
+                .collect(),
         }
     }
 

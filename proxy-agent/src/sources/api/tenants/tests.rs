@@ -15,18 +15,19 @@ const BUDGETS: Budgets = Budgets {
 };
 
 fn service(namespace: &str, name: &str, created: i64, ports: u16, external_ips: u8) -> Service {
-    let port = |number: u16| ServicePort {
-        name: number.to_string().into(),
-        proto: proto::TCP,
-        port: number,
-        node_port: 0,
-    };
     Service {
         key: ObjectKey::new(namespace, name),
         created,
         service_type: ServiceType::ClusterIp,
         cluster_ips: [Some(Addr::v4([10, 96, 0, 1])), None],
-        ports: (1..=ports).map(port).collect(),
+        ports: (1..=ports)
+            .map(|number| ServicePort {
+                name: number.to_string().into(),
+                proto: proto::TCP,
+                port: number,
+                node_port: 0,
+            })
+            .collect(),
         external_ips: (0..external_ips).map(|byte| Addr::v4([198, 18, 0, byte])).collect(),
         load_balancer_ips: Vec::new(),
         internal_policy: Default::default(),
@@ -39,21 +40,23 @@ fn service(namespace: &str, name: &str, created: i64, ports: u16, external_ips: 
 }
 
 fn slice(name: &str, ports: u16, endpoints: u8) -> Slice {
-    let port = |port: u16| SlicePort { name: port.to_string().into(), proto: proto::TCP, port };
-    let endpoint = |byte: u8| Endpoint {
-        addr: Addr::v4([10, 64, 1, byte]),
-        ready: true,
-        serving: true,
-        terminating: false,
-        local: false,
-        hints: None,
-    };
     Slice {
         key: ObjectKey::new("a", name),
         service: ObjectKey::new("a", "s"),
         family: Family::V4,
-        ports: (1..=ports).map(port).collect(),
-        endpoints: (0..endpoints).map(endpoint).collect(),
+        ports: (1..=ports)
+            .map(|port| SlicePort { name: port.to_string().into(), proto: proto::TCP, port })
+            .collect(),
+        endpoints: (0..endpoints)
+            .map(|byte| Endpoint {
+                addr: Addr::v4([10, 64, 1, byte]),
+                ready: true,
+                serving: true,
+                terminating: false,
+                local: false,
+                hints: None,
+            })
+            .collect(),
         trigger_time: None,
         problems: Vec::new(),
     }
@@ -110,8 +113,11 @@ impl Bench {
 
 #[test]
 fn objects_count_for_what_they_make_or_for_what_is_kept_of_them() {
-    let frontends = |service: Service| of_service(&service, &BUDGETS);
-    assert_eq!(frontends(service("a", "s", 0, 2, 2)), [6, 0, 0], "kept: itself, two ports, three addresses");
+    assert_eq!(
+        of_service(&service("a", "s", 0, 2, 2), &BUDGETS),
+        [6, 0, 0],
+        "kept: itself, two ports, three addresses"
+    );
     let large = Budgets { service: Budget::DEFAULT, ..Budgets::DEFAULT };
     assert_eq!(of_service(&service("a", "s", 0, 10, 9), &large), [100, 0, 0]);
     let mut ported = service("a", "s", 0, 10, 9);
@@ -119,9 +125,9 @@ fn objects_count_for_what_they_make_or_for_what_is_kept_of_them() {
     ported.source_ranges = vec![proxy_common::addr::Prefix::new(Addr::ZERO, 0).unwrap(); 7];
     assert_eq!(of_service(&ported, &large), [101, 0, 70]);
     // A Service beyond the budget of one Service is not programmed, but kept.
-    assert_eq!(frontends(service("a", "s", 0, 4, 3)), [9, 0, 0]);
-    assert_eq!(frontends(service("a", "s", 0, 100, 100)), [10, 0, 0], "never more than there is");
-    assert_eq!(frontends(service("a", "s", 0, 0, 0)), [2, 0, 0], "nothing is for nothing");
+    assert_eq!(of_service(&service("a", "s", 0, 4, 3), &BUDGETS), [9, 0, 0]);
+    assert_eq!(of_service(&service("a", "s", 0, 100, 100), &BUDGETS), [10, 0, 0], "never more than there is");
+    assert_eq!(of_service(&service("a", "s", 0, 0, 0), &BUDGETS), [2, 0, 0], "nothing is for nothing");
     assert_eq!(of_slice(&slice("s", 10, 10), &large), [0, 100, 0]);
     assert_eq!(of_slice(&slice("s", 1, 3), &BUDGETS), [0, 5, 0]);
     assert_eq!(of_slice(&slice("s", 3, 2), &BUDGETS), [0, 6, 0]);
@@ -167,20 +173,20 @@ fn the_oldest_are_in_and_others_come_back_when_those_go() {
     bench.gone("a", "zero");
     assert_eq!((bench.has(), bench.refused()), (vec!["b/other"], vec!["Service a/third".to_owned()]));
     let fetched: Vec<_> = std::iter::from_fn(|| bench.tenants.next_fetch(now)).collect();
-    let key = |name: &str| ObjectKey::new("a", name);
-    assert_eq!(fetched, [(Kind::Services, key("first")), (Kind::Services, key("second"))]);
+    let [first, second, third] = ["first", "second", "third"].map(|name| ObjectKey::new("a", name));
+    assert_eq!(fetched, [(Kind::Services, first.clone()), (Kind::Services, second.clone())]);
     assert!(!bench.tenants.waits());
-    assert!(bench.tenants.is_asked_for(Kind::Services, &key("first")));
+    assert!(bench.tenants.is_asked_for(Kind::Services, &first));
     bench.applied(costing("a", "first", 1, 5));
     assert_eq!(bench.has(), ["a/first", "b/other"]);
     // The other Service has gone meanwhile, so its fetched state is out of date.
     bench.gone("a", "second");
-    assert!(!bench.tenants.is_asked_for(Kind::Services, &key("second")));
+    assert!(!bench.tenants.is_asked_for(Kind::Services, &second));
     // A Service that could not be fetched is requested again.
-    assert_eq!(bench.tenants.next_fetch(now), Some((Kind::Services, key("third"))));
-    bench.tenants.not_fetched(Kind::Services, &key("third"));
+    assert_eq!(bench.tenants.next_fetch(now), Some((Kind::Services, third.clone())));
+    bench.tenants.not_fetched(Kind::Services, &third);
     assert!(bench.tenants.waits());
-    assert_eq!(bench.tenants.next_fetch(now), Some((Kind::Services, key("third"))));
+    assert_eq!(bench.tenants.next_fetch(now), Some((Kind::Services, third.clone())));
     // A change of the Service itself brings it, too.
     bench.applied(costing("a", "third", 3, 4));
     assert_eq!((bench.has(), bench.refused()), (vec!["a/first", "a/third", "b/other"], vec![]));
@@ -221,9 +227,10 @@ fn so_many_are_named_and_so_many_fetched() {
     assert_eq!(fetched, FETCHES);
     bench.gone("a", "first");
     bench.gone("b", "first");
-    let all = |bench: &mut Bench, now| std::iter::from_fn(|| bench.tenants.next_fetch(now)).count();
-    assert_eq!(all(&mut bench, t0), 1, "that of the other namespace");
-    assert_eq!(all(&mut bench, t0 + PER_FETCH), 1);
+    let fetched = std::iter::from_fn(|| bench.tenants.next_fetch(t0)).count();
+    assert_eq!(fetched, 1, "that of the other namespace");
+    let fetched = std::iter::from_fn(|| bench.tenants.next_fetch(t0 + PER_FETCH)).count();
+    assert_eq!(fetched, 1);
 }
 
 proptest! {
@@ -254,12 +261,11 @@ proptest! {
             let mut by_age: Vec<_> = all.iter().map(|(name, (created, cost))| (*created, name, *cost)).collect();
             by_age.sort();
             let mut sum = 0;
-            let fits = |(_, _, cost): &&(i64, &String, u8)| {
+            let fitting = by_age.iter().take_while(|(_, _, cost)| {
                 sum += cost;
                 sum <= 10
-            };
-            let want: BTreeSet<String> =
-                by_age.iter().take_while(fits).map(|(_, name, _)| format!("a/{name}")).collect();
+            });
+            let want: BTreeSet<String> = fitting.map(|(_, name, _)| format!("a/{name}")).collect();
             prop_assert_eq!(&bench.has, &want);
             prop_assert_eq!(bench.refused().len(), all.len() - want.len());
         }

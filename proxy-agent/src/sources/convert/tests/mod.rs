@@ -51,31 +51,32 @@ fn many_faults_are_counted() {
 
 #[test]
 fn p230_p231_node_addresses_and_zone() {
-    let object = |name: &str, labels: Value| {
-        serde_json::from_value(json!({
-            "metadata": {"name": name, "labels": labels},
-            "status": {"addresses": [
-                {"type": "ExternalIP", "address": "203.0.113.50"},
-                {"type": "Hostname", "address": "n1"},
-                {"type": "InternalIP", "address": "192.0.2.10"},
-                {"type": "InternalIP", "address": "192.0.2.11"},
-                {"type": "ExternalIP", "address": "2001:db8:1::10"},
-            ]},
-        }))
-        .unwrap()
-    };
     let mut converter = Converter::new("n1");
     let ips = [Some(addr("192.0.2.10")), Some(addr("2001:db8:1::10"))];
     for (labels, zone) in
         [(json!({ZONE_LABEL: "za"}), Some("za".into())), (json!({ZONE_LABEL: ""}), None), (Value::Null, None)]
     {
         assert_eq!(
-            converter.node(&object("n1", labels)),
+            converter.node(&node("n1", labels)),
             Some(Node { zone, ips, primary: Some(Family::V4), ..Node::default() })
         );
     }
-    assert_eq!(converter.node(&object("n2", Value::Null)), None);
+    assert_eq!(converter.node(&node("n2", Value::Null)), None);
     assert_eq!(converter.node(&objects::Node::default()), None);
+}
+
+fn node(name: &str, labels: Value) -> objects::Node {
+    serde_json::from_value(json!({
+        "metadata": {"name": name, "labels": labels},
+        "status": {"addresses": [
+            {"type": "ExternalIP", "address": "203.0.113.50"},
+            {"type": "Hostname", "address": "n1"},
+            {"type": "InternalIP", "address": "192.0.2.10"},
+            {"type": "InternalIP", "address": "192.0.2.11"},
+            {"type": "ExternalIP", "address": "2001:db8:1::10"},
+        ]},
+    }))
+    .unwrap()
 }
 
 #[test]
@@ -117,10 +118,6 @@ fn service_cidrs() {
 
 #[test]
 fn pods_that_opt_out() {
-    let pod = |object: Value| {
-        let rules = Rules::parse(&["annotation".to_owned(), "runtime-class=gvisor".to_owned()]).unwrap();
-        Converter::new("n1").with_opt_out(rules).pod(&serde_json::from_value(object).unwrap())
-    };
     let off = json!({ANNOTATION: "off"});
     let meta = json!({"namespace": "a", "name": "p", "uid": "u-1", "annotations": off});
     for (meta, spec, phase, want) in [
@@ -160,6 +157,11 @@ fn pods_that_opt_out() {
     let nameless =
         json!({"metadata": {"name": "p", "namespace": "a", "annotations": off}, "spec": {"nodeName": "n1"}});
     assert!(pod(nameless).unwrap_err().reason.starts_with("metadata.uid is missing"));
+}
+
+fn pod(object: Value) -> Result<Option<Pod>, Problem> {
+    let rules = Rules::parse(&["annotation".to_owned(), "runtime-class=gvisor".to_owned()]).unwrap();
+    Converter::new("n1").with_opt_out(rules).pod(&serde_json::from_value(object).unwrap())
 }
 
 #[test]

@@ -106,7 +106,6 @@ fn p062_local_is_our_exact_name() {
 
 #[test]
 fn hints_are_shared_and_empty_ones_are_none() {
-    let endpoint = |last: u8, hints: Value| json!({"addresses": [format!("10.64.1.{last}")], "hints": hints});
     let zone = json!({"forZones": [{"name": "za"}]});
     let got = slice(&json!({"endpoints": [
         endpoint(1, Value::Null),
@@ -121,6 +120,10 @@ fn hints_are_shared_and_empty_ones_are_none() {
     assert_eq!(**a, Hints { zones: vec!["za".into()], nodes: vec![] });
     assert!(Arc::ptr_eq(a, b));
     assert_eq!(**node, Hints { zones: vec![], nodes: vec!["n1".into()] });
+}
+
+fn endpoint(last: u8, hints: Value) -> Value {
+    json!({"addresses": [format!("10.64.1.{last}")], "hints": hints})
 }
 
 #[test]

@@ -135,17 +135,18 @@ fn wishes<'a>(
 fn missing(part: &ServicePart, service: &Service, ranges: &[Prefix]) -> Vec<(Family, bool)> {
     let mut families = part.families.clone();
     if families.is_empty() {
-        let has = |family: &Family| service.cluster_ips[family.index()].is_some();
-        families.extend(Family::ALL.into_iter().filter(has));
+        families
+            .extend(Family::ALL.into_iter().filter(|family| service.cluster_ips[family.index()].is_some()));
     }
     if families.is_empty() {
         families.push(ranges.first().map_or(Family::V4, Prefix::family));
     }
     if let [only] = families[..] {
-        let can = |family: Family| ranges.iter().any(|range| range.family() == family);
         families.extend(Family::ALL.into_iter().filter(|family| match part.policy {
             FamilyPolicy::Single => false,
-            FamilyPolicy::PreferDual => *family != only && can(*family),
+            FamilyPolicy::PreferDual => {
+                *family != only && ranges.iter().any(|range| range.family() == *family)
+            }
             FamilyPolicy::RequireDual => *family != only,
         }));
     }
@@ -200,8 +201,13 @@ impl Wish<'_> {
             What::NodePort(number) => {
                 // The pool has no number above 65535.
                 let node_port = u16::try_from(found).unwrap_or_default();
-                let lacking = |(_, port): &(usize, &ServicePort)| port.port == number && port.node_port == 0;
-                let indices = self.service.ports.iter().enumerate().filter(lacking).map(|(index, _)| index);
+                let indices = self
+                    .service
+                    .ports
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, port)| port.port == number && port.node_port == 0)
+                    .map(|(index, _)| index);
                 given.node_ports.extend(indices.map(|index| (index, node_port)));
             }
         }

@@ -10,7 +10,6 @@ use std::sync::Arc;
 
 use super::files::Files;
 use super::id::{Id, Kind};
-use super::object::Object;
 use crate::reconcile::cluster::{Change, ObjectKey, Service, ServiceType, Slice};
 use crate::sources::update::Problem;
 
@@ -177,9 +176,11 @@ impl Controllers {
 
 /// Returns the zone of each Node that has one.
 fn zones(files: &Files) -> BTreeMap<Arc<str>, Arc<str>> {
-    let zone = |(id, object): (&Id, &Object)| match &object.part {
-        Some(Part::Node(node)) => Some((Arc::clone(&id.key.name), node.zone.clone()?)),
-        Some(Part::Service(_) | Part::Pod(_) | Part::Workload(_)) | None => None,
-    };
-    files.all(Kind::Node).filter_map(zone).collect()
+    files
+        .all(Kind::Node)
+        .filter_map(|(id, object)| match &object.part {
+            Some(Part::Node(node)) => Some((Arc::clone(&id.key.name), node.zone.clone()?)),
+            Some(Part::Service(_) | Part::Pod(_) | Part::Workload(_)) | None => None,
+        })
+        .collect()
 }

@@ -56,8 +56,8 @@ pub(super) fn of_slices(service: &Service, place: &str, slices: &[Written<'_>]) 
     for (place, reasons) in by_place {
         let mut findings = Findings::default();
         reasons.iter().for_each(|reason| findings.sentence(format_args!("{reason}")));
-        let told = |reason| Problem { object: place.to_owned(), reason };
-        problems.extend(findings.finish().into_iter().map(told));
+        let reasons = findings.finish().into_iter();
+        problems.extend(reasons.map(|reason| Problem { object: place.to_owned(), reason }));
     }
     problems
 }

@@ -64,8 +64,11 @@ pub(super) fn slices_of(
         }
         groups.entry(numbers).or_default().push(pod);
     }
-    let lacking = |index: &usize| groups.keys().all(|numbers| numbers.get(*index) == Some(&None));
-    found.portless = (0..targets.len()).filter(|index| found.usable > 0 && lacking(index)).collect();
+    if found.usable > 0 {
+        found.portless = (0..targets.len())
+            .filter(|index| groups.keys().all(|numbers| numbers.get(*index) == Some(&None)))
+            .collect();
+    }
     let mut hints = BTreeMap::new();
     for (i, (numbers, pods)) in groups.iter().enumerate() {
         let ports: Vec<_> = service
@@ -77,18 +80,20 @@ pub(super) fn slices_of(
             })
             .collect();
         for family in families.iter().filter(|_| !ports.is_empty()) {
-            let mut endpoint = |pod: &&PodPart| {
-                let ready = part.publish_not_ready || (pod.serving && !pod.terminating);
-                Some(Endpoint {
-                    addr: pod.addresses[family.index()]?,
-                    ready,
-                    serving: pod.serving,
-                    terminating: pod.terminating,
-                    local: pod.node.as_deref() == Some(node_name),
-                    hints: hints_of(pod, part.distribution, zones, &mut hints).filter(|_| ready),
+            let endpoints: Vec<_> = pods
+                .iter()
+                .filter_map(|pod| {
+                    let ready = part.publish_not_ready || (pod.serving && !pod.terminating);
+                    Some(Endpoint {
+                        addr: pod.addresses[family.index()]?,
+                        ready,
+                        serving: pod.serving,
+                        terminating: pod.terminating,
+                        local: pod.node.as_deref() == Some(node_name),
+                        hints: hints_of(pod, part.distribution, zones, &mut hints).filter(|_| ready),
+                    })
                 })
-            };
-            let endpoints: Vec<_> = pods.iter().filter_map(&mut endpoint).collect();
+                .collect();
             if endpoints.is_empty() {
                 continue;
             }

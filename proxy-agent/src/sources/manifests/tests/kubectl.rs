@@ -4,21 +4,6 @@ use super::*;
 
 #[tokio::test]
 async fn files_that_kubectl_takes() {
-    let utf16 = |text: &str| -> Vec<u8> {
-        std::iter::once(0xfeff).chain(text.encode_utf16()).flat_map(u16::to_le_bytes).collect()
-    };
-    let json = |name: &str| {
-        serde_json::json!({
-            "kind": "Service", "apiVersion": "v1", "metadata": {"name": name},
-            "spec": {"clusterIP": "10.96.0.9", "ports": [{"port": 80}]},
-        })
-        .to_string()
-    };
-    // Annotations over several lines, as Multus has them.
-    let annotated = |annotation: &str, port: u16| {
-        let block = format!("metadata:\n  name: a\n  namespace: a\n  annotations:\n    a: {annotation}");
-        service("a", port).replace("metadata: {name: a, namespace: a}", &block).into_bytes()
-    };
     let mut followed = Followed::of(&[]).await;
     for (name, content, port) in [
         ("closed.yaml", annotated("'[\n      1\n    ]\n    '", 85), 85),
@@ -70,4 +55,22 @@ async fn files_that_kubectl_takes() {
         followed.write("c.yaml", text);
         followed.expect_problem("c.yaml, document 1 (line 1)", reason).await;
     }
+}
+
+/// Returns a Service with an annotation over several lines, as Multus has them.
+fn annotated(annotation: &str, port: u16) -> Vec<u8> {
+    let block = format!("metadata:\n  name: a\n  namespace: a\n  annotations:\n    a: {annotation}");
+    service("a", port).replace("metadata: {name: a, namespace: a}", &block).into_bytes()
+}
+
+fn json(name: &str) -> String {
+    serde_json::json!({
+        "kind": "Service", "apiVersion": "v1", "metadata": {"name": name},
+        "spec": {"clusterIP": "10.96.0.9", "ports": [{"port": 80}]},
+    })
+    .to_string()
+}
+
+fn utf16(text: &str) -> Vec<u8> {
+    std::iter::once(0xfeff).chain(text.encode_utf16()).flat_map(u16::to_le_bytes).collect()
 }

@@ -16,6 +16,7 @@ use crate::config::opt_out::{ANNOTATION, Rules};
 use crate::reconcile::cluster::{Change, Cluster, ObjectKey};
 use crate::sources::Problem;
 
+mod hostile;
 mod kubectl;
 mod selectors;
 
@@ -103,9 +104,12 @@ impl Followed {
 
     /// Waits for a problem whose parts contain these words.
     async fn expect_problem(&mut self, object: &str, reason: &str) {
-        let found = |problem: &Problem| problem.object.contains(object) && problem.reason.contains(reason);
         let deadline = Instant::now() + SOON;
-        while !self.problems.iter().any(found) {
+        while !self
+            .problems
+            .iter()
+            .any(|problem| problem.object.contains(object) && problem.reason.contains(reason))
+        {
             let next = timeout(deadline - Instant::now(), self.take_next()).await;
             assert_eq!(next, Ok(false), "{object} {reason} in {:?}", self.problems);
         }
@@ -118,10 +122,12 @@ impl Followed {
     }
 
     fn ports(&self) -> Vec<String> {
-        let port = |service: &crate::reconcile::cluster::Service| {
-            format!("{}:{}", service.key.name, service.ports.first().map_or(0, |port| port.port))
-        };
-        self.cluster.services().map(port).collect()
+        self.cluster
+            .services()
+            .map(|service| {
+                format!("{}:{}", service.key.name, service.ports.first().map_or(0, |port| port.port))
+            })
+            .collect()
     }
 }
 
@@ -164,46 +170,50 @@ async fn every_kind_and_form_is_read() {
     let cluster = &followed.cluster;
     assert_eq!(cluster.node().zone.as_deref(), Some("za"));
     assert_eq!(cluster.service_cidrs().map(|cidr| cidr.to_string()).collect::<Vec<_>>(), ["10.96.0.0/16"]);
-    let endpoints = |namespace: &str, name: &str| {
-        let key = ObjectKey::new(namespace, name);
-        cluster
-            .slices(&key)
-            .flat_map(|slice| &slice.endpoints)
-            .map(|e| (e.addr.to_string(), e.local))
-            .collect::<Vec<_>>()
-    };
-    assert_eq!(endpoints("a", "s"), [("10.64.1.11".to_owned(), true)]);
-    assert_eq!(endpoints("default", "l"), [("10.64.1.12".to_owned(), false)]);
+    assert_eq!(endpoints(cluster, "a", "s"), [("10.64.1.11".to_owned(), true)]);
+    assert_eq!(endpoints(cluster, "default", "l"), [("10.64.1.12".to_owned(), false)]);
     followed
         .expect_problem("list.json, document 2, items[1], ServiceCIDR c", "spec.cidrs[1] \"nonsense\"")
         .await;
     assert_eq!(followed.problems.len(), 1);
 }
 
+fn endpoints(cluster: &Cluster, namespace: &str, name: &str) -> Vec<(String, bool)> {
+    let key = ObjectKey::new(namespace, name);
+    cluster
+        .slices(&key)
+        .flat_map(|slice| &slice.endpoints)
+        .map(|e| (e.addr.to_string(), e.local))
+        .collect::<Vec<_>>()
+}
+
 #[tokio::test]
 async fn pods_opt_out_and_in() {
-    let pod = |value: &str| {
-        format!(
-            "{{kind: Pod, apiVersion: v1, metadata: {{name: p, uid: u-1, annotations: {{{ANNOTATION}: '{value}'}}}}, \
-             spec: {{nodeName: n1}}}}"
-        )
-    };
-    let mut followed = Followed::of(&[("pod.yaml", &pod("off"))]).await;
-    let names =
-        |followed: &Followed| followed.cluster.pods().map(|pod| pod.key.to_string()).collect::<Vec<_>>();
-    assert_eq!(names(&followed), ["default/p"]);
-    followed.write("pod.yaml", &pod("on"));
-    while !names(&followed).is_empty() {
+    let mut followed = Followed::of(&[("pod.yaml", &pod_with("off"))]).await;
+    assert_eq!(pods(&followed), ["default/p"]);
+    followed.write("pod.yaml", &pod_with("on"));
+    while !pods(&followed).is_empty() {
         followed.take_next().await;
     }
-    followed.write("pod.yaml", &pod("off"));
-    while names(&followed).is_empty() {
+    followed.write("pod.yaml", &pod_with("off"));
+    while pods(&followed).is_empty() {
         followed.take_next().await;
     }
     fs::remove_file(followed.path("pod.yaml")).unwrap();
-    while !names(&followed).is_empty() {
+    while !pods(&followed).is_empty() {
         followed.take_next().await;
     }
+}
+
+fn pods(followed: &Followed) -> Vec<String> {
+    followed.cluster.pods().map(|pod_with| pod_with.key.to_string()).collect::<Vec<_>>()
+}
+
+fn pod_with(annotation: &str) -> String {
+    format!(
+        "{{kind: Pod, apiVersion: v1, metadata: {{name: p, uid: u-1, annotations: {{{ANNOTATION}: '{annotation}'}}}}, \
+             spec: {{nodeName: n1}}}}"
+    )
 }
 
 #[tokio::test]
@@ -307,81 +317,28 @@ async fn a_broken_object_costs_only_itself() {
 }
 
 #[tokio::test]
-async fn hostile_files_are_refused_quickly() {
-    let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
-    for i in 1..12 {
-        let before = format!("*a{}", i - 1);
-        bomb += &format!("a{i}: &a{i} [{}]\n", vec![before; 10].join(", "));
-    }
-    let deep = |levels| "[".repeat(levels) + &"]".repeat(levels);
-    let mut followed = Followed::of(&[
-        ("bomb.yaml", &bomb),
-        ("deep.yaml", &deep(240)),
-        ("deeper.yaml", &deep(1_000_000)),
-        ("deep.json", &deep(1_000_000)),
-        ("good.yaml", &service("s", 80)),
-    ])
-    .await;
-    followed.expect(&["s:80"]).await;
-    followed
-        .expect_problem("bomb.yaml", "alias replay limit exceeded: total_replayed_events=100001 > 100000")
-        .await;
-    followed.expect_problem("deep.yaml", "may be nested 200 levels deep").await;
-    followed.expect_problem("deeper.yaml", "recursion limit").await;
-    followed.expect_problem("deep.json", "recursion limit").await;
-    let huge = fs::File::create(followed.path("huge.yaml")).unwrap();
-    huge.set_len((64 << 20) + 1).unwrap();
-    drop(huge);
-    followed.expect_problem("huge.yaml", "is larger than 67108864 bytes").await;
-    fs::create_dir(followed.path("dir.yaml")).unwrap();
-    followed.expect_problem("dir.yaml", "not a regular file").await;
-    followed.write("binary.yaml", "a: \u{1}");
-    followed.expect_problem("binary.yaml", "document 1").await;
-    fs::write(followed.path("latin.yaml"), b"a: \xff\xfe").unwrap();
-    followed.expect_problem("latin.yaml", "UTF-8").await;
-}
-
-/// Real files: a pipe, the kernel's log, a device, and a file larger than any disk.
-#[tokio::test]
-async fn what_has_no_end_costs_itself() {
-    let mut followed = Followed::of(&[("good.yaml", &service("s", 80))]).await;
-    followed.expect(&["s:80"]).await;
-    let made = std::process::Command::new("mkfifo").arg(followed.path("pipe.yaml")).status().unwrap();
-    assert!(made.success());
-    symlink("/dev/zero", followed.path("zero.yaml")).unwrap();
-    symlink("/proc/kmsg", followed.path("log.yaml")).unwrap();
-    let sparse = fs::File::create(followed.path("sparse.yaml")).unwrap();
-    sparse.set_len(10 << 30).unwrap();
-    drop(sparse);
-    for name in ["pipe.yaml", "zero.yaml"] {
-        followed.expect_problem(name, "is not a regular file").await;
-    }
-    followed.expect_problem("sparse.yaml", "is larger than 67108864 bytes").await;
-    followed.write("good.yaml", &service("s", 81));
-    followed.expect(&["s:81"]).await;
-}
-
-#[tokio::test]
 async fn a_mounted_config_map_is_swapped_at_once() {
     let directory = TempDir::new().unwrap();
     let root = directory.path().to_owned();
-    let version = |name: &str, port| {
-        fs::create_dir(root.join(name)).unwrap();
-        fs::write(root.join(name).join("s.yaml"), service("s", port)).unwrap();
-        symlink(name, root.join("..data_tmp")).unwrap();
-        fs::rename(root.join("..data_tmp"), root.join("..data")).unwrap();
-    };
-    version("..2026_1", 80);
+    swap(&root, "..2026_1", 80);
     symlink("..data/s.yaml", root.join("s.yaml")).unwrap();
     let mut followed = Followed::existing(directory, "").await;
     followed.expect(&["s:80"]).await;
-    version("..2026_2", 81);
+    swap(&root, "..2026_2", 81);
     followed.expect(&["s:81"]).await;
     fs::remove_dir_all(root.join("..2026_1")).unwrap();
-    version("..2026_3", 82);
+    swap(&root, "..2026_3", 82);
     followed.expect(&["s:82"]).await;
     fs::remove_file(root.join("s.yaml")).unwrap();
     followed.expect(&[]).await;
+}
+
+/// Mounts another version of a ConfigMap, as the kubelet does.
+fn swap(root: &Path, name: &str, port: u16) {
+    fs::create_dir(root.join(name)).unwrap();
+    fs::write(root.join(name).join("s.yaml"), service("s", port)).unwrap();
+    symlink(name, root.join("..data_tmp")).unwrap();
+    fs::rename(root.join("..data_tmp"), root.join("..data")).unwrap();
 }
 
 #[tokio::test]

@@ -104,11 +104,6 @@ async fn slices_count_alone() {
 
 #[tokio::test]
 async fn zones_are_those_of_nodes_in_the_files() {
-    let node = |zone: &str| {
-        format!(
-            "{{kind: Node, apiVersion: v1, metadata: {{name: n1, labels: {{topology.kubernetes.io/zone: {zone}}}}}}}"
-        )
-    };
     let web = WEB.replace("spec:\n", "spec:\n  trafficDistribution: PreferSameZone\n");
     let mut followed = Followed::of(&[
         ("web.yaml", &web),
@@ -118,14 +113,20 @@ async fn zones_are_those_of_nodes_in_the_files() {
     .await;
     for zone in ["zb", "zc"] {
         followed.write("n.yaml", &node(zone));
-        let hint = |followed: &Followed| {
-            let slices = slices(followed, "web");
-            slices[0].endpoints[0].hints.as_ref().map(|hints| hints.zones[0].to_string())
-        };
-        while hint(&followed).as_deref() != Some(zone) {
+        while slices(&followed, "web")[0].endpoints[0]
+            .hints
+            .as_ref()
+            .is_none_or(|hints| *hints.zones[0] != *zone)
+        {
             followed.take_next().await;
         }
     }
+}
+
+fn node(zone: &str) -> String {
+    format!(
+        "{{kind: Node, apiVersion: v1, metadata: {{name: n1, labels: {{topology.kubernetes.io/zone: {zone}}}}}}}"
+    )
 }
 
 #[tokio::test]
@@ -139,9 +140,6 @@ async fn addresses_come_from_service_cidrs() {
     followed.expect_address(Some("10.96.238.254")).await;
     followed.expect_no_problem().await;
     followed.expect_endpoints(&["10.64.1.11:8080"]).await;
-    let node_port = |followed: &Followed| {
-        followed.cluster.service(&ObjectKey::new("a", "web")).unwrap().ports[0].node_port
-    };
     let given = node_port(&followed);
     assert!((30_086..32_768).contains(&given), "{given}");
     // Another Service names this address for a while.
@@ -154,6 +152,10 @@ async fn addresses_come_from_service_cidrs() {
     followed.expect_address(None).await;
     followed.expect_endpoints(&[]).await;
     followed.expect_problem("web.yaml", missing).await;
+}
+
+fn node_port(followed: &Followed) -> u16 {
+    followed.cluster.service(&ObjectKey::new("a", "web")).unwrap().ports[0].node_port
 }
 
 /// `kubectl get service,pod,node -o yaml`, abridged.

@@ -10,14 +10,14 @@ use crate::sources::convert::CLUSTER_IP_MISSING;
 /// Returns the numbers that Services a/NAME with these specs are assigned from these ranges, by name. A spec without a
 /// selector gets one.
 fn given(services: &[(&str, Value)], ranges: &[&str]) -> BTreeMap<String, Given> {
-    let selecting = |spec: &Value| {
-        let mut spec = spec.clone();
-        let fields = spec.as_object_mut().unwrap();
-        fields.entry("selector").or_insert(json!({"app": "a"}));
-        spec
-    };
-    let mut objects: Vec<_> =
-        services.iter().map(|(name, spec)| (*name, object(service(name, &selecting(spec))).0)).collect();
+    let mut objects: Vec<_> = services
+        .iter()
+        .map(|(name, spec)| {
+            let mut spec = spec.clone();
+            spec.as_object_mut().unwrap().entry("selector").or_insert(json!({"app": "a"}));
+            (*name, object(service(name, &spec)).0)
+        })
+        .collect();
     objects.sort_by_key(|(name, _)| *name);
     let services: Vec<_> =
         objects.iter().map(|(_, object)| (service_part(object), object.service())).collect();
@@ -142,9 +142,9 @@ fn families() {
 /// A number that an object names is assigned to no other Service, and the others keep theirs.
 #[test]
 fn others_count_as_little_as_possible() {
-    let plain = || json!({"type": "NodePort", "ports": [{"port": 80}]});
+    let plain = json!({"type": "NodePort", "ports": [{"port": 80}]});
     let names: Vec<String> = (0..100).map(|i| format!("s{i:02}")).collect();
-    let mut services: Vec<_> = names.iter().map(|name| (name.as_str(), plain())).collect();
+    let mut services: Vec<_> = names.iter().map(|name| (name.as_str(), plain.clone())).collect();
     let alone: BTreeMap<_, _> = services
         .iter()
         .map(|service| (service.0, given(std::slice::from_ref(service), &BOTH)[service.0].clone()))

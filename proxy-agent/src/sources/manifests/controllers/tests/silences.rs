@@ -18,12 +18,6 @@ fn slices_that_do_not_fit_their_service() {
     let unnamed = json!([{"name": "", "port": 8080}]);
     let udp = json!([{"name": "web", "port": 8080, "protocol": "UDP"}]);
     let v4 = &["10.64.1.11"][..];
-    let lacks = |what: &str| {
-        (0, format!("spec.ports: {what} is in none of its slices by name and protocol: it has no endpoints"))
-    };
-    let extra = |place, what: &str| {
-        (place, format!("ports: {what} is no port of Service a/s by name and protocol: it is not served"))
-    };
     for (id, ports, slices, want) in [
         ("all fits", &both, vec![slice("1", "IPv4", &both, v4)], vec![]),
         (
@@ -79,4 +73,12 @@ fn slices_that_do_not_fit_their_service() {
             .collect();
         assert_eq!(got, want, "{id}");
     }
+}
+
+fn extra(place: usize, what: &str) -> (usize, String) {
+    (place, format!("ports: {what} is no port of Service a/s by name and protocol: it is not served"))
+}
+
+fn lacks(what: &str) -> (usize, String) {
+    (0, format!("spec.ports: {what} is in none of its slices by name and protocol: it has no endpoints"))
 }

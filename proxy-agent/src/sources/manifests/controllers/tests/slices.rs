@@ -45,34 +45,35 @@ fn found_with_room(service: &Object, pods: &[Value], room: usize) -> Found {
 /// Returns slices in short form, such as `IPv4 web/TCP:8080 = 10.64.1.11 RS-L`: ready, serving, terminating, local, and
 /// hints.
 fn short(found: &Found) -> Vec<String> {
-    let port = |port: &crate::reconcile::cluster::SlicePort| {
-        format!("{}/{}:{}", port.name, proxy_common::abi::proto::name(port.proto), port.port)
-    };
-    let endpoint = |endpoint: &crate::reconcile::cluster::Endpoint| {
-        let flags = [
-            (endpoint.ready, 'R'),
-            (endpoint.serving, 'S'),
-            (endpoint.terminating, 'T'),
-            (endpoint.local, 'L'),
-        ];
-        let flags: String = flags.into_iter().map(|(is, flag)| if is { flag } else { '-' }).collect();
-        let hints = endpoint.hints.iter().flat_map(|hints| hints.zones.iter().chain(&hints.nodes));
-        let hints: String = hints.map(|hint| format!(" {hint}")).collect();
-        format!("{} {flags}{hints}", endpoint.addr)
-    };
-    let slice = |slice: &Slice| {
-        let ports: Vec<_> = slice.ports.iter().map(port).collect();
-        let endpoints: Vec<_> = slice.endpoints.iter().map(endpoint).collect();
-        format!("{} {} = {}", slice.family, ports.join(" "), endpoints.join(", "))
-    };
-    found.slices.iter().map(slice).collect()
+    found
+        .slices
+        .iter()
+        .map(|slice| {
+            let ports: Vec<_> = slice
+                .ports
+                .iter()
+                .map(|port| {
+                    format!("{}/{}:{}", port.name, proxy_common::abi::proto::name(port.proto), port.port)
+                })
+                .collect();
+            let endpoints: Vec<_> = slice.endpoints.iter().map(endpoint).collect();
+            format!("{} {} = {}", slice.family, ports.join(" "), endpoints.join(", "))
+        })
+        .collect()
+}
+
+fn endpoint(endpoint: &crate::reconcile::cluster::Endpoint) -> String {
+    let flags =
+        [(endpoint.ready, 'R'), (endpoint.serving, 'S'), (endpoint.terminating, 'T'), (endpoint.local, 'L')];
+    let flags: String = flags.into_iter().map(|(is, flag)| if is { flag } else { '-' }).collect();
+    let hints = endpoint.hints.iter().flat_map(|hints| hints.zones.iter().chain(&hints.nodes));
+    let hints: String = hints.map(|hint| format!(" {hint}")).collect();
+    format!("{} {flags}{hints}", endpoint.addr)
 }
 
 #[test]
 fn the_state_of_pods() {
-    let condition = |kind: &str, status: &str| json!({"conditions": [{"type": kind, "status": status}]});
     let ready = condition("Ready", "True");
-    let phase = |phase: &str| json!({"phase": phase, "conditions": [{"type": "Ready", "status": "True"}]});
     let publish = json!({"publishNotReadyAddresses": true});
     for (id, service, status, leaving, want) in [
         ("ready", json!({}), ready.clone(), false, Some("RS--")),
@@ -98,6 +99,14 @@ fn the_state_of_pods() {
             want.iter().map(|flags| format!("IPv4 web/TCP:8080 = 10.64.1.11 {flags}")).collect();
         assert_eq!(short(&found(&selecting(&service), &[pod])), want, "{id}");
     }
+}
+
+fn phase(phase: &str) -> Value {
+    json!({"phase": phase, "conditions": [{"type": "Ready", "status": "True"}]})
+}
+
+fn condition(kind: &str, status: &str) -> Value {
+    json!({"conditions": [{"type": kind, "status": status}]})
 }
 
 #[test]
@@ -207,8 +216,6 @@ fn target_ports() {
 
 #[test]
 fn pods_with_other_numbers_have_slices_of_their_own() {
-    let listening =
-        |number: u16| json!({"containers": [{"ports": [{"name": "http", "containerPort": number}]}]});
     let pods = [
         pod("10.64.1.11", &listening(8080), &json!({})),
         pod("10.64.1.12", &listening(9080), &json!({})),
@@ -228,6 +235,10 @@ fn pods_with_other_numbers_have_slices_of_their_own() {
     assert_eq!((got.portless, got.matching), (vec![], 4));
     let names: BTreeSet<_> = got.slices.iter().map(|slice| &slice.key).collect();
     assert_eq!(names.len(), 3, "{names:?}");
+}
+
+fn listening(number: u16) -> Value {
+    json!({"containers": [{"ports": [{"name": "http", "containerPort": number}]}]})
 }
 
 #[test]
