@@ -151,9 +151,8 @@ fn has_interpreter(elf: &[u8]) -> Option<bool> {
     if elf.get(..6)? != b"\x7fELF\x02\x01" {
         return None;
     }
-    let half = |at: usize| Some(usize::from(u16::from_le_bytes(elf.get(at..at + 2)?.try_into().ok()?)));
     let table = usize::try_from(u64::from_le_bytes(elf.get(32..40)?.try_into().ok()?)).ok()?;
-    let (size, count) = (half(54)?, half(56)?);
+    let (size, count) = (half(elf, 54)?, half(elf, 56)?);
     for index in 0..count {
         let header = elf.get(table + index * size..)?;
         if header.get(..4)? == 3u32.to_le_bytes() {
@@ -161,6 +160,10 @@ fn has_interpreter(elf: &[u8]) -> Option<bool> {
         }
     }
     Some(false)
+}
+
+fn half(elf: &[u8], at: usize) -> Option<usize> {
+    Some(usize::from(u16::from_le_bytes(elf.get(at..at + 2)?.try_into().ok()?)))
 }
 
 #[cfg(test)]

@@ -48,12 +48,14 @@ impl Compiler {
                 reasons.join("; ")
             );
         }
-        let possible = |toolchain: &Toolchain| match toolchain {
-            Toolchain::Pinned => rustup,
-            Toolchain::Debian => apt,
-            Toolchain::Rustup(_) => false,
-        };
-        let ways: Vec<_> = candidates.into_iter().filter(possible).collect();
+        let ways: Vec<_> = candidates
+            .into_iter()
+            .filter(|toolchain| match toolchain {
+                Toolchain::Pinned => rustup,
+                Toolchain::Debian => apt,
+                Toolchain::Rustup(_) => false,
+            })
+            .collect();
         if ways.is_empty() {
             bail!(
                 "no compiler for the BPF target ({}), and neither rustup nor apt to install one: install rustup \
@@ -133,11 +135,6 @@ mod tests {
 
     /// Runs `Compiler::choose` where only the toolchains in `there` are usable.
     fn choose(chosen: Option<&str>, there: &[&str], rustup: bool, apt: bool) -> Result<Compiler, String> {
-        let toolchain = |name: &str| match name {
-            "pinned" => Toolchain::Pinned,
-            "debian" => Toolchain::Debian,
-            name => Toolchain::Rustup(name.to_owned()),
-        };
         let usable: Vec<_> = there.iter().map(|name| toolchain(name)).collect();
         let check = |candidate: &Toolchain| {
             if usable.contains(candidate) {
@@ -148,9 +145,16 @@ mod tests {
         Compiler::choose(chosen.map(toolchain), check, rustup, apt).map_err(|error| error.to_string())
     }
 
+    fn toolchain(name: &str) -> Toolchain {
+        match name {
+            "pinned" => Toolchain::Pinned,
+            "debian" => Toolchain::Debian,
+            name => Toolchain::Rustup(name.to_owned()),
+        }
+    }
+
     #[test]
     fn what_is_there_is_used_and_nothing_of_the_user_s() {
-        let found = |toolchain| Ok(Compiler::Found(toolchain));
         assert_eq!(choose(None, &["pinned", "debian"], true, true), found(Toolchain::Pinned));
         assert_eq!(choose(None, &["debian"], true, true), found(Toolchain::Debian));
         // The user's nightly may be of any day, so it is not used unless chosen.
@@ -160,14 +164,21 @@ mod tests {
         assert_eq!(choose(Some("nightly"), &["nightly", "pinned"], true, true), found(nightly));
     }
 
+    fn found(toolchain: Toolchain) -> Result<Compiler, String> {
+        Ok(Compiler::Found(toolchain))
+    }
+
     #[test]
     fn what_is_missing_comes_beside_the_user_s_or_from_debian() {
-        let install = |ways: &[Toolchain]| Ok(Compiler::Install(ways.to_vec()));
         assert_eq!(choose(None, &[], true, false), install(&[Toolchain::Pinned]));
         assert_eq!(choose(None, &[], false, true), install(&[Toolchain::Debian]));
         assert_eq!(choose(Some("debian"), &["pinned"], true, true), install(&[Toolchain::Debian]));
         assert!(choose(None, &[], false, false).unwrap_err().contains("https://rustup.rs"));
         assert!(choose(Some("debian"), &["pinned"], true, false).is_err());
+    }
+
+    fn install(ways: &[Toolchain]) -> Result<Compiler, String> {
+        Ok(Compiler::Install(ways.to_vec()))
     }
 
     #[test]

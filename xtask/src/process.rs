@@ -38,6 +38,11 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     String::from_utf8(out.stdout).with_context(|| format!("`{shown}` wrote something that is not UTF-8"))
 }
 
+/// Returns the rest of the line of a program's output that begins with `name`.
+pub(crate) fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| line.strip_prefix(name))
+}
+
 /// Replaces this process by `command`; returns only when that fails.
 ///
 /// # Errors

@@ -54,17 +54,21 @@ pub(crate) fn build(selection: &Selection) -> Result<()> {
 /// Returns what a ring selects of these packages.
 pub(crate) fn select(packages: &[Package], ring: Ring) -> Selection {
     // The programs themselves run only in the kernel.
-    let packages = || packages.iter().filter(|package| package.name != "proxy-ebpf");
-    let in_ring = |name: &&String| ring == Ring::All || ring == ring_of(name);
-    let option = |option: &str, value: &str| [option.to_owned(), value.to_owned()];
+    let packages = packages.iter().filter(|package| package.name != "proxy-ebpf");
     Selection {
-        packages: packages().flat_map(|package| option("--package", &package.name)).collect(),
-        tests: packages()
-            .flat_map(|package| package.tests.iter().filter(in_ring))
+        packages: packages.clone().flat_map(|package| option("--package", &package.name)).collect(),
+        tests: packages
+            .flat_map(|package| {
+                package.tests.iter().filter(|name| ring == Ring::All || ring == ring_of(name))
+            })
             .flat_map(|test| option("--test", test))
             .collect(),
         unit: matches!(ring, Ring::Unit | Ring::All),
     }
+}
+
+pub(crate) fn option(option: &str, value: &str) -> [String; 2] {
+    [option.to_owned(), value.to_owned()]
 }
 
 /// Returns the ring of an integration test.

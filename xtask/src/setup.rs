@@ -143,10 +143,8 @@ pub(crate) fn target(target: &Target) -> Result<()> {
         run_command(Command::new("timeout").args(["300", "rustup", "target", "add", &triple]))?;
     }
     // The compiler may be installed without the C header files.
-    let compiles = |program: String| {
-        output(Command::new(program).args(["-E", "-include", "stdint.h", "-x", "c", "/dev/null"]))
-    };
-    if compiles(target.compiler()).is_err() {
+    let mut compiler = Command::new(target.compiler());
+    if output(compiler.args(["-E", "-include", "stdint.h", "-x", "c", "/dev/null"])).is_err() {
         let packages = target.compiler_packages();
         apt_install(&packages.each_ref().map(String::as_str), &format!("a C compiler for {triple}"))?;
     }
@@ -154,8 +152,12 @@ pub(crate) fn target(target: &Target) -> Result<()> {
 }
 
 fn compiler() -> Result<Compiler> {
-    let there = |program| find_program(program).is_some();
-    Compiler::choose(Toolchain::chosen(), Toolchain::check, there("rustup"), there("apt-get"))
+    Compiler::choose(
+        Toolchain::chosen(),
+        Toolchain::check,
+        find_program("rustup").is_some(),
+        find_program("apt-get").is_some(),
+    )
 }
 
 fn plan_build(plan: &mut Plan, found: Found) -> Result<()> {

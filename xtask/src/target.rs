@@ -120,11 +120,6 @@ mod tests {
 
     #[test]
     fn a_target_has_many_names() {
-        let check = |wanted, host, triple: &str, compiler: &str| {
-            let target = Target::named(wanted, host).unwrap();
-            assert_eq!((target.to_string(), target.compiler()), (triple.to_owned(), compiler.to_owned()));
-            assert_eq!(Target::named(triple, host).unwrap(), target);
-        };
         check("x86_64", "x86_64", "x86_64-unknown-linux-gnu", "cc");
         check("amd64", "x86_64", "x86_64-unknown-linux-gnu", "cc");
         check("aarch64", "x86_64", "aarch64-unknown-linux-musl", "aarch64-linux-gnu-gcc");
@@ -133,19 +128,31 @@ mod tests {
         check("x86_64-unknown-linux-musl", "x86_64", "x86_64-unknown-linux-musl", "cc");
     }
 
+    fn check(wanted: &str, host: &str, triple: &str, compiler: &str) {
+        let target = Target::named(wanted, host).unwrap();
+        assert_eq!((target.to_string(), target.compiler()), (triple.to_owned(), compiler.to_owned()));
+        assert_eq!(Target::named(triple, host).unwrap(), target);
+    }
+
     #[test]
     fn cross_compilers_have_debian_s_names() {
-        let packages = |wanted, host| Target::named(wanted, host).unwrap().compiler_packages();
         assert_eq!(packages("aarch64", "x86_64"), ["gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"]);
         assert_eq!(packages("x86_64", "aarch64"), ["gcc-x86-64-linux-gnu", "libc6-dev-amd64-cross"]);
     }
 
+    fn packages(wanted: &str, host: &str) -> [String; 2] {
+        Target::named(wanted, host).unwrap().compiler_packages()
+    }
+
     #[test]
     fn other_targets_are_refused_with_what_is_possible() {
-        let error = |wanted| Target::named(wanted, "x86_64").unwrap_err().to_string();
         for wanted in ["s390x", "powerpc64-unknown-linux-gnu", "aarch64_be-unknown-linux-gnu", "riscv64gc"] {
             assert!(error(wanted).contains("no big-endian machine"), "{wanted}");
         }
         assert!(error("aarch64-unknown-linux-gnu").contains("aarch64-unknown-linux-musl"));
+    }
+
+    fn error(wanted: &str) -> String {
+        Target::named(wanted, "x86_64").unwrap_err().to_string()
     }
 }

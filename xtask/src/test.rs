@@ -21,7 +21,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::kernels;
 use crate::process::{run as run_command, say};
-use crate::rings::{LAB, Ring, Selection, build, select};
+use crate::rings::{LAB, Ring, Selection, build, option, select};
 use crate::setup::{self, Part, mounted};
 use crate::workspace::{self, find_program, is_root};
 
@@ -172,10 +172,10 @@ fn goes(selection: &Selection, filters: &[String]) -> Vec<(Selection, Vec<String
     if !filters.is_empty() || !selection.tests.iter().any(|test| test == LAB) {
         return vec![(selection.clone(), filters.to_vec())];
     }
-    let option = |test: &str| ["--test".to_owned(), test.to_owned()];
-    let others = selection.tests.chunks(2).filter(|pair| *pair != option(LAB)).flatten().cloned().collect();
+    let others =
+        selection.tests.chunks(2).filter(|pair| *pair != option("--test", LAB)).flatten().cloned().collect();
     let others = Selection { tests: others, ..selection.clone() };
-    let lab = Selection { tests: option(LAB).into(), unit: false, ..selection.clone() };
+    let lab = Selection { tests: option("--test", LAB).into(), unit: false, ..selection.clone() };
     let first = (others.unit || !others.tests.is_empty()).then_some((others, Vec::new()));
     let without = (lab.clone(), vec!["--skip".to_owned(), FLOODS.to_owned()]);
     first.into_iter().chain([without, (lab, vec![FLOODS.to_owned()])]).collect()
@@ -226,23 +226,19 @@ mod tests {
 
     #[test]
     fn the_first_word_may_name_a_ring() {
-        let check = |args: &[&str], ring, filters: &[&str]| {
-            assert_eq!(split(&strings(args)), (ring, strings(filters).as_slice()));
-        };
-        check(&[], Ring::All, &[]);
-        check(&["lab"], Ring::Lab, &[]);
-        check(&["equivalence"], Ring::Equivalence, &[]);
-        check(&["unit", "addr", "be"], Ring::Unit, &["addr", "be"]);
-        check(&["addr", "lab"], Ring::All, &["addr", "lab"]);
+        is_split(&[], Ring::All, &[]);
+        is_split(&["lab"], Ring::Lab, &[]);
+        is_split(&["equivalence"], Ring::Equivalence, &[]);
+        is_split(&["unit", "addr", "be"], Ring::Unit, &["addr", "be"]);
+        is_split(&["addr", "lab"], Ring::All, &["addr", "lab"]);
+    }
+
+    fn is_split(args: &[&str], ring: Ring, filters: &[&str]) {
+        assert_eq!(split(&strings(args)), (ring, strings(filters).as_slice()));
     }
 
     #[test]
     fn tests_are_chosen_by_name_and_none_falls_through() {
-        let package = |name: &str, tests: &[&str]| Package {
-            name: name.into(),
-            manifest: "Cargo.toml".into(),
-            tests: strings(tests),
-        };
         let packages = [
             package("proxy-ebpf", &[]),
             package("proxy-common", &[]),
@@ -264,23 +260,28 @@ mod tests {
         check(Ring::All, &all);
     }
 
+    fn package(name: &str, tests: &[&str]) -> Package {
+        Package { name: name.into(), manifest: "Cargo.toml".into(), tests: strings(tests) }
+    }
+
     #[test]
     fn floods_have_the_machine_for_themselves() {
         let selection =
             |tests: &[&str], unit| Selection { packages: Vec::new(), tests: strings(tests), unit };
-        let check = |selection: &Selection, filters: &[&str], want: &[(Selection, &[&str])]| {
-            let want: Vec<_> = want.iter().map(|(part, words)| (part.clone(), strings(words))).collect();
-            assert_eq!(goes(selection, &strings(filters)), want);
-        };
         let all = selection(&["--test", "lab", "--test", "pure"], true);
         let pure = selection(&["--test", "pure"], true);
         let lab = selection(&["--test", "lab"], false);
         let (rest, floods) =
             ((lab.clone(), ["--skip", "floods::"].as_slice()), (lab.clone(), ["floods::"].as_slice()));
-        check(&all, &[], &[(pure.clone(), &[]), rest.clone(), floods.clone()]);
-        check(&lab, &[], &[rest, floods]);
-        check(&all, &["p080"], &[(all.clone(), &["p080"])]);
-        check(&pure, &[], &[(pure.clone(), &[])]);
+        go(&all, &[], &[(pure.clone(), &[]), rest.clone(), floods.clone()]);
+        go(&lab, &[], &[rest, floods]);
+        go(&all, &["p080"], &[(all.clone(), &["p080"])]);
+        go(&pure, &[], &[(pure.clone(), &[])]);
+    }
+
+    fn go(selection: &Selection, filters: &[&str], want: &[(Selection, &[&str])]) {
+        let want: Vec<_> = want.iter().map(|(part, words)| (part.clone(), strings(words))).collect();
+        assert_eq!(goes(selection, &strings(filters)), want);
     }
 
     #[test]

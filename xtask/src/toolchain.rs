@@ -141,8 +141,7 @@ pub(crate) fn pinned_home() -> PathBuf {
 
 /// Checks the version that `rustc -vV` printed.
 fn check_version(verbose: &str) -> Result<()> {
-    let field = |name: &str| verbose.lines().find_map(|line| line.strip_prefix(name));
-    let release = field("release: ").context("rustc does not say its version")?;
+    let release = process::field(verbose, "release: ").context("rustc does not say its version")?;
     let mut numbers = release.split(['.', '-']).map(str::parse);
     let version = match (numbers.next(), numbers.next()) {
         (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
@@ -151,7 +150,7 @@ fn check_version(verbose: &str) -> Result<()> {
     if version < OLDEST_RUSTC {
         bail!("rustc {release} is older than {}.{}", OLDEST_RUSTC.0, OLDEST_RUSTC.1);
     }
-    let llvm: u32 = field("LLVM version: ")
+    let llvm: u32 = process::field(verbose, "LLVM version: ")
         .and_then(|llvm| llvm.split('.').next()?.parse().ok())
         .context("rustc does not say which LLVM it has")?;
     if llvm > LLVM {

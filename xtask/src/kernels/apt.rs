@@ -10,7 +10,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 
 use super::machine::Machine;
-use crate::process::{output, run as run_command, say};
+use crate::process::{field, output, run as run_command, say};
 
 /// Keys that Debian signs its archives with, of package `debian-archive-keyring`.
 pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -194,10 +194,9 @@ fn debian_mirror(repositories: &str) -> Option<&str> {
 /// A metapackage names its kernel by such a dependency, and a newer kernel its image and its modules. The other
 /// dependencies of a kernel matter only for installing it.
 fn exact_dependencies(shown: &str) -> Option<(String, Vec<String>)> {
-    let field = |name: &str| shown.lines().find_map(|line| line.strip_prefix(name));
-    let version = field("Version: ")?;
+    let version = field(shown, "Version: ")?;
     let exact = format!(" (= {version})");
-    let parts = field("Depends: ").unwrap_or_default().split(", ");
+    let parts = field(shown, "Depends: ").unwrap_or_default().split(", ");
     Some((
         version.to_owned(),
         parts.filter_map(|part| part.strip_suffix(&exact)).map(str::to_owned).collect(),

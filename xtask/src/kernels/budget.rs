@@ -105,16 +105,17 @@ impl Budget {
 
     fn print(&self) -> String {
         let mut text = "# Verified instructions that each program may cost each kernel; `cargo xtask test kernels all --bless` writes this file.\n".to_owned();
-        let row = |name: &str, columns: [String; 4]| {
-            let columns = columns.map(|column| format!("{column:>9}")).concat();
-            format!("{name:<18}{columns}\n")
-        };
         text.push_str(&row("# program", Kernel::ALL.map(|kernel| kernel.name().to_owned())));
         for (program, bounds) in &self.0 {
             text.push_str(&row(program, bounds.map(|bound| bound.to_string())));
         }
         text
     }
+}
+
+fn row(name: &str, columns: [String; 4]) -> String {
+    let columns = columns.map(|column| format!("{column:>9}")).concat();
+    format!("{name:<18}{columns}\n")
 }
 
 #[cfg(test)]

@@ -102,11 +102,8 @@ impl Image {
         symlink(&self.modules, base.join("lib/modules").join(release)).context("cannot make a link")?;
         output(Command::new("depmod").arg("-b").arg(&base).arg(release))?;
         fs::remove_dir_all(&base).context("cannot remove depmod's directory")?;
-        let read = |name: &str| {
-            let path = self.modules.join(name);
-            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
-        };
-        let (order, missing) = load_order(&MODULES, &read("modules.dep")?, &read("modules.builtin")?);
+        let (order, missing) =
+            load_order(&MODULES, &self.read("modules.dep")?, &self.read("modules.builtin")?);
         let dir = tree.join("lib/modules");
         fs::create_dir_all(&dir).context("cannot create the modules' directory")?;
         let mut list = String::new();
@@ -125,6 +122,11 @@ impl Image {
         }
         write(&tree.join("modules"), &list, 0o644)?;
         Ok(missing)
+    }
+
+    fn read(&self, name: &str) -> Result<String> {
+        let path = self.modules.join(name);
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
     }
 }
 
@@ -225,10 +227,6 @@ fn install_libraries(from: &Path, to: &Path) -> Result<()> {
 /// Returns the files of the modules `wanted` and of all that they need, each after the modules that it needs, and the
 /// names of modules that are neither present nor built in.
 fn load_order<'a>(wanted: &[&'a str], dep: &str, builtin: &str) -> (Vec<String>, Vec<&'a str>) {
-    let module = |path: &str| {
-        let file = path.rsplit('/').next().unwrap_or(path);
-        file.split('.').next().unwrap_or(file).replace('-', "_")
-    };
     let needs: BTreeMap<String, (&str, &str)> = dep
         .lines()
         .filter_map(|line| line.split_once(':'))
@@ -253,10 +251,16 @@ fn load_order<'a>(wanted: &[&'a str], dep: &str, builtin: &str) -> (Vec<String>,
     (order, missing)
 }
 
+fn module(path: &str) -> String {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.split('.').next().unwrap_or(file).replace('-', "_")
+}
+
 /// Returns the files that `ldd` names.
 fn libraries(ldd: &str) -> Vec<String> {
-    let words = |line: &str| line.split_whitespace().find(|word| word.starts_with('/')).map(str::to_owned);
-    ldd.lines().filter_map(words).collect()
+    ldd.lines()
+        .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')).map(str::to_owned))
+        .collect()
 }
 
 fn unpack(tool: &str, from: &Path, to: &Path) -> Result<()> {

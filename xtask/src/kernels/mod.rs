@@ -236,16 +236,13 @@ fn boot_all(jobs: &[Job], sections: &[(&str, Vec<String>)]) -> Result<Vec<Outcom
     let mut outcomes = Vec::new();
     for (number, job) in jobs.iter().enumerate() {
         let boots: Vec<Booted> = booted.extract_if(.., |boot| boot.kernel == number).collect();
-        let seconds = |from: Option<Instant>, to: Option<Instant>| Some((to? - from?).as_secs());
+        let from = boots.iter().map(|boot| boot.from).min();
+        let to = boots.iter().map(|boot| boot.to).max();
         outcomes.push(Outcome {
             kernel: job.kernel,
             machine: job.machine,
             version: job.version.clone(),
-            seconds: seconds(
-                boots.iter().map(|boot| boot.from).min(),
-                boots.iter().map(|boot| boot.to).max(),
-            )
-            .unwrap_or_default(),
+            seconds: from.zip(to).map_or(0, |(from, to)| (to - from).as_secs()),
             logs: boots.iter().map(|boot| boot.log.clone()).collect(),
             console: boots.into_iter().map(|boot| boot.console).reduce(Console::and).unwrap_or_default(),
             verdict: verdict::Verdict::default(),
@@ -260,16 +257,17 @@ mod tests {
 
     #[test]
     fn kernels_come_first_then_filters() {
-        let check = |args: &[&str], kernels: &[Kernel], filters: &[&str]| {
-            let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
-            let (found, rest) = split(&args);
-            assert_eq!(found, kernels);
-            assert_eq!(rest, filters);
-        };
         check(&[], &Kernel::ALL, &[]);
         check(&["all"], &Kernel::ALL, &[]);
         check(&["newest", "5.10", "newest"], &[Kernel::V5_10, Kernel::Newest], &[]);
         check(&["6.1", "sctp", "6.12"], &[Kernel::V6_1], &["sctp", "6.12"]);
         check(&["load"], &Kernel::ALL, &["load"]);
+    }
+
+    fn check(args: &[&str], kernels: &[Kernel], filters: &[&str]) {
+        let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+        let (found, rest) = split(&args);
+        assert_eq!(found, kernels);
+        assert_eq!(rest, filters);
     }
 }

@@ -36,7 +36,6 @@ pub(super) fn print(outcomes: &[Outcome], dev: bool) {
             names.push(name);
         }
     }
-    let head = |outcome: &Outcome| format!("{} {}", outcome.kernel, outcome.machine);
     print!("{:<26}", "row (unified hybrid)");
     line(outcomes.iter().map(head));
     for name in names {
@@ -54,10 +53,9 @@ pub(super) fn print(outcomes: &[Outcome], dev: bool) {
     line(outcomes.iter().map(head));
     for program in programs {
         print!("{program:<26}");
-        let count = |outcome: &Outcome| {
+        line(outcomes.iter().map(|outcome| {
             outcome.console.instructions.get(program).map_or_else(|| "-".to_owned(), u64::to_string)
-        };
-        line(outcomes.iter().map(count));
+        }));
     }
     println!();
     println!("{}", table(outcomes));
@@ -67,6 +65,10 @@ pub(super) fn print(outcomes: &[Outcome], dev: bool) {
         println!("\n{} failed; its consoles: {}", head(outcome), logs.join(", "));
         outcome.verdict.failures.iter().for_each(|failure| println!("  {failure}"));
     }
+}
+
+fn head(outcome: &Outcome) -> String {
+    format!("{} {}", outcome.kernel, outcome.machine)
 }
 
 fn line(cells: impl Iterator<Item = String>) {

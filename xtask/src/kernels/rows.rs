@@ -39,15 +39,10 @@ impl Names {
 
     /// Returns the rows that `section` has in a run with `filters`.
     pub(super) fn of(&self, section: &str, filters: &[String]) -> Vec<String> {
-        let is_one_of = |name: &str, parts: &[&str]| parts.iter().any(|part| name.contains(part));
-        let in_section = |name: &str| match section {
-            "hybrid" => is_one_of(name, &HYBRID) || is_one_of(name, &LIFETIME),
-            _ => !is_one_of(name, &LIFETIME),
-        };
-        let wanted = |name: &str| {
-            in_section(name) && (filters.is_empty() || filters.iter().any(|part| name.contains(part)))
-        };
-        let mut rows: Vec<_> = self.0.iter().skip(ALWAYS).filter(|name| wanted(name)).cloned().collect();
+        let wanted = self.0.iter().skip(ALWAYS).filter(|name| {
+            is_in(section, name) && (filters.is_empty() || filters.iter().any(|part| name.contains(part)))
+        });
+        let mut rows: Vec<_> = wanted.cloned().collect();
         if !rows.is_empty() {
             rows.splice(..0, self.0.iter().take(ALWAYS).cloned());
         }
@@ -56,9 +51,11 @@ impl Names {
 
     /// Replaces the names by those that any kernel showed.
     pub(super) fn bless(&mut self, outcomes: &[Outcome]) {
-        let of = |section| outcomes.iter().filter_map(move |outcome| outcome.console.sections.get(section));
         let mut seen = BTreeSet::new();
-        let rows = of("unified").chain(of("hybrid")).flat_map(|section| &section.rows);
+        let sections = ["unified", "hybrid"].into_iter().flat_map(|section| {
+            outcomes.iter().filter_map(move |outcome| outcome.console.sections.get(section))
+        });
+        let rows = sections.flat_map(|section| &section.rows);
         self.0 = rows.map(|(name, _)| name.clone()).filter(|name| seen.insert(name.clone())).collect();
     }
 
@@ -72,6 +69,17 @@ impl Names {
     }
 }
 
+fn is_in(section: &str, name: &str) -> bool {
+    match section {
+        "hybrid" => is_one_of(name, &HYBRID) || is_one_of(name, &LIFETIME),
+        _ => !is_one_of(name, &LIFETIME),
+    }
+}
+
+fn is_one_of(name: &str, parts: &[&str]) -> bool {
+    parts.iter().any(|part| name.contains(part))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,16 +91,17 @@ mod tests {
                 .map(str::to_owned)
                 .to_vec(),
         );
-        let of = |section, filters: &[&str]| {
-            let filters: Vec<String> = filters.iter().map(|&filter| filter.to_owned()).collect();
-            names.of(section, &filters).iter().map(|name| name[..4].to_owned()).collect::<Vec<_>>().join(" ")
-        };
-        assert_eq!(of("unified", &[]), "k000 k001 k002 k010 k040");
-        assert_eq!(of("hybrid", &[]), "k000 k001 k002 k010 k070");
-        assert_eq!(of("unified", &["tcp", "sctp"]), "k000 k001 k010 k040");
-        assert_eq!(of("hybrid", &["tcp", "sctp"]), "k000 k001 k010");
-        assert_eq!(of("hybrid", &["sctp"]), "");
-        assert_eq!(of("hybrid", &["growth"]), "k000 k001 k070");
-        assert_eq!(of("unified", &["growth"]), "");
+        assert_eq!(of(&names, "unified", &[]), "k000 k001 k002 k010 k040");
+        assert_eq!(of(&names, "hybrid", &[]), "k000 k001 k002 k010 k070");
+        assert_eq!(of(&names, "unified", &["tcp", "sctp"]), "k000 k001 k010 k040");
+        assert_eq!(of(&names, "hybrid", &["tcp", "sctp"]), "k000 k001 k010");
+        assert_eq!(of(&names, "hybrid", &["sctp"]), "");
+        assert_eq!(of(&names, "hybrid", &["growth"]), "k000 k001 k070");
+        assert_eq!(of(&names, "unified", &["growth"]), "");
+    }
+
+    fn of(names: &Names, section: &str, filters: &[&str]) -> String {
+        let filters: Vec<String> = filters.iter().map(|&filter| filter.to_owned()).collect();
+        names.of(section, &filters).iter().map(|name| name[..4].to_owned()).collect::<Vec<_>>().join(" ")
     }
 }

@@ -213,7 +213,6 @@ mod tests {
     fn two_boots_are_judged_as_one_kernel() {
         let (one, other) = GOOD.split_at(GOOD.find("ring: 9.10").unwrap());
         let end = "ring: 9.05 s: done 0\n";
-        let judged = |one: &str, other: &str| judge(&read(one).and(read(other)), &expected()).failures;
         assert_eq!(judged(&format!("{one}{end}"), other), [""; 0]);
         assert_eq!(judged(one, other), ["the kernel did not come to its end"]);
         let console = read(&format!("{one}{end}")).and(read(other));
@@ -222,16 +221,21 @@ mod tests {
         assert_eq!(judged(&format!("{one}{end}"), &oops), ["BUG: no"]);
     }
 
+    fn judged(one: &str, other: &str) -> Vec<String> {
+        judge(&read(one).and(read(other)), &expected()).failures
+    }
+
     #[test]
     fn a_missing_a_failed_a_doubled_and_a_strange_row_are_failures() {
-        let check = |from: &str, to: &str, expected: &[&str]| {
-            assert_eq!(failures(&GOOD.replacen(from, to, 1)), expected, "{to}");
-        };
         check("row load ok 3.2 every program\n", "", &["unified: missing: load"]);
         check("row load ok 3.2 every", "row load FAILED 3.2 no", &["unified: row load: no program"]);
         check("row load ok 3.2 every program\n", "row load perhaps\n", &["unified: missing: load"]);
         check("row tcx", "row load ok 1 again\nrow tcx", &["unified: row load came twice"]);
         check("row tcx", "row new ok 1 what\nrow tcx", &["unified: row new is none that is expected"]);
+    }
+
+    fn check(from: &str, to: &str, expected: &[&str]) {
+        assert_eq!(failures(&GOOD.replacen(from, to, 1)), expected, "{to}");
     }
 
     #[test]

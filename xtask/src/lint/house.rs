@@ -118,28 +118,23 @@ impl House {
 
     /// Returns each file's imports of other files of the crate.
     fn imports(&self) -> BTreeMap<&PathBuf, BTreeSet<&PathBuf>> {
-        let of = |(file, paths): (_, &Vec<Module>)| {
+        let files = self.paths.iter().map(|(file, paths)| {
             let imports = paths
                 .iter()
                 .filter(|path| path.first().is_some_and(|first| first == CRATE))
                 .filter_map(|path| self.file_of(&path[1..]))
                 .filter(|import| *import != file);
             (file, imports.collect())
-        };
-        self.paths.iter().map(|(file, paths)| of((file, paths))).collect()
+        });
+        files.collect()
     }
 
     /// Returns one sentence for each import of a room that comes later in the crate's root.
     fn upward(&self) -> Result<Vec<String>> {
-        let place = |file: &Path| {
-            let room = module_of(file).first().cloned();
-            let place = self.rooms.iter().position(|name| Some(name) == room.as_ref());
-            room.map(|room| place.with_context(|| format!("room {room} is not in lib.rs"))).transpose()
-        };
         let mut found = Vec::new();
         for (file, imports) in self.imports() {
             for import in imports {
-                if let (Some(from), Some(to)) = (place(file)?, place(import)?)
+                if let (Some(from), Some(to)) = (self.place(file)?, self.place(import)?)
                     && from < to
                 {
                     found.push(format!(
@@ -151,6 +146,12 @@ impl House {
             }
         }
         Ok(found)
+    }
+
+    fn place(&self, file: &Path) -> Result<Option<usize>> {
+        let room = module_of(file).first().cloned();
+        let place = self.rooms.iter().position(|name| Some(name) == room.as_ref());
+        room.map(|room| place.with_context(|| format!("room {room} is not in lib.rs"))).transpose()
     }
 
     /// Returns the files of each circle.
@@ -249,8 +250,8 @@ fn paths(code: &str) -> Vec<Module> {
     // A module to which something is visible is no import.
     let rest = rest.split("pub(in ").map(|part| part.split_once(')').map_or(part, |(_, after)| after));
     let rest = rest.collect::<Vec<_>>().join(" ");
-    let is_part = |c: char| c.is_alphanumeric() || c == '_' || c == ':';
-    for word in rest.split(|c| !is_part(c)).filter(|word| word.contains("::")) {
+    let words = rest.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':'));
+    for word in words.filter(|word| word.contains("::")) {
         leaves("", word, &mut paths);
     }
     paths

@@ -260,8 +260,6 @@ mod tests {
 
     #[test]
     fn a_frame_ends_at_the_deepest_offset() {
-        let copy = |to, from| instruction(0xbf, to, from, 0, 0);
-        let add = |to, bytes| instruction(0x07, to, 0, 0, bytes);
         assert_eq!(frame(&[instruction(0x7b, 10, 1, -8, 0), instruction(0x79, 2, 10, -24, 0)]), 24);
         assert_eq!(frame(&[instruction(0x7a, 10, 0, -40, 7)]), 40);
         // A pointer, for a helper or for another function.
@@ -274,12 +272,21 @@ mod tests {
         assert_eq!(frame(&[copy(6, 10), CALL, add(6, -600)]), 600);
     }
 
+    fn copy(to: u8, from: u8) -> [u8; 8] {
+        instruction(0xbf, to, from, 0, 0)
+    }
+
+    fn add(to: u8, bytes: i32) -> [u8; 8] {
+        instruction(0x07, to, 0, 0, bytes)
+    }
+
     fn functions(all: &[(u64, u32, &[u64])]) -> BTreeMap<At, Function> {
-        let function = |(at, frame, calls): &(u64, u32, &[u64])| {
-            let calls = calls.iter().map(|call| (0, *call)).collect();
-            ((0, *at), Function { name: at.to_string(), is_program: *at == 0, frame: *frame, calls })
-        };
-        all.iter().map(function).collect()
+        all.iter()
+            .map(|(at, frame, calls): &(u64, u32, &[u64])| {
+                let calls = calls.iter().map(|call| (0, *call)).collect();
+                ((0, *at), Function { name: at.to_string(), is_program: *at == 0, frame: *frame, calls })
+            })
+            .collect()
     }
 
     #[test]
@@ -304,9 +311,12 @@ mod tests {
 
     #[test]
     fn a_function_that_calls_itself_and_one_that_is_not_there_are_errors() {
-        let text = |all| deepest(&functions(all), (0, 0), &mut Vec::new()).unwrap_err().to_string();
-        assert!(text(&[(0, 8, &[1]), (1, 8, &[0])]).contains("calls itself"));
-        assert!(text(&[(0, 8, &[1])]).contains("no function"));
+        assert!(error_of(&[(0, 8, &[1]), (1, 8, &[0])]).contains("calls itself"));
+        assert!(error_of(&[(0, 8, &[1])]).contains("no function"));
+    }
+
+    fn error_of(all: &[(u64, u32, &[u64])]) -> String {
+        deepest(&functions(all), (0, 0), &mut Vec::new()).unwrap_err().to_string()
     }
 
     #[test]

@@ -28,15 +28,15 @@ pub(super) fn check() -> Result<()> {
         let directory = package.manifest.parent().context("a manifest has no directory")?;
         for file in rust_files(directory)? {
             let relative = file.strip_prefix(root).unwrap_or(&file);
+            let name = relative.display();
             let source =
                 fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-            let place = |line: usize| format!("{}:{line}", relative.display());
             found.extend(openings(&source).into_iter().map(|(line, word)| {
-                format!("{}: the comment opens with {word}; name the thing, or say what it does", place(line))
+                format!("{name}:{line}: the comment opens with {word}; name the thing, or say what it does")
             }));
             if names_maps(relative) {
                 found.extend(literals(&source, &maps).into_iter().map(|(line, map)| {
-                    format!("{}: use proxy_common::abi::maps::{map} instead of the literal", place(line))
+                    format!("{name}:{line}: use proxy_common::abi::maps::{map} instead of the literal")
                 }));
             }
         }
