@@ -70,12 +70,6 @@ mod tests {
 
     #[test]
     fn only_what_a_rule_grants_is_allowed() {
-        let rule = |group: &str, resource: &str, verbs: &[&str]| PolicyRule {
-            api_groups: Some(vec![group.to_owned()]),
-            resources: Some(vec![resource.to_owned()]),
-            verbs: verbs.iter().map(|verb| (*verb).to_owned()).collect(),
-            ..PolicyRule::default()
-        };
         let rules = vec![rule("", "services", &["list"]), rule("events.k8s.io", "events", &["*"])];
         let access = Access(Some(Restriction { token: "t".to_owned(), rules }));
         for (token, verb, resource, want) in [
@@ -89,5 +83,14 @@ mod tests {
             assert_eq!(code(&access, token, verb, resource), want, "{token} {verb:?} {resource}");
         }
         assert_eq!(code(&Access::default(), "", Verb::Delete, Resource::Nodes), None);
+    }
+
+    fn rule(group: &str, resource: &str, verbs: &[&str]) -> PolicyRule {
+        PolicyRule {
+            api_groups: Some(vec![group.to_owned()]),
+            resources: Some(vec![resource.to_owned()]),
+            verbs: verbs.iter().map(|verb| (*verb).to_owned()).collect(),
+            ..PolicyRule::default()
+        }
     }
 }

@@ -211,8 +211,10 @@ fn wait(process: &mut Process, kubeconfig: &str, path: &str) -> Result<()> {
 
 /// Runs `work` to its end, also when the caller is itself within a runtime.
 fn block_on<T: Send>(work: impl AsyncFnOnce() -> Result<T> + Send) -> Result<T> {
-    let run = || runtime::Builder::new_current_thread().enable_all().build()?.block_on(work());
-    thread::scope(|scope| scope.spawn(run).join()).map_err(|_panic| anyhow!("the client panicked"))?
+    thread::scope(|scope| {
+        scope.spawn(|| runtime::Builder::new_current_thread().enable_all().build()?.block_on(work())).join()
+    })
+    .map_err(|_panic| anyhow!("the client panicked"))?
 }
 
 /// Returns a port of 127.0.0.1 that was free a moment ago.
@@ -235,8 +237,10 @@ fn service_account_keys() -> Result<[String; 2]> {
     let pair = EcdsaKeyPair::from_pkcs8(algorithm, private.as_ref(), &random)
         .map_err(|rejected| anyhow!("cannot read back the service-account key: {rejected}"))?;
     let public = [SPKI_P256, pair.public_key().as_ref()].concat();
-    let pem = |tag: &str, der: &[u8]| pem::encode(&pem::Pem::new(tag, der));
-    Ok([pem("PRIVATE KEY", private.as_ref()), pem("PUBLIC KEY", &public)])
+    Ok([
+        pem::encode(&pem::Pem::new("PRIVATE KEY", private.as_ref())),
+        pem::encode(&pem::Pem::new("PUBLIC KEY", public)),
+    ])
 }
 
 #[cfg(test)]

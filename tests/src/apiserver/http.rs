@@ -222,7 +222,6 @@ fn list_version(
     version_match: &str,
     newest: u64,
 ) -> Result<Option<u64>, Status> {
-    let invalid = |why: &str| Err(Status::new(422, format!("resourceVersionMatch: Forbidden: {why}")));
     match (version_match, version) {
         ("", None) => Ok(None),
         ("NotOlderThan" | "Exact", None) => invalid("forbidden unless resourceVersion is provided"),
@@ -234,6 +233,10 @@ fn list_version(
         ("" | "NotOlderThan", Some(_)) => Ok(None),
         _ => invalid("supported values: \"Exact\", \"NotOlderThan\""),
     }
+}
+
+fn invalid(why: &str) -> Result<Option<u64>, Status> {
+    Err(Status::new(422, format!("resourceVersionMatch: Forbidden: {why}")))
 }
 
 /// Makes a continue token: the revision of the first page, and the last key of this one.

@@ -24,8 +24,8 @@ impl Key {
 
     /// Returns the key that an object's metadata names.
     pub(super) fn of(resource: Resource, object: &Value) -> Result<Self, String> {
-        let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default();
-        let (namespace, name) = (text("namespace"), text("name"));
+        let [namespace, name] =
+            ["namespace", "name"].map(|field| object["metadata"][field].as_str().unwrap_or_default());
         if name.is_empty() {
             return Err(format!("{}: metadata.name is missing", resource.kind()));
         }

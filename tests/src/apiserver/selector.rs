@@ -110,8 +110,8 @@ fn parse_label(part: &str) -> Option<Label> {
 
 fn label_key(text: &str) -> Option<String> {
     let key = text.trim();
-    let usable = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
-    (!key.is_empty() && key.chars().all(usable)).then(|| key.to_owned())
+    (!key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/')))
+        .then(|| key.to_owned())
 }
 
 fn split_outside_parentheses(text: &str) -> Vec<&str> {
@@ -131,9 +131,6 @@ fn split_outside_parentheses(text: &str) -> Vec<&str> {
 }
 
 fn parse_fields(text: &str) -> Result<Vec<Field>, Status> {
-    let invalid = |part: &str| {
-        Status::new(400, format!("invalid field selector: \"{text}\"; can't understand \"{part}\""))
-    };
     let mut fields = Vec::new();
     for part in text.split(',').filter(|part| !part.is_empty()) {
         let (key, equal, value) = if let Some((key, value)) = part.split_once("!=") {
@@ -141,14 +138,18 @@ fn parse_fields(text: &str) -> Result<Vec<Field>, Status> {
         } else if let Some((key, value)) = part.split_once("==").or_else(|| part.split_once('=')) {
             (key, true, value)
         } else {
-            return Err(invalid(part));
+            return Err(invalid(text, part));
         };
         if value.contains(['=', '\\']) {
-            return Err(invalid(part));
+            return Err(invalid(text, part));
         }
         fields.push(Field { key: key.to_owned(), equal, value: value.to_owned() });
     }
     Ok(fields)
+}
+
+fn invalid(text: &str, part: &str) -> Status {
+    Status::new(400, format!("invalid field selector: \"{text}\"; can't understand \"{part}\""))
 }
 
 #[cfg(test)]

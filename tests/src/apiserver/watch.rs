@@ -118,17 +118,18 @@ impl Watch {
     /// Returns the event of a change. An object that begins or ceases to match is reported as added or deleted,
     /// whatever its change was.
     fn change(&self, change: &Change) -> Option<Bytes> {
-        let selected = |object: &&Arc<Object>| self.selection.matches(object);
-        let line = match (change.before.as_ref().filter(selected), change.after.as_ref().filter(selected)) {
-            (None, Some(after)) => self.event("ADDED", after),
-            (Some(_), Some(after)) => self.event("MODIFIED", after),
+        let selected = [&change.before, &change.after]
+            .map(|object| object.as_ref().filter(|object| self.selection.matches(object)));
+        let line = match selected {
+            [None, Some(after)] => self.event("ADDED", after),
+            [Some(_), Some(after)] => self.event("MODIFIED", after),
             // The object as it last matched, at the revision of the change.
-            (Some(before), None) => {
+            [Some(before), None] => {
                 let value = before.to_value(self.resource);
                 let last = Object::new(self.resource, value, change.revision).ok()?;
                 self.event("DELETED", &last)
             }
-            (None, None) => return None,
+            [None, None] => return None,
         };
         if self.cut_next_event {
             self.break_write.store(true, Ordering::Relaxed);

@@ -7,7 +7,6 @@ use super::objects::{Object, case, s, slice, web};
 
 /// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
-    let three = || web("L1, R1, R2");
     vec![
         case("P160", "one client stays with one endpoint")
             .step([sticky(s(), 10_800), three()], "P>CIP = sticky L1, R1, R2 @ 20x0s")
@@ -56,6 +55,10 @@ pub(super) fn cases() -> Vec<Case> {
             )
             .done(),
     ]
+}
+
+fn three() -> Object {
+    web("L1, R1, R2")
 }
 
 fn sticky(service: Object, seconds: u32) -> Object {

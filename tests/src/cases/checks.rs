@@ -122,11 +122,12 @@ fn expect(text: &str) -> Result<Expect> {
 }
 
 fn targets(text: &str) -> Result<BTreeSet<Target>> {
-    let target = |text: &str| {
-        let (name, port) = text.trim().split_once(':').unwrap_or((text.trim(), "8080"));
-        Ok(Target { endpoint: endpoint(name)?, port: port.parse().context("port")? })
-    };
-    text.split(',').map(target).collect()
+    text.split(',')
+        .map(|text| {
+            let (name, port) = text.trim().split_once(':').unwrap_or((text.trim(), "8080"));
+            Ok(Target { endpoint: endpoint(name)?, port: port.parse().context("port")? })
+        })
+        .collect()
 }
 
 /// Returns the endpoint of that name.
@@ -145,12 +146,13 @@ fn frontends(text: &str) -> Result<BTreeSet<Frontend>> {
     if text == "none" {
         return Ok(BTreeSet::new());
     }
-    let frontend = |text: &str| {
-        let (proto, text) = protocol(text.trim())?;
-        Ok(match text.strip_prefix("node:") {
-            Some(port) => Frontend::NodePort(proto, port.parse().context("nodePort")?),
-            None => Frontend::Address(proto, text.parse().context("address:port")?),
+    text.split(',')
+        .map(|text| {
+            let (proto, text) = protocol(text.trim())?;
+            Ok(match text.strip_prefix("node:") {
+                Some(port) => Frontend::NodePort(proto, port.parse().context("nodePort")?),
+                None => Frontend::Address(proto, text.parse().context("address:port")?),
+            })
         })
-    };
-    text.split(',').map(frontend).collect()
+        .collect()
 }

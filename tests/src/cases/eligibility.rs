@@ -1,7 +1,7 @@
 //! P001-P017: Services that are proxied, and Services that are not.
 
 use super::Case;
-use super::objects::{case, s, s_dual, s_lb, slice, web};
+use super::objects::{Object, case, s, s_dual, s_lb, slice, web};
 
 const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 
@@ -9,7 +9,6 @@ const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 pub(super) fn cases() -> Vec<Case> {
     let headless = s().cluster_ips(&["None"]);
     let external_name = s().node_port().spec("type", "ExternalName").spec("externalName", "lb.example");
-    let two_ports = || s().ports("web 80, adm 443");
     vec![
         case("P001", "a headless Service")
             .step([headless, web("L1")], "frontends4 = none; P>10.64.1.11:8080 = PASS")
@@ -111,6 +110,10 @@ pub(super) fn cases() -> Vec<Case> {
             .step([web("L1")], "P>CIP = DROP; frontends4 = none; frontends6 = none")
             .done(),
     ]
+}
+
+fn two_ports() -> Object {
+    s().ports("web 80, adm 443")
 }
 
 fn no_cluster_ip(service: &mut serde_json::Value) {

@@ -8,9 +8,6 @@ use super::objects::{Object, case, s, s_lb, slice, web};
 
 /// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
-    // UDP 53 with nodePort 31053, on port 1053 of the endpoints.
-    let dns = || s_lb().ports("dns 53/udp 31053");
-    let dns1 = |endpoints| slice("s1", "dns=1053/udp", endpoints);
     let open = "open x X>198.18.5.5:53/udp = L1:1053; open p P>10.96.0.10:53/udp = L1:1053";
     vec![
         case("P170", "the endpoint of a UDP flow is removed")
@@ -78,6 +75,15 @@ pub(super) fn cases() -> Vec<Case> {
             .step([dns(), dns1("R1")], "say v = R1:1053; say e = R1:1053; say w = R1:1053; say f = R1:1053")
             .done(),
     ]
+}
+
+/// Returns UDP 53 with nodePort 31053, on port 1053 of the endpoints.
+fn dns() -> Object {
+    s_lb().ports("dns 53/udp 31053")
+}
+
+fn dns1(endpoints: &str) -> Object {
+    slice("s1", "dns=1053/udp", endpoints)
 }
 
 fn sctp() -> Object {

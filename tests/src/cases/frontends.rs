@@ -3,12 +3,10 @@
 use serde_json::json;
 
 use super::Case;
-use super::objects::{case, s, s_dual, s_lb, slice, web};
+use super::objects::{Object, case, s, s_dual, s_lb, slice, web};
 
 /// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
-    let external = || s().spec("externalIPs", vec!["198.18.9.9"]);
-    let ingress = |entries| s_lb().ingress(entries);
     vec![
         case("P020", "an externalIP that no node has")
             .step(
@@ -28,19 +26,19 @@ pub(super) fn cases() -> Vec<Case> {
             .done(),
         case("P023", "a load-balancer address with ipMode VIP")
             .step(
-                [ingress(json!([{ "ip": "198.18.5.5", "ipMode": "VIP" }])), web("L1")],
+                [s_lb().ingress(json!([{ "ip": "198.18.5.5", "ipMode": "VIP" }])), web("L1")],
                 "P>VIP = L1 masq; H>VIP = L1 masq",
             )
             .done(),
         case("P024", "a load-balancer address with ipMode Proxy belongs to the balancer")
             .step(
-                [ingress(json!([{ "ip": "198.18.5.5", "ipMode": "Proxy" }])), web("L1")],
+                [s_lb().ingress(json!([{ "ip": "198.18.5.5", "ipMode": "Proxy" }])), web("L1")],
                 "P>VIP = PASS; H>VIP = PASS; P>NP = L1 masq; X>NP = L1 masq",
             )
             .done(),
         case("P025", "two load-balancer addresses")
             .step(
-                [ingress(json!([{ "ip": "198.18.5.5" }, { "ip": "198.18.5.7" }])), web("L1")],
+                [s_lb().ingress(json!([{ "ip": "198.18.5.5" }, { "ip": "198.18.5.7" }])), web("L1")],
                 "P>198.18.5.7:80 = L1 masq; X>198.18.5.7:80 = L1 masq; P>VIP = L1 masq",
             )
             .done(),
@@ -123,4 +121,8 @@ pub(super) fn cases() -> Vec<Case> {
             )
             .done(),
     ]
+}
+
+fn external() -> Object {
+    s().spec("externalIPs", vec!["198.18.9.9"])
 }

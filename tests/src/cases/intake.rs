@@ -7,11 +7,6 @@ use super::objects::{Object, case, s, slice, web};
 
 /// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
-    let s1 = |endpoints| slice("s1", "web=8080", endpoints);
-    let s2 = |endpoints| slice("s2", "web=8080", endpoints);
-    let without = |pointer: &'static str, field: &'static str| {
-        web("L1").edit(move |slice| remove(slice, pointer, field))
-    };
     let fqdn = web("").edit(|slice| {
         slice["metadata"]["name"] = "names".into();
         slice["addressType"] = "FQDN".into();
@@ -23,10 +18,10 @@ pub(super) fn cases() -> Vec<Case> {
             .done(),
         case("P041", "an endpoint that is not ready").step([s(), web("L1/nr, R1")], "P>CIP = R1").done(),
         case("P042", "two slices are one set")
-            .step([s(), s1("L1, R1"), s2("R2")], "P>CIP = L1, R1, R2; set CIP = 3")
+            .step([s(), web("L1, R1"), s2("R2")], "P>CIP = L1, R1, R2; set CIP = 3")
             .done(),
         case("P043", "an endpoint in two slices has no double weight")
-            .step([s(), s1("L1, R1"), s2("R1, R2")], "P>CIP = L1, R1, R2; set CIP = 3")
+            .step([s(), web("L1, R1"), s2("R1, R2")], "P>CIP = L1, R1, R2; set CIP = 3")
             .done(),
         case("P044", "one address three times in a slice")
             .step([s(), web("L1/st, L1, L1/t")], "P>CIP = L1; set CIP = 1")
@@ -49,10 +44,10 @@ pub(super) fn cases() -> Vec<Case> {
             .step([s(), slice("s1", "web=8080/udp", "L1")], "P>CIP = REJECT")
             .done(),
         case("P050", "one port name, two numbers")
-            .step([s(), s1("L1"), slice("s2", "web=9090", "L2")], "P>CIP = L1:8080, L2:9090")
+            .step([s(), web("L1"), slice("s2", "web=9090", "L2")], "P>CIP = L1:8080, L2:9090")
             .done(),
         case("P051", "one endpoint on two numbers")
-            .step([s(), s1("L1"), slice("s2", "web=9090", "L1")], "P>CIP = L1:8080, L1:9090; set CIP = 2")
+            .step([s(), web("L1"), slice("s2", "web=9090", "L1")], "P>CIP = L1:8080, L1:9090; set CIP = 2")
             .done(),
         case("P052", "only the first address of an endpoint")
             .step(
@@ -84,20 +79,20 @@ pub(super) fn cases() -> Vec<Case> {
             .step([s(), web("L1")], "P>CIP = L1")
             .done(),
         case("P058", "an endpoint moves to another slice")
-            .step([s(), s1("L1")], "P>CIP = L1")
-            .step([s(), s1("L1"), s2("L1")], "P>CIP = L1; set CIP = 1")
+            .step([s(), web("L1")], "P>CIP = L1")
+            .step([s(), web("L1"), s2("L1")], "P>CIP = L1; set CIP = 1")
             .step([s(), s2("L1")], "P>CIP = L1")
             .done(),
         case("P059", "a slice is updated in place")
-            .step([s(), s1("L1, R1")], "P>CIP = L1, R1")
-            .step([s(), s1("R1, R2")], "P>CIP = R1, R2")
+            .step([s(), web("L1, R1")], "P>CIP = L1, R1")
+            .step([s(), web("R1, R2")], "P>CIP = R1, R2")
             .done(),
         case("P060", "one of two slices is deleted")
-            .step([s(), s1("L1"), s2("R1")], "P>CIP = L1, R1")
+            .step([s(), web("L1"), s2("R1")], "P>CIP = L1, R1")
             .step([s(), s2("R1")], "P>CIP = R1")
             .done(),
         case("P061", "slices of other Services and namespaces")
-            .step([s(), s1("L1"), owned(s2("R1"), "a", "t"), owned(s2("R2"), "b", "s")], "P>CIP = L1")
+            .step([s(), web("L1"), owned(s2("R1"), "a", "t"), owned(s2("R2"), "b", "s")], "P>CIP = L1")
             .done(),
         case("P062", "an endpoint without a node is nowhere near")
             .step([s().internal_local(), without("/endpoints/0", "nodeName")], "P>CIP = DROP")
@@ -115,6 +110,14 @@ pub(super) fn cases() -> Vec<Case> {
             )
             .done(),
     ]
+}
+
+fn without(pointer: &'static str, field: &'static str) -> Object {
+    web("L1").edit(move |slice| remove(slice, pointer, field))
+}
+
+fn s2(endpoints: &str) -> Object {
+    slice("s2", "web=8080", endpoints)
 }
 
 fn owned(slice: Object, namespace: &str, service: &str) -> Object {

@@ -196,18 +196,16 @@ pub enum Sender {
 impl Sender {
     /// Returns the clients' addresses.
     pub fn addresses(self) -> Vec<IpAddr> {
-        let v4 = |octets: [u8; 4]| IpAddr::V4(octets.into());
-        let v6 = |segments: [u16; 8]| IpAddr::V6(segments.into());
         match self {
-            Self::P => vec![v4([10, 64, 1, 50])],
-            Self::P6 => vec![v6([0xfd00, 0x64, 0, 1, 0, 0, 0, 0x50])],
-            Self::Pods => (100..132).map(|last| v4([10, 64, 1, last])).collect(),
-            Self::L1 => vec![v4([10, 64, 1, 11])],
-            Self::Q => vec![v4([10, 64, 2, 50])],
-            Self::H => vec![v4([192, 0, 2, 10])],
-            Self::X => vec![v4([203, 0, 113, 7])],
-            Self::Y => vec![v4([203, 0, 113, 200])],
-            Self::X6 => vec![v6([0x2001, 0xdb8, 0xff, 0, 0, 0, 0, 7])],
+            Self::P => vec![IpAddr::from([10, 64, 1, 50])],
+            Self::P6 => vec![IpAddr::from([0xfd00, 0x64, 0, 1, 0, 0, 0, 0x50])],
+            Self::Pods => (100..132).map(|last| IpAddr::from([10, 64, 1, last])).collect(),
+            Self::L1 => vec![IpAddr::from([10, 64, 1, 11])],
+            Self::Q => vec![IpAddr::from([10, 64, 2, 50])],
+            Self::H => vec![IpAddr::from([192, 0, 2, 10])],
+            Self::X => vec![IpAddr::from([203, 0, 113, 7])],
+            Self::Y => vec![IpAddr::from([203, 0, 113, 200])],
+            Self::X6 => vec![IpAddr::from([0x2001, 0xdb8, 0xff, 0, 0, 0, 0, 7])],
         }
     }
 

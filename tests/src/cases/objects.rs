@@ -96,6 +96,11 @@ pub(super) fn s_lb() -> Object {
         .ingress(json!([{ "ip": "198.18.5.5" }]))
 }
 
+/// Returns that Service with the external policy Local.
+pub(super) fn lb_local() -> Object {
+    s_lb().external_local()
+}
+
 /// Returns the usual slice: port `web` is 8080.
 pub(super) fn web(endpoints: &str) -> Object {
     slice("s1", "web=8080", endpoints)
@@ -104,32 +109,32 @@ pub(super) fn web(endpoints: &str) -> Object {
 /// Returns a slice of Service `a/s`: ports `web=8080, dns=1053/udp`, endpoints `L1, R1/st z(za,zb) n(n1)`. The states
 /// are `/nr` not ready, `/st` serving and terminating, `/t` terminating, `/sn` serving but not ready.
 pub(super) fn slice(name: &str, ports: &str, endpoints: &str) -> Object {
-    let build = || {
-        let ports = ports.split(',').map(slice_port).collect::<Result<Vec<Value>>>()?;
-        let mut family = "IPv4";
-        let mut list = Vec::new();
-        for text in split_outside_parentheses(endpoints) {
-            let (endpoint, json) = slice_endpoint(text).with_context(|| format!("endpoint {text:?}"))?;
-            if endpoint.ip.is_ipv6() {
-                family = "IPv6";
-            }
-            list.push(json);
+    try_slice(name, ports, endpoints).expect("a slice in the table of cases")
+}
+
+fn try_slice(name: &str, ports: &str, endpoints: &str) -> Result<Object> {
+    let ports = ports.split(',').map(slice_port).collect::<Result<Vec<Value>>>()?;
+    let mut family = "IPv4";
+    let mut list = Vec::new();
+    for text in split_outside_parentheses(endpoints) {
+        let (endpoint, json) = slice_endpoint(text).with_context(|| format!("endpoint {text:?}"))?;
+        if endpoint.ip.is_ipv6() {
+            family = "IPv6";
         }
-        Ok(Object(json!({
-            "apiVersion": "discovery.k8s.io/v1",
-            "kind": "EndpointSlice",
-            "metadata": {
-                "namespace": "a",
-                "name": name,
-                "labels": { "kubernetes.io/service-name": "s" },
-            },
-            "addressType": family,
-            "ports": ports,
-            "endpoints": list,
-        })))
-    };
-    let built: Result<Object> = build();
-    built.expect("a slice in the table of cases")
+        list.push(json);
+    }
+    Ok(Object(json!({
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {
+            "namespace": "a",
+            "name": name,
+            "labels": { "kubernetes.io/service-name": "s" },
+        },
+        "addressType": family,
+        "ports": ports,
+        "endpoints": list,
+    })))
 }
 
 /// Returns a Node. n1 has an address of each family.

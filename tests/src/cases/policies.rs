@@ -1,12 +1,10 @@
 //! P070-P095: terminating endpoints, and the internal and external traffic policies.
 
 use super::Case;
-use super::objects::{case, s, s_lb, web};
+use super::objects::{Object, case, lb_local, s, s_lb, web};
 
 /// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
-    let internal = || s().internal_local();
-    let lb_local = || s_lb().external_local();
     vec![
         case("P070", "ready before terminating").step([s(), web("L1, R1/st")], "P>CIP = L1").done(),
         case("P071", "terminating and serving when none is ready")
@@ -102,4 +100,8 @@ pub(super) fn cases() -> Vec<Case> {
             )
             .done(),
     ]
+}
+
+fn internal() -> Object {
+    s().internal_local()
 }

@@ -20,17 +20,15 @@ pub fn smoke() -> Case {
 }
 
 fn rows() -> Case {
-    let service = || {
-        s_dual()
-            .spec("type", "LoadBalancer")
-            .ports("web 80 31080, dns 53/udp 31053, none 443")
-            .spec("externalIPs", vec!["198.18.9.9"])
-            .ingress(json!([{ "ip": "198.18.5.5" }, { "ip": "2001:db8:5::5" }]))
-    };
     let ports = "web=8080, dns=1053/udp";
+    let service = s_dual()
+        .spec("type", "LoadBalancer")
+        .ports("web 80 31080, dns 53/udp 31053, none 443")
+        .spec("externalIPs", vec!["198.18.9.9"])
+        .ingress(json!([{ "ip": "198.18.5.5" }, { "ip": "2001:db8:5::5" }]));
     case("smoke", "")
         .step(
-            [service(), slice("s1", ports, "L1, R1"), slice("s6", ports, "V1, V2")],
+            [service.clone(), slice("s1", ports, "L1, R1"), slice("s6", ports, "V1, V2")],
             "P>CIP = L1, R1
              H>CIP = L1, R1
              X>CIP = L1, R1
@@ -50,7 +48,7 @@ fn rows() -> Case {
              P>10.96.77.77:80 = DROP
              X>10.96.77.77:80 = DROP",
         )
-        .step([service(), slice("s1", ports, "L1")], "L1>CIP = L1; L1>10.96.0.10:53/udp = L1:1053")
+        .step([service, slice("s1", ports, "L1")], "L1>CIP = L1; L1>10.96.0.10:53/udp = L1:1053")
         .done()
 }
 
@@ -58,16 +56,15 @@ fn rows() -> Case {
 /// disappear and appear again while connections of clients outside are open; nodePorts and other addresses are served
 /// all the time.
 pub fn at_the_node() -> Case {
-    let beside = || s_dual().spec("type", "NodePort").ports("web 80 31080, dns 53/udp 31053");
-    let at_node = || {
-        beside()
-            .spec("type", "LoadBalancer")
-            .spec("externalIPs", vec!["192.0.2.10"])
-            .ingress(json!([{ "ip": "192.0.2.10" }, { "ip": "2001:db8:1::10" }]))
-    };
-    let (ports, v4, v6) = ("web=8080, dns=1053/udp", "L1, R1", "V1, V2");
-    let slices = || [slice("s1", ports, v4), slice("s6", ports, v6)];
-    let with = |service| [service].into_iter().chain(slices());
+    let beside = s_dual().spec("type", "NodePort").ports("web 80 31080, dns 53/udp 31053");
+    let at_node = beside
+        .clone()
+        .spec("type", "LoadBalancer")
+        .spec("externalIPs", vec!["192.0.2.10"])
+        .ingress(json!([{ "ip": "192.0.2.10" }, { "ip": "2001:db8:1::10" }]));
+    let ports = "web=8080, dns=1053/udp";
+    let [beside, at_node] = [beside, at_node]
+        .map(|service| [service, slice("s1", ports, "L1, R1"), slice("s6", ports, "V1, V2")]);
     let node_ports = "X>NP = L1, R1
                       X>192.0.2.10:31053/udp = L1:1053, R1:1053
                       X6>[2001:db8:1::10]:31080 = V1, V2
@@ -85,19 +82,19 @@ pub fn at_the_node() -> Case {
         "open a X>NP = R1; open b X6>[2001:db8:1::10]:31080 = V2; open c X>192.0.2.10:31053/udp = R1:1053";
     let say = "say a = R1; say b = V2; say c = R1:1053";
     case("at the node", "")
-        .step(with(beside()), open)
+        .step(beside.clone(), open)
         .step(
-            with(at_node()),
+            at_node.clone(),
             &[say, node_ports, own, "open d X>192.0.2.10:80 = R1; open e X6>[2001:db8:1::10]:80 = V2"]
                 .join("\n"),
         )
-        .step(with(beside()), &[say, "say d = R1; say e = V2", node_ports].join("\n"))
-        .step(with(at_node()), &[say, "say d = R1; say e = V2", own].join("\n"))
+        .step(beside, &[say, "say d = R1; say e = V2", node_ports].join("\n"))
+        .step(at_node, &[say, "say d = R1; say e = V2", own].join("\n"))
         .done()
 }
 
 /// Returns a case in which Y cannot reach an endpoint on this node, for nodes with a filter that blocks Y.
 pub fn not_allowed() -> Case {
-    let service = || s_dual().spec("type", "LoadBalancer").ingress(json!([{ "ip": "198.18.5.5" }]));
-    case("denied", "").step([service(), slice("s1", "web=8080", "L1")], "X>VIP = L1; Y>VIP = DROP").done()
+    let service = s_dual().spec("type", "LoadBalancer").ingress(json!([{ "ip": "198.18.5.5" }]));
+    case("denied", "").step([service, slice("s1", "web=8080", "L1")], "X>VIP = L1; Y>VIP = DROP").done()
 }

@@ -61,9 +61,6 @@ mod tests {
     #[test]
     fn every_deviation_replaces_one_check_by_another() {
         for case in all() {
-            let checks = |case: &Case| -> Vec<Check> {
-                case.steps.iter().flat_map(|step| step.checks.clone()).collect()
-            };
             let (before, after) = (checks(&case), checks(&case.clone().on_sockets()));
             let replaced: Vec<_> =
                 before.iter().zip(&after).filter(|(before, after)| before != after).collect();
@@ -78,5 +75,9 @@ mod tests {
             }
         }
         assert!(DEVIATIONS.iter().all(|deviation| all().iter().any(|case| case.id == deviation.case)));
+    }
+
+    fn checks(case: &Case) -> Vec<Check> {
+        case.steps.iter().flat_map(|step| step.checks.clone()).collect()
     }
 }

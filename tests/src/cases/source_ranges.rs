@@ -7,9 +7,6 @@ use super::objects::{Object, case, s_lb, web};
 
 /// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
-    let ranges = |ranges: &[&str]| s_lb().spec("loadBalancerSourceRanges", ranges.to_vec());
-    let clients = || ranges(&["203.0.113.0/25"]);
-    let lb = |service: Object| [service, web("L1")];
     vec![
         case("P150", "one client in range, one not")
             .step(lb(clients()), "X>VIP = L1 masq; Y>VIP = DROP")
@@ -46,4 +43,16 @@ pub(super) fn cases() -> Vec<Case> {
             )
             .done(),
     ]
+}
+
+fn ranges(ranges: &[&'static str]) -> Object {
+    s_lb().spec("loadBalancerSourceRanges", ranges.to_vec())
+}
+
+fn clients() -> Object {
+    ranges(&["203.0.113.0/25"])
+}
+
+fn lb(service: Object) -> [Object; 2] {
+    [service, web("L1")]
 }

@@ -1,13 +1,10 @@
 //! P120-P130: source addresses that endpoints see.
 
-use super::objects::{case, s, s_lb, web};
+use super::objects::{Builder, case, lb_local, s, s_lb, web};
 use super::{Case, DetectLocal};
 
 /// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
-    let anybody_may_be_a_pod = |id, title| case(id, title).config(|config| config.cluster_cidr.clear());
-    let everybody_is_masqueraded = |id, title| case(id, title).config(|config| config.masquerade_all = true);
-    let lb_local = || s_lb().external_local();
     let by_interface =
         "P>VIP = L1, R1 keep; P>CIP = L1, R1 keep; Q>NP = L1 keep; X>VIP = L1 keep; H>CIP = L1, R1 masq";
     vec![
@@ -49,4 +46,12 @@ pub(super) fn cases() -> Vec<Case> {
             .done(),
         case("P130", "replies come from the clusterIP").step([s(), web("R1")], "P>CIP = R1 keep").done(),
     ]
+}
+
+fn anybody_may_be_a_pod(id: &'static str, title: &'static str) -> Builder {
+    case(id, title).config(|config| config.cluster_cidr.clear())
+}
+
+fn everybody_is_masqueraded(id: &'static str, title: &'static str) -> Builder {
+    case(id, title).config(|config| config.masquerade_all = true)
 }

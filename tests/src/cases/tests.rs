@@ -42,17 +42,18 @@ const NOT_RUNNING: [u16; 1] = [203];
 
 #[test]
 fn rows_that_are_no_connections_have_tests_of_their_own() {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let lacking = |paths: &[&str]| -> Vec<u16> {
-        let mut tested = BTreeSet::new();
-        for path in paths {
-            rows_tested(&here.join(path), &mut tested);
-        }
-        let rows = NO_CONNECTIONS.into_iter().flat_map(|(first, last)| first..=last);
-        rows.filter(|row| !tested.contains(row)).collect()
-    };
     assert_eq!(lacking(&["../proxy-agent/src", "tests/api/source", "tests/pure/syncs.rs"]), NOT_ON_VALUES);
     assert_eq!(lacking(&["tests/lab/health", "tests/lab/config"]), NOT_RUNNING);
+}
+
+fn lacking(paths: &[&str]) -> Vec<u16> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut tested = BTreeSet::new();
+    for path in paths {
+        rows_tested(&here.join(path), &mut tested);
+    }
+    let rows = NO_CONNECTIONS.into_iter().flat_map(|(first, last)| first..=last);
+    rows.filter(|row| !tested.contains(row)).collect()
 }
 
 /// Adds the rows in the names of functions in `path`: `fn p190_p191_who_has_endpoints_says_so`.
@@ -125,15 +126,11 @@ fn every_expected_endpoint_is_in_a_slice_of_its_step() {
 
 #[test]
 fn checks_are_read_as_documented() {
-    let targets = |list: &[(usize, u16)]| -> BTreeSet<Target> {
-        list.iter().map(|&(which, port)| Target { endpoint: ENDPOINTS[which], port }).collect()
-    };
     let got = checks::parse(
         "P>NP/udp = sticky L1, R1:8443 masq @ 20x15s; H>10.96.0.10/ping = REJECT
          open f X>CIP = L1; say f = DROP
          frontends4 = none; frontends6 = [fd00:96::10]:80, node:31080/udp; set CIP = 2; affinity CIP6 = 7",
     );
-    let dest = |proto, addr: &str| Dest { proto, addr: addr.parse().unwrap() };
     let want = [
         Check::Connect(Connect {
             sender: Sender::P,
@@ -181,6 +178,14 @@ fn checks_are_read_as_documented() {
     ] {
         assert!(checks::parse(wrong).is_err(), "{wrong}");
     }
+}
+
+fn dest(proto: Proto, addr: &str) -> Dest {
+    Dest { proto, addr: addr.parse().unwrap() }
+}
+
+fn targets(list: &[(usize, u16)]) -> BTreeSet<Target> {
+    list.iter().map(|&(which, port)| Target { endpoint: ENDPOINTS[which], port }).collect()
 }
 
 #[test]

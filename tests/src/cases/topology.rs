@@ -5,8 +5,6 @@ use super::objects::{Object, ZONE, case, node, s, s_lb, web};
 
 /// Returns the cases of this group.
 pub(super) fn cases() -> Vec<Case> {
-    let hinted = || web("L1 z(za), R1 z(zb), R2 z(za)");
-    let n1_in = |zone: &str| node("n1").label(ZONE, zone);
     vec![
         case("P100", "endpoints for our zone").step([s(), hinted()], "P>CIP = L1, R2; H>CIP = L1, R2").done(),
         case("P101", "one endpoint without a hint switches hints off")
@@ -53,6 +51,14 @@ pub(super) fn cases() -> Vec<Case> {
             .step([n1_in("zc"), s(), hinted()], "P>CIP = L1, R1, R2")
             .done(),
     ]
+}
+
+fn hinted() -> Object {
+    web("L1 z(za), R1 z(zb), R2 z(za)")
+}
+
+fn n1_in(zone: &str) -> Object {
+    node("n1").label(ZONE, zone)
 }
 
 /// Returns n1 without a zone label.

@@ -116,8 +116,12 @@ impl Crowd {
     fn wait(&self, wanted: &[u64], answers: u64) -> Result<()> {
         // Each round ends with an answer or with the connection; the first may be a request from before.
         let deadline = Instant::now() + (PATIENCE + self.shared.pause) * u32::try_from(1 + answers)?;
-        let behind = |(member, wanted): &(&Member, &u64)| member.rounds() < **wanted && !member.is_broken();
-        while self.shared.members.iter().zip(wanted).any(|pair| behind(&pair)) {
+        let members = &self.shared.members;
+        while members
+            .iter()
+            .zip(wanted)
+            .any(|(member, wanted)| member.rounds() < *wanted && !member.is_broken())
+        {
             ensure!(self.thread.as_ref().is_some_and(|thread| !thread.is_finished()), "the crowd has ended");
             ensure!(Instant::now() < deadline, "the crowd stands still: {:?}", self.outcome());
             thread::sleep(Duration::from_millis(5));

@@ -64,11 +64,11 @@ impl Flood {
         let threads = thread::available_parallelism().context("the number of CPUs")?.get() as u64;
         let start = Instant::now();
         thread::scope(|scope| {
-            let send = |number: u64| {
+            let spawned = (0..threads).map(|number| {
                 let share = self.packets / threads + u64::from(number < self.packets % threads);
-                move || place.net().enter(|| self.send_share(number, threads, share))?
-            };
-            let all: Vec<_> = (0..threads).map(|number| scope.spawn(send(number))).collect();
+                scope.spawn(move || place.net().enter(|| self.send_share(number, threads, share))?)
+            });
+            let all: Vec<_> = spawned.collect();
             let mut results = all.into_iter().map(thread::ScopedJoinHandle::join);
             results.try_for_each(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
         })?;

@@ -175,10 +175,9 @@ impl Ground {
     /// If its maps cannot be read.
     pub fn answers(&self) -> Result<u64> {
         let services = self.agent.tool("services", &[])?;
-        let count = |port: &Value| port["traffic"]["replyPackets"].as_u64();
         services
             .as_array()
-            .and_then(|ports| ports.iter().map(count).sum())
+            .and_then(|ports| ports.iter().map(|port| port["traffic"]["replyPackets"].as_u64()).sum())
             .context("services without traffic")
     }
 

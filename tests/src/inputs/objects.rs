@@ -106,17 +106,13 @@ impl Answers {
     fn new(data: &[u8]) -> Self {
         let mut kinds: BTreeMap<&'static str, OfKind> = BTreeMap::new();
         let (mut kind, mut part) = ("services", Vec::new());
-        let mut put = |kind, part: &mut Vec<u8>| {
-            let of_kind: &mut OfKind = kinds.entry(kind).or_default();
-            of_kind.parts.push_back(std::mem::take(part).into());
-        };
         let mut whole = Vec::new();
         for line in data.split_inclusive(|byte| *byte == b'\n') {
             if let [MARK, letter, ..] = line
                 && let Some(other) = resource(letter.to_ascii_lowercase())
             {
                 if !part.is_empty() {
-                    put(kind, &mut part);
+                    kinds.entry(kind).or_default().parts.push_back(std::mem::take(&mut part).into());
                 }
                 kind = other;
                 whole.extend(letter.is_ascii_uppercase().then_some(other));
@@ -124,7 +120,7 @@ impl Answers {
                 part.extend_from_slice(line);
             }
         }
-        put(kind, &mut part);
+        kinds.entry(kind).or_default().parts.push_back(std::mem::take(&mut part).into());
         for kind in whole {
             kinds.entry(kind).or_default().whole = true;
         }

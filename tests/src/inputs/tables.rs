@@ -168,32 +168,6 @@ fn findings(words: &mut Words<'_>) -> Findings {
 }
 
 fn explanation(words: &mut Words<'_>) -> Explanation {
-    let endpoint = |words: &mut Words<'_>| explain::BackendView {
-        endpoint: words.address(),
-        in_cluster: words.flag(),
-        in_local: words.flag(),
-        serving: words.flag(),
-        on_this_node: words.flag(),
-        reason: words.text(),
-    };
-    let service = |words: &mut Words<'_>| explain::ServiceView {
-        namespace: words.text(),
-        name: words.text(),
-        port: words.text(),
-        id: words.number(),
-        affinity_seconds: words.number(),
-        source_ranges: words.some(Words::text),
-        client_in_source_ranges: words.maybe(Words::flag),
-        agent_answered: words.flag(),
-        backends: words.some(endpoint),
-    };
-    let pod = |words: &mut Words<'_>| PodView {
-        namespace: words.text(),
-        name: words.text(),
-        node: words.maybe(Words::text),
-        host_network: words.flag(),
-        opted_out: words.maybe(Words::flag),
-    };
     Explanation {
         target: words.address(),
         protocol: "TCP",
@@ -203,8 +177,43 @@ fn explanation(words: &mut Words<'_>) -> Explanation {
         owner: if words.flag() { Owner::Frontend } else { Owner::Other },
         note: words.maybe(Words::text),
         frontend: words.maybe(frontend),
-        service: words.maybe(service),
+        service: words.maybe(judged),
         clients: Vec::new(),
+    }
+}
+
+fn endpoint(words: &mut Words<'_>) -> explain::BackendView {
+    explain::BackendView {
+        endpoint: words.address(),
+        in_cluster: words.flag(),
+        in_local: words.flag(),
+        serving: words.flag(),
+        on_this_node: words.flag(),
+        reason: words.text(),
+    }
+}
+
+fn judged(words: &mut Words<'_>) -> explain::ServiceView {
+    explain::ServiceView {
+        namespace: words.text(),
+        name: words.text(),
+        port: words.text(),
+        id: words.number(),
+        affinity_seconds: words.number(),
+        source_ranges: words.some(Words::text),
+        client_in_source_ranges: words.maybe(Words::flag),
+        agent_answered: words.flag(),
+        backends: words.some(endpoint),
+    }
+}
+
+fn pod(words: &mut Words<'_>) -> PodView {
+    PodView {
+        namespace: words.text(),
+        name: words.text(),
+        node: words.maybe(Words::text),
+        host_network: words.flag(),
+        opted_out: words.maybe(Words::flag),
     }
 }
 

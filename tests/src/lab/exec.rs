@@ -269,7 +269,7 @@ fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
         jobs
     });
     let (reply, result) = mpsc::channel();
-    let gone = |_| io::Error::other("the lab's spawner thread has ended");
-    spawner.send((command, reply)).map_err(|error| gone(error.to_string()))?;
-    result.recv().map_err(|error| gone(error.to_string()))?
+    let gone = "the lab's spawner thread has ended";
+    spawner.send((command, reply)).map_err(|_disconnected| io::Error::other(gone))?;
+    result.recv().map_err(|_disconnected| io::Error::other(gone))?
 }

@@ -344,8 +344,8 @@ fn unknown<T>(what: &str, name: &str, known: Vec<&str>) -> T {
 /// Runs each batch in its namespace, all at the same time.
 fn all_at_once(batches: impl IntoIterator<Item = (Netns, String)>) -> Result<()> {
     thread::scope(|scope| {
-        let spawn = |(net, batch): (Netns, String)| scope.spawn(move || net.ip(&batch));
-        let threads: Vec<_> = batches.into_iter().map(spawn).collect();
+        let threads: Vec<_> =
+            batches.into_iter().map(|(net, batch)| scope.spawn(move || net.ip(&batch))).collect();
         let mut results = threads.into_iter().map(thread::ScopedJoinHandle::join);
         results.try_for_each(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })

@@ -53,16 +53,17 @@ impl Netns {
     /// # Errors
     /// Without CAP_SYS_ADMIN, or if a kernel parameter cannot be set.
     pub fn new(role: Role) -> Result<Self> {
-        let create = || -> Result<Self> {
-            sys::unshare_net().context("unshare(CLONE_NEWNET) failed: the lab needs root, see `sudo -E`")?;
-            let own = File::open("/proc/thread-self/ns/net").context("/proc/thread-self/ns/net")?;
-            let router = if role == Role::Router { ROUTER_SYSCTLS } else { &[] };
-            for (key, value) in COMMON_SYSCTLS.iter().chain(router) {
-                write_sysctl(key, value)?;
-            }
-            Ok(Self(Arc::new(own.into())))
-        };
-        joined(thread::scope(|scope| scope.spawn(create).join()))
+        joined(thread::scope(|scope| scope.spawn(|| Self::create(role)).join()))
+    }
+
+    fn create(role: Role) -> Result<Self> {
+        sys::unshare_net().context("unshare(CLONE_NEWNET) failed: the lab needs root, see `sudo -E`")?;
+        let own = File::open("/proc/thread-self/ns/net").context("/proc/thread-self/ns/net")?;
+        let router = if role == Role::Router { ROUTER_SYSCTLS } else { &[] };
+        for (key, value) in COMMON_SYSCTLS.iter().chain(router) {
+            write_sysctl(key, value)?;
+        }
+        Ok(Self(Arc::new(own.into())))
     }
 
     /// Runs `work` on a thread inside the namespace and returns its result. Sockets that it opens stay in the

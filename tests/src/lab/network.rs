@@ -155,13 +155,14 @@ pub(super) fn tunnel_address(cidr: &str) -> Result<IpAddr> {
 
 /// Parses a prefix; returns its base address as written and its length.
 pub(super) fn parse_cidr(cidr: &str) -> Result<(IpAddr, u8)> {
-    let parse = || -> Option<(IpAddr, u8)> {
-        let (base, length) = cidr.split_once('/')?;
-        let (base, length): (IpAddr, u8) = (base.parse().ok()?, length.parse().ok()?);
-        Prefix::new(base.into(), length)?;
-        Some((base, length))
-    };
-    parse().with_context(|| format!("not a prefix: {cidr:?}"))
+    prefix(cidr).with_context(|| format!("not a prefix: {cidr:?}"))
+}
+
+fn prefix(cidr: &str) -> Option<(IpAddr, u8)> {
+    let (base, length) = cidr.split_once('/')?;
+    let (base, length): (IpAddr, u8) = (base.parse().ok()?, length.parse().ok()?);
+    Prefix::new(base.into(), length)?;
+    Some((base, length))
 }
 
 fn numbered(cidr: &str, number: u8) -> Result<IpAddr> {
@@ -195,8 +196,12 @@ impl Sets {
     /// Returns each family with a prefix in both.
     fn with(&self, other: &Self) -> Vec<(&'static str, String, String)> {
         let others: Vec<_> = other.families().collect();
-        let find = |family| others.iter().find(|(known, _)| *known == family).map(|(_, set)| set.clone());
-        self.families().filter_map(|(family, set)| Some((family, set, find(family)?))).collect()
+        self.families()
+            .filter_map(|(family, set)| {
+                let (_, other) = others.iter().find(|(known, _)| *known == family)?;
+                Some((family, set, other.clone()))
+            })
+            .collect()
     }
 }
 

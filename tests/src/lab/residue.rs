@@ -129,19 +129,22 @@ fn sweep(root: &Path, own: &Owner, remove: fn(&Path) -> Result<()>) -> Result<()
 }
 
 fn mount_bpffs() -> Result<()> {
-    let mounted = || statfs(BPFFS).is_ok_and(|fs| fs.f_type as u64 == BPFFS_MAGIC);
-    if mounted() {
+    if is_mounted() {
         return Ok(());
     }
     let lock = File::open(BPFFS)
         .with_context(|| format!("no {BPFFS}: this kernel has no BPF, or /sys is hidden"))?;
     // A second mount would hide the contents of the first one.
     flock(&lock, FlockOperation::LockExclusive).with_context(|| format!("cannot lock {BPFFS}"))?;
-    if !mounted() {
+    if !is_mounted() {
         rustix::mount::mount("bpf", BPFFS, "bpf", rustix::mount::MountFlags::empty(), None)
             .with_context(|| format!("cannot mount bpffs; as root: `mount -t bpf bpf {BPFFS}`"))?;
     }
     Ok(())
+}
+
+fn is_mounted() -> bool {
+    statfs(BPFFS).is_ok_and(|fs| fs.f_type as u64 == BPFFS_MAGIC)
 }
 
 /// Kills every process below `dir`, waits for their end and removes the cgroups.

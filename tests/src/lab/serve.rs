@@ -1,7 +1,7 @@
 //! Servers in places of the lab.
 
 use std::fmt::Display;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -81,8 +81,8 @@ impl Serve {
     }
 
     fn everywhere(mut self, kind: &str, port: u16) -> Self {
-        let listener = |&ip: &IpAddr| format!("{kind}={}", SocketAddr::new(ip, port));
-        self.listeners.extend(self.place.addresses().iter().map(listener));
+        self.listeners
+            .extend(self.place.addresses().iter().map(|&ip| format!("{kind}={}", SocketAddr::new(ip, port))));
         self
     }
 

@@ -221,6 +221,8 @@ pub(super) fn covers(cidr: &str, address: IpAddr) -> Result<bool> {
 }
 
 fn parse_all(addresses: &[&str]) -> Result<Vec<IpAddr>> {
-    let parse = |text: &&str| text.parse().with_context(|| format!("not an IP address: {text:?}"));
-    addresses.iter().map(parse).collect()
+    addresses
+        .iter()
+        .map(|text| text.parse().with_context(|| format!("not an IP address: {text:?}")))
+        .collect()
 }

@@ -37,10 +37,9 @@ pub(super) struct Confinement {
 /// Makes `command` start its child inside `place`, and makes the child die with the thread that spawns it.
 pub(super) fn confine(command: &mut Command, place: Confinement) {
     let parent = getpid();
-    let prepare = move || prepare_child(&place, parent);
     // SAFETY: the closure runs in the child between fork and exec. It only makes system calls on descriptors opened
     // beforehand, and neither allocates nor takes a lock.
-    unsafe { command.pre_exec(prepare) };
+    unsafe { command.pre_exec(move || prepare_child(&place, parent)) };
 }
 
 fn prepare_child(place: &Confinement, parent: Pid) -> io::Result<()> {

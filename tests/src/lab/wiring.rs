@@ -93,10 +93,10 @@ pub(super) fn node(spec: &LabSpec, own: usize) -> Result<String> {
         let hub = hub_address(primary);
         line(&mut batch, format_args!("route add {} via {hub} src {primary}", everything(primary)));
     }
-    let others = || spec.nodes.iter().enumerate().filter(|&(index, _)| index != own);
+    let others = spec.nodes.iter().enumerate().filter(|&(index, _)| index != own);
     match spec.network.nodes {
-        NodeLinks::Eth0 => others().for_each(|(_, other)| route_pod_cidrs(&mut batch, other, &other.eth0)),
-        NodeLinks::Eth1 => others().for_each(|(_, other)| route_pod_cidrs(&mut batch, other, &other.eth1)),
+        NodeLinks::Eth0 => others.for_each(|(_, other)| route_pod_cidrs(&mut batch, other, &other.eth0)),
+        NodeLinks::Eth1 => others.for_each(|(_, other)| route_pod_cidrs(&mut batch, other, &other.eth1)),
         NodeLinks::Vxlan => overlay(&mut batch, spec, own)?,
     }
     if spec.network.pods == PodLinks::Bridged {
@@ -324,8 +324,10 @@ fn primaries(node: &NodeSpec) -> Vec<IpAddr> {
 
 /// Returns the first address of each family.
 fn firsts(addresses: &[IpAddr]) -> Vec<IpAddr> {
-    let first = |is_v4| addresses.iter().copied().find(|address| address.is_ipv4() == is_v4);
-    [first(true), first(false)].into_iter().flatten().collect()
+    let families = [true, false].into_iter();
+    families
+        .filter_map(|is_v4| addresses.iter().copied().find(|address| address.is_ipv4() == is_v4))
+        .collect()
 }
 
 fn route_pod_cidrs(batch: &mut String, node: &NodeSpec, vias: &[IpAddr]) {

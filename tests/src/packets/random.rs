@@ -354,10 +354,9 @@ pub fn check(world: &World, step: &Step, verdict: Verdict, out: &[u8]) -> Result
 
 /// Returns the destination in an IP header, whatever else the packet is.
 fn to(bytes: &[u8]) -> Option<IpAddr> {
-    let at = |offset: usize, len: usize| bytes.get(ETHERNET + offset..ETHERNET + offset + len);
     match bytes.get(12..14)? {
-        [0x08, 0x00] => <[u8; 4]>::try_from(at(16, 4)?).ok().map(IpAddr::from),
-        [0x86, 0xdd] => <[u8; 16]>::try_from(at(24, 16)?).ok().map(IpAddr::from),
+        [0x08, 0x00] => bytes.get(ETHERNET + 16..)?.first_chunk::<4>().copied().map(IpAddr::from),
+        [0x86, 0xdd] => bytes.get(ETHERNET + 24..)?.first_chunk::<16>().copied().map(IpAddr::from),
         _ => None,
     }
 }

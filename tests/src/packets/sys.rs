@@ -22,7 +22,6 @@ pub(super) fn test_run(
     complete: bool,
 ) -> io::Result<(i32, Vec<u8>)> {
     let mut out = vec![0; data.len() + 256];
-    let size = |bytes: &[u8]| u32::try_from(bytes.len()).map_err(io::Error::other);
     // SAFETY: bpf_attr is a union of C structs of integers: zero is a value of each.
     let mut attr: bpf_attr = unsafe { std::mem::zeroed() };
     // SAFETY: the member of the union that BPF_PROG_TEST_RUN reads and writes.
@@ -45,4 +44,8 @@ pub(super) fn test_run(
     let test = unsafe { attr.test };
     out.truncate(test.data_size_out as usize);
     Ok((test.retval.cast_signed(), out))
+}
+
+fn size(bytes: &[u8]) -> io::Result<u32> {
+    u32::try_from(bytes.len()).map_err(io::Error::other)
 }

@@ -187,10 +187,9 @@ impl Packet {
         let (proto, mut bytes, checksum) = match &self.body {
             Body::Tcp { flags, seq, ack, data } => {
                 let mut header = TcpHeader::new(source, destination, *seq, 0xfaf0);
-                let has = |flag| flags & flag != 0;
                 header.acknowledgment_number = *ack;
-                (header.fin, header.syn, header.rst) = (has(tcp::FIN), has(tcp::SYN), has(tcp::RST));
-                (header.psh, header.ack) = (has(tcp::PSH), has(tcp::ACK));
+                [header.fin, header.syn, header.rst, header.psh, header.ack] =
+                    [tcp::FIN, tcp::SYN, tcp::RST, tcp::PSH, tcp::ACK].map(|flag| flags & flag != 0);
                 (TCP, [header.to_bytes().as_slice(), data].concat(), Some(16))
             }
             Body::Udp { data, checksum } => {
@@ -239,13 +238,13 @@ impl Packet {
 
 /// Returns hop-by-hop and destination options of nothing but padding, in front of `proto`.
 fn extensions(proto: IpNumber) -> (IpNumber, Vec<u8>) {
-    let header = |next, padding: u8| {
-        let body: Vec<u8> = [1, padding].into_iter().chain(std::iter::repeat_n(0, padding.into())).collect();
-        Ipv6RawExtHeader::new_raw(next, &body).expect("padding").to_bytes()
-    };
-    let mut bytes = header(IpNumber::IPV6_DESTINATION_OPTIONS, 4).to_vec();
-    bytes.extend(header(proto, 12));
+    let bytes = [extension(IpNumber::IPV6_DESTINATION_OPTIONS, 4), extension(proto, 12)].concat();
     (IpNumber::IPV6_HEADER_HOP_BY_HOP, bytes)
+}
+
+fn extension(next: IpNumber, padding: u8) -> Vec<u8> {
+    let body: Vec<u8> = [1, padding].into_iter().chain(std::iter::repeat_n(0, padding.into())).collect();
+    Ipv6RawExtHeader::new_raw(next, &body).expect("padding").to_bytes().to_vec()
 }
 
 /// Returns the checksum of a transport header with its payload. If the checksum field is zero, the result is the value
@@ -281,7 +280,8 @@ fn crc32c(bytes: &[u8]) -> u32 {
 pub fn fragments(frame: &[u8], first: usize, id: u16) -> [Vec<u8>; 2] {
     assert_eq!(first % 8, 0, "fragments are whole units of eight bytes");
     if frame[12..14] == [0x08, 0x00] {
-        let part = |from: usize, bytes: &[u8], more: bool| {
+        let (_, payload) = Ipv4Header::from_slice(&frame[ETHERNET..]).expect("an IPv4 header");
+        [(0, &payload[..first], true), (first, &payload[first..], false)].map(|(from, bytes, more)| {
             let (mut header, _) = Ipv4Header::from_slice(&frame[ETHERNET..]).expect("an IPv4 header");
             header.identification = id;
             header.dont_fragment = false;
@@ -290,20 +290,17 @@ pub fn fragments(frame: &[u8], first: usize, id: u16) -> [Vec<u8>; 2] {
             header.set_payload_len(bytes.len()).expect("small");
             header.header_checksum = header.calc_header_checksum();
             [&frame[..ETHERNET], &header.to_bytes(), bytes].concat()
-        };
-        let (_, payload) = Ipv4Header::from_slice(&frame[ETHERNET..]).expect("an IPv4 header");
-        [part(0, &payload[..first], true), part(first, &payload[first..], false)]
+        })
     } else {
         let (header, payload) = Ipv6Header::from_slice(&frame[ETHERNET..]).expect("an IPv6 header");
-        let part = |from: usize, bytes: &[u8], more: bool| {
+        [(0, &payload[..first], true), (first, &payload[first..], false)].map(|(from, bytes, more)| {
             let mut header = header.clone();
             let offset = u16::try_from(from / 8).expect("small").try_into().expect("small");
             let fragment = Ipv6FragmentHeader::new(header.next_header, offset, more, id.into());
             header.next_header = IpNumber::IPV6_FRAGMENTATION_HEADER;
             header.payload_length = u16::try_from(8 + bytes.len()).expect("small");
             [&frame[..ETHERNET], &header.to_bytes(), &fragment.to_bytes(), bytes].concat()
-        };
-        [part(0, &payload[..first], true), part(first, &payload[first..], false)]
+        })
     }
 }
 

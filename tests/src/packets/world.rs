@@ -40,7 +40,8 @@ impl Net {
     /// Both families.
     pub const ALL: [Self; 2] = [Self { v6: false }, Self { v6: true }];
 
-    fn ip(self, v4: &str, v6: &str) -> IpAddr {
+    /// Returns the address of this family.
+    pub fn ip(self, v4: &str, v6: &str) -> IpAddr {
         let text = if self.v6 { v6 } else { v4 };
         text.parse().unwrap_or_else(|error| unreachable!("{text}: {error}"))
     }
@@ -228,14 +229,14 @@ impl Net {
     /// Returns the entries of `DEVICES` for both families.
     pub fn devices() -> Vec<(u32, Device)> {
         let [v4, v6] = Self::ALL;
-        let own = |flags| Device { snat_v4: v4.node().into(), snat_v6: v6.node().into(), flags };
+        let own = Device { snat_v4: v4.node().into(), snat_v6: v6.node().into(), flags: 0 };
         let overlay = Device { snat_v4: v4.overlay().into(), snat_v6: v6.overlay().into(), flags: 0 };
         vec![
-            (NIC, own(0)),
+            (NIC, own),
             (OVERLAY, overlay),
-            (POD, own(device::flags::POD)),
+            (POD, Device { flags: device::flags::POD, ..own }),
             (BARE, Device::default()),
-            (NEAR, own(device::flags::NEAR | device::flags::POD)),
+            (NEAR, Device { flags: device::flags::NEAR | device::flags::POD, ..own }),
         ]
     }
 }

@@ -58,8 +58,8 @@ impl Loops {
     /// If one of them failed, or a client has died.
     pub fn next(&mut self, count: usize) -> Result<Vec<Summary>> {
         self.go_on()?;
-        let done = |(_, flow): &mut (String, Flow)| Ok(flow.so_far()?.len());
-        let from: Vec<usize> = self.flows.iter_mut().map(done).collect::<Result<_>>()?;
+        let from: Vec<usize> =
+            self.flows.iter_mut().map(|(_, flow)| Ok(flow.so_far()?.len())).collect::<Result<_>>()?;
         self.flows.iter_mut().try_for_each(|(_, flow)| flow.wait_for(count))?;
         let since =
             |((target, flow), from): (&mut (String, Flow), usize)| served(target, &flow.so_far()?[from..]);

@@ -226,11 +226,10 @@ fn add(
     ports: &[Value],
 ) -> Result<()> {
     let address: IpAddr = address.as_str().unwrap_or_default().parse().context("an endpoint's address")?;
-    let name = |value: &Value| value.as_str().map(str::to_owned);
     let member = members.entry(address).or_insert_with(|| Member {
         address,
-        pod: name(&endpoint["targetRef"]["name"]),
-        node: name(&endpoint["nodeName"]),
+        pod: text(&endpoint["targetRef"]["name"]),
+        node: text(&endpoint["nodeName"]),
         ports: BTreeSet::new(),
     });
     for port in ports {
@@ -244,6 +243,10 @@ fn add(
         member.ports.insert((kind, number.with_context(|| format!("the port of {address}"))?));
     }
     Ok(())
+}
+
+fn text(value: &Value) -> Option<String> {
+    value.as_str().map(str::to_owned)
 }
 
 /// Adds a Pod with the ports of its containers.

@@ -19,7 +19,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::lab::{Agent, Exec, Lab, LabSpec, LeafSpec, NodeSpec, Place, Pod, Proto, Serve, binary};
+use crate::lab::{Agent, Exec, Lab, LabSpec, LeafSpec, NodeSpec, Place, Pod, Proto, binary};
 
 pub use checks::{at_most, denial, evenly, kernel_version, refusal, served, syns_sent_again};
 pub use loops::Loops;
@@ -234,8 +234,10 @@ impl World {
     /// # Errors
     /// With its endpoints, if that does not happen.
     pub fn wait_endpoints(&self, node: &str, service: &str, endpoints: &[&str]) -> Result<()> {
-        let parse = |text: &&str| text.parse::<SocketAddr>().with_context(|| format!("{text:?}"));
-        let wanted: BTreeSet<_> = endpoints.iter().map(parse).collect::<Result<_>>()?;
+        let wanted: BTreeSet<_> = endpoints
+            .iter()
+            .map(|text| text.parse::<SocketAddr>().with_context(|| format!("{text:?}")))
+            .collect::<Result<_>>()?;
         let same = |ports: &[PortView]| matches!(ports, [port] if BTreeSet::from_iter(port.cluster.clone()) == wanted);
         self.wait_ports(node, service, same).map(drop)
     }
@@ -318,8 +320,9 @@ fn serve(place: &Place, address: IpAddr, ports: &BTreeSet<(&'static str, u16)>) 
     if own.is_empty() {
         return Ok(());
     }
-    let at = |serve: Serve, &(kind, port): &(&str, u16)| serve.at(kind, SocketAddr::new(address, port));
-    own.iter().fold(place.serve(), at).start()
+    own.iter()
+        .fold(place.serve(), |serve, &(kind, port)| serve.at(kind, SocketAddr::new(address, port)))
+        .start()
 }
 
 /// Starts the real Redis if it is installed; returns whether it is.

@@ -251,9 +251,12 @@ impl Installer {
     /// Returns the command line that the container runtime starts.
     fn line(&self) -> Result<Vec<OsString>> {
         let pod = self.pod()?;
-        let of = |field: &str| pod["containers"][0][field].as_array().cloned().unwrap_or_default();
-        let words = of("command").into_iter().chain(of("args"));
-        words.map(|word| Ok(word.as_str().context("a word")?.replace("$(NODE_NAME)", "n1").into())).collect()
+        let words =
+            ["command", "args"].into_iter().filter_map(|field| pod["containers"][0][field].as_array());
+        words
+            .flatten()
+            .map(|word| Ok(word.as_str().context("a word")?.replace("$(NODE_NAME)", "n1").into()))
+            .collect()
     }
 
     /// Returns the part of from-kube-proxy.md below the heading.
@@ -315,10 +318,11 @@ fn daemon_set(pod: Value) -> Value {
 
 /// Returns the path in the container of a directory of the host, and whether mounts made there reach the host.
 fn mounted(pod: &PodSpec, host: &str) -> Option<(String, bool)> {
-    let on_host = |volume: &&k8s_openapi::api::core::v1::Volume| {
-        volume.host_path.as_ref().is_some_and(|source| source.path == host)
-    };
-    let volume = pod.volumes.iter().flatten().find(on_host)?;
+    let volume = pod
+        .volumes
+        .iter()
+        .flatten()
+        .find(|volume| volume.host_path.as_ref().is_some_and(|source| source.path == host))?;
     let mount = pod.containers[0].volume_mounts.iter().flatten().find(|mount| mount.name == volume.name)?;
     Some((mount.mount_path.clone(), mount.mount_propagation.as_deref() == Some("Bidirectional")))
 }

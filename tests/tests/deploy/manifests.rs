@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::Container;
+use k8s_openapi::api::core::v1::{Container, Probe};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proxy_agent::config::kube_proxy::ConfigFile;
 use proxy_tests::deployment::{Deployment, directory, documents, patched, strictly};
@@ -69,13 +69,9 @@ fn the_daemon_set_runs_everywhere_and_is_asked_how_it_is() -> Result<()> {
         one.operator.as_deref() == Some("Exists") && one.key.is_none() && one.effect.is_none()
     }));
     let agent = deployment.agent()?;
-    let probe = |probe: &Option<k8s_openapi::api::core::v1::Probe>| {
-        let get = probe.as_ref().and_then(|probe| probe.http_get.clone());
-        get.map(|get| (get.path.unwrap_or_default(), get.port))
-    };
     let healthz = IntOrString::Int(i32::from(proxy_agent::config::servers::HEALTH_PORT));
-    assert_eq!(probe(&agent.liveness_probe), Some(("/livez".to_owned(), healthz.clone())));
-    assert_eq!(probe(&agent.readiness_probe), Some(("/readyz".to_owned(), healthz)));
+    assert_eq!(asked(&agent.liveness_probe), Some(("/livez".to_owned(), healthz.clone())));
+    assert_eq!(asked(&agent.readiness_probe), Some(("/readyz".to_owned(), healthz)));
     // With ports listed here, the scheduler would keep the pod from every node whose kube-proxy lists the same ports.
     assert!(agent.ports.is_none(), "{:?}", agent.ports);
 
@@ -95,6 +91,11 @@ fn the_daemon_set_runs_everywhere_and_is_asked_how_it_is() -> Result<()> {
     // account's namespace.
     assert_eq!(subjects[0].namespace, account.namespace);
     Ok(())
+}
+
+fn asked(probe: &Option<Probe>) -> Option<(String, IntOrString)> {
+    let get = probe.as_ref().and_then(|probe| probe.http_get.clone());
+    get.map(|get| (get.path.unwrap_or_default(), get.port))
 }
 
 #[test]
@@ -168,11 +169,8 @@ fn beside_kube_proxy_the_probes_ask_at_the_port_that_the_configuration_can_name(
     let (configuration, ignored) = ConfigFile::read(&file)?.decode()?;
     assert_eq!(ignored, Vec::<String>::new());
     let effective: Value = serde_saphyr::from_str(&configuration.to_yaml()?)?;
-    let port = |field: &str| -> Result<u16> {
-        let address = effective[field].as_str().and_then(|address| address.rsplit_once(':'));
-        Ok(address.with_context(|| field.to_owned())?.1.parse()?)
-    };
-    let (healthz, metrics) = (port("healthzBindAddress")?, port("metricsBindAddress")?);
+    let (healthz, metrics) =
+        (port(&effective, "healthzBindAddress")?, port(&effective, "metricsBindAddress")?);
     for probe in [agent.readiness_probe, agent.liveness_probe] {
         let asked = probe.and_then(|probe| probe.http_get).map(|get| get.port);
         assert_eq!(asked, Some(IntOrString::Int(i32::from(healthz))));
@@ -180,6 +178,11 @@ fn beside_kube_proxy_the_probes_ask_at_the_port_that_the_configuration_can_name(
     let taken = [proxy_agent::config::servers::HEALTH_PORT, proxy_agent::config::servers::METRICS_PORT];
     assert!(!taken.contains(&healthz) && !taken.contains(&metrics) && healthz != metrics);
     Ok(())
+}
+
+fn port(effective: &Value, field: &str) -> Result<u16> {
+    let address = effective[field].as_str().and_then(|address| address.rsplit_once(':'));
+    Ok(address.with_context(|| field.to_owned())?.1.parse()?)
 }
 
 /// Returns the target that Prometheus makes of a pod's container by the monitor's rules, as relabelling is
@@ -224,26 +227,27 @@ fn prometheus_finds_the_agent_of_each_node_once_as_kube_proxy() -> Result<()> {
         assert_eq!(labels[label], *value);
     }
     for (ip, address) in [("192.0.2.10", "192.0.2.10:10249"), ("fd00::10", "[fd00::10]:10249")] {
-        let target = |is_init: &str| {
-            relabelled(
-                &monitor,
-                &[
-                    ("__address__", ip),
-                    ("__meta_kubernetes_pod_ip", ip),
-                    ("__meta_kubernetes_pod_container_init", is_init),
-                    ("__meta_kubernetes_pod_node_name", "n1"),
-                    ("job", "kube-system/vipr"),
-                ],
-            )
-        };
-        assert_eq!(target("true")?, None);
+        assert_eq!(target(&monitor, ip, "true")?, None);
         let want = [("__address__", address), ("instance", "n1"), ("job", "kube-proxy")];
         assert_eq!(
-            target("false")?,
+            target(&monitor, ip, "false")?,
             Some(want.map(|(name, value)| (name.to_owned(), value.to_owned())).into())
         );
     }
     Ok(())
+}
+
+fn target(monitor: &Value, ip: &str, is_init: &str) -> Result<Option<BTreeMap<String, String>>> {
+    relabelled(
+        monitor,
+        &[
+            ("__address__", ip),
+            ("__meta_kubernetes_pod_ip", ip),
+            ("__meta_kubernetes_pod_container_init", is_init),
+            ("__meta_kubernetes_pod_node_name", "n1"),
+            ("job", "kube-system/vipr"),
+        ],
+    )
 }
 
 #[test]
@@ -281,8 +285,7 @@ fn the_kubeadm_variant_takes_the_configuration_of_kube_proxy() -> Result<()> {
     let kubeadm = kustomization("kubeadm")?;
     assert_eq!(strings(&kubeadm["resources"]), BTreeSet::from(["../base".to_owned()]));
     let patches = kubeadm["patches"].as_array().context("patches")?;
-    let text = |patch: &Value| patch["patch"].as_str().unwrap_or_default().to_owned();
-    let daemon_set: Value = serde_saphyr::from_str(&text(&patches[0]))?;
+    let daemon_set: Value = serde_saphyr::from_str(patches[0]["patch"].as_str().unwrap_or_default())?;
     let deployment = Deployment::read()?;
     assert_eq!(daemon_set["kind"], "DaemonSet");
     assert_eq!(daemon_set["metadata"]["name"].as_str(), deployment.daemon_set.metadata.name.as_deref());

@@ -231,14 +231,13 @@ fn timeless(mut flows: Flows) -> Flows {
 
 /// Returns the random number by which the host draws the port that the kernel has drawn, if the kernel has drawn one.
 fn drawn(before: &Flows, after: &Flows) -> Option<u32> {
-    let known = |key| before.records.iter().find_map(|records| records.get(key));
     let none = Flow::default();
     after
         .records
         .iter()
         .flatten()
         .find_map(|(key, flow)| {
-            let old = known(key);
+            let old = before.records.iter().find_map(|records| records.get(key));
             if flow.snat_port != old.unwrap_or(&none).snat_port {
                 return Some(flow.snat_port);
             }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use proxy_tests::apiserver::{ApiServer, Resource, Streams, Verb, allows};
 use proxy_tests::deployment::{Deployment, SERVICE_ACCOUNT, directory};
-use proxy_tests::lab::{Attempt, Container, Exec, Held, Lab, Node, Proc, binary};
+use proxy_tests::lab::{Container, Exec, Held, Lab, Node, Proc, binary};
 use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -199,8 +199,9 @@ fn the_pod_of_the_daemon_set_works_and_asks_for_no_more_than_it_may() -> Result<
     setting.is_served()?;
     assert_eq!((setting.get("/livez")?, setting.get("/healthz")?), (200, 200));
     let (mut held, gone) = setting.backend_that_leaves()?;
-    let elsewhere = |attempt: &Attempt| attempt.server.as_ref().is_some_and(|server| *server != gone);
-    held.say_until(Duration::from_secs(10), elsewhere)?;
+    held.say_until(Duration::from_secs(10), |attempt| {
+        attempt.server.as_ref().is_some_and(|server| *server != gone)
+    })?;
     until("the metric", || {
         Ok(setting.metric("vipr_sockets_led_total")?.filter(|count| count == "1").map(drop))
     })?;

@@ -1,11 +1,12 @@
 //! The devices that the agent treats as external and as pods', in clusters of several shapes, and their changes.
 
+use std::process::Output;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use aya::programs::{SchedClassifier, TcAttachType};
 use proxy_tests::lab::network::{BRIDGE, Network, NodeLinks, OVERLAY, PodLinks};
-use proxy_tests::lab::{Agent, Lab, LabSpec, Node, binary};
+use proxy_tests::lab::{Agent, Lab, LabSpec, Node, Place, binary};
 use proxy_tests::scenarios::{NODE, OUTSIDE_ADDRESS, World, until};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -42,12 +43,17 @@ impl Setting {
             .map(|(device, role, sources)| format!("{device} {role} {}", sources.join(" ")))
             .collect();
         want.sort();
-        let look = || {
-            let got = devices(&self.agent.tool("status", &[])?)?;
-            Ok((got == want).then_some(()))
-        };
-        let seen = || devices(&self.agent.tool("status", &[])?);
-        until("the devices", look).with_context(|| format!("want {want:?}, got {:?}", seen()))
+        until("the devices", || Ok((self.seen()? == want).then_some(())))
+            .with_context(|| format!("want {want:?}, got {:?}", self.seen()))
+    }
+
+    fn seen(&self) -> Result<Vec<String>> {
+        devices(&self.agent.tool("status", &[])?)
+    }
+
+    /// Returns the host's devices of some pods.
+    fn of_pods(&self) -> [String; 4] {
+        ["P", "L1", "L2", "V1"].map(|name| self.lab.pod(name).host_device().to_owned())
     }
 
     /// Returns the names of the programs on a device, ingress and egress.
@@ -68,16 +74,19 @@ fn devices(status: &Value) -> Result<Vec<String>> {
     let all = status["agent"]["devices"].as_array().context("status tells no devices")?;
     let mut lines = Vec::new();
     for device in all {
-        let text = |key: &str| device[key].as_str().unwrap_or_default();
         let sources: Vec<&str> =
             device["sources"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-        ensure!(!text("reason").is_empty(), "{device}");
-        if !text("attached").is_empty() {
-            lines.push(format!("{} {} {}", text("name"), text("role"), sources.join(" ")));
+        ensure!(!text(device, "reason").is_empty(), "{device}");
+        if !text(device, "attached").is_empty() {
+            lines.push(format!("{} {} {}", text(device, "name"), text(device, "role"), sources.join(" ")));
         }
     }
     lines.sort();
     Ok(lines)
+}
+
+fn text<'v>(object: &'v Value, key: &str) -> &'v str {
+    object[key].as_str().unwrap_or_default()
 }
 
 const ETH0: (&str, &str, &[&str]) = ("eth0", "external", &["192.0.2.10", "2001:db8:1::10"]);
@@ -86,8 +95,7 @@ const ETH1: (&str, &str, &[&str]) = ("eth1", "external", &["198.51.100.10", "200
 #[test]
 fn routed_pods_are_followed_as_they_come_and_go() -> Result<()> {
     let setting = Setting::new(Network::default(), &[])?;
-    let of_pod = |name: &str| setting.lab.pod(name).host_device().to_owned();
-    let names = ["P", "L1", "L2", "V1"].map(of_pod);
+    let names = setting.of_pods();
     // Sources that the pods' host routes give: a pod has an address of each family, of IPv4, or of IPv6.
     let (v4, v6): (&str, &str) = ("192.0.2.10", "2001:db8:1::10");
     let sources: [&[&str]; 4] = [&[v4, v6], &[v4], &[v4], &[v6]];
@@ -163,8 +171,7 @@ fn pods_behind_a_bridge_and_nodes_behind_a_tunnel() -> Result<()> {
     let network = Network { pods: PodLinks::Bridged, nodes: NodeLinks::Vxlan, ..Network::default() };
     let flags = [("detect-local-mode", "BridgeInterface"), ("pod-bridge-interface", BRIDGE)];
     let setting = Setting::new(network, &flags)?;
-    let of_pod = |name: &str| setting.lab.pod(name).host_device().to_owned();
-    let names = ["P", "L1", "L2", "V1"].map(of_pod);
+    let names = setting.of_pods();
     let bridge: &[&str] = &["10.64.1.1", "fd00:64:0:1::1"];
     let tunnel: &[&str] = &["10.64.1.254", "fd00:64:0:1::fe"];
     let pods = names.iter().map(|name| (name.as_str(), "pod", bridge));
@@ -198,13 +205,8 @@ fn a_name_that_no_device_has_is_a_problem() -> Result<()> {
 fn a_node_is_not_ready_before_its_external_devices_are_attached() -> Result<()> {
     let lab = Lab::build(LabSpec::cases()?)?;
     let (host, pod) = (lab.node("n1").host(), lab.pod("P").host_device().to_owned());
-    let tc = |verb: &str, device: &str| {
-        let mut tc = host.command("tc");
-        tc.args(["qdisc", verb, "dev", device, "ingress"]);
-        tc.text()
-    };
-    tc("add", "eth1")?;
-    tc("add", &pod)?;
+    tc(host, "qdisc add dev eth1 ingress")?;
+    tc(host, &format!("qdisc add dev {pod} ingress"))?;
     let manifests = tempfile::tempdir()?;
     let mut agent = lab.node("n1").agent()?.manifests(manifests.path()).flag("no-tcx", true);
     agent.start()?;
@@ -223,12 +225,12 @@ fn a_node_is_not_ready_before_its_external_devices_are_attached() -> Result<()> 
     assert_eq!(agent.get("/readyz")?.0, 503);
 
     // A pod's interface does not delay readiness: it may be about to go.
-    tc("delete", "eth1")?;
+    tc(host, "qdisc delete dev eth1 ingress")?;
     agent.wait_ready(Duration::from_secs(60))?;
     let status = agent.tool("status", &[])?;
     ensure!(status["agent"]["problems"][format!("device {pod}")].is_array(), "{status}");
     // A node that has been ready stays so.
-    tc("delete", &pod)?;
+    tc(host, &format!("qdisc delete dev {pod} ingress"))?;
     host.net().ip("link delete eth1")?;
     assert_eq!(agent.get("/readyz")?.0, 200);
     Ok(())
@@ -239,66 +241,77 @@ fn a_node_is_not_ready_before_its_external_devices_are_attached() -> Result<()> 
 fn cleanup_takes_back_what_was_made_and_nothing_else() -> Result<()> {
     let lab = Lab::build(LabSpec::cases()?)?;
     let (node, host) = (lab.node("n1"), lab.node("n1").host());
-    let tc = |line: &str| {
-        let mut tc = host.command("tc");
-        tc.args(line.split(' '));
-        tc.text()
-    };
-    let clsact = || -> Result<Vec<String>> {
-        let all = tc("qdisc show")?;
-        let devices = all.lines().filter(|line| line.starts_with("qdisc clsact"));
-        Ok(devices.filter_map(|line| line.split(' ').nth(4)).map(str::to_owned).collect())
-    };
-    let reserved = || -> Result<String> {
-        let read = || std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports");
-        Ok(host.net().enter(read)??.trim().to_owned())
-    };
-    let cleanup = |rights: &[&str]| {
-        let mut cleanup = host.command("setpriv");
-        cleanup.args(rights).arg("--").arg(binary::proxy_agent()?).arg("cleanup");
-        cleanup.arg("--pin-dir").arg(node.pin_dir()).arg("--run-dir").arg(node.run_dir());
-        cleanup.output()
-    };
-    let says = |output: &std::process::Output, words: &str| {
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(!output.status.success() && text.contains(words), "{words:?} not in {text:?}");
-        Ok(())
-    };
     host.net().sysctl("net/ipv4/ip_local_reserved_ports", "8080,29000-30100")?;
-    tc("qdisc add dev eth1 clsact")?;
+    tc(host, "qdisc add dev eth1 clsact")?;
     let manifests = tempfile::tempdir()?;
     let mut agent = node.agent()?.manifests(manifests.path()).flag("no-tcx", true);
     agent.start_ready()?;
-    assert!(clsact()?.len() > 2, "{:?}", clsact()?);
-    assert_eq!(reserved()?, "8080,10000-30100");
-    tc("filter add dev eth0 ingress pref 7 protocol ip u32 match u32 0 0")?;
+    assert!(clsact(host)?.len() > 2, "{:?}", clsact(host)?);
+    assert_eq!(reserved(host)?, "8080,10000-30100");
+    tc(host, "filter add dev eth0 ingress pref 7 protocol ip u32 match u32 0 0")?;
 
-    says(&cleanup(&[])?, "another agent is running")?;
+    says(&cleanup(node, &[])?, "another agent is running")?;
     agent.kill9()?;
     let state = std::fs::read_dir(node.run_dir())?.next().context("a state file")??.path();
     std::fs::write(state.with_extension("new"), "half of a st")?;
     // Without any rights, nothing is half done. A task that needs a capability keeps its note.
     let nobody = ["--reuid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"];
-    says(&cleanup(&nobody)?, "Permission denied")?;
+    says(&cleanup(node, &nobody)?, "Permission denied")?;
     assert!(node.pin_dir().join("links").exists());
-    says(&cleanup(&["--bounding-set=-all", "--inh-caps=-all"])?, "filters of eth0: Operation not permitted")?;
-    assert!(clsact()?.len() > 2, "{:?}", clsact()?);
+    says(
+        &cleanup(node, &["--bounding-set=-all", "--inh-caps=-all"])?,
+        "filters of eth0: Operation not permitted",
+    )?;
+    assert!(clsact(host)?.len() > 2, "{:?}", clsact(host)?);
     // Once with every right, and once with nothing to do.
     for _ in 0..2 {
-        let output = cleanup(&[])?;
+        let output = cleanup(node, &[])?;
         ensure!(output.status.success(), "{output:?}");
-        assert_eq!(clsact()?, ["eth0", "eth1"]);
+        assert_eq!(clsact(host)?, ["eth0", "eth1"]);
         for direction in ["ingress", "egress"] {
             for device in ["eth0", "eth1"] {
-                let filters = tc(&format!("filter show dev {device} {direction}"))?;
+                let filters = tc(host, &format!("filter show dev {device} {direction}"))?;
                 assert_eq!(filters.contains("u32"), device == "eth0" && direction == "ingress", "{filters}");
                 assert!(!filters.contains("edge_"), "{filters}");
             }
         }
-        assert_eq!(reserved()?, "8080,29000-30100");
+        assert_eq!(reserved(host)?, "8080,29000-30100");
         assert!(!node.pin_dir().exists());
         assert_eq!(std::fs::read_dir(node.run_dir())?.count(), 0);
     }
+    Ok(())
+}
+
+fn tc(host: &Place, line: &str) -> Result<String> {
+    let mut tc = host.command("tc");
+    tc.args(line.split(' '));
+    tc.text()
+}
+
+fn clsact(host: &Place) -> Result<Vec<String>> {
+    let all = tc(host, "qdisc show")?;
+    let devices = all.lines().filter(|line| line.starts_with("qdisc clsact"));
+    Ok(devices.filter_map(|line| line.split(' ').nth(4)).map(str::to_owned).collect())
+}
+
+fn reserved(host: &Place) -> Result<String> {
+    Ok(host
+        .net()
+        .enter(|| std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports"))??
+        .trim()
+        .to_owned())
+}
+
+fn cleanup(node: &Node, rights: &[&str]) -> Result<Output> {
+    let mut cleanup = node.host().command("setpriv");
+    cleanup.args(rights).arg("--").arg(binary::proxy_agent()?).arg("cleanup");
+    cleanup.arg("--pin-dir").arg(node.pin_dir()).arg("--run-dir").arg(node.run_dir());
+    cleanup.output()
+}
+
+fn says(output: &Output, words: &str) -> Result<()> {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(!output.status.success() && text.contains(words), "{words:?} not in {text:?}");
     Ok(())
 }
 
@@ -349,20 +362,20 @@ impl Ruled {
     fn wait(&self, others: &[&str], object: &str, is_problem: bool) -> Result<()> {
         // After a change of the network, the agent looks at once.
         self.world.host().net().ip("link add type veth\n")?;
-        let look = || -> Result<(Vec<String>, bool)> {
-            let status = self.world.tool(NODE, "status")?;
-            let devices = status["agent"]["devices"].as_array().context("no devices")?;
-            let eth0 = devices.iter().find(|device| device["name"] == "eth0").context("no eth0")?;
-            let others = eth0["others"].as_array().context("no others")?;
-            let text = |other: &Value, key: &str| other[key].as_str().unwrap_or_default().to_owned();
-            let others = others.iter().map(|other| ["what", "side", "direction"].map(|key| text(other, key)));
-            let others = others.map(|words| words.join(" ")).collect();
-            Ok((others, status["agent"]["problems"].get(object).is_some()))
-        };
-        until("status", || {
-            Ok((look()? == (others.iter().map(|&o| o.to_owned()).collect(), is_problem)).then_some(()))
-        })
-        .with_context(|| format!("{object}: {:?}", look()))
+        let want = (others.iter().map(|&other| other.to_owned()).collect(), is_problem);
+        until("status", || Ok((self.look(object)? == want).then_some(())))
+            .with_context(|| format!("{object}: {:?}", self.look(object)))
+    }
+
+    /// Returns the programs of others on eth0, and whether the object is a problem.
+    fn look(&self, object: &str) -> Result<(Vec<String>, bool)> {
+        let status = self.world.tool(NODE, "status")?;
+        let devices = status["agent"]["devices"].as_array().context("no devices")?;
+        let eth0 = devices.iter().find(|device| device["name"] == "eth0").context("no eth0")?;
+        let others = eth0["others"].as_array().context("no others")?;
+        let others = others.iter().map(|other| ["what", "side", "direction"].map(|key| text(other, key)));
+        let others = others.map(|words| words.join(" ")).collect();
+        Ok((others, status["agent"]["problems"].get(object).is_some()))
     }
 }
 
@@ -418,13 +431,13 @@ fn what_filters_of_others_see_on_the_way_out() -> Result<()> {
 #[test]
 fn what_ipsec_policies_match() -> Result<()> {
     let ruled = Ruled { world: World::start(&["s08-nodeport.yaml"])? };
-    let ip = |line: &str| ruled.world.host().net().ip(&format!("xfrm policy {line}\n"));
+    let host = ruled.world.host().net();
     ruled.wait(&[], "IPsec", false)?;
     for (prefix, served) in [(Ruled::SERVICE, true), (Ruled::PODS, false)] {
-        ip(&format!("add src {prefix} dst {OUTSIDE_ADDRESS}/32 dir out action block"))?;
+        host.ip(&format!("xfrm policy add src {prefix} dst {OUTSIDE_ADDRESS}/32 dir out action block\n"))?;
         ruled.wait(&[], "IPsec", true)?;
         assert_eq!(ruled.is_served()?, served, "a policy for {prefix}");
-        ip("flush")?;
+        host.ip("xfrm policy flush\n")?;
         ruled.wait(&[], "IPsec", false)?;
         assert!(ruled.is_served()?);
     }

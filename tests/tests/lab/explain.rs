@@ -115,6 +115,13 @@ impl World {
         self.agent.tool("explain", &[&["--from", from, "tcp", "10.96.0.10:80"], more].concat())
     }
 
+    /// Checks that the explanation is refused, with these words.
+    fn refuses(&self, from: &str, place: &[&str], words: &[&str]) -> Result<()> {
+        let error = format!("{:#}", self.cart(from, place).err().context("not refused")?);
+        ensure!(words.iter().all(|word| error.contains(word)), "{words:?} not in {error}");
+        Ok(())
+    }
+
     /// Returns the client of that name and its address.
     fn client(&self, name: &str) -> (Place, String) {
         let place = match name {
@@ -142,13 +149,14 @@ impl World {
         let args = [&["--from", from, proto, target], place].concat();
         let explanation = self.agent.tool("explain", &args)?;
         let clients = explanation["clients"].as_array().context("clients")?;
-        let says = |client: &&Value| client["verdict"] != "left-to-packets";
-        let answer = clients.iter().find(says).with_context(|| format!("no verdict: {explanation}"))?;
+        let answer = clients
+            .iter()
+            .find(|client| client["verdict"] != "left-to-packets")
+            .with_context(|| format!("no verdict: {explanation}"))?;
         let verdict = answer["verdict"].as_str().unwrap_or_default().to_owned();
-        let one = |endpoint: &Value| endpoint.as_str().and_then(server_of);
-        let remembered = one(&answer["remembered"]);
+        let remembered = server_of(&answer["remembered"]);
         let backends = answer["backends"].as_array().into_iter().flatten();
-        let servers = remembered.map_or_else(|| backends.filter_map(one).collect(), |one| [one].into());
+        let servers = remembered.map_or_else(|| backends.filter_map(server_of).collect(), |one| [one].into());
         Ok((verdict, servers))
     }
 
@@ -179,8 +187,8 @@ fn address_of(pod: &str) -> &'static str {
     }
 }
 
-fn server_of(endpoint: &str) -> Option<String> {
-    let endpoint: SocketAddr = endpoint.parse().ok()?;
+fn server_of(endpoint: &Value) -> Option<String> {
+    let endpoint: SocketAddr = endpoint.as_str()?.parse().ok()?;
     let pods = ["L1", "L2", "R1"].into_iter();
     pods.map(str::to_owned).find(|pod| address_of(pod) == endpoint.ip().to_string())
 }
@@ -256,10 +264,13 @@ fn who_is_remembered_is_told() -> Result<()> {
 fn reasons(world: &World) -> Result<(bool, Vec<(String, String)>)> {
     let explanation = world.agent.tool("explain", &["tcp", "10.96.0.70:80"])?;
     let service = &explanation["service"];
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let backends = service["backends"].as_array().context("backends")?;
     let reasons = backends.iter().map(|one| (text(&one["endpoint"]), text(&one["reason"]))).collect();
     Ok((service["agentAnswered"] == true, reasons))
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
 }
 
 #[test]
@@ -366,21 +377,24 @@ fn a_client_may_be_the_name_of_a_pod() -> Result<()> {
     let said = world.said_of("shop/client", &["--kubeconfig", &kubeconfig], "tcp", "10.96.0.10:80")?;
     assert_eq!(world.seen(&place, "tcp", "10.96.0.10:80")?, said);
 
-    let refused = |from: &str, place: &[&str], words: &[&str]| -> Result<()> {
-        let error = format!("{:#}", world.cart(from, place).err().context("not refused")?);
-        ensure!(words.iter().all(|word| error.contains(word)), "{words:?} not in {error}");
-        Ok(())
-    };
     for place in places {
-        refused("shop/nobody", &place, &["--from shop/nobody", "no such Pod"])?;
-        refused("shop/pending", &place, &["--from shop/pending", "status.podIPs is empty"])?;
+        world.refuses("shop/nobody", &place, &["--from shop/nobody", "no such Pod"])?;
+        world.refuses("shop/pending", &place, &["--from shop/pending", "status.podIPs is empty"])?;
     }
     server.fail(Some(Verb::Get), Some(Resource::Pods), 403, 1);
     let who = "give --kubeconfig of a user who may read pods";
-    refused("shop/client", &places[0], &["--from shop/client", &url, "(403)", who, "the Pod's address"])?;
+    world.refuses(
+        "shop/client",
+        &places[0],
+        &["--from shop/client", &url, "(403)", who, "the Pod's address"],
+    )?;
     server.go_away();
-    refused("shop/client", &places[0], &["--from shop/client", &url, "the Pod's address does as well"])?;
-    refused("shop/client", &[], &["--from shop/client", "--kubeconfig"])
+    world.refuses(
+        "shop/client",
+        &places[0],
+        &["--from shop/client", &url, "the Pod's address does as well"],
+    )?;
+    world.refuses("shop/client", &[], &["--from shop/client", "--kubeconfig"])
 }
 
 #[test]

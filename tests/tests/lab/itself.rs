@@ -110,7 +110,6 @@ fn failures_have_their_names() -> Result<()> {
     let patience = Duration::from_millis(300);
     let why =
         |attempt: Attempt| (attempt.ok, attempt.error.unwrap_or_default(), attempt.stage.unwrap_or_default());
-    let refused = |stage: &str| (false, "ECONNREFUSED".to_owned(), stage.to_owned());
 
     assert_eq!(why(p.connect("10.64.1.11:8080").one()?), refused("connect"));
     // Refusals by ICMP are not rate-limited.
@@ -140,6 +139,10 @@ fn failures_have_their_names() -> Result<()> {
     Ok(())
 }
 
+fn refused(stage: &str) -> (bool, String, String) {
+    (false, "ECONNREFUSED".to_owned(), stage.to_owned())
+}
+
 #[test]
 fn clients_of_every_kind() -> Result<()> {
     let lab = Lab::cases()?;
@@ -164,11 +167,6 @@ fn clients_of_every_kind() -> Result<()> {
     assert_eq!(attempt.peer, Some("10.64.1.50:5555".parse()?), "{attempt:?}");
 
     // one socket for several datagrams, or one each
-    let ports = |attempts: Vec<Attempt>| {
-        let mut count = BTreeMap::<_, usize>::new();
-        attempts.iter().for_each(|attempt| *count.entry(attempt.peer).or_default() += 1);
-        count.into_values().collect::<Vec<_>>()
-    };
     for proto in [Proto::Udp, Proto::UdpUnconnected] {
         let connect = p.connect("10.64.1.11:8080").proto(proto).times(6);
         assert_eq!(ports(connect.clone().per_socket(3).run()?), [3, 3], "{proto:?}");
@@ -180,6 +178,12 @@ fn clients_of_every_kind() -> Result<()> {
     assert_eq!(Summary::of(&attempts).by_server, BTreeMap::from([("L1".to_owned(), 200)]));
     assert!(attempts.is_sorted_by_key(|attempt| attempt.at_us));
     Ok(())
+}
+
+fn ports(attempts: Vec<Attempt>) -> Vec<usize> {
+    let mut count = BTreeMap::<_, usize>::new();
+    attempts.iter().for_each(|attempt| *count.entry(attempt.peer).or_default() += 1);
+    count.into_values().collect::<Vec<_>>()
 }
 
 #[test]
@@ -258,12 +262,6 @@ fn raw_servers_give_bytes_back() -> Result<()> {
 #[test]
 fn processes_are_where_they_belong() -> Result<()> {
     let lab = Lab::cases()?;
-    let cgroup_of = |place: &Place| -> Result<String> {
-        let mut cat = place.command("cat");
-        cat.arg("/proc/self/cgroup");
-        let text = cat.text()?;
-        Ok(text.lines().find_map(|line| line.strip_prefix("0::")).context("no cgroup v2 line")?.to_owned())
-    };
     let pod = cgroup_of(&lab.pod("L1"))?;
     assert!(pod.ends_with("/n1/pods/L1"), "{pod}");
     let host = cgroup_of(lab.node("n1").host())?;
@@ -279,6 +277,13 @@ fn processes_are_where_they_belong() -> Result<()> {
     assert!(addresses.contains("10.64.1.11/32"), "{addresses}");
     assert!(!addresses.contains("tentative"), "{addresses}");
     Ok(())
+}
+
+fn cgroup_of(place: &Place) -> Result<String> {
+    let mut cat = place.command("cat");
+    cat.arg("/proc/self/cgroup");
+    let text = cat.text()?;
+    Ok(text.lines().find_map(|line| line.strip_prefix("0::")).context("no cgroup v2 line")?.to_owned())
 }
 
 #[test]
@@ -311,11 +316,14 @@ fn outside_traffic_for_services_follows_the_chosen_node() -> Result<()> {
         node.host().net().ip("address add 198.18.5.5/32 dev lo")?;
         node.host().serve().at("tcp", "198.18.5.5:80").start()?;
     }
-    let server = || -> Result<_> { Ok(lab.client("X").connect("198.18.5.5:80").one()?.server) };
-    assert_eq!(server()?.as_deref(), Some("n1"));
+    assert_eq!(server(&lab)?.as_deref(), Some("n1"));
     lab.outside_via("n3")?;
-    assert_eq!(server()?.as_deref(), Some("n3"));
+    assert_eq!(server(&lab)?.as_deref(), Some("n3"));
     Ok(())
+}
+
+fn server(lab: &Lab) -> Result<Option<String>> {
+    Ok(lab.client("X").connect("198.18.5.5:80").one()?.server)
 }
 
 /// Returns every directory that the lab `lab` has in the kernel.

@@ -60,8 +60,7 @@ fn trace(world: &World) -> Result<Trace> {
 
 /// Returns the events that have these values of `fields`.
 fn of<'a>(events: &'a [Value], fields: &[(&str, &str)]) -> Vec<&'a Value> {
-    let is_so = |event: &&Value| fields.iter().all(|(name, want)| event[*name] == *want);
-    events.iter().filter(is_so).collect()
+    events.iter().filter(|event| fields.iter().all(|(name, want)| event[*name] == *want)).collect()
 }
 
 #[test]
@@ -80,21 +79,20 @@ fn what_is_decided_is_told_while_somebody_watches() -> Result<()> {
     world.client().connect(vip).http().times(1).run()?;
     let _ = world.client().connect(nobody).times(1).run();
     let events = monitor.end()?;
-    let told = || format!("{events:#?}");
 
     let flow = of(&events, &[("what", "flow"), ("destination", node_port)]);
-    let [flow] = flow.as_slice() else { panic!("one flow begins: {}", told()) };
+    let [flow] = flow.as_slice() else { panic!("one flow begins: {events:#?}") };
     assert!(flow["service"].as_str().is_some_and(|name| name.starts_with(service)), "{flow}");
     assert!(flow["source"].as_str().is_some_and(|source| source.starts_with(OUTSIDE_ADDRESS)), "{flow}");
     assert_eq!((&flow["direction"], &flow["protocol"]), (&"in".into(), &"TCP".into()), "{flow}");
     let backend = flow["newDestination"].as_str().context("translated")?;
     // Replies come from the backend, and leave with the nodePort as source.
     let answers = of(&events, &[("what", "packet"), ("source", backend), ("newSource", node_port)]);
-    assert!(answers.len() > 2 && answers.iter().all(|answer| answer["direction"] == "out"), "{}", told());
+    assert!(answers.len() > 2 && answers.iter().all(|answer| answer["direction"] == "out"), "{events:#?}");
     let connected = of(&events, &[("what", "connected"), ("at", "socket"), ("destination", vip)]);
-    assert!(connected.len() == 1 && connected[0]["newDestination"].is_string(), "{}", told());
+    assert!(connected.len() == 1 && connected[0]["newDestination"].is_string(), "{events:#?}");
     let refused = of(&events, &[("what", "reject_no_endpoint"), ("destination", nobody)]);
-    assert!(refused.len() == 1 && refused[0]["newDestination"].is_null(), "{}", told());
+    assert!(refused.len() == 1 && refused[0]["newDestination"].is_null(), "{events:#?}");
 
     // Without a monitor, no events are sent; with a filter, none of other Services.
     assert_eq!(trace(&world)?, Trace::default());

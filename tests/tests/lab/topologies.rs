@@ -140,9 +140,10 @@ fn two_devices_and_a_client_through_the_first() -> Result<()> {
 
 #[test]
 fn two_devices_and_a_client_through_the_second() -> Result<()> {
-    let through = |lab: &Lab| lab.through_eth1("X", "n1");
-    run_on(two_devices(Rules::default())?, through)?;
-    run_on(two_devices(Rules::all(&X))?, through)
+    for rules in [Rules::default(), Rules::all(&X)] {
+        run_on(two_devices(rules)?, |lab| lab.through_eth1("X", "n1"))?;
+    }
+    Ok(())
 }
 
 /// Makes every packet of pods leave by `eth1` of their node, also replies to clients that came by `eth0`. On EKS,
@@ -366,18 +367,19 @@ fn a_filter_before_pods_of_another_device_is_told() -> Result<()> {
     let manifests = tempfile::tempdir()?;
     let mut agent = lab.node("n1").agent()?.manifests(manifests.path());
     agent.start_ready()?;
-    let told = || -> Result<Option<String>> {
-        let status = agent.tool("status", &[])?;
-        Ok(status["agent"]["problems"]["device eth0"][0].as_str().map(str::to_owned))
-    };
-    ensure!(told()?.is_none(), "{:?}", told()?);
+    ensure!(told(&agent)?.is_none(), "{:?}", told(&agent)?);
     by_eth1(&lab)?;
-    let problem = until("the problem", told)?;
+    let problem = until("the problem", || told(&agent))?;
     ensure!(problem.contains("net/ipv4/conf/eth0/rp_filter=2"), "{problem}");
     // The loose setting of one device overrides the setting of all. The new rule makes the agent look again.
     lab.node("n1").host().net().sysctl("net/ipv4/conf/eth0/rp_filter", "2")?;
     lab.node("n1").host().net().ip("rule add from 10.64.9.9 lookup 9")?;
-    until("its end", || Ok(told()?.is_none().then_some(())))
+    until("its end", || Ok(told(&agent)?.is_none().then_some(())))
+}
+
+fn told(agent: &Agent) -> Result<Option<String>> {
+    let status = agent.tool("status", &[])?;
+    Ok(status["agent"]["problems"]["device eth0"][0].as_str().map(str::to_owned))
 }
 
 /// An agent of the machine on which the nodes are pods. It has Services at the same addresses, with other endpoints.
@@ -426,11 +428,10 @@ impl Outer {
             pauses.push(command.spawn()?);
         }
         let pins = PinDir::new(machine.pin_dir());
-        let known = || {
+        until("the pods' sandboxes", || {
             let contents = KernelMaps::open(&pins, false)?.contents()?;
             Ok((contents.sandboxes.len() == OUTER_PODS.len()).then_some(()))
-        };
-        until("the pods' sandboxes", known)?;
+        })?;
         Ok(Self { _agent: agent, _manifests: manifests, _pauses: pauses })
     }
 }

@@ -212,7 +212,6 @@ impl Writer {
         let owner = self.model.frontends.get(&moving).context("the moving frontend")?.service;
         self.turn = (self.turn + 1) % (DECOYS - 1);
         let (first, second) = (1 + self.turn, 1 + (self.turn + DECOYS / 2) % (DECOYS - 1));
-        let lead = |key: FrontendKey, id, flags| Op::Frontend(key, Some(FrontendValue::new(&key, id, flags)));
         let ops = [
             lead(moving, owner, EXTERNAL),
             lead(decoy_key(0), id, 0),
@@ -427,18 +426,23 @@ fn decoy_key(number: u16) -> FrontendKey {
     key(DECOY, 1000 + number)
 }
 
+fn lead(key: FrontendKey, id: u32, flags: u16) -> Op {
+    Op::Frontend(key, Some(FrontendValue::new(&key, id, flags)))
+}
+
 /// Returns the Service `name` with `size` backends of set number `set`, and `frontends`.
 fn wanted_service(name: &str, set: usize, size: u8, frontends: &[FrontendKey]) -> Wanted {
     let (_, [a, b], port) = SETS[set];
-    let backend = |d| DesiredBackend {
-        addr: Addr::v4([a, b, 0, d]),
-        port: Be16::new(port),
-        flags: IN_CLUSTER | SERVING,
-    };
     let port = DesiredPort {
         key: PortKey { service: service(name), port_name: "".into(), proto: UDP, family: Family::V4 },
         frontends: frontends.iter().map(|key| (*key, 0)).collect(),
-        backends: (1..=size).map(backend).collect(),
+        backends: (1..=size)
+            .map(|d| DesiredBackend {
+                addr: Addr::v4([a, b, 0, d]),
+                port: Be16::new(port),
+                flags: IN_CLUSTER | SERVING,
+            })
+            .collect(),
         empty_local: SlotRange::REJECT,
         affinity_seconds: 0,
         source_ranges: Vec::new(),

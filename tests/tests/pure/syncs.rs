@@ -15,7 +15,9 @@ use crate::simulated::clients::{self, Fate, Way};
 
 /// Returns a Service with one port, and its slice.
 fn service(name: &str, address: &str, endpoints: &[&str]) -> [Value; 2] {
-    let endpoint = |address: &&str| json!({"addresses": [address], "conditions": {"ready": true}});
+    let endpoints =
+        endpoints.iter().map(|address| json!({"addresses": [address], "conditions": {"ready": true}}));
+    let endpoints: Vec<_> = endpoints.collect();
     [
         json!({
             "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "a", "name": name},
@@ -28,7 +30,7 @@ fn service(name: &str, address: &str, endpoints: &[&str]) -> [Value; 2] {
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
             "metadata": {"namespace": "a", "name": name, "labels": {"kubernetes.io/service-name": name}},
             "ports": [{"name": "web", "port": 8080, "protocol": "TCP"}],
-            "endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>(),
+            "endpoints": endpoints,
         }),
     ]
 }
@@ -70,17 +72,18 @@ fn owner(contents: &Contents, op: &Op) -> Option<u32> {
 fn concern(ops: &[Op], before: &Contents, after: &Contents, only: u32) {
     let owners: BTreeSet<Option<u32>> = ops.iter().map(|op| owner(before, op)).collect();
     assert_eq!(owners, [Some(only)].into(), "{ops:?}");
-    let others = |contents: &Contents| {
-        let services = (0..).zip(contents.services.clone()).filter(|(id, _)| *id != only);
-        let services: Vec<_> = services.collect();
-        let slots: Vec<&[u32]> = services
-            .iter()
-            .flat_map(|(_, service)| [service.cluster, service.local])
-            .filter_map(|range| contents.slots.get(range.base as usize..(range.base + range.len) as usize))
-            .collect();
-        format!("{services:?} {slots:?}")
-    };
-    assert_eq!(others(after), others(before));
+    assert_eq!(others(after, only), others(before, only));
+}
+
+fn others(contents: &Contents, only: u32) -> String {
+    let services = (0..).zip(contents.services.clone()).filter(|(id, _)| *id != only);
+    let services: Vec<_> = services.collect();
+    let slots: Vec<&[u32]> = services
+        .iter()
+        .flat_map(|(_, service)| [service.cluster, service.local])
+        .filter_map(|range| contents.slots.get(range.base as usize..(range.base + range.len) as usize))
+        .collect();
+    format!("{services:?} {slots:?}")
 }
 
 fn fate(agent: &Agent, address: &str) -> Result<Fate> {
@@ -93,7 +96,6 @@ fn fate(agent: &Agent, address: &str) -> Result<Fate> {
 fn p220_one_of_many_services() -> Result<()> {
     let mut agent = Agent::new(&Config::default(), true)?;
     let both = ["10.64.1.11", "10.64.2.21"];
-    let address = |number: u32| format!("10.96.{}.{}", 10 + number / 256, number % 256);
     let mut objects = vec![node(&Value::Null)];
     for number in 0..500 {
         objects.extend(service(&format!("s{number}"), &address(number), &both));
@@ -111,6 +113,10 @@ fn p220_one_of_many_services() -> Result<()> {
         assert_eq!(fate(&agent, &address(77))?, Fate::To("10.64.1.11:8080".parse()?));
     }
     Ok(())
+}
+
+fn address(number: u32) -> String {
+    format!("10.96.{}.{}", 10 + number / 256, number % 256)
 }
 
 #[test]

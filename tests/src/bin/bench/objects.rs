@@ -35,12 +35,12 @@ impl FromStr for World {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let parse = || {
-            let (services, endpoints) = text.split_once('x')?;
-            Some(Self { services: services.parse().ok()?, endpoints: endpoints.parse().ok()? })
-        };
-        let world =
-            parse().with_context(|| format!("{text:?} is not SERVICESxENDPOINTS, such as 1000x10"))?;
+        let world = text
+            .split_once('x')
+            .and_then(|(services, endpoints)| {
+                Some(Self { services: services.parse().ok()?, endpoints: endpoints.parse().ok()? })
+            })
+            .with_context(|| format!("{text:?} is not SERVICESxENDPOINTS, such as 1000x10"))?;
         let fits = world.services <= SERVICES_MAX && world.services * world.endpoints <= ENDPOINTS_MAX;
         ensure!(fits && world.services > 0 && world.endpoints > 0, "{text} is out of range");
         Ok(world)

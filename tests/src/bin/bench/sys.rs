@@ -73,7 +73,6 @@ impl Count {
 /// library.
 fn place(address: usize) -> Result<(String, u64)> {
     let maps = fs::read_to_string("/proc/self/maps")?;
-    let hex = |text: &str| usize::from_str_radix(text, 16).ok();
     let found = maps.lines().find_map(|line| {
         let mut words = line.split_whitespace();
         let (start, end) = words.next()?.split_once('-')?;
@@ -85,6 +84,10 @@ fn place(address: usize) -> Result<(String, u64)> {
     let (path, offset) = found.context("an allocator that is mapped from no file")?;
     ensure!(path.contains("libc"), "the allocator is in {path}, not in a C library that is shared");
     Ok((path, offset))
+}
+
+fn hex(text: &str) -> Option<usize> {
+    usize::from_str_radix(text, 16).ok()
 }
 
 /// Returns the number of `raw_syscalls:sys_enter`, from a tracefs that is not mounted anywhere.

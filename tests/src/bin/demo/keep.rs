@@ -107,9 +107,7 @@ fn request(target: &str) -> Result<String> {
 }
 
 fn write_program(path: &Path, text: &str) -> Result<()> {
-    let write = || {
-        fs::write(path, text)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755))
-    };
-    write().with_context(|| path.display().to_string())
+    fs::write(path, text)
+        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o755)))
+        .with_context(|| path.display().to_string())
 }

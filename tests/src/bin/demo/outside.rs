@@ -40,8 +40,10 @@ pub(crate) fn node_ports(world: &mut World, stage: &mut Stage) -> Result<()> {
 
 /// Describes the first connection to each pod.
 fn one_of_each(stage: &Stage, attempts: &[Attempt]) {
-    let by = |pod: &str| attempts.iter().find(|attempt| attempt.server.as_deref() == Some(pod));
-    KUBIA.iter().filter_map(|pod| by(pod)).for_each(|attempt| tell(stage, attempt));
+    for pod in KUBIA {
+        let first = attempts.iter().find(|attempt| attempt.server.as_deref() == Some(pod));
+        first.into_iter().for_each(|attempt| tell(stage, attempt));
+    }
 }
 
 pub(crate) fn load_balancer(world: &mut World, stage: &mut Stage) -> Result<()> {

@@ -58,15 +58,14 @@ fn load(world: &World) -> Result<Outcome> {
 
 /// Returns the names of the programs that TCX has on a device, for ingress and egress.
 pub(super) fn tcx_programs(place: &Place, device: &str) -> Result<Vec<String>> {
-    let query = || -> Result<Vec<String>> {
+    place.net().enter(|| -> Result<Vec<String>> {
         let mut names = Vec::new();
         for attach_type in [TcAttachType::Ingress, TcAttachType::Egress] {
             let (_, programs) = SchedClassifier::query_tcx(device, attach_type)?;
             names.extend(programs.iter().filter_map(|program| program.name_as_str().map(str::to_owned)));
         }
         Ok(names)
-    };
-    place.net().enter(query)?
+    })?
 }
 
 /// Returns the names of the programs that filters have on a device, for ingress and egress.

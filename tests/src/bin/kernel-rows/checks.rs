@@ -83,11 +83,12 @@ pub(super) fn fails(place: &Place, way: Proto, target: &str, stages: &[&str], er
 
 /// Checks that no target answers; all of them are asked at the same time.
 pub(super) fn silent(asked: &[(&Place, Proto, String)]) -> Result<()> {
-    let silent = |(place, way, target): &(&Place, Proto, String)| {
-        fails(place, *way, target, if *way == Proto::Tcp { &["connect"] } else { &["recv"] }, "ETIMEDOUT")
-    };
     thread::scope(|scope| {
-        let threads: Vec<_> = asked.iter().map(|one| scope.spawn(move || silent(one))).collect();
+        let spawned = asked.iter().map(|(place, way, target)| {
+            let stages: &[&str] = if *way == Proto::Tcp { &["connect"] } else { &["recv"] };
+            scope.spawn(move || fails(place, *way, target, stages, "ETIMEDOUT"))
+        });
+        let threads: Vec<_> = spawned.collect();
         let mut results = threads.into_iter().map(thread::ScopedJoinHandle::join);
         results.try_for_each(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })

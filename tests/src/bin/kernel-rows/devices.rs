@@ -147,8 +147,7 @@ impl Kind {
         self.link(near, far)?;
         let Self { name, own: [v4, v6], client, .. } = self;
         let table = v4.split('.').nth(2).unwrap_or_default();
-        let end = |address: &str| address.trim_end_matches('1').to_owned() + "2";
-        let (far_v4, far_v6) = (end(v4), end(v6));
+        let [far_v4, far_v6] = [v4, v6].map(|address| address.trim_end_matches('1').to_owned() + "2");
         let mut here = format!("link set {name} up\naddress add {v4}/24 dev {name}\n");
         let mut there = format!("link set {name} up\naddress add {far_v4}/24 dev {name}\n");
         let mut behind: Vec<(&str, &str, &str, &str)> = vec![("", "32", v4, &far_v4)];
@@ -200,15 +199,6 @@ fn wireguard(name: &str, near: &Place, far: &Place) -> Result<()> {
     // Any 32 bytes are a key; these spell "not a secret".
     let private =
         ["bm90IGEgc2VjcmV0LCBub3QgYSBzZWNyZXQsIG9uZTE=", "bm90IGEgc2VjcmV0LCBub3QgYSBzZWNyZXQsIHR3bzI="];
-    let wg = |place: &Place, args: &[&str], input: &str| -> Result<String> {
-        let mut command = place.command("wg");
-        command.args(args);
-        let output =
-            command.output_with_input(input).context("the rows need `wg`, the package wireguard-tools")?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(output.status.success(), "wg {}: {said}", args.join(" "));
-        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
     let public = [wg(near, &["pubkey"], private[0])?, wg(near, &["pubkey"], private[1])?];
     for (place, own, other, to) in [(near, 0, 1, UNDER[1][0]), (far, 1, 0, UNDER[0][0])] {
         let (port, endpoint) = ("51820", format!("{to}:51820"));
@@ -220,6 +210,16 @@ fn wireguard(name: &str, near: &Place, far: &Place) -> Result<()> {
         wg(place, &[&own_end[..], &peer].concat(), "")?;
     }
     Ok(())
+}
+
+fn wg(place: &Place, args: &[&str], input: &str) -> Result<String> {
+    let mut command = place.command("wg");
+    command.args(args);
+    let output =
+        command.output_with_input(input).context("the rows need `wg`, the package wireguard-tools")?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "wg {}: {said}", args.join(" "));
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 /// Removes the devices whose packets have no link-layer header, so that the programs for them need not be verified any

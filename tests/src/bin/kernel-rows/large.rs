@@ -36,12 +36,12 @@ fn data(length: usize, seed: usize) -> Vec<u8> {
 fn connected(net: &Netns, target: &str) -> Result<UdpSocket> {
     let target: SocketAddr = target.parse()?;
     let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
-    let open = || -> io::Result<UdpSocket> {
+    net.enter(|| -> io::Result<UdpSocket> {
         let socket = UdpSocket::bind((any, 0))?;
         socket.connect(target)?;
         Ok(socket)
-    };
-    net.enter(open)?.with_context(|| target.to_string())
+    })?
+    .with_context(|| target.to_string())
 }
 
 /// Returns the data that arrives within `patience`.
@@ -120,7 +120,7 @@ fn headers_in_pieces(world: &World) -> Result<Outcome> {
         let target = balancer(ON_THIS_NODE.number, v6, ECHO);
         let source: IpAddr = UNDER[1][usize::from(v6)].parse()?;
         let sent = data(6000, 3);
-        let exchange = || -> Result<(SocketAddr, Vec<u8>)> {
+        let (from, got) = far.net().enter(|| -> Result<(SocketAddr, Vec<u8>)> {
             let socket = UdpSocket::bind((source, 0))?;
             let frame = Packet::udp(socket.local_addr()?, target.parse()?, &sent).bytes();
             sys::send_in_pieces(index(UNDERLAY)?, &ethernet(frame)).context("AF_PACKET")?;
@@ -130,8 +130,7 @@ fn headers_in_pieces(world: &World) -> Result<Outcome> {
                 socket.recv_from(&mut buffer).with_context(|| format!("6000 bytes to {target}"))?;
             buffer.truncate(length);
             Ok((from, buffer))
-        };
-        let (from, got) = far.net().enter(exchange)??;
+        })??;
         ensure!(from.to_string() == target, "the answer came from {from}, not {target}");
         ensure!(got == sent, "{target}: {} bytes come back, or others", got.len());
     }

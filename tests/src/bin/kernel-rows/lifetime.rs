@@ -49,8 +49,9 @@ fn layout(world: &World, name: &str) -> Result<[u64; 3]> {
     let mut command = world.host().command("bpftool");
     command.args(["-j", "map", "show", "pinned"]).arg(pin);
     let shown: Value = serde_json::from_str(&command.text()?)?;
-    let field = |name: &str| shown[name].as_u64().with_context(|| format!("no {name} in {shown}"));
-    Ok([field("bytes_key")?, field("bytes_value")?, field("max_entries")?])
+    let [key, value, entries] = ["bytes_key", "bytes_value", "max_entries"]
+        .map(|name| shown[name].as_u64().with_context(|| format!("no {name} in {shown}")));
+    Ok([key?, value?, entries?])
 }
 
 /// Checks the first start of the agent: with the pins of an earlier build, if one is given, else with maps of other
@@ -154,12 +155,11 @@ struct Clients {
 impl Clients {
     fn new(world: &World) -> Result<Self> {
         let (pod, unseen, outside) = (world.pod("P"), world.pod("U"), world.lab().client("X"));
-        let cip = |number| cluster_ip(number, false, 80);
         let mut held = Vec::new();
         for (place, target, way) in [
-            (&pod, cip(ELSEWHERE.number), Proto::Tcp),
-            (&pod, cip(ON_THIS_NODE.number), Proto::Udp),
-            (&unseen, cip(ELSEWHERE.number), Proto::Tcp),
+            (&pod, cluster_ip(ELSEWHERE.number, false, 80), Proto::Tcp),
+            (&pod, cluster_ip(ON_THIS_NODE.number, false, 80), Proto::Udp),
+            (&unseen, cluster_ip(ELSEWHERE.number, false, 80), Proto::Tcp),
             (&outside, node_port(ELSEWHERE.number, false, 80), Proto::Tcp),
             (&outside, node_port(ON_THIS_NODE.number, true, 80), Proto::Tcp),
             (&outside, node_port(ELSEWHERE.number, true, 80), Proto::Udp),
@@ -168,8 +168,8 @@ impl Clients {
         }
         let mut flows = Vec::new();
         for (place, target, way) in [
-            (&pod, cip(ELSEWHERE.number), Proto::Tcp),
-            (&unseen, cip(ON_THIS_NODE.number), Proto::Udp),
+            (&pod, cluster_ip(ELSEWHERE.number, false, 80), Proto::Tcp),
+            (&unseen, cluster_ip(ON_THIS_NODE.number, false, 80), Proto::Udp),
             (&outside, node_port(ELSEWHERE.number, false, 80), Proto::Tcp),
         ] {
             let connect = place.connect(&target).proto(way).timeout(ANSWER).pace(PACE);
@@ -264,14 +264,14 @@ fn growth(world: &World) -> Result<Outcome> {
     let objects = many(small);
     let last = objects[objects.len() - 2]["spec"]["clusterIP"].as_str().context("a clusterIP")?.to_owned();
     world.write("many", &objects)?;
-    let look = || {
+    let large = until("larger maps", || {
         let [.., room] = layout(world, maps::SERVICES)?;
         Ok((room > small).then_some(room))
-    };
-    let large = until("larger maps", look)?;
+    })?;
     let target = format!("{last}:80");
-    let look = || Ok(world.pod("P").connect(&target).timeout(ANSWER).one()?.ok.then_some(()));
-    until("the last Service", look)?;
+    until("the last Service", || {
+        Ok(world.pod("P").connect(&target).timeout(ANSWER).one()?.ok.then_some(()))
+    })?;
     served(&world.pod("P"), Proto::Tcp, &target, Answer::from(HERE, &P))?;
     // The packet edge changes to the larger maps a moment later.
     let outside = world.lab().client("X");
@@ -297,13 +297,12 @@ fn restart(world: &World) -> Result<Outcome> {
     let fresh = world.new_agent()?.flag("no-tcx", true);
     *world.agent() = fresh;
     start(world)?;
-    let attached = || {
+    until("filters on every device", || {
         let status = world.tool("status")?;
         let devices = status["agent"]["devices"].as_array().context("status tells no devices")?;
-        let all = |how: &str| devices.iter().all(|device| device["attached"] == how);
-        Ok((!devices.is_empty() && all("clsact")).then_some(()))
-    };
-    until("filters on every device", attached)?;
+        let all = devices.iter().all(|device| device["attached"] == "clsact");
+        Ok((!devices.is_empty() && all).then_some(()))
+    })?;
     let filters = clsact_programs(world.host(), "eth0")?;
     ensure!(filters == ["edge_ingress", "edge_egress"], "by clsact: {filters:?}");
     let mut change = "";

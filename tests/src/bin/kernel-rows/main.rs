@@ -78,7 +78,6 @@ fn rows() -> Vec<Row> {
 
 fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
-    let is_one_of = |row: &Row, parts: &[String]| parts.iter().any(|part| row.id.contains(part));
     let named =
         |row: &Row| (cli.filters.is_empty() || is_one_of(row, &cli.filters)) && !is_one_of(row, &cli.without);
     // The first row starts the agent.
@@ -96,4 +95,8 @@ fn main() -> Result<ExitCode> {
     binary::lab_pod()?;
     binary::proxy_agent()?;
     Ok(if row::run_all(&rows, cli.hybrid) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn is_one_of(row: &Row, parts: &[String]) -> bool {
+    parts.iter().any(|part| row.id.contains(part))
 }

@@ -66,14 +66,14 @@ fn monitor(world: &World) -> Result<Outcome> {
     let mut told = BTreeSet::new();
     for line in text.lines() {
         let event: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
-        let word = |field: &str| event[field].as_str().unwrap_or_default().to_owned();
-        let place = if word("at") == "socket" { "socket".to_owned() } else { word("direction") };
-        told.insert((place, word("what")));
+        let [at, direction, what] =
+            ["at", "direction", "what"].map(|field| event[field].as_str().unwrap_or_default().to_owned());
+        told.insert((if at == "socket" { at } else { direction }, what));
     }
     let wanted = [("socket", &SOCKET[..]), ("in", &IN), ("out", &OUT)];
     let wanted = wanted.into_iter().flat_map(|(place, kinds)| kinds.iter().map(move |kind| (place, *kind)));
-    let is_told = |(place, kind): &(&str, &str)| told.contains(&((*place).to_owned(), (*kind).to_owned()));
-    let missing: Vec<_> = wanted.clone().filter(|kind| !is_told(kind)).collect();
+    let wanted: BTreeSet<_> = wanted.map(|(place, kind)| (place.to_owned(), kind.to_owned())).collect();
+    let missing: Vec<_> = wanted.difference(&told).collect();
     ensure!(missing.is_empty(), "not told: {missing:?}; told: {told:?}");
     right(format!("{} kinds of events, {} events", told.len(), text.lines().count()))
 }
@@ -82,48 +82,49 @@ fn monitor(world: &World) -> Result<Outcome> {
 fn provoke(world: &World) -> Result<()> {
     let (pod, host) = (world.pod("P"), world.host());
     let [x, y, far] = ["X", "Y", "far"].map(|name| world.lab().client(name));
-    let cip = |number| cluster_ip(number, false, 80);
     let unused = cluster_ip(ON_THIS_NODE.number, false, 999);
-    let lb = |number| balancer(number, false, 80);
-    let ask = |place: &Place, way: Proto, target: &str, timeout: Duration| {
-        place.connect(target).proto(way).timeout(timeout).one().map(drop)
-    };
     for (place, way, target) in [
-        (&pod, Proto::Tcp, cip(ON_THIS_NODE.number)),
-        (&pod, Proto::UdpUnconnected, cip(ON_THIS_NODE.number)),
-        (&pod, Proto::Tcp, cip(EMPTY.number)),
+        (&pod, Proto::Tcp, cluster_ip(ON_THIS_NODE.number, false, 80)),
+        (&pod, Proto::UdpUnconnected, cluster_ip(ON_THIS_NODE.number, false, 80)),
+        (&pod, Proto::Tcp, cluster_ip(EMPTY.number, false, 80)),
         (&pod, Proto::Udp, unused.clone()),
-        (host, Proto::Tcp, cip(ABSENT.number)),
+        (host, Proto::Tcp, cluster_ip(ABSENT.number, false, 80)),
         (host, Proto::Udp, INACTIVE.to_owned()),
-        (host, Proto::Tcp, lb(GUARDED.number)),
+        (host, Proto::Tcp, balancer(GUARDED.number, false, 80)),
         (&x, Proto::Tcp, node_port(ELSEWHERE.number, false, 80)),
-        (&x, Proto::Tcp, lb(EMPTY.number)),
+        (&x, Proto::Tcp, balancer(EMPTY.number, false, 80)),
         (&x, Proto::Udp, unused.clone()),
     ] {
         ask(place, way, &target, ANSWER)?;
     }
     for (place, target) in [
-        (&pod, cip(ABSENT.number)),
-        (&x, lb(ABSENT.number)),
+        (&pod, cluster_ip(ABSENT.number, false, 80)),
+        (&x, balancer(ABSENT.number, false, 80)),
         (&x, INACTIVE.to_owned()),
-        (&y, lb(GUARDED.number)),
+        (&y, balancer(GUARDED.number, false, 80)),
     ] {
         ask(place, Proto::Udp, &target, SILENCE)?;
     }
     // The socket is in none of the node's cgroups, like a socket of a kernel thread: the socket programs have not
     // translated it.
-    let send = |source: &str, targets: &[&str]| -> Result<()> {
-        let socket = UdpSocket::bind((source, 0))?;
-        for target in targets {
-            // The call may fail with the error of the datagram before.
-            let _ = socket.send_to(b"?", target);
-        }
-        Ok(())
-    };
-    host.net().enter(|| send("0.0.0.0", &[&cip(ON_THIS_NODE.number), &unused, INACTIVE]))??;
+    host.net()
+        .enter(|| send("0.0.0.0", &[&cluster_ip(ON_THIS_NODE.number, false, 80), &unused, INACTIVE]))??;
     // Packets from another machine with the node's own source address.
     far.net().ip(&format!("address add {}/32 dev lo", N1[0]))?;
-    let sent = far.net().enter(|| send(N1[0], &[&lb(ON_THIS_NODE.number)]))?;
+    let sent = far.net().enter(|| send(N1[0], &[&balancer(ON_THIS_NODE.number, false, 80)]))?;
     far.net().ip(&format!("address delete {}/32 dev lo", N1[0]))?;
     sent
+}
+
+fn ask(place: &Place, way: Proto, target: &str, timeout: Duration) -> Result<()> {
+    place.connect(target).proto(way).timeout(timeout).one().map(drop)
+}
+
+fn send(source: &str, targets: &[&str]) -> Result<()> {
+    let socket = UdpSocket::bind((source, 0))?;
+    for target in targets {
+        // The call may fail with the error of the datagram before.
+        let _ = socket.send_to(b"?", target);
+    }
+    Ok(())
 }

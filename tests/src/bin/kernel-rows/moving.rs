@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use proxy_tests::lab::{Attempt, Held, Place, Proto, Summary};
+use proxy_tests::lab::{Attempt, Flow, Held, Place, Proto, Summary};
 use serde_json::json;
 
 use super::checks::held;
@@ -18,21 +18,7 @@ fn replaced(world: &World) -> Result<Outcome> {
     move_to(world, HERE)?;
     let [pod, unseen, outside] = [world.pod("P"), world.pod("U"), world.lab().client("X")];
     let vip = cluster_ip(MOVING.number, false, 80);
-    let load = |place: &Place| {
-        place
-            .connect(&vip)
-            .udp_unconnected()
-            .per_socket(20)
-            .timeout(ANSWER)
-            .pace(Duration::from_millis(2))
-            .start()
-    };
-    let mut loads = [load(&pod)?, load(&unseen)?, load(&outside)?];
-    let hold = |place: &Place, target: &str| -> Result<Held> {
-        let mut held = held(place, Proto::Udp, target)?;
-        answered_by(&held.say("before")?, HERE)?;
-        Ok(held)
-    };
+    let mut loads = [load(&pod, &vip)?, load(&unseen, &vip)?, load(&outside, &vip)?];
     let mut connected = hold(&pod, &vip)?;
     let mut in_packets = [hold(&unseen, &vip)?, hold(&outside, &node_port(MOVING.number, false, 80))?];
     loads.iter_mut().try_for_each(|load| load.wait_for(20))?;
@@ -67,6 +53,16 @@ fn replaced(world: &World) -> Result<Outcome> {
         datagrams += all.len();
     }
     right(format!("{datagrams} datagrams answered, no flow stays behind; a connected socket follows"))
+}
+
+fn load(place: &Place, vip: &str) -> Result<Flow> {
+    place.connect(vip).udp_unconnected().per_socket(20).timeout(ANSWER).pace(Duration::from_millis(2)).start()
+}
+
+fn hold(place: &Place, target: &str) -> Result<Held> {
+    let mut held = held(place, Proto::Udp, target)?;
+    answered_by(&held.say("before")?, HERE)?;
+    Ok(held)
 }
 
 fn move_to(world: &World, backend: Backend) -> Result<()> {

@@ -37,11 +37,9 @@ fn nftables(world: &World) -> Result<Outcome> {
 
 fn beside_rules(world: &World) -> Result<()> {
     let client = world.lab().client("X");
-    let theirs = |target, backend, seen: &[&str]| {
-        served(&client, Proto::Tcp, target, Answer::from(backend, seen)).context("by nftables")
-    };
-    theirs("192.0.2.10:29999", HERE, &X)?;
-    theirs("198.18.7.7:80", THERE, &N1)?;
+    for (target, backend, seen) in [("192.0.2.10:29999", HERE, &X), ("198.18.7.7:80", THERE, &N1)] {
+        served(&client, Proto::Tcp, target, Answer::from(backend, seen)).context("by nftables")?;
+    }
     for way in [Proto::Tcp, Proto::Udp] {
         served(&client, way, &node_port(ON_THIS_NODE.number, false, 80), Answer::from(HERE, &X))?;
         served(&client, way, &node_port(ELSEWHERE.number, false, 80), Answer::from(THERE, &N1))?;
@@ -57,10 +55,6 @@ const UID: &str = "3f2b7c1e-0001-4a5b-8c9d-000000000001";
 fn opt_out(world: &World) -> Result<Outcome> {
     let pod = world.lab().pod("P");
     let inside = pod.in_cgroup(&format!("kubepods/burstable/pod{UID}/0123abcd"))?;
-    let wait = |pods: &[&str]| {
-        let look = || Ok((world.tool("status")?["agent"]["opted_out"] == json!(pods)).then_some(()));
-        until("the pods that have opted out", look)
-    };
     world.write(
         "pods",
         &[json!({
@@ -70,20 +64,27 @@ fn opt_out(world: &World) -> Result<Outcome> {
             },
         })],
     )?;
-    wait(&["k/p"])?;
+    wait_opted_out(world, &["k/p"])?;
     let vip = cluster_ip(ON_THIS_NODE.number, false, 80);
-    let in_packets = |place: &Place, want: bool| -> Result<()> {
-        for way in [Proto::Tcp, Proto::Udp] {
-            let attempt = served(place, way, &vip, Answer::from(HERE, &P))?;
-            let client = attempt.peer.context("no client")?.to_string();
-            ensure!(world.has_flow(&client, &vip)? == want, "{way:?} as packets: not {want}");
-        }
-        Ok(())
-    };
-    in_packets(&inside, true).context("opted out")?;
-    in_packets(&pod, false).context("beside it")?;
+    in_packets(world, &inside, &vip, true).context("opted out")?;
+    in_packets(world, &pod, &vip, false).context("beside it")?;
     world.write("pods", &[])?;
-    wait(&[])?;
-    in_packets(&inside, false).context("back again")?;
+    wait_opted_out(world, &[])?;
+    in_packets(world, &inside, &vip, false).context("back again")?;
     right("its packets are translated, by TCP and UDP; back again, its sockets")
+}
+
+fn wait_opted_out(world: &World, pods: &[&str]) -> Result<()> {
+    until("the pods that have opted out", || {
+        Ok((world.tool("status")?["agent"]["opted_out"] == json!(pods)).then_some(()))
+    })
+}
+
+fn in_packets(world: &World, place: &Place, vip: &str, want: bool) -> Result<()> {
+    for way in [Proto::Tcp, Proto::Udp] {
+        let attempt = served(place, way, vip, Answer::from(HERE, &P))?;
+        let client = attempt.peer.context("no client")?.to_string();
+        ensure!(world.has_flow(&client, vip)? == want, "{way:?} as packets: not {want}");
+    }
+    Ok(())
 }

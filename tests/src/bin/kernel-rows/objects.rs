@@ -74,10 +74,6 @@ const PORTS: [(&str, &str, u16, u16); 6] = [
 /// Returns the Service and its slices; `patch` replaces fields of its `spec`.
 pub(super) fn service(service: Service, patch: Value) -> Vec<Value> {
     let Service { name, number, backends } = service;
-    let bare = |address: String| {
-        address.rsplit_once(':').map_or_else(String::new, |(ip, _)| ip.trim_matches(['[', ']']).to_owned())
-    };
-    let both = |of: fn(u16, bool, u16) -> String| [bare(of(number, false, 0)), bare(of(number, true, 0))];
     let ports: Vec<Value> = PORTS
         .iter()
         .map(|(name, protocol, port, _)| {
@@ -85,13 +81,13 @@ pub(super) fn service(service: Service, patch: Value) -> Vec<Value> {
         })
         .collect();
     let mut spec = json!({
-        "type": "LoadBalancer", "ipFamilies": ["IPv4", "IPv6"], "clusterIP": both(cluster_ip)[0],
-        "clusterIPs": both(cluster_ip), "externalIPs": both(external_ip), "ports": ports,
+        "type": "LoadBalancer", "ipFamilies": ["IPv4", "IPv6"], "clusterIP": both(number, cluster_ip)[0],
+        "clusterIPs": both(number, cluster_ip), "externalIPs": both(number, external_ip), "ports": ports,
     });
     for (field, value) in patch.as_object().into_iter().flatten() {
         spec[field] = value.clone();
     }
-    let ingress: Vec<Value> = both(balancer).into_iter().map(|ip| json!({ "ip": ip })).collect();
+    let ingress: Vec<Value> = both(number, balancer).into_iter().map(|ip| json!({ "ip": ip })).collect();
     let mut objects = vec![json!({
         "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "k", "name": name }, "spec": spec,
         "status": { "loadBalancer": { "ingress": ingress } },
@@ -102,6 +98,15 @@ pub(super) fn service(service: Service, patch: Value) -> Vec<Value> {
         objects.push(slice(name, family, backends, address));
     }
     objects
+}
+
+/// Returns a Service's addresses of one kind.
+fn both(number: u16, of: fn(u16, bool, u16) -> String) -> [String; 2] {
+    [bare(of(number, false, 0)), bare(of(number, true, 0))]
+}
+
+fn bare(address: String) -> String {
+    address.rsplit_once(':').map_or_else(String::new, |(ip, _)| ip.trim_matches(['[', ']']).to_owned())
 }
 
 fn slice(service: &str, family: &str, backends: &[Backend], address: fn(&Backend) -> &'static str) -> Value {

@@ -33,25 +33,14 @@ pub(super) fn differences(world: &World) -> Result<Vec<String>> {
 fn verify(world: &World) -> Result<Outcome> {
     let before = differences(world)?;
     ensure!(before.is_empty(), "{before:?}");
-    let pin = world.node().pin_dir().join(format!("v{ABI_VERSION}/FRONTENDS"));
-    let bpftool = |words: &[&str]| -> Result<String> {
-        let mut command = world.host().command("bpftool");
-        command
-            .args(["-j", "map"])
-            .args(words.iter().take(1))
-            .arg("pinned")
-            .arg(&pin)
-            .args(words.iter().skip(1));
-        command.text().context("bpftool")
-    };
-    let dump: Value = serde_json::from_str(&bpftool(&["dump"])?)?;
+    let dump: Value = serde_json::from_str(&bpftool(world, &["dump"])?)?;
     let key = dump[0]["key"].as_array().context("no frontend")?;
     let key: Vec<&str> = key.iter().filter_map(Value::as_str).collect();
     // The agent is stopped, because it would put the element back at once.
     let stopped = world.agent().id().context("the agent does not run")?;
     let agent = rustix::process::Pid::from_raw(stopped.cast_signed()).context("a process id")?;
     rustix::process::kill_process(agent, rustix::process::Signal::STOP)?;
-    let seen = bpftool(&[&["delete", "key"], &key[..]].concat()).and_then(|_| differences(world));
+    let seen = bpftool(world, &[&["delete", "key"], &key[..]].concat()).and_then(|_| differences(world));
     rustix::process::kill_process(agent, rustix::process::Signal::CONT)?;
     let seen = seen?;
     ensure!(seen == [maps::FRONTENDS], "one frontend is missing: {seen:?}");
@@ -59,14 +48,21 @@ fn verify(world: &World) -> Result<Outcome> {
     right("nothing differs; a frontend that is removed is named and put back")
 }
 
+fn bpftool(world: &World, words: &[&str]) -> Result<String> {
+    let pin = world.node().pin_dir().join(format!("v{ABI_VERSION}/FRONTENDS"));
+    let mut command = world.host().command("bpftool");
+    command.args(["-j", "map"]).args(words.iter().take(1)).arg("pinned").arg(&pin).args(words.iter().skip(1));
+    command.text().context("bpftool")
+}
+
 /// Checks that `explain` agrees with the results of other rows.
 fn explain(world: &World) -> Result<Outcome> {
-    let both = || BTreeSet::from([format!("{}:8080", HERE.v4), format!("{}:8080", THERE.v4)]);
+    let both = BTreeSet::from([format!("{}:8080", HERE.v4), format!("{}:8080", THERE.v4)]);
     let none = BTreeSet::new;
     let host = if kernel::has_set_retval() { "denied" } else { "refused" };
     let cases = [
-        (P[0], cluster_ip(BOTH.number, false, 80), "served", both()),
-        (X[0], balancer(BOTH.number, false, 80), "served", both()),
+        (P[0], cluster_ip(BOTH.number, false, 80), "served", both.clone()),
+        (X[0], balancer(BOTH.number, false, 80), "served", both),
         (P[0], cluster_ip(EMPTY.number, false, 80), "refused", none()),
         (N1[0], cluster_ip(ABSENT.number, false, 80), host, none()),
         (X[0], balancer(ABSENT.number, false, 80), "dropped", none()),

@@ -13,10 +13,10 @@ use super::sys;
 
 /// Makes a device `name` in each of two namespaces. They live as long as this process.
 pub(super) fn join(name: &str, nets: [&Netns; 2]) -> Result<()> {
-    let open = |net: &Netns| -> Result<Arc<File>> {
+    let [one, other] = nets.map(|net| -> Result<Arc<File>> {
         Ok(Arc::new(net.enter(|| sys::tun(name))?.context("TUNSETIFF on /dev/net/tun")?))
-    };
-    let [one, other] = [open(nets[0])?, open(nets[1])?];
+    });
+    let (one, other) = (one?, other?);
     for (from, to) in [(Arc::clone(&one), Arc::clone(&other)), (other, one)] {
         thread::spawn(move || {
             let mut packet = vec![0; 65_536];

@@ -195,7 +195,7 @@ impl World {
 
     /// Waits until the one endpoint of the first port of a Service is a backend.
     pub(super) fn wait_backend(&self, service: Service, backend: Backend) -> Result<()> {
-        let look = || {
+        until(service.name, || {
             let services = self.tool("services")?;
             let ports = services.as_array().context("no list of Services")?;
             let own: Vec<&Value> = ports.iter().filter(|port| port["name"] == service.name).collect();
@@ -205,8 +205,7 @@ impl World {
                     && all[0].as_str().is_some_and(|at| at.contains(backend.v4) || at.contains(backend.v6))
             };
             Ok((!own.is_empty() && own.iter().all(done)).then_some(()))
-        };
-        until(service.name, look)
+        })
     }
 
     /// Returns whether the packet edge has a flow from this client to a Service's address.

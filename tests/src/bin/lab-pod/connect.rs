@@ -100,12 +100,7 @@ fn one(
             let mut reader = BufReader::new(&stream);
             greeting(&mut reader, deadline, attempt)?;
             if *to_the_end {
-                let close = |reader: &mut BufReader<&TcpStream>| {
-                    stream.shutdown(Shutdown::Write)?;
-                    limit(&stream, Timeout::Recv, deadline)?;
-                    io::copy(reader, &mut io::sink())
-                };
-                close(&mut reader).map_err(|error| Failure::new("close", &error))?;
+                close(&stream, &mut reader, deadline).map_err(|error| Failure::new("close", &error))?;
             }
         }
         Proto::Http => {
@@ -135,6 +130,12 @@ fn one(
     }
     attempt.ok = true;
     Ok(())
+}
+
+fn close(stream: &TcpStream, reader: &mut BufReader<&TcpStream>, deadline: Instant) -> io::Result<u64> {
+    stream.shutdown(Shutdown::Write)?;
+    limit(stream, Timeout::Recv, deadline)?;
+    io::copy(reader, &mut io::sink())
 }
 
 /// Connects the UDP socket to the target, then to `then`, and sends requests until `then` has answered. A socket that
@@ -209,16 +210,17 @@ pub(crate) fn greeting(
 
 /// Reads one line of a stream.
 pub(crate) fn line(reader: &mut BufReader<&TcpStream>, deadline: Instant) -> Result<String, Failure> {
-    let mut read = || {
-        let mut line = String::new();
-        limit(reader.get_ref(), Timeout::Recv, deadline)?;
-        reader.read_line(&mut line)?;
-        if !line.ends_with('\n') {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        Ok(line.trim_end().to_owned())
-    };
-    read().map_err(|error| Failure::new("recv", &error))
+    read(reader, deadline).map_err(|error| Failure::new("recv", &error))
+}
+
+fn read(reader: &mut BufReader<&TcpStream>, deadline: Instant) -> io::Result<String> {
+    let mut line = String::new();
+    limit(reader.get_ref(), Timeout::Recv, deadline)?;
+    reader.read_line(&mut line)?;
+    if !line.ends_with('\n') {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(line.trim_end().to_owned())
 }
 
 /// Sends `payload` as a datagram and waits for the answer to it; answers to earlier datagrams are ignored.
@@ -254,14 +256,15 @@ pub(crate) fn ask(
 
 /// Parses the leading `NAME PEER LOCAL` of an answer into `attempt`.
 fn identify(text: &str, attempt: &mut Attempt) -> io::Result<()> {
-    let mut words = text.split(' ');
-    let mut parse = || -> Option<(&str, SocketAddr, SocketAddr)> {
-        Some((words.next()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?))
-    };
     let (server, peer, endpoint) =
-        parse().ok_or_else(|| io::Error::other(format!("unexpected answer {text:?}")))?;
+        parse(text).ok_or_else(|| io::Error::other(format!("unexpected answer {text:?}")))?;
     (attempt.server, attempt.peer, attempt.endpoint) = (Some(server.to_owned()), Some(peer), Some(endpoint));
     Ok(())
+}
+
+fn parse(text: &str) -> Option<(&str, SocketAddr, SocketAddr)> {
+    let mut words = text.split(' ');
+    Some((words.next()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?))
 }
 
 fn micros(duration: Duration) -> u64 {

@@ -56,16 +56,20 @@ pub(crate) fn request(
     write!(stream, "GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
     let mut answer = String::new();
     stream.take(LIMIT).read_to_string(&mut answer)?;
-    let field = |prefix: &str| answer.lines().find_map(|line| line.strip_prefix(prefix));
-    let parse = || {
-        Some((
-            field("You've hit ")?.to_owned(),
-            field("peer ")?.parse().ok()?,
-            field("local ")?.parse().ok()?,
-        ))
-    };
-    parse().ok_or_else(|| match answer.is_empty() {
+    parse(&answer).ok_or_else(|| match answer.is_empty() {
         true => io::ErrorKind::UnexpectedEof.into(),
         false => io::Error::other(format!("unexpected answer {answer:?}")),
     })
+}
+
+fn field<'a>(answer: &'a str, prefix: &str) -> Option<&'a str> {
+    answer.lines().find_map(|line| line.strip_prefix(prefix))
+}
+
+fn parse(answer: &str) -> Option<(String, SocketAddr, SocketAddr)> {
+    Some((
+        field(answer, "You've hit ")?.to_owned(),
+        field(answer, "peer ")?.parse().ok()?,
+        field(answer, "local ")?.parse().ok()?,
+    ))
 }

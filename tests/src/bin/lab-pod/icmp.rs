@@ -15,18 +15,19 @@ pub(crate) fn ping(socket: &OwnedFd, v6: bool, sequence: u16, deadline: Instant)
     let [high, low] = sequence.to_be_bytes();
     let request = [request_type, 0, 0, 0, 0, 0, high, low];
     send(socket, &request, SendFlags::empty()).map_err(|error| Failure::new("send", &error.into()))?;
-    let wait = || -> io::Result<()> {
-        loop {
-            limit(socket, Timeout::Recv, deadline)?;
-            let mut answer = [0; 64];
-            let (length, _) = recv(socket, &mut answer, RecvFlags::empty())?;
-            if length >= 8 && answer[0] == reply_type && answer[6..8] == [high, low] {
-                return Ok(());
-            }
-            if Instant::now() >= deadline {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
+    wait(socket, reply_type, [high, low], deadline).map_err(|error| Failure::new("recv", &error))
+}
+
+fn wait(socket: &OwnedFd, reply_type: u8, number: [u8; 2], deadline: Instant) -> io::Result<()> {
+    loop {
+        limit(socket, Timeout::Recv, deadline)?;
+        let mut answer = [0; 64];
+        let (length, _) = recv(socket, &mut answer, RecvFlags::empty())?;
+        if length >= 8 && answer[0] == reply_type && answer[6..8] == number {
+            return Ok(());
         }
-    };
-    wait().map_err(|error| Failure::new("recv", &error))
+        if Instant::now() >= deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+    }
 }

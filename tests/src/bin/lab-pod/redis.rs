@@ -132,17 +132,26 @@ mod tests {
 
     #[test]
     fn commands_and_replies() {
-        let words = |text: &[u8]| read_command(&mut &*text).unwrap();
         let set = [b"SET".to_vec(), b"k".to_vec(), b"a b".to_vec()];
         assert_eq!(words(b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$3\r\na b\r\n").as_deref(), Some(&set[..]));
         assert_eq!(words(b"PING\r\n"), Some(vec![b"PING".to_vec()]));
         assert_eq!(words(b""), None);
         assert!(read_command(&mut &b"*1\r\n$9\r\nshort\r\n"[..]).is_err());
 
-        let reply = |words: &[Vec<u8>]| read_reply(&mut execute(words).as_slice()).unwrap();
-        let get = |key: &[u8]| reply(&[b"GET".to_vec(), key.to_vec()]);
         assert_eq!((reply(&set), get(b"k"), get(b"other")), ("OK".into(), "a b".into(), "(nil)".into()));
         assert_eq!(reply(&[b"ping".to_vec()]), "PONG");
         assert!(reply(&[b"FLUSHALL".to_vec()]).starts_with("ERR"));
+    }
+
+    fn words(text: &[u8]) -> Option<Vec<Vec<u8>>> {
+        read_command(&mut &*text).unwrap()
+    }
+
+    fn reply(words: &[Vec<u8>]) -> String {
+        read_reply(&mut execute(words).as_slice()).unwrap()
+    }
+
+    fn get(key: &[u8]) -> String {
+        reply(&[b"GET".to_vec(), key.to_vec()])
     }
 }

@@ -51,7 +51,6 @@ async fn watch(server: &ApiServer, config: Config) -> Watcher {
 /// Returns the next event of a watcher, in short; errors by their status code (0 if they have none).
 async fn next(watcher: &mut Watcher) -> String {
     let item = tokio::time::timeout(PATIENCE, watcher.next()).await.expect("the watcher is stuck").unwrap();
-    let cluster_ip = |s: Service| format!("{} {}", s.name_any(), s.spec.unwrap().cluster_ip.unwrap());
     match item {
         Ok(Event::Init) => "init".to_owned(),
         Ok(Event::InitApply(s)) => format!("init {}", cluster_ip(s)),
@@ -65,6 +64,10 @@ async fn next(watcher: &mut Watcher) -> String {
         ) => format!("error {}", status.code),
         Err(_) => "error 0".to_owned(),
     }
+}
+
+fn cluster_ip(s: Service) -> String {
+    format!("{} {}", s.name_any(), s.spec.unwrap().cluster_ip.unwrap())
 }
 
 async fn expect(watcher: &mut Watcher, want: &[&str]) {
@@ -215,11 +218,6 @@ async fn versions_of_lists() {
     let old = server.revision();
     server.apply(service("b", "10.96.0.2")).unwrap();
     let api = Api::<Service>::all(connect(&server).await);
-    let at = |version: u64, version_match| ListParams {
-        resource_version: Some(version.to_string()),
-        version_match,
-        ..ListParams::default()
-    };
     let count = async |params| api.list(&params).await.unwrap().items.len();
     assert_eq!(count(ListParams::default().match_any()).await, 2);
     assert_eq!(count(at(old, Some(VersionMatch::Exact))).await, 1);
@@ -237,14 +235,13 @@ async fn versions_of_lists() {
     assert_eq!(failure_code(api.list(&at(old, Some(VersionMatch::Exact)))).await, 410);
 }
 
+fn at(version: u64, version_match: Option<VersionMatch>) -> ListParams {
+    ListParams { resource_version: Some(version.to_string()), version_match, ..ListParams::default() }
+}
+
 #[tokio::test]
 async fn a_selector_turns_changes_into_additions_and_deletions() {
     let server = ApiServer::start().unwrap();
-    let labelled = |label: &str| {
-        let mut service = service("a", "10.96.0.1");
-        service["metadata"]["labels"] = json!({ "proxy": label });
-        service
-    };
     server.apply(labelled("other")).unwrap();
     server.apply(service("b", "None")).unwrap();
     let config = Config::default().labels("!proxy").fields("spec.clusterIP!=None");
@@ -283,6 +280,12 @@ async fn a_selector_turns_changes_into_additions_and_deletions() {
     assert_eq!(one.iter().map(|n| n.name_any()).collect::<Vec<_>>(), ["one"]);
     assert_eq!(failure_code(nodes.list(&ListParams::default().fields("spec.podCIDR=x"))).await, 400);
     assert_eq!(failure_code(nodes.list(&ListParams::default().labels("a in"))).await, 400);
+}
+
+fn labelled(label: &str) -> Value {
+    let mut service = service("a", "10.96.0.1");
+    service["metadata"]["labels"] = json!({ "proxy": label });
+    service
 }
 
 #[tokio::test]
@@ -361,11 +364,6 @@ async fn what_is_too_old_is_gone() {
 async fn writes_through_a_client() {
     let server = ApiServer::start().unwrap();
     let kube = connect(&server).await;
-    let balanced = |ip: &str| {
-        let mut service = service("a", "10.96.0.1");
-        service["status"] = json!({ "loadBalancer": { "ingress": [{ "ip": ip }] } });
-        service
-    };
     client::apply(&kube, &balanced("192.0.2.1")).await.unwrap();
     client::apply(&kube, &balanced("192.0.2.2")).await.unwrap();
     let stored = server.get(Resource::Services, "shop", "a").unwrap();
@@ -408,6 +406,12 @@ async fn writes_through_a_client() {
     assert_eq!(names, BTreeSet::from(["a".to_owned(), "b".to_owned()]));
     assert_eq!(server.list(Resource::Services).len(), 2);
     assert_eq!(server.delete_all(Resource::Services), 2);
+}
+
+fn balanced(ip: &str) -> Value {
+    let mut service = service("a", "10.96.0.1");
+    service["status"] = json!({ "loadBalancer": { "ingress": [{ "ip": ip }] } });
+    service
 }
 
 fn name(name: &str) -> ObjectMeta {
@@ -459,7 +463,6 @@ async fn a_large_cluster_is_listed_and_discovered() {
 
 #[test]
 fn a_listener_is_handed_in() {
-    let some_port = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let Err(refused) = ApiServer::start_on(some_port()) else { panic!("it could not come back on its port") };
     assert!(refused.to_string().contains("explicit port"), "{refused}");
 
@@ -469,6 +472,10 @@ fn a_listener_is_handed_in() {
     server.go_away();
     server.come_back();
     std::net::TcpStream::connect(address).unwrap();
+}
+
+fn some_port() -> std::net::TcpListener {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap()
 }
 
 #[test]

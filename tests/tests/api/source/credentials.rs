@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use proxy_tests::apiserver::client::kubeconfig;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, Certificate, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::RootCertStore;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::WebPkiClientVerifier;
@@ -23,24 +23,17 @@ struct Authority {
 
 impl Authority {
     fn new() -> Self {
-        let of = |names: &[&str]| {
-            CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap()
-        };
-        let (key, mut params) = (KeyPair::generate().unwrap(), of(&[]));
+        let (key, mut params) = (KeyPair::generate().unwrap(), certified(&[]));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let own = params.self_signed(&key).unwrap();
         let issuer = Issuer::new(params, key);
-        let sign = |names: &[&str]| {
-            let key = KeyPair::generate().unwrap();
-            (of(names).signed_by(&key, &issuer).unwrap(), key)
-        };
         let mut roots = RootCertStore::empty();
         roots.add(own.der().clone()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
             .build()
             .unwrap();
-        let (server, key) = sign(&["127.0.0.1"]);
+        let (server, key) = Self::signed(&["127.0.0.1"], &issuer);
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
         let config = rustls::ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
@@ -48,11 +41,24 @@ impl Authority {
             .with_client_cert_verifier(clients)
             .with_single_cert(vec![server.der().clone()], key)
             .unwrap();
-        let (client, key) = sign(&["client"]);
+        let (client, key) = Self::signed(&["client"], &issuer);
         Self {
             pem: own.pem(),
             client: [client.pem(), key.serialize_pem()],
             acceptor: TlsAcceptor::from(Arc::new(config)),
+        }
+    }
+
+    fn signed(names: &[&str], issuer: &Issuer<'_, KeyPair>) -> (Certificate, KeyPair) {
+        let key = KeyPair::generate().unwrap();
+        (certified(names).signed_by(&key, issuer).unwrap(), key)
+    }
+
+    /// Writes the authority's certificate, and the client's with its key.
+    fn write(&self, folder: &std::path::Path) {
+        std::fs::write(folder.join("ca"), &self.pem).unwrap();
+        for (name, text) in ["certificate", "key"].into_iter().zip(&self.client) {
+            std::fs::write(folder.join(name), text).unwrap();
         }
     }
 }
@@ -76,13 +82,17 @@ impl Authority {
     }
 }
 
+fn certified(names: &[&str]) -> CertificateParams {
+    CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap()
+}
+
 /// Returns a source configured by a kubeconfig with this server and authority.
 fn watched(folder: &TempDir, port: u16, authority: &str) -> Watched {
-    let path = |name: &str| folder.path().join(name);
-    std::fs::write(path("ca"), authority).unwrap();
+    let folder = folder.path();
+    std::fs::write(folder.join("ca"), authority).unwrap();
     let cluster = format!("https://127.0.0.1:{port}\n    certificate-authority: ca");
-    std::fs::write(path("kubeconfig"), kubeconfig(&cluster, None)).unwrap();
-    Watched::of(Server::configured(Some(&path("kubeconfig")), None).unwrap())
+    std::fs::write(folder.join("kubeconfig"), kubeconfig(&cluster, None)).unwrap();
+    Watched::of(Server::configured(Some(&folder.join("kubeconfig")), None).unwrap())
 }
 
 #[tokio::test]
@@ -97,14 +107,15 @@ async fn a_server_that_has_signed_its_own_certificate() {
     let mut known = watched(&folders[0], front.port, &own.pem);
     known.until("synced", |watched| watched.synced == 1).await;
 
-    let said = |wanted: &'static str| {
-        move |watched: &Watched| watched.problems.iter().any(|problem| problem.reason.contains(wanted))
-    };
     let mut stranger = watched(&folders[1], front.port, &authority.pem);
     stranger.until("a reason", said("certificate is not of the authority that is in use")).await;
     front.change(&authority);
     let mut refused = watched(&folders[2], front.port, &authority.pem);
     refused.until("a reason", said("give it one with basicConstraints CA:FALSE")).await;
+}
+
+fn said(wanted: &'static str) -> impl Fn(&Watched) -> bool {
+    move |watched: &Watched| watched.problems.iter().any(|problem| problem.reason.contains(wanted))
 }
 
 /// Alert of a server that has only a key of the curve P-521.
@@ -172,30 +183,23 @@ async fn renewed_certificates_are_used_at_once() {
     let (server, first, second) = (ApiServer::start().unwrap(), Authority::new(), Authority::new());
     let front = Front::of(&server, &first).await;
     let folder = TempDir::new().unwrap();
-    let path = |name: &str| folder.path().join(name);
-    let write = |authority: &Authority| {
-        std::fs::write(path("ca"), &authority.pem).unwrap();
-        for (name, text) in ["certificate", "key"].into_iter().zip(&authority.client) {
-            std::fs::write(path(name), text).unwrap();
-        }
-    };
-    write(&first);
+    first.write(folder.path());
     // Without a scheme, it is https: the kubeconfig has certificates.
     let cluster = format!("127.0.0.1:{}\n    certificate-authority: ca", front.port);
     let text = kubeconfig(&cluster, None)
         .replace("user: {}", "user: { client-certificate: certificate, client-key: key }");
-    std::fs::write(path("kubeconfig"), text).unwrap();
-    let mut watched = Watched::of(Server::configured(Some(&path("kubeconfig")), None).unwrap());
+    std::fs::write(folder.path().join("kubeconfig"), text).unwrap();
+    let mut watched = Watched::of(Server::configured(Some(&folder.path().join("kubeconfig")), None).unwrap());
     watched.until("synced", |watched| watched.synced == 1).await;
 
     front.change(&second);
     server.compact();
     server.apply(service("s", 80)).unwrap();
     // A key that cannot be used is ignored, and does no harm.
-    std::fs::write(path("key"), "half of a").unwrap();
+    std::fs::write(folder.path().join("key"), "half of a").unwrap();
     watched.settle().await;
     assert!(watched.cluster.service(&proxy_agent::reconcile::cluster::ObjectKey::new("a", "s")).is_none());
-    write(&second);
+    second.write(folder.path());
     watched.until_services(&["s:80"]).await;
     watched.until("nothing is wrong", |watched| watched.problems.is_empty()).await;
 }

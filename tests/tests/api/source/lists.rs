@@ -10,8 +10,9 @@ use super::{WATCHED, Watched, servers, service, until, wait_for_watches};
 /// Returns the requests for lists of a resource, pages included.
 fn lists(server: &ApiServer, resource: Resource) -> Vec<Request> {
     let requests = server.requests().into_iter();
-    let of_list = |request: &Request| request.is_list() || request.verb == Verb::List;
-    requests.filter(|request| request.resource == resource && of_list(request)).collect()
+    requests
+        .filter(|request| request.resource == resource && (request.is_list() || request.verb == Verb::List))
+        .collect()
 }
 
 /// Makes the agent list everything again.

@@ -132,6 +132,12 @@ impl Watched {
         services.map(|service| format!("{}:{}", service.key.name, service.ports[0].port)).collect()
     }
 
+    /// Returns the names of a Service's slices.
+    fn slices(&self, service: &str) -> Vec<String> {
+        let key = proxy_agent::reconcile::cluster::ObjectKey::new("a", service);
+        self.cluster.slices(&key).map(|slice| slice.key.name.to_string()).collect()
+    }
+
     fn service_cidrs(&self) -> Vec<String> {
         self.cluster.service_cidrs().map(|cidr| cidr.to_string()).collect()
     }
@@ -228,7 +234,7 @@ async fn everything_is_listed_then_watched() {
 #[tokio::test]
 async fn p054_p055_p056_p057_slices_that_are_for_a_proxy() {
     let server = ApiServer::start().unwrap();
-    let (of_s, key) = (slice("s-1", "s"), proxy_agent::reconcile::cluster::ObjectKey::new("a", "s"));
+    let of_s = slice("s-1", "s");
     let mut names = slice("s-2", "s");
     names["addressType"] = "FQDN".into();
     names["endpoints"] = json!([{ "addresses": ["db.example"] }]);
@@ -239,18 +245,15 @@ async fn p054_p055_p056_p057_slices_that_are_for_a_proxy() {
     let mut watched = Watched::synced(&server).await;
     server.apply(service("s", 80)).unwrap();
     watched.until_services(&["s:80"]).await;
-    let slices = |watched: &Watched| -> Vec<String> {
-        watched.cluster.slices(&key).map(|slice| slice.key.name.to_string()).collect()
-    };
-    assert_eq!(slices(&watched), ["s-1"]);
+    assert_eq!(watched.slices("s"), ["s-1"]);
 
     wait_for_watches(&server).await;
     let mut headless = of_s.clone();
     headless["metadata"]["labels"]["service.kubernetes.io/headless"] = "".into();
     server.apply(headless).unwrap();
-    watched.until("headless", |watched| slices(watched).is_empty()).await;
+    watched.until("headless", |watched| watched.slices("s").is_empty()).await;
     server.apply(of_s).unwrap();
-    watched.until("for a proxy again", |watched| slices(watched) == ["s-1"]).await;
+    watched.until("for a proxy again", |watched| watched.slices("s") == ["s-1"]).await;
     assert_eq!(watched.problems, []);
 }
 
@@ -306,8 +309,7 @@ async fn what_a_new_list_lacks_is_gone_but_only_at_its_end() {
         server.apply_silently(service("s0001", 81)).unwrap();
         server.compact();
         server.cut_watches(Cut::Clean);
-        let second = |watched: &Watched| watched.services()[1].clone();
-        watched.until("relisted", |watched| second(watched) == "s0001:81").await;
+        watched.until("relisted", |watched| watched.services()[1] == "s0001:81").await;
         watched.settle().await;
         assert_eq!(watched.services()[0], "s0000:80", "gone before the list was complete");
         server.release_list(Resource::Services);
@@ -443,12 +445,6 @@ async fn service_cidrs_are_optional() {
 #[tokio::test]
 async fn pods_are_watched_only_if_they_may_opt_out() {
     let server = ApiServer::start().unwrap();
-    let pod = |name: &str, node: &str, value: &str| {
-        json!({
-            "apiVersion": "v1", "kind": "Pod", "spec": { "nodeName": node },
-            "metadata": { "namespace": "a", "name": name, "uid": name, "annotations": { ANNOTATION: value } },
-        })
-    };
     server
         .apply_all([pod("out", "n1", "off"), pod("in", "n1", "on"), pod("elsewhere", "n2", "off")])
         .unwrap();
@@ -456,15 +452,10 @@ async fn pods_are_watched_only_if_they_may_opt_out() {
     watched.settle().await;
     assert_eq!(server.lists(Resource::Pods) + server.open_watches(Resource::Pods), 0);
 
-    let api = || async {
-        let folder = TempDir::new().unwrap();
-        server.write_kubeconfig(&folder.path().join("kubeconfig")).unwrap();
-        Server::configured(Some(&folder.path().join("kubeconfig")), None).unwrap()
-    };
     let rules = Rules::parse(&["annotation".to_owned()]).unwrap();
     let names =
         |watched: &Watched| watched.cluster.pods().map(|pod| pod.key.name.to_string()).collect::<Vec<_>>();
-    let mut watched = Watched::with_opt_out(api().await, rules.clone());
+    let mut watched = Watched::with_opt_out(api(&server).await, rules.clone());
     watched.until("synced", |watched| watched.synced == 1).await;
     assert_eq!(names(&watched), ["out"]);
     server.apply(pod("in", "n1", "off")).unwrap();
@@ -472,17 +463,32 @@ async fn pods_are_watched_only_if_they_may_opt_out() {
     server.apply(pod("out", "n1", "on")).unwrap();
     server.delete_named(Resource::Pods, "a", "in");
     watched.until("none", |watched| names(watched).is_empty()).await;
-    let of_this_node = |request: &proxy_tests::apiserver::Request| request.query.contains("spec.nodeName");
     let requests: Vec<_> =
         server.requests().into_iter().filter(|request| request.resource == Resource::Pods).collect();
-    assert!(!requests.is_empty() && requests.iter().all(of_this_node), "{requests:?}");
+    assert!(
+        !requests.is_empty() && requests.iter().all(|request| request.query.contains("spec.nodeName")),
+        "{requests:?}"
+    );
 
     // An agent that may not read Pods works without them.
     server.fail(None, Some(Resource::Pods), 403, usize::MAX);
-    let mut watched = Watched::with_opt_out(api().await, rules);
+    let mut watched = Watched::with_opt_out(api(&server).await, rules);
     watched.until("synced", |watched| watched.synced == 1 && !watched.problems.is_empty()).await;
     let problem = &watched.problems[0];
     assert!(problem.object.ends_with(", pods") && problem.reason.contains("--socket-opt-out"), "{problem:?}");
+}
+
+async fn api(server: &ApiServer) -> Server {
+    let folder = TempDir::new().unwrap();
+    server.write_kubeconfig(&folder.path().join("kubeconfig")).unwrap();
+    Server::configured(Some(&folder.path().join("kubeconfig")), None).unwrap()
+}
+
+fn pod(name: &str, node: &str, value: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod", "spec": { "nodeName": node },
+        "metadata": { "namespace": "a", "name": name, "uid": name, "annotations": { ANNOTATION: value } },
+    })
 }
 
 #[tokio::test]

@@ -39,8 +39,10 @@ pub(super) fn verify_with(world: &World, flag: &str, source: &Path) -> Result<Ve
     let differences = found["differences"].as_array().context("a list")?;
     ensure!(output.status.success() == differences.is_empty(), "{}: {found}", output.status);
     ensure!(differences.is_empty() || said.contains("differences between"), "{said}");
-    let text = |difference: &Value, field: &str| difference[field].as_str().unwrap_or_default().to_owned();
-    Ok(differences.iter().map(|one| (text(one, "map"), text(one, "object"))).collect())
+    let texts = differences
+        .iter()
+        .map(|one| ["map", "object"].map(|field| one[field].as_str().unwrap_or_default().to_owned()).into());
+    Ok(texts.collect())
 }
 
 /// Runs `bpftool map WORDS` on a map. The word `{}` stands for the pin.
@@ -60,11 +62,12 @@ fn bpftool(world: &World, map: &str, words: &str) -> Result<String> {
 /// Returns the keys of a hash map in bpftool's form.
 fn keys(world: &World, map: &str) -> Result<Vec<String>> {
     let dump: Value = serde_json::from_str(&bpftool(world, map, "dump {}")?)?;
-    let bytes = |element: &Value| {
-        let bytes = element["key"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        bytes.collect::<Vec<_>>().join(" ")
-    };
-    Ok(dump.as_array().context("elements")?.iter().map(bytes).collect())
+    Ok(dump.as_array().context("elements")?.iter().map(key).collect())
+}
+
+fn key(element: &Value) -> String {
+    let bytes = element["key"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    bytes.collect::<Vec<_>>().join(" ")
 }
 
 fn drift(world: &mut World, map: &str) -> Result<u64> {
@@ -114,27 +117,24 @@ fn elements_that_are_removed_or_changed_are_named_and_come_back() -> Result<()> 
     let attempts = world.client().connect(KUBIA_VIP).http().times(20).run()?;
     ensure!(attempts.iter().all(|attempt| attempt.ok), "{attempts:?}");
     // Corrections do not count as drift.
-    let sum = |world: &mut World| {
-        [maps::FRONTENDS, maps::NAMES, maps::SLOTS, maps::LOCAL_ADDRESSES]
-            .map(|map| drift(world, map))
-            .into_iter()
-            .sum::<Result<u64>>()
-    };
-    let (counted, end) = (sum(&mut world)?, Instant::now() + Duration::from_secs(3));
+    let (counted, end) = (drift_of_maps(&mut world)?, Instant::now() + Duration::from_secs(3));
     while Instant::now() < end {
         std::thread::sleep(Duration::from_millis(200));
     }
-    assert_eq!(sum(&mut world)?, counted);
+    assert_eq!(drift_of_maps(&mut world)?, counted);
     Ok(())
+}
+
+fn drift_of_maps(world: &mut World) -> Result<u64> {
+    [maps::FRONTENDS, maps::NAMES, maps::SLOTS, maps::LOCAL_ADDRESSES]
+        .map(|map| drift(world, map))
+        .into_iter()
+        .sum::<Result<u64>>()
 }
 
 #[test]
 fn programs_that_are_detached_are_attached_again() -> Result<()> {
     let mut world = world()?;
-    let attached = |world: &World| -> Result<usize> {
-        let programs = world.tool(NODE, "status")?["programs"].clone();
-        Ok(programs.as_object().context("programs")?.values().filter(|attached| **attached == true).count())
-    };
     let (all, links) = (attached(&world)?, world.lab().node(NODE).pin_dir().join("links"));
     for name in ["connect4", "sendmsg4"] {
         let mut command = world.host().command("bpftool");
@@ -151,4 +151,9 @@ fn programs_that_are_detached_are_attached_again() -> Result<()> {
     let attempts = world.client().connect(KUBIA_VIP).http().times(20).run()?;
     ensure!(attempts.iter().all(|attempt| attempt.ok), "{attempts:?}");
     Ok(())
+}
+
+fn attached(world: &World) -> Result<usize> {
+    let programs = world.tool(NODE, "status")?["programs"].clone();
+    Ok(programs.as_object().context("programs")?.values().filter(|attached| **attached == true).count())
 }

@@ -111,10 +111,9 @@ fn remembered(world: &World) -> Result<Vec<Vec<String>>> {
 fn all_fit(world: &World, services: u32) -> Result<()> {
     let enough = u64::from(2 * services + services / 2);
     until("larger maps", || Ok((room(world, maps::SERVICES)? >= enough).then_some(())))?;
-    let service = |number: u32| format!("default/many-{number}");
-    (0..services)
-        .step_by(500)
-        .try_for_each(|number| world.wait_ports(NODE, &service(number), |ports| ports.len() == 2).map(drop))
+    (0..services).step_by(500).try_for_each(|number| {
+        world.wait_ports(NODE, &format!("default/many-{number}"), |ports| ports.len() == 2).map(drop)
+    })
 }
 
 /// Checks that a Service created after the growth is served, at the sockets and for packets from outside. The former
@@ -221,8 +220,10 @@ fn maps_that_cannot_grow_refuse_what_does_not_fit_and_nothing_else() -> Result<(
             && problems.values().flatten().any(|reason| reason.contains("map SERVICES is full"))
             && (400..=900).contains(&refused(problems))
     })?;
-    let others = |object: &str| object == "maps" || object == REST || object.contains("many-");
-    ensure!(problems.keys().all(|object| others(object)), "{problems:?}");
+    ensure!(
+        problems.keys().all(|object| object == "maps" || object == REST || object.contains("many-")),
+        "{problems:?}"
+    );
     assert_eq!(ids(&world)?, before);
     loops.next(100)?;
 
@@ -246,9 +247,8 @@ fn maps_that_cannot_grow_refuse_what_does_not_fit_and_nothing_else() -> Result<(
     world.manifests().write("many.yaml", &many(MANY - FEW..MANY))?;
     world.wait_problems(NODE, |problems| problems.keys().all(|object| object == "maps"))?;
     ensure!(room(&world, maps::SERVICES)? < u64::from(2 * MANY), "the maps have grown");
-    let service = |number: u32| format!("default/many-{number}");
     (MANY - FEW..MANY).step_by(100).try_for_each(|number| {
-        world.wait_ports(NODE, &service(number), |ports| ports.len() == 2).map(drop)
+        world.wait_ports(NODE, &format!("default/many-{number}"), |ports| ports.len() == 2).map(drop)
     })?;
     // Now the remaining ones have no room.
     world.manifests().write("many.yaml", &many(0..MANY))?;

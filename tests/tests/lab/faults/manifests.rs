@@ -105,12 +105,6 @@ fn an_address_that_two_services_want_is_the_older_ones() -> Result<()> {
     let file = "claims.yaml";
     let world = World::start(&[KUBIA])?;
     let external = "198.51.100.77:80";
-    let claim = |name: &str, ip: &str, pod: Value, year: u32| {
-        let mut objects = service(name, ip, pod);
-        objects[0]["spec"]["externalIPs"] = json!(["198.51.100.77"]);
-        objects[0]["metadata"]["creationTimestamp"] = format!("{year}-01-01T00:00:00Z").into();
-        objects
-    };
     let younger = claim("a-younger", "10.96.2.1", endpoint("kubia-7nog1", "node-a", "172.16.1.4"), 2021);
     let older = claim("b-older", "10.96.2.2", endpoint("kubia-gzwli", "node-b", "172.16.2.5"), 2020);
     let both = [younger.clone(), older].concat();
@@ -141,6 +135,13 @@ fn an_address_that_two_services_want_is_the_older_ones() -> Result<()> {
         world.wait_problems(NODE, is_told)?;
     }
     loops.none_failed().map(drop)
+}
+
+fn claim(name: &str, ip: &str, pod: Value, year: u32) -> [Value; 2] {
+    let mut objects = service(name, ip, pod);
+    objects[0]["spec"]["externalIPs"] = json!(["198.51.100.77"]);
+    objects[0]["metadata"]["creationTimestamp"] = format!("{year}-01-01T00:00:00Z").into();
+    objects
 }
 
 #[test]

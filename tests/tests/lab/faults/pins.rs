@@ -46,8 +46,10 @@ fn put_map(world: &World, version: &str, name: &str, layout: &str) -> Result<()>
 fn layout(world: &World, name: &str) -> Result<String> {
     let pin = world.lab().node(NODE).pin_dir().join(format!("v{ABI_VERSION}")).join(name);
     let shown = bpftool(world, "map show pinned", &pin, "")?;
-    let size = |word: &str| shown.split_once(word).and_then(|(_, rest)| rest.split_whitespace().next());
-    let [key, value, entries] = ["key ", "value ", "max_entries "].map(|word| size(word).unwrap_or_default());
+    let [key, value, entries] = ["key ", "value ", "max_entries "].map(|word| {
+        let size = shown.split_once(word).and_then(|(_, rest)| rest.split_whitespace().next());
+        size.unwrap_or_default()
+    });
     Ok(format!("{key} {value} {entries}"))
 }
 
@@ -157,17 +159,20 @@ fn something_for_the_packet_edge(pins: &PinDir) -> Result<()> {
     for table in [&mut flows.index, &mut flows.new_index] {
         table.add(&key, &FlowRef::default())?;
     }
-    let open = |name: &str| Ok::<_, anyhow::Error>(Map::HashMap(MapData::from_pin(pins.map(name))?));
     let fragment = FragmentKey { proto: UDP, ..Zeroable::zeroed() };
-    let mut fragments = HashMap::<_, FragmentKey, FragmentPorts>::try_from(open(maps::FRAGMENTS)?)?;
+    let mut fragments = HashMap::<_, FragmentKey, FragmentPorts>::try_from(open(pins, maps::FRAGMENTS)?)?;
     fragments.insert(fragment, FragmentPorts::default(), 0)?;
-    let mut clients = HashMap::<_, AffinityKey, AffinityValue>::try_from(open(maps::NEW_AFFINITY)?)?;
+    let mut clients = HashMap::<_, AffinityKey, AffinityValue>::try_from(open(pins, maps::NEW_AFFINITY)?)?;
     clients.insert(AffinityKey::zeroed(), AffinityValue::zeroed(), 0)?;
     // No device has this number.
-    let mut datagrams = HashMap::<_, UdpFlowKey, UdpFlow>::try_from(open(maps::UDP_FLOWS)?)?;
+    let mut datagrams = HashMap::<_, UdpFlowKey, UdpFlow>::try_from(open(pins, maps::UDP_FLOWS)?)?;
     datagrams.insert(UdpFlowKey::zeroed(), UdpFlow::zeroed(), 0)?;
-    let mut devices = HashMap::<_, u32, Device>::try_from(open(maps::DEVICES)?)?;
+    let mut devices = HashMap::<_, u32, Device>::try_from(open(pins, maps::DEVICES)?)?;
     Ok(devices.insert(u32::MAX, Device::default(), 0)?)
+}
+
+fn open(pins: &PinDir, name: &str) -> Result<Map> {
+    Ok(Map::HashMap(MapData::from_pin(pins.map(name))?))
 }
 
 #[test]

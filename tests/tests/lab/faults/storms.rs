@@ -84,24 +84,22 @@ impl Storm {
     }
 
     fn is_well(&mut self, what: &str) -> Result<()> {
-        let well = |storm: &mut Self| {
-            let pods = storm.change()?;
-            wait_for(&storm.world, pods)?;
-            ensure!(
-                elements(&storm.world)? == storm.untouched,
-                "elements of untouched Services have changed"
-            );
-            storm.loops.next(5)?;
-            let deadline = Instant::now() + PATIENCE;
-            loop {
-                let found = verify_with(&storm.world, "--kubeconfig", &storm.kubeconfig)?;
-                if found.is_empty() {
-                    return Ok(());
-                }
-                ensure!(Instant::now() < deadline, "verify finds {found:?}");
+        self.takes_a_change().with_context(|| format!("behind {what}"))
+    }
+
+    fn takes_a_change(&mut self) -> Result<()> {
+        let pods = self.change()?;
+        wait_for(&self.world, pods)?;
+        ensure!(elements(&self.world)? == self.untouched, "elements of untouched Services have changed");
+        self.loops.next(5)?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let found = verify_with(&self.world, "--kubeconfig", &self.kubeconfig)?;
+            if found.is_empty() {
+                return Ok(());
             }
-        };
-        well(self).with_context(|| format!("behind {what}"))
+            ensure!(Instant::now() < deadline, "verify finds {found:?}");
+        }
     }
 
     /// Makes the server forget its history, so that the agent lists everything again.
@@ -118,10 +116,8 @@ impl Storm {
     /// Returns how many of the filling Services have a frontend.
     fn programmed(&self) -> Result<usize> {
         let maps = maps(&self.world)?;
-        let there = |index: &u16| Ok(maps.frontend(&frontend(*index))?.is_some());
         (0..FILLING)
-            .map(|index| there(&index))
-            .try_fold(0, |sum, there: Result<bool>| Ok(sum + usize::from(there?)))
+            .try_fold(0, |sum, index| Ok(sum + usize::from(maps.frontend(&frontend(index))?.is_some())))
     }
 
     /// Changes all filling slices at once. Returns the time until all were programmed.
@@ -204,7 +200,8 @@ fn filling(index: u16) -> Value {
 
 fn filling_slice(index: u16, endpoints: u8) -> Value {
     let [high, low] = index.to_be_bytes();
-    let endpoint = |number: u8| json!({ "addresses": [IpAddr::from([10, 200 + number, high, low])] });
+    let addresses = (0..endpoints).map(|number| IpAddr::from([10, 200 + number, high, low]));
+    let endpoints: Vec<_> = addresses.map(|address| json!({ "addresses": [address] })).collect();
     json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
         "metadata": {
@@ -212,7 +209,7 @@ fn filling_slice(index: u16, endpoints: u8) -> Value {
             "labels": { "kubernetes.io/service-name": format!("filling-{index}") },
         },
         "ports": [{ "name": "", "protocol": "TCP", "port": 8080 }],
-        "endpoints": (0..endpoints).map(endpoint).collect::<Vec<_>>(),
+        "endpoints": endpoints,
     })
 }
 
@@ -428,8 +425,7 @@ fn an_api_server_that_is_away_for_minutes() -> Result<()> {
     ensure!(elements(&storm.world)? == storm.untouched, "nobody could say that anything had changed");
     let back = Instant::now();
     storm.server.come_back();
-    let last = || -> Result<()> { wait_for(&storm.world, pods) };
-    while let Err(not_yet) = last() {
+    while let Err(not_yet) = wait_for(&storm.world, pods) {
         ensure!(back.elapsed() < BACK, "{not_yet:#}");
     }
     let took = back.elapsed();

@@ -5,10 +5,6 @@ use super::*;
 #[test]
 fn tries_hold_what_was_put_into_them() -> Result<()> {
     let mut bench = Bench::new()?;
-    let prefix = |text: &str| -> Result<Prefix> {
-        let (addr, len) = text.split_once('/').context("a prefix")?;
-        Prefix::new(addr.parse::<std::net::IpAddr>()?.into(), len.parse()?).context("a prefix")
-    };
     let ranges = [
         (1, "203.0.113.0/24"),
         (1, "203.0.113.0/25"),
@@ -70,13 +66,17 @@ fn tries_hold_what_was_put_into_them() -> Result<()> {
     Ok(())
 }
 
+fn prefix(text: &str) -> Result<Prefix> {
+    let (addr, len) = text.split_once('/').context("a prefix")?;
+    Prefix::new(addr.parse::<std::net::IpAddr>()?.into(), len.parse()?).context("a prefix")
+}
+
 #[test]
 fn the_filter_keeps_what_flows_lead_to() -> Result<()> {
     let mut bench = Bench::new()?;
-    let address = |number: u8| Addr::v4([10, 64, 7, number]);
     let state = BackendState { flags: backend::flags::IN_CLUSTER, generation: 1 };
     for number in 1..=3 {
-        let addr = address(number);
+        let addr = backend_of(number);
         let backend = Backend { addr, port: Be16::new(8080), pad: [0; 2], service: 1, state };
         bench.maps().apply(&Op::Backend(number.into(), backend))?;
     }
@@ -87,18 +87,25 @@ fn the_filter_keeps_what_flows_lead_to() -> Result<()> {
     let mut maps = bench.flows()?;
     for (table, number) in [(&mut maps.flows, 2), (&mut maps.new_flows, 4)] {
         let (key, flow) = record(POD, TCP, 1, ASSURED, now());
-        table.add(&FlowKey { destination: address(number), ..key }, &flow)?;
+        table.add(&FlowKey { destination: backend_of(number), ..key }, &flow)?;
     }
-    let has = |bench: &Bench, number: u8| {
-        let FilterBit { word, mask } = FilterBit::of_backend(&address(number));
-        bench.dataplane.maps.filter().get(word as usize).is_some_and(|bits| bits & mask != 0)
-    };
-    let all = |bench: &Bench| [1, 2, 3, 4].map(|number| has(bench, number));
-    assert_eq!(all(&bench), [true, true, true, false]);
+    let all = [1, 2, 3, 4].map(backend_of);
+    let kept = all.each_ref().map(|backend| in_filter(&bench.dataplane.maps, backend));
+    assert_eq!(kept, [true, true, true, false]);
     let contents = bench.maps().contents()?;
     bench.maps().refresh_filter(&contents)?;
-    assert_eq!(all(&bench), [true, true, false, true]);
+    let kept = all.each_ref().map(|backend| in_filter(&bench.dataplane.maps, backend));
+    assert_eq!(kept, [true, true, false, true]);
     Ok(())
+}
+
+fn backend_of(number: u8) -> Addr {
+    Addr::v4([10, 64, 7, number])
+}
+
+fn in_filter(maps: &KernelMaps, backend: &Addr) -> bool {
+    let FilterBit { word, mask } = FilterBit::of_backend(backend);
+    maps.filter().get(word as usize).is_some_and(|bits| bits & mask != 0)
 }
 
 #[test]
@@ -108,18 +115,14 @@ fn new_maps_know_what_older_flows_lead_to() -> Result<()> {
     let departed = Addr::v4([10, 64, 7, 2]);
     let (key, flow) = record(POD, TCP, 1, ASSURED, now());
     FlowMaps::open(&pins)?.flows.add(&FlowKey { destination: departed, ..key }, &flow)?;
-    let FilterBit { word, mask } = FilterBit::of_backend(&departed);
-    let has = || -> Result<bool> {
-        Ok(KernelMaps::open(&pins, false)?.filter().get(word as usize).is_some_and(|bits| bits & mask != 0))
-    };
     // Nothing has told the filter yet. A new agent does, whether it takes the maps over or replaces them.
-    assert!(!has()?);
+    assert!(!in_filter(&KernelMaps::open(&pins, false)?, &departed));
     world.agent(NODE).kill9()?;
     world.agent(NODE).start_ready()?;
-    assert!(has()?);
+    assert!(in_filter(&KernelMaps::open(&pins, false)?, &departed));
     world.agent(NODE).kill9()?;
     std::fs::remove_file(pins.map(maps::FRONTENDS))?;
     world.agent(NODE).start_ready()?;
-    assert!(has()?);
+    assert!(in_filter(&KernelMaps::open(&pins, false)?, &departed));
     Ok(())
 }

@@ -22,7 +22,8 @@ use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, R
 use proxy_common::abi::maps;
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
-    Backend, BackendState, FilterBit, Flow, FlowKey, FlowKind, FlowRef, Origin, ServiceCounters, backend,
+    Backend, BackendState, FilterBit, Flow, FlowKey, FlowKind, FlowRef, Origin, ServiceCounters, ServiceName,
+    backend,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
@@ -284,18 +285,13 @@ fn a_running_agent_collects_and_counts_what_is_there() -> Result<()> {
     let (expired, live) =
         (record(POD, TCP, 1, RESET | ASSURED, long_ago), record(POD, TCP, 2, ASSURED, now()));
     put(&mut maps, &[expired, live])?;
-    let mut sample = |name: &str| -> Result<u64> {
-        let metrics = world.agent(NODE).metrics()?;
-        let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        Ok(line.with_context(|| format!("no {name} in\n{metrics}"))?.parse()?)
-    };
     let deadline = Instant::now() + Duration::from_secs(30);
-    while sample("vipr_flows_collected_total")? == 0 {
+    while sample(&mut world, "vipr_flows_collected_total")? == 0 {
         ensure!(Instant::now() < deadline, "nothing was collected");
         thread::sleep(Duration::from_millis(50));
     }
     assert_eq!(keys(&maps)?, keys_of(&[live]));
-    assert_eq!(sample("vipr_flows_collected_total")?, 1);
+    assert_eq!(sample(&mut world, "vipr_flows_collected_total")?, 1);
     for (name, want) in [
         ("vipr_map_entries{map=\"FLOWS\"}", 1),
         ("vipr_map_capacity{map=\"FLOWS\"}", 262_144),
@@ -303,9 +299,15 @@ fn a_running_agent_collects_and_counts_what_is_there() -> Result<()> {
         ("vipr_map_capacity{map=\"FLOW_INDEX\"}", 524_288),
         ("vipr_map_entries{map=\"SOURCE_RANGES\"}", 0),
     ] {
-        assert_eq!(sample(name)?, want, "{name}");
+        assert_eq!(sample(&mut world, name)?, want, "{name}");
     }
     Ok(())
+}
+
+fn sample(world: &mut World, name: &str) -> Result<u64> {
+    let metrics = world.agent(NODE).metrics()?;
+    let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    Ok(line.with_context(|| format!("no {name} in\n{metrics}"))?.parse()?)
 }
 
 #[test]
@@ -393,24 +395,21 @@ fn flows_are_shown_in_words() -> Result<()> {
 #[test]
 fn what_passed_for_a_service_is_shown_and_forgotten_with_it() -> Result<()> {
     let mut bench = Bench::new()?;
-    let name = |name: &str| {
-        let service = ObjectKey::new("a", name);
-        Box::new(service_name(&PortKey { service, port_name: "".into(), proto: TCP, family: Family::V4 }))
-    };
-    bench.maps().apply(&Op::Name(3, Some(name("s"))))?;
+    bench.maps().apply(&Op::Name(3, Some(Box::new(a_service("s")))))?;
     assert_eq!(bench.maps().service_counters(3)?, ServiceCounters::default());
     let counters = Map::PerCpuArray(MapData::from_pin(bench.pins.map(maps::SERVICE_COUNTERS))?);
     let mut counters = PerCpuArray::<_, ServiceCounters>::try_from(counters)?;
     let cpus = counters.get(&3, 0)?.len() as u64;
-    let cpu = |cpu: u64| ServiceCounters {
-        connections: 1,
-        request_packets: 2 + cpu,
-        request_bytes: u64::MAX / cpus,
-        reply_packets: 4,
-        reply_bytes: 5,
-    };
-    counters.set(3, PerCpuValues::try_from((0..cpus).map(cpu).collect::<Vec<_>>())?, 0)?;
-    counters.set(4, PerCpuValues::try_from((0..cpus).map(cpu).collect::<Vec<_>>())?, 0)?;
+    for service in [3, 4] {
+        let of_cpus = (0..cpus).map(|cpu| ServiceCounters {
+            connections: 1,
+            request_packets: 2 + cpu,
+            request_bytes: u64::MAX / cpus,
+            reply_packets: 4,
+            reply_bytes: 5,
+        });
+        counters.set(service, PerCpuValues::try_from(of_cpus.collect::<Vec<_>>())?, 0)?;
+    }
     let sum = ServiceCounters {
         connections: cpus,
         request_packets: (0..cpus).map(|cpu| 2 + cpu).sum(),
@@ -422,8 +421,13 @@ fn what_passed_for_a_service_is_shown_and_forgotten_with_it() -> Result<()> {
     // The name is removed, and the counters can still be read; the next Service starts from zero.
     bench.maps().apply(&Op::Name(3, None))?;
     assert_eq!(bench.maps().service_counters(3)?, sum);
-    bench.maps().apply(&Op::Name(3, Some(name("t"))))?;
+    bench.maps().apply(&Op::Name(3, Some(Box::new(a_service("t")))))?;
     assert_eq!(bench.maps().service_counters(3)?, ServiceCounters::default());
     assert_eq!(bench.maps().service_counters(4)?, sum, "another's");
     Ok(())
+}
+
+fn a_service(name: &str) -> ServiceName {
+    let service = ObjectKey::new("a", name);
+    service_name(&PortKey { service, port_name: "".into(), proto: TCP, family: Family::V4 })
 }

@@ -77,8 +77,9 @@ fn a_service_that_does_not_fit() -> Result<()> {
     // map would be pinned.
     fs::create_dir(stage.node().pin_dir().join(format!("v{ABI_VERSION}/FRONTENDS-larger")))?;
     let capacity = sample(&agent, "vipr_map_capacity{map=\"FRONTENDS\"}")? as u32;
-    let address = |number| Ipv4Addr::from(u32::from(Ipv4Addr::new(198, 18, 0, 1)) + number).to_string();
-    let addresses: Vec<String> = (0..capacity + 10).map(address).collect();
+    let addresses: Vec<String> = (0..capacity + 10)
+        .map(|number| Ipv4Addr::from(u32::from(Ipv4Addr::new(198, 18, 0, 1)) + number).to_string())
+        .collect();
     server.apply(service("s", "10.96.0.10", &json!({"externalIPs": addresses})))?;
     // One Event covers all refused addresses.
     let [event] = &wait(&server, "ServiceProblem", 1)?[..] else { unreachable!("one") };
@@ -124,9 +125,8 @@ fn a_namespace_does_not_silence_another() -> Result<()> {
     let stage = Stage::new()?;
     let (server, mut agent) = stage.with_api()?;
     let wrong = json!({"externalIPs": ["nonsense"]});
-    let noise = |round: u32| (0..250).map(move |n| (round, n));
     start(&mut agent)?;
-    for (round, n) in (0..4).flat_map(noise) {
+    for (round, n) in (0..4).flat_map(|round: u32| (0..250).map(move |n| (round, n))) {
         server.apply(service(&format!("s{round}-{n}"), &format!("10.96.{}.{n}", round + 1), &wrong))?;
     }
     wait_sample(&agent, "vipr_problems", |problems| problems == 1_000.0)?;
@@ -135,19 +135,19 @@ fn a_namespace_does_not_silence_another() -> Result<()> {
     server.apply(quiet)?;
     until("the Event of the other namespace", || {
         let events = with_reason(&server, "ServiceProblem");
-        let of = |namespace: &str| {
+        let [a, b] = ["a", "b"].map(|namespace| {
             events.iter().filter(|event| event["metadata"]["namespace"] == namespace).count()
-        };
-        ensure!(of("a") <= 11, "{}", of("a"));
-        Ok((of("b") == 1).then_some(()))
+        });
+        ensure!(a <= 11, "{a}");
+        Ok((b == 1).then_some(()))
     })?;
     assert_eq!(problems(&agent, "Service b/quiet")?.len(), 1);
     let rest = problems(&agent, "all of a")?;
     assert!(rest.len() == 1 && rest[0].contains("900 more objects"), "{rest:?}");
     let log = agent.quiet().log();
-    let lines =
-        |namespace: &str| log.lines().filter(|line| line.contains(&format!("Service {namespace}/"))).count();
-    assert!(lines("a") <= 60 && lines("b") == 1, "{} lines and {}", lines("a"), lines("b"));
+    let [a, b] = ["Service a/", "Service b/"]
+        .map(|namespace| log.lines().filter(|line| line.contains(namespace)).count());
+    assert!(a <= 60 && b == 1, "{a} lines and {b}");
     Ok(())
 }
 

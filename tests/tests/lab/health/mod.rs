@@ -119,19 +119,6 @@ fn service(name: &str, cluster_ip: &str, spec: &Value) -> Value {
 /// Returns the slice of a Service with endpoints of [`ENDPOINTS`], each with an optional state: `L1`, `L2/nr`,
 /// `R1/st`.
 fn slice(service: &str, family: &str, endpoints: &[&str]) -> Value {
-    let endpoint = |text: &&str| {
-        let (name, state) = text.split_once('/').unwrap_or((text, "ready"));
-        let (_, address, node) =
-            ENDPOINTS.iter().find(|(known, ..)| *known == name).unwrap_or_else(|| unreachable!("{name}"));
-        let (ready, serving, terminating) = match state {
-            "ready" => (true, true, false),
-            "nr" => (false, false, false),
-            "st" => (false, true, true),
-            other => unreachable!("{other}"),
-        };
-        let conditions = json!({"ready": ready, "serving": serving, "terminating": terminating});
-        json!({"addresses": [address], "nodeName": node, "conditions": conditions})
-    };
     json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
         "metadata": {
@@ -140,8 +127,22 @@ fn slice(service: &str, family: &str, endpoints: &[&str]) -> Value {
         },
         "addressType": family,
         "ports": [{"name": "web", "port": 8080, "protocol": "TCP"}],
-        "endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>(),
+        "endpoints": endpoints.iter().map(|text| endpoint(text)).collect::<Vec<_>>(),
     })
+}
+
+fn endpoint(text: &str) -> Value {
+    let (name, state) = text.split_once('/').unwrap_or((text, "ready"));
+    let (_, address, node) =
+        ENDPOINTS.iter().find(|(known, ..)| *known == name).unwrap_or_else(|| unreachable!("{name}"));
+    let (ready, serving, terminating) = match state {
+        "ready" => (true, true, false),
+        "nr" => (false, false, false),
+        "st" => (false, true, true),
+        other => unreachable!("{other}"),
+    };
+    let conditions = json!({"ready": ready, "serving": serving, "terminating": terminating});
+    json!({"addresses": [address], "nodeName": node, "conditions": conditions})
 }
 
 /// Returns the samples of the agent's metrics whose names start with `name`, by name and labels.

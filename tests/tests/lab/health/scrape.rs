@@ -33,10 +33,6 @@ fn either_text_format_is_served() -> Result<()> {
     );
     ensure!(open.body.ends_with("\n# EOF\n") && !plain.body.contains("# EOF"), "the end");
     // Both forms have the same samples, each described just before it.
-    let names = |text: &str| -> BTreeSet<String> {
-        let samples = text.lines().filter(|line| !line.starts_with('#'));
-        samples.filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned())).collect()
-    };
     assert_eq!(names(&plain.body), names(&open.body));
     let docs = include_str!("../../../../docs/metrics.md");
     let mut described = BTreeSet::new();
@@ -59,6 +55,11 @@ fn either_text_format_is_served() -> Result<()> {
     Ok(())
 }
 
+fn names(text: &str) -> BTreeSet<String> {
+    let samples = text.lines().filter(|line| !line.starts_with('#'));
+    samples.filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned())).collect()
+}
+
 #[test]
 fn what_every_component_of_kubernetes_has() -> Result<()> {
     let stage = Stage::new()?;
@@ -66,18 +67,10 @@ fn what_every_component_of_kubernetes_has() -> Result<()> {
     server.fail(Some(Verb::Watch), Some(Resource::Services), 500, 1);
     let mut agent = agent.flag("feature-gates", "AllowServiceExternalIPs=false");
     start(&mut agent)?;
-    let requests = |code: &str, method: &str| {
-        sample(
-            &agent,
-            &format!(
-                "rest_client_requests_total{{code=\"{code}\",method=\"{method}\",host=\"127.0.0.1:6443\"}}"
-            ),
-        )
-    };
     // Four lists that continue as watches; the Event of the start.
-    until("lists and watches", || Ok((requests("200", "GET")? >= 4.0).then_some(())))?;
-    until("an Event", || Ok((requests("201", "POST")? >= 1.0).then_some(())))?;
-    assert_eq!(requests("500", "GET")?, 1.0);
+    until("lists and watches", || Ok((requests(&agent, "200", "GET")? >= 4.0).then_some(())))?;
+    until("an Event", || Ok((requests(&agent, "201", "POST")? >= 1.0).then_some(())))?;
+    assert_eq!(requests(&agent, "500", "GET")?, 1.0);
     let took = "rest_client_request_duration_seconds_count{verb=\"GET\",host=\"127.0.0.1:6443\"}";
     assert!(sample(&agent, took)? >= 5.0);
     // A watch has no size, and the body of a GET is almost empty; the request and response of an Event have a size.
@@ -90,13 +83,12 @@ fn what_every_component_of_kubernetes_has() -> Result<()> {
     let gate = "kubernetes_feature_enabled{name=\"AllowServiceExternalIPs\",stage=\"DEPRECATED\"}";
     assert_eq!(samples(&agent, gate)?.into_values().collect::<Vec<_>>(), [0.0]);
     server.go_away();
-    until("no answer", || Ok((requests("<error>", "GET")? >= 1.0).then_some(())))?;
+    until("no answer", || Ok((requests(&agent, "<error>", "GET")? >= 1.0).then_some(())))?;
 
-    let slis = || -> Result<String> { Ok(get(&stage, "/metrics/slis", &[])?.body) };
-    ensure!(!slis()?.contains("name=\"ping\""), "nobody has asked");
+    ensure!(!get(&stage, "/metrics/slis", &[])?.body.contains("name=\"ping\""), "nobody has asked");
     assert_eq!(get(&stage, "/healthz", &[])?.status, 200);
     assert_eq!(agent.get("/livez")?.0, 200);
-    let body = slis()?;
+    let body = get(&stage, "/metrics/slis", &[])?.body;
     for line in [
         "# TYPE kubernetes_healthcheck gauge",
         "kubernetes_healthcheck{name=\"ping\",type=\"healthz\"} 1",
@@ -110,6 +102,13 @@ fn what_every_component_of_kubernetes_has() -> Result<()> {
     Ok(())
 }
 
+fn requests(agent: &Agent, code: &str, method: &str) -> Result<f64> {
+    sample(
+        agent,
+        &format!("rest_client_requests_total{{code=\"{code}\",method=\"{method}\",host=\"127.0.0.1:6443\"}}"),
+    )
+}
+
 #[test]
 fn maps_verdicts_and_sweeps_are_counted() -> Result<()> {
     let stage = Stage::new()?;
@@ -117,19 +116,10 @@ fn maps_verdicts_and_sweeps_are_counted() -> Result<()> {
     pod.serve().udp(8080).start()?;
     let mut service = service("s", "10.96.0.10", &json!({"sessionAffinity": "ClientIP"}));
     service["spec"]["ports"][0]["protocol"] = "UDP".into();
-    let slice_of = |endpoint: &str| {
-        let mut slice = slice("s", "IPv4", &[endpoint]);
-        slice["ports"][0]["protocol"] = "UDP".into();
-        slice
-    };
-    stage.write(&[service.clone(), slice_of("L1")])?;
+    stage.write(&[service.clone(), udp_slice("L1")])?;
     let mut agent = stage.with_manifests()?;
     start(&mut agent)?;
 
-    let maps = |name: &str| -> Result<BTreeSet<String>> {
-        let samples = samples(&agent, &format!("vipr_map_{name}{{map=\""))?;
-        Ok(samples.keys().filter_map(|sample| Some(sample.split('"').nth(1)?.to_owned())).collect())
-    };
     let mut all: BTreeSet<String> = [
         maps::FRONTENDS,
         maps::SERVICES,
@@ -152,13 +142,12 @@ fn maps_verdicts_and_sweeps_are_counted() -> Result<()> {
     ]
     .map(str::to_owned)
     .into();
-    assert_eq!(maps("capacity")?, all);
+    assert_eq!(maps_with(&agent, "capacity")?, all);
     all.remove(maps::STREAMS);
-    assert_eq!(maps("entries")?, all);
-    let entries = |map: &str| sample(&agent, &format!("vipr_map_entries{{map=\"{map}\"}}"));
+    assert_eq!(maps_with(&agent, "entries")?, all);
     // The set of the cluster and the set of this node.
-    assert_eq!((entries(maps::SERVICES)?, entries(maps::SLOTS)?), (1.0, 2.0));
-    assert!(entries(maps::DEVICES)? >= 2.0 && entries(maps::LOCAL_ADDRESSES)? >= 4.0);
+    assert_eq!((entries(&agent, maps::SERVICES)?, entries(&agent, maps::SLOTS)?), (1.0, 2.0));
+    assert!(entries(&agent, maps::DEVICES)? >= 2.0 && entries(&agent, maps::LOCAL_ADDRESSES)? >= 4.0);
     assert_eq!(samples(&agent, "vipr_verdicts_total")?.len(), Counter::ALL.len());
 
     let connected = "vipr_verdicts_total{verdict=\"connected\"}";
@@ -175,10 +164,25 @@ fn maps_verdicts_and_sweeps_are_counted() -> Result<()> {
 
     let deleted = "kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family=\"IPv4\"}";
     assert_eq!(sample(&agent, deleted)?, 0.0);
-    stage.write(&[service, slice_of("R1")])?;
+    stage.write(&[service, udp_slice("R1")])?;
     wait_sample(&agent, deleted, |deleted| deleted == 1.0)?;
     until("the end of the socket", || Ok((!held.say("two")?.ok).then_some(())))?;
     let sweeps = "kubeproxy_conntrack_reconciler_sync_duration_seconds_count{ip_family=\"IPv6\"}";
     assert!(sample(&agent, sweeps)? >= 2.0, "one at the start, one for the backend that left");
     Ok(())
+}
+
+fn entries(agent: &Agent, map: &str) -> Result<f64> {
+    sample(agent, &format!("vipr_map_entries{{map=\"{map}\"}}"))
+}
+
+fn maps_with(agent: &Agent, name: &str) -> Result<BTreeSet<String>> {
+    let samples = samples(agent, &format!("vipr_map_{name}{{map=\""))?;
+    Ok(samples.keys().filter_map(|sample| Some(sample.split('"').nth(1)?.to_owned())).collect())
+}
+
+fn udp_slice(endpoint: &str) -> Value {
+    let mut slice = slice("s", "IPv4", &[endpoint]);
+    slice["ports"][0]["protocol"] = "UDP".into();
+    slice
 }

@@ -196,13 +196,15 @@ fn p214_what_comes_and_goes_together_is_not_programmed() -> Result<()> {
 fn p215_p216_what_changes_nothing_causes_no_sync() -> Result<()> {
     let stage = Stage::new()?;
     let (server, agent) = with_s(&stage)?;
-    let seen = |kind: &str| sample(&agent, &format!("kubeproxy_sync_proxy_rules_{kind}_changes_total"));
-    let (before, services, slices) = (syncs(&agent, "")?, seen("service")?, seen("endpoint")?);
+    let (before, services, slices) =
+        (syncs(&agent, "")?, seen(&agent, "service")?, seen(&agent, "endpoint")?);
     let mut annotated = with_port(80);
     annotated["metadata"]["annotations"] = json!({"note": "nothing that a proxy reads"});
     server.apply(annotated)?;
     assert!(server.touch(Resource::EndpointSlices, "a", "s-ipv4")?);
-    until("both", || Ok((seen("service")? > services && seen("endpoint")? > slices).then_some(())))?;
+    until("both", || {
+        Ok((seen(&agent, "service")? > services && seen(&agent, "endpoint")? > slices).then_some(()))
+    })?;
     settle(&agent)?;
     assert_eq!(syncs(&agent, "")?, before);
     // In contrast, this change does.
@@ -210,6 +212,10 @@ fn p215_p216_what_changes_nothing_causes_no_sync() -> Result<()> {
     wait_port(&stage, 81)?;
     assert_eq!(syncs(&agent, "")?, before + 1.0);
     Ok(())
+}
+
+fn seen(agent: &Agent, kind: &str) -> Result<f64> {
+    sample(agent, &format!("kubeproxy_sync_proxy_rules_{kind}_changes_total"))
 }
 
 #[test]
@@ -243,16 +249,17 @@ fn p217_local_policies_without_local_endpoints() -> Result<()> {
         service("t", "10.96.0.20", &local),
     ])?;
     start(&mut agent)?;
-    let of = |policy: &str, family: &str| {
-        let labels = format!("{{traffic_policy=\"{policy}\",ip_family=\"{family}\"}}");
-        format!("kubeproxy_sync_proxy_rules_no_local_endpoints_total{labels}")
-    };
-    assert_eq!(sample(&agent, &of("internal", "IPv4"))?, 1.0);
+    assert_eq!(sample(&agent, &without_local("internal", "IPv4"))?, 1.0);
     for (policy, family) in [("internal", "IPv6"), ("external", "IPv4"), ("external", "IPv6")] {
-        assert_eq!(samples(&agent, &of(policy, family))?.into_values().collect::<Vec<_>>(), [0.0]);
+        assert_eq!(samples(&agent, &without_local(policy, family))?.into_values().collect::<Vec<_>>(), [0.0]);
     }
     server.apply(slice("s", "IPv4", &["R1", "L1"]))?;
-    wait_sample(&agent, &of("internal", "IPv4"), |count| count == 0.0).map(drop)
+    wait_sample(&agent, &without_local("internal", "IPv4"), |count| count == 0.0).map(drop)
+}
+
+fn without_local(policy: &str, family: &str) -> String {
+    let labels = format!("{{traffic_policy=\"{policy}\",ip_family=\"{family}\"}}");
+    format!("kubeproxy_sync_proxy_rules_no_local_endpoints_total{labels}")
 }
 
 #[test]

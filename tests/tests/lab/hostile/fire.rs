@@ -46,7 +46,6 @@ struct Ends {
 
 /// Returns the ends of all conversations.
 fn ends(world: &World, victims: &[Victim]) -> Result<Vec<Ends>> {
-    let at = |addr: Addr, port: Be16| SocketAddr::new(IpAddr::from(addr.bytes).to_canonical(), port.get());
     let mut all = Vec::new();
     for (key, flow) in world.flows()? {
         all.push(Ends {
@@ -62,6 +61,10 @@ fn ends(world: &World, victims: &[Victim]) -> Result<Vec<Ends>> {
         all.push(Ends { client: victim.local, pod, vip: victim.target, own: None, udp: false });
     }
     Ok(all)
+}
+
+fn at(addr: Addr, port: Be16) -> SocketAddr {
+    SocketAddr::new(IpAddr::from(addr.bytes).to_canonical(), port.get())
 }
 
 /// Returns a packet in the name of one of the ends.

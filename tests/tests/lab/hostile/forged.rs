@@ -15,8 +15,9 @@ fn in_the_name_of(victim: &Victim, to: SocketAddr) -> Vec<Packet> {
     if victim.proto == Proto::Udp {
         return vec![Packet::udp(victim.local, to, b"forged")];
     }
-    let segment = |flags| Packet::tcp(victim.local, to, flags, 0x1234_5678, 0x8765_4321);
-    [SYN, ACK, PSH | ACK, FIN | ACK, RST, RST | ACK].map(segment).into()
+    [SYN, ACK, PSH | ACK, FIN | ACK, RST, RST | ACK]
+        .map(|flags| Packet::tcp(victim.local, to, flags, 0x1234_5678, 0x8765_4321))
+        .into()
 }
 
 /// Checks that every connection goes on, and that new ones can be made.
@@ -68,22 +69,25 @@ fn h001_requests_in_the_name_of_others() -> Result<()> {
 #[test]
 fn h003_the_address_of_another_pod() -> Result<()> {
     let world = World::start()?;
-    let dropped = || -> Result<u64> {
-        let status = world.agent().tool("status", &[])?;
-        status["counters"]["drop_foreign_source"].as_u64().context("a counter")
-    };
     let (attacker, victim) = (world.attacker(), world.victim());
     for v6 in [false, true] {
-        let before = dropped()?;
+        let before = dropped(&world)?;
         for (sender, expected) in [(&victim, 0), (&attacker, 2)] {
             let own =
                 victim.addresses().iter().copied().find(|ip| ip.is_ipv6() == v6).context("an address")?;
             let (from, to) = (SocketAddr::new(own, 61_234), HERE.cluster_ip(v6)?);
             sender.send_raw([Packet::udp(from, to, b"?"), Packet::tcp(from, to, SYN, 1, 0)])?;
-            until("the packets have been judged", || Ok((dropped()? == before + expected).then_some(())))?;
+            until("the packets have been judged", || {
+                Ok((dropped(&world)? == before + expected).then_some(()))
+            })?;
         }
     }
     Ok(())
+}
+
+fn dropped(world: &World) -> Result<u64> {
+    let status = world.agent().tool("status", &[])?;
+    status["counters"]["drop_foreign_source"].as_u64().context("a counter")
 }
 
 /// Datagrams and SYNs from every port of both victims. The victims' own requests are answered, each time.
@@ -98,11 +102,10 @@ fn h002_all_ports_of_others() -> Result<()> {
             let Some(own) = own else { anyhow::bail!("{} has no such address", place.name()) };
             for service in [HERE, THERE] {
                 for to in [service.cluster_ip(v6)?, service.node_port(v6)?] {
-                    let from = |port| SocketAddr::new(own, port);
                     // The ephemeral range of Linux.
-                    attacker.send_raw((32_768..=60_999).map(|port| Packet::udp(from(port), to, b"?")))?;
-                    attacker
-                        .send_raw((32_768..=60_999).map(|port| Packet::tcp(from(port), to, SYN, 1, 0)))?;
+                    let sources = (32_768..=60_999).map(|port| SocketAddr::new(own, port));
+                    attacker.send_raw(sources.clone().map(|from| Packet::udp(from, to, b"?")))?;
+                    attacker.send_raw(sources.map(|from| Packet::tcp(from, to, SYN, 1, 0)))?;
                 }
             }
             for (_, target) in world.targets(&place)? {

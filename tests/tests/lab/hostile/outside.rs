@@ -17,8 +17,9 @@ fn in_the_name_of(world: &World, victim: &Victim, to: SocketAddr) -> Vec<Packet>
     if victim.proto == Proto::Udp {
         return if of_pod { vec![Packet::udp(victim.local, to, b"forged")] } else { Vec::new() };
     }
-    let segment = |flags| Packet::tcp(victim.local, to, flags, 0x1234_5678, 0x8765_4321);
-    [SYN, ACK, PSH | ACK, FIN | ACK, RST, RST | ACK].map(segment).into()
+    [SYN, ACK, PSH | ACK, FIN | ACK, RST, RST | ACK]
+        .map(|flags| Packet::tcp(victim.local, to, flags, 0x1234_5678, 0x8765_4321))
+        .into()
 }
 
 #[test]

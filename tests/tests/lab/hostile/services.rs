@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -19,8 +20,6 @@ const MIB: u64 = 1 << 20;
 
 /// Returns a Service of so many ports, from 1 on, at so many externalIPs, all served by the pod of [`HERE`].
 fn large(name: &str, number: u8, ports: u16, external_ips: u32) -> [Value; 2] {
-    let port = |number| json!({ "name": format!("p{number}"), "protocol": "TCP", "port": number });
-    let slice_port = |number| json!({ "name": format!("p{number}"), "protocol": "TCP", "port": 8080 });
     let first = u32::from(Ipv4Addr::new(198, 18, 0, 0)) + (u32::from(number) << 10);
     let external_ips: Vec<String> =
         (first..first + external_ips).map(|address| Ipv4Addr::from(address).to_string()).collect();
@@ -29,16 +28,25 @@ fn large(name: &str, number: u8, ports: u16, external_ips: u32) -> [Value; 2] {
         "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "h", "name": name },
         "spec": {
             "type": "ClusterIP", "ipFamilies": ["IPv4"], "clusterIP": cluster_ip, "clusterIPs": [cluster_ip],
-            "ports": (1..=ports).map(port).collect::<Vec<_>>(), "externalIPs": external_ips,
+            "ports": numbered(ports, None), "externalIPs": external_ips,
         },
     });
     let slice = json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
         "metadata": { "namespace": "h", "name": name, "labels": { "kubernetes.io/service-name": name } },
-        "ports": (1..=ports).map(slice_port).collect::<Vec<_>>(),
+        "ports": numbered(ports, Some(8080)),
         "endpoints": [{ "addresses": ["10.64.1.11"], "nodeName": "n1", "conditions": { "ready": true } }],
     });
     [service, slice]
+}
+
+/// Returns so many ports, each with its own number or with this one.
+pub(super) fn numbered(count: u16, target: Option<u16>) -> Vec<Value> {
+    (1..=count).map(|number| port(&format!("p{number}"), target.unwrap_or(number))).collect()
+}
+
+fn port(name: &str, number: u16) -> Value {
+    json!({ "name": name, "protocol": "TCP", "port": number })
 }
 
 /// Returns the peak of the agent's memory.
@@ -95,43 +103,47 @@ fn h009_a_service_beyond_its_budget_costs_itself() -> Result<()> {
     until("nothing is said", || Ok(world.problems("bomb")?.is_empty().then_some(())))
 }
 
+/// Numbers of the large Services.
+const LARGE: Range<u8> = 31..35;
+
 /// A change of one Service is programmed between the parts of large ones.
 #[test]
 fn h009_others_pass_while_large_services_are_programmed() -> Result<()> {
     let world = World::start()?;
-    let numbers = 31..35;
     let host = world.host().clone();
-    let all = |ready: bool, more: &[(&str, u16)]| -> Result<Vec<Value>> {
-        let change = |number| {
-            let [mut service, mut slice] = large(&format!("large-{number}"), number, PORTS, 3);
-            let endpoint = json!({ "addresses": ["10.64.2.21"], "conditions": { "ready": ready } });
-            slice["endpoints"].as_array_mut().context("endpoints")?.push(endpoint);
-            for (name, number) in more {
-                let port = |port| json!({ "name": name, "protocol": "TCP", "port": port });
-                service["spec"]["ports"].as_array_mut().context("ports")?.push(port(*number));
-                slice["ports"].as_array_mut().context("ports")?.push(port(8080));
-            }
-            Ok([service, slice])
-        };
-        Ok(numbers.clone().map(change).collect::<Result<Vec<_>>>()?.concat())
-    };
-    world.write("large", &all(true, &[])?)?;
+    world.write("large", &all_large(true, &[])?)?;
     until("all of the large ones", || Ok(is_served(&host, at(34, 9_999))?.then_some(())))?;
 
     // Every port changes, and there are two more, which are the first and the last of the Service by name.
-    world.write("large", &all(false, &[("a", 20_001), ("z", 20_002)])?)?;
+    world.write("large", &all_large(false, &[("a", 20_001), ("z", 20_002)])?)?;
     until("the first one changes", || Ok(is_served(&host, at(31, 20_001))?.then_some(())))?;
     let late = HERE.named("late", 11);
     world.write("late", &late.objects())?;
     until("another one", || Ok(is_served(&host, late.cluster_ip(false)?)?.then_some(())))?;
     ensure!(!is_served(&host, at(34, 20_002))?, "the large ones have changed before");
-    for number in numbers.clone() {
+    for number in LARGE {
         until("all of the large ones", || Ok(is_served(&host, at(number, 20_002))?.then_some(())))?;
     }
     // The removal of all at once goes the same way.
     world.write("large", &[])?;
     until("they are gone", || Ok((!is_served(&host, at(34, 20_002))?).then_some(())))?;
     served(&host, Proto::Tcp, late.cluster_ip(false)?)
+}
+
+/// Returns the large Services with these further ports, and an endpoint that may be ready.
+fn all_large(ready: bool, more: &[(&str, u16)]) -> Result<Vec<Value>> {
+    let mut all = Vec::new();
+    for number in LARGE {
+        let [mut service, mut slice] = large(&format!("large-{number}"), number, PORTS, 3);
+        let endpoint = json!({ "addresses": ["10.64.2.21"], "conditions": { "ready": ready } });
+        slice["endpoints"].as_array_mut().context("endpoints")?.push(endpoint);
+        for (name, number) in more {
+            service["spec"]["ports"].as_array_mut().context("ports")?.push(port(name, *number));
+            slice["ports"].as_array_mut().context("ports")?.push(port(name, 8080));
+        }
+        all.extend([service, slice]);
+    }
+    Ok(all)
 }
 
 /// Returns how long the agent has planned, by its own account.

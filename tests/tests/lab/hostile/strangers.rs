@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,13 +24,14 @@ const PROBE: Duration = Duration::from_secs(1);
 /// Opens connections from `place` that send `head` and do nothing more.
 fn silent(place: &Place, to: SocketAddr, head: &[u8]) -> Result<Vec<TcpStream>> {
     place.net().enter(|| {
-        let connect = |_| {
-            let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(10))?;
-            // The connection may have been closed in the meantime.
-            let _ = stream.write_all(head);
-            Ok(stream)
-        };
-        (0..CONNECTIONS).map(connect).collect()
+        (0..CONNECTIONS)
+            .map(|_| {
+                let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(10))?;
+                // The connection may have been closed in the meantime.
+                let _ = stream.write_all(head);
+                Ok(stream)
+            })
+            .collect()
     })?
 }
 
@@ -88,30 +89,33 @@ const AT_MOST: Duration = Duration::from_secs(12);
 /// Returns requests of strangers: nothing, half a request, a whole request whose answer is never read, nonsense, and
 /// a request that never ends.
 fn nonsense() -> Vec<Vec<u8>> {
-    let get = b"GET /livez HTTP/1.1\r\nHost: n1\r\n";
-    let with = |rest: &[u8]| [get, rest].concat();
     vec![
         Vec::new(),
         b"G".to_vec(),
-        with(b""),
-        with(b"\r\n"),
+        get(b""),
+        get(b"\r\n"),
         // Many requests at once.
-        with(b"\r\n").repeat(50),
+        get(b"\r\n").repeat(50),
         // Bodies that never come, or never end.
-        with(b"Content-Length: 18446744073709551615\r\n\r\nx"),
-        with(b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n"),
-        with(b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n"),
-        with(b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\n"),
-        with(b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AA\r\n\r\n"),
+        get(b"Content-Length: 18446744073709551615\r\n\r\nx"),
+        get(b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n"),
+        get(b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n"),
+        get(b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\n"),
+        get(b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AA\r\n\r\n"),
         // Heads without an end.
-        with(&b"X: y\r\n".repeat(20_000)),
-        with(&b"X".repeat(9_000)),
+        get(&b"X: y\r\n".repeat(20_000)),
+        get(&b"X".repeat(9_000)),
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".to_vec(),
         vec![0; 4096],
         b"\r\n".repeat(10_000),
         b"GET  HTTP/9.9\r\n\r\n".to_vec(),
     ]
+}
+
+/// Returns the start of a request, with the rest.
+fn get(rest: &[u8]) -> Vec<u8> {
+    [b"GET /livez HTTP/1.1\r\nHost: n1\r\n", rest].concat()
 }
 
 /// Makes and closes connections as fast as possible, until so many have been made or `until`.
@@ -153,8 +157,9 @@ fn h011_probes_are_answered_beside_those_who_come_and_go() -> Result<()> {
                 if over.load(Ordering::Relaxed) {
                     break;
                 }
-                let from = |port| SocketAddr::from(([203, 0, 113, 100 + (round % 100) as u8], port));
-                stranger.send_raw((10_000..10_200).map(|port| Packet::tcp(from(port), to, SYN, 1, 0)))?;
+                let from = Ipv4Addr::new(203, 0, 113, 100 + (round % 100) as u8);
+                let ports = 10_000..10_200;
+                stranger.send_raw(ports.map(|port| Packet::tcp((from, port).into(), to, SYN, 1, 0)))?;
                 thread::sleep(Duration::from_millis(20));
             }
             Ok(())
@@ -180,10 +185,11 @@ fn h011_probes_are_answered_beside_those_who_come_and_go() -> Result<()> {
         times
     })?;
     times.sort();
-    let at = |percent: usize| times.get((times.len() * percent / 100).min(times.len() - 1)).copied();
-    let (count, p99) = (times.len(), at(99).context("somebody has probed")?);
-    let said =
-        format!("{count} probes, median {:?}, p99 {p99:?}, max {:?}, beside {made:?}", at(50), at(100));
+    let count = times.len();
+    let [median, p99, max] =
+        [50, 99, 100].map(|percent| times.get((count * percent / 100).min(count - 1)).copied());
+    let p99 = p99.context("somebody has probed")?;
+    let said = format!("{count} probes, median {median:?}, p99 {p99:?}, max {max:?}, beside {made:?}");
     eprintln!("{said}");
     ensure!(count >= 100 && p99 <= RULE, "{said}");
     ensure!(made.load(Ordering::Relaxed) >= CHURNED_LEAST, "{said}");

@@ -18,6 +18,7 @@ use proxy_tests::scenarios::until;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::services::numbered;
 use super::world::{HEALTH_PORT, NODE};
 
 /// Time that a kubelet gives a probe.
@@ -107,6 +108,33 @@ impl Stage {
         Ok([count("+Inf")?, count("0.128")?])
     }
 
+    fn come(&self, worst: &[Value; 2]) -> Result<()> {
+        self.server.apply_all(worst.clone())?;
+        self.wait_endpoints(WORST.number, WORST.ports, Some(WORST.endpoints.into()))
+    }
+
+    fn go(&self, [service, slice]: &[Value; 2]) -> Result<()> {
+        ensure!(self.server.delete(service)? && self.server.delete(slice)?);
+        self.wait_endpoints(WORST.number, WORST.ports, None)
+    }
+
+    /// Changes the endpoints of an innocent Service again and again; returns how long each change took.
+    fn change_the_innocent(&self) -> Result<Vec<Duration>> {
+        let (mut times, start) = (Vec::new(), Instant::now());
+        while start.elapsed() < RUN {
+            for endpoints in [2, 1] {
+                let innocent = Shape { number: 1, ports: 1, external_ips: 0, endpoints };
+                let [_, slice] = innocent.objects("innocent", "s");
+                let changed = Instant::now();
+                self.server.apply(slice)?;
+                self.look_for(1, 1, Some(endpoints.into()), Duration::from_millis(1))?;
+                times.push(changed.elapsed());
+                thread::sleep(Duration::from_millis(10));
+            }
+        }
+        Ok(times)
+    }
+
     /// Returns the peak of the agent's memory.
     fn peak(&self) -> Result<u64> {
         let pid = self.agent.id().context("the agent has ended")?;
@@ -119,6 +147,11 @@ impl Stage {
 fn cluster_ip(number: u16) -> std::net::IpAddr {
     let [high, low] = number.to_be_bytes();
     Ipv4Addr::new(10, 97, high, low).into()
+}
+
+fn endpoint(number: u16) -> Value {
+    let address = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 66, 0, 1)) + u32::from(number));
+    json!({ "addresses": [address], "nodeName": "n2", "conditions": { "ready": true } })
 }
 
 /// Shape of a Service and its slice.
@@ -139,14 +172,8 @@ impl Shape {
         let created = format!("2026-01-01T{:02}:{:02}:{:02}Z", number / 3600, number / 60 % 60, number % 60);
         let metadata =
             |name: &str| json!({ "namespace": namespace, "name": name, "creationTimestamp": created });
-        let port = |port| json!({ "name": format!("p{port}"), "protocol": "TCP", "port": port });
-        let slice_port = |port| json!({ "name": format!("p{port}"), "protocol": "TCP", "port": 8080 });
         let external_ips: Vec<String> =
             (0..external_ips).map(|byte| Ipv4Addr::new(198, 18 + byte, high, low).to_string()).collect();
-        let endpoint = |endpoint: u16| {
-            let address = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 66, 0, 1)) + u32::from(endpoint));
-            json!({ "addresses": [address], "nodeName": "n2", "conditions": { "ready": true } })
-        };
         let mut slice_metadata = metadata(name);
         slice_metadata["labels"] = json!({ "kubernetes.io/service-name": name });
         [
@@ -155,13 +182,13 @@ impl Shape {
                 "spec": {
                     "type": "ClusterIP", "ipFamilies": ["IPv4"], "clusterIP": cluster_ip(number),
                     "clusterIPs": [cluster_ip(number)], "externalIPs": external_ips,
-                    "ports": (1..=ports).map(port).collect::<Vec<_>>(),
+                    "ports": numbered(ports, None),
                 },
             }),
             json!({
                 "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
                 "metadata": slice_metadata,
-                "ports": (1..=ports).map(slice_port).collect::<Vec<_>>(),
+                "ports": numbered(ports, Some(8080)),
                 "endpoints": (0..endpoints).map(endpoint).collect::<Vec<_>>(),
             }),
         ]
@@ -174,8 +201,9 @@ const WORST: Shape = Shape { number: 2, ports: 16_000, external_ips: 3, endpoint
 /// Returns the median, p90, p99 and maximum.
 fn spread(times: &mut [Duration]) -> Result<String> {
     times.sort_unstable();
-    let at = |percent: usize| times.get((times.len() * percent / 100).min(times.len().saturating_sub(1)));
-    let [p50, p90, p99, max] = [50, 90, 99, 100].map(|percent| at(percent).copied().unwrap_or_default());
+    let last = times.len().saturating_sub(1);
+    let [p50, p90, p99, max] = [50, 90, 99, 100]
+        .map(|percent| times.get((times.len() * percent / 100).min(last)).copied().unwrap_or_default());
     ensure!(!times.is_empty(), "nothing was measured");
     Ok(format!("{} times, p50 {p50:?}, p90 {p90:?}, p99 {p99:?}, max {max:?}", times.len()))
 }
@@ -185,19 +213,10 @@ fn spread(times: &mut [Duration]) -> Result<String> {
 #[test]
 fn h014_an_innocent_passes_while_the_worst_service_comes_and_goes() -> Result<()> {
     let stage = Stage::start(&[])?;
-    let [service, slice] = WORST.objects("greedy", "worst");
-    let last = WORST.ports;
-    let come = || -> Result<()> {
-        stage.server.apply_all([service.clone(), slice.clone()])?;
-        stage.wait_endpoints(WORST.number, last, Some(WORST.endpoints.into()))
-    };
-    let go = || -> Result<()> {
-        ensure!(stage.server.delete(&service)? && stage.server.delete(&slice)?);
-        stage.wait_endpoints(WORST.number, last, None)
-    };
+    let worst = WORST.objects("greedy", "worst");
     // The maps have grown before the measurement.
-    come()?;
-    go()?;
+    stage.come(&worst)?;
+    stage.go(&worst)?;
 
     let before = stage.turns()?;
     let to: SocketAddr = format!("{}:{HEALTH_PORT}", NODE[0]).parse()?;
@@ -205,8 +224,8 @@ fn h014_an_innocent_passes_while_the_worst_service_comes_and_goes() -> Result<()
     let (mut changes, mut probes) = thread::scope(|scope| -> Result<(Vec<Duration>, Vec<Duration>)> {
         let greedy = scope.spawn(|| -> Result<()> {
             while !over.load(Ordering::Relaxed) {
-                come()?;
-                go()?;
+                stage.come(&worst)?;
+                stage.go(&worst)?;
                 rounds.fetch_add(1, Ordering::Relaxed);
             }
             Ok(())
@@ -222,22 +241,7 @@ fn h014_an_innocent_passes_while_the_worst_service_comes_and_goes() -> Result<()
             }
             Ok(times)
         });
-        let innocent = || -> Result<Vec<Duration>> {
-            let (mut times, start) = (Vec::new(), Instant::now());
-            while start.elapsed() < RUN {
-                for endpoints in [2, 1] {
-                    let innocent = Shape { number: 1, ports: 1, external_ips: 0, endpoints };
-                    let [_, slice] = innocent.objects("innocent", "s");
-                    let changed = Instant::now();
-                    stage.server.apply(slice)?;
-                    stage.look_for(1, 1, Some(endpoints.into()), Duration::from_millis(1))?;
-                    times.push(changed.elapsed());
-                    thread::sleep(Duration::from_millis(10));
-                }
-            }
-            Ok(times)
-        };
-        let changes = innocent();
+        let changes = stage.change_the_innocent();
         over.store(true, Ordering::Relaxed);
         greedy.join().map_err(|panic| anyhow!("{panic:?}"))??;
         let probes = kubelet.join().map_err(|panic| anyhow!("{panic:?}"))??;
@@ -252,11 +256,17 @@ fn h014_an_innocent_passes_while_the_worst_service_comes_and_goes() -> Result<()
     );
     eprintln!("changes of the innocent: {}", spread(&mut changes)?);
     eprintln!("/livez: {}", spread(&mut probes)?);
-    let slowest = |times: &[Duration]| times.last().copied().unwrap_or_default();
     ensure!(rounds > 0 && changes.len() > 10 && probes.len() > 50, "nothing has been tried");
-    ensure!(slowest(&changes) < 5 * PROBE, "a change of the innocent took {:?}", slowest(&changes));
-    ensure!(slowest(&probes) < PROBE, "a probe took {:?}", slowest(&probes));
+    let [change, probe] = [changes, probes].map(|times| times.last().copied().unwrap_or_default());
+    ensure!(change < 5 * PROBE, "a change of the innocent took {change:?}");
+    ensure!(probe < PROBE, "a probe took {probe:?}");
     Ok(())
+}
+
+const MANY: u16 = 40;
+
+fn greedy(number: u16) -> [Value; 2] {
+    Shape { number, ports: 2_000, external_ips: 2, endpoints: 8 }.objects("greedy", &format!("s{number}"))
 }
 
 /// Forty Services of one namespace that are each within their budget. The budget of the namespace has room for ten of
@@ -268,26 +278,13 @@ fn h015_a_namespace_has_its_share() -> Result<()> {
     if let Some(count) = count {
         return as_large_as_may_be(count);
     }
-    const MANY: u16 = 40;
     let flags = [("max-namespace-frontends", "65536"), ("max-namespace-endpoints", "131072")];
     let stage = Stage::start(&flags)?;
     let before = stage.peak()?;
-    let shape = |number| Shape { number, ports: 2_000, external_ips: 2, endpoints: 8 };
-    let name = |number: u16| format!("s{number}");
     // The youngest come first: the order of arrival does not decide which ones stay.
     for number in (100..100 + MANY).rev() {
-        stage.server.apply_all(shape(number).objects("greedy", &name(number)))?;
+        stage.server.apply_all(greedy(number))?;
     }
-    let in_slices = |number: u16| if number < 108 { 8 } else { 0 };
-    let settled = |stage: &Stage, gone: u16| -> Result<()> {
-        for number in 100 + gone..110 + gone {
-            stage.wait_endpoints(number, 2_000, Some(in_slices(number - gone)))?;
-        }
-        for number in 110 + gone..100 + MANY {
-            stage.wait_endpoints(number, 2_000, None)?;
-        }
-        Ok(())
-    };
     settled(&stage, 0)?;
     let problems = stage.problems()?;
     let named = problems.keys().filter(|object| object.starts_with("Service greedy/s")).count();
@@ -312,13 +309,13 @@ fn h015_a_namespace_has_its_share() -> Result<()> {
     stage.agent.start_ready()?;
     settled(&stage, 0)?;
     for number in 100..105 {
-        for object in shape(number).objects("greedy", &name(number)) {
+        for object in greedy(number) {
             ensure!(stage.server.delete(&object)?);
         }
     }
     settled(&stage, 5)?;
     for number in 105..130 {
-        for object in shape(number).objects("greedy", &name(number)) {
+        for object in greedy(number) {
             ensure!(stage.server.delete(&object)?);
         }
     }
@@ -329,6 +326,16 @@ fn h015_a_namespace_has_its_share() -> Result<()> {
         let problems = stage.problems()?;
         Ok((problems.len() == 2 && problems.contains_key("EndpointSlice greedy/s138")).then_some(()))
     })
+}
+
+fn settled(stage: &Stage, gone: u16) -> Result<()> {
+    for number in 100 + gone..110 + gone {
+        stage.wait_endpoints(number, 2_000, Some(if number - gone < 108 { 8 } else { 0 }))?;
+    }
+    for number in 110 + gone..100 + MANY {
+        stage.wait_endpoints(number, 2_000, None)?;
+    }
+    Ok(())
 }
 
 /// Most memory that the agent may use, whatever one namespace holds.

@@ -48,21 +48,21 @@ fn h011_an_external_ip_takes_nobodys_node_port() -> Result<()> {
     let world = World::start()?;
     let number = HERE.node_port(false)?.port();
     world.write("thief", &[thief("thief", 21, number, false)])?;
-    let lost = |ip: &str| format!("{ip}:{number}/TCP is not served: Service h/here has it as its nodePort");
-    told(&world, "thief", &[lost(NODE[0]), lost(&format!("[{}]", NODE[1]))])?;
+    told(&world, "thief", &lost(number, "Service h/here has it as its nodePort"))?;
     for v6 in [false, true] {
         served(&world.client(), Proto::Tcp, HERE.node_port(v6)?)?;
         served(&world.victim(), Proto::Tcp, HERE.node_port(v6)?)?;
     }
     // An address given by a load balancer goes first, and the Service that loses it is told so.
     world.write("thief", &[thief("thief", 21, number, true)])?;
-    let lost = |ip: &str| {
-        format!("{ip}:{number}/TCP is not served: Service h/thief has it as its load-balancer address")
-    };
-    told(&world, "here", &[lost(NODE[0]), lost(&format!("[{}]", NODE[1]))])?;
+    told(&world, "here", &lost(number, "Service h/thief has it as its load-balancer address"))?;
     world.write("thief", &[])?;
     told(&world, "here", &[])?;
     served(&world.client(), Proto::Tcp, HERE.node_port(false)?)
+}
+
+fn lost(port: u16, why: &str) -> [String; 2] {
+    [NODE[0].to_owned(), format!("[{}]", NODE[1])].map(|ip| format!("{ip}:{port}/TCP is not served: {why}"))
 }
 
 #[test]
@@ -86,12 +86,8 @@ fn h011_ports_of_the_host_are_the_hosts_where_that_is_asked_for() -> Result<()> 
             }
             if protected {
                 let field = if load_balancer { "status.loadBalancer.ingress" } else { "spec.externalIPs" };
-                let refused = |ip: &str| {
-                    format!(
-                        "{field}: {ip} is not served: it is an address of this node (--protect-node-addresses)"
-                    )
-                };
-                told(&world, &name, &NODE.map(refused))?;
+                let why = "it is an address of this node (--protect-node-addresses)";
+                told(&world, &name, &NODE.map(|ip| format!("{field}: {ip} is not served: {why}")))?;
             }
             world.write(&name, &[])?;
         }

@@ -22,37 +22,38 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Makes the devices of a namespace take trains of [`TRAIN`].
 fn take_trains(net: &Netns) -> Result<()> {
-    let set = || -> Result<()> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(async {
-            let (connection, handle, _) = rtnetlink::new_connection()?;
-            tokio::spawn(connection);
-            for entry in fs::read_dir("/proc/thread-self/net/dev_snmp6")? {
-                let name = entry?.file_name().to_string_lossy().into_owned();
-                // The second network's bridge has no ports, and takes no limit from them.
-                if ["lo", "lan1"].contains(&name.as_str()) {
-                    continue;
-                }
-                let limits = [
-                    LinkAttribute::GsoMaxSize(TRAIN),
-                    LinkAttribute::GroMaxSize(TRAIN),
-                    LinkAttribute::GsoIpv4MaxSize(TRAIN),
-                    LinkAttribute::GroIpv4MaxSize(TRAIN),
-                ];
-                let message = LinkMessageBuilder::<LinkUnspec>::new().name(name.clone());
-                let message = limits.into_iter().fold(message, LinkMessageBuilder::append_extra_attribute);
-                handle.link().change(message.build()).execute().await.context(name)?;
+    net.enter(set_trains)?
+}
+
+fn set_trains() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        tokio::spawn(connection);
+        for entry in fs::read_dir("/proc/thread-self/net/dev_snmp6")? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            // The second network's bridge has no ports, and takes no limit from them.
+            if ["lo", "lan1"].contains(&name.as_str()) {
+                continue;
             }
-            Ok(())
-        })
-    };
-    net.enter(set)?
+            let limits = [
+                LinkAttribute::GsoMaxSize(TRAIN),
+                LinkAttribute::GroMaxSize(TRAIN),
+                LinkAttribute::GsoIpv4MaxSize(TRAIN),
+                LinkAttribute::GroIpv4MaxSize(TRAIN),
+            ];
+            let message = LinkMessageBuilder::<LinkUnspec>::new().name(name.clone());
+            let message = limits.into_iter().fold(message, LinkMessageBuilder::append_extra_attribute);
+            handle.link().change(message.build()).execute().await.context(name)?;
+        }
+        Ok(())
+    })
 }
 
 /// Sends a long line to a server, and receives it back.
 fn transfer(place: &Place, target: SocketAddr) -> Result<()> {
     let line: Vec<u8> = (0..BYTES).map(|n| b'a' + (n * n % 251 % 26) as u8).chain(*b"\n").collect();
-    let exchange = || -> Result<()> {
+    place.net().enter(|| -> Result<()> {
         let mut stream = TcpStream::connect_timeout(&target, PATIENCE)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
@@ -63,8 +64,7 @@ fn transfer(place: &Place, target: SocketAddr) -> Result<()> {
         reader.read_exact(&mut back).context("the download")?;
         ensure!(back == line, "other bytes came back");
         Ok(())
-    };
-    place.net().enter(exchange)?
+    })?
 }
 
 /// Returns the mean length of the packets that a place has sent.
@@ -72,8 +72,9 @@ fn mean_length(place: &Place) -> Result<u64> {
     let mut ip = place.command("ip");
     ip.args(["-json", "-statistics", "link", "show", "eth0"]);
     let shown: Value = serde_json::from_str(&ip.text()?)?;
-    let count = |what: &str| shown[0]["stats64"]["tx"][what].as_u64().context("no counter");
-    Ok(count("bytes")? / count("packets")?)
+    let sent = &shown[0]["stats64"]["tx"];
+    let [bytes, packets] = ["bytes", "packets"].map(|what| sent[what].as_u64().context("no counter"));
+    Ok(bytes? / packets?)
 }
 
 #[test]

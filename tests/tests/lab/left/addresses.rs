@@ -13,34 +13,37 @@ const HOST_ADDRESSES: &str = "addresses of this host";
 
 /// Returns kube-dns, of both families and with a nodePort. With a label, it belongs to another proxy.
 fn dns(label: Option<&str>) -> Vec<Value> {
-    let port = |protocol: &str| json!({ "name": protocol.to_lowercase(), "protocol": protocol, "port": 80, "nodePort": NODE_PORT });
     let mut service = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "kube-system", "name": "kube-dns" },
         "spec": {
             "type": "NodePort", "clusterIP": "10.96.0.53", "clusterIPs": ["10.96.0.53", "fd00:96::53"],
-            "ipFamilies": ["IPv4", "IPv6"], "ports": [port("TCP"), port("UDP")],
+            "ipFamilies": ["IPv4", "IPv6"],
+            "ports": [
+                { "name": "tcp", "protocol": "TCP", "port": 80, "nodePort": NODE_PORT },
+                { "name": "udp", "protocol": "UDP", "port": 80, "nodePort": NODE_PORT },
+            ],
         },
     });
     if let Some(label) = label {
         service["metadata"]["labels"] = json!({ "service.kubernetes.io/service-proxy-name": label });
     }
-    let slice = |family: &str, endpoint: &str| {
-        let port =
-            |protocol: &str| json!({ "name": protocol.to_lowercase(), "protocol": protocol, "port": 8080 });
-        json!({
-            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
-            "metadata": {
-                "namespace": "kube-system", "name": format!("kube-dns-{}", family.to_lowercase()),
-                "labels": { "kubernetes.io/service-name": "kube-dns" },
-            },
-            "ports": [port("TCP"), port("UDP")], "endpoints": [{ "addresses": [endpoint], "nodeName": "n1" }],
-        })
-    };
     let cidr = json!({
         "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
         "metadata": { "name": "v6" }, "spec": { "cidrs": ["fd00:96::/112"] },
     });
     vec![cidr, service, slice("IPv4", "10.64.1.11"), slice("IPv6", "fd00:64:0:1::11")]
+}
+
+fn slice(family: &str, endpoint: &str) -> Value {
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
+        "metadata": {
+            "namespace": "kube-system", "name": format!("kube-dns-{}", family.to_lowercase()),
+            "labels": { "kubernetes.io/service-name": "kube-dns" },
+        },
+        "ports": [port("TCP", 8080), port("UDP", 8080)],
+        "endpoints": [{ "addresses": [endpoint], "nodeName": "n1" }],
+    })
 }
 
 fn setting(flags: &[(&str, &str)]) -> Result<Setting> {
@@ -115,8 +118,9 @@ fn node_ports_are_served_as_soon_as_the_kernel_tells_of_an_address() -> Result<(
         for _ in 0..ROUNDS {
             took.push(appears(&setting, &target, come, server)?);
             net.ip(go)?;
-            let gone = || Ok(setting.host().connect(&target).one()?.server.is_none().then_some(()));
-            until("an address that is gone", gone)?;
+            until("an address that is gone", || {
+                Ok(setting.host().connect(&target).one()?.server.is_none().then_some(()))
+            })?;
         }
         took.sort();
         let (fastest, median) = (took[0], took[ROUNDS / 2]);
@@ -188,12 +192,7 @@ fn who_takes_a_cluster_ip_is_reached_once_the_service_is_left_to_it() -> Result<
     net.ip(
         "link add nodelocaldns type veth peer name unused\nlink set nodelocaldns up\nlink set unused up\n",
     )?;
-    let addresses = |verb: &str, device: &str| {
-        net.ip(&format!(
-            "address {verb} 10.96.0.53/32 dev {device}\naddress {verb} fd00:96::53/128 dev {device} nodad\n"
-        ))
-    };
-    addresses("add", "nodelocaldns")?;
+    addresses(&net, "add", "nodelocaldns")?;
     let mut listening = setting.host().serve().name("local");
     for target in DNS.map(|(target, _)| target).into_iter().chain(OTHER_PORT) {
         listening = listening.at("tcp", target).at("udp", target);
@@ -225,24 +224,32 @@ fn who_takes_a_cluster_ip_is_reached_once_the_service_is_left_to_it() -> Result<
     answered(setting.host(), OTHER_PORT[0], "local")?;
 
     // The address is removed, and added to another device; then a new agent starts and finds it there.
-    addresses("delete", "nodelocaldns")?;
-    let nobody = |place: &Place| -> Result<()> {
-        for (target, _) in DNS {
-            let attempt = ask(place, target, Proto::Tcp, SILENCE)?;
-            ensure!(!attempt.ok, "{} to {target}: {attempt:?}", place.name());
-        }
-        Ok(())
-    };
+    addresses(&net, "delete", "nodelocaldns")?;
     for place in [&*setting.lab.pod("P"), &*setting.lab.pod("U"), setting.host()] {
-        soon("nobody", || nobody(place))?;
+        soon("nobody", || nobody_hears(place))?;
     }
-    addresses("add", "lo")?;
+    addresses(&net, "add", "lo")?;
     soon("the listener, on lo", || everybody_hears(&setting, ["local"; 2]))?;
     setting.start(&[])?;
     everybody_hears(&setting, ["local"; 2])?;
 
     setting.write("dns", &dns(None))?;
     soon("endpoints again", || everybody_hears(&setting, endpoints))?;
-    let on_lo = |problem: &Value| problem.to_string().contains("10.96.0.53 is configured on lo");
-    setting.wait_problem(HOST_ADDRESSES, on_lo)
+    setting.wait_problem(HOST_ADDRESSES, |problem| {
+        problem.to_string().contains("10.96.0.53 is configured on lo")
+    })
+}
+
+fn nobody_hears(place: &Place) -> Result<()> {
+    for (target, _) in DNS {
+        let attempt = ask(place, target, Proto::Tcp, SILENCE)?;
+        ensure!(!attempt.ok, "{} to {target}: {attempt:?}", place.name());
+    }
+    Ok(())
+}
+
+fn addresses(net: &Netns, verb: &str, device: &str) -> Result<()> {
+    net.ip(&format!(
+        "address {verb} 10.96.0.53/32 dev {device}\naddress {verb} fd00:96::53/128 dev {device} nodad\n"
+    ))
 }

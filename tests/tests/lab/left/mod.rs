@@ -14,7 +14,7 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use proxy_tests::lab::{Agent, Attempt, Lab, LabSpec, Place, Proto};
+use proxy_tests::lab::{Agent, Attempt, Held, Lab, LabSpec, Netns, Place, Proto};
 use proxy_tests::scenarios::{denial, syns_sent_again, until};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -115,8 +115,8 @@ impl Setting {
 
     /// Waits until the problem of an object fulfils `done`.
     fn wait_problem(&self, object: &str, done: impl Fn(&Value) -> bool) -> Result<()> {
-        let look = || Ok(done(&self.problem(object)?).then_some(()));
-        until(object, look).with_context(|| format!("{:?}", self.status().map(|s| s["agent"].clone())))
+        until(object, || Ok(done(&self.problem(object)?).then_some(())))
+            .with_context(|| format!("{:?}", self.status().map(|s| s["agent"].clone())))
     }
 
     fn counter(&self, name: &str) -> Result<u64> {
@@ -146,7 +146,6 @@ impl Setting {
 /// Returns a Service `a/NAME` with port 80 by TCP and UDP, and its one endpoint L1. `node` is the node that its slice
 /// names.
 fn service(name: &str, mut spec: Value, node: &str) -> [Value; 2] {
-    let port = |protocol: &str, number| json!({ "name": protocol.to_lowercase(), "protocol": protocol, "port": number });
     spec["clusterIPs"] = json!([spec["clusterIP"]]);
     spec["ipFamilies"] = json!(["IPv4"]);
     spec["ports"] = json!([port("TCP", 80), port("UDP", 80)]);
@@ -170,6 +169,10 @@ fn service(name: &str, mut spec: Value, node: &str) -> [Value; 2] {
         "endpoints": [{ "addresses": ["10.64.1.11"], "nodeName": node }],
     });
     [service, slice]
+}
+
+fn port(protocol: &str, number: u16) -> Value {
+    json!({ "name": protocol.to_lowercase(), "protocol": protocol, "port": number })
 }
 
 /// All kinds of sockets.

@@ -31,8 +31,10 @@ fn pods(annotation: &str) -> [Value; 2] {
 
 /// Waits until the sockets of exactly these pods are left alone.
 fn wait_opted_out(setting: &Setting, pods: &[&str]) -> Result<()> {
-    let look = || Ok((setting.status()?["agent"]["opted_out"] == json!(pods)).then_some(()));
-    until("the pods that have opted out", look).with_context(|| format!("{pods:?}"))
+    until("the pods that have opted out", || {
+        Ok((setting.status()?["agent"]["opted_out"] == json!(pods)).then_some(()))
+    })
+    .with_context(|| format!("{pods:?}"))
 }
 
 /// Checks that the verdicts are those of every pod, and that the packet edge gives them.
@@ -149,8 +151,7 @@ fn the_sockets_of_who_has_opted_out_are_not_led() -> Result<()> {
     setting.lab.pod("R1").serve().udp(8080).start()?;
     let other = setting.lab.pod("P");
     let inside = other.in_cgroup(CGROUPS[0])?;
-    let connect = |place: &Place| place.hold(OPEN).udp().timeout(ANSWER).open();
-    let (mut left, mut led) = (connect(&inside)?, connect(&other)?);
+    let (mut left, mut led) = (open(&inside)?, open(&other)?);
     for socket in [&mut left, &mut led] {
         ensure!(socket.say("before")?.server.as_deref() == Some("L1"));
     }
@@ -168,4 +169,8 @@ fn the_sockets_of_who_has_opted_out_are_not_led() -> Result<()> {
     let answer = left.say("after")?;
     ensure!(answer.ok && answer.server.as_deref() == Some("L1"), "{answer:?}");
     Ok(())
+}
+
+fn open(place: &Place) -> Result<Held> {
+    place.hold(OPEN).udp().timeout(ANSWER).open()
 }

@@ -91,7 +91,6 @@ fn an_address_that_the_host_has_is_reached() -> Result<()> {
     for flags in [NONE, &[]] {
         setting.start(flags)?;
         let (pod, host) = (setting.lab.pod("P"), setting.host());
-        let reached = |place: &Place| answered(place, INACTIVE, "n1").ok();
         ensure!(reached(&pod).is_none() && reached(host).is_none());
         host.net().ip("address add 10.96.77.77/32 dev lo")?;
         if flags == NONE {
@@ -101,10 +100,13 @@ fn an_address_that_the_host_has_is_reached() -> Result<()> {
         until("the pod", || Ok(reached(&pod)))?;
         until("the host", || Ok(reached(host)))?;
         host.net().ip("address delete 10.96.77.77/32 dev lo")?;
-        let refused = || Ok(reached(&pod).is_none().then_some(()));
-        until("silence", refused)?;
+        until("silence", || Ok(reached(&pod).is_none().then_some(())))?;
     }
     Ok(())
+}
+
+fn reached(place: &Place) -> Option<Vec<(Proto, Attempt)>> {
+    answered(place, INACTIVE, "n1").ok()
 }
 
 /// A pod has used a port towards a VIP, by packets, and then uses the port towards the backend itself, as its sockets

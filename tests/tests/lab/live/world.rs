@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::Result;
 use proxy_tests::cases::masquerade::Edge;
 use proxy_tests::cases::{Case, Check, Connect, Dest, ENDPOINTS, NODE, Pods, Proto, Sender};
-use proxy_tests::lab::{Lab, LabSpec, LeafSpec, Node, Place, Serve};
+use proxy_tests::lab::{Lab, LabSpec, LeafSpec, Node, Place};
 
 /// An outside machine that has every address that is nobody else's.
 const ELSEWHERE: &str = "elsewhere";
@@ -33,8 +33,8 @@ impl World {
             .filter(|check| check.is_live(pods))
             .filter_map(connect)
             .collect();
-        let sends = |sender| connects.iter().any(|connect| connect.sender == sender);
-        if sends(Sender::Pods) {
+        let senders: BTreeSet<Sender> = connects.iter().map(|connect| connect.sender).collect();
+        if senders.contains(&Sender::Pods) {
             for (number, address) in Sender::Pods.addresses().into_iter().enumerate() {
                 spec = spec.pod(NODE, &many(number), &[&address.to_string()])?;
             }
@@ -55,9 +55,8 @@ impl World {
             spec.clients.push(LeafSpec { name: ELSEWHERE.to_owned(), addresses: outside });
         }
 
-        let q = sends(Sender::Q);
         let world = Self { lab: Lab::build(spec)?, pods };
-        if q {
+        if senders.contains(&Sender::Q) {
             let routes = TO_SERVICES.map(|prefix| format!("route add {prefix} via 192.0.2.10\n"));
             world.lab.node("n2").host().net().ip(&routes.concat())?;
         }
@@ -96,8 +95,10 @@ impl World {
                 Owner::Host(name) => self.lab.node(&name).host().clone(),
                 Owner::Elsewhere => self.lab.client(ELSEWHERE),
             };
-            let at = |serve: Serve, (kind, address)| serve.at(kind, address);
-            listeners.into_iter().fold(place.serve(), at).start()?;
+            listeners
+                .into_iter()
+                .fold(place.serve(), |serve, (kind, address)| serve.at(kind, address))
+                .start()?;
         }
         Ok(())
     }
@@ -119,15 +120,14 @@ impl World {
 
     /// Returns the places of a sender, each with its own addresses.
     pub(super) fn clients(&self, sender: Sender) -> Vec<(Place, Vec<IpAddr>)> {
-        let pod = |name: &str, address| (Place::clone(&self.lab.pod(name)), vec![address]);
         let addresses = sender.addresses().into_iter();
         match sender {
             Sender::Pods => {
-                addresses.enumerate().map(|(number, address)| pod(&many(number), address)).collect()
+                addresses.enumerate().map(|(number, address)| self.pod(&many(number), address)).collect()
             }
-            Sender::P | Sender::P6 => addresses.map(|address| pod("P", address)).collect(),
-            Sender::L1 => addresses.map(|address| pod("L1", address)).collect(),
-            Sender::Q => addresses.map(|address| pod("Q", address)).collect(),
+            Sender::P | Sender::P6 => addresses.map(|address| self.pod("P", address)).collect(),
+            Sender::L1 => addresses.map(|address| self.pod("L1", address)).collect(),
+            Sender::Q => addresses.map(|address| self.pod("Q", address)).collect(),
             Sender::H => {
                 let host = self.node().host();
                 let mut addresses = host.addresses().to_vec();
@@ -139,6 +139,10 @@ impl World {
             }
             Sender::Y => addresses.map(|address| (self.lab.client("Y"), vec![address])).collect(),
         }
+    }
+
+    fn pod(&self, name: &str, address: IpAddr) -> (Place, Vec<IpAddr>) {
+        (Place::clone(&self.lab.pod(name)), vec![address])
     }
 }
 

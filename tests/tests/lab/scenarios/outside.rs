@@ -13,12 +13,11 @@ fn s08_a_port_on_every_node() -> Result<()> {
     let mut world = World::start(&["s08-nodeport.yaml"])?;
     world.start_agent("node-b")?;
     let far_client = world.lab().add_pod("node-b", "client-b", &["172.16.2.50"])?;
-    let on = |node: &str| world.lab().node(node).host().clone();
     for (place, target) in [
         (Place::clone(&world.client()), "192.168.1.11:30123"),
-        (on("node-a"), "192.168.1.11:30123"),
+        (world.lab().node("node-a").host().clone(), "192.168.1.11:30123"),
         (Place::clone(&far_client), "192.168.1.12:30123"),
-        (on("node-b"), "192.168.1.12:30123"),
+        (world.lab().node("node-b").host().clone(), "192.168.1.12:30123"),
     ] {
         let attempts = place.connect(target).http().times(MANY).run()?;
         evenly(&served(target, &attempts)?, &KUBIA)?;

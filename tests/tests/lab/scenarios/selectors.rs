@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context as _, Result};
-use proxy_tests::lab::Place;
 use proxy_tests::scenarios::{Loops, NODE, World, evenly, served};
 use serde_json::{Value, json};
 
@@ -47,13 +46,8 @@ fn s23_pods_are_found_by_their_labels() -> Result<()> {
 fn s23_numbers_that_nobody_has_named() -> Result<()> {
     let mut world = World::start(&[FILE])?;
     world.start_agent("node-b")?;
-    let frontends = |node| -> Result<Vec<String>> {
-        let ports = world.ports(node, "selectors/webapp-nodeport")?;
-        let [port] = &ports[..] else { anyhow::bail!("{ports:?}") };
-        Ok(port.frontend_names().into_iter().map(str::to_owned).collect())
-    };
-    let here = frontends(NODE)?;
-    assert_eq!(here, frontends("node-b")?, "every node has the same");
+    let here = frontends(&world, NODE)?;
+    assert_eq!(here, frontends(&world, "node-b")?, "every node has the same");
     let address = here.iter().find_map(|name| name.strip_suffix(":80/TCP")).context("an address")?;
     let node_port = here.iter().find_map(|name| name.strip_prefix("nodePort ")?.split('/').next());
     let node_port = node_port.context("a nodePort")?;
@@ -66,6 +60,12 @@ fn s23_numbers_that_nobody_has_named() -> Result<()> {
         evenly(&served(&vip, &world.outside().connect(&vip).http().times(MANY).run()?)?, &PODS)?;
     }
     Ok(())
+}
+
+fn frontends(world: &World, node: &str) -> Result<Vec<String>> {
+    let ports = world.ports(node, "selectors/webapp-nodeport")?;
+    let [port] = &ports[..] else { anyhow::bail!("{ports:?}") };
+    Ok(port.frontend_names().into_iter().map(str::to_owned).collect())
 }
 
 #[test]
@@ -100,13 +100,6 @@ fn s23_pods_that_are_not_ready_leave_end_and_lose_their_label() -> Result<()> {
 #[test]
 fn s23_what_goes_without_endpoints_is_named() -> Result<()> {
     let world = World::start(&[FILE])?;
-    let place = |problems: &BTreeMap<String, Vec<String>>, document: usize, name: &str, reason: &str| {
-        problems.iter().any(|(object, reasons)| {
-            object.starts_with(&format!("{FILE}, document {document} (line "))
-                && object.ends_with(&format!("Service selectors/{name}"))
-                && reasons.iter().any(|told| told.contains(reason))
-        })
-    };
     // Like the result of `kubectl create deployment`, as seen from the applied file.
     world.manifests().change(FILE, |objects| {
         objects.retain(|object| object["kind"] != "Pod");
@@ -117,12 +110,19 @@ fn s23_what_goes_without_endpoints_is_named() -> Result<()> {
     })?;
     for (document, name) in [(1, "webapp"), (2, "webapp-nodeport")] {
         let reason = "what Deployment selectors/webapp would make";
-        world.wait_problems(NODE, |problems| place(problems, document, name, reason))?;
+        world.wait_problems(NODE, |problems| is_named(problems, document, name, reason))?;
     }
-    let refused = |client: &Place| client.connect(VIP).http().one();
-    assert!(!refused(&world.client())?.ok);
+    assert!(!world.client().connect(VIP).http().one()?.ok);
     world.manifests().restore(FILE)?;
     world.wait_problems(NODE, is_fine)?;
     served(VIP, &world.client().connect(VIP).http().times(20).run()?)?;
     Ok(())
+}
+
+fn is_named(problems: &BTreeMap<String, Vec<String>>, document: usize, name: &str, reason: &str) -> bool {
+    problems.iter().any(|(object, reasons)| {
+        object.starts_with(&format!("{FILE}, document {document} (line "))
+            && object.ends_with(&format!("Service selectors/{name}"))
+            && reasons.iter().any(|told| told.contains(reason))
+    })
 }

@@ -42,33 +42,37 @@ fn who_has_shown_to_be_there_is_not_forgotten() {
     for net in Net::ALL {
         for udp in [false, true] {
             let (world, client, vip) = (sticky(net), net.client(), net.spread());
-            let first = |kind| {
-                if udp { Packet::udp(client, vip, b"?") } else { Packet::tcp(client, vip, kind, 1000, 0) }
+            let first = match udp {
+                true => Packet::udp(client, vip, b"?"),
+                false => Packet::tcp(client, vip, SYN, 1000, 0),
             };
-            let (sent, own) = open(&world, &first(SYN));
+            let (sent, own) = open(&world, &first);
             let backend = seen(&sent).destination;
-            let known = || (world.sim.clients.borrow().len(), world.sim.new_clients.borrow().len());
-            assert_eq!(known(), (0, 1));
-            answer(&world, &reply(&first(SYN), backend, own));
-            assert_eq!(known(), (0, 1));
+            assert_eq!(known(&world), (0, 1));
+            answer(&world, &reply(&first, backend, own));
+            assert_eq!(known(&world), (0, 1));
             if udp {
-                open(&world, &first(0));
+                open(&world, &first);
             } else {
                 open(&world, &Packet::tcp(client, vip, ACK, 1001, 5001));
             }
-            assert_eq!(known(), (1, 1));
+            assert_eq!(known(&world), (1, 1));
 
             // The flood has evicted every new client.
             world.sim.new_clients.borrow_mut().clear();
             assert_eq!(backends(&world, net, client), BTreeSet::from([backend]));
             // The forged packets have left no other trace of the client.
-            assert_eq!(known(), (1, 0));
+            assert_eq!(known(&world), (1, 0));
             // A client that is not known may be forgotten.
             let stranger = net.stranger();
             assert_eq!(backends(&world, net, stranger).len(), 1);
-            assert_eq!(known(), (1, 1));
+            assert_eq!(known(&world), (1, 1));
         }
     }
+}
+
+fn known(world: &World) -> (usize, usize) {
+    (world.sim.clients.borrow().len(), world.sim.new_clients.borrow().len())
 }
 
 /// A client that resets its connection before it has acknowledged the reply is not remembered as proven; nor is a

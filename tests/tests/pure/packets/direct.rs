@@ -6,6 +6,7 @@ use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::flow::state::DIRECT;
 use proxy_common::abi::proto::UDP;
 use proxy_common::abi::{Backend, BackendState, Counter, FrontendKey, FrontendValue};
+use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::tables::Tier;
@@ -51,19 +52,20 @@ fn who_talks_to_a_service_and_to_its_pod_by_one_port_is_answered_by_each() {
         for (vip, pod) in [(net.here(), net.local()), (net.there(), net.remote(1))] {
             for vip_first in [false, true] {
                 let (world, client) = (world(), net.client());
-                let to = |destination| Packet::udp(client, destination, b"a question");
+                let [to_vip, to_pod] =
+                    [vip, pod].map(|destination| Packet::udp(client, destination, b"a question"));
                 if !vip_first {
                     // No flow exists between these ends, so the packets are left alone.
-                    passes(|bytes| world.enter(NIC, bytes), &to(pod).bytes());
-                    assert_eq!(talk(&world, net, pod, &to(pod)), client);
+                    passes(|bytes| world.enter(NIC, bytes), &to_pod.bytes());
+                    assert_eq!(talk(&world, net, pod, &to_pod), client);
                     assert_eq!(counts(&world), []);
                 }
-                let by_service = talk(&world, net, pod, &to(vip));
-                let direct = talk(&world, net, pod, &to(pod));
+                let by_service = talk(&world, net, pod, &to_vip);
+                let direct = talk(&world, net, pod, &to_pod);
                 assert_ne!(by_service, direct);
                 for _ in 0..3 {
-                    assert_eq!(talk(&world, net, pod, &to(pod)), direct);
-                    assert_eq!(talk(&world, net, pod, &to(vip)), by_service);
+                    assert_eq!(talk(&world, net, pod, &to_pod), direct);
+                    assert_eq!(talk(&world, net, pod, &to_vip), by_service);
                 }
                 assert_eq!(counts(&world), [(Counter::Flow, 2)]);
                 // Requests from another port, or from another client. (An association of SCTP cannot change its
@@ -180,20 +182,18 @@ fn a_service_at_its_backends_own_address_is_one() {
         let value = FrontendValue::new(&key, value.service, value.flags);
         world.sim.apply(&Op::Frontend(key, Some(value))).unwrap();
         // The flow to the pod itself now belongs to the Service, and follows the Service's backends.
-        let direct = |world: &World| {
-            let flows = world.sim.edge.records(Tier::New).into_iter();
-            flows
-                .filter(|(_, flow)| flow.vip == addr)
-                .map(|(_, flow)| flow.state & DIRECT != 0)
-                .collect::<Vec<_>>()
-        };
-        assert_eq!(direct(&world), [true]);
+        assert_eq!(direct(&world, addr), [true]);
         world.enter(NIC, request.bytes());
-        assert_eq!(direct(&world), [false]);
+        assert_eq!(direct(&world, addr), [false]);
         let state = BackendState { flags: 0, generation: 1 };
         world.sim.apply(&Op::BackendState(net.there_id(), state)).unwrap();
         let before = world.sim.counted(Counter::UdpRepick);
         world.enter(NIC, request.bytes());
         assert!(world.sim.counted(Counter::UdpRepick) > before, "it does not stay with what has left");
     }
+}
+
+fn direct(world: &World, vip: Addr) -> Vec<bool> {
+    let flows = world.sim.edge.records(Tier::New).into_iter();
+    flows.filter(|(_, flow)| flow.vip == vip).map(|(_, flow)| flow.state & DIRECT != 0).collect::<Vec<_>>()
 }

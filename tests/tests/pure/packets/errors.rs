@@ -225,8 +225,7 @@ fn about_a_pods_request_to_itself() {
 
 /// Returns every kind of error with every packet.
 fn each(packets: Vec<Packet>) -> Vec<(Trouble, Packet)> {
-    let with = |packet: &Packet| Trouble::TRANSLATED.map(|trouble| (trouble, packet.clone()));
-    packets.iter().flat_map(with).collect()
+    packets.iter().flat_map(|packet| Trouble::TRANSLATED.map(|trouble| (trouble, packet.clone()))).collect()
 }
 
 #[test]

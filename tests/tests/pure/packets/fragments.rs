@@ -126,10 +126,6 @@ fn fragments_of_others_stay_as_they_are() {
 fn fragments_to_pods_pass_out_of_order() {
     for net in Net::ALL {
         let mut world = world();
-        let beside = |like: IpAddr, number: u16| match like {
-            IpAddr::V4(v4) => IpAddr::from((u32::from(v4) & 0xffff_0000 | u32::from(number)).to_be_bytes()),
-            IpAddr::V6(v6) => IpAddr::from((u128::from(v6) & !0xffff | u128::from(number)).to_be_bytes()),
-        };
         for number in 1..100 {
             let addr = beside(net.ranged().ip(), number).into();
             let key = FrontendKey::exact(addr, Be16::new(53), UDP);
@@ -147,6 +143,13 @@ fn fragments_to_pods_pass_out_of_order() {
         }
         assert!(shared > 0, "{net:?}: no pod shares a bit with a Service");
         assert_eq!(counts(&world), []);
+    }
+}
+
+fn beside(like: IpAddr, number: u16) -> IpAddr {
+    match like {
+        IpAddr::V4(v4) => IpAddr::from((u32::from(v4) & 0xffff_0000 | u32::from(number)).to_be_bytes()),
+        IpAddr::V6(v6) => IpAddr::from((u128::from(v6) & !0xffff | u128::from(number)).to_be_bytes()),
     }
 }
 
@@ -181,17 +184,18 @@ fn a_fragment_that_is_everything_is_a_whole_packet() {
     let net = Net { v6: true };
     let world = world();
     let request = Packet::udp(net.client(), net.there(), &large()[..1000]);
-    let atomic = |packet: &Packet| {
-        let [mut first, _] = fragments(&packet.bytes(), 1008, 5);
-        // Clears the flag for more fragments.
-        first[14 + 40 + 3] &= !1;
-        first
-    };
     let (verdict, bytes) = world.enter(NIC, atomic(&request));
     assert_eq!(
         (verdict, bytes),
         (Verdict::Translated, atomic(&request.between(net.client(), net.remote(1))))
     );
+}
+
+fn atomic(packet: &Packet) -> Vec<u8> {
+    let [mut first, _] = fragments(&packet.bytes(), 1008, 5);
+    // Clears the flag for more fragments.
+    first[14 + 40 + 3] &= !1;
+    first
 }
 
 #[test]

@@ -76,13 +76,6 @@ fn a_length_of_zero_stands_for_more_than_64_kib() {
         for syn in [SYN, SYN | PSH] {
             let packet = Packet::tcp(net.client(), net.there(), syn, 1, 0);
             for packet in [packet.clone(), packet.extended()] {
-                let at = ETHERNET + if net.v6 { 4 } else { 2 };
-                let train = |packet: &Packet, length: usize| {
-                    let mut bytes = packet.bytes();
-                    bytes[at..at + 2].fill(0);
-                    bytes.resize(ETHERNET + length, 0x5a);
-                    bytes
-                };
                 let world = world();
                 let (verdict, after) = world.enter(NIC, train(&packet, LONG));
                 assert_eq!(verdict, Verdict::Translated);
@@ -96,6 +89,14 @@ fn a_length_of_zero_stands_for_more_than_64_kib() {
             }
         }
     }
+}
+
+fn train(packet: &Packet, length: usize) -> Vec<u8> {
+    let at = ETHERNET + if packet.source.is_ipv6() { 4 } else { 2 };
+    let mut bytes = packet.bytes();
+    bytes[at..at + 2].fill(0);
+    bytes.resize(ETHERNET + length, 0x5a);
+    bytes
 }
 
 #[test]

@@ -67,8 +67,11 @@ fn passes(send: impl FnOnce(Vec<u8>) -> (Verdict, Vec<u8>), bytes: &[u8]) {
 
 /// Returns every counter that is not zero.
 fn counts(world: &World) -> Vec<(Counter, u64)> {
-    let count = |counter| (counter, world.sim.counted(counter));
-    Counter::ALL.into_iter().map(count).filter(|(_, count)| *count > 0).collect()
+    Counter::ALL
+        .into_iter()
+        .map(|counter| (counter, world.sim.counted(counter)))
+        .filter(|(_, count)| *count > 0)
+        .collect()
 }
 
 /// Sends a client's first packet to a backend on another node. Returns it as the backend sees it, and its source
@@ -103,10 +106,16 @@ fn establish(world: &World, net: Net, vip: SocketAddr) -> SocketAddr {
 /// Returns the only record, and its place.
 #[track_caller]
 fn record(world: &World) -> (Tier, FlowKey, Flow) {
-    let records = |tier| world.sim.edge.records(tier).into_iter().map(move |(key, flow)| (tier, key, flow));
-    let all: Vec<_> = records(Tier::Assured).chain(records(Tier::New)).collect();
+    let all = records(world);
     assert_eq!(all.len(), 1, "{all:#?}");
     all[0]
+}
+
+fn records(world: &World) -> Vec<(Tier, FlowKey, Flow)> {
+    let tiers = [Tier::Assured, Tier::New].into_iter();
+    tiers
+        .flat_map(|tier| world.sim.edge.records(tier).into_iter().map(move |(key, flow)| (tier, key, flow)))
+        .collect()
 }
 
 fn reply(request: &Packet, from: SocketAddr, to: SocketAddr) -> Packet {

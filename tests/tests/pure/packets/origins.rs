@@ -10,8 +10,11 @@ use super::{answer, counts, establish, open, passes, record, seen, translated, w
 
 /// Returns every record of an origin, in both tiers.
 fn of(world: &World, origin: Origin) -> Vec<(FlowKey, Flow)> {
-    let records = |tier| world.sim.edge.records(tier);
-    [Tier::Assured, Tier::New].into_iter().flat_map(records).filter(|(key, _)| key.origin == origin).collect()
+    [Tier::Assured, Tier::New]
+        .into_iter()
+        .flat_map(|tier| world.sim.edge.records(tier))
+        .filter(|(key, _)| key.origin == origin)
+        .collect()
 }
 
 /// Sends a packet of a pod in the name of a client: it enters by the pod's interface, and goes on to the other node

@@ -17,12 +17,7 @@ use proxy_common::datapath::edge::work::Work;
 use proxy_common::datapath::tables::Tables as _;
 use proxy_tests::packets::{Body, NEAR, NIC, Net, OVERLAY, POD, Packet, World};
 
-use super::{answer, counts, establish, open, passes, record, seen, translated, world};
-
-fn records(world: &World) -> Vec<(Tier, FlowKey, Flow)> {
-    let of = |tier| world.sim.edge.records(tier).into_iter().map(move |(key, flow)| (tier, key, flow));
-    of(Tier::Assured).chain(of(Tier::New)).collect()
-}
+use super::{answer, counts, establish, open, passes, record, records, seen, translated, world};
 
 /// Sends a client's SYN with so many bytes of data to the pod of this node. Returns the source that the pod sees.
 fn knock(world: &World, net: Net, seq: u32, data: usize) -> SocketAddr {

@@ -67,17 +67,16 @@ fn what_is_evicted_is_made_again() {
             let world = world();
             let (_, own) = open(&world, &request);
             let (_, key, flow) = record(&world);
-            let evict = |index| world.sim.edge.evict_index(&index).unwrap();
             // The index entry of the VIP: the record is found again, with its source.
-            evict(vip_index(&key, &flow).0);
+            world.sim.edge.evict_index(&vip_index(&key, &flow).0).unwrap();
             assert_eq!(open(&world, &request).1, own);
             assert_eq!(record(&world).1, key);
             // A reply restores the entry, too.
-            evict(vip_index(&key, &flow).0);
+            world.sim.edge.evict_index(&vip_index(&key, &flow).0).unwrap();
             answer(&world, &reply(&request, pod, own));
             assert_eq!(world.sim.edge.entries(Tier::New).len(), 2);
             // The index entry of our own address: one reply is lost, and the next request restores the entry.
-            evict(snat_index(&key, &flow.snat, flow.snat_port).0);
+            world.sim.edge.evict_index(&snat_index(&key, &flow.snat, flow.snat_port).0).unwrap();
             passes(|bytes| world.enter(OVERLAY, bytes), &reply(&request, pod, own).bytes());
             let (_, source) = open(&world, &request);
             assert_eq!(source, own);

@@ -195,34 +195,35 @@ fn idle_flows_live_as_long_as_they_should() {
         ];
         for (name, seconds, flags) in ways {
             let (client, vip) = (net.client(), net.there());
-            let prepared = || {
-                let world = world();
-                if flags == [SYN] {
-                    open(&world, &Packet::tcp(client, vip, SYN, 1000, 0));
-                } else {
-                    establish(&world, net, vip);
-                    flags.iter().for_each(|&flags| {
-                        open(&world, &Packet::tcp(client, vip, flags, 1001, 5001));
-                    });
-                    if flags == [FIN | ACK] {
-                        let own = record(&world).2.snat_port.get();
-                        let own = std::net::SocketAddr::new(net.overlay(), own);
-                        answer(&world, &Packet::tcp(net.remote(1), own, ACK, 5001, 1002));
-                    }
-                }
-                world
-            };
             let segment = Packet::tcp(client, vip, PSH | ACK, 1001, 5001);
-            let alive = prepared();
+            let alive = prepared(net, flags);
             alive.pass(seconds - 1);
             translated(alive.enter(NIC, segment.bytes()));
-            let dead = prepared();
+            let dead = prepared(net, flags);
             dead.pass(seconds);
             assert_eq!(dead.enter(NIC, segment.bytes()).0, Verdict::Pass, "{net:?}, {name}");
             let routed = segment.between(client, net.remote(1)).bytes();
             assert_eq!(dead.leave(OVERLAY, routed).0, Verdict::Pass, "{net:?}, {name}");
         }
     }
+}
+
+fn prepared(net: Net, flags: &[u8]) -> World {
+    let (world, client, vip) = (world(), net.client(), net.there());
+    if flags == [SYN] {
+        open(&world, &Packet::tcp(client, vip, SYN, 1000, 0));
+    } else {
+        establish(&world, net, vip);
+        flags.iter().for_each(|&flags| {
+            open(&world, &Packet::tcp(client, vip, flags, 1001, 5001));
+        });
+        if flags == [FIN | ACK] {
+            let own = record(&world).2.snat_port.get();
+            let own = std::net::SocketAddr::new(net.overlay(), own);
+            answer(&world, &Packet::tcp(net.remote(1), own, ACK, 5001, 1002));
+        }
+    }
+    world
 }
 
 /// A TCP connection keeps its backend to the end, even after the endpoint or the Service is gone.

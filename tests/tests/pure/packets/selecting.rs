@@ -41,17 +41,17 @@ fn source_ranges_let_some_clients_in() {
 fn ranges_do_not_cut_a_flow_that_exists() {
     for net in Net::ALL {
         let mut world = world();
-        let request = |ack| Packet::tcp(net.client(), net.ranged(), if ack { ACK } else { SYN }, 1000, 5001);
-        open(&world, &request(false));
+        let [syn, ack] = [SYN, ACK].map(|flags| Packet::tcp(net.client(), net.ranged(), flags, 1000, 5001));
+        open(&world, &syn);
         let id = net.there_id() + 2;
         for (service, range) in world.sim.contents().source_ranges {
             if service == id {
                 world.sim.apply(&Op::SourceRange(id, range, false)).unwrap();
             }
         }
-        open(&world, &request(true));
+        open(&world, &ack);
         let other = SocketAddr::new(net.client().ip(), 40_001);
-        let another = Packet { source: other, ..request(false) };
+        let another = Packet { source: other, ..syn };
         assert_eq!(world.enter(NIC, another.bytes()).0, Verdict::Drop);
     }
 }

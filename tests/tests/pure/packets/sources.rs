@@ -96,32 +96,34 @@ fn frontends_of_our_own_address_are_no_sources() {
     for net in Net::ALL {
         let mut world = world();
         let own = Addr::from(net.overlay());
-        let claim = |world: &mut World, key| {
-            let frontend = FrontendValue::new(&key, net.there_id(), EXTERNAL);
-            world.sim.apply(&Op::Frontend(key, Some(frontend))).unwrap();
-        };
-        let ask = |world: &World, number| {
-            let request = Packet::udp(SocketAddr::new(net.client().ip(), number), net.there(), b"?");
-            let (_, source) = open(world, &request);
-            answer(world, &reply(&request, net.remote(1), source));
-            source
-        };
         for port in SNAT_PORTS.step_by(8) {
-            claim(&mut world, FrontendKey::exact(own, Be16::new(port), UDP));
-            claim(&mut world, FrontendKey::node_port(own.unspecified(), Be16::new(port + 4), UDP));
+            claim(&mut world, net, FrontendKey::exact(own, Be16::new(port), UDP));
+            claim(&mut world, net, FrontendKey::node_port(own.unspecified(), Be16::new(port + 4), UDP));
         }
         for number in 1..=200 {
-            let source = ask(&world, number);
+            let source = ask(&world, net, number);
             assert_ne!(source.port() % 4, SNAT_PORTS.start % 4, "{source} is a frontend");
         }
         // Even if frontends claim every port, one is still given. A request from elsewhere to that port is still a
         // request.
         for port in SNAT_PORTS {
-            claim(&mut world, FrontendKey::exact(own, Be16::new(port), UDP));
+            claim(&mut world, net, FrontendKey::exact(own, Be16::new(port), UDP));
         }
-        let source = ask(&world, 201);
+        let source = ask(&world, net, 201);
         open(&world, &Packet::udp(net.stranger(), source, b"?"));
     }
+}
+
+fn claim(world: &mut World, net: Net, key: FrontendKey) {
+    let frontend = FrontendValue::new(&key, net.there_id(), EXTERNAL);
+    world.sim.apply(&Op::Frontend(key, Some(frontend))).unwrap();
+}
+
+fn ask(world: &World, net: Net, number: u16) -> SocketAddr {
+    let request = Packet::udp(SocketAddr::new(net.client().ip(), number), net.there(), b"?");
+    let (_, source) = open(world, &request);
+    answer(world, &reply(&request, net.remote(1), source));
+    source
 }
 
 /// A client that goes on after its source was given to another flow gets nothing that belongs to the other flow.
@@ -173,8 +175,9 @@ fn a_source_is_free_again_once_the_backend_has_forgotten_it() {
             };
             let (_, _, flow) = record(&world);
             assert!(closed(flow.state), "{by_client} {reset}");
-            let at = |milliseconds: u64| forgotten(&flow, flow.last_seen + milliseconds * 1_000_000);
-            assert_eq!((at(499), at(500)), (false, by_client || reset), "{by_client} {reset}");
+            let [before, after] =
+                [499, 500].map(|milliseconds| forgotten(&flow, flow.last_seen + milliseconds * 1_000_000));
+            assert_eq!((before, after), (false, by_client || reset), "{by_client} {reset}");
         }
         assert!(!forgotten(&Flow { state: ASSURED, ..Flow::default() }, u64::MAX));
     }

@@ -119,7 +119,6 @@ impl Agent {
     fn convert(&mut self, object: &Value) -> Result<Vec<Change>> {
         // Goes through text, like everything that a real agent reads.
         let text = serde_json::to_string(object)?;
-        let refused = |problem: proxy_agent::sources::Problem| anyhow::anyhow!("{}", problem.reason);
         let change = match object["kind"].as_str() {
             Some("Service") => {
                 let service: Service = serde_json::from_str(&text)?;
@@ -239,9 +238,15 @@ pub(crate) fn abi_port(dest: &Dest) -> proxy_common::be::Be16 {
     proxy_common::be::Be16::new(dest.addr.port())
 }
 
+fn refused(problem: proxy_agent::sources::Problem) -> anyhow::Error {
+    anyhow::anyhow!("{}", problem.reason)
+}
+
 fn id(object: &Value) -> Id {
-    let text = |pointer| object.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
-    (text("/kind"), text("/metadata/namespace"), text("/metadata/name"))
+    let pointers = ["/kind", "/metadata/namespace", "/metadata/name"];
+    pointers
+        .map(|pointer| object.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned())
+        .into()
 }
 
 /// Returns the changes that turn `before` into `after`, object by object.

@@ -61,24 +61,26 @@ pub(crate) enum Client {
 
 /// Returns the clients that `sender` stands for.
 pub(crate) fn of(sender: Sender, agent: &Agent) -> Vec<Client> {
-    let pods = |first: u64| {
-        let pods = (first..).zip(sender.addresses());
-        pods.map(|(netns, address)| Client::Socket { netns, pod: Some(address) }).collect()
-    };
-    let packets = |source: IpAddr| {
-        let origin = if agent.is_near(source.into()) { Origin::Near } else { Origin::Far };
-        Client::Packets { source, origin }
-    };
     match sender {
         Sender::H => vec![Client::Socket { netns: HOST_NETNS, pod: None }],
         // One pod with two addresses.
-        Sender::P | Sender::P6 => pods(HOST_NETNS + 1),
-        Sender::L1 => pods(HOST_NETNS + 2),
-        Sender::Pods => pods(HOST_NETNS + 3),
-        Sender::Q | Sender::X | Sender::Y | Sender::X6 => {
-            sender.addresses().into_iter().map(packets).collect()
-        }
+        Sender::P | Sender::P6 => pods(sender, HOST_NETNS + 1),
+        Sender::L1 => pods(sender, HOST_NETNS + 2),
+        Sender::Pods => pods(sender, HOST_NETNS + 3),
+        Sender::Q | Sender::X | Sender::Y | Sender::X6 => sender
+            .addresses()
+            .into_iter()
+            .map(|source: IpAddr| {
+                let origin = if agent.is_near(source.into()) { Origin::Near } else { Origin::Far };
+                Client::Packets { source, origin }
+            })
+            .collect(),
     }
+}
+
+fn pods(sender: Sender, first: u64) -> Vec<Client> {
+    let pods = (first..).zip(sender.addresses());
+    pods.map(|(netns, address)| Client::Socket { netns, pod: Some(address) }).collect()
 }
 
 impl Client {

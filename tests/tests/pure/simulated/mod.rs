@@ -106,7 +106,6 @@ fn connections(agent: &Agent, connect: &Connect, way: Way) -> Result<()> {
     }
 
     let got: BTreeSet<Fate> = all.keys().copied().collect();
-    let only = |fate| BTreeSet::from([fate]);
     let want = match &connect.expect {
         Expect::Spread(targets, _) => endpoints(targets),
         Expect::Sticky(targets, _) => {
@@ -118,14 +117,16 @@ fn connections(agent: &Agent, connect: &Connect, way: Way) -> Result<()> {
                 want
             }
         }
-        Expect::Reject => only(Fate::Reject),
-        Expect::Drop => only(Fate::Drop),
-        Expect::Pass => only(Fate::Pass),
+        Expect::Reject => [Fate::Reject].into(),
+        Expect::Drop => [Fate::Drop].into(),
+        Expect::Pass => [Fate::Pass].into(),
     };
     ensure!(got == want, "they end as {all:?}");
     if connect.pace.is_none() && targets > 0 {
-        let uneven = |&&count: &&usize| count.abs_diff(PER_TARGET) > UNEVEN;
-        ensure!(all.values().find(uneven).is_none(), "the spread is uneven: {all:?}");
+        ensure!(
+            all.values().all(|count| count.abs_diff(PER_TARGET) <= UNEVEN),
+            "the spread is uneven: {all:?}"
+        );
     }
     Ok(())
 }

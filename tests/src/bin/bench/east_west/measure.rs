@@ -112,15 +112,14 @@ impl Measurements {
         let mut figures = Vec::new();
         for workload in Workload::ALL {
             let Some(ratio) = self.ratio(workload) else { continue };
-            let rate = |side| self.rounds.rate(workload, side);
             let (scale, vipr, plain) = if workload == Workload::TcpStream {
                 (8e-9, "vipr Gbit/s", "no proxy Gbit/s")
             } else {
                 (1.0, "vipr /s", "no proxy /s")
             };
             let mut figure = Figure::estimated(workload.name(), world, "ratio", ratio)
-                .detail(vipr, rate(Side::Vipr) * scale)
-                .detail(plain, rate(Side::Plain) * scale)
+                .detail(vipr, self.rounds.rate(workload, Side::Vipr) * scale)
+                .detail(plain, self.rounds.rate(workload, Side::Plain) * scale)
                 .bar(bar(workload));
             if let Some(control) = self.rounds.ratio(workload, Side::Control, Side::Plain) {
                 figure = figure.detail("control ratio", control.median);
@@ -141,21 +140,13 @@ impl Measurements {
 impl Calls {
     fn figures(&self, call: Call, world: &str) -> [Figure; 2] {
         [(Target::Vip, ""), (Target::NotOurs, ", no Service")].map(|(target, suffix)| {
-            let added = |of: Target| {
-                let difference = move |r: &BTreeMap<Target, f64>| Some(r.get(&of)? - r.get(&Target::Plain)?);
-                Estimate::of(self.rounds.iter().filter_map(difference))
-            };
-            let of = |target: Target, p: f64| {
-                let all = self.all.get(&target).into_iter().flatten();
-                percentile(all.map(|nanos| f64::from(*nanos)), p)
-            };
             let name = format!("{}{suffix}: added p50", call.name());
-            let mut figure = Figure::estimated(name, world, "ns", added(target))
-                .detail("vipr p50", of(target, 0.5))
-                .detail("vipr p99", of(target, 0.99))
-                .detail("no proxy p50", of(Target::Plain, 0.5))
-                .detail("no proxy p99", of(Target::Plain, 0.99));
-            let control = added(Target::Control);
+            let mut figure = Figure::estimated(name, world, "ns", self.added(target))
+                .detail("vipr p50", self.nanos(target, 0.5))
+                .detail("vipr p99", self.nanos(target, 0.99))
+                .detail("no proxy p50", self.nanos(Target::Plain, 0.5))
+                .detail("no proxy p99", self.nanos(Target::Plain, 0.99));
+            let control = self.added(Target::Control);
             if control.samples > 0 {
                 figure = figure.detail("control added p50", control.median);
             }
@@ -164,6 +155,17 @@ impl Calls {
                 Call::FirstSend | Call::NextSend => figure,
             }
         })
+    }
+
+    fn added(&self, of: Target) -> Estimate {
+        Estimate::of(
+            self.rounds.iter().filter_map(|round| Some(round.get(&of)? - round.get(&Target::Plain)?)),
+        )
+    }
+
+    fn nanos(&self, target: Target, p: f64) -> f64 {
+        let all = self.all.get(&target).into_iter().flatten();
+        percentile(all.map(|nanos| f64::from(*nanos)), p)
     }
 }
 

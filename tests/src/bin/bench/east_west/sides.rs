@@ -49,8 +49,11 @@ impl Ground {
     pub(super) fn new(lab: &Lab, node: &Node, options: &Options) -> Result<Self> {
         let server = lab.pod(if options.remote { "far-server" } else { "server" });
         let vip = if options.ipv6 { "fd00:96::10" } else { "10.96.0.10" }.parse()?;
-        let family = |address: &&IpAddr| address.is_ipv6() == options.ipv6;
-        let server_address = *server.addresses().iter().find(family).context("no address of the family")?;
+        let server_address = *server
+            .addresses()
+            .iter()
+            .find(|address| address.is_ipv6() == options.ipv6)
+            .context("no address of the family")?;
         let above = node.cgroup().parent().context("the node's cgroup has no parent")?;
         let &[client_cpu, server_cpu] = options.cpus.as_slice() else { bail!("--cpus takes two numbers") };
         Ok(Self {
@@ -66,9 +69,8 @@ impl Ground {
     /// Starts both processes of a side.
     pub(super) fn start(&self, side: Side) -> Result<Pair> {
         let [client_cpu, server_cpu] = self.cpus;
-        let cgroup = |place: &Place| self.cgroup(side, place);
-        let client = Spot { place: &self.client, cgroup: cgroup(&self.client)?, cpu: client_cpu };
-        let server = Spot { place: &self.server, cgroup: cgroup(&self.server)?, cpu: server_cpu };
+        let client = Spot { place: &self.client, cgroup: self.cgroup(side, &self.client)?, cpu: client_cpu };
+        let server = Spot { place: &self.server, cgroup: self.cgroup(side, &self.server)?, cpu: server_cpu };
         Pair::start(format!("{side:?}"), &client, &server, self.server_address, side.base_port())
     }
 

@@ -73,10 +73,9 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
             .with_context(|| format!("the agent's log:\n{}", agent.log()))?;
         let mut paths = Paths::of(&mut rig, &ground, false)?;
         paths.extend(Paths::of(&mut rig, &ground, true)?);
-        let wanted = |path: &Path| {
+        paths.retain(|path| {
             options.only.is_empty() || options.only.iter().any(|part| path.name.contains(part.as_str()))
-        };
-        paths.retain(wanted);
+        });
         let example = reference(&mut rig)?;
         progress(format_args!("{} ways, each walked through once", paths.len()));
         // New flows last: they evict others from caches and tables.
@@ -152,7 +151,6 @@ fn measure(
         }
         rounds.push(times);
     }
-    let alone = |round: &Round, run, wrapper| Some(round.get(&run)? - round.get(&Run::Wrapper(wrapper))?);
     let reference = |round: &Round| alone(round, Run::Reference, Wrapper::Same);
     let empty = median_of(rounds.iter().filter_map(|round| round.get(&fixed[0]).copied()));
     let mut figures = vec![
@@ -161,8 +159,8 @@ fn measure(
     ];
     for (index, path) in paths.iter().enumerate() {
         let nanos = |round: &Round| alone(round, Run::Path(index), path.wrapper);
-        let ratio = |round: &Round| Some(nanos(round)? / reference(round)?);
-        let estimate = Estimate::of(rounds.iter().filter_map(ratio));
+        let estimate =
+            Estimate::of(rounds.iter().filter_map(|round| Some(nanos(round)? / reference(round)?)));
         let figure = Figure::estimated(&path.name, world, "x reference", estimate)
             .detail("ns", median_of(rounds.iter().filter_map(nanos)));
         figures.push(match path.bar {
@@ -171,4 +169,8 @@ fn measure(
         });
     }
     Ok(figures)
+}
+
+fn alone(round: &Round, run: Run, wrapper: Wrapper) -> Option<f64> {
+    Some(round.get(&run)? - round.get(&Run::Wrapper(wrapper))?)
 }

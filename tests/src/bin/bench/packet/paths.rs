@@ -204,14 +204,15 @@ fn stranger(ipv6: bool) -> SocketAddr {
 fn interfaces(ground: &Ground) -> Result<Interfaces> {
     let (server, inside) = (ground.pod(Backend::Local), ground.inside());
     let names = ["eth0", server.host_device(), inside.host_device()];
-    let indexes = || {
-        let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
-        let mut indexes = [0; 3];
-        for (index, name) in indexes.iter_mut().zip(names) {
-            *index = name_to_index(&any, name).with_context(|| format!("no device {name}"))?;
-        }
-        Ok::<_, anyhow::Error>(indexes)
-    };
-    let [eth0, server, inside] = ground.node().host().net().enter(indexes)??;
+    let [eth0, server, inside] = ground.node().host().net().enter(|| indexes(names))??;
     Ok(Interfaces { eth0, server, inside })
+}
+
+fn indexes(names: [&str; 3]) -> Result<[u32; 3]> {
+    let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    let mut indexes = [0; 3];
+    for (index, name) in indexes.iter_mut().zip(names) {
+        *index = name_to_index(&any, name).with_context(|| format!("no device {name}"))?;
+    }
+    Ok(indexes)
 }

@@ -177,7 +177,6 @@ fn cold_starts(starts: &[Start], world: World, report: &mut Report) {
         Figure::new(format!("cold start: {what}"), &name, unit, of(value)).samples(starts.len())
     };
     let small = world.services * world.endpoints <= 100_000;
-    let behind_lists = |start: &Start| start.programmed.saturating_sub(start.listed).as_secs_f64();
     report.figures.extend([
         figure("ready", "s", &|start| start.ready.as_secs_f64())
             .detail("lists sent s", of(&|start| start.listed.as_secs_f64())),
@@ -208,6 +207,10 @@ fn cold_starts(starts: &[Start], world: World, report: &mut Report) {
     }
 }
 
+fn behind_lists(start: &Start) -> f64 {
+    start.programmed.saturating_sub(start.listed).as_secs_f64()
+}
+
 /// Kills the agent and starts it with the maps that it left.
 fn restart(
     node: &Node,
@@ -236,11 +239,8 @@ fn restart(
 }
 
 fn latency(name: &str, world: &str, took: &[Duration], p: f64) -> Figure {
-    let at = |p| percentile(took.iter().map(millis), p);
-    Figure::new(name, world, "ms", at(p))
-        .samples(took.len())
-        .detail("p99 ms", at(0.99))
-        .detail("max ms", at(1.0))
+    let [at, p99, max] = [p, 0.99, 1.0].map(|p| percentile(took.iter().map(millis), p));
+    Figure::new(name, world, "ms", at).samples(took.len()).detail("p99 ms", p99).detail("max ms", max)
 }
 
 fn millis(time: &Duration) -> f64 {

@@ -77,12 +77,12 @@ impl CpuTime {
     pub(super) fn of(cgroup: &Path) -> Result<Self> {
         let path = cgroup.join("cpu.stat");
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        let field = |name: &str| {
+        let [user, system] = ["user_usec", "system_usec"].map(|name| {
             let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
             let micros = value.with_context(|| format!("{}: no {name}", path.display()))?;
             anyhow::Ok(Duration::from_micros(micros))
-        };
-        Ok(Self { user: field("user_usec")?, system: field("system_usec")? })
+        });
+        Ok(Self { user: user?, system: system? })
     }
 
     /// Returns the time since an earlier reading.

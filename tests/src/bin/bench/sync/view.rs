@@ -81,7 +81,6 @@ impl View {
     /// Returns the ids of Service ports by their names, and of backends by port and address.
     pub(super) fn ids(&self) -> Result<BTreeMap<String, u32>> {
         let contents = self.maps.contents()?;
-        let name = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
         let mut ids: BTreeMap<String, u32> = contents
             .names
             .iter()
@@ -97,6 +96,10 @@ impl View {
         }
         Ok(ids)
     }
+}
+
+fn name(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned()
 }
 
 /// Opens the maps as soon as they are pinned.

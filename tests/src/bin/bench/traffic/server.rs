@@ -43,34 +43,19 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
 }
 
 fn serve(listener: Listener, address: SocketAddr) -> io::Result<()> {
-    let tcp = |serve: fn(TcpStream) -> io::Result<()>, threads: bool| {
-        let listener = TcpListener::bind(address)?;
-        // The client may be faster than the server accepts: no connection must have to wait for a second SYN.
-        rustix::net::listen(&listener, BACKLOG)?;
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                // A client that has gone does not affect the others.
-                if threads {
-                    thread::spawn(move || drop(serve(stream)));
-                } else {
-                    drop(serve(stream));
-                }
-            }
-        });
-        Ok(())
-    };
     match listener {
-        Listener::Echo => tcp(echo, true),
-        Listener::AnswerAndClose => tcp(|stream| answer(&stream), false),
+        Listener::Echo => tcp(address, echo, true),
+        Listener::AnswerAndClose => tcp(address, |stream| answer(&stream), false),
         Listener::AnswerAndWait => tcp(
+            address,
             |stream| {
                 answer(&stream)?;
                 read_to_end(stream, &mut [0; 16])
             },
             false,
         ),
-        Listener::Sink => tcp(sink, true),
-        Listener::Accept => tcp(|stream| read_to_end(stream, &mut [0; 16]), false),
+        Listener::Sink => tcp(address, sink, true),
+        Listener::Accept => tcp(address, |stream| read_to_end(stream, &mut [0; 16]), false),
         Listener::UdpEcho => {
             let socket = UdpSocket::bind(address)?;
             thread::spawn(move || {
@@ -95,6 +80,23 @@ fn serve(listener: Listener, address: SocketAddr) -> io::Result<()> {
             Ok(())
         }
     }
+}
+
+fn tcp(address: SocketAddr, serve: fn(TcpStream) -> io::Result<()>, threads: bool) -> io::Result<()> {
+    let listener = TcpListener::bind(address)?;
+    // The client may be faster than the server accepts: no connection must have to wait for a second SYN.
+    rustix::net::listen(&listener, BACKLOG)?;
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            // A client that has gone does not affect the others.
+            if threads {
+                thread::spawn(move || drop(serve(stream)));
+            } else {
+                drop(serve(stream));
+            }
+        }
+    });
+    Ok(())
 }
 
 fn echo(mut stream: TcpStream) -> io::Result<()> {

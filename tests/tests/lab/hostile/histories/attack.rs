@@ -49,9 +49,6 @@ struct Ends {
 
 impl Ends {
     fn of(stage: &Stage, net: Net, random: &mut Rng) -> Self {
-        let honest = || stage.lines.iter().filter(|line| !line.who.is_hostile());
-        let at =
-            |addr: Addr, port: Be16| SocketAddr::new(IpAddr::from(addr.bytes).to_canonical(), port.get());
         let mut sources = Vec::new();
         for tier in [Tier::Assured, Tier::New] {
             for (key, flow) in stage.node.sim.edge.records(tier) {
@@ -66,9 +63,9 @@ impl Ends {
         let ips: Vec<_> = Who::ALL.into_iter().map(|who| who.ip(net)).chain(ips).collect();
         let others = (0..6).map(|_| SocketAddr::new(one(random, &ips), one(random, &ports))).collect();
         Self {
-            clients: honest().map(|line| stage.local(line)).collect(),
-            targets: honest().map(|line| line.target).cycle().take(8).chain(vips(net)).collect(),
-            pods: honest().flat_map(|line| backends(net, line.target)).collect(),
+            clients: stage.honest().map(|line| stage.local(line)).collect(),
+            targets: stage.honest().map(|line| line.target).cycle().take(8).chain(vips(net)).collect(),
+            pods: stage.honest().flat_map(|line| backends(net, line.target)).collect(),
             sources,
             others,
         }
@@ -130,13 +127,12 @@ pub(super) fn forge(stage: &Stage, net: Net, random: &mut Rng) -> Forged {
 /// Returns some segments between the ends of one connection, in both directions. Several segments together may do
 /// harm that one alone does not.
 pub(super) fn salvo(stage: &Stage, net: Net, random: &mut Rng) -> Vec<Forged> {
-    let lines: Vec<_> = stage.lines.iter().filter(|line| !line.who.is_hostile() && !line.udp).collect();
+    let lines: Vec<_> = stage.honest().filter(|line| !line.udp).collect();
     if lines.is_empty() {
         return Vec::new();
     }
     let line = one(random, &lines);
     let (client, target) = (stage.local(line), line.target);
-    let at = |addr: Addr, port: Be16| SocketAddr::new(IpAddr::from(addr.bytes).to_canonical(), port.get());
     let records = [Tier::Assured, Tier::New].into_iter().flat_map(|tier| stage.node.sim.edge.records(tier));
     let own = records
         .filter(|(key, flow)| {
@@ -155,14 +151,22 @@ pub(super) fn salvo(stage: &Stage, net: Net, random: &mut Rng) -> Vec<Forged> {
         .collect()
 }
 
+fn at(addr: Addr, port: Be16) -> SocketAddr {
+    SocketAddr::new(IpAddr::from(addr.bytes).to_canonical(), port.get())
+}
+
 /// Returns whether two conversations would have the same tuple between the edges: a client's own port towards the
 /// same pod, once by a VIP and once by the pod's own address.
 pub(super) fn meet(net: Net, one: &Line, other: &Line) -> bool {
     let same = (one.who, one.port, one.udp) == (other.who, other.port, other.udp);
     let pods = backends(net, other.target);
-    let direct = |line: &Line| backends(net, line.target) == [line.target];
     same && (one.target == other.target
-        || (direct(one) || direct(other)) && backends(net, one.target).iter().any(|pod| pods.contains(pod)))
+        || (is_direct(net, one) || is_direct(net, other))
+            && backends(net, one.target).iter().any(|pod| pods.contains(pod)))
+}
+
+fn is_direct(net: Net, line: &Line) -> bool {
+    backends(net, line.target) == [line.target]
 }
 
 /// Returns why this packet is of a kind that docs/security.md says is not withstood.
@@ -172,16 +176,15 @@ pub(super) fn conceded(stage: &Stage, setup: Setup, forged: &Forged) -> Option<&
     let (source, destination) = (packet.source, packet.destination);
     let tcp = if let Body::Tcp { flags, .. } = packet.body { Some(flags) } else { None };
     let is_udp = matches!(packet.body, Body::Udp { .. });
-    let outside = |at: At| matches!(at, At::Outside | At::Beside);
-    for line in stage.lines.iter().filter(|line| !line.who.is_hostile()) {
+    for line in stage.honest() {
         if line.udp != is_udp || !line.udp && tcp.is_none() {
             continue;
         }
         let pods = backends(net, line.target);
         // "Clients outside are one origin": the first packet of a flow in the name of such a client, to another
         // address of the same pod that the client's own connection leads to.
-        if outside(*from)
-            && outside(line.who.at())
+        if from.is_past()
+            && line.who.at().is_past()
             && source == stage.local(line)
             && destination != line.target
             && tcp.is_none_or(|flags| flags & (SYN | ACK | RST) == SYN)
@@ -219,16 +222,18 @@ pub(super) fn unmended(
     {
         return Some("in the name of a pod of this node, from outside");
     }
-    let has = |packet: &Packet, bits| matches!(packet.body, Body::Tcp { flags, .. } if flags & bits != 0);
-    let honest = || stage.lines.iter().filter(|line| !line.who.is_hostile() && !line.udp);
-    let of_client = honest().any(|line| source == stage.local(line));
-    let of_backend = |source| honest().any(|line| backends(net, line.target).contains(&source));
+    let lines: Vec<_> = stage.honest().filter(|line| !line.udp).collect();
+    let of_client = lines.iter().any(|line| source == stage.local(line));
+    let of_backend = |source| lines.iter().any(|line| backends(net, line.target).contains(&source));
     // Resets and FINs of a backend count with any sequence number: a SYN from anybody then ends the flow at once.
     if has(packet, RST | FIN) && of_backend(source) {
         return Some("the end in a backend's name, with any number");
     }
     // A forged acknowledgement in the name of a backend fixes which data, FIN or reset of the client may follow.
-    let moved = |forged: &&&Forged| has(&forged.packet, ACK) && of_backend(forged.packet.source);
-    (has(packet, PSH | FIN | RST) && of_client && before.iter().any(|forged| moved(&forged)))
-        .then_some("what follows a forged acknowledgement")
+    let moved = before.iter().any(|forged| has(&forged.packet, ACK) && of_backend(forged.packet.source));
+    (has(packet, PSH | FIN | RST) && of_client && moved).then_some("what follows a forged acknowledgement")
+}
+
+fn has(packet: &Packet, bits: u8) -> bool {
+    matches!(packet.body, Body::Tcp { flags, .. } if flags & bits != 0)
 }

@@ -148,29 +148,34 @@ impl History {
             Step::Pause(_) | Step::Act(..) => None,
         });
         let before: Vec<_> = attacks.collect();
-        let unmended = || unmended(stage, self.setup, &before, forged).filter(|_| !*ALSO_UNMENDED);
-        conceded(stage, self.setup, forged).or_else(unmended).is_some()
+        conceded(stage, self.setup, forged)
+            .or_else(|| unmended(stage, self.setup, &before, forged).filter(|_| !*ALSO_UNMENDED))
+            .is_some()
     }
 
     /// Removes every step without which the history still fails.
     fn shrunk(mut self) -> (Self, Harm) {
-        let fails = |history: &Self| match (history.play(true), history.play(false)) {
-            (Err(harm), Ok(_)) => Some(harm),
-            _ => None,
-        };
-        let mut harm = fails(&self).unwrap_or_else(|| unreachable!("it has failed before: {self:#?}"));
+        let mut harm = self.fails().unwrap_or_else(|| unreachable!("it has failed before: {self:#?}"));
         loop {
             let before = self.steps.len();
             for index in (0..before).rev() {
                 let mut less = self.clone();
                 less.steps.remove(index);
-                if let Some(same) = fails(&less) {
+                if let Some(same) = less.fails() {
                     (self, harm) = (less, same);
                 }
             }
             if self.steps.len() == before {
                 return (self, harm);
             }
+        }
+    }
+
+    /// Returns the harm that the attacks do: without them, the history does none.
+    fn fails(&self) -> Option<Harm> {
+        match (self.play(true), self.play(false)) {
+            (Err(harm), Ok(_)) => Some(harm),
+            _ => None,
         }
     }
 }

@@ -41,6 +41,13 @@ pub(super) enum At {
     Host,
 }
 
+impl At {
+    /// Returns whether the participant is not behind this node.
+    pub(super) fn is_past(self) -> bool {
+        matches!(self, Self::Beside | Self::Outside)
+    }
+}
+
 /// Participants. Their order is that of [`Who::ALL`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Who {
@@ -99,20 +106,16 @@ impl Who {
 
     /// Returns the participant's address.
     pub(super) fn ip(self, net: Net) -> IpAddr {
-        let other = |v4: &str, v6: &str| {
-            let text = if net.v6 { v6 } else { v4 };
-            text.parse().unwrap_or_else(|error| unreachable!("{text}: {error}"))
-        };
         match self {
             Self::Client => net.client().ip(),
             Self::Stranger => net.stranger().ip(),
-            Self::Victim => other("10.64.0.51", "fd00:64::51"),
+            Self::Victim => net.ip("10.64.0.51", "fd00:64::51"),
             Self::Local => net.local().ip(),
             Self::Remote(number) => net.remote(number).ip(),
             Self::Neighbour => net.remote(7).ip(),
             Self::Host => net.node(),
-            Self::Attacker => other("10.64.0.66", "fd00:64::66"),
-            Self::Forger => other("198.18.0.66", "2001:db8:18::66"),
+            Self::Attacker => net.ip("10.64.0.66", "fd00:64::66"),
+            Self::Forger => net.ip("198.18.0.66", "2001:db8:18::66"),
         }
     }
 
@@ -286,10 +289,8 @@ impl Node {
     pub(super) fn carry(&self, from: At, bytes: Vec<u8>) -> Option<(Who, Vec<u8>)> {
         let net = self.setup.net;
         let (_, to) = ends(&bytes)?;
-        let near = |ip| Who::of(net, ip).map(Who::at);
         // Participants that are not behind this node reach each other without it.
-        let is_past = |at| matches!(at, At::Beside | At::Outside);
-        if is_past(from) && near(to).is_some_and(is_past) {
+        if from.is_past() && Who::of(net, to).is_some_and(|who| who.at().is_past()) {
             return Who::of(net, to).map(|who| (who, bytes));
         }
         let (at, bytes) = self.forward(from, bytes)?;
@@ -301,12 +302,16 @@ impl Node {
 
 /// Returns the source and destination of an IP packet.
 pub(super) fn ends(bytes: &[u8]) -> Option<(IpAddr, IpAddr)> {
-    let v4 = |at: usize| -> Option<IpAddr> { Some(<[u8; 4]>::try_from(bytes.get(at..at + 4)?).ok()?.into()) };
-    let v6 =
-        |at: usize| -> Option<IpAddr> { Some(<[u8; 16]>::try_from(bytes.get(at..at + 16)?).ok()?.into()) };
     match bytes.get(12..14)? {
-        [0x08, 0x00] => Some((v4(26)?, v4(30)?)),
-        [0x86, 0xdd] => Some((v6(22)?, v6(38)?)),
+        [0x08, 0x00] => Some((address::<4>(bytes, 26)?, address::<4>(bytes, 30)?)),
+        [0x86, 0xdd] => Some((address::<16>(bytes, 22)?, address::<16>(bytes, 38)?)),
         _ => None,
     }
+}
+
+fn address<const N: usize>(bytes: &[u8], at: usize) -> Option<IpAddr>
+where
+    IpAddr: From<[u8; N]>,
+{
+    Some(<[u8; N]>::try_from(bytes.get(at..at + N)?).ok()?.into())
 }

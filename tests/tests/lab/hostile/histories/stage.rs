@@ -97,6 +97,11 @@ impl Stage {
         })
     }
 
+    /// Returns the lines of those who attack nobody.
+    pub(super) fn honest(&self) -> impl Iterator<Item = &Line> + Clone {
+        self.lines.iter().filter(|line| !line.who.is_hostile())
+    }
+
     /// Returns the client's end of a line.
     pub(super) fn local(&self, line: &Line) -> SocketAddr {
         SocketAddr::new(line.who.ip(self.setup.net), line.port)
@@ -259,11 +264,11 @@ impl Stage {
 
 /// Returns the quotation in an ICMP error: source, destination, protocol, and the first four bytes behind the ports.
 fn quoted(quote: &[u8]) -> Option<(SocketAddr, SocketAddr, u8, u32)> {
-    let frame = |ethertype: [u8; 2]| [&[0; ETHERNET - 2][..], &ethertype, quote].concat();
-    let (ends, proto, at) = match quote.first()? >> 4 {
-        4 => (super::node::ends(&frame([0x08, 0x00]))?, *quote.get(9)?, 20),
-        _ => (super::node::ends(&frame([0x86, 0xdd]))?, *quote.get(6)?, 40),
+    let (ethertype, proto, at) = match quote.first()? >> 4 {
+        4 => ([0x08, 0x00], *quote.get(9)?, 20),
+        _ => ([0x86, 0xdd], *quote.get(6)?, 40),
     };
+    let ends = super::node::ends(&[&[0; ETHERNET - 2][..], &ethertype, quote].concat())?;
     let &[s0, s1, d0, d1, n0, n1, n2, n3] = quote.get(at..at + 8)? else { return None };
     let (source, destination) = (u16::from_be_bytes([s0, s1]), u16::from_be_bytes([d0, d1]));
     let (source, destination) = (SocketAddr::new(ends.0, source), SocketAddr::new(ends.1, destination));
