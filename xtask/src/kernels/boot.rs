@@ -49,7 +49,7 @@ pub(super) fn boot(boot: &Boot<'_>) -> Result<String> {
     qemu.args(["-m", "1500", "-smp", "1", "-nodefaults", "-no-user-config"]);
     qemu.args(["-no-reboot", "-display", "none", "-monitor", "none", "-serial", "stdio"]);
     qemu.arg("-kernel").arg(boot.kernel).arg("-initrd").arg(boot.initramfs);
-    qemu.arg("-append").arg(command_line(machine, boot.section));
+    qemu.arg("-append").arg(command_line(machine, boot.kvm, boot.section));
     let mut log = File::create(boot.log).with_context(|| format!("cannot write {}", boot.log.display()))?;
     // QEMU's own messages go to the log, too.
     let errors = log.try_clone().context("cannot open the log twice")?;
@@ -84,12 +84,13 @@ pub(super) fn boot(boot: &Boot<'_>) -> Result<String> {
     Ok(said)
 }
 
-fn command_line(machine: Machine, (section, rows): &(&str, Vec<String>)) -> String {
+fn command_line(machine: Machine, kvm: bool, (section, rows): &(&str, Vec<String>)) -> String {
     // A panic reboots at once, which ends QEMU. The watchdogs would report a hung processor on a busy host.
     format!(
-        "console={} panic=-1 loglevel=5 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 random.trust_cpu=on log_buf_len=4M \
+        "console={} panic=-1 loglevel=5 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 random.trust_cpu=on log_buf_len=4M{} \
          ring.{section}={}",
         machine.console(),
+        machine.kernel_options(kvm),
         rows.join(",")
     )
 }
