@@ -2,7 +2,7 @@
 
 use core::ptr::{addr_of, addr_of_mut};
 
-use proxy_common::abi::Flow;
+use proxy_common::abi::{Flow, IfIndex};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::tables::FlowCell;
@@ -47,12 +47,12 @@ impl FlowCell for Cell {
     }
 
     #[inline(always)]
-    fn set_answered_by(&self, check: u32, ifindex: u32) {
+    fn set_answered_by(&self, check: u32, ifindex: IfIndex) {
         set_field!(self, check, answered_by = ifindex);
     }
 
     #[inline(always)]
-    fn set_asked_by(&self, check: u32, ifindex: u32) {
+    fn set_asked_by(&self, check: u32, ifindex: IfIndex) {
         set_field!(self, check, asked_by = ifindex);
     }
 

@@ -102,7 +102,7 @@ impl Skb {
         }
         let flags = if egress { u64::from(BPF_F_INGRESS) } else { 0 };
         // SAFETY: a helper without preconditions.
-        (unsafe { bpf_redirect(self.ifindex(), flags) }) as i32
+        (unsafe { bpf_redirect(self.ifindex().0, flags) }) as i32
     }
 
     #[inline(always)]

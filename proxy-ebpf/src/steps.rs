@@ -9,6 +9,7 @@ use core::arch::asm;
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
+use proxy_common::abi::IfIndex;
 use proxy_common::datapath::edge::parsed::Parsed;
 use proxy_common::datapath::edge::work::Work;
 use proxy_common::datapath::edge::{flows, judge};
@@ -110,8 +111,8 @@ extern "C" fn vipr_is_of_opt_out(inside: u32) -> u32 {
 
 /// Returns the flags of a device in `DEVICES`; none if there is no such device.
 #[inline(always)]
-pub(crate) fn device_flags(ifindex: u32) -> u32 {
-    vipr_device_flags(ifindex)
+pub(crate) fn device_flags(ifindex: IfIndex) -> u32 {
+    vipr_device_flags(ifindex.0)
 }
 
 #[unsafe(no_mangle)]

@@ -6,7 +6,8 @@ use aya_ebpf::btf_maps::lpm_trie;
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, Counter, Device, Event, Flow, FlowKey, FlowRef, FragmentKey,
-    FragmentPorts, FrontendKey, FrontendValue, Node, Service, StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    FragmentPorts, FrontendKey, FrontendValue, IfIndex, Node, Service, StreamRecord, Trace, UdpFlow,
+    UdpFlowKey,
 };
 use proxy_common::addr::Addr;
 use proxy_common::datapath::edge::tables::EdgeTables;
@@ -302,13 +303,13 @@ impl EdgeTables for Maps {
     }
 
     #[inline(always)]
-    fn device(&self, ifindex: u32) -> Option<Device> {
+    fn device(&self, ifindex: IfIndex) -> Option<Device> {
         // SAFETY: copied at once; elements are replaced only when a device's own addresses change.
-        unsafe { DEVICES.get(ifindex) }.copied()
+        unsafe { DEVICES.get(ifindex.0) }.copied()
     }
 
     #[inline(always)]
-    fn device_flags(&self, ifindex: u32) -> u32 {
+    fn device_flags(&self, ifindex: IfIndex) -> u32 {
         steps::device_flags(ifindex)
     }
 

@@ -13,6 +13,7 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::generated::{
     bpf_fib_lookup, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
 };
+use proxy_common::abi::IfIndex;
 use proxy_common::addr::{Addr, Family};
 use proxy_common::datapath::edge::packet::{FURTHEST, Packet};
 use proxy_common::datapath::edge::parsed::Parsed;
@@ -50,7 +51,7 @@ impl Route {
     /// Makes the question for the route to `destination`, from `source` if there is one. `device` is the device that
     /// the packet enters by, or leaves by.
     #[inline(always)]
-    fn new(family: Family, device: u32, source: Option<&Addr>, destination: &Addr) -> Self {
+    fn new(family: Family, device: IfIndex, source: Option<&Addr>, destination: &Addr) -> Self {
         // The compiler would call a function to zero words that it knows to be zero.
         let zero = opaque(0);
         let words = |addr: &Addr| match family {
@@ -63,7 +64,7 @@ impl Route {
             Family::V4 => AF_INET,
             Family::V6 => AF_INET6,
         };
-        Self([family, u64::from(device), s0, s1, d0, d1, zero, zero])
+        Self([family, u64::from(device.0), s0, s1, d0, d1, zero, zero])
     }
 
     /// Asks the kernel. Returns the helper's result.
@@ -75,8 +76,8 @@ impl Route {
 
     /// Returns the device of the route.
     #[inline(always)]
-    fn device(&self) -> u32 {
-        self.0[1] as u32
+    fn device(&self) -> IfIndex {
+        IfIndex(self.0[1] as u32)
     }
 
     /// Sends the program's packet by this route, to the neighbour that the answer names: a gateway, or the destination
@@ -94,7 +95,7 @@ impl Route {
         let neighbour = words[LAST_OF_SOURCE..].as_mut_ptr();
         // SAFETY: the address is behind the family in the answer, and the helper only reads both.
         let action =
-            unsafe { bpf_redirect_neigh(device, neighbour.cast(), size_of::<Neighbour>() as i32, 0) };
+            unsafe { bpf_redirect_neigh(device.0, neighbour.cast(), size_of::<Neighbour>() as i32, 0) };
         action == i64::from(TC_ACT_REDIRECT)
     }
 }
@@ -123,17 +124,17 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
-    fn ifindex(&self) -> u32 {
-        get!(self, ifindex)
+    fn ifindex(&self) -> IfIndex {
+        IfIndex(get!(self, ifindex))
     }
 
     #[inline(always)]
-    fn entered_by(&self) -> u32 {
-        get!(self, ingress_ifindex)
+    fn entered_by(&self) -> IfIndex {
+        IfIndex(get!(self, ingress_ifindex))
     }
 
     #[inline(always)]
-    fn route_to(&self, family: Family, addr: &Addr) -> u32 {
+    fn route_to(&self, family: Family, addr: &Addr) -> IfIndex {
         let mut route = Route::new(family, self.ifindex(), None, addr);
         // The answer also has a route if the neighbour is not known yet (before 5.11 the device then stays as it was
         // passed) or if the packet would be too long.
@@ -141,7 +142,7 @@ impl Packet for Skb {
             BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED => {
                 route.device()
             }
-            _ => 0,
+            _ => IfIndex::NONE,
         }
     }
 
@@ -153,7 +154,7 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
-    fn leave_by(&mut self, device: u32, family: Family, source: &Addr, destination: &Addr) -> bool {
+    fn leave_by(&mut self, device: IfIndex, family: Family, source: &Addr, destination: &Addr) -> bool {
         // The kernel redirects only packets with a MAC header to neighbours, and does not remove a tag.
         if self.ip_offset != MAC_HEADER || self.is_tagged() {
             return false;

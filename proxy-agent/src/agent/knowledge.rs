@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use proxy_common::abi::IfIndex;
 use proxy_common::addr::{Addr, Family};
 
 use crate::config::Config;
@@ -74,7 +75,7 @@ impl Knowledge {
     }
 
     /// Returns the clusterIPs of a Service that are also addresses of this host, with their devices.
-    pub(crate) fn held_by_host(&self, key: &ObjectKey) -> Vec<(Addr, u32)> {
+    pub(crate) fn held_by_host(&self, key: &ObjectKey) -> Vec<(Addr, IfIndex)> {
         let addrs = self.cluster.service(key).into_iter().flat_map(|service| service.cluster_ips);
         addrs.flatten().filter_map(|addr| Some((addr, *self.addresses.get(&addr)?))).collect()
     }

@@ -8,6 +8,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use proxy_common::abi::IfIndex;
 use proxy_common::addr::{Addr, Prefix};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle, JoinSet};
@@ -244,7 +245,7 @@ struct Agent {
     /// Problems of Services, except claims that other Services have.
     said: BTreeMap<ObjectKey, Vec<String>>,
     /// Services with clusterIPs that are also addresses of this host.
-    held_by_host: BTreeMap<ObjectKey, Vec<(Addr, u32)>>,
+    held_by_host: BTreeMap<ObjectKey, Vec<(Addr, IfIndex)>>,
     /// Services whose claims other Services may have taken or given back.
     retell: BTreeSet<ObjectKey>,
     /// Time before which maps are not made larger.

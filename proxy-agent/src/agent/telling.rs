@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use proxy_common::abi::IfIndex;
 use proxy_common::addr::{Addr, Family};
 use rustix::net::netdevice::index_to_name;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
@@ -25,7 +26,7 @@ const HOST_ADDRESSES: &str = "addresses of this host";
 const NAMED: usize = 9;
 
 /// Returns one sentence for each Service that has an address of this host, up to [`NAMED`], and one for the others.
-fn held_by_host(held: &BTreeMap<ObjectKey, Vec<(Addr, u32)>>) -> Vec<String> {
+fn held_by_host(held: &BTreeMap<ObjectKey, Vec<(Addr, IfIndex)>>) -> Vec<String> {
     let mut sentences: Vec<String> = held
         .iter()
         .take(NAMED)
@@ -47,9 +48,9 @@ fn held_by_host(held: &BTreeMap<ObjectKey, Vec<(Addr, u32)>>) -> Vec<String> {
     sentences
 }
 
-fn device_name(index: u32) -> String {
+fn device_name(index: IfIndex) -> String {
     let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
-    let name = socket.and_then(|socket| index_to_name(socket, index));
+    let name = socket.and_then(|socket| index_to_name(socket, index.0));
     name.unwrap_or_else(|_gone| format!("the device with the index {index}"))
 }
 
@@ -167,7 +168,8 @@ mod tests {
     fn services_at_addresses_of_this_host_are_named_and_counted() {
         // Index 1 is the loopback device of every network namespace.
         let held = |count: u8| -> BTreeMap<_, _> {
-            let one = |n| (ObjectKey::new("a", &format!("s{n:03}")), vec![(Addr::v4([10, 96, 0, n]), 1)]);
+            let one =
+                |n| (ObjectKey::new("a", &format!("s{n:03}")), vec![(Addr::v4([10, 96, 0, n]), IfIndex(1))]);
             (0..count).map(one).collect()
         };
         assert_eq!(held_by_host(&held(0)), [""; 0]);
@@ -177,7 +179,8 @@ mod tests {
         assert!(sentences[0].starts_with(begins), "{sentences:?}");
         assert_eq!(sentences[NAMED], "and 191 more Services like these");
         // A device that is gone by now.
-        let gone = BTreeMap::from([(ObjectKey::new("a", "s"), vec![(Addr::v4([10, 96, 0, 1]), u32::MAX)])]);
+        let gone =
+            BTreeMap::from([(ObjectKey::new("a", "s"), vec![(Addr::v4([10, 96, 0, 1]), IfIndex(u32::MAX))])]);
         assert!(held_by_host(&gone)[0].contains("on the device with the index 4294967295"));
     }
 }

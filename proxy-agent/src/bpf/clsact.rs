@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::io;
 
 use aya::programs::tc::{self, TcError};
+use proxy_common::abi::IfIndex;
 use rtnetlink::packet_core::{
     DecodeError, NLM_F_ACK, NetlinkDeserializable, NetlinkHeader, NetlinkPayload, NlasIterator, parse_string,
     parse_u32,
@@ -97,19 +98,19 @@ impl TrafficControl {
 
     /// Returns the devices with a clsact queueing discipline. (A queueing discipline of the kind `ingress` answers a
     /// question for filters of either direction with the filters on the way in.)
-    pub(super) fn devices(&self) -> io::Result<BTreeSet<u32>> {
+    pub(super) fn devices(&self) -> io::Result<BTreeSet<IfIndex>> {
         let mut devices = BTreeSet::new();
         self.socket.dump(
             RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()),
             |Answer { header, kind, .. }| {
-                devices.extend((kind == KIND).then_some(header.index.cast_unsigned()));
+                devices.extend((kind == KIND).then_some(IfIndex(header.index.cast_unsigned())));
             },
         )?;
         Ok(devices)
     }
 
     /// Returns the filters of a device, in the order in which packets meet them; none if there is no device.
-    pub(super) fn filters(&self, device: u32, direction: Direction) -> io::Result<Vec<Filter>> {
+    pub(super) fn filters(&self, device: IfIndex, direction: Direction) -> io::Result<Vec<Filter>> {
         let mut message = TcMessage::default();
         message.header = header(device, parent(direction));
         let mut filters = Vec::new();
@@ -126,7 +127,7 @@ impl TrafficControl {
     /// Removes a filter. Returns false if there is none.
     pub(super) fn remove_filter(
         &self,
-        device: u32,
+        device: IfIndex,
         direction: Direction,
         filter: FilterId,
     ) -> io::Result<bool> {
@@ -139,7 +140,7 @@ impl TrafficControl {
 
     /// Returns whether the queueing discipline in the place of clsact at a device is of that kind. (With the kind
     /// `ingress`, a filter for the way out would hang on the way in.)
-    fn is_clsact(&self, device: u32) -> io::Result<bool> {
+    fn is_clsact(&self, device: IfIndex) -> io::Result<bool> {
         let mut message = TcMessage::default();
         message.header = header(device, TcHandle::CLSACT);
         // With this attribute the kernel finds no queueing discipline of another kind.
@@ -149,7 +150,7 @@ impl TrafficControl {
 
     /// Removes the clsact queueing discipline of a device, with all filters that hang on it. Returns false if there is
     /// none.
-    fn remove_clsact(&self, device: u32) -> io::Result<bool> {
+    fn remove_clsact(&self, device: IfIndex) -> io::Result<bool> {
         let mut message = TcMessage::default();
         message.header = header(device, TcHandle::CLSACT);
         message.header.handle = TcHandle { major: u16::MAX, minor: 0 };
@@ -183,8 +184,8 @@ pub(super) fn own_filter(direction: Direction) -> FilterId {
     FilterId { priority: priority(direction), handle: u32::from(HANDLE).into() }
 }
 
-fn header(device: u32, parent: TcHandle) -> TcHeader {
-    TcHeader { index: device.cast_signed(), parent, ..TcHeader::default() }
+fn header(device: IfIndex, parent: TcHandle) -> TcHeader {
+    TcHeader { index: device.0.cast_signed(), parent, ..TcHeader::default() }
 }
 
 const fn parent(direction: Direction) -> TcHandle {
@@ -230,7 +231,7 @@ pub(super) fn make_clsact(
 /// # Errors
 ///
 /// Returns the kernel's error.
-pub(crate) fn detach(pins: &PinDir, device: u32) -> io::Result<()> {
+pub(crate) fn detach(pins: &PinDir, device: IfIndex) -> io::Result<()> {
     let control = TrafficControl::open()?;
     for direction in Direction::ALL {
         let own = own_filter(direction);
@@ -244,7 +245,7 @@ pub(crate) fn detach(pins: &PinDir, device: u32) -> io::Result<()> {
 /// Removes the clsact queueing discipline of a device if a note says that it is ours and it holds no filter. If it
 /// holds filters of others, the note stays. (A filter that somebody adds between the check and the removal is lost: the
 /// kernel offers nothing better.)
-fn release(control: &TrafficControl, notes: &Notes, device: u32) -> io::Result<()> {
+fn release(control: &TrafficControl, notes: &Notes, device: IfIndex) -> io::Result<()> {
     let note = Note::Clsact(device);
     if !notes.has(&note) {
         return Ok(());

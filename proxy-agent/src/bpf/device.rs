@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use aya::EbpfError;
 use aya::programs::{ProgramError, TcAttachType};
+use proxy_common::abi::IfIndex;
 use serde::{Deserialize, Serialize};
 
 use super::load::reason;
@@ -100,7 +101,7 @@ pub(crate) enum AttachError {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Device<'a> {
     /// Interface index.
-    pub(crate) index: u32,
+    pub(crate) index: IfIndex,
     /// Interface name.
     pub(crate) name: &'a str,
 }

@@ -9,8 +9,8 @@ use aya::maps::{
 };
 use proxy_common::abi::maps;
 use proxy_common::abi::{
-    Backend, Counter, Device, FilterBit, FlowKind, FrontendKey, FrontendValue, Service, ServiceCounters,
-    ServiceName, SourceRangeKey,
+    Backend, Counter, Device, FilterBit, FlowKind, FrontendKey, FrontendValue, IfIndex, Service,
+    ServiceCounters, ServiceName, SourceRangeKey,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 
@@ -45,7 +45,7 @@ pub struct KernelMaps {
     counters: PerCpuArray<MapData, u64>,
     service_counters: PerCpuArray<MapData, ServiceCounters>,
     flow_maps: FlowMaps,
-    devices: Table<Device, u32>,
+    devices: Table<Device, IfIndex>,
     filter: Mapping,
     services: Mapping,
     slots: Mapping,

@@ -13,13 +13,15 @@ use std::io;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use proxy_common::abi::IfIndex;
+
 use super::pins::{PinDir, PinError};
 
 /// Something that the agent has made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Note {
     /// The clsact queueing discipline of the device with this index has been added.
-    Clsact(u32),
+    Clsact(IfIndex),
     /// These ports have been reserved.
     Ports(RangeInclusive<u16>),
 }
@@ -37,7 +39,7 @@ impl Note {
     fn parse(name: &str) -> Option<Self> {
         let (what, rest) = name.split_once('-')?;
         match what {
-            "clsact" => Some(Self::Clsact(rest.parse().ok()?)),
+            "clsact" => Some(Self::Clsact(IfIndex(rest.parse().ok()?))),
             "ports" => {
                 let (first, last) = rest.split_once('-')?;
                 Some(Self::Ports(first.parse().ok()?..=last.parse().ok()?))
@@ -127,7 +129,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let notes = Notes::of(&PinDir::new(dir.path()));
         assert_eq!(notes.all().unwrap(), []);
-        let (clsact, ports) = (Note::Clsact(7), Note::Ports(10000..=28999));
+        let (clsact, ports) = (Note::Clsact(IfIndex(7)), Note::Ports(10000..=28999));
         for note in [&clsact, &ports] {
             assert!(!notes.has(note));
             assert!(notes.add(note).unwrap());

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 
+use proxy_common::abi::IfIndex;
 use serde::{Deserialize, Serialize};
 
 use super::clsact::{TrafficControl, own_filter};
@@ -56,7 +57,7 @@ impl fmt::Display for Other {
 pub(crate) struct Looking {
     control: TrafficControl,
     /// Devices that can have filters.
-    filtered: BTreeSet<u32>,
+    filtered: BTreeSet<IfIndex>,
 }
 
 impl Looking {
@@ -77,7 +78,7 @@ impl Looking {
     /// # Errors
     ///
     /// Returns the kernel's error.
-    pub(crate) fn others(&self, pins: &PinDir, device: u32, pair: Pair) -> io::Result<Vec<Other>> {
+    pub(crate) fn others(&self, pins: &PinDir, device: IfIndex, pair: Pair) -> io::Result<Vec<Other>> {
         let mut others = Vec::new();
         for direction in Direction::ALL {
             let mut met = self.met(pins, device, pair, direction)?;
@@ -97,7 +98,7 @@ impl Looking {
     fn met(
         &self,
         pins: &PinDir,
-        device: u32,
+        device: IfIndex,
         pair: Pair,
         direction: Direction,
     ) -> io::Result<Vec<Option<String>>> {

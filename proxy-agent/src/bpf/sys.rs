@@ -12,6 +12,7 @@ use std::sync::atomic::AtomicU64;
 
 use aya::maps::{MapData, MapType};
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_type};
+use proxy_common::abi::IfIndex;
 use rustix::mm::{MapFlags, ProtFlags};
 
 /// A BPF array map's values in this process's memory (`BPF_F_MMAPABLE`, kernel 5.5).
@@ -89,7 +90,7 @@ pub(crate) struct TcxLinkInfo {
     /// Id of the program that the link runs.
     pub(crate) program_id: u32,
     /// Interface index; 0 when the device is gone.
-    pub(crate) device: u32,
+    pub(crate) device: IfIndex,
 }
 
 fn bpf(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
@@ -158,7 +159,7 @@ pub(crate) fn tcx_link_info(link: BorrowedFd<'_>) -> io::Result<TcxLinkInfo> {
     }
     // SAFETY: the member of the union that the kernel fills for this kind of link.
     let tcx = unsafe { info.__bindgen_anon_1.tcx };
-    Ok(TcxLinkInfo { program_id: info.prog_id, device: tcx.ifindex })
+    Ok(TcxLinkInfo { program_id: info.prog_id, device: IfIndex(tcx.ifindex) })
 }
 
 /// Returns the ids of the programs that TCX runs on one side of a network device, in the order in which packets meet
@@ -168,14 +169,14 @@ pub(crate) fn tcx_link_info(link: BorrowedFd<'_>) -> io::Result<TcxLinkInfo> {
 /// # Errors
 ///
 /// Returns the error of bpf(2): EINVAL on kernels without TCX, ENODEV when the device is gone.
-pub(crate) fn tcx_programs(device: u32, ingress: bool) -> io::Result<Vec<u32>> {
+pub(crate) fn tcx_programs(device: IfIndex, ingress: bool) -> io::Result<Vec<u32>> {
     // BPF_MPROG_MAX: the kernel allows no more.
     let mut ids = [0_u32; 64];
     let side = if ingress { bpf_attach_type::BPF_TCX_INGRESS } else { bpf_attach_type::BPF_TCX_EGRESS };
     let mut attr = zeroed_attr();
     // SAFETY: writes the member of the union that BPF_PROG_QUERY reads.
     let query = unsafe { &mut attr.query };
-    query.__bindgen_anon_1.target_ifindex = device;
+    query.__bindgen_anon_1.target_ifindex = device.0;
     query.attach_type = side as u32;
     query.__bindgen_anon_2.count = ids.len() as u32;
     query.prog_ids = ids.as_mut_ptr() as u64;

@@ -16,6 +16,7 @@ use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError
 use aya::programs::{Program, ProgramError, ProgramType, SchedClassifier};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
+use proxy_common::abi::IfIndex;
 use proxy_common::abi::maps;
 
 use super::clsact::{HANDLE, make_clsact, priority};
@@ -86,7 +87,7 @@ impl Mechanism {
 const TUNNELS_MEND_HEADERS: (u32, u32) = (5, 14);
 
 /// Index of the loopback device of every network namespace.
-const LOOPBACK: u32 = 1;
+const LOOPBACK: IfIndex = IfIndex(1);
 
 /// Time after which a refused program is loaded again. The kernel refuses the same program again and needs seconds for
 /// it, so that is not done with every pass.
@@ -317,12 +318,12 @@ impl TcPrograms {
 /// # Errors
 ///
 /// Returns the error of reading the directory.
-pub(crate) fn remove_links(pins: &PinDir, keep: impl Fn(&str, u32) -> bool) -> io::Result<()> {
+pub(crate) fn remove_links(pins: &PinDir, keep: impl Fn(&str, IfIndex) -> bool) -> io::Result<()> {
     for entry in std::fs::read_dir(pins.links())? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let Some((program, device)) = name.rsplit_once('-') else { continue };
-        let Ok(index) = device.parse::<u32>() else { continue };
+        let Ok(index) = device.parse().map(IfIndex) else { continue };
         if PROGRAMS.contains(&program.strip_suffix("-new").unwrap_or(program)) && !keep(program, index) {
             match remove_pin(&path) {
                 Ok(()) => tracing::debug!(link = %name, "detached"),
@@ -337,7 +338,7 @@ fn filter(device: &str, direction: Direction) -> io::Result<SchedClassifierLink>
     SchedClassifierLink::attached(device, direction.attach_type(), priority(direction), HANDLE, None)
 }
 
-pub(super) fn link_pin(pins: &PinDir, program: &str, index: u32) -> PathBuf {
+pub(super) fn link_pin(pins: &PinDir, program: &str, index: IfIndex) -> PathBuf {
     pins.link(&format!("{program}-{index}"))
 }
 

@@ -14,7 +14,7 @@ use k8s_openapi::jiff::Timestamp;
 use proxy_common::abi::event::{PACKET, place};
 use proxy_common::abi::maps;
 use proxy_common::abi::proto;
-use proxy_common::abi::{Counter, Event, Trace};
+use proxy_common::abi::{Counter, Event, IfIndex, Trace};
 use proxy_common::addr::Addr;
 use serde::Serialize;
 use tokio::time::{MissedTickBehavior, interval};
@@ -254,12 +254,12 @@ fn view(event: &Event, names: &Names, clock: Clock) -> EventView {
     }
 }
 
-fn device_name(ifindex: u32) -> String {
+fn device_name(ifindex: IfIndex) -> String {
     let name = || {
         let socket =
             rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)
                 .ok()?;
-        rustix::net::netdevice::index_to_name(&socket, ifindex).ok()
+        rustix::net::netdevice::index_to_name(&socket, ifindex.0).ok()
     };
     name().unwrap_or_else(|| ifindex.to_string())
 }

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use proxy_common::abi;
+use proxy_common::abi::IfIndex;
 use proxy_common::abi::device::flags::{NEAR, POD, POD_BRIDGE};
 use proxy_common::abi::maps;
 use proxy_common::addr::Addr;
@@ -46,11 +47,11 @@ pub(crate) struct Attacher {
     l2: TcPrograms,
     /// Programs for devices without MAC headers; most nodes have no such device.
     l3: Option<TcPrograms>,
-    devices: HashMap<MapData, u32, abi::Device>,
+    devices: HashMap<MapData, IfIndex, abi::Device>,
     /// Devices that may still have clsact filters of ours that are not wanted; at the start, all devices.
-    filtered: BTreeMap<u32, String>,
+    filtered: BTreeMap<IfIndex, String>,
     /// Number of times in a row that a program was put back to its place, by program and device.
-    overtaken: BTreeMap<(&'static str, u32), u32>,
+    overtaken: BTreeMap<(&'static str, IfIndex), u32>,
 }
 
 /// Result of a pass for a device.
@@ -75,7 +76,7 @@ impl Attacher {
     pub(crate) fn new(
         pins: PinDir,
         mechanism: Mechanism,
-        present: BTreeMap<u32, String>,
+        present: BTreeMap<IfIndex, String>,
     ) -> Result<Self, AttacherError> {
         let l2 = TcPrograms::open(&pins, false)?;
         Self::with(l2, pins, mechanism, present)
@@ -86,7 +87,7 @@ impl Attacher {
         l2: TcPrograms,
         pins: PinDir,
         mechanism: Mechanism,
-        present: BTreeMap<u32, String>,
+        present: BTreeMap<IfIndex, String>,
     ) -> Result<Self, AttacherError> {
         let path = pins.map(maps::DEVICES);
         let failed = |source| OpenError::Pin { path: path.clone(), source };
@@ -111,8 +112,8 @@ impl Attacher {
     pub(crate) fn apply(
         &mut self,
         choices: &Choices,
-        sources: &BTreeMap<u32, Sources>,
-    ) -> BTreeMap<u32, Outcome> {
+        sources: &BTreeMap<IfIndex, Sources>,
+    ) -> BTreeMap<IfIndex, Outcome> {
         let start = Instant::now();
         if choices.values().any(|choice| choice.layer == Layer::L2) {
             self.l2.load(&PROGRAMS);
@@ -121,10 +122,10 @@ impl Attacher {
         for &bridge in &pod_bridges(choices) {
             let value = abi::Device { flags: POD_BRIDGE, ..abi::Device::default() };
             if let Err(error) = self.describe(bridge, value) {
-                tracing::warn!(%error, index = bridge, "a bridge of pods is taken for a way in from outside");
+                tracing::warn!(%error, index = bridge.0, "a bridge of pods is taken for a way in from outside");
             }
         }
-        let mut order: Vec<(&u32, &Choice)> = choices.iter().collect();
+        let mut order: Vec<(&IfIndex, &Choice)> = choices.iter().collect();
         order.sort_by_key(|(index, choice)| (choice.role, **index));
         let mut outcomes = BTreeMap::new();
         let mut spare = None;
@@ -146,7 +147,7 @@ impl Attacher {
 
     fn attach(
         &mut self,
-        index: u32,
+        index: IfIndex,
         choice: &Choice,
         sources: Sources,
         spare: &mut Option<TcPrograms>,
@@ -198,7 +199,11 @@ impl Attacher {
     }
 
     /// Finds the programs and filters of others beside ours.
-    fn find_others(&self, choices: &Choices, outcomes: &mut BTreeMap<u32, Outcome>) -> std::io::Result<()> {
+    fn find_others(
+        &self,
+        choices: &Choices,
+        outcomes: &mut BTreeMap<IfIndex, Outcome>,
+    ) -> std::io::Result<()> {
         let looking = Looking::begin()?;
         for (&index, outcome) in outcomes {
             if let Some(choice) = choices.get(&index) {
@@ -209,7 +214,7 @@ impl Attacher {
     }
 
     /// Writes the entry of a device in `DEVICES`, unless it is there already.
-    fn describe(&mut self, index: u32, value: abi::Device) -> Result<(), MapError> {
+    fn describe(&mut self, index: IfIndex, value: abi::Device) -> Result<(), MapError> {
         if self.devices.get(&index, 0).ok() == Some(value) {
             Ok(())
         } else {
@@ -232,7 +237,7 @@ impl Attacher {
     }
 
     /// Detaches our programs from a device.
-    fn detach(&self, index: u32, name: &str) {
+    fn detach(&self, index: IfIndex, name: &str) {
         if let Err(error) = remove_links(&self.pins, |_, other| other != index) {
             tracing::warn!(%error, path = %self.pins.links().display(), "links that are not needed any more stay");
         }
@@ -240,7 +245,7 @@ impl Attacher {
     }
 
     /// Removes our filters from a device, and logs a failure.
-    fn detach_filters(&self, index: u32, name: &str) {
+    fn detach_filters(&self, index: IfIndex, name: &str) {
         if let Err(error) = clsact::detach(&self.pins, index) {
             tracing::warn!(device = name, %error, "filters that are not needed any more stay");
         }
@@ -268,7 +273,7 @@ impl Attacher {
         if self.mechanism == Mechanism::Clsact {
             self.filtered = choices.iter().map(|(index, choice)| (*index, choice.name.clone())).collect();
         }
-        let known: BTreeSet<u32> = self.devices.keys().filter_map(Result::ok).collect();
+        let known: BTreeSet<IfIndex> = self.devices.keys().filter_map(Result::ok).collect();
         let bridges = pod_bridges(choices);
         for index in
             known.into_iter().filter(|index| !choices.contains_key(index) && !bridges.contains(index))
@@ -281,7 +286,7 @@ impl Attacher {
 }
 
 /// Returns the bridges of pods' interfaces, except those that are chosen devices themselves.
-fn pod_bridges(choices: &Choices) -> BTreeSet<u32> {
+fn pod_bridges(choices: &Choices) -> BTreeSet<IfIndex> {
     let pods = choices.values().filter(|choice| choice.role == Role::Pod);
     pods.filter_map(|choice| choice.owner).filter(|owner| !choices.contains_key(owner)).collect()
 }

@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use proxy_common::abi::IfIndex;
 use proxy_common::addr::Prefix;
 use rtnetlink::Handle;
 use serde::{Deserialize, Serialize};
@@ -258,7 +259,7 @@ impl Worker {
 /// Result of a pass.
 struct Pass {
     attacher: Attacher,
-    outcomes: BTreeMap<u32, Outcome>,
+    outcomes: BTreeMap<IfIndex, Outcome>,
     /// Whether there are IPsec policies that apply to packets on the devices.
     ipsec: bool,
 }
@@ -267,9 +268,9 @@ struct Pass {
 fn pass(
     attacher: Option<Attacher>,
     config: &Devices,
-    present: BTreeMap<u32, String>,
+    present: BTreeMap<IfIndex, String>,
     choices: &Choices,
-    sources: &BTreeMap<u32, Sources>,
+    sources: &BTreeMap<IfIndex, Sources>,
 ) -> Result<Pass, attach::AttacherError> {
     let mut attacher = match attacher {
         Some(attacher) => attacher,
@@ -287,7 +288,7 @@ fn pass(
     Ok(Pass { attacher, outcomes, ipsec })
 }
 
-fn names(snapshot: &Snapshot) -> BTreeMap<u32, String> {
+fn names(snapshot: &Snapshot) -> BTreeMap<IfIndex, String> {
     snapshot.links.iter().map(|(index, link)| (*index, link.name.clone())).collect()
 }
 
@@ -304,8 +305,8 @@ fn log_changes(before: &Choices, after: &Choices) {
 fn describe(
     state: &mut State,
     choices: &Choices,
-    sources: &BTreeMap<u32, Sources>,
-    outcomes: &BTreeMap<u32, Outcome>,
+    sources: &BTreeMap<IfIndex, Sources>,
+    outcomes: &BTreeMap<IfIndex, Outcome>,
 ) {
     for (index, choice) in choices {
         let outcome = outcomes.get(index);
@@ -327,7 +328,7 @@ fn describe(
         }
         let addresses = sources.get(index).into_iter().flatten().copied().map(attach::shown);
         state.devices.push(DeviceState {
-            index: *index,
+            index: index.0,
             name: choice.name.clone(),
             role: choice.role.name().to_owned(),
             reason: choice.reason.clone(),
@@ -341,7 +342,7 @@ fn describe(
 }
 
 /// Returns the destinations of the routes that lead past the programs of external devices.
-fn elsewhere(snapshot: &Snapshot, choices: &Choices, outcomes: &BTreeMap<u32, Outcome>) -> Vec<Prefix> {
+fn elsewhere(snapshot: &Snapshot, choices: &Choices, outcomes: &BTreeMap<IfIndex, Outcome>) -> Vec<Prefix> {
     let routes = snapshot.routes.iter().filter(|route| {
         let role = choices.get(&route.device).map(|choice| choice.role);
         let attached = outcomes.get(&route.device).is_some_and(|outcome| outcome.attached.is_ok());

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use futures::TryStreamExt as _;
+use proxy_common::abi::IfIndex;
 use proxy_common::addr::{Addr, Family, Prefix};
 use rtnetlink::packet_route::address::{AddressHeaderFlags, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
@@ -34,7 +35,7 @@ const SETTLE: Duration = Duration::from_millis(50);
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Snapshot {
     /// The links of the network namespace.
-    pub(crate) links: BTreeMap<u32, Link>,
+    pub(crate) links: BTreeMap<IfIndex, Link>,
     /// Addresses that hosts can be reached by: neither link-local nor loopback, in the kernel's order.
     pub(crate) addresses: Vec<Address>,
     /// Unicast routes of every table, except those to link-local prefixes.
@@ -58,7 +59,7 @@ pub(crate) struct Link {
     /// Whether it is administratively up.
     pub(crate) up: bool,
     /// Index of the bridge, bond or VRF that it is a port of.
-    pub(crate) master: Option<u32>,
+    pub(crate) master: Option<IfIndex>,
 }
 
 /// Kinds of links, as far as they matter here.
@@ -93,7 +94,7 @@ pub(crate) enum Layer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Address {
     /// Interface index.
-    pub(crate) device: u32,
+    pub(crate) device: IfIndex,
     /// The address.
     pub(crate) addr: Addr,
     /// Whether the prefix is that address alone (/32, /128).
@@ -106,7 +107,7 @@ pub(crate) struct Address {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Route {
     /// Interface index.
-    pub(crate) device: u32,
+    pub(crate) device: IfIndex,
     /// Id of the routing table that it is in.
     pub(crate) table: u32,
     /// Destination of the route.
@@ -119,7 +120,7 @@ pub(crate) struct Route {
 
 impl Snapshot {
     /// Returns the addresses of a device.
-    pub(crate) fn addresses_of(&self, device: u32) -> impl Iterator<Item = &Address> {
+    pub(crate) fn addresses_of(&self, device: IfIndex) -> impl Iterator<Item = &Address> {
         self.addresses.iter().filter(move |address| address.device == device)
     }
 
@@ -129,7 +130,7 @@ impl Snapshot {
     }
 
     /// Returns the routes through a device.
-    pub(crate) fn routes_of(&self, device: u32) -> impl Iterator<Item = &Route> {
+    pub(crate) fn routes_of(&self, device: IfIndex) -> impl Iterator<Item = &Route> {
         self.routes.iter().filter(move |route| route.device == device)
     }
 }
@@ -157,7 +158,7 @@ pub(crate) async fn dump(handle: Handle) -> Result<Snapshot, rtnetlink::Error> {
     let mut snapshot = Snapshot::default();
     let mut links = std::pin::pin!(handle.link().get().execute());
     while let Some(message) = links.try_next().await? {
-        snapshot.links.insert(message.header.index, link(&message));
+        snapshot.links.insert(IfIndex(message.header.index), link(&message));
     }
     let mut addresses = std::pin::pin!(handle.address().get().execute());
     while let Some(message) = addresses.try_next().await? {
@@ -195,7 +196,7 @@ fn link(message: &LinkMessage) -> Link {
         if let LinkAttribute::IfName(name) = attribute {
             link.name.clone_from(name);
         } else if let LinkAttribute::Controller(master) = attribute {
-            link.master = Some(*master).filter(|index| *index != 0);
+            link.master = Some(IfIndex(*master)).filter(|index| *index != IfIndex::NONE);
         } else if let LinkAttribute::LinkInfo(infos) = attribute {
             for info in infos {
                 if let LinkInfo::Kind(kind) = info {
@@ -250,7 +251,7 @@ fn address(message: &AddressMessage) -> Option<Address> {
         AddressHeaderFlags::Tentative | AddressHeaderFlags::Deprecated | AddressHeaderFlags::Dadfailed;
     let whole = if addr.family() == Family::V4 { 32 } else { 128 };
     (reachable && !is_link_local(addr) && !addr.is_loopback()).then(|| Address {
-        device: message.header.index,
+        device: IfIndex(message.header.index),
         addr,
         single: message.header.prefix_len == whole,
         usable: !message.header.flags.intersects(unfit),
@@ -272,11 +273,11 @@ fn routes_in(message: &RouteMessage) -> Vec<Route> {
         } else if let RouteAttribute::Destination(to) = attribute {
             destination = addr(to).unwrap_or(destination);
         } else if let RouteAttribute::Oif(index) = attribute {
-            device = Some(*index);
+            device = Some(IfIndex(*index));
         } else if let RouteAttribute::PrefSource(from) = attribute {
             source = addr(from);
         } else if let RouteAttribute::MultiPath(next) = attribute {
-            hops.extend(next.iter().map(|hop| (hop.interface_index, is_gateway(&hop.attributes))));
+            hops.extend(next.iter().map(|hop| (IfIndex(hop.interface_index), is_gateway(&hop.attributes))));
         }
         gateway |= is_gateway(std::slice::from_ref(attribute));
     }
@@ -352,8 +353,8 @@ pub(crate) fn is_link_local(addr: Addr) -> bool {
 pub(crate) async fn ask_source(
     handle: &Handle,
     destination: Addr,
-    device: Option<u32>,
-) -> Option<(u32, Addr)> {
+    device: Option<IfIndex>,
+) -> Option<(IfIndex, Addr)> {
     let (ip, whole) = (destination.to_ip(), if destination.family() == Family::V4 { 32 } else { 128 });
     let mut message = RouteMessage::default();
     message.header = RouteHeader {
@@ -362,13 +363,13 @@ pub(crate) async fn ask_source(
         ..RouteHeader::default()
     };
     message.attributes.push(RouteAttribute::Destination(ip.into()));
-    message.attributes.extend(device.map(RouteAttribute::Oif));
+    message.attributes.extend(device.map(|device| RouteAttribute::Oif(device.0)));
     let mut answers = std::pin::pin!(handle.route().get(message).execute());
     let answer = answers.try_next().await.ok()??;
     let (mut oif, mut source) = (None, None);
     for attribute in &answer.attributes {
         if let RouteAttribute::Oif(index) = attribute {
-            oif = Some(*index);
+            oif = Some(IfIndex(*index));
         } else if let RouteAttribute::PrefSource(from) = attribute {
             source = addr(from);
         }

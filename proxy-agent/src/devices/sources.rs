@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use proxy_common::abi::IfIndex;
 use proxy_common::addr::{Addr, Family};
 use rtnetlink::Handle;
 
@@ -33,7 +34,7 @@ pub(crate) async fn resolve(
     snapshot: &Snapshot,
     choices: &Choices,
     facts: &Facts,
-) -> BTreeMap<u32, Sources> {
+) -> BTreeMap<IfIndex, Sources> {
     let mut towards_remote = [None; 2];
     for (answer, remote) in towards_remote.iter_mut().zip(facts.remote) {
         if let Some(remote) = remote {
@@ -62,7 +63,7 @@ pub(crate) async fn resolve(
 /// Returns the destinations whose route through `device` the kernel is asked for.
 fn destinations(
     snapshot: &Snapshot,
-    device: u32,
+    device: IfIndex,
     family: Family,
     facts: &Facts,
 ) -> impl Iterator<Item = Addr> {
@@ -90,7 +91,7 @@ fn inside(prefix: proxy_common::addr::Prefix) -> Addr {
 /// of its bridge, or the node's.
 fn pick(
     snapshot: &Snapshot,
-    device: u32,
+    device: IfIndex,
     role: Role,
     family: Family,
     facts: &Facts,

@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use proxy_common::abi::IfIndex;
+
 use super::choice::{Choices, Role};
 use super::snapshot::Snapshot;
 
@@ -32,7 +34,7 @@ fn problem(name: &str, by: &str) -> String {
 /// that device.
 fn routed_elsewhere<'a>(snapshot: &'a Snapshot, choices: &'a Choices) -> BTreeMap<&'a str, &'a str> {
     let external = || choices.iter().filter(|(_, choice)| choice.role == Role::External);
-    let leads = |table: u32, device: u32| {
+    let leads = |table: u32, device: IfIndex| {
         snapshot.routes_of(device).any(|route| route.table == table && route.destination.matches_all())
     };
     let mut found = BTreeMap::new();

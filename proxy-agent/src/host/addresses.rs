@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use futures::TryStreamExt as _;
+use proxy_common::abi::IfIndex;
 use proxy_common::addr::Addr;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use rtnetlink::{Handle, MulticastGroup};
@@ -20,7 +21,7 @@ use tokio::sync::watch;
 use super::follow::{FollowError, RECEIVE_BUFFER, Subject, follow};
 
 /// Addresses, each with the index of a device that has it.
-pub type HostAddresses = BTreeMap<Addr, u32>;
+pub type HostAddresses = BTreeMap<Addr, IfIndex>;
 
 /// Follows the addresses of the calling thread's network namespace, at once and after each change. Following ends when
 /// every receiver is dropped.
@@ -49,9 +50,9 @@ async fn dump(handle: Handle) -> Result<HostAddresses, rtnetlink::Error> {
 }
 
 /// Returns an address that this host may use, and its device.
-fn own(message: &AddressMessage) -> Option<(Addr, u32)> {
+fn own(message: &AddressMessage) -> Option<(Addr, IfIndex)> {
     let duplicate = message.header.flags.contains(AddressHeaderFlags::Dadfailed);
-    Some((address_of(message).filter(|_| !duplicate)?, message.header.index))
+    Some((address_of(message).filter(|_| !duplicate)?, IfIndex(message.header.index)))
 }
 
 /// Returns this host's address of a message. On a point-to-point link IFA_ADDRESS is the peer and IFA_LOCAL is ours;
@@ -177,7 +178,7 @@ mod tests {
     #[test]
     fn an_address_that_another_machine_has_is_not_ours() {
         let tentative = AddressHeaderFlags::Tentative;
-        let ours = Some((addr("2001:db8::10"), 7));
+        let ours = Some((addr("2001:db8::10"), IfIndex(7)));
         assert_eq!(own(&message(AddressHeaderFlags::Permanent)), ours);
         assert_eq!(own(&message(tentative)), ours);
         assert_eq!(own(&message(tentative | AddressHeaderFlags::Dadfailed)), None);

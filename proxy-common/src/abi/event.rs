@@ -6,6 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::ids::IfIndex;
 use crate::addr::Addr;
 use crate::be::Be16;
 
@@ -47,7 +48,7 @@ pub struct Event {
     /// Service id; 0 if the event belongs to no Service, or if the Service is not known.
     pub service: u32,
     /// Index of the device; 0 at sockets.
-    pub ifindex: u32,
+    pub ifindex: IfIndex,
     /// IP protocol number.
     pub proto: u8,
     /// A [`crate::abi::Counter`], or [`PACKET`].

@@ -17,6 +17,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::ids::IfIndex;
 use crate::{addr::Addr, be::Be16};
 
 /// Kind of a [`FlowKey`].
@@ -41,16 +42,16 @@ pub enum FlowKind {
 pub struct Origin {
     /// Index of the host's side of the pod's interface; 0 for a client behind external devices, any of which its
     /// packets may enter by.
-    pub ifindex: u32,
+    pub ifindex: IfIndex,
 }
 
 impl Origin {
     /// Origin of clients behind the external devices.
-    pub const OUTSIDE: Self = Self { ifindex: 0 };
+    pub const OUTSIDE: Self = Self { ifindex: IfIndex::NONE };
 
     /// Returns the origin of a pod behind this interface.
     #[inline(always)]
-    pub const fn pod(ifindex: u32) -> Self {
+    pub const fn pod(ifindex: IfIndex) -> Self {
         Self { ifindex }
     }
 }
@@ -115,10 +116,10 @@ pub struct Flow {
     pub backend: u32,
     /// Index of the device by which the backend's replies enter; 0 for a process of this host. Valid once the backend
     /// has answered.
-    pub answered_by: u32,
+    pub answered_by: IfIndex,
     /// Index of the device by which the last packet of a client outside has entered (over TCP: the last packet that
     /// fits). Replies leave by this device. 0 for other clients.
-    pub asked_by: u32,
+    pub asked_by: IfIndex,
     /// [`FlowKey::check`] of the key. Shows a reader that the element now holds another flow.
     pub check: u32,
     /// Bits of [`state`].

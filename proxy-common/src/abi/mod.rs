@@ -13,6 +13,7 @@ pub mod event;
 pub mod filter;
 pub mod flow;
 pub mod frontend;
+pub mod ids;
 pub mod maps;
 #[cfg(feature = "user")]
 mod pod;
@@ -28,6 +29,7 @@ pub use event::{Event, Trace};
 pub use filter::{FILTER_WORDS, FilterBit};
 pub use flow::{Flow, FlowKey, FlowKind, FlowRef, FragmentKey, FragmentPorts, Origin};
 pub use frontend::{FrontendKey, FrontendKind, FrontendValue};
+pub use ids::IfIndex;
 pub use service::{Affinity, Service, ServiceName, SlotRange};
 pub use socket::{FlowDirection, Order, SocketRecord, StreamRecord, UdpFlow, UdpFlowKey};
 

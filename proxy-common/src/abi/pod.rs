@@ -4,8 +4,8 @@
 
 use super::{
     AffinityKey, AffinityValue, Backend, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts,
-    FrontendKey, FrontendValue, Node, Order, PrefixKey, Service, ServiceCounters, ServiceName, SocketRecord,
-    SourceRangeKey, StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    FrontendKey, FrontendValue, IfIndex, Node, Order, PrefixKey, Service, ServiceCounters, ServiceName,
+    SocketRecord, SourceRangeKey, StreamRecord, Trace, UdpFlow, UdpFlowKey,
 };
 use crate::addr::Addr;
 
@@ -30,6 +30,7 @@ pod!(
     FragmentPorts,
     FrontendKey,
     FrontendValue,
+    IfIndex,
     Node,
     Order,
     PrefixKey,

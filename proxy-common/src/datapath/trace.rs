@@ -2,7 +2,7 @@
 
 use super::tables::{Socket, Tables};
 use crate::abi::event::{PACKET, place};
-use crate::abi::{Counter, Event};
+use crate::abi::{Counter, Event, IfIndex};
 use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::edge::parsed::{Parsed, Tuple};
@@ -35,7 +35,7 @@ pub fn translated(tables: &impl Tables, parsed: &Parsed, new: &Tuple, service: u
 #[derive(Clone, Copy, Debug)]
 pub struct At {
     /// Index of the device.
-    pub ifindex: u32,
+    pub ifindex: IfIndex,
     /// Whether the packet leaves.
     pub egress: bool,
 }
@@ -45,7 +45,7 @@ impl At {
     #[inline(always)]
     const fn about(self, what: u8) -> u64 {
         let place = if self.egress { place::EGRESS } else { place::INGRESS };
-        (self.ifindex as u64) << 32 | (place as u64) << 8 | what as u64
+        (self.ifindex.0 as u64) << 32 | (place as u64) << 8 | what as u64
     }
 }
 
@@ -67,7 +67,7 @@ fn packet(tables: &impl Tables, parsed: &Parsed, new: &Tuple, service: u32, abou
         new_source_port: new.source_port,
         new_destination_port: new.destination_port,
         service,
-        ifindex: (about >> 32) as u32,
+        ifindex: IfIndex((about >> 32) as u32),
         proto: parsed.proto,
         what,
         place: (about >> 8) as u8,

@@ -19,6 +19,7 @@ use proxy_agent::reconcile::plan::{Wanted, plan};
 use proxy_agent::reconcile::sim::Simulator;
 use proxy_agent::reconcile::store::{Capacity, MapStore as _, Op, filter_words};
 use proxy_agent::sources::Problem;
+use proxy_common::abi::IfIndex;
 
 use super::printed::{lines, printed};
 
@@ -72,7 +73,8 @@ pub(super) struct Node {
 impl Node {
     pub(super) fn new() -> Self {
         let mut known = Knowledge::new(&CONFIG);
-        let addresses = ADDRESSES.iter().map(|text| (text.parse::<IpAddr>().expect("an address").into(), 2));
+        let addresses =
+            ADDRESSES.iter().map(|text| (text.parse::<IpAddr>().expect("an address").into(), IfIndex(2)));
         known.take_addresses(&addresses.collect::<HostAddresses>());
         Self { known, model: Model::new(CAPACITY), maps: Simulator::default(), first: true, full: false }
     }

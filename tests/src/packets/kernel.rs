@@ -13,7 +13,7 @@ use proxy_agent::bpf::tc::{PROGRAMS, TcPrograms};
 use proxy_agent::reconcile::store::{Capacity, MapStore as _};
 use proxy_common::abi::maps;
 use proxy_common::abi::{
-    Counter, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, ServiceCounters,
+    Counter, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, ServiceCounters,
 };
 use proxy_common::datapath::edge::{Edge, Verdict};
 
@@ -124,7 +124,7 @@ impl Kernel {
         for op in Net::ALL.into_iter().flat_map(Net::ops) {
             dataplane.maps.apply(&op)?;
         }
-        let mut devices: HashMap<_, u32, Device> = HashMap::try_from(open(&pins, maps::DEVICES)?)?;
+        let mut devices: HashMap<_, IfIndex, Device> = HashMap::try_from(open(&pins, maps::DEVICES)?)?;
         for (index, device) in Net::devices() {
             devices.insert(index, device, 0)?;
         }
@@ -149,7 +149,7 @@ impl Kernel {
     ///
     /// # Errors
     /// With the kernel's error.
-    pub fn packet(&self, device: u32, egress: bool, bytes: &[u8], form: Form) -> Result<Ran> {
+    pub fn packet(&self, device: IfIndex, egress: bool, bytes: &[u8], form: Form) -> Result<Ran> {
         let name = match (edge_of(device), egress) {
             (Edge::External, false) => "edge_ingress",
             (Edge::External, true) => "edge_egress",
@@ -158,7 +158,7 @@ impl Kernel {
         };
         // The beginning of `struct __sk_buff`: `ingress_ifindex`, `ifindex` and `gso_size` are words of it.
         let mut context = [0_u32; 45];
-        (context[9], context[10]) = (device, device);
+        (context[9], context[10]) = (device.0, device.0);
         if form == Form::Train {
             context[44] = 8;
         }

@@ -4,6 +4,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use proxy_common::abi::IfIndex;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 
@@ -11,7 +12,7 @@ use super::wire::{Body, ETHERNET, Packet, Seen, Trouble, fragments, read};
 use super::world::{BARE, NEAR, NIC, Net, OVERLAY, POD, World};
 
 /// Devices, each as often as its relative frequency.
-const DEVICES: [u32; 10] = [NIC, NIC, NIC, NIC, OVERLAY, OVERLAY, OVERLAY, POD, BARE, NEAR];
+const DEVICES: [IfIndex; 10] = [NIC, NIC, NIC, NIC, OVERLAY, OVERLAY, OVERLAY, POD, BARE, NEAR];
 /// Number of earlier packets that later ones can refer to.
 const MEMORY: usize = 24;
 /// Length of the longest packet that is made.
@@ -21,7 +22,7 @@ const LONGEST: usize = 1600;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
     /// Device of the packet.
-    pub device: u32,
+    pub device: IfIndex,
     /// Whether the packet leaves through it.
     pub egress: bool,
     /// All bytes.
@@ -72,9 +73,9 @@ pub struct Traffic<'a> {
     /// The last packet, if it goes on: it has entered and then leaves.
     inside: Option<Vec<u8>>,
     /// The last translated packet that has left, and its device: its receiver may react.
-    outside: Option<(u32, Vec<u8>)>,
+    outside: Option<(IfIndex, Vec<u8>)>,
     /// Fragments that have not been sent yet.
-    rest: Vec<(u32, bool, Vec<u8>)>,
+    rest: Vec<(IfIndex, bool, Vec<u8>)>,
 }
 
 impl<'a> Traffic<'a> {
@@ -270,7 +271,7 @@ impl Iterator for Traffic<'_> {
         }
         let pause = if self.choices.is_rare() { self.choices.number(400) as u64 } else { 0 };
         if let Some((device, egress, bytes)) = self.rest.pop() {
-            return Some(Step { device, egress, bytes, pause });
+            return Some(Step { device: device, egress, bytes, pause });
         }
         let device = self.choices.one(&DEVICES).unwrap_or(NIC);
         if let Some(bytes) = self.inside.take()
@@ -300,7 +301,7 @@ impl Iterator for Traffic<'_> {
 }
 
 /// Returns the device that the node would send a packet to.
-fn way_out(bytes: &[u8]) -> Option<u32> {
+fn way_out(bytes: &[u8]) -> Option<IfIndex> {
     let to = read(bytes).ok()?.destination.ip();
     let net = Net { v6: to.is_ipv6() };
     Some(if to == net.local().ip() {

@@ -11,7 +11,7 @@ use proxy_common::abi::frontend::flags::{EXTERNAL, FAR_LOCAL, SOURCE_RANGES};
 use proxy_common::abi::local_address::{HOST, NODEPORT};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
 use proxy_common::abi::{
-    Affinity, Backend, BackendState, Device, FrontendKey, FrontendValue, Service, SlotRange, device,
+    Affinity, Backend, BackendState, Device, FrontendKey, FrontendValue, IfIndex, Service, SlotRange, device,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
@@ -19,15 +19,15 @@ use proxy_common::datapath::edge::{Edge, Verdict};
 use proxy_common::datapath::lookup::may_be_ours;
 
 /// Device to the network outside.
-pub const NIC: u32 = 2;
+pub const NIC: IfIndex = IfIndex(2);
 /// Device to other nodes' pods.
-pub const OVERLAY: u32 = 3;
+pub const OVERLAY: IfIndex = IfIndex(3);
 /// Host side of the interface of [`Net::local`].
-pub const POD: u32 = 4;
+pub const POD: IfIndex = IfIndex(4);
 /// External device without an address of its own.
-pub const BARE: u32 = 5;
+pub const BARE: IfIndex = IfIndex(5);
 /// Device whose packets all count as a pod's.
-pub const NEAR: u32 = 6;
+pub const NEAR: IfIndex = IfIndex(6);
 
 /// The addresses and frontends of the world in one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,7 +227,7 @@ impl Net {
     }
 
     /// Returns the entries of `DEVICES` for both families.
-    pub fn devices() -> Vec<(u32, Device)> {
+    pub fn devices() -> Vec<(IfIndex, Device)> {
         let [v4, v6] = Self::ALL;
         let own = Device { snat_v4: v4.node().into(), snat_v6: v6.node().into(), flags: 0 };
         let overlay = Device { snat_v4: v4.overlay().into(), snat_v6: v6.overlay().into(), flags: 0 };
@@ -255,11 +255,11 @@ pub struct World {
     /// The simulator with the maps.
     pub sim: Simulator,
     /// Device of the host's route back to the source of an entering packet; 0 for none.
-    pub route_back: Cell<u32>,
+    pub route_back: Cell<IfIndex>,
     /// Devices of the host's routes to the destination of a leaving packet.
-    pub ways: RefCell<Vec<u32>>,
+    pub ways: RefCell<Vec<IfIndex>>,
     /// Device to which the last packet was redirected; 0 if it left by its own.
-    pub left_by: Cell<u32>,
+    pub left_by: Cell<IfIndex>,
 }
 
 impl World {
@@ -273,24 +273,24 @@ impl World {
             sim.apply(&op)?;
         }
         sim.edge.devices.replace(Net::devices().into_iter().collect());
-        Ok(Self { sim, route_back: Cell::new(0), ways: RefCell::default(), left_by: Cell::new(0) })
+        Ok(Self { sim, route_back: Cell::default(), ways: RefCell::default(), left_by: Cell::default() })
     }
 
     /// Lets a packet enter through a device; returns the verdict and the resulting packet.
-    pub fn enter(&self, device: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+    pub fn enter(&self, device: IfIndex, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
         let mut frame = Frame { route_back: self.route_back.get(), ..Frame::new(bytes, device) };
         let verdict = self.sim.packet(&mut frame, edge_of(device), false);
         (verdict, frame.bytes)
     }
 
     /// Lets a packet leave through the device by which it entered; returns the verdict and the resulting packet.
-    pub fn leave(&self, device: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+    pub fn leave(&self, device: IfIndex, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
         self.leave_from(device, device, bytes)
     }
 
     /// Lets a packet that entered by a device (0: made by the host) leave through another one; returns the verdict and
     /// the resulting packet.
-    pub fn leave_from(&self, entered_by: u32, device: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+    pub fn leave_from(&self, entered_by: IfIndex, device: IfIndex, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
         let route_back = self.route_back.get();
         let ways = self.ways.borrow().clone();
         let mut frame = Frame { entered_by, route_back, ways, ..Frame::new(bytes, device) };
@@ -311,6 +311,6 @@ impl World {
 }
 
 /// Returns the edge whose programs run on a device.
-pub const fn edge_of(device: u32) -> Edge {
-    if device == POD || device == NEAR { Edge::Pod } else { Edge::External }
+pub const fn edge_of(device: IfIndex) -> Edge {
+    if matches!(device, POD | NEAR) { Edge::Pod } else { Edge::External }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
+use proxy_common::abi::IfIndex;
 
 use super::{Pins, SMALL};
 use crate::bpf::dataplane::{
@@ -164,7 +165,7 @@ fn a_device_whose_programs_are_refused_runs_none() {
             let _maps = Dataplane::open(pins.0.clone(), SIZES, drop).unwrap();
             let run = |attacher: &mut Attacher| {
                 let outcomes = attacher.apply(&choices, &BTreeMap::new());
-                let held: Vec<u32> =
+                let held: Vec<_> =
                     outcomes.iter().filter(|(_, it)| it.holds).map(|(index, _)| *index).collect();
                 ([edge, pod].map(|index| outcomes[&index].attached.clone().map(drop)), held)
             };
@@ -196,11 +197,11 @@ fn choice(name: &str, role: Role) -> Choice {
     Choice { name: name.to_owned(), role, layer: Layer::L2, near: false, owner: None, reason: String::new() }
 }
 
-fn index(name: &str) -> u32 {
+fn index(name: &str) -> IfIndex {
     let mut ip = std::process::Command::new("ip");
     let output = ip.args(["-o", "link", "show", "dev", name]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
-    text.split_once(':').unwrap().0.parse::<u32>().unwrap()
+    IfIndex(text.split_once(':').unwrap().0.parse().unwrap())
 }
 
 /// Returns the number of our programs that a device runs, by links and by filters.

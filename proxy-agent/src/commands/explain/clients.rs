@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use proxy_common::abi::device::flags::NEAR;
 use proxy_common::abi::frontend::flags::SOURCE_RANGES;
-use proxy_common::abi::{AffinityKey, Counter, Event, Trace, local_address, opt_out, proto};
+use proxy_common::abi::{AffinityKey, Counter, Event, IfIndex, Trace, local_address, opt_out, proto};
 use proxy_common::addr::{Addr, Family};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::tables::EdgeTables as _;
@@ -225,13 +225,15 @@ fn outcome(maps: &Simulator, question: &Question, client: Client, index: u32) ->
         Client::Pod => at_socket(maps, question, netns_of_pod(maps, question), index),
         Client::PodPackets => {
             let source = question.from.or_else(|| pod_address(maps, question));
-            in_packets(maps, question, source, Edge::Pod, 0, index)
+            in_packets(maps, question, source, Edge::Pod, IfIndex::NONE, index)
         }
-        Client::Outside => in_packets(maps, question, question.from, Edge::External, 0, index),
+        Client::Outside => in_packets(maps, question, question.from, Edge::External, IfIndex::NONE, index),
         Client::NearDevice => {
             let device = maps.edge.devices.borrow();
-            let near =
-                device.iter().find(|(_, device)| device.flags & NEAR != 0).map_or(0, |(index, _)| *index);
+            let near = device
+                .iter()
+                .find(|(_, device)| device.flags & NEAR != 0)
+                .map_or(IfIndex::NONE, |(index, _)| *index);
             drop(device);
             in_packets(maps, question, question.from, Edge::Pod, near, index)
         }
@@ -285,7 +287,7 @@ fn in_packets(
     question: &Question,
     source: Option<Addr>,
     edge: Edge,
-    device: u32,
+    device: IfIndex,
     index: u32,
 ) -> Verdict {
     let somebody = SOMEBODY[usize::from(question.addr.family() == Family::V6)];

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use proxy_common::abi::maps;
-use proxy_common::abi::{AffinityKey, AffinityValue, Device, opt_out, proto};
+use proxy_common::abi::{AffinityKey, AffinityValue, Device, IfIndex, opt_out, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::lookup::{self, Target};
@@ -134,7 +134,7 @@ fn read(pins: &PinDir, question: &Question) -> Result<(Simulator, Model), Inspec
     let maps = Simulator::of(&contents, &kernel.filter());
     maps.host_netns.set(kernel.host_netns());
     maps.clock.set(now());
-    let devices: HashMap<MapData, u32, Device> = open(pins, maps::DEVICES, Map::HashMap)?;
+    let devices: HashMap<MapData, IfIndex, Device> = open(pins, maps::DEVICES, Map::HashMap)?;
     maps.edge.devices.replace(devices.iter().collect::<Result<_, _>>()?);
 
     let model = Model::restore(kernel.capacity(), &contents);

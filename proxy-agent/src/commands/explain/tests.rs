@@ -15,8 +15,8 @@ use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS, SANDB
 use proxy_common::abi::opt_out::{EVERYTHING, INSIDE};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
 use proxy_common::abi::{
-    Affinity, AffinityKey, AffinityValue, Backend, BackendState, Device, FrontendValue, Service, SlotRange,
-    device::flags::NEAR,
+    Affinity, AffinityKey, AffinityValue, Backend, BackendState, Device, FrontendValue, IfIndex, Service,
+    SlotRange, device::flags::NEAR,
 };
 use proxy_common::addr::Addr;
 use proxy_common::addr::{Family, Prefix};
@@ -286,7 +286,7 @@ fn source_ranges_are_judged_by_address() {
 fn a_device_can_make_a_client_near() {
     let maps = maps(&contents());
     let device = Device { flags: NEAR, ..Device::default() };
-    maps.edge.devices.borrow_mut().insert(4, device);
+    maps.edge.devices.borrow_mut().insert(IfIndex(4), device);
     let told = told(&ask(&maps, TCP, "192.0.2.10:30080", "203.0.113.7"));
     assert_eq!(told, ["Outside Served 1", "NearDevice Served 1,2,3"]);
 }

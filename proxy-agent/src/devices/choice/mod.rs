@@ -7,6 +7,8 @@
 
 use std::collections::BTreeMap;
 
+use proxy_common::abi::IfIndex;
+
 use super::snapshot::{Kind, Layer, Link, Snapshot};
 use crate::config::devices::{DetectLocal, Selection, Settings};
 
@@ -42,13 +44,13 @@ pub(crate) struct Choice {
     pub(crate) near: bool,
     /// Index of the bridge or bond that takes over incoming packets: the network stack sees them enter through that
     /// device.
-    pub(crate) owner: Option<u32>,
+    pub(crate) owner: Option<IfIndex>,
     /// Reason for the choice.
     pub(crate) reason: String,
 }
 
 /// The chosen devices by interface index.
-pub(crate) type Choices = BTreeMap<u32, Choice>;
+pub(crate) type Choices = BTreeMap<IfIndex, Choice>;
 
 /// Chooses devices. `before` are the devices chosen so far: a device that goes down or loses its last address keeps its
 /// role, so that packets are translated from the moment it is back. A device that is up and has an address is judged by
@@ -83,7 +85,7 @@ struct View<'a> {
 }
 
 impl View<'_> {
-    fn role(&self, index: u32, link: &Link) -> Option<(Role, String)> {
+    fn role(&self, index: IfIndex, link: &Link) -> Option<(Role, String)> {
         let Settings { devices, pods, .. } = self.settings;
         if link.kind == Kind::Loopback {
             None
@@ -100,7 +102,7 @@ impl View<'_> {
         }
     }
 
-    fn kept(&self, index: u32, link: &Link, before: &Choice) -> Option<(Role, String)> {
+    fn kept(&self, index: IfIndex, link: &Link, before: &Choice) -> Option<(Role, String)> {
         let same = before.name == link.name && self.owner(link).is_none();
         (same && !self.is_bridge_to_itself(index, link)).then(|| {
             let state = if link.up { "nothing leads there any more" } else { "down" };
@@ -109,7 +111,7 @@ impl View<'_> {
     }
 
     /// Returns the reason why a device is the host's side of a pod, if it is.
-    fn leads_to_pods(&self, index: u32, link: &Link) -> Option<String> {
+    fn leads_to_pods(&self, index: IfIndex, link: &Link) -> Option<String> {
         let own_network = self.snapshot.addresses_of(index).any(|address| !address.single);
         let gateway = self.snapshot.routes_of(index).any(|route| route.gateway);
         if link.kind != Kind::Pair || own_network || gateway {
@@ -131,7 +133,7 @@ impl View<'_> {
     }
 
     /// Returns whether a bridge connects pods of this node and nothing else (except tunnels to pods of other nodes).
-    fn is_pod_bridge(&self, index: u32, bridge: &Link) -> bool {
+    fn is_pod_bridge(&self, index: IfIndex, bridge: &Link) -> bool {
         if bridge.kind != Kind::Bridge {
             return false;
         }
@@ -149,13 +151,13 @@ impl View<'_> {
     }
 
     /// Returns whether a bridge is up with an address, and leads only to pods of this node or to nothing.
-    fn is_bridge_to_itself(&self, index: u32, bridge: &Link) -> bool {
+    fn is_bridge_to_itself(&self, index: IfIndex, bridge: &Link) -> bool {
         let has_address = self.snapshot.addresses_of(index).next().is_some();
         bridge.kind == Kind::Bridge && bridge.up && has_address && self.leads_outside(index, bridge).is_none()
     }
 
     /// Returns the reason why a device leads to clients or other nodes, if it does.
-    fn leads_outside(&self, index: u32, link: &Link) -> Option<String> {
+    fn leads_outside(&self, index: IfIndex, link: &Link) -> Option<String> {
         if matches!(link.kind, Kind::Idle | Kind::Loopback | Kind::Vrf) || self.owner(link).is_some() {
             return None;
         }
@@ -183,7 +185,7 @@ impl View<'_> {
         }
     }
 
-    fn master(&self, link: &Link) -> Option<(u32, &Link)> {
+    fn master(&self, link: &Link) -> Option<(IfIndex, &Link)> {
         let index = link.master?;
         Some((index, self.snapshot.links.get(&index)?))
     }

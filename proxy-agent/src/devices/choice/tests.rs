@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use proxy_common::abi::IfIndex;
 use proxy_common::addr::Prefix;
 
 use super::super::snapshot::{Address, Route};
@@ -15,7 +16,9 @@ impl Net {
     fn device(mut self, name: &str, kind: Kind, kind_name: &str) -> Self {
         let index = self.0.links.len() as u32 + 1;
         let (name, kind_name) = (name.to_owned(), kind_name.to_owned());
-        self.0.links.insert(index, Link { name, kind, kind_name, layer: Layer::L2, up: true, master: None });
+        self.0
+            .links
+            .insert(IfIndex(index), Link { name, kind, kind_name, layer: Layer::L2, up: true, master: None });
         self
     }
 
@@ -31,8 +34,8 @@ impl Net {
         self.device(name, Kind::Bridge, "bridge")
     }
 
-    fn last(&self) -> u32 {
-        self.0.links.len() as u32
+    fn last(&self) -> IfIndex {
+        IfIndex(self.0.links.len() as u32)
     }
 
     fn link(mut self, change: impl FnOnce(&mut Link)) -> Self {

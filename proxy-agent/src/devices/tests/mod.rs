@@ -8,6 +8,7 @@ use aya::maps::{HashMap, Map, MapData};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{SchedClassifier, TcAttachType};
 use proxy_common::abi;
+use proxy_common::abi::IfIndex;
 use proxy_common::abi::maps;
 use proxy_common::addr::Addr;
 
@@ -253,7 +254,9 @@ fn intrude(programs: &mut TcPrograms, node: &Node, direction: Direction) -> Path
         Direction::Egress => "pod_egress",
     };
     let eth0 = index("eth0").unwrap();
-    programs.overtake_tcx(&node.config.pins, &Device { index: eth0, name: "eth0" }, name, direction).unwrap();
+    programs
+        .overtake_tcx(&node.config.pins, &Device { index: IfIndex(eth0), name: "eth0" }, name, direction)
+        .unwrap();
     let pin = node.config.pins.link(&format!("{name}-{eth0}"));
     let aside = node.config.pins.root().join(format!("intruder-{name}"));
     std::fs::rename(pin, &aside).unwrap();

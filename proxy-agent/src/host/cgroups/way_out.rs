@@ -8,6 +8,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd as _;
 
+use proxy_common::abi::IfIndex;
 use rtnetlink::packet_core::NetlinkPayload;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::RouteNetlinkMessage;
@@ -68,7 +69,7 @@ fn ask(
 }
 
 /// Returns the index of the device by which an address is reached.
-fn device_to(netlink: &Netlink, destination: IpAddr) -> io::Result<Option<u32>> {
+fn device_to(netlink: &Netlink, destination: IpAddr) -> io::Result<Option<IfIndex>> {
     let mut request = RouteMessage::default();
     let (family, length, address) = match destination {
         IpAddr::V4(address) => (AddressFamily::Inet, 32, RouteAddress::Inet(address)),
@@ -91,16 +92,15 @@ fn device_to(netlink: &Netlink, destination: IpAddr) -> io::Result<Option<u32>> 
     let Some(RouteNetlinkMessage::NewRoute(route)) = ask(netlink, request, &none)? else {
         return Ok(None);
     };
-    Ok(route
-        .attributes
-        .iter()
-        .find_map(|attribute| if let RouteAttribute::Oif(index) = attribute { Some(*index) } else { None }))
+    Ok(route.attributes.iter().find_map(|attribute| {
+        if let RouteAttribute::Oif(index) = attribute { Some(IfIndex(*index)) } else { None }
+    }))
 }
 
 /// Returns the id of the network namespace of a veth pair's other end, if that is another namespace.
-fn other_end(netlink: &Netlink, device: u32) -> io::Result<Option<i32>> {
+fn other_end(netlink: &Netlink, device: IfIndex) -> io::Result<Option<i32>> {
     let mut request = LinkMessage::default();
-    request.header.index = device;
+    request.header.index = device.0;
     let Some(RouteNetlinkMessage::NewLink(link)) = ask(netlink, RouteNetlinkMessage::GetLink(request), &[])?
     else {
         return Ok(None);

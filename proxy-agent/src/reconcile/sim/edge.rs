@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use proxy_common::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts};
+use proxy_common::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex};
 use proxy_common::addr::Addr;
 use proxy_common::datapath::edge::tables::{EdgeTables, Tier};
 use proxy_common::datapath::edge::work::Scratch;
@@ -84,11 +84,11 @@ impl EdgeTables for Simulator {
         self.pod_sources.iter().any(|prefix| prefix.contains(*addr))
     }
 
-    fn device(&self, ifindex: u32) -> Option<Device> {
+    fn device(&self, ifindex: IfIndex) -> Option<Device> {
         self.edge.devices.borrow().get(&ifindex).copied()
     }
 
-    fn device_flags(&self, ifindex: u32) -> u32 {
+    fn device_flags(&self, ifindex: IfIndex) -> u32 {
         self.device(ifindex).map_or(0, |device| device.flags)
     }
 

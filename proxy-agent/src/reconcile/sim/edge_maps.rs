@@ -4,7 +4,9 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use proxy_common::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, ServiceCounters};
+use proxy_common::abi::{
+    Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, ServiceCounters,
+};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::tables::{FlowCell, Tier};
@@ -17,7 +19,7 @@ pub struct EdgeMaps {
     pub(super) fragments: RefCell<BTreeMap<FragmentKey, FragmentPorts>>,
     pub(super) counters: RefCell<BTreeMap<u32, ServiceCounters>>,
     /// `DEVICES`.
-    pub devices: RefCell<BTreeMap<u32, Device>>,
+    pub devices: RefCell<BTreeMap<IfIndex, Device>>,
     /// Maximal number of elements of each of `FLOWS` and `NEW_FLOWS`; `None` for any number.
     pub room: [Cell<Option<usize>>; 2],
 }
@@ -102,11 +104,11 @@ impl FlowCell for Record {
         self.set(check, |flow| Flow { syn, ..flow });
     }
 
-    fn set_answered_by(&self, check: u32, answered_by: u32) {
+    fn set_answered_by(&self, check: u32, answered_by: IfIndex) {
         self.set(check, |flow| Flow { answered_by, ..flow });
     }
 
-    fn set_asked_by(&self, check: u32, asked_by: u32) {
+    fn set_asked_by(&self, check: u32, asked_by: IfIndex) {
         self.set(check, |flow| Flow { asked_by, ..flow });
     }
 

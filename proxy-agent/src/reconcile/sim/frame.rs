@@ -1,5 +1,6 @@
 //! A packet on the host: the operations that the TC shell performs on an skb, on a vector of bytes.
 
+use proxy_common::abi::IfIndex;
 use proxy_common::addr::{Addr, Family};
 use proxy_common::datapath::edge::packet::{FURTHEST, Packet};
 use proxy_common::datapath::edge::parsed::Parsed;
@@ -15,21 +16,28 @@ pub struct Frame {
     /// All bytes of the packet.
     pub bytes: Vec<u8>,
     /// Index of the device that the pipeline runs on.
-    pub ifindex: u32,
+    pub ifindex: IfIndex,
     /// Index of the device by which the packet entered the host; 0 if it was made there.
-    pub entered_by: u32,
+    pub entered_by: IfIndex,
     /// Index of the device by which the host's routes lead to the packet's source; 0 if that is not known.
-    pub route_back: u32,
+    pub route_back: IfIndex,
     /// Indexes of the devices by which the host's routes lead to the packet's destination.
-    pub ways: Vec<u32>,
+    pub ways: Vec<IfIndex>,
     /// Index of the device that the packet has been redirected to; 0 for the one that the pipeline runs on.
-    pub leaves_by: u32,
+    pub leaves_by: IfIndex,
 }
 
 impl Frame {
     /// Creates a packet that has come in by the device `ifindex`.
-    pub fn new(bytes: Vec<u8>, ifindex: u32) -> Self {
-        Self { bytes, ifindex, entered_by: ifindex, route_back: 0, ways: Vec::new(), leaves_by: 0 }
+    pub fn new(bytes: Vec<u8>, ifindex: IfIndex) -> Self {
+        Self {
+            bytes,
+            ifindex,
+            entered_by: ifindex,
+            route_back: IfIndex::NONE,
+            ways: Vec::new(),
+            leaves_by: IfIndex::NONE,
+        }
     }
 
     fn range(&mut self, offset: u32, len: usize) -> Option<&mut [u8]> {
@@ -51,20 +59,20 @@ impl Packet for Frame {
         u32::try_from(self.bytes.len()).unwrap_or(u32::MAX)
     }
 
-    fn ifindex(&self) -> u32 {
+    fn ifindex(&self) -> IfIndex {
         self.ifindex
     }
 
-    fn entered_by(&self) -> u32 {
+    fn entered_by(&self) -> IfIndex {
         self.entered_by
     }
 
-    fn route_to(&self, _family: Family, _addr: &Addr) -> u32 {
+    fn route_to(&self, _family: Family, _addr: &Addr) -> IfIndex {
         // The pipeline asks for no other route.
         self.route_back
     }
 
-    fn leave_by(&mut self, device: u32, _family: Family, _source: &Addr, _destination: &Addr) -> bool {
+    fn leave_by(&mut self, device: IfIndex, _family: Family, _source: &Addr, _destination: &Addr) -> bool {
         let leads = self.ways.contains(&device);
         if leads {
             self.leaves_by = device;

@@ -13,7 +13,7 @@ use super::whence::{is_from_backend, is_from_outside, is_succeeded};
 use super::work::{How, Numbers, Refusal, Scratch, Work};
 use super::{icmp, own_datagrams};
 use crate::abi::frontend::flags::EXTERNAL;
-use crate::abi::{Counter, FlowKind, Origin, local_address, node::HOST_IN_PACKETS, proto};
+use crate::abi::{Counter, FlowKind, IfIndex, Origin, local_address, node::HOST_IN_PACKETS, proto};
 use crate::addr::{Addr, Family};
 use crate::datapath::lookup::{self, Target};
 use crate::datapath::trace::{self, At};
@@ -46,7 +46,7 @@ pub fn egress(
     let error = icmp::is_error(parsed);
     if from_backend || to_backend || error {
         (work.now, work.origin) = (tables.now(), edge.origin(packet.ifindex()));
-        work.asked_by = 0;
+        work.asked_by = IfIndex::NONE;
         if parsed.part == Part::Later && !restore_ports(tables, parsed, work.origin, true) {
             return Verdict::Pass;
         }
@@ -184,7 +184,7 @@ fn answering(
 fn way_back(packet: &mut impl Packet, parsed: &Parsed, work: &Work, verdict: Verdict) -> Verdict {
     let device = work.asked_by;
     if verdict == Verdict::Translated
-        && device != 0
+        && device != IfIndex::NONE
         && device != packet.ifindex()
         && packet.leave_by(device, parsed.family, &work.new.source, &work.new.destination)
     {
@@ -199,8 +199,8 @@ fn way_back(packet: &mut impl Packet, parsed: &Parsed, work: &Work, verdict: Ver
 #[inline(never)]
 fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, parsed: &Parsed) -> Verdict {
     // `entered_by` is 0 also for packets that a virtual machine sends by macvtap, or a pod by macvlan.
-    let own =
-        packet.entered_by() == 0 && tables.local_address(&parsed.tuple.source) & local_address::HOST != 0;
+    let own = packet.entered_by() == IfIndex::NONE
+        && tables.local_address(&parsed.tuple.source) & local_address::HOST != 0;
     let target = find(tables, parsed);
     let mut refusal = match target {
         // The sender is this host, so it can be told.

@@ -11,7 +11,7 @@ use super::tables::EdgeTables;
 use super::verdict::{Edge, Verdict};
 use super::work::{Beside, Choice, How, Meeting, Numbers, Refusal, Scratch, Work};
 use super::{direct, icmp, own_datagrams};
-use crate::abi::{Counter, Flow, FlowKey, backend::flags::SERVING, flow, proto};
+use crate::abi::{Counter, Flow, FlowKey, IfIndex, backend::flags::SERVING, flow, proto};
 use crate::datapath::lookup;
 use crate::datapath::trace::{self, At};
 
@@ -38,7 +38,7 @@ pub fn ingress(
         Outcome::Malformed => return malformed(tables, &parsed.tuple.destination),
     }
     (work.now, work.origin) = (tables.now(), edge.origin(packet.ifindex()));
-    work.asked_by = if edge == Edge::External { packet.ifindex() } else { 0 };
+    work.asked_by = if edge == Edge::External { packet.ifindex() } else { IfIndex::NONE };
     if parsed.part == Part::Later && !restore_ports(tables, parsed, work.origin, false) {
         return stray_fragment(tables, &parsed.tuple.destination);
     }

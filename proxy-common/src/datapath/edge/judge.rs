@@ -6,7 +6,7 @@ use super::tables::EdgeTables;
 use super::verdict::Verdict;
 use crate::abi::device::flags::{NEAR, POD, POD_BRIDGE};
 use crate::abi::frontend::flags::SOURCE_RANGES;
-use crate::abi::{Counter, Origin, local_address};
+use crate::abi::{Counter, IfIndex, Origin, local_address};
 use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::edge::parsed::Parsed;
@@ -78,7 +78,7 @@ pub(super) fn is_elsewhere(
 ) -> bool {
     let by = packet.route_to(parsed.family, &parsed.tuple.source);
     let pods = if origin == Origin::OUTSIDE { POD | POD_BRIDGE } else { POD };
-    by != 0 && by != origin.ifindex && tables.device_flags(by) & pods != 0
+    by != IfIndex::NONE && by != origin.ifindex && tables.device_flags(by) & pods != 0
 }
 
 /// Looks up the destination of a packet. A protocol without ports is looked up with port 0.

@@ -12,7 +12,7 @@ use super::verdict::Edge;
 use super::whence::is_from_outside;
 use super::{flows, timeouts};
 use crate::abi::flow::state::REPLIED;
-use crate::abi::{FilterBit, Flow, FlowKind, local_address, proto};
+use crate::abi::{FilterBit, Flow, FlowKind, IfIndex, local_address, proto};
 use crate::addr::Family;
 use crate::be::Be16;
 use crate::datapath::edge::parsed::{Parsed, Part};
@@ -64,7 +64,7 @@ pub(super) fn remember(
     work: &mut Work,
 ) {
     let tuple = &parsed.tuple;
-    let of_host = packet.entered_by() == 0;
+    let of_host = packet.entered_by() == IfIndex::NONE;
     if !is_of_frontend(tables, parsed.proto, tuple.source_port)
         || parsed.part == Part::Later
         || tables.local_address(&tuple.source) & local_address::HOST == 0

@@ -6,6 +6,7 @@
 use super::parsed::Parsed;
 use super::tables::EdgeTables;
 use super::work::Work;
+use crate::abi::IfIndex;
 use crate::addr::{Addr, Family};
 
 /// Largest offset that bytes are loaded from. No header that matters lies behind it, and the verifier wants a
@@ -21,12 +22,12 @@ pub trait Packet {
     /// Length in bytes, from offset 0.
     fn length(&self) -> u32;
     /// Index of the device that the program runs on.
-    fn ifindex(&self) -> u32;
+    fn ifindex(&self) -> IfIndex;
     /// Index of the device through which the packet entered this host; 0 if it was made here.
-    fn entered_by(&self) -> u32;
+    fn entered_by(&self) -> IfIndex;
     /// Index of the device by which the kernel's routes lead from here to `addr`, an address of `family`; 0
     /// if there is no route, or if the kernel does not tell.
-    fn route_to(&self, family: Family, addr: &Addr) -> u32;
+    fn route_to(&self, family: Family, addr: &Addr) -> IfIndex;
     /// Returns whether a tag of a VLAN other than 0 stands before the IP header: such a packet goes to a
     /// device above this one, or comes from there.
     fn is_tagged(&self) -> bool {
@@ -34,7 +35,7 @@ pub trait Packet {
     }
     /// Makes the packet leave by `device`, if the kernel's rules and routes lead there with the addresses
     /// `source` and `destination`. Returns false, with nothing changed, if they do not.
-    fn leave_by(&mut self, device: u32, family: Family, source: &Addr, destination: &Addr) -> bool;
+    fn leave_by(&mut self, device: IfIndex, family: Family, source: &Addr, destination: &Addr) -> bool;
     /// Returns `N` bytes, if all of them are in the packet and `offset` is at most [`FURTHEST`].
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
     /// As [`Packet::load`], but returns `None` also if that would take a call of the kernel.

@@ -1,7 +1,7 @@
 //! Data that the packet edge reads and writes, in addition to [`Tables`].
 
 use super::work::Work;
-use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts};
+use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex};
 use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::tables::Tables;
@@ -19,9 +19,9 @@ pub trait FlowCell: Clone {
     /// Replaces [`Flow::syn`].
     fn set_syn(&self, check: u32, syn: u16);
     /// Notes the device by which the backend's replies enter.
-    fn set_answered_by(&self, check: u32, ifindex: u32);
+    fn set_answered_by(&self, check: u32, ifindex: IfIndex);
     /// Notes the device by which the client's packets enter.
-    fn set_asked_by(&self, check: u32, ifindex: u32);
+    fn set_asked_by(&self, check: u32, ifindex: IfIndex);
     /// Prolongs the flow.
     fn set_last_seen(&self, check: u32, now: u64);
     /// Notes the SNAT source: the address first, because a port other than 0 says that both count.
@@ -55,9 +55,9 @@ pub trait EdgeTables: Tables {
     /// Returns whether `POD_SOURCES` contains the address.
     fn is_pod_source(&self, addr: &Addr) -> bool;
     /// `DEVICES`.
-    fn device(&self, ifindex: u32) -> Option<Device>;
+    fn device(&self, ifindex: IfIndex) -> Option<Device>;
     /// `DEVICES`: flags of a device; 0 if there is no such device.
-    fn device_flags(&self, ifindex: u32) -> u32;
+    fn device_flags(&self, ifindex: IfIndex) -> u32;
     /// Counts a packet of `bytes` in `SERVICE_COUNTERS`, as a request or a reply.
     fn count_packet(&self, service: u32, request: bool, bytes: u32);
     /// Counts a new flow in `SERVICE_COUNTERS`.

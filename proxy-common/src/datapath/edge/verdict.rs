@@ -1,6 +1,6 @@
 //! Kinds of devices, and decisions on packets.
 
-use crate::abi::Origin;
+use crate::abi::{IfIndex, Origin};
 
 /// Kind of device that a program runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +14,7 @@ pub enum Edge {
 impl Edge {
     /// Returns the origin of the flows that a packet on a device of this kind can belong to.
     #[inline(always)]
-    pub(super) const fn origin(self, ifindex: u32) -> Origin {
+    pub(super) const fn origin(self, ifindex: IfIndex) -> Origin {
         match self {
             Self::External => Origin::OUTSIDE,
             Self::Pod => Origin::pod(ifindex),

@@ -4,6 +4,7 @@
 use super::flows;
 use super::packet::Packet;
 use super::tables::{EdgeTables, FlowCell as _};
+use crate::abi::IfIndex;
 use crate::abi::device::flags::{POD, POD_BRIDGE};
 use crate::abi::flow::state::REPLIED;
 use crate::datapath::edge::parsed::Parsed;
@@ -19,8 +20,8 @@ pub(super) fn is_from_outside(packet: &impl Packet, tables: &impl EdgeTables) ->
 /// Returns whether packets that enter by a device come from outside this host: neither from one of its pods
 /// nor from the host itself.
 #[inline(always)]
-fn is_outward(tables: &impl EdgeTables, ifindex: u32) -> bool {
-    ifindex != 0 && tables.device_flags(ifindex) & (POD | POD_BRIDGE) == 0
+fn is_outward(tables: &impl EdgeTables, ifindex: IfIndex) -> bool {
+    ifindex != IfIndex::NONE && tables.device_flags(ifindex) & (POD | POD_BRIDGE) == 0
 }
 
 /// Returns whether a packet with a backend's source comes from the backend: it has entered by the device of
@@ -37,7 +38,7 @@ pub(super) fn is_from_backend<T: EdgeTables>(
     flow.state & REPLIED == 0
         || by == flow.answered_by
         || is_outward(tables, by) && is_outward(tables, flow.answered_by)
-        || by != 0 && by == packet.route_to(parsed.family, &parsed.tuple.source)
+        || by != IfIndex::NONE && by == packet.route_to(parsed.family, &parsed.tuple.source)
 }
 
 /// Returns whether a packet of the backend shows that the connection of a record has ended and another one
@@ -53,5 +54,6 @@ pub(super) fn is_succeeded<T: EdgeTables>(
 ) -> bool {
     let (flow, by) = (cell.get(), packet.entered_by());
     flows::is_succeeded(&flow, parsed, now)
-        || flows::is_succeeded_at_backend(&flow, parsed) && (by == 0 || tables.device_flags(by) & POD != 0)
+        || flows::is_succeeded_at_backend(&flow, parsed)
+            && (by == IfIndex::NONE || tables.device_flags(by) & POD != 0)
 }

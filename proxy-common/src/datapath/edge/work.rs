@@ -1,7 +1,7 @@
 //! Values that one stage of the pipeline passes on to the next.
 
 use super::parsed::{Parsed, Tuple};
-use crate::abi::{Counter, Flow, FlowKey, Origin};
+use crate::abi::{Counter, Flow, FlowKey, IfIndex, Origin};
 use crate::addr::Addr;
 
 /// Intermediate results on the way to a packet's flow.
@@ -28,7 +28,7 @@ pub struct Work {
     pub origin: Origin,
     /// For a packet that enters: index of the external device, 0 if the packet is a pod's. For a packet that
     /// leaves: index of the device by which the client's requests enter, 0 if that does not matter.
-    pub asked_by: u32,
+    pub asked_by: IfIndex,
     /// TCP numbers of the packet.
     pub numbers: Numbers,
     /// Whether the packet is to a backend itself: a value of [`Beside`].

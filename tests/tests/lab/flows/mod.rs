@@ -22,8 +22,8 @@ use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, R
 use proxy_common::abi::maps;
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
-    Backend, BackendState, FilterBit, Flow, FlowKey, FlowKind, FlowRef, Origin, ServiceCounters, ServiceName,
-    backend,
+    Backend, BackendState, FilterBit, Flow, FlowKey, FlowKind, FlowRef, IfIndex, Origin, ServiceCounters,
+    ServiceName, backend,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
@@ -72,7 +72,7 @@ impl Bench {
 }
 
 /// Flows of a pod keep their source.
-const POD: Origin = Origin::pod(7);
+const POD: Origin = Origin::pod(IfIndex(7));
 const OUTSIDE: Origin = Origin::OUTSIDE;
 
 /// Returns a record of the client 203.0.113.7 with this port. The backend sees another source if the flow is from

@@ -1,6 +1,6 @@
 //! Origins of flows: a pod can write any source address into its packets, but they come through its own interface.
 
-use proxy_common::abi::{Counter, Flow, FlowKey, Origin};
+use proxy_common::abi::{Counter, Flow, FlowKey, IfIndex, Origin};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
@@ -19,7 +19,7 @@ fn of(world: &World, origin: Origin) -> Vec<(FlowKey, Flow)> {
 
 /// Sends a packet of a pod in the name of a client: it enters by the pod's interface, and goes on to the other node
 /// if its backend is there.
-fn forge(world: &World, device: u32, packet: &Packet) {
+fn forge(world: &World, device: IfIndex, packet: &Packet) {
     let (verdict, bytes) = world.enter(device, packet.bytes());
     if verdict == Verdict::Translated && Net::ALL.iter().any(|net| seen(&bytes).destination == net.remote(1))
     {
@@ -171,9 +171,14 @@ fn external_devices_are_one_origin() {
 #[test]
 fn a_source_that_cannot_be_behind_the_interface_is_dropped() {
     for net in Net::ALL {
-        for (route, foreign) in
-            [(0, false), (POD, false), (NIC, false), (NEAR, true), (BARE, false), (77, false)]
-        {
+        for (route, foreign) in [
+            (IfIndex::NONE, false),
+            (POD, false),
+            (NIC, false),
+            (NEAR, true),
+            (BARE, false),
+            (IfIndex(77), false),
+        ] {
             for request in [
                 Packet::tcp(net.client(), net.here(), SYN, 1, 0),
                 Packet::udp(net.client(), net.here(), b"?"),

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use proxy_agent::reconcile::store::{MapStore as _, Op};
-use proxy_common::abi::{BackendState, FlowKind};
+use proxy_common::abi::{BackendState, FlowKind, IfIndex};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_tests::packets::{Body, NEAR, NIC, Net, OVERLAY, POD, Packet, Trouble, World, fragments};
@@ -12,7 +12,7 @@ use proxy_tests::packets::{Body, NEAR, NIC, Net, OVERLAY, POD, Packet, Trouble, 
 use super::{answer, open, passes, translated, world};
 
 /// The host itself, as the device that a packet has entered by.
-const HOST: u32 = 0;
+const HOST: IfIndex = IfIndex::NONE;
 
 /// Returns a datagram of each protocol whose answers cannot be told from requests.
 fn datagrams(from: SocketAddr, to: SocketAddr) -> [Packet; 3] {

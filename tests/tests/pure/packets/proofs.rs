@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::{ASKED, ASSURED, FIN_REPLY, PROVEN, REPLIED, RESET, TAKEN};
-use proxy_common::abi::{BackendState, Counter, Device, Flow, FlowKey, device};
+use proxy_common::abi::{BackendState, Counter, Device, Flow, FlowKey, IfIndex, device};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::{on_request, record as find};
 use proxy_common::datapath::edge::parsed::Parsed;
@@ -300,7 +300,7 @@ fn a_connection_that_follows_a_half_closed_one_lives_on() {
 /// of the pod or the host itself to the same backend do not belong to that flow.
 #[test]
 fn what_has_not_entered_from_outside_is_no_flow_from_there() {
-    const BRIDGE: u32 = 9;
+    const BRIDGE: IfIndex = IfIndex(9);
     for net in Net::ALL {
         for body in [
             Body::Udp { data: vec![1; 9], checksum: true },
@@ -316,12 +316,12 @@ fn what_has_not_entered_from_outside_is_no_flow_from_there() {
             assert_eq!(routed, direct);
             // Before and after the forged flow has got a source of ours.
             for _ in 0..2 {
-                for entered in [POD, NEAR, BRIDGE, 0] {
+                for entered in [POD, NEAR, BRIDGE, IfIndex::NONE] {
                     let (verdict, after) = world.leave_from(entered, OVERLAY, direct.clone());
                     assert_eq!((verdict, &after), (Verdict::Pass, &direct), "entered by {entered}");
                 }
                 // Entered by an external device, or by a device stacked on one.
-                for entered in [NIC, OVERLAY, 77] {
+                for entered in [NIC, OVERLAY, IfIndex(77)] {
                     translated(world.leave_from(entered, OVERLAY, direct.clone()));
                 }
             }
@@ -333,12 +333,17 @@ fn what_has_not_entered_from_outside_is_no_flow_from_there() {
 /// begins a flow.
 #[test]
 fn the_address_of_a_pod_of_this_node_is_not_outside() {
-    const BRIDGE: u32 = 9;
+    const BRIDGE: IfIndex = IfIndex(9);
     for net in Net::ALL {
         let own = SocketAddr::new(net.local().ip(), 40_001);
-        for (route, served) in
-            [(POD, false), (NEAR, false), (BRIDGE, false), (NIC, true), (77, true), (0, true)]
-        {
+        for (route, served) in [
+            (POD, false),
+            (NEAR, false),
+            (BRIDGE, false),
+            (NIC, true),
+            (IfIndex(77), true),
+            (IfIndex::NONE, true),
+        ] {
             for packet in [Packet::udp(own, net.there(), b"?"), Packet::tcp(own, net.there(), SYN, 7, 0)] {
                 let world = world();
                 let bridge = Device { flags: device::flags::POD_BRIDGE, ..Device::default() };
@@ -365,7 +370,7 @@ fn answers_come_from_where_the_backend_is() {
         let before = record(&world);
         for flags in [RST | ACK, FIN | ACK, ACK, SYN | ACK] {
             let forged = Packet::tcp(pod, client, flags, 1, 0xffff_ffff).bytes();
-            for entered in [NEAR, NIC, 0] {
+            for entered in [NEAR, NIC, IfIndex::NONE] {
                 passes(|bytes| world.leave_from(entered, NIC, bytes), &forged);
             }
         }
@@ -374,7 +379,7 @@ fn answers_come_from_where_the_backend_is() {
         world.route_back.set(NEAR);
         let data = Packet::tcp(pod, client, PSH | ACK, 5001, 1001);
         translated(world.leave_from(NEAR, NIC, data.bytes()));
-        world.route_back.set(0);
+        world.route_back.set(IfIndex::NONE);
         translated(world.leave_from(NEAR, NIC, data.bytes()));
         passes(|bytes| world.leave_from(POD, NIC, bytes), &data.bytes());
 
@@ -384,7 +389,7 @@ fn answers_come_from_where_the_backend_is() {
         let routed =
             translated(world.enter(OVERLAY, Packet::tcp(remote, own, PSH | ACK, 5001, 1001).bytes()));
         passes(|bytes| world.leave_from(POD, NIC, bytes), &routed);
-        for entered in [OVERLAY, NIC, 77] {
+        for entered in [OVERLAY, NIC, IfIndex(77)] {
             translated(world.leave_from(entered, NIC, routed.clone()));
         }
     }

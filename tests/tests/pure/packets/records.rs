@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::ASSURED;
-use proxy_common::abi::{Counter, Device, FlowKind, device};
+use proxy_common::abi::{Counter, Device, FlowKind, IfIndex, device};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::{snat_index, vip_index};
@@ -160,7 +160,7 @@ fn a_syn_that_may_be_anybodys_ends_no_record() {
 /// Pods of one bridge can send in each other's names, so a SYN from the bridge proves nothing either.
 #[test]
 fn a_syn_of_a_bridge_ends_no_record() {
-    const BRIDGE: u32 = 9;
+    const BRIDGE: IfIndex = IfIndex(9);
     for net in Net::ALL {
         let (world, client, vip, pod) = (world(), net.client(), net.here(), net.local());
         let bridge = Device { flags: device::flags::POD_BRIDGE, ..Device::default() };

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::node::HOST_IN_PACKETS;
-use proxy_common::abi::{Counter, FrontendKey, Service, SlotRange};
+use proxy_common::abi::{Counter, FrontendKey, IfIndex, Service, SlotRange};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
@@ -200,13 +200,13 @@ fn what_the_host_begins_is_answered() {
             let of_service = counter == Counter::DropNoFlow;
             let datagram = Packet::udp(host, destination, b"?");
             for (flags, by, packet, answered) in [
-                (HOST_IN_PACKETS, 0, syn.clone(), true),
-                (0, 0, syn.clone(), of_service),
+                (HOST_IN_PACKETS, IfIndex::NONE, syn.clone(), true),
+                (0, IfIndex::NONE, syn.clone(), of_service),
                 (HOST_IN_PACKETS, POD, syn, false),
-                (HOST_IN_PACKETS, 0, Packet::tcp(host, destination, ACK, 1, 7), false),
-                (HOST_IN_PACKETS, 0, Packet::tcp(host, destination, SYN | ACK, 1, 7), false),
-                (HOST_IN_PACKETS, 0, datagram.clone(), of_service),
-                (0, 0, datagram.clone(), of_service),
+                (HOST_IN_PACKETS, IfIndex::NONE, Packet::tcp(host, destination, ACK, 1, 7), false),
+                (HOST_IN_PACKETS, IfIndex::NONE, Packet::tcp(host, destination, SYN | ACK, 1, 7), false),
+                (HOST_IN_PACKETS, IfIndex::NONE, datagram.clone(), of_service),
+                (0, IfIndex::NONE, datagram.clone(), of_service),
                 (0, POD, datagram, false),
             ] {
                 let mut world = world();
@@ -237,12 +237,12 @@ fn what_the_host_begins_is_answered() {
         world.sim.apply(&Op::Service(id, nobody)).unwrap();
         for kind in [ACK, PSH | ACK] {
             passes(
-                |bytes| world.leave_from(0, NIC, bytes),
+                |bytes| world.leave_from(IfIndex::NONE, NIC, bytes),
                 &Packet::tcp(host, net.ranged(), kind, 1, 7).bytes(),
             );
         }
         for begins in [Packet::tcp(host, net.ranged(), SYN, 1, 0), Packet::udp(host, net.ranged(), b"?")] {
-            assert_eq!(world.leave_from(0, NIC, begins.bytes()).0, Verdict::Reply);
+            assert_eq!(world.leave_from(IfIndex::NONE, NIC, begins.bytes()).0, Verdict::Reply);
         }
     }
 }

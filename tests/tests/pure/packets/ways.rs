@@ -1,7 +1,7 @@
 //! The device by which replies leave a node that has several: that of the client's last request, wherever the route
 //! of the backend's packets leads.
 
-use proxy_common::abi::{Counter, FlowKind};
+use proxy_common::abi::{Counter, FlowKind, IfIndex};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parsed::tcp::{ACK, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
@@ -18,7 +18,7 @@ fn two_ways() -> World {
 
 /// Sends a reply that routing has chosen `device` for. Returns the device by which it leaves, and its form there.
 #[track_caller]
-fn leaves(world: &World, entered_by: u32, device: u32, packet: &Packet) -> (u32, Seen) {
+fn leaves(world: &World, entered_by: IfIndex, device: IfIndex, packet: &Packet) -> (IfIndex, Seen) {
     let (verdict, bytes) = world.leave_from(entered_by, device, packet.bytes());
     match verdict {
         Verdict::Translated => (device, seen(&bytes)),
@@ -129,7 +129,7 @@ fn answers_that_leave_elsewhere_are_nothing_of_the_host() {
             let back = translated(world.enter(OVERLAY, packet(net.remote(1), own)));
             let (verdict, bytes) = world.leave_from(OVERLAY, BARE, back);
             assert_eq!(verdict, Verdict::Elsewhere);
-            for entered_by in [0, OVERLAY, POD] {
+            for entered_by in [IfIndex::NONE, OVERLAY, POD] {
                 passes(|bytes| world.leave_from(entered_by, NIC, bytes), &bytes);
             }
             let mut records = world.sim.edge.records(Tier::New).into_iter();

@@ -8,7 +8,7 @@ use crate::abi::flow::state::{
     ASKED, ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, PROVEN, REPLIED, RESET, SUCCEEDED, TAKEN,
 };
 use crate::abi::flow::syn_time;
-use crate::abi::{Counter, Flow, FlowKey, proto};
+use crate::abi::{Counter, Flow, FlowKey, IfIndex, proto};
 use crate::datapath::edge::packet::Packet;
 use crate::datapath::edge::parsed::{Parsed, Tuple, tcp};
 use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier};
@@ -150,7 +150,6 @@ const fn proves(flow: &Flow, ack: u32) -> bool {
 #[inline(never)]
 pub fn on_request<T: EdgeTables>(tables: &T, place: &Place<T::Cell>, parsed: &Parsed, work: &Work) {
     let Work { key, numbers, now, asked_by, .. } = work;
-    let (numbers, now) = (*numbers, *now);
     let flow = place.flow();
     let mut state = flow.state;
     let (mut proven, mut prolongs, mut leads) = (true, true, true);
@@ -177,7 +176,7 @@ pub fn on_request<T: EdgeTables>(tables: &T, place: &Place<T::Cell>, parsed: &Pa
             }
         } else if state & REPLIED == 0
             && parsed.kind & (tcp::SYN | tcp::ACK) == tcp::SYN
-            && (flow.expected == 0 || timeouts::is_quiet(&flow, now))
+            && (flow.expected == 0 || timeouts::is_quiet(&flow, *now))
         {
             // A different SYN shortly afterwards is somebody else's: the client retransmits its own SYN
             // unchanged.
@@ -189,7 +188,7 @@ pub fn on_request<T: EdgeTables>(tables: &T, place: &Place<T::Cell>, parsed: &Pa
         place.cell.set_asked_by(place.check, *asked_by);
     }
     if prolongs {
-        place.cell.set_last_seen(place.check, now);
+        place.cell.set_last_seen(place.check, *now);
     }
     if state != flow.state {
         place.set_state(state);
@@ -273,7 +272,7 @@ pub const fn has_sent(flow: &Flow, proto: u8, seq: u32, request: bool) -> bool {
 
 /// Updates a flow for a reply of the backend, which has entered by the device `by`.
 #[inline(always)]
-pub fn on_reply<C: FlowCell>(place: &Place<C>, parsed: &Parsed, work: &Work, by: u32) {
+pub fn on_reply<C: FlowCell>(place: &Place<C>, parsed: &Parsed, work: &Work, by: IfIndex) {
     let Place { cell, check, .. } = place;
     let (numbers, now) = (work.numbers, work.now);
     let flow = place.flow();

@@ -10,18 +10,18 @@ use proxy_agent::reconcile::store::{MapStore as _, Op, StoreError};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
-    Affinity, Backend, BackendState, Device, FrontendKey, FrontendValue, Service, SlotRange, device,
+    Affinity, Backend, BackendState, Device, FrontendKey, FrontendValue, IfIndex, Service, SlotRange, device,
 };
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::{Edge, Verdict};
 use proxy_tests::packets::{NIC, Net, OVERLAY, POD, World};
 
 /// The host's side of the victim's interface.
-const VICTIM: u32 = 10;
+const VICTIM: IfIndex = IfIndex(10);
 /// The host's side of the attacker's interface.
-const ATTACKER: u32 = 11;
+const ATTACKER: IfIndex = IfIndex(11);
 /// The bridge of nodes whose pods are not routed one by one. It has no program of ours.
-const BRIDGE: u32 = 99;
+const BRIDGE: IfIndex = IfIndex(99);
 /// Ids of the Service that the attacker serves, and of its backend.
 const EVIL_ID: u32 = 50;
 /// Number of times that a packet may go round: an answer of the datapath may meet another answer, and no lawful
@@ -32,7 +32,7 @@ const ROUNDS: usize = 4;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum At {
     /// A pod behind an interface of the node.
-    Pod(u32),
+    Pod(IfIndex),
     /// Another node, or a pod of it.
     Beside,
     /// Outside the cluster.
@@ -215,29 +215,29 @@ impl Node {
         Who::of(self.setup.net, ip).map_or(At::Outside, Who::at)
     }
 
-    const fn device(at: At) -> u32 {
+    const fn device(at: At) -> IfIndex {
         match at {
             At::Pod(device) => device,
             At::Beside => OVERLAY,
             At::Outside => NIC,
-            At::Host => 0,
+            At::Host => IfIndex::NONE,
         }
     }
 
-    const fn edge(device: u32) -> Edge {
+    const fn edge(device: IfIndex) -> Edge {
         if matches!(device, POD | VICTIM | ATTACKER) { Edge::Pod } else { Edge::External }
     }
 
     /// Returns the device that the kernel names for the way to an address.
-    fn way_back(&self, ip: IpAddr) -> u32 {
+    fn way_back(&self, ip: IpAddr) -> IfIndex {
         let at = self.route(ip);
         if matches!(at, At::Pod(_)) && !self.setup.routed { BRIDGE } else { Self::device(at) }
     }
 
-    fn run(&self, device: u32, entered_by: u32, egress: bool, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+    fn run(&self, device: IfIndex, entered_by: IfIndex, egress: bool, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
         self.packets.set(self.packets.get() + 1);
-        let source = ends(&bytes).map_or(0, |(source, _)| self.way_back(source));
-        let mut frame = Frame { entered_by, route_back: source, ..Frame::new(bytes, device) };
+        let source = ends(&bytes).map_or(IfIndex::NONE, |(source, _)| self.way_back(source));
+        let mut frame = Frame { entered_by: entered_by, route_back: source, ..Frame::new(bytes, device) };
         let verdict = self.sim.packet(&mut frame, Self::edge(device), egress);
         (verdict, frame.bytes)
     }
@@ -277,7 +277,7 @@ impl Node {
 
     /// Lets a packet leave. If it does not, returns the packet that the datapath gives back to the host in its place,
     /// if any.
-    fn leave(&self, to: At, entered_by: u32, bytes: Vec<u8>) -> Result<(At, Vec<u8>), Option<Vec<u8>>> {
+    fn leave(&self, to: At, entered_by: IfIndex, bytes: Vec<u8>) -> Result<(At, Vec<u8>), Option<Vec<u8>>> {
         match self.run(Self::device(to), entered_by, true, bytes) {
             (Verdict::Pass | Verdict::Translated | Verdict::Elsewhere, out) => Ok((to, out)),
             (Verdict::Reply, back) => Err(Some(back)),

@@ -1,0 +1,30 @@
+//! Numbers that name something: no number of one kind is taken for one of another.
+//!
+//! Each type lies in maps exactly as its integer does.
+
+use bytemuck::{Pod, Zeroable};
+
+macro_rules! numbers {
+    ($($(#[$doc:meta])* $name:ident($integer:ty);)*) => {$(
+        $(#[$doc])*
+        #[repr(transparent)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
+        pub struct $name(pub $integer);
+
+        impl core::fmt::Display for $name {
+            fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    )*};
+}
+
+numbers! {
+    /// Index of a network device in its network namespace.
+    IfIndex(u32);
+}
+
+impl IfIndex {
+    /// No device.
+    pub const NONE: Self = Self(0);
+}
