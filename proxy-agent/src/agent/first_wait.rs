@@ -13,7 +13,7 @@ pub(crate) const FOR_IPS: Duration = Duration::from_secs(30);
 pub(crate) const FOR_POD_CIDRS: Duration = Duration::from_secs(5 * 60);
 
 /// Facts that a start needs of the Node, and the start of the wait.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Patience {
     /// Time when the wait began.
     pub(crate) since: Instant,

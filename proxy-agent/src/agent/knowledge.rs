@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use proxy_common::abi::IfIndex;
-use proxy_common::addr::{Addr, Family};
+use proxy_common::addr::{Addr, Family, Prefix};
 
 use crate::config::Config;
 use crate::config::node_ports::{NodePortAddresses, local_addresses};
@@ -27,6 +27,8 @@ pub struct Knowledge {
     pub(crate) context: Context,
     /// The addresses of this host, with the device of each.
     addresses: HostAddresses,
+    /// The Node's podCIDRs by which pods are recognized, if they are.
+    pod_cidrs: Option<Vec<Prefix>>,
 }
 
 impl Knowledge {
@@ -43,7 +45,7 @@ impl Knowledge {
             pods_in_packets: !config.devices.settings.pods.is_none(),
             ..Context::default()
         };
-        Self { cluster: Cluster::default(), context, addresses: HostAddresses::new() }
+        Self { cluster: Cluster::default(), context, addresses: HostAddresses::new(), pod_cidrs: None }
     }
 
     /// Takes the Node and the ServiceCIDRs as the source has them.
@@ -58,11 +60,18 @@ impl Knowledge {
     /// Recognizes pods by the Node's podCIDRs from here on. Returns false if none of them is of a family that this host
     /// has.
     pub(crate) fn take_pod_cidrs(&mut self, families: &[Family]) -> bool {
+        self.pod_cidrs = Some(self.cluster.node().pod_cidrs.clone());
         for &family in families {
             let mut cidrs = self.cluster.node().pod_cidrs.iter();
             self.context.cluster_cidr[family.index()] = cidrs.find(|cidr| cidr.family() == family).copied();
         }
         self.context.cluster_cidr != [None, None]
+    }
+
+    /// Returns the podCIDRs by which pods are recognized, and those that the Node has now, if these are others.
+    pub(crate) fn other_pod_cidrs(&self) -> Option<(&[Prefix], &[Prefix])> {
+        let (before, now) = (self.pod_cidrs.as_ref()?, &self.cluster.node().pod_cidrs);
+        (before != now).then_some((before, now))
     }
 
     /// Takes the addresses of this host.

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proxy_common::abi::IfIndex;
-use proxy_common::addr::{Addr, Prefix};
+use proxy_common::addr::{Addr, Family, Prefix};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 
-use crate::agent::first_wait::Patience;
+use crate::agent::first_wait::{Patience, Verdict};
 use crate::agent::flows::{Counts, keep_collecting};
 use crate::agent::knowledge::Knowledge;
 use crate::agent::telemetry::{Telemetry, readers};
@@ -42,14 +42,17 @@ use crate::observe::reasons::Asked;
 use crate::observe::report::{Report, State};
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::model::Freed;
+use crate::reconcile::node_ips::NodeIps;
 use crate::reconcile::plan::Wanted;
 use crate::sources::{SourceError, Update, api, manifests};
 
 mod error;
+mod extent;
 pub(crate) mod first_wait;
 pub mod flows;
 pub mod knowledge;
 mod news;
+mod phase;
 mod programmed;
 mod programming;
 mod queue;
@@ -60,6 +63,8 @@ pub(crate) mod telemetry;
 mod telling;
 
 pub(crate) use error::AgentError;
+use extent::Extent;
+use phase::Phase;
 use programmed::Programmed;
 use queue::Queue;
 
@@ -200,11 +205,6 @@ struct Agent {
     pods_attached: Option<bool>,
     /// Destinations of the routes that lead past the packet edge; `None` until its first pass.
     elsewhere: Option<Vec<Prefix>>,
-    /// Number of attached devices, from the moment when nothing keeps this node from being ready until readiness is
-    /// announced.
-    announce: Option<usize>,
-    /// Whether readiness has been announced.
-    ready: bool,
     facts: Facts,
     datagram_ports: DatagramPorts,
     /// Finds the cgroups of pods, and those that opt out of the socket edge.
@@ -213,17 +213,8 @@ struct Agent {
     found: Option<cgroups::Found>,
     /// The cgroups that have opted out; `None` until the pods are known.
     opted_out: Option<BTreeSet<u64>>,
-    synced: bool,
-    /// Facts of the Node that the first programming waits for, from the first full list on.
-    patience: Option<Patience>,
-    /// The Node's podCIDRs that the agent works with, if detect-local goes by them.
-    pod_cidrs: Option<Vec<Prefix>>,
-    /// Whether the node's own tables have to be looked at.
-    node_changed: bool,
-    /// Whether every Service has to be looked at, because other endpoints may be near.
-    zone_changed: bool,
-    /// Whether everything has to be looked at: at the start, and after a failure.
-    everything: bool,
+    phase: Phase,
+    extent: Extent,
     /// Time of the next comparison of the maps with the model.
     audit_at: Instant,
     /// Freed numbers: those in `waiting` wait for a grace period that has begun, those in `freed` came later.
@@ -297,19 +288,13 @@ impl Agent {
             // The first pass detaches what an earlier agent has attached to pods.
             pods_attached: no_pods.then_some(false),
             elsewhere: None,
-            announce: None,
-            ready: false,
             facts: Facts::default(),
             datagram_ports: DatagramPorts::default(),
             opt_out,
             found: None,
             opted_out: None,
-            synced: false,
-            patience: None,
-            pod_cidrs: None,
-            node_changed: true,
-            zone_changed: false,
-            everything: true,
+            phase: Phase::Listing,
+            extent: Extent::Everything,
             audit_at,
             waiting: None,
             freed: Freed::default(),
@@ -356,7 +341,9 @@ impl Agent {
                 },
                 Some(state) = edge_changed(&mut self.edge) => self.take_edge(state),
                 found = self.opt_out.changed() => {
-                    self.node_changed |= self.found.as_ref().is_none_or(|before| before.sandboxes != found.sandboxes);
+                    if self.found.as_ref().is_none_or(|before| before.sandboxes != found.sandboxes) {
+                        self.extent.widen(Extent::Node);
+                    }
                     self.found = Some(found);
                     self.take_opt_out();
                 }
@@ -373,7 +360,7 @@ impl Agent {
                     self.begin_sweep();
                 }
                 () = async { tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)).await },
-                    if retry_at.is_some() => self.everything = true,
+                    if retry_at.is_some() => self.extent = Extent::Everything,
                 () = tokio::time::sleep_until(self.audit_at.into()) => self.audit(),
                 // News come first: the tasks that bring them run before the next turn.
                 () = tokio::task::yield_now(), if busy => {}
@@ -382,15 +369,49 @@ impl Agent {
             while let Ok(update) = updates.try_recv() {
                 self.take_in(update);
             }
-            if !self.synced {
-                continue;
-            }
-            if let Some(until) = self.wait_for_node()? {
-                retry = Some(until);
-                continue;
-            }
-            retry = self.turn().await?;
+            retry = self.go_on().await?;
         }
+    }
+
+    /// Goes on as far as the phase permits. Returns the time of the next attempt, if it does not wait for news.
+    async fn go_on(&mut self) -> Result<Option<Instant>, AgentError> {
+        match self.phase {
+            Phase::Listing => return Ok(None),
+            Phase::AwaitingNode(patience) => {
+                match patience.judge(self.known.cluster.node(), Instant::now()) {
+                    Verdict::Wait { until, reason } => {
+                        self.health.waiting_for(reason);
+                        return Ok(Some(until));
+                    }
+                    Verdict::GiveUp => return Err(AgentError::NoPodCidrs),
+                    Verdict::Start => self.start(patience)?,
+                }
+            }
+            Phase::Starting { .. } | Phase::Ready => {
+                if let Some((before, after)) = self.known.other_pod_cidrs() {
+                    return Err(AgentError::PodCidrsChanged { before: list(before), after: list(after) });
+                }
+            }
+        }
+        self.turn().await
+    }
+
+    /// Takes the facts of the Node that the first programming has waited for.
+    fn start(&mut self, patience: Patience) -> Result<(), AgentError> {
+        self.phase = Phase::Starting { attached: None };
+        self.health.waiting_for("nothing has been programmed yet");
+        let node = self.known.cluster.node();
+        let ips = NodeIps::derive(node, self.config.bind_address);
+        if !self.config.families.contains(&ips.primary()) {
+            return Err(AgentError::PrimaryFamily(ips.of(ips.primary())));
+        }
+        tracing::info!(ipv4 = %ips.of(Family::V4), ipv6 = %ips.of(Family::V6), primary = %ips.primary(), "node IPs");
+        self.report.node_ips(&ips);
+        self.known.take_node(&self.config);
+        if patience.pod_cidrs && !self.known.take_pod_cidrs(&self.config.families) {
+            return Err(AgentError::PodCidrFamily(list(&self.known.cluster.node().pod_cidrs)));
+        }
+        Ok(())
     }
 
     /// Programs what has changed, and tells what came of it. Returns the time of the next attempt after a failure.
@@ -408,10 +429,9 @@ impl Agent {
         self.report.write();
         self.metrics.problems(self.report.count());
         if retry.is_none()
-            && let Some(devices) = self.announce.take()
+            && let Some(devices) = self.phase.announce()
         {
             tracing::info!(devices, "ready");
-            self.ready = true;
             self.health.programmed();
         }
         Ok(retry)
@@ -420,9 +440,14 @@ impl Agent {
     fn failed(&mut self, error: &dyn std::error::Error) -> Instant {
         self.telemetry.sync_ended(false);
         tracing::error!(%error, "programming failed; trying again");
-        self.everything = true;
+        self.extent = Extent::Everything;
         Instant::now() + RETRY.min(self.config.sync_period)
     }
+}
+
+fn list(cidrs: &[Prefix]) -> String {
+    let cidrs: Vec<String> = cidrs.iter().map(Prefix::to_string).collect();
+    format!("[{}]", cidrs.join(", "))
 }
 
 /// Returns the next state of the packet edge; never returns while the packet edge has not been started.

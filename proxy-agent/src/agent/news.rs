@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
-use proxy_common::addr::{Family, Prefix};
-
+use super::extent::Extent;
+use super::phase::Phase;
 use super::{Agent, AgentError};
-use crate::agent::first_wait::{Patience, Verdict};
+use crate::agent::first_wait::Patience;
 use crate::agent::telemetry::Arrival;
 use crate::config::Source;
 use crate::config::devices::DetectLocal;
@@ -17,7 +17,6 @@ use crate::devices::Edge;
 use crate::host::cgroups::{PODS_MAX, Place};
 use crate::host::process::give_back_memory;
 use crate::reconcile::cluster::{Change, Scope};
-use crate::reconcile::node_ips::NodeIps;
 use crate::sources::Update;
 
 /// Beginning of the problem of a pod whose sockets are served all the same, and the reason why no pod can opt out.
@@ -34,8 +33,7 @@ impl Agent {
                 }
             }
             Update::Synced => {
-                self.synced = true;
-                self.patience = Some(Patience {
+                self.phase = Phase::AwaitingNode(Patience {
                     since: Instant::now(),
                     ips: matches!(self.config.source, Source::Kubernetes { .. }),
                     pod_cidrs: self.config.devices.settings.detect_local == DetectLocal::NodeCidr,
@@ -57,7 +55,7 @@ impl Agent {
         }
         let arrival = Arrival::of(&change);
         let scope = self.known.cluster.apply(change);
-        self.telemetry.arrived(arrival, scope, !self.synced);
+        self.telemetry.arrived(arrival, scope, self.phase == Phase::Listing);
         match scope {
             Scope::Nothing => return,
             Scope::Service => {}
@@ -71,52 +69,18 @@ impl Agent {
 
     pub(super) fn take_node(&mut self) {
         let before = self.known.context.node.ips;
-        self.zone_changed |= self.known.context.node.zone != self.known.cluster.node().zone;
+        let zone_changed = self.known.context.node.zone != self.known.cluster.node().zone;
+        self.extent.widen(if zone_changed { Extent::Zone } else { Extent::Node });
         let ips = self.known.take_node(&self.config);
-        self.node_changed = true;
         self.report.node_ips(&ips);
         if self.programmed.is_some() && before != self.known.context.node.ips {
             tracing::info!(?before, after = ?self.known.context.node.ips, "the node's IPs have changed");
         }
     }
 
-    /// Returns the time until which the first programming waits for facts of the Node, if it waits. Later on, returns
-    /// an error that ends the agent when the Node's podCIDRs change.
-    pub(super) fn wait_for_node(&mut self) -> Result<Option<Instant>, AgentError> {
-        let node = self.known.cluster.node();
-        if let Some(patience) = self.patience {
-            match patience.judge(node, Instant::now()) {
-                Verdict::Wait { until, reason } => {
-                    self.health.waiting_for(reason);
-                    return Ok(Some(until));
-                }
-                Verdict::GiveUp => return Err(AgentError::NoPodCidrs),
-                Verdict::Start => self.patience = None,
-            }
-            self.health.waiting_for("nothing has been programmed yet");
-            let ips = NodeIps::derive(node, self.config.bind_address);
-            if !self.config.families.contains(&ips.primary()) {
-                return Err(AgentError::PrimaryFamily(ips.of(ips.primary())));
-            }
-            tracing::info!(ipv4 = %ips.of(Family::V4), ipv6 = %ips.of(Family::V6), primary = %ips.primary(), "node IPs");
-            self.report.node_ips(&ips);
-            let pod_cidrs = patience.pod_cidrs.then(|| node.pod_cidrs.clone());
-            self.known.take_node(&self.config);
-            if let Some(cidrs) = pod_cidrs {
-                if !self.known.take_pod_cidrs(&self.config.families) {
-                    return Err(AgentError::PodCidrFamily(list(&cidrs)));
-                }
-                self.pod_cidrs = Some(cidrs);
-            }
-        } else if let Some(before) = self.pod_cidrs.as_ref().filter(|cidrs| **cidrs != node.pod_cidrs) {
-            return Err(AgentError::PodCidrsChanged { before: list(before), after: list(&node.pod_cidrs) });
-        }
-        Ok(None)
-    }
-
     pub(super) fn take_addresses(&mut self) {
         self.known.take_addresses(&self.addresses.borrow_and_update());
-        self.node_changed = true;
+        self.extent.widen(Extent::Node);
     }
 
     /// Combines the pods that opt out with the cgroups that have been found.
@@ -124,11 +88,9 @@ impl Agent {
         let own_network = || self.known.cluster.pods().filter(|pod| !pod.host_network);
         self.opt_out.want(own_network().map(|pod| Arc::clone(&pod.uid)).collect());
         // Until all cgroups are known, the entries of an earlier agent stay.
-        let Some(found) = self
-            .found
-            .as_ref()
-            .filter(|found| self.synced && own_network().all(|pod| found.pods.contains_key(&pod.uid)))
-        else {
+        let Some(found) = self.found.as_ref().filter(|found| {
+            self.phase != Phase::Listing && own_network().all(|pod| found.pods.contains_key(&pod.uid))
+        }) else {
             return;
         };
         let (mut cgroups, mut names, mut problems) = (BTreeSet::new(), Vec::new(), BTreeMap::new());
@@ -164,7 +126,7 @@ impl Agent {
         self.report.opted_out(names, problems);
         if self.opted_out.as_ref() != Some(&cgroups) {
             self.opted_out = Some(cgroups);
-            self.node_changed = true;
+            self.extent.widen(Extent::Node);
         }
     }
 
@@ -186,23 +148,22 @@ impl Agent {
     }
 
     /// Takes in the state of the packet edge. Traffic from outside is served once a pass has left no device out, and
-    /// only then is the node ready. The node stays ready: later failures of devices are reported as their problems.
+    /// only then is the node ready.
     pub(super) fn take_edge(&mut self, state: devices::State) {
         if state.passes == 1 {
             // Loading the programs has taken memory.
             give_back_memory();
         }
-        if !self.ready {
-            let attached = state.devices.iter().filter(|device| device.is_attached()).count();
-            self.announce = state.holds.is_none().then_some(attached);
-            if let Some(reason) = &state.holds {
-                self.health.waiting_for(reason);
-            }
+        let attached = state.devices.iter().filter(|device| device.is_attached()).count();
+        if self.phase.passed(attached, state.holds.is_some())
+            && let Some(reason) = &state.holds
+        {
+            self.health.waiting_for(reason);
         }
         let pods = state.devices.iter().any(devices::DeviceState::is_attached_pod);
         if self.pods_attached != Some(pods) {
             self.pods_attached = Some(pods);
-            self.node_changed = true;
+            self.extent.widen(Extent::Node);
         }
         if self.known.context.pods_in_packets != pods {
             self.known.context.pods_in_packets = pods;
@@ -212,13 +173,10 @@ impl Agent {
         }
         if self.elsewhere.as_ref() != Some(&state.elsewhere) {
             self.elsewhere = Some(state.elsewhere.clone());
-            self.node_changed |= self.programmed.as_ref().is_some_and(|it| !it.dataplane.set_retval);
+            if self.programmed.as_ref().is_some_and(|it| !it.dataplane.set_retval) {
+                self.extent.widen(Extent::Node);
+            }
         }
         self.report.edge(state);
     }
-}
-
-fn list(cidrs: &[Prefix]) -> String {
-    let cidrs: Vec<String> = cidrs.iter().map(Prefix::to_string).collect();
-    format!("[{}]", cidrs.join(", "))
 }

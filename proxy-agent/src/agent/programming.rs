@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use proxy_common::abi::backend::flags::ON_THIS_NODE;
 
+use super::extent::Extent;
 use super::programmed::Programmed;
 use super::queue::{Begun, Heavy};
 use super::{Agent, AgentError};
@@ -42,7 +43,9 @@ impl Agent {
         self.audit_at = Instant::now() + self.config.sync_period;
         self.streams_due = true;
         self.begin_sweep();
-        let Some(programmed) = self.programmed.as_mut().filter(|_| !self.everything) else { return };
+        let Some(programmed) = self.programmed.as_mut().filter(|_| self.extent < Extent::Everything) else {
+            return;
+        };
         let detached = programmed.dataplane.detached(&self.config.cgroup);
         if programmed.attached && !detached.is_empty() {
             tracing::warn!(programs = ?detached, "somebody else has detached programs; attaching them again");
@@ -64,7 +67,9 @@ impl Agent {
             tracing::warn!(differences = found.len(), "more has been changed than is named here");
         }
         self.metrics.drifted(found.iter().map(|difference| difference.map));
-        self.everything |= !found.is_empty();
+        if !found.is_empty() {
+            self.extent = Extent::Everything;
+        }
         drop(contents);
         give_back_memory();
     }
@@ -80,24 +85,24 @@ impl Agent {
 
     async fn sync_changes(&mut self) -> Result<(), AgentError> {
         self.try_refused_again();
-        if self.everything {
+        let everything = self.extent == Extent::Everything;
+        if everything {
             self.known.cluster.touch_all();
             self.queue.clear();
             self.working_out = None;
             self.said.clear();
         }
         let mut dirty = self.known.cluster.take_dirty();
-        let news = !dirty.is_empty() || self.everything || self.node_changed;
-        if !news && !self.is_busy() {
+        if dirty.is_empty() && self.extent == Extent::Services && !self.is_busy() {
             return Ok(());
         }
-        self.telemetry.sync_begins(self.everything || self.zone_changed);
+        self.telemetry.sync_begins(self.extent >= Extent::Zone);
 
         let mut programmed = match self.programmed.take() {
             Some(programmed) => programmed,
             None => self.open(self.sizes(dirty.iter())).await?,
         };
-        if self.everything {
+        if everything {
             programmed.model = read_back(&programmed.dataplane.maps)?;
             // Numbers that the lost model had freed are found free again; a grace period makes them so.
             (self.waiting, self.freed) = (None, Freed::default());
@@ -115,17 +120,17 @@ impl Agent {
         // A failure in one of the node's own tables is returned at the end: no Service waits for these tables.
         let node = self.program_node(&mut dirty);
         let touched: Vec<ObjectKey> = dirty.into_iter().collect();
-        let udp_stale = match self.everything {
+        let udp_stale = match everything {
             true => self.program_everything(&touched, empty)?,
             false => self.take_turn(&touched)?,
         };
         let first = self.serve(udp_stale)?;
         let took = self.telemetry.sync_ended(true);
         self.tell_health();
-        if self.everything {
+        if everything {
             give_back_memory();
         }
-        (self.everything, self.node_changed, self.zone_changed) = (false, false, false);
+        self.extent = Extent::Services;
         if first {
             tracing::info!(?took, "everything is programmed");
         }
@@ -166,7 +171,7 @@ impl Agent {
     /// Writes the node's own tables. Adds the Services that depend on the change to `dirty`.
     fn program_node(&mut self, dirty: &mut BTreeSet<ObjectKey>) -> Result<(), AgentError> {
         let Some(Programmed { dataplane, model, .. }) = &mut self.programmed else { return Ok(()) };
-        if !self.node_changed && !self.everything {
+        if self.extent < Extent::Node {
             return Ok(());
         }
         let NodePlan { mut ops, concerned, problems } =

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::Agent;
+use super::extent::Extent;
 use super::programmed::Programmed;
 use super::sizes::Needs;
 use crate::bpf::chain;
@@ -39,7 +40,7 @@ impl Agent {
         match grown {
             Ok(Some(larger)) => {
                 self.programmed = Some(larger);
-                self.everything = true;
+                self.extent = Extent::Everything;
                 self.stuck = false;
                 self.facts.maps += 1;
             }

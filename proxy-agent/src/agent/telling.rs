@@ -9,6 +9,7 @@ use rustix::net::netdevice::index_to_name;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 use super::Agent;
+use super::extent::Extent;
 use super::programmed::Programmed;
 use crate::observe::health::checks::{Check, check};
 use crate::observe::reasons;
@@ -135,7 +136,7 @@ impl Agent {
 
     /// Has the health of programmed Services told to load balancers, on the addresses that serve nodePorts.
     pub(super) fn tell_health(&mut self) {
-        if self.node_changed || self.everything {
+        if self.extent >= Extent::Node {
             let host = &self.known.context.host_addresses;
             let ips = &self.known.context.node.ips;
             let listen_on = |family| self.config.nodeport_addresses.listen_on(family, ips, host);
