@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use proxy_common::abi::IfIndex;
 use proxy_common::addr::{Addr, Family, Prefix};
 use tokio::sync::{mpsc, watch};
-use tokio::task::{JoinError, JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 
 use crate::agent::first_wait::{Patience, Verdict};
 use crate::agent::flows::{Counts, keep_collecting};
@@ -43,13 +43,13 @@ use crate::observe::report::{Report, State};
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::model::Freed;
 use crate::reconcile::node_ips::NodeIps;
-use crate::reconcile::plan::Wanted;
 use crate::sources::{SourceError, Update, api, manifests};
 
 mod error;
 mod extent;
 pub(crate) mod first_wait;
 pub mod flows;
+mod grace;
 pub mod knowledge;
 mod news;
 mod phase;
@@ -58,7 +58,7 @@ mod programming;
 mod queue;
 mod room;
 mod sizes;
-mod sweeping;
+mod sweeps;
 pub(crate) mod telemetry;
 mod telling;
 
@@ -67,6 +67,7 @@ use extent::Extent;
 use phase::Phase;
 use programmed::Programmed;
 use queue::Queue;
+use sweeps::Sweeps;
 
 /// Time after a failed map operation until everything is read back and planned anew; the sync period instead, if that
 /// is shorter.
@@ -217,9 +218,6 @@ struct Agent {
     extent: Extent,
     /// Time of the next comparison of the maps with the model.
     audit_at: Instant,
-    /// Freed numbers: those in `waiting` wait for a grace period that has begun, those in `freed` came later.
-    waiting: Option<(JoinHandle<std::io::Result<()>>, Freed)>,
-    freed: Freed,
     /// Services of which some part did not fit into the maps.
     refused: BTreeSet<ObjectKey>,
     /// Whether `refused` has to be tried again: there may be room in the maps, or the Services have to be told that the
@@ -229,8 +227,6 @@ struct Agent {
     stuck: bool,
     /// Services that have changed and are not programmed yet.
     queue: Queue,
-    /// The heavy Service whose wanted state is computed beside the loop.
-    working_out: Option<(ObjectKey, JoinHandle<Option<Wanted>>)>,
     /// Services that have been programmed and whose health is not told yet.
     concluded: Vec<ObjectKey>,
     /// Problems of Services, except claims that other Services have.
@@ -241,14 +237,7 @@ struct Agent {
     retell: BTreeSet<ObjectKey>,
     /// Time before which maps are not made larger.
     grow_at: Instant,
-    /// The running sweep of sockets, which returns its CPU time; it began at `swept_since`.
-    sweep: Option<JoinHandle<Duration>>,
-    swept_since: Instant,
-    sweep_again: bool,
-    /// Whether it is time to look for leftovers of sockets in `STREAMS`.
-    streams_due: bool,
-    /// Time before which no sweep begins.
-    sweep_at: Instant,
+    sweeps: Sweeps,
     telemetry: Telemetry,
     check_ports: CheckPorts,
     report: Report,
@@ -296,23 +285,16 @@ impl Agent {
             phase: Phase::Listing,
             extent: Extent::Everything,
             audit_at,
-            waiting: None,
-            freed: Freed::default(),
             refused: BTreeSet::new(),
             room: false,
             stuck: false,
             queue: Queue::default(),
-            working_out: None,
             concluded: Vec::new(),
             said: BTreeMap::new(),
             held_by_host: BTreeMap::new(),
             retell: BTreeSet::new(),
             grow_at: Instant::now(),
-            sweep: None,
-            swept_since: Instant::now(),
-            sweep_again: false,
-            streams_due: false,
-            sweep_at: Instant::now(),
+            sweeps: Sweeps::new(Instant::now()),
             telemetry,
             check_ports,
             health,
@@ -353,12 +335,9 @@ impl Agent {
                     let _ = asked.reply.send(self.reasons(&asked.service));
                     continue;
                 }
-                Some(wanted) = worked_out(&mut self.working_out) => self.begin(wanted),
-                Some(()) = grace_over(&mut self.waiting) => self.release(),
-                cpu = finished(&mut self.sweep) => self.end_sweep(cpu),
-                () = tokio::time::sleep_until(self.sweep_at.into()), if (self.sweep_again || self.streams_due) && self.sweep.is_none() => {
-                    self.begin_sweep();
-                }
+                (service, wanted) = self.queue.worked_out() => self.begin(service, wanted),
+                freed = grace_over(&mut self.programmed) => self.release(freed),
+                () = self.sweeps.changed() => self.begin_sweep(),
                 () = async { tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)).await },
                     if retry_at.is_some() => self.extent = Extent::Everything,
                 () = tokio::time::sleep_until(self.audit_at.into()) => self.audit(),
@@ -458,35 +437,10 @@ async fn edge_changed(edge: &mut Option<Edge>) -> Option<devices::State> {
     }
 }
 
-/// Returns when the awaited grace period is over; never returns when there is none.
-async fn grace_over(waiting: &mut Option<(JoinHandle<std::io::Result<()>>, Freed)>) -> Option<()> {
-    let Some((grace, _)) = waiting else { return std::future::pending().await };
-    match grace.await {
-        Ok(Ok(())) => Some(()),
-        failed => {
-            // Without a grace period the numbers are never used again; the next full plan finds them.
-            tracing::warn!(?failed, "waiting for running programs failed");
-            *waiting = None;
-            std::future::pending().await
-        }
+/// Returns the numbers whose grace period is over; never returns while there are none.
+async fn grace_over(programmed: &mut Option<Programmed>) -> Freed {
+    match programmed {
+        Some(programmed) => programmed.grace.over().await,
+        None => std::future::pending().await,
     }
-}
-
-/// Returns the wanted state of a heavy Service once it is computed; never returns while none is being computed.
-async fn worked_out(task: &mut Option<(ObjectKey, JoinHandle<Option<Wanted>>)>) -> Option<Option<Wanted>> {
-    let Some((_, working)) = task else { return std::future::pending().await };
-    match working.await.map_err(JoinError::try_into_panic) {
-        Ok(wanted) => Some(wanted),
-        // The panic continues as if the work had been done here.
-        Err(Ok(panic)) => std::panic::resume_unwind(panic),
-        // The task is cancelled only when the runtime shuts down.
-        Err(Err(_)) => std::future::pending().await,
-    }
-}
-
-/// Returns the CPU time of the sweep when it ends; never returns while none runs.
-async fn finished(task: &mut Option<JoinHandle<Duration>>) -> Duration {
-    let Some(task) = task else { return std::future::pending().await };
-    // A panic in the sweep has been printed; the next sweep is a new task.
-    task.await.unwrap_or_default()
 }

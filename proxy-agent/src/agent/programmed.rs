@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::grace::Grace;
 use crate::bpf::dataplane::Dataplane;
 use crate::host::sockets::{SocketMaps, SocketSweeper};
 use crate::reconcile::model::Model;
@@ -10,6 +11,8 @@ use crate::reconcile::model::Model;
 pub(super) struct Programmed {
     pub(super) dataplane: Dataplane,
     pub(super) model: Model,
+    /// Numbers of `model` that come back after a grace period.
+    pub(super) grace: Grace,
     pub(super) sweeper: Option<(Arc<SocketSweeper>, Arc<SocketMaps>)>,
     /// Whether the programs are attached. Before that, nobody reads new contents of these maps.
     pub(super) attached: bool,

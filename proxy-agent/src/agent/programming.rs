@@ -6,10 +6,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use proxy_common::abi::backend::flags::ON_THIS_NODE;
+use proxy_common::abi::proto;
 
 use super::extent::Extent;
+use super::grace::Grace;
 use super::programmed::Programmed;
-use super::queue::{Begun, Heavy};
+use super::queue::{Begun, Queue};
+use super::sweeps::{Due, Sweep};
 use super::{Agent, AgentError};
 use crate::agent::knowledge::NodePlan;
 use crate::bpf::chain;
@@ -18,15 +21,17 @@ use crate::bpf::maps::KernelMaps;
 use crate::bpf::self_test;
 use crate::bpf::self_test::SelfTestError;
 use crate::bpf::sys;
+use crate::host::cgroups::Place;
 use crate::host::process::give_back_memory;
 use crate::host::sockets::{Places, SocketSweeper};
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::desired::DesiredService;
 use crate::reconcile::drift::differences;
-use crate::reconcile::model::{Freed, Model, Port};
+use crate::reconcile::model::{Model, Port};
 use crate::reconcile::plan::{
     LeftAlone, Part, REASONS, Wanted, meets_edges, plan, plan_left, plan_part, ports_beside, rivals,
 };
+use crate::reconcile::stale::Serving;
 use crate::reconcile::store::{MapStore, Op, StoreError};
 
 /// Weight of the Services that are planned together while the maps are empty, in frontends, endpoints and source
@@ -41,7 +46,7 @@ impl Agent {
     /// the maps, everything is written anew. Detached programs are attached again.
     pub(super) fn audit(&mut self) {
         self.audit_at = Instant::now() + self.config.sync_period;
-        self.streams_due = true;
+        self.sweeps.add(Due { streams: true, follow: false });
         self.begin_sweep();
         let Some(programmed) = self.programmed.as_mut().filter(|_| self.extent < Extent::Everything) else {
             return;
@@ -74,6 +79,29 @@ impl Agent {
         give_back_memory();
     }
 
+    /// Begins the sweep that is due, if it may begin.
+    pub(super) fn begin_sweep(&mut self) {
+        self.sweeps.begin(Instant::now(), |due| {
+            let Programmed { model, sweeper, .. } = self.programmed.as_ref()?;
+            let (sweeper, sockets) = sweeper.as_ref()?;
+            let sctp = model.ports.iter().filter(|(key, _)| key.proto == proto::SCTP);
+            let in_force = |cgroup| self.opted_out.as_ref().is_some_and(|cgroups| cgroups.contains(cgroup));
+            let pods = self.found.iter().flat_map(|found| &found.pods);
+            let opted_out =
+                pods.filter(|(_, place)| matches!(place, Place::Cgroup(cgroup) if in_force(cgroup)));
+            let sweep = Sweep {
+                sweeper: Arc::clone(sweeper),
+                sockets: Arc::clone(sockets),
+                metrics: Arc::clone(&self.metrics),
+                families: self.config.families.clone(),
+                serving: due.follow.then(|| Serving::of(model)),
+                opted_out: opted_out.map(|(uid, _)| Arc::clone(uid)).collect(),
+                sctp: due.streams.then(|| sctp.map(|(_, port)| port.id).collect()),
+            };
+            Some(tokio::task::spawn_blocking(|| sweep.run()))
+        });
+    }
+
     /// Programs changes, in maps that grow where they have to. Does nothing without changes.
     pub(super) async fn sync(&mut self) -> Result<(), AgentError> {
         self.sync_changes().await?;
@@ -88,8 +116,7 @@ impl Agent {
         let everything = self.extent == Extent::Everything;
         if everything {
             self.known.cluster.touch_all();
-            self.queue.clear();
-            self.working_out = None;
+            self.queue = Queue::default();
             self.said.clear();
         }
         let mut dirty = self.known.cluster.take_dirty();
@@ -105,7 +132,7 @@ impl Agent {
         if everything {
             programmed.model = read_back(&programmed.dataplane.maps)?;
             // Numbers that the lost model had freed are found free again; a grace period makes them so.
-            (self.waiting, self.freed) = (None, Freed::default());
+            programmed.grace = Grace::default();
             if let Err(error) = sys::grace_period() {
                 tracing::warn!(%error, "waiting for running programs");
             }
@@ -165,7 +192,7 @@ impl Agent {
             }
         };
         let model = Model::new(dataplane.maps.capacity());
-        Ok(Programmed { dataplane, model, sweeper, attached: false })
+        Ok(Programmed { dataplane, model, grace: Grace::default(), sweeper, attached: false })
     }
 
     /// Writes the node's own tables. Adds the Services that depend on the change to `dirty`.
@@ -228,13 +255,10 @@ impl Agent {
         let mut light = self.queue.take_light();
         light.extend(self.take_refused());
         let mut udp_stale = !light.is_empty() && self.program(&light, false)?;
-        match self.queue.take_heavy() {
-            Some(Heavy::GoesOn(begun)) => udp_stale |= self.program_part(begun)?,
-            Some(Heavy::Begins(service)) => {
-                let work = self.known.work_out(&service);
-                self.working_out = Some((service, tokio::task::spawn_blocking(work)));
-            }
-            None => {}
+        let known = &self.known;
+        let begun = self.queue.take_heavy(|service| tokio::task::spawn_blocking(known.work_out(service)));
+        if let Some(begun) = begun {
+            udp_stale |= self.program_part(begun)?;
         }
         self.tell_rivals();
         Ok(udp_stale)
@@ -250,7 +274,7 @@ impl Agent {
     /// Plans and writes the next part of a heavy Service. Returns true after the last part, if connected UDP sockets
     /// may be connected to the wrong backend now.
     fn program_part(&mut self, mut begun: Begun) -> Result<bool, AgentError> {
-        let Some(Programmed { dataplane, model, .. }) = &mut self.programmed else { return Ok(false) };
+        let Some(Programmed { dataplane, model, grace, .. }) = &mut self.programmed else { return Ok(false) };
         let (ports, gone) = begun.next(|key| model.ports.get(key).map_or(0, cost));
         let part = Part { created: begun.created, ports: &ports, gone: &gone };
         self.retell.extend(rivals(model, &begun.service, &part));
@@ -258,7 +282,7 @@ impl Agent {
         tracing::debug!(service = %begun.service, operations = plan.ops.len(), "programming a part");
         self.telemetry.writing(&plan.ops, |ops| carry_out(&mut dataplane.maps, ops))?;
         self.datagram_ports.programmed(&plan.ops, &model.frontends);
-        self.freed.append(plan.freed);
+        grace.add(plan.freed);
         begun.udp_stale |= plan.udp_stale;
         let refused = plan.refused.remove(&begun.service).unwrap_or_default();
         let room = REASONS.saturating_sub(begun.refused.len());
@@ -279,8 +303,7 @@ impl Agent {
     }
 
     /// Begins with a heavy Service whose wanted state is known now.
-    pub(super) fn begin(&mut self, wanted: Option<Wanted>) {
-        let Some((service, _)) = self.working_out.take() else { return };
+    pub(super) fn begin(&mut self, service: ObjectKey, wanted: Option<Wanted>) {
         self.telemetry.desired(&service, wanted.as_ref().map(|wanted| &wanted.desired));
         self.remember_remote(wanted.iter());
         let Wanted { created, desired } =
@@ -299,7 +322,7 @@ impl Agent {
             self.telemetry.desired(service, wanted.as_ref().map(|wanted| &wanted.desired));
         }
         self.remember_remote(wanted.values().flatten());
-        let Some(Programmed { dataplane, model, .. }) = &mut self.programmed else { return Ok(false) };
+        let Some(Programmed { dataplane, model, grace, .. }) = &mut self.programmed else { return Ok(false) };
         for (service, one) in &wanted {
             let ports = one.as_ref().map_or(&[][..], |one| &one.desired.ports);
             let gone = ports_beside(model, service, ports);
@@ -310,7 +333,7 @@ impl Agent {
         tracing::debug!(services = wanted.len(), operations = plan.ops.len(), "programming");
         self.telemetry.writing(&plan.ops, |ops| carry_out(&mut dataplane.maps, ops))?;
         self.datagram_ports.programmed(&plan.ops, &model.frontends);
-        self.freed.append(plan.freed);
+        grace.add(plan.freed);
         for (service, wanted) in wanted {
             let problems = wanted.map(|wanted| wanted.desired.problems).unwrap_or_default();
             self.tell(&service, problems, &plan.refused.remove(&service).unwrap_or_default());
@@ -333,8 +356,8 @@ impl Agent {
             self_test::settle(&programmed.dataplane.maps)?;
             programmed.attached = true;
         }
-        self.begin_grace();
-        self.sweep_again |= udp_stale || first;
+        programmed.grace.begin(sys::grace_period);
+        self.sweeps.add(Due { follow: udp_stale || first, streams: false });
         self.begin_sweep();
         Ok(first)
     }

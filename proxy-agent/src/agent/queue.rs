@@ -9,9 +9,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
 
+use tokio::task::{JoinError, JoinHandle};
+
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::desired::{DesiredPort, PortKey};
-use crate::reconcile::plan::LostClaims;
+use crate::reconcile::plan::{LostClaims, Wanted};
 
 /// Size of a turn: frontends, endpoints and source ranges together, some milliseconds of work.
 pub(super) const TURN: usize = 4_096;
@@ -29,10 +31,18 @@ pub(super) struct Queue {
     again: BTreeSet<ObjectKey>,
     /// The Service of `again` that was tried last: the next one comes after it by name.
     tried: Option<ObjectKey>,
-    /// The heavy Service whose wanted state is being computed.
-    worked_out: Option<ObjectKey>,
-    /// The heavy Service that is being programmed in parts.
-    begun: Option<Begun>,
+    under_way: UnderWay,
+}
+
+/// The heavy Service that is under way.
+#[derive(Debug, Default)]
+enum UnderWay {
+    #[default]
+    None,
+    /// Its wanted state is being computed beside the loop.
+    WorkingOut(ObjectKey, JoinHandle<Option<Wanted>>),
+    /// It is being programmed in parts.
+    Begun(Begun),
 }
 
 impl Queue {
@@ -107,46 +117,63 @@ impl Queue {
 
     /// Returns the heavy Service that is being computed or programmed.
     fn under_way(&self) -> Option<&ObjectKey> {
-        self.begun.as_ref().map(|begun| &begun.service).or(self.worked_out.as_ref())
+        match &self.under_way {
+            UnderWay::None => None,
+            UnderWay::WorkingOut(service, _) | UnderWay::Begun(Begun { service, .. }) => Some(service),
+        }
     }
 
-    /// Takes the heavy Service that goes on, or else the one whose turn it is to begin. Returns `None` while
-    /// the wanted state of a Service is being computed, until that Service is put back.
-    pub(super) fn take_heavy(&mut self) -> Option<Heavy> {
-        match self.begun.take() {
-            Some(begun) => Some(Heavy::GoesOn(begun)),
-            None if self.worked_out.is_some() => None,
-            None => {
-                self.worked_out = self.heavy.pop_front();
-                self.worked_out.clone().map(Heavy::Begins)
+    /// Takes the heavy Service that goes on. If there is none, has the wanted state of the next one computed by
+    /// `work_out`, unless one is being computed.
+    pub(super) fn take_heavy(
+        &mut self,
+        work_out: impl FnOnce(&ObjectKey) -> JoinHandle<Option<Wanted>>,
+    ) -> Option<Begun> {
+        match std::mem::take(&mut self.under_way) {
+            UnderWay::Begun(begun) => return Some(begun),
+            UnderWay::None => {
+                if let Some(service) = self.heavy.pop_front() {
+                    let task = work_out(&service);
+                    self.under_way = UnderWay::WorkingOut(service, task);
+                }
             }
+            working_out @ UnderWay::WorkingOut(..) => self.under_way = working_out,
         }
+        None
+    }
+
+    /// Waits until the wanted state of a heavy Service is computed, and returns it, to be put back. Returns never while
+    /// none is being computed.
+    pub(super) async fn worked_out(&mut self) -> (ObjectKey, Option<Wanted>) {
+        let UnderWay::WorkingOut(service, task) = &mut self.under_way else {
+            return std::future::pending().await;
+        };
+        let wanted = match task.await.map_err(JoinError::try_into_panic) {
+            Ok(wanted) => wanted,
+            // The panic continues as if the work had been done here.
+            Err(Ok(panic)) => std::panic::resume_unwind(panic),
+            // The task is cancelled only when the runtime shuts down.
+            Err(Err(_)) => return std::future::pending().await,
+        };
+        let service = service.clone();
+        self.under_way = UnderWay::None;
+        (service, wanted)
     }
 
     /// Has a heavy Service go on in the next turn.
     pub(super) fn put_back(&mut self, begun: Begun) {
-        (self.begun, self.worked_out) = (Some(begun), None);
+        self.under_way = UnderWay::Begun(begun);
     }
 
     /// Returns whether there is nothing for the next turn.
     pub(super) fn is_empty(&self) -> bool {
-        let no_heavy = self.heavy.is_empty() || self.worked_out.is_some();
-        self.light.is_empty() && self.again.is_empty() && self.begun.is_none() && no_heavy
+        let no_heavy = match self.under_way {
+            UnderWay::None => self.heavy.is_empty(),
+            UnderWay::WorkingOut(..) => true,
+            UnderWay::Begun(_) => false,
+        };
+        self.light.is_empty() && self.again.is_empty() && no_heavy
     }
-
-    /// Forgets all Services, because everything is programmed at once.
-    pub(super) fn clear(&mut self) {
-        *self = Self::default();
-    }
-}
-
-/// A heavy Service.
-#[derive(Debug)]
-pub(super) enum Heavy {
-    /// Its wanted state has to be computed.
-    Begins(ObjectKey),
-    /// Its wanted state is known, and some of its parts may have been programmed.
-    GoesOn(Begun),
 }
 
 /// A Service that is programmed in parts.
@@ -254,8 +281,23 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_light_go_first_and_no_more_at_once_than_nobody_notices() {
+    /// Takes the heavy Service of this turn: one that goes on, and the name of one whose wanted state is computed from
+    /// now on.
+    fn heavy(queue: &mut Queue) -> (Option<Begun>, Option<String>) {
+        let mut begins = None;
+        let begun = queue.take_heavy(|service| {
+            begins = Some(service.name.to_string());
+            tokio::spawn(async { None })
+        });
+        (begun, begins)
+    }
+
+    fn begun(name: &str) -> Begun {
+        Begun::new(key(name), 0, vec![port(0)], Vec::new(), Vec::new())
+    }
+
+    #[tokio::test]
+    async fn the_light_go_first_and_no_more_at_once_than_nobody_notices() {
         let mut queue = Queue::default();
         for (name, weight) in [("a", TURN), ("b", TURN / 2), ("c", TURN / 2), ("d", 1), ("e", TURN + 1)] {
             queue.add(key(name), weight);
@@ -267,39 +309,54 @@ mod tests {
         assert_eq!(taken(&mut queue), ["a", "late", "c"]);
         assert_eq!(taken(&mut queue), [""; 0]);
         assert!(!queue.is_empty(), "the heavy one");
-        assert!(matches!(queue.take_heavy(), Some(Heavy::Begins(found)) if found == key("e")));
+        assert!(matches!(heavy(&mut queue), (None, Some(name)) if name == "e"));
         assert!(queue.is_empty());
         // Until the wanted state of `e` is known, another heavy Service is nothing for the next turn.
         queue.add(key("f"), TURN + 1);
-        assert!(queue.is_empty() && queue.take_heavy().is_none());
+        assert!(queue.is_empty() && matches!(heavy(&mut queue), (None, None)));
+        assert_eq!(queue.worked_out().await.0, key("e"));
         queue.put_back(Begun::new(key("e"), 0, Vec::new(), Vec::new(), Vec::new()));
         assert!(!queue.is_empty());
     }
 
-    #[test]
-    fn heavy_ones_go_one_after_another_however_often_they_change() {
+    #[tokio::test]
+    async fn heavy_ones_go_one_after_another_however_often_they_change() {
         let mut queue = Queue::default();
         for name in ["x", "y", "x"] {
             queue.add(key(name), TURN * 2);
         }
-        let Some(Heavy::Begins(first)) = queue.take_heavy() else { panic!("nobody") };
-        assert_eq!(first, key("x"));
-        let begun = |service| Begun::new(service, 0, vec![port(0)], Vec::new(), Vec::new());
-        queue.put_back(begun(first));
+        assert!(matches!(heavy(&mut queue), (None, Some(name)) if name == "x"));
+        assert_eq!(queue.worked_out().await.0, key("x"));
+        queue.put_back(begun("x"));
         // `x` has changed, and even become light: what has begun ends first, and the turn of `y` comes before the
         // change.
         queue.add(key("x"), TURN * 2);
         queue.add(key("x"), 1);
         assert_eq!(taken(&mut queue), [""; 0]);
-        assert!(matches!(queue.take_heavy(), Some(Heavy::GoesOn(begun)) if begun.service == key("x")));
+        assert!(matches!(heavy(&mut queue), (Some(begun), None) if begun.service == key("x")));
         for name in ["y", "x"] {
-            assert!(matches!(queue.take_heavy(), Some(Heavy::Begins(found)) if found == key(name)), "{name}");
-            queue.put_back(begun(key(name)));
-            assert!(matches!(queue.take_heavy(), Some(Heavy::GoesOn(_))));
+            assert!(matches!(heavy(&mut queue), (None, Some(found)) if found == name), "{name}");
+            assert_eq!(queue.worked_out().await.0, key(name));
+            queue.put_back(begun(name));
+            assert!(matches!(heavy(&mut queue), (Some(_), None)));
         }
-        queue.put_back(begun(key("z")));
-        queue.clear();
-        assert!(queue.is_empty());
+        queue.put_back(begun("z"));
+        assert!(!queue.is_empty());
+        assert!(Queue::default().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_service_that_changes_while_it_is_computed_waits_for_its_end() {
+        let mut queue = Queue::default();
+        queue.add(key("x"), TURN * 2);
+        assert!(matches!(heavy(&mut queue), (None, Some(_))));
+        queue.add(key("x"), 1);
+        assert_eq!(taken(&mut queue), [""; 0]);
+        assert!(queue.is_empty(), "nothing for this turn");
+        queue.worked_out().await;
+        queue.put_back(begun("x"));
+        assert!(matches!(heavy(&mut queue), (Some(_), None)));
+        assert!(matches!(heavy(&mut queue), (None, Some(name)) if name == "x"), "the change");
     }
 
     #[test]

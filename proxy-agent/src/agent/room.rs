@@ -11,6 +11,7 @@ use crate::bpf::chain;
 use crate::bpf::dataplane::Sizes;
 use crate::bpf::sys;
 use crate::reconcile::cluster::ObjectKey;
+use crate::reconcile::model::Freed;
 
 impl Agent {
     /// Returns the sizes of maps that these Services need.
@@ -84,22 +85,11 @@ impl Agent {
         taken
     }
 
-    /// Waits for running programs beside the loop, unless such a wait is under way.
-    pub(super) fn begin_grace(&mut self) {
-        if self.waiting.is_none() && !self.freed.is_empty() {
-            let freed = std::mem::take(&mut self.freed);
-            self.waiting = Some((tokio::task::spawn_blocking(sys::grace_period), freed));
-        }
-    }
-
     /// Gives back the numbers that have waited for the grace period.
-    pub(super) fn release(&mut self) {
-        if let (Some((_, freed)), Some(Programmed { model, .. })) =
-            (self.waiting.take(), &mut self.programmed)
-        {
-            model.release(freed);
-            self.room = true;
-        }
-        self.begin_grace();
+    pub(super) fn release(&mut self, freed: Freed) {
+        let Some(Programmed { model, grace, .. }) = &mut self.programmed else { return };
+        model.release(freed);
+        grace.begin(sys::grace_period);
+        self.room = true;
     }
 }
