@@ -11,6 +11,7 @@ use proxy_common::addr::{Addr, Family, Prefix};
 use crate::config::Config;
 use crate::config::node_ports::{NodePortAddresses, local_addresses};
 use crate::host::HostAddresses;
+use crate::observe::health::checks::{Check, check};
 use crate::reconcile::cluster::{Cluster, ObjectKey, Slice};
 use crate::reconcile::desired::{Context, desired_service};
 use crate::reconcile::model::Model;
@@ -87,6 +88,11 @@ impl Knowledge {
     pub(crate) fn held_by_host(&self, key: &ObjectKey) -> Vec<(Addr, IfIndex)> {
         let addrs = self.cluster.service(key).into_iter().flat_map(|service| service.cluster_ips);
         addrs.flatten().filter_map(|addr| Some((addr, *self.addresses.get(&addr)?))).collect()
+    }
+
+    /// Returns the check for load balancers of a Service in a family, if it has one.
+    pub(crate) fn check(&self, key: &ObjectKey, family: Family) -> Option<Check> {
+        check(self.cluster.service(key)?, self.cluster.slices(key), family)
     }
 
     /// Returns the wanted state of a Service; `None` when it is gone.

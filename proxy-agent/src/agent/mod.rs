@@ -1,34 +1,28 @@
-//! The agent's loop: takes in news from the source, and brings the kernel maps up to date.
+//! The daemon: starts the source, the servers and the loop that brings the kernel maps up to date.
 //!
-//! One task owns everything, so nothing has to be locked. Work that blocks (waiting for a grace period, sweeping
-//! sockets) runs beside the task and reports back.
+//! ```text
+//! event ─> the part of the agent that it concerns ─> turn: decide ─> program ─> tell
+//! ```
+//! Each part owns its fields and its rules: `phase` (progress of the start), `extent` (what the next turn looks at),
+//! `queue` (which Services, in which order), `shortage` (what had no room, and when maps grow), `sweeps` (when sockets
+//! are looked through), `grace` (numbers that come back), `opt_out`, `packet_edge`, `told` (reports). The
+//! [`event_loop`] passes values between them.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use proxy_common::abi::IfIndex;
-use proxy_common::addr::{Addr, Family, Prefix};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use crate::agent::first_wait::{Patience, Verdict};
 use crate::agent::flows::{Counts, keep_collecting};
-use crate::agent::knowledge::Knowledge;
-use crate::agent::telemetry::{Telemetry, readers};
+use crate::agent::telemetry::readers;
 use crate::bpf::dataplane::DataplaneError;
-use crate::bpf::self_test::SelfTestError;
 use crate::config::kube_proxy;
 use crate::config::kube_proxy::ConfigFile;
 use crate::config::{Config, Source};
-use crate::devices;
-use crate::devices::Edge;
-use crate::devices::reserved_ports::DatagramPorts;
-use crate::devices::sources::Facts;
-use crate::host::cgroups;
 use crate::host::cgroups::Follower;
-use crate::host::{HostAddresses, watch_addresses};
+use crate::host::watch_addresses;
 use crate::observe::events::{Event, Events};
 use crate::observe::health;
 use crate::observe::health::Health;
@@ -38,40 +32,30 @@ use crate::observe::http::{HttpError, ServerThread};
 use crate::observe::metrics;
 use crate::observe::metrics::Metrics;
 use crate::observe::reasons;
-use crate::observe::reasons::Asked;
 use crate::observe::report::{Report, State};
-use crate::reconcile::cluster::ObjectKey;
-use crate::reconcile::model::Freed;
-use crate::reconcile::node_ips::NodeIps;
 use crate::sources::{SourceError, Update, api, manifests};
 
 mod error;
+mod event_loop;
 mod extent;
 pub(crate) mod first_wait;
 pub mod flows;
 mod grace;
 pub mod knowledge;
-mod news;
+mod opt_out;
+mod packet_edge;
 mod phase;
 mod programmed;
-mod programming;
 mod queue;
-mod room;
+mod shortage;
 mod sizes;
 mod sweeps;
 pub(crate) mod telemetry;
-mod telling;
+mod told;
 
 pub(crate) use error::AgentError;
-use extent::Extent;
-use phase::Phase;
-use programmed::Programmed;
-use queue::Queue;
-use sweeps::Sweeps;
-
-/// Time after a failed map operation until everything is read back and planned anew; the sync period instead, if that
-/// is shorter.
-const RETRY: Duration = Duration::from_secs(1);
+use event_loop::{Agent, Inbox};
+use told::Told;
 
 /// Longest time that the end of the agent waits for the Event that gives the reason.
 const LAST_WORD: Duration = Duration::from_secs(5);
@@ -127,7 +111,8 @@ pub(crate) async fn run(config: Config, stop: impl Future<Output = ()>) -> Resul
     tokio::spawn(reasons::serve(reasons::socket(&config.state_file), questions));
     let file = config.file.clone();
     let check_ports = CheckPorts::start(health.clone(), probes.handle());
-    let mut agent = Agent::new(config, health, metrics, addresses, opt_out, events.clone(), check_ports);
+    let report = Report::new(config.state_file.clone(), state(&config), events.clone());
+    let mut agent = Agent::new(config, metrics, opt_out, Told::new(report, health, check_ports));
 
     tokio::pin!(stop);
     tokio::select! {
@@ -135,7 +120,7 @@ pub(crate) async fn run(config: Config, stop: impl Future<Output = ()>) -> Resul
             tracing::info!("stopping; the dataplane stays in place");
             Ok(())
         }
-        ended = agent.follow(updates, asked) => ended,
+        ended = agent.follow(Inbox { updates, addresses, asked }) => ended,
         error = cannot_serve(&mut servers) => {
             events.tell_and_wait(Event::cannot_serve(&error), LAST_WORD).await;
             Err(error.into())
@@ -145,6 +130,18 @@ pub(crate) async fn run(config: Config, stop: impl Future<Output = ()>) -> Resul
             Ok(Err(error)) => Err(error.into()),
             Ok(Ok(())) | Err(_) => Err(AgentError::SourceEnded),
         },
+    }
+}
+
+/// Returns the state of an agent that starts, as `status` shows it.
+fn state(config: &Config) -> State {
+    State {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        node: config.node_name.to_string(),
+        source: config.source.to_string(),
+        cgroup: config.cgroup.display().to_string(),
+        ..State::default()
     }
 }
 
@@ -192,255 +189,5 @@ async fn file_changed(file: Option<ConfigFile>) -> AgentError {
     match kube_proxy::watch::changed(&file).await {
         Ok(()) => AgentError::FileChanged(file.path),
         Err(source) => AgentError::FileWatch { path: file.path, source },
-    }
-}
-
-struct Agent {
-    config: Config,
-    known: Knowledge,
-    addresses: watch::Receiver<HostAddresses>,
-    programmed: Option<Programmed>,
-    /// The packet edge, from the first programming on.
-    edge: Option<Edge>,
-    /// Whether any interface of a pod is attached; `None` until that is known.
-    pods_attached: Option<bool>,
-    /// Destinations of the routes that lead past the packet edge; `None` until its first pass.
-    elsewhere: Option<Vec<Prefix>>,
-    facts: Facts,
-    datagram_ports: DatagramPorts,
-    /// Finds the cgroups of pods, and those that opt out of the socket edge.
-    opt_out: Follower,
-    /// Findings of `opt_out`; `None` until it has looked.
-    found: Option<cgroups::Found>,
-    /// The cgroups that have opted out; `None` until the pods are known.
-    opted_out: Option<BTreeSet<u64>>,
-    phase: Phase,
-    extent: Extent,
-    /// Time of the next comparison of the maps with the model.
-    audit_at: Instant,
-    /// Services of which some part did not fit into the maps.
-    refused: BTreeSet<ObjectKey>,
-    /// Whether `refused` has to be tried again: there may be room in the maps, or the Services have to be told that the
-    /// maps do not grow.
-    room: bool,
-    /// Whether the maps could not be made larger at the last attempt.
-    stuck: bool,
-    /// Services that have changed and are not programmed yet.
-    queue: Queue,
-    /// Services that have been programmed and whose health is not told yet.
-    concluded: Vec<ObjectKey>,
-    /// Problems of Services, except claims that other Services have.
-    said: BTreeMap<ObjectKey, Vec<String>>,
-    /// Services with clusterIPs that are also addresses of this host.
-    held_by_host: BTreeMap<ObjectKey, Vec<(Addr, IfIndex)>>,
-    /// Services whose claims other Services may have taken or given back.
-    retell: BTreeSet<ObjectKey>,
-    /// Time before which maps are not made larger.
-    grow_at: Instant,
-    sweeps: Sweeps,
-    telemetry: Telemetry,
-    check_ports: CheckPorts,
-    report: Report,
-    health: Health,
-    metrics: Arc<Metrics>,
-}
-
-impl Agent {
-    fn new(
-        config: Config,
-        health: Health,
-        metrics: Arc<Metrics>,
-        addresses: watch::Receiver<HostAddresses>,
-        opt_out: Follower,
-        events: Events,
-        check_ports: CheckPorts,
-    ) -> Self {
-        let state = State {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            pid: std::process::id(),
-            node: config.node_name.to_string(),
-            source: config.source.to_string(),
-            cgroup: config.cgroup.display().to_string(),
-            ..State::default()
-        };
-        let telemetry = Telemetry::new(Arc::clone(&metrics), config.families.clone());
-        let no_pods = config.devices.settings.pods.is_none();
-        let known = Knowledge::new(&config);
-        let audit_at = Instant::now() + config.sync_period;
-        Self {
-            report: Report::new(config.state_file.clone(), state, events),
-            config,
-            known,
-            addresses,
-            programmed: None,
-            edge: None,
-            // The first pass detaches what an earlier agent has attached to pods.
-            pods_attached: no_pods.then_some(false),
-            elsewhere: None,
-            facts: Facts::default(),
-            datagram_ports: DatagramPorts::default(),
-            opt_out,
-            found: None,
-            opted_out: None,
-            phase: Phase::Listing,
-            extent: Extent::Everything,
-            audit_at,
-            refused: BTreeSet::new(),
-            room: false,
-            stuck: false,
-            queue: Queue::default(),
-            concluded: Vec::new(),
-            said: BTreeMap::new(),
-            held_by_host: BTreeMap::new(),
-            retell: BTreeSet::new(),
-            grow_at: Instant::now(),
-            sweeps: Sweeps::new(Instant::now()),
-            telemetry,
-            check_ports,
-            health,
-            metrics,
-        }
-    }
-
-    async fn follow(
-        &mut self,
-        mut updates: mpsc::Receiver<Update>,
-        mut asked: mpsc::Receiver<Asked>,
-    ) -> Result<(), AgentError> {
-        let mut retry: Option<Instant> = None;
-        loop {
-            let retry_at = retry.map(tokio::time::Instant::from_std);
-            let busy = retry.is_none() && self.is_busy();
-            tokio::select! {
-                update = updates.recv() => match update {
-                    // The source task gives the reason, if there is one.
-                    None => std::future::pending().await,
-                    Some(update) => self.take_in(update),
-                },
-                changed = self.addresses.changed() => match changed {
-                    Ok(()) => self.take_addresses(),
-                    Err(_) => std::future::pending().await,
-                },
-                Some(state) = edge_changed(&mut self.edge) => self.take_edge(state),
-                found = self.opt_out.changed() => {
-                    if self.found.as_ref().is_none_or(|before| before.sandboxes != found.sandboxes) {
-                        self.extent.widen(Extent::Node);
-                    }
-                    self.found = Some(found);
-                    self.take_opt_out();
-                }
-                failures = self.check_ports.failures() => self.report.check_ports(failures),
-                Some(asked) = asked.recv() => {
-                    // The asker may have gone.
-                    let _ = asked.reply.send(self.reasons(&asked.service));
-                    continue;
-                }
-                (service, wanted) = self.queue.worked_out() => self.begin(service, wanted),
-                freed = grace_over(&mut self.programmed) => self.release(freed),
-                () = self.sweeps.changed() => self.begin_sweep(),
-                () = async { tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)).await },
-                    if retry_at.is_some() => self.extent = Extent::Everything,
-                () = tokio::time::sleep_until(self.audit_at.into()) => self.audit(),
-                // News come first: the tasks that bring them run before the next turn.
-                () = tokio::task::yield_now(), if busy => {}
-            }
-            // Updates that have arrived meanwhile are programmed together.
-            while let Ok(update) = updates.try_recv() {
-                self.take_in(update);
-            }
-            retry = self.go_on().await?;
-        }
-    }
-
-    /// Goes on as far as the phase permits. Returns the time of the next attempt, if it does not wait for news.
-    async fn go_on(&mut self) -> Result<Option<Instant>, AgentError> {
-        match self.phase {
-            Phase::Listing => return Ok(None),
-            Phase::AwaitingNode(patience) => {
-                match patience.judge(self.known.cluster.node(), Instant::now()) {
-                    Verdict::Wait { until, reason } => {
-                        self.health.waiting_for(reason);
-                        return Ok(Some(until));
-                    }
-                    Verdict::GiveUp => return Err(AgentError::NoPodCidrs),
-                    Verdict::Start => self.start(patience)?,
-                }
-            }
-            Phase::Starting { .. } | Phase::Ready => {
-                if let Some((before, after)) = self.known.other_pod_cidrs() {
-                    return Err(AgentError::PodCidrsChanged { before: list(before), after: list(after) });
-                }
-            }
-        }
-        self.turn().await
-    }
-
-    /// Takes the facts of the Node that the first programming has waited for.
-    fn start(&mut self, patience: Patience) -> Result<(), AgentError> {
-        self.phase = Phase::Starting { attached: None };
-        self.health.waiting_for("nothing has been programmed yet");
-        let node = self.known.cluster.node();
-        let ips = NodeIps::derive(node, self.config.bind_address);
-        if !self.config.families.contains(&ips.primary()) {
-            return Err(AgentError::PrimaryFamily(ips.of(ips.primary())));
-        }
-        tracing::info!(ipv4 = %ips.of(Family::V4), ipv6 = %ips.of(Family::V6), primary = %ips.primary(), "node IPs");
-        self.report.node_ips(&ips);
-        self.known.take_node(&self.config);
-        if patience.pod_cidrs && !self.known.take_pod_cidrs(&self.config.families) {
-            return Err(AgentError::PodCidrFamily(list(&self.known.cluster.node().pod_cidrs)));
-        }
-        Ok(())
-    }
-
-    /// Programs what has changed, and tells what came of it. Returns the time of the next attempt after a failure.
-    async fn turn(&mut self) -> Result<Option<Instant>, AgentError> {
-        let retry = match self.sync().await {
-            Ok(()) => {
-                self.tell_edge().await?;
-                None
-            }
-            Err(AgentError::SelfTest(SelfTestError::Store(error))) => Some(self.failed(&error)),
-            Err(AgentError::ReadBack(error)) => Some(self.failed(&error)),
-            Err(error) => return Err(error),
-        };
-        // A client that waits for readiness may look at `status` next.
-        self.report.write();
-        self.metrics.problems(self.report.count());
-        if retry.is_none()
-            && let Some(devices) = self.phase.announce()
-        {
-            tracing::info!(devices, "ready");
-            self.health.programmed();
-        }
-        Ok(retry)
-    }
-
-    fn failed(&mut self, error: &dyn std::error::Error) -> Instant {
-        self.telemetry.sync_ended(false);
-        tracing::error!(%error, "programming failed; trying again");
-        self.extent = Extent::Everything;
-        Instant::now() + RETRY.min(self.config.sync_period)
-    }
-}
-
-fn list(cidrs: &[Prefix]) -> String {
-    let cidrs: Vec<String> = cidrs.iter().map(Prefix::to_string).collect();
-    format!("[{}]", cidrs.join(", "))
-}
-
-/// Returns the next state of the packet edge; never returns while the packet edge has not been started.
-async fn edge_changed(edge: &mut Option<Edge>) -> Option<devices::State> {
-    match edge {
-        Some(edge) => Some(edge.changed().await),
-        None => std::future::pending().await,
-    }
-}
-
-/// Returns the numbers whose grace period is over; never returns while there are none.
-async fn grace_over(programmed: &mut Option<Programmed>) -> Freed {
-    match programmed {
-        Some(programmed) => programmed.grace.over().await,
-        None => std::future::pending().await,
     }
 }

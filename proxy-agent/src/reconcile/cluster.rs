@@ -419,7 +419,7 @@ impl Cluster {
     }
 
     /// Returns the Pods of this node that opt out of the socket edge, by key.
-    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+    pub fn pods(&self) -> impl Iterator<Item = &Pod> + Clone {
         self.pods.values()
     }
 

@@ -99,6 +99,11 @@ impl Telemetry {
         }
     }
 
+    /// Returns the metrics that are told.
+    pub(crate) fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
     /// Notes that a change has arrived and touched `scope`. In the first list (`first_list`) trigger times do not
     /// count: nobody waits for what was there before the start.
     pub(crate) fn arrived(&mut self, arrival: Arrival, scope: Scope, first_list: bool) {
