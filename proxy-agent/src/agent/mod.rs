@@ -12,6 +12,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -41,11 +42,12 @@ mod extent;
 pub(crate) mod first_wait;
 pub mod flows;
 mod grace;
+mod heavy;
+mod kernel;
 pub mod knowledge;
 mod opt_out;
 mod packet_edge;
 mod phase;
-mod programmed;
 mod queue;
 mod shortage;
 mod sizes;
@@ -76,23 +78,10 @@ pub(crate) async fn run(config: Config, stop: impl Future<Output = ()>) -> Resul
     health.waiting_for("the first full list has not arrived");
     let counts = Counts::default();
     let metrics = Arc::new(Metrics::new(readers(&config.pins, counts.clone())));
-    let mut servers = JoinSet::new();
     // Probes, which decide whether this agent lives, wait neither for a plan nor for a client that reads all metrics.
     let probes = ServerThread::start("probes").map_err(AgentError::Thread)?;
     let reading = ServerThread::start("metrics").map_err(AgentError::Thread)?;
-    if let Some(address) = config.healthz {
-        let router = health::router(health.clone(), Arc::clone(&metrics));
-        servers
-            .spawn_on(http::serve(health::SERVER, address, router, config.on_bind_failure), probes.handle());
-    }
-    if let Some(address) = config.metrics {
-        let router = metrics::serve::router(Arc::clone(&metrics), &config.effective);
-        servers.spawn_on(
-            http::serve(metrics::SERVER, address, router, config.on_bind_failure),
-            reading.handle(),
-        );
-    }
-
+    let mut servers = serve(&config, &health, &metrics, probes.handle(), reading.handle());
     tokio::spawn(keep_collecting(config.pins.clone(), Arc::clone(&metrics), counts));
     let addresses = watch_addresses().await?;
     let opt_out = Follower::start(config.cgroup.clone(), config.opt_out.cgroups().clone());
@@ -131,6 +120,26 @@ pub(crate) async fn run(config: Config, stop: impl Future<Output = ()>) -> Resul
             Ok(Ok(())) | Err(_) => Err(AgentError::SourceEnded),
         },
     }
+}
+
+/// Starts the servers of probes and metrics on these runtimes, as far as they are configured.
+fn serve(
+    config: &Config,
+    health: &Health,
+    metrics: &Arc<Metrics>,
+    probes: &Handle,
+    reading: &Handle,
+) -> JoinSet<Result<(), HttpError>> {
+    let mut servers = JoinSet::new();
+    if let Some(address) = config.healthz {
+        let router = health::router(health.clone(), Arc::clone(metrics));
+        servers.spawn_on(http::serve(health::SERVER, address, router, config.on_bind_failure), probes);
+    }
+    if let Some(address) = config.metrics {
+        let router = metrics::serve::router(Arc::clone(metrics), &config.effective);
+        servers.spawn_on(http::serve(metrics::SERVER, address, router, config.on_bind_failure), reading);
+    }
+    servers
 }
 
 /// Returns the state of an agent that starts, as `status` shows it.

@@ -12,11 +12,11 @@ use tokio::sync::{mpsc, watch};
 use super::error::AgentError;
 use super::extent::Extent;
 use super::first_wait::{Patience, Verdict};
+use super::kernel::Kernel;
 use super::knowledge::Knowledge;
 use super::opt_out::OptOut;
 use super::packet_edge::PacketEdge;
 use super::phase::Phase;
-use super::programmed::Programmed;
 use super::queue::Queue;
 use super::shortage::Shortage;
 use super::sweeps::Sweeps;
@@ -51,7 +51,7 @@ pub(super) struct Agent {
     phase: Phase,
     extent: Extent,
     /// The maps and programs, from the first programming on.
-    programmed: Option<Programmed>,
+    kernel: Option<Kernel>,
     queue: Queue,
     shortage: Shortage,
     edge: PacketEdge,
@@ -79,7 +79,7 @@ impl Agent {
             known: Knowledge::new(&config),
             phase: Phase::Listing,
             extent: Extent::Everything,
-            programmed: None,
+            kernel: None,
             queue: Queue::default(),
             shortage: Shortage::new(now),
             edge: PacketEdge::new(config.devices.settings.pods.is_none()),
@@ -116,7 +116,7 @@ impl Agent {
                     continue;
                 }
                 (service, wanted) = self.queue.worked_out() => self.begin(service, wanted),
-                freed = grace_over(&mut self.programmed) => self.release(freed),
+                freed = grace_over(&mut self.kernel) => self.release(freed),
                 () = self.sweeps.changed() => self.begin_sweep(),
                 () = until(retry) => self.extent = Extent::Everything,
                 () = until(Some(audit_at)) => {
@@ -224,7 +224,7 @@ impl Agent {
         self.extent.widen(if zone_differs { Extent::Zone } else { Extent::Node });
         let ips = self.known.take_node(&self.config);
         self.told.report.node_ips(&ips);
-        if self.programmed.is_some() && before != self.known.context.node.ips {
+        if self.kernel.is_some() && before != self.known.context.node.ips {
             tracing::info!(?before, after = ?self.known.context.node.ips, "the node's IPs have changed");
         }
     }
@@ -266,8 +266,8 @@ impl Agent {
             self.told.health.waiting_for(reason);
         }
         let differs = self.edge.take(&state);
-        // Where the kernel lets a program refuse a socket, nothing of the host is left to the packet edge.
-        let may_leave_host = self.programmed.as_ref().is_some_and(|it| !it.dataplane.set_retval);
+        // Refusals of the host's sockets are left to the packet edge only where programs cannot choose their errno.
+        let may_leave_host = self.kernel.as_ref().is_some_and(|it| !it.dataplane.set_retval);
         if differs.pods_attached || differs.elsewhere && may_leave_host {
             self.extent.widen(Extent::Node);
         }
@@ -302,9 +302,9 @@ async fn until(time: Option<Instant>) {
 }
 
 /// Returns the numbers whose grace period is over; never returns while there are none.
-async fn grace_over(programmed: &mut Option<Programmed>) -> Freed {
-    match programmed {
-        Some(programmed) => programmed.grace.over().await,
+async fn grace_over(kernel: &mut Option<Kernel>) -> Freed {
+    match kernel {
+        Some(kernel) => kernel.grace.over().await,
         None => std::future::pending().await,
     }
 }

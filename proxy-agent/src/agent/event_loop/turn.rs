@@ -8,8 +8,8 @@ use proxy_common::addr::Family;
 use super::{Agent, RETRY};
 use crate::agent::error::AgentError;
 use crate::agent::extent::Extent;
+use crate::agent::kernel::{Kernel, cost};
 use crate::agent::knowledge::NodePlan;
-use crate::agent::programmed::{Programmed, cost};
 use crate::agent::queue::{Begun, Queue};
 use crate::agent::sweeps::Due;
 use crate::bpf::self_test;
@@ -89,12 +89,12 @@ impl Agent {
             return Ok(());
         }
         self.telemetry.sync_begins(self.extent >= Extent::Zone);
-        let mut programmed = match self.programmed.take() {
-            Some(programmed) => programmed,
+        let mut kernel = match self.kernel.take() {
+            Some(kernel) => kernel,
             None => self.open(self.sizes(dirty.iter())).await?,
         };
-        let done = self.program_changes(&mut programmed, dirty);
-        self.programmed = Some(programmed);
+        let done = self.program_changes(&mut kernel, dirty);
+        self.kernel = Some(kernel);
         self.begin_sweep();
         done
     }
@@ -102,30 +102,30 @@ impl Agent {
     /// Programs the node's tables and these Services as far as the extent demands, and has them serve.
     fn program_changes(
         &mut self,
-        programmed: &mut Programmed,
+        kernel: &mut Kernel,
         mut dirty: BTreeSet<ObjectKey>,
     ) -> Result<(), AgentError> {
         let everything = self.extent == Extent::Everything;
         if everything {
-            programmed.read_back()?;
+            kernel.read_back()?;
             // Only these name Services that were deleted while nothing could be programmed.
-            dirty.extend(programmed.model.ports.keys().map(|key| key.service.clone()));
+            dirty.extend(kernel.model.ports.keys().map(|key| key.service.clone()));
             dirty.extend(self.told.services());
         }
         // The owner of a frontend is known only with all Services that claim it. Empty maps serve nobody yet, so they
         // may be written in portions.
-        let empty = programmed.model.frontends.is_empty() && !programmed.attached;
+        let empty = kernel.model.frontends.is_empty() && !kernel.attached;
         // A failure in one of the node's own tables is returned at the end: no Service waits for these tables.
-        let node = self.program_node(programmed, &mut dirty);
+        let node = self.program_node(kernel, &mut dirty);
         let touched: Vec<ObjectKey> = dirty.into_iter().collect();
         let udp_stale = match everything {
-            true => self.program_everything(programmed, &touched, empty)?,
-            false => self.program_some(programmed, &touched)?,
+            true => self.program_everything(kernel, &touched, empty)?,
+            false => self.program_some(kernel, &touched)?,
         };
-        let first = self.serve(programmed)?;
+        let first = self.serve(kernel)?;
         self.sweeps.add(Due { follow: udp_stale || first, streams: false });
         let took = self.telemetry.sync_ended(true);
-        self.tell_health(programmed);
+        self.tell_health(kernel);
         if everything {
             give_back_memory();
         }
@@ -142,19 +142,19 @@ impl Agent {
     /// Writes the node's own tables. Adds the Services that depend on the change to `dirty`.
     fn program_node(
         &mut self,
-        programmed: &mut Programmed,
+        kernel: &mut Kernel,
         dirty: &mut BTreeSet<ObjectKey>,
     ) -> Result<(), AgentError> {
         if self.extent < Extent::Node {
             return Ok(());
         }
-        let model = &mut programmed.model;
+        let model = &mut kernel.model;
         let NodePlan { mut ops, concerned, problems } =
             self.known.plan_node(&self.config.nodeport_addresses, model);
         dirty.extend(concerned);
         self.told.report.set("node tables".to_owned(), problems);
         let host_in_packets = match self.edge.elsewhere() {
-            _ if programmed.dataplane.set_retval => Some(false),
+            _ if kernel.dataplane.set_retval => Some(false),
             elsewhere => elsewhere.map(|elsewhere| meets_edges(model, elsewhere)),
         };
         let wanted = LeftAlone {
@@ -164,7 +164,7 @@ impl Agent {
             sandboxes: self.opt_out.sandboxes(),
         };
         ops.extend(plan_left(model, &wanted));
-        self.telemetry.writing(&ops, |ops| programmed.carry_out(ops))?;
+        self.telemetry.writing(&ops, |ops| kernel.carry_out(ops))?;
         let host = &self.known.context.host_addresses;
         let warnings = self.config.nodeport_addresses.warnings(&self.known.context.node.ips, host);
         self.told.report.set("--nodeport-addresses".to_owned(), warnings);
@@ -175,7 +175,7 @@ impl Agent {
     /// whether connected UDP sockets may be connected to the wrong backend now.
     fn program_everything(
         &mut self,
-        programmed: &mut Programmed,
+        kernel: &mut Kernel,
         mut services: &[ObjectKey],
         empty: bool,
     ) -> Result<bool, AgentError> {
@@ -186,7 +186,7 @@ impl Agent {
                 false => services.len(),
             };
             let (portion, rest) = services.split_at(size);
-            udp_stale |= self.program(programmed, portion, rest.is_empty())?;
+            udp_stale |= self.program(kernel, portion, rest.is_empty())?;
             if rest.is_empty() {
                 return Ok(udp_stale);
             }
@@ -196,23 +196,23 @@ impl Agent {
 
     /// Programs some of these Services and of the waiting ones. Returns whether connected UDP sockets may be connected
     /// to the wrong backend now.
-    fn program_some(&mut self, programmed: &mut Programmed, dirty: &[ObjectKey]) -> Result<bool, AgentError> {
+    fn program_some(&mut self, kernel: &mut Kernel, dirty: &[ObjectKey]) -> Result<bool, AgentError> {
         let Self { known, queue, shortage, .. } = self;
         for service in dirty {
-            queue.add(service.clone(), programmed.weight(service) + known.cluster.weight(service));
+            queue.add(service.clone(), kernel.weight(service) + known.cluster.weight(service));
         }
         let mut light = queue.take_light();
         light.extend(queue.take_again(|service| {
-            let weight = || programmed.weight(service) + known.cluster.weight(service);
+            let weight = || kernel.weight(service) + known.cluster.weight(service);
             shortage.contains(service).then(weight)
         }));
-        let mut udp_stale = !light.is_empty() && self.program(programmed, &light, false)?;
+        let mut udp_stale = !light.is_empty() && self.program(kernel, &light, false)?;
         let known = &self.known;
         let begun = self.queue.take_heavy(|service| tokio::task::spawn_blocking(known.work_out(service)));
         if let Some(begun) = begun {
-            udp_stale |= self.program_part(programmed, begun)?;
+            udp_stale |= self.program_part(kernel, begun)?;
         }
-        self.told.tell_rivals(|service| programmed.lost(service));
+        self.told.tell_rivals(|service| kernel.lost(service));
         Ok(udp_stale)
     }
 
@@ -220,7 +220,7 @@ impl Agent {
     /// sockets may be connected to the wrong backend now.
     fn program(
         &mut self,
-        programmed: &mut Programmed,
+        kernel: &mut Kernel,
         services: &[ObjectKey],
         full: bool,
     ) -> Result<bool, AgentError> {
@@ -230,7 +230,7 @@ impl Agent {
             self.telemetry.desired(service, wanted.as_ref().map(|wanted| &wanted.desired));
         }
         self.edge.remember_remote(wanted.values().flatten());
-        let model = &mut programmed.model;
+        let model = &mut kernel.model;
         for (service, one) in &wanted {
             let ports = one.as_ref().map_or(&[][..], |one| &one.desired.ports);
             let gone = ports_beside(model, service, ports);
@@ -239,12 +239,12 @@ impl Agent {
         }
         let mut plan = plan(model, &wanted, full);
         tracing::debug!(services = wanted.len(), operations = plan.ops.len(), "programming");
-        self.write(programmed, &plan.ops)?;
-        programmed.grace.add(plan.freed);
+        self.write(kernel, &plan.ops)?;
+        kernel.grace.add(plan.freed);
         for (service, wanted) in wanted {
             let problems = wanted.map(|wanted| wanted.desired.problems).unwrap_or_default();
             let refused = plan.refused.remove(&service).unwrap_or_default();
-            self.conclude(&service, problems, refused, programmed.lost(&service));
+            self.conclude(&service, problems, refused, kernel.lost(&service));
             self.told.remove_rival(&service);
         }
         self.refuse(plan.refused);
@@ -257,27 +257,27 @@ impl Agent {
         self.edge.remember_remote(wanted.iter());
         let Wanted { created, desired } =
             wanted.unwrap_or(Wanted { created: i64::MAX, desired: DesiredService::default() });
-        let model = self.programmed.as_ref().map(|programmed| &programmed.model);
+        let model = self.kernel.as_ref().map(|kernel| &kernel.model);
         let gone = model.map_or_else(Vec::new, |model| ports_beside(model, &service, &desired.ports));
         self.queue.put_back(Begun::new(service, created, desired.ports, gone, desired.problems));
     }
 
     /// Plans and writes the next part of a heavy Service. Returns true after the last part, if connected UDP sockets
     /// may be connected to the wrong backend now.
-    fn program_part(&mut self, programmed: &mut Programmed, mut begun: Begun) -> Result<bool, AgentError> {
-        let model = &mut programmed.model;
+    fn program_part(&mut self, kernel: &mut Kernel, mut begun: Begun) -> Result<bool, AgentError> {
+        let model = &mut kernel.model;
         let (ports, gone) = begun.next(|key| model.ports.get(key).map_or(0, cost));
         let part = Part { created: begun.created, ports: &ports, gone: &gone };
         self.told.add_rivals(rivals(model, &begun.service, &part));
         let mut plan = plan_part(model, &begun.service, &part);
         tracing::debug!(service = %begun.service, operations = plan.ops.len(), "programming a part");
-        self.write(programmed, &plan.ops)?;
-        programmed.grace.add(plan.freed);
+        self.write(kernel, &plan.ops)?;
+        kernel.grace.add(plan.freed);
         begun.udp_stale |= plan.udp_stale;
         let refused = plan.refused.remove(&begun.service).unwrap_or_default();
         let room = REASONS.saturating_sub(begun.refused.len());
         begun.refused.extend(refused.into_iter().take(room));
-        begun.lost.look(&programmed.model, &begun.service, ports.iter().map(|port| &port.key));
+        begun.lost.look(&kernel.model, &begun.service, ports.iter().map(|port| &port.key));
         if !begun.refused.is_empty() {
             // This makes the maps grow at once.
             self.shortage.refuse([begun.service.clone()]);
@@ -293,9 +293,9 @@ impl Agent {
     }
 
     /// Carries out the operations of a plan for Services.
-    fn write(&mut self, programmed: &mut Programmed, ops: &[Op]) -> Result<(), SelfTestError> {
-        self.telemetry.writing(ops, |ops| programmed.carry_out(ops))?;
-        self.edge.programmed(ops, &programmed.model.frontends);
+    fn write(&mut self, kernel: &mut Kernel, ops: &[Op]) -> Result<(), SelfTestError> {
+        self.telemetry.writing(ops, |ops| kernel.carry_out(ops))?;
+        self.edge.programmed(ops, &kernel.model.frontends);
         Ok(())
     }
 
@@ -323,20 +323,20 @@ impl Agent {
 
     /// Makes the written maps serve clients: attaches the programs if they are not attached, and has freed numbers come
     /// back. Returns whether the programs were not attached before.
-    fn serve(&mut self, programmed: &mut Programmed) -> Result<bool, AgentError> {
-        let first = !programmed.attached;
+    fn serve(&mut self, kernel: &mut Kernel) -> Result<bool, AgentError> {
+        let first = !kernel.attached;
         if first {
             // After an error here, programs that an earlier agent has attached at a better place stay there.
             let reach = self_test::reach(&self.config.cgroup)?;
             self.told.report.reach(reach);
-            programmed.attach(&self.config.cgroup)?;
+            kernel.attach(&self.config.cgroup)?;
         }
-        programmed.grace.begin(sys::grace_period);
+        kernel.grace.begin(sys::grace_period);
         Ok(first)
     }
 
     /// Has the health of programmed Services told to load balancers, on the addresses that serve nodePorts.
-    fn tell_health(&mut self, programmed: &Programmed) {
+    fn tell_health(&mut self, kernel: &Kernel) {
         let (known, families) = (&self.known, &self.config.families);
         if self.extent >= Extent::Node {
             let (ips, host) = (&known.context.node.ips, &known.context.host_addresses);
@@ -348,7 +348,7 @@ impl Agent {
             let check = known.check(service, family).filter(|_| families.contains(&family))?;
             // For a Service that is not served here (beyond its budget, or without room) this node has no endpoint,
             // whatever the slices say.
-            let is_served = programmed.model.ports_of(service).any(|key| key.family == family);
+            let is_served = kernel.model.ports_of(service).any(|key| key.family == family);
             Some(if is_served { check } else { Check { endpoints: 0, ..check } })
         });
     }

@@ -9,7 +9,7 @@ use proxy_common::abi::proto;
 use super::Agent;
 use crate::agent::error::AgentError;
 use crate::agent::extent::Extent;
-use crate::agent::programmed::Programmed;
+use crate::agent::kernel::Kernel;
 use crate::agent::sizes::Needs;
 use crate::agent::sweeps::{Due, Sweep};
 use crate::bpf::chain;
@@ -30,23 +30,23 @@ impl Agent {
     pub(super) fn audit(&mut self) {
         self.sweeps.add(Due { streams: true, follow: false });
         self.begin_sweep();
-        let Some(programmed) = self.programmed.as_mut().filter(|_| self.extent < Extent::Everything) else {
+        let Some(kernel) = self.kernel.as_mut().filter(|_| self.extent < Extent::Everything) else {
             return;
         };
-        let detached = programmed.dataplane.detached(&self.config.cgroup);
-        if programmed.attached && !detached.is_empty() {
+        let detached = kernel.dataplane.detached(&self.config.cgroup);
+        if kernel.attached && !detached.is_empty() {
             tracing::warn!(programs = ?detached, "somebody else has detached programs; attaching them again");
             self.telemetry.metrics().drifted(detached.iter().map(|_| "links"));
             // A program that cannot be attached now is tried again at the next audit: packets are served meanwhile.
-            let failed = programmed.dataplane.attach(&self.config.cgroup).err();
+            let failed = kernel.dataplane.attach(&self.config.cgroup).err();
             let problem = failed.map(|error| format!("sockets are not served: {}", chain(&error)));
             self.told.report.set("cgroup".to_owned(), problem.into_iter().collect());
         }
-        let contents = match programmed.dataplane.maps.contents() {
+        let contents = match kernel.dataplane.maps.contents() {
             Ok(contents) => contents,
             Err(error) => return tracing::warn!(%error, "the maps cannot be read back"),
         };
-        let found = differences(&programmed.model, &contents, &programmed.dataplane.maps.filter());
+        let found = differences(&kernel.model, &contents, &kernel.dataplane.maps.filter());
         for difference in found.iter().take(DRIFT_LOGGED) {
             tracing::warn!(%difference, "somebody else has changed a map; writing everything anew");
         }
@@ -64,11 +64,11 @@ impl Agent {
     /// Moves to larger maps when something did not fit, or soon would not. Returns whether there is something to
     /// program or to tell because of that.
     pub(super) async fn grow(&mut self) -> bool {
-        let Some(programmed) = &self.programmed else { return false };
-        if !self.shortage.wants_growth(programmed.model.is_tight(), Instant::now()) {
+        let Some(kernel) = &self.kernel else { return false };
+        if !self.shortage.wants_growth(kernel.model.is_tight(), Instant::now()) {
             return false;
         }
-        let capacity = programmed.dataplane.maps.capacity();
+        let capacity = kernel.dataplane.maps.capacity();
         let sizes = self.sizes(self.known.cluster.services().map(|service| &service.key));
         let grown = match sizes.least.fits_into(capacity) {
             // Maps of the same size gain nothing.
@@ -78,7 +78,7 @@ impl Agent {
         let mut problems = Vec::new();
         match grown {
             Ok(Some(larger)) => {
-                self.programmed = Some(larger);
+                self.kernel = Some(larger);
                 self.extent = Extent::Everything;
                 self.shortage.grown();
                 self.edge.maps_replaced();
@@ -108,28 +108,28 @@ impl Agent {
     }
 
     /// Makes or takes over maps of these sizes, and loads the programs.
-    pub(super) async fn open(&mut self, sizes: Sizes) -> Result<Programmed, AgentError> {
+    pub(super) async fn open(&mut self, sizes: Sizes) -> Result<Kernel, AgentError> {
         // The kernel's verifier takes a while, and probes have to be answered meanwhile.
         let (first, health) = (!self.edge.is_started(), self.told.health.clone());
-        let opening = Programmed::open(self.config.pins.clone(), sizes, move |program| {
+        let opening = Kernel::open(self.config.pins.clone(), sizes, move |program| {
             if first {
                 health.waiting_for(format!("the kernel verifies BPF program {program}"));
             }
         });
-        let programmed = opening.await?;
-        let dataplane = &programmed.dataplane;
+        let kernel = opening.await?;
+        let dataplane = &kernel.dataplane;
         self.told.report.verified(&dataplane.verified);
         self.told.report.reasons_for_sockets(dataplane.set_retval);
         self.told.report.refused(&PROGRAMS, &dataplane.refused);
-        if let Err(error) = &programmed.sweeper {
+        if let Err(error) = &kernel.sweeper {
             self.told.report.set("node".to_owned(), vec![error.to_string()]);
         }
-        Ok(programmed)
+        Ok(kernel)
     }
 
     /// Gives back the numbers that have waited for the grace period.
     pub(super) fn release(&mut self, freed: Freed) {
-        let Some(Programmed { model, grace, .. }) = &mut self.programmed else { return };
+        let Some(Kernel { model, grace, .. }) = &mut self.kernel else { return };
         model.release(freed);
         grace.begin(sys::grace_period);
         self.shortage.make_room();
@@ -138,7 +138,7 @@ impl Agent {
     /// Begins the sweep that is due, if it may begin.
     pub(super) fn begin_sweep(&mut self) {
         self.sweeps.begin(Instant::now(), |due| {
-            let Programmed { model, sweeper, .. } = self.programmed.as_ref()?;
+            let Kernel { model, sweeper, .. } = self.kernel.as_ref()?;
             let (sweeper, sockets) = sweeper.as_ref().ok()?;
             let sctp = model.ports.iter().filter(|(key, _)| key.proto == proto::SCTP);
             let sweep = Sweep {

@@ -17,7 +17,7 @@ use crate::reconcile::plan::LostClaims;
 use crate::reconcile::store::{MapStore as _, Op, StoreError};
 
 /// Kernel objects that have been set up, and the model of the maps.
-pub(super) struct Programmed {
+pub(super) struct Kernel {
     pub(super) dataplane: Dataplane,
     pub(super) model: Model,
     /// Numbers of `model` that come back after a grace period.
@@ -28,7 +28,7 @@ pub(super) struct Programmed {
     pub(super) attached: bool,
 }
 
-impl Programmed {
+impl Kernel {
     /// Makes or takes over maps that are large enough, and loads the programs; `loading` is called with the name of
     /// each. Attaches nothing: programs that this agent or an earlier one has attached go on with the maps as they
     /// were.
