@@ -5,8 +5,8 @@
 //! ```
 //! Each part owns its fields and its rules: `phase` (progress of the start), `extent` (what the next turn looks at),
 //! `queue` (which Services, in which order), `shortage` (what had no room, and when maps grow), `sweeps` (when sockets
-//! are looked through), `grace` (numbers that come back), `opt_out`, `packet_edge`, `told` (reports). The
-//! [`event_loop`] passes values between them.
+//! are looked through), `grace` (numbers that come back), `kernel` (maps and programs), `opt_out`, `packet_edge`, `told`
+//! (reports). The `event_loop` passes values between them.
 
 use std::future::Future;
 use std::sync::Arc;

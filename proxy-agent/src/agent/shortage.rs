@@ -147,7 +147,7 @@ mod tests {
         assert!(shortage.is_told() && shortage.contains(&key("x")) && !shortage.contains(&key("y")));
         shortage.programmed(&key("x"), true);
         assert!(!shortage.is_told());
-        // What does not fit from here on has an attempt to grow of its own first.
+        // A Service that does not fit from here on is told only after another attempt to grow.
         shortage.programmed(&key("z"), false);
         assert!(!shortage.is_told());
         // Maps that were only tight, and could not grow, leave nobody stuck.

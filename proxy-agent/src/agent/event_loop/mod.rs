@@ -1,4 +1,4 @@
-//! The loop: takes in what has happened, and has each part take its share of it. Then a [`turn`] programs what follows.
+//! The loop: takes in what has happened, and has each part take its share of it. Then a `turn` programs what follows.
 //!
 //! One task owns everything, so nothing has to be locked. Work that blocks (waiting for a grace period, sweeping
 //! sockets, computing the wanted state of a heavy Service) runs beside the task and reports back.
@@ -44,7 +44,7 @@ mod upkeep;
 /// is shorter.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What the loop owns.
+/// The parts that the loop owns.
 pub(super) struct Agent {
     config: Config,
     known: Knowledge,
