@@ -98,18 +98,25 @@ mod tests {
         let second = Duration::from_secs(1);
         let patience = Patience { since, ips: true, pod_cidrs: true };
         assert_eq!(patience.judge(&node(true, true), since), Verdict::Start);
-        let judge = |ips, pod_cidrs, after| patience.judge(&node(ips, pod_cidrs), since + after * second);
-        assert!(
-            matches!(judge(false, true, 29), Verdict::Wait { until, .. } if until == since + 30 * second)
-        );
-        assert!(
-            matches!(judge(true, false, 0), Verdict::Wait { until, .. } if until == since + 300 * second)
-        );
-        assert!(
-            matches!(judge(false, false, 31), Verdict::Wait { until, .. } if until == since + 300 * second)
-        );
-        assert_eq!(judge(false, true, 30), Verdict::Start);
-        assert_eq!(judge(true, false, 300), Verdict::GiveUp);
-        assert_eq!(judge(true, true, 300), Verdict::Start);
+        for (ips, pod_cidrs, after, waits) in
+            [(false, true, 29, 30), (true, false, 0, 300), (false, false, 31, 300)]
+        {
+            let verdict = patience.judge(&node(ips, pod_cidrs), since + after * second);
+            assert!(
+                matches!(verdict, Verdict::Wait { until, .. } if until == since + waits * second),
+                "{verdict:?} after {after} s"
+            );
+        }
+        for (ips, pod_cidrs, after, verdict) in [
+            (false, true, 30, Verdict::Start),
+            (true, false, 300, Verdict::GiveUp),
+            (true, true, 300, Verdict::Start),
+        ] {
+            assert_eq!(
+                patience.judge(&node(ips, pod_cidrs), since + after * second),
+                verdict,
+                "after {after} s"
+            );
+        }
     }
 }

@@ -111,15 +111,14 @@ mod tests {
     fn parts_are_as_large_as_a_turn_and_what_goes_goes_last() {
         let gone: Vec<_> = (50..60).map(port_key).collect();
         let mut begun = Begun::new(key("s"), 0, (0..20).map(port).collect(), gone, Vec::new());
-        // Removing a port costs a quarter of a turn, and so does replacing number 18.
-        let weight = |key: &PortKey| match &*key.port_name {
-            "18" => TURN / 4,
-            name if name < "50" => 0,
-            _ => TURN / 4,
-        };
         let mut parts = Vec::new();
         while !begun.is_done() {
-            let (ports, gone) = begun.next(weight);
+            // Removing a port costs a quarter of a turn, and so does replacing number 18.
+            let (ports, gone) = begun.next(|key| match &*key.port_name {
+                "18" => TURN / 4,
+                name if name < "50" => 0,
+                _ => TURN / 4,
+            });
             parts.push((ports.len(), gone.len()));
         }
         assert_eq!(parts, [(16, 0), (4, 2), (0, 4), (0, 4)]);

@@ -80,8 +80,9 @@ impl Knowledge {
         let before = std::mem::replace(&mut self.addresses, addresses.clone());
         self.context.host_addresses = addresses.keys().copied().collect();
         self.cluster.touch_with_source_ranges();
-        let differs = |addr: &&Addr| before.get(addr) != addresses.get(addr);
-        self.cluster.touch_at(&before.keys().chain(addresses.keys()).filter(differs).copied().collect());
+        let all = before.keys().chain(addresses.keys());
+        let differ = all.filter(|addr| before.get(addr) != addresses.get(addr));
+        self.cluster.touch_at(&differ.copied().collect());
     }
 
     /// Returns the clusterIPs of a Service that are also addresses of this host, with their devices.

@@ -85,8 +85,11 @@ impl OptOut {
     /// Returns the uids of the pods that have opted out.
     pub(super) fn pods(&self) -> BTreeSet<Arc<str>> {
         let (Some(found), Some(in_force)) = (&self.found, &self.in_force) else { return BTreeSet::new() };
-        let opted_out = |place: &Place| matches!(place, Place::Cgroup(cgroup) if in_force.contains(cgroup));
-        found.pods.iter().filter(|(_, place)| opted_out(place)).map(|(uid, _)| Arc::clone(uid)).collect()
+        let pods = found
+            .pods
+            .iter()
+            .filter(|(_, place)| matches!(place, Place::Cgroup(cgroup) if in_force.contains(cgroup)));
+        pods.map(|(uid, _)| Arc::clone(uid)).collect()
     }
 }
 

@@ -182,7 +182,7 @@ mod tests {
     }
 
     fn taken(queue: &mut Queue) -> Vec<String> {
-        queue.take_light().iter().map(|key| key.name.to_string()).collect()
+        names(queue.take_light())
     }
 
     /// Takes the heavy Service of this turn: one that goes on, and the name of one whose wanted state is computed from
@@ -263,12 +263,19 @@ mod tests {
         assert!(matches!(heavy(&mut queue), (None, Some(name)) if name == "x"), "the change");
     }
 
+    fn names(taken: Vec<ObjectKey>) -> Vec<String> {
+        taken.iter().map(|key| key.name.to_string()).collect()
+    }
+
+    /// Returns a weight of which three fit beside a turn.
+    fn third(_: &ObjectKey) -> Option<usize> {
+        Some(AGAIN / 3 + 1)
+    }
+
     #[test]
     fn who_had_no_room_is_tried_a_few_at_a_time_and_everybody_in_the_end() {
         let mut queue = Queue::default();
         let refused: BTreeSet<ObjectKey> = (0..10).map(|number| key(&format!("s{number}"))).collect();
-        let names = |taken: Vec<ObjectKey>| taken.iter().map(|key| key.name.to_string()).collect::<Vec<_>>();
-        let third = |_: &ObjectKey| Some(AGAIN / 3 + 1);
         queue.try_again(refused.iter());
         assert!(!queue.is_empty());
         assert_eq!(names(queue.take_again(third)), ["s0", "s1", "s2"]);
@@ -279,8 +286,8 @@ mod tests {
         // A Service that waits with its own change is not tried twice. A Service that is no longer refused is not tried
         // at all.
         queue.add(key("s6"), 1);
-        let weight = |service: &ObjectKey| (&*service.name != "s7").then_some(AGAIN / 3 + 1);
-        assert_eq!(names(queue.take_again(weight)), ["s8", "s9"]);
+        let taken = queue.take_again(|service| third(service).filter(|_| &*service.name != "s7"));
+        assert_eq!(names(taken), ["s8", "s9"]);
         assert_eq!(names(queue.take_again(third)), ["s0", "s1", "s2"]);
         // A heavy Service waits with the heavy ones, once.
         let mut queue = Queue::default();

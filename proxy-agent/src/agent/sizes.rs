@@ -33,27 +33,26 @@ impl Needs {
     /// Returns the sizes that the maps must have at least, with a quarter to spare, and the sizes that they are made
     /// with: twice the need, over floors that cost little. Maps between the two are kept.
     pub(super) fn sizes(self, flows: u32) -> Sizes {
-        // A changed set is written beside the old one.
-        let need =
-            [self.frontends, self.ports, self.backends, self.slots + self.slots / 2, self.source_ranges];
-        let capacity = |scale: fn(usize) -> usize, floors: [u32; 5]| {
-            let size = |count: usize, floor: u32| {
-                u32::try_from(scale(count)).unwrap_or(u32::MAX).clamp(floor, u32::MAX / 64)
-            };
-            let [frontends, services, backends, slots, source_ranges] = need;
-            let [f, s, b, l, r] = floors;
-            Capacity {
-                frontends: size(frontends, f),
-                services: size(services, s),
-                backends: size(backends, b),
-                slots: size(slots, l),
-                source_ranges: size(source_ranges, r),
-            }
-        };
         Sizes {
-            least: capacity(|count| count + count / 4, [1; 5]),
-            want: capacity(|count| count * 2, [16_384, 8_192, 65_536, 131_072, 65_536]),
+            least: self.capacity(|count| count + count / 4, [1; 5]),
+            want: self.capacity(|count| count * 2, [16_384, 8_192, 65_536, 131_072, 65_536]),
             flows,
         }
     }
+
+    fn capacity(self, scale: fn(usize) -> usize, floors: [u32; 5]) -> Capacity {
+        let [frontends, services, backends, slots, source_ranges] = floors;
+        Capacity {
+            frontends: size(scale(self.frontends), frontends),
+            services: size(scale(self.ports), services),
+            backends: size(scale(self.backends), backends),
+            // A changed set is written beside the old one.
+            slots: size(scale(self.slots + self.slots / 2), slots),
+            source_ranges: size(scale(self.source_ranges), source_ranges),
+        }
+    }
+}
+
+fn size(count: usize, floor: u32) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX).clamp(floor, u32::MAX / 64)
 }

@@ -54,6 +54,10 @@ pub struct FlowView {
     pub idle_seconds: f64,
 }
 
+fn none() -> String {
+    "-".to_owned()
+}
+
 /// Runs `proxy-agent flows`.
 ///
 /// # Errors
@@ -80,16 +84,15 @@ pub fn print_flows(views: &[FlowView], output: Output, out: &mut impl Write) -> 
     if print_data(output, &views, out)? {
         return Ok(());
     }
-    let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     let rows = views.iter().map(|view| {
         [
-            or_none(view.service.clone()),
+            view.service.clone().unwrap_or_else(none),
             view.port.clone(),
             view.protocol.to_owned(),
             view.client.to_string(),
             view.vip.to_string(),
             view.backend.to_string(),
-            or_none(view.source.map(|source| source.to_string())),
+            view.source.map_or_else(none, |source| source.to_string()),
             view.state.to_owned(),
             format!("{:.1}s", view.idle_seconds),
         ]
@@ -134,8 +137,9 @@ pub(crate) fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::R
         })
         .collect();
     views.sort_by(|a, b| {
-        let key = |view: &FlowView| (view.client, view.vip, view.backend, view.protocol);
-        (&a.service, &a.port).cmp(&(&b.service, &b.port)).then_with(|| key(a).cmp(&key(b)))
+        (&a.service, &a.port).cmp(&(&b.service, &b.port)).then_with(|| {
+            (a.client, a.vip, a.backend, a.protocol).cmp(&(b.client, b.vip, b.backend, b.protocol))
+        })
     });
     Ok(views)
 }

@@ -29,7 +29,7 @@ use crate::config::args::{Inspect, Output};
 use crate::config::state_file;
 use crate::observe::report;
 use crate::observe::report::{State, program_object};
-use crate::reconcile::model::{Model, PortBackend};
+use crate::reconcile::model::{Model, Port, PortBackend};
 use crate::reconcile::plan::FrontendName;
 
 /// Reason why nothing can be shown.
@@ -177,6 +177,10 @@ pub fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError
     print_services(&views, args.output, out)
 }
 
+fn list(set: &[SocketAddr]) -> String {
+    set.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(" ")
+}
+
 /// Prints Service ports.
 ///
 /// # Errors
@@ -191,7 +195,6 @@ pub fn print_services(
         return Ok(());
     }
     let rows = views.iter().map(|view| {
-        let list = |set: &[SocketAddr]| set.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(" ");
         let frontends: Vec<&str> = view.frontends.iter().map(|frontend| frontend.name.as_str()).collect();
         [
             format!("{}/{}", view.namespace, view.name),
@@ -254,7 +257,6 @@ pub fn print_backends(
 pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
     let pins = PinDir::new(&args.pins.pin_dir);
     let maps = KernelMaps::open(&pins, false)?;
-    let counter = |counter: Counter| Ok((counter.name(), maps.counter(counter)?));
     let (mut usage, flows) = (maps.usage()?, maps.flow_maps());
     usage.push((maps::FLOWS, flows.flows.count()?, flows.flows.capacity()?));
     usage.push((maps::NEW_FLOWS, flows.new_flows.count()?, flows.new_flows.capacity()?));
@@ -264,7 +266,10 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
         agent_running: pins.lock().is_err(),
         programs: PROGRAMS.map(|name| (name, is_attached(&pins.link(name)))).into(),
         maps: usage.into_iter().map(|(map, entries, capacity)| (map, (entries, capacity))).collect(),
-        counters: Counter::ALL.into_iter().map(counter).collect::<Result<_, aya::maps::MapError>>()?,
+        counters: Counter::ALL
+            .into_iter()
+            .map(|counter| Ok((counter.name(), maps.counter(counter)?)))
+            .collect::<Result<_, aya::maps::MapError>>()?,
         host_netns: maps.host_netns(),
         pods_in_packets: maps.node_flags() & PODS_IN_PACKETS != 0,
         host_in_packets: maps.node_flags() & HOST_IN_PACKETS != 0,
@@ -368,31 +373,29 @@ fn read(args: &Inspect) -> Result<Model, InspectError> {
     Ok(Model::restore(maps.capacity(), &maps.contents()?))
 }
 
+fn members(port: &Port, set: u32) -> Vec<SocketAddr> {
+    port.backends.iter().filter(|backend| backend.state.flags & set != 0).map(endpoint).collect()
+}
+
 /// Returns every Service port of `model`, with all traffic at zero.
 pub fn service_views(model: &Model) -> Vec<ServiceView> {
     let mut frontends: BTreeMap<u32, Vec<FrontendView>> = BTreeMap::new();
     for (key, value) in model.frontends.iter().filter(|(key, _)| key.kind != FrontendKind::Address as u8) {
         frontends.entry(value.service).or_default().push(frontend_view(key, value));
     }
-    let ports = model.ports.iter().map(|(key, port)| {
-        let set = |flag: u32| {
-            let members = port.backends.iter().filter(|b| b.state.flags & flag != 0);
-            members.map(endpoint).collect()
-        };
-        ServiceView {
-            namespace: key.service.namespace.to_string(),
-            name: key.service.name.to_string(),
-            port: key.port_name.to_string(),
-            protocol: proto::name(key.proto),
-            family: key.family.to_string(),
-            id: port.id,
-            frontends: frontends.remove(&port.id).unwrap_or_default(),
-            cluster: set(IN_CLUSTER),
-            local: set(IN_LOCAL),
-            affinity_seconds: port.service.affinity.seconds,
-            source_ranges: model.source_ranges_of(port.id).map(|range| range.to_string()).collect(),
-            traffic: TrafficView::default(),
-        }
+    let ports = model.ports.iter().map(|(key, port)| ServiceView {
+        namespace: key.service.namespace.to_string(),
+        name: key.service.name.to_string(),
+        port: key.port_name.to_string(),
+        protocol: proto::name(key.proto),
+        family: key.family.to_string(),
+        id: port.id,
+        frontends: frontends.remove(&port.id).unwrap_or_default(),
+        cluster: members(port, IN_CLUSTER),
+        local: members(port, IN_LOCAL),
+        affinity_seconds: port.service.affinity.seconds,
+        source_ranges: model.source_ranges_of(port.id).map(|range| range.to_string()).collect(),
+        traffic: TrafficView::default(),
     });
     ports.collect()
 }

@@ -16,6 +16,7 @@ use proxy_common::abi::maps;
 use proxy_common::abi::proto;
 use proxy_common::abi::{Counter, Event, IfIndex, Trace};
 use proxy_common::addr::Addr;
+use proxy_common::be::Be16;
 use serde::Serialize;
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -115,12 +116,8 @@ pub(crate) async fn run(
         Some([id]) => *id,
         Some(_) => 0,
     };
-    let open = |name| {
-        let path = pins.map(name);
-        MapData::from_pin(&path).map_err(|source| OpenError::Pin { path, source })
-    };
-    let mut trace = Array::<_, Trace>::try_from(Map::Array(open(maps::TRACE)?))?;
-    let mut ring = RingBuf::try_from(Map::RingBuf(open(maps::EVENTS)?))?;
+    let mut trace = Array::<_, Trace>::try_from(Map::Array(open(&pins, maps::TRACE)?))?;
+    let mut ring = RingBuf::try_from(Map::RingBuf(open(&pins, maps::EVENTS)?))?;
     // Events that somebody else has left are old.
     while ring.next().is_some() {}
 
@@ -218,15 +215,19 @@ impl Names {
 
     /// Returns the ids of every port of a Service.
     fn ids_of(&self, service: &str) -> Vec<u32> {
-        let is_port = |name: &str| {
+        let ports = self.services.iter().filter(|(_, name)| {
             name.strip_prefix(service).is_some_and(|rest| rest.is_empty() || rest.starts_with(':'))
-        };
-        self.services.iter().filter(|(_, name)| is_port(name)).map(|(id, _)| *id).collect()
+        });
+        ports.map(|(id, _)| *id).collect()
     }
 }
 
+fn open(pins: &PinDir, map: &str) -> Result<MapData, OpenError> {
+    let path = pins.map(map);
+    MapData::from_pin(&path).map_err(|source| OpenError::Pin { path, source })
+}
+
 fn view(event: &Event, names: &Names, clock: Clock) -> EventView {
-    let address = |addr: Addr, port: proxy_common::be::Be16| SocketAddr::new(addr.to_ip(), port.get());
     let at_socket = event.place == place::SOCKET;
     let source = address(event.source, event.source_port);
     let destination = address(event.destination, event.destination_port);
@@ -254,28 +255,35 @@ fn view(event: &Event, names: &Names, clock: Clock) -> EventView {
     }
 }
 
+fn address(addr: Addr, port: Be16) -> SocketAddr {
+    SocketAddr::new(addr.to_ip(), port.get())
+}
+
 fn device_name(ifindex: IfIndex) -> String {
-    let name = || {
-        let socket =
-            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)
-                .ok()?;
-        rustix::net::netdevice::index_to_name(&socket, ifindex.0).ok()
-    };
-    name().unwrap_or_else(|| ifindex.to_string())
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None);
+    let name = socket.and_then(|socket| rustix::net::netdevice::index_to_name(&socket, ifindex.0));
+    name.unwrap_or_else(|_gone| ifindex.to_string())
+}
+
+fn write_way(
+    f: &mut std::fmt::Formatter<'_>,
+    source: Option<SocketAddr>,
+    to: SocketAddr,
+) -> std::fmt::Result {
+    match source {
+        Some(source) => write!(f, "{source} -> {to}"),
+        None => write!(f, "-> {to}"),
+    }
 }
 
 impl std::fmt::Display for EventView {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { time, at, protocol, destination, what, .. } = self;
         write!(f, "{time:.6} {what:<22} {at} {} {protocol} ", self.direction.unwrap_or("-"))?;
-        let end = |f: &mut std::fmt::Formatter<'_>, source: Option<SocketAddr>, to: SocketAddr| match source {
-            Some(source) => write!(f, "{source} -> {to}"),
-            None => write!(f, "-> {to}"),
-        };
-        end(f, self.source, *destination)?;
+        write_way(f, self.source, *destination)?;
         if self.new_source.is_some() || self.new_destination.is_some() {
             f.write_str(" becomes ")?;
-            end(f, self.new_source.or(self.source), self.new_destination.unwrap_or(*destination))?;
+            write_way(f, self.new_source.or(self.source), self.new_destination.unwrap_or(*destination))?;
         }
         write!(f, "  {}", self.service.as_deref().unwrap_or("-"))
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use proxy_common::abi::node::PODS_IN_PACKETS;
 use serde::Serialize;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use crate::agent::knowledge::Knowledge;
@@ -21,7 +21,7 @@ use crate::commands::table::{line, table};
 use crate::config::Config;
 use crate::config::args::Output;
 use crate::config::devices::DetectLocal;
-use crate::host::watch_addresses;
+use crate::host::{HostAddresses, watch_addresses};
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::drift::{Difference, differences};
 use crate::reconcile::model::Model;
@@ -90,17 +90,8 @@ pub(crate) async fn run(config: &Config) -> Result<Findings, VerifyError> {
         }
         Err(_elapsed) => return Err(VerifyError::Silent(config.source.to_string())),
     }
-    let look = |known: &mut Knowledge| {
-        known.take_node(config);
-        known.take_addresses(&addresses.borrow());
-        if config.devices.settings.detect_local == DetectLocal::NodeCidr
-            && !known.take_pod_cidrs(&config.families)
-        {
-            return Err(VerifyError::from(AgentError::NoPodCidrs));
-        }
-        compare(known, config, &maps)
-    };
-    let first = look(&mut known)?;
+    take_host(&mut known, config, &addresses)?;
+    let first = compare(&mut known, config, &maps)?;
     if first.differences.is_empty() {
         return Ok(first);
     }
@@ -108,9 +99,25 @@ pub(crate) async fn run(config: &Config) -> Result<Findings, VerifyError> {
     while let Ok(update) = updates.try_recv() {
         take_in(&mut known, update);
     }
-    let mut second = look(&mut known)?;
+    take_host(&mut known, config, &addresses)?;
+    let mut second = compare(&mut known, config, &maps)?;
     second.differences.retain(|difference| first.differences.contains(difference));
     Ok(second)
+}
+
+/// Takes in the Node and the addresses of this host as they are now.
+fn take_host(
+    known: &mut Knowledge,
+    config: &Config,
+    addresses: &watch::Receiver<HostAddresses>,
+) -> Result<(), AgentError> {
+    known.take_node(config);
+    known.take_addresses(&addresses.borrow());
+    let by_pod_cidrs = config.devices.settings.detect_local == DetectLocal::NodeCidr;
+    if by_pod_cidrs && !known.take_pod_cidrs(&config.families) {
+        return Err(AgentError::NoPodCidrs);
+    }
+    Ok(())
 }
 
 /// Takes in an update. Returns true when the first full list is there.

@@ -58,15 +58,12 @@ impl PortReasons {
 
 impl From<&Standing> for EndpointReasons {
     fn from(standing: &Standing) -> Self {
-        let words = |result: Result<(), crate::reconcile::desired::Reason>| {
-            result.err().map(|why| why.words().to_owned())
-        };
         Self {
             endpoint: SocketAddr::new(standing.addr.to_ip(), standing.port),
             serving: standing.serving,
             on_this_node: standing.on_this_node,
-            not_in_cluster: words(standing.cluster),
-            not_in_local: words(standing.local),
+            not_in_cluster: standing.cluster.err().map(|why| why.words().to_owned()),
+            not_in_local: standing.local.err().map(|why| why.words().to_owned()),
         }
     }
 }

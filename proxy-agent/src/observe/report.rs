@@ -197,9 +197,9 @@ impl Report {
     }
 
     fn replace(&mut self, teller: Teller, by_object: BTreeMap<String, Vec<String>>) {
-        let solved = |(object, of): &&(String, Teller)| *of == teller && !by_object.contains_key(object);
-        let solved: Vec<_> = self.told.keys().filter(solved).cloned().collect();
-        for key in solved {
+        let told = self.told.keys().filter(|(_, of)| *of == teller);
+        let solved = told.filter(|(object, _)| !by_object.contains_key(object));
+        for key in solved.cloned().collect::<Vec<_>>() {
             self.tell(key, Vec::new());
         }
         for (object, reasons) in by_object {

@@ -10,7 +10,7 @@ use crate::agent::error::AgentError;
 use crate::agent::extent::Extent;
 use crate::agent::heavy::Begun;
 use crate::agent::kernel::{Kernel, cost};
-use crate::agent::knowledge::NodePlan;
+use crate::agent::knowledge::{Knowledge, NodePlan};
 use crate::agent::queue::Queue;
 use crate::agent::sweeps::Due;
 use crate::bpf::self_test;
@@ -200,13 +200,12 @@ impl Agent {
     fn program_some(&mut self, kernel: &mut Kernel, dirty: &[ObjectKey]) -> Result<bool, AgentError> {
         let Self { known, queue, shortage, .. } = self;
         for service in dirty {
-            queue.add(service.clone(), kernel.weight(service) + known.cluster.weight(service));
+            queue.add(service.clone(), weight(kernel, known, service));
         }
         let mut light = queue.take_light();
-        light.extend(queue.take_again(|service| {
-            let weight = || kernel.weight(service) + known.cluster.weight(service);
-            shortage.contains(service).then(weight)
-        }));
+        light.extend(
+            queue.take_again(|service| shortage.contains(service).then(|| weight(kernel, known, service))),
+        );
         let mut udp_stale = !light.is_empty() && self.program(kernel, &light, false)?;
         let known = &self.known;
         let begun = self.queue.take_heavy(|service| tokio::task::spawn_blocking(known.work_out(service)));
@@ -355,15 +354,23 @@ impl Agent {
     }
 }
 
+/// Returns the largest cost of replacing what a Service has by what it wants.
+fn weight(kernel: &Kernel, known: &Knowledge, service: &ObjectKey) -> usize {
+    kernel.weight(service) + known.cluster.weight(service)
+}
+
 /// Returns the number of Services of the next portion: as many as fit into [`PORTION`] by these weights, and at least
 /// one, if there is any.
 fn portion(weights: impl Iterator<Item = usize>) -> usize {
-    let mut sum = 0;
-    let fits = |(index, weight): &(usize, usize)| {
+    let (mut size, mut sum) = (0, 0);
+    for weight in weights {
         sum += weight;
-        sum <= PORTION || *index == 0
-    };
-    weights.enumerate().take_while(fits).count()
+        if sum > PORTION && size > 0 {
+            break;
+        }
+        size += 1;
+    }
+    size
 }
 
 #[cfg(test)]

@@ -84,8 +84,9 @@ impl Collection {
 
 /// Removes a record with the index entries that lead to it, if it has expired. Returns whether it did.
 fn remove(maps: &mut FlowMaps, key: &FlowKey, now: u64) -> Result<bool, MapError> {
-    let is_expired = |flow: &Flow| expired(flow, key.proto, now);
-    let Some(flow) = maps.flows.get(key)?.filter(is_expired) else { return Ok(false) };
+    let Some(flow) = maps.flows.get(key)?.filter(|flow| expired(flow, key.proto, now)) else {
+        return Ok(false);
+    };
     let vip = Some(vip_index(key, &flow).0);
     let snat = has_snat(&flow).then(|| snat_index(key, &flow.snat, flow.snat_port).0);
     let mut removed = Vec::with_capacity(2);
@@ -99,7 +100,7 @@ fn remove(maps: &mut FlowMaps, key: &FlowKey, now: u64) -> Result<bool, MapError
         }
     }
     match maps.flows.get(key)? {
-        Some(flow) if !is_expired(&flow) => {
+        Some(flow) if !expired(&flow, key.proto, now) => {
             // The flow has come to life again. If the entry is there already, it is the same.
             for (index, target) in removed {
                 let _ = maps.index.add(&index, &target);
@@ -114,15 +115,15 @@ fn remove(maps: &mut FlowMaps, key: &FlowKey, now: u64) -> Result<bool, MapError
 /// Returns whether an index entry leads to no record.
 fn dangles(maps: &FlowMaps, index: &FlowKey, target: &FlowRef) -> Result<bool, MapError> {
     let key = record_key(index, target);
-    // A record moves from NEW_FLOWS to FLOWS and is in both for a moment, so FLOWS is looked at again.
-    let absent = || -> Result<bool, MapError> {
-        Ok(maps.flows.get(&key)?.is_none()
-            && maps.new_flows.get(&key)?.is_none()
-            && maps.flows.get(&key)?.is_none())
-    };
     // A flow that has ended since the walk met the entry has neither entry nor record; a flow that has begun again has
     // both.
-    Ok(absent()? && maps.index.get(index)? == Some(*target) && absent()?)
+    Ok(is_absent(maps, &key)? && maps.index.get(index)? == Some(*target) && is_absent(maps, &key)?)
+}
+
+/// Returns whether there is no such record. A record moves from `NEW_FLOWS` to `FLOWS` and is in both for a moment, so
+/// `FLOWS` is looked at again.
+fn is_absent(maps: &FlowMaps, key: &FlowKey) -> Result<bool, MapError> {
+    Ok(maps.flows.get(key)?.is_none() && maps.new_flows.get(key)?.is_none() && maps.flows.get(key)?.is_none())
 }
 
 /// Returns the key of the record that an index entry leads to.

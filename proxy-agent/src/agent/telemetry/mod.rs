@@ -19,7 +19,7 @@ use crate::bpf::maps::KernelMaps;
 use crate::bpf::pins::PinDir;
 use crate::observe::metrics::{MapUsage, Metrics, PolicyKind, ReadError, Readers, Stage, SyncResult};
 use crate::reconcile::cluster::{Change, ObjectKey, Scope};
-use crate::reconcile::desired::{DesiredPort, DesiredService};
+use crate::reconcile::desired::DesiredService;
 use crate::reconcile::store::Op;
 
 /// Numbers of ports without local endpoints, by policy (index: as [`PolicyKind::ALL`]) and [`Family::index`].
@@ -214,21 +214,18 @@ impl Telemetry {
 /// Returns the numbers of ports of a Service that have endpoints, but none on this node, where a Local policy counts.
 fn remote(desired: &DesiredService) -> Remote {
     let mut remote = Remote::default();
-    let elsewhere = |port: &&DesiredPort| {
-        port.empty_local == SlotRange::DROP
-            && port.backends.iter().all(|backend| backend.flags & IN_LOCAL == 0)
-    };
-    for port in desired.ports.iter().filter(elsewhere) {
-        let is_local = |external: u16| {
-            port.frontends.iter().any(|(key, flags)| {
+    for port in desired.ports.iter().filter(|port| port.empty_local == SlotRange::DROP) {
+        if port.backends.iter().any(|backend| backend.flags & IN_LOCAL != 0) {
+            continue;
+        }
+        for (by_family, external) in remote.iter_mut().zip([0, EXTERNAL]) {
+            let is_local = port.frontends.iter().any(|(key, flags)| {
                 key.kind != FrontendKind::Address as u8
                     && flags & EXTERNAL == external
                     && flags & FAR_LOCAL != 0
-            })
-        };
-        for (by_family, external) in remote.iter_mut().zip([0, EXTERNAL]) {
+            });
             if let Some(count) = by_family.get_mut(port.key.family.index()) {
-                *count += usize::from(is_local(external));
+                *count += usize::from(is_local);
             }
         }
     }
@@ -241,25 +238,29 @@ pub(crate) fn readers(pins: &PinDir, counts: Counts) -> Readers {
     Readers {
         verdicts: Box::new(move || {
             let maps = KernelMaps::open(&for_counters, false)?;
-            let read = |counter: Counter| Ok((counter.name(), maps.counter(counter)?));
-            Counter::ALL.into_iter().map(read).collect()
+            Counter::ALL.into_iter().map(|counter| Ok((counter.name(), maps.counter(counter)?))).collect()
         }),
         maps: Box::new(move || {
-            let capacity = |map: &str| -> Result<u64, ReadError> {
-                Ok(MapInfo::from_pin(pins.map(map))?.max_entries().into())
-            };
             let usage = KernelMaps::open(&pins, false)?.usage()?.into_iter();
             let mut maps: Vec<MapUsage> = usage
                 .map(|(map, entries, capacity)| MapUsage { map, entries: Some(entries), capacity })
                 .collect();
             for (map, entries) in counts.get() {
-                maps.push(MapUsage { map, entries: Some(entries), capacity: capacity(map)? });
+                maps.push(MapUsage { map, entries: Some(entries), capacity: capacity(&pins, map)? });
             }
             // Elements of STREAMS are found by number, so it is unknown which are in use.
-            maps.push(MapUsage { map: maps::STREAMS, entries: None, capacity: capacity(maps::STREAMS)? });
+            maps.push(MapUsage {
+                map: maps::STREAMS,
+                entries: None,
+                capacity: capacity(&pins, maps::STREAMS)?,
+            });
             Ok(maps)
         }),
     }
+}
+
+fn capacity(pins: &PinDir, map: &str) -> Result<u64, ReadError> {
+    Ok(MapInfo::from_pin(pins.map(map))?.max_entries().into())
 }
 
 #[cfg(test)]

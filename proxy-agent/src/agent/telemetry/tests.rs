@@ -185,6 +185,17 @@ fn p218_p219_changes_that_carry_a_time() {
     assert_eq!(world.sample("kubeproxy_sync_proxy_rules_endpoint_changes_total"), 3.0);
 }
 
+fn slow(_: &[Op]) -> Result<(), ()> {
+    std::thread::sleep(Duration::from_millis(20));
+    Ok(())
+}
+
+/// Returns the number of times that a stage was measured, and their sum.
+fn stage(world: &World, stage: &str) -> [f64; 2] {
+    ["count", "sum"]
+        .map(|part| world.sample(&format!("vipr_programming_duration_seconds_{part}{{stage=\"{stage}\"}}")))
+}
+
 #[test]
 fn stages_and_operations_of_a_sync() {
     let mut world = World::new();
@@ -192,18 +203,10 @@ fn stages_and_operations_of_a_sync() {
     let began = Instant::now();
     world.telemetry.sync_begins(true);
     let ops = [Op::NodeFlags(1), Op::NodeFlags(0), Op::Slots(1, vec![1])];
-    let slow = |_: &[Op]| -> Result<(), ()> {
-        std::thread::sleep(Duration::from_millis(20));
-        Ok(())
-    };
     world.telemetry.writing(&ops, slow).unwrap();
     world.telemetry.sync_ended(true);
     let took = began.elapsed().as_secs_f64();
-    let stage = |world: &World, stage: &str| {
-        let name = |part| format!("vipr_programming_duration_seconds_{part}{{stage=\"{stage}\"}}");
-        (world.sample(&name("count")), world.sample(&name("sum")))
-    };
-    let [(waits, _), (plans, plan), (writes, write)] =
+    let [[waits, _], [plans, plan], [writes, write]] =
         ["wait", "plan", "write"].map(|name| stage(&world, name));
     assert_eq!((waits, plans, writes), (1.0, 1.0, 1.0));
     assert!(write >= 0.02 && plan + write <= took, "{plan} {write} {took}");
@@ -211,7 +214,7 @@ fn stages_and_operations_of_a_sync() {
     assert_eq!(world.sample("vipr_map_operations_total{map=\"SLOTS\"}"), 1.0);
     // No change waited for the next sync.
     world.sync(true);
-    assert_eq!(stage(&world, "wait").0, 1.0);
+    assert_eq!(stage(&world, "wait")[0], 1.0);
     assert_eq!(
         world.sample("kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"}"),
         1.0

@@ -176,7 +176,6 @@ pub fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanat
         explanation.frontend = Some(frontend_view(&key, &value));
         if let Some((key, port)) = model.ports.iter().find(|(_, port)| port.id == value.service) {
             among = port.backends.len();
-            let ranges = || model.source_ranges_of(port.id);
             let filtered = value.flags & SOURCE_RANGES != 0;
             explanation.service = Some(ServiceView {
                 namespace: key.service.namespace.to_string(),
@@ -184,7 +183,11 @@ pub fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanat
                 port: key.port_name.to_string(),
                 id: port.id,
                 affinity_seconds: port.service.affinity.seconds,
-                source_ranges: ranges().filter(|_| filtered).map(|range| range.to_string()).collect(),
+                source_ranges: model
+                    .source_ranges_of(port.id)
+                    .filter(|_| filtered)
+                    .map(|range| range.to_string())
+                    .collect(),
                 client_in_source_ranges: from
                     .filter(|_| filtered)
                     .map(|from| maps.in_source_ranges(port.id, &from)),

@@ -125,10 +125,10 @@ impl ClientPod {
     /// [`PodError`].
     pub(crate) async fn look_up(source: &Source, key: &ObjectKey) -> Result<Self, PodError> {
         let (pod, mut place) = (key.clone(), source.to_string());
-        let failed = |source| PodError::Source { pod: key.clone(), source };
         let object = match source {
             Source::Manifests(directory) => {
-                let (object, unreadable) = manifests::pod(directory, key).map_err(failed)?;
+                let (object, unreadable) = manifests::pod(directory, key)
+                    .map_err(|source| PodError::Source { pod: key.clone(), source })?;
                 for Problem { object, reason } in unreadable {
                     place += &format!(" (where {object} cannot be used: {reason})");
                 }
@@ -136,7 +136,7 @@ impl ClientPod {
             }
             Source::Kubernetes { kubeconfig, master } => {
                 let server = api::Server::configured(kubeconfig.as_deref(), master.as_ref());
-                let server = server.map_err(failed)?;
+                let server = server.map_err(|source| PodError::Source { pod: key.clone(), source })?;
                 let pods = Api::<objects::Pod>::namespaced(server.client, &key.namespace);
                 let place = format!("the API server {}", server.url);
                 match timeout(PATIENCE, pods.get_opt(&key.name)).await {
@@ -303,10 +303,13 @@ mod tests {
     #[tokio::test]
     async fn a_file_that_cannot_be_used_is_named_if_the_pod_is_nowhere_else() {
         let directory = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| std::fs::write(directory.path().join(name), text).unwrap();
-        write("a.yaml", "kind: [\n");
-        write("b.yaml", "apiVersion: v1\nkind: Pod\nmetadata: {name: cart-1}\nstatus: {podIP: 10.64.1.50}\n");
-        write("ignored.txt", "kind: [\n");
+        for (name, text) in [
+            ("a.yaml", "kind: [\n"),
+            ("b.yaml", "apiVersion: v1\nkind: Pod\nmetadata: {name: cart-1}\nstatus: {podIP: 10.64.1.50}\n"),
+            ("ignored.txt", "kind: [\n"),
+        ] {
+            std::fs::write(directory.path().join(name), text).unwrap();
+        }
         let source = Source::Manifests(directory.path().to_owned());
         let found = ClientPod::look_up(&source, &ObjectKey::new("default", "cart-1")).await.unwrap();
         assert_eq!(told(&found, Family::V4), "10.64.1.50");

@@ -208,6 +208,10 @@ pub fn words(explanation: &Explanation, out: &mut impl Write) -> io::Result<()> 
     table(["  CLIENT", "VERDICT", "BACKENDS OR REASON"], rows, out)
 }
 
+fn mark(set: bool) -> String {
+    if set { "yes" } else { "-" }.to_owned()
+}
+
 /// Prints a Service port with its backends. `from` is the client's address.
 fn service_words(service: &ServiceView, from: Option<IpAddr>, out: &mut impl Write) -> io::Result<()> {
     let port =
@@ -226,15 +230,14 @@ fn service_words(service: &ServiceView, from: Option<IpAddr>, out: &mut impl Wri
         };
         line(out, format_args!("sources:   {ranges}{client}"))?;
     }
-    let yes = |set: bool| if set { "yes" } else { "-" }.to_owned();
     writeln!(out, "backends:  {}", if service.backends.is_empty() { "none" } else { "" })?;
     let rows = service.backends.iter().map(|backend| {
         [
             format!("  {}", backend.endpoint),
-            yes(backend.in_cluster),
-            yes(backend.in_local),
-            yes(backend.serving),
-            yes(backend.on_this_node),
+            mark(backend.in_cluster),
+            mark(backend.in_local),
+            mark(backend.serving),
+            mark(backend.on_this_node),
             backend.reason.clone(),
         ]
     });

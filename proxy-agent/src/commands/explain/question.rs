@@ -36,7 +36,6 @@ impl Question {
             }
             _ => &[0, 8, 0, 0],
         });
-        let length = |bytes: usize| u16::try_from(bytes).unwrap_or(u16::MAX).to_be_bytes();
         let mut packet = vec![0; MAC_HEADER - 2];
         match self.addr.family() {
             Family::V4 => {
@@ -55,4 +54,8 @@ impl Question {
         packet.extend(segment);
         packet
     }
+}
+
+fn length(bytes: usize) -> [u8; 2] {
+    u16::try_from(bytes).unwrap_or(u16::MAX).to_be_bytes()
 }

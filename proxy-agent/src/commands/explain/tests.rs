@@ -70,17 +70,20 @@ fn contents() -> Contents {
     }
     contents.slots = vec![0, 1, 2, 3, 1, 5, 6];
     let none = Affinity::default();
-    let range = |base, len| SlotRange { base, len };
     contents.services = vec![
         Service { cluster: SlotRange::REJECT, local: SlotRange::REJECT, affinity: none },
-        Service { cluster: range(1, 3), local: range(4, 1), affinity: none },
+        Service {
+            cluster: SlotRange { base: 1, len: 3 },
+            local: SlotRange { base: 4, len: 1 },
+            affinity: none,
+        },
         Service { cluster: SlotRange::REJECT, local: SlotRange::REJECT, affinity: none },
         Service {
-            cluster: range(5, 2),
+            cluster: SlotRange { base: 5, len: 2 },
             local: SlotRange::DROP,
             affinity: Affinity { seconds: 100, epoch: 3 },
         },
-        Service { cluster: range(2, 2), local: SlotRange::DROP, affinity: none },
+        Service { cluster: SlotRange { base: 2, len: 2 }, local: SlotRange::DROP, affinity: none },
     ];
     for (id, name, proto) in [(1, "cart", TCP), (2, "empty", TCP), (3, "sticky", UDP), (4, "near", TCP)] {
         let service = ObjectKey::new("shop", name);
@@ -130,18 +133,22 @@ fn ask(maps: &Simulator, proto: u8, target: &str, from: &str) -> Explanation {
 /// Returns `CLIENT VERDICT`, and the backends that the client may get, by the last octet, or the counter. A `!`
 /// precedes a remembered backend.
 fn told(explanation: &Explanation) -> Vec<String> {
-    let octet = |backend: &SocketAddr| Addr::from(backend.ip()).v4_octets()[3].to_string();
-    let told = |answer: &Answer| {
-        let backends: Vec<String> = answer.backends.iter().map(octet).collect();
-        let remembered = answer.remembered.as_ref().map(|backend| format!(" !{}", octet(backend)));
-        let what = if answer.verdict == Verdict::Served {
-            format!("{}{}", backends.join(","), remembered.unwrap_or_default())
-        } else {
-            answer.counter.unwrap_or("-").to_owned()
-        };
-        format!("{:?} {:?} {what}", answer.client, answer.verdict)
+    explanation.clients.iter().map(told_of).collect()
+}
+
+fn told_of(answer: &Answer) -> String {
+    let backends: Vec<String> = answer.backends.iter().map(octet).collect();
+    let remembered = answer.remembered.as_ref().map(|backend| format!(" !{}", octet(backend)));
+    let what = if answer.verdict == Verdict::Served {
+        format!("{}{}", backends.join(","), remembered.unwrap_or_default())
+    } else {
+        answer.counter.unwrap_or("-").to_owned()
     };
-    explanation.clients.iter().map(told).collect()
+    format!("{:?} {:?} {what}", answer.client, answer.verdict)
+}
+
+fn octet(backend: &SocketAddr) -> String {
+    Addr::from(backend.ip()).v4_octets()[3].to_string()
 }
 
 #[track_caller]
@@ -226,9 +233,18 @@ fn what_may_have_been_meant() {
 
 #[test]
 fn without_endpoints() {
-    let refused = |client: &str| format!("{client} Refused reject_no_endpoint");
-    let want: Vec<String> = ["Host", "Pod", "PodPackets", "Outside"].map(refused).into();
-    assert_eq!(told(&ask(&maps(&contents()), TCP, "10.96.0.20:80", "")), want);
+    check(
+        TCP,
+        "10.96.0.20:80",
+        "",
+        Owner::Frontend,
+        &[
+            "Host Refused reject_no_endpoint",
+            "Pod Refused reject_no_endpoint",
+            "PodPackets Refused reject_no_endpoint",
+            "Outside Refused reject_no_endpoint",
+        ],
+    );
     check(
         TCP,
         "10.96.0.40:80",
@@ -432,28 +448,26 @@ fn sockets_of_a_pod_that_has_opted_out_leave_everything_to_packets() {
     }
 }
 
+fn note(explanation: &Explanation, here: Option<&str>, opted_out: usize) -> String {
+    client_note(explanation, here, opted_out).unwrap_or_default()
+}
+
 /// The host's packet is answered where it would leave the host.
 #[test]
 fn a_process_of_the_host_is_refused_where_its_socket_cannot_be_told_more() {
-    let asked = |flags| {
-        let maps = maps(&Contents { node_flags: flags, ..contents() });
-        ["10.96.0.40:80", "10.96.0.20:80"].map(|target| told(&ask(&maps, TCP, target, "192.0.2.10")))
-    };
-    let [silent, empty] = asked(0);
-    assert_eq!(silent, ["Host Denied drop_no_local_endpoint"]);
-    assert_eq!(empty, ["Host Refused reject_no_endpoint"]);
-    assert_eq!(
-        asked(HOST_IN_PACKETS),
-        [["Host Refused drop_no_local_endpoint"], ["Host Refused reject_no_endpoint"]]
-    );
+    for (node_flags, silent) in
+        [(0, "Host Denied drop_no_local_endpoint"), (HOST_IN_PACKETS, "Host Refused drop_no_local_endpoint")]
+    {
+        let maps = maps(&Contents { node_flags, ..contents() });
+        assert_eq!(told(&ask(&maps, TCP, "10.96.0.40:80", "192.0.2.10")), [silent]);
+        let empty = told(&ask(&maps, TCP, "10.96.0.20:80", "192.0.2.10"));
+        assert_eq!(empty, ["Host Refused reject_no_endpoint"]);
+    }
 }
 
 #[test]
 fn what_limits_an_answer_is_told() {
     let mut explanation = ask(&maps(&contents()), TCP, "10.96.0.10:80", "10.64.1.50");
-    let note = |explanation: &Explanation, here, opted_out| {
-        client_note(explanation, here, opted_out).unwrap_or_default()
-    };
     assert_eq!(note(&explanation, Some("n1"), 0), "");
     assert!(note(&explanation, Some("n1"), 2).contains("opted out of the socket edge (2)"));
     let pod = PodView {

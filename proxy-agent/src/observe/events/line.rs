@@ -179,8 +179,9 @@ mod tests {
     /// Returns the number of Events that are taken in out of a thousand of a namespace.
     fn flood(line: &mut Line<()>, namespace: &str, now: Instant) -> usize {
         let note = format!("{now:?}");
-        let take = |n: &u32| line.take(event(namespace, &n.to_string(), &note), (), now) != Verdict::TooMany;
-        (0..1_000).filter(take).count()
+        let mut events = (0..1_000).map(|n| event(namespace, &n.to_string(), &note));
+        let verdicts = events.by_ref().map(|event| line.take(event, (), now));
+        verdicts.filter(|verdict| *verdict != Verdict::TooMany).count()
     }
 
     #[test]

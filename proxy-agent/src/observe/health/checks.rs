@@ -170,16 +170,17 @@ mod tests {
 
     #[test]
     fn p195_p196_only_load_balanced_services_with_local_policy_have_one() {
-        let none = |spec: Value| {
+        for spec in [
+            json!({"type": "NodePort"}),
+            json!({"type": "ClusterIP", "externalIPs": ["198.18.9.9"]}),
+            json!({"externalTrafficPolicy": "Cluster"}),
+            json!({"healthCheckNodePort": 0}),
+            json!({"ports": []}),
+        ] {
             for family in Family::ALL {
                 assert_eq!(check(&service(&spec), [].into_iter(), family), None, "{spec}");
             }
-        };
-        none(json!({"type": "NodePort"}));
-        none(json!({"type": "ClusterIP", "externalIPs": ["198.18.9.9"]}));
-        none(json!({"externalTrafficPolicy": "Cluster"}));
-        none(json!({"healthCheckNodePort": 0}));
-        none(json!({"ports": []}));
+        }
         let single = service(&json!({"ipFamilies": ["IPv6"], "clusterIPs": ["fd00:96::10"]}));
         assert_eq!(check(&single, [].into_iter(), Family::V4), None);
         assert_eq!(check(&single, [].into_iter(), Family::V6), Some(Check { port: 32000, endpoints: 0 }));

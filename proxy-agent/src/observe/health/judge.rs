@@ -68,8 +68,8 @@ impl FamilyState {
     /// Returns whether the family is not stuck. A family that was never updated is not judged: it is starting, or not
     /// in use.
     fn healthy(&self, now: Instant, stuck_after: Duration) -> bool {
-        let stuck = |since| now.saturating_duration_since(since) >= stuck_after;
-        self.last_updated.is_none() || !self.oldest_queued.is_some_and(stuck)
+        let waits = self.oldest_queued.map(|since| now.saturating_duration_since(since));
+        self.last_updated.is_none() || waits.is_none_or(|waits| waits < stuck_after)
     }
 }
 

@@ -130,20 +130,23 @@ mod tests {
         !matches!(seat.gone.try_recv(), Err(oneshot::error::TryRecvError::Empty))
     }
 
+    fn enter(room: &Room, port: u16, source: &str) -> Seat {
+        room.enter(port, source.parse().unwrap())
+    }
+
     #[test]
     fn who_comes_gets_a_place_of_whoever_has_most() {
         let room = Room::new(4);
-        let enter = |port, source: &str| room.enter(port, source.parse().unwrap());
-        let mut many: Vec<Seat> = (0..3).map(|_| enter(1, "192.0.2.1")).collect();
-        let mut one = enter(1, "192.0.2.2");
-        let mut newcomer = enter(1, "192.0.2.3");
+        let mut many: Vec<Seat> = (0..3).map(|_| enter(&room, 1, "192.0.2.1")).collect();
+        let mut one = enter(&room, 1, "192.0.2.2");
+        let mut newcomer = enter(&room, 1, "192.0.2.3");
         assert_eq!(many.iter_mut().map(has_left).collect::<Vec<_>>(), [true, false, false]);
         assert!(!has_left(&mut one) && !has_left(&mut newcomer));
         // Of sources with equally many connections, the one with the oldest connection.
         drop(many.pop());
-        let mut next = enter(1, "192.0.2.4");
+        let mut next = enter(&room, 1, "192.0.2.4");
         assert!(![&mut one, &mut newcomer, &mut next].map(has_left).contains(&true));
-        let _last = enter(1, "192.0.2.5");
+        let _last = enter(&room, 1, "192.0.2.5");
         assert_eq!(many.iter_mut().map(has_left).collect::<Vec<_>>(), [true, true]);
         assert!(![&mut one, &mut newcomer, &mut next].map(has_left).contains(&true));
     }
@@ -151,23 +154,22 @@ mod tests {
     #[test]
     fn a_port_takes_nothing_from_another_one() {
         let room = Room::new(4);
-        let enter = |port, source: u8| room.enter(port, IpAddr::from([192, 0, 2, source]));
-        let mut quiet = enter(2, 1);
+        let mut quiet = enter(&room, 2, "192.0.2.1");
         // Each connection comes from another source.
-        let mut crowd: Vec<Seat> = (2..20).map(|source| enter(1, source)).collect();
+        let mut crowd: Vec<Seat> =
+            (2..20).map(|source| enter(&room, 1, &format!("192.0.2.{source}"))).collect();
         assert!(!has_left(&mut quiet));
         assert_eq!(crowd.iter_mut().map(has_left).filter(|left| !left).count(), 3);
-        let mut other = enter(2, 200);
+        let mut other = enter(&room, 2, "192.0.2.200");
         assert!(!has_left(&mut other) && !has_left(&mut quiet));
     }
 
     #[test]
     fn an_ipv6_network_is_one_source() {
         let room = Room::new(3);
-        let enter = |source: &str| room.enter(1, source.parse().unwrap());
-        let mut own = enter("2001:db8:1::1");
-        let mut crowd = [enter("2001:db8:2::1"), enter("2001:db8:2::ffff:2")];
-        let _next = enter("2001:db8:2::3");
+        let mut own = enter(&room, 1, "2001:db8:1::1");
+        let mut crowd = ["2001:db8:2::1", "2001:db8:2::ffff:2"].map(|source| enter(&room, 1, source));
+        let _next = enter(&room, 1, "2001:db8:2::3");
         assert_eq!(crowd.each_mut().map(has_left), [true, false]);
         assert!(!has_left(&mut own));
         assert_eq!(network("::ffff:192.0.2.1".parse().unwrap()), IpAddr::from([192, 0, 2, 1]));
@@ -176,11 +178,10 @@ mod tests {
     #[test]
     fn a_place_is_free_when_it_is_dropped() {
         let room = Room::new(1);
-        let enter = || room.enter(1, IpAddr::from([192, 0, 2, 1]));
-        drop(enter());
-        let mut seat = enter();
+        drop(enter(&room, 1, "192.0.2.1"));
+        let mut seat = enter(&room, 1, "192.0.2.1");
         assert!(!has_left(&mut seat));
-        let mut next = enter();
+        let mut next = enter(&room, 1, "192.0.2.1");
         // The seat has lost its place already, and its drop frees no other place.
         assert!(has_left(&mut seat));
         drop(seat);

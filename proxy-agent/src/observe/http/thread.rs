@@ -22,11 +22,10 @@ impl ServerThread {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
-        let run = move || {
+        std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             // Nothing is ever sent on this channel.
             let _ = runtime.block_on(stopped);
-        };
-        std::thread::Builder::new().name(name.to_owned()).spawn(run)?;
+        })?;
         Ok(Self { handle, _stop: stop })
     }
 

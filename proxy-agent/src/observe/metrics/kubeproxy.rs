@@ -36,7 +36,6 @@ pub(super) struct KubeProxy {
 impl KubeProxy {
     /// Registers all of them. The encoder appends `_total` to the name of a counter, and nothing to that of a gauge.
     pub(super) fn new(registry: &mut Registry) -> Self {
-        let sync = || Durations::new_with_constructor(Buckets::Sync);
         let (sweep_duration, swept) = Self::sweeps(registry);
         let [(endpoint_changes, endpoint_changes_pending), (service_changes, service_changes_pending)] =
             Self::changes(registry);
@@ -45,19 +44,19 @@ impl KubeProxy {
                 registry,
                 "sync_proxy_rules_duration_seconds",
                 "Time that a sync took, failed ones included",
-                sync(),
+                Durations::new_with_constructor(Buckets::Sync),
             ),
             full_sync_duration: register(
                 registry,
                 "sync_full_proxy_rules_duration_seconds",
                 "Time that a sync of everything took: at the start, after a failure, when maps grow, when the zone of the Node changes",
-                sync(),
+                Durations::new_with_constructor(Buckets::Sync),
             ),
             partial_sync_duration: register(
                 registry,
                 "sync_partial_proxy_rules_duration_seconds",
                 "Time that a sync of what has changed took",
-                sync(),
+                Durations::new_with_constructor(Buckets::Sync),
             ),
             sync_last: register(
                 registry,

@@ -150,25 +150,29 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Duration;
 
+    use tokio::task::JoinHandle;
+
     use super::*;
+
+    /// Asks for a reading, which takes a while and counts the readings before it.
+    fn ask(readings: &Readings, count: &Arc<AtomicUsize>) -> JoinHandle<usize> {
+        let (readings, count) = (readings.clone(), Arc::clone(count));
+        tokio::spawn(async move {
+            let reading = readings.text(move || {
+                std::thread::sleep(Duration::from_millis(20));
+                count.fetch_add(1, Ordering::Relaxed).to_string()
+            });
+            reading.await.parse().unwrap()
+        })
+    }
 
     #[tokio::test]
     async fn a_crowd_is_answered_by_few_readings_none_older_than_its_question() {
         let readings = Readings::default();
         let count = Arc::new(AtomicUsize::new(0));
-        let ask = || {
-            let (readings, count) = (readings.clone(), Arc::clone(&count));
-            tokio::spawn(async move {
-                let read = move || {
-                    std::thread::sleep(Duration::from_millis(20));
-                    count.fetch_add(1, Ordering::Relaxed).to_string()
-                };
-                readings.text(read).await.parse::<usize>().unwrap()
-            })
-        };
         for _ in 0..3 {
             let before = count.load(Ordering::Relaxed);
-            for answer in (0..100).map(|_| ask()).collect::<Vec<_>>() {
+            for answer in (0..100).map(|_| ask(&readings, &count)).collect::<Vec<_>>() {
                 assert!(answer.await.unwrap() >= before);
             }
             assert!(count.load(Ordering::Relaxed) <= before + 2);

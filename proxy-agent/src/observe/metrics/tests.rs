@@ -121,27 +121,40 @@ fn sweeps_count_by_family() {
     check(&metrics, count, &[&format!("{count} 2")]);
 }
 
+/// Returns the value of a metric of this process.
+fn of_process(metrics: &Metrics, name: &str) -> f64 {
+    let [line] = &samples(metrics, &format!("process_{name} "))[..] else { panic!("one {name}") };
+    line.split_once(' ').unwrap().1.parse().unwrap()
+}
+
 #[test]
 fn this_process_is_measured() {
     let metrics = Metrics::new(Readers::default());
-    let value = |name: &str| -> f64 {
-        let [line] = &samples(&metrics, &format!("process_{name} "))[..] else { panic!("one {name}") };
-        line.split_once(' ').unwrap().1.parse().unwrap()
-    };
-    let before = value("cpu_seconds_total");
+    let before = of_process(&metrics, "cpu_seconds_total");
     assert!(before > 0.0);
     let mut work = 0_u64;
-    while value("cpu_seconds_total") < before + 0.01 {
+    while of_process(&metrics, "cpu_seconds_total") < before + 0.01 {
         work = (0..1000).fold(work, u64::wrapping_add);
     }
-    assert!((now() - value("start_time_seconds")) < 60.0);
-    let (memory, space) = (value("resident_memory_bytes"), value("virtual_memory_bytes"));
+    assert!((now() - of_process(&metrics, "start_time_seconds")) < 60.0);
+    let (memory, space) =
+        (of_process(&metrics, "resident_memory_bytes"), of_process(&metrics, "virtual_memory_bytes"));
     assert!(memory > 1e6 && memory < space, "{memory} {space}");
-    let open = value("open_fds");
-    assert!((3.0..value("max_fds")).contains(&open), "{open}");
+    let open = of_process(&metrics, "open_fds");
+    assert!((3.0..of_process(&metrics, "max_fds")).contains(&open), "{open}");
     let files: Vec<_> = (0..50).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
     // Other tests open and close files beside this one.
-    assert!(value("open_fds") > open + 20.0, "{files:?}");
+    assert!(of_process(&metrics, "open_fds") > open + 20.0, "{files:?}");
+}
+
+/// Returns the buckets of a histogram of IPv4, as `LIMIT:COUNT`.
+fn buckets(metrics: &Metrics, name: &str) -> Vec<String> {
+    let text = metrics.text();
+    let prefix = format!("kubeproxy_{name}_bucket{{le=\"");
+    text.lines()
+        .filter_map(|line| line.strip_prefix(&prefix)?.split_once("\",ip_family=\"IPv4\"} "))
+        .map(|(le, count)| format!("{le}:{count}"))
+        .collect()
 }
 
 #[test]
@@ -149,19 +162,11 @@ fn buckets_are_kube_proxys() {
     let metrics = Metrics::new(Readers::default());
     metrics.synced(&[Family::V4], sync(2, true));
     metrics.network_programmed(Family::V4, Duration::from_secs(61));
-    let buckets = |name: &str| -> Vec<String> {
-        let text = metrics.text();
-        let prefix = format!("kubeproxy_{name}_bucket{{le=\"");
-        text.lines()
-            .filter_map(|line| line.strip_prefix(&prefix)?.split_once("\",ip_family=\"IPv4\"} "))
-            .map(|(le, count)| format!("{le}:{count}"))
-            .collect()
-    };
-    let sync = buckets("sync_proxy_rules_duration_seconds");
+    let sync = buckets(&metrics, "sync_proxy_rules_duration_seconds");
     assert_eq!(sync.len(), 16, "{sync:?}");
     assert_eq!(sync[..3], ["0.001:0", "0.002:1", "0.004:1"]);
     assert_eq!(sync[14..], ["16.384:1", "+Inf:1"]);
-    let programming = buckets("network_programming_duration_seconds");
+    let programming = buckets(&metrics, "network_programming_duration_seconds");
     assert_eq!(programming.len(), 2 + 59 + 12 + 7 + 1, "{programming:?}");
     assert_eq!(programming[..4], ["0.25:0", "0.5:0", "1:0", "2:0"]);
     assert_eq!(programming[60..64], ["59:0", "60:0", "65:1", "70:1"]);

@@ -144,8 +144,8 @@ fn places(wanted: &Wanted) -> BTreeMap<(ObjectKey, SocketAddr), usize> {
     for (service, checks) in &wanted.services {
         for (addresses, check) in wanted.listen_on.iter().zip(checks) {
             let Some(Check { port, endpoints }) = *check else { continue };
-            let at = |address: &IpAddr| ((service.clone(), SocketAddr::new(*address, port)), endpoints);
-            places.extend(addresses.iter().map(at));
+            let addresses = addresses.iter().map(|address| SocketAddr::new(*address, port));
+            places.extend(addresses.map(|address| ((service.clone(), address), endpoints)));
         }
     }
     places

@@ -134,12 +134,12 @@ fn p197_a_port_changes_hands() {
     block_on(async {
         let mut ports = start(&Health::new(Duration::from_secs(30)));
         let port = free_port();
-        let to = |name: &str| {
-            let of = |service: &str| (service == name).then_some(Check { port, endpoints: 1 });
-            ["s", "t"].map(|service| (key(service), [of(service), None])).into_iter()
-        };
         for name in ["t", "s", "t"] {
-            ports.services(to(name));
+            let checks = ["s", "t"].map(|service| {
+                let check = (service == name).then_some(Check { port, endpoints: 1 });
+                (key(service), [check, None])
+            });
+            ports.services(checks.into_iter());
             let want = answer(&key(name), 1, true).body;
             until(port, "/", |got| got.as_ref().is_ok_and(|got| got.body == want)).await.unwrap();
         }
