@@ -140,7 +140,7 @@ fn translate(ctx: &TcContext) -> Option<i32> {
     let key = FrontendKey::exact(Addr::v4(vip), Be16 { bytes: port }, proto::TCP);
     // SAFETY: copied at once, and nobody writes this map while the benchmark runs.
     let frontend = unsafe { REFERENCE_FRONTENDS.get(key) }.copied()?;
-    let service = REFERENCE_SERVICES.get_ptr(frontend.service)?;
+    let service = REFERENCE_SERVICES.get_ptr(frontend.service.0)?;
     // SAFETY: the kernel's lookup returned a pointer to a whole element.
     let base = unsafe { read_volatile(service) }.cluster.base;
     let backend = REFERENCE_BACKENDS.get_ptr(base)?;
@@ -159,7 +159,7 @@ fn translate(ctx: &TcContext) -> Option<i32> {
     };
     // SAFETY: one field is copied at once.
     let known = unsafe { REFERENCE_FLOWS.get(flow) }?.backend;
-    if known != base {
+    if known.0 != base {
         return None;
     }
     let (to, to_port) = (backend.addr.v4_octets(), backend.port.bytes);

@@ -7,8 +7,8 @@ use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingB
 use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, Device, FILTER_WORDS, Flow, FlowKey, FlowRef, FragmentKey,
-    FragmentPorts, FrontendKey, FrontendValue, Node, Service, ServiceCounters, ServiceName, SocketRecord,
-    StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order, socket::STREAM_SLOTS,
+    FragmentPorts, FrontendKey, FrontendValue, Node, Service, ServiceCounters, ServiceId, ServiceName,
+    SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order, socket::STREAM_SLOTS,
 };
 use proxy_common::addr::Addr;
 use proxy_common::datapath::edge::work::Scratch;
@@ -122,7 +122,7 @@ pub(crate) static COARSE_CLOCK: Global<u8> = Global::new(0);
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct SourceRange {
-    pub(crate) service: u32,
+    pub(crate) service: ServiceId,
     pub(crate) addr: Addr,
 }
 

@@ -5,9 +5,9 @@ use core::ptr::read_volatile;
 use aya_ebpf::btf_maps::lpm_trie;
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use proxy_common::abi::{
-    AffinityKey, AffinityValue, Backend, Counter, Device, Event, Flow, FlowKey, FlowRef, FragmentKey,
-    FragmentPorts, FrontendKey, FrontendValue, IfIndex, Node, Service, StreamRecord, Trace, UdpFlow,
-    UdpFlowKey,
+    AffinityKey, AffinityValue, Backend, BackendId, Counter, Device, Event, Flow, FlowKey, FlowRef,
+    FragmentKey, FragmentPorts, FrontendKey, FrontendValue, IfIndex, Node, Service, ServiceId, StreamRecord,
+    Trace, UdpFlow, UdpFlowKey,
 };
 use proxy_common::addr::Addr;
 use proxy_common::datapath::edge::tables::EdgeTables;
@@ -56,20 +56,20 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn service(&self, id: u32) -> Option<Service> {
-        Some(load_words!(SERVICES.get_ptr(id)?, Service, 3))
+    fn service(&self, id: ServiceId) -> Option<Service> {
+        Some(load_words!(SERVICES.get_ptr(id.0)?, Service, 3))
     }
 
     #[inline(always)]
-    fn slot(&self, index: u32) -> Option<u32> {
+    fn slot(&self, index: u32) -> Option<BackendId> {
         let slot = SLOTS.get_ptr(index)?;
         // SAFETY: the kernel's lookup returned a pointer to a whole element.
-        Some(unsafe { read_volatile(slot) })
+        Some(BackendId(unsafe { read_volatile(slot) }))
     }
 
     #[inline(always)]
-    fn backend(&self, id: u32) -> Option<Backend> {
-        let backend = BACKENDS.get_ptr(id)?;
+    fn backend(&self, id: BackendId) -> Option<Backend> {
+        let backend = BACKENDS.get_ptr(id.0)?;
         // `state` is read first. If it is current, the other words can be trusted: they change only while it is not
         // current.
         let words = backend.cast::<u64>();
@@ -194,7 +194,7 @@ impl Tables for Maps {
     fn trace(&self) -> Trace {
         match TRACE.get_ptr(0) {
             Some(trace) => load_words!(trace, Trace, 2),
-            None => Trace { until: 0, service: 0, sample: 0 },
+            None => Trace { until: 0, service: ServiceId::NONE, sample: 0 },
         }
     }
 
@@ -293,7 +293,7 @@ impl EdgeTables for Maps {
     }
 
     #[inline(always)]
-    fn in_source_ranges(&self, service: u32, client: &Addr) -> bool {
+    fn in_source_ranges(&self, service: ServiceId, client: &Addr) -> bool {
         SOURCE_RANGES.get(&lpm_trie::Key::new(160, SourceRange { service, addr: *client })).is_some()
     }
 
@@ -314,8 +314,8 @@ impl EdgeTables for Maps {
     }
 
     #[inline(always)]
-    fn count_packet(&self, service: u32, request: bool, bytes: u32) {
-        if let Some(counters) = SERVICE_COUNTERS.get_ptr_mut(service) {
+    fn count_packet(&self, service: ServiceId, request: bool, bytes: u32) {
+        if let Some(counters) = SERVICE_COUNTERS.get_ptr_mut(service.0) {
             // SAFETY: a per-CPU element: nobody else writes this CPU's copy while the program runs.
             let counters = unsafe { &mut *counters };
             let (packets, sum) = if request {
@@ -329,8 +329,8 @@ impl EdgeTables for Maps {
     }
 
     #[inline(always)]
-    fn count_connection(&self, service: u32) {
-        if let Some(counters) = SERVICE_COUNTERS.get_ptr_mut(service) {
+    fn count_connection(&self, service: ServiceId) {
+        if let Some(counters) = SERVICE_COUNTERS.get_ptr_mut(service.0) {
             // SAFETY: a per-CPU element: nobody else writes this CPU's copy while the program runs.
             let counters = unsafe { &mut *counters };
             counters.connections = counters.connections.wrapping_add(1);

@@ -50,11 +50,12 @@ impl Grace {
 mod tests {
     use std::time::Duration;
 
+    use proxy_common::abi::BackendId;
     use tokio::time::timeout;
 
     use super::*;
 
-    fn freed(backend: u32) -> Freed {
+    fn freed(backend: BackendId) -> Freed {
         Freed { backends: vec![(backend, 0)], ..Freed::default() }
     }
 
@@ -66,24 +67,24 @@ mod tests {
     async fn numbers_wait_for_a_grace_period_that_begins_after_them() {
         let mut grace = Grace::default();
         grace.begin(|| panic!("for no number"));
-        grace.add(freed(1));
-        grace.add(freed(2));
+        grace.add(freed(BackendId(1)));
+        grace.add(freed(BackendId(2)));
         grace.begin(|| Ok(()));
-        grace.add(freed(3));
+        grace.add(freed(BackendId(3)));
         grace.begin(|| panic!("beside another one"));
-        assert_eq!(over(&mut grace).await.backends, [(1, 0), (2, 0)]);
+        assert_eq!(over(&mut grace).await.backends, [(BackendId(1), 0), (BackendId(2), 0)]);
         grace.begin(|| Ok(()));
-        assert_eq!(over(&mut grace).await, freed(3));
+        assert_eq!(over(&mut grace).await, freed(BackendId(3)));
     }
 
     #[tokio::test]
     async fn numbers_are_lost_without_a_grace_period_and_later_ones_are_not() {
         let mut grace = Grace::default();
-        grace.add(freed(1));
+        grace.add(freed(BackendId(1)));
         grace.begin(|| Err(io::ErrorKind::Other.into()));
-        grace.add(freed(2));
+        grace.add(freed(BackendId(2)));
         assert!(timeout(Duration::from_millis(50), grace.over()).await.is_err(), "no number comes back");
         grace.begin(|| Ok(()));
-        assert_eq!(over(&mut grace).await, freed(2));
+        assert_eq!(over(&mut grace).await, freed(BackendId(2)));
     }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use proxy_common::abi::ServiceId;
 use proxy_common::addr::Family;
 use tokio::task::JoinHandle;
 
@@ -103,7 +104,7 @@ pub(super) struct Sweep {
     pub(super) opted_out: BTreeSet<Arc<str>>,
     /// Ids of SCTP Services, if leftovers in `STREAMS` are freed. sock_diag lists SCTP sockets only by a module of its
     /// own, so records of these Services are left alone.
-    pub(super) sctp: Option<BTreeSet<u32>>,
+    pub(super) sctp: Option<BTreeSet<ServiceId>>,
 }
 
 impl Sweep {
@@ -140,7 +141,7 @@ impl Sweep {
         }
     }
 
-    fn free_streams(&self, sctp: &BTreeSet<u32>) -> Duration {
+    fn free_streams(&self, sctp: &BTreeSet<ServiceId>) -> Duration {
         match self.sweeper.free_streams(&self.sockets, |record| !sctp.contains(&record.service)) {
             Ok((freed, cpu)) => {
                 self.metrics.streams_freed(freed);

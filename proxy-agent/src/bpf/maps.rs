@@ -9,8 +9,8 @@ use aya::maps::{
 };
 use proxy_common::abi::maps;
 use proxy_common::abi::{
-    Backend, Counter, Device, FilterBit, FlowKind, FrontendKey, FrontendValue, IfIndex, Service,
-    ServiceCounters, ServiceName, SourceRangeKey,
+    Backend, BackendId, Counter, Device, FilterBit, FlowKind, FrontendKey, FrontendValue, IfIndex, Service,
+    ServiceCounters, ServiceId, ServiceName, SourceRangeKey,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 
@@ -35,7 +35,7 @@ pub enum GrowError {
 /// The maps that hold Services and the node's own facts.
 pub struct KernelMaps {
     frontends: HashMap<MapData, FrontendKey, FrontendValue>,
-    names: HashMap<MapData, u32, ServiceName>,
+    names: HashMap<MapData, ServiceId, ServiceName>,
     source_ranges: LpmTrie<MapData, SourceRange, u32>,
     local_addresses: HashMap<MapData, Addr, u32>,
     service_cidrs: LpmTrie<MapData, Addr, u32>,
@@ -158,8 +158,8 @@ impl KernelMaps {
     /// # Errors
     ///
     /// Returns the kernel's error.
-    pub fn service_counters(&self, id: u32) -> Result<ServiceCounters, MapError> {
-        let by_cpu = self.service_counters.get(&id, 0)?;
+    pub fn service_counters(&self, id: ServiceId) -> Result<ServiceCounters, MapError> {
+        let by_cpu = self.service_counters.get(&id.0, 0)?;
         Ok(by_cpu.iter().fold(ServiceCounters::default(), |sum, cpu| ServiceCounters {
             connections: sum.connections.wrapping_add(cpu.connections),
             request_packets: sum.request_packets.wrapping_add(cpu.request_packets),
@@ -183,9 +183,9 @@ impl KernelMaps {
     pub fn usage(&self) -> Result<Vec<(&'static str, u64, u64)>, MapError> {
         let frontends =
             count::<FrontendValue, FrontendKey>(self.frontends.map()).map_err(MapError::IoError)?;
-        let services = count::<ServiceName, u32>(self.names.map()).map_err(MapError::IoError)?;
+        let services = count::<ServiceName, ServiceId>(self.names.map()).map_err(MapError::IoError)?;
         let backends = (0..self.capacity.backends)
-            .filter(|id| self.backend(*id).is_some_and(|backend| backend.state.flags != 0))
+            .filter(|id| self.backend(BackendId(*id)).is_some_and(|backend| backend.state.flags != 0))
             .count() as u64;
         let source_ranges = self.source_ranges.keys().count() as u64;
         let devices = self.devices.count().map_err(MapError::IoError)?;
@@ -212,7 +212,7 @@ impl KernelMaps {
 
     /// Returns the number of slots that are in some Service's set. The two sets of a Service may share slots.
     fn slots_in_use(&self) -> u64 {
-        let sets = (0..self.capacity.services).filter_map(|id| self.service(id));
+        let sets = (0..self.capacity.services).filter_map(|id| self.service(ServiceId(id)));
         let sets = sets.flat_map(|service| [service.cluster, service.local]).filter(|set| !set.is_empty());
         let distinct: BTreeMap<u32, u32> = sets.map(|set| (set.base, set.len)).collect();
         distinct.values().copied().map(u64::from).sum()
@@ -237,13 +237,13 @@ impl KernelMaps {
     }
 
     /// Returns an element of `SERVICES`.
-    pub fn service(&self, id: u32) -> Option<Service> {
-        load::<3>(&self.services, id).map(bytemuck::cast)
+    pub fn service(&self, id: ServiceId) -> Option<Service> {
+        load::<3>(&self.services, id.0).map(bytemuck::cast)
     }
 
     /// Returns an element of `BACKENDS`.
-    pub(crate) fn backend(&self, id: u32) -> Option<Backend> {
-        load::<4>(&self.backends, id).map(bytemuck::cast)
+    pub(crate) fn backend(&self, id: BackendId) -> Option<Backend> {
+        load::<4>(&self.backends, id.0).map(bytemuck::cast)
     }
 
     /// Reads the elements of all maps of [`Contents`].
@@ -256,9 +256,11 @@ impl KernelMaps {
         Ok(Contents {
             names: self.names.iter().collect::<Result<_, _>>()?,
             frontends: self.frontends.iter().collect::<Result<_, _>>()?,
-            services: array(&self.services, |index| self.service(index)),
-            slots: array(&self.slots, |index| load::<1>(&self.slots, index).map(|[word]| word as u32)),
-            backends: array(&self.backends, |index| self.backend(index)),
+            services: array(&self.services, |index| self.service(ServiceId(index))),
+            slots: array(&self.slots, |index| {
+                load::<1>(&self.slots, index).map(|[word]| BackendId(word as u32))
+            }),
+            backends: array(&self.backends, |index| self.backend(BackendId(index))),
             source_ranges: ranges.iter().filter_map(source_range).collect(),
             local_addresses: self.local_addresses.iter().collect::<Result<_, _>>()?,
             service_cidrs: prefixes(&self.service_cidrs)?,
@@ -290,8 +292,8 @@ impl KernelMaps {
         contents.elements().filter(|op| maps.contains(op.map())).try_for_each(|op| self.apply(&op))?;
         if maps.contains(maps::SERVICE_COUNTERS) {
             for (id, _) in &contents.names {
-                let counted = old.service_counters.get(id, 0)?;
-                self.service_counters.set(*id, counted, 0)?;
+                let counted = old.service_counters.get(&id.0, 0)?;
+                self.service_counters.set(id.0, counted, 0)?;
             }
         }
         Ok(())
@@ -337,7 +339,7 @@ impl MapStore for KernelMaps {
                 let zero =
                     cpus.and_then(|cpus| PerCpuValues::try_from(vec![ServiceCounters::default(); cpus]));
                 zero.map_err(MapError::from)
-                    .and_then(|zero| self.service_counters.set(*id, zero, 0))
+                    .and_then(|zero| self.service_counters.set(id.0, zero, 0))
                     .map_err(failed(maps::SERVICE_COUNTERS))?;
                 self.names.insert(id, **name, 0).map_err(failed(maps::NAMES))
             }
@@ -347,19 +349,19 @@ impl MapStore for KernelMaps {
                 // The state makes the element valid, so it comes last.
                 [(0, a), (1, b), (2, c), (3, state)]
                     .into_iter()
-                    .try_for_each(|(word, value)| store(maps::BACKENDS, &self.backends, *id, word, value))
+                    .try_for_each(|(word, value)| store(maps::BACKENDS, &self.backends, id.0, word, value))
             }
             Op::BackendState(id, state) => {
-                store(maps::BACKENDS, &self.backends, *id, 3, bytemuck::cast(*state))
+                store(maps::BACKENDS, &self.backends, id.0, 3, bytemuck::cast(*state))
             }
             Op::Slots(base, ids) => (*base..)
                 .zip(ids)
-                .try_for_each(|(slot, id)| store(maps::SLOTS, &self.slots, slot, 0, u64::from(*id))),
+                .try_for_each(|(slot, id)| store(maps::SLOTS, &self.slots, slot, 0, u64::from(id.0))),
             Op::Service(id, service) => {
                 let [cluster, local, affinity] = bytemuck::cast::<Service, [u64; 3]>(*service);
                 [(2, affinity), (1, local), (0, cluster)]
                     .into_iter()
-                    .try_for_each(|(word, value)| store(maps::SERVICES, &self.services, *id, word, value))
+                    .try_for_each(|(word, value)| store(maps::SERVICES, &self.services, id.0, word, value))
             }
             Op::Frontend(key, Some(value)) => {
                 self.frontends.insert(key, value, 0).map_err(failed(maps::FRONTENDS))
@@ -421,7 +423,7 @@ fn prefix(addr: Addr, mapped_len: u32) -> Option<Prefix> {
     Prefix::new(addr, u8::try_from(len).ok()?)
 }
 
-fn source_range_key(service: u32, range: Prefix) -> lpm_trie::Key<SourceRange> {
+fn source_range_key(service: ServiceId, range: Prefix) -> lpm_trie::Key<SourceRange> {
     let len = 32 + u32::from(range.mapped_len());
     let key = SourceRangeKey { len, service, addr: range.addr() };
     let [_, _, _, _, data @ ..]: [u8; size_of::<SourceRangeKey>()] = bytemuck::cast(key);
@@ -429,7 +431,7 @@ fn source_range_key(service: u32, range: Prefix) -> lpm_trie::Key<SourceRange> {
 }
 
 /// Reads [`source_range_key`] back; `None` for a key that it never writes.
-fn source_range(key: &lpm_trie::Key<SourceRange>) -> Option<(u32, Prefix)> {
+fn source_range(key: &lpm_trie::Key<SourceRange>) -> Option<(ServiceId, Prefix)> {
     let mut bytes = [0; size_of::<SourceRangeKey>()];
     let [_, _, _, _, data @ ..] = &mut bytes;
     *data = key.data();

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use proxy_common::abi::frontend::flags::PROBE;
 use proxy_common::abi::{Affinity, Backend, BackendState, FrontendKey, FrontendValue, Service, SlotRange};
-use proxy_common::abi::{backend, proto};
+use proxy_common::abi::{BackendId, ServiceId, backend, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 
@@ -117,19 +117,28 @@ pub(crate) fn run(maps: &mut impl MapStore) -> Result<(), SelfTestError> {
     // The port is the kernel's random choice, so that no pod that connects to the probe address can be taken for the
     // host. Id 0 of every array is reserved for this frontend.
     let state = BackendState { flags: backend::flags::IN_CLUSTER | backend::flags::IN_LOCAL, generation: 0 };
-    let target = Backend { addr: to.ip().into(), port: Be16::new(to.port()), pad: [0; 2], service: 0, state };
+    let target = Backend {
+        addr: to.ip().into(),
+        port: Be16::new(to.port()),
+        pad: [0; 2],
+        service: ServiceId::NONE,
+        state,
+    };
     let range = SlotRange { base: 0, len: 1 };
     let service = Service { cluster: range, local: range, affinity: Affinity::default() };
     let setup = [
-        Op::Backend(0, target),
-        Op::Slots(0, vec![0]),
-        Op::Service(0, service),
-        Op::Frontend(key, Some(FrontendValue::new(&key, 0, PROBE))),
+        Op::Backend(BackendId::NONE, target),
+        Op::Slots(0, vec![BackendId::NONE]),
+        Op::Service(ServiceId::NONE, service),
+        Op::Frontend(key, Some(FrontendValue::new(&key, ServiceId::NONE, PROBE))),
     ];
     let teardown = [
         Op::Frontend(key, None),
-        Op::Service(0, Service { cluster: SlotRange::REJECT, local: SlotRange::REJECT, ..service }),
-        Op::Backend(0, Backend::default()),
+        Op::Service(
+            ServiceId::NONE,
+            Service { cluster: SlotRange::REJECT, local: SlotRange::REJECT, ..service },
+        ),
+        Op::Backend(BackendId::NONE, Backend::default()),
     ];
     for op in &setup {
         maps.apply(op)?;

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
 use proxy_common::abi::proto;
-use proxy_common::abi::{Flow, FlowKey, FlowKind, FrontendKey, Origin};
+use proxy_common::abi::{Flow, FlowKey, FlowKind, FrontendKey, Origin, ServiceId};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::flows::has_snat;
@@ -108,7 +108,7 @@ pub fn print_flows(views: &[FlowView], output: Output, out: &mut impl Write) -> 
 ///
 /// The kernel's error for a map that cannot be walked.
 pub(crate) fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::Result<Vec<FlowView>> {
-    let ports: BTreeMap<u32, (&PortKey, &Port)> =
+    let ports: BTreeMap<ServiceId, (&PortKey, &Port)> =
         model.ports.iter().map(|(key, port)| (port.id, (&**key, port))).collect();
     let mut records: BTreeMap<FlowKey, Flow> = BTreeMap::new();
     for table in [&maps.new_flows, &maps.flows] {

@@ -15,7 +15,7 @@ use proxy_common::abi::frontend::{FrontendKind, flags};
 use proxy_common::abi::maps;
 use proxy_common::abi::node::{HOST_IN_PACKETS, PODS_IN_PACKETS};
 use proxy_common::abi::proto;
-use proxy_common::abi::{ABI_VERSION, Counter, FrontendKey, FrontendValue, ServiceCounters};
+use proxy_common::abi::{ABI_VERSION, Counter, FrontendKey, FrontendValue, ServiceCounters, ServiceId};
 use serde::Serialize;
 
 use crate::bpf::dataplane::PROGRAMS;
@@ -172,7 +172,7 @@ pub fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError
     let maps = KernelMaps::open(&PinDir::new(&args.pins.pin_dir), false)?;
     let mut views = service_views(&Model::restore(maps.capacity(), &maps.contents()?));
     for view in &mut views {
-        view.traffic = maps.service_counters(view.id)?.into();
+        view.traffic = maps.service_counters(ServiceId(view.id))?.into();
     }
     print_services(&views, args.output, out)
 }
@@ -379,7 +379,7 @@ fn members(port: &Port, set: u32) -> Vec<SocketAddr> {
 
 /// Returns every Service port of `model`, with all traffic at zero.
 pub fn service_views(model: &Model) -> Vec<ServiceView> {
-    let mut frontends: BTreeMap<u32, Vec<FrontendView>> = BTreeMap::new();
+    let mut frontends: BTreeMap<ServiceId, Vec<FrontendView>> = BTreeMap::new();
     for (key, value) in model.frontends.iter().filter(|(key, _)| key.kind != FrontendKind::Address as u8) {
         frontends.entry(value.service).or_default().push(frontend_view(key, value));
     }
@@ -389,7 +389,7 @@ pub fn service_views(model: &Model) -> Vec<ServiceView> {
         port: key.port_name.to_string(),
         protocol: proto::name(key.proto),
         family: key.family.to_string(),
-        id: port.id,
+        id: port.id.0,
         frontends: frontends.remove(&port.id).unwrap_or_default(),
         cluster: members(port, IN_CLUSTER),
         local: members(port, IN_LOCAL),
@@ -405,7 +405,7 @@ pub fn backend_views(model: &Model) -> Vec<BackendView> {
     let all = model.ports.iter().flat_map(|(key, port)| port.backends.iter().map(move |b| (key, b)));
     let mut views: Vec<BackendView> = all
         .map(|(key, backend)| BackendView {
-            id: backend.id,
+            id: backend.id.0,
             service: key.service.to_string(),
             port: key.port_name.to_string(),
             protocol: proto::name(key.proto),

@@ -14,7 +14,7 @@ use k8s_openapi::jiff::Timestamp;
 use proxy_common::abi::event::{PACKET, place};
 use proxy_common::abi::maps;
 use proxy_common::abi::proto;
-use proxy_common::abi::{Counter, Event, IfIndex, Trace};
+use proxy_common::abi::{Counter, Event, IfIndex, ServiceId, Trace};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use serde::Serialize;
@@ -111,10 +111,10 @@ pub(crate) async fn run(
     // A Service has an id for each port and family; the kernel can look for one id.
     let wanted = args.service.as_ref().map(|service| names.ids_of(service));
     let service = match wanted.as_deref() {
-        None => 0,
+        None => ServiceId::NONE,
         Some([]) => return Err(MonitorError::NoService(args.service.clone().unwrap_or_default())),
         Some([id]) => *id,
-        Some(_) => 0,
+        Some(_) => ServiceId::NONE,
     };
     let mut trace = Array::<_, Trace>::try_from(Map::Array(open(&pins, maps::TRACE)?))?;
     let mut ring = RingBuf::try_from(Map::RingBuf(open(&pins, maps::EVENTS)?))?;
@@ -150,7 +150,7 @@ fn print_all(
     ring: &mut RingBuf<MapData>,
     names: &mut Names,
     pins: &PinDir,
-    wanted: Option<&[u32]>,
+    wanted: Option<&[ServiceId]>,
     args: &MonitorArgs,
     out: &mut impl Write,
 ) -> Result<(), MonitorError> {
@@ -160,7 +160,7 @@ fn print_all(
         if wanted.is_some_and(|ids| !ids.contains(&event.service)) {
             continue;
         }
-        if event.service != 0 && !names.services.contains_key(&event.service) {
+        if event.service != ServiceId::NONE && !names.services.contains_key(&event.service) {
             *names = Names::read(pins)?;
         }
         let view = view(&event, names, clock);
@@ -199,7 +199,7 @@ impl Clock {
 
 /// Names of Services by id, as they were when last read.
 struct Names {
-    services: BTreeMap<u32, String>,
+    services: BTreeMap<ServiceId, String>,
 }
 
 impl Names {
@@ -214,7 +214,7 @@ impl Names {
     }
 
     /// Returns the ids of every port of a Service.
-    fn ids_of(&self, service: &str) -> Vec<u32> {
+    fn ids_of(&self, service: &str) -> Vec<ServiceId> {
         let ports = self.services.iter().filter(|(_, name)| {
             name.strip_prefix(service).is_some_and(|rest| rest.is_empty() || rest.starts_with(':'))
         });

@@ -9,7 +9,7 @@ use std::fmt;
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 use proxy_common::abi::maps;
 use proxy_common::abi::proto;
-use proxy_common::abi::{Backend, FrontendKind, SlotRange};
+use proxy_common::abi::{Backend, BackendId, FrontendKind, ServiceId, SlotRange};
 use proxy_common::addr::Prefix;
 use serde::Serialize;
 
@@ -75,7 +75,7 @@ pub fn differences(model: &Model, contents: &Contents, filter: &[u64]) -> Vec<Di
 }
 
 struct Differences<'a> {
-    by_id: BTreeMap<u32, &'a PortKey>,
+    by_id: BTreeMap<ServiceId, &'a PortKey>,
     found: Vec<Difference>,
 }
 
@@ -85,7 +85,7 @@ impl Differences<'_> {
     }
 
     /// Returns the name of the Service port with an id.
-    fn port(&self, id: u32) -> String {
+    fn port(&self, id: ServiceId) -> String {
         self.by_id.get(&id).map_or_else(|| format!("id {id}, which is nobody's"), |key| port_name(key))
     }
 
@@ -141,7 +141,7 @@ impl Differences<'_> {
             if !port.replaced.is_empty() || [port.service.cluster, port.service.local].contains(&UNKNOWN) {
                 continue;
             }
-            let found = contents.services.get(port.id as usize);
+            let found = contents.services.get(port.id.0 as usize);
             if found != Some(&port.service) {
                 self.note(maps::SERVICES, port_name(key), "has other sets or another affinity".to_owned());
             }
@@ -157,14 +157,14 @@ impl Differences<'_> {
     }
 
     fn backends(&mut self, model: &Model, contents: &Contents) {
-        let mut wanted: BTreeMap<u32, Backend> = model
+        let mut wanted: BTreeMap<BackendId, Backend> = model
             .ports
             .values()
             .flat_map(|port| {
                 port.backends.iter().map(|backend| (backend.id, backend.element(port.id))).collect::<Vec<_>>()
             })
             .collect();
-        for (id, found) in (0..).zip(&contents.backends) {
+        for (id, found) in (0..).map(BackendId).zip(&contents.backends) {
             let what = match wanted.remove(&id) {
                 Some(backend) if backend == *found => continue,
                 Some(_) => "has another address or state",
@@ -188,7 +188,7 @@ impl Differences<'_> {
     }
 }
 
-fn slots(contents: &Contents, range: SlotRange) -> Option<&[u32]> {
+fn slots(contents: &Contents, range: SlotRange) -> Option<&[BackendId]> {
     let base = range.base as usize;
     contents.slots.get(base..base.checked_add(range.len as usize)?)
 }

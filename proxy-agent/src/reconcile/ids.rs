@@ -11,42 +11,48 @@ use proxy_common::abi::SlotRange;
 /// affinity epoch). By the stamp, references to an earlier use of the number can be recognized. Number 0 belongs to
 /// the self-test.
 #[derive(Clone, Debug)]
-pub struct IdPool {
+pub struct IdPool<T> {
+    id: fn(u32) -> T,
     capacity: u32,
     next: u32,
-    free: BTreeMap<u32, u32>,
+    free: BTreeMap<T, u32>,
 }
 
-impl IdPool {
+impl<T: Copy + Ord> IdPool<T> {
     /// Creates a pool in which all of `1..capacity` are free and were never used.
     #[cfg(test)]
-    pub(crate) fn new(capacity: u32) -> Self {
-        Self { capacity, next: 1, free: BTreeMap::new() }
+    pub(crate) fn new(id: fn(u32) -> T, capacity: u32) -> Self {
+        Self { id, capacity, next: 1, free: BTreeMap::new() }
     }
 
-    /// Creates a pool in which `used` are taken. `stamp` returns the stamp of a number's last use.
-    pub(crate) fn restore(capacity: u32, used: &BTreeSet<u32>, stamp: impl Fn(u32) -> u32) -> Self {
-        let stamped = (1..capacity).rev().find(|id| used.contains(id) || stamp(*id) != 0);
-        let next = stamped.map_or(1, |id| id + 1);
-        let free = (1..next).filter(|id| !used.contains(id)).map(|id| (id, stamp(id))).collect();
-        Self { capacity, next, free }
+    /// Creates a pool of `id` in which `used` are taken. `stamp` returns the stamp of a number's last use.
+    pub(crate) fn restore(
+        id: fn(u32) -> T,
+        capacity: u32,
+        used: &BTreeSet<T>,
+        stamp: impl Fn(T) -> u32,
+    ) -> Self {
+        let was_used = |number: &u32| used.contains(&id(*number)) || stamp(id(*number)) != 0;
+        let next = (1..capacity).rev().find(was_used).map_or(1, |last| last + 1);
+        let free = (1..next).map(id).filter(|id| !used.contains(id)).map(|id| (id, stamp(id))).collect();
+        Self { id, capacity, next, free }
     }
 
     /// Takes the lowest free number. Returns it with the stamp for this use, or `None` when all are taken.
-    pub(crate) fn take(&mut self) -> Option<(u32, u32)> {
+    pub(crate) fn take(&mut self) -> Option<(T, u32)> {
         if let Some((id, stamp)) = self.free.pop_first() {
             return Some((id, stamp.wrapping_add(1)));
         }
         if self.next >= self.capacity {
             return None;
         }
-        let id = self.next;
+        let id = (self.id)(self.next);
         self.next += 1;
         Some((id, 1))
     }
 
     /// Gives a number back with its last stamp.
-    pub(crate) fn give_back(&mut self, id: u32, stamp: u32) {
+    pub(crate) fn give_back(&mut self, id: T, stamp: u32) {
         self.free.insert(id, stamp);
     }
 
@@ -138,13 +144,15 @@ impl SlotPool {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::identity;
+
     use proptest::prelude::*;
 
     use super::*;
 
     #[test]
     fn a_number_comes_back_with_a_higher_stamp() {
-        let mut pool = IdPool::new(3);
+        let mut pool = IdPool::new(identity, 3);
         assert_eq!((pool.take(), pool.take(), pool.take()), (Some((1, 1)), Some((2, 1)), None));
         pool.give_back(1, 1);
         assert_eq!((pool.take(), pool.take()), (Some((1, 2)), None));
@@ -153,7 +161,7 @@ mod tests {
     #[test]
     fn a_restored_pool_knows_what_is_taken_and_the_stamps_of_the_rest() {
         let stamps = [0, 4, 7, 2, 9, 0];
-        let mut pool = IdPool::restore(6, &BTreeSet::from([2]), |id| stamps[id as usize]);
+        let mut pool = IdPool::restore(identity, 6, &BTreeSet::from([2]), |id| stamps[id as usize]);
         assert_eq!(pool.take(), Some((1, 5)));
         assert_eq!(pool.take(), Some((3, 3)));
         assert_eq!(pool.take(), Some((4, 10)));

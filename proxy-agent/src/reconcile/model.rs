@@ -8,7 +8,9 @@ use proxy_common::abi::frontend::FrontendKind;
 use proxy_common::abi::frontend::flags::{EXTERNAL, LOAD_BALANCER};
 use proxy_common::abi::local_address::NODEPORT;
 use proxy_common::abi::service::NAME_LEN;
-use proxy_common::abi::{Backend, BackendState, FrontendKey, FrontendValue, Service, ServiceName, SlotRange};
+use proxy_common::abi::{
+    Backend, BackendId, BackendState, FrontendKey, FrontendValue, Service, ServiceId, ServiceName, SlotRange,
+};
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
 
@@ -25,14 +27,14 @@ pub struct PortBackend {
     /// Port that the endpoint listens on.
     pub(crate) port: Be16,
     /// Index into `BACKENDS`.
-    pub id: u32,
+    pub id: BackendId,
     /// Flags and generation.
     pub(crate) state: BackendState,
 }
 
 impl PortBackend {
     /// Returns the element of `BACKENDS`.
-    pub(crate) fn element(&self, service: u32) -> Backend {
+    pub(crate) fn element(&self, service: ServiceId) -> Backend {
         Backend { addr: self.addr, port: self.port, pad: [0; 2], service, state: self.state }
     }
 }
@@ -41,7 +43,7 @@ impl PortBackend {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Port {
     /// Index into `SERVICES`.
-    pub id: u32,
+    pub id: ServiceId,
     /// The element of `SERVICES`.
     pub(crate) service: Service,
     /// Backends, sorted by address and port.
@@ -62,13 +64,13 @@ impl Port {
     }
 
     /// Returns the ids of the backends in a set, in slot order.
-    pub(crate) fn members(&self, set: u32) -> impl Iterator<Item = u32> {
+    pub(crate) fn members(&self, set: u32) -> impl Iterator<Item = BackendId> {
         members(&self.backends, set)
     }
 }
 
 /// Returns the ids of the backends that carry the flag of a set, in slot order.
-pub(crate) fn members(backends: &[PortBackend], set: u32) -> impl Iterator<Item = u32> {
+pub(crate) fn members(backends: &[PortBackend], set: u32) -> impl Iterator<Item = BackendId> {
     backends.iter().filter(move |b| b.state.flags & set != 0).map(|b| b.id)
 }
 
@@ -126,9 +128,9 @@ pub(crate) struct Claim {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Freed {
     /// Service ids with their last affinity epoch.
-    pub(crate) services: Vec<(u32, u32)>,
+    pub(crate) services: Vec<(ServiceId, u32)>,
     /// Backend ids with their last generation.
-    pub(crate) backends: Vec<(u32, u32)>,
+    pub(crate) backends: Vec<(BackendId, u32)>,
     /// Slot ranges.
     pub(crate) ranges: Vec<SlotRange>,
     /// Whether elements of `FRONTENDS` or `SOURCE_RANGES` have been removed. Their room needs no grace period, and a
@@ -166,7 +168,7 @@ pub struct Model {
     /// `FRONTENDS`.
     pub frontends: BTreeMap<FrontendKey, FrontendValue>,
     /// `SOURCE_RANGES`: service ids with their prefixes.
-    pub(crate) source_ranges: BTreeSet<(u32, Prefix)>,
+    pub(crate) source_ranges: BTreeSet<(ServiceId, Prefix)>,
     /// `LOCAL_ADDRESSES`.
     pub(crate) local_addresses: BTreeMap<Addr, u32>,
     /// `SERVICE_CIDRS`.
@@ -182,14 +184,14 @@ pub struct Model {
     /// Sizes of the maps.
     pub(crate) capacity: Capacity,
     /// Free service ids.
-    pub(crate) service_ids: IdPool,
+    pub(crate) service_ids: IdPool<ServiceId>,
     /// Free backend ids.
-    pub backend_ids: IdPool,
+    pub backend_ids: IdPool<BackendId>,
     /// Free slots.
     pub slots: SlotPool,
     /// Service ids (with their epochs) that the maps hold and that no Service port has: cleared by the next full
     /// plan.
-    pub(crate) orphans: Vec<(u32, u32)>,
+    pub(crate) orphans: Vec<(ServiceId, u32)>,
 }
 
 impl Model {
@@ -204,12 +206,12 @@ impl Model {
         let (mut ports, orphans) = restore_ports(contents);
         let slots = restore_slots(capacity, &mut ports);
         let used = ports.values().map(|p| p.id).chain(orphans.iter().map(|(id, _)| *id)).collect();
-        let service_ids = IdPool::restore(capacity.services, &used, |id| {
-            contents.services.get(id as usize).map_or(0, |s| s.affinity.epoch)
+        let service_ids = IdPool::restore(ServiceId, capacity.services, &used, |id| {
+            contents.services.get(id.0 as usize).map_or(0, |s| s.affinity.epoch)
         });
         let used = ports.values().flat_map(|p| p.backends.iter().map(|b| b.id)).collect();
-        let backend_ids = IdPool::restore(capacity.backends, &used, |id| {
-            contents.backends.get(id as usize).map_or(0, |b| b.state.generation)
+        let backend_ids = IdPool::restore(BackendId, capacity.backends, &used, |id| {
+            contents.backends.get(id.0 as usize).map_or(0, |b| b.state.generation)
         });
         Self {
             ports,
@@ -337,7 +339,7 @@ impl Model {
     }
 
     /// Returns the prefixes that `SOURCE_RANGES` holds for a service id, in order.
-    pub(crate) fn source_ranges_of(&self, service: u32) -> impl Iterator<Item = Prefix> {
+    pub(crate) fn source_ranges_of(&self, service: ServiceId) -> impl Iterator<Item = Prefix> {
         // The lowest of all prefixes.
         let from = Prefix::new(Addr::ZERO, 0).map(|prefix| (service, prefix));
         let ranges = from.into_iter().flat_map(|from| self.source_ranges.range(from..));
@@ -380,11 +382,11 @@ pub(crate) const UNKNOWN: SlotRange = SlotRange { base: 0, len: 0 };
 type Ports = BTreeMap<Arc<PortKey>, Port>;
 
 /// Returns the Service ports that have a name of their own, and ids with epochs of names that nothing else belongs to.
-fn restore_ports(contents: &Contents) -> (Ports, Vec<(u32, u32)>) {
+fn restore_ports(contents: &Contents) -> (Ports, Vec<(ServiceId, u32)>) {
     let mut ports: BTreeMap<Arc<PortKey>, Port> = BTreeMap::new();
     let mut orphans = Vec::new();
-    let mut by_service: BTreeMap<u32, Vec<PortBackend>> = BTreeMap::new();
-    for (id, b) in (0..).zip(&contents.backends).skip(1) {
+    let mut by_service: BTreeMap<ServiceId, Vec<PortBackend>> = BTreeMap::new();
+    for (id, b) in (0..).map(BackendId).zip(&contents.backends).skip(1) {
         if b.state.flags != 0 {
             let backend = PortBackend { addr: b.addr, port: b.port, id, state: b.state };
             by_service.entry(b.service).or_default().push(backend);
@@ -394,7 +396,7 @@ fn restore_ports(contents: &Contents) -> (Ports, Vec<(u32, u32)>) {
     names.sort_by_key(|(id, _)| *id);
     for (id, name) in &names {
         // The name is written first, so a crash may have left nothing else.
-        let service = contents.services.get(*id as usize).copied().unwrap_or_default();
+        let service = contents.services.get(id.0 as usize).copied().unwrap_or_default();
         let Some(key) = parse_name(name).filter(|key| !ports.contains_key(key)) else {
             orphans.push((*id, service.affinity.epoch));
             continue;

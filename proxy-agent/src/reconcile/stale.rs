@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proxy_common::abi::backend::flags::SERVING;
 use proxy_common::abi::local_address::NODEPORT;
 use proxy_common::abi::socket::Order;
-use proxy_common::abi::{FrontendKey, SocketRecord, proto};
+use proxy_common::abi::{FrontendKey, ServiceId, SocketRecord, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 
@@ -14,8 +14,8 @@ use crate::reconcile::model::Model;
 /// The serving backends behind every UDP frontend, at one moment.
 #[derive(Debug, Default)]
 pub(crate) struct Serving {
-    frontends: BTreeMap<FrontendKey, u32>,
-    backends: BTreeMap<u32, BTreeSet<(Addr, Be16)>>,
+    frontends: BTreeMap<FrontendKey, ServiceId>,
+    backends: BTreeMap<ServiceId, BTreeSet<(Addr, Be16)>>,
     /// Addresses that serve nodePorts.
     node_ports_at: BTreeSet<Addr>,
 }
@@ -88,6 +88,8 @@ impl Serving {
 
 #[cfg(test)]
 mod tests {
+    use proxy_common::abi::BackendId;
+
     use super::*;
 
     /// Returns an address of 10.0.0.0/8 and port 53.
@@ -106,8 +108,8 @@ mod tests {
         let (here, port) = HERE();
         let node_port = FrontendKey::node_port(here.unspecified(), port, proto::UDP);
         Serving {
-            frontends: [(first, 1), (second, 2), (node_port, 1)].into(),
-            backends: [(1, [at(1, 1)].into()), (2, BTreeSet::new())].into(),
+            frontends: [(first, ServiceId(1)), (second, ServiceId(2)), (node_port, ServiceId(1))].into(),
+            backends: [(ServiceId(1), [at(1, 1)].into()), (ServiceId(2), BTreeSet::new())].into(),
             node_ports_at: [here].into(),
         }
     }
@@ -132,8 +134,8 @@ mod tests {
                 vip_port,
                 backend_addr: peer.0,
                 backend_port: peer.1,
-                service: 1,
-                backend: 1,
+                service: ServiceId(1),
+                backend: BackendId(1),
             });
             let (to, to_port) = vip.unwrap_or(peer);
             let order = Order { vip: to, vip_port: to_port, peer: peer.0, peer_port: peer.1 };

@@ -6,8 +6,8 @@
 
 use proxy_common::abi::maps;
 use proxy_common::abi::{
-    Backend, BackendState, FILTER_WORDS, FilterBit, FrontendKey, FrontendKind, FrontendValue, Service,
-    ServiceName, proto,
+    Backend, BackendId, BackendState, FILTER_WORDS, FilterBit, FrontendKey, FrontendKind, FrontendValue,
+    Service, ServiceId, ServiceName, proto,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
@@ -17,17 +17,17 @@ use proxy_common::be::Be16;
 pub enum Op {
     /// `NAMES`: assigns a name to a service id (`Some`), or removes the name. The owner of an id starts with
     /// `SERVICE_COUNTERS` at zero.
-    Name(u32, Option<Box<ServiceName>>),
+    Name(ServiceId, Option<Box<ServiceName>>),
     /// `BACKENDS`: a whole element, at an id that nothing refers to.
-    Backend(u32, Backend),
+    Backend(BackendId, Backend),
     /// `BACKENDS`: the state word of an element in use.
-    BackendState(u32, BackendState),
+    BackendState(BackendId, BackendState),
     /// `SLOTS`: backend ids, beginning at a base, in a range that nothing refers to.
-    Slots(u32, Vec<u32>),
+    Slots(u32, Vec<BackendId>),
     /// `SERVICES`: the words of one element; each word is flipped by one store.
-    Service(u32, Service),
+    Service(ServiceId, Service),
     /// `SOURCE_RANGES`: adds or removes a prefix from which a Service may be reached.
-    SourceRange(u32, Prefix, bool),
+    SourceRange(ServiceId, Prefix, bool),
     /// `FRONTENDS`: adds or replaces (`Some`), or removes.
     Frontend(FrontendKey, Option<FrontendValue>),
     /// `LOCAL_ADDRESSES`: adds or replaces (`Some`), or removes.
@@ -185,17 +185,17 @@ impl Capacity {
 #[derive(Clone, Debug, Default)]
 pub struct Contents {
     /// `NAMES`.
-    pub names: Vec<(u32, ServiceName)>,
+    pub names: Vec<(ServiceId, ServiceName)>,
     /// `FRONTENDS`.
     pub frontends: Vec<(FrontendKey, FrontendValue)>,
     /// `SERVICES`, from index 0.
     pub services: Vec<Service>,
     /// `SLOTS`, from index 0.
-    pub slots: Vec<u32>,
+    pub slots: Vec<BackendId>,
     /// `BACKENDS`, from index 0.
     pub backends: Vec<Backend>,
     /// `SOURCE_RANGES`: service ids with their prefixes.
-    pub source_ranges: Vec<(u32, Prefix)>,
+    pub source_ranges: Vec<(ServiceId, Prefix)>,
     /// `LOCAL_ADDRESSES`.
     pub(crate) local_addresses: Vec<(Addr, u32)>,
     /// `SERVICE_CIDRS`.
@@ -215,9 +215,11 @@ impl Contents {
     /// maps in use.
     pub(crate) fn elements(&self) -> impl Iterator<Item = Op> {
         let names = self.names.iter().map(|(id, name)| Op::Name(*id, Some(Box::new(*name))));
-        let backends = (0..).zip(&self.backends).filter(|(_, backend)| **backend != Backend::default());
+        let backends =
+            (0..).map(BackendId).zip(&self.backends).filter(|(_, backend)| **backend != Backend::default());
         let backends = backends.map(|(id, backend)| Op::Backend(id, *backend));
-        let services = (0..).zip(&self.services).map(|(id, service)| Op::Service(id, *service));
+        let services =
+            (0..).map(ServiceId).zip(&self.services).map(|(id, service)| Op::Service(id, *service));
         let ranges = self.source_ranges.iter().map(|(id, range)| Op::SourceRange(*id, *range, true));
         let frontends = self.frontends.iter().map(|(key, value)| Op::Frontend(*key, Some(*value)));
         let slots = [Op::Slots(0, self.slots.clone())];

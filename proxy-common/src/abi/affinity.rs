@@ -7,6 +7,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::ids::{BackendId, ServiceId};
 use crate::addr::Addr;
 
 /// Key of both maps.
@@ -16,7 +17,7 @@ pub struct AffinityKey {
     /// The client's address; at the socket edge [`AffinityKey::netns_client`].
     pub client: Addr,
     /// Service id.
-    pub service: u32,
+    pub service: ServiceId,
 }
 
 impl AffinityKey {
@@ -34,7 +35,7 @@ impl AffinityKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct AffinityValue {
     /// Backend id.
-    pub backend: u32,
+    pub backend: BackendId,
     /// The backend's generation when the entry was written.
     pub generation: u32,
     /// The Service port's affinity epoch when the entry was written.

@@ -4,6 +4,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::ids::ServiceId;
 use crate::{addr::Addr, be::Be16};
 
 /// Flags and generation of a backend; loaded and stored as one aligned 64-bit word.
@@ -39,7 +40,7 @@ pub struct Backend {
     /// Zero.
     pub pad: [u8; 2],
     /// Id of the Service port that the endpoint belongs to; 0 for a free id.
-    pub service: u32,
+    pub service: ServiceId,
     /// Flags and generation.
     pub state: BackendState,
 }

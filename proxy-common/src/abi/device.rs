@@ -2,6 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::ids::ServiceId;
 use crate::addr::Addr;
 
 /// Value of `DEVICES`; the key is the interface index.
@@ -35,7 +36,7 @@ pub struct SourceRangeKey {
     /// Number of bits that are compared: 32 for the service, and those of the prefix in the 128-bit form.
     pub len: u32,
     /// Service id.
-    pub service: u32,
+    pub service: ServiceId,
     /// First address of the prefix.
     pub addr: Addr,
 }

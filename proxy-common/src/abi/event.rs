@@ -6,7 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::ids::IfIndex;
+use super::ids::{IfIndex, ServiceId};
 use crate::addr::Addr;
 use crate::be::Be16;
 
@@ -18,7 +18,7 @@ pub struct Trace {
     /// process prolongs it again and again, so that tracing ends when the process dies.
     pub until: u64,
     /// Service id; 0 for events of every Service and of none.
-    pub service: u32,
+    pub service: ServiceId,
     /// Sampling of packets of flows that go on: one event for this many packets on average; 0 for none.
     pub sample: u32,
 }
@@ -46,7 +46,7 @@ pub struct Event {
     /// Port of `new_destination`.
     pub new_destination_port: Be16,
     /// Service id; 0 if the event belongs to no Service, or if the Service is not known.
-    pub service: u32,
+    pub service: ServiceId,
     /// Index of the device; 0 at sockets.
     pub ifindex: IfIndex,
     /// IP protocol number.

@@ -17,7 +17,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::ids::IfIndex;
+use super::ids::{BackendId, IfIndex, ServiceId};
 use crate::{addr::Addr, be::Be16};
 
 /// Kind of a [`FlowKey`].
@@ -111,9 +111,9 @@ pub struct Flow {
     /// ([`syn_time`]) of the client's first SYN that the backend has not answered; 0 for none.
     pub syn: u16,
     /// Service id.
-    pub service: u32,
+    pub service: ServiceId,
     /// Backend id.
-    pub backend: u32,
+    pub backend: BackendId,
     /// Index of the device by which the backend's replies enter; 0 for a process of this host. Valid once the backend
     /// has answered.
     pub answered_by: IfIndex,

@@ -6,6 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::ids::ServiceId;
 use crate::{addr::Addr, be::Be16};
 
 /// Kind of frontend that a key names.
@@ -75,7 +76,7 @@ impl FrontendKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct FrontendValue {
     /// Index into `SERVICES`; 0 for [`FrontendKind::Address`].
-    pub service: u32,
+    pub service: ServiceId,
     /// Bits of [`flags`].
     pub flags: u16,
     /// [`FrontendKey::check`] of the key that the value was written for.
@@ -111,7 +112,7 @@ pub mod flags {
 impl FrontendValue {
     /// Returns the value to store for `key`.
     #[inline(always)]
-    pub fn new(key: &FrontendKey, service: u32, flags: u16) -> Self {
+    pub fn new(key: &FrontendKey, service: ServiceId, flags: u16) -> Self {
         Self { service, flags, check: key.check() }
     }
 
@@ -130,7 +131,7 @@ mod tests {
     #[test]
     fn a_value_is_readable_only_under_its_own_key() {
         let key = FrontendKey::exact(Addr::v4([10, 96, 0, 10]), Be16::new(80), 6);
-        let value = FrontendValue::new(&key, 0xdead_beef, flags::NEAR_LOCAL | flags::PROBE);
+        let value = FrontendValue::new(&key, ServiceId(0xdead_beef), flags::NEAR_LOCAL | flags::PROBE);
         assert!(value.is_for(&key));
         let mut readable = 0;
         for port in 0..=u16::MAX {

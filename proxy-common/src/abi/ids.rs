@@ -20,8 +20,22 @@ macro_rules! numbers {
 }
 
 numbers! {
+    /// Index of a Service port, in one family, in `SERVICES`.
+    ServiceId(u32);
+    /// Index of an endpoint of one Service port in `BACKENDS`.
+    BackendId(u32);
     /// Index of a network device in its network namespace.
     IfIndex(u32);
+}
+
+impl ServiceId {
+    /// No Service port.
+    pub const NONE: Self = Self(0);
+}
+
+impl BackendId {
+    /// No backend.
+    pub const NONE: Self = Self(0);
 }
 
 impl IfIndex {

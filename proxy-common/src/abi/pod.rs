@@ -4,8 +4,8 @@
 
 use super::{
     AffinityKey, AffinityValue, Backend, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts,
-    FrontendKey, FrontendValue, IfIndex, Node, Order, PrefixKey, Service, ServiceCounters, ServiceName,
-    SocketRecord, SourceRangeKey, StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    FrontendKey, FrontendValue, IfIndex, Node, Order, PrefixKey, Service, ServiceCounters, ServiceId,
+    ServiceName, SocketRecord, SourceRangeKey, StreamRecord, Trace, UdpFlow, UdpFlowKey,
 };
 use crate::addr::Addr;
 
@@ -36,6 +36,7 @@ pod!(
     PrefixKey,
     Service,
     ServiceCounters,
+    ServiceId,
     ServiceName,
     SourceRangeKey,
     SocketRecord,

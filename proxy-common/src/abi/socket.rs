@@ -12,6 +12,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::ids::{BackendId, ServiceId};
 use crate::{addr::Addr, be::Be16};
 
 /// Value of `SOCKETS`.
@@ -27,19 +28,19 @@ pub struct SocketRecord {
     /// Port of `backend_addr`.
     pub backend_port: Be16,
     /// Service id; [`SocketRecord::DATAGRAMS`] or [`SocketRecord::MORE_DATAGRAMS`] if the socket was not connected to `vip`.
-    pub service: u32,
+    pub service: ServiceId,
     /// Backend id.
-    pub backend: u32,
+    pub backend: BackendId,
 }
 
 const _: () = assert!(size_of::<SocketRecord>() == 44);
 
 impl SocketRecord {
     /// [`SocketRecord::service`] of a socket that sends datagrams to `vip`, and to no other VIP.
-    pub const DATAGRAMS: u32 = 0;
+    pub const DATAGRAMS: ServiceId = ServiceId::NONE;
     /// [`SocketRecord::service`] of a socket that sends datagrams to other VIPs, too. Those VIPs are in `UDP_FLOWS`,
     /// which may also have another VIP that `backend_addr` answers for.
-    pub const MORE_DATAGRAMS: u32 = u32::MAX;
+    pub const MORE_DATAGRAMS: ServiceId = ServiceId(u32::MAX);
 
     /// Record of a socket whose flows are all in `UDP_FLOWS`.
     pub const ALL_IN_UDP_FLOWS: Self = Self {
@@ -48,13 +49,13 @@ impl SocketRecord {
         vip_port: Be16 { bytes: [0; 2] },
         backend_port: Be16 { bytes: [0; 2] },
         service: Self::MORE_DATAGRAMS,
-        backend: 0,
+        backend: BackendId::NONE,
     };
 
     /// Returns whether the socket is connected to `vip`.
     #[inline(always)]
     pub const fn is_connected(&self) -> bool {
-        self.service != Self::DATAGRAMS && self.service != Self::MORE_DATAGRAMS
+        self.service.0 != Self::DATAGRAMS.0 && self.service.0 != Self::MORE_DATAGRAMS.0
     }
 }
 
@@ -184,7 +185,7 @@ pub struct UdpFlow {
     /// [`UdpFlow::clock`] of the flow's last datagram, accurate to [`REFRESHED`]. 0 in maps of earlier versions.
     pub used: u16,
     /// Backend id.
-    pub backend: u32,
+    pub backend: BackendId,
     /// [`UdpFlow::seal`] of key and value. LRU elements are reused under readers, and a datagram must not go to another
     /// flow's address.
     pub check: u64,
@@ -248,12 +249,17 @@ mod tests {
             direction: FlowDirection::Original as u16,
             pad: 0,
         };
-        let flow =
-            UdpFlow { addr: Addr::v4([10, 64, 1, 11]), port: Be16::new(1053), used: 0, backend: 3, check: 0 }
-                .seal(&key);
+        let flow = UdpFlow {
+            addr: Addr::v4([10, 64, 1, 11]),
+            port: Be16::new(1053),
+            used: 0,
+            backend: BackendId(3),
+            check: 0,
+        }
+        .seal(&key);
         assert!(flow.is_for(&key));
         assert!(!flow.is_for(&UdpFlowKey { cookie: 8, ..key }));
         assert!(!UdpFlow { addr: Addr::v4([10, 64, 1, 12]), ..flow }.is_for(&key));
-        assert!(!UdpFlow { backend: 4, ..flow }.is_for(&key));
+        assert!(!UdpFlow { backend: BackendId(4), ..flow }.is_for(&key));
     }
 }

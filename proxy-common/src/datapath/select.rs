@@ -4,7 +4,8 @@ use super::tables::{Tables, Tier, since};
 use crate::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
-    Affinity, AffinityKey, AffinityValue, Backend, Counter, Flow, FlowKey, FrontendValue, SlotRange,
+    Affinity, AffinityKey, AffinityValue, Backend, BackendId, Counter, Flow, FlowKey, FrontendValue,
+    ServiceId, SlotRange,
 };
 use crate::addr::Addr;
 
@@ -45,7 +46,7 @@ impl Client {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Selection {
     /// Backend that was selected, with its id.
-    Backend(u32, Backend),
+    Backend(BackendId, Backend),
     /// No backend: the client is to be refused.
     Reject(Counter),
     /// No backend: the client is to get no answer.
@@ -100,7 +101,7 @@ pub fn select(tables: &impl Tables, frontend: FrontendValue, client: Client, ide
 }
 
 #[inline(always)]
-const fn entry(id: u32, backend: &Backend, affinity: Affinity, now: u64) -> AffinityValue {
+const fn entry(id: BackendId, backend: &Backend, affinity: Affinity, now: u64) -> AffinityValue {
     AffinityValue {
         backend: id,
         generation: backend.state.generation,
@@ -137,7 +138,7 @@ fn remembered(
     affinity: Affinity,
     in_set: u32,
     now: u64,
-) -> Option<(u32, Backend)> {
+) -> Option<(BackendId, Backend)> {
     let entry = tables.affinity(tier, key)?;
     if entry.epoch != affinity.epoch {
         return None;
@@ -170,8 +171,8 @@ pub fn another(
     tables: &impl Tables,
     frontend: FrontendValue,
     client: Client,
-    mut wanted: impl FnMut(u32, &Backend) -> bool,
-) -> Option<(u32, Backend)> {
+    mut wanted: impl FnMut(BackendId, &Backend) -> bool,
+) -> Option<(BackendId, Backend)> {
     let (_, local) = client.bits();
     let service = tables.service(frontend.service).filter(|service| service.affinity.seconds == 0)?;
     let range = if frontend.flags & local != 0 { service.local } else { service.cluster };
@@ -192,7 +193,7 @@ pub fn another(
 
 /// Returns the backend in a random slot of the range.
 #[inline(always)]
-fn pick(tables: &impl Tables, service: u32, range: SlotRange) -> Selection {
+fn pick(tables: &impl Tables, service: ServiceId, range: SlotRange) -> Selection {
     at(tables, service, range, random_below(tables, range.len))
 }
 
@@ -205,7 +206,7 @@ fn random_below(tables: &impl Tables, len: u32) -> u32 {
 
 /// Returns the backend in a slot of the range.
 #[inline(always)]
-fn at(tables: &impl Tables, service: u32, range: SlotRange, offset: u32) -> Selection {
+fn at(tables: &impl Tables, service: ServiceId, range: SlotRange, offset: u32) -> Selection {
     let Some(id) = tables.slot(range.base.wrapping_add(offset)) else {
         return Selection::Drop(Counter::DropRetry);
     };

@@ -2,8 +2,8 @@
 //! tests.
 
 use crate::abi::{
-    AffinityKey, AffinityValue, Backend, Counter, Event, FrontendKey, FrontendValue, Node, Service,
-    SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order,
+    AffinityKey, AffinityValue, Backend, BackendId, Counter, Event, FrontendKey, FrontendValue, Node,
+    Service, ServiceId, SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -35,11 +35,11 @@ pub trait Tables {
     /// `FRONTENDS`, one aligned load. The value may be another key's: see [`FrontendValue::is_for`].
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue>;
     /// `SERVICES`: every word loaded once.
-    fn service(&self, id: u32) -> Option<Service>;
+    fn service(&self, id: ServiceId) -> Option<Service>;
     /// `SLOTS`.
-    fn slot(&self, index: u32) -> Option<u32>;
+    fn slot(&self, index: u32) -> Option<BackendId>;
     /// `BACKENDS`: `state` is loaded first.
-    fn backend(&self, id: u32) -> Option<Backend>;
+    fn backend(&self, id: BackendId) -> Option<Backend>;
     /// `LOCAL_ADDRESSES`: bits of [`crate::abi::local_address`], 0 for an address that is not this host's.
     fn local_address(&self, addr: &Addr) -> u32;
     /// Returns whether `SERVICE_CIDRS` contains the address.

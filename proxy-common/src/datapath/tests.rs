@@ -13,8 +13,9 @@ use super::tables::{Tables, Tier, since};
 use crate::abi::backend::flags::IN_CLUSTER;
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
-    AffinityKey, AffinityValue, Backend, BackendState, Counter, Event, Flow, FrontendKey, FrontendValue,
-    Node, Service, SlotRange, StreamRecord, Trace, UdpFlow, UdpFlowKey, local_address, proto,
+    AffinityKey, AffinityValue, Backend, BackendId, BackendState, Counter, Event, Flow, FrontendKey,
+    FrontendValue, Node, Service, ServiceId, SlotRange, StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    local_address, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -55,18 +56,18 @@ impl Tables for Racing {
         self.frontends.borrow_mut().pop_front().flatten()
     }
 
-    fn service(&self, _: u32) -> Option<Service> {
+    fn service(&self, _: ServiceId) -> Option<Service> {
         self.service
     }
 
-    fn slot(&self, index: u32) -> Option<u32> {
+    fn slot(&self, index: u32) -> Option<BackendId> {
         self.slot_asked.set(Some(index));
-        Some(7)
+        Some(BackendId(7))
     }
 
-    fn backend(&self, _: u32) -> Option<Backend> {
+    fn backend(&self, _: BackendId) -> Option<Backend> {
         let state = BackendState { flags: IN_CLUSTER, generation: 1 };
-        Some(Backend { service: 3, state, ..Backend::default() })
+        Some(Backend { service: ServiceId(3), state, ..Backend::default() })
     }
 
     fn local_address(&self, _: &Addr) -> u32 {
@@ -126,8 +127,8 @@ impl Tables for Racing {
 #[test]
 fn a_reused_element_is_read_once_more() {
     let key = FrontendKey::exact(VIP, PORT, proto::TCP);
-    let own = FrontendValue::new(&key, 1, 0);
-    let other = FrontendValue::new(&FrontendKey::exact(VIP, Be16::new(81), proto::TCP), 2, 0);
+    let own = FrontendValue::new(&key, ServiceId(1), 0);
+    let other = FrontendValue::new(&FrontendKey::exact(VIP, Be16::new(81), proto::TCP), ServiceId(2), 0);
     let reads: [(&[Option<FrontendValue>], Target, usize); 5] = [
         (&[Some(own)], Target::Frontend(own), 1),
         (&[Some(other), Some(own)], Target::Frontend(own), 2),
@@ -147,8 +148,10 @@ fn a_reused_element_is_read_once_more() {
 #[test]
 fn a_reused_node_port_element_is_read_once_more() {
     let key = FrontendKey::node_port(Addr::v4([0; 4]), PORT, proto::TCP);
-    let (own, other) =
-        (FrontendValue::new(&key, 1, 0), FrontendValue { service: 2, flags: 0, check: !key.check() });
+    let (own, other) = (
+        FrontendValue::new(&key, ServiceId(1), 0),
+        FrontendValue { service: ServiceId(2), flags: 0, check: !key.check() },
+    );
     for (second, target) in [(own, Target::Frontend(own)), (other, Target::Retry)] {
         let answers = [None, Some(other), Some(second)];
         let tables = Racing {
@@ -164,7 +167,7 @@ fn a_reused_node_port_element_is_read_once_more() {
 
 #[test]
 fn an_active_cluster_ip_comes_before_the_cidr() {
-    let any = FrontendValue { service: 0, flags: 0, check: 0 };
+    let any = FrontendValue { service: ServiceId::NONE, flags: 0, check: 0 };
     const HOST: u32 = local_address::HOST;
     for (address, in_cidr, local, target) in [
         (Some(any), true, 0, Target::UnusedPort),
@@ -185,7 +188,7 @@ fn an_active_cluster_ip_comes_before_the_cidr() {
 #[test]
 fn nobody_is_refused_by_one_miss() {
     let key = FrontendKey::exact(VIP, PORT, proto::TCP);
-    let own = FrontendValue::new(&key, 1, 0);
+    let own = FrontendValue::new(&key, ServiceId(1), 0);
     for (address, in_cidr) in [(Some(own), true), (None, true)] {
         let answers = RefCell::new(VecDeque::from([None, address, Some(own)]));
         let tables = Racing { frontends: answers, in_cidr, ..Racing::default() };
@@ -201,8 +204,9 @@ fn each_client_has_its_own_flags() {
     let service = Some(Service { cluster, local, affinity: Default::default() });
     let chosen = |flags: u16, client: Client| {
         let tables = Racing { service, ..Racing::default() };
-        let selection = select(&tables, FrontendValue { service: 3, flags, check: 0 }, client, VIP);
-        if !matches!(selection, Selection::Backend(7, _)) {
+        let selection =
+            select(&tables, FrontendValue { service: ServiceId(3), flags, check: 0 }, client, VIP);
+        if !matches!(selection, Selection::Backend(BackendId(7), _)) {
             assert_eq!(selection, Selection::Drop(Counter::DropSourceRange));
         }
         tables.slot_asked.get()
@@ -224,7 +228,7 @@ fn each_client_has_its_own_flags() {
 #[test]
 fn an_index_outside_of_the_map_is_dropped() {
     let tables = Racing::default();
-    let frontend = FrontendValue { service: u32::MAX, flags: 0, check: 0 };
+    let frontend = FrontendValue { service: ServiceId(u32::MAX), flags: 0, check: 0 };
     assert_eq!(select(&tables, frontend, Client::Pod, VIP), Selection::Drop(Counter::DropRetry));
 }
 
@@ -256,8 +260,8 @@ proptest! {
             let cluster = SlotRange { base, len };
             let service = Some(Service { cluster, ..Service::default() });
             let tables = Racing { service, random, ..Racing::default() };
-            let frontend = FrontendValue { service: 3, flags: 0, check: 0 };
-            let picked = matches!(select(&tables, frontend, Client::Far, VIP), Selection::Backend(7, _));
+            let frontend = FrontendValue { service: ServiceId(3), flags: 0, check: 0 };
+            let picked = matches!(select(&tables, frontend, Client::Far, VIP), Selection::Backend(BackendId(7), _));
             prop_assert!(picked);
             let slot = tables.slot_asked.get().unwrap();
             prop_assert!((base..base + len).contains(&slot), "{}", slot);
@@ -278,7 +282,7 @@ proptest! {
             let random = u32::try_from((i << 32) / count).unwrap();
             let service = Some(Service { cluster: SlotRange { base: 0, len }, ..Service::default() });
             let tables = Racing { service, random, ..Racing::default() };
-            select(&tables, FrontendValue { service: 3, flags: 0, check: 0 }, Client::Far, VIP);
+            select(&tables, FrontendValue { service: ServiceId(3), flags: 0, check: 0 }, Client::Far, VIP);
             shares[tables.slot_asked.get().unwrap() as usize] += 1;
         }
         prop_assert!(shares.iter().all(|share| share.abs_diff(each) <= 1), "{:?}", shares);

@@ -2,7 +2,7 @@
 
 use super::tables::{Socket, Tables};
 use crate::abi::event::{PACKET, place};
-use crate::abi::{Counter, Event, IfIndex};
+use crate::abi::{Counter, Event, IfIndex, ServiceId};
 use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::edge::parsed::{Parsed, Tuple};
@@ -15,7 +15,7 @@ pub fn watched(tables: &impl Tables) -> bool {
 
 /// Counts a packet that is not translated, and reports it as a trace event.
 #[inline(always)]
-pub fn refused(tables: &impl Tables, why: Counter, parsed: &Parsed, service: u32, at: At) {
+pub fn refused(tables: &impl Tables, why: Counter, parsed: &Parsed, service: ServiceId, at: At) {
     tables.count(why);
     if watched(tables) {
         packet(tables, parsed, &parsed.tuple, service, at.about(why as u8));
@@ -24,7 +24,14 @@ pub fn refused(tables: &impl Tables, why: Counter, parsed: &Parsed, service: u32
 
 /// Reports a packet that is translated as a trace event. `begins`: the packet is the first of a flow.
 #[inline(always)]
-pub fn translated(tables: &impl Tables, parsed: &Parsed, new: &Tuple, service: u32, at: At, begins: bool) {
+pub fn translated(
+    tables: &impl Tables,
+    parsed: &Parsed,
+    new: &Tuple,
+    service: ServiceId,
+    at: At,
+    begins: bool,
+) {
     if watched(tables) {
         let what = if begins { Counter::Flow as u8 } else { PACKET };
         packet(tables, parsed, new, service, at.about(what));
@@ -50,7 +57,7 @@ impl At {
 }
 
 #[inline(never)]
-fn packet(tables: &impl Tables, parsed: &Parsed, new: &Tuple, service: u32, about: u64) {
+fn packet(tables: &impl Tables, parsed: &Parsed, new: &Tuple, service: ServiceId, about: u64) {
     let what = about as u8;
     if !wanted(tables, service, what == PACKET) {
         return;
@@ -82,13 +89,13 @@ pub fn called(
     tables: &impl Tables,
     what: Counter,
     socket: &impl Socket,
-    service: u32,
+    service: ServiceId,
     to: Option<(Addr, Be16)>,
     begins: bool,
 ) {
     tables.count(what);
     if watched(tables) {
-        let about = u64::from(service) << 32 | u64::from(begins) << 8 | what as u64;
+        let about = u64::from(service.0) << 32 | u64::from(begins) << 8 | what as u64;
         match to {
             Some(to) => call(tables, socket, &to, about),
             None => call_to_nobody(tables, socket, about),
@@ -109,7 +116,7 @@ fn call_to_nobody(tables: &impl Tables, socket: &impl Socket, about: u64) {
 
 #[inline(always)]
 fn tell_call(tables: &impl Tables, socket: &impl Socket, to: &(Addr, Be16), about: u64) {
-    let (service, what) = ((about >> 32) as u32, about as u8);
+    let (service, what) = (ServiceId((about >> 32) as u32), about as u8);
     if !wanted(tables, service, about >> 8 & 1 == 0) {
         return;
     }
@@ -129,9 +136,9 @@ fn tell_call(tables: &impl Tables, socket: &impl Socket, to: &(Addr, Be16), abou
 }
 
 #[inline(always)]
-fn wanted(tables: &impl Tables, service: u32, goes_on: bool) -> bool {
+fn wanted(tables: &impl Tables, service: ServiceId, goes_on: bool) -> bool {
     let trace = tables.trace();
-    if trace.until <= tables.now() || trace.service != 0 && trace.service != service {
+    if trace.until <= tables.now() || trace.service != ServiceId::NONE && trace.service != service {
         return false;
     }
     !goes_on || trace.sample != 0 && tables.random().is_multiple_of(trace.sample)

@@ -13,7 +13,7 @@ use proxy_agent::bpf::tc::{PROGRAMS, TcPrograms};
 use proxy_agent::reconcile::store::{Capacity, MapStore as _};
 use proxy_common::abi::maps;
 use proxy_common::abi::{
-    Counter, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, ServiceCounters,
+    Counter, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, ServiceCounters, ServiceId,
 };
 use proxy_common::datapath::edge::{Edge, Verdict};
 
@@ -232,7 +232,7 @@ impl Kernel {
     /// # Errors
     /// With the kernel's error.
     pub fn service_counters(&self, id: u32) -> Result<ServiceCounters> {
-        Ok(self.dataplane.maps.service_counters(id)?)
+        Ok(self.dataplane.maps.service_counters(ServiceId(id))?)
     }
 }
 

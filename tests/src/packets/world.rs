@@ -11,7 +11,8 @@ use proxy_common::abi::frontend::flags::{EXTERNAL, FAR_LOCAL, SOURCE_RANGES};
 use proxy_common::abi::local_address::{HOST, NODEPORT};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
 use proxy_common::abi::{
-    Affinity, Backend, BackendState, Device, FrontendKey, FrontendValue, IfIndex, Service, SlotRange, device,
+    Affinity, Backend, BackendId, BackendState, Device, FrontendKey, FrontendValue, IfIndex, Service,
+    ServiceId, SlotRange, device,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
@@ -168,11 +169,15 @@ impl Net {
             Op::PodSource(self.prefix(("10.64.0.0", 16), ("fd00:64::", 32)), true),
             Op::LocalAddress(self.node().into(), Some(HOST | NODEPORT)),
             Op::LocalAddress(self.overlay().into(), Some(HOST)),
-            Op::SourceRange(base + 4, self.prefix(("203.0.113.0", 24), ("2001:db8:113::", 48)), true),
+            Op::SourceRange(
+                ServiceId(base + 4),
+                self.prefix(("203.0.113.0", 24), ("2001:db8:113::", 48)),
+                true,
+            ),
         ];
         let serving = |id: u32, service: u32, addr: SocketAddr, flags: u32| {
             let state = BackendState { flags: IN_CLUSTER | SERVING | flags, generation: 1 };
-            Op::Backend(base + id, backend(addr, base + service, state))
+            Op::Backend(BackendId(base + id), backend(addr, base + service, state))
         };
         ops.extend([
             serving(1, 1, self.local(), IN_LOCAL | ON_THIS_NODE),
@@ -186,7 +191,7 @@ impl Net {
             serving(9, 7, self.remote(1), 0),
         ]);
         // Slots have the same numbers as backends.
-        ops.push(Op::Slots(base + 1, (base + 1..base + 10).collect()));
+        ops.push(Op::Slots(base + 1, (base + 1..base + 10).map(BackendId).collect()));
         let one = |id: u32| SlotRange { base: base + id, len: 1 };
         let three = SlotRange { base: base + 5, len: 3 };
         for (id, cluster, local) in [
@@ -199,7 +204,10 @@ impl Net {
             (7, one(9), SlotRange::DROP),
             (8, SlotRange::REJECT, SlotRange::REJECT),
         ] {
-            ops.push(Op::Service(base + id, Service { cluster, local, affinity: Affinity::default() }));
+            ops.push(Op::Service(
+                ServiceId(base + id),
+                Service { cluster, local, affinity: Affinity::default() },
+            ));
         }
         for (at, id, flags) in [
             (self.here(), 1, 0),
@@ -242,11 +250,17 @@ impl Net {
 }
 
 fn backend(addr: SocketAddr, service: u32, state: BackendState) -> Backend {
-    Backend { addr: addr.ip().into(), port: Be16::new(addr.port()), pad: [0; 2], service, state }
+    Backend {
+        addr: addr.ip().into(),
+        port: Be16::new(addr.port()),
+        pad: [0; 2],
+        service: ServiceId(service),
+        state,
+    }
 }
 
 fn frontend(key: FrontendKey, service: u32, flags: u16) -> Op {
-    Op::Frontend(key, Some(FrontendValue::new(&key, service, flags)))
+    Op::Frontend(key, Some(FrontendValue::new(&key, ServiceId(service), flags)))
 }
 
 /// The world in the host's maps.

@@ -29,7 +29,9 @@ use proxy_common::abi::backend::flags::{IN_CLUSTER, SERVING};
 use proxy_common::abi::frontend::flags::EXTERNAL;
 use proxy_common::abi::maps;
 use proxy_common::abi::proto::UDP;
-use proxy_common::abi::{Affinity, Counter, FrontendKey, FrontendValue, Service, SlotRange, SocketRecord};
+use proxy_common::abi::{
+    Affinity, BackendId, Counter, FrontendKey, FrontendValue, Service, ServiceId, SlotRange, SocketRecord,
+};
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
 use proxy_tests::lab::{Lab, LabSpec, NodeSpec};
@@ -113,7 +115,7 @@ fn no_reader_is_misled_by_a_writer() -> Result<()> {
 struct Writer {
     model: Model,
     /// The steady Service: its id, its backends and its current range.
-    steady: (u32, Vec<u32>, SlotRange),
+    steady: (ServiceId, Vec<BackendId>, SlotRange),
     /// Ranges of the ring: those that no reader can have, those that wait for the current grace period, and those
     /// that were left since it began.
     ring: Vec<SlotRange>,
@@ -145,7 +147,7 @@ impl Writer {
         });
         let mut writer = Self {
             model: Model::new(CAPACITY),
-            steady: (0, Vec::new(), SlotRange::default()),
+            steady: (ServiceId::NONE, Vec::new(), SlotRange::default()),
             ring: Vec::new(),
             ring_waiting: Vec::new(),
             left: Vec::new(),
@@ -181,7 +183,7 @@ impl Writer {
     }
 
     /// Returns the id and backends of a Service.
-    fn port(&self, name: &str) -> Result<(u32, Vec<u32>)> {
+    fn port(&self, name: &str) -> Result<(ServiceId, Vec<BackendId>)> {
         let mut ports = self.model.ports.iter().filter(|(key, _)| &*key.service.name == name);
         let (_, port) = ports.next().context("an unknown Service")?;
         Ok((port.id, port.backends.iter().map(|backend| backend.id).collect()))
@@ -313,7 +315,7 @@ struct Seen {
 }
 
 fn client(pins: &Path) -> Result<()> {
-    let ids: BTreeMap<String, u32> = {
+    let ids: BTreeMap<String, ServiceId> = {
         let maps = KernelMaps::open(&PinDir::new(pins), false)?;
         ids(&Model::restore(maps.capacity(), &maps.contents()?))
     };
@@ -355,7 +357,7 @@ fn stay_on(which: usize) -> Result<()> {
     Ok(())
 }
 
-fn connect_until(end: Instant, pins: &Path, ids: &BTreeMap<String, u32>) -> Result<Seen> {
+fn connect_until(end: Instant, pins: &Path, ids: &BTreeMap<String, ServiceId>) -> Result<Seen> {
     let map = MapData::from_pin(PinDir::new(pins).map(maps::SOCKETS))?;
     let storage: SkStorage<_, SocketRecord> = Map::SkStorage(map).try_into()?;
     let mut seen = Seen::default();
@@ -398,7 +400,7 @@ fn connect_until(end: Instant, pins: &Path, ids: &BTreeMap<String, u32>) -> Resu
 }
 
 /// Returns whether a record is whole and names a backend of one of `services`.
-fn belongs(record: &SocketRecord, services: &[&str], ids: &BTreeMap<String, u32>) -> bool {
+fn belongs(record: &SocketRecord, services: &[&str], ids: &BTreeMap<String, ServiceId>) -> bool {
     let [a, b, c, d] = record.backend_addr.v4_octets();
     SETS.iter().any(|(service, prefix, port)| {
         services.contains(service)
@@ -406,11 +408,11 @@ fn belongs(record: &SocketRecord, services: &[&str], ids: &BTreeMap<String, u32>
             && ([a, b], c) == (*prefix, 0)
             && (1..=4).contains(&d)
             && record.backend_port.get() == *port
-            && (1..CAPACITY.backends).contains(&record.backend)
+            && (1..CAPACITY.backends).contains(&record.backend.0)
     })
 }
 
-fn ids(model: &Model) -> BTreeMap<String, u32> {
+fn ids(model: &Model) -> BTreeMap<String, ServiceId> {
     model.ports.iter().map(|(key, port)| (key.service.name.to_string(), port.id)).collect()
 }
 
@@ -426,7 +428,7 @@ fn decoy_key(number: u16) -> FrontendKey {
     key(DECOY, 1000 + number)
 }
 
-fn lead(key: FrontendKey, id: u32, flags: u16) -> Op {
+fn lead(key: FrontendKey, id: ServiceId, flags: u16) -> Op {
     Op::Frontend(key, Some(FrontendValue::new(&key, id, flags)))
 }
 

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result};
 use proxy_agent::reconcile::cluster::{Change, Cluster, ObjectKey, Scope};
 use proxy_agent::reconcile::store::{Contents, Op};
 use proxy_agent::sources::convert::Converter;
+use proxy_common::abi::{BackendId, ServiceId};
 use proxy_common::addr::Addr;
 use proxy_tests::cases::{Config, Dest, Proto, Sender};
 use serde_json::{Value, json};
@@ -44,15 +45,15 @@ fn node(labels: &Value) -> Value {
 }
 
 /// Returns the id of the Service port behind port 80 of `address`.
-fn id(contents: &Contents, address: &str) -> Option<u32> {
+fn id(contents: &Contents, address: &str) -> Option<ServiceId> {
     let address: Addr = address.parse::<std::net::IpAddr>().ok()?.into();
     let web = contents.frontends.iter().find(|(key, _)| key.addr == address && key.port.get() == 80);
     web.map(|(_, value)| value.service)
 }
 
 /// Returns the Service port whose objects `op` writes, in maps with these contents before it.
-fn owner(contents: &Contents, op: &Op) -> Option<u32> {
-    let backend = |id: u32| contents.backends.get(id as usize).map(|backend| backend.service);
+fn owner(contents: &Contents, op: &Op) -> Option<ServiceId> {
+    let backend = |id: BackendId| contents.backends.get(id.0 as usize).map(|backend| backend.service);
     match op {
         Op::Name(service, _) | Op::Service(service, _) | Op::SourceRange(service, ..) => Some(*service),
         Op::Backend(_, element) => Some(element.service),
@@ -69,16 +70,16 @@ fn owner(contents: &Contents, op: &Op) -> Option<u32> {
 }
 
 /// Checks that `ops` write objects of the Service port `only` and nothing else.
-fn concern(ops: &[Op], before: &Contents, after: &Contents, only: u32) {
-    let owners: BTreeSet<Option<u32>> = ops.iter().map(|op| owner(before, op)).collect();
+fn concern(ops: &[Op], before: &Contents, after: &Contents, only: ServiceId) {
+    let owners: BTreeSet<Option<ServiceId>> = ops.iter().map(|op| owner(before, op)).collect();
     assert_eq!(owners, [Some(only)].into(), "{ops:?}");
     assert_eq!(others(after, only), others(before, only));
 }
 
-fn others(contents: &Contents, only: u32) -> String {
-    let services = (0..).zip(contents.services.clone()).filter(|(id, _)| *id != only);
+fn others(contents: &Contents, only: ServiceId) -> String {
+    let services = (0..).map(ServiceId).zip(contents.services.clone()).filter(|(id, _)| *id != only);
     let services: Vec<_> = services.collect();
-    let slots: Vec<&[u32]> = services
+    let slots: Vec<&[BackendId]> = services
         .iter()
         .flat_map(|(_, service)| [service.cluster, service.local])
         .filter_map(|range| contents.slots.get(range.base as usize..(range.base + range.len) as usize))

@@ -1,3 +1,4 @@
+use proxy_common::abi::BackendId;
 use serde_json::{Value, json};
 
 use super::*;
@@ -202,7 +203,7 @@ fn stages_and_operations_of_a_sync() {
     world.take(service("s", &json!({})));
     let began = Instant::now();
     world.telemetry.sync_begins(true);
-    let ops = [Op::NodeFlags(1), Op::NodeFlags(0), Op::Slots(1, vec![1])];
+    let ops = [Op::NodeFlags(1), Op::NodeFlags(0), Op::Slots(1, vec![BackendId(1)])];
     world.telemetry.writing(&ops, slow).unwrap();
     world.telemetry.sync_ended(true);
     let took = began.elapsed().as_secs_f64();

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
 use proxy_common::abi::maps;
 use proxy_common::abi::{
-    Affinity, Backend, BackendState, FrontendKey, FrontendValue, Service, ServiceCounters, SlotRange, proto,
+    Affinity, Backend, BackendId, BackendState, FrontendKey, FrontendValue, Service, ServiceCounters,
+    ServiceId, SlotRange, proto,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
@@ -65,18 +66,18 @@ fn fill(maps: &mut KernelMaps) {
         addr: addr(2),
         port: Be16::new(8080),
         pad: [0; 2],
-        service: 3,
+        service: ServiceId(3),
         state: BackendState { flags: 7, generation: 5 },
     };
     let service =
         Service { cluster: range, local: SlotRange::REJECT, affinity: Affinity { seconds: 9, epoch: 4 } };
     for op in [
-        Op::Name(3, Some(Box::new(service_name(&port)))),
-        Op::Backend(3, backend),
-        Op::Slots(6, vec![3, 3]),
-        Op::Service(3, service),
-        Op::SourceRange(3, Prefix::new(addr(0), 24).unwrap(), true),
-        Op::Frontend(key, Some(FrontendValue::new(&key, 3, 0))),
+        Op::Name(ServiceId(3), Some(Box::new(service_name(&port)))),
+        Op::Backend(BackendId(3), backend),
+        Op::Slots(6, vec![BackendId(3); 2]),
+        Op::Service(ServiceId(3), service),
+        Op::SourceRange(ServiceId(3), Prefix::new(addr(0), 24).unwrap(), true),
+        Op::Frontend(key, Some(FrontendValue::new(&key, ServiceId(3), 0))),
     ] {
         maps.apply(&op).unwrap();
     }
@@ -114,7 +115,7 @@ fn larger_maps_hold_the_same_wherever_a_growth_was_cut_short() {
     let mut small = open(pins, SMALL);
     fill(&mut small.maps);
     count(pins);
-    let connections = small.maps.service_counters(3).unwrap().connections;
+    let connections = small.maps.service_counters(ServiceId(3)).unwrap().connections;
     assert!(connections > 0);
     let before = small.maps.contents().unwrap();
     let elements = [before.names.len(), before.frontends.len(), before.source_ranges.len()];
@@ -136,7 +137,7 @@ fn larger_maps_hold_the_same_wherever_a_growth_was_cut_short() {
         assert_eq!(large.maps.capacity(), LARGE, "{replaced} were replaced");
         assert_eq!(shown(&large.maps.contents().unwrap()), shown(&before), "{replaced} were replaced");
         assert_eq!(
-            large.maps.service_counters(3).unwrap().connections,
+            large.maps.service_counters(ServiceId(3)).unwrap().connections,
             connections,
             "{replaced} were replaced"
         );

@@ -181,7 +181,7 @@ pub fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanat
                 namespace: key.service.namespace.to_string(),
                 name: key.service.name.to_string(),
                 port: key.port_name.to_string(),
-                id: port.id,
+                id: port.id.0,
                 affinity_seconds: port.service.affinity.seconds,
                 source_ranges: model
                     .source_ranges_of(port.id)

@@ -88,7 +88,7 @@ pub fn print(args: &ExplainArgs, pod: Option<&ClientPod>, out: &mut impl Write) 
     let (maps, model) = read(&PinDir::new(pin_dir), &question)?;
     let mut explanation = explain(&maps, &model, &question);
     if let Some(view) = &mut explanation.service
-        && let Some(key) = model.ports.iter().find(|(_, port)| port.id == view.id).map(|(key, _)| key)
+        && let Some(key) = model.ports.iter().find(|(_, port)| port.id.0 == view.id).map(|(key, _)| key)
     {
         let answer = reasons::ask(&reasons::socket(&state_file), &key.service);
         if let Some(port) = answer.iter().flatten().find(|port| port.is_of(key)) {

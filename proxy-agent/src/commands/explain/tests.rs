@@ -15,8 +15,8 @@ use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS, SANDB
 use proxy_common::abi::opt_out::{EVERYTHING, INSIDE};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
 use proxy_common::abi::{
-    Affinity, AffinityKey, AffinityValue, Backend, BackendState, Device, FrontendValue, IfIndex, Service,
-    SlotRange, device::flags::NEAR,
+    Affinity, AffinityKey, AffinityValue, Backend, BackendId, BackendState, Device, FrontendValue, IfIndex,
+    Service, ServiceId, SlotRange, device::flags::NEAR,
 };
 use proxy_common::addr::Addr;
 use proxy_common::addr::{Family, Prefix};
@@ -61,14 +61,22 @@ fn contents() -> Contents {
     ] {
         let state = BackendState { flags, generation: 1 };
         let (addr, port) = (Addr::v4([10, 64, 0, octet]), Be16::new(8080));
-        contents.backends.push(Backend { addr, port, pad: [0; 2], service: 1, state });
+        contents.backends.push(Backend { addr, port, pad: [0; 2], service: ServiceId(1), state });
     }
     let sticky = BackendState { flags: IN_CLUSTER | SERVING, generation: 9 };
     for octet in [5, 6] {
         let (addr, port) = (Addr::v4([10, 64, 0, octet]), Be16::new(53));
-        contents.backends.push(Backend { addr, port, pad: [0; 2], service: 3, state: sticky });
+        contents.backends.push(Backend { addr, port, pad: [0; 2], service: ServiceId(3), state: sticky });
     }
-    contents.slots = vec![0, 1, 2, 3, 1, 5, 6];
+    contents.slots = vec![
+        BackendId::NONE,
+        BackendId(1),
+        BackendId(2),
+        BackendId(3),
+        BackendId(1),
+        BackendId(5),
+        BackendId(6),
+    ];
     let none = Affinity::default();
     contents.services = vec![
         Service { cluster: SlotRange::REJECT, local: SlotRange::REJECT, affinity: none },
@@ -88,7 +96,7 @@ fn contents() -> Contents {
     for (id, name, proto) in [(1, "cart", TCP), (2, "empty", TCP), (3, "sticky", UDP), (4, "near", TCP)] {
         let service = ObjectKey::new("shop", name);
         let key = PortKey { service, port_name: Arc::from("web"), proto, family: Family::V4 };
-        contents.names.push((id, service_name(&key)));
+        contents.names.push((ServiceId(id), service_name(&key)));
     }
     let any = addr("0.0.0.0");
     for (key, id, flags) in [
@@ -101,9 +109,9 @@ fn contents() -> Contents {
         (exact("10.96.0.40", 80, TCP), 4, NEAR_LOCAL | FAR_LOCAL | POD_LOCAL),
         (exact("10.96.0.50", 80, SCTP), 1, 0),
     ] {
-        contents.frontends.push((key, FrontendValue::new(&key, id, flags)));
+        contents.frontends.push((key, FrontendValue::new(&key, ServiceId(id), flags)));
     }
-    contents.source_ranges = vec![(1, prefix("198.51.100.0/24"))];
+    contents.source_ranges = vec![(ServiceId(1), prefix("198.51.100.0/24"))];
     contents.local_addresses = vec![(addr("192.0.2.10"), HOST | NODEPORT)];
     contents.service_cidrs = vec![prefix("10.96.0.0/16")];
     contents.pod_sources = vec![prefix("10.64.0.0/16")];
@@ -316,15 +324,15 @@ fn session_affinity_remembers_who_asks() {
         pad: 0,
         last_seen: NOW.wrapping_sub(age * 1_000_000_000),
     };
-    let host = AffinityKey { client: AffinityKey::netns_client(HOST_NETNS), service: 3 };
-    let outside = AffinityKey { client: addr("203.0.113.7"), service: 3 };
+    let host = AffinityKey { client: AffinityKey::netns_client(HOST_NETNS), service: ServiceId(3) };
+    let outside = AffinityKey { client: addr("203.0.113.7"), service: ServiceId(3) };
     for (key, value, from, want) in [
-        (outside, entry(6, 9, 99), "203.0.113.7", "Outside Served 5,6 !6"),
-        (outside, entry(5, 9, 0), "203.0.113.7", "Outside Served 5,6 !5"),
-        (outside, entry(6, 9, 100), "203.0.113.7", "Outside Served 5,6"),
-        (outside, entry(6, 8, 0), "203.0.113.7", "Outside Served 5,6"),
-        (outside, entry(6, 9, 0), "203.0.113.8", "Outside Served 5,6"),
-        (host, entry(6, 9, 0), "192.0.2.10", "Host Served 5,6 !6"),
+        (outside, entry(BackendId(6), 9, 99), "203.0.113.7", "Outside Served 5,6 !6"),
+        (outside, entry(BackendId(5), 9, 0), "203.0.113.7", "Outside Served 5,6 !5"),
+        (outside, entry(BackendId(6), 9, 100), "203.0.113.7", "Outside Served 5,6"),
+        (outside, entry(BackendId(6), 8, 0), "203.0.113.7", "Outside Served 5,6"),
+        (outside, entry(BackendId(6), 9, 0), "203.0.113.8", "Outside Served 5,6"),
+        (host, entry(BackendId(6), 9, 0), "192.0.2.10", "Host Served 5,6 !6"),
     ] {
         let maps = maps(&contents());
         maps.clients.borrow_mut().insert(key, value);

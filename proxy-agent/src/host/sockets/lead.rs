@@ -168,6 +168,8 @@ fn leads_as_far(address: IpAddr, kernels: IpAddr) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proxy_common::abi::ServiceId;
+
     use super::*;
 
     #[test]
@@ -190,7 +192,8 @@ mod tests {
     #[test]
     fn a_record_counts_only_while_the_socket_is_connected_where_it_says() {
         let (backend_addr, backend_port) = (Addr::v4([10, 64, 1, 11]), Be16::new(1053));
-        let record = SocketRecord { backend_addr, backend_port, service: 1, ..SocketRecord::default() };
+        let record =
+            SocketRecord { backend_addr, backend_port, service: ServiceId(1), ..SocketRecord::default() };
         assert!(is_about(&record, (backend_addr, backend_port)));
         let datagrams = SocketRecord { service: SocketRecord::DATAGRAMS, ..record };
         assert!(!is_about(&datagrams, (backend_addr, backend_port)));

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use proxy_common::abi::frontend::FrontendKind;
 use proxy_common::abi::maps;
-use proxy_common::abi::{FrontendKey, FrontendValue, proto};
+use proxy_common::abi::{FrontendKey, FrontendValue, ServiceId, proto};
 
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::desired::{DesiredPort, DesiredService, PortKey};
@@ -147,7 +147,7 @@ fn settle(model: &mut Model, touched: BTreeSet<FrontendKey>, mut dead: Vec<Op>, 
 
 /// Removes source ranges of ids that no Service port has, before such an id is given out.
 fn forget_stray_ranges(model: &mut Model, plan: &mut Plan) {
-    let live: BTreeSet<u32> = model.ports.values().map(|port| port.id).collect();
+    let live: BTreeSet<ServiceId> = model.ports.values().map(|port| port.id).collect();
     let strays = model.source_ranges.extract_if(.., |(id, _)| !live.contains(id));
     plan.ops.extend(strays.map(|(id, range)| Op::SourceRange(id, range, false)));
 }
@@ -221,7 +221,7 @@ fn frontends(model: &mut Model, mut touched: BTreeSet<FrontendKey>, plan: &mut P
             // A winner by nodePort needs no frontend at this address.
             let flags = find_claim(&winner.claims, key)?;
             // The frontend of a clusterIP as such belongs to all ports of the Service.
-            let id = if key.kind == FrontendKind::Address as u8 { 0 } else { winner.id };
+            let id = if key.kind == FrontendKind::Address as u8 { ServiceId::NONE } else { winner.id };
             Some(FrontendValue::new(key, id, flags))
         });
         let has = model.frontends.get(key).copied();

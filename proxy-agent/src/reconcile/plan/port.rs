@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, SERVING};
-use proxy_common::abi::{Affinity, BackendState, Service, SlotRange, maps, proto};
+use proxy_common::abi::{Affinity, BackendState, Service, ServiceId, SlotRange, maps, proto};
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
 
@@ -208,7 +208,7 @@ const IN_SETS: u32 = IN_CLUSTER | IN_LOCAL;
 
 /// Brings the source ranges of a service id to the desired ones, which are sorted: additions at once, removals at the
 /// end.
-fn change_ranges(model: &mut Model, id: u32, desired: &[Prefix], plan: &mut Plan, dead: &mut Vec<Op>) {
+fn change_ranges(model: &mut Model, id: ServiceId, desired: &[Prefix], plan: &mut Plan, dead: &mut Vec<Op>) {
     let stale: Vec<Prefix> =
         model.source_ranges_of(id).filter(|range| desired.binary_search(range).is_err()).collect();
     dead.extend(stale.into_iter().map(|range| Op::SourceRange(id, range, false)));

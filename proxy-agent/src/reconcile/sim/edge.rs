@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use proxy_common::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex};
+use proxy_common::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, ServiceId};
 use proxy_common::addr::Addr;
 use proxy_common::datapath::edge::tables::{EdgeTables, Tier};
 use proxy_common::datapath::edge::work::Scratch;
@@ -76,7 +76,7 @@ impl EdgeTables for Simulator {
         true
     }
 
-    fn in_source_ranges(&self, service: u32, client: &Addr) -> bool {
+    fn in_source_ranges(&self, service: ServiceId, client: &Addr) -> bool {
         self.source_ranges.iter().any(|(of, range)| *of == service && range.contains(*client))
     }
 
@@ -92,7 +92,7 @@ impl EdgeTables for Simulator {
         self.device(ifindex).map_or(0, |device| device.flags)
     }
 
-    fn count_packet(&self, service: u32, request: bool, bytes: u32) {
+    fn count_packet(&self, service: ServiceId, request: bool, bytes: u32) {
         let mut counters = self.edge.counters.borrow_mut();
         let counters = counters.entry(service).or_default();
         let (packets, sum) = if request {
@@ -104,7 +104,7 @@ impl EdgeTables for Simulator {
         *sum += u64::from(bytes);
     }
 
-    fn count_connection(&self, service: u32) {
+    fn count_connection(&self, service: ServiceId) {
         self.edge.counters.borrow_mut().entry(service).or_default().connections += 1;
     }
 

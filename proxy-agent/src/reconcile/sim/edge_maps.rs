@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use proxy_common::abi::{
-    Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, ServiceCounters,
+    Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, ServiceCounters, ServiceId,
 };
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
@@ -17,7 +17,7 @@ pub struct EdgeMaps {
     pub(super) flows: [RefCell<BTreeMap<FlowKey, Record>>; 2],
     pub(super) index: [RefCell<BTreeMap<FlowKey, FlowRef>>; 2],
     pub(super) fragments: RefCell<BTreeMap<FragmentKey, FragmentPorts>>,
-    pub(super) counters: RefCell<BTreeMap<u32, ServiceCounters>>,
+    pub(super) counters: RefCell<BTreeMap<ServiceId, ServiceCounters>>,
     /// `DEVICES`.
     pub devices: RefCell<BTreeMap<IfIndex, Device>>,
     /// Maximal number of elements of each of `FLOWS` and `NEW_FLOWS`; `None` for any number.
@@ -68,12 +68,12 @@ impl EdgeMaps {
     }
 
     /// Sets the counters of a Service to zero.
-    pub(super) fn forget_counters(&self, service: u32) {
+    pub(super) fn forget_counters(&self, service: ServiceId) {
         self.counters.borrow_mut().remove(&service);
     }
 
     /// Returns the counters of a Service.
-    pub fn service_counters(&self, service: u32) -> ServiceCounters {
+    pub fn service_counters(&self, service: ServiceId) -> ServiceCounters {
         self.counters.borrow().get(&service).copied().unwrap_or_default()
     }
 }

@@ -8,8 +8,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::{
-    AffinityKey, AffinityValue, Backend, Counter, Event, FrontendKey, FrontendValue, Node, Service,
-    ServiceName, SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order,
+    AffinityKey, AffinityValue, Backend, BackendId, Counter, Event, FrontendKey, FrontendValue, Node,
+    Service, ServiceId, ServiceName, SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
@@ -30,14 +30,14 @@ mod tests;
 /// Map contents, a clock and a source of randomness.
 #[derive(Debug, Default)]
 pub struct Simulator {
-    names: BTreeMap<u32, ServiceName>,
+    names: BTreeMap<ServiceId, ServiceName>,
     filter: BTreeMap<u32, u64>,
     frontends: BTreeMap<FrontendKey, FrontendValue>,
     services: BTreeMap<u32, Service>,
-    slots: BTreeMap<u32, u32>,
+    slots: BTreeMap<u32, BackendId>,
     backends: BTreeMap<u32, Backend>,
     local_addresses: BTreeMap<Addr, u32>,
-    source_ranges: BTreeSet<(u32, Prefix)>,
+    source_ranges: BTreeSet<(ServiceId, Prefix)>,
     service_cidrs: BTreeSet<Prefix>,
     pod_sources: BTreeSet<Prefix>,
     opt_out: BTreeMap<u64, u32>,
@@ -156,10 +156,10 @@ impl MapStore for Simulator {
                 }
                 set(&mut self.names, *id, name.as_deref().copied());
             }
-            Op::Backend(id, backend) => set(&mut self.backends, *id, Some(*backend)),
-            Op::BackendState(id, state) => self.backends.entry(*id).or_default().state = *state,
+            Op::Backend(id, backend) => set(&mut self.backends, id.0, Some(*backend)),
+            Op::BackendState(id, state) => self.backends.entry(id.0).or_default().state = *state,
             Op::Slots(base, ids) => self.slots.extend((*base..).zip(ids.iter().copied())),
-            Op::Service(id, service) => set(&mut self.services, *id, Some(*service)),
+            Op::Service(id, service) => set(&mut self.services, id.0, Some(*service)),
             Op::Frontend(key, value) => set(&mut self.frontends, *key, *value),
             Op::LocalAddress(addr, bits) => set(&mut self.local_addresses, *addr, *bits),
             Op::SourceRange(id, range, present) => put(&mut self.source_ranges, (*id, *range), *present),
@@ -182,17 +182,17 @@ impl Tables for Simulator {
         self.frontends.get(key).copied()
     }
 
-    fn service(&self, id: u32) -> Option<Service> {
+    fn service(&self, id: ServiceId) -> Option<Service> {
         // As in an array, an element that was never written is zero.
-        Some(self.services.get(&id).copied().unwrap_or_default())
+        Some(self.services.get(&id.0).copied().unwrap_or_default())
     }
 
-    fn slot(&self, index: u32) -> Option<u32> {
+    fn slot(&self, index: u32) -> Option<BackendId> {
         Some(self.slots.get(&index).copied().unwrap_or_default())
     }
 
-    fn backend(&self, id: u32) -> Option<Backend> {
-        Some(self.backends.get(&id).copied().unwrap_or_default())
+    fn backend(&self, id: BackendId) -> Option<Backend> {
+        Some(self.backends.get(&id.0).copied().unwrap_or_default())
     }
 
     fn local_address(&self, addr: &Addr) -> u32 {

@@ -13,7 +13,9 @@ use super::whence::{is_from_backend, is_from_outside, is_succeeded};
 use super::work::{How, Numbers, Refusal, Scratch, Work};
 use super::{icmp, own_datagrams};
 use crate::abi::frontend::flags::EXTERNAL;
-use crate::abi::{Counter, FlowKind, IfIndex, Origin, local_address, node::HOST_IN_PACKETS, proto};
+use crate::abi::{
+    Counter, FlowKind, IfIndex, Origin, ServiceId, local_address, node::HOST_IN_PACKETS, proto,
+};
 use crate::addr::{Addr, Family};
 use crate::datapath::lookup::{self, Target};
 use crate::datapath::trace::{self, At};
@@ -215,7 +217,7 @@ fn leaving_untranslated(packet: &mut impl Packet, tables: &impl EdgeTables, pars
     if refusal.how == How::Drop && own && parsed.begins() && tables.node().flags & HOST_IN_PACKETS != 0 {
         refusal.how = How::Reject;
     }
-    turn_away::<_, _, true>(packet, tables, parsed, refusal, 0)
+    turn_away::<_, _, true>(packet, tables, parsed, refusal, ServiceId::NONE)
 }
 
 /// As [`finish`], for a packet that leaves. Stores the ports of a first fragment for the later ones.

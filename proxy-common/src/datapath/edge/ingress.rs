@@ -11,7 +11,9 @@ use super::tables::EdgeTables;
 use super::verdict::{Edge, Verdict};
 use super::work::{Beside, Choice, How, Meeting, Numbers, Refusal, Scratch, Work};
 use super::{direct, icmp, own_datagrams};
-use crate::abi::{Counter, Flow, FlowKey, IfIndex, backend::flags::SERVING, flow, proto};
+use crate::abi::{
+    BackendId, Counter, Flow, FlowKey, IfIndex, ServiceId, backend::flags::SERVING, flow, proto,
+};
 use crate::datapath::lookup;
 use crate::datapath::trace::{self, At};
 
@@ -42,7 +44,7 @@ pub fn ingress(
     if parsed.part == Part::Later && !restore_ports(tables, parsed, work.origin, false) {
         return stray_fragment(tables, &parsed.tuple.destination);
     }
-    work.to = Choice { proto: parsed.proto, service: 0, backend: 0 };
+    work.to = Choice { proto: parsed.proto, service: ServiceId::NONE, backend: BackendId::NONE };
     let beside = to_backend && direct::meets_flow(tables, parsed, work);
     work.beside = if beside { Beside::MEETS } else { Beside::NOTHING };
     if !ours && work.beside == Beside::NOTHING && !icmp::is_error(parsed) {
@@ -71,7 +73,13 @@ fn entering<T: EdgeTables>(
     let now = work.now;
     let tuple = &parsed.tuple;
     if !matches!(parsed.proto, proto::TCP | proto::UDP | proto::SCTP) {
-        return turn_away::<_, _, false>(packet, tables, parsed, nobodys(find(tables, parsed)), 0);
+        return turn_away::<_, _, false>(
+            packet,
+            tables,
+            parsed,
+            nobodys(find(tables, parsed)),
+            ServiceId::NONE,
+        );
     }
     if flow::SNAT_PORTS.contains(&tuple.destination_port.get())
         && let Some(place) = flows::by_snat(tables, parsed.proto, tuple, work)

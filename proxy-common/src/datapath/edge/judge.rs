@@ -6,7 +6,7 @@ use super::tables::EdgeTables;
 use super::verdict::Verdict;
 use crate::abi::device::flags::{NEAR, POD, POD_BRIDGE};
 use crate::abi::frontend::flags::SOURCE_RANGES;
-use crate::abi::{Counter, IfIndex, Origin, local_address};
+use crate::abi::{BackendId, Counter, IfIndex, Origin, ServiceId, local_address};
 use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::edge::parsed::Parsed;
@@ -28,7 +28,7 @@ fn choice(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, work:
     let Target::Frontend(frontend) = target else {
         if matches!(target, Target::Other) && work.beside == Beside::MEETS {
             work.beside = Beside::BEGINS;
-            work.to = Choice { proto: parsed.proto, service: 0, backend: 0 };
+            work.to = Choice { proto: parsed.proto, service: ServiceId::NONE, backend: BackendId::NONE };
             (work.new.destination, work.new.destination_port) = (tuple.destination, tuple.destination_port);
             return Refusal::NOT;
         }
@@ -119,7 +119,7 @@ pub(super) fn turn_away<P: Packet, T: EdgeTables, const EGRESS: bool>(
     tables: &T,
     parsed: &Parsed,
     refusal: Refusal,
-    service: u32,
+    service: ServiceId,
 ) -> Verdict {
     let at = At { ifindex: packet.ifindex(), egress: EGRESS };
     match refusal.how {

@@ -1,7 +1,7 @@
 //! Data that the packet edge reads and writes, in addition to [`Tables`].
 
 use super::work::Work;
-use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex};
+use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, ServiceId};
 use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::tables::Tables;
@@ -51,7 +51,7 @@ pub trait EdgeTables: Tables {
     /// Remembers the ports of a fragmented packet. Returns false on failure.
     fn put_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) -> bool;
     /// Returns whether `SOURCE_RANGES` lets `client` use the Service port.
-    fn in_source_ranges(&self, service: u32, client: &Addr) -> bool;
+    fn in_source_ranges(&self, service: ServiceId, client: &Addr) -> bool;
     /// Returns whether `POD_SOURCES` contains the address.
     fn is_pod_source(&self, addr: &Addr) -> bool;
     /// `DEVICES`.
@@ -59,9 +59,9 @@ pub trait EdgeTables: Tables {
     /// `DEVICES`: flags of a device; 0 if there is no such device.
     fn device_flags(&self, ifindex: IfIndex) -> u32;
     /// Counts a packet of `bytes` in `SERVICE_COUNTERS`, as a request or a reply.
-    fn count_packet(&self, service: u32, request: bool, bytes: u32);
+    fn count_packet(&self, service: ServiceId, request: bool, bytes: u32);
     /// Counts a new flow in `SERVICE_COUNTERS`.
-    fn count_connection(&self, service: u32);
+    fn count_connection(&self, service: ServiceId);
     /// Calls [`super::flows::try_source`]. In the kernel this is a function of its own, which is verified once
     /// and not on each path to it.
     fn try_source(&self, work: &mut Work, tier: Tier, spare: bool) -> bool;

@@ -1,7 +1,7 @@
 //! Values that one stage of the pipeline passes on to the next.
 
 use super::parsed::{Parsed, Tuple};
-use crate::abi::{Counter, Flow, FlowKey, IfIndex, Origin};
+use crate::abi::{BackendId, Counter, Flow, FlowKey, IfIndex, Origin, ServiceId};
 use crate::addr::Addr;
 
 /// Intermediate results on the way to a packet's flow.
@@ -58,9 +58,9 @@ pub struct Choice {
     /// IP protocol number.
     pub proto: u8,
     /// Service id.
-    pub service: u32,
+    pub service: ServiceId,
     /// Backend id.
-    pub backend: u32,
+    pub backend: BackendId,
 }
 
 /// Numbers of a TCP segment, in host order; zero for other protocols.

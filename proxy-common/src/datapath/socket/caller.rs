@@ -3,8 +3,8 @@
 use super::verdict::Verdict;
 use crate::abi::frontend::flags::PROBE;
 use crate::abi::{
-    AffinityKey, Counter, FrontendValue, Node, local_address, node::HOST_IN_PACKETS, node::OPTED_OUT,
-    node::PODS_IN_PACKETS, node::SANDBOXES_KNOWN, opt_out, proto,
+    AffinityKey, Counter, FrontendValue, Node, ServiceId, local_address, node::HOST_IN_PACKETS,
+    node::OPTED_OUT, node::PODS_IN_PACKETS, node::SANDBOXES_KNOWN, opt_out, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -48,7 +48,7 @@ pub(super) fn target(
     let frontend = if let Target::Frontend(frontend) = found {
         frontend
     } else {
-        FrontendValue { service: 0, flags: 0, check: 0 }
+        FrontendValue { service: ServiceId::NONE, flags: 0, check: 0 }
     };
     if let Target::Other = found {
         return Err(Verdict::Pass);
@@ -58,7 +58,7 @@ pub(super) fn target(
         && socket.netns() != node.host_netns
         && is_left_alone(socket, tables, node.flags)
     {
-        trace::called(tables, Counter::LeftToPackets, socket, 0, None, true);
+        trace::called(tables, Counter::LeftToPackets, socket, ServiceId::NONE, None, true);
         return Err(Verdict::Pass);
     }
     match found {
@@ -71,7 +71,7 @@ pub(super) fn target(
         }
         Target::Other => Err(Verdict::Pass),
         Target::UnusedPort => {
-            trace::called(tables, Counter::RejectUnusedPort, socket, 0, None, true);
+            trace::called(tables, Counter::RejectUnusedPort, socket, ServiceId::NONE, None, true);
             Err(Verdict::Reject)
         }
         Target::InactiveAddress => Err(Caller::of(socket, node).refused(
@@ -79,11 +79,15 @@ pub(super) fn target(
             socket,
             Verdict::Drop,
             Counter::DropInactiveAddress,
-            0,
+            ServiceId::NONE,
         )),
-        Target::Retry => {
-            Err(Caller::of(socket, node).refused(tables, socket, Verdict::Drop, Counter::DropRetry, 0))
-        }
+        Target::Retry => Err(Caller::of(socket, node).refused(
+            tables,
+            socket,
+            Verdict::Drop,
+            Counter::DropRetry,
+            ServiceId::NONE,
+        )),
     }
 }
 
@@ -160,7 +164,7 @@ impl Caller {
         socket: &impl Socket,
         verdict: Verdict,
         why: Counter,
-        service: u32,
+        service: ServiceId,
     ) -> Verdict {
         let left = verdict == Verdict::Drop && self.in_packets;
         let what = if left { Counter::LeftToPackets } else { why };

@@ -16,7 +16,7 @@ use proxy_common::abi::maps;
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
     ABI_VERSION, AffinityKey, AffinityValue, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts,
-    UdpFlow, UdpFlowKey, opt_out,
+    ServiceId, UdpFlow, UdpFlowKey, opt_out,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_tests::lab::{Agent, Summary};
@@ -148,7 +148,7 @@ fn a_link_that_is_missing_is_made_again() -> Result<()> {
 fn something_for_the_packet_edge(pins: &PinDir) -> Result<()> {
     let range = Prefix::new(Addr::v4([203, 0, 113, 0]), 24).context("a prefix")?;
     let mut maps = KernelMaps::open(pins, true)?;
-    maps.apply(&Op::SourceRange(0, range, true))?;
+    maps.apply(&Op::SourceRange(ServiceId::NONE, range, true))?;
     maps.apply(&Op::OptOut(u64::MAX, Some(opt_out::EVERYTHING)))?;
     maps.apply(&Op::Sandbox(u64::MAX, Some(u64::MAX)))?;
     let mut flows = FlowMaps::open(pins)?;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::PinDir;
-use proxy_common::abi::{FrontendKey, proto};
+use proxy_common::abi::{FrontendKey, ServiceId, proto};
 use proxy_common::be::Be16;
 use proxy_tests::apiserver::{ApiServer, Cut, Resource, Streams};
 use proxy_tests::scenarios::{Loops, NODE, World, refusal};
@@ -161,18 +161,18 @@ fn elements(world: &World) -> Result<Vec<String>> {
         .names
         .iter()
         .filter(|(_, name)| String::from_utf8_lossy(&name.name).trim_end_matches('\0') == "kubia");
-    let ids: BTreeSet<u32> = named.map(|(id, _)| *id).collect();
+    let ids: BTreeSet<ServiceId> = named.map(|(id, _)| *id).collect();
     let mut elements = Vec::new();
     let mut frontends: Vec<_> = contents.frontends.iter().filter(|(_, f)| ids.contains(&f.service)).collect();
     // Each map draws the number that decides the order in its hash.
     frontends.sort_by_key(|(key, _)| format!("{key:?}"));
     elements.extend(frontends.iter().map(|frontend| format!("{frontend:?}")));
     for id in ids {
-        let service = contents.services.get(id as usize).context("a Service")?;
+        let service = contents.services.get(id.0 as usize).context("a Service")?;
         elements.push(format!("{id}: {service:?}"));
         for slot in service.cluster.base..service.cluster.base + service.cluster.len {
             let backend = *contents.slots.get(slot as usize).context("a slot")?;
-            elements.push(format!("{slot}: {backend}: {:?}", contents.backends.get(backend as usize)));
+            elements.push(format!("{slot}: {backend}: {:?}", contents.backends.get(backend.0 as usize)));
         }
     }
     Ok(elements)

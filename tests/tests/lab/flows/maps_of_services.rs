@@ -1,5 +1,7 @@
 //! Maps that flows depend on: tries, and the filter.
 
+use proxy_common::abi::{BackendId, ServiceId};
+
 use super::*;
 
 #[test]
@@ -14,8 +16,8 @@ fn tries_hold_what_was_put_into_them() -> Result<()> {
         (2, "2001:db8::5/128"),
         (65_537, "0.0.0.0/1"),
     ];
-    let ranges = ranges.map(|(id, text)| prefix(text).map(|range| (id, range)));
-    let ranges: BTreeSet<(u32, Prefix)> = ranges.into_iter().collect::<Result<_>>()?;
+    let ranges = ranges.map(|(id, text)| prefix(text).map(|range| (ServiceId(id), range)));
+    let ranges: BTreeSet<(ServiceId, Prefix)> = ranges.into_iter().collect::<Result<_>>()?;
     for (id, range) in &ranges {
         bench.maps().apply(&Op::SourceRange(*id, *range, true))?;
     }
@@ -58,7 +60,7 @@ fn tries_hold_what_was_put_into_them() -> Result<()> {
 
     // Removing succeeds also if the element is already gone.
     for _ in 0..2 {
-        bench.maps().apply(&Op::SourceRange(1, prefix("203.0.113.0/24")?, false))?;
+        bench.maps().apply(&Op::SourceRange(ServiceId(1), prefix("203.0.113.0/24")?, false))?;
         bench.maps().apply(&Op::PodSource(pods, false))?;
     }
     assert!(admits(1, "203.0.113.7")? && !admits(1, "203.0.113.200")?, "the longer prefix stays");
@@ -77,12 +79,12 @@ fn the_filter_keeps_what_flows_lead_to() -> Result<()> {
     let state = BackendState { flags: backend::flags::IN_CLUSTER, generation: 1 };
     for number in 1..=3 {
         let addr = backend_of(number);
-        let backend = Backend { addr, port: Be16::new(8080), pad: [0; 2], service: 1, state };
-        bench.maps().apply(&Op::Backend(number.into(), backend))?;
+        let backend = Backend { addr, port: Be16::new(8080), pad: [0; 2], service: ServiceId(1), state };
+        bench.maps().apply(&Op::Backend(BackendId(number.into()), backend))?;
     }
     // All backends but the first leave their Service; the second and a fourth still have flows.
     for number in 2..=3 {
-        bench.maps().apply(&Op::BackendState(number, BackendState { flags: 0, generation: 1 }))?;
+        bench.maps().apply(&Op::BackendState(BackendId(number), BackendState { flags: 0, generation: 1 }))?;
     }
     let mut maps = bench.flows()?;
     for (table, number) in [(&mut maps.flows, 2), (&mut maps.new_flows, 4)] {

@@ -22,8 +22,8 @@ use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, R
 use proxy_common::abi::maps;
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
-    Backend, BackendState, FilterBit, Flow, FlowKey, FlowKind, FlowRef, IfIndex, Origin, ServiceCounters,
-    ServiceName, backend,
+    Backend, BackendId, BackendState, FilterBit, Flow, FlowKey, FlowKind, FlowRef, IfIndex, Origin,
+    ServiceCounters, ServiceId, ServiceName, backend,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
@@ -93,8 +93,8 @@ fn record(origin: Origin, proto: u8, client_port: u16, state: u32, last_seen: u6
         vip: VIP.into(),
         vip_port: Be16::new(80),
         client_port: key.source_port,
-        service: 1,
-        backend: 1,
+        service: ServiceId(1),
+        backend: BackendId(1),
         state,
         check: key.check(),
         last_seen,
@@ -321,7 +321,7 @@ fn flows_are_shown_in_words() -> Result<()> {
         let (mut key, mut flow) = record(origin, TCP, port_number, state, now().wrapping_sub(idle * SECOND));
         (key.destination, key.destination_port) = (backend.ip().into(), Be16::new(backend.port()));
         (flow.vip, flow.vip_port) = (Addr::v4([10, 111, 249, 153]), Be16::new(80));
-        flow.service = port.id;
+        flow.service = ServiceId(port.id);
         change(&mut key, &mut flow);
         flow.check = key.check();
         (key, flow)
@@ -395,8 +395,8 @@ fn flows_are_shown_in_words() -> Result<()> {
 #[test]
 fn what_passed_for_a_service_is_shown_and_forgotten_with_it() -> Result<()> {
     let mut bench = Bench::new()?;
-    bench.maps().apply(&Op::Name(3, Some(Box::new(a_service("s")))))?;
-    assert_eq!(bench.maps().service_counters(3)?, ServiceCounters::default());
+    bench.maps().apply(&Op::Name(ServiceId(3), Some(Box::new(a_service("s")))))?;
+    assert_eq!(bench.maps().service_counters(ServiceId(3))?, ServiceCounters::default());
     let counters = Map::PerCpuArray(MapData::from_pin(bench.pins.map(maps::SERVICE_COUNTERS))?);
     let mut counters = PerCpuArray::<_, ServiceCounters>::try_from(counters)?;
     let cpus = counters.get(&3, 0)?.len() as u64;
@@ -417,13 +417,13 @@ fn what_passed_for_a_service_is_shown_and_forgotten_with_it() -> Result<()> {
         reply_packets: 4 * cpus,
         reply_bytes: 5 * cpus,
     };
-    assert_eq!(bench.maps().service_counters(3)?, sum);
+    assert_eq!(bench.maps().service_counters(ServiceId(3))?, sum);
     // The name is removed, and the counters can still be read; the next Service starts from zero.
-    bench.maps().apply(&Op::Name(3, None))?;
-    assert_eq!(bench.maps().service_counters(3)?, sum);
-    bench.maps().apply(&Op::Name(3, Some(Box::new(a_service("t")))))?;
-    assert_eq!(bench.maps().service_counters(3)?, ServiceCounters::default());
-    assert_eq!(bench.maps().service_counters(4)?, sum, "another's");
+    bench.maps().apply(&Op::Name(ServiceId(3), None))?;
+    assert_eq!(bench.maps().service_counters(ServiceId(3))?, sum);
+    bench.maps().apply(&Op::Name(ServiceId(3), Some(Box::new(a_service("t")))))?;
+    assert_eq!(bench.maps().service_counters(ServiceId(3))?, ServiceCounters::default());
+    assert_eq!(bench.maps().service_counters(ServiceId(4))?, sum, "another's");
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use k8s_openapi::jiff::Timestamp;
 use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::reconcile::store::{MapStore as _, Op};
-use proxy_common::abi::{FrontendKey, FrontendValue, proto};
+use proxy_common::abi::{FrontendKey, FrontendValue, ServiceId, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_tests::apiserver::{ApiServer, Resource};
@@ -133,7 +133,7 @@ fn fill_frontends(stage: &Stage) -> Result<u32> {
     for number in 0..=maps.capacity().frontends {
         let [_, _, high, low] = number.to_be_bytes();
         let key = FrontendKey::exact(Addr::v4([203, 0, high, low]), Be16::new(1), proto::TCP);
-        let value = FrontendValue { service: 0, flags: 0, check: key.check() };
+        let value = FrontendValue { service: ServiceId::NONE, flags: 0, check: key.check() };
         if maps.apply(&Op::Frontend(key, Some(value))).is_err() {
             return Ok(number);
         }

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use proxy_agent::reconcile::store::{MapStore as _, Op};
+use proxy_common::abi::ServiceId;
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 use proxy_common::abi::flow::state::ASSURED;
 use proxy_common::datapath::edge::parsed::tcp::{ACK, RST, SYN};
@@ -18,9 +19,9 @@ const MANY: u16 = 30;
 
 fn sticky(net: Net) -> World {
     let mut world = world();
-    let mut service = world.sim.service(net.spread_id()).unwrap();
+    let mut service = world.sim.service(ServiceId(net.spread_id())).unwrap();
     service.affinity.seconds = 100;
-    world.sim.apply(&Op::Service(net.spread_id(), service)).unwrap();
+    world.sim.apply(&Op::Service(ServiceId(net.spread_id()), service)).unwrap();
     world
 }
 

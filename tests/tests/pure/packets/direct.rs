@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::flow::state::DIRECT;
 use proxy_common::abi::proto::UDP;
-use proxy_common::abi::{Backend, BackendState, Counter, FrontendKey, FrontendValue};
+use proxy_common::abi::{Backend, BackendId, BackendState, Counter, FrontendKey, FrontendValue, ServiceId};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
@@ -156,13 +156,14 @@ fn a_backend_that_has_left_its_service_is_talked_to() {
         let (mut world, client, vip, pod) = (world(), net.client(), net.here(), net.local());
         talk(&world, net, pod, &Packet::udp(client, vip, b"?"));
         let (_, flow) = world.sim.edge.records(Tier::New).remove(0);
-        let backend = Backend { service: flow.service + 1, ..world.sim.backend(flow.backend).unwrap() };
+        let backend =
+            Backend { service: ServiceId(flow.service.0 + 1), ..world.sim.backend(flow.backend).unwrap() };
         world.sim.apply(&Op::Backend(flow.backend, backend)).unwrap();
         let request = Packet::udp(client, pod, b"?");
         let direct = talk(&world, net, pod, &request);
         assert_ne!(direct, client);
         let flows = world.sim.edge.records(Tier::New);
-        let of_service = flows.iter().filter(|(_, flow)| flow.service != 0).count();
+        let of_service = flows.iter().filter(|(_, flow)| flow.service != ServiceId::NONE).count();
         assert_eq!((flows.len(), of_service), (2, 1), "nothing of it is the Service's");
     }
 }
@@ -186,7 +187,7 @@ fn a_service_at_its_backends_own_address_is_one() {
         world.enter(NIC, request.bytes());
         assert_eq!(direct(&world, addr), [false]);
         let state = BackendState { flags: 0, generation: 1 };
-        world.sim.apply(&Op::BackendState(net.there_id(), state)).unwrap();
+        world.sim.apply(&Op::BackendState(BackendId(net.there_id()), state)).unwrap();
         let before = world.sim.counted(Counter::UdpRepick);
         world.enter(NIC, request.bytes());
         assert!(world.sim.counted(Counter::UdpRepick) > before, "it does not stay with what has left");

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::frontend::flags::EXTERNAL;
 use proxy_common::abi::proto::UDP;
-use proxy_common::abi::{Counter, FrontendKey, FrontendValue};
+use proxy_common::abi::{Counter, FrontendKey, FrontendValue, ServiceId};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_tests::packets::{Body, NIC, Net, OVERLAY, POD, Packet, fragments};
@@ -129,7 +129,7 @@ fn fragments_to_pods_pass_out_of_order() {
         for number in 1..100 {
             let addr = beside(net.ranged().ip(), number).into();
             let key = FrontendKey::exact(addr, Be16::new(53), UDP);
-            let value = FrontendValue::new(&key, net.there_id(), EXTERNAL);
+            let value = FrontendValue::new(&key, ServiceId(net.there_id()), EXTERNAL);
             world.sim.apply(&Op::Frontend(key, Some(value))).unwrap();
         }
         let mut shared = 0;

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use proxy_agent::reconcile::store::{MapStore as _, Op};
-use proxy_common::abi::{BackendState, FlowKind, IfIndex};
+use proxy_common::abi::{BackendId, BackendState, FlowKind, IfIndex};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_tests::packets::{Body, NEAR, NIC, Net, OVERLAY, POD, Packet, Trouble, World, fragments};
@@ -121,7 +121,7 @@ fn a_flow_comes_before_a_question() {
             for (id, backend) in world.sim.contents().backends.iter().enumerate() {
                 if backend.addr == net.remote(1).ip().into() {
                     let state = BackendState { flags: 0, ..backend.state };
-                    world.sim.apply(&Op::BackendState(id as u32, state)).unwrap();
+                    world.sim.apply(&Op::BackendState(BackendId(id as u32), state)).unwrap();
                 }
             }
             let (verdict, _) = world.enter(NIC, request.bytes());

@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::{ASKED, ASSURED, FIN_REPLY, PROVEN, REPLIED, RESET, TAKEN};
-use proxy_common::abi::{BackendState, Counter, Device, Flow, FlowKey, IfIndex, device};
+use proxy_common::abi::{
+    BackendId, BackendState, Counter, Device, Flow, FlowKey, IfIndex, ServiceId, device,
+};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::{on_request, record as find};
 use proxy_common::datapath::edge::parsed::Parsed;
@@ -122,13 +124,13 @@ fn leave_service(world: &mut World, net: Net, pod: SocketAddr) {
     let number = (1..4).find(|&number| net.remote(number) == pod).unwrap();
     let id = net.spread_id() + u32::from(number) - 1;
     let state = BackendState { flags: 0, generation: 2 };
-    world.sim.apply(&Op::BackendState(id, state)).unwrap();
-    let left = (0..3).map(|n| net.spread_id() + n).filter(|&other| other != id).collect();
+    world.sim.apply(&Op::BackendState(BackendId(id), state)).unwrap();
+    let left = (0..3).map(|n| net.spread_id() + n).filter(|&other| other != id).map(BackendId).collect();
     world.sim.apply(&Op::Slots(net.spread_id(), left)).unwrap();
     let id = if net.v6 { 105 } else { 5 };
-    let service = world.sim.service(id).unwrap();
+    let service = world.sim.service(ServiceId(id)).unwrap();
     let cluster = proxy_common::abi::SlotRange { len: 2, ..service.cluster };
-    world.sim.apply(&Op::Service(id, proxy_common::abi::Service { cluster, ..service })).unwrap();
+    world.sim.apply(&Op::Service(ServiceId(id), proxy_common::abi::Service { cluster, ..service })).unwrap();
 }
 
 /// Makes a connection to [`Net::spread`]. Returns its pod, and the source that the pod sees.

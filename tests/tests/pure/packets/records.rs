@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::ASSURED;
-use proxy_common::abi::{Counter, Device, FlowKind, IfIndex, device};
+use proxy_common::abi::{Counter, Device, FlowKind, IfIndex, ServiceId, device};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::{snat_index, vip_index};
@@ -316,7 +316,7 @@ fn two_vips_with_one_backend_on_this_node() {
         let other = SocketAddr::new(net.here().ip(), 81);
         let key = FrontendKey::exact(other.ip().into(), Be16::new(other.port()), proto::UDP);
         let id = net.there_id() - 1;
-        world.sim.apply(&Op::Frontend(key, Some(FrontendValue::new(&key, id, 0)))).unwrap();
+        world.sim.apply(&Op::Frontend(key, Some(FrontendValue::new(&key, ServiceId(id), 0)))).unwrap();
         for vip in [net.here(), other] {
             let request = Packet::udp(client, vip, b"a question to the pod");
             let routed = translated(world.enter(NIC, request.bytes()));

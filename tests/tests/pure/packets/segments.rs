@@ -1,7 +1,7 @@
 //! TCP segments: those that begin a flow, those that end one, and those that make it safe from eviction.
 
-use proxy_common::abi::Counter;
 use proxy_common::abi::flow::state::{ASKED, ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
+use proxy_common::abi::{BackendId, Counter};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
@@ -235,7 +235,7 @@ fn a_connection_outlives_its_service() {
         let (mut world, vip, pod) = (world(), net.there(), net.remote(1));
         let own = establish(&world, net, vip);
         let gone = BackendState { flags: 0, generation: 2 };
-        world.sim.apply(&Op::BackendState(net.there_id(), gone)).unwrap();
+        world.sim.apply(&Op::BackendState(BackendId(net.there_id()), gone)).unwrap();
         let port = proxy_common::be::Be16::new(vip.port());
         let key = FrontendKey::exact(vip.ip().into(), port, proxy_common::abi::proto::TCP);
         world.sim.apply(&Op::Frontend(key, None)).unwrap();

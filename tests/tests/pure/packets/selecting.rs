@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, SERVING};
-use proxy_common::abi::{BackendState, Counter, Origin, Service, SlotRange};
+use proxy_common::abi::{BackendId, BackendState, Counter, Origin, Service, ServiceId, SlotRange};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parsed::tcp::{ACK, SYN};
 use proxy_common::datapath::tables::Tables as _;
@@ -45,8 +45,8 @@ fn ranges_do_not_cut_a_flow_that_exists() {
         open(&world, &syn);
         let id = net.there_id() + 2;
         for (service, range) in world.sim.contents().source_ranges {
-            if service == id {
-                world.sim.apply(&Op::SourceRange(id, range, false)).unwrap();
+            if service == ServiceId(id) {
+                world.sim.apply(&Op::SourceRange(ServiceId(id), range, false)).unwrap();
             }
         }
         open(&world, &ack);
@@ -96,13 +96,13 @@ fn the_device_tells_who_comes_from_outside() {
 fn state_of_backend(world: &mut World, net: Net, pod: SocketAddr, flags: u32) {
     let number = (1..4).find(|number| net.remote(*number) == pod).unwrap();
     let id = net.spread_id() + u32::from(number) - 1;
-    let generation = world.sim.backend(id).unwrap().state.generation;
-    world.sim.apply(&Op::BackendState(id, BackendState { flags, generation })).unwrap();
+    let generation = world.sim.backend(BackendId(id)).unwrap().state.generation;
+    world.sim.apply(&Op::BackendState(BackendId(id), BackendState { flags, generation })).unwrap();
 }
 
 fn set_of(world: &mut World, net: Net, cluster: SlotRange) {
     let service = Service { cluster, local: SlotRange::DROP, ..Service::default() };
-    world.sim.apply(&Op::Service(net.there_id() + 3, service)).unwrap();
+    world.sim.apply(&Op::Service(ServiceId(net.there_id() + 3), service)).unwrap();
 }
 
 #[test]
@@ -131,8 +131,8 @@ fn a_datagram_flow_moves_when_its_backend_does_not_serve_any_more() {
         state_of_backend(&mut world, net, first, SERVING);
         assert_eq!(seen(&open(&world, &request).0).destination, first);
         state_of_backend(&mut world, net, first, 0);
-        let left: Vec<u32> = (0..3)
-            .map(|n| net.spread_id() + n)
+        let left: Vec<_> = (0..3)
+            .map(|n| BackendId(net.spread_id() + n))
             .filter(|id| world.sim.backend(*id).unwrap().addr != first.ip().into())
             .collect();
         world.sim.apply(&Op::Slots(60, left)).unwrap();
@@ -171,7 +171,7 @@ fn a_datagram_is_refused_while_nothing_serves_and_its_flow_goes_to_whoever_does(
             }
             // When a backend serves again, the flow goes there.
             state_of_backend(&mut world, net, net.remote(2), SERVING | IN_CLUSTER);
-            world.sim.apply(&Op::Slots(60, vec![net.spread_id() + 1])).unwrap();
+            world.sim.apply(&Op::Slots(60, vec![BackendId(net.spread_id() + 1)])).unwrap();
             set_of(&mut world, net, SlotRange { base: 60, len: 1 });
             assert_eq!(seen(&open(&world, &request).0).destination, net.remote(2));
         }

@@ -8,7 +8,9 @@ use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::ASSURED;
 use proxy_common::abi::frontend::flags::EXTERNAL;
 use proxy_common::abi::proto::UDP;
-use proxy_common::abi::{Counter, Flow, FlowKey, FlowKind, FlowRef, FrontendKey, FrontendValue, Origin};
+use proxy_common::abi::{
+    Counter, Flow, FlowKey, FlowKind, FlowRef, FrontendKey, FrontendValue, Origin, ServiceId,
+};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::flows::snat_index;
@@ -115,7 +117,7 @@ fn frontends_of_our_own_address_are_no_sources() {
 }
 
 fn claim(world: &mut World, net: Net, key: FrontendKey) {
-    let frontend = FrontendValue::new(&key, net.there_id(), EXTERNAL);
+    let frontend = FrontendValue::new(&key, ServiceId(net.there_id()), EXTERNAL);
     world.sim.apply(&Op::Frontend(key, Some(frontend))).unwrap();
 }
 

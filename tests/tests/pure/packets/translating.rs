@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use proxy_common::abi::Counter;
+use proxy_common::abi::{Counter, ServiceId};
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::parsed::tcp::{ACK, PSH, SYN};
 use proxy_tests::packets::{BARE, Body, NIC, Net, OVERLAY, POD, Packet, read};
@@ -209,7 +209,7 @@ fn packets_and_bytes_are_counted_for_the_service() {
         let (_, own) = open(&world, &Packet::udp(net.client(), vip, b"four"));
         open(&world, &Packet::udp(net.client(), vip, b"and six"));
         answer(&world, &Packet::udp(pod, own, b"three"));
-        let counted = world.sim.edge.service_counters(net.there_id());
+        let counted = world.sim.edge.service_counters(ServiceId(net.there_id()));
         assert_eq!(counted.connections, 1);
         assert_eq!((counted.request_packets, counted.request_bytes), (2, 2 * (header + 8) + 11));
         assert_eq!((counted.reply_packets, counted.reply_bytes), (1, header + 8 + 5));

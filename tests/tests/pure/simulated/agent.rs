@@ -18,6 +18,7 @@ use proxy_agent::reconcile::store::{Capacity, Contents, MapStore as _, Op, filte
 use proxy_agent::sources::convert::Converter;
 use proxy_agent::sources::objects::{EndpointSlice, Node, Service, ServiceCidr};
 use proxy_common::abi;
+use proxy_common::abi::ServiceId;
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::datapath::lookup;
 use proxy_common::datapath::tables::Tables as _;
@@ -221,7 +222,7 @@ impl Agent {
     }
 
     /// Returns the Service object that has the Service port `id`.
-    pub(crate) fn object_of(&self, id: u32) -> Option<&cluster::Service> {
+    pub(crate) fn object_of(&self, id: ServiceId) -> Option<&cluster::Service> {
         let (key, _) = self.model.ports.iter().find(|(_, port)| port.id == id)?;
         self.cluster.service(&key.service)
     }

@@ -1,5 +1,6 @@
 //! Single changes: their cost, their order, and the state that they leave alone.
 
+use proxy_common::abi::ServiceId;
 use proxy_common::abi::frontend::flags::{EXTERNAL, NEAR_LOCAL};
 use proxy_common::abi::local_address::{HOST, NODEPORT};
 use proxy_common::addr::Prefix;
@@ -262,7 +263,7 @@ fn the_oldest_service_gets_a_frontend_and_the_next_one_inherits_it() {
     assert_eq!(owner(&bench), bench.id("m"));
 }
 
-fn owner(bench: &Bench) -> u32 {
+fn owner(bench: &Bench) -> ServiceId {
     bench.model.frontends[&exact(10, 80, TCP)].service
 }
 
@@ -344,7 +345,7 @@ fn source_ranges_are_there_before_a_frontend_asks_for_them_and_as_long_as_it_doe
     assert_eq!(outline(&plan)[2..], ["service", "state 0x0", "-203.0.4.0/24 for 1", "-name"]);
     // The next owner of the id has none of these ranges.
     bench.becomes(&[("t", web("t", 11, &[(1, HERE)]))]);
-    assert_eq!(bench.id("t"), 1);
+    assert_eq!(bench.id("t"), ServiceId(1));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Foreign changes of the maps are noticed, named, and repaired by a full plan.
 
-use proxy_common::abi::Backend;
 use proxy_common::abi::maps;
+use proxy_common::abi::{Backend, ServiceId};
 
 use super::*;
 use crate::reconcile::drift::Difference;
@@ -38,9 +38,9 @@ fn whatever_is_changed_is_named_and_mended() {
         (|c| c.frontends.push((exact(9, 9, UDP), c.frontends[0].1)), maps::FRONTENDS, "should not be there"),
         (|c| c.names.truncate(1), maps::NAMES, "is missing"),
         (|c| c.names[0].1.proto = UDP, maps::NAMES, "another value"),
-        (|c| c.names.push((77, c.names[0].1)), maps::NAMES, "should not be there"),
+        (|c| c.names.push((ServiceId(77), c.names[0].1)), maps::NAMES, "should not be there"),
         (|c| c.services.last_mut().unwrap().affinity.seconds = 7, maps::SERVICES, "another affinity"),
-        (|c| *c.slots.last_mut().unwrap() ^= 1, maps::SLOTS, "other backends"),
+        (|c| c.slots.last_mut().unwrap().0 ^= 1, maps::SLOTS, "other backends"),
         (|c| c.backends.last_mut().unwrap().addr = vip(99), maps::BACKENDS, "another address"),
         (
             |c| *c.backends.last_mut().unwrap() = Backend::default(),

@@ -4,14 +4,16 @@
 //! Everything that any frontend has led to since the last grace period must therefore stay readable: the machine
 //! remembers all of it.
 
+use proxy_common::abi::{BackendId, ServiceId};
+
 use super::*;
 use crate::reconcile::drift::differences;
 
 /// State that a BPF program may hold: a service id and a range (base, length), and the backends in it.
-type Held = BTreeMap<(u32, u32, u32), Vec<(u32, Endpoint)>>;
+type Held = BTreeMap<(ServiceId, u32, u32), Vec<(BackendId, Endpoint)>>;
 
 /// An affinity entry that counts: service id and epoch, backend id and generation.
-type Memory = (u32, u32, u32, u32);
+type Memory = (ServiceId, u32, BackendId, u32);
 
 /// One step: the changed Services, the points at which the agent crashes (fractions of the plan at hand; after each
 /// crash the agent starts again and plans everything), and the progress of grace periods afterwards.
@@ -136,7 +138,7 @@ impl Machine {
                 assert_ne!(needed[word as usize] & mask, 0, "the next agent hides a backend");
             }
         }
-        let names: BTreeMap<u32, PortKey> =
+        let names: BTreeMap<ServiceId, PortKey> =
             contents.names.iter().map(|(id, name)| (*id, parse_name(name).unwrap())).collect();
         for (id, range) in &contents.source_ranges {
             let asked = &self.asked[&names[id]];
@@ -173,7 +175,7 @@ impl Machine {
                 let mut seen = Vec::new();
                 for slot in range.base..range.base + range.len {
                     let id = contents.slots[slot as usize];
-                    let backend = contents.backends[id as usize];
+                    let backend = contents.backends[id.0 as usize];
                     assert_eq!(backend.service, value.service, "{port:?}: slot {slot} names backend {id}");
                     assert!(
                         backend.state.flags & bit != 0,
@@ -198,7 +200,7 @@ impl Machine {
         for ((service, base, _), seen) in self.held.iter().flatten() {
             for (slot, (id, endpoint)) in (*base..).zip(seen) {
                 assert_eq!(contents.slots[slot as usize], *id, "slot {slot} is reused under readers");
-                let backend = contents.backends[*id as usize];
+                let backend = contents.backends[id.0 as usize];
                 assert_eq!((backend.addr, backend.port), *endpoint, "backend {id} is reused under readers");
                 assert_eq!(backend.service, *service, "backend {id} is reused under readers");
             }
@@ -234,13 +236,13 @@ impl Machine {
         }
     }
 
-    fn ids(&self) -> BTreeMap<PortKey, u32> {
+    fn ids(&self) -> BTreeMap<PortKey, ServiceId> {
         self.bench.sim.contents().names.iter().map(|(id, name)| (parse_name(name).unwrap(), *id)).collect()
     }
 
     /// Checks that the maps are in the wanted state and that the model matches them, with or without crashes on the
     /// way.
-    fn converged(&mut self, ids_before: &BTreeMap<PortKey, u32>) {
+    fn converged(&mut self, ids_before: &BTreeMap<PortKey, ServiceId>) {
         let contents = self.bench.sim.contents();
         let freed = {
             let mut all = self.freed.clone();
@@ -300,7 +302,7 @@ impl Machine {
         let mut memories = BTreeMap::new();
         for (id, name) in &contents.names {
             let service = element(contents, *id);
-            for (backend, b) in (0..).zip(&contents.backends) {
+            for (backend, b) in (0..).map(BackendId).zip(&contents.backends) {
                 let counts = b.service == *id && b.state.flags & (IN_CLUSTER | IN_LOCAL) != 0;
                 if counts && service.affinity.seconds != 0 {
                     let memory = (*id, service.affinity.epoch, backend, b.state.generation);
@@ -372,7 +374,7 @@ impl Machine {
 
 /// Contents of the maps for the Services that a step leaves alone.
 struct Bystanders {
-    ports: BTreeMap<u32, String>,
+    ports: BTreeMap<ServiceId, String>,
     frontends: BTreeMap<FrontendKey, String>,
 }
 
@@ -401,10 +403,10 @@ impl Bystanders {
         }
     }
 
-    fn port(contents: &Contents, id: u32) -> String {
+    fn port(contents: &Contents, id: ServiceId) -> String {
         let service = element(contents, id);
         let backends: Vec<_> = (0..).zip(&contents.backends).filter(|(_, b)| b.service == id).collect();
-        let live: Vec<(u32, _)> = backends.into_iter().filter(|(_, b)| b.state.flags != 0).collect();
+        let live: Vec<_> = backends.into_iter().filter(|(_, b)| b.state.flags != 0).collect();
         let ranges = ranges_of(contents, id);
         format!(
             "{service:?} {:?} {:?} {live:?} {ranges:?}",
@@ -426,6 +428,6 @@ impl Bystanders {
     }
 }
 
-fn slots(contents: &Contents, range: SlotRange) -> &[u32] {
+fn slots(contents: &Contents, range: SlotRange) -> &[BackendId] {
     if range.is_empty() { &[] } else { &contents.slots[range.base as usize..][..range.len as usize] }
 }

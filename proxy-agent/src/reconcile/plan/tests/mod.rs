@@ -8,7 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
 use proxy_common::abi::frontend::flags::SOURCE_RANGES;
 use proxy_common::abi::proto::{TCP, UDP};
-use proxy_common::abi::{FilterBit, FrontendKey, FrontendKind, Service, SlotRange, frontend};
+use proxy_common::abi::{
+    BackendId, FilterBit, FrontendKey, FrontendKind, Service, ServiceId, SlotRange, frontend,
+};
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
 
@@ -70,7 +72,7 @@ enum Set {
 /// Reads the meaning of the maps.
 #[track_caller]
 fn read(contents: &Contents) -> Meaning {
-    let names: BTreeMap<u32, PortKey> = contents
+    let names: BTreeMap<ServiceId, PortKey> = contents
         .names
         .iter()
         .map(|(id, name)| (*id, parse_name(name).expect("a name that parses")))
@@ -100,11 +102,11 @@ fn read(contents: &Contents) -> Meaning {
 }
 
 /// Returns an element of `SERVICES`; zero if it was never written.
-fn element(contents: &Contents, id: u32) -> Service {
-    contents.services.get(id as usize).copied().unwrap_or_default()
+fn element(contents: &Contents, id: ServiceId) -> Service {
+    contents.services.get(id.0 as usize).copied().unwrap_or_default()
 }
 
-fn ranges_of(contents: &Contents, service: u32) -> BTreeSet<Prefix> {
+fn ranges_of(contents: &Contents, service: ServiceId) -> BTreeSet<Prefix> {
     contents.source_ranges.iter().filter(|(id, _)| *id == service).map(|(_, range)| *range).collect()
 }
 
@@ -113,7 +115,7 @@ fn set(contents: &Contents, range: SlotRange) -> Set {
         return Set::Verdict(range);
     }
     let slots = &contents.slots[range.base as usize..][..range.len as usize];
-    let backends = slots.iter().map(|id| contents.backends[*id as usize]);
+    let backends = slots.iter().map(|id| contents.backends[id.0 as usize]);
     Set::Endpoints(backends.map(|b| (b.addr, b.port)).collect())
 }
 
@@ -223,7 +225,7 @@ impl Bench {
     }
 
     #[track_caller]
-    fn id(&self, name: &str) -> u32 {
+    fn id(&self, name: &str) -> ServiceId {
         self.model.ports[self.model.ports_of(&service(name)).next().expect("a port")].id
     }
 
@@ -234,10 +236,10 @@ impl Bench {
 
     /// Returns id and generation of an endpoint of a Service.
     #[track_caller]
-    fn backend(&self, name: &str, endpoint: u8) -> (u32, u32) {
+    fn backend(&self, name: &str, endpoint: u8) -> (BackendId, u32) {
         let id = self.id(name);
         let contents = self.sim.contents();
-        let mut found = (0..).zip(&contents.backends).filter(|(_, b)| {
+        let mut found = (0..).map(BackendId).zip(&contents.backends).filter(|(_, b)| {
             b.service == id && b.state.flags != 0 && (b.addr, b.port) == self::endpoint(endpoint)
         });
         let (backend, element) = found.next().expect("the endpoint has an id");

@@ -1,6 +1,6 @@
 //! Restart of an agent on the maps that the old agent left behind.
 
-use proxy_common::abi::{BackendState, FrontendValue};
+use proxy_common::abi::{BackendState, FrontendValue, ServiceId};
 
 use super::*;
 use crate::reconcile::model::service_name;
@@ -68,7 +68,7 @@ fn backends_that_nobody_offers_yet_or_any_more_are_found() {
 fn a_name_without_anything_behind_it_is_found() {
     let mut bench = Bench::new(ROOMY);
     let key = port("s", TCP, &[], &[]).key;
-    bench.sim.apply(&Op::Name(1, Some(Box::new(service_name(&key))))).unwrap();
+    bench.sim.apply(&Op::Name(ServiceId(1), Some(Box::new(service_name(&key))))).unwrap();
     let plan = bench.restart();
     assert_eq!(outline(&plan), ["service", "-name"]);
     account(&bench.model, &plan.freed);
@@ -79,7 +79,7 @@ fn what_nobody_claims_is_removed_by_a_full_plan_only() {
     let mut bench = Bench::new(ROOMY);
     bench.becomes(&[("s", web("s", 10, &[(1, HERE)])), ("t", web("t", 11, &[]))]);
     let stray = exact(12, 80, TCP);
-    bench.sim.apply(&Op::Frontend(stray, Some(FrontendValue::new(&stray, 2, 0)))).unwrap();
+    bench.sim.apply(&Op::Frontend(stray, Some(FrontendValue::new(&stray, ServiceId(2), 0)))).unwrap();
     bench.model = Model::restore(ROOMY, &bench.sim.contents());
     let services = BTreeMap::from([(service("s"), web("s", 10, &[(1, HERE)]))]);
     let partial = plan(&mut bench.model.clone(), &services, false);
@@ -124,15 +124,18 @@ fn maps_that_do_not_fit_together_are_put_in_order() {
         // Two Services with one range, a range that reaches beyond the map, a backend without a Service, a dead
         // backend in a set, a second id with the same name, an invalid name, a frontend that leads to no Service.
         Op::Service(s, bench.element("t")),
-        Op::Service(40, Service { cluster: SlotRange { base: u32::MAX, len: 9 }, ..bench.element("s") }),
-        Op::Name(40, Some(Box::new(service_name(&port("x", TCP, &[], &[]).key)))),
+        Op::Service(
+            ServiceId(40),
+            Service { cluster: SlotRange { base: u32::MAX, len: 9 }, ..bench.element("s") },
+        ),
+        Op::Name(ServiceId(40), Some(Box::new(service_name(&port("x", TCP, &[], &[]).key)))),
         Op::BackendState(bench.backend("t", 2).0, BackendState { flags: 0, generation: 7 }),
-        Op::Name(41, Some(Box::new(service_name(&port("s", TCP, &[], &[]).key)))),
-        Op::Name(42, Some(Box::new(bytemuck::Zeroable::zeroed()))),
+        Op::Name(ServiceId(41), Some(Box::new(service_name(&port("s", TCP, &[], &[]).key)))),
+        Op::Name(ServiceId(42), Some(Box::new(bytemuck::Zeroable::zeroed()))),
         // Source ranges without a Service, one of them at the id that the next Service gets.
-        Op::SourceRange(3, range(1), true),
-        Op::SourceRange(41, range(1), true),
-        Op::Frontend(exact(9, 9, TCP), Some(FrontendValue::new(&exact(9, 9, TCP), 55, 0))),
+        Op::SourceRange(ServiceId(3), range(1), true),
+        Op::SourceRange(ServiceId(41), range(1), true),
+        Op::Frontend(exact(9, 9, TCP), Some(FrontendValue::new(&exact(9, 9, TCP), ServiceId(55), 0))),
     ];
     for op in &damage {
         bench.sim.apply(op).unwrap();
@@ -141,7 +144,7 @@ fn maps_that_do_not_fit_together_are_put_in_order() {
     let plan = bench.restart();
     assert_eq!(plan.refused, BTreeMap::new());
     assert_eq!(read(&bench.sim.contents()), ought(&bench.services));
-    assert_eq!(bench.id("a"), 3);
+    assert_eq!(bench.id("a"), ServiceId(3));
     assert_eq!((bench.id("s"), bench.id("t")), (s, t));
     account(&bench.model, &plan.freed);
     assert_eq!(bench.restart().ops, Vec::new());

@@ -1,5 +1,7 @@
 //! `sessionAffinity: ClientIP` at the socket edge.
 
+use proxy_common::abi::{BackendId, ServiceId};
+
 use super::*;
 
 const TIMEOUT: u32 = 10;
@@ -10,7 +12,7 @@ fn sticky() -> Simulator {
     sim
 }
 
-fn connect_from(sim: &Simulator, netns: u64) -> u32 {
+fn connect_from(sim: &Simulator, netns: u64) -> BackendId {
     let mut socket = SimSocket { netns, ..socket(vip(10), 80, TCP) };
     assert_eq!(connect(&mut socket, sim), Translated);
     backend_of(&socket)
@@ -19,7 +21,7 @@ fn connect_from(sim: &Simulator, netns: u64) -> u32 {
 /// Checks whether the affinity entry of a client counts after `change`: an entry that counts must lead to the same
 /// backend again and again.
 #[track_caller]
-fn check(change: impl Fn(&mut Simulator, u32), hits: bool, counts_stale: bool) {
+fn check(change: impl Fn(&mut Simulator, BackendId), hits: bool, counts_stale: bool) {
     // A wrong entry may lead to the right backend by chance, so many clients are tried.
     let mut moved = 0;
     for netns in 1000..1040 {
@@ -49,7 +51,7 @@ fn a_client_returns_to_its_backend_while_all_is_as_it_was() {
         true,
         false,
     );
-    check(|sim, first| set_backend(sim, first % 3 + 1, SERVING, 9), true, false);
+    check(|sim, first| set_backend(sim, BackendId(first.0 % 3 + 1), SERVING, 9), true, false);
     check(|sim, first| set_backend(sim, first, IN_CLUSTER, 5), true, false);
 }
 
@@ -62,7 +64,7 @@ fn a_memory_ends_with_the_second_the_epoch_the_generation_the_set_or_the_owner()
         |sim, first| {
             let state = BackendState { flags: SERVING | IN_LOCAL, generation: 5 };
             sim.apply(&Op::BackendState(first, state)).unwrap();
-            let rest: Vec<u32> = (1..=3).filter(|id| *id != first).collect();
+            let rest: Vec<_> = (1..=3).map(BackendId).filter(|id| *id != first).collect();
             sim.apply(&Op::Slots(30, rest)).unwrap();
             set_service(sim, |service| service.cluster = SlotRange { base: 30, len: 2 });
         },
@@ -71,9 +73,9 @@ fn a_memory_ends_with_the_second_the_epoch_the_generation_the_set_or_the_owner()
     );
     check(
         |sim, first| {
-            let stranger = Backend { service: 2, ..sim.backend(first).unwrap() };
+            let stranger = Backend { service: ServiceId(2), ..sim.backend(first).unwrap() };
             sim.apply(&Op::Backend(first, stranger)).unwrap();
-            let rest: Vec<u32> = (1..=3).filter(|id| *id != first).collect();
+            let rest: Vec<_> = (1..=3).map(BackendId).filter(|id| *id != first).collect();
             sim.apply(&Op::Slots(30, rest)).unwrap();
             set_service(sim, |service| service.cluster = SlotRange { base: 30, len: 2 });
         },
@@ -91,21 +93,21 @@ fn each_connection_starts_the_time_anew_and_only_in_its_own_set() {
         assert_eq!(connect_from(&sim, POD_NETNS), first);
     }
     // The entry of a remote endpoint does not count if only the local endpoint is in the set.
-    let remote = (2000..).find(|netns| connect_from(&sim, *netns) != 1).unwrap();
-    frontend(&mut sim, exact(vip(10), 80, TCP), 1, POD_LOCAL);
-    assert_eq!(connect_from(&sim, remote), 1);
-    frontend(&mut sim, exact(vip(10), 80, TCP), 1, 0);
-    assert_eq!(connect_from(&sim, remote), 1, "remembered anew");
+    let remote = (2000..).find(|netns| connect_from(&sim, *netns) != BackendId(1)).unwrap();
+    frontend(&mut sim, exact(vip(10), 80, TCP), ServiceId(1), POD_LOCAL);
+    assert_eq!(connect_from(&sim, remote), BackendId(1));
+    frontend(&mut sim, exact(vip(10), 80, TCP), ServiceId(1), 0);
+    assert_eq!(connect_from(&sim, remote), BackendId(1), "remembered anew");
 }
 
 #[test]
 fn clients_are_told_apart_by_their_namespace_and_only_remembered_where_asked() {
     let sim = sticky();
-    let backends: BTreeSet<u32> = (0..40).map(|netns| connect_from(&sim, netns)).collect();
-    assert_eq!(backends, BTreeSet::from([1, 2, 3]));
+    let backends: BTreeSet<BackendId> = (0..40).map(|netns| connect_from(&sim, netns)).collect();
+    assert_eq!(backends, BTreeSet::from([1, 2, 3].map(BackendId)));
     let sim = world();
     connect_from(&sim, POD_NETNS);
-    let key = AffinityKey { client: AffinityKey::netns_client(POD_NETNS), service: 1 };
+    let key = AffinityKey { client: AffinityKey::netns_client(POD_NETNS), service: ServiceId(1) };
     assert!(sim.clients.borrow().is_empty() && sim.new_clients.borrow().is_empty());
     // The client id of a namespace is an address that no client can have.
     assert_eq!(key.client.to_ip().to_string(), "100::4d");

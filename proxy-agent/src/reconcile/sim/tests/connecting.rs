@@ -1,5 +1,7 @@
 //! connect() and getpeername().
 
+use proxy_common::abi::{BackendId, ServiceId};
+
 use super::*;
 
 #[test]
@@ -10,9 +12,9 @@ fn a_connection_leads_to_a_backend_and_is_remembered_whole() {
     let record = SocketRecord {
         vip: vip(10),
         vip_port: Be16::new(80),
-        backend_addr: pod(id),
+        backend_addr: pod(id.0),
         backend_port: Be16::new(8080),
-        service: 1,
+        service: ServiceId(1),
         backend: id,
     };
     assert_eq!(record_of(&sim, &socket), Some(record));
@@ -38,9 +40,9 @@ fn every_backend_of_the_set_is_as_likely() {
     for (len, bound) in [(3_u32, 18.4), (7, 27.9)] {
         let mut sim = world();
         for id in 1..=len {
-            set_backend(&mut sim, id, IN_CLUSTER | SERVING, 1);
+            set_backend(&mut sim, BackendId(id), IN_CLUSTER | SERVING, 1);
         }
-        sim.apply(&Op::Slots(30, (1..=len).collect())).unwrap();
+        sim.apply(&Op::Slots(30, (1..=len).map(BackendId).collect())).unwrap();
         set_service(&mut sim, |service| service.cluster = SlotRange { base: 30, len });
         let draws = 21_000;
         let mut seen = BTreeMap::new();
@@ -60,7 +62,7 @@ fn every_backend_of_the_set_is_as_likely() {
 #[test]
 fn whoever_cannot_be_served_is_told_so_or_nothing() {
     let mut sim = world();
-    frontend(&mut sim, exact(vip(21), 80, TCP), 2, POD_LOCAL);
+    frontend(&mut sim, exact(vip(21), 80, TCP), ServiceId(2), POD_LOCAL);
     let table = [
         (vip(20), 80, Reject, Some(Counter::RejectNoEndpoint)),
         (vip(21), 80, Drop, Some(Counter::DropNoLocalEndpoint)),
@@ -87,17 +89,17 @@ fn whoever_cannot_be_served_is_told_so_or_nothing() {
 #[test]
 fn a_service_that_was_never_written_refuses() {
     let mut sim = world();
-    frontend(&mut sim, exact(vip(30), 80, TCP), 9, 0);
+    frontend(&mut sim, exact(vip(30), 80, TCP), ServiceId(9), 0);
     check(&sim, socket(vip(30), 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
 }
 
 #[test]
 fn a_slot_of_another_service_is_never_followed() {
     let mut sim = world();
-    sim.apply(&Op::Slots(10, vec![9, 9, 9])).unwrap();
+    sim.apply(&Op::Slots(10, vec![BackendId(9); 3])).unwrap();
     check(&sim, socket(vip(10), 80, TCP), Drop, Some(Counter::DropRetry));
-    let stranger = Backend { service: 2, ..sim.backend(1).unwrap() };
-    sim.apply(&Op::Backend(9, stranger)).unwrap();
+    let stranger = Backend { service: ServiceId(2), ..sim.backend(BackendId(1)).unwrap() };
+    sim.apply(&Op::Backend(BackendId(9), stranger)).unwrap();
     check(&sim, socket(vip(10), 80, TCP), Drop, Some(Counter::DropRetry));
 }
 
@@ -105,7 +107,7 @@ fn a_slot_of_another_service_is_never_followed() {
 fn an_element_of_another_key_is_never_followed() {
     let mut sim = world();
     let (key, other) = (exact(vip(10), 80, TCP), exact(vip(11), 80, TCP));
-    sim.apply(&Op::Frontend(key, Some(FrontendValue::new(&other, 1, 0)))).unwrap();
+    sim.apply(&Op::Frontend(key, Some(FrontendValue::new(&other, ServiceId(1), 0)))).unwrap();
     check(&sim, socket(vip(10), 80, TCP), Drop, Some(Counter::DropRetry));
 }
 
@@ -113,7 +115,7 @@ fn an_element_of_another_key_is_never_followed() {
 fn node_ports_are_served_on_marked_addresses_only() {
     let mut sim = world();
     let any = Addr::v4([0; 4]);
-    frontend(&mut sim, FrontendKey::node_port(any, Be16::new(31_080), TCP), 1, 0);
+    frontend(&mut sim, FrontendKey::node_port(any, Be16::new(31_080), TCP), ServiceId(1), 0);
     let (marked, unmarked, remote) =
         (Addr::v4([192, 0, 2, 10]), Addr::v4([198, 51, 100, 10]), Addr::v4([192, 0, 2, 20]));
     let socket_ = check(&sim, socket(marked, 31_080, TCP), Translated, Some(Counter::Connected));
@@ -127,11 +129,11 @@ fn node_ports_are_served_on_marked_addresses_only() {
     let v6: Addr = "2001:db8:1::10".parse::<std::net::IpAddr>().unwrap().into();
     sim.apply(&Op::LocalAddress(v6, Some(HOST | NODEPORT))).unwrap();
     check(&sim, socket(v6, 31_080, TCP), Pass, None);
-    frontend(&mut sim, FrontendKey::node_port(Addr::ZERO, Be16::new(31_080), TCP), 2, 0);
+    frontend(&mut sim, FrontendKey::node_port(Addr::ZERO, Be16::new(31_080), TCP), ServiceId(2), 0);
     check(&sim, socket(v6, 31_080, TCP), Reject, Some(Counter::RejectNoEndpoint));
 
     // An exact frontend on a marked address takes precedence.
-    frontend(&mut sim, exact(marked, 31_080, TCP), 2, 0);
+    frontend(&mut sim, exact(marked, 31_080, TCP), ServiceId(2), 0);
     check(&sim, socket(marked, 31_080, TCP), Reject, Some(Counter::RejectNoEndpoint));
 }
 
@@ -203,9 +205,10 @@ fn a_socket_that_is_connected_anew_shows_what_it_was_until_it_is() {
     // The kernel leaves a connected UDP socket connected when the next connect() fails, whatever the verdict of the
     // hook.
     let mut sim = world();
-    frontend(&mut sim, exact(vip(30), 80, UDP), 1, DENY_POD);
+    frontend(&mut sim, exact(vip(30), 80, UDP), ServiceId(1), DENY_POD);
     let torn = exact(vip(31), 80, UDP);
-    sim.apply(&Op::Frontend(torn, Some(FrontendValue::new(&exact(vip(32), 80, UDP), 1, 0)))).unwrap();
+    sim.apply(&Op::Frontend(torn, Some(FrontendValue::new(&exact(vip(32), 80, UDP), ServiceId(1), 0))))
+        .unwrap();
     let connected = check(&sim, socket(vip(10), 80, UDP), Translated, Some(Counter::Connected));
     let table = [(vip(20), 80), (vip(10), 81), (vip(99), 80), (vip(30), 80), (vip(31), 80)];
     for (addr, port) in table {
@@ -245,10 +248,11 @@ fn a_connection_that_cannot_be_remembered_fails_untouched() {
 fn clients_get_the_set_and_the_refusal_that_is_theirs() {
     let mut sim = world();
     let mut verdicts = |flags: u16| {
-        frontend(&mut sim, exact(vip(10), 80, TCP), 1, flags);
+        frontend(&mut sim, exact(vip(10), 80, TCP), ServiceId(1), flags);
         (backends_of(&sim, &host(vip(10), 80, TCP)), backends_of(&sim, &socket(vip(10), 80, TCP)))
     };
-    let (all, local, refused) = (vec![1, 2, 3], vec![1], vec![0]);
+    let (all, local, refused) =
+        ([1, 2, 3].map(BackendId).to_vec(), vec![BackendId(1)], vec![BackendId::NONE]);
     assert_eq!(verdicts(0), (all.clone(), all.clone()));
     assert_eq!(verdicts(NEAR_LOCAL), (local.clone(), all.clone()));
     assert_eq!(verdicts(POD_LOCAL), (all.clone(), local.clone()));
@@ -258,13 +262,13 @@ fn clients_get_the_set_and_the_refusal_that_is_theirs() {
 }
 
 /// Returns the backends that sixty such sockets get, with 0 for a refusal.
-fn backends_of(sim: &Simulator, from: &SimSocket<'static>) -> Vec<u32> {
+fn backends_of(sim: &Simulator, from: &SimSocket<'static>) -> Vec<BackendId> {
     let mut ids = BTreeSet::new();
     for _ in 0..60 {
         let mut socket = from.clone();
         let verdict = connect(&mut socket, sim);
         assert!([Translated, Drop].contains(&verdict), "{verdict:?}");
-        ids.insert(if verdict == Translated { backend_of(&socket) } else { 0 });
+        ids.insert(if verdict == Translated { backend_of(&socket) } else { BackendId::NONE });
     }
     ids.into_iter().collect::<Vec<_>>()
 }
@@ -274,15 +278,16 @@ fn backends_of(sim: &Simulator, from: &SimSocket<'static>) -> Vec<u32> {
 #[test]
 fn silence_and_source_ranges_are_left_to_the_packets_of_pods() {
     let mut sim = world();
-    frontend(&mut sim, exact(vip(21), 80, TCP), 2, POD_LOCAL | NEAR_LOCAL);
-    frontend(&mut sim, exact(vip(30), 80, TCP), 1, DENY_POD | DENY_HOST);
-    frontend(&mut sim, exact(vip(31), 80, TCP), 1, DENY_POD);
-    sim.apply(&Op::Slots(40, vec![99])).unwrap();
+    frontend(&mut sim, exact(vip(21), 80, TCP), ServiceId(2), POD_LOCAL | NEAR_LOCAL);
+    frontend(&mut sim, exact(vip(30), 80, TCP), ServiceId(1), DENY_POD | DENY_HOST);
+    frontend(&mut sim, exact(vip(31), 80, TCP), ServiceId(1), DENY_POD);
+    sim.apply(&Op::Slots(40, vec![BackendId(99)])).unwrap();
     let torn = Service { cluster: SlotRange { base: 40, len: 1 }, ..Service::default() };
-    sim.apply(&Op::Service(3, torn)).unwrap();
-    frontend(&mut sim, exact(vip(32), 80, TCP), 3, 0);
+    sim.apply(&Op::Service(ServiceId(3), torn)).unwrap();
+    frontend(&mut sim, exact(vip(32), 80, TCP), ServiceId(3), 0);
     let other = exact(vip(34), 80, TCP);
-    sim.apply(&Op::Frontend(exact(vip(33), 80, TCP), Some(FrontendValue::new(&other, 1, 0)))).unwrap();
+    sim.apply(&Op::Frontend(exact(vip(33), 80, TCP), Some(FrontendValue::new(&other, ServiceId(1), 0))))
+        .unwrap();
     let dropped = [
         (vip(21), Counter::DropNoLocalEndpoint),
         (vip(99), Counter::DropInactiveAddress),
@@ -332,7 +337,7 @@ fn refusals_of_the_host_are_left_to_packets_where_the_kernel_cannot_tell() {
     // An address that is no clusterIP may belong to a real host. Packets to an address of this host itself meet no
     // device.
     let outside = Addr::v4([198, 18, 0, 1]);
-    frontend(&mut sim, exact(outside, 80, TCP), 2, 0);
+    frontend(&mut sim, exact(outside, 80, TCP), ServiceId(2), 0);
     check(&sim, host(outside, 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
     sim.apply(&Op::LocalAddress(vip(20), Some(HOST))).unwrap();
     check(&sim, host(vip(20), 80, TCP), Reject, Some(Counter::RejectNoEndpoint));
@@ -385,9 +390,9 @@ fn the_probe_and_nothing_else_teaches_which_namespace_is_the_hosts() {
     check(&sim, socket(vip(10), 80, UDP), Translated, Some(Counter::Connected));
     assert_eq!(sim.host_netns.get(), 0);
     let probe = Addr::v4([192, 0, 0, 8]);
-    frontend(&mut sim, exact(probe, 7, UDP), 1, PROBE | NEAR_LOCAL);
+    frontend(&mut sim, exact(probe, 7, UDP), ServiceId(1), PROBE | NEAR_LOCAL);
     let mut caller = SimSocket { netns: 42, ..socket(probe, 7, UDP) };
     assert_eq!(connect(&mut caller, &sim), Translated);
     assert_eq!(sim.host_netns.get(), 42);
-    assert_eq!(backend_of(&caller), 1, "the caller is near already");
+    assert_eq!(backend_of(&caller), BackendId(1), "the caller is near already");
 }

@@ -1,5 +1,7 @@
 //! sendmsg() with an address, and recvmsg() that reports one.
 
+use proxy_common::abi::{BackendId, ServiceId};
+
 use super::*;
 
 fn flow_key(socket: &SimSocket<'_>, addr: Addr, port: u16, direction: FlowDirection) -> UdpFlowKey {
@@ -11,13 +13,13 @@ fn original(socket: &SimSocket<'_>) -> UdpFlowKey {
     flow_key(socket, vip(10), 80, FlowDirection::Original)
 }
 
-fn reply(socket: &SimSocket<'_>, backend: u32) -> UdpFlowKey {
-    flow_key(socket, pod(backend), 8080, FlowDirection::Reply)
+fn reply(socket: &SimSocket<'_>, backend: BackendId) -> UdpFlowKey {
+    flow_key(socket, pod(backend.0), 8080, FlowDirection::Reply)
 }
 
 /// Sends a datagram from `from` to the VIP and returns the backend that it goes to.
 #[track_caller]
-pub(super) fn send(sim: &Simulator, from: &mut SimSocket<'_>) -> u32 {
+pub(super) fn send(sim: &Simulator, from: &mut SimSocket<'_>) -> BackendId {
     let mut socket = from.clone();
     let before = from.record.is_some_and(|record| record.is_connected());
     assert_eq!(sendmsg(&mut socket, sim), Translated);
@@ -27,10 +29,10 @@ pub(super) fn send(sim: &Simulator, from: &mut SimSocket<'_>) -> u32 {
 }
 
 /// Receives a datagram from a backend and returns the source that the application sees.
-pub(super) fn receive(sim: &Simulator, to: &SimSocket<'_>, backend: u32) -> (Addr, u16) {
-    let mut socket = SimSocket { addr: pod(backend), port: Be16::new(8080), ..to.clone() };
+pub(super) fn receive(sim: &Simulator, to: &SimSocket<'_>, backend: BackendId) -> (Addr, u16) {
+    let mut socket = SimSocket { addr: pod(backend.0), port: Be16::new(8080), ..to.clone() };
     let verdict = recvmsg(&mut socket, sim);
-    assert_eq!(verdict == Translated, socket.addr != pod(backend));
+    assert_eq!(verdict == Translated, socket.addr != pod(backend.0));
     (socket.addr, socket.port.get())
 }
 
@@ -43,13 +45,13 @@ fn records() -> [Option<SocketRecord>; 4] {
         vip_port: Be16::new(80),
         backend_port: Be16::new(8080),
         service: SocketRecord::DATAGRAMS,
-        backend: 99,
+        backend: BackendId(99),
     };
     [
         None,
         Some(record),
         Some(SocketRecord { service: SocketRecord::MORE_DATAGRAMS, ..record }),
-        Some(SocketRecord { service: 9, ..record }),
+        Some(SocketRecord { service: ServiceId(9), ..record }),
     ]
 }
 
@@ -80,7 +82,7 @@ fn datagrams_of_a_socket_stay_with_one_backend() {
         }
         assert_eq!(receive(&sim, &socket, first), FROM_VIP());
     }
-    assert_eq!(backends, BTreeSet::from([1, 2, 3]));
+    assert_eq!(backends, BTreeSet::from([1, 2, 3].map(BackendId)));
     assert_eq!(counts(&sim), [(Counter::Datagram, 30 * 21)]);
 }
 
@@ -91,11 +93,11 @@ fn answers_come_from_the_vip_for_this_socket_only() {
     let id = send(&sim, &mut socket);
     assert_eq!(receive(&sim, &socket, id), FROM_VIP());
     // Another socket, another backend, another port of the same pod.
-    assert_eq!(receive(&sim, &SimSocket { cookie: 501, ..busy() }, id), (pod(id), 8080));
-    assert_eq!(receive(&sim, &socket, id % 3 + 1), (pod(id % 3 + 1), 8080));
-    let mut other = SimSocket { addr: pod(id), port: Be16::new(9), ..socket };
+    assert_eq!(receive(&sim, &SimSocket { cookie: 501, ..busy() }, id), (pod(id.0), 8080));
+    assert_eq!(receive(&sim, &socket, BackendId(id.0 % 3 + 1)), (pod(id.0 % 3 + 1), 8080));
+    let mut other = SimSocket { addr: pod(id.0), port: Be16::new(9), ..socket };
     assert_eq!(recvmsg(&mut other, &sim), Pass);
-    assert_eq!((other.addr, other.port), (pod(id), Be16::new(9)));
+    assert_eq!((other.addr, other.port), (pod(id.0), Be16::new(9)));
 }
 
 #[test]
@@ -106,7 +108,7 @@ fn answers_to_a_connected_socket_come_from_the_vip() {
     socket.peer = (socket.addr, socket.port);
     let id = backend_of(&socket);
     assert_eq!(receive(&sim, &socket, id), FROM_VIP());
-    assert_eq!(receive(&sim, &socket, id % 3 + 1), (pod(id % 3 + 1), 8080));
+    assert_eq!(receive(&sim, &socket, BackendId(id.0 % 3 + 1)), (pod(id.0 % 3 + 1), 8080));
 }
 
 #[test]
@@ -120,10 +122,12 @@ fn a_flow_moves_when_its_backend_stops_serving_and_hears_late_answers() {
         // Each replacement of the old backend keeps some of its properties.
         match gone {
             "not serving" => set_backend(&mut sim, first, IN_CLUSTER, 5),
-            "another owner" => sim.apply(&Op::Backend(first, Backend { service: 2, ..old })).unwrap(),
+            "another owner" => {
+                sim.apply(&Op::Backend(first, Backend { service: ServiceId(2), ..old })).unwrap()
+            }
             _ => sim.apply(&Op::Backend(first, Backend { addr: pod(200), ..old })).unwrap(),
         }
-        let rest: Vec<u32> = (1..=3).filter(|id| *id != first).collect();
+        let rest: Vec<_> = (1..=3).map(BackendId).filter(|id| *id != first).collect();
         sim.apply(&Op::Slots(30, rest)).unwrap();
         set_service(&mut sim, |service| service.cluster = SlotRange { base: 30, len: 2 });
 
@@ -158,7 +162,7 @@ fn who_sends_is_refused_while_nothing_serves_and_then_reaches_whoever_does() {
         let mut socket = socket(vip(10), 80, UDP);
         let first = send(&sim, &mut socket);
         for id in 1..=3 {
-            set_backend(&mut sim, id, 0, 5);
+            set_backend(&mut sim, BackendId(id), 0, 5);
         }
         set_service(&mut sim, |service| service.cluster = verdict);
         let other = SimSocket { cookie: 501, record: None, ..socket.clone() };
@@ -168,10 +172,10 @@ fn who_sends_is_refused_while_nothing_serves_and_then_reaches_whoever_does() {
             assert_eq!((&refused, sim.counted(counter)), (from, at));
         }
         // The first backend that serves again gets the flow.
-        set_backend(&mut sim, first % 3 + 1, SERVING | IN_CLUSTER, 6);
-        sim.apply(&Op::Slots(30, vec![first % 3 + 1])).unwrap();
+        set_backend(&mut sim, BackendId(first.0 % 3 + 1), SERVING | IN_CLUSTER, 6);
+        sim.apply(&Op::Slots(30, vec![BackendId(first.0 % 3 + 1)])).unwrap();
         set_service(&mut sim, |service| service.cluster = SlotRange { base: 30, len: 1 });
-        assert_eq!(send(&sim, &mut socket), first % 3 + 1);
+        assert_eq!(send(&sim, &mut socket), BackendId(first.0 % 3 + 1));
     }
 }
 
@@ -182,7 +186,7 @@ fn datagrams_of_pods_are_left_to_packets() {
     let mut from = socket(vip(10), 80, UDP);
     send(&sim, &mut from);
     for id in 1..=3 {
-        set_backend(&mut sim, id, 0, 5);
+        set_backend(&mut sim, BackendId(id), 0, 5);
     }
     set_service(&mut sim, |service| service.cluster = SlotRange::DROP);
     let other = SimSocket { cookie: 501, record: None, ..from.clone() };
@@ -251,20 +255,20 @@ fn the_first_flow_of_a_socket_takes_no_room_that_others_have() {
 #[test]
 fn of_two_vips_with_one_backend_the_last_one_that_was_asked_answers() {
     let mut sim = world();
-    frontend(&mut sim, exact(vip(11), 80, UDP), 1, 0);
+    frontend(&mut sim, exact(vip(11), 80, UDP), ServiceId(1), 0);
     set_service(&mut sim, |service| service.cluster = SlotRange { base: 30, len: 1 });
-    sim.apply(&Op::Slots(30, vec![2])).unwrap();
+    sim.apply(&Op::Slots(30, vec![BackendId(2)])).unwrap();
     let mut from = socket(vip(10), 80, UDP);
     for number in [10, 10, 11, 11, 10, 11, 10] {
         from.addr = vip(number);
-        assert_eq!(send(&sim, &mut from), 2);
-        assert_eq!(receive(&sim, &from, 2), (vip(number), 80));
+        assert_eq!(send(&sim, &mut from), BackendId(2));
+        assert_eq!(receive(&sim, &from, BackendId(2)), (vip(number), 80));
     }
     // Eviction of the entries of other VIPs leaves the first flow, which is in the record.
     from.addr = vip(11);
     send(&sim, &mut from);
-    assert!(sim.evict_udp_flow(&reply(&from, 2)).is_some());
-    assert_eq!(receive(&sim, &from, 2), FROM_VIP());
+    assert!(sim.evict_udp_flow(&reply(&from, BackendId(2))).is_some());
+    assert_eq!(receive(&sim, &from, BackendId(2)), FROM_VIP());
 }
 
 #[test]
@@ -272,9 +276,9 @@ fn a_socket_that_is_connected_to_a_pod_has_that_peer_whatever_it_sends() {
     let sim = world();
     let mut from = socket(vip(10), 80, UDP);
     let id = send(&sim, &mut from);
-    let mut peer = SimSocket { addr: pod(id), port: Be16::new(8080), ..from };
+    let mut peer = SimSocket { addr: pod(id.0), port: Be16::new(8080), ..from };
     assert_eq!(peername(&mut peer, &sim), Pass);
-    assert_eq!(peer.addr, pod(id));
+    assert_eq!(peer.addr, pod(id.0));
     // The socket is connected after it has sent.
     assert_eq!(connect(&mut peer, &sim), Pass);
     assert_eq!(peer.record, None);
@@ -295,9 +299,9 @@ fn a_socket_that_has_sent_nothing_is_not_looked_up() {
     let sim = world();
     let mut from = socket(vip(10), 80, UDP);
     let id = send(&sim, &mut from);
-    let mut server = SimSocket { addr: pod(id), port: Be16::new(8080), record: None, ..from };
+    let mut server = SimSocket { addr: pod(id.0), port: Be16::new(8080), record: None, ..from };
     assert_eq!(recvmsg(&mut server, &sim), Pass);
-    assert_eq!(server.addr, pod(id));
+    assert_eq!(server.addr, pod(id.0));
 }
 
 #[test]
@@ -306,7 +310,7 @@ fn either_entry_of_another_flow_may_be_evicted() {
     let mut socket = busy();
     let id = send(&sim, &mut socket);
     assert!(sim.evict_udp_flow(&reply(&socket, id)).is_some());
-    assert_eq!(receive(&sim, &socket, id), (pod(id), 8080));
+    assert_eq!(receive(&sim, &socket, id), (pod(id.0), 8080));
     assert_eq!(send(&sim, &mut socket), id);
     assert_eq!(receive(&sim, &socket, id), FROM_VIP(), "healed by the next send");
 
@@ -322,14 +326,14 @@ fn entries_that_are_torn_or_of_another_flow_do_not_count() {
         |_, stranger| stranger,
         |own, stranger| UdpFlow { addr: stranger.addr, ..own },
         |own, _| UdpFlow { port: Be16::new(1), ..own },
-        |own, _| UdpFlow { backend: own.backend % 3 + 1, ..own },
+        |own, _| UdpFlow { backend: BackendId(own.backend.0 % 3 + 1), ..own },
         |own, _| UdpFlow { check: own.check ^ 1, ..own },
     ];
     for (at, tear) in tears.iter().enumerate() {
         // Another socket's flow, to another VIP and another backend.
         let mut sim = world();
         let mut from = busy();
-        frontend(&mut sim, exact(vip(11), 80, UDP), 1, 0);
+        frontend(&mut sim, exact(vip(11), 80, UDP), ServiceId(1), 0);
         let id = send(&sim, &mut from);
         let (other, stranger) = (501..)
             .map(|cookie| SimSocket { cookie, addr: vip(11), ..busy() })
@@ -344,7 +348,7 @@ fn entries_that_are_torn_or_of_another_flow_do_not_count() {
         let (key, own) = flow(reply(&from, id));
         let (_, theirs) = flow(reply(&other, stranger));
         assert!(sim.put_udp_flow(&key, &tear(own, theirs)));
-        assert_eq!(receive(&sim, &from, id), (pod(id), 8080), "tear {at}");
+        assert_eq!(receive(&sim, &from, id), (pod(id.0), 8080), "tear {at}");
 
         let (key, own) = flow(original(&from));
         let (_, theirs) = flow(flow_key(&other, vip(11), 80, FlowDirection::Original));
@@ -352,7 +356,7 @@ fn entries_that_are_torn_or_of_another_flow_do_not_count() {
         let again = send(&sim, &mut from);
         assert_eq!(receive(&sim, &from, again), FROM_VIP(), "tear {at}: both entries are written anew");
         let (_, healed) = flow(original(&from));
-        assert_eq!((healed.addr, healed.backend), (pod(again), again), "tear {at}");
+        assert_eq!((healed.addr, healed.backend), (pod(again.0), again), "tear {at}");
         assert_eq!(sim.counted(Counter::UdpRepick), 0, "tear {at}: no entry, so no repick");
     }
 }
@@ -379,7 +383,7 @@ fn an_answer_is_the_vips_for_two_minutes_after_the_last_datagram() {
         assert_eq!(receive(&sim, &from, id), FROM_VIP(), "whoever listens keeps the flow");
     }
     sim.clock.set(sim.clock.get() + 130 * SECOND);
-    assert_eq!(receive(&sim, &from, id), (pod(id), 8080));
+    assert_eq!(receive(&sim, &from, id), (pod(id.0), 8080));
     assert_eq!(send(&sim, &mut from), id);
     assert_eq!(receive(&sim, &from, id), FROM_VIP());
 }

@@ -10,7 +10,9 @@ use proxy_common::abi::local_address::{HOST, NODEPORT};
 use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS, SANDBOXES_KNOWN};
 use proxy_common::abi::opt_out::{EVERYTHING, INSIDE};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
-use proxy_common::abi::{Affinity, BackendState, FlowDirection, SlotRange, socket::STREAM_SLOTS};
+use proxy_common::abi::{
+    Affinity, BackendId, BackendState, FlowDirection, ServiceId, SlotRange, socket::STREAM_SLOTS,
+};
 use proxy_common::datapath::socket::Verdict::{self, Drop, Fail, Pass, Reject, Translated};
 use proxy_common::datapath::socket::{connect, peername, recvmsg, release, sendmsg};
 
@@ -40,7 +42,7 @@ fn world() -> Simulator {
     sim.host_netns.set(HOST_NETNS);
     for id in 1..=3 {
         let local = if id == 1 { IN_LOCAL } else { 0 };
-        set_backend(&mut sim, id, IN_CLUSTER | SERVING | local, 5);
+        set_backend(&mut sim, BackendId(id), IN_CLUSTER | SERVING | local, 5);
     }
     let service = Service {
         cluster: SlotRange { base: 10, len: 3 },
@@ -51,10 +53,10 @@ fn world() -> Simulator {
         Service { cluster: SlotRange::REJECT, local: SlotRange::DROP, affinity: Affinity::default() };
     let cidr = Prefix::new(Addr::v4([10, 96, 0, 0]), 16).unwrap();
     let ops = [
-        Op::Slots(10, vec![1, 2, 3]),
-        Op::Slots(20, vec![1]),
-        Op::Service(1, service),
-        Op::Service(2, nobody),
+        Op::Slots(10, [1, 2, 3].map(BackendId).to_vec()),
+        Op::Slots(20, vec![BackendId(1)]),
+        Op::Service(ServiceId(1), service),
+        Op::Service(ServiceId(2), nobody),
         Op::ServiceCidr(cidr, true),
         Op::LocalAddress(Addr::v4([192, 0, 2, 10]), Some(HOST | NODEPORT)),
         Op::LocalAddress(Addr::v4([198, 51, 100, 10]), Some(HOST)),
@@ -63,31 +65,32 @@ fn world() -> Simulator {
         sim.apply(&op).unwrap();
     }
     let address = FrontendKey::address(vip(10));
-    sim.apply(&Op::Frontend(address, Some(FrontendValue::new(&address, 0, 0)))).unwrap();
+    sim.apply(&Op::Frontend(address, Some(FrontendValue::new(&address, ServiceId::NONE, 0)))).unwrap();
     for proto in [TCP, UDP] {
-        frontend(&mut sim, exact(vip(10), 80, proto), 1, 0);
-        frontend(&mut sim, exact(vip(20), 80, proto), 2, 0);
+        frontend(&mut sim, exact(vip(10), 80, proto), ServiceId(1), 0);
+        frontend(&mut sim, exact(vip(20), 80, proto), ServiceId(2), 0);
     }
     sim
 }
 
-fn set_backend(sim: &mut Simulator, id: u32, flags: u32, generation: u32) {
+fn set_backend(sim: &mut Simulator, id: BackendId, flags: u32, generation: u32) {
     let state = BackendState { flags, generation };
-    let backend = Backend { addr: pod(id), port: Be16::new(8080), pad: [0; 2], service: 1, state };
+    let backend =
+        Backend { addr: pod(id.0), port: Be16::new(8080), pad: [0; 2], service: ServiceId(1), state };
     sim.apply(&Op::Backend(id, backend)).unwrap();
 }
 
 fn set_service(sim: &mut Simulator, change: impl FnOnce(&mut Service)) {
-    let mut service = sim.service(1).unwrap();
+    let mut service = sim.service(ServiceId(1)).unwrap();
     change(&mut service);
-    sim.apply(&Op::Service(1, service)).unwrap();
+    sim.apply(&Op::Service(ServiceId(1), service)).unwrap();
 }
 
 fn exact(addr: Addr, port: u16, proto: u8) -> FrontendKey {
     FrontendKey::exact(addr, Be16::new(port), proto)
 }
 
-fn frontend(sim: &mut Simulator, key: FrontendKey, service: u32, flags: u16) {
+fn frontend(sim: &mut Simulator, key: FrontendKey, service: ServiceId, flags: u16) {
     sim.apply(&Op::Frontend(key, Some(FrontendValue::new(&key, service, flags)))).unwrap();
 }
 
@@ -109,10 +112,10 @@ fn socket(addr: Addr, port: u16, proto: u8) -> SimSocket<'static> {
 
 /// Returns the backend that the socket leads to after a translation.
 #[track_caller]
-fn backend_of(socket: &SimSocket<'_>) -> u32 {
+fn backend_of(socket: &SimSocket<'_>) -> BackendId {
     assert_eq!(socket.port, Be16::new(8080));
-    let id = u32::from(socket.addr.v4_octets()[3]);
-    assert_eq!(socket.addr, pod(id));
+    let id = BackendId(u32::from(socket.addr.v4_octets()[3]));
+    assert_eq!(socket.addr, pod(id.0));
     id
 }
 

@@ -1,13 +1,14 @@
 //! UDP sockets that are connected to a VIP while no backend serves, and that the agent moves.
 
 use proxy_common::abi::socket::{Order, order};
+use proxy_common::abi::{BackendId, ServiceId};
 
 use super::*;
 
 #[test]
 fn connect_of_udp_does_not_fail_for_lack_of_endpoints() {
     let mut sim = world();
-    frontend(&mut sim, exact(vip(21), 80, UDP), 2, POD_LOCAL | NEAR_LOCAL);
+    frontend(&mut sim, exact(vip(21), 80, UDP), ServiceId(2), POD_LOCAL | NEAR_LOCAL);
     for flags in [0, PODS_IN_PACKETS] {
         sim.apply(&Op::NodeFlags(flags)).unwrap();
         for (addr, port, verdict, counter) in [
@@ -47,7 +48,7 @@ fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
     let sim = world();
     // From a backend that has left, and from the VIP itself, which was not served when the owner connected the
     // socket.
-    for (peer, before) in [((pod(9), 8080), Some(record(9))), ((vip(10), 80), None)] {
+    for (peer, before) in [((pod(9), 8080), Some(record(BackendId(9)))), ((vip(10), 80), None)] {
         let mut socket = SimSocket { record: before, ..ordered(vip(10), peer) };
         assert_eq!(connect(&mut socket, &sim), Translated);
         assert_eq!(socket.record, Some(record(backend_of(&socket))));
@@ -60,7 +61,7 @@ fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
         (Addr::v4([192, 0, 2, 77]), HOST_NETNS, true),
         (Addr::v4([192, 0, 2, 77]), POD_NETNS, true),
     ] {
-        let before = SocketRecord { vip: to, ..record(9) };
+        let before = SocketRecord { vip: to, ..record(BackendId(9)) };
         let was = SimSocket { record: Some(before), netns, ..ordered(to, (pod(9), 8080)) };
         let mut socket = was.clone();
         if led {
@@ -76,14 +77,14 @@ fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
     assert_eq!(peername(&mut asked, &sim), Translated);
     assert_eq!((asked.addr, asked.port), (order::ADDRESS, order::PORT));
     // Nothing happens without an order, or if the owner has meanwhile connected the socket elsewhere.
-    let led = SimSocket { record: Some(record(9)), ..ordered(vip(10), (pod(9), 8080)) };
+    let led = SimSocket { record: Some(record(BackendId(9))), ..ordered(vip(10), (pod(9), 8080)) };
     for moved in [
         SimSocket { order: None, ..led.clone() },
         SimSocket { peer: (pod(8), Be16::new(8080)), ..led.clone() },
         SimSocket { peer: (Addr::ZERO, Be16::new(0)), ..led.clone() },
         SimSocket { record: None, ..led.clone() },
-        SimSocket { record: Some(SocketRecord { vip: vip(11), ..record(9) }), ..led.clone() },
-        SimSocket { record: Some(record(8)), ..ordered(vip(10), (vip(10), 80)) },
+        SimSocket { record: Some(SocketRecord { vip: vip(11), ..record(BackendId(9)) }), ..led.clone() },
+        SimSocket { record: Some(record(BackendId(8))), ..ordered(vip(10), (vip(10), 80)) },
     ] {
         let mut socket = moved.clone();
         assert_eq!(connect(&mut socket, &sim), Reject, "{moved:?}");
@@ -98,13 +99,13 @@ fn the_agent_leads_a_socket_to_where_its_vip_leads_now() {
     assert_eq!(connect(&mut stream, &sim), Pass);
 }
 
-fn record(backend: u32) -> SocketRecord {
+fn record(backend: BackendId) -> SocketRecord {
     SocketRecord {
         vip: vip(10),
         vip_port: Be16::new(80),
-        backend_addr: pod(backend),
+        backend_addr: pod(backend.0),
         backend_port: Be16::new(8080),
-        service: 1,
+        service: ServiceId(1),
         backend,
     }
 }

@@ -1,5 +1,7 @@
 //! One UDP socket with several peers: backends by their own address, several VIPs, and connections that end or fail.
 
+use proxy_common::abi::{BackendId, ServiceId};
+
 use super::datagrams::{FROM_VIP, receive, send};
 use super::*;
 
@@ -12,8 +14,8 @@ fn seen_from(sim: &Simulator, to: &SimSocket<'_>, (addr, port): (Addr, u16)) -> 
 
 /// Sends a datagram to a pod by its own address.
 #[track_caller]
-fn send_itself(sim: &Simulator, from: &mut SimSocket<'_>, id: u32) {
-    let mut socket = SimSocket { addr: pod(id), port: Be16::new(8080), ..from.clone() };
+fn send_itself(sim: &Simulator, from: &mut SimSocket<'_>, id: BackendId) {
+    let mut socket = SimSocket { addr: pod(id.0), port: Be16::new(8080), ..from.clone() };
     assert_eq!(sendmsg(&mut socket, sim), Pass);
     from.record = socket.record;
 }
@@ -22,7 +24,7 @@ fn send_itself(sim: &Simulator, from: &mut SimSocket<'_>, id: u32) {
 fn who_sends_to_a_backend_itself_sees_its_answers_and_those_of_other_backends_as_before() {
     for others_first in [false, true] {
         let mut sim = world();
-        frontend(&mut sim, exact(vip(11), 80, UDP), 1, 0);
+        frontend(&mut sim, exact(vip(11), 80, UDP), ServiceId(1), 0);
         let mut from = socket(vip(10), 80, UDP);
         let first = send(&sim, &mut from);
         from.addr = vip(11);
@@ -31,7 +33,7 @@ fn who_sends_to_a_backend_itself_sees_its_answers_and_those_of_other_backends_as
         let ended = if others_first { second } else { first };
         let (kept, vip_of_kept) = if others_first { (first, vip(10)) } else { (second, vip(11)) };
         send_itself(&sim, &mut from, ended);
-        assert_eq!(receive(&sim, &from, ended), (pod(ended), 8080));
+        assert_eq!(receive(&sim, &from, ended), (pod(ended.0), 8080));
         assert_eq!(receive(&sim, &from, kept), (vip_of_kept, 80));
         // After another request to the VIP, replies come from the VIP again.
         from.addr = if others_first { vip(11) } else { vip(10) };
@@ -43,7 +45,7 @@ fn who_sends_to_a_backend_itself_sees_its_answers_and_those_of_other_backends_as
     let sim = world();
     let mut from = socket(vip(10), 80, UDP);
     let id = send(&sim, &mut from);
-    send_itself(&sim, &mut from, id % 3 + 1);
+    send_itself(&sim, &mut from, BackendId(id.0 % 3 + 1));
     assert_eq!(receive(&sim, &from, id), FROM_VIP(), "another backend's address ends nothing");
     send_itself(&sim, &mut from, id);
     assert_eq!(from.record, None);
@@ -53,7 +55,7 @@ fn who_sends_to_a_backend_itself_sees_its_answers_and_those_of_other_backends_as
 fn every_vip_of_a_socket_has_a_backend_of_its_own_while_there_are_enough() {
     let mut sim = world();
     for number in 11..=13 {
-        frontend(&mut sim, exact(vip(number), 80, UDP), 1, 0);
+        frontend(&mut sim, exact(vip(number), 80, UDP), ServiceId(1), 0);
     }
     for cookie in 0..50 {
         let mut from = SimSocket { cookie, ..socket(vip(10), 80, UDP) };
@@ -97,7 +99,7 @@ fn a_socket_that_is_connected_to_the_vip_itself_is_left_to_packets() {
 #[test]
 fn a_record_counts_while_the_socket_is_connected_where_it_says() {
     let mut sim = world();
-    frontend(&mut sim, exact(vip(11), 80, UDP), 1, 0);
+    frontend(&mut sim, exact(vip(11), 80, UDP), ServiceId(1), 0);
     let mut first = socket(vip(10), 80, UDP);
     connect(&mut first, &sim);
     first.peer = (first.addr, first.port);
@@ -106,7 +108,7 @@ fn a_record_counts_while_the_socket_is_connected_where_it_says() {
     // connect(AF_UNSPEC), which no hook sees: datagrams that the pod sends on its own are shown with their own
     // source.
     let mut disconnected = SimSocket { peer: (Addr::ZERO, Be16::new(0)), ..first.clone() };
-    assert_eq!(receive(&sim, &disconnected, id), (pod(id), 8080));
+    assert_eq!(receive(&sim, &disconnected, id), (pod(id.0), 8080));
     // The socket sends like a socket that is not connected.
     (disconnected.addr, disconnected.port) = (vip(10), Be16::new(80));
     let mut sent = disconnected.clone();
@@ -124,10 +126,10 @@ fn a_record_counts_while_the_socket_is_connected_where_it_says() {
         if verdict == Translated && backend_of(&second) == id {
             continue;
         }
-        let mut asked = SimSocket { addr: pod(id), port: Be16::new(8080), ..second.clone() };
+        let mut asked = SimSocket { addr: pod(id.0), port: Be16::new(8080), ..second.clone() };
         assert_eq!(peername(&mut asked, &sim), Translated);
         assert_eq!((asked.addr, asked.port.get()), FROM_VIP());
-        assert_eq!(seen_from(&sim, &second, (pod(id), 8080)), FROM_VIP());
+        assert_eq!(seen_from(&sim, &second, (pod(id.0), 8080)), FROM_VIP());
         // If the second connect() succeeds, the new peer is shown.
         second.peer = (second.addr, second.port);
         let shown = if verdict == Translated { (vip(11), 80) } else { (addr, 80) };

@@ -9,7 +9,8 @@ use aya::{Ebpf, TestRunOptions};
 use proxy_agent::bpf::pins::PinDir;
 use proxy_common::abi::maps;
 use proxy_common::abi::{
-    Backend, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Origin, Service, SlotRange, proto,
+    Backend, BackendId, Flow, FlowKey, FlowKind, FrontendKey, FrontendValue, Origin, Service, ServiceId,
+    SlotRange, proto,
 };
 use proxy_common::be::Be16;
 use proxy_tests::lab::Netns;
@@ -145,7 +146,7 @@ impl Rig {
         let (vip, port) = (frame.destination.ip().into(), Be16::new(frame.destination.port()));
         let key = FrontendKey::exact(vip, port, proto::TCP);
         let mut frontends = HashMap::try_from(map(&mut self.programs, "REFERENCE_FRONTENDS")?)?;
-        frontends.insert(key, FrontendValue::new(&key, service, 0), 0)?;
+        frontends.insert(key, FrontendValue::new(&key, ServiceId(service), 0), 0)?;
         let mut services = Array::try_from(map(&mut self.programs, "REFERENCE_SERVICES")?)?;
         let cluster = SlotRange { base: id, len: 1 };
         services.set(service, Service { cluster, ..Service::default() }, 0)?;
@@ -164,7 +165,7 @@ impl Rig {
             pad: 0,
             pad_end: 0,
         };
-        flows.insert(flow, Flow { backend: id, ..Flow::default() }, 0)?;
+        flows.insert(flow, Flow { backend: BackendId(id), ..Flow::default() }, 0)?;
         Ok(())
     }
 

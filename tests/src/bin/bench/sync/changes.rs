@@ -91,7 +91,7 @@ pub(super) fn new_services(
 pub(super) fn burst(api: &ApiServer, view: &View, world: World, count: usize) -> Result<Vec<Duration>> {
     let ids = (0..count)
         .map(|index| view.id(index)?.with_context(|| format!("Service {index} is not programmed")))
-        .collect::<Result<Vec<u32>>>()?;
+        .collect::<Result<Vec<_>>>()?;
     let mut took = Vec::new();
     for ready in [false, true] {
         api.hold_events(Resource::EndpointSlices);

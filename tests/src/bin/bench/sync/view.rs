@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::PinDir;
+use proxy_common::abi::ServiceId;
 
 use crate::objects::{World, frontend};
 
@@ -26,12 +27,12 @@ impl View {
     }
 
     /// Returns the id of Service `index`.
-    pub(super) fn id(&self, index: usize) -> Result<Option<u32>> {
+    pub(super) fn id(&self, index: usize) -> Result<Option<ServiceId>> {
         Ok(self.maps.frontend(&frontend(index))?.map(|value| value.service))
     }
 
     /// Returns the number of endpoints of the Service with this id.
-    pub(super) fn endpoints(&self, id: u32) -> usize {
+    pub(super) fn endpoints(&self, id: ServiceId) -> usize {
         self.maps.service(id).map_or(0, |service| service.cluster.len as usize)
     }
 
@@ -67,7 +68,7 @@ impl View {
     ///
     /// # Errors
     /// If that does not happen by the deadline.
-    pub(super) fn spin_until(&self, id: u32, endpoints: usize, deadline: Instant) -> Result<Instant> {
+    pub(super) fn spin_until(&self, id: ServiceId, endpoints: usize, deadline: Instant) -> Result<Instant> {
         loop {
             if self.endpoints(id) == endpoints {
                 return Ok(Instant::now());
@@ -85,7 +86,7 @@ impl View {
             .names
             .iter()
             .map(|(id, names)| {
-                (format!("{}/{}:{}", name(&names.namespace), name(&names.name), names.proto), *id)
+                (format!("{}/{}:{}", name(&names.namespace), name(&names.name), names.proto), id.0)
             })
             .collect();
         for (id, backend) in (0..).zip(&contents.backends) {

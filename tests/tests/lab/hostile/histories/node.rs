@@ -10,7 +10,8 @@ use proxy_agent::reconcile::store::{MapStore as _, Op, StoreError};
 use proxy_common::abi::backend::flags::{IN_CLUSTER, IN_LOCAL, ON_THIS_NODE, SERVING};
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
-    Affinity, Backend, BackendState, Device, FrontendKey, FrontendValue, IfIndex, Service, SlotRange, device,
+    Affinity, Backend, BackendId, BackendState, Device, FrontendKey, FrontendValue, IfIndex, Service,
+    ServiceId, SlotRange, device,
 };
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::{Edge, Verdict};
@@ -181,13 +182,19 @@ impl Node {
         let (addr, port) = (Who::Attacker.ip(net).into(), Be16::new(8080));
         let one = SlotRange { base: EVIL_ID, len: 1 };
         let mut ops = vec![
-            Op::Backend(EVIL_ID, Backend { addr, port, pad: [0; 2], service: EVIL_ID, state }),
-            Op::Slots(EVIL_ID, vec![EVIL_ID]),
-            Op::Service(EVIL_ID, Service { cluster: one, local: one, affinity: Affinity::default() }),
+            Op::Backend(
+                BackendId(EVIL_ID),
+                Backend { addr, port, pad: [0; 2], service: ServiceId(EVIL_ID), state },
+            ),
+            Op::Slots(EVIL_ID, vec![BackendId(EVIL_ID)]),
+            Op::Service(
+                ServiceId(EVIL_ID),
+                Service { cluster: one, local: one, affinity: Affinity::default() },
+            ),
         ];
         for proto in [TCP, UDP] {
             let key = FrontendKey::exact(at.ip().into(), Be16::new(at.port()), proto);
-            ops.push(Op::Frontend(key, Some(FrontendValue::new(&key, EVIL_ID, 0))));
+            ops.push(Op::Frontend(key, Some(FrontendValue::new(&key, ServiceId(EVIL_ID), 0))));
         }
         for op in &ops {
             sim.apply(op)?;
