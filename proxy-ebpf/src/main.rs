@@ -18,7 +18,7 @@ use aya_ebpf::bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::bpf_set_retval;
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, classifier};
 use aya_ebpf::programs::{SockAddrContext, SockContext, TcContext};
-use proxy_common::datapath::edge::{self, Edge};
+use proxy_common::datapath::edge::{self, Role};
 use proxy_common::datapath::socket::{self, Verdict};
 
 use crate::maps::Maps;
@@ -137,7 +137,7 @@ static KEEPS_OUTER_HEADERS: Global<u8> = Global::new(0);
 /// Runs the pipeline on a packet. A packet that goes on also goes on to the programs behind this one: `TC_ACT_OK` would
 /// skip them.
 #[inline(always)]
-fn filter(ctx: &TcContext, edge: Edge, egress: bool) -> i32 {
+fn filter(ctx: &TcContext, role: Role, egress: bool) -> i32 {
     let Some(scratch) = maps::scratch() else { return TC_ACT_UNSPEC };
     let front = match (L3_DEVICE.load(), KEEPS_OUTER_HEADERS.load()) {
         (0, _) => Front::MacHeader,
@@ -147,9 +147,9 @@ fn filter(ctx: &TcContext, edge: Edge, egress: bool) -> i32 {
     };
     let mut packet = Skb::new(ctx, front);
     let verdict = if egress {
-        edge::egress(&mut packet, &Maps, edge, scratch)
+        edge::egress(&mut packet, &Maps, role, scratch)
     } else {
-        edge::ingress(&mut packet, &Maps, edge, scratch)
+        edge::ingress(&mut packet, &Maps, role, scratch)
     };
     match verdict {
         edge::Verdict::Pass | edge::Verdict::Translated => TC_ACT_UNSPEC,
@@ -161,22 +161,22 @@ fn filter(ctx: &TcContext, edge: Edge, egress: bool) -> i32 {
 
 #[classifier]
 fn edge_ingress(ctx: TcContext) -> i32 {
-    filter(&ctx, Edge::External, false)
+    filter(&ctx, Role::External, false)
 }
 
 #[classifier]
 fn edge_egress(ctx: TcContext) -> i32 {
-    filter(&ctx, Edge::External, true)
+    filter(&ctx, Role::External, true)
 }
 
 #[classifier]
 fn pod_ingress(ctx: TcContext) -> i32 {
-    filter(&ctx, Edge::Pod, false)
+    filter(&ctx, Role::Pod, false)
 }
 
 #[classifier]
 fn pod_egress(ctx: TcContext) -> i32 {
-    filter(&ctx, Edge::Pod, true)
+    filter(&ctx, Role::Pod, true)
 }
 
 #[cgroup_sock(sock_release)]

@@ -25,7 +25,7 @@ pub(crate) struct Patience {
 
 /// Decision about the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum Decision {
     /// Start: everything that a start needs, or can have, is there.
     Start,
     /// Something is missing: decide again at this time.
@@ -41,17 +41,17 @@ pub(crate) enum Verdict {
 
 impl Patience {
     /// Returns the decision at `now`, if this is all that is known of the Node.
-    pub(crate) fn judge(&self, node: &Node, now: Instant) -> Verdict {
+    pub(crate) fn judge(&self, node: &Node, now: Instant) -> Decision {
         let (ips_until, pod_cidrs_until) = (self.since + FOR_IPS, self.since + FOR_POD_CIDRS);
         if self.ips && node.primary.is_none() && now < ips_until {
             let reason = "the Node has not appeared with an IP";
-            return Verdict::Wait { until: ips_until, reason };
+            return Decision::Wait { until: ips_until, reason };
         }
         match self.pod_cidrs && node.pod_cidrs.is_empty() {
-            false => Verdict::Start,
-            true if now >= pod_cidrs_until => Verdict::GiveUp,
+            false => Decision::Start,
+            true if now >= pod_cidrs_until => Decision::GiveUp,
             true => {
-                Verdict::Wait { until: pod_cidrs_until, reason: "the Node has not appeared with podCIDRs" }
+                Decision::Wait { until: pod_cidrs_until, reason: "the Node has not appeared with podCIDRs" }
             }
         }
     }
@@ -79,17 +79,17 @@ mod tests {
         let since = Instant::now();
         let second = Duration::from_secs(1);
         let patience = Patience { since, ips: true, pod_cidrs: false };
-        assert_eq!(patience.judge(&node(true, false), since), Verdict::Start);
+        assert_eq!(patience.judge(&node(true, false), since), Decision::Start);
         for after in [0, 29] {
             let verdict = patience.judge(&node(false, true), since + after * second);
             assert!(
-                matches!(verdict, Verdict::Wait { until, .. } if until == since + 30 * second),
+                matches!(verdict, Decision::Wait { until, .. } if until == since + 30 * second),
                 "{verdict:?}"
             );
         }
-        assert_eq!(patience.judge(&node(false, false), since + 30 * second), Verdict::Start);
+        assert_eq!(patience.judge(&node(false, false), since + 30 * second), Decision::Start);
         let manifests = Patience { ips: false, ..patience };
-        assert_eq!(manifests.judge(&node(false, false), since), Verdict::Start);
+        assert_eq!(manifests.judge(&node(false, false), since), Decision::Start);
     }
 
     #[test]
@@ -97,20 +97,20 @@ mod tests {
         let since = Instant::now();
         let second = Duration::from_secs(1);
         let patience = Patience { since, ips: true, pod_cidrs: true };
-        assert_eq!(patience.judge(&node(true, true), since), Verdict::Start);
+        assert_eq!(patience.judge(&node(true, true), since), Decision::Start);
         for (ips, pod_cidrs, after, waits) in
             [(false, true, 29, 30), (true, false, 0, 300), (false, false, 31, 300)]
         {
             let verdict = patience.judge(&node(ips, pod_cidrs), since + after * second);
             assert!(
-                matches!(verdict, Verdict::Wait { until, .. } if until == since + waits * second),
+                matches!(verdict, Decision::Wait { until, .. } if until == since + waits * second),
                 "{verdict:?} after {after} s"
             );
         }
         for (ips, pod_cidrs, after, verdict) in [
-            (false, true, 30, Verdict::Start),
-            (true, false, 300, Verdict::GiveUp),
-            (true, true, 300, Verdict::Start),
+            (false, true, 30, Decision::Start),
+            (true, false, 300, Decision::GiveUp),
+            (true, true, 300, Decision::Start),
         ] {
             assert_eq!(
                 patience.judge(&node(ips, pod_cidrs), since + after * second),

@@ -9,7 +9,7 @@ use proxy_common::addr::{Addr, Prefix};
 use crate::config::devices::Devices;
 use crate::devices::reserved_ports::DatagramPorts;
 use crate::devices::sources::Facts;
-use crate::devices::{DeviceState, Edge, State};
+use crate::devices::{DeviceState, DeviceTask, State};
 use crate::host::FollowError;
 use crate::reconcile::plan::Wanted;
 use crate::reconcile::store::Op;
@@ -18,7 +18,7 @@ use crate::reconcile::store::Op;
 #[derive(Debug)]
 pub(super) struct PacketEdge {
     /// The task, from the first programming on.
-    edge: Option<Edge>,
+    task: Option<DeviceTask>,
     facts: Facts,
     datagram_ports: DatagramPorts,
     /// Whether any interface of a pod is attached; `None` until that is known.
@@ -41,7 +41,7 @@ impl PacketEdge {
     /// first pass finds out what an earlier agent has attached.
     pub(super) fn new(no_pods: bool) -> Self {
         Self {
-            edge: None,
+            task: None,
             facts: Facts::default(),
             datagram_ports: DatagramPorts::default(),
             pods_attached: no_pods.then_some(false),
@@ -51,7 +51,7 @@ impl PacketEdge {
 
     /// Returns whether the task has been started.
     pub(super) fn is_started(&self) -> bool {
-        self.edge.is_some()
+        self.task.is_some()
     }
 
     /// Tells the task the facts that it cannot see; the first time, starts it.
@@ -65,18 +65,18 @@ impl PacketEdge {
         node_ips: [Option<Addr>; 2],
     ) -> Result<(), FollowError> {
         self.facts.node_ips = node_ips;
-        let edge = match &mut self.edge {
-            Some(edge) => edge,
-            none => none.insert(Edge::start(config.clone(), self.facts.clone()).await?),
+        let task = match &mut self.task {
+            Some(task) => task,
+            none => none.insert(DeviceTask::start(config.clone(), self.facts.clone()).await?),
         };
-        edge.tell(&self.facts, &self.datagram_ports);
+        task.tell(&self.facts, &self.datagram_ports);
         Ok(())
     }
 
     /// Returns the next state; never returns before the start.
     pub(super) async fn changed(&mut self) -> State {
-        match &mut self.edge {
-            Some(edge) => edge.changed().await,
+        match &mut self.task {
+            Some(task) => task.changed().await,
             None => std::future::pending().await,
         }
     }

@@ -9,12 +9,13 @@ use std::fmt;
 use std::io;
 
 use proxy_common::abi::IfIndex;
+use proxy_common::datapath::edge::Role;
 use serde::{Deserialize, Serialize};
 
 use super::clsact::{TrafficControl, own_filter};
 use super::pins::PinDir;
 use super::sys;
-use super::tc::{Pair, device_link, link_pin};
+use super::tc::{device_link, link_pin, program};
 use crate::bpf::device::Direction;
 
 /// Side of our program on which packets meet another program.
@@ -78,10 +79,10 @@ impl Looking {
     /// # Errors
     ///
     /// Returns the kernel's error.
-    pub(crate) fn others(&self, pins: &PinDir, device: IfIndex, pair: Pair) -> io::Result<Vec<Other>> {
+    pub(crate) fn others(&self, pins: &PinDir, device: IfIndex, role: Role) -> io::Result<Vec<Other>> {
         let mut others = Vec::new();
         for direction in Direction::ALL {
-            let mut met = self.met(pins, device, pair, direction)?;
+            let mut met = self.met(pins, device, role, direction)?;
             met.dedup();
             let Some(ours) = met.iter().position(Option::is_none) else { continue };
             let all = met.into_iter().enumerate().filter_map(|(place, what)| Some((place, what?)));
@@ -99,10 +100,10 @@ impl Looking {
         &self,
         pins: &PinDir,
         device: IfIndex,
-        pair: Pair,
+        role: Role,
         direction: Direction,
     ) -> io::Result<Vec<Option<String>>> {
-        let link = device_link(&link_pin(pins, pair.program(direction), device)).ok().flatten();
+        let link = device_link(&link_pin(pins, program(role, direction), device)).ok().flatten();
         let own = link.map(|(_, info)| info.program_id);
         // A kernel without TCX refuses the query, and has no TCX programs.
         let programs = sys::tcx_programs(device, direction == Direction::Ingress).unwrap_or_default();

@@ -18,6 +18,7 @@ use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
 use proxy_common::abi::IfIndex;
 use proxy_common::abi::maps;
+use proxy_common::datapath::edge::Role;
 
 use super::clsact::{HANDLE, make_clsact, priority};
 use super::dataplane::{OBJECT, kernel};
@@ -28,24 +29,13 @@ use super::notes::Notes;
 use super::pins::PinDir;
 use super::sys;
 
-/// A pair of programs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Pair {
-    /// `edge_ingress` and `edge_egress`.
-    Edge,
-    /// `pod_ingress` and `pod_egress`.
-    Pod,
-}
-
-impl Pair {
-    /// Returns the name of the program for a direction.
-    pub(crate) const fn program(self, direction: Direction) -> &'static str {
-        match (self, direction) {
-            (Self::Edge, Direction::Ingress) => "edge_ingress",
-            (Self::Edge, Direction::Egress) => "edge_egress",
-            (Self::Pod, Direction::Ingress) => "pod_ingress",
-            (Self::Pod, Direction::Egress) => "pod_egress",
-        }
+/// Returns the name of the program of a device with this role.
+pub(crate) const fn program(role: Role, direction: Direction) -> &'static str {
+    match (role, direction) {
+        (Role::External, Direction::Ingress) => "edge_ingress",
+        (Role::External, Direction::Egress) => "edge_egress",
+        (Role::Pod, Direction::Ingress) => "pod_ingress",
+        (Role::Pod, Direction::Egress) => "pod_egress",
     }
 }
 
@@ -160,13 +150,13 @@ impl TcPrograms {
         self.refused.iter().map(|(program, (_, reason))| (*program, reason.clone())).collect()
     }
 
-    /// Checks that both programs of a pair can be attached: one alone would make half translations.
+    /// Checks that both programs of a role can be attached: one alone would make half translations.
     ///
     /// # Errors
     ///
     /// [`AttachError::Refused`].
-    pub(crate) fn check(&self, pair: Pair) -> Result<(), AttachError> {
-        let programs = Direction::ALL.map(|direction| pair.program(direction));
+    pub(crate) fn check(&self, role: Role) -> Result<(), AttachError> {
+        let programs = Direction::ALL.map(|direction| program(role, direction));
         match programs.into_iter().find_map(|program| Some((program, self.refused.get(program)?))) {
             Some((program, (_, reason))) => Err(AttachError::Refused { program, reason: reason.clone() }),
             None => Ok(()),

@@ -12,8 +12,9 @@ use proxy_common::abi::IfIndex;
 use proxy_common::abi::device::flags::{NEAR, POD, POD_BRIDGE};
 use proxy_common::abi::maps;
 use proxy_common::addr::Addr;
+use proxy_common::datapath::edge::Role;
 
-use super::choice::{Choice, Choices, Role};
+use super::choice::{Choice, Choices};
 use super::snapshot::Layer;
 use super::sources::Sources;
 use crate::bpf::device::LoadError;
@@ -21,7 +22,7 @@ use crate::bpf::device::{AttachError, Device, Direction};
 use crate::bpf::others::{Looking, Other};
 use crate::bpf::pins::OpenError;
 use crate::bpf::pins::PinDir;
-use crate::bpf::tc::{Mechanism, PROGRAMS, Pair, TcPrograms, remove_links};
+use crate::bpf::tc::{self, Mechanism, PROGRAMS, TcPrograms, remove_links};
 use crate::bpf::{Refused, clsact};
 
 /// Number of times in a row that a program is put back to its place. After that, the place is left to the program that
@@ -159,15 +160,14 @@ impl Attacher {
         // The programs read this entry, so it has to be there before they run.
         self.describe(index, value).map_err(DeviceError::Map)?;
         let device = Device { index, name: &choice.name };
-        let pair = pair(choice);
         let pins = self.pins.clone();
-        if let Err(refused) = self.programs(choice)?.check(pair) {
+        if let Err(refused) = self.programs(choice)?.check(choice.role) {
             // Programs of an earlier agent would go on with maps that nobody writes any more.
             self.detach(index, &choice.name);
             return Err(refused.into());
         }
         for direction in Direction::ALL {
-            let program = pair.program(direction);
+            let program = tc::program(choice.role, direction);
             match self.mechanism {
                 Mechanism::Clsact => {
                     self.programs(choice)?.attach_clsact(&pins, &device, program, direction)?;
@@ -207,7 +207,7 @@ impl Attacher {
         let looking = Looking::begin()?;
         for (&index, outcome) in outcomes {
             if let Some(choice) = choices.get(&index) {
-                outcome.others = looking.others(&self.pins, index, pair(choice))?;
+                outcome.others = looking.others(&self.pins, index, choice.role)?;
             }
         }
         Ok(())
@@ -232,7 +232,7 @@ impl Attacher {
             None => TcPrograms::open(&self.pins, true).map_err(AttachError::from)?,
         };
         let l3 = self.l3.insert(l3);
-        l3.load(&Direction::ALL.map(|direction| pair(choice).program(direction)));
+        l3.load(&Direction::ALL.map(|direction| tc::program(choice.role, direction)));
         Ok(l3)
     }
 
@@ -255,11 +255,7 @@ impl Attacher {
         let removed = remove_links(&self.pins, |program, index| {
             self.mechanism == Mechanism::Tcx
                 && choices.get(&index).is_some_and(|choice| {
-                    let pair = match choice.role {
-                        Role::External => Pair::Edge,
-                        Role::Pod => Pair::Pod,
-                    };
-                    Direction::ALL.iter().any(|direction| pair.program(*direction) == program)
+                    Direction::ALL.iter().any(|direction| tc::program(choice.role, *direction) == program)
                 })
         });
         if let Err(error) = removed {
@@ -289,13 +285,6 @@ impl Attacher {
 fn pod_bridges(choices: &Choices) -> BTreeSet<IfIndex> {
     let pods = choices.values().filter(|choice| choice.role == Role::Pod);
     pods.filter_map(|choice| choice.owner).filter(|owner| !choices.contains_key(owner)).collect()
-}
-
-fn pair(choice: &Choice) -> Pair {
-    match choice.role {
-        Role::External => Pair::Edge,
-        Role::Pod => Pair::Pod,
-    }
 }
 
 /// Reason why a device is not served.

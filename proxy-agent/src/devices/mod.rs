@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use proxy_common::abi::IfIndex;
 use proxy_common::addr::Prefix;
+use proxy_common::datapath::edge::Role;
 use rtnetlink::Handle;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -40,7 +41,7 @@ mod strict;
 
 use crate::config::devices::Devices;
 use attach::{Attacher, Outcome};
-use choice::{Choices, Role, choose, problems};
+use choice::{Choices, choose, problems};
 use reserved_ports::DatagramPorts;
 use snapshot::{Snapshot, watch_network};
 use sources::{Facts, Sources, resolve};
@@ -120,16 +121,16 @@ pub(crate) struct State {
     pub(crate) elsewhere: Vec<Prefix>,
 }
 
-/// The task, which ends when this is dropped. Attached programs stay.
+/// The task that chooses devices and attaches programs. It ends when this is dropped; attached programs stay.
 #[derive(Debug)]
-pub(crate) struct Edge {
+pub(crate) struct DeviceTask {
     facts: watch::Sender<Facts>,
     datagram_ports: watch::Sender<DatagramPorts>,
     state: watch::Receiver<State>,
     _task: JoinSet<()>,
 }
 
-impl Edge {
+impl DeviceTask {
     /// Starts choosing and attaching. The maps have to be pinned.
     ///
     /// # Errors

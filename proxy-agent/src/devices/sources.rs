@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 
 use proxy_common::abi::IfIndex;
 use proxy_common::addr::{Addr, Family};
+use proxy_common::datapath::edge::Role;
 use rtnetlink::Handle;
 
-use super::choice::{Choices, Role};
+use super::choice::Choices;
 use super::snapshot::{Kind, Snapshot, ask_source, is_link_local};
 
 /// Facts that the agent knows and the network does not tell.

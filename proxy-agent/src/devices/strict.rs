@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use proxy_common::abi::IfIndex;
+use proxy_common::datapath::edge::Role;
 
-use super::choice::{Choices, Role};
+use super::choice::Choices;
 use super::snapshot::Snapshot;
 
 /// Value of `rp_filter` with which a packet has to come by the device that leads back to its source (RFC 3704 §2.2).

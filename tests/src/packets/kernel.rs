@@ -15,11 +15,11 @@ use proxy_common::abi::maps;
 use proxy_common::abi::{
     Counter, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, ServiceCounters, ServiceId,
 };
-use proxy_common::datapath::edge::{Edge, Verdict};
+use proxy_common::datapath::edge::{Role, Verdict};
 
 use super::sys::test_run;
-use super::world::{BARE, NEAR, NIC, Net, OVERLAY, POD, edge_of};
-use crate::lab::{Lab, LabSpec, Netns, NodeSpec, Role};
+use super::world::{BARE, NEAR, NIC, Net, OVERLAY, POD, role_of};
+use crate::lab::{self, Lab, LabSpec, Netns, NodeSpec};
 
 const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
@@ -128,7 +128,7 @@ impl Kernel {
         for (index, device) in Net::devices() {
             devices.insert(index, device, 0)?;
         }
-        let net = Netns::new(Role::Leaf)?;
+        let net = Netns::new(lab::Role::Leaf)?;
         let links = [NIC, OVERLAY, POD, BARE, NEAR]
             .map(|index| format!("link add d{index} index {index} type bridge\n"));
         net.ip(&links.concat())?;
@@ -150,11 +150,11 @@ impl Kernel {
     /// # Errors
     /// With the kernel's error.
     pub fn packet(&self, device: IfIndex, egress: bool, bytes: &[u8], form: Form) -> Result<Ran> {
-        let name = match (edge_of(device), egress) {
-            (Edge::External, false) => "edge_ingress",
-            (Edge::External, true) => "edge_egress",
-            (Edge::Pod, false) => "pod_ingress",
-            (Edge::Pod, true) => "pod_egress",
+        let name = match (role_of(device), egress) {
+            (Role::External, false) => "edge_ingress",
+            (Role::External, true) => "edge_egress",
+            (Role::Pod, false) => "pod_ingress",
+            (Role::Pod, true) => "pod_egress",
         };
         // The beginning of `struct __sk_buff`: `ingress_ifindex`, `ifindex` and `gso_size` are words of it.
         let mut context = [0_u32; 45];

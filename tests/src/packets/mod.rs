@@ -14,4 +14,4 @@ pub mod kernel;
 mod sys;
 
 pub use self::wire::{Body, ETHERNET, Packet, Seen, Trouble, fragments, internet_checksum, read};
-pub use self::world::{BARE, NEAR, NIC, Net, OVERLAY, POD, World, edge_of};
+pub use self::world::{BARE, NEAR, NIC, Net, OVERLAY, POD, World, role_of};

@@ -16,7 +16,7 @@ use proxy_common::abi::{
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
-use proxy_common::datapath::edge::{Edge, Verdict};
+use proxy_common::datapath::edge::{Role, Verdict};
 use proxy_common::datapath::lookup::may_be_ours;
 
 /// Device to the network outside.
@@ -293,7 +293,7 @@ impl World {
     /// Lets a packet enter through a device; returns the verdict and the resulting packet.
     pub fn enter(&self, device: IfIndex, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
         let mut frame = Frame { route_back: self.route_back.get(), ..Frame::new(bytes, device) };
-        let verdict = self.sim.packet(&mut frame, edge_of(device), false);
+        let verdict = self.sim.packet(&mut frame, role_of(device), false);
         (verdict, frame.bytes)
     }
 
@@ -308,7 +308,7 @@ impl World {
         let route_back = self.route_back.get();
         let ways = self.ways.borrow().clone();
         let mut frame = Frame { entered_by, route_back, ways, ..Frame::new(bytes, device) };
-        let verdict = self.sim.packet(&mut frame, edge_of(device), true);
+        let verdict = self.sim.packet(&mut frame, role_of(device), true);
         self.left_by.set(frame.leaves_by);
         (verdict, frame.bytes)
     }
@@ -324,7 +324,7 @@ impl World {
     }
 }
 
-/// Returns the edge whose programs run on a device.
-pub const fn edge_of(device: IfIndex) -> Edge {
-    if matches!(device, POD | NEAR) { Edge::Pod } else { Edge::External }
+/// Returns the role of a device.
+pub const fn role_of(device: IfIndex) -> Role {
+    if matches!(device, POD | NEAR) { Role::Pod } else { Role::External }
 }

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::error::AgentError;
 use super::extent::Extent;
-use super::first_wait::{Patience, Verdict};
+use super::first_wait::{Decision, Patience};
 use super::kernel::Kernel;
 use super::knowledge::Knowledge;
 use super::opt_out::OptOut;
@@ -140,12 +140,12 @@ impl Agent {
             Phase::Listing => return Ok(None),
             Phase::AwaitingNode(patience) => {
                 match patience.judge(self.known.cluster.node(), Instant::now()) {
-                    Verdict::Wait { until, reason } => {
+                    Decision::Wait { until, reason } => {
                         self.told.health.waiting_for(reason);
                         return Ok(Some(until));
                     }
-                    Verdict::GiveUp => return Err(AgentError::NoPodCidrs),
-                    Verdict::Start => self.start(patience)?,
+                    Decision::GiveUp => return Err(AgentError::NoPodCidrs),
+                    Decision::Start => self.start(patience)?,
                 }
             }
             Phase::Starting { .. } | Phase::Ready => {

@@ -9,15 +9,16 @@ use std::time::Duration;
 use aya::programs::{SchedClassifier, TcAttachType};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use proxy_common::abi::IfIndex;
+use proxy_common::datapath::edge::Role;
 
 use super::{Pins, SMALL};
 use crate::bpf::dataplane::{
     Dataplane, DataplaneError, FLOW_ENTRIES, OBJECT, PROGRAMS as PROGRAMS_AT_SOCKETS, Sizes,
 };
 use crate::bpf::pins::PinDir;
-use crate::bpf::tc::{Mechanism, PROGRAMS, Pair, TcPrograms};
+use crate::bpf::tc::{Mechanism, PROGRAMS, TcPrograms};
 use crate::devices::attach::Attacher;
-use crate::devices::choice::{Choice, Role};
+use crate::devices::choice::Choice;
 use crate::devices::snapshot::Layer;
 use crate::host::Host;
 use crate::host::testing::{in_new_netns, ip};
@@ -142,9 +143,9 @@ fn a_pair_is_attached_whole_or_not_at_all() {
     let mut programs = TcPrograms::open_object(bytemuck::cast_slice(&object), &pins.0, false).unwrap();
     programs.load(&PROGRAMS);
     assert_eq!(programs.refused().into_keys().collect::<Vec<_>>(), ["edge_ingress"]);
-    let error = programs.check(Pair::Edge).unwrap_err().to_string();
+    let error = programs.check(Role::External).unwrap_err().to_string();
     assert!(error.contains("clients outside of this node are not served"), "{error}");
-    programs.check(Pair::Pod).unwrap();
+    programs.check(Role::Pod).unwrap();
 }
 
 /// A restarted agent finds devices that run the programs of the earlier agent. A program that the kernel refuses this

@@ -11,7 +11,7 @@ use proxy_common::abi::{
 use proxy_common::addr::{Addr, Family};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::tables::EdgeTables as _;
-use proxy_common::datapath::edge::{self, Edge};
+use proxy_common::datapath::edge::{self, Role};
 use proxy_common::datapath::lookup::Target;
 use proxy_common::datapath::socket;
 use proxy_common::datapath::tables::Tables as _;
@@ -227,9 +227,9 @@ fn outcome(maps: &Simulator, question: &Question, client: Client, index: u32) ->
         Client::Pod => at_socket(maps, question, netns_of_pod(maps, question), index),
         Client::PodPackets => {
             let source = question.from.or_else(|| pod_address(maps, question));
-            in_packets(maps, question, source, Edge::Pod, IfIndex::NONE, index)
+            in_packets(maps, question, source, Role::Pod, IfIndex::NONE, index)
         }
-        Client::Outside => in_packets(maps, question, question.from, Edge::External, IfIndex::NONE, index),
+        Client::Outside => in_packets(maps, question, question.from, Role::External, IfIndex::NONE, index),
         Client::NearDevice => {
             let device = maps.edge.devices.borrow();
             let near = device
@@ -237,7 +237,7 @@ fn outcome(maps: &Simulator, question: &Question, client: Client, index: u32) ->
                 .find(|(_, device)| device.flags & NEAR != 0)
                 .map_or(IfIndex::NONE, |(index, _)| *index);
             drop(device);
-            in_packets(maps, question, question.from, Edge::Pod, near, index)
+            in_packets(maps, question, question.from, Role::Pod, near, index)
         }
     };
     let event = maps.events.borrow().last().copied();
@@ -288,7 +288,7 @@ fn in_packets(
     maps: &Simulator,
     question: &Question,
     source: Option<Addr>,
-    edge: Edge,
+    role: Role,
     device: IfIndex,
     index: u32,
 ) -> Verdict {
@@ -296,7 +296,7 @@ fn in_packets(
     // Each connection has a source port of its own, so that none is taken for another.
     let port = u16::try_from(1024 + index).unwrap_or(u16::MAX);
     let mut frame = Frame::new(question.packet(source.unwrap_or(somebody), port), device);
-    match maps.packet(&mut frame, edge, false) {
+    match maps.packet(&mut frame, role, false) {
         edge::Verdict::Translated | edge::Verdict::Elsewhere => Verdict::Served,
         edge::Verdict::Reply => Verdict::Refused,
         edge::Verdict::Drop => Verdict::Dropped,

@@ -8,28 +8,10 @@
 use std::collections::BTreeMap;
 
 use proxy_common::abi::IfIndex;
+use proxy_common::datapath::edge::Role;
 
 use super::snapshot::{Kind, Layer, Link, Snapshot};
 use crate::config::devices::{DetectLocal, Selection, Settings};
-
-/// Role of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Role {
-    /// Leads to clients and to other nodes.
-    External,
-    /// Leads to pods of this node.
-    Pod,
-}
-
-impl Role {
-    /// Returns the role in one word.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::External => "external",
-            Self::Pod => "pod",
-        }
-    }
-}
 
 /// A device that carries Service traffic.
 #[derive(Clone, Debug, PartialEq, Eq)]

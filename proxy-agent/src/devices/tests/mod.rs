@@ -75,8 +75,8 @@ impl Node {
         });
     }
 
-    async fn start(&self) -> Edge {
-        Edge::start(self.config.clone(), Facts::default()).await.unwrap()
+    async fn start(&self) -> DeviceTask {
+        DeviceTask::start(self.config.clone(), Facts::default()).await.unwrap()
     }
 
     /// Returns the entry of a device in `DEVICES`.
@@ -132,11 +132,11 @@ fn filters(device: &str, direction: &str) -> String {
 }
 
 /// Waits for a pass that `done` accepts.
-async fn until(edge: &mut Edge, what: &str, done: impl Fn(&State) -> bool) -> State {
+async fn until(task: &mut DeviceTask, what: &str, done: impl Fn(&State) -> bool) -> State {
     let mut last = State::default();
     let wait = async {
         loop {
-            last = edge.changed().await;
+            last = task.changed().await;
             if done(&last) {
                 return;
             }

@@ -23,7 +23,7 @@ const PLACES: usize = 1_024;
 
 /// Fate of an Event that is handed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum Fate {
     /// The Event waits for its turn.
     Waits,
     /// The Event waits in the place of another one, of the namespace with the most waiting Events.
@@ -78,16 +78,16 @@ impl<D> Line<D> {
     }
 
     /// Takes an Event in, if it may wait.
-    pub(super) fn take(&mut self, event: Event, with: D, now: Instant) -> Verdict {
+    pub(super) fn take(&mut self, event: Event, with: D, now: Instant) -> Fate {
         if self.taken.get(&event).is_some_and(|at| now.saturating_duration_since(*at) < FORGET) {
-            return Verdict::Known;
+            return Fate::Known;
         }
         let tenant: Arc<str> = match &event.regarding {
             Regarding::Node => "".into(),
             Regarding::Service(key) => Arc::clone(&key.namespace),
         };
         if !tenant.is_empty() && self.shares.take(&tenant, now).is_none() {
-            return Verdict::TooMany;
+            return Fate::TooMany;
         }
         let full = self.waiting.values().map(VecDeque::len).sum::<usize>() >= self.places;
         if full {
@@ -100,7 +100,7 @@ impl<D> Line<D> {
             self.turns.push_back(tenant);
         }
         waiting.push_back((event, with, now));
-        if full { Verdict::Displaces } else { Verdict::Waits }
+        if full { Fate::Displaces } else { Fate::Waits }
     }
 
     /// Removes the last Event of the namespace with the most waiting Events.
@@ -180,24 +180,24 @@ mod tests {
     fn flood(line: &mut Line<()>, namespace: &str, now: Instant) -> usize {
         let note = format!("{now:?}");
         let mut events = (0..1_000).map(|n| event(namespace, &n.to_string(), &note));
-        let verdicts = events.by_ref().map(|event| line.take(event, (), now));
-        verdicts.filter(|verdict| *verdict != Verdict::TooMany).count()
+        let fates = events.by_ref().map(|event| line.take(event, (), now));
+        fates.filter(|fate| *fate != Fate::TooMany).count()
     }
 
     #[test]
     fn the_same_is_taken_once_in_a_while() {
         let t0 = Instant::now();
         let mut line = Line::new(t0);
-        assert_eq!(line.take(event("a", "s", "x"), (), t0), Verdict::Waits);
-        assert_eq!(line.take(event("a", "s", "x"), (), t0), Verdict::Known);
+        assert_eq!(line.take(event("a", "s", "x"), (), t0), Fate::Waits);
+        assert_eq!(line.take(event("a", "s", "x"), (), t0), Fate::Known);
         assert_eq!(written(&mut line, t0), ["a"]);
-        assert_eq!(line.take(event("a", "s", "x"), (), t0 + FORGET / 2), Verdict::Known);
+        assert_eq!(line.take(event("a", "s", "x"), (), t0 + FORGET / 2), Fate::Known);
         // An Event with another note, object or reason is another one.
         let port = Event::check_port_failed(ObjectKey::new("a", "s"), "x".to_owned());
         for other in [event("a", "s", "y"), event("a", "t", "x"), event("b", "s", "x"), port] {
-            assert_eq!(line.take(other, (), t0), Verdict::Waits);
+            assert_eq!(line.take(other, (), t0), Fate::Waits);
         }
-        assert_eq!(line.take(event("a", "s", "x"), (), t0 + FORGET), Verdict::Waits);
+        assert_eq!(line.take(event("a", "s", "x"), (), t0 + FORGET), Fate::Waits);
         assert_eq!(line.taken.len(), 1, "the memory is bounded");
     }
 
@@ -229,12 +229,12 @@ mod tests {
         for namespace in ["a", "b", "c"] {
             flood(&mut line, namespace, t0);
         }
-        assert_eq!(line.take(event("quiet", "s", "x"), (), t0), Verdict::Waits);
+        assert_eq!(line.take(event("quiet", "s", "x"), (), t0), Fate::Waits);
         assert_eq!(written(&mut line, t0)[..5], ["a", "b", "c", "quiet", "a"]);
         // With no tokens left the node's Event is written all the same, and a new namespace waits for one turn of each
         // other.
-        assert_eq!(line.take(event("late", "s", "x"), (), t0), Verdict::Waits);
-        assert_eq!(line.take(Event::starting(), (), t0), Verdict::Waits);
+        assert_eq!(line.take(event("late", "s", "x"), (), t0), Fate::Waits);
+        assert_eq!(line.take(Event::starting(), (), t0), Fate::Waits);
         assert_eq!(written(&mut line, t0), ["node"]);
         assert!(written(&mut line, t0 + 4 * PER_EVENT).contains(&"late".to_owned()));
     }
@@ -245,8 +245,8 @@ mod tests {
         let mut line = Line { places: 12, ..Line::new(t0) };
         assert_eq!(flood(&mut line, "a", t0), SHARE as usize);
         let mut others = (0..6).map(|n| line.take(event(&format!("b{n}"), "s", "x"), (), t0));
-        assert!(others.by_ref().take(2).all(|verdict| verdict == Verdict::Waits));
-        assert!(others.all(|verdict| verdict == Verdict::Displaces));
+        assert!(others.by_ref().take(2).all(|fate| fate == Fate::Waits));
+        assert!(others.all(|fate| fate == Fate::Displaces));
         let mut all = written(&mut line, t0);
         all.sort();
         assert_eq!(all, ["a", "a", "a", "a", "a", "a", "b0", "b1", "b2", "b3", "b4", "b5"]);

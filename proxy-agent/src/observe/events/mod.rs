@@ -22,7 +22,7 @@ use tokio::time::{sleep, timeout};
 
 pub(crate) use self::event::Event;
 use self::event::Regarding;
-use self::line::{Line, Next, Verdict};
+use self::line::{Fate, Line, Next};
 use crate::observe::metrics::{EventFate, Metrics};
 use crate::reconcile::cluster::ObjectKey;
 
@@ -89,9 +89,9 @@ impl Events {
     fn hand_over(&self, event: Event, done: Done) {
         let Some(desk) = &self.0 else { return };
         match desk.line().take(event, done, Instant::now()) {
-            Verdict::Waits => {}
-            Verdict::Known => return,
-            Verdict::TooMany | Verdict::Displaces => desk.metrics.event(EventFate::Dropped),
+            Fate::Waits => {}
+            Fate::Known => return,
+            Fate::TooMany | Fate::Displaces => desk.metrics.event(EventFate::Dropped),
         }
         desk.came.notify_one();
     }

@@ -8,7 +8,7 @@ use proxy_common::addr::Addr;
 use proxy_common::datapath::edge::tables::{EdgeTables, Tier};
 use proxy_common::datapath::edge::work::Scratch;
 use proxy_common::datapath::edge::work::Work;
-use proxy_common::datapath::edge::{self, Edge, Verdict, flows};
+use proxy_common::datapath::edge::{self, Role, Verdict, flows};
 
 use super::Simulator;
 use super::edge_maps::{Record, slot};
@@ -16,12 +16,12 @@ use super::frame::Frame;
 
 impl Simulator {
     /// Runs the pipeline on a packet that enters or leaves through its device.
-    pub fn packet(&self, frame: &mut Frame, edge: Edge, egress: bool) -> Verdict {
+    pub fn packet(&self, frame: &mut Frame, role: Role, egress: bool) -> Verdict {
         let mut scratch = Scratch::default();
         if egress {
-            edge::egress(frame, self, edge, &mut scratch)
+            edge::egress(frame, self, role, &mut scratch)
         } else {
-            edge::ingress(frame, self, edge, &mut scratch)
+            edge::ingress(frame, self, role, &mut scratch)
         }
     }
 }

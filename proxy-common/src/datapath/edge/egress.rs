@@ -7,8 +7,9 @@ use super::judge::{find, nobodys, turn_away};
 use super::packet::Packet;
 use super::parse::{self, Outcome};
 use super::parsed::{Parsed, Part, Tuple, tcp};
+use super::role::Role;
 use super::tables::EdgeTables;
-use super::verdict::{Edge, Verdict};
+use super::verdict::Verdict;
 use super::whence::{is_from_backend, is_from_outside, is_succeeded};
 use super::work::{How, Numbers, Refusal, Scratch, Work};
 use super::{icmp, own_datagrams};
@@ -25,7 +26,7 @@ use crate::datapath::trace::{self, At};
 pub fn egress(
     packet: &mut impl Packet,
     tables: &impl EdgeTables,
-    edge: Edge,
+    role: Role,
     scratch: &mut Scratch,
 ) -> Verdict {
     let Scratch { parsed, quote, work } = scratch;
@@ -35,8 +36,8 @@ pub fn egress(
     let Tuple { source, destination, .. } = &parsed.tuple;
     let from_backend = lookup::may_be_backend(tables, source);
     let to_backend =
-        (edge == Edge::External || source == destination) && lookup::may_be_backend(tables, destination);
-    let ours = edge == Edge::External && lookup::may_be_ours(tables, destination);
+        (role == Role::External || source == destination) && lookup::may_be_backend(tables, destination);
+    let ours = role == Role::External && lookup::may_be_ours(tables, destination);
     // Only the quoted packet shows which flow an ICMP error belongs to. The ICMP header may follow IPv6
     // extension headers.
     let plain = matches!(parsed.proto, proto::TCP | proto::UDP | proto::SCTP);
@@ -47,13 +48,13 @@ pub fn egress(
     }
     let error = icmp::is_error(parsed);
     if from_backend || to_backend || error {
-        (work.now, work.origin) = (tables.now(), edge.origin(packet.ifindex()));
+        (work.now, work.origin) = (tables.now(), role.origin(packet.ifindex()));
         work.asked_by = IfIndex::NONE;
         if parsed.part == Part::Later && !restore_ports(tables, parsed, work.origin, true) {
             return Verdict::Pass;
         }
         if error {
-            return if edge == Edge::External {
+            return if role == Role::External {
                 let verdict = icmp::egress::<_, _, true>(packet, tables, parsed, quote, work);
                 way_back(packet, parsed, work, verdict)
             } else {
@@ -64,12 +65,12 @@ pub fn egress(
             return verdict;
         }
         if from_backend && let Some(verdict) = answering(packet, tables, parsed, work) {
-            return if edge == Edge::External { way_back(packet, parsed, work, verdict) } else { verdict };
+            return if role == Role::External { way_back(packet, parsed, work, verdict) } else { verdict };
         }
     }
     let verdict = if ours { leaving_untranslated(packet, tables, parsed) } else { Verdict::Pass };
     if verdict == Verdict::Pass && matches!(parsed.proto, proto::UDP | proto::SCTP) {
-        own_datagrams::remember(packet, tables, parsed, edge, work);
+        own_datagrams::remember(packet, tables, parsed, role, work);
     }
     verdict
 }

@@ -7,8 +7,9 @@ use super::judge::{find, malformed, nobodys, turn_away};
 use super::packet::Packet;
 use super::parse::{self, Outcome};
 use super::parsed::{Parsed, Part, Tuple};
+use super::role::Role;
 use super::tables::EdgeTables;
-use super::verdict::{Edge, Verdict};
+use super::verdict::Verdict;
 use super::work::{Beside, Choice, How, Meeting, Numbers, Refusal, Scratch, Work};
 use super::{direct, icmp, own_datagrams};
 use crate::abi::{
@@ -22,7 +23,7 @@ use crate::datapath::trace::{self, At};
 pub fn ingress(
     packet: &mut impl Packet,
     tables: &impl EdgeTables,
-    edge: Edge,
+    role: Role,
     scratch: &mut Scratch,
 ) -> Verdict {
     let Scratch { parsed, quote, work } = scratch;
@@ -31,7 +32,7 @@ pub fn ingress(
     }
     let ours = lookup::may_be_ours(tables, &parsed.tuple.destination);
     let to_backend = direct::may_be_one(packet, tables, parsed);
-    if !ours && !to_backend || edge == Edge::External && packet.is_tagged() {
+    if !ours && !to_backend || role == Role::External && packet.is_tagged() {
         return Verdict::Pass;
     }
     match parse::parse(packet, parsed) {
@@ -39,8 +40,8 @@ pub fn ingress(
         Outcome::NotIp => return Verdict::Pass,
         Outcome::Malformed => return malformed(tables, &parsed.tuple.destination),
     }
-    (work.now, work.origin) = (tables.now(), edge.origin(packet.ifindex()));
-    work.asked_by = if edge == Edge::External { packet.ifindex() } else { IfIndex::NONE };
+    (work.now, work.origin) = (tables.now(), role.origin(packet.ifindex()));
+    work.asked_by = if role == Role::External { packet.ifindex() } else { IfIndex::NONE };
     if parsed.part == Part::Later && !restore_ports(tables, parsed, work.origin, false) {
         return stray_fragment(tables, &parsed.tuple.destination);
     }

@@ -30,6 +30,8 @@ pub mod tables;
 
 pub mod parsed;
 
+pub mod role;
+
 pub mod verdict;
 
 pub mod work;
@@ -61,4 +63,5 @@ mod whence;
 
 pub use self::egress::egress;
 pub use self::ingress::ingress;
-pub use self::verdict::{Edge, Verdict};
+pub use self::role::Role;
+pub use self::verdict::Verdict;

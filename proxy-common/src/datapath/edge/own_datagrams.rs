@@ -7,8 +7,8 @@
 //! flow of a Service has precedence: its client keeps it, and no datagram is remembered beside it.
 
 use super::packet::Packet;
+use super::role::Role;
 use super::tables::{EdgeTables, FlowCell as _, Tier};
-use super::verdict::Edge;
 use super::whence::is_from_outside;
 use super::{flows, timeouts};
 use crate::abi::flow::state::REPLIED;
@@ -50,8 +50,8 @@ fn is_of_frontend(tables: &impl EdgeTables, proto: u8, port: Be16) -> bool {
 /// write the source itself, and would then receive what others send to the frontend; so IPv6 packets do not
 /// count.
 #[inline(always)]
-fn is_masqueraded(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, edge: Edge) -> bool {
-    edge == Edge::External && parsed.family == Family::V4 && !is_from_outside(packet, tables)
+fn is_masqueraded(packet: &impl Packet, tables: &impl EdgeTables, parsed: &Parsed, role: Role) -> bool {
+    role == Role::External && parsed.family == Family::V4 && !is_from_outside(packet, tables)
 }
 
 /// Remembers a packet that leaves, if it is a datagram of this host from the address and port of a frontend.
@@ -60,7 +60,7 @@ pub(super) fn remember(
     packet: &impl Packet,
     tables: &impl EdgeTables,
     parsed: &Parsed,
-    edge: Edge,
+    role: Role,
     work: &mut Work,
 ) {
     let tuple = &parsed.tuple;
@@ -68,7 +68,7 @@ pub(super) fn remember(
     if !is_of_frontend(tables, parsed.proto, tuple.source_port)
         || parsed.part == Part::Later
         || tables.local_address(&tuple.source) & local_address::HOST == 0
-        || !of_host && !is_masqueraded(packet, tables, parsed, edge)
+        || !of_host && !is_masqueraded(packet, tables, parsed, role)
         || !matches!(
             lookup::find(tables, &tuple.source, tuple.source_port, parsed.proto),
             Target::Frontend(_) | Target::Retry
@@ -76,7 +76,7 @@ pub(super) fn remember(
     {
         return;
     }
-    (work.now, work.origin) = (tables.now(), edge.origin(packet.ifindex()));
+    (work.now, work.origin) = (tables.now(), role.origin(packet.ifindex()));
     let answer = flows::reversed(tuple);
     if let Some(place) = flows::by_vip(tables, parsed.proto, &answer, work) {
         // A flow without a reply may have begun with a datagram for this host, which arrived before this

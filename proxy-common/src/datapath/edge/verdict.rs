@@ -1,26 +1,4 @@
-//! Kinds of devices, and decisions on packets.
-
-use crate::abi::{IfIndex, Origin};
-
-/// Kind of device that a program runs on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Edge {
-    /// Device that leads to other machines.
-    External,
-    /// Host side of a pod's interface.
-    Pod,
-}
-
-impl Edge {
-    /// Returns the origin of the flows that a packet on a device of this kind can belong to.
-    #[inline(always)]
-    pub(super) const fn origin(self, ifindex: IfIndex) -> Origin {
-        match self {
-            Self::External => Origin::OUTSIDE,
-            Self::Pod => Origin::pod(ifindex),
-        }
-    }
-}
+//! Decisions on packets.
 
 /// Decision on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

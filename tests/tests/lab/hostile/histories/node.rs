@@ -14,7 +14,7 @@ use proxy_common::abi::{
     ServiceId, SlotRange, device,
 };
 use proxy_common::be::Be16;
-use proxy_common::datapath::edge::{Edge, Verdict};
+use proxy_common::datapath::edge::{Role, Verdict};
 use proxy_tests::packets::{NIC, Net, OVERLAY, POD, World};
 
 /// The host's side of the victim's interface.
@@ -231,8 +231,8 @@ impl Node {
         }
     }
 
-    const fn edge(device: IfIndex) -> Edge {
-        if matches!(device, POD | VICTIM | ATTACKER) { Edge::Pod } else { Edge::External }
+    const fn role(device: IfIndex) -> Role {
+        if matches!(device, POD | VICTIM | ATTACKER) { Role::Pod } else { Role::External }
     }
 
     /// Returns the device that the kernel names for the way to an address.
@@ -245,7 +245,7 @@ impl Node {
         self.packets.set(self.packets.get() + 1);
         let source = ends(&bytes).map_or(IfIndex::NONE, |(source, _)| self.way_back(source));
         let mut frame = Frame { entered_by: entered_by, route_back: source, ..Frame::new(bytes, device) };
-        let verdict = self.sim.packet(&mut frame, Self::edge(device), egress);
+        let verdict = self.sim.packet(&mut frame, Self::role(device), egress);
         (verdict, frame.bytes)
     }
 
