@@ -10,7 +10,7 @@ use aya_ebpf::bindings::bpf_sock;
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
-use proxy_common::abi::{SocketRecord, socket::Order};
+use proxy_common::abi::{CgroupId, NetnsCookie, SocketRecord, socket::Order};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::tables::{Socket, Tables};
@@ -112,13 +112,13 @@ impl<const V6: bool> Socket for SockAddr<V6> {
     }
 
     #[inline(always)]
-    fn netns(&self) -> u64 {
+    fn netns(&self) -> NetnsCookie {
         // SAFETY: the context is the one this program was called with.
-        unsafe { bpf_get_netns_cookie(self.ctx.as_ptr()) }
+        NetnsCookie(unsafe { bpf_get_netns_cookie(self.ctx.as_ptr()) })
     }
 
     #[inline(always)]
-    fn cgroup(&self, level: i32) -> u64 {
+    fn cgroup(&self, level: i32) -> CgroupId {
         steps::ancestor(level)
     }
 

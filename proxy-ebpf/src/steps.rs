@@ -9,7 +9,7 @@ use core::arch::asm;
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
-use proxy_common::abi::IfIndex;
+use proxy_common::abi::{CgroupId, IfIndex};
 use proxy_common::datapath::edge::parsed::Parsed;
 use proxy_common::datapath::edge::work::Work;
 use proxy_common::datapath::edge::{flows, judge};
@@ -125,7 +125,7 @@ extern "C" fn vipr_device_flags(ifindex: u32) -> u32 {
 /// Returns the id of the calling process's ancestor cgroup at this level below the root; 0 if the process's own cgroup
 /// is higher.
 #[inline(always)]
-pub(crate) fn ancestor(level: i32) -> u64 {
+pub(crate) fn ancestor(level: i32) -> CgroupId {
     // SAFETY: a helper without preconditions (5.7).
-    unsafe { bpf_get_current_ancestor_cgroup_id(level) }
+    CgroupId(unsafe { bpf_get_current_ancestor_cgroup_id(level) })
 }

@@ -5,9 +5,9 @@ use core::ptr::read_volatile;
 use aya_ebpf::btf_maps::lpm_trie;
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use proxy_common::abi::{
-    AffinityKey, AffinityValue, Backend, BackendId, Counter, Device, Event, Flow, FlowKey, FlowRef,
-    FragmentKey, FragmentPorts, FrontendKey, FrontendValue, IfIndex, Node, Service, ServiceId, StreamRecord,
-    Trace, UdpFlow, UdpFlowKey,
+    AffinityKey, AffinityValue, Backend, BackendId, CgroupId, Counter, Device, Event, Flow, FlowKey, FlowRef,
+    FragmentKey, FragmentPorts, FrontendKey, FrontendValue, IfIndex, NetnsCookie, Node, Service, ServiceId,
+    StreamRecord, Trace, UdpFlow, UdpFlowKey,
 };
 use proxy_common::addr::Addr;
 use proxy_common::datapath::edge::tables::EdgeTables;
@@ -97,26 +97,26 @@ impl Tables for Maps {
     fn node(&self) -> Node {
         match NODE.get_ptr(0) {
             Some(node) => load_words!(node, Node, 2),
-            None => Node { host_netns: 0, flags: 0 },
+            None => Node { host_netns: NetnsCookie(0), flags: 0 },
         }
     }
 
     #[inline(always)]
-    fn opted_out(&self, cgroup: u64) -> u32 {
+    fn opted_out(&self, cgroup: CgroupId) -> u32 {
         // SAFETY: the kernel's lookup returned a pointer to a whole element.
-        OPT_OUT.get_ptr(cgroup).map_or(0, |what| unsafe { what.read_volatile() })
+        OPT_OUT.get_ptr(cgroup.0).map_or(0, |what| unsafe { what.read_volatile() })
     }
 
     #[inline(always)]
-    fn is_sandbox(&self, netns: u64) -> bool {
-        SANDBOXES.get_ptr(netns).is_some()
+    fn is_sandbox(&self, netns: NetnsCookie) -> bool {
+        SANDBOXES.get_ptr(netns.0).is_some()
     }
 
     #[inline(always)]
-    fn learn_host_netns(&self, cookie: u64) {
+    fn learn_host_netns(&self, cookie: NetnsCookie) {
         if let Some(node) = NODE.get_ptr_mut(0) {
             // SAFETY: the kernel's lookup returned a pointer to a whole element, which begins with the cookie.
-            unsafe { node.cast::<u64>().write_volatile(cookie) };
+            unsafe { node.cast::<u64>().write_volatile(cookie.0) };
         }
     }
 

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use proxy_common::abi::CgroupId;
+
 use crate::host::cgroups::{Follower, Found, PODS_MAX, Place};
 use crate::reconcile::cluster::Pod;
 use crate::reconcile::plan::Sandbox;
@@ -20,13 +22,13 @@ pub(super) struct OptOut {
     /// Findings of `follower`; `None` until it has looked.
     found: Option<Found>,
     /// The cgroups that have opted out; `None` until the pods are known.
-    in_force: Option<BTreeSet<u64>>,
+    in_force: Option<BTreeSet<CgroupId>>,
 }
 
 /// Cgroups that opt out, and the problems of those that cannot.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Judgement {
-    cgroups: BTreeSet<u64>,
+    cgroups: BTreeSet<CgroupId>,
     /// Names of the pods and cgroups that opt out.
     pub(super) names: Vec<String>,
     /// Problems by object.
@@ -73,12 +75,12 @@ impl OptOut {
     }
 
     /// Returns the cgroups that have opted out; `None` until the pods are known.
-    pub(super) fn cgroups(&self) -> Option<&BTreeSet<u64>> {
+    pub(super) fn cgroups(&self) -> Option<&BTreeSet<CgroupId>> {
         self.in_force.as_ref()
     }
 
     /// Returns the sandboxes of pods; `None` until somebody has looked.
-    pub(super) fn sandboxes(&self) -> Option<&BTreeMap<u64, Sandbox>> {
+    pub(super) fn sandboxes(&self) -> Option<&BTreeMap<CgroupId, Sandbox>> {
         self.found.as_ref().map(|found| &found.sandboxes)
     }
 
@@ -140,7 +142,7 @@ mod tests {
         Pod { key: ObjectKey::new("a", name), uid: name.into(), host_network }
     }
 
-    fn found(pods: &[(&str, Place)], cgroups: &[(&str, u64)]) -> Found {
+    fn found(pods: &[(&str, Place)], cgroups: &[(&str, CgroupId)]) -> Found {
         Found {
             pods: pods.iter().map(|(uid, place)| ((*uid).into(), *place)).collect(),
             cgroups: cgroups.iter().map(|(path, id)| ((*path).to_owned(), *id)).collect(),
@@ -157,11 +159,11 @@ mod tests {
     fn pods_and_cgroups_opt_out_unless_nobody_would_serve_their_packets() {
         let pods = [pod("here", false), pod("host", true), pod("gone", false), pod("new", false)];
         let found = found(
-            &[("here", Place::Cgroup(1)), ("gone", Place::Missing), ("new", Place::NotYet)],
-            &[("system.slice", 2)],
+            &[("here", Place::Cgroup(CgroupId(1))), ("gone", Place::Missing), ("new", Place::NotYet)],
+            &[("system.slice", CgroupId(2))],
         );
         let judgement = judge(pods.iter(), &found, true);
-        assert_eq!(judgement.cgroups, [1, 2].into());
+        assert_eq!(judgement.cgroups, [1, 2].map(CgroupId).into());
         assert_eq!(judgement.names, ["cgroup system.slice", "a/here"]);
         let host = problem("Pod a/host", "it uses the host's network, whose packets nobody judges");
         let gone = problem("Pod a/gone", "its cgroup is not there (--cgroup-path)");
@@ -176,9 +178,10 @@ mod tests {
 
     #[test]
     fn no_more_opt_out_than_there_is_room_for() {
-        let cgroups: Vec<(String, u64)> = (0..=PODS_MAX).map(|n| (format!("{n:05}"), n as u64)).collect();
+        let cgroups: Vec<(String, CgroupId)> =
+            (0..=PODS_MAX).map(|n| (format!("{n:05}"), CgroupId(n as u64))).collect();
         let cgroups: Vec<_> = cgroups.iter().map(|(path, id)| (path.as_str(), *id)).collect();
-        let found = found(&[("x", Place::Cgroup(1 << 32))], &cgroups);
+        let found = found(&[("x", Place::Cgroup(CgroupId(1 << 32)))], &cgroups);
         let judgement = judge([pod("x", false)].iter(), &found, true);
         assert_eq!((judgement.cgroups.len(), judgement.names.len()), (PODS_MAX, PODS_MAX));
         let expected = [
@@ -195,17 +198,17 @@ mod tests {
         assert!(opt_out.judge(pods.iter(), true, true).is_none(), "nobody has looked");
         assert!(opt_out.take(found(&[], &[])), "sandboxes are known now");
         assert!(opt_out.judge(pods.iter(), true, true).is_none(), "x has not been looked for");
-        let x = found(&[("x", Place::Cgroup(7))], &[]);
+        let x = found(&[("x", Place::Cgroup(CgroupId(7)))], &[]);
         assert!(!opt_out.take(x.clone()));
         assert!(opt_out.judge(pods.iter(), false, true).is_none(), "there may be more pods");
         assert_eq!((opt_out.cgroups(), opt_out.pods()), (None, BTreeSet::new()));
         let (_, differs) = opt_out.judge(pods.iter(), true, true).unwrap();
         assert!(differs);
-        assert_eq!((opt_out.cgroups(), opt_out.pods()), (Some(&[7].into()), ["x".into()].into()));
+        assert_eq!((opt_out.cgroups(), opt_out.pods()), (Some(&[CgroupId(7)].into()), ["x".into()].into()));
         assert!(!opt_out.judge(pods.iter(), true, true).unwrap().1, "the same");
         assert!(opt_out.judge(pods.iter(), true, false).unwrap().1, "nobody serves packets of pods");
         assert_eq!((opt_out.cgroups(), opt_out.pods()), (Some(&BTreeSet::new()), BTreeSet::new()));
-        let sandboxes = [(7, Sandbox::default())].into();
+        let sandboxes = [(CgroupId(7), Sandbox::default())].into();
         assert!(opt_out.take(Found { sandboxes, ..x }));
     }
 }

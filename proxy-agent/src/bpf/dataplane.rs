@@ -14,6 +14,7 @@ use aya::programs::links::FdLink;
 use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, ProgramType};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
+use proxy_common::abi::CgroupId;
 use proxy_common::abi::maps;
 
 use super::load::{Refused, chain, describe, log_level, reason, timed};
@@ -239,7 +240,7 @@ impl Dataplane {
     pub fn attach(&mut self, cgroup: &Path) -> Result<(), DataplaneError> {
         let no_cgroup = |source| DataplaneError::Cgroup { path: cgroup.to_path_buf(), source };
         let dir = File::open(cgroup).map_err(no_cgroup)?;
-        let cgroup_id = dir.metadata().map_err(no_cgroup)?.ino();
+        let cgroup_id = CgroupId(dir.metadata().map_err(no_cgroup)?.ino());
         for name in PROGRAMS {
             let failed = |reason: String| DataplaneError::Attach {
                 program: name,
@@ -283,7 +284,7 @@ impl Dataplane {
     /// Returns the programs that `cgroup` does not run any more: somebody has detached or replaced them, or the cgroup
     /// has been removed and made again.
     pub(crate) fn detached(&self, cgroup: &Path) -> Vec<&'static str> {
-        let cgroup_id = std::fs::metadata(cgroup).ok().map(|dir| dir.ino());
+        let cgroup_id = std::fs::metadata(cgroup).ok().map(|dir| CgroupId(dir.ino()));
         PROGRAMS
             .into_iter()
             .filter(|name| !self.refused.contains_key(name) && !self.is_attached(name, cgroup_id))
@@ -291,7 +292,7 @@ impl Dataplane {
     }
 
     /// Returns whether the link of `program` is at this cgroup and runs the program that was loaded here.
-    fn is_attached(&self, program: &str, cgroup_id: Option<u64>) -> bool {
+    fn is_attached(&self, program: &str, cgroup_id: Option<CgroupId>) -> bool {
         let link =
             sys::open_link(&self.pins.link(program)).and_then(|link| sys::cgroup_link_info(link.as_fd()));
         let own = self.programs.program(program).and_then(|program| Some(program.info().ok()?.id()));

@@ -9,8 +9,8 @@ use aya::maps::{
 };
 use proxy_common::abi::maps;
 use proxy_common::abi::{
-    Backend, BackendId, Counter, Device, FilterBit, FlowKind, FrontendKey, FrontendValue, IfIndex, Service,
-    ServiceCounters, ServiceId, ServiceName, SourceRangeKey,
+    Backend, BackendId, CgroupId, Counter, Device, FilterBit, FlowKind, FrontendKey, FrontendValue, IfIndex,
+    NetnsCookie, Service, ServiceCounters, ServiceId, ServiceName, SourceRangeKey,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 
@@ -40,8 +40,8 @@ pub struct KernelMaps {
     local_addresses: HashMap<MapData, Addr, u32>,
     service_cidrs: LpmTrie<MapData, Addr, u32>,
     pod_sources: LpmTrie<MapData, Addr, u32>,
-    opt_out: HashMap<MapData, u64, u32>,
-    sandboxes: HashMap<MapData, u64, u64>,
+    opt_out: HashMap<MapData, CgroupId, u32>,
+    sandboxes: HashMap<MapData, NetnsCookie, CgroupId>,
     counters: PerCpuArray<MapData, u64>,
     service_counters: PerCpuArray<MapData, ServiceCounters>,
     flow_maps: FlowMaps,
@@ -126,8 +126,8 @@ impl KernelMaps {
     }
 
     /// Returns the cookie of the host's network namespace; 0 while it is unknown.
-    pub(crate) fn host_netns(&self) -> u64 {
-        self.node.word(0, 0).map_or(0, |word| word.load(Acquire))
+    pub(crate) fn host_netns(&self) -> NetnsCookie {
+        NetnsCookie(self.node.word(0, 0).map_or(0, |word| word.load(Acquire)))
     }
 
     /// Replaces the cookie of the host's network namespace.
@@ -135,8 +135,8 @@ impl KernelMaps {
     /// # Errors
     ///
     /// Never fails: the map has room for the cookie.
-    pub(crate) fn set_host_netns(&self, cookie: u64) -> Result<(), StoreError> {
-        store(maps::NODE, &self.node, 0, 0, cookie)
+    pub(crate) fn set_host_netns(&self, cookie: NetnsCookie) -> Result<(), StoreError> {
+        store(maps::NODE, &self.node, 0, 0, cookie.0)
     }
 
     /// Returns bits of [`proxy_common::abi::node`].

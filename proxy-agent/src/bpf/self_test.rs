@@ -162,8 +162,8 @@ pub(crate) fn settle(maps: &KernelMaps) -> Result<(), SelfTestError> {
     let learned = maps.host_netns();
     let Some(own) = netns_cookie().filter(|own| *own != learned) else { return Ok(()) };
     tracing::warn!(
-        learned,
-        own,
+        learned = learned.0,
+        own = own.0,
         "another network namespace has been taken for the host's; it is not any more"
     );
     Ok(maps.set_host_netns(own)?)

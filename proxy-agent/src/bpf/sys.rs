@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicU64;
 
 use aya::maps::{MapData, MapType};
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_type};
-use proxy_common::abi::IfIndex;
+use proxy_common::abi::{CgroupId, IfIndex};
 use rustix::mm::{MapFlags, ProtFlags};
 
 /// A BPF array map's values in this process's memory (`BPF_F_MMAPABLE`, kernel 5.5).
@@ -77,7 +77,7 @@ impl Drop for Mapping {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CgroupLinkInfo {
     /// Id of the cgroup (its inode number); 0 when the cgroup is gone.
-    pub cgroup_id: u64,
+    pub cgroup_id: CgroupId,
     /// Attach type: `enum bpf_attach_type`.
     pub(crate) attach_type: u32,
     /// Id of the program that the link runs.
@@ -144,7 +144,7 @@ pub fn cgroup_link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
     // kind.
     let cgroup = unsafe { info.__bindgen_anon_1.cgroup };
     let program_id = info.prog_id;
-    Ok(CgroupLinkInfo { cgroup_id: cgroup.cgroup_id, attach_type: cgroup.attach_type, program_id })
+    Ok(CgroupLinkInfo { cgroup_id: CgroupId(cgroup.cgroup_id), attach_type: cgroup.attach_type, program_id })
 }
 
 /// Returns the device that a TCX link is on, and its program (`BPF_OBJ_GET_INFO_BY_FD`, kernel 6.6).

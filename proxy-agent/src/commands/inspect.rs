@@ -15,7 +15,9 @@ use proxy_common::abi::frontend::{FrontendKind, flags};
 use proxy_common::abi::maps;
 use proxy_common::abi::node::{HOST_IN_PACKETS, PODS_IN_PACKETS};
 use proxy_common::abi::proto;
-use proxy_common::abi::{ABI_VERSION, Counter, FrontendKey, FrontendValue, ServiceCounters, ServiceId};
+use proxy_common::abi::{
+    ABI_VERSION, CgroupId, Counter, FrontendKey, FrontendValue, ServiceCounters, ServiceId,
+};
 use serde::Serialize;
 
 use crate::bpf::dataplane::PROGRAMS;
@@ -270,7 +272,7 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
             .into_iter()
             .map(|counter| Ok((counter.name(), maps.counter(counter)?)))
             .collect::<Result<_, aya::maps::MapError>>()?,
-        host_netns: maps.host_netns(),
+        host_netns: maps.host_netns().0,
         pods_in_packets: maps.node_flags() & PODS_IN_PACKETS != 0,
         host_in_packets: maps.node_flags() & HOST_IN_PACKETS != 0,
         refusals: agent.as_ref().map(|agent| refusals(agent.reasons_for_sockets, maps.node_flags())),
@@ -351,7 +353,7 @@ pub fn print_status(view: &StatusView, output: Output, out: &mut impl Write) -> 
 /// cgroup goes.
 fn is_attached(pin: &Path) -> bool {
     let link = sys::open_link(pin).and_then(|link| sys::cgroup_link_info(link.as_fd()));
-    link.is_ok_and(|link| link.cgroup_id != 0)
+    link.is_ok_and(|link| link.cgroup_id != CgroupId::NONE)
 }
 
 /// Returns the errors that sockets get when they are refused at the call. A kernel that does not let programs choose

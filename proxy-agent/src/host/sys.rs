@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
+use proxy_common::abi::NetnsCookie;
+
 /// Makes the kernel (4.5) pick among `sockets` sockets that listen on one address, of which `socket` is one, by the
 /// client's address: by the last bits of an IPv4 address, or by the last bits of an IPv6 address's /64.
 ///
@@ -34,7 +36,7 @@ pub(crate) fn spread_by_source(socket: BorrowedFd<'_>, sockets: u32) -> io::Resu
 }
 
 /// Returns the cookie of the calling thread's network namespace, as BPF programs see it; `None` before kernel 5.14.
-pub(crate) fn netns_cookie() -> Option<u64> {
+pub(crate) fn netns_cookie() -> Option<NetnsCookie> {
     // The unspecified address can be bound even if loopback is down and the namespace has no other address.
     let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0)).ok()?;
     let mut cookie = 0_u64;
@@ -49,5 +51,5 @@ pub(crate) fn netns_cookie() -> Option<u64> {
             &raw mut len,
         )
     };
-    (result == 0).then_some(cookie)
+    (result == 0).then_some(NetnsCookie(cookie))
 }

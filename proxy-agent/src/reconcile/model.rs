@@ -9,7 +9,8 @@ use proxy_common::abi::frontend::flags::{EXTERNAL, LOAD_BALANCER};
 use proxy_common::abi::local_address::NODEPORT;
 use proxy_common::abi::service::NAME_LEN;
 use proxy_common::abi::{
-    Backend, BackendId, BackendState, FrontendKey, FrontendValue, Service, ServiceId, ServiceName, SlotRange,
+    Backend, BackendId, BackendState, CgroupId, FrontendKey, FrontendValue, NetnsCookie, Service, ServiceId,
+    ServiceName, SlotRange,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
@@ -176,9 +177,9 @@ pub struct Model {
     /// `POD_SOURCES`.
     pub(crate) pod_sources: BTreeSet<Prefix>,
     /// `OPT_OUT`: ids of cgroups, with the part of each cgroup that the socket edge leaves alone.
-    pub(crate) opt_out: BTreeMap<u64, u32>,
+    pub(crate) opt_out: BTreeMap<CgroupId, u32>,
     /// `SANDBOXES`: cookies of network namespaces, with the cgroups of their pods.
-    pub(crate) sandboxes: BTreeMap<u64, u64>,
+    pub(crate) sandboxes: BTreeMap<NetnsCookie, CgroupId>,
     /// `NODE`: the flags.
     pub(crate) node_flags: u64,
     /// Sizes of the maps.

@@ -6,8 +6,8 @@
 
 use proxy_common::abi::maps;
 use proxy_common::abi::{
-    Backend, BackendId, BackendState, FILTER_WORDS, FilterBit, FrontendKey, FrontendKind, FrontendValue,
-    Service, ServiceId, ServiceName, proto,
+    Backend, BackendId, BackendState, CgroupId, FILTER_WORDS, FilterBit, FrontendKey, FrontendKind,
+    FrontendValue, NetnsCookie, Service, ServiceId, ServiceName, proto,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
@@ -37,9 +37,9 @@ pub enum Op {
     /// `POD_SOURCES`: adds or removes.
     PodSource(Prefix, bool),
     /// `OPT_OUT`: adds a cgroup with the part of it that the socket edge leaves alone (`Some`), or removes it.
-    OptOut(u64, Option<u32>),
+    OptOut(CgroupId, Option<u32>),
     /// `SANDBOXES`: adds a network namespace with the cgroup of its pod (`Some`), or removes it.
-    Sandbox(u64, Option<u64>),
+    Sandbox(NetnsCookie, Option<CgroupId>),
     /// `NODE`: the flags.
     NodeFlags(u64),
 }
@@ -203,9 +203,9 @@ pub struct Contents {
     /// `POD_SOURCES`.
     pub pod_sources: Vec<Prefix>,
     /// `OPT_OUT`.
-    pub opt_out: Vec<(u64, u32)>,
+    pub opt_out: Vec<(CgroupId, u32)>,
     /// `SANDBOXES`.
-    pub sandboxes: Vec<(u64, u64)>,
+    pub sandboxes: Vec<(NetnsCookie, CgroupId)>,
     /// `NODE`: the flags.
     pub(crate) node_flags: u64,
 }

@@ -7,7 +7,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::ids::{BackendId, ServiceId};
+use super::ids::{BackendId, NetnsCookie, ServiceId};
 use crate::addr::Addr;
 
 /// Key of both maps.
@@ -24,8 +24,8 @@ impl AffinityKey {
     /// Returns the address that stands for a network namespace (a pod, or the host) as a client. It lies in `100::/64`,
     /// the discard prefix (RFC 6666), so it is never a real client's address.
     #[inline(always)]
-    pub const fn netns_client(cookie: u64) -> Addr {
-        let [a, b, c, d, e, f, g, h] = cookie.to_be_bytes();
+    pub const fn netns_client(cookie: NetnsCookie) -> Addr {
+        let [a, b, c, d, e, f, g, h] = cookie.0.to_be_bytes();
         Addr { bytes: [1, 0, 0, 0, 0, 0, 0, 0, a, b, c, d, e, f, g, h] }
     }
 }

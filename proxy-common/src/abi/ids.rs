@@ -24,6 +24,10 @@ numbers! {
     ServiceId(u32);
     /// Index of an endpoint of one Service port in `BACKENDS`.
     BackendId(u32);
+    /// Cookie of a network namespace (`bpf_get_netns_cookie`).
+    NetnsCookie(u64);
+    /// Id of a cgroup: its inode number.
+    CgroupId(u64);
     /// Index of a network device in its network namespace.
     IfIndex(u32);
 }
@@ -35,6 +39,11 @@ impl ServiceId {
 
 impl BackendId {
     /// No backend.
+    pub const NONE: Self = Self(0);
+}
+
+impl CgroupId {
+    /// No cgroup.
     pub const NONE: Self = Self(0);
 }
 

@@ -29,7 +29,7 @@ pub use event::{Event, Trace};
 pub use filter::{FILTER_WORDS, FilterBit};
 pub use flow::{Flow, FlowKey, FlowKind, FlowRef, FragmentKey, FragmentPorts, Origin};
 pub use frontend::{FrontendKey, FrontendKind, FrontendValue};
-pub use ids::{BackendId, IfIndex, ServiceId};
+pub use ids::{BackendId, CgroupId, IfIndex, NetnsCookie, ServiceId};
 pub use service::{Affinity, Service, ServiceName, SlotRange};
 pub use socket::{FlowDirection, Order, SocketRecord, StreamRecord, UdpFlow, UdpFlowKey};
 
@@ -42,7 +42,7 @@ pub const ABI_VERSION: u32 = 3;
 pub struct Node {
     /// Cookie of the host's network namespace (`bpf_get_netns_cookie`); 0 until it is known. Written by the socket edge
     /// when it sees the agent's own probe connection.
-    pub host_netns: u64,
+    pub host_netns: NetnsCookie,
     /// Bits of [`node`]. Written by the agent.
     pub flags: u64,
 }

@@ -3,9 +3,10 @@
 #![allow(unsafe_code, reason = "aya::Pod is an unsafe marker; bytemuck has checked the same property")]
 
 use super::{
-    AffinityKey, AffinityValue, Backend, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts,
-    FrontendKey, FrontendValue, IfIndex, Node, Order, PrefixKey, Service, ServiceCounters, ServiceId,
-    ServiceName, SocketRecord, SourceRangeKey, StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    AffinityKey, AffinityValue, Backend, CgroupId, Device, Flow, FlowKey, FlowRef, FragmentKey,
+    FragmentPorts, FrontendKey, FrontendValue, IfIndex, NetnsCookie, Node, Order, PrefixKey, Service,
+    ServiceCounters, ServiceId, ServiceName, SocketRecord, SourceRangeKey, StreamRecord, Trace, UdpFlow,
+    UdpFlowKey,
 };
 use crate::addr::Addr;
 
@@ -22,6 +23,7 @@ pod!(
     AffinityKey,
     AffinityValue,
     Backend,
+    CgroupId,
     Device,
     Flow,
     FlowKey,
@@ -31,6 +33,7 @@ pod!(
     FrontendKey,
     FrontendValue,
     IfIndex,
+    NetnsCookie,
     Node,
     Order,
     PrefixKey,

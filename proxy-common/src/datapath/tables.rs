@@ -2,8 +2,9 @@
 //! tests.
 
 use crate::abi::{
-    AffinityKey, AffinityValue, Backend, BackendId, Counter, Event, FrontendKey, FrontendValue, Node,
-    Service, ServiceId, SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order,
+    AffinityKey, AffinityValue, Backend, BackendId, CgroupId, Counter, Event, FrontendKey, FrontendValue,
+    NetnsCookie, Node, Service, ServiceId, SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    socket::Order,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -48,11 +49,11 @@ pub trait Tables {
     fn node(&self) -> Node;
     /// `OPT_OUT`: sockets of the cgroup's processes that are left to the packet edge
     /// ([`crate::abi::opt_out`]); 0 for none.
-    fn opted_out(&self, cgroup: u64) -> u32;
+    fn opted_out(&self, cgroup: CgroupId) -> u32;
     /// Returns whether `SANDBOXES` says that the network namespace with this cookie is a pod's own.
-    fn is_sandbox(&self, netns: u64) -> bool;
+    fn is_sandbox(&self, netns: NetnsCookie) -> bool;
     /// Notes the cookie of the host's network namespace.
-    fn learn_host_netns(&self, cookie: u64);
+    fn learn_host_netns(&self, cookie: NetnsCookie);
     /// `AFFINITY` or `NEW_AFFINITY`.
     fn affinity(&self, tier: Tier, key: &AffinityKey) -> Option<AffinityValue>;
     /// Remembers a client. A failure is no error: the client is only forgotten.
@@ -105,10 +106,10 @@ pub trait Socket {
     /// Cookie of the socket.
     fn cookie(&self) -> u64;
     /// Cookie of the socket's network namespace.
-    fn netns(&self) -> u64;
+    fn netns(&self) -> NetnsCookie;
     /// Id of the cgroup on the path to the calling process that is `level` levels below the root of the
     /// hierarchy; 0 if the process's own cgroup is higher.
-    fn cgroup(&self, level: i32) -> u64;
+    fn cgroup(&self, level: i32) -> CgroupId;
     /// Calls [`super::socket::is_of_opt_out`]. In the kernel this is a function of its own, which is verified
     /// once and not on each path to it.
     fn is_of_opt_out(&self, tables: &impl Tables, inside: bool) -> bool;

@@ -13,9 +13,9 @@ use super::tables::{Tables, Tier, since};
 use crate::abi::backend::flags::IN_CLUSTER;
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
-    AffinityKey, AffinityValue, Backend, BackendId, BackendState, Counter, Event, Flow, FrontendKey,
-    FrontendValue, Node, Service, ServiceId, SlotRange, StreamRecord, Trace, UdpFlow, UdpFlowKey,
-    local_address, proto,
+    AffinityKey, AffinityValue, Backend, BackendId, BackendState, CgroupId, Counter, Event, Flow,
+    FrontendKey, FrontendValue, NetnsCookie, Node, Service, ServiceId, SlotRange, StreamRecord, Trace,
+    UdpFlow, UdpFlowKey, local_address, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -82,15 +82,15 @@ impl Tables for Racing {
         Node::default()
     }
 
-    fn opted_out(&self, _cgroup: u64) -> u32 {
+    fn opted_out(&self, _cgroup: CgroupId) -> u32 {
         0
     }
 
-    fn is_sandbox(&self, _netns: u64) -> bool {
+    fn is_sandbox(&self, _netns: NetnsCookie) -> bool {
         false
     }
 
-    fn learn_host_netns(&self, _: u64) {}
+    fn learn_host_netns(&self, _: NetnsCookie) {}
 
     fn affinity(&self, _: Tier, _: &AffinityKey) -> Option<AffinityValue> {
         None

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use proxy_common::abi::device::flags::NEAR;
 use proxy_common::abi::frontend::flags::SOURCE_RANGES;
 use proxy_common::abi::{
-    AffinityKey, Counter, Event, IfIndex, ServiceId, Trace, local_address, opt_out, proto,
+    AffinityKey, Counter, Event, IfIndex, NetnsCookie, ServiceId, Trace, local_address, opt_out, proto,
 };
 use proxy_common::addr::{Addr, Family};
 use proxy_common::be::Be16;
@@ -107,7 +107,7 @@ const BACKENDS_MAX: usize = 4096;
 /// Number of connections of one kind of client, at most.
 const CONNECTIONS: u32 = BACKENDS_MAX as u32 + 1;
 /// A network namespace that does not exist, in place of a pod's.
-const SOME_NETNS: u64 = u64::MAX;
+const SOME_NETNS: NetnsCookie = NetnsCookie(u64::MAX);
 /// Addresses for documentation (RFC 5737, RFC 3849), for a client outside without a given address.
 const SOMEBODY: [Addr; 2] = [Addr::v4([203, 0, 113, 77]), documentation_v6()];
 
@@ -163,7 +163,7 @@ fn has_opted_out(maps: &Simulator, question: &Question) -> bool {
 }
 
 /// Returns the network namespace of the pod that is asked about, or one in place of a pod's.
-fn netns_of_pod(maps: &Simulator, question: &Question) -> u64 {
+fn netns_of_pod(maps: &Simulator, question: &Question) -> NetnsCookie {
     let sandboxes = maps.contents().sandboxes;
     let own = sandboxes.iter().find(|(_, cgroup)| Some(*cgroup) == question.cgroup);
     own.map_or(SOME_NETNS, |(netns, _)| *netns)
@@ -257,7 +257,7 @@ fn outcome(maps: &Simulator, question: &Question, client: Client, index: u32) ->
     Outcome { verdict, why, backend }
 }
 
-fn at_socket(maps: &Simulator, question: &Question, netns: u64, index: u32) -> Verdict {
+fn at_socket(maps: &Simulator, question: &Question, netns: NetnsCookie, index: u32) -> Verdict {
     let mut socket = SimSocket {
         addr: question.addr,
         port: question.port,

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use kube::Api;
+use proxy_common::abi::CgroupId;
 use proxy_common::addr::{Addr, Family};
 use serde::Serialize;
 use tokio::time::timeout;
@@ -200,12 +201,12 @@ impl ClientPod {
 
     /// Returns the id of its cgroup below the root `root` of the hierarchy, if it is on this node and has a cgroup of
     /// its own.
-    pub(crate) fn cgroup(&self, root: &Path) -> Option<u64> {
+    pub(crate) fn cgroup(&self, root: &Path) -> Option<CgroupId> {
         cgroups::look(root).pods.get(self.uid.as_ref()?).map(|pod| pod.id)
     }
 
     /// Returns the Pod as printed. `cgroup` is its own, `opted_out` are the cgroups of the Pods that have opted out.
-    pub(crate) fn view(&self, cgroup: Option<u64>, opted_out: &[u64]) -> PodView {
+    pub(crate) fn view(&self, cgroup: Option<CgroupId>, opted_out: &[CgroupId]) -> PodView {
         let opted_out = match cgroup {
             // Packets from the node's network are never judged.
             _ if self.host_network || opted_out.is_empty() => Some(false),
@@ -280,7 +281,7 @@ mod tests {
         assert_eq!(Family::ALL.map(|family| told(&of_host, family)), ["192.0.2.10", "2001:db8::10"]);
         // The node's addresses do not belong to a Pod with a network of its own.
         assert_eq!(pod(json!({}), status).addresses, [] as [IpAddr; 0]);
-        assert_eq!(of_host.view(Some(7), &[7]).opted_out, Some(false));
+        assert_eq!(of_host.view(Some(CgroupId(7)), &[CgroupId(7)]).opted_out, Some(false));
     }
 
     #[test]
@@ -292,7 +293,12 @@ mod tests {
             (None, &[7, 8], None),
             (None, &[], Some(false)),
         ] {
-            assert_eq!(pod.view(cgroup, opted_out).opted_out, want, "{cgroup:?} in {opted_out:?}");
+            let opted_out: Vec<_> = opted_out.iter().copied().map(CgroupId).collect();
+            assert_eq!(
+                pod.view(cgroup.map(CgroupId), &opted_out).opted_out,
+                want,
+                "{cgroup:?} in {opted_out:?}"
+            );
         }
         let root = tempfile::tempdir().unwrap();
         assert_eq!(pod.cgroup(root.path()), None);

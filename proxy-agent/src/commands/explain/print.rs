@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use proxy_common::abi::maps;
-use proxy_common::abi::{AffinityKey, AffinityValue, Device, IfIndex, opt_out, proto};
+use proxy_common::abi::{AffinityKey, AffinityValue, CgroupId, Device, IfIndex, opt_out, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::lookup::{self, Target};
@@ -96,7 +96,7 @@ pub fn print(args: &ExplainArgs, pod: Option<&ClientPod>, out: &mut impl Write) 
         }
     }
     let left = maps.contents().opt_out.into_iter().filter(|(_, what)| *what == opt_out::EVERYTHING);
-    let opted_out: Vec<u64> = left.map(|(cgroup, _)| cgroup).collect();
+    let opted_out: Vec<CgroupId> = left.map(|(cgroup, _)| cgroup).collect();
     explanation.pod = pod.map(|pod| pod.view(cgroup, &opted_out));
     let node = state.as_ref().map(|state| state.node.as_str());
     explanation.client_note = client_note(&explanation, node, opted_out.len());

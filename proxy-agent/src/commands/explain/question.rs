@@ -1,5 +1,6 @@
 //! A question about a connection, and the packet that asks it.
 
+use proxy_common::abi::CgroupId;
 use proxy_common::abi::proto;
 use proxy_common::addr::{Addr, Family};
 use proxy_common::be::Be16;
@@ -16,7 +17,7 @@ pub struct Question {
     /// Address of the client, if it is given.
     pub from: Option<Addr>,
     /// Id of the cgroup of the client's pod, if it is given.
-    pub cgroup: Option<u64>,
+    pub cgroup: Option<CgroupId>,
 }
 
 const MAC_HEADER: usize = 14;

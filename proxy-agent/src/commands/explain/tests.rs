@@ -15,8 +15,8 @@ use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS, SANDB
 use proxy_common::abi::opt_out::{EVERYTHING, INSIDE};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
 use proxy_common::abi::{
-    Affinity, AffinityKey, AffinityValue, Backend, BackendId, BackendState, Device, FrontendValue, IfIndex,
-    Service, ServiceId, SlotRange, device::flags::NEAR,
+    Affinity, AffinityKey, AffinityValue, Backend, BackendId, BackendState, CgroupId, Device, FrontendValue,
+    IfIndex, NetnsCookie, Service, ServiceId, SlotRange, device::flags::NEAR,
 };
 use proxy_common::addr::Addr;
 use proxy_common::addr::{Family, Prefix};
@@ -35,7 +35,7 @@ use crate::reconcile::model::service_name;
 use crate::reconcile::sim::Simulator;
 use crate::reconcile::store::{Capacity, Contents, filter_words};
 
-const HOST_NETNS: u64 = 7;
+const HOST_NETNS: NetnsCookie = NetnsCookie(7);
 /// Time since boot: one second.
 const NOW: u64 = 1_000_000_000;
 const CAPACITY: Capacity =
@@ -430,10 +430,10 @@ fn an_agent_answers_at_its_socket() {
 
 /// Returns the answers to a pod in the cgroup `cgroup`, and the reason at its socket, when the pod of cgroup 7 has
 /// opted out.
-fn in_cgroup(cgroup: Option<u64>) -> (Vec<String>, &'static str) {
+fn in_cgroup(cgroup: Option<CgroupId>) -> (Vec<String>, &'static str) {
     let opted_out = Contents {
-        opt_out: vec![(7, EVERYTHING), (8, INSIDE)],
-        sandboxes: vec![(80, 8)],
+        opt_out: vec![(CgroupId(7), EVERYTHING), (CgroupId(8), INSIDE)],
+        sandboxes: vec![(NetnsCookie(80), CgroupId(8))],
         node_flags: PODS_IN_PACKETS | OPTED_OUT | SANDBOXES_KNOWN,
         ..contents()
     };
@@ -448,10 +448,10 @@ fn in_cgroup(cgroup: Option<u64>) -> (Vec<String>, &'static str) {
 #[test]
 fn sockets_of_a_pod_that_has_opted_out_leave_everything_to_packets() {
     let packets = "PodPackets Served 1,2,3".to_owned();
-    let (told, reason) = in_cgroup(Some(7));
+    let (told, reason) = in_cgroup(Some(CgroupId(7)));
     assert_eq!(told, ["Pod LeftToPackets left_to_packets", &packets]);
     assert!(reason.starts_with("the pod has opted out"), "{reason}");
-    for cgroup in [Some(8), None] {
+    for cgroup in [Some(CgroupId(8)), None] {
         assert_eq!(in_cgroup(cgroup), (vec!["Pod Served 1,2,3".to_owned(), packets.clone()], ""));
     }
 }

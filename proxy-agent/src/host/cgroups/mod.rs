@@ -21,6 +21,7 @@ mod sandboxes;
 mod tree;
 mod way_out;
 
+use proxy_common::abi::CgroupId;
 use sandboxes::Sandboxes;
 pub(crate) use sandboxes::{CONTAINERS_MAX, PODS_MAX};
 pub(crate) use tree::{Tree, is_below, look};
@@ -44,16 +45,16 @@ pub(crate) struct Found {
     /// Wanted pods, by the uid that kubelet names their cgroups by.
     pub(crate) pods: BTreeMap<Arc<str>, Place>,
     /// Ids of the existing cgroups that opt out by their paths.
-    pub(crate) cgroups: BTreeMap<String, u64>,
+    pub(crate) cgroups: BTreeMap<String, CgroupId>,
     /// Pods whose network namespace is known, by the ids of their cgroups.
-    pub(crate) sandboxes: BTreeMap<u64, Sandbox>,
+    pub(crate) sandboxes: BTreeMap<CgroupId, Sandbox>,
 }
 
 /// Place of a pod's cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     /// The pod has a cgroup with this id.
-    Cgroup(u64),
+    Cgroup(CgroupId),
     /// The pod has no cgroup, perhaps because it has only just come.
     NotYet,
     /// The pod has had no cgroup for so long that somebody should check.
@@ -201,7 +202,7 @@ impl Looker {
     }
 
     /// Looks at the sandboxes of the pods in `tree`. Also returns whether another look should follow soon.
-    async fn sandboxes(&mut self, tree: &Tree) -> (BTreeMap<u64, Sandbox>, bool) {
+    async fn sandboxes(&mut self, tree: &Tree) -> (BTreeMap<CgroupId, Sandbox>, bool) {
         let pods: Vec<_> = tree.pods.values().cloned().collect();
         let mut sandboxes = std::mem::take(&mut self.sandboxes);
         let looking = tokio::task::spawn_blocking(move || {
@@ -215,10 +216,10 @@ impl Looker {
     }
 
     /// Returns the ids of the cgroups that opt out by their paths.
-    fn cgroups(&self) -> BTreeMap<String, u64> {
+    fn cgroups(&self) -> BTreeMap<String, CgroupId> {
         let found = self.cgroups.iter().filter_map(|path| {
             let directory = std::fs::metadata(self.root.join(path)).ok().filter(std::fs::Metadata::is_dir)?;
-            Some((path.clone(), directory.ino()))
+            Some((path.clone(), CgroupId(directory.ino())))
         });
         found.collect()
     }

@@ -22,6 +22,8 @@ use std::os::unix::fs::{DirEntryExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use proxy_common::abi::{CgroupId, NetnsCookie};
+use rustix::process::Pid;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::tree::Pod;
@@ -55,9 +57,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) struct Sandboxes {
     proc: PathBuf,
     /// Known sandboxes, by the id of the pod's cgroup.
-    known: BTreeMap<u64, Origin>,
+    known: BTreeMap<CgroupId, Origin>,
     /// Times since which sandboxes have been unknown, by the id of the pod's cgroup.
-    unknown: BTreeMap<u64, Instant>,
+    unknown: BTreeMap<CgroupId, Instant>,
 }
 
 impl Default for Sandboxes {
@@ -72,7 +74,7 @@ struct Origin {
     process: Process,
     /// Cookie of the namespace in which the process was, as BPF programs see it. `None` if packets leave it into
     /// another network namespace than the host's: the pod then belongs to a cluster inside something that runs here.
-    netns: Option<u64>,
+    netns: Option<NetnsCookie>,
 }
 
 /// Result of a look at a pod.
@@ -85,12 +87,12 @@ enum Finding {
     Unknown,
 }
 
-/// A process, ordered by age: the oldest first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// A process.
+#[derive(Clone, Copy, Debug)]
 struct Process {
     /// Start time, in ticks since the machine was started.
     start: u64,
-    pid: u32,
+    pid: Pid,
 }
 
 /// Device and inode, which identify a namespace.
@@ -99,7 +101,10 @@ type Inode = (u64, u64);
 impl Sandboxes {
     /// Looks at the pods. Returns the known sandboxes by the cgroups of their pods, and whether another look should
     /// follow soon.
-    pub(super) fn look<'a>(&mut self, pods: impl Iterator<Item = &'a Pod>) -> (BTreeMap<u64, Sandbox>, bool) {
+    pub(super) fn look<'a>(
+        &mut self,
+        pods: impl Iterator<Item = &'a Pod>,
+    ) -> (BTreeMap<CgroupId, Sandbox>, bool) {
         let before = std::mem::take(&mut self.known);
         let since = std::mem::take(&mut self.unknown);
         let host = Host::look(&self.proc);
@@ -154,7 +159,7 @@ impl Sandboxes {
             .into_iter()
             .filter_map(|pid| self.start(pid).map(|start| Process { start, pid }))
             .collect();
-        processes.sort_unstable();
+        processes.sort_unstable_by_key(|process| (process.start, process.pid.as_raw_pid()));
         let process = processes.into_iter().find(|process| {
             self.namespace(process.pid, "mnt").is_some_and(|mounts| mounts != host.mounts)
                 && self.has_device(process.pid)
@@ -174,25 +179,25 @@ impl Sandboxes {
         Some(if elsewhere.is_some() { Finding::Known(origin) } else { Finding::Early(origin) })
     }
 
-    fn path(&self, pid: u32, file: &str) -> PathBuf {
+    fn path(&self, pid: Pid, file: &str) -> PathBuf {
         self.proc.join(pid.to_string()).join(file)
     }
 
     /// Returns the start time of a process: field 22 of its `stat` (proc(5)). Field 2, the name, may contain any
     /// characters.
-    fn start(&self, pid: u32) -> Option<u64> {
+    fn start(&self, pid: Pid) -> Option<u64> {
         let stat = read(&self.path(pid, "stat"))?;
         let (_, after_name) = stat.rsplit_once(')')?;
         after_name.split_ascii_whitespace().nth(19)?.parse().ok()
     }
 
-    fn namespace(&self, pid: u32, kind: &str) -> Option<Inode> {
+    fn namespace(&self, pid: Pid, kind: &str) -> Option<Inode> {
         fs::metadata(self.path(pid, "ns").join(kind)).ok().map(|namespace| inode(&namespace))
     }
 
     /// Returns whether the network namespace of a process leads anywhere: whether it has a device other than loopback
     /// and the tunnels that every namespace may have from its beginning (`net.core.fb_tunnels_only_for_init_net`).
-    fn has_device(&self, pid: u32) -> bool {
+    fn has_device(&self, pid: Pid) -> bool {
         let devices = read(&self.path(pid, "net/dev")).unwrap_or_default();
         let mut names = devices.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim());
         names.any(|name| !OF_EVERY_NAMESPACE.contains(&name))
@@ -223,14 +228,14 @@ fn inode(of: &fs::Metadata) -> Inode {
 }
 
 /// Returns the processes in a pod's cgroup, level by level, from the oldest cgroups of each level first.
-fn pids(pod: &Path) -> Vec<u32> {
+fn pids(pod: &Path) -> Vec<Pid> {
     let mut pids = Vec::new();
     let mut levels = VecDeque::from([(pod.to_owned(), 0)]);
     let mut looked = 0;
     while let Some((directory, depth)) = levels.pop_front() {
         let members = read(&directory.join("cgroup.procs")).unwrap_or_default();
         // A process of another pid namespace is listed as 0.
-        pids.extend(members.lines().filter_map(|pid| pid.parse::<u32>().ok()).filter(|pid| *pid != 0));
+        pids.extend(members.lines().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)));
         looked += 1;
         if pids.len() >= PROCESSES_MAX || looked >= CGROUPS_MAX {
             break;
@@ -244,14 +249,14 @@ fn pids(pod: &Path) -> Vec<u32> {
 }
 
 /// Returns the cgroups below `directory` with their ids, the oldest first: ids count up.
-fn below(directory: &Path, depth: u32) -> Vec<(u64, PathBuf)> {
+fn below(directory: &Path, depth: u32) -> Vec<(CgroupId, PathBuf)> {
     // The runtime makes the cgroups directly below a pod's, but a container's processes make those below the
     // container's.
     let most = if depth == 0 { usize::MAX } else { ENTRIES_MAX };
     let entries = fs::read_dir(directory).into_iter().flatten().take(most).flatten();
-    let mut directories: Vec<(u64, PathBuf)> = entries
+    let mut directories: Vec<(CgroupId, PathBuf)> = entries
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .map(|entry| (entry.ino(), entry.path()))
+        .map(|entry| (CgroupId(entry.ino()), entry.path()))
         .collect();
     directories.sort_unstable();
     directories.truncate(CGROUPS_MAX);
@@ -267,7 +272,7 @@ fn read(path: &Path) -> Option<String> {
 
 /// Returns whether the way out of a network namespace leads into another one than `host` (if that is known), and the
 /// namespace's cookie. Returns `None` before kernel 5.14.
-fn way_out(namespace: &File, host: &File) -> Option<(Option<bool>, u64)> {
+fn way_out(namespace: &File, host: &File) -> Option<(Option<bool>, NetnsCookie)> {
     within(namespace, || {
         let elsewhere = way_out::leads_elsewhere(host).unwrap_or_else(|error| {
             tracing::debug!(%error, "cannot tell where a pod's packets go");
@@ -307,12 +312,12 @@ mod tests {
 
         fn pod(&self) -> Pod {
             let path = self.root.path().to_owned();
-            Pod { id: fs::metadata(&path).unwrap().ino(), path }
+            Pod { id: CgroupId(fs::metadata(&path).unwrap().ino()), path }
         }
 
         /// Runs a process in new namespaces, with or without a device in its network. Returns when the process is
         /// ready.
-        fn run(&mut self, cgroup: &str, namespaces: &[&str], device: bool) -> u32 {
+        fn run(&mut self, cgroup: &str, namespaces: &[&str], device: bool) -> Pid {
             let script = if device {
                 "ip link add d0 type veth peer name d1 && ip link set d0 up && ip address add 10.0.0.1/24 dev d0 && \
                  ip route add default via 10.0.0.2 && echo && read x"
@@ -332,15 +337,15 @@ mod tests {
             fs::create_dir_all(&directory).unwrap();
             let pids = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
             fs::write(directory.join("cgroup.procs"), format!("{pids}{}\n", child.id())).unwrap();
-            let pid = child.id();
+            let pid = Pid::from_child(&child);
             self.children.push(child);
             // Two processes that start in the same tick have the same age.
             std::thread::sleep(Duration::from_millis(30));
             pid
         }
 
-        fn kill(&mut self, pid: u32) {
-            let child = self.children.iter_mut().find(|child| child.id() == pid).unwrap();
+        fn kill(&mut self, pid: Pid) {
+            let child = self.children.iter_mut().find(|child| Pid::from_child(child) == pid).unwrap();
             child.kill().unwrap();
             child.wait().unwrap();
         }
@@ -357,15 +362,15 @@ mod tests {
 
     const CONTAINER: &[&str] = &["--mount", "--net"];
 
-    fn cookie_of(pid: u32) -> u64 {
+    fn cookie_of(pid: Pid) -> NetnsCookie {
         cookie(&File::open(format!("/proc/{pid}/ns/net")).unwrap())
     }
 
-    fn cookie(namespace: &File) -> u64 {
+    fn cookie(namespace: &File) -> NetnsCookie {
         within(namespace, sys::netns_cookie).expect("a kernel of 5.14")
     }
 
-    fn known(sandboxes: &mut Sandboxes, pod: &Pod) -> Option<u64> {
+    fn known(sandboxes: &mut Sandboxes, pod: &Pod) -> Option<NetnsCookie> {
         let (found, soon) = sandboxes.look([pod].into_iter());
         assert!(found.is_empty() || !soon);
         assert!(found.keys().all(|cgroup| *cgroup == pod.id));

@@ -10,6 +10,8 @@ use std::os::unix::fs::DirEntryExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use proxy_common::abi::CgroupId;
+
 /// Number of levels below the root that the directory of all pods may lie at most.
 const DEPTH_MAX: usize = 8;
 
@@ -26,7 +28,7 @@ pub(crate) struct Tree {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Pod {
     /// Id of the cgroup: its inode number (5.5).
-    pub(crate) id: u64,
+    pub(crate) id: CgroupId,
     /// Directory of the cgroup.
     pub(crate) path: PathBuf,
 }
@@ -51,7 +53,7 @@ fn descend(directory: &Path, of_pods: bool, depth: usize, tree: &mut Tree) {
         }
         match uid(name) {
             Some(uid) if of_pods => {
-                tree.pods.insert(uid, Pod { id: entry.ino(), path: entry.path() });
+                tree.pods.insert(uid, Pod { id: CgroupId(entry.ino()), path: entry.path() });
             }
             _ if depth < DEPTH_MAX => {
                 let of_pods = of_pods || is_of_pods(name);
@@ -146,7 +148,7 @@ mod tests {
             .iter()
             .filter_map(|(path, uid)| {
                 let path = root.path().join(path);
-                Some(((*uid)?.to_owned(), Pod { id: fs::metadata(&path).unwrap().ino(), path }))
+                Some(((*uid)?.to_owned(), Pod { id: CgroupId(fs::metadata(&path).unwrap().ino()), path }))
             })
             .collect();
         let tree = look(root.path());

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS, SANDBOXES_KNOWN};
 use proxy_common::abi::opt_out::{EVERYTHING, INSIDE};
+use proxy_common::abi::{CgroupId, NetnsCookie};
 use proxy_common::addr::Prefix;
 
 use crate::reconcile::model::Model;
@@ -14,9 +15,9 @@ use crate::reconcile::store::Op;
 pub struct Sandbox {
     /// Cookie of the network namespace. `None` if it is nested inside another one, so that none of its sockets is
     /// translated.
-    pub(crate) netns: Option<u64>,
+    pub(crate) netns: Option<NetnsCookie>,
     /// Ids of the containers' cgroups. Containers of another sandbox of the same pod have other cgroups.
-    pub(crate) containers: BTreeSet<u64>,
+    pub(crate) containers: BTreeSet<CgroupId>,
 }
 
 /// Sockets that the socket edge leaves alone, as far as known. For a field that is `None`, the state that an earlier
@@ -28,21 +29,21 @@ pub struct LeftAlone<'a> {
     /// Whether the refusals of the host's sockets can be left to the packet edge ([`meets_edges`]).
     pub host_in_packets: Option<bool>,
     /// Cgroups that opt out.
-    pub opted_out: Option<&'a BTreeSet<u64>>,
+    pub opted_out: Option<&'a BTreeSet<CgroupId>>,
     /// Sandboxes of pods, by the cgroups of the pods. A socket of a process in a container's cgroup is left alone if
     /// its network namespace is not a pod's.
-    pub sandboxes: Option<&'a BTreeMap<u64, Sandbox>>,
+    pub sandboxes: Option<&'a BTreeMap<CgroupId, Sandbox>>,
 }
 
 /// Plans `SANDBOXES`, `OPT_OUT` and the flags. A sandbox is added before the first cgroup of its pod is marked
 /// `INSIDE`, and removed after the last one.
 pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
     let pods_in_packets = wanted.pods_in_packets.unwrap_or(model.node_flags & PODS_IN_PACKETS != 0);
-    let sandboxes: BTreeMap<u64, u64> = match wanted.sandboxes {
+    let sandboxes: BTreeMap<NetnsCookie, CgroupId> = match wanted.sandboxes {
         Some(found) => found.iter().filter_map(|(cgroup, sandbox)| Some((sandbox.netns?, *cgroup))).collect(),
         None => model.sandboxes.clone(),
     };
-    let opted_out: BTreeSet<u64> = match wanted.opted_out {
+    let opted_out: BTreeSet<CgroupId> = match wanted.opted_out {
         Some(cgroups) => cgroups.clone(),
         None => model.opt_out.iter().filter(|(_, what)| **what == EVERYTHING).map(|(id, _)| *id).collect(),
     };
@@ -51,7 +52,7 @@ pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
         Some(false) => 0,
         None => model.node_flags & HOST_IN_PACKETS,
     };
-    let mut opt_out: BTreeMap<u64, u32> = match wanted.sandboxes {
+    let mut opt_out: BTreeMap<CgroupId, u32> = match wanted.sandboxes {
         Some(found) => {
             found.values().flat_map(|sandbox| &sandbox.containers).map(|id| (*id, INSIDE)).collect()
         }
@@ -102,7 +103,7 @@ mod tests {
     const CAPACITY: Capacity =
         Capacity { frontends: 1, services: 1, slots: 1, backends: 1, source_ranges: 1 };
 
-    fn model(node_flags: u64, opt_out: &[(u64, u32)], sandboxes: &[(u64, u64)]) -> Model {
+    fn model(node_flags: u64, opt_out: &[(CgroupId, u32)], sandboxes: &[(NetnsCookie, CgroupId)]) -> Model {
         let (opt_out, sandboxes) = (opt_out.to_vec(), sandboxes.to_vec());
         Model::restore(CAPACITY, &Contents { node_flags, opt_out, sandboxes, ..Contents::default() })
     }
@@ -129,11 +130,11 @@ mod tests {
         }
     }
 
-    fn opted_out(cgroup: u64) -> Op {
+    fn opted_out(cgroup: CgroupId) -> Op {
         Op::OptOut(cgroup, Some(EVERYTHING))
     }
 
-    fn opted_in(cgroup: u64) -> Op {
+    fn opted_in(cgroup: CgroupId) -> Op {
         Op::OptOut(cgroup, None)
     }
 
@@ -141,17 +142,23 @@ mod tests {
     fn who_has_opted_out_is_left_to_packets_if_there_are_any() {
         use Op::NodeFlags;
         for (found, opted_out, pods_in_packets, want) in [
-            (&[][..], Some(&[1, 2][..]), Some(true), vec![opted_out(1), opted_out(2), NodeFlags(BOTH)]),
-            (&[1, 2], Some(&[2, 3]), Some(true), vec![opted_out(3), opted_in(1)]),
-            (&[1], Some(&[]), Some(true), vec![NodeFlags(PODS_IN_PACKETS), opted_in(1)]),
+            (
+                &[][..],
+                Some(&[1, 2][..]),
+                Some(true),
+                vec![opted_out(CgroupId(1)), opted_out(CgroupId(2)), NodeFlags(BOTH)],
+            ),
+            (&[1, 2], Some(&[2, 3]), Some(true), vec![opted_out(CgroupId(3)), opted_in(CgroupId(1))]),
+            (&[1], Some(&[]), Some(true), vec![NodeFlags(PODS_IN_PACKETS), opted_in(CgroupId(1))]),
             (&[1], None, Some(true), vec![]),
             (&[1], None, None, vec![]),
             (&[1], Some(&[1]), Some(false), vec![NodeFlags(0)]),
             (&[1], None, Some(false), vec![NodeFlags(0)]),
         ] {
-            let before: Vec<_> = found.iter().map(|cgroup| (*cgroup, EVERYTHING)).collect();
+            let before: Vec<_> = found.iter().map(|cgroup| (CgroupId(*cgroup), EVERYTHING)).collect();
             let mut model = model(if found.is_empty() { PODS_IN_PACKETS } else { BOTH }, &before, &[]);
-            let opted_out = opted_out.map(|cgroups| cgroups.iter().copied().collect::<BTreeSet<u64>>());
+            let opted_out =
+                opted_out.map(|cgroups| cgroups.iter().copied().map(CgroupId).collect::<BTreeSet<_>>());
             let wanted = LeftAlone { pods_in_packets, opted_out: opted_out.as_ref(), ..LeftAlone::default() };
             assert_eq!(plan_left(&mut model, &wanted), want);
             assert_eq!(plan_left(&mut model, &wanted), [], "once is enough");
@@ -163,19 +170,35 @@ mod tests {
     fn what_is_inside_a_known_sandbox_is_left_to_packets() {
         use Op::{NodeFlags, OptOut, Sandbox};
         const KNOWN: u64 = PODS_IN_PACKETS | SANDBOXES_KNOWN;
-        let one = (KNOWN, &[(1, INSIDE)][..], &[(10, 1)][..]);
+        let one = (KNOWN, &[(CgroupId(1), INSIDE)][..], &[(NetnsCookie(10), CgroupId(1))][..]);
         for ((flags, opt_out, netns), opted_out, sandboxes, pods, want) in [
             (
                 (PODS_IN_PACKETS, &[][..], &[][..]),
                 &[][..],
                 Some(&[(1, 10)][..]),
                 true,
-                vec![Sandbox(10, Some(1)), OptOut(1, Some(INSIDE)), NodeFlags(KNOWN)],
+                vec![
+                    Sandbox(NetnsCookie(10), Some(CgroupId(1))),
+                    OptOut(CgroupId(1), Some(INSIDE)),
+                    NodeFlags(KNOWN),
+                ],
             ),
             (one, &[], Some(&[(1, 10)]), true, vec![]),
             (one, &[], None, true, vec![]),
-            (one, &[], Some(&[(1, 30)]), true, vec![Sandbox(30, Some(1)), Sandbox(10, None)]),
-            (one, &[], Some(&[]), true, vec![NodeFlags(PODS_IN_PACKETS), OptOut(1, None), Sandbox(10, None)]),
+            (
+                one,
+                &[],
+                Some(&[(1, 30)]),
+                true,
+                vec![Sandbox(NetnsCookie(30), Some(CgroupId(1))), Sandbox(NetnsCookie(10), None)],
+            ),
+            (
+                one,
+                &[],
+                Some(&[]),
+                true,
+                vec![NodeFlags(PODS_IN_PACKETS), OptOut(CgroupId(1), None), Sandbox(NetnsCookie(10), None)],
+            ),
             (one, &[], Some(&[(1, 10)]), false, vec![NodeFlags(0)]),
             // All sockets of the pod are inside.
             (
@@ -183,9 +206,9 @@ mod tests {
                 &[],
                 Some(&[(1, 0)]),
                 true,
-                vec![OptOut(1, Some(INSIDE)), NodeFlags(KNOWN)],
+                vec![OptOut(CgroupId(1), Some(INSIDE)), NodeFlags(KNOWN)],
             ),
-            ((KNOWN, &[(1, INSIDE)], &[]), &[], None, true, vec![]),
+            ((KNOWN, &[(CgroupId(1), INSIDE)], &[]), &[], None, true, vec![]),
             // `EVERYTHING` takes precedence over `INSIDE`.
             (
                 one,
@@ -193,24 +216,25 @@ mod tests {
                 Some(&[(1, 10), (2, 20)]),
                 true,
                 vec![
-                    Sandbox(20, Some(2)),
-                    OptOut(1, None),
-                    OptOut(1, Some(EVERYTHING)),
-                    OptOut(2, Some(INSIDE)),
+                    Sandbox(NetnsCookie(20), Some(CgroupId(2))),
+                    OptOut(CgroupId(1), None),
+                    OptOut(CgroupId(1), Some(EVERYTHING)),
+                    OptOut(CgroupId(2), Some(INSIDE)),
                     NodeFlags(KNOWN | OPTED_OUT),
                 ],
             ),
         ] {
             let mut model = model(flags, opt_out, netns);
-            let opted_out: BTreeSet<u64> = opted_out.iter().copied().collect();
+            let opted_out: BTreeSet<_> = opted_out.iter().copied().map(CgroupId).collect();
             // Each sandbox has one container, with the number of its pod's cgroup.
-            let sandboxes: Option<BTreeMap<u64, super::Sandbox>> = sandboxes.map(|all| {
+            let sandboxes: Option<BTreeMap<CgroupId, super::Sandbox>> = sandboxes.map(|all| {
                 all.iter()
-                    .map(|&(cgroup, netns)| {
+                    .map(|&(cgroup, netns)| (CgroupId(cgroup), netns))
+                    .map(|(cgroup, netns)| {
                         (
                             cgroup,
                             super::Sandbox {
-                                netns: Some(netns).filter(|netns| *netns != 0),
+                                netns: (netns != 0).then_some(NetnsCookie(netns)),
                                 containers: [cgroup].into(),
                             },
                         )

@@ -8,8 +8,9 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::{
-    AffinityKey, AffinityValue, Backend, BackendId, Counter, Event, FrontendKey, FrontendValue, Node,
-    Service, ServiceId, ServiceName, SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey, socket::Order,
+    AffinityKey, AffinityValue, Backend, BackendId, CgroupId, Counter, Event, FrontendKey, FrontendValue,
+    NetnsCookie, Node, Service, ServiceId, ServiceName, SocketRecord, StreamRecord, Trace, UdpFlow,
+    UdpFlowKey, socket::Order,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
@@ -40,8 +41,8 @@ pub struct Simulator {
     source_ranges: BTreeSet<(ServiceId, Prefix)>,
     service_cidrs: BTreeSet<Prefix>,
     pod_sources: BTreeSet<Prefix>,
-    opt_out: BTreeMap<u64, u32>,
-    sandboxes: BTreeMap<u64, u64>,
+    opt_out: BTreeMap<CgroupId, u32>,
+    sandboxes: BTreeMap<NetnsCookie, CgroupId>,
     node_flags: u64,
     /// `AFFINITY`.
     pub clients: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
@@ -58,7 +59,7 @@ pub struct Simulator {
     /// The monotonic clock, in nanoseconds.
     pub clock: Cell<u64>,
     /// Cookie of the host's network namespace.
-    pub host_netns: Cell<u64>,
+    pub host_netns: Cell<NetnsCookie>,
     /// `TRACE`: the events that observers want.
     pub(crate) trace: Cell<Trace>,
     /// Events that the datapath has reported.
@@ -207,15 +208,15 @@ impl Tables for Simulator {
         Node { host_netns: self.host_netns.get(), flags: self.node_flags }
     }
 
-    fn opted_out(&self, cgroup: u64) -> u32 {
+    fn opted_out(&self, cgroup: CgroupId) -> u32 {
         self.opt_out.get(&cgroup).copied().unwrap_or(0)
     }
 
-    fn is_sandbox(&self, netns: u64) -> bool {
+    fn is_sandbox(&self, netns: NetnsCookie) -> bool {
         self.sandboxes.contains_key(&netns)
     }
 
-    fn learn_host_netns(&self, cookie: u64) {
+    fn learn_host_netns(&self, cookie: NetnsCookie) {
         self.host_netns.set(cookie);
     }
 
@@ -301,9 +302,9 @@ pub struct SimSocket<'a> {
     /// Socket cookie.
     pub cookie: u64,
     /// Cookie of the network namespace.
-    pub netns: u64,
+    pub netns: NetnsCookie,
     /// Ids of the cgroups that the process is in, the outermost first.
-    pub cgroups: &'a [u64],
+    pub cgroups: &'a [CgroupId],
     /// Record in the socket storage.
     pub record: Option<SocketRecord>,
     /// The agent's order for the socket.
@@ -333,13 +334,13 @@ impl Socket for SimSocket<'_> {
         self.cookie
     }
 
-    fn netns(&self) -> u64 {
+    fn netns(&self) -> NetnsCookie {
         self.netns
     }
 
-    fn cgroup(&self, level: i32) -> u64 {
+    fn cgroup(&self, level: i32) -> CgroupId {
         let index = usize::try_from(level - 1);
-        index.ok().and_then(|index| self.cgroups.get(index)).copied().unwrap_or(0)
+        index.ok().and_then(|index| self.cgroups.get(index)).copied().unwrap_or(CgroupId::NONE)
     }
 
     fn rewrite(&mut self, addr: Addr, port: Be16) {

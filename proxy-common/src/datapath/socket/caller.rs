@@ -3,8 +3,8 @@
 use super::verdict::Verdict;
 use crate::abi::frontend::flags::PROBE;
 use crate::abi::{
-    AffinityKey, Counter, FrontendValue, Node, ServiceId, local_address, node::HOST_IN_PACKETS,
-    node::OPTED_OUT, node::PODS_IN_PACKETS, node::SANDBOXES_KNOWN, opt_out, proto,
+    AffinityKey, CgroupId, Counter, FrontendValue, NetnsCookie, Node, ServiceId, local_address,
+    node::HOST_IN_PACKETS, node::OPTED_OUT, node::PODS_IN_PACKETS, node::SANDBOXES_KNOWN, opt_out, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -103,10 +103,10 @@ fn is_left_alone(socket: &impl Socket, tables: &impl Tables, flags: u64) -> bool
 /// container has a cgroup of its own below its pod's.) `inside`: the socket is in a network namespace that is
 /// not a pod's own.
 #[inline(always)]
-pub fn is_of_opt_out(cgroup: impl Fn(i32) -> u64, tables: &impl Tables, inside: bool) -> bool {
+pub fn is_of_opt_out(cgroup: impl Fn(i32) -> CgroupId, tables: &impl Tables, inside: bool) -> bool {
     for level in 1..=CGROUP_LEVELS {
         match cgroup(level) {
-            0 => return false,
+            CgroupId::NONE => return false,
             cgroup => match tables.opted_out(cgroup) {
                 opt_out::EVERYTHING => return true,
                 opt_out::INSIDE if inside => return true,
@@ -119,7 +119,7 @@ pub fn is_of_opt_out(cgroup: impl Fn(i32) -> u64, tables: &impl Tables, inside: 
 
 /// Owner of a socket, as far as decisions need it.
 pub(super) struct Caller {
-    netns: u64,
+    netns: NetnsCookie,
     pub(super) client: Client,
     /// Whether the packet edge judges the packets that this socket will send.
     in_packets: bool,

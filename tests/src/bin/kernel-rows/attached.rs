@@ -12,6 +12,7 @@ use proxy_agent::bpf::dataplane::PROGRAMS;
 use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::bpf::{sys, tc};
 use proxy_agent::host::Host;
+use proxy_common::abi::CgroupId;
 use proxy_tests::lab::Place;
 use serde_json::Value;
 
@@ -116,7 +117,7 @@ fn cgroup(world: &World) -> Result<Outcome> {
         let link = sys::open_link(&pins.link(name)).with_context(|| name.to_owned())?;
         let info = sys::cgroup_link_info(link.as_fd()).with_context(|| name.to_owned())?;
         ensure!(
-            info.cgroup_id == cgroup,
+            info.cgroup_id == CgroupId(cgroup),
             "{name} is attached to the cgroup {}, not {cgroup}",
             info.cgroup_id
         );

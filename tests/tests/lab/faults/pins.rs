@@ -15,8 +15,8 @@ use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::maps;
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
-    ABI_VERSION, AffinityKey, AffinityValue, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts,
-    ServiceId, UdpFlow, UdpFlowKey, opt_out,
+    ABI_VERSION, AffinityKey, AffinityValue, CgroupId, Device, Flow, FlowKey, FlowRef, FragmentKey,
+    FragmentPorts, NetnsCookie, ServiceId, UdpFlow, UdpFlowKey, opt_out,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_tests::lab::{Agent, Summary};
@@ -149,8 +149,8 @@ fn something_for_the_packet_edge(pins: &PinDir) -> Result<()> {
     let range = Prefix::new(Addr::v4([203, 0, 113, 0]), 24).context("a prefix")?;
     let mut maps = KernelMaps::open(pins, true)?;
     maps.apply(&Op::SourceRange(ServiceId::NONE, range, true))?;
-    maps.apply(&Op::OptOut(u64::MAX, Some(opt_out::EVERYTHING)))?;
-    maps.apply(&Op::Sandbox(u64::MAX, Some(u64::MAX)))?;
+    maps.apply(&Op::OptOut(CgroupId(u64::MAX), Some(opt_out::EVERYTHING)))?;
+    maps.apply(&Op::Sandbox(NetnsCookie(u64::MAX), Some(CgroupId(u64::MAX))))?;
     let mut flows = FlowMaps::open(pins)?;
     let key = FlowKey { proto: TCP, ..Zeroable::zeroed() };
     for table in [&mut flows.flows, &mut flows.new_flows] {

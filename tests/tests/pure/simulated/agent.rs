@@ -18,7 +18,7 @@ use proxy_agent::reconcile::store::{Capacity, Contents, MapStore as _, Op, filte
 use proxy_agent::sources::convert::Converter;
 use proxy_agent::sources::objects::{EndpointSlice, Node, Service, ServiceCidr};
 use proxy_common::abi;
-use proxy_common::abi::ServiceId;
+use proxy_common::abi::{NetnsCookie, ServiceId};
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::datapath::lookup;
 use proxy_common::datapath::tables::Tables as _;
@@ -72,7 +72,7 @@ impl Agent {
         };
         let addresses = ADDRESSES.iter().map(|text| Ok(text.parse::<IpAddr>()?.into()));
         let maps = Simulator::of(found, &filter_words(found));
-        maps.host_netns.set(HOST_NETNS);
+        maps.host_netns.set(NetnsCookie(HOST_NETNS));
         let mut agent = Self {
             converter: Converter::new(NODE),
             objects: BTreeMap::new(),

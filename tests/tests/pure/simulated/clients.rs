@@ -13,7 +13,7 @@ use anyhow::{Result, bail, ensure};
 use proxy_agent::reconcile::sim::SimSocket;
 use proxy_common::abi::frontend::flags::SOURCE_RANGES;
 use proxy_common::abi::node::PODS_IN_PACKETS;
-use proxy_common::abi::{FrontendValue, proto};
+use proxy_common::abi::{FrontendValue, NetnsCookie, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::lookup;
@@ -116,7 +116,7 @@ fn at_socket(agent: &Agent, netns: u64, dest: &Dest, way: Way) -> Result<Fate> {
         peer: (Addr::ZERO, Be16::new(0)),
         protocol,
         cookie,
-        netns,
+        netns: NetnsCookie(netns),
         cgroups: &[],
         record: None,
         order: None,

@@ -1,6 +1,6 @@
 //! `sessionAffinity: ClientIP` at the socket edge.
 
-use proxy_common::abi::{BackendId, ServiceId};
+use proxy_common::abi::{BackendId, NetnsCookie, ServiceId};
 
 use super::*;
 
@@ -12,7 +12,7 @@ fn sticky() -> Simulator {
     sim
 }
 
-fn connect_from(sim: &Simulator, netns: u64) -> BackendId {
+fn connect_from(sim: &Simulator, netns: NetnsCookie) -> BackendId {
     let mut socket = SimSocket { netns, ..socket(vip(10), 80, TCP) };
     assert_eq!(connect(&mut socket, sim), Translated);
     backend_of(&socket)
@@ -26,15 +26,15 @@ fn check(change: impl Fn(&mut Simulator, BackendId), hits: bool, counts_stale: b
     let mut moved = 0;
     for netns in 1000..1040 {
         let mut sim = sticky();
-        let first = connect_from(&sim, netns);
+        let first = connect_from(&sim, NetnsCookie(netns));
         change(&mut sim, first);
         let hits_before = sim.counted(Counter::AffinityHit);
-        moved += u32::from(connect_from(&sim, netns) != first);
+        moved += u32::from(connect_from(&sim, NetnsCookie(netns)) != first);
         assert_eq!(sim.counted(Counter::AffinityHit) - hits_before, u64::from(hits));
         assert_eq!(sim.counted(Counter::AffinityStale), u64::from(counts_stale));
         // The backend that the client got is remembered from here on.
-        let second = connect_from(&sim, netns);
-        assert_eq!(connect_from(&sim, netns), second);
+        let second = connect_from(&sim, NetnsCookie(netns));
+        assert_eq!(connect_from(&sim, NetnsCookie(netns)), second);
     }
     assert_eq!(moved == 0, hits, "{moved} of 40 moved");
 }
@@ -46,7 +46,7 @@ fn a_client_returns_to_its_backend_while_all_is_as_it_was() {
     // Neither another client, nor another backend that drains, nor the loss of `SERVING` ends the affinity.
     check(
         |sim, _| {
-            connect_from(sim, 7);
+            connect_from(sim, NetnsCookie(7));
         },
         true,
         false,
@@ -93,17 +93,17 @@ fn each_connection_starts_the_time_anew_and_only_in_its_own_set() {
         assert_eq!(connect_from(&sim, POD_NETNS), first);
     }
     // The entry of a remote endpoint does not count if only the local endpoint is in the set.
-    let remote = (2000..).find(|netns| connect_from(&sim, *netns) != BackendId(1)).unwrap();
+    let remote = (2000..).find(|netns| connect_from(&sim, NetnsCookie(*netns)) != BackendId(1)).unwrap();
     frontend(&mut sim, exact(vip(10), 80, TCP), ServiceId(1), POD_LOCAL);
-    assert_eq!(connect_from(&sim, remote), BackendId(1));
+    assert_eq!(connect_from(&sim, NetnsCookie(remote)), BackendId(1));
     frontend(&mut sim, exact(vip(10), 80, TCP), ServiceId(1), 0);
-    assert_eq!(connect_from(&sim, remote), BackendId(1), "remembered anew");
+    assert_eq!(connect_from(&sim, NetnsCookie(remote)), BackendId(1), "remembered anew");
 }
 
 #[test]
 fn clients_are_told_apart_by_their_namespace_and_only_remembered_where_asked() {
     let sim = sticky();
-    let backends: BTreeSet<BackendId> = (0..40).map(|netns| connect_from(&sim, netns)).collect();
+    let backends: BTreeSet<BackendId> = (0..40).map(|netns| connect_from(&sim, NetnsCookie(netns))).collect();
     assert_eq!(backends, BTreeSet::from([1, 2, 3].map(BackendId)));
     let sim = world();
     connect_from(&sim, POD_NETNS);

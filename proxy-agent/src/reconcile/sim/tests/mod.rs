@@ -11,7 +11,7 @@ use proxy_common::abi::node::{HOST_IN_PACKETS, OPTED_OUT, PODS_IN_PACKETS, SANDB
 use proxy_common::abi::opt_out::{EVERYTHING, INSIDE};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
 use proxy_common::abi::{
-    Affinity, BackendId, BackendState, FlowDirection, ServiceId, SlotRange, socket::STREAM_SLOTS,
+    Affinity, BackendId, BackendState, FlowDirection, NetnsCookie, ServiceId, SlotRange, socket::STREAM_SLOTS,
 };
 use proxy_common::datapath::socket::Verdict::{self, Drop, Fail, Pass, Reject, Translated};
 use proxy_common::datapath::socket::{connect, peername, recvmsg, release, sendmsg};
@@ -25,8 +25,8 @@ mod left;
 mod orders;
 mod peers;
 
-const HOST_NETNS: u64 = 1;
-const POD_NETNS: u64 = 77;
+const HOST_NETNS: NetnsCookie = NetnsCookie(1);
+const POD_NETNS: NetnsCookie = NetnsCookie(77);
 const SECOND: u64 = 1_000_000_000;
 
 fn vip(number: u8) -> Addr {
