@@ -128,7 +128,13 @@ impl PacketEdge {
 
 #[cfg(test)]
 mod tests {
+    use proxy_common::abi::{SlotRange, proto};
+    use proxy_common::addr::Family;
+    use proxy_common::be::Be16;
+
     use super::*;
+    use crate::reconcile::cluster::ObjectKey;
+    use crate::reconcile::desired::{DesiredBackend, DesiredPort, DesiredService, PortKey};
 
     fn pass(role: &str, attached: &str, elsewhere: &[Prefix]) -> State {
         let device = DeviceState {
@@ -143,6 +149,43 @@ mod tests {
             l3: false,
         };
         State { passes: 1, devices: vec![device], elsewhere: elsewhere.to_vec(), ..State::default() }
+    }
+
+    fn address(text: &str) -> Addr {
+        text.parse::<std::net::IpAddr>().unwrap().into()
+    }
+
+    /// Returns a Service with endpoints at these addresses.
+    fn wanted(backends: &[(&str, u32)]) -> Wanted {
+        let service = ObjectKey::new("a", "s");
+        let backends = backends.iter().map(|(addr, flags)| DesiredBackend {
+            addr: address(addr),
+            port: Be16::new(80),
+            flags: *flags,
+        });
+        let port = DesiredPort {
+            key: PortKey { service, port_name: "".into(), proto: proto::TCP, family: Family::V4 },
+            frontends: Vec::new(),
+            backends: backends.collect(),
+            empty_local: SlotRange::REJECT,
+            affinity_seconds: 0,
+            source_ranges: Vec::new(),
+        };
+        Wanted { created: 0, desired: DesiredService { ports: vec![port], problems: Vec::new() } }
+    }
+
+    #[test]
+    fn one_backend_of_each_family_on_another_node_is_remembered() {
+        let mut edge = PacketEdge::new(false);
+        let first = [("10.64.1.1", ON_THIS_NODE), ("10.64.2.1", 0), ("10.64.2.2", 0)];
+        edge.remember_remote([wanted(&first)].iter());
+        let v4 = Some(Addr::v4([10, 64, 2, 1]));
+        assert_eq!(edge.facts.remote, [v4, None]);
+        // The facts do not change with every change of endpoints: each change costs a pass over the devices.
+        let second = [("10.64.3.1", 0), ("fd00:64::1", ON_THIS_NODE), ("fd00:64::2", 0)];
+        edge.remember_remote([wanted(&second)].iter());
+        let v6 = Some(address("fd00:64::2"));
+        assert_eq!(edge.facts.remote, [v4, v6]);
     }
 
     #[test]
