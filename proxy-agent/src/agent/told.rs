@@ -5,9 +5,8 @@ use std::time::{Duration, Instant};
 
 use proxy_common::abi::IfIndex;
 use proxy_common::addr::{Addr, Family};
-use rustix::net::netdevice::index_to_name;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
+use crate::host::device_name;
 use crate::observe::health::Health;
 use crate::observe::health::check_ports::CheckPorts;
 use crate::observe::health::checks::Check;
@@ -145,7 +144,10 @@ fn held_by_host(held: &BTreeMap<ObjectKey, Held>) -> Vec<String> {
         .iter()
         .take(NAMED)
         .map(|(service, held)| {
-            let places = held.iter().map(|(addr, index)| format!("{addr} is configured on {}", device_name(*index)));
+            let places = held.iter().map(|(addr, index)| {
+                let device = device_name(*index).unwrap_or_else(|| format!("the device with the index {index}"));
+                format!("{addr} is configured on {device}")
+            });
             format!(
                 "{} and is a clusterIP of Service {service}: who listens there is not reached at the Service's ports, which \
                  lead to its endpoints, nor at others, which are refused. If that is NodeLocal DNSCache or the like, label \
@@ -160,12 +162,6 @@ fn held_by_host(held: &BTreeMap<ObjectKey, Held>) -> Vec<String> {
         sentences.push(format!("and {more} more Services like these"));
     }
     sentences
-}
-
-fn device_name(index: IfIndex) -> String {
-    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
-    let name = socket.and_then(|socket| index_to_name(socket, index.0));
-    name.unwrap_or_else(|_gone| format!("the device with the index {index}"))
 }
 
 #[cfg(test)]

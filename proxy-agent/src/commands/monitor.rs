@@ -14,7 +14,7 @@ use k8s_openapi::jiff::Timestamp;
 use proxy_common::abi::event::{PACKET, place};
 use proxy_common::abi::maps;
 use proxy_common::abi::proto;
-use proxy_common::abi::{Counter, Event, IfIndex, ServiceId, Trace};
+use proxy_common::abi::{Counter, Event, ServiceId, Trace};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use serde::Serialize;
@@ -27,6 +27,7 @@ use crate::commands::inspect::InspectError;
 use crate::commands::table::line;
 use crate::config::args::{MonitorArgs, Output};
 use crate::host::clock::now;
+use crate::host::device_name;
 use crate::reconcile::model::Model;
 
 /// Interval at which tracing is prolonged.
@@ -236,7 +237,11 @@ fn view(event: &Event, names: &Names, clock: Clock) -> EventView {
     let nowhere = event.new_destination == Addr::ZERO;
     EventView {
         time: clock.wall(event.time),
-        at: if at_socket { "socket".to_owned() } else { device_name(event.ifindex) },
+        at: if at_socket {
+            "socket".to_owned()
+        } else {
+            device_name(event.ifindex).unwrap_or_else(|| event.ifindex.to_string())
+        },
         direction: match event.place {
             place::INGRESS => Some("in"),
             place::EGRESS => Some("out"),
@@ -257,12 +262,6 @@ fn view(event: &Event, names: &Names, clock: Clock) -> EventView {
 
 fn address(addr: Addr, port: Be16) -> SocketAddr {
     SocketAddr::new(addr.to_ip(), port.get())
-}
-
-fn device_name(ifindex: IfIndex) -> String {
-    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None);
-    let name = socket.and_then(|socket| rustix::net::netdevice::index_to_name(&socket, ifindex.0));
-    name.unwrap_or_else(|_gone| ifindex.to_string())
 }
 
 fn write_way(

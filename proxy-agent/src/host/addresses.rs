@@ -16,6 +16,8 @@ use proxy_common::abi::IfIndex;
 use proxy_common::addr::Addr;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use rtnetlink::{Handle, MulticastGroup};
+use rustix::net::netdevice::index_to_name;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use tokio::sync::watch;
 
 use super::follow::{FollowError, RECEIVE_BUFFER, Subject, follow};
@@ -68,6 +70,12 @@ pub(crate) fn address_of(message: &AddressMessage) -> Option<Addr> {
         }
     }
     address
+}
+
+/// Returns the name of a device of the calling thread's network namespace; `None` if it is gone.
+pub(crate) fn device_name(index: IfIndex) -> Option<String> {
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+    socket.and_then(|socket| index_to_name(socket, index.0)).ok()
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ pub(crate) mod sys;
 #[cfg(test)]
 pub mod testing;
 
+pub(crate) use addresses::device_name;
 pub use addresses::{HostAddresses, watch_addresses};
 pub use facts::{Host, HostError};
 pub(crate) use follow::FollowError;
