@@ -18,9 +18,10 @@ use proxy_common::abi::CgroupId;
 use proxy_common::abi::maps;
 
 use super::load::{Refused, chain, describe, log_level, reason, timed};
-use super::maps::{GrowError, KernelMaps};
+use super::maps::KernelMaps;
 use super::pins::{Found, PinDir, PinError};
 use super::sys;
+use super::writable::{GrowError, WritableMaps};
 use crate::bpf::pins::OpenError;
 use crate::host::cgroups::{CONTAINERS_MAX, PODS_MAX};
 use crate::host::sockets::SocketMaps;
@@ -138,7 +139,7 @@ pub struct Sizes {
 #[derive(Debug)]
 pub struct Dataplane {
     /// The maps.
-    pub maps: KernelMaps,
+    pub maps: WritableMaps,
     /// Whether the maps existed already, with the elements that an earlier agent had written.
     pub resumed: bool,
     /// Verified instructions per program, if the kernel reports them (5.16).
@@ -213,9 +214,9 @@ impl Dataplane {
         leave_out_halves(&mut refused);
         #[cfg(feature = "debug-log")]
         super::debug_log::follow(&mut programs);
-        let mut maps = KernelMaps::open(&larger, true)?;
+        let mut maps = WritableMaps::open(&larger)?;
         if !too_small.is_empty() {
-            maps.copy_from(&KernelMaps::open(&pins, false)?, &too_small)?;
+            maps.copy_from(&KernelMaps::open(&pins)?, &too_small)?;
             tracing::info!(maps = ?too_small, "maps have been made larger");
         }
         let pins = larger.replace_by_larger()?;

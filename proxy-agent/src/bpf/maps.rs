@@ -1,61 +1,45 @@
-//! The pinned maps, for the agent and its inspection commands.
+//! The pinned maps, to read.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io;
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering::Acquire;
 
-use aya::maps::{
-    HashMap, IterableMap as _, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie,
-};
+use aya::maps::{HashMap, IterableMap as _, LpmTrie, Map, MapData, MapError, PerCpuArray, lpm_trie};
 use proxy_common::abi::maps;
 use proxy_common::abi::{
-    Backend, BackendId, CgroupId, Counter, Device, FilterBit, FlowKind, FrontendKey, FrontendValue, IfIndex,
-    NetnsCookie, Service, ServiceCounters, ServiceId, ServiceName, SourceRangeKey,
+    Backend, BackendId, CgroupId, Counter, Device, FrontendKey, FrontendValue, IfIndex, NetnsCookie, Service,
+    ServiceCounters, ServiceId, ServiceName, SourceRangeKey,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
 
 use super::flow_maps::{FlowMaps, Table, count};
 use super::pins::{OpenError, PinDir};
 use super::sys::Mapping;
-use crate::reconcile::store::{
-    Capacity, Contents, MapStore, Op, StoreError, backend_bits, filter_bits, filter_words,
-};
-
-/// Reason why the elements of a map could not be copied into a larger one.
-#[derive(Debug, thiserror::Error)]
-pub enum GrowError {
-    /// The elements cannot be read.
-    #[error("reading what there is: {0}")]
-    Read(#[from] MapError),
-    /// The elements cannot be written.
-    #[error(transparent)]
-    Write(#[from] StoreError),
-}
+use crate::reconcile::store::{Capacity, Contents};
 
 /// The maps that hold Services and the node's own facts.
 pub struct KernelMaps {
-    frontends: HashMap<MapData, FrontendKey, FrontendValue>,
-    names: HashMap<MapData, ServiceId, ServiceName>,
-    source_ranges: LpmTrie<MapData, SourceRange, u32>,
-    local_addresses: HashMap<MapData, Addr, u32>,
-    service_cidrs: LpmTrie<MapData, Addr, u32>,
-    pod_sources: LpmTrie<MapData, Addr, u32>,
-    opt_out: HashMap<MapData, CgroupId, u32>,
-    sandboxes: HashMap<MapData, NetnsCookie, CgroupId>,
-    counters: PerCpuArray<MapData, u64>,
-    service_counters: PerCpuArray<MapData, ServiceCounters>,
-    flow_maps: FlowMaps,
-    devices: Table<Device, IfIndex>,
-    filter: Mapping,
-    services: Mapping,
-    slots: Mapping,
-    backends: Mapping,
-    node: Mapping,
-    capacity: Capacity,
+    pub(super) frontends: HashMap<MapData, FrontendKey, FrontendValue>,
+    pub(super) names: HashMap<MapData, ServiceId, ServiceName>,
+    pub(super) source_ranges: LpmTrie<MapData, SourceRange, u32>,
+    pub(super) local_addresses: HashMap<MapData, Addr, u32>,
+    pub(super) service_cidrs: LpmTrie<MapData, Addr, u32>,
+    pub(super) pod_sources: LpmTrie<MapData, Addr, u32>,
+    pub(super) opt_out: HashMap<MapData, CgroupId, u32>,
+    pub(super) sandboxes: HashMap<MapData, NetnsCookie, CgroupId>,
+    pub(super) counters: PerCpuArray<MapData, u64>,
+    pub(super) service_counters: PerCpuArray<MapData, ServiceCounters>,
+    pub(super) flow_maps: FlowMaps,
+    pub(super) devices: Table<Device, IfIndex>,
+    pub(super) filter: Mapping,
+    pub(super) services: Mapping,
+    pub(super) slots: Mapping,
+    pub(super) backends: Mapping,
+    pub(super) node: Mapping,
+    pub(super) capacity: Capacity,
 }
 
 /// Part of a [`SourceRangeKey`] behind the length.
-type SourceRange = [u8; 20];
+pub(super) type SourceRange = [u8; 20];
 
 impl std::fmt::Debug for KernelMaps {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -64,12 +48,17 @@ impl std::fmt::Debug for KernelMaps {
 }
 
 impl KernelMaps {
-    /// Opens the pinned maps. Without `writable`, an [`Op`] on a mapped array would end the process.
+    /// Opens the pinned maps.
     ///
     /// # Errors
     ///
     /// [`OpenError`] names the pin.
-    pub fn open(pins: &PinDir, writable: bool) -> Result<Self, OpenError> {
+    pub fn open(pins: &PinDir) -> Result<Self, OpenError> {
+        Self::mapped(pins, false)
+    }
+
+    /// Opens the pinned maps. Without `writable`, a store to a mapped array would end the process.
+    pub(super) fn mapped(pins: &PinDir, writable: bool) -> Result<Self, OpenError> {
         let data = |name: &str| {
             let path = pins.map(name);
             MapData::from_pin(&path).map_err(|source| OpenError::Pin { path, source })
@@ -128,15 +117,6 @@ impl KernelMaps {
     /// Returns the cookie of the host's network namespace; 0 while it is unknown.
     pub(crate) fn host_netns(&self) -> NetnsCookie {
         NetnsCookie(self.node.word(0, 0).map_or(0, |word| word.load(Acquire)))
-    }
-
-    /// Replaces the cookie of the host's network namespace.
-    ///
-    /// # Errors
-    ///
-    /// Never fails: the map has room for the cookie.
-    pub(crate) fn set_host_netns(&self, cookie: NetnsCookie) -> Result<(), StoreError> {
-        store(maps::NODE, &self.node, 0, 0, cookie.0)
     }
 
     /// Returns bits of [`proxy_common::abi::node`].
@@ -281,136 +261,7 @@ fn capacity(map: &MapData) -> Result<u64, MapError> {
     Ok(map.info()?.max_entries().into())
 }
 
-impl KernelMaps {
-    /// Copies the elements of `old` for each of `maps`, which are empty here, at the same numbers.
-    ///
-    /// # Errors
-    ///
-    /// [`GrowError`].
-    pub(crate) fn copy_from(&mut self, old: &Self, maps: &BTreeSet<&str>) -> Result<(), GrowError> {
-        let contents = old.contents()?;
-        contents.elements().filter(|op| maps.contains(op.map())).try_for_each(|op| self.apply(&op))?;
-        if maps.contains(maps::SERVICE_COUNTERS) {
-            for (id, _) in &contents.names {
-                let counted = old.service_counters.get(&id.0, 0)?;
-                self.service_counters.set(id.0, counted, 0)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes `FILTER` match the other maps: sets missing bits, clears stale bits. Flows go on after their backend has
-    /// left its Service, so the bits of their backends are set as well.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError::Range`] if the map is too small, [`StoreError::Map`] if the flows cannot be walked.
-    pub fn refresh_filter(&self, contents: &Contents) -> Result<(), StoreError> {
-        let mut words = filter_words(contents);
-        for (map, table) in
-            [(maps::FLOWS, &self.flow_maps.flows), (maps::NEW_FLOWS, &self.flow_maps.new_flows)]
-        {
-            table
-                .for_each(|(key, _)| {
-                    if key.kind != FlowKind::Record as u8 {
-                        return;
-                    }
-                    for FilterBit { word, mask } in backend_bits(&key.destination, key.destination_port) {
-                        if let Some(word) = words.get_mut(word as usize) {
-                            *word |= mask;
-                        }
-                    }
-                })
-                .map_err(|source| StoreError::Map { map, source })?;
-        }
-        (0..).zip(words).try_for_each(|(word, bits)| store(maps::FILTER, &self.filter, word, 0, bits))
-    }
-}
-
-impl MapStore for KernelMaps {
-    fn apply(&mut self, op: &Op) -> Result<(), StoreError> {
-        for bit in filter_bits(op) {
-            let word = self.filter.word(bit.word, 0).map_or(0, |word| word.load(Acquire));
-            store(maps::FILTER, &self.filter, bit.word, 0, word | bit.mask)?;
-        }
-        match op {
-            Op::Name(id, Some(name)) => {
-                let cpus = aya::util::nr_cpus().map_err(|(_, source)| source);
-                let zero =
-                    cpus.and_then(|cpus| PerCpuValues::try_from(vec![ServiceCounters::default(); cpus]));
-                zero.map_err(MapError::from)
-                    .and_then(|zero| self.service_counters.set(id.0, zero, 0))
-                    .map_err(failed(maps::SERVICE_COUNTERS))?;
-                self.names.insert(id, **name, 0).map_err(failed(maps::NAMES))
-            }
-            Op::Name(id, None) => absent_is_fine(self.names.remove(id)).map_err(failed(maps::NAMES)),
-            Op::Backend(id, backend) => {
-                let [a, b, c, state] = bytemuck::cast::<Backend, [u64; 4]>(*backend);
-                // The state makes the element valid, so it comes last.
-                [(0, a), (1, b), (2, c), (3, state)]
-                    .into_iter()
-                    .try_for_each(|(word, value)| store(maps::BACKENDS, &self.backends, id.0, word, value))
-            }
-            Op::BackendState(id, state) => {
-                store(maps::BACKENDS, &self.backends, id.0, 3, bytemuck::cast(*state))
-            }
-            Op::Slots(base, ids) => (*base..)
-                .zip(ids)
-                .try_for_each(|(slot, id)| store(maps::SLOTS, &self.slots, slot, 0, u64::from(id.0))),
-            Op::Service(id, service) => {
-                let [cluster, local, affinity] = bytemuck::cast::<Service, [u64; 3]>(*service);
-                [(2, affinity), (1, local), (0, cluster)]
-                    .into_iter()
-                    .try_for_each(|(word, value)| store(maps::SERVICES, &self.services, id.0, word, value))
-            }
-            Op::Frontend(key, Some(value)) => {
-                self.frontends.insert(key, value, 0).map_err(failed(maps::FRONTENDS))
-            }
-            Op::Frontend(key, None) => {
-                absent_is_fine(self.frontends.remove(key)).map_err(failed(maps::FRONTENDS))
-            }
-            Op::LocalAddress(addr, Some(bits)) => {
-                self.local_addresses.insert(addr, bits, 0).map_err(failed(maps::LOCAL_ADDRESSES))
-            }
-            Op::LocalAddress(addr, None) => {
-                absent_is_fine(self.local_addresses.remove(addr)).map_err(failed(maps::LOCAL_ADDRESSES))
-            }
-            Op::SourceRange(service, range, present) => {
-                put(&mut self.source_ranges, &source_range_key(*service, *range), *present)
-                    .map_err(failed(maps::SOURCE_RANGES))
-            }
-            Op::ServiceCidr(cidr, present) => put(&mut self.service_cidrs, &prefix_key(*cidr), *present)
-                .map_err(failed(maps::SERVICE_CIDRS)),
-            Op::PodSource(pods, present) => {
-                put(&mut self.pod_sources, &prefix_key(*pods), *present).map_err(failed(maps::POD_SOURCES))
-            }
-            Op::OptOut(cgroup, Some(what)) => {
-                self.opt_out.insert(cgroup, what, 0).map_err(failed(maps::OPT_OUT))
-            }
-            Op::OptOut(cgroup, None) => {
-                absent_is_fine(self.opt_out.remove(cgroup)).map_err(failed(maps::OPT_OUT))
-            }
-            Op::Sandbox(netns, Some(cgroup)) => {
-                self.sandboxes.insert(netns, cgroup, 0).map_err(failed(maps::SANDBOXES))
-            }
-            Op::Sandbox(netns, None) => {
-                absent_is_fine(self.sandboxes.remove(netns)).map_err(failed(maps::SANDBOXES))
-            }
-            Op::NodeFlags(flags) => store(maps::NODE, &self.node, 0, 1, *flags),
-        }
-    }
-}
-
-/// Adds or removes an element of a trie that is used as a set of keys.
-fn put<K: aya::Pod>(
-    trie: &mut LpmTrie<MapData, K, u32>,
-    key: &lpm_trie::Key<K>,
-    present: bool,
-) -> Result<(), MapError> {
-    if present { trie.insert(key, 1, 0) } else { absent_is_fine(trie.remove(key)) }
-}
-
-fn prefix_key(prefix: Prefix) -> lpm_trie::Key<Addr> {
+pub(super) fn prefix_key(prefix: Prefix) -> lpm_trie::Key<Addr> {
     lpm_trie::Key::new(u32::from(prefix.mapped_len()), prefix.addr())
 }
 
@@ -423,7 +274,7 @@ fn prefix(addr: Addr, mapped_len: u32) -> Option<Prefix> {
     Prefix::new(addr, u8::try_from(len).ok()?)
 }
 
-fn source_range_key(service: ServiceId, range: Prefix) -> lpm_trie::Key<SourceRange> {
+pub(super) fn source_range_key(service: ServiceId, range: Prefix) -> lpm_trie::Key<SourceRange> {
     let len = 32 + u32::from(range.mapped_len());
     let key = SourceRangeKey { len, service, addr: range.addr() };
     let [_, _, _, _, data @ ..]: [u8; size_of::<SourceRangeKey>()] = bytemuck::cast(key);
@@ -459,33 +310,4 @@ fn array<T>(mapping: &Mapping, get: impl Fn(u32) -> Option<T>) -> Vec<T> {
         .find(|index| (0..).map_while(|word| mapping.word(*index, word)).any(|word| word.load(Acquire) != 0))
         .map_or(0, |last| last + 1);
     (0..len).map_while(get).collect()
-}
-
-fn store(
-    map: &'static str,
-    mapping: &Mapping,
-    index: u32,
-    word: usize,
-    value: u64,
-) -> Result<(), StoreError> {
-    let len = mapping.len();
-    mapping.word(index, word).ok_or(StoreError::Range { map, index, len })?.store(value, Release);
-    Ok(())
-}
-
-fn failed(map: &'static str) -> impl FnOnce(MapError) -> StoreError {
-    move |error| {
-        let source =
-            if let MapError::SyscallError(error) = error { error.io_error } else { io::Error::other(error) };
-        StoreError::Map { map, source }
-    }
-}
-
-/// Makes removing an absent element a success.
-fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
-    match result {
-        Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
 }

@@ -14,6 +14,8 @@ pub(crate) mod notes;
 
 pub mod maps;
 
+pub mod writable;
+
 pub mod flow_maps;
 
 mod load;

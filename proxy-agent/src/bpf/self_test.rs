@@ -19,8 +19,8 @@ use proxy_common::abi::{BackendId, ServiceId, backend, proto};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 
-use crate::bpf::maps::KernelMaps;
 use crate::bpf::sys;
+use crate::bpf::writable::WritableMaps;
 use crate::host::sys::netns_cookie;
 use crate::reconcile::store::{MapStore, Op, StoreError};
 
@@ -156,7 +156,7 @@ pub(crate) fn run(maps: &mut impl MapStore) -> Result<(), SelfTestError> {
 /// # Errors
 ///
 /// [`SelfTestError::Store`].
-pub(crate) fn settle(maps: &KernelMaps) -> Result<(), SelfTestError> {
+pub(crate) fn settle(maps: &WritableMaps) -> Result<(), SelfTestError> {
     // Programs that have seen the probe's frontend may still write the namespace.
     let _ = sys::grace_period();
     let learned = maps.host_netns();

@@ -65,7 +65,7 @@ fn none() -> String {
 /// [`InspectError`].
 pub fn print(args: &FlowsArgs, out: &mut impl Write) -> Result<(), InspectError> {
     let pins = PinDir::new(&args.inspect.pins.pin_dir);
-    let maps = KernelMaps::open(&pins, false)?;
+    let maps = KernelMaps::open(&pins)?;
     let model = Model::restore(maps.capacity(), &maps.contents()?);
     let flows = FlowMaps::open(&pins)?;
     let mut views = flow_views(&flows, &model, now())?;

@@ -171,7 +171,7 @@ pub struct StatusView {
 ///
 /// [`InspectError`].
 pub fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
-    let maps = KernelMaps::open(&PinDir::new(&args.pins.pin_dir), false)?;
+    let maps = KernelMaps::open(&PinDir::new(&args.pins.pin_dir))?;
     let mut views = service_views(&Model::restore(maps.capacity(), &maps.contents()?));
     for view in &mut views {
         view.traffic = maps.service_counters(ServiceId(view.id))?.into();
@@ -258,7 +258,7 @@ pub fn print_backends(
 /// [`InspectError`].
 pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
     let pins = PinDir::new(&args.pins.pin_dir);
-    let maps = KernelMaps::open(&pins, false)?;
+    let maps = KernelMaps::open(&pins)?;
     let (mut usage, flows) = (maps.usage()?, maps.flow_maps());
     usage.push((maps::FLOWS, flows.flows.count()?, flows.flows.capacity()?));
     usage.push((maps::NEW_FLOWS, flows.new_flows.count()?, flows.new_flows.capacity()?));
@@ -371,7 +371,7 @@ const fn refusals(set_retval: bool, node_flags: u64) -> &'static str {
 }
 
 fn read(args: &Inspect) -> Result<Model, InspectError> {
-    let maps = KernelMaps::open(&PinDir::new(&args.pins.pin_dir), false)?;
+    let maps = KernelMaps::open(&PinDir::new(&args.pins.pin_dir))?;
     Ok(Model::restore(maps.capacity(), &maps.contents()?))
 }
 

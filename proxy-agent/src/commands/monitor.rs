@@ -205,7 +205,7 @@ struct Names {
 
 impl Names {
     fn read(pins: &PinDir) -> Result<Self, MonitorError> {
-        let maps = KernelMaps::open(pins, false)?;
+        let maps = KernelMaps::open(pins)?;
         let model = Model::restore(maps.capacity(), &maps.contents()?);
         let services = model.ports.iter().map(|(key, port)| {
             let colon = if key.port_name.is_empty() { "" } else { ":" };

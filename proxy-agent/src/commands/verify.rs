@@ -67,7 +67,7 @@ pub struct Findings {
 ///
 /// [`VerifyError`].
 pub(crate) async fn run(config: &Config) -> Result<Findings, VerifyError> {
-    let maps = KernelMaps::open(&config.pins, false)?;
+    let maps = KernelMaps::open(&config.pins)?;
     let addresses = watch_addresses().await.map_err(AgentError::from)?;
     let server = connect(config).map_err(AgentError::from)?;
     let (sender, mut updates) = mpsc::channel(64);

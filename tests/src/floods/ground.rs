@@ -158,7 +158,7 @@ impl Ground {
     /// # Errors
     /// If they cannot be opened.
     pub fn maps(&self) -> Result<KernelMaps> {
-        Ok(KernelMaps::open(&PinDir::new(self.node().pin_dir()), false)?)
+        Ok(KernelMaps::open(&PinDir::new(self.node().pin_dir()))?)
     }
 
     /// Returns a counter of the first node.

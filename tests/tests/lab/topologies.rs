@@ -429,7 +429,7 @@ impl Outer {
         }
         let pins = PinDir::new(machine.pin_dir());
         until("the pods' sandboxes", || {
-            let contents = KernelMaps::open(&pins, false)?.contents()?;
+            let contents = KernelMaps::open(&pins)?.contents()?;
             Ok((contents.sandboxes.len() == OUTER_PODS.len()).then_some(()))
         })?;
         Ok(Self { _agent: agent, _manifests: manifests, _pauses: pauses })

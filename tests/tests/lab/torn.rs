@@ -20,6 +20,7 @@ use proxy_agent::bpf::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
 use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::PinDir;
 use proxy_agent::bpf::sys;
+use proxy_agent::bpf::writable::WritableMaps;
 use proxy_agent::reconcile::cluster::ObjectKey;
 use proxy_agent::reconcile::desired::{DesiredBackend, DesiredPort, DesiredService, PortKey};
 use proxy_agent::reconcile::model::{Freed, Model};
@@ -136,7 +137,7 @@ struct Writer {
 }
 
 impl Writer {
-    fn new(maps: &mut KernelMaps) -> Result<Self> {
+    fn new(maps: &mut WritableMaps) -> Result<Self> {
         let (begin, wanted) = mpsc::channel();
         let (over, done) = mpsc::channel();
         thread::spawn(move || {
@@ -190,7 +191,7 @@ impl Writer {
     }
 
     /// Gives the steady Service its other set, in another range, as long as there are ranges.
-    fn flip(&mut self, maps: &mut KernelMaps) -> Result<()> {
+    fn flip(&mut self, maps: &mut WritableMaps) -> Result<()> {
         while let Some(next) = self.ring.pop() {
             let (id, backends, range) = &mut self.steady;
             let set = backends.chunks(4).nth(self.ring.len() % 2).context("two sets")?.to_vec();
@@ -203,7 +204,7 @@ impl Writer {
         Ok(())
     }
 
-    fn round(&mut self, maps: &mut KernelMaps) -> Result<()> {
+    fn round(&mut self, maps: &mut WritableMaps) -> Result<()> {
         let ops = self.plan();
         self.carry_out(maps, &ops)?;
         self.flip(maps)?;
@@ -248,7 +249,7 @@ impl Writer {
     }
 
     /// Gives back numbers whose grace period is over, and begins the next grace period.
-    fn wait_beside(&mut self, maps: &mut KernelMaps) -> Result<()> {
+    fn wait_beside(&mut self, maps: &mut WritableMaps) -> Result<()> {
         match (&self.waiting, self.grace.1.try_recv()) {
             (Some(_), Ok(done)) => {
                 self.longest_grace = self.longest_grace.max(done.context("a grace period")?);
@@ -267,7 +268,7 @@ impl Writer {
     }
 
     /// Gives the ranges to another Service for a moment: a reader that still had them would be sent to that Service.
-    fn reuse(&mut self, maps: &mut KernelMaps) -> Result<()> {
+    fn reuse(&mut self, maps: &mut WritableMaps) -> Result<()> {
         let (_, decoys) = self.port("decoy")?;
         for range in std::mem::take(&mut self.ring_waiting) {
             self.carry_out(maps, &[Op::Slots(range.base, decoys.clone())])?;
@@ -281,7 +282,7 @@ impl Writer {
         self.graces >= 4 && self.backends > 2 * u64::from(CAPACITY.backends)
     }
 
-    fn carry_out(&mut self, maps: &mut KernelMaps, ops: &[Op]) -> Result<()> {
+    fn carry_out(&mut self, maps: &mut WritableMaps, ops: &[Op]) -> Result<()> {
         for op in ops {
             maps.apply(op)?;
             self.ops += 1;
@@ -316,7 +317,7 @@ struct Seen {
 
 fn client(pins: &Path) -> Result<()> {
     let ids: BTreeMap<String, ServiceId> = {
-        let maps = KernelMaps::open(&PinDir::new(pins), false)?;
+        let maps = KernelMaps::open(&PinDir::new(pins))?;
         ids(&Model::restore(maps.capacity(), &maps.contents()?))
     };
     // The client's threads are on one CPU, the writer on another (if there is one).

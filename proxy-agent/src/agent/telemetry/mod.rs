@@ -237,11 +237,11 @@ pub(crate) fn readers(pins: &PinDir, counts: Counts) -> Readers {
     let (for_counters, pins) = (pins.clone(), pins.clone());
     Readers {
         verdicts: Box::new(move || {
-            let maps = KernelMaps::open(&for_counters, false)?;
+            let maps = KernelMaps::open(&for_counters)?;
             Counter::ALL.into_iter().map(|counter| Ok((counter.name(), maps.counter(counter)?))).collect()
         }),
         maps: Box::new(move || {
-            let usage = KernelMaps::open(&pins, false)?.usage()?.into_iter();
+            let usage = KernelMaps::open(&pins)?.usage()?.into_iter();
             let mut maps: Vec<MapUsage> = usage
                 .map(|(map, entries, capacity)| MapUsage { map, entries: Some(entries), capacity })
                 .collect();

@@ -15,8 +15,8 @@ use proxy_common::addr::{Addr, Family, Prefix};
 use proxy_common::be::Be16;
 
 use super::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
-use super::maps::KernelMaps;
 use super::pins::PinDir;
+use super::writable::WritableMaps;
 use crate::bpf::self_test;
 use crate::host::sys::netns_cookie;
 use crate::reconcile::cluster::ObjectKey;
@@ -53,7 +53,7 @@ fn open(pins: &PinDir, capacity: Capacity) -> Dataplane {
 }
 
 /// Writes an element into each of the maps, at its highest number.
-fn fill(maps: &mut KernelMaps) {
+fn fill(maps: &mut WritableMaps) {
     let port = PortKey {
         service: ObjectKey::new("default", "kubia"),
         port_name: "".into(),

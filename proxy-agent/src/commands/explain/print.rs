@@ -129,7 +129,7 @@ pub(super) fn client_note(explanation: &Explanation, here: Option<&str>, opted_o
 
 /// Returns copies of the pinned maps, and the model of them.
 fn read(pins: &PinDir, question: &Question) -> Result<(Simulator, Model), InspectError> {
-    let kernel = KernelMaps::open(pins, false)?;
+    let kernel = KernelMaps::open(pins)?;
     let contents = kernel.contents()?;
     let maps = Simulator::of(&contents, &kernel.filter());
     maps.host_netns.set(kernel.host_netns());

@@ -8,8 +8,8 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{HashMap, Map, MapData};
 use bytemuck::Zeroable;
 use proxy_agent::bpf::flow_maps::FlowMaps;
-use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::PinDir;
+use proxy_agent::bpf::writable::WritableMaps;
 use proxy_agent::host::clock::now;
 use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::maps;
@@ -147,7 +147,7 @@ fn a_link_that_is_missing_is_made_again() -> Result<()> {
 /// Puts an element into each table that only packets, devices or rarer Services fill.
 fn something_for_the_packet_edge(pins: &PinDir) -> Result<()> {
     let range = Prefix::new(Addr::v4([203, 0, 113, 0]), 24).context("a prefix")?;
-    let mut maps = KernelMaps::open(pins, true)?;
+    let mut maps = WritableMaps::open(pins)?;
     maps.apply(&Op::SourceRange(ServiceId::NONE, range, true))?;
     maps.apply(&Op::OptOut(CgroupId(u64::MAX), Some(opt_out::EVERYTHING)))?;
     maps.apply(&Op::Sandbox(NetnsCookie(u64::MAX), Some(CgroupId(u64::MAX))))?;

@@ -151,7 +151,7 @@ fn soon(what: &str, done: impl Fn() -> Result<bool>) -> Result<()> {
 }
 
 fn maps(world: &World) -> Result<KernelMaps> {
-    Ok(KernelMaps::open(&PinDir::new(world.lab().node(NODE).pin_dir()), false)?)
+    Ok(KernelMaps::open(&PinDir::new(world.lab().node(NODE).pin_dir()))?)
 }
 
 /// Returns all elements of the maps that belong to the untouched Service.

@@ -118,13 +118,13 @@ fn new_maps_know_what_older_flows_lead_to() -> Result<()> {
     let (key, flow) = record(POD, TCP, 1, ASSURED, now());
     FlowMaps::open(&pins)?.flows.add(&FlowKey { destination: departed, ..key }, &flow)?;
     // Nothing has told the filter yet. A new agent does, whether it takes the maps over or replaces them.
-    assert!(!in_filter(&KernelMaps::open(&pins, false)?, &departed));
+    assert!(!in_filter(&KernelMaps::open(&pins)?, &departed));
     world.agent(NODE).kill9()?;
     world.agent(NODE).start_ready()?;
-    assert!(in_filter(&KernelMaps::open(&pins, false)?, &departed));
+    assert!(in_filter(&KernelMaps::open(&pins)?, &departed));
     world.agent(NODE).kill9()?;
     std::fs::remove_file(pins.map(maps::FRONTENDS))?;
     world.agent(NODE).start_ready()?;
-    assert!(in_filter(&KernelMaps::open(&pins, false)?, &departed));
+    assert!(in_filter(&KernelMaps::open(&pins)?, &departed));
     Ok(())
 }

@@ -13,6 +13,7 @@ use proxy_agent::bpf::dataplane::{Dataplane, FLOW_ENTRIES, Sizes};
 use proxy_agent::bpf::flow_maps::FlowMaps;
 use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::PinDir;
+use proxy_agent::bpf::writable::WritableMaps;
 use proxy_agent::host::clock::now;
 use proxy_agent::reconcile::cluster::ObjectKey;
 use proxy_agent::reconcile::desired::PortKey;
@@ -62,7 +63,7 @@ impl Bench {
         Ok(Self { dataplane, pins, _lab: lab })
     }
 
-    fn maps(&mut self) -> &mut KernelMaps {
+    fn maps(&mut self) -> &mut WritableMaps {
         &mut self.dataplane.maps
     }
 

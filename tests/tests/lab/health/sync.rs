@@ -5,8 +5,8 @@ use std::time::{Instant, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::jiff::Timestamp;
-use proxy_agent::bpf::maps::KernelMaps;
 use proxy_agent::bpf::pins::PinDir;
+use proxy_agent::bpf::writable::WritableMaps;
 use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::{FrontendKey, FrontendValue, ServiceId, proto};
 use proxy_common::addr::Addr;
@@ -129,7 +129,7 @@ fn p212_changes_are_programmed_at_once() -> Result<()> {
 
 /// Fills `FRONTENDS` with elements of no Service, until no more fit.
 fn fill_frontends(stage: &Stage) -> Result<u32> {
-    let mut maps = KernelMaps::open(&PinDir::new(stage.node().pin_dir()), true)?;
+    let mut maps = WritableMaps::open(&PinDir::new(stage.node().pin_dir()))?;
     for number in 0..=maps.capacity().frontends {
         let [_, _, high, low] = number.to_be_bytes();
         let key = FrontendKey::exact(Addr::v4([203, 0, high, low]), Be16::new(1), proto::TCP);

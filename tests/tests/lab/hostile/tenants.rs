@@ -65,7 +65,7 @@ impl Stage {
     /// frontend.
     fn endpoints(&self, number: u16, port: u16) -> Result<Option<u32>> {
         // The maps may have grown.
-        let maps = KernelMaps::open(&PinDir::new(self.node().pin_dir()), false)?;
+        let maps = KernelMaps::open(&PinDir::new(self.node().pin_dir()))?;
         let key = FrontendKey::exact(Addr::from(cluster_ip(number)), Be16::new(port), proto::TCP);
         let frontend = maps.frontend(&key)?;
         Ok(frontend.map(|value| maps.service(value.service).map_or(0, |service| service.cluster.len)))

@@ -46,7 +46,7 @@ fn network_inside(pod: &Pod, cgroup: &str, container: &str) -> Result<Place> {
 fn wait_known(setting: &Setting, pods: usize) -> Result<()> {
     let pins = PinDir::new(setting.lab.node(NODE).pin_dir());
     until("sandboxes", || {
-        let contents = KernelMaps::open(&pins, false)?.contents()?;
+        let contents = KernelMaps::open(&pins)?.contents()?;
         Ok((contents.sandboxes.len() == pods && (contents.opt_out.is_empty() == (pods == 0))).then_some(()))
     })
     .with_context(|| format!("of {pods} pods"))

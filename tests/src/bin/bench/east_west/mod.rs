@@ -143,7 +143,7 @@ fn measure(
 
 /// Proves that one side goes through the programs and the other does not.
 fn prove(ground: &Ground, node: &Node, pairs: &mut BTreeMap<Side, Pair>) -> Result<()> {
-    let maps = KernelMaps::open(&PinDir::new(node.pin_dir()), false)?;
+    let maps = KernelMaps::open(&PinDir::new(node.pin_dir()))?;
     for (side, pair) in pairs {
         let before = maps.counter(Counter::Connected)?;
         let server = ground.target(*side, Listener::AnswerAndClose);

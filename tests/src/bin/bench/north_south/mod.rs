@@ -188,7 +188,7 @@ fn prove(
     if let Some(floor) = floor {
         floor.aim(grounds.of(Side::Floor), backend, Listener::AnswerAndWait)?;
     }
-    let maps = KernelMaps::open(&PinDir::new(grounds.of(Side::Vipr).node().pin_dir()), false)?;
+    let maps = KernelMaps::open(&PinDir::new(grounds.of(Side::Vipr).node().pin_dir()))?;
     let sides: Vec<Side> = pairs.keys().copied().collect();
     let targets = grounds.targets(&sides, backend, Listener::AnswerAndWait)?;
     for (side, pair) in pairs {

@@ -66,7 +66,7 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     let (world, agent) = cluster.fill(options.services, node)?;
     let world = world.to_string();
     let pins = PinDir::new(node.pin_dir());
-    let maps = KernelMaps::open(&pins, false)?;
+    let maps = KernelMaps::open(&pins)?;
 
     let measured = cpu::on_cpu(options.cpu, || {
         let mut rig = Rig::new(&pins, node.host().net())

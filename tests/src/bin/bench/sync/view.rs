@@ -23,7 +23,7 @@ impl View {
     /// # Errors
     /// If not every map is pinned yet.
     pub(super) fn open(pin_dir: &Path) -> Result<Self> {
-        Ok(Self { maps: KernelMaps::open(&PinDir::new(pin_dir), false)? })
+        Ok(Self { maps: KernelMaps::open(&PinDir::new(pin_dir))? })
     }
 
     /// Returns the id of Service `index`.
