@@ -2,7 +2,7 @@
 
 use core::ptr::{addr_of, addr_of_mut};
 
-use proxy_common::abi::{Flow, IfIndex};
+use proxy_common::abi::{Flow, IfIndex, Nanos};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::tables::FlowCell;
@@ -57,7 +57,7 @@ impl FlowCell for Cell {
     }
 
     #[inline(always)]
-    fn set_last_seen(&self, check: u32, now: u64) {
+    fn set_last_seen(&self, check: u32, now: Nanos) {
         set_field!(self, check, last_seen = now);
     }
 

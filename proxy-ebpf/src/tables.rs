@@ -6,8 +6,8 @@ use aya_ebpf::btf_maps::lpm_trie;
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, BackendId, CgroupId, Counter, Device, Event, Flow, FlowKey, FlowRef,
-    FragmentKey, FragmentPorts, FrontendKey, FrontendValue, IfIndex, NetnsCookie, Node, Service, ServiceId,
-    StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    FragmentKey, FragmentPorts, FrontendKey, FrontendValue, IfIndex, Nanos, NetnsCookie, Node, Service,
+    ServiceId, StreamRecord, Trace, UdpFlow, UdpFlowKey,
 };
 use proxy_common::addr::Addr;
 use proxy_common::datapath::edge::tables::EdgeTables;
@@ -194,7 +194,7 @@ impl Tables for Maps {
     fn trace(&self) -> Trace {
         match TRACE.get_ptr(0) {
             Some(trace) => load_words!(trace, Trace, 2),
-            None => Trace { until: 0, service: ServiceId::NONE, sample: 0 },
+            None => Trace { until: Nanos(0), service: ServiceId::NONE, sample: 0 },
         }
     }
 
@@ -213,13 +213,13 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn now(&self) -> u64 {
+    fn now(&self) -> Nanos {
         if COARSE_CLOCK.load() != 0 {
             // SAFETY: a helper without arguments or preconditions.
-            unsafe { bpf_ktime_get_coarse_ns() }
+            Nanos(unsafe { bpf_ktime_get_coarse_ns() })
         } else {
             // SAFETY: as above.
-            unsafe { bpf_ktime_get_ns() }
+            Nanos(unsafe { bpf_ktime_get_ns() })
         }
     }
 }

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, RESET};
 use proxy_common::abi::proto;
-use proxy_common::abi::{Flow, FlowKey, FlowKind, FrontendKey, Origin, ServiceId};
+use proxy_common::abi::{Flow, FlowKey, FlowKind, FrontendKey, Nanos, Origin, ServiceId};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::flows::has_snat;
@@ -107,7 +107,7 @@ pub fn print_flows(views: &[FlowView], output: Output, out: &mut impl Write) -> 
 /// # Errors
 ///
 /// The kernel's error for a map that cannot be walked.
-pub(crate) fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::Result<Vec<FlowView>> {
+pub(crate) fn flow_views(maps: &FlowMaps, model: &Model, now: Nanos) -> std::io::Result<Vec<FlowView>> {
     let ports: BTreeMap<ServiceId, (&PortKey, &Port)> =
         model.ports.iter().map(|(key, port)| (port.id, (&**key, port))).collect();
     let mut records: BTreeMap<FlowKey, Flow> = BTreeMap::new();
@@ -145,7 +145,7 @@ pub(crate) fn flow_views(maps: &FlowMaps, model: &Model, now: u64) -> std::io::R
 }
 
 /// Returns the view of a datagram of this host's own: its receiver replies to this host.
-fn own_datagram(key: &FlowKey, flow: &Flow, now: u64) -> FlowView {
+fn own_datagram(key: &FlowKey, flow: &Flow, now: Nanos) -> FlowView {
     let host = address(key.destination, key.destination_port);
     FlowView {
         service: None,
@@ -183,7 +183,7 @@ fn source(key: &FlowKey, flow: &Flow) -> Option<SocketAddr> {
     }
 }
 
-fn state(key: &FlowKey, flow: &Flow, now: u64) -> &'static str {
+fn state(key: &FlowKey, flow: &Flow, now: Nanos) -> &'static str {
     if expired(flow, key.proto, now) {
         "expired"
     } else if flow.state & RESET != 0 {

@@ -14,7 +14,7 @@ use k8s_openapi::jiff::Timestamp;
 use proxy_common::abi::event::{PACKET, place};
 use proxy_common::abi::maps;
 use proxy_common::abi::proto;
-use proxy_common::abi::{Counter, Event, ServiceId, Trace};
+use proxy_common::abi::{Counter, Event, Nanos, ServiceId, Trace};
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
 use serde::Serialize;
@@ -131,7 +131,7 @@ pub(crate) async fn run(
         tokio::select! {
             () = &mut stop => break Ok(()),
             _ = renew.tick() => {
-                let until = now().saturating_add(GRACE_NANOS);
+                let until = Nanos(now().0.saturating_add(GRACE_NANOS));
                 trace.set(0, Trace { until, service, sample: args.sample }, 0)?;
             }
             _ = look.tick() => {
@@ -183,7 +183,7 @@ fn print_all(
 /// A moment on both clocks.
 #[derive(Clone, Copy)]
 struct Clock {
-    monotonic: u64,
+    monotonic: Nanos,
     wall: SystemTime,
 }
 
@@ -192,8 +192,8 @@ impl Clock {
         Self { monotonic: now(), wall: SystemTime::now() }
     }
 
-    fn wall(self, monotonic: u64) -> Timestamp {
-        let ago = Duration::from_nanos(self.monotonic.saturating_sub(monotonic));
+    fn wall(self, monotonic: Nanos) -> Timestamp {
+        let ago = Duration::from_nanos(self.monotonic.0.saturating_sub(monotonic.0));
         self.wall.checked_sub(ago).and_then(|time| Timestamp::try_from(time).ok()).unwrap_or_default()
     }
 }

@@ -7,7 +7,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::ids::{BackendId, NetnsCookie, ServiceId};
+use super::ids::{BackendId, Nanos, NetnsCookie, ServiceId};
 use crate::addr::Addr;
 
 /// Key of both maps.
@@ -42,8 +42,8 @@ pub struct AffinityValue {
     pub epoch: u32,
     /// Zero.
     pub pad: u32,
-    /// Time of the client's last connection: nanoseconds of the monotonic clock.
-    pub last_seen: u64,
+    /// Time of the client's last connection.
+    pub last_seen: Nanos,
 }
 
 const _: () = assert!(size_of::<AffinityKey>() == 20);

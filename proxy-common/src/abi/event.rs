@@ -6,7 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::ids::{IfIndex, ServiceId};
+use super::ids::{IfIndex, Nanos, ServiceId};
 use crate::addr::Addr;
 use crate::be::Be16;
 
@@ -14,9 +14,9 @@ use crate::be::Be16;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Trace {
-    /// Time until which events are wanted, in nanoseconds of the monotonic clock; 0 if no process watches. The watching
-    /// process prolongs it again and again, so that tracing ends when the process dies.
-    pub until: u64,
+    /// Time until which events are wanted; 0 if no process watches. The watching process prolongs it again and again, so
+    /// that tracing ends when the process dies.
+    pub until: Nanos,
     /// Service id; 0 for events of every Service and of none.
     pub service: ServiceId,
     /// Sampling of packets of flows that go on: one event for this many packets on average; 0 for none.
@@ -27,8 +27,8 @@ pub struct Trace {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Event {
-    /// Time in nanoseconds of the monotonic clock.
-    pub time: u64,
+    /// Time of the decision.
+    pub time: Nanos,
     /// Source of the packet; zero at sockets.
     pub source: Addr,
     /// Destination of the packet, or address that the application asked for.

@@ -17,7 +17,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::ids::{BackendId, IfIndex, ServiceId};
+use super::ids::{BackendId, IfIndex, Nanos, ServiceId};
 use crate::{addr::Addr, be::Be16};
 
 /// Kind of a [`FlowKey`].
@@ -130,15 +130,14 @@ pub struct Flow {
     pub expected: u32,
     /// Zero.
     pub pad: u32,
-    /// Time at which the flow was last prolonged ([`crate::datapath::edge::timeouts`]): nanoseconds of the monotonic
-    /// clock.
-    pub last_seen: u64,
+    /// Time at which the flow was last prolonged ([`crate::datapath::edge::timeouts`]).
+    pub last_seen: Nanos,
 }
 
 /// Returns a time in the form of [`Flow::syn`]: units of 67 ms, which repeat after 73 minutes. Never 0.
 #[inline(always)]
-pub const fn syn_time(nanos: u64) -> u16 {
-    (nanos >> 26) as u16 | 1
+pub const fn syn_time(time: Nanos) -> u16 {
+    (time.0 >> 26) as u16 | 1
 }
 
 /// Value of `FLOW_INDEX` and `NEW_FLOW_INDEX`: makes the record's key, together with the index key.

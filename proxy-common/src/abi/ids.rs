@@ -1,4 +1,4 @@
-//! Numbers that name something: no number of one kind is taken for one of another.
+//! Numbers that name something, and times: no number of one kind is taken for one of another.
 //!
 //! Each type lies in maps exactly as its integer does.
 
@@ -28,6 +28,8 @@ numbers! {
     NetnsCookie(u64);
     /// Id of a cgroup: its inode number.
     CgroupId(u64);
+    /// Time of the monotonic clock, in nanoseconds. The clock begins when the machine boots.
+    Nanos(u64);
     /// Index of a network device in its network namespace.
     IfIndex(u32);
 }

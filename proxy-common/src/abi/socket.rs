@@ -12,7 +12,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::ids::{BackendId, ServiceId};
+use super::ids::{BackendId, Nanos, ServiceId};
 use crate::{addr::Addr, be::Be16};
 
 /// Value of `SOCKETS`.
@@ -203,8 +203,8 @@ pub const FORGOTTEN: u16 = 14;
 impl UdpFlow {
     /// Returns the time in units of 2^33 nanoseconds (8.6 seconds). The result repeats after six days.
     #[inline(always)]
-    pub const fn clock(now: u64) -> u16 {
-        (now >> 33) as u16
+    pub const fn clock(now: Nanos) -> u16 {
+        (now.0 >> 33) as u16
     }
 
     /// Returns the time since the flow was used, in units of [`UdpFlow::clock`].

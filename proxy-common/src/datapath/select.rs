@@ -4,7 +4,7 @@ use super::tables::{Tables, Tier, since};
 use crate::abi::backend::flags::{IN_CLUSTER, IN_LOCAL};
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
-    Affinity, AffinityKey, AffinityValue, Backend, BackendId, Counter, Flow, FlowKey, FrontendValue,
+    Affinity, AffinityKey, AffinityValue, Backend, BackendId, Counter, Flow, FlowKey, FrontendValue, Nanos,
     ServiceId, SlotRange,
 };
 use crate::addr::Addr;
@@ -101,7 +101,7 @@ pub fn select(tables: &impl Tables, frontend: FrontendValue, client: Client, ide
 }
 
 #[inline(always)]
-const fn entry(id: BackendId, backend: &Backend, affinity: Affinity, now: u64) -> AffinityValue {
+const fn entry(id: BackendId, backend: &Backend, affinity: Affinity, now: Nanos) -> AffinityValue {
     AffinityValue {
         backend: id,
         generation: backend.state.generation,
@@ -137,7 +137,7 @@ fn remembered(
     key: &AffinityKey,
     affinity: Affinity,
     in_set: u32,
-    now: u64,
+    now: Nanos,
 ) -> Option<(BackendId, Backend)> {
     let entry = tables.affinity(tier, key)?;
     if entry.epoch != affinity.epoch {

@@ -3,7 +3,7 @@
 
 use crate::abi::{
     AffinityKey, AffinityValue, Backend, BackendId, CgroupId, Counter, Event, FrontendKey, FrontendValue,
-    NetnsCookie, Node, Service, ServiceId, SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    Nanos, NetnsCookie, Node, Service, ServiceId, SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey,
     socket::Order,
 };
 use crate::addr::Addr;
@@ -79,8 +79,8 @@ pub trait Tables {
     fn tell(&self, make: impl FnOnce() -> Event);
     /// Returns 32 random bits.
     fn random(&self) -> u32;
-    /// Nanoseconds of the monotonic clock.
-    fn now(&self) -> u64;
+    /// Time of the monotonic clock.
+    fn now(&self) -> Nanos;
 }
 
 /// Returns the nanoseconds from `then` to `now`, both of the monotonic clock; 0 if `then` is still to come.
@@ -88,8 +88,8 @@ pub trait Tables {
 /// The clock begins when the machine boots and never comes near 2^63. A time before the boot is a negative
 /// number.
 #[inline(always)]
-pub const fn since(then: u64, now: u64) -> u64 {
-    let passed = now.wrapping_sub(then);
+pub const fn since(then: Nanos, now: Nanos) -> u64 {
+    let passed = now.0.wrapping_sub(then.0);
     if passed >> 63 == 0 { passed } else { 0 }
 }
 

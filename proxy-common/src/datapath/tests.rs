@@ -14,7 +14,7 @@ use crate::abi::backend::flags::IN_CLUSTER;
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
     AffinityKey, AffinityValue, Backend, BackendId, BackendState, CgroupId, Counter, Event, Flow,
-    FrontendKey, FrontendValue, NetnsCookie, Node, Service, ServiceId, SlotRange, StreamRecord, Trace,
+    FrontendKey, FrontendValue, Nanos, NetnsCookie, Node, Service, ServiceId, SlotRange, StreamRecord, Trace,
     UdpFlow, UdpFlowKey, local_address, proto,
 };
 use crate::addr::Addr;
@@ -113,8 +113,8 @@ impl Tables for Racing {
         self.random
     }
 
-    fn now(&self) -> u64 {
-        0
+    fn now(&self) -> Nanos {
+        Nanos(0)
     }
 
     fn trace(&self) -> Trace {
@@ -244,12 +244,12 @@ proptest! {
         let lifetime = lifetime(proto, state);
         for now in [0, 1_000_000_000, 3_600_000_000_000, any] {
             for passed in [0, passed, lifetime - 1, lifetime, lifetime + 1] {
-                let last_seen = now.wrapping_sub(passed);
-                prop_assert_eq!(since(last_seen, now), passed);
+                let last_seen = Nanos(now.wrapping_sub(passed));
+                prop_assert_eq!(since(last_seen, Nanos(now)), passed);
                 // The clocks of two CPUs differ.
-                prop_assert_eq!(since(now + passed, now), 0);
+                prop_assert_eq!(since(Nanos(now + passed), Nanos(now)), 0);
                 let flow = Flow { last_seen, state, ..Flow::default() };
-                prop_assert_eq!(expired(&flow, proto, now), passed >= lifetime);
+                prop_assert_eq!(expired(&flow, proto, Nanos(now)), passed >= lifetime);
             }
         }
     }

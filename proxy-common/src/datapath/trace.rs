@@ -2,7 +2,7 @@
 
 use super::tables::{Socket, Tables};
 use crate::abi::event::{PACKET, place};
-use crate::abi::{Counter, Event, IfIndex, ServiceId};
+use crate::abi::{Counter, Event, IfIndex, Nanos, ServiceId};
 use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::edge::parsed::{Parsed, Tuple};
@@ -10,7 +10,7 @@ use crate::datapath::edge::parsed::{Parsed, Tuple};
 /// Returns whether anybody watches.
 #[inline(always)]
 pub fn watched(tables: &impl Tables) -> bool {
-    tables.trace().until != 0
+    tables.trace().until != Nanos(0)
 }
 
 /// Counts a packet that is not translated, and reports it as a trace event.

@@ -13,7 +13,8 @@ use proxy_agent::bpf::tc::{PROGRAMS, TcPrograms};
 use proxy_agent::reconcile::store::{Capacity, MapStore as _};
 use proxy_common::abi::maps;
 use proxy_common::abi::{
-    Counter, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, ServiceCounters, ServiceId,
+    Counter, Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, Nanos, ServiceCounters,
+    ServiceId,
 };
 use proxy_common::datapath::edge::{Role, Verdict};
 
@@ -213,7 +214,7 @@ impl Kernel {
             for (key, flow) in records {
                 // The time may then be before the machine's start.
                 table.remove(&key)?;
-                table.add(&key, &Flow { last_seen: flow.last_seen.wrapping_sub(nanos), ..flow })?;
+                table.add(&key, &Flow { last_seen: Nanos(flow.last_seen.0.wrapping_sub(nanos)), ..flow })?;
             }
         }
         Ok(())

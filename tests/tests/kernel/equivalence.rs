@@ -11,7 +11,7 @@ use proxy_agent::host::clock::now;
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::ASSURED;
 use proxy_common::abi::proto::UDP;
-use proxy_common::abi::{Counter, Flow};
+use proxy_common::abi::{Counter, Flow, Nanos};
 use proxy_common::be::Be16;
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::has_snat;
@@ -117,7 +117,7 @@ fn flows_may_be_older_than_the_machine() -> Result<()> {
                 let request = Packet::udp(net.client(), net.there(), b"?").bytes();
                 let ran = kernel.packet(NIC, false, &request, Form::Plain)?;
                 let Ran::Done(Action::GoesOn, routed) = ran else { bail!("{net:?}: {ran:?}") };
-                kernel.age(now() + seconds * 1_000_000_000)?;
+                kernel.age(now().0 + seconds * 1_000_000_000)?;
                 let [_, new] = kernel.flows()?.records;
                 let [flow] = new.values().collect::<Vec<_>>()[..] else { bail!("{net:?}: {new:?}") };
                 ensure!(flow.last_seen > now(), "{net:?}: {flow:?}");
@@ -221,7 +221,7 @@ fn host_flows(world: &World) -> Flows {
 /// Removes the times, because the clocks differ.
 fn timeless(mut flows: Flows) -> Flows {
     for flow in flows.records.iter_mut().flat_map(|records| records.values_mut()) {
-        flow.last_seen = 0;
+        flow.last_seen = Nanos(0);
         if flow.state & ASSURED != 0 && flow.syn != 0 {
             flow.syn = 1;
         }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use aya::maps::MapError;
 use proxy_common::abi::maps;
-use proxy_common::abi::{Flow, FlowKey, FlowKind, FlowRef};
+use proxy_common::abi::{Flow, FlowKey, FlowKind, FlowRef, Nanos};
 use proxy_common::datapath::edge::flows::{has_snat, snat_index, snat_target, vip_index, vip_target};
 use proxy_common::datapath::edge::timeouts::expired;
 
@@ -58,7 +58,7 @@ impl Collection {
     /// # Errors
     ///
     /// [`CollectError`]; what has been removed until then stays removed.
-    pub fn step(&mut self, now: u64) -> Result<Option<Collected>, CollectError> {
+    pub fn step(&mut self, now: Nanos) -> Result<Option<Collected>, CollectError> {
         let Self { maps, records, index, collected } = self;
         if let Some(elements) = records.step(&maps.flows)? {
             for (key, flow) in elements {
@@ -83,7 +83,7 @@ impl Collection {
 }
 
 /// Removes a record with the index entries that lead to it, if it has expired. Returns whether it did.
-fn remove(maps: &mut FlowMaps, key: &FlowKey, now: u64) -> Result<bool, MapError> {
+fn remove(maps: &mut FlowMaps, key: &FlowKey, now: Nanos) -> Result<bool, MapError> {
     let Some(flow) = maps.flows.get(key)?.filter(|flow| expired(flow, key.proto, now)) else {
         return Ok(false);
     };

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use proxy_common::abi::device::flags::NEAR;
 use proxy_common::abi::frontend::flags::SOURCE_RANGES;
 use proxy_common::abi::{
-    AffinityKey, Counter, Event, IfIndex, NetnsCookie, ServiceId, Trace, local_address, opt_out, proto,
+    AffinityKey, Counter, Event, IfIndex, Nanos, NetnsCookie, ServiceId, Trace, local_address, opt_out, proto,
 };
 use proxy_common::addr::{Addr, Family};
 use proxy_common::be::Be16;
@@ -220,7 +220,7 @@ struct Outcome {
 
 /// Makes one attempt of `client`; another `index` is another connection.
 fn outcome(maps: &Simulator, question: &Question, client: Client, index: u32) -> Outcome {
-    maps.trace.set(Trace { until: u64::MAX, service: ServiceId::NONE, sample: 0 });
+    maps.trace.set(Trace { until: Nanos(u64::MAX), service: ServiceId::NONE, sample: 0 });
     maps.events.borrow_mut().clear();
     let verdict = match client {
         Client::Host => at_socket(maps, question, maps.host_netns.get(), index),

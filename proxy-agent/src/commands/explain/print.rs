@@ -133,7 +133,7 @@ fn read(pins: &PinDir, question: &Question) -> Result<(Simulator, Model), Inspec
     let contents = kernel.contents()?;
     let maps = Simulator::of(&contents, &kernel.filter());
     maps.host_netns.set(kernel.host_netns());
-    maps.clock.set(now());
+    maps.clock.set(now().0);
     let devices: HashMap<MapData, IfIndex, Device> = open(pins, maps::DEVICES, Map::HashMap)?;
     maps.edge.devices.replace(devices.iter().collect::<Result<_, _>>()?);
 

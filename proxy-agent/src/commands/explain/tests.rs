@@ -16,7 +16,7 @@ use proxy_common::abi::opt_out::{EVERYTHING, INSIDE};
 use proxy_common::abi::proto::{SCTP, TCP, UDP};
 use proxy_common::abi::{
     Affinity, AffinityKey, AffinityValue, Backend, BackendId, BackendState, CgroupId, Device, FrontendValue,
-    IfIndex, NetnsCookie, Service, ServiceId, SlotRange, device::flags::NEAR,
+    IfIndex, Nanos, NetnsCookie, Service, ServiceId, SlotRange, device::flags::NEAR,
 };
 use proxy_common::addr::Addr;
 use proxy_common::addr::{Family, Prefix};
@@ -322,7 +322,7 @@ fn session_affinity_remembers_who_asks() {
         generation,
         epoch: 3,
         pad: 0,
-        last_seen: NOW.wrapping_sub(age * 1_000_000_000),
+        last_seen: Nanos(NOW.wrapping_sub(age * 1_000_000_000)),
     };
     let host = AffinityKey { client: AffinityKey::netns_client(HOST_NETNS), service: ServiceId(3) };
     let outside = AffinityKey { client: addr("203.0.113.7"), service: ServiceId(3) };

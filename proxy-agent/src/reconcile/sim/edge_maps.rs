@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use proxy_common::abi::{
-    Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, ServiceCounters, ServiceId,
+    Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, Nanos, ServiceCounters, ServiceId,
 };
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
@@ -112,7 +112,7 @@ impl FlowCell for Record {
         self.set(check, |flow| Flow { asked_by, ..flow });
     }
 
-    fn set_last_seen(&self, check: u32, last_seen: u64) {
+    fn set_last_seen(&self, check: u32, last_seen: Nanos) {
         self.set(check, |flow| Flow { last_seen, ..flow });
     }
 

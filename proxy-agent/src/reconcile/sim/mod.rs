@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, BackendId, CgroupId, Counter, Event, FrontendKey, FrontendValue,
-    NetnsCookie, Node, Service, ServiceId, ServiceName, SocketRecord, StreamRecord, Trace, UdpFlow,
+    Nanos, NetnsCookie, Node, Service, ServiceId, ServiceName, SocketRecord, StreamRecord, Trace, UdpFlow,
     UdpFlowKey, socket::Order,
 };
 use proxy_common::addr::{Addr, Prefix};
@@ -275,8 +275,8 @@ impl Tables for Simulator {
         (z >> 32) as u32
     }
 
-    fn now(&self) -> u64 {
-        self.clock.get()
+    fn now(&self) -> Nanos {
+        Nanos(self.clock.get())
     }
 
     fn trace(&self) -> Trace {

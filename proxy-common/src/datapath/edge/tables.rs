@@ -1,7 +1,7 @@
 //! Data that the packet edge reads and writes, in addition to [`Tables`].
 
 use super::work::Work;
-use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, ServiceId};
+use crate::abi::{Device, Flow, FlowKey, FlowRef, FragmentKey, FragmentPorts, IfIndex, Nanos, ServiceId};
 use crate::addr::Addr;
 use crate::be::Be16;
 use crate::datapath::tables::Tables;
@@ -23,7 +23,7 @@ pub trait FlowCell: Clone {
     /// Notes the device by which the client's packets enter.
     fn set_asked_by(&self, check: u32, ifindex: IfIndex);
     /// Prolongs the flow.
-    fn set_last_seen(&self, check: u32, now: u64);
+    fn set_last_seen(&self, check: u32, now: Nanos);
     /// Notes the SNAT source: the address first, because a port other than 0 says that both count.
     fn set_snat(&self, check: u32, addr: Addr, port: Be16);
 }

@@ -8,9 +8,9 @@
 //! half-closed one an hour, as with kube-proxy's conntrack settings. UDP: RFC 4787 wants two minutes and
 //! recommends five.
 
-use crate::abi::Flow;
 use crate::abi::flow::state::{ASKED, ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, RESET};
 use crate::abi::proto;
+use crate::abi::{Flow, Nanos};
 use crate::datapath::tables::since;
 
 const SECOND: u64 = 1_000_000_000;
@@ -56,7 +56,7 @@ pub const fn lifetime(proto: u8, state: u32) -> u64 {
 
 /// Returns whether a record has expired, and so counts as absent.
 #[inline(always)]
-pub const fn expired(flow: &Flow, proto: u8, now: u64) -> bool {
+pub const fn expired(flow: &Flow, proto: u8, now: Nanos) -> bool {
     since(flow.last_seen, now) >= lifetime(proto, flow.state)
 }
 
@@ -77,19 +77,19 @@ pub const fn is_silent(syn: u16, now: u16) -> bool {
 /// Returns whether a connection has been closed and has been quiet since. Anybody could have sent the RST or
 /// the FINs; a busy connection shows by its packets that it is still open.
 #[inline(always)]
-pub const fn ended(flow: &Flow, now: u64) -> bool {
+pub const fn ended(flow: &Flow, now: Nanos) -> bool {
     closed(flow.state) && is_quiet(flow, now)
 }
 
 /// Returns whether the flow has not been prolonged for half a second.
 #[inline(always)]
-pub const fn is_quiet(flow: &Flow, now: u64) -> bool {
+pub const fn is_quiet(flow: &Flow, now: Nanos) -> bool {
     since(flow.last_seen, now) >= QUIET
 }
 
 /// Returns whether the backend remembers nothing of a connection, so that another connection may have the
 /// same source.
 #[inline(always)]
-pub const fn forgotten(flow: &Flow, now: u64) -> bool {
+pub const fn forgotten(flow: &Flow, now: Nanos) -> bool {
     ended(flow, now) && flow.state & (RESET | CLIENT_FIRST) != 0
 }

@@ -4,9 +4,9 @@
 use super::flows;
 use super::packet::Packet;
 use super::tables::{EdgeTables, FlowCell as _};
-use crate::abi::IfIndex;
 use crate::abi::device::flags::{POD, POD_BRIDGE};
 use crate::abi::flow::state::REPLIED;
+use crate::abi::{IfIndex, Nanos};
 use crate::datapath::edge::parsed::Parsed;
 
 /// Returns whether a packet that leaves has entered this host from outside. If the network stack sees the
@@ -50,7 +50,7 @@ pub(super) fn is_succeeded<T: EdgeTables>(
     tables: &T,
     parsed: &Parsed,
     cell: &T::Cell,
-    now: u64,
+    now: Nanos,
 ) -> bool {
     let (flow, by) = (cell.get(), packet.entered_by());
     flows::is_succeeded(&flow, parsed, now)

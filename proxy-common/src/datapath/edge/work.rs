@@ -1,7 +1,7 @@
 //! Values that one stage of the pipeline passes on to the next.
 
 use super::parsed::{Parsed, Tuple};
-use crate::abi::{BackendId, Counter, Flow, FlowKey, IfIndex, Origin, ServiceId};
+use crate::abi::{BackendId, Counter, Flow, FlowKey, IfIndex, Nanos, Origin, ServiceId};
 use crate::addr::Addr;
 
 /// Intermediate results on the way to a packet's flow.
@@ -22,8 +22,8 @@ pub struct Work {
     pub new: Tuple,
     /// Changes to an ICMP error.
     pub edit: Edit,
-    /// Time when the packet came, in nanoseconds of the monotonic clock.
-    pub now: u64,
+    /// Time when the packet came.
+    pub now: Nanos,
     /// Origin of the flows that the packet can belong to.
     pub origin: Origin,
     /// For a packet that enters: index of the external device, 0 if the packet is a pod's. For a packet that

@@ -9,8 +9,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, Map, MapData};
 use proxy_agent::bpf::pins::PinDir;
-use proxy_common::abi::Trace;
 use proxy_common::abi::maps;
+use proxy_common::abi::{Nanos, Trace};
 use proxy_tests::lab::{Place, Proto};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -52,7 +52,7 @@ fn monitor(world: &World) -> Result<Outcome> {
     let mut monitor = command.spawn()?;
     let pins = PinDir::new(world.node().pin_dir());
     let trace = Array::<_, Trace>::try_from(Map::Array(MapData::from_pin(pins.map(maps::TRACE))?))?;
-    until("the monitor", || Ok((trace.get(&0, 0)?.until != 0).then_some(())))?;
+    until("the monitor", || Ok((trace.get(&0, 0)?.until != Nanos(0)).then_some(())))?;
     provoke(world)?;
     // The monitor looks for events a few times a second.
     std::thread::sleep(Duration::from_millis(500));
@@ -61,7 +61,7 @@ fn monitor(world: &World) -> Result<Outcome> {
     monitor.take_stdout()?.read_to_string(&mut text)?;
     let status = monitor.wait(ANSWER)?;
     ensure!(status.success(), "monitor: {status}");
-    ensure!(trace.get(&0, 0)?.until == 0, "it goes on being told");
+    ensure!(trace.get(&0, 0)?.until == Nanos(0), "it goes on being told");
 
     let mut told = BTreeSet::new();
     for line in text.lines() {

@@ -88,7 +88,7 @@ fn the_filter_keeps_what_flows_lead_to() -> Result<()> {
     }
     let mut maps = bench.flows()?;
     for (table, number) in [(&mut maps.flows, 2), (&mut maps.new_flows, 4)] {
-        let (key, flow) = record(POD, TCP, 1, ASSURED, now());
+        let (key, flow) = record(POD, TCP, 1, ASSURED, now().0);
         table.add(&FlowKey { destination: backend_of(number), ..key }, &flow)?;
     }
     let all = [1, 2, 3, 4].map(backend_of);
@@ -115,7 +115,7 @@ fn new_maps_know_what_older_flows_lead_to() -> Result<()> {
     let mut world = World::start(&["s01-clusterip.yaml"])?;
     let pins = PinDir::new(world.lab().node(NODE).pin_dir());
     let departed = Addr::v4([10, 64, 7, 2]);
-    let (key, flow) = record(POD, TCP, 1, ASSURED, now());
+    let (key, flow) = record(POD, TCP, 1, ASSURED, now().0);
     FlowMaps::open(&pins)?.flows.add(&FlowKey { destination: departed, ..key }, &flow)?;
     // Nothing has told the filter yet. A new agent does, whether it takes the maps over or replaces them.
     assert!(!in_filter(&KernelMaps::open(&pins)?, &departed));

@@ -23,7 +23,7 @@ use proxy_common::abi::flow::state::{ASSURED, FIN_REPLY, FIN_REQUEST, REPLIED, R
 use proxy_common::abi::maps;
 use proxy_common::abi::proto::{TCP, UDP};
 use proxy_common::abi::{
-    Backend, BackendId, BackendState, FilterBit, Flow, FlowKey, FlowKind, FlowRef, IfIndex, Origin,
+    Backend, BackendId, BackendState, FilterBit, Flow, FlowKey, FlowKind, FlowRef, IfIndex, Nanos, Origin,
     ServiceCounters, ServiceId, ServiceName, backend,
 };
 use proxy_common::addr::{Addr, Family, Prefix};
@@ -98,7 +98,7 @@ fn record(origin: Origin, proto: u8, client_port: u16, state: u32, last_seen: u6
         backend: BackendId(1),
         state,
         check: key.check(),
-        last_seen,
+        last_seen: Nanos(last_seen),
         ..Flow::default()
     };
     if origin == OUTSIDE {
@@ -140,7 +140,7 @@ fn keys_of(records: &[(FlowKey, Flow)]) -> (BTreeSet<FlowKey>, BTreeSet<FlowKey>
 fn collect(maps: FlowMaps, now: u64) -> Result<Collected> {
     let mut collection = Collection::new(maps);
     loop {
-        if let Some(collected) = collection.step(now)? {
+        if let Some(collected) = collection.step(Nanos(now))? {
             return Ok(collected);
         }
     }
@@ -177,7 +177,7 @@ fn what_has_expired_is_collected_and_nothing_else() -> Result<()> {
     // The client has another flow by the tuple of an expired one: another backend, and the index entry.
     let (old, flow) = dead[0];
     let other = FlowKey { destination: Addr::v4([10, 64, 2, 22]), ..old };
-    let other = (other, Flow { check: other.check(), last_seen: late, ..flow });
+    let other = (other, Flow { check: other.check(), last_seen: Nanos(late), ..flow });
     let (index, target) = vip_index(&other.0, &other.1);
     maps.flows.add(&other.0, &other.1)?;
     maps.index.remove(&index)?;
@@ -260,7 +260,7 @@ fn flows_that_come_and_go_meanwhile_are_let_alone() -> Result<()> {
 #[test]
 fn a_table_keeps_its_size_and_its_flows() -> Result<()> {
     let Bench { dataplane, pins, _lab } = Bench::new()?;
-    let flow = record(OUTSIDE, TCP, 1, ASSURED, now());
+    let flow = record(OUTSIDE, TCP, 1, ASSURED, now().0);
     put(&mut FlowMaps::open(&pins)?, &[flow])?;
     drop(dataplane);
     for flows in [2 * FLOW_ENTRIES, FLOW_ENTRIES / 2] {
@@ -282,9 +282,9 @@ fn a_running_agent_collects_and_counts_what_is_there() -> Result<()> {
     let mut world = World::start(&["s01-clusterip.yaml"])?;
     let pins = PinDir::new(world.lab().node(NODE).pin_dir());
     let mut maps = FlowMaps::open(&pins)?;
-    let long_ago = now().wrapping_sub(60 * SECOND);
+    let long_ago = now().0.wrapping_sub(60 * SECOND);
     let (expired, live) =
-        (record(POD, TCP, 1, RESET | ASSURED, long_ago), record(POD, TCP, 2, ASSURED, now()));
+        (record(POD, TCP, 1, RESET | ASSURED, long_ago), record(POD, TCP, 2, ASSURED, now().0));
     put(&mut maps, &[expired, live])?;
     let deadline = Instant::now() + Duration::from_secs(30);
     while sample(&mut world, "vipr_flows_collected_total")? == 0 {
@@ -319,7 +319,8 @@ fn flows_are_shown_in_words() -> Result<()> {
     let mut maps = FlowMaps::open(&PinDir::new(node.pin_dir()))?;
     let (vip, backend) = ("10.111.249.153:80", port.cluster[0]);
     let flow = |origin, port_number, state, idle: u64, change: &dyn Fn(&mut FlowKey, &mut Flow)| {
-        let (mut key, mut flow) = record(origin, TCP, port_number, state, now().wrapping_sub(idle * SECOND));
+        let (mut key, mut flow) =
+            record(origin, TCP, port_number, state, now().0.wrapping_sub(idle * SECOND));
         (key.destination, key.destination_port) = (backend.ip().into(), Be16::new(backend.port()));
         (flow.vip, flow.vip_port) = (Addr::v4([10, 111, 249, 153]), Be16::new(80));
         flow.service = ServiceId(port.id);

@@ -3,6 +3,7 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, RngSeed};
+use proxy_common::abi::Nanos;
 use proxy_common::datapath::edge::Verdict;
 use proxy_tests::packets::random::{Step, Traffic, check};
 use proxy_tests::packets::{BARE, ETHERNET, NEAR, NIC, OVERLAY, POD, World};
@@ -78,7 +79,7 @@ fn entries_lead_to_records(world: &World) -> Result<(), TestCaseError> {
     for tier in [Tier::Assured, Tier::New] {
         let entries = world.sim.edge.entries(tier);
         for (key, flow) in world.sim.edge.records(tier) {
-            if expired(&flow, key.proto, now) {
+            if expired(&flow, key.proto, Nanos(now)) {
                 continue;
             }
             prop_assert!(entries.contains(&vip_index(&key, &flow)), "{key:?} is not reached from its VIP");

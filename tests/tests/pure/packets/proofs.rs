@@ -7,7 +7,7 @@ use proxy_agent::reconcile::store::{MapStore as _, Op};
 use proxy_common::abi::flow::SNAT_PORTS;
 use proxy_common::abi::flow::state::{ASKED, ASSURED, FIN_REPLY, PROVEN, REPLIED, RESET, TAKEN};
 use proxy_common::abi::{
-    BackendId, BackendState, Counter, Device, Flow, FlowKey, IfIndex, ServiceId, device,
+    BackendId, BackendState, Counter, Device, Flow, FlowKey, IfIndex, Nanos, ServiceId, device,
 };
 use proxy_common::datapath::edge::Verdict;
 use proxy_common::datapath::edge::flows::{on_request, record as find};
@@ -405,13 +405,13 @@ fn nothing_is_written_into_the_element_of_another_flow() {
         let (_, own) = open(&world, &Packet::tcp(client, vip, SYN, 1000, 0));
         answer(&world, &Packet::tcp(net.remote(1), own, SYN | ACK, 5000, 1001));
         let (tier, key, flow) = record(&world);
-        let place = find(&world.sim, &key, world.sim.clock.get()).unwrap();
+        let place = find(&world.sim, &key, Nanos(world.sim.clock.get())).unwrap();
         let other = FlowKey { source: net.stranger().ip().into(), ..key };
         let others = Flow { check: other.check(), state: RESET, ..flow };
         world.sim.edge.recycle(tier, &key, other, others);
         let numbers = Numbers { seq: 1001, ack: 5001, data: 0 };
         let parsed = Parsed { proto: 6, kind: RST | ACK, ..Parsed::default() };
-        on_request(&world.sim, &place, &parsed, &Work { key, numbers, now: 99, ..Work::default() });
+        on_request(&world.sim, &place, &parsed, &Work { key, numbers, now: Nanos(99), ..Work::default() });
         place.set_state(REPLIED);
         place.cell.set_snat(place.check, key.source, key.source_port);
         assert_eq!(records(&world), [(tier, other, others)]);
@@ -427,11 +427,11 @@ fn who_is_slower_finds_the_flow_assured() {
         let (_, own) = open(&world, &Packet::tcp(client, vip, SYN, 1000, 0));
         answer(&world, &Packet::tcp(net.remote(1), own, SYN | ACK, 5000, 1001));
         let (_, key, flow) = record(&world);
-        let place = find(&world.sim, &key, world.sim.clock.get()).unwrap();
+        let place = find(&world.sim, &key, Nanos(world.sim.clock.get())).unwrap();
         assert!(world.sim.add_flow(Tier::Assured, &key, &flow));
         let parsed = Parsed { proto: 6, kind: ACK, ..Parsed::default() };
         let numbers = Numbers { seq: 1001, ack: 5001, data: 0 };
-        on_request(&world.sim, &place, &parsed, &Work { key, numbers, now: 99, ..Work::default() });
+        on_request(&world.sim, &place, &parsed, &Work { key, numbers, now: Nanos(99), ..Work::default() });
         assert!(records(&world).iter().all(|(_, _, flow)| flow.state & PROVEN == 0));
         assert_eq!(world.sim.counted(Counter::FlowsFull), 0, "there was room");
     }

@@ -9,7 +9,7 @@ use proxy_common::abi::flow::state::ASSURED;
 use proxy_common::abi::frontend::flags::EXTERNAL;
 use proxy_common::abi::proto::UDP;
 use proxy_common::abi::{
-    Counter, Flow, FlowKey, FlowKind, FlowRef, FrontendKey, FrontendValue, Origin, ServiceId,
+    Counter, Flow, FlowKey, FlowKind, FlowRef, FrontendKey, FrontendValue, Nanos, Origin, ServiceId,
 };
 use proxy_common::addr::Addr;
 use proxy_common::be::Be16;
@@ -62,7 +62,7 @@ fn few_ports(net: Net, proto: u8, tier: Tier) -> World {
             snat: own,
             snat_port: port,
             check: key.check(),
-            last_seen: world.sim.clock.get(),
+            last_seen: Nanos(world.sim.clock.get()),
             ..Flow::default()
         };
         let (index, target) = snat_index(&key, &own, port);
@@ -177,11 +177,11 @@ fn a_source_is_free_again_once_the_backend_has_forgotten_it() {
             };
             let (_, _, flow) = record(&world);
             assert!(closed(flow.state), "{by_client} {reset}");
-            let [before, after] =
-                [499, 500].map(|milliseconds| forgotten(&flow, flow.last_seen + milliseconds * 1_000_000));
+            let [before, after] = [499, 500]
+                .map(|milliseconds| forgotten(&flow, Nanos(flow.last_seen.0 + milliseconds * 1_000_000)));
             assert_eq!((before, after), (false, by_client || reset), "{by_client} {reset}");
         }
-        assert!(!forgotten(&Flow { state: ASSURED, ..Flow::default() }, u64::MAX));
+        assert!(!forgotten(&Flow { state: ASSURED, ..Flow::default() }, Nanos(u64::MAX)));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::keys::{key, snat_target, vip_target};
 use crate::abi::flow::state::{ASSURED, PROVEN, REPLIED, TAKEN};
-use crate::abi::{Flow, FlowKey, FlowKind, FlowRef, proto};
+use crate::abi::{Flow, FlowKey, FlowKind, FlowRef, Nanos, proto};
 use crate::be::Be16;
 use crate::datapath::edge::parsed::{Parsed, Tuple, tcp};
 use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier};
@@ -45,7 +45,7 @@ pub fn has_snat(flow: &Flow) -> bool {
 
 /// Returns the live record with `key`, the tuple of client and backend.
 #[inline(never)]
-pub fn record<T: EdgeTables>(tables: &T, key: &FlowKey, now: u64) -> Option<Place<T::Cell>> {
+pub fn record<T: EdgeTables>(tables: &T, key: &FlowKey, now: Nanos) -> Option<Place<T::Cell>> {
     let check = key.check();
     match live(tables, Tier::Assured, key, check, now) {
         Some(cell) => Some(Place { tier: Tier::Assured, check, cell }),
@@ -54,7 +54,7 @@ pub fn record<T: EdgeTables>(tables: &T, key: &FlowKey, now: u64) -> Option<Plac
 }
 
 #[inline(always)]
-fn live<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, check: u32, now: u64) -> Option<T::Cell> {
+fn live<T: EdgeTables>(tables: &T, tier: Tier, key: &FlowKey, check: u32, now: Nanos) -> Option<T::Cell> {
     let cell = tables.flow(tier, key)?;
     let flow = cell.get();
     if flow.check == check && !timeouts::expired(&flow, key.proto, now) { Some(cell) } else { None }
@@ -84,7 +84,7 @@ pub fn find_by_vip(tables: &impl EdgeTables, proto: u8, tuple: &Tuple, work: &mu
 
 /// Second half of [`by_vip`]: returns the live record with `key`, if it belongs to the tuple.
 #[inline(never)]
-pub fn of_vip<T: EdgeTables>(tables: &T, tuple: &Tuple, key: &FlowKey, now: u64) -> Option<Place<T::Cell>> {
+pub fn of_vip<T: EdgeTables>(tables: &T, tuple: &Tuple, key: &FlowKey, now: Nanos) -> Option<Place<T::Cell>> {
     let place = record(tables, key, now)?;
     let flow = place.flow();
     let same = flow.vip == tuple.destination
@@ -116,7 +116,7 @@ pub fn by_snat<T: EdgeTables>(
 /// client connected to a VIP before, and now connects to the backend itself. (A SYN to a VIP renews the flow
 /// at ingress.) The new connection must not be translated, so the old record must not match it.
 #[inline(always)]
-pub fn is_succeeded(flow: &Flow, parsed: &Parsed, now: u64) -> bool {
+pub fn is_succeeded(flow: &Flow, parsed: &Parsed, now: Nanos) -> bool {
     parsed.proto == proto::TCP
         && parsed.kind & tcp::SYN != 0
         && timeouts::ended(flow, now)

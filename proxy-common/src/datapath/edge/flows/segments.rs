@@ -8,7 +8,7 @@ use crate::abi::flow::state::{
     ASKED, ASSURED, CLIENT_FIRST, FIN_REPLY, FIN_REQUEST, PROVEN, REPLIED, RESET, SUCCEEDED, TAKEN,
 };
 use crate::abi::flow::syn_time;
-use crate::abi::{Counter, Flow, FlowKey, IfIndex, proto};
+use crate::abi::{Counter, Flow, FlowKey, IfIndex, Nanos, proto};
 use crate::datapath::edge::packet::Packet;
 use crate::datapath::edge::parsed::{Parsed, Tuple, tcp};
 use crate::datapath::edge::tables::{EdgeTables, FlowCell, Tier};
@@ -129,7 +129,7 @@ fn is_gone(tables: &impl EdgeTables, key: &FlowKey, flow: &Flow) -> bool {
 /// Returns whether the backend has answered no SYN on an open flow for too long. Notes the time of the first
 /// SYN. (One unanswered SYN proves nothing: backends limit how many SYNs they answer.)
 #[inline(always)]
-fn is_silent<C: FlowCell>(place: &Place<C>, flow: &Flow, now: u64) -> bool {
+fn is_silent<C: FlowCell>(place: &Place<C>, flow: &Flow, now: Nanos) -> bool {
     if flow.state & ASSURED == 0 {
         return false;
     }

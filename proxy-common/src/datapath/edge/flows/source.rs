@@ -3,7 +3,7 @@
 use super::keys::{snat_index, snat_target};
 use super::place::{Place, indexed, record};
 use crate::abi::flow::SNAT_PORTS;
-use crate::abi::{FlowKey, FlowRef, FrontendKey};
+use crate::abi::{FlowKey, FlowRef, FrontendKey, Nanos};
 use crate::be::Be16;
 use crate::datapath::edge::tables::{EdgeTables, FlowCell as _, Tier};
 use crate::datapath::edge::timeouts;
@@ -82,7 +82,7 @@ pub fn keeps_source<T: EdgeTables>(tables: &T, key: &FlowKey, place: &Place<T::C
 /// A backend that ends a connection remembers it for a while, and refuses another connection from the same
 /// source (TIME_WAIT, RFC 9293 §3.6.1). Taking over such a source therefore costs time.
 #[inline(never)]
-fn owned<T: EdgeTables>(tables: &T, index: &FlowKey, target: &FlowRef, spare: bool, now: u64) -> bool {
+fn owned<T: EdgeTables>(tables: &T, index: &FlowKey, target: &FlowRef, spare: bool, now: Nanos) -> bool {
     let Some(owner) = record(tables, &snat_target(index, target), now) else { return false };
     let flow = owner.flow();
     flow.snat == index.destination
