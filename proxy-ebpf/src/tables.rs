@@ -7,7 +7,7 @@ use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, BackendId, CgroupId, Counter, Device, Event, Flow, FlowKey, FlowRef,
     FragmentKey, FragmentPorts, FrontendKey, FrontendValue, IfIndex, Nanos, NetnsCookie, Node, Service,
-    ServiceId, StreamRecord, Trace, UdpFlow, UdpFlowKey,
+    ServiceId, StreamRecord, StreamSlot, Trace, UdpFlow, UdpFlowKey,
 };
 use proxy_common::addr::Addr;
 use proxy_common::datapath::edge::tables::EdgeTables;
@@ -140,13 +140,13 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn stream(&self, slot: u32) -> Option<StreamRecord> {
-        Some(load_words!(STREAMS.get_ptr(slot)?, StreamRecord, 8))
+    fn stream(&self, slot: StreamSlot) -> Option<StreamRecord> {
+        Some(load_words!(STREAMS.get_ptr(slot.0)?, StreamRecord, 8))
     }
 
     #[inline(always)]
-    fn put_stream(&self, slot: u32, stream: &StreamRecord) -> bool {
-        match STREAMS.get_ptr_mut(slot) {
+    fn put_stream(&self, slot: StreamSlot, stream: &StreamRecord) -> bool {
+        match STREAMS.get_ptr_mut(slot.0) {
             Some(element) => {
                 let words = bytemuck::cast::<StreamRecord, [u64; 8]>(*stream);
                 // SAFETY: the kernel's lookup returned a pointer to a whole element of eight aligned words.
@@ -158,8 +158,8 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn free_stream(&self, slot: u32) {
-        if let Some(element) = STREAMS.get_ptr_mut(slot) {
+    fn free_stream(&self, slot: StreamSlot) {
+        if let Some(element) = STREAMS.get_ptr_mut(slot.0) {
             // SAFETY: the kernel's lookup returned a pointer to a whole element, which begins with the cookie.
             unsafe { element.cast::<u64>().write_volatile(0) };
         }

@@ -12,7 +12,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::ids::{BackendId, Nanos, ServiceId};
+use super::ids::{BackendId, Nanos, ServiceId, StreamSlot};
 use crate::{addr::Addr, be::Be16};
 
 /// Value of `SOCKETS`.
@@ -120,8 +120,8 @@ impl StreamRecord {
 
     /// Returns the index of the element that a cookie leads to.
     #[inline(always)]
-    pub const fn slot(cookie: u64) -> u32 {
-        cookie as u32 & (STREAM_SLOTS - 1)
+    pub const fn slot(cookie: u64) -> StreamSlot {
+        StreamSlot(cookie as u32 & (STREAM_SLOTS - 1))
     }
 
     /// Returns the record, if it is this socket's and whole.

@@ -3,8 +3,8 @@
 
 use crate::abi::{
     AffinityKey, AffinityValue, Backend, BackendId, CgroupId, Counter, Event, FrontendKey, FrontendValue,
-    Nanos, NetnsCookie, Node, Service, ServiceId, SocketRecord, StreamRecord, Trace, UdpFlow, UdpFlowKey,
-    socket::Order,
+    Nanos, NetnsCookie, Node, Service, ServiceId, SocketRecord, StreamRecord, StreamSlot, Trace, UdpFlow,
+    UdpFlowKey, socket::Order,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -59,11 +59,11 @@ pub trait Tables {
     /// Remembers a client. A failure is no error: the client is only forgotten.
     fn remember(&self, tier: Tier, key: &AffinityKey, value: &AffinityValue);
     /// `STREAMS`.
-    fn stream(&self, slot: u32) -> Option<StreamRecord>;
+    fn stream(&self, slot: StreamSlot) -> Option<StreamRecord>;
     /// Writes an element of `STREAMS`. Returns false if there is no such element.
-    fn put_stream(&self, slot: u32, stream: &StreamRecord) -> bool;
+    fn put_stream(&self, slot: StreamSlot, stream: &StreamRecord) -> bool;
     /// Frees an element of `STREAMS`: its first word becomes 0.
-    fn free_stream(&self, slot: u32);
+    fn free_stream(&self, slot: StreamSlot);
     /// `UDP_FLOWS`.
     fn udp_flow(&self, key: &UdpFlowKey) -> Option<UdpFlow>;
     /// Writes an entry of `UDP_FLOWS`. Returns false on failure.

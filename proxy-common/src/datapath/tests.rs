@@ -14,8 +14,8 @@ use crate::abi::backend::flags::IN_CLUSTER;
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
     AffinityKey, AffinityValue, Backend, BackendId, BackendState, CgroupId, Counter, Event, Flow,
-    FrontendKey, FrontendValue, Nanos, NetnsCookie, Node, Service, ServiceId, SlotRange, StreamRecord, Trace,
-    UdpFlow, UdpFlowKey, local_address, proto,
+    FrontendKey, FrontendValue, Nanos, NetnsCookie, Node, Service, ServiceId, SlotRange, StreamRecord,
+    StreamSlot, Trace, UdpFlow, UdpFlowKey, local_address, proto,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -41,15 +41,15 @@ impl Tables for Racing {
         u64::MAX
     }
 
-    fn stream(&self, _: u32) -> Option<StreamRecord> {
+    fn stream(&self, _: StreamSlot) -> Option<StreamRecord> {
         None
     }
 
-    fn put_stream(&self, _: u32, _: &StreamRecord) -> bool {
+    fn put_stream(&self, _: StreamSlot, _: &StreamRecord) -> bool {
         false
     }
 
-    fn free_stream(&self, _: u32) {}
+    fn free_stream(&self, _: StreamSlot) {}
 
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
         self.asked.borrow_mut().push(*key);

@@ -12,12 +12,16 @@ use tokio::sync::oneshot;
 #[derive(Clone, Debug)]
 pub(crate) struct Room(Arc<Mutex<Guests>>);
 
+/// Number of a guest, in the order of arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct GuestId(u64);
+
 #[derive(Debug)]
 struct Guests {
     places: usize,
-    next: u64,
+    next: GuestId,
     /// Guests by arrival.
-    here: BTreeMap<u64, Guest>,
+    here: BTreeMap<GuestId, Guest>,
     /// The same guests, by port and source.
     ports: BTreeMap<u16, Port>,
 }
@@ -25,7 +29,7 @@ struct Guests {
 #[derive(Debug, Default)]
 struct Port {
     guests: usize,
-    sources: BTreeMap<IpAddr, BTreeSet<u64>>,
+    sources: BTreeMap<IpAddr, BTreeSet<GuestId>>,
 }
 
 #[derive(Debug)]
@@ -40,7 +44,7 @@ struct Guest {
 #[derive(Debug)]
 pub(crate) struct Seat {
     room: Room,
-    id: u64,
+    id: GuestId,
     /// Ready when the place has been given to another connection.
     pub(crate) gone: oneshot::Receiver<()>,
 }
@@ -49,7 +53,12 @@ impl Room {
     /// Makes a room with this many places, and at least one.
     pub(crate) fn new(places: usize) -> Self {
         let places = places.max(1);
-        Self(Arc::new(Mutex::new(Guests { places, next: 0, here: BTreeMap::new(), ports: BTreeMap::new() })))
+        Self(Arc::new(Mutex::new(Guests {
+            places,
+            next: GuestId(0),
+            here: BTreeMap::new(),
+            ports: BTreeMap::new(),
+        })))
     }
 
     /// Returns a place for a connection from `source` to a server on `port`. When all places are taken, the port with
@@ -75,9 +84,9 @@ impl Room {
 }
 
 impl Guests {
-    fn add(&mut self, guest: Guest) -> u64 {
+    fn add(&mut self, guest: Guest) -> GuestId {
         let id = self.next;
-        self.next += 1;
+        self.next.0 += 1;
         let port = self.ports.entry(guest.port).or_default();
         port.guests += 1;
         port.sources.entry(guest.source).or_default().insert(id);
@@ -85,7 +94,7 @@ impl Guests {
         id
     }
 
-    fn remove(&mut self, id: u64) {
+    fn remove(&mut self, id: GuestId) {
         let Some(guest) = self.here.remove(&id) else { return };
         let Some(port) = self.ports.get_mut(&guest.port) else { return };
         port.guests -= 1;
@@ -100,7 +109,7 @@ impl Guests {
         }
     }
 
-    fn most_dispensable(&self) -> Option<u64> {
+    fn most_dispensable(&self) -> Option<GuestId> {
         let port = self.ports.values().max_by_key(|port| port.guests)?;
         // Of two sources with equally many connections, the one with the oldest connection.
         let most = port.sources.values().max_by_key(|guests| (guests.len(), Reverse(guests.first())))?;

@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, BackendId, CgroupId, Counter, Event, FrontendKey, FrontendValue,
-    Nanos, NetnsCookie, Node, Service, ServiceId, ServiceName, SocketRecord, StreamRecord, Trace, UdpFlow,
-    UdpFlowKey, socket::Order,
+    Nanos, NetnsCookie, Node, Service, ServiceId, ServiceName, SocketRecord, StreamRecord, StreamSlot, Trace,
+    UdpFlow, UdpFlowKey, socket::Order,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
@@ -48,7 +48,7 @@ pub struct Simulator {
     pub clients: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
     /// `NEW_AFFINITY`.
     pub new_clients: RefCell<BTreeMap<AffinityKey, AffinityValue>>,
-    streams: RefCell<BTreeMap<u32, StreamRecord>>,
+    streams: RefCell<BTreeMap<StreamSlot, StreamRecord>>,
     udp_flows: RefCell<BTreeMap<UdpFlowKey, UdpFlow>>,
     counters: RefCell<BTreeMap<Counter, u64>>,
     random: Cell<u64>,
@@ -228,16 +228,16 @@ impl Tables for Simulator {
         self.remembered(tier).borrow_mut().insert(*key, *value);
     }
 
-    fn stream(&self, slot: u32) -> Option<StreamRecord> {
+    fn stream(&self, slot: StreamSlot) -> Option<StreamRecord> {
         Some(self.streams.borrow().get(&slot).copied().unwrap_or_default())
     }
 
-    fn put_stream(&self, slot: u32, stream: &StreamRecord) -> bool {
+    fn put_stream(&self, slot: StreamSlot, stream: &StreamRecord) -> bool {
         self.streams.borrow_mut().insert(slot, *stream);
         true
     }
 
-    fn free_stream(&self, slot: u32) {
+    fn free_stream(&self, slot: StreamSlot) {
         self.streams.borrow_mut().remove(&slot);
     }
 

@@ -11,7 +11,7 @@ use super::follow::Event;
 use super::kind::{Kind, KindEvent};
 use super::received::Received;
 use super::tenants::Tenants;
-use super::unusable::Unusable;
+use super::unusable::{ListNumber, Unusable};
 use super::watch::Fetched;
 use crate::config::opt_out::Rules;
 use crate::reconcile::cluster::{Change, ObjectKey};
@@ -159,8 +159,8 @@ struct Known<K> {
     all: BTreeSet<K>,
     /// Keys of the incoming list so far, if a list is coming in.
     listed: Option<BTreeSet<K>>,
-    /// Number of lists that have begun.
-    lists: u64,
+    /// Number of the latest list that has begun.
+    list: ListNumber,
     /// Whether a first list has come to its end, or is done without.
     complete: bool,
     gone: fn(K) -> Option<Change>,
@@ -168,7 +168,7 @@ struct Known<K> {
 
 impl<K: Ord + Clone> Known<K> {
     fn new(gone: fn(K) -> Option<Change>) -> Self {
-        Self { all: BTreeSet::new(), listed: None, lists: 0, complete: false, gone }
+        Self { all: BTreeSet::new(), listed: None, list: ListNumber::default(), complete: false, gone }
     }
 
     fn has_list(&self) -> bool {
@@ -186,7 +186,7 @@ impl<K: Ord + Clone> Known<K> {
         match event {
             Event::ListBegins => {
                 self.listed = Some(BTreeSet::new());
-                self.lists += 1;
+                self.list = self.list.next();
             }
             Event::Applied(received) => {
                 let (object, key) = (named::<O>(received.meta()), key(received.meta()));
@@ -214,7 +214,7 @@ impl<K: Ord + Clone> Known<K> {
                     Err(problem) => {
                         let outcome = outcome(self.all.contains(&key));
                         let reason = format!("{}; {outcome}", problem.reason);
-                        unusable.note(Problem { object, reason }, self.lists);
+                        unusable.note(Problem { object, reason }, self.list);
                         if let Some(listed) = &mut self.listed {
                             listed.insert(key);
                         }
@@ -233,7 +233,7 @@ impl<K: Ord + Clone> Known<K> {
                     self.remove(key, changes);
                 }
                 self.complete = true;
-                unusable.list_ends(&O::kind(&()), self.lists);
+                unusable.list_ends(&O::kind(&()), self.list);
             }
         }
     }

@@ -17,15 +17,26 @@ pub(super) struct Unusable {
     changed: bool,
 }
 
+/// Number of a list of all objects of a kind: lists are counted from 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct ListNumber(u64);
+
+impl ListNumber {
+    /// Returns the number of the list after this one.
+    pub(super) fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
 struct Reason {
     text: String,
     /// Number of the latest list of the object's kind at the time of the note.
-    list: u64,
+    list: ListNumber,
 }
 
 impl Unusable {
     /// Notes that an object cannot be used. `list` is the number of the latest list of the object's kind.
-    pub(super) fn note(&mut self, problem: Problem, list: u64) {
+    pub(super) fn note(&mut self, problem: Problem, list: ListNumber) {
         let Problem { object, reason: text } = problem;
         let named = self.namespaces.entry(tenant_of(&object).to_owned()).or_default();
         let reason = Reason { text: text.clone(), list };
@@ -43,7 +54,7 @@ impl Unusable {
     }
 
     /// Removes the objects of `kind` that the complete list with this number did not have.
-    pub(super) fn list_ends(&mut self, kind: &str, list: u64) {
+    pub(super) fn list_ends(&mut self, kind: &str, list: ListNumber) {
         let (prefix, mut gone) = (format!("{kind} "), false);
         for named in self.namespaces.values_mut() {
             let before = named.len();
@@ -82,15 +93,18 @@ mod tests {
     #[test]
     fn some_are_named_and_the_rest_is_counted() {
         let mut unusable = Unusable::default();
-        (0..NAMED + 2).for_each(|number| note(&mut unusable, number, 1));
-        unusable.note(Problem { object: "EndpointSlice b/s".to_owned(), reason: "why".to_owned() }, 1);
+        (0..NAMED + 2).for_each(|number| note(&mut unusable, number, ListNumber(1)));
+        unusable.note(
+            Problem { object: "EndpointSlice b/s".to_owned(), reason: "why".to_owned() },
+            ListNumber(1),
+        );
         assert_eq!(told(&unusable).len(), NAMED + 2);
         assert_eq!(told(&unusable)[NAMED..], ["Namespace a", "EndpointSlice b/s"]);
         assert!(unusable.have_changed() && !unusable.have_changed());
         unusable.mended("Service a/s000");
         unusable.mended("Service a/s000");
-        note(&mut unusable, 1, 2);
-        unusable.list_ends("Service", 2);
+        note(&mut unusable, 1, ListNumber(2));
+        unusable.list_ends("Service", ListNumber(2));
         assert_eq!(told(&unusable), ["Service a/s001", "EndpointSlice b/s"]);
         assert!(unusable.have_changed());
     }
@@ -99,7 +113,7 @@ mod tests {
         unusable.problems().map(|problem| problem.object).collect::<Vec<_>>()
     }
 
-    fn note(unusable: &mut Unusable, number: usize, list: u64) {
+    fn note(unusable: &mut Unusable, number: usize, list: ListNumber) {
         unusable.note(Problem { object: format!("Service a/s{number:03}"), reason: "why".to_owned() }, list);
     }
 }
