@@ -7,7 +7,7 @@ use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, BackendId, CgroupId, Counter, Device, Event, Flow, FlowKey, FlowRef,
     FragmentKey, FragmentPorts, FrontendKey, FrontendValue, IfIndex, Nanos, NetnsCookie, Node, Service,
-    ServiceId, StreamRecord, StreamSlot, Trace, UdpFlow, UdpFlowKey,
+    ServiceId, Slot, StreamRecord, StreamSlot, Trace, UdpFlow, UdpFlowKey,
 };
 use proxy_common::addr::Addr;
 use proxy_common::datapath::edge::tables::EdgeTables;
@@ -61,8 +61,8 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn slot(&self, index: u32) -> Option<BackendId> {
-        let slot = SLOTS.get_ptr(index)?;
+    fn slot(&self, slot: Slot) -> Option<BackendId> {
+        let slot = SLOTS.get_ptr(slot.0)?;
         // SAFETY: the kernel's lookup returned a pointer to a whole element.
         Some(BackendId(unsafe { read_volatile(slot) }))
     }

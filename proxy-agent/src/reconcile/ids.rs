@@ -75,7 +75,7 @@ impl SlotPool {
     #[cfg(test)]
     pub(crate) fn new(capacity: u32) -> Self {
         let mut pool = Self { by_base: BTreeMap::new(), by_len: BTreeSet::new(), available: 0 };
-        pool.insert(1, capacity.saturating_sub(1));
+        pool.insert(SlotRange { base: 1, len: capacity.saturating_sub(1) });
         pool
     }
 
@@ -90,18 +90,18 @@ impl SlotPool {
             if range.base < next {
                 return Err(range);
             }
-            pool.insert(next, range.base - next);
+            pool.insert(SlotRange { base: next, len: range.base - next });
             next = end;
         }
-        pool.insert(next, capacity.saturating_sub(next));
+        pool.insert(SlotRange { base: next, len: capacity.saturating_sub(next) });
         Ok(pool)
     }
 
     /// Takes a free range of `len` slots (at least one). Returns `None` when no free range is that long.
     pub fn take(&mut self, len: u32) -> Option<SlotRange> {
         let &(free_len, base) = self.by_len.range((len, 0)..).next()?;
-        self.remove(base, free_len);
-        self.insert(base + len, free_len - len);
+        self.remove(SlotRange { base, len: free_len });
+        self.insert(SlotRange { base: base + len, len: free_len - len });
         Some(SlotRange { base, len })
     }
 
@@ -111,15 +111,15 @@ impl SlotPool {
         if let Some((&before, &before_len)) = self.by_base.range(..base).next_back()
             && before + before_len == base
         {
-            self.remove(before, before_len);
+            self.remove(SlotRange { base: before, len: before_len });
             base = before;
             len += before_len;
         }
         if let Some(&after_len) = self.by_base.get(&(base + len)) {
-            self.remove(base + len, after_len);
+            self.remove(SlotRange { base: base + len, len: after_len });
             len += after_len;
         }
-        self.insert(base, len);
+        self.insert(SlotRange { base, len });
     }
 
     /// Returns the number of free slots.
@@ -127,7 +127,8 @@ impl SlotPool {
         self.available
     }
 
-    fn insert(&mut self, base: u32, len: u32) {
+    fn insert(&mut self, range: SlotRange) {
+        let SlotRange { base, len } = range;
         if len > 0 {
             self.by_base.insert(base, len);
             self.by_len.insert((len, base));
@@ -135,7 +136,8 @@ impl SlotPool {
         }
     }
 
-    fn remove(&mut self, base: u32, len: u32) {
+    fn remove(&mut self, range: SlotRange) {
+        let SlotRange { base, len } = range;
         self.by_base.remove(&base);
         self.by_len.remove(&(len, base));
         self.available -= len;

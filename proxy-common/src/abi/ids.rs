@@ -24,6 +24,8 @@ numbers! {
     ServiceId(u32);
     /// Index of an endpoint of one Service port in `BACKENDS`.
     BackendId(u32);
+    /// Index of an element of `SLOTS`.
+    Slot(u32);
     /// Index of an element of `STREAMS`.
     StreamSlot(u32);
     /// Cookie of a network namespace (`bpf_get_netns_cookie`).

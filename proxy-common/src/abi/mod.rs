@@ -29,7 +29,7 @@ pub use event::{Event, Trace};
 pub use filter::{FILTER_WORDS, FilterBit};
 pub use flow::{Flow, FlowKey, FlowKind, FlowRef, FragmentKey, FragmentPorts, Origin};
 pub use frontend::{FrontendKey, FrontendKind, FrontendValue};
-pub use ids::{BackendId, CgroupId, IfIndex, Nanos, NetnsCookie, ServiceId, StreamSlot};
+pub use ids::{BackendId, CgroupId, IfIndex, Nanos, NetnsCookie, ServiceId, Slot, StreamSlot};
 pub use service::{Affinity, Service, ServiceName, SlotRange};
 pub use socket::{FlowDirection, Order, SocketRecord, StreamRecord, UdpFlow, UdpFlowKey};
 

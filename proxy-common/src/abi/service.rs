@@ -5,6 +5,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::ids::Slot;
+
 /// A range of `SLOTS`; loaded and stored as one aligned 64-bit word.
 ///
 /// A range with `len` 0 is empty, and `base` holds the verdict: [`SlotRange::REJECT`] or [`SlotRange::DROP`].
@@ -27,6 +29,12 @@ impl SlotRange {
     #[inline(always)]
     pub const fn is_empty(self) -> bool {
         self.len == 0
+    }
+
+    /// Returns the slot at an offset, which is below `len`.
+    #[inline(always)]
+    pub const fn slot(self, offset: u32) -> Slot {
+        Slot(self.base.wrapping_add(offset))
     }
 }
 

@@ -207,7 +207,7 @@ fn random_below(tables: &impl Tables, len: u32) -> u32 {
 /// Returns the backend in a slot of the range.
 #[inline(always)]
 fn at(tables: &impl Tables, service: ServiceId, range: SlotRange, offset: u32) -> Selection {
-    let Some(id) = tables.slot(range.base.wrapping_add(offset)) else {
+    let Some(id) = tables.slot(range.slot(offset)) else {
         return Selection::Drop(Counter::DropRetry);
     };
     match tables.backend(id) {

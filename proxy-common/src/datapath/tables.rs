@@ -3,8 +3,8 @@
 
 use crate::abi::{
     AffinityKey, AffinityValue, Backend, BackendId, CgroupId, Counter, Event, FrontendKey, FrontendValue,
-    Nanos, NetnsCookie, Node, Service, ServiceId, SocketRecord, StreamRecord, StreamSlot, Trace, UdpFlow,
-    UdpFlowKey, socket::Order,
+    Nanos, NetnsCookie, Node, Service, ServiceId, Slot, SocketRecord, StreamRecord, StreamSlot, Trace,
+    UdpFlow, UdpFlowKey, socket::Order,
 };
 use crate::addr::Addr;
 use crate::be::Be16;
@@ -38,7 +38,7 @@ pub trait Tables {
     /// `SERVICES`: every word loaded once.
     fn service(&self, id: ServiceId) -> Option<Service>;
     /// `SLOTS`.
-    fn slot(&self, index: u32) -> Option<BackendId>;
+    fn slot(&self, slot: Slot) -> Option<BackendId>;
     /// `BACKENDS`: `state` is loaded first.
     fn backend(&self, id: BackendId) -> Option<Backend>;
     /// `LOCAL_ADDRESSES`: bits of [`crate::abi::local_address`], 0 for an address that is not this host's.

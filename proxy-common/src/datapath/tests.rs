@@ -14,7 +14,7 @@ use crate::abi::backend::flags::IN_CLUSTER;
 use crate::abi::frontend::flags::{DENY_HOST, DENY_POD, FAR_LOCAL, NEAR_LOCAL, POD_LOCAL};
 use crate::abi::{
     AffinityKey, AffinityValue, Backend, BackendId, BackendState, CgroupId, Counter, Event, Flow,
-    FrontendKey, FrontendValue, Nanos, NetnsCookie, Node, Service, ServiceId, SlotRange, StreamRecord,
+    FrontendKey, FrontendValue, Nanos, NetnsCookie, Node, Service, ServiceId, Slot, SlotRange, StreamRecord,
     StreamSlot, Trace, UdpFlow, UdpFlowKey, local_address, proto,
 };
 use crate::addr::Addr;
@@ -60,8 +60,8 @@ impl Tables for Racing {
         self.service
     }
 
-    fn slot(&self, index: u32) -> Option<BackendId> {
-        self.slot_asked.set(Some(index));
+    fn slot(&self, slot: Slot) -> Option<BackendId> {
+        self.slot_asked.set(Some(slot.0));
         Some(BackendId(7))
     }
 

@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::{
     AffinityKey, AffinityValue, Backend, BackendId, CgroupId, Counter, Event, FrontendKey, FrontendValue,
-    Nanos, NetnsCookie, Node, Service, ServiceId, ServiceName, SocketRecord, StreamRecord, StreamSlot, Trace,
-    UdpFlow, UdpFlowKey, socket::Order,
+    Nanos, NetnsCookie, Node, Service, ServiceId, ServiceName, Slot, SocketRecord, StreamRecord, StreamSlot,
+    Trace, UdpFlow, UdpFlowKey, socket::Order,
 };
 use proxy_common::addr::{Addr, Prefix};
 use proxy_common::be::Be16;
@@ -188,8 +188,8 @@ impl Tables for Simulator {
         Some(self.services.get(&id.0).copied().unwrap_or_default())
     }
 
-    fn slot(&self, index: u32) -> Option<BackendId> {
-        Some(self.slots.get(&index).copied().unwrap_or_default())
+    fn slot(&self, slot: Slot) -> Option<BackendId> {
+        Some(self.slots.get(&slot.0).copied().unwrap_or_default())
     }
 
     fn backend(&self, id: BackendId) -> Option<Backend> {
