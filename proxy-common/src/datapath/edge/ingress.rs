@@ -139,7 +139,19 @@ fn entering<T: EdgeTables>(
         return turn_away::<_, _, false>(packet, tables, parsed, refusal, work.to.service);
     };
 
-    let service = place.flow().service;
+    forward(packet, tables, parsed, work, place)
+}
+
+/// Sends a request on to the backend of its flow.
+#[inline(always)]
+fn forward<T: EdgeTables>(
+    packet: &mut impl Packet,
+    tables: &T,
+    parsed: &Parsed,
+    work: &mut Work,
+    place: &Place<T::Cell>,
+) -> Verdict {
+    let (tuple, service) = (&parsed.tuple, place.flow().service);
     tables.count_packet(service, true, parsed.bytes);
     flows::on_request(tables, place, parsed, work);
     work.new = Tuple {
