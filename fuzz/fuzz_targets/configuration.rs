@@ -2,4 +2,4 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| proxy_tests::inputs::configuration(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| proxy_agent::inputs::configuration(data));

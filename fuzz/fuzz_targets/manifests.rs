@@ -3,4 +3,4 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| proxy_tests::inputs::manifests(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| proxy_agent::inputs::manifests(data));

@@ -28,3 +28,6 @@ pub mod observe;
 pub mod agent;
 
 pub mod commands;
+
+#[cfg(any(test, fuzzing))]
+pub mod inputs;

@@ -21,9 +21,9 @@ use crate::reconcile::store::Op;
 
 /// The objects, and the facts on which decisions about them depend.
 #[derive(Debug)]
-pub struct Knowledge {
+pub(crate) struct Knowledge {
     /// Objects as the source has told them.
-    pub cluster: Cluster,
+    pub(crate) cluster: Cluster,
     /// The facts of this node.
     pub(crate) context: Context,
     /// The addresses of this host, with the device of each.
@@ -34,7 +34,7 @@ pub struct Knowledge {
 
 impl Knowledge {
     /// Makes the knowledge that the configuration gives.
-    pub fn new(config: &Config) -> Self {
+    pub(crate) fn new(config: &Config) -> Self {
         let context = Context {
             node_name: Arc::clone(&config.node_name),
             cluster_cidr: config.cluster_cidr,
@@ -50,7 +50,7 @@ impl Knowledge {
     }
 
     /// Takes the Node and the ServiceCIDRs as the source has them.
-    pub fn take_node(&mut self, config: &Config) -> NodeIps {
+    pub(crate) fn take_node(&mut self, config: &Config) -> NodeIps {
         self.context.service_cidrs = self.cluster.service_cidrs().collect();
         self.context.node = self.cluster.node().clone();
         let ips = NodeIps::derive(&self.context.node, config.bind_address);
@@ -76,7 +76,7 @@ impl Knowledge {
     }
 
     /// Takes the addresses of this host.
-    pub fn take_addresses(&mut self, addresses: &HostAddresses) {
+    pub(crate) fn take_addresses(&mut self, addresses: &HostAddresses) {
         let before = std::mem::replace(&mut self.addresses, addresses.clone());
         self.context.host_addresses = addresses.keys().copied().collect();
         self.cluster.touch_with_source_ranges();
@@ -97,7 +97,7 @@ impl Knowledge {
     }
 
     /// Returns the wanted state of a Service; `None` when it is gone.
-    pub fn wanted(&self, key: &ObjectKey) -> Option<Wanted> {
+    pub(crate) fn wanted(&self, key: &ObjectKey) -> Option<Wanted> {
         let service = self.cluster.service(key)?;
         let desired = desired_service(service, self.cluster.slices(key), &self.context);
         Some(Wanted { created: service.created, desired })
@@ -116,7 +116,7 @@ impl Knowledge {
     }
 
     /// Plans the node's own tables.
-    pub fn plan_node(&self, node_ports: &NodePortAddresses, model: &mut Model) -> NodePlan {
+    pub(crate) fn plan_node(&self, node_ports: &NodePortAddresses, model: &mut Model) -> NodePlan {
         let host = &self.context.host_addresses;
         let by_source = !self.context.pods_by_interface;
         let mut tables = NodeTables {
@@ -132,11 +132,11 @@ impl Knowledge {
 
 /// Plan of the node's own tables.
 #[derive(Debug)]
-pub struct NodePlan {
+pub(crate) struct NodePlan {
     /// Operations, to be carried out from first to last.
-    pub ops: Vec<Op>,
+    pub(crate) ops: Vec<Op>,
     /// Services that have to be planned again.
-    pub concerned: BTreeSet<ObjectKey>,
+    pub(crate) concerned: BTreeSet<ObjectKey>,
     /// Problems of what there is no room for.
     pub(crate) problems: Vec<String>,
 }

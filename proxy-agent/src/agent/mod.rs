@@ -44,7 +44,7 @@ pub mod flows;
 mod grace;
 mod heavy;
 mod kernel;
-pub mod knowledge;
+pub(crate) mod knowledge;
 mod opt_out;
 mod packet_edge;
 mod phase;

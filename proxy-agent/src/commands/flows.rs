@@ -27,31 +27,31 @@ use crate::reconcile::model::{Model, Port};
 /// A flow, as printed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct FlowView {
+pub(crate) struct FlowView {
     /// Namespace and name of the Service; none when the Service that the flow began with is gone.
-    pub service: Option<String>,
+    pub(crate) service: Option<String>,
     /// Name of its port; empty when unnamed.
-    pub port: String,
+    pub(crate) port: String,
     /// TCP, UDP or SCTP.
-    pub protocol: &'static str,
+    pub(crate) protocol: &'static str,
     /// Client, which sends requests.
-    pub client: SocketAddr,
+    pub(crate) client: SocketAddr,
     /// VIP that the client talks to.
-    pub vip: SocketAddr,
+    pub(crate) vip: SocketAddr,
     /// Backend, which sends replies.
-    pub backend: SocketAddr,
+    pub(crate) backend: SocketAddr,
     /// Source that the backend sees, where that is not the client.
-    pub source: Option<SocketAddr>,
+    pub(crate) source: Option<SocketAddr>,
     /// Whether the client came through an external device.
-    pub outside: bool,
+    pub(crate) outside: bool,
     /// State in a word: `new`, `answered`, `established`, `closing`, `closed` or `reset`; `own` for what this host
     /// itself has sent from a frontend's address and port, which is no flow of a Service; `expired` for a record that
     /// counts as absent.
-    pub state: &'static str,
+    pub(crate) state: &'static str,
     /// Whether the flow is in `FLOWS`, which never evicts.
-    pub assured: bool,
+    pub(crate) assured: bool,
     /// Seconds since the last packet.
-    pub idle_seconds: f64,
+    pub(crate) idle_seconds: f64,
 }
 
 fn none() -> String {
@@ -63,7 +63,7 @@ fn none() -> String {
 /// # Errors
 ///
 /// [`InspectError`].
-pub fn print(args: &FlowsArgs, out: &mut impl Write) -> Result<(), InspectError> {
+pub(crate) fn print(args: &FlowsArgs, out: &mut impl Write) -> Result<(), InspectError> {
     let pins = PinDir::new(&args.inspect.pins.pin_dir);
     let maps = KernelMaps::open(&pins)?;
     let model = Model::restore(maps.capacity(), &maps.contents()?);
@@ -80,7 +80,11 @@ pub fn print(args: &FlowsArgs, out: &mut impl Write) -> Result<(), InspectError>
 /// # Errors
 ///
 /// [`InspectError::Write`].
-pub fn print_flows(views: &[FlowView], output: Output, out: &mut impl Write) -> Result<(), InspectError> {
+pub(crate) fn print_flows(
+    views: &[FlowView],
+    output: Output,
+    out: &mut impl Write,
+) -> Result<(), InspectError> {
     if print_data(output, &views, out)? {
         return Ok(());
     }

@@ -36,7 +36,7 @@ use crate::reconcile::plan::FrontendName;
 
 /// Reason why nothing can be shown.
 #[derive(Debug, thiserror::Error)]
-pub enum InspectError {
+pub(crate) enum InspectError {
     /// The maps cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -59,47 +59,47 @@ pub enum InspectError {
 /// A Service port in one family, as printed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct ServiceView {
+pub(crate) struct ServiceView {
     /// Namespace.
-    pub namespace: String,
+    pub(crate) namespace: String,
     /// Service name.
-    pub name: String,
+    pub(crate) name: String,
     /// Port name; empty when unnamed.
-    pub port: String,
+    pub(crate) port: String,
     /// TCP, UDP or SCTP.
-    pub protocol: &'static str,
+    pub(crate) protocol: &'static str,
     /// IPv4 or IPv6.
-    pub family: String,
+    pub(crate) family: String,
     /// Index into `SERVICES`.
-    pub id: u32,
+    pub(crate) id: u32,
     /// Frontends by which it can be reached.
-    pub frontends: Vec<FrontendView>,
+    pub(crate) frontends: Vec<FrontendView>,
     /// Endpoints of the cluster set.
-    pub cluster: Vec<SocketAddr>,
+    pub(crate) cluster: Vec<SocketAddr>,
     /// Endpoints of the local set.
-    pub local: Vec<SocketAddr>,
+    pub(crate) local: Vec<SocketAddr>,
     /// Session affinity timeout; 0 for none.
-    pub affinity_seconds: u32,
+    pub(crate) affinity_seconds: u32,
     /// Sources that frontends with the flag `source-ranges` admit.
-    pub source_ranges: Vec<String>,
+    pub(crate) source_ranges: Vec<String>,
     /// Traffic of the packet edge for it. Connections of sockets on this node do not pass there.
-    pub traffic: TrafficView,
+    pub(crate) traffic: TrafficView,
 }
 
 /// Counts of the packet edge for a Service port since it got its id.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct TrafficView {
+pub(crate) struct TrafficView {
     /// Flows that began.
-    pub connections: u64,
+    pub(crate) connections: u64,
     /// Packets from clients.
-    pub request_packets: u64,
+    pub(crate) request_packets: u64,
     /// Bytes of these packets, with IP headers.
-    pub request_bytes: u64,
+    pub(crate) request_bytes: u64,
     /// Packets from backends.
-    pub reply_packets: u64,
+    pub(crate) reply_packets: u64,
     /// Bytes of these packets, with IP headers.
-    pub reply_bytes: u64,
+    pub(crate) reply_bytes: u64,
 }
 
 impl From<ServiceCounters> for TrafficView {
@@ -112,57 +112,57 @@ impl From<ServiceCounters> for TrafficView {
 
 /// A frontend, as printed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct FrontendView {
+pub(crate) struct FrontendView {
     /// `ADDRESS:PORT/PROTOCOL`, or `nodePort PORT/PROTOCOL (FAMILY)`.
-    pub name: String,
+    pub(crate) name: String,
     /// Names of the flags.
-    pub flags: Vec<&'static str>,
+    pub(crate) flags: Vec<&'static str>,
 }
 
 /// A backend, as printed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct BackendView {
+pub(crate) struct BackendView {
     /// Index into `BACKENDS`.
-    pub id: u32,
+    pub(crate) id: u32,
     /// Namespace and name of the Service.
-    pub service: String,
+    pub(crate) service: String,
     /// Port name; empty when unnamed.
-    pub port: String,
+    pub(crate) port: String,
     /// TCP, UDP or SCTP.
-    pub protocol: &'static str,
+    pub(crate) protocol: &'static str,
     /// Address and port of the endpoint.
-    pub endpoint: SocketAddr,
+    pub(crate) endpoint: SocketAddr,
     /// Names of the flags.
-    pub flags: Vec<&'static str>,
+    pub(crate) flags: Vec<&'static str>,
     /// Number of times that the id has been given out, and that the endpoint has entered a set.
-    pub generation: u32,
+    pub(crate) generation: u32,
 }
 
 /// The whole state, as printed.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct StatusView {
+pub(crate) struct StatusView {
     /// Layout version of the maps.
-    pub abi_version: u32,
+    pub(crate) abi_version: u32,
     /// Whether an agent runs on this pin directory.
-    pub agent_running: bool,
+    pub(crate) agent_running: bool,
     /// Whether each program is attached.
-    pub programs: BTreeMap<&'static str, bool>,
+    pub(crate) programs: BTreeMap<&'static str, bool>,
     /// Used elements and size, by map.
-    pub maps: BTreeMap<&'static str, (u64, u64)>,
+    pub(crate) maps: BTreeMap<&'static str, (u64, u64)>,
     /// The datapath's counters.
-    pub counters: BTreeMap<&'static str, u64>,
+    pub(crate) counters: BTreeMap<&'static str, u64>,
     /// Cookie of the host's network namespace.
-    pub host_netns: u64,
+    pub(crate) host_netns: u64,
     /// Whether pods' sockets leave a connection to the packet edge where a socket cannot be given the answer.
-    pub pods_in_packets: bool,
+    pub(crate) pods_in_packets: bool,
     /// Whether the packet edge answers for the host's sockets, because this kernel cannot give them the reason of a
     /// refusal.
-    pub host_in_packets: bool,
+    pub(crate) host_in_packets: bool,
     /// Errors that sockets get when they are refused at the call, if an agent has left its state.
-    pub refusals: Option<&'static str>,
+    pub(crate) refusals: Option<&'static str>,
     /// State that the agent left, if any.
-    pub agent: Option<State>,
+    pub(crate) agent: Option<State>,
 }
 
 /// Runs `proxy-agent services`.
@@ -170,7 +170,7 @@ pub struct StatusView {
 /// # Errors
 ///
 /// [`InspectError`].
-pub fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
+pub(crate) fn services(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
     let maps = KernelMaps::open(&PinDir::new(&args.pins.pin_dir))?;
     let mut views = service_views(&Model::restore(maps.capacity(), &maps.contents()?));
     for view in &mut views {
@@ -188,7 +188,7 @@ fn list(set: &[SocketAddr]) -> String {
 /// # Errors
 ///
 /// [`InspectError::Write`].
-pub fn print_services(
+pub(crate) fn print_services(
     views: &[ServiceView],
     output: Output,
     out: &mut impl Write,
@@ -220,7 +220,7 @@ pub fn print_services(
 /// # Errors
 ///
 /// [`InspectError`].
-pub fn backends(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
+pub(crate) fn backends(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
     print_backends(&backend_views(&read(args)?), args.output, out)
 }
 
@@ -229,7 +229,7 @@ pub fn backends(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError
 /// # Errors
 ///
 /// [`InspectError::Write`].
-pub fn print_backends(
+pub(crate) fn print_backends(
     views: &[BackendView],
     output: Output,
     out: &mut impl Write,
@@ -256,7 +256,7 @@ pub fn print_backends(
 /// # Errors
 ///
 /// [`InspectError`].
-pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
+pub(crate) fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> {
     let pins = PinDir::new(&args.pins.pin_dir);
     let maps = KernelMaps::open(&pins)?;
     let (mut usage, flows) = (maps.usage()?, maps.flow_maps());
@@ -286,7 +286,11 @@ pub fn status(args: &Inspect, out: &mut impl Write) -> Result<(), InspectError> 
 /// # Errors
 ///
 /// [`InspectError::Write`].
-pub fn print_status(view: &StatusView, output: Output, out: &mut impl Write) -> Result<(), InspectError> {
+pub(crate) fn print_status(
+    view: &StatusView,
+    output: Output,
+    out: &mut impl Write,
+) -> Result<(), InspectError> {
     if print_data(output, view, out)? {
         return Ok(());
     }
@@ -380,7 +384,7 @@ fn members(port: &Port, set: u32) -> Vec<SocketAddr> {
 }
 
 /// Returns every Service port of `model`, with all traffic at zero.
-pub fn service_views(model: &Model) -> Vec<ServiceView> {
+pub(crate) fn service_views(model: &Model) -> Vec<ServiceView> {
     let mut frontends: BTreeMap<ServiceId, Vec<FrontendView>> = BTreeMap::new();
     for (key, value) in model.frontends.iter().filter(|(key, _)| key.kind != FrontendKind::Address as u8) {
         frontends.entry(value.service).or_default().push(frontend_view(key, value));
@@ -403,7 +407,7 @@ pub fn service_views(model: &Model) -> Vec<ServiceView> {
 }
 
 /// Returns every backend of `model`, by id.
-pub fn backend_views(model: &Model) -> Vec<BackendView> {
+pub(crate) fn backend_views(model: &Model) -> Vec<BackendView> {
     let all = model.ports.iter().flat_map(|(key, port)| port.backends.iter().map(move |b| (key, b)));
     let mut views: Vec<BackendView> = all
         .map(|(key, backend)| BackendView {

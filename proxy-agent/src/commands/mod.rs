@@ -1,7 +1,8 @@
 //! `proxy-agent`: the command line. It is part of the library, because generic or asynchronous code is compiled again
 //! for each crate that starts it: in a program of its own that would be most of the agent.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::ffi::OsString;
+use std::io::{IsTerminal as _, Write};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -12,6 +13,7 @@ use tracing_subscriber::EnvFilter;
 use crate::bpf::notes::Notes;
 use crate::bpf::pins::PinDir;
 use crate::commands::explain::ExplainError;
+use crate::commands::inspect::InspectError;
 use crate::commands::monitor::MonitorError;
 use crate::config::args::{Cli, Command, ExplainArgs, MonitorArgs, Pins, RunArgs, VerifyArgs};
 use crate::config::kube_proxy::KubeProxyConfiguration;
@@ -22,17 +24,17 @@ use crate::{agent, devices};
 
 pub(crate) mod cleanup;
 
-pub mod explain;
+pub(crate) mod explain;
 
-pub mod flows;
+pub(crate) mod flows;
 
-pub mod inspect;
+pub(crate) mod inspect;
 
 pub(crate) mod monitor;
 
-pub mod table;
+pub(crate) mod table;
 
-pub mod verify;
+pub(crate) mod verify;
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
@@ -42,10 +44,9 @@ pub fn main() -> ExitCode {
     };
     let result = match cli.command {
         Command::Run(args) => run(&args),
-        Command::Status(args) => print(|out| inspect::status(&args, out)),
-        Command::Services(args) => print(|out| inspect::services(&args, out)),
-        Command::Backends(args) => print(|out| inspect::backends(&args, out)),
-        Command::Flows(args) => print(|out| flows::print(&args, out)),
+        Command::Status(_) | Command::Services(_) | Command::Backends(_) | Command::Flows(_) => {
+            print(|out| write_maps(&cli.command, out))
+        }
         Command::Monitor(args) => watch(&args),
         Command::Verify(args) => verify(&args),
         Command::Explain(args) => explain(&args),
@@ -53,7 +54,7 @@ pub fn main() -> ExitCode {
         Command::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "proxy-agent", &mut script);
-            print(|out| out.write_all(&script).map_err(inspect::InspectError::Write))
+            print(|out| out.write_all(&script).map_err(InspectError::Write))
         }
     };
     match result {
@@ -63,6 +64,30 @@ pub fn main() -> ExitCode {
             let _ = writeln!(std::io::stderr(), "error: {}", in_one_line(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Writes what a command line prints about the pinned maps: of `status`, `services`, `backends` or `flows`.
+///
+/// # Errors
+///
+/// The command line is wrong, or the maps cannot be read. Other commands write nothing.
+pub fn show(line: impl IntoIterator<Item = OsString>, out: &mut impl Write) -> anyhow::Result<()> {
+    Ok(write_maps(&Cli::from_command_line(line)?.command, out)?)
+}
+
+fn write_maps(command: &Command, out: &mut impl Write) -> Result<(), InspectError> {
+    match command {
+        Command::Status(args) => inspect::status(args, out),
+        Command::Services(args) => inspect::services(args, out),
+        Command::Backends(args) => inspect::backends(args, out),
+        Command::Flows(args) => flows::print(args, out),
+        Command::Run(_)
+        | Command::Monitor(_)
+        | Command::Verify(_)
+        | Command::Explain(_)
+        | Command::Cleanup { .. }
+        | Command::Completion { .. } => Ok(()),
     }
 }
 
@@ -132,7 +157,7 @@ fn watch(args: &MonitorArgs) -> anyhow::Result<()> {
     let result = runtime.block_on(async { anyhow::Ok(monitor::run(args, stop()?, &mut out).await) })?;
     match result {
         // The reader of the output has seen enough (`| head`).
-        Err(MonitorError::Inspect(inspect::InspectError::Write(error)))
+        Err(MonitorError::Inspect(InspectError::Write(error)))
             if error.kind() == std::io::ErrorKind::BrokenPipe =>
         {
             Ok(())
@@ -172,11 +197,11 @@ fn start_log(settings: &KubeProxyConfiguration) -> anyhow::Result<()> {
 }
 
 fn print(
-    show: impl FnOnce(&mut std::io::StdoutLock<'static>) -> Result<(), inspect::InspectError>,
+    show: impl FnOnce(&mut std::io::StdoutLock<'static>) -> Result<(), InspectError>,
 ) -> anyhow::Result<()> {
     match show(&mut std::io::stdout().lock()) {
         // The reader of the output has seen enough (`| head`).
-        Err(inspect::InspectError::Write(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        Err(InspectError::Write(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => Ok(other?),
     }
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::io::{self, IsTerminal as _, Write};
 
 /// Width of the widest column of a table.
-pub const CELL_MAX: usize = 80;
+pub(crate) const CELL_MAX: usize = 80;
 
 /// Writes a table to `out`, which is standard output or stands for it. Columns are as wide as their widest cell, but
 /// not wider than [`CELL_MAX`]; the last column is not padded. A wider cell is cut for a terminal, and printed whole
@@ -23,7 +23,7 @@ pub(crate) fn table<const N: usize>(
 /// # Errors
 ///
 /// When the reader of the output is gone.
-pub fn write_table<const N: usize>(
+pub(crate) fn write_table<const N: usize>(
     head: [&str; N],
     rows: impl Iterator<Item = [String; N]>,
     cut: bool,

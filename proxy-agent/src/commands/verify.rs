@@ -52,13 +52,13 @@ pub(crate) enum VerifyError {
 
 /// Result of a comparison.
 #[derive(Debug, Serialize)]
-pub struct Findings {
+pub(crate) struct Findings {
     /// Services that the source has.
-    pub services: usize,
+    pub(crate) services: usize,
     /// Differences between the maps and what they should hold.
-    pub differences: Vec<Difference>,
+    pub(crate) differences: Vec<Difference>,
     /// Services that do not fit into the maps, with the reason.
-    pub refused: BTreeMap<String, Vec<String>>,
+    pub(crate) refused: BTreeMap<String, Vec<String>>,
 }
 
 /// Compares the maps with what follows from the source.
@@ -160,7 +160,7 @@ impl Findings {
     /// # Errors
     ///
     /// [`InspectError`].
-    pub fn print(&self, output: Output, out: &mut impl Write) -> Result<(), InspectError> {
+    pub(crate) fn print(&self, output: Output, out: &mut impl Write) -> Result<(), InspectError> {
         if print_data(output, self, out)? {
             return Ok(());
         }

@@ -25,10 +25,10 @@ const BUDGET_MAX: u32 = 1 << 25;
 /// it is.
 #[derive(Debug, Parser)]
 #[command(name = "proxy-agent", version, max_term_width = 100)]
-pub struct Cli {
+pub(crate) struct Cli {
     /// Command to run.
     #[command(subcommand)]
-    pub command: Command,
+    pub(crate) command: Command,
 }
 
 impl Cli {
@@ -37,7 +37,7 @@ impl Cli {
     /// # Errors
     ///
     /// The error of clap. Help and version are such errors, too.
-    pub fn from_command_line(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+    pub(crate) fn from_command_line(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let mut args = called_as::command_line(args.into_iter().collect())
             .map_err(|what| Self::command().error(clap::error::ErrorKind::InvalidValue, what))?;
         // Go's flags accept underscores, and `--version=raw`.
@@ -59,9 +59,29 @@ impl Cli {
     }
 }
 
+/// Returns kube-proxy's flags on a command line, the program's name first; `None` for a command other than `run`.
+///
+/// # Errors
+///
+/// The error of clap.
+pub fn kube_proxy_flags(line: impl IntoIterator<Item = OsString>) -> Result<Option<Flags>, clap::Error> {
+    match Cli::from_command_line(line)?.command {
+        Command::Run(args) => Ok(Some(args.kube_proxy)),
+        Command::Status(_)
+        | Command::Services(_)
+        | Command::Backends(_)
+        | Command::Flows(_)
+        | Command::Monitor(_)
+        | Command::Verify(_)
+        | Command::Explain(_)
+        | Command::Cleanup { .. }
+        | Command::Completion { .. } => Ok(None),
+    }
+}
+
 /// The commands.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Watch Services and keep the BPF maps in sync, until SIGTERM or SIGINT.
     ///
     /// The dataplane stays in place when the agent ends, also by SIGKILL: connections go on, new ones are served
@@ -102,42 +122,42 @@ pub enum Command {
 
 /// Directories of the pins and of the agent's state.
 #[derive(Args, Clone, Debug)]
-pub struct Pins {
+pub(crate) struct Pins {
     /// Directory on a BPF file system in which maps and links are pinned. If it is missing, it is created, and the
     /// file system is mounted. One agent per directory.
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/vipr")]
-    pub pin_dir: PathBuf,
+    pub(crate) pin_dir: PathBuf,
     /// Directory for the state that `status` shows in addition to the maps: the agent's source, and problems by
     /// object.
     #[arg(long, value_name = "DIR", default_value = "/run/vipr")]
-    pub run_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
 }
 
 /// Options of the inspection commands.
 #[derive(Args, Clone, Debug)]
-pub struct Inspect {
+pub(crate) struct Inspect {
     /// Directories of the pins and of the agent's state.
     #[command(flatten)]
-    pub pins: Pins,
+    pub(crate) pins: Pins,
     /// Output format.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    pub output: Output,
+    pub(crate) output: Output,
 }
 
 /// Options of `flows`.
 #[derive(Args, Clone, Debug)]
-pub struct FlowsArgs {
+pub(crate) struct FlowsArgs {
     /// Options of every inspection command.
     #[command(flatten)]
-    pub inspect: Inspect,
+    pub(crate) inspect: Inspect,
     /// Only flows of this Service.
     #[arg(long, value_name = "NAMESPACE/NAME")]
-    pub service: Option<String>,
+    pub(crate) service: Option<String>,
 }
 
 /// Options of `monitor`.
 #[derive(Args, Clone, Debug)]
-pub struct MonitorArgs {
+pub(crate) struct MonitorArgs {
     /// Options of every inspection command. In JSON each event is a line, in YAML a document.
     #[command(flatten)]
     pub(crate) inspect: Inspect,
@@ -151,7 +171,7 @@ pub struct MonitorArgs {
 
 /// Options of `verify`.
 #[derive(Args, Clone, Debug)]
-pub struct VerifyArgs {
+pub(crate) struct VerifyArgs {
     /// Options of `run`.
     #[command(flatten)]
     pub(crate) run: RunArgs,
@@ -162,7 +182,7 @@ pub struct VerifyArgs {
 
 /// Options of `explain`.
 #[derive(Args, Clone, Debug)]
-pub struct ExplainArgs {
+pub(crate) struct ExplainArgs {
     /// Options of every inspection command.
     #[command(flatten)]
     pub(crate) inspect: Inspect,
@@ -238,7 +258,7 @@ pub(crate) enum Protocol {
 
 /// Output formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Output {
+pub(crate) enum Output {
     /// For people.
     Table,
     /// For programs.
@@ -251,7 +271,7 @@ pub enum Output {
 /// configuration file, too.
 #[derive(Args, Clone, Debug)]
 #[command(args_override_self = true)]
-pub struct RunArgs {
+pub(crate) struct RunArgs {
     /// Directory of Kubernetes manifests (YAML or JSON) to serve instead of a cluster, followed live.
     ///
     /// The agent reads Services, EndpointSlices, Endpoints, this Node and ServiceCIDRs.
@@ -259,7 +279,7 @@ pub struct RunArgs {
     pub(crate) manifests: Option<PathBuf>,
     /// Flags of kube-proxy.
     #[command(flatten)]
-    pub kube_proxy: Flags,
+    pub(crate) kube_proxy: Flags,
     /// Devices that lead to clients and to other nodes: interface names separated by commas, `NAME+` for all names
     /// that begin with NAME, `auto` or `none`.
     ///

@@ -33,7 +33,7 @@ pub(crate) struct Devices {
 
 /// A flag that cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum SettingsError {
+pub(crate) enum SettingsError {
     /// `auto` or `none` beside other words.
     #[error("{flag}: `{word}` cannot be combined with names; give it alone")]
     NotAlone {

@@ -97,7 +97,7 @@ impl Source {
 
 /// Settings as given by file and flags.
 #[derive(Clone, Debug)]
-pub struct Raw {
+pub(crate) struct Raw {
     /// kube-proxy's part, with every default.
     pub(crate) configuration: KubeProxyConfiguration,
     /// The file that the settings come from, if there is one.
@@ -113,7 +113,7 @@ impl Raw {
     /// # Errors
     ///
     /// [`FileError`].
-    pub fn load(args: &RunArgs) -> Result<Self, FileError> {
+    pub(crate) fn load(args: &RunArgs) -> Result<Self, FileError> {
         let mut flags = args.kube_proxy.to_configuration();
         let mut notes = args.kube_proxy.deprecated();
         let Some(path) = args.kube_proxy.config() else {
@@ -140,7 +140,7 @@ impl Raw {
 
 /// Everything `run` needs to know.
 #[derive(Clone, Debug)]
-pub struct Config {
+pub(crate) struct Config {
     /// This node's name.
     pub(crate) node_name: Arc<str>,
     /// Source of the objects.
@@ -154,11 +154,11 @@ pub struct Config {
     /// Pod CIDR of each family. (With detect-local by the Node's podCIDRs the agent learns them from the Node.)
     pub(crate) cluster_cidr: [Option<Prefix>; 2],
     /// Addresses that serve nodePorts.
-    pub nodeport_addresses: NodePortAddresses,
+    pub(crate) nodeport_addresses: NodePortAddresses,
     /// Devices of the packet edge, and the way to attach to them.
     pub(crate) devices: devices::Devices,
     /// Rules for the Pods that are left to the packet edge.
-    pub opt_out: opt_out::Rules,
+    pub(crate) opt_out: opt_out::Rules,
     /// Number of elements of `FLOWS` if the map has to be created.
     pub(crate) flow_table_size: u32,
     /// Whether externalIPs are served (feature gate `AllowServiceExternalIPs`).
@@ -166,15 +166,15 @@ pub struct Config {
     /// Whether externalIPs and load-balancer addresses that are addresses of this host are not served.
     pub(crate) protect_node_addresses: bool,
     /// Limits for a Service and for a namespace.
-    pub budgets: Budgets,
+    pub(crate) budgets: Budgets,
     /// This node's primary IP, if it replaces the Node's.
     pub(crate) bind_address: Option<Addr>,
     /// The families that this host can serve.
     pub(crate) families: Vec<Family>,
     /// Address of the health server.
-    pub healthz: Option<SocketAddr>,
+    pub(crate) healthz: Option<SocketAddr>,
     /// Address of the metrics server.
-    pub metrics: Option<SocketAddr>,
+    pub(crate) metrics: Option<SocketAddr>,
     /// Reaction when the address of one of the two servers cannot be bound.
     pub(crate) on_bind_failure: OnBindFailure,
     /// Longest time until a failed change is tried again. The agent is unhealthy when a change has waited twice as
@@ -185,14 +185,14 @@ pub struct Config {
     /// The configuration file, which must not change while the agent runs.
     pub(crate) file: Option<ConfigFile>,
     /// kube-proxy's part with every default, as `/configz` shows it.
-    pub effective: KubeProxyConfiguration,
+    pub(crate) effective: KubeProxyConfiguration,
     /// Messages for the user about the configuration: sentences for the log.
-    pub notes: Vec<String>,
+    pub(crate) notes: Vec<String>,
 }
 
 /// Error in the command line or the configuration file.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
+pub(crate) enum ConfigError {
     /// The node has no name.
     #[error("this node's name is empty; give it with --hostname-override")]
     NoName,
@@ -224,7 +224,7 @@ impl Config {
     /// # Errors
     ///
     /// [`ConfigError`] names every field that is wrong, its flag and its value.
-    pub fn resolve(args: &RunArgs, raw: Raw, host: &Host) -> Result<Self, ConfigError> {
+    pub(crate) fn resolve(args: &RunArgs, raw: Raw, host: &Host) -> Result<Self, ConfigError> {
         let Raw { configuration: given, file, mut notes } = raw;
         let mut wrong = validate(&given);
         let text = |field: &Option<String>| field.clone().unwrap_or_default();

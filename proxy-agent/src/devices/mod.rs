@@ -67,7 +67,7 @@ const AHEAD_ON_INGRESS: &str = "others are ahead of ours on the way in (OTHERS i
 /// A device that carries Service traffic, as `status` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct DeviceState {
+pub(crate) struct DeviceState {
     /// Interface index.
     pub(crate) index: u32,
     /// Interface name.

@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use super::follow::{FollowError, RECEIVE_BUFFER, Subject, follow};
 
 /// Addresses, each with the index of a device that has it.
-pub type HostAddresses = BTreeMap<Addr, IfIndex>;
+pub(crate) type HostAddresses = BTreeMap<Addr, IfIndex>;
 
 /// Follows the addresses of the calling thread's network namespace, at once and after each change. Following ends when
 /// every receiver is dropped.
@@ -31,7 +31,7 @@ pub type HostAddresses = BTreeMap<Addr, IfIndex>;
 /// # Errors
 ///
 /// Returns an error if the first list cannot be read.
-pub async fn watch_addresses() -> Result<watch::Receiver<HostAddresses>, FollowError> {
+pub(crate) async fn watch_addresses() -> Result<watch::Receiver<HostAddresses>, FollowError> {
     watch_with_buffer(RECEIVE_BUFFER).await
 }
 

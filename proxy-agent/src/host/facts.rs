@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Host {
     /// Name of the host, as the kernel has it.
-    pub name: String,
+    pub(crate) name: String,
     /// Whether the host's kernel has IPv6.
-    pub ipv6: bool,
+    pub(crate) ipv6: bool,
     /// The cgroup v2 directory whose processes are served.
     pub cgroup: PathBuf,
 }

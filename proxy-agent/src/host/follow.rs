@@ -28,7 +28,7 @@ pub(crate) const RECEIVE_BUFFER: usize = 256 * 1024;
 
 /// Reason why a value cannot be followed.
 #[derive(Debug, thiserror::Error)]
-pub enum FollowError {
+pub(crate) enum FollowError {
     /// No rtnetlink socket could be opened.
     #[error("cannot open an rtnetlink socket to read {what}: {source}")]
     Open {

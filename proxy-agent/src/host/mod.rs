@@ -22,9 +22,8 @@ pub(crate) mod sockets;
 pub(crate) mod sys;
 
 #[cfg(test)]
-pub mod testing;
+pub(crate) mod testing;
 
-pub(crate) use addresses::device_name;
-pub use addresses::{HostAddresses, watch_addresses};
-pub use facts::{Host, HostError};
+pub(crate) use addresses::{HostAddresses, device_name, watch_addresses};
+pub use facts::Host;
 pub(crate) use follow::FollowError;

@@ -12,4 +12,4 @@ pub(crate) mod probe;
 
 pub(crate) mod reasons;
 
-pub mod report;
+pub(crate) mod report;

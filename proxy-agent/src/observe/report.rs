@@ -24,36 +24,36 @@ use crate::sources::Problem;
 
 /// The file's contents.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
+pub(crate) struct State {
     /// Version of the agent.
-    pub version: String,
+    pub(crate) version: String,
     /// Its process id.
-    pub pid: u32,
+    pub(crate) pid: u32,
     /// This node's name.
-    pub node: String,
+    pub(crate) node: String,
     /// The node's IPs, the primary one first; loopback where none is known.
     #[serde(default)]
-    pub node_ips: Vec<String>,
+    pub(crate) node_ips: Vec<String>,
     /// Source of the objects.
-    pub source: String,
+    pub(crate) source: String,
     /// The cgroup that is served.
-    pub cgroup: String,
+    pub(crate) cgroup: String,
     /// Id of the cgroup, unless it is the root of the hierarchy: only processes below it are served.
     #[serde(default)]
-    pub cgroup_below_root: Option<u64>,
+    pub(crate) cgroup_below_root: Option<u64>,
     /// Number of verified instructions of each program, where the kernel tells.
-    pub verified_instructions: BTreeMap<String, u32>,
+    pub(crate) verified_instructions: BTreeMap<String, u32>,
     /// Whether the kernel lets the programs say why a socket is refused (5.18).
     #[serde(default)]
-    pub reasons_for_sockets: bool,
+    pub(crate) reasons_for_sockets: bool,
     /// The devices that carry Service traffic.
     #[serde(default)]
-    pub devices: Vec<DeviceState>,
+    pub(crate) devices: Vec<DeviceState>,
     /// Pods whose sockets are left alone.
     #[serde(default)]
-    pub opted_out: Vec<String>,
+    pub(crate) opted_out: Vec<String>,
     /// Problems by object.
-    pub problems: BTreeMap<String, Vec<String>>,
+    pub(crate) problems: BTreeMap<String, Vec<String>>,
 }
 
 /// Reporter of problems. The problems of one reporter stand until the same reporter replaces them.

@@ -20,13 +20,13 @@ use crate::reconcile::store::{Contents, filter_words};
 
 /// One element that differs from its wanted state.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub struct Difference {
+pub(crate) struct Difference {
     /// The map.
-    pub map: &'static str,
+    pub(crate) map: &'static str,
     /// The object of the element: a Service port, or the key itself.
-    pub object: String,
+    pub(crate) object: String,
     /// The difference.
-    pub what: String,
+    pub(crate) what: String,
 }
 
 impl fmt::Display for Difference {
@@ -37,7 +37,7 @@ impl fmt::Display for Difference {
 
 /// Returns every difference between the wanted contents of the maps and the contents read back, by map. `filter` is
 /// `FILTER` without the zeros at its end.
-pub fn differences(model: &Model, contents: &Contents, filter: &[u64]) -> Vec<Difference> {
+pub(crate) fn differences(model: &Model, contents: &Contents, filter: &[u64]) -> Vec<Difference> {
     let mut all = Differences {
         by_id: model.ports.iter().map(|(key, port)| (port.id, &**key)).collect(),
         found: Vec::new(),

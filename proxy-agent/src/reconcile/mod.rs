@@ -8,7 +8,7 @@ pub mod cluster;
 
 pub mod desired;
 
-pub mod drift;
+pub(crate) mod drift;
 
 pub(crate) mod ids;
 

@@ -11,7 +11,7 @@ use crate::reconcile::cluster::Node;
 
 /// The node's IPs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NodeIps {
+pub(crate) struct NodeIps {
     /// Indexed by [`Family::index`].
     ips: [Addr; 2],
     primary: Family,

@@ -12,7 +12,7 @@ mod text;
 mod update;
 
 pub mod api;
-pub mod manifests;
+pub(crate) mod manifests;
 
 pub use error::SourceError;
 pub use update::{Problem, Update};

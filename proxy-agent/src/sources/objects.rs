@@ -67,9 +67,8 @@ macro_rules! fields {
         $(#[doc = $doc])+
         #[derive(Clone, Debug, Default, Deserialize)]
         #[serde(rename_all = "camelCase", default)]
-        #[expect(missing_docs, reason = "the fields are those of the API")]
         pub struct $name {
-            $($(#[$attribute])* pub $field: $type,)*
+            $($(#[$attribute])* pub(crate) $field: $type,)*
         }
     )+};
 }
@@ -365,7 +364,7 @@ fields! {
 
 /// A port of a Pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TargetPort {
+pub(crate) enum TargetPort {
     /// Number of the port.
     Number(i32),
     /// Name of the port in the Pod.
@@ -390,7 +389,7 @@ impl<'de> Deserialize<'de> for TargetPort {
 /// A value of the expected type, or nothing. A value of any other type counts as absent.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
-pub enum Maybe<T> {
+pub(crate) enum Maybe<T> {
     /// Value of the expected type.
     Is(T),
     /// Value of another type.

@@ -12,7 +12,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::PodSpec;
-use proxy_agent::config::args::{Cli, Command};
+use proxy_agent::config::args::kube_proxy_flags;
 use proxy_tests::deployment::{directory, patched, strictly};
 use serde_json::{Value, json};
 
@@ -272,9 +272,8 @@ impl Installer {
 fn each_command_line_is_taken_as_it_is() -> Result<()> {
     for installer in &INSTALLERS {
         let Some(want) = installer.takes else { continue };
-        let parsed = Cli::from_command_line(installer.line()?).with_context(|| installer.name)?;
-        let Command::Run(args) = parsed.command else { anyhow::bail!("{}: not run", installer.name) };
-        let flags = &args.kube_proxy;
+        let parsed = kube_proxy_flags(installer.line()?).with_context(|| installer.name)?;
+        let Some(flags) = parsed else { anyhow::bail!("{}: not run", installer.name) };
         let file = flags.config().map(|path| path.display().to_string());
         assert_eq!(file.or_else(|| flags.cluster_cidr.clone()).as_deref(), Some(want), "{}", installer.name);
         // Name of the node, if the manifest gives it.

@@ -3,7 +3,6 @@
 
 mod cases;
 mod catalogue;
-mod inputs;
 #[cfg(test)]
 mod packets;
 mod simulated;

@@ -133,7 +133,7 @@ fn record_key(index: &FlowKey, target: &FlowRef) -> FlowKey {
 
 /// Collects expired flows again and again, with little of one CPU, beside the other tasks of the runtime. Also counts
 /// the elements of other maps, which come and go by themselves.
-pub async fn keep_collecting(pins: PinDir, metrics: Arc<Metrics>, counts: Counts) {
+pub(crate) async fn keep_collecting(pins: PinDir, metrics: Arc<Metrics>, counts: Counts) {
     loop {
         match collect(&pins).await {
             Ok(collected) => {

@@ -46,7 +46,7 @@ const MAPS: [&str; 8] = [
 
 /// The numbers. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct Counts(Arc<[AtomicU64; MAPS.len()]>);
+pub(crate) struct Counts(Arc<[AtomicU64; MAPS.len()]>);
 
 impl Counts {
     /// Returns the number of elements of each map; 0 before the first look.

@@ -8,5 +8,6 @@ mod collect;
 
 mod counts;
 
-pub use self::collect::{Collected, Collection, keep_collecting};
+pub(crate) use self::collect::keep_collecting;
+pub use self::collect::{Collected, Collection};
 pub(crate) use self::counts::Counts;

@@ -86,7 +86,7 @@ impl Verdict {
 /// Answer to a kind of client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Answer {
+pub(crate) struct Answer {
     /// Kind of client.
     pub(crate) client: Client,
     /// The answer.

@@ -24,7 +24,7 @@ use crate::reconcile::sim::Simulator;
 /// Kind of owner of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Owner {
+pub(crate) enum Owner {
     /// A Service port.
     Frontend,
     /// A clusterIP, but no Service port with this number and protocol.
@@ -49,70 +49,70 @@ impl Owner {
 /// Everything that is known about a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Explanation {
+pub(crate) struct Explanation {
     /// Target of the question: `ADDRESS:PORT`.
-    pub target: SocketAddr,
+    pub(crate) target: SocketAddr,
     /// TCP, UDP or SCTP.
-    pub protocol: &'static str,
+    pub(crate) protocol: &'static str,
     /// The client's address, if one was given.
-    pub from: Option<IpAddr>,
+    pub(crate) from: Option<IpAddr>,
     /// The client, if it was given as a Pod.
-    pub pod: Option<PodView>,
+    pub(crate) pod: Option<PodView>,
     /// Limits of the answer for this client.
-    pub client_note: Option<String>,
+    pub(crate) client_note: Option<String>,
     /// Owner of the address.
-    pub owner: Owner,
+    pub(crate) owner: Owner,
     /// Other target that a user may have meant.
-    pub note: Option<String>,
+    pub(crate) note: Option<String>,
     /// The frontend that matches.
-    pub frontend: Option<FrontendView>,
+    pub(crate) frontend: Option<FrontendView>,
     /// The Service port behind it.
-    pub service: Option<ServiceView>,
+    pub(crate) service: Option<ServiceView>,
     /// Answer to each kind of client.
-    pub clients: Vec<Answer>,
+    pub(crate) clients: Vec<Answer>,
 }
 
 /// The Service port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct ServiceView {
+pub(crate) struct ServiceView {
     /// Namespace.
-    pub namespace: String,
+    pub(crate) namespace: String,
     /// Name.
-    pub name: String,
+    pub(crate) name: String,
     /// Port name; empty when unnamed.
-    pub port: String,
+    pub(crate) port: String,
     /// Index into `SERVICES`.
-    pub id: u32,
+    pub(crate) id: u32,
     /// Session affinity timeout; 0 for none.
-    pub affinity_seconds: u32,
+    pub(crate) affinity_seconds: u32,
     /// Sources that may use this frontend; empty where all may.
-    pub source_ranges: Vec<String>,
+    pub(crate) source_ranges: Vec<String>,
     /// Whether the client is in these ranges; none without a client, or without ranges.
-    pub client_in_source_ranges: Option<bool>,
+    pub(crate) client_in_source_ranges: Option<bool>,
     /// Whether an agent has answered. Without an answer, endpoints that do not serve are missing, and reasons are
     /// general.
-    pub agent_answered: bool,
+    pub(crate) agent_answered: bool,
     /// Endpoints of the Service port.
-    pub backends: Vec<BackendView>,
+    pub(crate) backends: Vec<BackendView>,
 }
 
 /// An endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct BackendView {
+pub(crate) struct BackendView {
     /// Address and port.
-    pub endpoint: SocketAddr,
+    pub(crate) endpoint: SocketAddr,
     /// Whether it is in the cluster set, for clients whose policy is Cluster.
-    pub in_cluster: bool,
+    pub(crate) in_cluster: bool,
     /// Whether it is in the local set, for clients whose policy is Local.
-    pub in_local: bool,
+    pub(crate) in_local: bool,
     /// Whether its pod serves. If not, only existing UDP flows would notice.
-    pub serving: bool,
+    pub(crate) serving: bool,
     /// Whether it is on this node.
-    pub on_this_node: bool,
+    pub(crate) on_this_node: bool,
     /// Reason why it is not in both sets.
-    pub reason: String,
+    pub(crate) reason: String,
 }
 
 impl ServiceView {
@@ -144,7 +144,7 @@ impl ServiceView {
 
 /// Explains the connection that `question` is about. `maps` holds what the agent has written, and also `AFFINITY` and
 /// `NEW_AFFINITY` of the client, `DEVICES` and the clock. `model` is another form of what the agent has written.
-pub fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanation {
+pub(crate) fn explain(maps: &Simulator, model: &Model, question: &Question) -> Explanation {
     let Question { proto, addr, port, from, .. } = *question;
     let target = lookup::find(maps, &addr, port, proto);
     let owner = match target {

@@ -7,19 +7,15 @@
 
 pub(crate) mod clients;
 
-mod explanation;
+pub(crate) mod explanation;
 
 pub(crate) mod pod;
 
-mod print;
+pub(crate) mod print;
 
 pub(crate) mod question;
 
 #[cfg(test)]
 mod tests;
 
-pub use clients::Answer;
-pub use explanation::{BackendView, Explanation, Owner, ServiceView, explain};
-pub use pod::{ClientPod, PodError, PodView};
-pub use print::{ExplainError, client_pod, print, words};
-pub use question::Question;
+pub(crate) use print::{ExplainError, client_pod, print};

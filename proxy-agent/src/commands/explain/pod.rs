@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Reason why nothing can be said of a Pod.
 #[derive(Debug, thiserror::Error)]
-pub enum PodError {
+pub(crate) enum PodError {
     /// The source cannot be used.
     #[error("--from {pod}: the Pod cannot be looked up (its address does as well)")]
     Source {
@@ -89,7 +89,7 @@ fn todo(addresses: &[IpAddr]) -> &'static str {
 
 /// Facts about a Pod on which its connections depend.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ClientPod {
+pub(crate) struct ClientPod {
     /// Namespace and name.
     pub(crate) key: ObjectKey,
     /// `spec.nodeName`.
@@ -105,17 +105,17 @@ pub struct ClientPod {
 /// A Pod, as printed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct PodView {
+pub(crate) struct PodView {
     /// Namespace.
-    pub namespace: String,
+    pub(crate) namespace: String,
     /// Name.
-    pub name: String,
+    pub(crate) name: String,
     /// The node that it runs on.
-    pub node: Option<String>,
+    pub(crate) node: Option<String>,
     /// Whether it uses that node's network.
-    pub host_network: bool,
+    pub(crate) host_network: bool,
     /// Whether its sockets are left alone and its packets are judged; none if its cgroup is not found.
-    pub opted_out: Option<bool>,
+    pub(crate) opted_out: Option<bool>,
 }
 
 impl ClientPod {

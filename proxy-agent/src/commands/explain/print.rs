@@ -35,14 +35,14 @@ use crate::reconcile::sim::Simulator;
 /// # Errors
 ///
 /// [`ExplainError`].
-pub async fn client_pod(args: &ExplainArgs) -> Result<Option<ClientPod>, ExplainError> {
+pub(crate) async fn client_pod(args: &ExplainArgs) -> Result<Option<ClientPod>, ExplainError> {
     let Some(ClientName::Pod(key)) = &args.from else { return Ok(None) };
     Ok(Some(ClientPod::look_up(&Source::of(&args.source)?, key).await?))
 }
 
 /// Reason why nothing is explained.
 #[derive(Debug, thiserror::Error)]
-pub enum ExplainError {
+pub(crate) enum ExplainError {
     /// The configuration of the source of Pods is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -59,7 +59,11 @@ pub enum ExplainError {
 /// # Errors
 ///
 /// [`ExplainError`].
-pub fn print(args: &ExplainArgs, pod: Option<&ClientPod>, out: &mut impl Write) -> Result<(), ExplainError> {
+pub(crate) fn print(
+    args: &ExplainArgs,
+    pod: Option<&ClientPod>,
+    out: &mut impl Write,
+) -> Result<(), ExplainError> {
     let proto = match args.protocol {
         Protocol::Tcp => proto::TCP,
         Protocol::Udp => proto::UDP,
@@ -169,7 +173,7 @@ fn open<K: aya::Pod, V: aya::Pod>(
 /// # Errors
 ///
 /// When the reader of the output is gone.
-pub fn words(explanation: &Explanation, out: &mut impl Write) -> io::Result<()> {
+pub(crate) fn words(explanation: &Explanation, out: &mut impl Write) -> io::Result<()> {
     let Explanation { target, protocol, from, pod, client_note, owner, note, frontend, service, clients } =
         explanation;
     writeln!(out, "{target}/{protocol} is {}", owner.words())?;

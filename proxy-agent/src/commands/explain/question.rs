@@ -7,17 +7,17 @@ use proxy_common::be::Be16;
 
 /// A connection that somebody wants to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Question {
+pub(crate) struct Question {
     /// IP protocol number: TCP, UDP or SCTP.
-    pub proto: u8,
+    pub(crate) proto: u8,
     /// Target address.
-    pub addr: Addr,
+    pub(crate) addr: Addr,
     /// Target port.
-    pub port: Be16,
+    pub(crate) port: Be16,
     /// Address of the client, if it is given.
-    pub from: Option<Addr>,
+    pub(crate) from: Option<Addr>,
     /// Id of the cgroup of the client's pod, if it is given.
-    pub cgroup: Option<CgroupId>,
+    pub(crate) cgroup: Option<CgroupId>,
 }
 
 const MAC_HEADER: usize = 14;

@@ -22,9 +22,12 @@ use proxy_common::addr::Addr;
 use proxy_common::addr::{Family, Prefix};
 use proxy_common::be::Be16;
 
+use super::clients::Answer;
 use super::clients::Verdict;
+use super::explanation::{Explanation, Owner, explain};
+use super::pod::PodView;
 use super::print::{client_note, words};
-use super::*;
+use super::question::Question;
 use crate::commands::inspect::print_data;
 use crate::observe::reasons;
 use crate::observe::reasons::EndpointReasons;

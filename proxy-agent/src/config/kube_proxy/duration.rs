@@ -8,11 +8,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A signed span of time in nanoseconds, Go's `time.Duration`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct GoDuration(i64);
+pub(crate) struct GoDuration(i64);
 
 /// A text that is not a duration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum DurationError {
+pub(crate) enum DurationError {
     /// Not a sequence of numbers with units.
     #[error("`{0}` is not a duration such as 30s, 1h30m or 250ms (units: ns, us, ms, s, m, h)")]
     Syntax(String),

@@ -22,7 +22,7 @@ pub struct Flags {
     /// ends when the file changes, so that it is started again.
     #[arg(long, value_name = "FILE", help_heading = "Configuration file")]
     #[arg(value_parser = path())]
-    pub config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
     /// Write the configuration, with all defaults, to this file and exit.
     #[arg(long, value_name = "FILE", help_heading = "Configuration file")]
     #[arg(value_parser = path())]

@@ -24,9 +24,9 @@ pub(crate) mod validate;
 
 pub(crate) mod watch;
 
-pub use configuration::KubeProxyConfiguration;
-pub use duration::GoDuration;
-pub use file::{ConfigFile, FileError};
+pub(crate) use configuration::KubeProxyConfiguration;
+pub use file::ConfigFile;
+pub(crate) use file::FileError;
 pub(crate) use flags::Flags;
 pub(crate) use validate::{Invalid, validate};
 

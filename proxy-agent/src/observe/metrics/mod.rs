@@ -42,7 +42,7 @@ pub(crate) const SERVER: &str = "metrics";
 
 /// All metrics, and the registry that prints them.
 #[derive(Debug)]
-pub struct Metrics {
+pub(crate) struct Metrics {
     registry: Registry,
     kubeproxy: KubeProxy,
     own: Own,

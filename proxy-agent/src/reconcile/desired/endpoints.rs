@@ -71,7 +71,7 @@ pub(super) fn select(port: &ServicePort, slices: &ByPort<'_>, context: &Context)
 
 /// An endpoint of a Service port, with the reason why it is not in a set.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Standing {
+pub(crate) struct Standing {
     /// Address of the endpoint.
     pub(crate) addr: Addr,
     /// Port of the endpoint.
@@ -99,7 +99,7 @@ impl Standing {
 
 /// Reason why an endpoint is not in a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
+pub(crate) enum Reason {
     /// The endpoint is not ready, and it is not terminating.
     NotReady,
     /// The endpoint is terminating and still serves, but other endpoints are ready.

@@ -26,7 +26,7 @@ mod tests;
 
 pub use budget::{Budget, Budgets};
 pub use context::Context;
-pub use endpoints::{Reason, Standing};
+pub(crate) use endpoints::Standing;
 pub use state::{DesiredBackend, DesiredPort, DesiredService, PortKey};
 
 /// Computes the state to program for `service` with `slices` on the node that `context` describes.

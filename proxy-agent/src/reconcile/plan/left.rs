@@ -88,7 +88,7 @@ pub fn plan_left(model: &mut Model, wanted: &LeftAlone<'_>) -> Vec<Op> {
 
 /// Returns whether all packets that this host sends to a clusterIP meet the packet edge: no prefix of `elsewhere`, to
 /// which routes lead past the packet edge, overlaps a ServiceCIDR.
-pub fn meets_edges(model: &Model, elsewhere: &[Prefix]) -> bool {
+pub(crate) fn meets_edges(model: &Model, elsewhere: &[Prefix]) -> bool {
     !elsewhere
         .iter()
         .any(|prefix| model.service_cidrs.iter().any(|cidr| cidr.covers(prefix) || prefix.covers(cidr)))

@@ -33,7 +33,8 @@ mod rivals;
 #[cfg(test)]
 mod tests;
 
-pub use left::{LeftAlone, Sandbox, meets_edges, plan_left};
+pub use left::{LeftAlone, plan_left};
+pub(crate) use left::{Sandbox, meets_edges};
 pub use node::{LOCAL_ADDRESS_ENTRIES, NodeTables, PREFIX_ENTRIES, plan_node};
 pub(crate) use operations::Full;
 pub use operations::Plan;

@@ -52,7 +52,7 @@ pub enum Wrong {
 ///
 /// # Errors
 /// The file cannot be read, or is no kubeconfig.
-pub fn read(path: &Path) -> Result<Kubeconfig, KubeconfigError> {
+pub(crate) fn read(path: &Path) -> Result<Kubeconfig, KubeconfigError> {
     let failed = |error| KubeconfigError::ReadConfig(error, path.to_owned());
     let bytes = named_file::read(path).map_err(failed)?;
     let text = in_utf8(&bytes);
@@ -87,7 +87,7 @@ fn put_beside(kubeconfig: &Path, file: &mut Option<String>) {
 ///
 /// # Errors
 /// [`Wrong`] names the field.
-pub fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
+pub(crate) fn config(kubeconfig: &Kubeconfig) -> Result<Config, Wrong> {
     let missing = |field: String, name: &str, list| Wrong::Missing { field, name: name.to_owned(), list };
     let current = kubeconfig.current_context.as_deref().filter(|name| !name.is_empty());
     let current = current.ok_or(Wrong::NoContext)?;

@@ -31,7 +31,7 @@ mod complaints;
 mod follow;
 mod intake;
 mod kind;
-pub mod kubeconfig;
+pub(crate) mod kubeconfig;
 mod pace;
 mod received;
 mod renewed;
@@ -58,7 +58,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(180);
 #[derive(Clone)]
 pub struct Server {
     /// Client of the API server.
-    pub client: Client,
+    pub(crate) client: Client,
     /// Address of the API server, for messages.
     pub url: String,
 }

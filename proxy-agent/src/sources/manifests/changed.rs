@@ -5,11 +5,11 @@ use std::ffi::{OsStr, OsString};
 
 /// Files that may have changed.
 #[derive(Debug, Default)]
-pub struct Changed {
+pub(crate) struct Changed {
     /// Files to read even if their time stamps are the same: two writes may fall into one tick of the kernel's clock.
-    pub files: BTreeSet<OsString>,
+    pub(crate) files: BTreeSet<OsString>,
     /// Whether any file may have changed: files whose time stamps differ are read too.
-    pub any: bool,
+    pub(crate) any: bool,
 }
 
 /// Returns whether a file with this name is a manifest.

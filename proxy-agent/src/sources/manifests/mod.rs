@@ -23,9 +23,9 @@ use crate::config::opt_out::Rules;
 use crate::reconcile::cluster::ObjectKey;
 use crate::sources::error::SourceError;
 use crate::sources::update::{Problem, Update};
-pub use changed::Changed;
+pub(crate) use changed::Changed;
 use changed::is_manifest;
-pub use snapshot::{Reading, Snapshot};
+pub(crate) use snapshot::Snapshot;
 use watch::Watch;
 
 mod bytes;
@@ -38,7 +38,7 @@ mod id;
 mod labels;
 mod object;
 mod parts;
-mod snapshot;
+pub(crate) mod snapshot;
 mod watch;
 
 #[cfg(test)]

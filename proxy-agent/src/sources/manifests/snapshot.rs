@@ -20,7 +20,7 @@ use crate::sources::convert::Converter;
 use crate::sources::update::Problem;
 
 /// Everything read so far of a directory.
-pub struct Snapshot {
+pub(crate) struct Snapshot {
     directory: PathBuf,
     converter: Converter,
     bytes: Bytes,
@@ -31,18 +31,18 @@ pub struct Snapshot {
 }
 
 /// Result of one scan of the directory.
-pub struct Reading {
+pub(crate) struct Reading {
     /// Differences from the previous state.
-    pub changes: Vec<Change>,
+    pub(crate) changes: Vec<Change>,
     /// All problems, if they differ from the previous ones.
-    pub problems: Option<Vec<Problem>>,
+    pub(crate) problems: Option<Vec<Problem>>,
     /// Error if the directory could not be read; there are no changes then.
-    pub unreadable: Option<io::Error>,
+    pub(crate) unreadable: Option<io::Error>,
 }
 
 impl Snapshot {
     /// Creates a snapshot without reading `directory`. The other arguments are those of [`super::run`].
-    pub fn new(directory: PathBuf, node_name: &str, opt_out: &Rules) -> Self {
+    pub(crate) fn new(directory: PathBuf, node_name: &str, opt_out: &Rules) -> Self {
         Self {
             directory,
             converter: Converter::new(node_name).with_opt_out(opt_out.clone()),
@@ -54,7 +54,7 @@ impl Snapshot {
     }
 
     /// Reads the files that may have changed.
-    pub fn read(&mut self, changed: &Changed) -> Reading {
+    pub(crate) fn read(&mut self, changed: &Changed) -> Reading {
         let mut unreadable = None;
         let mut names = changed.files.clone();
         if changed.any {

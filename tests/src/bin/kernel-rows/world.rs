@@ -1,16 +1,15 @@
 //! The one world of all rows: two nodes, pods of either kind on the first node, pods on the second, clients outside,
 //! and an agent on the first node. No other machine has an agent.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
-use proxy_agent::commands::flows;
-use proxy_agent::commands::inspect;
-use proxy_agent::config::args::{FlowsArgs, Inspect, Output, Pins};
+use anyhow::{Context as _, Result, ensure};
+use proxy_agent::commands;
 use proxy_tests::lab::{Agent, Exec, Lab, LabSpec, Node, NodeSpec, Place, binary};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -175,16 +174,11 @@ impl World {
     /// Returns the output of `proxy-agent status`, `services`, `backends` or `flows`. No process is started: under
     /// emulation its start takes a second.
     pub(super) fn tool(&self, subcommand: &str) -> Result<Value> {
-        let pins = Pins { pin_dir: self.node().pin_dir().to_path_buf(), run_dir: self.run_dir() };
-        let inspect = Inspect { pins, output: Output::Json };
+        let mut line: Vec<OsString> =
+            ["proxy-agent", subcommand, "--output=json", "--pin-dir"].map(Into::into).into();
+        line.extend([self.node().pin_dir().into(), "--run-dir".into(), self.run_dir().into()]);
         let mut out = Vec::new();
-        match subcommand {
-            "status" => inspect::status(&inspect, &mut out)?,
-            "services" => inspect::services(&inspect, &mut out)?,
-            "backends" => inspect::backends(&inspect, &mut out)?,
-            "flows" => flows::print(&FlowsArgs { inspect, service: None }, &mut out)?,
-            other => bail!("no such command: {other}"),
-        }
+        commands::show(line, &mut out)?;
         Ok(serde_json::from_slice(&out)?)
     }
 

@@ -8,6 +8,7 @@ mod validate;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use super::duration::GoDuration;
 use super::*;
 use crate::config::args::{Cli, Command, RunArgs};
 

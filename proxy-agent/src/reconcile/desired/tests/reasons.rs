@@ -1,7 +1,8 @@
 //! Reasons why an endpoint is in a set or not, as `explain` reports them.
 
 use super::*;
-use crate::reconcile::desired::{Reason, standings};
+use crate::reconcile::desired::endpoints::Reason;
+use crate::reconcile::desired::standings;
 
 /// `Ok` in the set, else the reason why not.
 type Judged = Result<(), Reason>;

@@ -6,13 +6,13 @@ use std::future::ready;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::sources::Update;
+use crate::sources::api;
+use crate::sources::api::Server;
 use axum::body::{Body, Bytes};
 use axum::http::{Request, Response, StatusCode};
 use futures::stream::{self, StreamExt as _};
 use kube::Client;
-use proxy_agent::sources::Update;
-use proxy_agent::sources::api;
-use proxy_agent::sources::api::Server;
 use tokio::sync::mpsc;
 
 use super::node::{NAME, Node, check_problems, speaks_of_witness};

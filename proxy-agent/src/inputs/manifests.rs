@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use proxy_agent::sources::manifests::{Changed, Reading, Snapshot};
+use crate::sources::manifests::snapshot::Reading;
+use crate::sources::manifests::{Changed, Snapshot};
 
 use super::node::{NAME, Node, check_problems, speaks_of_witness};
 use super::{directory, parts, write};

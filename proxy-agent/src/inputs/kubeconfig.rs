@@ -1,8 +1,8 @@
 //! Kubeconfigs.
 
+use crate::sources::api;
+use crate::sources::api::Server;
 use kube::config::AuthInfo;
-use proxy_agent::sources::api;
-use proxy_agent::sources::api::Server;
 
 use super::{directory, write};
 

@@ -1,6 +1,6 @@
 //! The output of the commands.
 
-use proxy_agent::config::args::Output;
+use crate::config::args::Output;
 use serde_json::Value;
 
 /// Prints in each format and checks the output: lines of a table, and the same data as JSON and as YAML.

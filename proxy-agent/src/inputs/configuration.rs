@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::LazyLock;
 
-use proxy_agent::config::args::RunArgs;
-use proxy_agent::config::{Config, Raw};
+use crate::config::args::RunArgs;
+use crate::config::{Config, Raw};
 
 use super::node::{host, run_args};
 use super::{directory, write};

@@ -5,18 +5,20 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-use proxy_agent::commands::explain;
-use proxy_agent::commands::explain::{Explanation, Owner, PodView, words};
-use proxy_agent::commands::flows::{FlowView, print_flows};
-use proxy_agent::commands::inspect::{
+use crate::commands::explain::explanation;
+use crate::commands::explain::explanation::{Explanation, Owner};
+use crate::commands::explain::pod::PodView;
+use crate::commands::explain::print::words;
+use crate::commands::flows::{FlowView, print_flows};
+use crate::commands::inspect::{
     BackendView, FrontendView, ServiceView, StatusView, TrafficView, print_backends, print_services,
     print_status,
 };
-use proxy_agent::commands::table::{CELL_MAX, write_table};
-use proxy_agent::commands::verify::Findings;
-use proxy_agent::config::args::Output;
-use proxy_agent::observe::report::State;
-use proxy_agent::reconcile::drift::Difference;
+use crate::commands::table::{CELL_MAX, write_table};
+use crate::commands::verify::Findings;
+use crate::config::args::Output;
+use crate::observe::report::State;
+use crate::reconcile::drift::Difference;
 
 use super::printed::{lines, printed};
 
@@ -182,8 +184,8 @@ fn explanation(words: &mut Words<'_>) -> Explanation {
     }
 }
 
-fn endpoint(words: &mut Words<'_>) -> explain::BackendView {
-    explain::BackendView {
+fn endpoint(words: &mut Words<'_>) -> explanation::BackendView {
+    explanation::BackendView {
         endpoint: words.address(),
         in_cluster: words.flag(),
         in_local: words.flag(),
@@ -193,8 +195,8 @@ fn endpoint(words: &mut Words<'_>) -> explain::BackendView {
     }
 }
 
-fn judged(words: &mut Words<'_>) -> explain::ServiceView {
-    explain::ServiceView {
+fn judged(words: &mut Words<'_>) -> explanation::ServiceView {
+    explanation::ServiceView {
         namespace: words.text(),
         name: words.text(),
         port: words.text(),
