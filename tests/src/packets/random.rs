@@ -271,7 +271,7 @@ impl Iterator for Traffic<'_> {
         }
         let pause = if self.choices.is_rare() { self.choices.number(400) as u64 } else { 0 };
         if let Some((device, egress, bytes)) = self.rest.pop() {
-            return Some(Step { device: device, egress, bytes, pause });
+            return Some(Step { device, egress, bytes, pause });
         }
         let device = self.choices.one(&DEVICES).unwrap_or(NIC);
         if let Some(bytes) = self.inside.take()

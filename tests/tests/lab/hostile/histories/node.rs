@@ -244,7 +244,7 @@ impl Node {
     fn run(&self, device: IfIndex, entered_by: IfIndex, egress: bool, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
         self.packets.set(self.packets.get() + 1);
         let source = ends(&bytes).map_or(IfIndex::NONE, |(source, _)| self.way_back(source));
-        let mut frame = Frame { entered_by: entered_by, route_back: source, ..Frame::new(bytes, device) };
+        let mut frame = Frame { entered_by, route_back: source, ..Frame::new(bytes, device) };
         let verdict = self.sim.packet(&mut frame, Self::role(device), egress);
         (verdict, frame.bytes)
     }
