@@ -29,5 +29,6 @@ pub mod agent;
 
 pub mod commands;
 
+// For the fuzzers, and the replay of their corpora in the unit tests.
 #[cfg(any(test, fuzzing))]
 pub mod inputs;

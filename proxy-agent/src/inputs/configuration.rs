@@ -6,8 +6,8 @@ use std::sync::LazyLock;
 use crate::config::args::RunArgs;
 use crate::config::{Config, Raw};
 
+use super::files::{directory, write};
 use super::node::{host, run_args};
-use super::{directory, write};
 
 /// Arguments without flags, parsed once: parsing takes longer than everything else.
 static ARGS: LazyLock<RunArgs> = LazyLock::new(|| run_args(&[]));

@@ -4,7 +4,7 @@ use crate::sources::api;
 use crate::sources::api::Server;
 use kube::config::AuthInfo;
 
-use super::{directory, write};
+use super::files::{directory, write};
 
 /// Reads `data` as a kubeconfig, checks the server's address, and makes a client. Nothing is sent, no other file is
 /// read, and no program is run.

@@ -6,8 +6,8 @@ use std::fs;
 use crate::sources::manifests::snapshot::Reading;
 use crate::sources::manifests::{Changed, Snapshot};
 
+use super::files::{directory, parts, write};
 use super::node::{NAME, Node, check_problems, speaks_of_witness};
-use super::{directory, parts, write};
 
 /// Line after which the file's next content begins.
 const THEN: &[u8] = b"@then";

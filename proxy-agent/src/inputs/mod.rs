@@ -4,6 +4,7 @@
 //! Compiled for tests and fuzzers only.
 
 mod configuration;
+mod files;
 mod kubeconfig;
 mod manifests;
 mod node;
@@ -17,38 +18,11 @@ pub use self::manifests::manifests;
 pub use self::objects::objects;
 pub use self::tables::tables;
 
-use std::fs;
-use std::path::Path;
-
-use tempfile::TempDir;
-
-/// Makes a directory for one input, in memory if possible.
-fn directory() -> TempDir {
-    let memory = tempfile::tempdir_in("/dev/shm");
-    memory.or_else(|_| tempfile::tempdir()).expect("a directory can be made")
-}
-
-fn write(path: &Path, content: &[u8]) {
-    fs::write(path, content).expect("a file can be written");
-}
-
-/// Splits an input at lines that consist of `marker`.
-fn parts<'a>(data: &'a [u8], marker: &[u8]) -> Vec<&'a [u8]> {
-    let mut parts = Vec::new();
-    let (mut begin, mut at) = (0, 0);
-    for line in data.split_inclusive(|byte| *byte == b'\n') {
-        if line.strip_suffix(b"\n").unwrap_or(line) == marker {
-            parts.push(&data[begin..at]);
-            begin = at + line.len();
-        }
-        at += line.len();
-    }
-    parts.push(&data[begin..]);
-    parts
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::Path;
+
     use super::*;
 
     /// Smallest number of inputs in the corpus of a fuzzer.
