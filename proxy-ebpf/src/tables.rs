@@ -97,7 +97,7 @@ impl Tables for Maps {
     fn node(&self) -> Node {
         match NODE.get_ptr(0) {
             Some(node) => load_words!(node, Node, 2),
-            None => Node { host_netns: NetnsCookie(0), flags: 0 },
+            None => Node { host_netns: NetnsCookie::NONE, flags: 0 },
         }
     }
 

@@ -81,10 +81,10 @@ mod tests {
         let patience = Patience { since, ips: true, pod_cidrs: false };
         assert_eq!(patience.judge(&node(true, false), since), Decision::Start);
         for after in [0, 29] {
-            let verdict = patience.judge(&node(false, true), since + after * second);
+            let decision = patience.judge(&node(false, true), since + after * second);
             assert!(
-                matches!(verdict, Decision::Wait { until, .. } if until == since + 30 * second),
-                "{verdict:?}"
+                matches!(decision, Decision::Wait { until, .. } if until == since + 30 * second),
+                "{decision:?}"
             );
         }
         assert_eq!(patience.judge(&node(false, false), since + 30 * second), Decision::Start);
@@ -101,20 +101,20 @@ mod tests {
         for (ips, pod_cidrs, after, waits) in
             [(false, true, 29, 30), (true, false, 0, 300), (false, false, 31, 300)]
         {
-            let verdict = patience.judge(&node(ips, pod_cidrs), since + after * second);
+            let decision = patience.judge(&node(ips, pod_cidrs), since + after * second);
             assert!(
-                matches!(verdict, Decision::Wait { until, .. } if until == since + waits * second),
-                "{verdict:?} after {after} s"
+                matches!(decision, Decision::Wait { until, .. } if until == since + waits * second),
+                "{decision:?} after {after} s"
             );
         }
-        for (ips, pod_cidrs, after, verdict) in [
+        for (ips, pod_cidrs, after, decision) in [
             (false, true, 30, Decision::Start),
             (true, false, 300, Decision::GiveUp),
             (true, true, 300, Decision::Start),
         ] {
             assert_eq!(
                 patience.judge(&node(ips, pod_cidrs), since + after * second),
-                verdict,
+                decision,
                 "after {after} s"
             );
         }

@@ -29,7 +29,7 @@ impl Grace {
         }
     }
 
-    /// Waits for the end of the grace period, and returns its numbers. Returns never while none is under way.
+    /// Waits for the end of the grace period, and returns its numbers. Never returns while none is under way.
     pub(super) async fn over(&mut self) -> Freed {
         let Some((grace, freed)) = &mut self.waiting else { return std::future::pending().await };
         let ended = grace.await;

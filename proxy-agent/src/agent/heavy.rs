@@ -6,9 +6,9 @@ use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::desired::{DesiredPort, PortKey};
 use crate::reconcile::plan::LostClaims;
 
-/// Size of a turn: frontends, endpoints and source ranges together. They take one to eight milliseconds of CPU time (four
-/// times as many took up to 33), and longer where processors are shared: meanwhile every other Service waits.
-pub(super) const TURN: usize = 1_024;
+/// Size of a part: frontends, endpoints and source ranges together. A part takes one to eight milliseconds of CPU time
+/// (four times as many take up to 33), and longer where processors are shared: meanwhile every other Service waits.
+pub(super) const PART: usize = 1_024;
 
 /// A Service that is programmed in parts.
 #[derive(Debug)]
@@ -51,7 +51,7 @@ impl Begun {
         &mut self,
         weight: impl Fn(&PortKey) -> usize,
     ) -> (Vec<DesiredPort>, Vec<Arc<PortKey>>) {
-        let mut left = TURN;
+        let mut left = PART;
         let ports = take(&mut self.ports, &mut left, |port| self::weight(port) + weight(&port.key));
         let gone = match self.ports.is_empty() {
             true => take(&mut self.gone, &mut left, |key| weight(key)),
@@ -96,7 +96,7 @@ mod tests {
         Arc::new(PortKey { service: key("s"), port_name, proto: 6, family: Family::V4 })
     }
 
-    /// Returns a port that costs a sixteenth of a turn.
+    /// Returns a port that costs a sixteenth of a part.
     fn port(number: usize) -> DesiredPort {
         DesiredPort {
             key: PortKey::clone(&port_key(number)),
@@ -104,29 +104,29 @@ mod tests {
             backends: Vec::new(),
             empty_local: SlotRange::REJECT,
             affinity_seconds: 0,
-            source_ranges: vec![Prefix::new(Addr::ZERO, 0).unwrap(); TURN / 16 - 1],
+            source_ranges: vec![Prefix::new(Addr::ZERO, 0).unwrap(); PART / 16 - 1],
         }
     }
 
     #[test]
-    fn parts_are_as_large_as_a_turn_and_what_goes_goes_last() {
+    fn parts_have_their_size_and_what_goes_goes_last() {
         let gone: Vec<_> = (50..60).map(port_key).collect();
         let mut begun = Begun::new(key("s"), 0, (0..20).map(port).collect(), gone, Vec::new());
         let mut parts = Vec::new();
         while !begun.is_done() {
-            // Removing a port costs a quarter of a turn, and so does replacing number 18.
+            // Removing a port costs a quarter of a part, and so does replacing number 18.
             let (ports, gone) = begun.next(|key| match &*key.port_name {
-                "18" => TURN / 4,
+                "18" => PART / 4,
                 name if name < "50" => 0,
-                _ => TURN / 4,
+                _ => PART / 4,
             });
             parts.push((ports.len(), gone.len()));
         }
         assert_eq!(parts, [(16, 0), (4, 2), (0, 4), (0, 4)]);
-        // A port that is heavier than a turn is a part of its own.
+        // A port that is heavier than a part is one of its own.
         let mut begun = Begun::new(key("s"), 0, (0..2).map(port).collect(), Vec::new(), Vec::new());
-        assert_eq!(begun.next(|_| TURN).0.len(), 1);
-        assert_eq!(begun.next(|_| TURN).0.len(), 1);
+        assert_eq!(begun.next(|_| PART).0.len(), 1);
+        assert_eq!(begun.next(|_| PART).0.len(), 1);
         assert!(begun.is_done());
     }
 }

@@ -10,9 +10,13 @@ use std::ops::Bound;
 
 use tokio::task::{JoinError, JoinHandle};
 
-use super::heavy::{Begun, TURN};
+use super::heavy::Begun;
 use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::plan::Wanted;
+
+/// Size of what is programmed in one turn of the loop, beside a part of a heavy Service: frontends, endpoints and source
+/// ranges together. A Service that is larger is heavy.
+const TURN: usize = 4_096;
 
 /// Size of what is tried again beside a turn: so small that others hardly notice, and large enough for all to have
 /// their turn.
@@ -139,7 +143,7 @@ impl Queue {
         None
     }
 
-    /// Waits until the wanted state of a heavy Service is computed, and returns it, to be put back. Returns never while
+    /// Waits until the wanted state of a heavy Service is computed, and returns it, to be put back. Never returns while
     /// none is being computed.
     pub(super) async fn worked_out(&mut self) -> (ObjectKey, Option<Wanted>) {
         let UnderWay::WorkingOut(service, task) = &mut self.under_way else {

@@ -71,7 +71,7 @@ impl Sweeps {
         }
     }
 
-    /// Waits until the running sweep has ended, or until the time at which the next one may begin. Returns never while
+    /// Waits until the running sweep has ended, or until the time at which the next one may begin. Never returns while
     /// there is neither.
     pub(super) async fn changed(&mut self) {
         if let State::Running { since, task } = &mut self.state {

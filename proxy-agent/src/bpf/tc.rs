@@ -29,7 +29,7 @@ use super::notes::Notes;
 use super::pins::PinDir;
 use super::sys;
 
-/// Returns the name of the program of a device with this role.
+/// Returns the name of the program that runs on devices of this role, in this direction.
 pub(crate) const fn program(role: Role, direction: Direction) -> &'static str {
     match (role, direction) {
         (Role::External, Direction::Ingress) => "edge_ingress",

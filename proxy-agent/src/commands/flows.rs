@@ -54,10 +54,6 @@ pub(crate) struct FlowView {
     pub(crate) idle_seconds: f64,
 }
 
-fn none() -> String {
-    "-".to_owned()
-}
-
 /// Runs `proxy-agent flows`.
 ///
 /// # Errors
@@ -75,6 +71,11 @@ pub(crate) fn print(args: &FlowsArgs, out: &mut impl Write) -> Result<(), Inspec
     print_flows(&views, args.inspect.output, out)
 }
 
+/// Returns the cell of a value that is not known.
+fn dash() -> String {
+    "-".to_owned()
+}
+
 /// Prints flows.
 ///
 /// # Errors
@@ -90,13 +91,13 @@ pub(crate) fn print_flows(
     }
     let rows = views.iter().map(|view| {
         [
-            view.service.clone().unwrap_or_else(none),
+            view.service.clone().unwrap_or_else(dash),
             view.port.clone(),
             view.protocol.to_owned(),
             view.client.to_string(),
             view.vip.to_string(),
             view.backend.to_string(),
-            view.source.map_or_else(none, |source| source.to_string()),
+            view.source.map_or_else(dash, |source| source.to_string()),
             view.state.to_owned(),
             format!("{:.1}s", view.idle_seconds),
         ]

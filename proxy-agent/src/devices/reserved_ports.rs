@@ -30,7 +30,9 @@ pub(crate) struct DatagramPorts(Option<BTreeSet<u16>>);
 impl DatagramPorts {
     /// Takes in what has been programmed: `ops` just now, `frontends` altogether.
     pub(crate) fn programmed(&mut self, ops: &[Op], frontends: &BTreeMap<FrontendKey, FrontendValue>) {
-        if self.0.is_some() && !ops.iter().any(|op| matches!(op, Op::Frontend(key, _) if is_one(key))) {
+        if self.0.is_some()
+            && !ops.iter().any(|op| matches!(op, Op::Frontend(key, _) if is_datagram_node_port(key)))
+        {
             return;
         }
         let all = [Addr::v4([0; 4]), Addr::ZERO].into_iter().flat_map(|any| {
@@ -38,11 +40,12 @@ impl DatagramPorts {
             frontends
                 .range(FrontendKey::node_port(any, first, 0)..=FrontendKey::node_port(any, last, u8::MAX))
         });
-        self.0 = Some(all.filter(|(key, _)| is_one(key)).map(|(key, _)| key.port.get()).collect());
+        self.0 =
+            Some(all.filter(|(key, _)| is_datagram_node_port(key)).map(|(key, _)| key.port.get()).collect());
     }
 }
 
-fn is_one(key: &FrontendKey) -> bool {
+fn is_datagram_node_port(key: &FrontendKey) -> bool {
     key.kind == FrontendKind::NodePort as u8 && matches!(key.proto, proto::UDP | proto::SCTP)
 }
 

@@ -12,6 +12,7 @@ use proxy_common::abi::SlotRange;
 /// the self-test.
 #[derive(Clone, Debug)]
 pub struct IdPool<T> {
+    /// Makes the type of a number.
     id: fn(u32) -> T,
     capacity: u32,
     next: u32,
@@ -25,7 +26,7 @@ impl<T: Copy + Ord> IdPool<T> {
         Self { id, capacity, next: 1, free: BTreeMap::new() }
     }
 
-    /// Creates a pool of `id` in which `used` are taken. `stamp` returns the stamp of a number's last use.
+    /// Creates a pool in which `used` are taken; `id` makes the type of a number. `stamp` returns the stamp of a number's last use.
     pub(crate) fn restore(
         id: fn(u32) -> T,
         capacity: u32,

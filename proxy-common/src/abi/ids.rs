@@ -48,6 +48,11 @@ impl BackendId {
     pub const NONE: Self = Self(0);
 }
 
+impl NetnsCookie {
+    /// No network namespace, or one that is not known.
+    pub const NONE: Self = Self(0);
+}
+
 impl CgroupId {
     /// No cgroup.
     pub const NONE: Self = Self(0);

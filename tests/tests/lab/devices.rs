@@ -51,7 +51,7 @@ impl Setting {
         devices(&self.agent.tool("status", &[])?)
     }
 
-    /// Returns the host's devices of some pods.
+    /// Returns the host's devices of the pods P, L1, L2 and V1.
     fn of_pods(&self) -> [String; 4] {
         ["P", "L1", "L2", "V1"].map(|name| self.lab.pod(name).host_device().to_owned())
     }

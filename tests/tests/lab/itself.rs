@@ -169,8 +169,11 @@ fn clients_of_every_kind() -> Result<()> {
     // one socket for several datagrams, or one each
     for proto in [Proto::Udp, Proto::UdpUnconnected] {
         let connect = p.connect("10.64.1.11:8080").proto(proto).times(6);
-        assert_eq!(ports(connect.clone().per_socket(3).run()?), [3, 3], "{proto:?}");
-        assert!(ports(connect.run()?).len() > 3, "{proto:?}: a port may come twice, but not all the time");
+        assert_eq!(attempts_by_port(connect.clone().per_socket(3).run()?), [3, 3], "{proto:?}");
+        assert!(
+            attempts_by_port(connect.run()?).len() > 3,
+            "{proto:?}: a port may come twice, but not all the time"
+        );
     }
 
     // many attempts are in order and counted
@@ -180,7 +183,7 @@ fn clients_of_every_kind() -> Result<()> {
     Ok(())
 }
 
-fn ports(attempts: Vec<Attempt>) -> Vec<usize> {
+fn attempts_by_port(attempts: Vec<Attempt>) -> Vec<usize> {
     let mut count = BTreeMap::<_, usize>::new();
     attempts.iter().for_each(|attempt| *count.entry(attempt.peer).or_default() += 1);
     count.into_values().collect::<Vec<_>>()

@@ -126,9 +126,12 @@ impl Agent {
                 // News come first: the tasks that bring them run before the next turn.
                 () = tokio::task::yield_now(), if busy => {}
             }
-            // Updates that have arrived meanwhile are programmed together.
+            // News that have arrived meanwhile are programmed together.
             while let Ok(update) = updates.try_recv() {
                 self.take_in(update);
+            }
+            if addresses.has_changed().unwrap_or(false) {
+                self.take_addresses(&addresses.borrow_and_update());
             }
             retry = self.go_on().await?;
         }

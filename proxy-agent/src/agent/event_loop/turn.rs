@@ -124,7 +124,7 @@ impl Agent {
             false => self.program_some(kernel, &touched)?,
         };
         let first = self.serve(kernel)?;
-        self.sweeps.add(Due { follow: udp_stale || first, streams: false });
+        self.sweeps.add(Due { follow: follows(udp_stale, first, self.extent), streams: false });
         let took = self.telemetry.sync_ended(true);
         self.tell_health(kernel);
         if everything {
@@ -359,6 +359,12 @@ fn weight(kernel: &Kernel, known: &Knowledge, service: &ObjectKey) -> usize {
     kernel.weight(service) + known.cluster.weight(service)
 }
 
+/// Returns whether connected UDP sockets have to be led after a turn. A turn over everything follows a failure, which may
+/// have come between a change of the maps and its sweep; the plan does not see that change any more.
+fn follows(udp_stale: bool, first: bool, extent: Extent) -> bool {
+    udp_stale || first || extent == Extent::Everything
+}
+
 /// Returns the number of Services of the next portion: as many as fit into [`PORTION`] by these weights, and at least
 /// one, if there is any.
 fn portion(weights: impl Iterator<Item = usize>) -> usize {
@@ -376,6 +382,17 @@ fn portion(weights: impl Iterator<Item = usize>) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sockets_are_led_after_a_failure_whatever_the_plan_says() {
+        assert!(follows(false, false, Extent::Everything));
+        assert!(follows(true, false, Extent::Services) && follows(false, true, Extent::Services));
+        assert!(
+            ![Extent::Services, Extent::Node, Extent::Zone]
+                .iter()
+                .any(|extent| follows(false, false, *extent))
+        );
+    }
 
     #[test]
     fn a_portion_is_as_many_services_as_fit_and_at_least_one() {

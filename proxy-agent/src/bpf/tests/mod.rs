@@ -172,7 +172,7 @@ fn the_hosts_network_namespace_is_the_agents() {
     pins.0.create().unwrap();
     let dataplane = open(&pins.0, SMALL);
     let own = netns_cookie().expect("a kernel of 5.14");
-    for wrong in [NetnsCookie(0), NetnsCookie(own.0 + 1)] {
+    for wrong in [NetnsCookie::NONE, NetnsCookie(own.0 + 1)] {
         dataplane.maps.set_host_netns(wrong).unwrap();
         self_test::settle(&dataplane.maps).unwrap();
         assert_eq!((dataplane.maps.host_netns(), dataplane.maps.node_flags()), (own, 0));

@@ -136,7 +136,7 @@ fn cgroup() -> Cgroup {
 }
 
 #[test]
-fn a_pair_is_attached_whole_or_not_at_all() {
+fn both_programs_of_a_role_are_attached_or_none() {
     let pins = pins("pair");
     let _maps = Dataplane::open(pins.0.clone(), SIZES, drop).unwrap();
     let object = broken(&["edge_ingress"]);

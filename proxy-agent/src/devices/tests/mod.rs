@@ -160,8 +160,8 @@ fn addr(text: &str) -> Addr {
 #[test]
 fn devices_are_followed_as_they_come_and_go() {
     Node::run(async |node| {
-        let mut edge = node.start().await;
-        let state = until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        let state = until(&mut task, "the first pass", |state| state.passes == 1).await;
         assert_eq!(attached(&state), ["eth0 external tcx", "cali1 pod tcx"]);
         assert_eq!(state.problems, BTreeMap::new());
         assert_eq!(programs("eth0"), [["edge_ingress"], ["edge_egress"]]);
@@ -173,7 +173,7 @@ fn devices_are_followed_as_they_come_and_go() {
         add_pod(2);
         ip("link add br0 type bridge\nlink set br0 up\naddress add 172.17.0.1/16 dev br0\n\
             link add vm1 type veth peer name vm1-far\nlink set vm1 master br0 up\n");
-        until(&mut edge, "pods that come", |state| attached(state).len() == 4).await;
+        until(&mut task, "pods that come", |state| attached(state).len() == 4).await;
         assert_eq!(programs("cali2"), [["pod_ingress"], ["pod_egress"]]);
         assert_eq!(programs("vm1"), [["pod_ingress"], ["pod_egress"]]);
         assert_eq!(node.device("vm1").unwrap().snat_v4, addr("172.17.0.1"));
@@ -181,7 +181,7 @@ fn devices_are_followed_as_they_come_and_go() {
         let gone = index("cali1").unwrap();
         ip("link del cali1\n");
         // A pass that runs while the device goes still lists it.
-        until(&mut edge, "a pod that goes", |state| {
+        until(&mut task, "a pod that goes", |state| {
             state.devices.iter().all(|device| device.name != "cali1")
         })
         .await;
@@ -191,7 +191,7 @@ fn devices_are_followed_as_they_come_and_go() {
 
         // A device that is down and without addresses keeps its programs.
         ip("link set eth0 down\naddress flush dev eth0\n");
-        until(&mut edge, "a device that goes down", |state| {
+        until(&mut task, "a device that goes down", |state| {
             state.devices.iter().any(|device| device.reason == "kept (down)")
         })
         .await;
@@ -202,17 +202,17 @@ fn devices_are_followed_as_they_come_and_go() {
 #[test]
 fn a_restart_replaces_programs_in_place() {
     Node::run(async |node| {
-        let mut edge = node.start().await;
-        until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        until(&mut task, "the first pass", |state| state.passes == 1).await;
         let all = [("edge_ingress", "eth0"), ("edge_egress", "eth0"), ("pod_ingress", "cali1")];
         let before = all.map(|(program, device)| node.link(program, device));
-        drop(edge);
+        drop(task);
         assert_eq!(programs("eth0"), [["edge_ingress"], ["edge_egress"]], "attached without an agent");
         // Meanwhile a pod has gone and another has come.
         ip("link del cali1\n");
         add_pod(1);
-        let mut edge = node.start().await;
-        let state = until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        let state = until(&mut task, "the first pass", |state| state.passes == 1).await;
         assert_eq!(attached(&state), ["eth0 external tcx", "cali1 pod tcx"]);
         for ((program, device), before) in all.into_iter().zip(before).take(2) {
             let after = node.link(program, device);
@@ -227,12 +227,12 @@ fn a_restart_replaces_programs_in_place() {
 #[test]
 fn what_is_not_chosen_any_more_is_detached() {
     Node::run(async |mut node| {
-        let mut edge = node.start().await;
-        until(&mut edge, "the first pass", |state| state.passes == 1).await;
-        drop(edge);
+        let mut task = node.start().await;
+        until(&mut task, "the first pass", |state| state.passes == 1).await;
+        drop(task);
         node.config.settings.devices = Selection::parse("--devices", &["none".to_owned()], false).unwrap();
-        let mut edge = node.start().await;
-        let state = until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        let state = until(&mut task, "the first pass", |state| state.passes == 1).await;
         assert_eq!(attached(&state), ["cali1 pod tcx"]);
         assert_eq!(node.links().len(), 2);
         assert_eq!(node.device("eth0"), None);
@@ -266,14 +266,14 @@ fn intrude(programs: &mut TcPrograms, node: &Node, direction: Direction) -> Path
 #[test]
 fn the_place_is_kept_against_later_arrivals() {
     Node::run(async |node| {
-        let mut edge = node.start().await;
-        until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        until(&mut task, "the first pass", |state| state.passes == 1).await;
         let mut intruder = TcPrograms::open(&node.config.pins, false).unwrap();
         intrude(&mut intruder, &node, Direction::Ingress);
         intrude(&mut intruder, &node, Direction::Egress);
         assert_eq!(programs("eth0"), [["pod_ingress", "edge_ingress"], ["edge_egress", "pod_egress"]]);
         add_pod(2);
-        until(&mut edge, "a pass", |state| attached(state).len() == 3).await;
+        until(&mut task, "a pass", |state| attached(state).len() == 3).await;
         for _ in 0..100 {
             if programs("eth0").iter().all(|programs| programs.len() == 2) {
                 break;
@@ -284,7 +284,7 @@ fn the_place_is_kept_against_later_arrivals() {
         assert_eq!(node.links().len(), 6);
         // The next pass only makes all devices run the same programs.
         add_pod(3);
-        let state = until(&mut edge, "a pass", |state| attached(state).len() == 4).await;
+        let state = until(&mut task, "a pass", |state| attached(state).len() == 4).await;
         assert_eq!(state.problems, BTreeMap::new());
         assert_eq!(programs("eth0"), [["edge_ingress", "pod_ingress"], ["pod_egress", "edge_egress"]]);
         let [(_, other)] = &others(&state)[..] else { panic!("{state:#?}") };
@@ -297,13 +297,13 @@ fn a_device_that_cannot_be_attached_costs_only_itself() {
     Node::run(async |node| {
         let obstacle = node.config.pins.link(&format!("edge_ingress-{}", index("eth0").unwrap()));
         std::fs::create_dir(&obstacle).unwrap();
-        let mut edge = node.start().await;
-        let state = until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        let state = until(&mut task, "the first pass", |state| state.passes == 1).await;
         assert_eq!(attached(&state), ["cali1 pod tcx"]);
         let reason = &state.problems["device eth0"][0];
         assert!(reason.contains(obstacle.to_str().unwrap()), "{reason}");
         std::fs::remove_dir(&obstacle).unwrap();
-        let state = until(&mut edge, "another try", |state| state.problems.is_empty()).await;
+        let state = until(&mut task, "another try", |state| state.problems.is_empty()).await;
         assert_eq!(attached(&state), ["eth0 external tcx", "cali1 pod tcx"]);
     });
 }
@@ -312,39 +312,39 @@ fn a_device_that_cannot_be_attached_costs_only_itself() {
 fn kernels_without_tcx_get_filters() {
     Node::run(async |mut node| {
         node.config.no_tcx = true;
-        let mut edge = node.start().await;
-        let state = until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        let state = until(&mut task, "the first pass", |state| state.passes == 1).await;
         assert_eq!(attached(&state), ["eth0 external clsact", "cali1 pod clsact"]);
         assert_eq!(node.links(), [""; 0]);
         let shown = filters("eth0", "ingress");
         assert!(shown.contains("pref 1 bpf") && shown.contains("edge_ingress"), "{shown}");
         let shown = filters("eth0", "egress");
         assert!(shown.contains("pref 65535 bpf") && shown.contains("edge_egress"), "{shown}");
-        drop(edge);
+        drop(task);
 
         // After a restart the filters are the same, with other programs.
         let before = filters("eth0", "ingress");
-        let mut edge = node.start().await;
-        until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        until(&mut task, "the first pass", |state| state.passes == 1).await;
         let after = filters("eth0", "ingress");
         assert_eq!(after.matches("direct-action").count(), 1, "{after}");
         assert_ne!(before, after);
-        drop(edge);
+        drop(task);
 
         // With TCX the filters give way to links.
         node.config.no_tcx = false;
-        let mut edge = node.start().await;
-        let state = until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        let state = until(&mut task, "the first pass", |state| state.passes == 1).await;
         assert_eq!(attached(&state), ["eth0 external tcx", "cali1 pod tcx"]);
         assert_eq!(filters("eth0", "ingress") + &filters("cali1", "egress"), "");
-        drop(edge);
+        drop(task);
 
         // Without TCX the links give way to filters; then all are removed.
         node.config.no_tcx = true;
-        let mut edge = node.start().await;
-        until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        until(&mut task, "the first pass", |state| state.passes == 1).await;
         assert_eq!(node.links(), [""; 0]);
-        drop(edge);
+        drop(task);
         assert!(remove_filters(&node.config.pins).await.unwrap().is_empty());
         for device in ["eth0", "cali1"] {
             assert_eq!(filters(device, "ingress") + &filters(device, "egress"), "", "{device}");
@@ -363,8 +363,8 @@ fn devices_without_mac_headers_get_programs_of_their_own() {
     Node::run(async |node| {
         ip("tuntap add dev tun0 mode tun\nlink set tun0 up\naddress add 10.64.9.1/32 dev tun0\n\
             route add 10.64.2.0/24 dev tun0\n");
-        let mut edge = node.start().await;
-        let state = until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        let state = until(&mut task, "the first pass", |state| state.passes == 1).await;
         assert_eq!(state.problems, BTreeMap::new());
         let l3: Vec<_> = state.devices.iter().map(|device| (device.name.as_str(), device.l3)).collect();
         assert_eq!(l3, [("eth0", false), ("cali1", false), ("tun0", true)]);
@@ -382,8 +382,8 @@ fn sources_are_what_the_kernel_would_take() {
             link add eth1 type veth peer name far1\nlink set eth1 up\naddress add 198.51.100.5/24 dev eth1\n\
             address add 198.51.100.10/24 dev eth1\n\
             link add wg0 type vxlan id 7 dev eth0 dstport 4789\nlink set wg0 up\nroute add 10.64.3.0/24 dev wg0\n");
-        let mut edge = node.start().await;
-        until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        until(&mut task, "the first pass", |state| state.passes == 1).await;
         let v4 = |device| node.device(device).unwrap().snat_v4;
         assert_eq!((v4("eth0"), v4("eth1")), (addr("192.0.2.11"), addr("198.51.100.5")));
 
@@ -392,8 +392,8 @@ fn sources_are_what_the_kernel_would_take() {
             node_ips: [Some(addr("192.0.2.10")), None],
             remote: [Some(addr("10.64.2.21")), None],
         };
-        edge.tell(&facts, &DatagramPorts::default());
-        until(&mut edge, "a pass", |state| state.passes == 2).await;
+        task.tell(&facts, &DatagramPorts::default());
+        until(&mut task, "a pass", |state| state.passes == 2).await;
         assert_eq!((v4("eth0"), v4("eth1")), (addr("192.0.2.11"), addr("198.51.100.5")));
         // `wg0` has no address of its own: it gets the one that the kernel takes.
         assert_eq!(v4("wg0"), addr("192.0.2.10"));
@@ -404,8 +404,8 @@ fn sources_are_what_the_kernel_would_take() {
 fn p127_near_is_in_devices() {
     Node::run(async |mut node| {
         node.config.settings.detect_local = DetectLocal::NamePrefix("cali".to_owned());
-        let mut edge = node.start().await;
-        until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        until(&mut task, "the first pass", |state| state.passes == 1).await;
         assert_eq!(node.device("cali1").unwrap().flags, abi::device::flags::NEAR | abi::device::flags::POD);
         assert_eq!(node.device("eth0").unwrap().flags, 0);
     });
@@ -417,14 +417,14 @@ fn bridges_of_pods_are_in_devices_while_they_have_pods() {
     Node::run(async |node| {
         ip("link add cni0 type bridge\nlink set cni0 up\naddress add 10.64.1.1/24 dev cni0\n\
             link add veth1 type veth peer name far1\nlink set veth1 master cni0 up\n");
-        let mut edge = node.start().await;
-        until(&mut edge, "the first pass", |state| state.passes == 1).await;
+        let mut task = node.start().await;
+        until(&mut task, "the first pass", |state| state.passes == 1).await;
         let (pod, bridge) = (abi::device::flags::POD, abi::device::flags::POD_BRIDGE);
         let flags = |device| node.device(device).map(|device| device.flags);
         assert_eq!((flags("veth1"), flags("cni0"), flags("eth0")), (Some(pod), Some(bridge), Some(0)));
         assert_eq!(programs("cni0"), [[""; 0], []]);
         ip("link del veth1\n");
-        until(&mut edge, "a pass", |state| state.passes >= 2 && state.devices.len() == 2).await;
+        until(&mut task, "a pass", |state| state.passes >= 2 && state.devices.len() == 2).await;
         assert_eq!(flags("cni0"), None);
     });
 }

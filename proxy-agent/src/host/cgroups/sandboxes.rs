@@ -87,7 +87,7 @@ enum Finding {
     Unknown,
 }
 
-/// A process.
+/// Process of a pod. An older one has the smaller start time.
 #[derive(Clone, Copy, Debug)]
 struct Process {
     /// Start time, in ticks since the machine was started.

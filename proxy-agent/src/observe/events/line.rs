@@ -179,8 +179,8 @@ mod tests {
     /// Returns the number of Events that are taken in out of a thousand of a namespace.
     fn flood(line: &mut Line<()>, namespace: &str, now: Instant) -> usize {
         let note = format!("{now:?}");
-        let mut events = (0..1_000).map(|n| event(namespace, &n.to_string(), &note));
-        let fates = events.by_ref().map(|event| line.take(event, (), now));
+        let events = (0..1_000).map(|n| event(namespace, &n.to_string(), &note));
+        let fates = events.map(|event| line.take(event, (), now));
         fates.filter(|fate| *fate != Fate::TooMany).count()
     }
 

@@ -166,6 +166,16 @@ mod tests {
     }
 
     /// Two pods have the cgroups 1 and 2, and the network namespaces 10 and 20, or 30 after a restart.
+    /// Returns sandboxes by the number of their pod's cgroup and of their network namespace, 0 for none. Each has one
+    /// container, with the number of its pod's cgroup.
+    fn known(all: &[(u64, u64)]) -> BTreeMap<CgroupId, Sandbox> {
+        let sandbox = |cgroup, netns| Sandbox {
+            netns: (netns != 0).then_some(NetnsCookie(netns)),
+            containers: [cgroup].into(),
+        };
+        all.iter().map(|&(cgroup, netns)| (CgroupId(cgroup), sandbox(CgroupId(cgroup), netns))).collect()
+    }
+
     #[test]
     fn what_is_inside_a_known_sandbox_is_left_to_packets() {
         use Op::{NodeFlags, OptOut, Sandbox};
@@ -226,21 +236,7 @@ mod tests {
         ] {
             let mut model = model(flags, opt_out, netns);
             let opted_out: BTreeSet<_> = opted_out.iter().copied().map(CgroupId).collect();
-            // Each sandbox has one container, with the number of its pod's cgroup.
-            let sandboxes: Option<BTreeMap<CgroupId, super::Sandbox>> = sandboxes.map(|all| {
-                all.iter()
-                    .map(|&(cgroup, netns)| (CgroupId(cgroup), netns))
-                    .map(|(cgroup, netns)| {
-                        (
-                            cgroup,
-                            super::Sandbox {
-                                netns: (netns != 0).then_some(NetnsCookie(netns)),
-                                containers: [cgroup].into(),
-                            },
-                        )
-                    })
-                    .collect()
-            });
+            let sandboxes = sandboxes.map(known);
             let wanted = LeftAlone {
                 pods_in_packets: Some(pods),
                 host_in_packets: None,

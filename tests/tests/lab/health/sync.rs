@@ -197,13 +197,14 @@ fn p215_p216_what_changes_nothing_causes_no_sync() -> Result<()> {
     let stage = Stage::new()?;
     let (server, agent) = with_s(&stage)?;
     let (before, services, slices) =
-        (syncs(&agent, "")?, seen(&agent, "service")?, seen(&agent, "endpoint")?);
+        (syncs(&agent, "")?, changes_seen(&agent, "service")?, changes_seen(&agent, "endpoint")?);
     let mut annotated = with_port(80);
     annotated["metadata"]["annotations"] = json!({"note": "nothing that a proxy reads"});
     server.apply(annotated)?;
     assert!(server.touch(Resource::EndpointSlices, "a", "s-ipv4")?);
     until("both", || {
-        Ok((seen(&agent, "service")? > services && seen(&agent, "endpoint")? > slices).then_some(()))
+        Ok((changes_seen(&agent, "service")? > services && changes_seen(&agent, "endpoint")? > slices)
+            .then_some(()))
     })?;
     settle(&agent)?;
     assert_eq!(syncs(&agent, "")?, before);
@@ -214,7 +215,7 @@ fn p215_p216_what_changes_nothing_causes_no_sync() -> Result<()> {
     Ok(())
 }
 
-fn seen(agent: &Agent, kind: &str) -> Result<f64> {
+fn changes_seen(agent: &Agent, kind: &str) -> Result<f64> {
     sample(agent, &format!("kubeproxy_sync_proxy_rules_{kind}_changes_total"))
 }
 

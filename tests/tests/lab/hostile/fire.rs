@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,15 +15,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use fastrand::Rng;
 use proxy_common::abi::proto::UDP;
-use proxy_common::addr::Addr;
-use proxy_common::be::Be16;
 use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_tests::floods::{Crowd, Way, allow_open_files};
 use proxy_tests::lab::{Place, Proto};
 use proxy_tests::packets::{Body, Packet, Trouble};
 
 use super::histories::asked_for;
-use super::world::{HERE, NODE, THERE, Victim, World};
+use super::world::{HERE, NODE, THERE, Victim, World, socket_addr};
 
 /// Number of different packets of one phase.
 const PACKETS: usize = 20_000;
@@ -49,10 +47,10 @@ fn ends(world: &World, victims: &[Victim]) -> Result<Vec<Ends>> {
     let mut all = Vec::new();
     for (key, flow) in world.flows()? {
         all.push(Ends {
-            client: at(key.source, key.source_port),
-            pod: at(key.destination, key.destination_port),
-            vip: at(flow.vip, flow.vip_port),
-            own: (flow.snat_port.get() != 0).then(|| at(flow.snat, flow.snat_port)),
+            client: socket_addr(key.source, key.source_port),
+            pod: socket_addr(key.destination, key.destination_port),
+            vip: socket_addr(flow.vip, flow.vip_port),
+            own: (flow.snat_port.get() != 0).then(|| socket_addr(flow.snat, flow.snat_port)),
             udp: key.proto == UDP,
         });
     }
@@ -61,10 +59,6 @@ fn ends(world: &World, victims: &[Victim]) -> Result<Vec<Ends>> {
         all.push(Ends { client: victim.local, pod, vip: victim.target, own: None, udp: false });
     }
     Ok(all)
-}
-
-fn at(addr: Addr, port: Be16) -> SocketAddr {
-    SocketAddr::new(IpAddr::from(addr.bytes).to_canonical(), port.get())
 }
 
 /// Returns a packet in the name of one of the ends.

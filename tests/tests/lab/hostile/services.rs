@@ -40,7 +40,7 @@ fn large(name: &str, number: u8, ports: u16, external_ips: u32) -> [Value; 2] {
     [service, slice]
 }
 
-/// Returns so many ports, each with its own number or with this one.
+/// Returns ports named `p1`, `p2` and so on. Each has the target port `target`, or without it the number in its name.
 pub(super) fn numbered(count: u16, target: Option<u16>) -> Vec<Value> {
     (1..=count).map(|number| port(&format!("p{number}"), target.unwrap_or(number))).collect()
 }

@@ -113,7 +113,7 @@ fn nonsense() -> Vec<Vec<u8>> {
     ]
 }
 
-/// Returns the start of a request, with the rest.
+/// Returns a request for `/livez`; `rest` follows its first header.
 fn get(rest: &[u8]) -> Vec<u8> {
     [b"GET /livez HTTP/1.1\r\nHost: n1\r\n", rest].concat()
 }

@@ -2,7 +2,7 @@
 //! served as packets. On the second is another pod that serves. A client is outside.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,6 +13,8 @@ use proxy_agent::bpf::flow_maps::FlowMaps;
 use proxy_agent::bpf::pins::PinDir;
 use proxy_common::abi::maps;
 use proxy_common::abi::{Flow, FlowKey, FlowKind, UdpFlow, UdpFlowKey};
+use proxy_common::addr::Addr;
+use proxy_common::be::Be16;
 use proxy_tests::lab::{Agent, Held, Lab, LabSpec, Netns, Node, NodeSpec, Place, Proto};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -47,6 +49,11 @@ const ECHO_PORT: u16 = 8007;
 const CLIENT: [&str; 2] = ["203.0.113.7", "2001:db8:ff::7"];
 /// Addresses of the attacker's node.
 pub(super) const NODE: [&str; 2] = ["192.0.2.10", "2001:db8:1::10"];
+
+/// Returns an address and port of a map as the standard library writes them.
+pub(super) fn socket_addr(addr: Addr, port: Be16) -> SocketAddr {
+    SocketAddr::new(IpAddr::from(addr.bytes).to_canonical(), port.get())
+}
 
 impl Service {
     fn at(v6: bool, ip: &str, port: u16) -> Result<SocketAddr> {

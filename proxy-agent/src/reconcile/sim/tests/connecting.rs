@@ -386,9 +386,9 @@ fn a_socket_that_is_left_to_packets_forgets_its_record() {
 #[test]
 fn the_probe_and_nothing_else_teaches_which_namespace_is_the_hosts() {
     let mut sim = world();
-    sim.host_netns.set(NetnsCookie(0));
+    sim.host_netns.set(NetnsCookie::NONE);
     check(&sim, socket(vip(10), 80, UDP), Translated, Some(Counter::Connected));
-    assert_eq!(sim.host_netns.get(), NetnsCookie(0));
+    assert_eq!(sim.host_netns.get(), NetnsCookie::NONE);
     let probe = Addr::v4([192, 0, 0, 8]);
     frontend(&mut sim, exact(probe, 7, UDP), ServiceId(1), PROBE | NEAR_LOCAL);
     let mut caller = SimSocket { netns: NetnsCookie(42), ..socket(probe, 7, UDP) };

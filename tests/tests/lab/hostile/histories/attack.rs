@@ -1,18 +1,17 @@
 //! Packets of an attacker: any packet between any ends, most of them the ends of others. The attacker knows
 //! everything about the ends but the sequence numbers of their TCP connections.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use fastrand::Rng;
 use proxy_common::abi::flow::SNAT_PORTS;
-use proxy_common::addr::Addr;
-use proxy_common::be::Be16;
 use proxy_common::datapath::edge::parsed::tcp::{ACK, FIN, PSH, RST, SYN};
 use proxy_common::datapath::edge::tables::Tier;
 use proxy_tests::packets::{Body, Net, Packet, Trouble};
 
 use super::node::{At, Setup, Who, backends, evil};
 use super::stage::{Forged, Line, Stage};
+use crate::hostile::world::socket_addr;
 
 /// Sequence numbers far from those of all honest ends, which begin with 4 and 6.
 const NUMBERS: [u32; 5] = [0, 1, 0x9000_0000, 0xb000_0001, 0xffff_ffff];
@@ -52,9 +51,9 @@ impl Ends {
         let mut sources = Vec::new();
         for tier in [Tier::Assured, Tier::New] {
             for (key, flow) in stage.node.sim.edge.records(tier) {
-                sources.push(at(key.source, key.source_port));
+                sources.push(socket_addr(key.source, key.source_port));
                 if flow.snat_port.get() != 0 {
-                    sources.push(at(flow.snat, flow.snat_port));
+                    sources.push(socket_addr(flow.snat, flow.snat_port));
                 }
             }
         }
@@ -136,9 +135,10 @@ pub(super) fn salvo(stage: &Stage, net: Net, random: &mut Rng) -> Vec<Forged> {
     let records = [Tier::Assured, Tier::New].into_iter().flat_map(|tier| stage.node.sim.edge.records(tier));
     let own = records
         .filter(|(key, flow)| {
-            at(key.source, flow.client_port) == client && at(flow.vip, flow.vip_port) == target
+            socket_addr(key.source, flow.client_port) == client
+                && socket_addr(flow.vip, flow.vip_port) == target
         })
-        .map(|(_, flow)| at(flow.snat, flow.snat_port))
+        .map(|(_, flow)| socket_addr(flow.snat, flow.snat_port))
         .find(|own| own.port() != 0)
         .unwrap_or(client);
     let pod = one(random, &backends(net, target));
@@ -149,10 +149,6 @@ pub(super) fn salvo(stage: &Stage, net: Net, random: &mut Rng) -> Vec<Forged> {
             Forged { from: random_from(random), packet: segment(random, source, destination) }
         })
         .collect()
-}
-
-fn at(addr: Addr, port: Be16) -> SocketAddr {
-    SocketAddr::new(IpAddr::from(addr.bytes).to_canonical(), port.get())
 }
 
 /// Returns whether two conversations would have the same tuple between the edges: a client's own port towards the
