@@ -6,8 +6,8 @@ use crate::reconcile::cluster::ObjectKey;
 use crate::reconcile::desired::{DesiredPort, PortKey};
 use crate::reconcile::plan::LostClaims;
 
-/// Size of a part: frontends, endpoints and source ranges together. A part takes one to eight milliseconds of CPU time
-/// (four times as many take up to 33), and longer where processors are shared: meanwhile every other Service waits.
+/// Size of a part: frontends, endpoints and source ranges together. Every other Service waits while a part is programmed:
+/// one of 4 096 took up to 33 ms of CPU time, and longer where processors are shared.
 pub(super) const PART: usize = 1_024;
 
 /// A Service that is programmed in parts.
